@@ -1,0 +1,424 @@
+#!/usr/bin/env python3
+"""Measures tollgate beside nginx and HAProxy, each doing the same job: token in, token checked, query cleaned, forwarded.
+
+    verify         do they really do the same job? raw requests against an echoing upstream
+    cpu            CPU time per request, throughput and latency; one worker on CPU 0, everything else on CPU 1
+    instructions   instructions in user space per request under callgrind: exact where the clock is noisy
+    load           known and unknown tokens mixed: are all answers right, how long do they take, does memory grow?
+    flood          a flood of distinct unknown tokens: do known ones still get through, does memory stay bounded?
+
+Needs gcc; for the peers `apt-get install haproxy nginx`; for instructions `apt-get install valgrind`.
+README.md beside this file explains how to read the tables."""
+import argparse, contextlib, os, platform, re, signal, subprocess, sys, time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+sys.dont_write_bytecode = True
+from lab import GATEWAYS, REFUSAL, TARGET, Client, Lab, Problem, Running, RssWatch, rss_mib, tell
+
+WORKLOADS = {
+    "h": "known token in the header, nothing to rewrite",
+    "q": "known token in the query and per_page=1000: strip and clamp",
+    "i": "unknown token, refused (half of them never seen before)",
+}
+SPREAD = 10_000  # known tokens in use at a time: more than fit the CPU's caches, few enough to meet again in a second
+
+
+def main():
+    args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return args.command(args)
+    except Problem as problem:
+        tell(f"run.py: {problem}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def arguments():
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--tollgate", default=TARGET / "release/tollgate", help="the binary (default: %(default)s)")
+    common.add_argument("--work", default=TARGET / "bench-e2e", help="folder for all that is made (default: %(default)s)")
+    common.add_argument("--known", type=positive, default=100_000, help="how many tokens are known (default: %(default)s)")
+    common.add_argument("--extra", metavar="FILE", help="TOML to append to tollgate's configuration")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, help):
+        p = commands.add_parser(function.__name__, parents=[common], help=help, description=help)
+        p.set_defaults(command=function)
+        return p
+
+    p = command(verify, "check by raw requests that each gateway does the same job")
+    p.add_argument("--gateways", type=names(GATEWAYS), default=list(GATEWAYS))
+
+    p = command(cpu, "CPU time per request, throughput and latency, in interleaved rounds")
+    p.add_argument("--gateways", type=names(GATEWAYS), default=list(GATEWAYS))
+    p.add_argument("--workloads", type=names(WORKLOADS), default=list(WORKLOADS), help="of h,q,i (default: all)")
+    p.add_argument("--seconds", type=positive, default=4, help="length of one measurement (default: %(default)s)")
+    p.add_argument("--rounds", type=positive, default=9, help="(default: %(default)s)")
+    p.add_argument("--connections", type=positive, default=64, help="(default: %(default)s)")
+
+    p = command(instructions, "instructions in user space per request, under callgrind")
+    p.add_argument("--requests", type=positive, default=10_000, help="per measurement (default: %(default)s)")
+    p.add_argument("--workloads", type=names(WORKLOADS), default=list(WORKLOADS), help="of h,q,i (default: all)")
+    p.add_argument("--peers", action="store_true", help="haproxy and nginx as well")
+
+    for function, help in ((load, "known and unknown tokens mixed over many connections: right answers, latency, memory"),
+                           (flood, "distinct unknown tokens as fast as they go, beside a trickle of known ones")):
+        p = command(function, help)
+        p.add_argument("--gateway", choices=GATEWAYS, default="tollgate", help="which one to start (default: %(default)s)")
+        p.add_argument("--threads", type=positive, default=1, help="tollgate's workers (default: %(default)s)")
+        p.add_argument("--connections", type=positive, default=64, help="(default: %(default)s)")
+        p.add_argument("--tokens" if function is load else "--good", dest="tokens", metavar="FILE",
+                       help="known tokens, one a line (default: our own); a gateway that run.py starts is given them")
+        p.add_argument("--port", type=positive, help="load what listens on 127.0.0.1:PORT already, and start no gateway")
+        p.add_argument("--pid", type=positive, help="with --port: its process, for memory and CPU")
+        p.add_argument("--upstream-port", type=positive, help="with --port: be its upstream, on this port")
+        p.add_argument("--path", default="/api/v3/projects", help="what to ask for (default: %(default)s)")
+        if function is load:
+            p.add_argument("--seconds", type=positive, default=60, help="(default: %(default)s)")
+            p.add_argument("--bad", type=percent, metavar="PERCENT", default=20, help="unknown tokens (default: %(default)s)")
+        else:
+            p.add_argument("--count", type=positive, default=1_000_000, help="unknown tokens (default: %(default)s)")
+            p.add_argument("--rate", type=positive, default=50, help="known tokens a second (default: %(default)s)")
+            p.add_argument("--alone", type=positive, default=5, help="seconds of known tokens alone, to compare (default: %(default)s)")
+    return parser.parse_args()
+
+
+def positive(text):
+    number = int(text.replace("_", ""))
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def percent(text):
+    number = int(text)
+    if not 0 <= number <= 100:
+        raise argparse.ArgumentTypeError("must be 0 to 100")
+    return number
+
+
+def names(allowed):
+    def parse(text):
+        chosen = text.split(",")
+        if unknown := [name for name in chosen if name not in allowed]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(allowed)}")
+        return chosen
+    return parse
+
+
+def open_lab(args):
+    return Lab(args.work, args.tollgate, args.known, getattr(args, "threads", 1), args.extra)
+
+
+def print_machine(lab, gateways):
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    print(f"{', '.join(map(lab.version, gateways))}; {os.cpu_count()} x {model[1] if model else platform.machine()}, "
+          f"Linux {platform.release()}, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d %H:%M')}")
+
+
+def table(columns, rows):
+    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def wrong(group):
+    return group["known_wrong"] + group["unknown_wrong"] + group["mixed_up"]
+
+
+def faults(group):
+    """What went wrong in a group of requests, in words; empty where nothing did."""
+    words = {"known_wrong": "known tokens not answered 200", "unknown_wrong": "unknown tokens not answered 401",
+             "mixed_up": "answers to another token than the one sent", "errors": "broken, garbled or missing answers"}
+    found = [f"{group[key]} {text}" for key, text in words.items() if group[key]]
+    return "; ".join(found) + (f" (statuses: {group['statuses']})" if found else "")
+
+
+# ---- verify ----------------------------------------------------------------------------------------------------------
+
+def verify(args):
+    lab, failed = open_lab(args), 0
+    gateways, tokens = lab.available(args.gateways), lab.tokens()
+    print_machine(lab, gateways)
+    with lab.wire(tokens) as wire:
+        for name in gateways:
+            with lab.gateway(name, tokens, wire.upstream) as running:
+                results = [(what, outcome(check)) for what, check in checks(running.port, lab.read_tokens(tokens))]
+            bad = [(what, why) for what, why in results if why]
+            failed += len(bad)
+            print(f"\n{name}: {len(results) - len(bad)} of {len(results)} checks hold")
+            for what, why in bad:
+                print(f"  FAILS  {what}: {why}")
+    return 1 if failed else 0
+
+
+def outcome(check):
+    """What was seen instead; None where the check holds."""
+    try:
+        return check()
+    except (OSError, ValueError, IndexError) as error:
+        return str(error)
+
+
+def checks(port, tokens):
+    """Pairs of (what is checked, a function that tells what it saw instead, or None)."""
+    token, other, path = tokens[0], tokens[-1], "/api/v3/echo"
+    known = set(tokens)
+    in_header, unknown = {"PRIVATE-TOKEN": token}, "unknown--AAAAAAAAAAA"
+    cased = next((t for t in tokens if t.swapcase() not in known), None)
+
+    def forwarded(target, headers, expect):
+        """The head that the upstream received, if the gateway forwarded exactly the expected target and one token."""
+        with Client(port) as client:
+            answer = client.get(target, headers)
+        if answer.status != 200:
+            return f"status {answer.status} {answer.body[:80]!r}", {}
+        lines = answer.body.decode("latin-1").rstrip("\r\n").split("\r\n")
+        seen = {}
+        for key, _, value in (line.partition(":") for line in lines[1:]):
+            seen.setdefault(key.lower(), []).append(value.strip())
+        # a lone "?" left behind asks for the same thing
+        if lines[0].replace("? HTTP", " HTTP") != f"GET {expect} HTTP/1.1":
+            return f"upstream saw {lines[0]!r}", seen
+        if seen.get("private-token") != [token] or answer.body.count(token.encode()) != 1:
+            return f"upstream saw PRIVATE-TOKEN {seen.get('private-token')}, token {answer.body.count(token.encode())} times in all", seen
+        return None, seen
+
+    def forwards(target, headers, expect):
+        return forwarded(target, headers, expect)[0]
+
+    def refused(target, headers):
+        with Client(port) as client:
+            answer = client.get(target, headers)
+        if answer.status != 401 or answer.body != REFUSAL or not answer.headers.get("content-type", "").startswith("application/json"):
+            return f"{answer.status} {answer.headers.get('content-type')} {answer.body[:80]!r}"
+
+    def client_named(headers):
+        why, seen = forwarded(path, {**in_header, **headers}, path)
+        return why or unless(seen.get("x-forwarded-for") == ["127.0.0.1"], seen.get("x-forwarded-for"))
+
+    def fresh_ids():
+        ids = [forwarded(path, in_header, path)[1].get("x-request-id", [""])[0] for _ in range(2)]
+        return unless(all(ids) and ids[0] != ids[1], ids)
+
+    def apart():
+        with Client(port) as client:
+            answers = [client.get(path, {"PRIVATE-TOKEN": t}).body.count(t.encode()) for t in (token, other, token)]
+        return unless(answers == [1, 1, 1], f"their own tokens {answers} times")
+
+    def outlives():
+        with Client(port) as client:
+            statuses = [client.get(path, headers).status for headers in (in_header, {"PRIVATE-TOKEN": unknown}, in_header)]
+        return unless(statuses == [200, 401, 200], statuses)
+
+    for what, target, headers, expect in (
+            ("token in the header", f"{path}?per_page=20&order_by=id", in_header, f"{path}?per_page=20&order_by=id"),
+            ("header name in lower case", path, {"private-token": token}, path),
+            ("token in the query, stripped; per_page=1000 clamped", f"{path}?private_token={token}&per_page=1000&order_by=id", {}, f"{path}?per_page=100&order_by=id"),
+            ("token in the middle of the query", f"{path}?order_by=id&private_token={token}&sort=asc", {}, f"{path}?order_by=id&sort=asc"),
+            ("token at the end of the query", f"{path}?order_by=id&private_token={token}", {}, f"{path}?order_by=id"),
+            ("token alone in the query", f"{path}?private_token={token}", {}, path),
+            ("per_page=1000 clamped with the token in the header", f"{path}?order_by=id&per_page=1000", in_header, f"{path}?order_by=id&per_page=100"),
+            ("per_page=100 left alone", f"{path}?per_page=100", in_header, f"{path}?per_page=100")):
+        yield what, partial(forwards, target, headers, expect)
+
+    yield "unknown token in the header refused", partial(refused, path, {"PRIVATE-TOKEN": unknown})
+    yield "unknown token in the query refused", partial(refused, f"{path}?private_token={unknown}", {})
+    yield "no token refused", partial(refused, path, {})
+    if cased:
+        yield "known token in the wrong case refused", partial(refused, path, {"PRIVATE-TOKEN": cased.swapcase()})
+    yield "X-Forwarded-For names the client", partial(client_named, {})
+    yield "X-Forwarded-For of the client is not believed", partial(client_named, {"X-Forwarded-For": "203.0.113.7"})
+    yield "X-Request-Id is there and fresh", fresh_ids
+    yield "two callers on one connection stay apart", apart
+    yield "the connection outlives a refusal", outlives
+
+
+def unless(holds, seen):
+    return None if holds else f"saw {seen}"
+
+
+# ---- cpu -------------------------------------------------------------------------------------------------------------
+
+def cpu(args):
+    lab = open_lab(args)
+    gateways, tokens = lab.available(args.gateways), lab.tokens()
+    print_machine(lab, gateways)
+    samples = {(name, work): [] for name in gateways for work in args.workloads}
+    # The gateways are all up (the idle ones cost nothing) and take turns every few seconds, each round in another order:
+    # a noisy minute hits all of them. They start anew each round, as luck with the memory layout is part of the figures.
+    with lab.wire(tokens, busy=True) as wire:
+        for n in range(args.rounds):
+            tell(f"round {n + 1} of {args.rounds}")
+            turn = n % len(gateways)
+            with contextlib.ExitStack() as stack:
+                up = [stack.enter_context(lab.gateway(name, tokens, wire.upstream)) for name in gateways]
+                for work in args.workloads:
+                    for running in up[turn:] + up[:turn]:
+                        samples[running.name, work].append(sample(wire, running, work, args))
+    for work in args.workloads:
+        print(f"\n### {work}: {WORKLOADS[work]}")
+        rows = []
+        for name in gateways:
+            taken = samples[name, work]
+            middle = lambda key: median(group[key] for group in taken)
+            ratios = [ratio(taken, samples.get((peer, work))) for peer in ("haproxy", "nginx")]
+            costs = [group["cpu"] for group in taken]
+            rows.append([name, f"{median(costs):.2f}", f"{min(costs):.2f}..{max(costs):.2f}", *ratios, f"{middle('rps'):.0f}",
+                         f"{middle('p50'):.0f}", f"{middle('p99'):.0f}", f"{middle('rss'):.0f}",
+                         sum(map(wrong, taken)), sum(group["errors"] for group in taken)])
+        table(["gateway", "CPU µs/request", "min..max", "x haproxy", "x nginx", "req/s", "p50 µs", "p99 µs", "RSS MiB", "wrong", "errors"], rows)
+    for (name, work), taken in samples.items():
+        for why in filter(None, map(faults, taken)):
+            tell(f"{name} {work}: {why}")
+    return 1 if any(faults(group) for taken in samples.values() for group in taken) else 0
+
+
+def sample(wire, running, work, args):
+    result = wire.run({"kind": work, "conns": args.connections, "spread": SPREAD},
+                      port=running.port, pid=running.pid, warm=1, secs=args.seconds)
+    group = result["groups"][0]
+    if not group["in_time"]:
+        raise Problem(f"{running.name} answered nothing in {args.seconds} s: {faults(group)}")
+    group["cpu"] = result["cpu_ns"] / group["in_time"] / 1000
+    group["rss"] = rss_mib(running.pid)
+    return group
+
+
+def ratio(ours, theirs):
+    """Median of the ratios within each round; '-' where the peer was not measured."""
+    if not theirs:
+        return "-"
+    return f"{median(a['cpu'] / b['cpu'] for a, b in zip(ours, theirs)):.2f}"
+
+
+# ---- instructions ----------------------------------------------------------------------------------------------------
+
+def instructions(args):
+    lab = open_lab(args)
+    gateways, tokens = lab.available(list(GATEWAYS) if args.peers else ["tollgate"]), lab.tokens()
+    valgrind, vgdb = lab.program("valgrind"), lab.program("vgdb")
+    print_machine(lab, gateways)
+    counts = {}
+    with lab.wire(tokens) as wire:
+        for name in gateways:
+            tell(f"{name} under callgrind (it starts slowly)")
+            for old in lab.work.glob("callgrind.*"):
+                old.unlink()
+            # Instrumentation is off until start-up and the first requests are over; that is also much faster.
+            under = [valgrind, "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={lab.work}/callgrind"]
+            with lab.gateway(name, tokens, wire.upstream, under, patience=300) as running:
+                for work in args.workloads:
+                    counts[name, work] = per_request(lab, wire, vgdb, running, work, args.requests)
+    print(f"\nInstructions in user space per request ({args.requests} requests, 64 connections, {lab.known} known tokens)")
+    table(["gateway", *(f"{work}: {WORKLOADS[work]}" for work in args.workloads)],
+          [[name, *(f"{counts[name, work]:.0f}" for work in args.workloads)] for name in gateways])
+
+
+def per_request(lab, wire, vgdb, running, work, requests):
+    """Two runs, and what the longer one took more: connecting, and whatever else a run costs once, cancels out."""
+    def ask(what):
+        done = subprocess.run([vgdb, f"--pid={running.pid}", *what.split()], text=True, capture_output=True, timeout=120)
+        if done.returncode:
+            raise Problem(f"vgdb cannot reach valgrind (is ptrace allowed here?): {done.stderr.strip()[-300:]}")
+
+    def send(count):
+        group = wire.run({"kind": work, "count": count, "spread": 1000}, port=running.port, stall=60, limit=1800)["groups"][0]
+        if why := faults(group):
+            raise Problem(f"{running.name} {work}: {why}")
+
+    def cost(count):
+        before = set(lab.work.glob("callgrind.*"))
+        ask("zero")
+        send(count)
+        ask("dump")
+        text = "".join(file.read_text() for file in set(lab.work.glob("callgrind.*")) - before)
+        total = re.search(r"^(?:totals|summary): (\d+)", text, re.M)
+        if not total:
+            raise Problem(f"no total in the profile that callgrind left in {lab.work}")
+        return int(total[1])
+
+    ask("instrumentation on")
+    send(2000)  # every token of the spread twice: what can be cached now is
+    once = requests // 4
+    return (cost(once + requests) - cost(once)) / requests
+
+
+# ---- load and flood --------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def under_test(args):
+    """The wire, and the gateway that it is to load: started here, or running already (--port)."""
+    if (args.pid or args.upstream_port) and not args.port:
+        raise Problem("--pid and --upstream-port belong to a gateway that runs already: give its --port")
+    if args.port and not args.tokens:
+        raise Problem("with --port, a file of tokens that this gateway knows is needed (--tokens or --good)")
+    lab = open_lab(args)
+    tokens = args.tokens or lab.tokens()
+    lab.read_tokens(tokens)
+    ours = not args.port or bool(args.upstream_port)
+    with lab.wire(tokens, mirror=ours, upstream=args.upstream_port) as wire:
+        if args.port:
+            yield wire, Running("gateway", args.port, args.pid)
+            return
+        lab.available([args.gateway])
+        print_machine(lab, [args.gateway])
+        with lab.gateway(args.gateway, tokens, wire.upstream) as running:
+            yield wire, running
+
+
+def watched(pid, every):
+    return RssWatch(pid, every) if pid else contextlib.nullcontext()
+
+
+def print_groups(groups):
+    table(["requests", "answers", "req/s", "wrong", "errors", "reconnects", "p50 µs", "p99 µs", "p99.9 µs", "max µs", "statuses"],
+          [[name, g["requests"], f"{g['rps']:.0f}", wrong(g), g["errors"], g["reconnects"], g["p50"], g["p99"], g["p999"], g["max"],
+            ", ".join(f"{status}: {n}" for status, n in g["statuses"].items())] for name, g in groups.items()])
+    bad = {name: why for name, g in groups.items() if (why := faults(g))}
+    for name, why in bad.items():
+        print(f"\nWRONG  {name}: {why}")
+    return 1 if bad else 0
+
+
+def print_memory(memory):
+    if memory:
+        print(f"\nRSS MiB: start {memory.first:.1f}, max {memory.top:.1f}, end {memory.last:.1f}")
+
+
+def load(args):
+    with under_test(args) as (wire, running):
+        with watched(running.pid, 1) as memory:
+            result = wire.run({"kind": "m", "conns": args.connections, "bad": args.bad}, port=running.port, pid=running.pid or 0,
+                              secs=args.seconds, path=args.path, seed=seed())
+        status = print_groups({f"mixed, {args.bad} % unknown": result["groups"][0]})
+        print_memory(memory)
+    return status
+
+
+def flood(args):
+    good = {"kind": "m", "conns": 1, "rate": args.rate}
+    with under_test(args) as (wire, running):
+        common = {"port": running.port, "pid": running.pid or 0, "path": args.path}
+        alone = wire.run(good, secs=args.alone, seed=seed(), **common)
+        with watched(running.pid, 0.2) as memory:
+            result = wire.run({"kind": "x", "conns": args.connections, "count": args.count}, good,
+                              limit=60 + args.count / 500, seed=seed(), **common)
+        unknown, known = result["groups"]
+        status = print_groups({"known, alone": alone["groups"][0], "known, in the flood": known, "unknown": unknown})
+        print_memory(memory)
+    return status
+
+
+def seed():
+    """Other unknown tokens than in any run before: a gateway that runs already may remember those."""
+    return time.time_ns() // 1_000_000 % (1 << 31)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+//! 4 WHERE AND HOW. Says what goes upstream, and writes its head: one request line, clean fields, one framing, one
+//! credential. Pure. It must never forward a byte that decides who the backend acts for and that no stage has judged.
+
+use crate::identity::Principal;
+use crate::policy::Permit;
+use crate::request::body::BodyScanner;
+use crate::request::page::Clamped;
+use crate::request::query::Edits;
+use crate::request::route::{Auth, Route};
+use crate::request::token::{Presented, Source, TokenRules, bearer, is_token_header};
+use crate::request::view::{Field, FieldKind, Framing, Method, RequestView, Version};
+use crate::request::{Examined, Switches};
+use ipnet::IpNet;
+use smallvec::SmallVec;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// What is configured about forwarding.
+#[derive(Clone, Debug)]
+pub struct ForwardRules {
+    pub credential: Credential,
+    pub token: TokenRules,
+    pub switches: Switches,
+    pub trusted: TrustedProxies,
+    /// Answer a query token with a `Deprecation` header.
+    pub deprecate_query_token: bool,
+}
+
+/// What tells the backend who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Credential {
+    /// The validated token, in the token header.
+    Token,
+    /// X-Tollgate-User, X-Tollgate-Token-Id and X-Tollgate-Scopes.
+    Identity,
+    Both,
+    None,
+}
+
+/// Peers whose X-Forwarded-* are believed. Nobody by default.
+#[derive(Clone, Debug, Default)]
+pub struct TrustedProxies {
+    pub networks: Vec<IpNet>,
+    /// Peers that come through a Unix socket of ours.
+    pub unix_peers: bool,
+}
+
+impl TrustedProxies {
+    fn trusts(&self, peer: Option<IpAddr>) -> bool {
+        match peer {
+            Some(ip) => self.networks.iter().any(|network| network.contains(&ip.to_canonical())),
+            None => self.unix_peers,
+        }
+    }
+}
+
+/// Carries out a permit: what becomes of one request on its way upstream.
+#[derive(Debug)]
+pub struct Plan<'r> {
+    pub route: &'r Route,
+    pub permit: Permit,
+    pub presented: Option<Presented<'r>>,
+    pub edits: Edits,
+    pub clamped: Clamped,
+    pub body: Option<BodyScanner>,
+}
+
+pub fn plan<'r>(permit: Permit, examined: Examined<'r>) -> Plan<'r> {
+    let Examined { route, presented, edits, clamped, asks_sudo: _, body } = examined;
+    Plan { route, permit, presented, edits, clamped, body }
+}
+
+/// Where a request came from, as seen by the socket and told by trusted proxies.
+#[derive(Clone, Debug)]
+pub struct Origin<'a> {
+    /// The socket's other end; `None` for a Unix socket.
+    pub peer: Option<IpAddr>,
+    trusted: bool,
+    told: SmallVec<[&'a [u8]; 4]>,
+    /// Whom to call the client in logs and limits.
+    pub client: Option<IpAddr>,
+}
+
+impl<'a> Origin<'a> {
+    pub fn of(view: &RequestView<'a>, peer: Option<IpAddr>, proxies: &TrustedProxies) -> Self {
+        let mut origin = Self { peer, trusted: proxies.trusts(peer), told: SmallVec::new(), client: peer };
+        if !origin.trusted {
+            return origin;
+        }
+        for field in view.fields_of(FieldKind::ForwardedFor) {
+            origin.told.extend(field.value.split(|b| *b == b',').map(<[u8]>::trim_ascii));
+        }
+        let parse = |text: &[u8]| std::str::from_utf8(text).ok()?.parse::<IpAddr>().ok();
+        if !origin.told.iter().all(|text| parse(text).is_some()) {
+            origin.told.clear();
+        }
+        // The nearest hop that is no proxy of ours.
+        let mut hops = origin.told.iter().rev().filter_map(|text| parse(text));
+        origin.client = hops.clone().find(|ip| !proxies.trusts(Some(*ip))).or(hops.next_back()).or(peer);
+        origin
+    }
+
+    /// The value that a trusted proxy told, when it told one of legal form.
+    fn told_by_proxy<'v>(&self, view: &RequestView<'v>, kind: FieldKind, legal: fn(&[u8]) -> bool) -> Option<&'v [u8]> {
+        let mut values = view.fields_of(kind).map(|field| field.value);
+        values.next().filter(|value| self.trusted && values.next().is_none() && legal(value))
+    }
+}
+
+/// X-Request-Id as Rails takes it: letters, digits, `_` and `-`; longer ones are replaced.
+pub fn request_id<'a>(view: &RequestView<'a>) -> Option<&'a str> {
+    let mut ids = view.fields_of(FieldKind::RequestId);
+    let id = ids.next().filter(|_| ids.next().is_none())?.value;
+    let legal = (1..=128).contains(&id.len()) && id.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'));
+    std::str::from_utf8(id).ok().filter(|_| legal)
+}
+
+impl Plan<'_> {
+    /// Whether the token came in the query string, where it leaks.
+    pub fn from_query(&self) -> bool {
+        matches!(&self.presented, Some(found) if matches!(found.source, Source::Query))
+    }
+
+    /// Writes the request's head as the upstream gets it. Returns how many fields were dropped for an ambiguous name.
+    pub fn write_head(
+        &self,
+        view: &RequestView<'_>,
+        rules: &ForwardRules,
+        origin: &Origin<'_>,
+        request_id: &str,
+        out: &mut Vec<u8>,
+    ) -> usize {
+        out.extend_from_slice(view.method_bytes);
+        out.push(b' ');
+        if self.edits.is_empty() {
+            out.extend_from_slice(view.target);
+        } else {
+            self.edits.write_target(view.path(), view.query(), out);
+        }
+        let version: &[u8] = if view.version == Version::Http10 { b" HTTP/1.0\r\n" } else { b" HTTP/1.1\r\n" };
+        out.extend_from_slice(version);
+        put(out, "Host", view.host);
+
+        let nominated = nominated(view);
+        let mut dropped = 0;
+        for field in &view.fields {
+            match self.passes(field, rules) {
+                Passes::Yes if !nominated.iter().any(|name| name.eq_ignore_ascii_case(field.name)) => {
+                    out.extend_from_slice(field.name);
+                    out.extend_from_slice(b": ");
+                    out.extend_from_slice(field.value);
+                    out.extend_from_slice(b"\r\n");
+                }
+                Passes::Ambiguous => dropped += 1,
+                Passes::Yes | Passes::No => {}
+            }
+        }
+        self.write_identity(rules, out);
+        write_origin(view, origin, out);
+        put(out, "X-Request-Id", request_id.as_bytes());
+        match view.body {
+            // A method that usually has a body says that it has none; other requests say nothing, as they came.
+            Framing::Empty if matches!(view.method, Method::Post | Method::Put | Method::Patch) => put(out, "Content-Length", b"0"),
+            Framing::Empty => {}
+            Framing::Length(length) => put(out, "Content-Length", length.to_string().as_bytes()),
+            Framing::Chunked => put(out, "Transfer-Encoding", b"chunked"),
+        }
+        if view.expects_continue {
+            put(out, "Expect", b"100-continue");
+        }
+        if view.websocket {
+            out.extend_from_slice(b"Connection: Upgrade\r\nUpgrade: websocket\r\n");
+        }
+        out.extend_from_slice(b"\r\n");
+        dropped
+    }
+
+    /// Whether a client's field goes on. Everything that says who asks, where from or how long is ours to write.
+    fn passes(&self, field: &Field<'_>, rules: &ForwardRules) -> Passes {
+        let passes_tokens = matches!(self.route.auth, Auth::None { pass_token: true });
+        let web_page = self.route.pattern.is_everything();
+        let open = passes_tokens || web_page;
+        let passes = match field.kind {
+            FieldKind::Alias => return Passes::Ambiguous,
+            _ if is_token_header(field.name, &rules.token) => passes_tokens,
+            FieldKind::EndToEnd | FieldKind::ContentType | FieldKind::Origin | FieldKind::PreflightMethod => true,
+            FieldKind::Authorization => {
+                let is_token = rules.token.bearer && bearer(field.value).is_some();
+                if is_token { passes_tokens } else { open || rules.switches.authorization }
+            }
+            FieldKind::Cookie => open || rules.switches.cookies,
+            FieldKind::OtherToken => passes_tokens || rules.switches.job_token,
+            FieldKind::Sudo => passes_tokens || (rules.switches.sudo && self.permit.principal().is_some()),
+            // Refused elsewhere; a web page's form may use it.
+            FieldKind::MethodOverride => web_page,
+            FieldKind::Host
+            | FieldKind::ContentLength
+            | FieldKind::TransferEncoding
+            | FieldKind::Connection
+            | FieldKind::HopByHop
+            | FieldKind::Upgrade
+            | FieldKind::Expect
+            | FieldKind::ForwardedFor
+            | FieldKind::ForwardedProto
+            | FieldKind::ForwardedHost
+            | FieldKind::ForwardedPort
+            | FieldKind::Forwarded
+            | FieldKind::RequestId
+            | FieldKind::Identity
+            | FieldKind::Internal => false,
+        };
+        if passes { Passes::Yes } else { Passes::No }
+    }
+
+    fn write_identity(&self, rules: &ForwardRules, out: &mut Vec<u8>) {
+        if let Some(presented) = &self.presented
+            && matches!(rules.credential, Credential::Token | Credential::Both)
+        {
+            put(out, &rules.token.header, &presented.value);
+        }
+        if let Some(principal) = self.permit.principal()
+            && matches!(rules.credential, Credential::Identity | Credential::Both)
+        {
+            put_text(out, "X-Tollgate-User", principal.user());
+            put(out, "X-Tollgate-Token-Id", principal.token().as_str().as_bytes());
+            if !principal.scopes().is_empty() {
+                put_text(out, "X-Tollgate-Scopes", &principal.scopes().join(" "));
+            }
+        }
+    }
+
+    pub fn principal(&self) -> Option<&Arc<Principal>> {
+        self.permit.principal()
+    }
+}
+
+enum Passes {
+    Yes,
+    No,
+    /// Dropped because another server might read the name as a different one.
+    Ambiguous,
+}
+
+/// The fields that Connection names, which end here. What tollgate writes itself is written anyway.
+fn nominated<'a>(view: &RequestView<'a>) -> SmallVec<[&'a [u8]; 4]> {
+    let is_field = |option: &&[u8]| !option.is_empty() && !option.eq_ignore_ascii_case(b"close") && !option.eq_ignore_ascii_case(b"keep-alive");
+    view.fields_of(FieldKind::Connection)
+        .flat_map(|field| field.value.split(|b| *b == b','))
+        .map(<[u8]>::trim_ascii)
+        .filter(is_field)
+        .collect()
+}
+
+fn write_origin(view: &RequestView<'_>, origin: &Origin<'_>, out: &mut Vec<u8>) {
+    let peer = origin.peer.map(|ip| ip.to_canonical());
+    if peer.is_some() || !origin.told.is_empty() {
+        out.extend_from_slice(b"X-Forwarded-For: ");
+        for (index, hop) in origin.told.iter().enumerate() {
+            out.extend_from_slice(if index == 0 { b"" } else { b", " });
+            out.extend_from_slice(hop);
+        }
+        if let Some(ip) = peer {
+            out.extend_from_slice(if origin.told.is_empty() { b"" } else { b", " });
+            write_ip(ip, out);
+        }
+        out.extend_from_slice(b"\r\n");
+    }
+    let is_proto = |value: &[u8]| matches!(value, b"http" | b"https");
+    let is_port = |value: &[u8]| (1..=5).contains(&value.len()) && value.iter().all(u8::is_ascii_digit);
+    let is_host = |value: &[u8]| !value.is_empty() && value.iter().all(|b| b.is_ascii_alphanumeric() || b"-._:[]".contains(b));
+    let proto: &[u8] = origin.told_by_proxy(view, FieldKind::ForwardedProto, is_proto).unwrap_or(b"http");
+    let host = origin.told_by_proxy(view, FieldKind::ForwardedHost, is_host).unwrap_or(view.host);
+    let default_port: &[u8] = if proto == b"https" { b"443" } else { b"80" };
+    let port = origin.told_by_proxy(view, FieldKind::ForwardedPort, is_port).or(port_of(host)).unwrap_or(default_port);
+    put(out, "X-Forwarded-Proto", proto);
+    put(out, "X-Forwarded-Host", host);
+    put(out, "X-Forwarded-Port", port);
+}
+
+/// The port that a client put behind the host, which is the port that it uses, whatever is mapped in between.
+fn port_of(host: &[u8]) -> Option<&[u8]> {
+    let at = memchr::memrchr(b':', host)?;
+    let port = &host[at + 1..];
+    (!port.is_empty() && port.iter().all(u8::is_ascii_digit)).then_some(port)
+}
+
+fn write_ip(ip: IpAddr, out: &mut Vec<u8>) {
+    use std::io::Write as _;
+    // Writing to a Vec can't fail.
+    drop(write!(out, "{ip}"));
+}
+
+fn put(out: &mut Vec<u8>, name: &str, value: &[u8]) {
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(b": ");
+    out.extend_from_slice(value);
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Text from a store, which may hold anything: what is not visible ASCII is percent-encoded.
+fn put_text(out: &mut Vec<u8>, name: &str, text: &str) {
+    let mut value = Vec::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'%' | 0..=0x1f | 0x7f.. => value.extend_from_slice(format!("%{byte:02X}").as_bytes()),
+            _ => value.push(byte),
+        }
+    }
+    put(out, name, value.trim_ascii());
+}

@@ -1,0 +1,139 @@
+//! A token as the stages behind the request see it: its digest, and the secret only where a store must send it on.
+//! Nothing here prints a token.
+
+use sha2::{Digest as _, Sha256};
+
+/// SHA-256 of a token: what tokens rest as, and what caches are keyed by.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Digest([u8; 32]);
+
+impl Digest {
+    pub fn of(token: &[u8]) -> Self {
+        Self(Sha256::digest(token).into())
+    }
+
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// Reads 64 hex digits.
+    pub fn from_hex(hex: &str) -> Option<Self> {
+        let mut bytes = [0; 32];
+        if hex.len() != 64 || !hex.is_ascii() {
+            return None;
+        }
+        for (byte, digits) in bytes.iter_mut().zip(hex.as_bytes().chunks(2)) {
+            *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+        }
+        Some(Self(bytes))
+    }
+
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    pub fn to_hex(self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// The name a token goes by in logs and on the command line: the first 12 hex digits.
+    pub fn id(&self) -> TokenId {
+        let mut id = [0; 12];
+        for (pair, byte) in id.chunks_mut(2).zip(self.0) {
+            pair[0] = HEX[usize::from(byte >> 4)];
+            pair[1] = HEX[usize::from(byte & 15)];
+        }
+        TokenId(id)
+    }
+
+    /// Spreads digests over a power-of-two number of buckets.
+    pub(crate) const fn bucket(&self, buckets: usize) -> usize {
+        self.0[31] as usize & (buckets - 1)
+    }
+}
+
+const HEX: &[u8; 16] = b"0123456789abcdef";
+
+impl std::hash::Hash for Digest {
+    /// Eight bytes of a digest are as good as all of it; the map's own keyed hasher keeps collisions from being chosen.
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        state.write_u64(u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
+    }
+}
+
+impl std::fmt::Debug for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "sha256:{}", self.id())
+    }
+}
+
+/// The first 12 hex digits of a token's digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenId([u8; 12]);
+
+impl TokenId {
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+impl std::fmt::Display for TokenId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A token on its way to a store. Lives as long as one look-up.
+pub struct Credential {
+    secret: Box<[u8]>,
+    digest: Digest,
+}
+
+impl Credential {
+    pub fn new(secret: &[u8], digest: Digest) -> Self {
+        Self { secret: secret.into(), digest }
+    }
+
+    pub const fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// The token itself. Only for stores that must send it on, such as introspection.
+    pub const fn expose_secret(&self) -> &[u8] {
+        &self.secret
+    }
+}
+
+impl std::fmt::Debug for Credential {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Credential({:?})", self.digest)
+    }
+}
+
+impl Drop for Credential {
+    /// Wipes the secret; `black_box` keeps the writes from being optimised away.
+    fn drop(&mut self) {
+        self.secret.fill(0);
+        std::hint::black_box(&self.secret);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digests_and_their_names() {
+        let digest = Digest::of(b"good-token-0001");
+        assert_eq!(Digest::from_hex(&digest.to_hex()), Some(digest));
+        assert!(digest.to_hex().starts_with(digest.id().as_str()));
+        assert_eq!((Digest::from_hex("00"), Digest::from_hex(&"z".repeat(64))), (None, None));
+    }
+
+    #[test]
+    fn nothing_prints_a_token() {
+        let credential = Credential::new(b"very-secret-token", Digest::of(b"very-secret-token"));
+        assert!(!format!("{credential:?} {credential:#?}").contains("very-secret"));
+    }
+}

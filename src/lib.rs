@@ -1,0 +1,42 @@
+//! tollgate, an authenticating gateway for token-authenticated REST APIs in GitLab's style.
+//!
+//! A request walks through the modules in the order in which they are declared here, and a module uses only what is
+//! declared above it. `tests/architecture.rs` holds this.
+//!
+//! ```text
+//! socket -> edge/connection -> pipeline::admit - request -> identity -> policy -> forward -> edge/proxy -> upstream
+//!                                   `----------- any Fault -> reply::Refusal -> edge/connection -> socket
+//! ```
+
+pub mod telemetry;
+
+pub mod request;
+
+pub mod identity;
+
+pub mod policy;
+
+pub mod forward;
+
+pub mod reply;
+
+pub mod pipeline;
+
+// pub mod admin;
+
+// pub mod edge;
+
+// pub mod config;
+
+// pub mod assembly;
+
+// pub mod cli;
+
+/// A moment, read once for each request. Stages take it as an argument, so that tests own the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Now {
+    /// Milliseconds of a clock that only goes forward, from an arbitrary start: for lifetimes.
+    pub mono_ms: u64,
+    /// Unix milliseconds: for dates in records and logs.
+    pub unix_ms: u64,
+}

@@ -1,0 +1,134 @@
+//! THE PATH. Every request goes through [`Pipeline::admit`], whichever lane it came on: what is asked, who asks, may
+//! they, where to. Returns a decision and writes to nothing but counters. With a token that is in the cache it is
+//! synchronous from end to end.
+
+use crate::Now;
+use crate::forward::{self, ForwardRules, Plan};
+use crate::identity::{Answer, Authenticator, CannotTell, Checked, Principal, Waiting};
+use crate::identity::credential::{Digest, TokenId};
+use crate::policy;
+use crate::reply::{Cause, Refusal};
+use crate::request::route::Route;
+use crate::request::token::Source;
+use crate::request::view::RequestView;
+use crate::request::{self, Examined};
+use crate::telemetry::metrics::{AuthResult, Clamp, Metrics, TokenSource};
+use std::sync::Arc;
+
+/// Everything that decides on requests, built from one configuration and never changed.
+pub struct Pipeline {
+    pub rules: request::Rules,
+    pub forward: ForwardRules,
+    pub authenticator: Arc<Authenticator>,
+    pub metrics: Arc<Metrics>,
+}
+
+pub enum Verdict<'r> {
+    Forward(Plan<'r>),
+    Refuse(Refused<'r>),
+}
+
+/// A no, with what the log wants to know.
+#[derive(Debug)]
+pub struct Refused<'r> {
+    pub refusal: Refusal,
+    pub route: Option<&'r Route>,
+    pub token: Option<TokenId>,
+    pub source: TokenSource,
+}
+
+/// A verdict, or the need to ask the store for one.
+pub enum Admission<'r> {
+    Decided(Verdict<'r>),
+    Waiting(Pending<'r>),
+}
+
+/// A request that waits for the token store.
+pub struct Pending<'r> {
+    pipeline: &'r Pipeline,
+    examined: Examined<'r>,
+    waiting: Waiting,
+}
+
+impl Pipeline {
+    /// Judges a request.
+    pub fn admit<'r>(&'r self, view: &RequestView<'r>, now: Now) -> Admission<'r> {
+        let examined = match request::examine(view, &self.rules) {
+            Ok(examined) => examined,
+            Err(refused) => {
+                let refusal = Cause::Request(refused.fault).into();
+                return Admission::Decided(self.refuse(refusal, refused.route, None, TokenSource::None));
+            }
+        };
+        let Some(presented) = &examined.presented else {
+            return Admission::Decided(self.settle(examined, None));
+        };
+        match self.authenticator.check(&presented.value, now) {
+            Checked::Known(answer) => Admission::Decided(self.answered(examined, Ok(answer))),
+            Checked::Waiting(waiting) => Admission::Waiting(Pending { pipeline: self, examined, waiting }),
+        }
+    }
+
+    fn answered<'r>(&'r self, examined: Examined<'r>, answer: Result<Answer, CannotTell>) -> Verdict<'r> {
+        let cause = match answer {
+            Ok(Answer::Valid(principal)) => return self.settle(examined, Some(principal)),
+            Ok(Answer::Invalid(why)) => Cause::Identity(why),
+            Err(CannotTell) => Cause::CannotTell,
+        };
+        self.refuse(cause.into(), Some(examined.route), token_id(&examined), source(&examined))
+    }
+
+    /// Asks the policy and plans what goes upstream.
+    fn settle<'r>(&'r self, examined: Examined<'r>, principal: Option<Arc<Principal>>) -> Verdict<'r> {
+        let result = if principal.is_some() { AuthResult::Valid } else { AuthResult::Anonymous };
+        match policy::decide(&examined, principal, self.rules.switches) {
+            Ok(permit) => {
+                self.metrics.auth(result, "ok", source(&examined));
+                if examined.clamped.page {
+                    self.metrics.clamped(Clamp::Page);
+                }
+                if examined.clamped.per_page {
+                    self.metrics.clamped(Clamp::PerPage);
+                }
+                Verdict::Forward(forward::plan(permit, examined))
+            }
+            Err(fault) => {
+                self.refuse(Cause::Policy(fault).into(), Some(examined.route), token_id(&examined), source(&examined))
+            }
+        }
+    }
+
+    fn refuse<'r>(&self, refusal: Refusal, route: Option<&'r Route>, token: Option<TokenId>, source: TokenSource) -> Verdict<'r> {
+        if let Some(result) = refusal.auth_result() {
+            self.metrics.auth(result, refusal.reason(), source);
+        }
+        Verdict::Refuse(Refused { refusal, route, token, source })
+    }
+}
+
+impl<'r> Pending<'r> {
+    /// Waits for the store and goes on from there.
+    pub async fn verdict(self) -> Verdict<'r> {
+        let answer = self.waiting.answer().await;
+        self.pipeline.answered(self.examined, answer)
+    }
+}
+
+fn token_id(examined: &Examined<'_>) -> Option<TokenId> {
+    examined.presented.as_ref().map(|presented| Digest::of(&presented.value).id())
+}
+
+/// The source as metrics and logs name it.
+pub fn source(examined: &Examined<'_>) -> TokenSource {
+    source_label(examined.presented.as_ref().map(|presented| presented.source))
+}
+
+pub fn source_label(source: Option<Source>) -> TokenSource {
+    match source {
+        None => TokenSource::None,
+        Some(Source::Header) => TokenSource::Header,
+        Some(Source::Query) => TokenSource::Query,
+        Some(Source::Bearer) => TokenSource::Bearer,
+        Some(Source::Several) => TokenSource::Several,
+    }
+}

@@ -1,0 +1,6 @@
+//! 5 WHAT WE SAY BACK. Every no in one place, and what must not leave in a backend's answer. Pure: bytes out, no socket.
+
+pub mod headers;
+mod refusal;
+
+pub use refusal::{Cause, Envelope, Refusal, UpstreamFault};

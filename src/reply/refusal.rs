@@ -1,0 +1,252 @@
+//! Every refusal: its status, what the client reads, and the reason that only the log and the metric get.
+//! One match without a wildcard, so that a new fault anywhere does not compile until it has an answer here.
+
+use crate::identity::Invalid;
+use crate::policy;
+use crate::request::body::BodyFault;
+use crate::request::head::HeadFault;
+use crate::request::query::Key;
+use crate::request::route::Methods;
+use crate::request::target::TargetFault;
+use crate::request::token::TokenFault;
+use crate::request::{self};
+use crate::telemetry::metrics::AuthResult;
+
+/// Why a request is not answered by the backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    Request(request::Fault),
+    Identity(Invalid),
+    /// The token store can't tell.
+    CannotTell,
+    Policy(policy::Fault),
+    Upstream(UpstreamFault),
+    /// Shutting down.
+    Draining,
+    /// A bug of ours.
+    Bug,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UpstreamFault {
+    /// No connection, or one that broke before an answer.
+    Broken,
+    /// An answer that can't be framed or parsed in one way.
+    Malformed,
+    TimedOut,
+    /// None that could be tried.
+    Absent,
+}
+
+/// The client's no.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    cause: Cause,
+}
+
+impl From<Cause> for Refusal {
+    fn from(cause: Cause) -> Self {
+        Self { cause }
+    }
+}
+
+/// What differs between the answers of one connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Envelope<'a> {
+    /// HEAD: the head of the answer only.
+    pub head_only: bool,
+    /// The connection ends behind the answer.
+    pub close: bool,
+    /// `Date`, as RFC 9110 has it.
+    pub date: &'a str,
+    pub request_id: &'a str,
+}
+
+impl Refusal {
+    pub const fn cause(&self) -> Cause {
+        self.cause
+    }
+
+    pub const fn status(&self) -> u16 {
+        self.terms().0
+    }
+
+    /// Log field and metric label.
+    pub const fn reason(&self) -> &'static str {
+        self.terms().1
+    }
+
+    /// A framing doubt or an unread rest that can't be told from a next request: nothing may follow on the connection.
+    pub const fn must_close(&self) -> bool {
+        match self.cause {
+            Cause::Request(fault) => matches!(
+                fault,
+                request::Fault::Head(_) | request::Fault::HeaderTooLarge | request::Fault::HeaderTimeout | request::Fault::Body(_)
+            ),
+            Cause::Draining | Cause::Bug => true,
+            Cause::Identity(_) | Cause::CannotTell | Cause::Policy(_) | Cause::Upstream(_) => false,
+        }
+    }
+
+    /// How the verdict counts, when it is one about a credential.
+    pub const fn auth_result(&self) -> Option<AuthResult> {
+        match (self.cause, self.status()) {
+            (Cause::CannotTell, _) => Some(AuthResult::Unavailable),
+            (Cause::Request(_) | Cause::Identity(_) | Cause::Policy(_), 401 | 403) => Some(AuthResult::Refused),
+            _ => None,
+        }
+    }
+
+    const fn terms(&self) -> (u16, &'static str) {
+        use request::Fault as R;
+        match self.cause {
+            Cause::Request(R::Head(fault)) => (
+                400,
+                match fault {
+                    HeadFault::RequestLine => "request_line",
+                    HeadFault::FieldLine => "field_line",
+                    HeadFault::Host => "host",
+                    HeadFault::Framing => "framing",
+                    HeadFault::Connection => "connection_header",
+                    HeadFault::Expect => "expect",
+                    HeadFault::ContentType => "content_type",
+                    HeadFault::TooManyFields => "too_many_fields",
+                },
+            ),
+            Cause::Request(R::Target(fault)) => (
+                400,
+                match fault {
+                    TargetFault::IllegalByte => "target_byte",
+                    TargetFault::BadEscape => "target_escape",
+                    TargetFault::DotSegment => "dot_segment",
+                    TargetFault::Backslash => "backslash",
+                    TargetFault::ControlByte => "control_byte",
+                    TargetFault::Fragment => "fragment",
+                },
+            ),
+            Cause::Request(R::MethodOverride) => (400, "method_override"),
+            Cause::Request(R::PastDepth) => (400, "page_depth"),
+            Cause::Request(R::TokenMissing) => (401, "missing"),
+            Cause::Request(R::Token(fault)) => (
+                401,
+                match fault {
+                    TokenFault::Empty => "empty",
+                    TokenFault::TooLong => "too_long",
+                    TokenFault::BadByte => "bad_byte",
+                    TokenFault::Conflict => "conflict",
+                    TokenFault::Spelling => "spelling",
+                },
+            ),
+            Cause::Request(R::QueryToken) => (401, "query_token"),
+            Cause::Request(R::OtherCredential) => (401, "other_credential"),
+            Cause::Request(R::Body(fault)) => match fault {
+                BodyFault::Field(Key::Sudo) => (403, "body_sudo"),
+                BodyFault::Field(Key::Method) => (400, "body_method"),
+                BodyFault::Field(Key::Token | Key::AccessToken | Key::JobToken | Key::Page | Key::PerPage) => (401, "body"),
+                BodyFault::Ambiguous => (400, "body_ambiguous"),
+            },
+            Cause::Identity(Invalid::Unknown) => (401, "unknown"),
+            Cause::Identity(Invalid::Expired) => (401, "expired"),
+            Cause::Identity(Invalid::Revoked) => (401, "revoked"),
+            Cause::Policy(policy::Fault::NoIdentity) => (401, "no_identity"),
+            Cause::Policy(policy::Fault::Sudo) => (403, "sudo"),
+            Cause::Request(R::NoRoute) => (404, "no_route"),
+            Cause::Request(R::MethodNotAllowed) => (405, "method"),
+            Cause::Request(R::HeaderTimeout) => (408, "header_timeout"),
+            Cause::Request(R::BodyTooLarge) => (413, "body_size"),
+            Cause::Request(R::TargetTooLong) => (414, "target_size"),
+            Cause::Request(R::HeaderTooLarge) => (431, "header_size"),
+            Cause::Bug => (500, "bug"),
+            Cause::Upstream(UpstreamFault::Broken) => (502, "upstream_broken"),
+            Cause::Upstream(UpstreamFault::Malformed) => (502, "upstream_malformed"),
+            Cause::Upstream(UpstreamFault::Absent) => (503, "upstream_absent"),
+            Cause::CannotTell => (503, "store"),
+            Cause::Draining => (503, "draining"),
+            Cause::Upstream(UpstreamFault::TimedOut) => (504, "upstream_timeout"),
+        }
+    }
+
+    /// Writes the whole answer. Refusals of a credential are the same to the byte, whatever the reason.
+    pub fn write(&self, envelope: &Envelope<'_>, out: &mut Vec<u8>) {
+        let status = self.status();
+        let phrase = phrase(status);
+        let mut push = |parts: &[&str]| parts.iter().for_each(|part| out.extend_from_slice(part.as_bytes()));
+        let code = [b'0' + (status / 100) as u8, b'0' + (status / 10 % 10) as u8, b'0' + (status % 10) as u8];
+        let code = std::str::from_utf8(&code).unwrap_or("500");
+        let length = (r#"{"message":" "}"#.len() + code.len() + phrase.len()).to_string();
+        push(&["HTTP/1.1 ", code, " ", phrase, "\r\nDate: ", envelope.date]);
+        push(&["\r\nContent-Type: application/json\r\nContent-Length: ", &length, "\r\nCache-Control: no-store\r\n"]);
+        match status {
+            401 => push(&["WWW-Authenticate: Bearer realm=\"api\"\r\n"]),
+            405 => {
+                push(&["Allow: "]);
+                Methods::ALL.names().enumerate().for_each(|(i, name)| push(&[if i == 0 { "" } else { ", " }, name]));
+                push(&["\r\n"]);
+            }
+            503 => push(&["Retry-After: 1\r\n"]),
+            _ => {}
+        }
+        let connection = if envelope.close { "close" } else { "keep-alive" };
+        push(&["X-Request-Id: ", envelope.request_id, "\r\nConnection: ", connection, "\r\n\r\n"]);
+        if !envelope.head_only {
+            push(&["{\"message\":\"", code, " ", phrase, "\"}"]);
+        }
+    }
+}
+
+/// The reason phrase of each status that tollgate answers itself.
+const fn phrase(status: u16) -> &'static str {
+    match status {
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        408 => "Request Timeout",
+        413 => "Request Entity Too Large",
+        414 => "URI Too Long",
+        431 => "Request Header Fields Too Large",
+        502 => "Bad Gateway",
+        503 => "Service Unavailable",
+        504 => "Gateway Timeout",
+        _ => "Internal Server Error",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(cause: Cause, head_only: bool, close: bool) -> String {
+        let mut out = Vec::new();
+        Refusal::from(cause).write(&Envelope { head_only, close, date: "D", request_id: "id" }, &mut out);
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn refusals_of_a_credential_look_the_same() {
+        let unknown = written(Cause::Identity(Invalid::Unknown), false, false);
+        assert!(unknown.ends_with("\r\n\r\n{\"message\":\"401 Unauthorized\"}"), "{unknown}");
+        assert!(unknown.contains("Content-Length: 30\r\n") && unknown.contains("Cache-Control: no-store\r\n"));
+        assert!(unknown.contains("WWW-Authenticate: "));
+        for cause in [
+            Cause::Identity(Invalid::Expired), Cause::Identity(Invalid::Revoked), Cause::Request(request::Fault::TokenMissing),
+            Cause::Request(request::Fault::Token(TokenFault::Conflict)), Cause::Request(request::Fault::Token(TokenFault::Spelling)),
+            Cause::Request(request::Fault::Body(BodyFault::Field(Key::Token))), Cause::Policy(policy::Fault::NoIdentity),
+        ] {
+            assert_eq!(written(cause, false, false), unknown, "{cause:?}");
+        }
+    }
+
+    #[test]
+    fn heads_and_lengths() {
+        assert!(written(Cause::CannotTell, true, true).ends_with("Connection: close\r\n\r\n"));
+        for cause in [Cause::CannotTell, Cause::Bug, Cause::Request(request::Fault::NoRoute), Cause::Request(request::Fault::HeaderTooLarge)] {
+            let text = written(cause, false, false);
+            let (head, body) = text.split_once("\r\n\r\n").unwrap();
+            assert!(head.contains(&format!("Content-Length: {}\r\n", body.len())), "{text}");
+        }
+        assert!(written(Cause::Request(request::Fault::MethodNotAllowed), false, false).contains("Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"));
+        assert!(written(Cause::CannotTell, false, false).contains("Retry-After: 1\r\n"));
+    }
+}

@@ -1,0 +1,417 @@
+//! Reads the head of an HTTP/1 request from raw bytes, by a grammar so narrow that two parsers can't disagree on it.
+//! Pure: bytes in, a [`RequestView`] or the reason for a 400 out. It must never repair anything: what is not plainly
+//! right is refused, because the next parser might repair it differently.
+
+use super::view::{Field, FieldKind, Fields, Framing, Method, RequestView, Version};
+
+/// More fields than this in one request are refused with 431, as nginx and HAProxy do by default (they allow 100-101).
+pub const MAX_FIELDS: usize = 128;
+
+/// Options in Connection beyond this many are refused: nobody needs them, and each costs a comparison per field.
+const MAX_CONNECTION_OPTIONS: usize = 16;
+
+/// Empty lines before a request line that are skipped; RFC 9112 2.2 asks for at least one.
+const MAX_LEADING_EMPTY_LINES: usize = 2;
+
+/// Why a head can't be read in exactly one way. The names are log reasons.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeadFault {
+    #[error("request line is not METHOD SP TARGET SP HTTP/1.x")]
+    RequestLine,
+    #[error("a header line is not NAME: VALUE ended by CRLF")]
+    FieldLine,
+    #[error("Host is missing, repeated or malformed")]
+    Host,
+    #[error("Content-Length or Transfer-Encoding is in doubt")]
+    Framing,
+    #[error("Connection is malformed or has too many options")]
+    Connection,
+    #[error("Expect asks for something else than 100-continue")]
+    Expect,
+    #[error("more than one Content-Type")]
+    ContentType,
+    #[error("too many header fields")]
+    TooManyFields,
+}
+
+/// Where the head ends (behind its empty line), when all of it is there. `scanned` bytes are known not to hold the end.
+pub fn end_of_head(bytes: &[u8], scanned: usize) -> Option<usize> {
+    // Empty lines ahead of the request line are no end; `leading` is cheap, as there are few or the head is refused.
+    let start = leading_empty_lines(bytes).max(scanned.saturating_sub(3));
+    memchr::memmem::find(bytes.get(start..)?, b"\r\n\r\n").map(|at| start + at + 4)
+}
+
+/// Whether what has come so far can't become a request any more, so that nobody waits for the rest of it: it does not
+/// begin with a method, or a line ends without CR.
+pub fn is_hopeless(bytes: &[u8]) -> bool {
+    let rest = &bytes[leading_empty_lines(bytes)..];
+    match rest {
+        [] | [b'\r'] => false,
+        [first, ..] => {
+            !is_token_byte(*first)
+                || memchr::memchr(b'\n', rest).is_some_and(|at| at == 0 || rest[at - 1] != b'\r')
+        }
+    }
+}
+
+fn leading_empty_lines(bytes: &[u8]) -> usize {
+    let mut at = 0;
+    while at < 2 * MAX_LEADING_EMPTY_LINES && bytes.get(at..at + 2) == Some(b"\r\n") {
+        at += 2;
+    }
+    at
+}
+
+/// Reads a whole head, its final empty line included.
+pub fn parse(head: &[u8]) -> Result<RequestView<'_>, HeadFault> {
+    let mut rest = &head[leading_empty_lines(head)..];
+    let (method_bytes, target, version) = request_line(next_line(&mut rest).ok_or(HeadFault::RequestLine)?)?;
+
+    let mut fields = Fields::new();
+    loop {
+        let line = next_line(&mut rest).ok_or(HeadFault::FieldLine)?;
+        if line.is_empty() {
+            break;
+        }
+        if fields.len() == MAX_FIELDS {
+            return Err(HeadFault::TooManyFields);
+        }
+        fields.push(field(line)?);
+    }
+
+    let facts = Facts::gather(&fields, version)?;
+    let method = Method::of(method_bytes);
+    let (target, host) = reduce_target(method, target, facts.host)?;
+    let websocket = facts.upgrade_option
+        && facts.websocket
+        && method == Method::Get
+        && version == Version::Http11
+        && facts.body == Framing::Empty;
+    Ok(RequestView {
+        method,
+        method_bytes,
+        target,
+        version,
+        host,
+        body: facts.body,
+        keep_alive: match version {
+            Version::Http11 => !facts.close_option,
+            Version::Http10 => facts.keep_alive_option && !facts.close_option,
+        },
+        expects_continue: facts.expects_continue && version == Version::Http11 && facts.body != Framing::Empty,
+        websocket,
+        fields,
+    })
+}
+
+/// Takes one line, which must end in CRLF and hold no other CR or LF.
+fn next_line<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let end = memchr::memchr(b'\n', rest)?;
+    let line = rest[..end].strip_suffix(b"\r")?;
+    *rest = &rest[end + 1..];
+    Some(line)
+}
+
+fn request_line(line: &[u8]) -> Result<(&[u8], &[u8], Version), HeadFault> {
+    let first = memchr::memchr(b' ', line).ok_or(HeadFault::RequestLine)?;
+    let last = memchr::memrchr(b' ', line).ok_or(HeadFault::RequestLine)?;
+    if first == last {
+        return Err(HeadFault::RequestLine);
+    }
+    let (method, target) = (&line[..first], &line[first + 1..last]);
+    let version = match &line[last + 1..] {
+        b"HTTP/1.1" => Version::Http11,
+        b"HTTP/1.0" => Version::Http10,
+        _ => return Err(HeadFault::RequestLine),
+    };
+    // Which bytes a target may have is the target's own rule; here it must only be one word.
+    let one_word = !target.is_empty() && !target.contains(&b' ') && !target.contains(&b'\r');
+    if method.is_empty() || !method.iter().all(|b| is_token_byte(*b)) || !one_word {
+        return Err(HeadFault::RequestLine);
+    }
+    Ok((method, target, version))
+}
+
+fn field(line: &[u8]) -> Result<Field<'_>, HeadFault> {
+    // A line that begins with a blank (obs-fold) has no token byte first, and so is refused here as well.
+    let colon = memchr::memchr(b':', line).ok_or(HeadFault::FieldLine)?;
+    let (name, value) = (&line[..colon], &line[colon + 1..]);
+    if name.is_empty() || !name.iter().all(|b| is_token_byte(*b)) || !value.iter().all(|b| is_value_byte(*b)) {
+        return Err(HeadFault::FieldLine);
+    }
+    Ok(Field { name, value: trim_blanks(value), kind: FieldKind::of(name) })
+}
+
+/// What the fields say together about the message and the connection.
+struct Facts<'a> {
+    host: &'a [u8],
+    body: Framing,
+    close_option: bool,
+    keep_alive_option: bool,
+    upgrade_option: bool,
+    websocket: bool,
+    expects_continue: bool,
+}
+
+impl<'a> Facts<'a> {
+    fn gather(fields: &Fields<'a>, version: Version) -> Result<Self, HeadFault> {
+        let (mut host, mut length, mut chunked) = (None, None, false);
+        let (mut content_type, mut options, mut expect) = (false, 0, None);
+        let mut facts = Facts {
+            host: b"",
+            body: Framing::Empty,
+            close_option: false,
+            keep_alive_option: false,
+            upgrade_option: false,
+            websocket: false,
+            expects_continue: false,
+        };
+        for field in fields {
+            match field.kind {
+                FieldKind::Host => {
+                    if host.replace(field.value).is_some() || !is_host(field.value) {
+                        return Err(HeadFault::Host);
+                    }
+                }
+                FieldKind::ContentLength => {
+                    if length.replace(content_length(field.value)?).is_some() {
+                        return Err(HeadFault::Framing);
+                    }
+                }
+                FieldKind::TransferEncoding => {
+                    if chunked || !field.value.eq_ignore_ascii_case(b"chunked") {
+                        return Err(HeadFault::Framing);
+                    }
+                    chunked = true;
+                }
+                // Another spelling of a framing header: some server would take it for one.
+                FieldKind::Alias if is_framing_alias(field.name) => return Err(HeadFault::Framing),
+                FieldKind::Connection => {
+                    for option in field.value.split(|b| *b == b',').map(trim_blanks) {
+                        options += 1;
+                        if options > MAX_CONNECTION_OPTIONS || !option.iter().all(|b| is_token_byte(*b)) {
+                            return Err(HeadFault::Connection);
+                        }
+                        facts.close_option |= option.eq_ignore_ascii_case(b"close");
+                        facts.keep_alive_option |= option.eq_ignore_ascii_case(b"keep-alive");
+                        facts.upgrade_option |= option.eq_ignore_ascii_case(b"upgrade");
+                    }
+                }
+                FieldKind::Upgrade => facts.websocket |= field.value.eq_ignore_ascii_case(b"websocket"),
+                FieldKind::Expect => {
+                    if expect.replace(()).is_some() || !field.value.eq_ignore_ascii_case(b"100-continue") {
+                        return Err(HeadFault::Expect);
+                    }
+                    facts.expects_continue = true;
+                }
+                FieldKind::ContentType => {
+                    if content_type {
+                        return Err(HeadFault::ContentType);
+                    }
+                    content_type = true;
+                }
+                _ => {}
+            }
+        }
+        facts.host = host.ok_or(HeadFault::Host)?;
+        facts.body = match (length, chunked) {
+            (None, false) | (Some(0), false) => Framing::Empty,
+            (Some(n), false) => Framing::Length(n),
+            (None, true) if version == Version::Http11 => Framing::Chunked,
+            _ => return Err(HeadFault::Framing),
+        };
+        Ok(facts)
+    }
+}
+
+/// Digits without sign, list or leading zero, and few enough that no 63-bit counter overflows.
+fn content_length(value: &[u8]) -> Result<u64, HeadFault> {
+    let plain = matches!(value, [b'0'] | [b'1'..=b'9', ..]) && value.len() <= 18 && value.iter().all(u8::is_ascii_digit);
+    if !plain {
+        return Err(HeadFault::Framing);
+    }
+    Ok(value.iter().fold(0, |n, digit| n * 10 + u64::from(digit - b'0')))
+}
+
+fn is_framing_alias(name: &[u8]) -> bool {
+    let reads_as = |known: &[u8]| {
+        name.len() == known.len()
+            && name.iter().zip(known).all(|(a, b)| a.eq_ignore_ascii_case(b) || (*b == b'-' && !a.is_ascii_alphanumeric()))
+    };
+    reads_as(b"content-length") || reads_as(b"transfer-encoding")
+}
+
+/// Turns absolute-form into origin-form, when its authority is the one that Host names.
+fn reduce_target<'a>(method: Method, target: &'a [u8], host: &'a [u8]) -> Result<(&'a [u8], &'a [u8]), HeadFault> {
+    if target[0] == b'/' || method == Method::Other || (method == Method::Options && target == b"*") {
+        return Ok((target, host));
+    }
+    let scheme_end = memchr::memmem::find(target, b"://").ok_or(HeadFault::RequestLine)?;
+    let scheme = &target[..scheme_end];
+    if !scheme.eq_ignore_ascii_case(b"http") && !scheme.eq_ignore_ascii_case(b"https") {
+        return Err(HeadFault::RequestLine);
+    }
+    let rest = &target[scheme_end + 3..];
+    // An absolute target without a path (`http://host?x`) would have to be repaired: refused.
+    let path = memchr::memchr(b'/', rest).ok_or(HeadFault::RequestLine)?;
+    if !rest[..path].eq_ignore_ascii_case(host) {
+        return Err(HeadFault::Host);
+    }
+    Ok((&rest[path..], host))
+}
+
+/// A host name or address with an optional port. Narrower than RFC 3986: no escapes, no sub-delimiters, no userinfo.
+fn is_host(value: &[u8]) -> bool {
+    let (name, port) = if let Some(inner) = value.strip_prefix(b"[") {
+        let Some(end) = memchr::memchr(b']', inner) else { return false };
+        let address = std::str::from_utf8(&inner[..end]).ok().and_then(|text| text.parse::<std::net::Ipv6Addr>().ok());
+        if address.is_none() {
+            return false;
+        }
+        (&value[..end + 2], &value[end + 2..])
+    } else {
+        value.split_at(memchr::memchr(b':', value).unwrap_or(value.len()))
+    };
+    let plain = name.starts_with(b"[") || name.iter().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(b));
+    let port_ok = match port {
+        [] => true,
+        [b':', digits @ ..] => {
+            std::str::from_utf8(digits).is_ok_and(|d| d.bytes().all(|b| b.is_ascii_digit()) && d.parse::<u16>().is_ok())
+        }
+        _ => false,
+    };
+    !name.is_empty() && plain && port_ok
+}
+
+/// Optional white space as RFC 9110 has it: space and tab, nothing else.
+pub(crate) fn trim_blanks(mut bytes: &[u8]) -> &[u8] {
+    while let [b' ' | b'\t', rest @ ..] = bytes {
+        bytes = rest;
+    }
+    while let [rest @ .., b' ' | b'\t'] = bytes {
+        bytes = rest;
+    }
+    bytes
+}
+
+pub(crate) const fn is_token_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric()
+        || matches!(
+            byte,
+            b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_' | b'`' | b'|' | b'~'
+        )
+}
+
+/// A field value's bytes: no control byte but tab. Bytes of 0x80 and above are legal, if opaque.
+const fn is_value_byte(byte: u8) -> bool {
+    byte == b'\t' || (byte >= 0x20 && byte != 0x7f)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(lines: &str) -> Vec<u8> {
+        lines.replace('\n', "\r\n").into_bytes()
+    }
+
+    fn fault(lines: &str) -> Option<HeadFault> {
+        parse(&head(lines)).err()
+    }
+
+    #[test]
+    fn a_plain_request() {
+        let bytes = head("GET /api/v3/projects?page=2 HTTP/1.1\nHost: h.test:80\nPRIVATE-TOKEN: \t a \t\n\n");
+        let view = parse(&bytes).unwrap();
+        assert_eq!((view.method, view.path(), view.query()), (Method::Get, &b"/api/v3/projects"[..], Some(&b"page=2"[..])));
+        assert_eq!((view.body, view.keep_alive, view.websocket), (Framing::Empty, true, false));
+        assert_eq!(view.fields[1].value, b"a");
+        assert!(!format!("{view:?}").contains(": a"));
+    }
+
+    #[test]
+    fn framing_in_doubt_is_refused() {
+        for lines in [
+            "Content-Length: 6\nContent-Length: 6", "Content-Length: 6, 6", "Content-Length: 06", "Content-Length: +6",
+            "Content-Length: -6", "Content-Length:", "Content-Length: 0x6", "Content-Length: 6 6",
+            "Content-Length: 18446744073709551622", "Content-Length: 6\nTransfer-Encoding: chunked",
+            "Content-Length: 0\nTransfer-Encoding: chunked", "Transfer-Encoding: xchunked", "Transfer-Encoding: identity",
+            "Transfer-Encoding: gzip, chunked", "Transfer-Encoding: chunked\nTransfer-Encoding: chunked",
+            "Transfer-Encoding:", "Transfer_Encoding: chunked", "Content_Length: 6", "Content.Length: 6",
+        ] {
+            assert_eq!(fault(&format!("POST / HTTP/1.1\nHost: h\n{lines}\n\n")), Some(HeadFault::Framing), "{lines}");
+        }
+        assert_eq!(fault("POST / HTTP/1.0\nHost: h\nTransfer-Encoding: chunked\n\n"), Some(HeadFault::Framing));
+        assert_eq!(parse(&head("POST / HTTP/1.1\nHost: h\ntransfer-encoding: Chunked\n\n")).unwrap().body, Framing::Chunked);
+        assert_eq!(parse(&head("POST / HTTP/1.1\nHost: h\nContent-Length: 6 \n\n")).unwrap().body, Framing::Length(6));
+    }
+
+    #[test]
+    fn one_wellformed_host() {
+        for host in ["", "a@b", "a/b", "a, b", "a b", "h:99999", "h:", "[::1", "[::1]x", "[zz]", "h:8x", "a%41", "a?b", "a#b"] {
+            assert_eq!(fault(&format!("GET / HTTP/1.1\nHost: {host}\n\n")), Some(HeadFault::Host), "{host}");
+        }
+        for host in ["h", "h.test:8080", "[::1]:80", "10.0.0.1", "a_b"] {
+            assert_eq!(fault(&format!("GET / HTTP/1.1\nHost: {host}\n\n")), None, "{host}");
+        }
+        assert_eq!(fault("GET / HTTP/1.1\n\n"), Some(HeadFault::Host));
+        assert_eq!(fault("GET / HTTP/1.0\n\n"), Some(HeadFault::Host));
+        assert_eq!(fault("GET / HTTP/1.1\nHost: h\nHost: h\n\n"), Some(HeadFault::Host));
+    }
+
+    #[test]
+    fn absolute_form_only_for_ourselves() {
+        let bytes = head("GET HTTP://H.test/api?x HTTP/1.1\nHost: h.test\n\n");
+        assert_eq!(parse(&bytes).unwrap().target, b"/api?x");
+        for (target, expected) in [
+            ("http://evil/", HeadFault::Host), ("http://u@h.test/", HeadFault::Host), ("ftp://h.test/", HeadFault::RequestLine),
+            ("@h.test/", HeadFault::RequestLine), ("api", HeadFault::RequestLine), ("http://h.test", HeadFault::RequestLine),
+        ] {
+            assert_eq!(fault(&format!("GET {target} HTTP/1.1\nHost: h.test\n\n")), Some(expected), "{target}");
+        }
+    }
+
+    #[test]
+    fn malformed_lines() {
+        for line in [
+            "GET  / HTTP/1.1", "GET / HTTP/1.1 ", "GET / HTTP/1.2", "GET / HTTP/2.0", "GET / http/1.1", "GET /", "GET / ",
+            " GET / HTTP/1.1", "GET /\tHTTP/1.1", "G\u{0}T / HTTP/1.1", "G ET / HTTP/1.1", "GET / HTTP/1.10",
+        ] {
+            assert_eq!(fault(&format!("{line}\nHost: h\n\n")), Some(HeadFault::RequestLine), "{line}");
+        }
+        for line in ["X : y", ": y", "X", " X: y", "X: a\u{0}b", "X: a\rb", "X(y): b", "X: \u{7f}"] {
+            assert_eq!(fault(&format!("GET / HTTP/1.1\nHost: h\n{line}\n\n")), Some(HeadFault::FieldLine), "{line:?}");
+        }
+        assert_eq!(parse(b"GET / HTTP/1.1\nHost: h\n\n").err(), Some(HeadFault::RequestLine));
+        assert_eq!(parse(b"GET / HTTP/1.1\r\nHost: h\nX: y\r\n\r\n").err(), Some(HeadFault::FieldLine));
+        let many = format!("GET / HTTP/1.1\nHost: h\n{}\n", "X: y\n".repeat(MAX_FIELDS));
+        assert_eq!(fault(&many), Some(HeadFault::TooManyFields));
+    }
+
+    #[test]
+    fn what_the_connection_may_ask() {
+        let view = |lines: &str| {
+            let bytes = head(lines).leak();
+            parse(bytes).unwrap()
+        };
+        assert!(!view("GET / HTTP/1.1\nHost: h\nConnection: x, Close\n\n").keep_alive);
+        assert!(!view("GET / HTTP/1.0\nHost: h\n\n").keep_alive);
+        assert!(view("GET / HTTP/1.0\nHost: h\nConnection: keep-alive\n\n").keep_alive);
+        assert!(view("GET / HTTP/1.1\nHost: h\nConnection: Upgrade\nUpgrade: websocket\n\n").websocket);
+        assert!(!view("GET / HTTP/1.1\nHost: h\nConnection: Upgrade\nUpgrade: h2c\n\n").websocket);
+        assert!(!view("POST / HTTP/1.1\nHost: h\nConnection: Upgrade\nUpgrade: websocket\nContent-Length: 1\n\n").websocket);
+        assert_eq!(fault("GET / HTTP/1.1\nHost: h\nConnection: \"PRIVATE-TOKEN\"\n\n"), Some(HeadFault::Connection));
+        assert_eq!(fault("GET / HTTP/1.1\nHost: h\nConnection: :authority\n\n"), Some(HeadFault::Connection));
+        assert_eq!(fault("POST / HTTP/1.1\nHost: h\nExpect: x 100-continue\n\n"), Some(HeadFault::Expect));
+        assert_eq!(fault("POST / HTTP/1.1\nHost: h\nContent-Type: a/b\nContent-Type: a/b\n\n"), Some(HeadFault::ContentType));
+    }
+
+    #[test]
+    fn the_end_of_a_head() {
+        assert_eq!(end_of_head(b"GET / HTTP/1.1\r\n\r\nrest", 0), Some(18));
+        assert_eq!(end_of_head(b"GET / HTTP/1.1\r\n\r", 0), None);
+        assert_eq!(end_of_head(b"\r\n\r\nGET / HTTP/1.1\r\n\r\n", 0), Some(22));
+        assert!(is_hopeless(b"\x16\x03\x01") && is_hopeless(b"GET / HTTP/1.1\nHost") && is_hopeless(b"\r\n\r\n\r\n"));
+        assert!(!is_hopeless(b"") && !is_hopeless(b"\r") && !is_hopeless(b"\r\nGET / HTTP/1.1\r\nHo"));
+    }
+}

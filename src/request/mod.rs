@@ -1,0 +1,218 @@
+//! 1 WHAT IS ASKED. Turns a request into what the later stages need to know of it, or into a [`Fault`].
+//! Pure: no clock, no I/O, no identity. It must not know who asks, nor what becomes of the answer.
+
+pub mod body;
+pub mod head;
+pub mod page;
+pub mod query;
+pub mod route;
+pub mod target;
+pub mod token;
+pub mod view;
+
+use body::{BodyFault, BodyRules, BodyScanner};
+use head::HeadFault;
+use page::{Clamped, Pagination};
+use query::{Edits, Fate, Key, Names};
+use route::{Auth, Route, Routes};
+use std::sync::Arc;
+use target::TargetFault;
+use token::{Presented, Source, TokenFault, TokenRules};
+use view::{FieldKind, Framing, Method, RequestView};
+
+/// Everything that is configured about judging a request by its own bytes.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    pub limits: Limits,
+    pub routes: Routes,
+    /// The route of a CORS preflight, when those pass without a token.
+    pub preflight: Option<Route>,
+    pub token: TokenRules,
+    pub names: Names,
+    pub switches: Switches,
+    pub pagination: Pagination,
+    /// `None`: bodies are not looked at, because the backend trusts only the header that tollgate sets.
+    pub body: Option<Arc<BodyRules>>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// The head of a request, its request line included.
+    pub header_bytes: usize,
+    pub target_bytes: usize,
+    /// `None`: any length.
+    pub body_bytes: Option<u64>,
+}
+
+/// Credentials of other kinds, and impersonation. Off means refused or taken out, never passed by accident.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Switches {
+    /// `sudo` parameter and `SUDO` header.
+    pub sudo: bool,
+    /// `access_token` and `bearer_token` parameters.
+    pub access_token: bool,
+    /// `job_token` parameter; JOB-TOKEN, DEPLOY-TOKEN and BUILD-TOKEN headers.
+    pub job_token: bool,
+    /// Cookie header: Rails may hold a session in it.
+    pub cookies: bool,
+    /// Authorization with another scheme than Bearer.
+    pub authorization: bool,
+}
+
+/// Why a request can't be taken further, from its own bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    Head(HeadFault),
+    Target(TargetFault),
+    MethodNotAllowed,
+    /// X-HTTP-Method-Override and its kin.
+    MethodOverride,
+    TargetTooLong,
+    HeaderTooLarge,
+    HeaderTimeout,
+    BodyTooLarge,
+    NoRoute,
+    PastDepth,
+    /// A token is needed and none came.
+    TokenMissing,
+    Token(TokenFault),
+    /// The route takes no token in the query.
+    QueryToken,
+    /// `access_token`, `bearer_token` or `job_token` while their switch is off.
+    OtherCredential,
+    Body(BodyFault),
+}
+
+impl From<HeadFault> for Fault {
+    fn from(fault: HeadFault) -> Self {
+        match fault {
+            HeadFault::TooManyFields => Self::HeaderTooLarge,
+            _ => Self::Head(fault),
+        }
+    }
+}
+
+impl From<BodyFault> for Fault {
+    fn from(fault: BodyFault) -> Self {
+        Self::Body(fault)
+    }
+}
+
+/// What is asked, as far as it can be told without asking who asks.
+#[derive(Debug)]
+pub struct Examined<'r> {
+    /// The route, and its name for logs and metrics.
+    pub route: &'r Route,
+    /// The token to validate. `None` only where the route lets a request pass without one.
+    pub presented: Option<Presented<'r>>,
+    /// How the query changes on the way upstream.
+    pub edits: Edits,
+    pub clamped: Clamped,
+    /// The request asks to act as somebody else, which needs a permission of its own.
+    pub asks_sudo: bool,
+    pub body: Option<BodyScanner>,
+}
+
+/// Where a request stood when it was refused, for the log and the metrics.
+#[derive(Debug)]
+pub struct Refused<'r> {
+    pub fault: Fault,
+    pub route: Option<&'r Route>,
+}
+
+/// Judges a request by its own bytes.
+pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<'r>, Refused<'r>> {
+    let early = |fault| Refused { fault, route: None };
+    if view.method == Method::Other {
+        return Err(early(Fault::MethodNotAllowed));
+    }
+    if view.target.len() > rules.limits.target_bytes {
+        return Err(early(Fault::TargetTooLong));
+    }
+    target::check(view.target).map_err(|fault| early(Fault::Target(fault)))?;
+    let canonical = target::canonical(view.path());
+    let route = rules.route_of(view, &canonical).ok_or_else(|| early(Fault::NoRoute))?;
+    rules.examine_on(route, view, &canonical).map_err(|fault| Refused { fault, route: Some(route) })
+}
+
+impl Rules {
+    fn route_of(&self, view: &RequestView<'_>, canonical: &[u8]) -> Option<&Route> {
+        let found = self.routes.find(view.method, canonical).and_then(|index| self.routes.get(index))?;
+        match &self.preflight {
+            Some(preflight) if is_preflight(view) => Some(preflight),
+            _ => Some(found),
+        }
+    }
+
+    fn examine_on<'r>(&self, route: &'r Route, view: &RequestView<'r>, canonical: &[u8]) -> Result<Examined<'r>, Fault> {
+        let web_page = route.pattern.is_everything();
+        if !web_page && view.fields_of(FieldKind::MethodOverride).next().is_some() {
+            return Err(Fault::MethodOverride);
+        }
+        if let (Framing::Length(length), Some(limit)) = (view.body, self.limits.body_bytes)
+            && length > limit
+        {
+            return Err(Fault::BodyTooLarge);
+        }
+
+        let query = view.query().unwrap_or_default();
+        let scan = query::scan(query, &self.names);
+        let passes_tokens = matches!(route.auth, Auth::None { pass_token: true });
+        let presented = match route.auth {
+            Auth::None { .. } => None,
+            Auth::Required | Auth::Optional => {
+                if scan.params.iter().any(|param| self.is_refused_credential(param.key)) {
+                    return Err(Fault::OtherCredential);
+                }
+                token::find(view, &scan, &self.token).map_err(Fault::Token)?
+            }
+        };
+        match &presented {
+            None if route.auth == Auth::Required => return Err(Fault::TokenMissing),
+            Some(found) if route.refuse_query_token && found.source == Source::Query => return Err(Fault::QueryToken),
+            _ => {}
+        }
+
+        let mut fates: smallvec::SmallVec<[Fate; 4]> = smallvec::smallvec![Fate::Keep; scan.params.len()];
+        if !passes_tokens {
+            for (param, fate) in scan.params.iter().zip(&mut fates) {
+                if param.key == Key::Token || self.is_refused_credential(param.key) {
+                    *fate = Fate::Drop;
+                }
+            }
+        }
+        let lists = !web_page && matches!(view.method, Method::Get | Method::Head);
+        let (mut clamped, mut append) = Default::default();
+        if lists && let Some(rules) = self.pagination.rules_for(canonical) {
+            (clamped, append) = page::settle(&scan, &mut fates, rules).map_err(|_| Fault::PastDepth)?;
+        }
+        let mut edits = Edits::plan(&scan, &fates, query.len());
+        append.into_iter().for_each(|(key, number)| edits.append(key, number));
+
+        let asks_sudo = scan.params.iter().any(|p| p.key == Key::Sudo) || view.fields_of(FieldKind::Sudo).next().is_some();
+        let body = match &self.body {
+            Some(rules) if view.body != Framing::Empty && !passes_tokens && !web_page => {
+                let content_type = view.fields_of(FieldKind::ContentType).next().map(|field| field.value);
+                Some(BodyScanner::new(content_type, Arc::clone(rules))?)
+            }
+            _ => None,
+        };
+        Ok(Examined { route, presented, edits, clamped, asks_sudo, body })
+    }
+
+    fn is_refused_credential(&self, key: Key) -> bool {
+        match key {
+            Key::AccessToken => !self.switches.access_token,
+            Key::JobToken => !self.switches.job_token,
+            Key::Token | Key::Page | Key::PerPage | Key::Sudo | Key::Method => false,
+        }
+    }
+}
+
+/// A CORS preflight: a browser sends it before the real request, and never with a credential.
+fn is_preflight(view: &RequestView<'_>) -> bool {
+    view.method == Method::Options
+        && view.body == Framing::Empty
+        && view.fields_of(FieldKind::Origin).next().is_some()
+        && view.fields_of(FieldKind::PreflightMethod).next().is_some()
+}

@@ -1,0 +1,230 @@
+//! Keeps `page` and `per_page` within bounds, reading them as the backend does (Ruby's `String#to_i`) so that both see
+//! one number. Pure: decides what becomes of each parameter, and leaves the writing to `query`.
+
+use super::query::{Fate, Key, Param, Scan, Spelling, form_decode};
+use super::route::Pattern;
+use smallvec::SmallVec;
+
+/// GitLab's own bounds, as Kaminari is set up in every release with API v3.
+pub const DEFAULT_PER_PAGE: u64 = 20;
+pub const MAX_PER_PAGE: u64 = 100;
+
+/// Pages beyond this overflow a 64-bit OFFSET at 100 rows a page, which PostgreSQL answers with an error.
+const HIGHEST_PAGE: u64 = i32::MAX as u64;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageRules {
+    pub first_page: u64,
+    pub default_per_page: u64,
+    /// `None`: no upper bound.
+    pub max_per_page: Option<u64>,
+    /// `None`: as deep as the number goes.
+    pub max_page: Option<u64>,
+    pub too_deep: TooDeep,
+    pub inject_defaults: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TooDeep {
+    Clamp,
+    Refuse,
+}
+
+/// Which rules hold where.
+#[derive(Clone, Debug)]
+pub struct Pagination {
+    pub default: PageRules,
+    /// In the order of the file; the first match counts. `None` takes the route out of paging altogether.
+    pub overrides: Vec<(Pattern, Option<PageRules>)>,
+}
+
+impl Pagination {
+    pub fn rules_for(&self, canonical: &[u8]) -> Option<&PageRules> {
+        let overriding = self.overrides.iter().find(|(pattern, _)| pattern.matches(canonical));
+        overriding.map_or(Some(&self.default), |(_, rules)| rules.as_ref())
+    }
+}
+
+/// How many parameters were changed, for the metric.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Clamped {
+    pub page: bool,
+    pub per_page: bool,
+}
+
+/// The page is past the configured depth, and the configuration says to refuse.
+#[derive(Debug, PartialEq, Eq)]
+pub struct PastDepth;
+
+/// Decides on every page parameter of a scan; the fates of the others are left alone. Also returns what to append.
+pub fn settle(
+    scan: &Scan<'_>,
+    fates: &mut [Fate],
+    rules: &PageRules,
+) -> Result<(Clamped, SmallVec<[(Key, u64); 2]>), PastDepth> {
+    let mut append = SmallVec::new();
+    let page = settle_key(scan, fates, Key::Page, |number| rules.page(number))?;
+    let per_page = settle_key(scan, fates, Key::PerPage, |number| Ok(rules.per_page(number)))?;
+    if rules.inject_defaults {
+        if page.is_none() {
+            append.push((Key::Page, rules.first_page));
+        }
+        if per_page.is_none() {
+            append.push((Key::PerPage, rules.default_per_page));
+        }
+    }
+    Ok((Clamped { page: page == Some(true), per_page: per_page == Some(true) }, append))
+}
+
+/// The last scalar wins, as in Rack; every other one and every array or hash is dropped. Says whether anything of the
+/// key changed, and `None` when no scalar is left.
+fn settle_key(
+    scan: &Scan<'_>,
+    fates: &mut [Fate],
+    key: Key,
+    bound: impl Fn(i64) -> Result<u64, PastDepth>,
+) -> Result<Option<bool>, PastDepth> {
+    let last = scan.params.iter().rposition(|param| param.key == key && param.spelling != Spelling::Structured);
+    let mut changed = false;
+    for (index, (param, fate)) in scan.params.iter().zip(fates.iter_mut()).enumerate().filter(|(_, (p, _))| p.key == key) {
+        if Some(index) == last {
+            let wanted = bound(param.value.map_or(0, |raw| to_i(&form_decode(raw))))?;
+            if !says_plainly(param, wanted) {
+                *fate = Fate::Number(key, wanted);
+            }
+        } else {
+            *fate = Fate::Drop;
+        }
+        changed |= *fate != Fate::Keep;
+    }
+    Ok(last.map(|_| changed))
+}
+
+/// Whether the parameter's own bytes are the number already, so that nothing needs to change.
+fn says_plainly(param: &Param<'_>, number: u64) -> bool {
+    let plain = |digits: &[u8]| !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) && (digits.len() == 1 || digits[0] != b'0');
+    param.spelling == Spelling::Plain
+        && param.value.is_some_and(|raw| plain(raw) && u64::try_from(to_i(raw)) == Ok(number))
+}
+
+impl PageRules {
+    fn page(&self, asked: i64) -> Result<u64, PastDepth> {
+        let page = u64::try_from(asked).unwrap_or(0).max(self.first_page);
+        match self.max_page {
+            Some(depth) if page > depth && self.too_deep == TooDeep::Refuse => Err(PastDepth),
+            Some(depth) => Ok(page.min(depth)),
+            None => Ok(page.min(HIGHEST_PAGE)),
+        }
+    }
+
+    fn per_page(&self, asked: i64) -> u64 {
+        match u64::try_from(asked) {
+            Ok(0) | Err(_) => self.default_per_page,
+            Ok(number) => number.min(self.max_per_page.unwrap_or(HIGHEST_PAGE)),
+        }
+    }
+}
+
+/// Ruby's `String#to_i`: leading white space, a sign, digits with single `_` between them; the rest is ignored, and no
+/// digits at all are 0. Numbers too large for 64 bits become the largest.
+pub fn to_i(text: &[u8]) -> i64 {
+    let start = text.iter().position(|b| !matches!(b, b' ' | 9..=13)).unwrap_or(text.len());
+    let (negative, digits) = match &text[start..] {
+        [b'-', rest @ ..] => (true, rest),
+        [b'+', rest @ ..] => (false, rest),
+        rest => (false, rest),
+    };
+    let mut number: i64 = 0;
+    let mut after_digit = false;
+    for byte in digits {
+        match byte {
+            b'0'..=b'9' => {
+                number = number.saturating_mul(10).saturating_add(i64::from(byte - b'0'));
+                after_digit = true;
+            }
+            b'_' if after_digit => after_digit = false,
+            _ => break,
+        }
+    }
+    if negative { -number } else { number }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::query::{Edits, Names, scan};
+    use super::*;
+
+    fn rules() -> PageRules {
+        PageRules {
+            first_page: 1,
+            default_per_page: 20,
+            max_per_page: Some(100),
+            max_page: None,
+            too_deep: TooDeep::Clamp,
+            inject_defaults: false,
+        }
+    }
+
+    fn settled(query: &str, rules: &PageRules) -> Result<String, PastDepth> {
+        let scan = scan(query.as_bytes(), &Names { token: "private_token".into() });
+        let mut fates = vec![Fate::Keep; scan.params.len()];
+        let (_, append) = settle(&scan, &mut fates, rules)?;
+        let mut edits = Edits::plan(&scan, &fates, query.len());
+        append.into_iter().for_each(|(key, number)| edits.append(key, number));
+        let mut out = Vec::new();
+        edits.write_target(b"", Some(query.as_bytes()), &mut out);
+        Ok(String::from_utf8(out).unwrap())
+    }
+
+    #[test]
+    fn numbers_as_ruby_reads_them() {
+        for (text, number) in [
+            ("5", 5), ("5abc", 5), ("5.9", 5), ("+5", 5), (" 5", 5), ("\t5", 5), ("\n5", 5), ("5\n", 5), ("1_0", 10), ("010", 10),
+            ("1e9", 1), ("0x10", 0), ("", 0), ("abc", 0), ("--5", 0), ("-5", -5), ("1__0", 1), ("_1", 0), ("2\u{0}", 2), ("+ 5", 0),
+            ("\u{ff15}", 0), ("99999999999999999999", i64::MAX),
+        ] {
+            assert_eq!(to_i(text.as_bytes()), number, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn bounds() {
+        for (query, expected) in [
+            ("per_page=5000", "?per_page=100"), ("per_page=100", "?per_page=100"), ("per_page=101&x=1", "?per_page=100&x=1"),
+            ("per_page=0", "?per_page=20"), ("per_page=-5", "?per_page=20"), ("per_page=all", "?per_page=20"),
+            ("per_page=", "?per_page=20"), ("per_page", "?per_page=20"), ("per_page=%0a5", "?per_page=5"),
+            ("per_page=%2B500", "?per_page=100"), ("per_page=1_0", "?per_page=10"), ("per_page=05", "?per_page=5"),
+            ("per_page=99999999999999999999", "?per_page=100"), ("page=0", "?page=1"), ("page=-1", "?page=1"),
+            ("page=abc", "?page=1"), ("page=2", "?page=2"), ("page=2abc", "?page=2"), ("page=1e9", "?page=1"),
+            ("page=99999999999999999999", "?page=2147483647"), ("page=1000000000", "?page=1000000000"),
+            ("a=1&page=3&per_page=50&b=2", "?a=1&page=3&per_page=50&b=2"),
+        ] {
+            assert_eq!(settled(query, &rules()).unwrap(), expected, "{query}");
+        }
+    }
+
+    #[test]
+    fn one_plain_parameter_is_left() {
+        for (query, expected) in [
+            ("per_page=5&per_page=6", "?per_page=6"), ("per_page=5;per_page=600", "?per_page=100"), ("per_page[]=5", ""),
+            ("per_page[a]=5&x=1", "?x=1"), ("per_page=5&per_page[]=6", "?per_page=5"), ("per_page]=500", "?per_page=100"),
+            ("[per_page]=5", "?per_page=5"), ("per%5Fpage=500", "?per_page=100"), ("x=1;per_page=500", "?x=1;per_page=100"),
+            ("Per_Page=500&per-page=500", "?Per_Page=500&per-page=500"),
+        ] {
+            assert_eq!(settled(query, &rules()).unwrap(), expected, "{query}");
+        }
+    }
+
+    #[test]
+    fn what_routes_may_change() {
+        let commits = PageRules { first_page: 0, max_per_page: None, ..rules() };
+        assert_eq!(settled("page=0&per_page=5000", &commits).unwrap(), "?page=0&per_page=5000");
+        assert_eq!(settled("page=-3", &commits).unwrap(), "?page=0");
+        let deep = PageRules { max_page: Some(50), ..rules() };
+        assert_eq!(settled("page=51", &deep).unwrap(), "?page=50");
+        assert_eq!(settled("page=51", &PageRules { too_deep: TooDeep::Refuse, ..deep }), Err(PastDepth));
+        let inject = PageRules { inject_defaults: true, ..rules() };
+        assert_eq!(settled("x=1", &inject).unwrap(), "?x=1&page=1&per_page=20");
+        assert_eq!(settled("per_page=7", &inject).unwrap(), "?per_page=7&page=1");
+    }
+}

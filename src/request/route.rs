@@ -1,0 +1,201 @@
+//! Which rule a request falls under: path patterns, methods, and whether a token is needed. Pure, and blind to
+//! identities. Only the most specific pattern counts, so that adding a wide route never opens a narrower one.
+
+use super::view::Method;
+
+/// A path pattern: literal segments, `:name` for any one segment, and a final `*` for everything below.
+/// `/` alone stands for every path, as `location /` does for nginx users.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pattern {
+    segments: Vec<Segment>,
+    below: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Segment {
+    Any,
+    Literal(Vec<u8>),
+}
+
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PatternError {
+    #[error("a pattern begins with `/`")]
+    NoLeadingSlash,
+    #[error("`*` stands for the rest of the path and comes last")]
+    StarInside,
+    #[error("write the pattern in its canonical form: no `//`, no trailing `/`, no `.json`, no escapes of plain letters")]
+    NotCanonical,
+}
+
+impl std::str::FromStr for Pattern {
+    type Err = PatternError;
+
+    fn from_str(text: &str) -> Result<Self, PatternError> {
+        let path = text.strip_prefix('/').ok_or(PatternError::NoLeadingSlash)?;
+        if path.is_empty() || path == "*" {
+            return Ok(Self { segments: Vec::new(), below: true });
+        }
+        let (path, below) = path.strip_suffix("/*").map_or((path, false), |stem| (stem, true));
+        if super::target::canonical(text.as_bytes()).as_ref() != text.as_bytes() || super::target::check(text.as_bytes()).is_err() {
+            return Err(PatternError::NotCanonical);
+        }
+        let segments = path
+            .split('/')
+            .map(|segment| match segment {
+                "*" => Err(PatternError::StarInside),
+                _ if segment.starts_with(':') => Ok(Segment::Any),
+                _ => Ok(Segment::Literal(segment.as_bytes().to_vec())),
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { segments, below })
+    }
+}
+
+impl Pattern {
+    /// Everything at and under a prefix, as `[api] prefixes` has it.
+    pub fn subtree(prefix: &str) -> Result<Self, PatternError> {
+        let mut pattern: Self = prefix.parse()?;
+        pattern.below = true;
+        Ok(pattern)
+    }
+
+    /// Takes the canonical form of a path. A `*` matches the path above it too: `/a/*` holds `/a`.
+    pub fn matches(&self, canonical: &[u8]) -> bool {
+        let mut rest = canonical;
+        for segment in &self.segments {
+            let Some(tail) = rest.strip_prefix(b"/") else { return false };
+            let end = memchr::memchr(b'/', tail).unwrap_or(tail.len());
+            let fits = match segment {
+                Segment::Any => end > 0,
+                Segment::Literal(literal) => &tail[..end] == literal.as_slice(),
+            };
+            if !fits {
+                return false;
+            }
+            rest = &tail[end..];
+        }
+        self.below || rest.is_empty()
+    }
+
+    pub fn is_everything(&self) -> bool {
+        self.segments.is_empty()
+    }
+
+    /// Orders patterns from wide to narrow: more segments, then an exact end, then literals before `:name`.
+    fn specificity(&self) -> (usize, bool, &[Segment]) {
+        (self.segments.len(), !self.below, &self.segments)
+    }
+}
+
+/// Whether a request needs a valid token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Auth {
+    /// Nobody passes without a valid token.
+    Required,
+    /// No token: forwarded without one. A token that is there is judged as everywhere.
+    Optional,
+    /// No look-up. Token sources are taken out, unless `pass_token`.
+    None { pass_token: bool },
+}
+
+#[derive(Clone, Debug)]
+pub struct Route {
+    pub pattern: Pattern,
+    /// The pattern as it was written: log field and metric label.
+    pub name: String,
+    pub methods: Methods,
+    pub auth: Auth,
+    /// Why this route may be reached without a token; empty where one is required.
+    pub reason: String,
+    /// Refuse tokens in the query on this route.
+    pub refuse_query_token: bool,
+}
+
+/// A set of methods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Methods(u8);
+
+impl Methods {
+    pub const ALL: Self = Self(0x7f);
+
+    pub fn only(methods: impl IntoIterator<Item = Method>) -> Self {
+        Self(methods.into_iter().filter(|m| *m != Method::Other).fold(0, |set, m| set | 1 << m.index()))
+    }
+
+    pub fn has(self, method: Method) -> bool {
+        self.0 & (1 << method.index()) != 0
+    }
+
+    pub fn overlaps(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
+
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        Method::FORWARDED.into_iter().filter(move |m| self.has(*m)).map(Method::as_str)
+    }
+}
+
+/// All routes, the most specific first.
+#[derive(Clone, Debug)]
+pub struct Routes {
+    routes: Vec<Route>,
+}
+
+impl Routes {
+    pub fn new(mut routes: Vec<Route>) -> Self {
+        routes.sort_by(|a, b| b.pattern.specificity().cmp(&a.pattern.specificity()));
+        Self { routes }
+    }
+
+    pub fn find(&self, method: Method, canonical: &[u8]) -> Option<usize> {
+        self.routes.iter().position(|route| route.methods.has(method) && route.pattern.matches(canonical))
+    }
+
+    pub fn get(&self, index: usize) -> Option<&Route> {
+        self.routes.get(index)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Route> {
+        self.routes.iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(pattern: &str, methods: Methods, auth: Auth) -> Route {
+        Route { pattern: pattern.parse().unwrap(), name: pattern.into(), methods, auth, reason: String::new(), refuse_query_token: false }
+    }
+
+    #[test]
+    fn the_narrowest_route_decides() {
+        let open = Auth::None { pass_token: false };
+        let routes = Routes::new(vec![
+            route("/", Methods::ALL, open),
+            route("/api/*", Methods::ALL, open),
+            route("/api/v3/*", Methods::ALL, Auth::Required),
+            route("/api/v3/session", Methods::only([Method::Post]), open),
+            route("/api/v3/:kind/open", Methods::ALL, open),
+            route("/api/v3/closed/open", Methods::ALL, Auth::Required),
+        ]);
+        let name = |method, path: &str| routes.find(method, path.as_bytes()).map(|i| routes.get(i).unwrap().name.clone()).unwrap();
+        assert_eq!(name(Method::Get, "/api/v3/projects"), "/api/v3/*");
+        assert_eq!(name(Method::Get, "/api/v3"), "/api/v3/*");
+        assert_eq!(name(Method::Get, "/api/v3x"), "/api/*");
+        assert_eq!(name(Method::Post, "/api/v3/session"), "/api/v3/session");
+        assert_eq!(name(Method::Get, "/api/v3/session"), "/api/v3/*");
+        assert_eq!(name(Method::Post, "/api/v3/session/x"), "/api/v3/*");
+        assert_eq!(name(Method::Get, "/api/v3/any/open"), "/api/v3/:kind/open");
+        assert_eq!(name(Method::Get, "/api/v3/closed/open"), "/api/v3/closed/open");
+        assert_eq!(name(Method::Get, "/users/sign_in"), "/");
+        assert_eq!(routes.find(Method::Other, b"/api/v3"), None);
+    }
+
+    #[test]
+    fn patterns_are_canonical() {
+        for bad in ["api", "/a/", "/a//b", "/a.json", "/%61", "/a/*/b", "/a/../b"] {
+            assert!(bad.parse::<Pattern>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Which request targets are plain enough to judge, and the one form of a path that routes are matched on.
+//! Pure. The bytes that go upstream are always the client's own; the canonical form is for matching and never forwarded.
+
+use super::view::split_target;
+use std::borrow::Cow;
+
+/// Why a target could mean one thing to us and another to the backend. The names are log reasons.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TargetFault {
+    #[error("a byte that is illegal in a target")]
+    IllegalByte,
+    #[error("a `%` that is not followed by two hex digits")]
+    BadEscape,
+    #[error("a raw or encoded dot segment in the path")]
+    DotSegment,
+    #[error("a raw or encoded backslash in the path")]
+    Backslash,
+    #[error("an encoded control byte in the path")]
+    ControlByte,
+    #[error("a fragment")]
+    Fragment,
+}
+
+/// Refuses every target that two parsers could split, decode or resolve differently.
+pub fn check(target: &[u8]) -> Result<(), TargetFault> {
+    let (path, query) = split_target(target);
+    check_path(path)?;
+    query.map_or(Ok(()), check_query)
+}
+
+fn check_path(path: &[u8]) -> Result<(), TargetFault> {
+    let mut segment = Segment::default();
+    let mut rest = path;
+    while let [byte, tail @ ..] = rest {
+        rest = tail;
+        match byte {
+            b'%' => {
+                let decoded = escape(tail).ok_or(TargetFault::BadEscape)?;
+                rest = &tail[2..];
+                match decoded {
+                    b'\\' => return Err(TargetFault::Backslash),
+                    0..=0x1f | 0x7f => return Err(TargetFault::ControlByte),
+                    // Bytes that no UTF-8 text has; an overlong `.` or `/` hides behind the first two.
+                    0xc0 | 0xc1 | 0xf5..=0xff => return Err(TargetFault::IllegalByte),
+                    // An encoded slash is legal inside a project path (`group%2Fproject`) and ends a segment here,
+                    // because some server will decode it before it resolves dots.
+                    _ => segment.push(decoded)?,
+                }
+            }
+            b'\\' => return Err(TargetFault::Backslash),
+            b'#' => return Err(TargetFault::Fragment),
+            _ if is_path_byte(*byte) => segment.push(*byte)?,
+            _ => return Err(TargetFault::IllegalByte),
+        }
+    }
+    segment.end()
+}
+
+/// Whether the segment so far is made of dots only. A parameter (`..;x`) does not make it something else.
+#[derive(Default)]
+struct Segment {
+    dots: usize,
+    other: bool,
+}
+
+impl Segment {
+    fn push(&mut self, byte: u8) -> Result<(), TargetFault> {
+        match byte {
+            b'/' => {
+                self.end()?;
+                *self = Self::default();
+            }
+            b';' => self.end()?,
+            b'.' => self.dots += 1,
+            _ => self.other = true,
+        }
+        Ok(())
+    }
+
+    fn end(&self) -> Result<(), TargetFault> {
+        if !self.other && matches!(self.dots, 1 | 2) { Err(TargetFault::DotSegment) } else { Ok(()) }
+    }
+}
+
+fn check_query(query: &[u8]) -> Result<(), TargetFault> {
+    let mut rest = query;
+    while let [byte, tail @ ..] = rest {
+        rest = tail;
+        match byte {
+            b'%' => {
+                escape(tail).ok_or(TargetFault::BadEscape)?;
+                rest = &tail[2..];
+            }
+            b'#' => return Err(TargetFault::Fragment),
+            _ if is_query_byte(*byte) => {}
+            _ => return Err(TargetFault::IllegalByte),
+        }
+    }
+    Ok(())
+}
+
+/// RFC 3986 `pchar` and `/`.
+const fn is_path_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric()
+        || matches!(
+            byte,
+            b'/' | b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';'
+                | b'=' | b':' | b'@'
+        )
+}
+
+/// What RFC 3986 allows in a query, and the brackets, braces, bars and carets that Ruby and curl users send raw
+/// (`labels[]=x`) and that Puma takes.
+const fn is_query_byte(byte: u8) -> bool {
+    is_path_byte(byte) || matches!(byte, b'?' | b'[' | b']' | b'{' | b'}' | b'|' | b'^')
+}
+
+/// The byte that two hex digits stand for.
+pub(crate) fn escape(digits: &[u8]) -> Option<u8> {
+    let hex = |digit: &u8| (*digit as char).to_digit(16);
+    match digits {
+        [high, low, ..] => Some((hex(high)? * 16 + hex(low)?) as u8),
+        _ => None,
+    }
+}
+
+/// The form that routes are matched on: unreserved escapes decoded, slashes squeezed, trailing slash and `.json` cut.
+/// Backends read all these spellings as one endpoint.
+pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
+    let plain = memchr::memchr(b'%', path).is_none() && memchr::memmem::find(path, b"//").is_none();
+    let mut path = if plain { Cow::Borrowed(path) } else { Cow::Owned(decode_and_squeeze(path)) };
+    loop {
+        let cut = match path.as_ref() {
+            [b'/'] => return path,
+            [rest @ .., b'/'] => rest.len(),
+            [rest @ .., b'.', b'j', b's', b'o', b'n'] if !rest.ends_with(b"/") => rest.len(),
+            _ => return path,
+        };
+        match &mut path {
+            Cow::Borrowed(bytes) => *bytes = &bytes[..cut],
+            Cow::Owned(bytes) => bytes.truncate(cut),
+        }
+    }
+}
+
+fn decode_and_squeeze(path: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(path.len());
+    let mut rest = path;
+    while let [byte, tail @ ..] = rest {
+        rest = tail;
+        match (byte, escape(tail)) {
+            (b'%', Some(decoded)) if decoded.is_ascii_alphanumeric() || b"-._~".contains(&decoded) => {
+                out.push(decoded);
+                rest = &tail[2..];
+            }
+            (b'/', _) if out.last() == Some(&b'/') => {}
+            _ => out.push(*byte),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ambiguous_targets() {
+        use TargetFault::*;
+        for (target, fault) in [
+            ("/api/../x", DotSegment), ("/api/./x", DotSegment), ("/api/%2e%2E/x", DotSegment), ("/api/.%2e", DotSegment),
+            ("/api/..;/x", DotSegment), ("/api/..;a=b/x", DotSegment), ("/a%2F..%2Fb", DotSegment), ("/..%2fx", DotSegment),
+            ("/x/..", DotSegment), ("/.", DotSegment),
+            ("/a\\b", Backslash), ("/a%5cb", Backslash), ("/a%5Cb", Backslash),
+            ("/a%00", ControlByte), ("/a%0d%0aX:y", ControlByte), ("/a%7f", ControlByte),
+            ("/a#b", Fragment), ("/a?b#c", Fragment),
+            ("/a%zz", BadEscape), ("/a%", BadEscape), ("/a?b=%u0041", BadEscape), ("/a?%2", BadEscape),
+            ("/a\u{7f}", IllegalByte), ("/a\"", IllegalByte), ("/a<b>", IllegalByte), ("/\u{e9}", IllegalByte),
+            ("/a?x=\"", IllegalByte), ("/a?b\\c", IllegalByte), ("/%c0%ae%c0%ae/", IllegalByte), ("/a[b]", IllegalByte),
+        ] {
+            assert_eq!(check(target.as_bytes()), Err(fault), "{target}");
+        }
+        for target in [
+            "/api/v3/projects/group%2Fproject", "/a/...", "/a..b/.c", "/a;b=c", "//a//b/", "/a?labels[]=x&q=%0a%5c..",
+            "/%C3%A9t%C3%A9", "/a?x=../..", "/a%252e%252e", "/a?", "/projects/1/repository/files?file_path=a%2Fb",
+        ] {
+            assert_eq!(check(target.as_bytes()), Ok(()), "{target}");
+        }
+    }
+
+    #[test]
+    fn one_form_for_matching() {
+        for (path, expected) in [
+            ("/api/v3/session", "/api/v3/session"), ("/api//v3/session/", "/api/v3/session"), ("//api/v3//", "/api/v3"),
+            ("/api/v3/%73ession.json", "/api/v3/session"), ("/", "/"), ("///", "/"), ("/a%2Fb", "/a%2Fb"),
+            ("/a/.json", "/a/.json"), ("/a.json/", "/a"), ("/A", "/A"),
+        ] {
+            assert_eq!(canonical(path.as_bytes()), expected.as_bytes(), "{path}");
+        }
+    }
+}

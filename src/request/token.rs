@@ -1,0 +1,183 @@
+//! Finds the one token of a request, or says why there is none to judge. Pure; never looks anything up.
+//! Two different tokens are never resolved by rank: the backend's rank may be another one.
+
+use super::head::trim_blanks;
+use super::query::{Key, Scan, Spelling, form_decode};
+use super::view::{FieldKind, RequestView};
+use std::borrow::Cow;
+
+/// Longer values are no tokens. GitLab's are 20 to 64 bytes, the longest in use elsewhere a few more.
+pub const MAX_TOKEN_BYTES: usize = 255;
+
+/// Where tokens are looked for.
+#[derive(Clone, Debug)]
+pub struct TokenRules {
+    /// The header's name, compared without regard to case.
+    pub header: String,
+    /// Whether `Authorization: Bearer` carries a token as well.
+    pub bearer: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    Header,
+    Query,
+    Bearer,
+    /// The same token in more than one place.
+    Several,
+}
+
+/// Why what was presented can't be judged as a token. To the client they all look the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenFault {
+    Empty,
+    TooLong,
+    /// A byte outside visible ASCII.
+    BadByte,
+    /// Two different tokens.
+    Conflict,
+    /// A query name that only some parsers read as the token.
+    Spelling,
+}
+
+/// A well-formed token, not yet validated.
+pub struct Presented<'a> {
+    pub value: Cow<'a, [u8]>,
+    pub source: Source,
+}
+
+impl std::fmt::Debug for Presented<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Presented(from {:?})", self.source)
+    }
+}
+
+/// `None`: the request carries no token at all.
+pub fn find<'a>(view: &RequestView<'a>, scan: &Scan<'a>, rules: &TokenRules) -> Result<Option<Presented<'a>>, TokenFault> {
+    let mut found = Finder { presented: None };
+    for field in &view.fields {
+        match field.kind {
+            FieldKind::Authorization if rules.bearer => {
+                if let Some(token) = bearer(field.value) {
+                    found.add(Cow::Borrowed(token), Source::Bearer)?;
+                }
+            }
+            FieldKind::Alias => {}
+            _ if is_token_header(field.name, rules) => found.add(Cow::Borrowed(field.value), Source::Header)?,
+            _ => {}
+        }
+    }
+    for param in scan.params.iter().filter(|param| param.key == Key::Token) {
+        if param.spelling != Spelling::Plain || param.beside_semicolon {
+            return Err(TokenFault::Spelling);
+        }
+        let raw = param.value.unwrap_or_default();
+        let decoded = match memchr::memchr2(b'%', b'+', raw) {
+            Some(_) => Cow::Owned(form_decode(raw).into_vec()),
+            None => Cow::Borrowed(raw),
+        };
+        found.add(decoded, Source::Query)?;
+    }
+    match found.presented {
+        Some(presented) => well_formed(&presented.value).map(|()| Some(presented)),
+        None => Ok(None),
+    }
+}
+
+/// Whether a field carries the token by its name.
+pub fn is_token_header(name: &[u8], rules: &TokenRules) -> bool {
+    name.eq_ignore_ascii_case(rules.header.as_bytes())
+}
+
+/// What stands behind the scheme `Bearer`; `None` for another scheme.
+pub fn bearer(value: &[u8]) -> Option<&[u8]> {
+    let scheme = value.get(..6).filter(|scheme| scheme.eq_ignore_ascii_case(b"bearer"))?;
+    match &value[scheme.len()..] {
+        [] => Some(b""),
+        rest @ [b' ' | b'\t', ..] => Some(trim_blanks(rest)),
+        _ => None,
+    }
+}
+
+fn well_formed(token: &[u8]) -> Result<(), TokenFault> {
+    match token {
+        [] => Err(TokenFault::Empty),
+        _ if token.len() > MAX_TOKEN_BYTES => Err(TokenFault::TooLong),
+        _ if !token.iter().all(u8::is_ascii_graphic) => Err(TokenFault::BadByte),
+        _ => Ok(()),
+    }
+}
+
+struct Finder<'a> {
+    presented: Option<Presented<'a>>,
+}
+
+impl<'a> Finder<'a> {
+    fn add(&mut self, value: Cow<'a, [u8]>, source: Source) -> Result<(), TokenFault> {
+        match &mut self.presented {
+            None => self.presented = Some(Presented { value, source }),
+            Some(known) if known.value == value => {
+                if known.source != source {
+                    known.source = Source::Several;
+                }
+            }
+            Some(_) => return Err(TokenFault::Conflict),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{head, query};
+    use super::*;
+
+    /// The token and its source, for a query and header lines.
+    fn found(query: &str, lines: &str) -> Result<Option<(String, Source)>, TokenFault> {
+        let bytes = format!("GET /p?{query} HTTP/1.1\r\nHost: h\r\n{lines}\r\n").into_bytes();
+        let view = head::parse(&bytes).unwrap();
+        let names = query::Names { token: "private_token".into() };
+        let scan = query::scan(view.query().unwrap(), &names);
+        let rules = TokenRules { header: "PRIVATE-TOKEN".into(), bearer: true };
+        let found = find(&view, &scan, &rules)?;
+        Ok(found.map(|p| (String::from_utf8_lossy(&p.value).into_owned(), p.source)))
+    }
+
+    fn token(source: Source) -> Result<Option<(String, Source)>, TokenFault> {
+        Ok(Some(("A-1".into(), source)))
+    }
+
+    #[test]
+    fn one_token_anywhere() {
+        assert_eq!(found("", ""), Ok(None));
+        assert_eq!(found("", "PRIVATE-TOKEN: A-1\r\n"), token(Source::Header));
+        assert_eq!(found("", "private-Token:\tA-1 \r\n"), token(Source::Header));
+        assert_eq!(found("", "Authorization: bearer  A-1\r\n"), token(Source::Bearer));
+        assert_eq!(found("private_token=A%2D1", ""), token(Source::Query));
+        assert_eq!(found("private_token=A-1", "PRIVATE-TOKEN: A-1\r\nAuthorization: Bearer A-1\r\n"), token(Source::Several));
+        assert_eq!(found("private_token=A-1&private_token=A-1", ""), token(Source::Query));
+        assert_eq!(found("", "Authorization: Basic eDp5\r\nCookie: private_token=A\r\nX-PRIVATE-TOKEN: A\r\n"), Ok(None));
+        assert_eq!(found("", "PRIVATE_TOKEN: A\r\nPrivate.Token: A\r\n"), Ok(None));
+        assert_eq!(found("PRIVATE_TOKEN=A&private-token=A", ""), Ok(None));
+    }
+
+    #[test]
+    fn what_is_no_token() {
+        use TokenFault::*;
+        for (query, lines, fault) in [
+            ("", "PRIVATE-TOKEN:\r\n", Empty), ("private_token=", "", Empty), ("private_token", "", Empty),
+            ("", "Authorization: Bearer\r\n", Empty), ("private_token=a+b", "", BadByte), ("private_token=%00", "", BadByte),
+            ("", "PRIVATE-TOKEN: a b\r\n", BadByte), ("", "PRIVATE-TOKEN: \u{e9}\r\n", BadByte),
+            ("private_token=A", "PRIVATE-TOKEN: B\r\n", Conflict), ("private_token=", "PRIVATE-TOKEN: A\r\n", Conflict),
+            ("private_token", "PRIVATE-TOKEN: A\r\n", Conflict), ("private_token=A", "PRIVATE-TOKEN:\r\n", Conflict),
+            ("", "PRIVATE-TOKEN: A\r\nprivate-token: B\r\n", Conflict), ("private_token=A&private_token=B", "", Conflict),
+            ("", "PRIVATE-TOKEN: A\r\nAuthorization: Bearer B\r\n", Conflict), ("private_token=a", "PRIVATE-TOKEN: A\r\n", Conflict),
+            ("private%5Ftoken=A", "", Spelling), ("[private_token]=A", "PRIVATE-TOKEN: A\r\n", Spelling),
+            ("private_token[]=A", "", Spelling), ("x=1;private_token=A", "", Spelling), ("private_token=A;x", "", Spelling),
+        ] {
+            assert_eq!(found(query, lines), Err(fault), "{query} {lines}");
+        }
+        assert_eq!(found("", &format!("PRIVATE-TOKEN: {}\r\n", "a".repeat(256))), Err(TooLong));
+        assert!(found("", &format!("PRIVATE-TOKEN: {}\r\n", "a".repeat(255))).is_ok());
+    }
+}

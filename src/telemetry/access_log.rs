@@ -1,0 +1,228 @@
+//! One JSON object for each request. Lines are handed to a thread through a bounded queue: a log that stalls loses
+//! lines, which a metric counts, and never holds up a request. No token gets here, and what may hold one is cut out.
+
+use super::metrics::Metrics;
+use std::io::Write;
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
+
+/// Lines that may wait for the log's thread.
+const QUEUE: usize = 8_192;
+/// Client-chosen text beyond this is cut.
+const MAX_TEXT: usize = 1_024;
+
+/// Where lines go.
+pub enum Sink {
+    Stdout,
+    File(std::fs::File),
+}
+
+impl Sink {
+    /// Opens a file to append to.
+    pub fn file(path: &Path) -> Result<Self, String> {
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+        file.map(Self::File).map_err(|error| format!("{}: {error}", path.display()))
+    }
+}
+
+/// What is known of a request when it is over. Bytes are the client's own and are escaped on the way out.
+#[derive(Debug, Default)]
+pub struct Entry<'a> {
+    pub unix_ms: u64,
+    pub request_id: &'a str,
+    pub client: Option<IpAddr>,
+    pub method: &'a [u8],
+    /// As it was sent, query included; what may be a secret is cut out here.
+    pub target: &'a [u8],
+    pub route: &'a str,
+    pub status: u16,
+    /// Why it was refused or failed; `ok` otherwise.
+    pub reason: &'static str,
+    pub source: &'static str,
+    /// The first 12 hex digits of the token's digest.
+    pub token: Option<&'a str>,
+    pub user: Option<&'a str>,
+    pub upstream: Option<&'a str>,
+    pub duration: Duration,
+    pub bytes_received: u64,
+    pub bytes_sent: u64,
+    pub user_agent: &'a [u8],
+}
+
+#[derive(Clone)]
+pub struct AccessLog {
+    lines: Option<SyncSender<Vec<u8>>>,
+    metrics: Arc<Metrics>,
+}
+
+impl AccessLog {
+    /// Starts the thread that writes; `None` switches the log off.
+    pub fn start(sink: Option<Sink>, metrics: Arc<Metrics>) -> std::io::Result<Self> {
+        let Some(sink) = sink else { return Ok(Self { lines: None, metrics }) };
+        let (lines, queue) = sync_channel(QUEUE);
+        std::thread::Builder::new().name("access-log".into()).spawn(move || match sink {
+            Sink::Stdout => write_lines(&queue, std::io::stdout()),
+            Sink::File(file) => write_lines(&queue, file),
+        })?;
+        Ok(Self { lines: Some(lines), metrics })
+    }
+
+    pub fn is_on(&self) -> bool {
+        self.lines.is_some()
+    }
+
+    pub fn write(&self, entry: &Entry<'_>) {
+        if let Some(lines) = &self.lines
+            && lines.try_send(format(entry)).is_err()
+        {
+            self.metrics.log_line_dropped();
+        }
+    }
+}
+
+/// Writes what is there in one go, and waits when nothing is.
+fn write_lines(queue: &Receiver<Vec<u8>>, mut sink: impl Write) {
+    let mut batch = Vec::with_capacity(64 * 1024);
+    while let Ok(line) = queue.recv() {
+        batch.clear();
+        batch.extend_from_slice(&line);
+        while batch.len() < 64 * 1024
+            && let Ok(line) = queue.try_recv()
+        {
+            batch.extend_from_slice(&line);
+        }
+        // A full disk or a closed pipe: there is nobody left to tell but the process log.
+        if let Err(error) = sink.write_all(&batch).and_then(|()| sink.flush()) {
+            log::error!("the access log can't be written: {error}");
+        }
+    }
+}
+
+fn format(entry: &Entry<'_>) -> Vec<u8> {
+    let mut line = Vec::with_capacity(512);
+    let at = std::time::UNIX_EPOCH + Duration::from_millis(entry.unix_ms);
+    let (path, query) = match memchr::memchr(b'?', entry.target) {
+        Some(at) => (&entry.target[..at], Some(&entry.target[at + 1..])),
+        None => (entry.target, None),
+    };
+    line.extend_from_slice(b"{\"time\":\"");
+    line.extend_from_slice(humantime::format_rfc3339_millis(at).to_string().as_bytes());
+    line.push(b'"');
+    text(&mut line, "request_id", entry.request_id.as_bytes());
+    if let Some(client) = entry.client {
+        text(&mut line, "client", client.to_string().as_bytes());
+    }
+    text(&mut line, "method", entry.method);
+    // A path parameter (`;name=value`) may be a token that somebody put in the wrong place.
+    text(&mut line, "path", path.split(|b| *b == b';').next().unwrap_or_default());
+    if let Some(query) = query {
+        text(&mut line, "query", &redacted(query));
+    }
+    text(&mut line, "route", entry.route.as_bytes());
+    number(&mut line, "status", entry.status.into());
+    text(&mut line, "reason", entry.reason.as_bytes());
+    text(&mut line, "source", entry.source.as_bytes());
+    for (key, value) in [("token", entry.token), ("user", entry.user), ("upstream", entry.upstream)] {
+        if let Some(value) = value {
+            text(&mut line, key, value.as_bytes());
+        }
+    }
+    line.extend_from_slice(format!(",\"duration_ms\":{:.3}", entry.duration.as_secs_f64() * 1000.0).as_bytes());
+    number(&mut line, "bytes_received", entry.bytes_received);
+    number(&mut line, "bytes_sent", entry.bytes_sent);
+    text(&mut line, "user_agent", entry.user_agent);
+    line.extend_from_slice(b"}\n");
+    line
+}
+
+/// A query without what may be a secret: the value of every parameter in whose name or value such a word stands, in
+/// plain or encoded, however the parameters are separated.
+pub fn redacted(query: &[u8]) -> Vec<u8> {
+    const SECRET: [&[u8]; 4] = [b"token", b"password", b"secret", b"private"];
+    let mut out = Vec::with_capacity(query.len());
+    for piece in query.split_inclusive(|b| matches!(b, b'&' | b';')) {
+        let lower = decode(piece).to_ascii_lowercase();
+        if SECRET.iter().any(|word| memchr::memmem::find(&lower, word).is_some()) {
+            let name_end = piece.iter().position(|b| matches!(b, b'=' | b'&' | b';')).unwrap_or(piece.len());
+            out.extend_from_slice(&piece[..name_end.min(64)]);
+            out.extend_from_slice(b"=[redacted]");
+            out.extend(piece.last().filter(|b| matches!(b, b'&' | b';')));
+        } else {
+            out.extend_from_slice(piece);
+        }
+    }
+    out
+}
+
+/// Undoes `%hh`, twice: a nested URL carries its own query encoded.
+fn decode(bytes: &[u8]) -> Vec<u8> {
+    let once = |bytes: &[u8]| {
+        let mut out = Vec::with_capacity(bytes.len());
+        let mut rest = bytes;
+        while let [byte, tail @ ..] = rest {
+            let hex = tail.get(..2).and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 16).ok());
+            (rest, _) = match (byte, hex) {
+                (b'%', Some(decoded)) => (&tail[2..], out.push(decoded)),
+                _ => (tail, out.push(*byte)),
+            };
+        }
+        out
+    };
+    once(&once(bytes))
+}
+
+fn number(line: &mut Vec<u8>, key: &str, value: u64) {
+    line.extend_from_slice(format!(",\"{key}\":{value}").as_bytes());
+}
+
+/// A JSON string of bytes that nobody has checked: what is not visible ASCII is escaped.
+fn text(line: &mut Vec<u8>, key: &str, value: &[u8]) {
+    line.extend_from_slice(b",\"");
+    line.extend_from_slice(key.as_bytes());
+    line.extend_from_slice(b"\":\"");
+    for character in String::from_utf8_lossy(&value[..value.len().min(MAX_TEXT)]).chars() {
+        match character {
+            '"' | '\\' => line.extend_from_slice(&[b'\\', character as u8]),
+            ' '..='~' => line.push(character as u8),
+            _ => {
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    line.extend_from_slice(format!("\\u{unit:04x}").as_bytes());
+                }
+            }
+        }
+    }
+    line.push(b'"');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_are_cut_out() {
+        for query in [
+            "a=1&private_token=S3CRET&b=2", "private%5Ftoken=S3CRET", "[private_token]=S3CRET", "x=1;private_token=S3CRET",
+            "access_token=S3CRET", "u=%2Fx%3Fprivate_token%3DS3CRET", "u=%252Fx%253Fprivate_token%253DS3CRET", "password=S3CRET",
+            "PRIVATE-TOKEN=S3CRET",
+        ] {
+            let text = String::from_utf8(redacted(query.as_bytes())).unwrap();
+            assert!(!text.contains("S3CRET"), "{query} -> {text}");
+        }
+        assert_eq!(redacted(b"a=1&private_token=S&b=2"), b"a=1&private_token=[redacted]&b=2");
+        assert_eq!(redacted(b"page=2&per_page=5"), b"page=2&per_page=5");
+    }
+
+    #[test]
+    fn every_line_is_one_json_object() {
+        let nasty = b"\"\\\n\r\0\x7f\xff\xc3\xa9{}\xf0\x9f\x98\x80";
+        let entry = Entry { method: nasty, target: nasty, user_agent: nasty, user: Some("a\"b"), route: "x", ..Entry::default() };
+        let line = String::from_utf8(format(&entry)).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!((line.lines().count(), value["user"].as_str()), (1, Some("a\"b")));
+        let path = Entry { target: b"/api;private_token=S3CRET/x?a=1", ..Entry::default() };
+        assert!(!String::from_utf8(format(&path)).unwrap().contains("S3CRET"));
+    }
+}

@@ -1,0 +1,361 @@
+//! Every metric of tollgate, with its help text. Labels are enums or configured names, never a client's bytes, so that
+//! no client can mint a series. Series that a request touches are resolved once, at start.
+
+use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{HistogramTimer, TextEncoder};
+use std::time::Duration;
+
+/// From well under a cache miss on SQLite to a backend's slowest page.
+const LATENCY_SECONDS: &[f64] =
+    &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+/// A look-up in an embedded store takes microseconds, in a remote one milliseconds.
+const STORE_SECONDS: &[f64] = &[0.00001, 0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0];
+/// Around the promise of one second.
+const LAG_SECONDS: &[f64] = &[0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 30.0, 60.0];
+
+pub const METHODS: [&str; 8] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "other"];
+const STATUS_CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
+
+macro_rules! labels {
+    ($(#[$doc:meta])* $name:ident { $($variant:ident = $text:literal),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name { $($variant),* }
+
+        impl $name {
+            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
+
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text),* }
+            }
+        }
+    };
+}
+
+labels! {
+    /// What the cache said.
+    CacheResult { PositiveHit = "hit", NegativeHit = "negative_hit", Miss = "miss", Stale = "stale" }
+}
+labels! {
+    /// How a token was judged.
+    AuthResult { Valid = "valid", Refused = "refused", Anonymous = "anonymous", Unavailable = "unavailable" }
+}
+labels! {
+    /// Where the token stood.
+    TokenSource { None = "none", Header = "header", Query = "query", Bearer = "bearer", Several = "several" }
+}
+labels! {
+    /// Which page parameter was changed.
+    Clamp { Page = "page", PerPage = "per_page" }
+}
+labels! {
+    /// How an exchange with an upstream ended when it did not end well.
+    UpstreamError {
+        Connect = "connect", ConnectTimeout = "connect_timeout", Timeout = "timeout", Closed = "closed",
+        Malformed = "malformed", Other = "other",
+    }
+}
+
+/// All series. Made once; reloads keep it.
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    duration: Histogram,
+    in_flight: IntGauge,
+    connections: IntGauge,
+    auth: IntCounterVec,
+    auth_valid_header: IntCounter,
+    cache_lookups: Vec<IntCounter>,
+    cache_entries: IntGaugeVec,
+    store_duration: HistogramVec,
+    store_errors: IntCounterVec,
+    revocation_lag: HistogramVec,
+    clamps: Vec<IntCounter>,
+    query_tokens: IntCounter,
+    dropped_fields: IntCounter,
+    upstream_duration: HistogramVec,
+    upstream_connects: IntCounterVec,
+    upstream_errors: IntCounterVec,
+    upstream_retries: IntCounterVec,
+    log_dropped: IntCounter,
+    reloads: IntCounterVec,
+    config_loaded: IntGauge,
+    ready: IntGauge,
+}
+
+/// A request's series, resolved for one route so that the hot path looks nothing up.
+pub struct RouteMetrics {
+    /// By method and status class.
+    requests: Vec<IntCounter>,
+}
+
+impl RouteMetrics {
+    pub fn count(&self, method: usize, status: u16) {
+        let class = usize::from(status / 100).min(STATUS_CLASSES.len() - 1);
+        if let Some(counter) = self.requests.get(method * STATUS_CLASSES.len() + class) {
+            counter.inc();
+        }
+    }
+}
+
+/// Counts one down when the exchange or connection ends, however it ends.
+pub struct Guard(IntGauge);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+impl Metrics {
+    /// Fails only if two metrics here have one name.
+    pub fn new(version: &str) -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
+            let metric = IntCounter::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let counters = |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
+            let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let gauge = |name: &str, help: &str| -> Result<IntGauge, prometheus::Error> {
+            let metric = IntGauge::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let gauges = |name: &str, help: &str, labels: &[&str]| -> Result<IntGaugeVec, prometheus::Error> {
+            let metric = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+        let histograms = |name: &str, help: &str, labels: &[&str], buckets: &[f64]| -> Result<HistogramVec, prometheus::Error> {
+            let metric = HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        };
+
+        let requests = counters(
+            "tollgate_requests_total",
+            "Requests by route, method and class of the status that the client got (none: gone before an answer).",
+            &["route", "method", "status"],
+        )?;
+        let duration = Histogram::with_opts(
+            HistogramOpts::new("tollgate_request_duration_seconds", "Time from a request's head to the end of its answer.")
+                .buckets(LATENCY_SECONDS.to_vec()),
+        )?;
+        registry.register(Box::new(duration.clone()))?;
+        let auth = counters(
+            "tollgate_auth_total",
+            "Verdicts by result, reason and the token's source. The reason is `ok` for valid tokens.",
+            &["result", "reason", "source"],
+        )?;
+        let cache = counters("tollgate_cache_lookups_total", "Look-ups in the token cache by result.", &["result"])?;
+        let clamps = counters("tollgate_pagination_clamps_total", "Page parameters that were changed.", &["parameter"])?;
+        let build = gauges("tollgate_build_info", "1, with the version as label.", &["version"])?;
+        build.with_label_values(&[version]).set(1);
+
+        Ok(Self {
+            duration,
+            in_flight: gauge("tollgate_requests_in_flight", "Requests that are being served.")?,
+            connections: gauge("tollgate_connections", "Client connections that are open.")?,
+            auth_valid_header: auth.with_label_values(&["valid", "ok", "header"]),
+            cache_lookups: CacheResult::ALL.iter().map(|r| cache.with_label_values(&[r.as_str()])).collect(),
+            cache_entries: gauges("tollgate_cache_entries", "Tokens in the cache.", &["kind"])?,
+            store_duration: histograms(
+                "tollgate_store_lookup_duration_seconds",
+                "Time of a look-up in the token store.",
+                &["store"],
+                STORE_SECONDS,
+            )?,
+            store_errors: counters(
+                "tollgate_store_errors_total",
+                "Look-ups that the token store could not answer.",
+                &["store", "kind"],
+            )?,
+            revocation_lag: histograms(
+                "tollgate_revocation_lag_seconds",
+                "Time from a change of a token in the store to its effect here.",
+                &["store"],
+                LAG_SECONDS,
+            )?,
+            clamps: Clamp::ALL.iter().map(|c| clamps.with_label_values(&[c.as_str()])).collect(),
+            query_tokens: counter("tollgate_query_tokens_total", "Requests that carried their token in the query string.")?,
+            dropped_fields: counter(
+                "tollgate_dropped_headers_total",
+                "Request headers not forwarded because of a name that could be read as another one.",
+            )?,
+            upstream_duration: histograms(
+                "tollgate_upstream_duration_seconds",
+                "Time from choosing an upstream server to the head of its answer.",
+                &["upstream"],
+                LATENCY_SECONDS,
+            )?,
+            upstream_connects: counters(
+                "tollgate_upstream_connects_total",
+                "Exchanges with an upstream by whether the connection was new.",
+                &["upstream", "connection"],
+            )?,
+            upstream_errors: counters(
+                "tollgate_upstream_errors_total",
+                "Exchanges with an upstream that failed.",
+                &["upstream", "kind"],
+            )?,
+            upstream_retries: counters("tollgate_upstream_retries_total", "Exchanges tried again.", &["upstream"])?,
+            log_dropped: counter("tollgate_access_log_dropped_total", "Access log lines lost because the log was too slow.")?,
+            reloads: counters("tollgate_config_reloads_total", "Reloads of the configuration by result.", &["result"])?,
+            config_loaded: gauge("tollgate_config_loaded_timestamp_seconds", "When the running configuration was loaded.")?,
+            ready: gauge("tollgate_ready", "1 while requests are taken, 0 while draining.")?,
+            requests,
+            auth,
+            registry,
+        })
+    }
+
+    pub fn route(&self, name: &str) -> RouteMetrics {
+        let series = METHODS.iter().flat_map(|method| {
+            STATUS_CLASSES.iter().map(|class| self.requests.with_label_values(&[name, method, class]))
+        });
+        RouteMetrics { requests: series.collect() }
+    }
+
+    pub fn request_started(&self) -> Guard {
+        self.in_flight.inc();
+        Guard(self.in_flight.clone())
+    }
+
+    pub fn requests_in_flight(&self) -> i64 {
+        self.in_flight.get()
+    }
+
+    pub fn connection_opened(&self) -> Guard {
+        self.connections.inc();
+        Guard(self.connections.clone())
+    }
+
+    pub fn request_finished(&self, took: Duration) {
+        self.duration.observe(took.as_secs_f64());
+    }
+
+    pub fn auth(&self, result: AuthResult, reason: &'static str, source: TokenSource) {
+        if result == AuthResult::Valid && source == TokenSource::Header {
+            self.auth_valid_header.inc();
+        } else {
+            self.auth.with_label_values(&[result.as_str(), reason, source.as_str()]).inc();
+        }
+        if matches!(source, TokenSource::Query) {
+            self.query_tokens.inc();
+        }
+    }
+
+    pub fn cache_lookup(&self, result: CacheResult) {
+        if let Some(counter) = self.cache_lookups.get(result as usize) {
+            counter.inc();
+        }
+    }
+
+    pub fn cache_entries(&self, valid: u64, invalid: u64) {
+        for (kind, count) in [("positive", valid), ("negative", invalid)] {
+            self.cache_entries.with_label_values(&[kind]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// Observes the time until it is told to.
+    pub fn store_timer(&self, store: &'static str) -> HistogramTimer {
+        self.store_duration.with_label_values(&[store]).start_timer()
+    }
+
+    pub fn store_error(&self, store: &'static str, kind: &'static str) {
+        self.store_errors.with_label_values(&[store, kind]).inc();
+    }
+
+    pub fn revocation_lag(&self, store: &'static str, lag: Duration) {
+        self.revocation_lag.with_label_values(&[store]).observe(lag.as_secs_f64());
+    }
+
+    pub fn clamped(&self, parameter: Clamp) {
+        if let Some(counter) = self.clamps.get(parameter as usize) {
+            counter.inc();
+        }
+    }
+
+    pub fn fields_dropped(&self, count: usize) {
+        if count > 0 {
+            self.dropped_fields.inc_by(count as u64);
+        }
+    }
+
+    pub fn upstream(&self, name: &str) -> UpstreamMetrics {
+        UpstreamMetrics {
+            duration: self.upstream_duration.with_label_values(&[name]),
+            connects: ["new", "reused"].map(|kind| self.upstream_connects.with_label_values(&[name, kind])),
+            errors: UpstreamError::ALL.iter().map(|e| self.upstream_errors.with_label_values(&[name, e.as_str()])).collect(),
+            retries: self.upstream_retries.with_label_values(&[name]),
+        }
+    }
+
+    pub fn log_line_dropped(&self) {
+        self.log_dropped.inc();
+    }
+
+    pub fn reloaded(&self, ok: bool, at_unix_seconds: u64) {
+        self.reloads.with_label_values(&[if ok { "ok" } else { "failed" }]).inc();
+        if ok {
+            self.config_loaded.set(i64::try_from(at_unix_seconds).unwrap_or(i64::MAX));
+        }
+    }
+
+    pub fn ready(&self, ready: bool) {
+        self.ready.set(i64::from(ready));
+    }
+
+    /// The text that Prometheus scrapes.
+    pub fn render(&self) -> Result<String, prometheus::Error> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+/// One upstream's series.
+pub struct UpstreamMetrics {
+    duration: Histogram,
+    connects: [IntCounter; 2],
+    errors: Vec<IntCounter>,
+    retries: IntCounter,
+}
+
+impl UpstreamMetrics {
+    pub fn answered(&self, after: Duration) {
+        self.duration.observe(after.as_secs_f64());
+    }
+
+    pub fn connected(&self, reused: bool) {
+        self.connects[usize::from(reused)].inc();
+    }
+
+    pub fn failed(&self, error: UpstreamError) {
+        if let Some(counter) = self.errors.get(error as usize) {
+            counter.inc();
+        }
+    }
+
+    pub fn retried(&self) {
+        self.retries.inc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_has_its_own_name_and_help() {
+        let metrics = Metrics::new("test").unwrap();
+        metrics.route("/api/v3/*").count(0, 200);
+        metrics.auth(AuthResult::Refused, "unknown", TokenSource::Query);
+        let text = metrics.render().unwrap();
+        assert!(text.contains("tollgate_requests_total{method=\"GET\",route=\"/api/v3/*\",status=\"2xx\"} 1"), "{text}");
+        assert!(text.contains("tollgate_auth_total{reason=\"unknown\",result=\"refused\",source=\"query\"} 1"));
+    }
+}

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Installs what the end-to-end tests need beside Rust: a Ruby backend that behaves like GitLab's API v3
+# (tests/backend), the API clients of that era (tests/clients) and promtool.
+#
+# Run it as root, through sudo, or as a user who may use sudo. A second run finds everything and is done in a moment.
+#   TOLLGATE_PY_VENV   where the Python clients go (default: target/py-clients below the repository root)
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# Debian's interpreter by its full path: the clients' pins are checked with that one, and PATH may name another first.
+python=/usr/bin/python3
+venv=${TOLLGATE_PY_VENV:-target/py-clients}
+requirements=tests/clients/requirements.txt
+# Apart from the rest, in a folder of its own: its package is called "gitlab", and so is python-gitlab's.
+pyapi="pyapi-gitlab==7.8.5"
+# Both clients come as source only; pip builds them quietly if this is there first.
+wheel="wheel==0.45.1"
+# prometheus is here for promtool only; ca-certificates because pip needs it.
+packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus)
+
+say() { echo "install: $*"; }
+fail() { echo "install: FAILED: $*" >&2; exit 1; }
+
+as_root() {
+  if [[ $EUID -eq 0 ]]; then "$@"; else sudo "$@"; fi
+}
+
+# ---- Debian packages ----
+
+# A package that was removed but left its configuration behind is known to dpkg too, hence the exact status.
+missing_packages() {
+  local package status
+  for package in "${packages[@]}"; do
+    status=$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null || true)
+    [[ $status == "install ok installed" ]] || echo "$package"
+  done
+}
+
+# Debian starts a daemon while it installs it, unless this file exists and exits with 101. One that is there already
+# is moved aside and comes back whatever happens.
+policy=/usr/sbin/policy-rc.d
+policy_aside=$policy.tollgate-aside
+
+restore_policy() {
+  as_root rm -f "$policy"
+  if [[ -e $policy_aside || -L $policy_aside ]]; then as_root mv "$policy_aside" "$policy"; fi
+}
+
+forbid_services() {
+  # An aside file that is still here was left by a run that was killed: it is the original, so it must not be replaced.
+  if [[ -e $policy || -L $policy ]] && [[ ! -e $policy_aside && ! -L $policy_aside ]]; then
+    as_root mv "$policy" "$policy_aside"
+  fi
+  trap restore_policy EXIT
+  printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+  as_root chmod 0755 "$policy"
+}
+
+install_packages() {
+  local wanted=("$@")
+  [[ $EUID -eq 0 ]] || command -v sudo >/dev/null || fail "run this as root, or install sudo: it has to install ${wanted[*]}"
+  command -v apt-get >/dev/null || fail "no apt-get here: install what provides ${wanted[*]} by other means"
+  forbid_services
+  as_root apt-get update -q >/dev/null \
+    || fail "apt-get update: see the lines above; is Debian's package server reachable?"
+  # Without Recommends: prometheus would bring its node exporter, a second daemon.
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${wanted[@]}" >/dev/null \
+    || fail "apt-get install ${wanted[*]}: see the lines above; needs Debian 12 or something close to it"
+  # Not now, and not at the next boot either.
+  if [[ " ${wanted[*]} " == *" prometheus "* ]] && command -v systemctl >/dev/null; then
+    as_root systemctl --quiet disable prometheus.service 2>/dev/null || say "note: prometheus.service could not be disabled"
+  fi
+  restore_policy
+  trap - EXIT
+}
+
+command -v dpkg-query >/dev/null || fail "no dpkg-query: this script knows Debian only; it wants ${packages[*]}"
+mapfile -t missing < <(missing_packages)
+if [[ ${#missing[@]} -eq 0 ]]; then
+  say "Debian packages are all there"
+else
+  install_packages "${missing[@]}"
+  say "Debian packages installed: ${missing[*]}"
+fi
+
+# ---- Python clients ----
+
+# Through sudo, these still belong to the caller: a target/ of root's would be in cargo's way.
+as_caller() {
+  if [[ $EUID -eq 0 && ${SUDO_UID:-0} -ne 0 ]]; then sudo -H -u "#$SUDO_UID" -- "$@"; else "$@"; fi
+}
+
+pip_install() {
+  as_caller "$venv/bin/python" -m pip --quiet --disable-pip-version-check install "$@" \
+    || fail "pip install $*: see the lines above; is a Python package index reachable?"
+}
+
+# Imports a client and evaluates an expression of its own; the second argument is its folder, if it has one.
+try_client() {
+  as_caller env PYTHONPATH="${2:-}" "$venv/bin/python" -c "import gitlab; $1" \
+    || fail "a client does not work under $("$python" --version): correct the pins in $requirements and in this script"
+}
+
+[[ -f $requirements ]] || fail "$requirements is missing: restore it from the repository"
+# Changing any of these makes a new environment.
+stamp=$venv/.tollgate-stamp
+wanted_stamp="$("$python" --version) $pyapi $wheel $(sha256sum <"$requirements")"
+if [[ -f $stamp && $(<"$stamp") == "$wanted_stamp" ]]; then
+  say "Python clients are in $venv"
+else
+  as_caller mkdir -p "$(dirname "$venv")" || fail "cannot write to $(dirname "$venv"): run as its owner, or set TOLLGATE_PY_VENV"
+  as_caller "$python" -m venv --clear "$venv" || fail "$python -m venv $venv: remove $venv and try again"
+  pip_install "$wheel"
+  pip_install --requirement "$requirements"
+  pip_install --no-deps --target "$venv/pyapi-gitlab" "$pyapi"
+  try_client 'gitlab.Gitlab("http://localhost", api_version="3").projects.list'
+  try_client 'gitlab.Gitlab("http://localhost").getprojects' "$venv/pyapi-gitlab"
+  echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null
+  say "Python clients installed in $venv"
+fi
