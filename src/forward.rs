@@ -178,7 +178,7 @@ impl Plan<'_> {
     /// Whether a client's field goes on. Everything that says who asks, where from or how long is ours to write.
     fn passes(&self, field: &Field<'_>, rules: &ForwardRules) -> Passes {
         let passes_tokens = matches!(self.route.auth, Auth::None { pass_token: true });
-        let web_page = self.route.pattern.is_everything();
+        let web_page = self.route.is_web_page();
         let open = passes_tokens || web_page;
         let passes = match field.kind {
             FieldKind::Alias => return Passes::Ambiguous,

@@ -22,15 +22,15 @@ pub mod reply;
 
 pub mod pipeline;
 
-// pub mod admin;
+pub mod admin;
 
-// pub mod edge;
+pub mod edge;
 
-// pub mod config;
+pub mod config;
 
-// pub mod assembly;
+pub mod assembly;
 
-// pub mod cli;
+pub mod cli;
 
 /// A moment, read once for each request. Stages take it as an argument, so that tests own the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

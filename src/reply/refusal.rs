@@ -166,30 +166,40 @@ impl Refusal {
         }
     }
 
-    /// Writes the whole answer. Refusals of a credential are the same to the byte, whatever the reason.
-    pub fn write(&self, envelope: &Envelope<'_>, out: &mut Vec<u8>) {
+    /// The fields that say more than the status, those of the framing included. The same for every refusal of a
+    /// credential.
+    pub fn fields(&self) -> impl Iterator<Item = (&'static str, String)> {
         let status = self.status();
-        let phrase = phrase(status);
-        let mut push = |parts: &[&str]| parts.iter().for_each(|part| out.extend_from_slice(part.as_bytes()));
-        let code = [b'0' + (status / 100) as u8, b'0' + (status / 10 % 10) as u8, b'0' + (status % 10) as u8];
-        let code = std::str::from_utf8(&code).unwrap_or("500");
-        let length = (r#"{"message":" "}"#.len() + code.len() + phrase.len()).to_string();
-        push(&["HTTP/1.1 ", code, " ", phrase, "\r\nDate: ", envelope.date]);
-        push(&["\r\nContent-Type: application/json\r\nContent-Length: ", &length, "\r\nCache-Control: no-store\r\n"]);
-        match status {
-            401 => push(&["WWW-Authenticate: Bearer realm=\"api\"\r\n"]),
-            405 => {
-                push(&["Allow: "]);
-                Methods::ALL.names().enumerate().for_each(|(i, name)| push(&[if i == 0 { "" } else { ", " }, name]));
-                push(&["\r\n"]);
-            }
-            503 => push(&["Retry-After: 1\r\n"]),
-            _ => {}
+        let more = match status {
+            401 => Some(("WWW-Authenticate", "Bearer realm=\"api\"".to_owned())),
+            405 => Some(("Allow", Methods::ALL.names().collect::<Vec<_>>().join(", "))),
+            503 => Some(("Retry-After", "1".to_owned())),
+            _ => None,
+        };
+        [
+            ("Content-Type", "application/json".to_owned()),
+            ("Content-Length", self.body().len().to_string()),
+            ("Cache-Control", "no-store".to_owned()),
+        ]
+        .into_iter()
+        .chain(more)
+    }
+
+    pub fn body(&self) -> String {
+        format!("{{\"message\":\"{} {}\"}}", self.status(), phrase(self.status()))
+    }
+
+    /// Writes the whole answer.
+    pub fn write(&self, envelope: &Envelope<'_>, out: &mut Vec<u8>) {
+        let mut put = |parts: &[&str]| parts.iter().for_each(|part| out.extend_from_slice(part.as_bytes()));
+        put(&["HTTP/1.1 ", &self.status().to_string(), " ", phrase(self.status()), "\r\nDate: ", envelope.date, "\r\n"]);
+        for (name, value) in self.fields() {
+            put(&[name, ": ", &value, "\r\n"]);
         }
         let connection = if envelope.close { "close" } else { "keep-alive" };
-        push(&["X-Request-Id: ", envelope.request_id, "\r\nConnection: ", connection, "\r\n\r\n"]);
+        put(&["X-Request-Id: ", envelope.request_id, "\r\nConnection: ", connection, "\r\n\r\n"]);
         if !envelope.head_only {
-            push(&["{\"message\":\"", code, " ", phrase, "\"}"]);
+            put(&[&self.body()]);
         }
     }
 }

@@ -29,13 +29,13 @@ pub enum BodyFault {
 }
 
 /// Follows one body.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct BodyScanner {
     rules: Arc<BodyRules>,
     state: State,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum State {
     Form(Form),
     Multipart(Multipart),
@@ -97,7 +97,7 @@ impl BodyRules {
 }
 
 /// `name=value` split at `&` and, as Rack 1.5 and older do, at `;`.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Form {
     name: Vec<u8>,
     in_value: bool,
@@ -178,7 +178,7 @@ fn boundary(content_type: &[u8]) -> Result<Option<&[u8]>, BodyFault> {
 }
 
 /// Looks at the header block behind every delimiter, wherever the delimiter stands.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Multipart {
     delimiter: Vec<u8>,
     /// The end of what was seen, in which a delimiter may have begun; or the part's head so far.
@@ -277,7 +277,7 @@ fn parameter_value(text: &[u8]) -> Vec<u8> {
 }
 
 /// Follows the keys of a top-level object. Nested keys are not parameters.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Json {
     /// The type says JSON: then what is no plain JSON is refused. Otherwise it is simply none, and left alone.
     declared: bool,

@@ -2,6 +2,7 @@
 //! Pure: no clock, no I/O, no identity. It must not know who asks, nor what becomes of the answer.
 
 pub mod body;
+pub mod chunked;
 pub mod head;
 pub mod page;
 pub mod query;
@@ -145,7 +146,7 @@ impl Rules {
     }
 
     fn examine_on<'r>(&self, route: &'r Route, view: &RequestView<'r>, canonical: &[u8]) -> Result<Examined<'r>, Fault> {
-        let web_page = route.pattern.is_everything();
+        let web_page = route.is_web_page();
         if !web_page && view.fields_of(FieldKind::MethodOverride).next().is_some() {
             return Err(Fault::MethodOverride);
         }

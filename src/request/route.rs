@@ -33,7 +33,7 @@ impl std::str::FromStr for Pattern {
     fn from_str(text: &str) -> Result<Self, PatternError> {
         let path = text.strip_prefix('/').ok_or(PatternError::NoLeadingSlash)?;
         if path.is_empty() || path == "*" {
-            return Ok(Self { segments: Vec::new(), below: true });
+            return Ok(Self::everything());
         }
         let (path, below) = path.strip_suffix("/*").map_or((path, false), |stem| (stem, true));
         if super::target::canonical(text.as_bytes()).as_ref() != text.as_bytes() || super::target::check(text.as_bytes()).is_err() {
@@ -52,6 +52,11 @@ impl std::str::FromStr for Pattern {
 }
 
 impl Pattern {
+    /// Every path there is.
+    pub const fn everything() -> Self {
+        Self { segments: Vec::new(), below: true }
+    }
+
     /// Everything at and under a prefix, as `[api] prefixes` has it.
     pub fn subtree(prefix: &str) -> Result<Self, PatternError> {
         let mut pattern: Self = prefix.parse()?;
@@ -109,6 +114,16 @@ pub struct Route {
     pub reason: String,
     /// Refuse tokens in the query on this route.
     pub refuse_query_token: bool,
+    /// The upstream's name; `None` for the first one.
+    pub upstream: Option<String>,
+}
+
+impl Route {
+    /// The pass-through for everything outside the API: what a browser sends to a web page goes on as it is, cookies
+    /// and forms included. Not so a preflight, which belongs to the API.
+    pub fn is_web_page(&self) -> bool {
+        self.pattern.is_everything() && self.methods != Methods::only([Method::Options])
+    }
 }
 
 /// A set of methods.
@@ -165,7 +180,7 @@ mod tests {
     use super::*;
 
     fn route(pattern: &str, methods: Methods, auth: Auth) -> Route {
-        Route { pattern: pattern.parse().unwrap(), name: pattern.into(), methods, auth, reason: String::new(), refuse_query_token: false }
+        Route { pattern: pattern.parse().unwrap(), name: pattern.into(), methods, auth, reason: String::new(), refuse_query_token: false, upstream: None }
     }
 
     #[test]

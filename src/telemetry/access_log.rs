@@ -52,9 +52,15 @@ pub struct Entry<'a> {
     pub user_agent: &'a [u8],
 }
 
+enum Message {
+    Line(Vec<u8>),
+    /// Everything before this is written: say so.
+    Flush(SyncSender<()>),
+}
+
 #[derive(Clone)]
 pub struct AccessLog {
-    lines: Option<SyncSender<Vec<u8>>>,
+    lines: Option<SyncSender<Message>>,
     metrics: Arc<Metrics>,
 }
 
@@ -76,27 +82,44 @@ impl AccessLog {
 
     pub fn write(&self, entry: &Entry<'_>) {
         if let Some(lines) = &self.lines
-            && lines.try_send(format(entry)).is_err()
+            && lines.try_send(Message::Line(format(entry))).is_err()
         {
             self.metrics.log_line_dropped();
+        }
+    }
+
+    /// Waits until what was logged so far is written, but no longer than this.
+    pub fn flush(&self, patience: Duration) {
+        let Some(lines) = &self.lines else { return };
+        let (done, written) = sync_channel(1);
+        if lines.try_send(Message::Flush(done)).is_ok() {
+            // Too slow: the lines are lost, and the process ends all the same.
+            let _: Result<(), _> = written.recv_timeout(patience);
         }
     }
 }
 
 /// Writes what is there in one go, and waits when nothing is.
-fn write_lines(queue: &Receiver<Vec<u8>>, mut sink: impl Write) {
+fn write_lines(queue: &Receiver<Message>, mut sink: impl Write) {
     let mut batch = Vec::with_capacity(64 * 1024);
-    while let Ok(line) = queue.recv() {
+    let mut waiting = Vec::new();
+    while let Ok(message) = queue.recv() {
         batch.clear();
-        batch.extend_from_slice(&line);
-        while batch.len() < 64 * 1024
-            && let Ok(line) = queue.try_recv()
-        {
-            batch.extend_from_slice(&line);
+        let mut next = Some(message);
+        while let Some(message) = next {
+            match message {
+                Message::Line(line) => batch.extend_from_slice(&line),
+                Message::Flush(done) => waiting.push(done),
+            }
+            next = if batch.len() < 64 * 1024 { queue.try_recv().ok() } else { None };
         }
         // A full disk or a closed pipe: there is nobody left to tell but the process log.
         if let Err(error) = sink.write_all(&batch).and_then(|()| sink.flush()) {
             log::error!("the access log can't be written: {error}");
+        }
+        for done in waiting.drain(..) {
+            // Whoever waited may have lost patience.
+            let _: Result<(), _> = done.send(());
         }
     }
 }

@@ -1,0 +1,104 @@
+//! The command line. Exit codes: 0 done, 1 failed, 64 bad configuration or usage.
+#![allow(clippy::print_stdout, reason = "this is what a command line is for")]
+
+mod check;
+mod demo;
+mod run;
+mod token;
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// An authenticating gateway for token-authenticated REST APIs in GitLab's style.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve, as a configuration file says.
+    Run {
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Show everything at work without a file or a backend: backend, token, gateway and metrics.
+    Demo {
+        /// Where the gateway listens; the backend and the admin listener take free ports.
+        #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+        listen: std::net::SocketAddr,
+    },
+    /// Say everything that is wrong with a configuration file, and what can be reached without a token.
+    Check {
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Create, list, show, revoke and import tokens.
+    Token {
+        #[command(subcommand)]
+        command: token::Command,
+    },
+    /// Print a configuration with every key, its default and its meaning.
+    ExampleConfig,
+}
+
+/// Why a command ended badly.
+pub(crate) enum Failure {
+    /// 64: nothing was tried.
+    Usage(String),
+    /// 1.
+    Failed(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+const USAGE: u8 = 64;
+
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors.
+            let code = if error.use_stderr() { USAGE } else { 0 };
+            drop(error.print());
+            return ExitCode::from(code);
+        }
+    };
+    let result = match cli.command {
+        Command::Run { config } => run::run(&config),
+        Command::Demo { listen } => demo::run(listen),
+        Command::Check { config } => check::run(&config),
+        Command::Token { command } => token::run(command),
+        Command::ExampleConfig => {
+            print!("{}", crate::config::example());
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(text)) => {
+            eprintln!("{text}");
+            ExitCode::from(USAGE)
+        }
+        Err(Failure::Failed(error)) => {
+            eprintln!("tollgate: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Loads a configuration, or says all that is wrong with it.
+fn load(path: &std::path::Path) -> Result<crate::config::Settings, Failure> {
+    crate::config::load(path).map_err(|problems| {
+        let count = problems.len();
+        let what = if count == 1 { "one problem".to_owned() } else { format!("{count} problems") };
+        Failure::Usage(format!("{}: {what}\n{}", path.display(), crate::assembly::report(&problems)))
+    })
+}

@@ -1,0 +1,35 @@
+//! The documented example, made from the sections' own comments.
+
+use super::REFERENCE;
+use super::section::REQUIRED;
+
+/// Keys without a default, and what stands for them in the example.
+const SAMPLES: [(&str, &str, &str); 5] = [
+    ("[[upstream]]", "name", "\"api\""),
+    ("[[upstream]]", "servers", "[\"127.0.0.1:3000\"]"),
+    ("[[pagination.route]]", "path", "\"/api/v3/projects/:id/repository/commits\""),
+    ("[[route]]", "path", "\"/api/v3/session\""),
+    ("[[route]]", "reason", "\"exchanges a password for a token\""),
+];
+
+/// A whole configuration with every key, its default and its meaning.
+pub fn example() -> String {
+    let mut out = String::from(
+        "# Every key of tollgate's configuration, with its default. Only [[upstream]] is needed.\n\
+         # Made by `tollgate example-config`; `tollgate check --config FILE` says what is wrong with a file.\n",
+    );
+    for (header, doc, fields) in REFERENCE {
+        out += "\n";
+        doc.iter().for_each(|line| out += &format!("#{line}\n"));
+        // A list may be empty: its example is there to be read.
+        let comment = if header == "[[route]]" || header == "[[pagination.route]]" { "# " } else { "" };
+        out += &format!("{comment}{header}\n");
+        for field in fields {
+            field.doc.iter().for_each(|line| out += &format!("#{line}\n"));
+            let sample = SAMPLES.iter().find(|(section, key, _)| (*section, *key) == (header, field.key));
+            let value = sample.map_or(field.default.trim_start_matches(REQUIRED), |(_, _, value)| value);
+            out += &format!("{comment}{} = {value}\n", field.key);
+        }
+    }
+    out
+}

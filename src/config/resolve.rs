@@ -1,0 +1,331 @@
+//! From what the file says to the settings that the stages declare. Here is what one key says about another.
+
+use super::File;
+use super::file::{self, Auth as FileAuth, Beyond, BodyPolicy, Forward, QueryToken, StoreKind, Strip, Switch, TrustedPeer};
+use super::section::{Problem, closest};
+use crate::edge::{ServerSettings, Timeouts, UpstreamSettings};
+use crate::forward::{Credential, ForwardRules, TrustedProxies};
+use crate::identity::CacheSettings;
+use crate::request::body::BodyRules;
+use crate::request::page::{PageRules, Pagination, TooDeep};
+use crate::request::query::{Key, Names};
+use crate::request::route::{Auth, Methods, Pattern, Route, Routes};
+use crate::request::token::TokenRules;
+use crate::request::view::Method;
+use crate::request::{Limits, Rules, Switches};
+use log::LevelFilter;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Everything that is configured, checked.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub server: ServerSettings,
+    pub rules: Rules,
+    pub forward: ForwardRules,
+    pub store: StoreSettings,
+    pub cache: CacheSettings,
+    pub upstreams: Vec<UpstreamSettings>,
+    pub timeouts: Timeouts,
+    pub access_log: LogTarget,
+    pub level: LevelFilter,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreSettings {
+    pub kind: StoreKind,
+    pub path: PathBuf,
+    pub timeout: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LogTarget {
+    Off,
+    Stdout,
+    File(PathBuf),
+}
+
+/// pingora and the http crate can't take a longer target.
+const LARGEST_TARGET: u64 = 60 * 1024;
+const LARGEST_HEADER: u64 = 512 * 1024;
+
+pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -> Settings {
+    let mut check = Check { problems };
+    let switches = Switches {
+        sudo: file.token.sudo == Switch::Allow,
+        access_token: file.token.access_token == Switch::Allow,
+        job_token: file.token.job_token == Switch::Allow,
+        cookies: file.token.cookies == Strip::Allow,
+        authorization: file.token.authorization == Strip::Allow,
+    };
+    let token = TokenRules { header: file.token.header.0.clone(), bearer: file.token.bearer };
+    let names = Names { token: file.token.query.0.clone() };
+    let upstreams = check.upstreams(&file.upstreams);
+    let rules = Rules {
+        limits: check.limits(&file.limits),
+        routes: check.routes(file, &upstreams),
+        preflight: file.api.cors_preflight.then(preflight),
+        token: token.clone(),
+        names: names.clone(),
+        switches,
+        pagination: check.pagination(file),
+        body: (file.token.body == BodyPolicy::Refuse).then(|| Arc::new(body_rules(names, switches))),
+    };
+    Settings {
+        server: check.server(file),
+        rules,
+        forward: ForwardRules {
+            credential: match file.token.forward {
+                Forward::Token => Credential::Token,
+                Forward::Identity => Credential::Identity,
+                Forward::Both => Credential::Both,
+                Forward::None => Credential::None,
+            },
+            token,
+            switches,
+            trusted: trusted(&file.server.trusted_proxies),
+            deprecate_query_token: file.token.query_deprecation,
+        },
+        store: StoreSettings {
+            kind: file.store.kind,
+            path: folder.join(&file.store.path.0),
+            timeout: check.at_least(file.store.timeout, Duration::from_millis(1), file.store.line, "store.timeout"),
+        },
+        cache: check.cache(&file.cache),
+        upstreams,
+        timeouts: Timeouts { header: file.limits.header_timeout, idle: file.limits.idle_timeout },
+        access_log: match file.log.access.as_str() {
+            "off" => LogTarget::Off,
+            "stdout" => LogTarget::Stdout,
+            path => LogTarget::File(folder.join(path)),
+        },
+        level: match file.log.level {
+            file::Level::Error => LevelFilter::Error,
+            file::Level::Warn => LevelFilter::Warn,
+            file::Level::Info => LevelFilter::Info,
+        },
+    }
+}
+
+struct Check<'p> {
+    problems: &'p mut Vec<Problem>,
+}
+
+impl Check<'_> {
+    fn problem(&mut self, line: usize, key: impl Into<String>, why: impl Into<String>, instead: impl Into<String>) {
+        self.problems.push(Problem { line, key: key.into(), why: why.into(), instead: instead.into() });
+    }
+
+    fn at_least(&mut self, value: Duration, least: Duration, line: usize, key: &str) -> Duration {
+        if value < least {
+            self.problem(line, key, format!("{value:?} is too short"), format!("at least {least:?}"));
+        }
+        value
+    }
+
+    fn server(&mut self, file: &File) -> ServerSettings {
+        if file.server.listen.is_empty() {
+            self.problem(file.server.line, "server.listen", "is empty: nobody could reach the API", "like [\"127.0.0.1:8080\"]");
+        }
+        let listen: Vec<_> = file.server.listen.iter().map(|address| address.0.clone()).collect();
+        let admin = file.admin.listen.as_ref().map(|address| address.0.clone());
+        for (index, address) in listen.iter().enumerate() {
+            if listen[..index].contains(address) || admin.as_ref() == Some(address) {
+                self.problem(file.server.line, "server.listen", "an address stands there twice", "also counting admin.listen");
+            }
+        }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        if file.server.threads > 512 {
+            self.problem(file.server.line, "server.threads", "is more than 512", "0 means one for each core");
+        }
+        let threads = if file.server.threads == 0 { cores } else { usize::try_from(file.server.threads).unwrap_or(cores) };
+        ServerSettings { listen, admin, threads, grace: file.server.shutdown_grace }
+    }
+
+    fn limits(&mut self, limits: &file::Limits) -> Limits {
+        let mut size = |key: &str, value: u64, largest: u64| {
+            if value < 256 || value > largest {
+                self.problem(limits.line, key, "is out of range", format!("from 256B to {}KiB", largest / 1024));
+            }
+            usize::try_from(value.clamp(256, largest)).unwrap_or(256)
+        };
+        let header_bytes = size("limits.header_bytes", limits.header_bytes.0, LARGEST_HEADER);
+        let target_bytes = size("limits.target_bytes", limits.target_bytes.0, LARGEST_TARGET);
+        if target_bytes > header_bytes {
+            self.problem(limits.line, "limits.target_bytes", "is more than limits.header_bytes", "the target is a part of the head");
+        }
+        self.at_least(limits.header_timeout, Duration::from_millis(100), limits.line, "limits.header_timeout");
+        self.at_least(limits.idle_timeout, Duration::from_millis(100), limits.line, "limits.idle_timeout");
+        Limits { header_bytes, target_bytes, body_bytes: limits.body_bytes.map(|size| size.0) }
+    }
+
+    fn cache(&mut self, cache: &file::Cache) -> CacheSettings {
+        if cache.positive_capacity == 0 || cache.negative_capacity == 0 {
+            let why = "0 would ask the store for every single request";
+            self.problem(cache.line, "cache.positive_capacity, cache.negative_capacity", why, "like 100000");
+        }
+        self.at_least(cache.positive_ttl, Duration::from_secs(1), cache.line, "cache.positive_ttl");
+        self.at_least(cache.negative_ttl, Duration::from_millis(100), cache.line, "cache.negative_ttl");
+        CacheSettings {
+            positive_ttl: cache.positive_ttl,
+            negative_ttl: cache.negative_ttl,
+            stale_if_error: cache.stale_if_error,
+            positive_capacity: cache.positive_capacity,
+            negative_capacity: cache.negative_capacity,
+        }
+    }
+
+    fn upstreams(&mut self, upstreams: &[file::Upstream]) -> Vec<UpstreamSettings> {
+        if upstreams.is_empty() {
+            let instead = "write [[upstream]] with name = \"api\" and servers = [\"127.0.0.1:3000\"]";
+            self.problem(0, "upstream", "is missing: there is no backend to forward to", instead);
+        }
+        for (index, upstream) in upstreams.iter().enumerate() {
+            let key = |name: &str| format!("upstream[{index}].{name}");
+            if upstream.servers.is_empty() {
+                self.problem(upstream.line, key("servers"), "is empty", "like [\"127.0.0.1:3000\"]");
+            }
+            if upstream.name.is_empty() || upstreams[..index].iter().any(|other| other.name == upstream.name) {
+                self.problem(upstream.line, key("name"), "must be there, and only once", "like \"api\"");
+            }
+            self.at_least(upstream.connect_timeout, Duration::from_millis(1), upstream.line, &key("connect_timeout"));
+            self.at_least(upstream.read_timeout, Duration::from_millis(1), upstream.line, &key("read_timeout"));
+        }
+        let settings = |upstream: &file::Upstream| UpstreamSettings {
+            name: upstream.name.clone(),
+            servers: upstream.servers.iter().map(|server| server.0.clone()).collect(),
+            connect_timeout: upstream.connect_timeout,
+            read_timeout: upstream.read_timeout,
+            idle_timeout: upstream.idle_timeout,
+        };
+        upstreams.iter().map(settings).collect()
+    }
+
+    fn routes(&mut self, file: &File, upstreams: &[UpstreamSettings]) -> Routes {
+        let mut routes: Vec<Route> = Vec::new();
+        for (index, route) in file.routes.iter().enumerate() {
+            let key = |name: &str| format!("route[{index}].{name}");
+            let auth = match route.auth {
+                FileAuth::Required => Auth::Required,
+                FileAuth::Optional => Auth::Optional,
+                FileAuth::None => Auth::None { pass_token: route.pass_token },
+            };
+            if auth != Auth::Required && route.reason.trim().is_empty() {
+                let why = "is missing: this route can be reached without a token";
+                self.problem(route.line, key("reason"), why, "write why, for whoever reads `tollgate check` in a year");
+            }
+            if route.pass_token && route.auth != FileAuth::None {
+                self.problem(route.line, key("pass_token"), "goes with auth = \"none\" only", "take it out");
+            }
+            if !route.upstream.is_empty() && !upstreams.iter().any(|upstream| upstream.name == route.upstream) {
+                let instead = closest(&route.upstream, upstreams.iter().map(|upstream| upstream.name.as_str()));
+                self.problem(route.line, key("upstream"), format!("there is no upstream \"{}\"", route.upstream), instead);
+            }
+            let methods = Methods::only(route.methods.iter().map(|method| method.0));
+            if route.methods.is_empty() {
+                self.problem(route.line, key("methods"), "is empty: the route would match nothing", "leave it out for all");
+            }
+            let pattern = route.path.0.pattern.clone();
+            if routes.iter().any(|other| other.pattern == pattern && other.methods.overlaps(methods)) {
+                self.problem(route.line, key("path"), "stands in another route for the same method", "join the two");
+            }
+            routes.push(Route {
+                pattern,
+                name: route.path.0.text.clone(),
+                methods,
+                auth,
+                reason: route.reason.trim().into(),
+                refuse_query_token: route.query_token == QueryToken::Refuse,
+                upstream: Some(route.upstream.clone()).filter(|name| !name.is_empty()),
+            });
+        }
+        if file.api.prefixes.is_empty() && routes.is_empty() {
+            self.problem(file.api.line, "api.prefixes", "is empty, and there is no [[route]]: everything would be 404", "like [\"/api/v3\"]");
+        }
+        for prefix in &file.api.prefixes {
+            let Ok(pattern) = Pattern::subtree(&prefix.0) else { continue };
+            let name = format!("{}/*", prefix.0.trim_end_matches('/'));
+            routes.push(Route {
+                pattern,
+                name,
+                methods: Methods::ALL,
+                auth: Auth::Required,
+                reason: String::new(),
+                refuse_query_token: false,
+                upstream: None,
+            });
+        }
+        // A [[route]] for a whole prefix comes first in the stable order, and so stands in the prefix's place.
+        Routes::new(routes)
+    }
+
+    fn pagination(&mut self, file: &File) -> Pagination {
+        let section = &file.pagination;
+        let default = PageRules {
+            first_page: section.first_page,
+            default_per_page: section.default_per_page,
+            max_per_page: section.max_per_page,
+            max_page: section.max_page,
+            too_deep: match section.beyond_max_page {
+                Beyond::Clamp => TooDeep::Clamp,
+                Beyond::Refuse => TooDeep::Refuse,
+            },
+            inject_defaults: section.inject_defaults,
+        };
+        self.page_rules(&default, section.line, "pagination");
+        let mut overrides = Vec::new();
+        for (index, route) in file.pagination_routes.iter().enumerate() {
+            let rules = PageRules {
+                first_page: route.first_page.0.unwrap_or(default.first_page),
+                default_per_page: route.default_per_page.0.unwrap_or(default.default_per_page),
+                max_per_page: route.max_per_page.0.unwrap_or(default.max_per_page),
+                ..default.clone()
+            };
+            self.page_rules(&rules, route.line, &format!("pagination.route[{index}]"));
+            overrides.push((route.path.0.pattern.clone(), route.enabled.then_some(rules)));
+        }
+        Pagination { default, overrides }
+    }
+
+    fn page_rules(&mut self, rules: &PageRules, line: usize, key: &str) {
+        if rules.default_per_page == 0 || rules.max_per_page.is_some_and(|max| max < rules.default_per_page) {
+            let instead = "from 1 to max_per_page";
+            self.problem(line, format!("{key}.default_per_page"), "is out of range", instead);
+        }
+        if rules.max_page.is_some_and(|max| max < rules.first_page) {
+            self.problem(line, format!("{key}.max_page"), "is below first_page", "no page would be left");
+        }
+    }
+}
+
+/// What a body must not hold: every credential that is not allowed, and another method than the one that was judged.
+fn body_rules(names: Names, switches: Switches) -> BodyRules {
+    let mut forbidden = vec![Key::Token, Key::Method];
+    let off = [(switches.sudo, Key::Sudo), (switches.access_token, Key::AccessToken), (switches.job_token, Key::JobToken)];
+    forbidden.extend(off.into_iter().filter(|(allowed, _)| !allowed).map(|(_, key)| key));
+    BodyRules { names, forbidden }
+}
+
+fn trusted(peers: &[file::Proxy]) -> TrustedProxies {
+    let mut trusted = TrustedProxies::default();
+    for peer in peers {
+        match &peer.0 {
+            TrustedPeer::Network(network) => trusted.networks.push(*network),
+            TrustedPeer::Unix => trusted.unix_peers = true,
+        }
+    }
+    trusted
+}
+
+fn preflight() -> Route {
+    Route {
+        pattern: Pattern::everything(),
+        name: "preflight".into(),
+        methods: Methods::only([Method::Options]),
+        auth: Auth::None { pass_token: false },
+        reason: "CORS preflights carry no token by nature ([api] cors_preflight)".into(),
+        refuse_query_token: false,
+        upstream: None,
+    }
+}

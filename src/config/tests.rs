@@ -1,0 +1,109 @@
+//! What a configuration may say, and what is said about a bad one.
+
+use super::*;
+
+fn problems(text: &str) -> Vec<String> {
+    parse(text, Path::new("/conf")).err().unwrap_or_default().iter().map(ToString::to_string).collect()
+}
+
+const MINIMAL: &str = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:3000\"]\n";
+
+#[test]
+fn every_default_reads() {
+    let settings = parse(MINIMAL, Path::new("/conf")).unwrap();
+    assert_eq!(settings.store.path, Path::new("/conf/tollgate.db"));
+    assert_eq!(settings.rules.routes.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["/api/v3/*"]);
+    // A missing key makes the reader take every stand-in.
+    assert_eq!(problems("[[upstream]]\n[[route]]\n[[pagination.route]]\n").len(), 5);
+}
+
+#[test]
+fn the_example_says_all_and_is_right() {
+    let example = example();
+    parse(&example, Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let with_headers = example.replace("\n# [[", "\n[[");
+    let everything = with_headers.lines().map(|line| {
+        let key = line.strip_prefix("# ").filter(|rest| rest.split(" = ").next().is_some_and(|k| !k.contains(' ')) && rest.contains(" = "));
+        key.unwrap_or(line).to_owned() + "\n"
+    });
+    parse(&everything.collect::<String>(), Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let keys: usize = REFERENCE.iter().map(|(_, _, fields)| fields.len()).sum();
+    assert_eq!(keys, 61, "the reference lost or gained keys: update this number on purpose");
+    assert!(REFERENCE.iter().all(|(_, doc, fields)| !doc.is_empty() && fields.iter().all(|field| !field.doc.is_empty())));
+}
+
+#[test]
+fn all_problems_are_told_at_once() {
+    let text = "\
+[server]
+listen = \"127.0.0.1:8080\"
+treads = 4
+[tokens]
+[token]
+body = \"maybe\"
+query = \"private token\"
+[cache]
+positive_ttl = 60
+[limits]
+header_bytes = \"32KB\"
+[[route]]
+path = \"/api/v3/session/\"
+[[route]]
+path = \"/api/v3/open\"
+auth = \"none\"
+upstream = \"apu\"
+[[upstream]]
+name = \"api\"
+servers = [\"127.0.0.1\"]
+";
+    let expected = [
+        "line 2: server.listen: must be a list (put it in square brackets, like [\"…\"])",
+        "line 3: server.treads: is not a key that tollgate knows (did you mean `threads`?)",
+        "line 4: tokens: is not a section that tollgate knows (did you mean `token`?)",
+        "line 6: token.body: is none of the words that can stand here (write one of: \"refuse\" \"ignore\")",
+        "line 7: token.query: a parameter's name has letters, digits and `_` only (like \"private_token\")",
+        "line 9: cache.positive_ttl: must be a time with its unit (like \"60s\", \"10m\" or \"250ms\")",
+        "line 11: limits.header_bytes: must be a size with its unit (like \"32KiB\" or \"10MiB\")",
+        "line 13: route[0].path: write the pattern in its canonical form: no `//`, no trailing `/`, no `.json`, no escapes of \
+         plain letters (like \"/api/v3/projects/:id/issues\" or \"/api/v3/templates/*\")",
+        "line 14: route[1].reason: is missing: this route can be reached without a token (write why, for whoever reads \
+         `tollgate check` in a year)",
+        "line 14: route[1].upstream: there is no upstream \"apu\" (did you mean `api`?)",
+        "line 18: upstream[0].servers: is empty (like [\"127.0.0.1:3000\"])",
+        "line 20: upstream[0].servers: \"127.0.0.1\" is no address of a server (like \"127.0.0.1:3000\", \"backend:3000\" or \
+         \"unix:/path\")",
+    ];
+    assert_eq!(problems(text), expected);
+}
+
+#[test]
+fn what_contradicts_itself() {
+    for (text, part) in [
+        ("", "upstream: is missing"),
+        ("[server]\nlisten = []\n", "server.listen: is empty"),
+        ("[admin]\nlisten = \"127.0.0.1:8080\"\n", "an address stands there twice"),
+        ("[api]\nprefixes = []\n", "everything would be 404"),
+        ("[pagination]\nmax_per_page = 10\n", "pagination.default_per_page: is out of range"),
+        ("[pagination]\nmax_page = 0\n", "pagination.max_page: is below first_page"),
+        ("[limits]\ntarget_bytes = \"64KiB\"\n", "limits.target_bytes"),
+        ("[cache]\npositive_capacity = 0\n", "ask the store for every single request"),
+        ("[[route]]\npath = \"/x\"\nauth = \"optional\"\n", "route[0].reason: is missing"),
+        ("[[route]]\npath = \"/x\"\npass_token = true\n", "goes with auth = \"none\" only"),
+        ("[[route]]\npath = \"/x\"\n[[route]]\npath = \"/x\"\n", "stands in another route"),
+        ("[token]\nheader = \"Host\"\n", "has a meaning of its own"),
+        ("[token\n", "the file: is not TOML"),
+        ("store = 1\n", "store: must be a table"),
+        ("route = 1\n", "route: is a list of tables"),
+    ] {
+        let found = problems(&format!("{text}{}", if text.is_empty() || text.contains("[token\n") { "" } else { MINIMAL }));
+        assert!(found.iter().any(|problem| problem.contains(part)), "{text}: {found:?}");
+    }
+}
+
+#[test]
+fn a_route_for_a_whole_prefix_takes_its_place() {
+    let text = format!("{MINIMAL}[[route]]\npath = \"/api/v3/*\"\nauth = \"optional\"\nreason = \"public mirror\"\n");
+    let settings = parse(&text, Path::new("")).unwrap();
+    let index = settings.rules.routes.find(crate::request::view::Method::Get, b"/api/v3/projects").unwrap();
+    assert_eq!(settings.rules.routes.get(index).unwrap().reason, "public mirror");
+}

@@ -1,0 +1,374 @@
+//! One client connection, read by rules of our own: the head of a request within a deadline and a size, its body to
+//! the byte where it ends, and nothing beyond. The framework reads through this and so never sees a byte of a next
+//! request, of a body that is framed in doubt, or of a tunnel that no backend has agreed to.
+
+use crate::request::chunked::ChunkedBody;
+use crate::request::head::{self, HeadFault};
+use crate::request::view::Framing;
+use async_trait::async_trait;
+use bytes::{Buf as _, Bytes, BytesMut};
+use pingora::prelude::fast_timeout::fast_timeout as timeout;
+use pingora::protocols::raw_connect::ProxyDigest;
+use pingora::protocols::{
+    GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID,
+    UniqueIDType,
+};
+use std::io;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+
+/// What one read asks the socket for. A request's head nearly always fits.
+const READ_BYTES: usize = 4 * 1024;
+/// Bytes of a next request that may pile up while the current one is served.
+const MAX_AHEAD_BYTES: usize = 64 * 1024;
+/// A body that nobody wants is read to its end up to this size, so that the connection can go on.
+const MAX_DRAIN_BYTES: u64 = 64 * 1024;
+const DRAIN_TIME: Duration = Duration::from_secs(5);
+/// How long, and how much, a connection is still read after the last answer, so that a client that is still sending
+/// gets to see the answer and not a reset.
+const LINGER_TIME: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 1024 * 1024;
+
+pub(super) struct ClientStream {
+    /// `None` once the connection has been handed to a lingering close.
+    socket: Option<Stream>,
+    /// Read from the socket and not yet taken.
+    ahead: BytesMut,
+    body: Body,
+    peer: Option<IpAddr>,
+    served: u64,
+}
+
+/// What of the stream belongs to the current request.
+#[derive(Debug)]
+enum Body {
+    Length(u64),
+    Chunked(ChunkedBody),
+    /// Nothing more, unless the backend agrees to a tunnel and the flag is raised.
+    Ended(Option<Arc<AtomicBool>>),
+}
+
+/// How long and how large a head may be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HeadLimits {
+    pub(super) header_bytes: usize,
+    pub(super) target_bytes: usize,
+    /// From the first byte (on a new connection: from the accept) to the last.
+    pub(super) header_timeout: Duration,
+    /// Between two requests.
+    pub(super) idle_timeout: Duration,
+}
+
+pub(super) enum Head {
+    /// A whole head, its empty line included.
+    Complete(Bytes),
+    TooLarge,
+    TargetTooLong,
+    TooSlow,
+    Malformed(HeadFault),
+    /// The client has gone, or said nothing for too long: there is nobody to answer.
+    Closed,
+}
+
+impl ClientStream {
+    pub(super) fn new(socket: Stream) -> Self {
+        let digest = socket.get_socket_digest();
+        let peer = digest.and_then(|digest| digest.peer_addr()?.as_inet().map(|address| address.ip()));
+        Self { socket: Some(socket), ahead: BytesMut::new(), body: Body::Ended(None), peer, served: 0 }
+    }
+
+    /// The other end's address; `None` for a Unix socket.
+    pub(super) fn peer(&self) -> Option<IpAddr> {
+        self.peer
+    }
+
+    /// Reads the head of the next request. `stop` ends the wait for a request that has not begun.
+    pub(super) async fn read_head(&mut self, limits: &HeadLimits, stop: impl Future<Output = ()>) -> Head {
+        let mut scanned = 0;
+        let first = self.served == 0;
+        let mut deadline = (first || !self.ahead.is_empty()).then(|| Instant::now() + limits.header_timeout);
+        tokio::pin!(stop);
+        loop {
+            if let Some(head) = self.take_head(limits, scanned) {
+                self.served += 1;
+                return head;
+            }
+            scanned = self.ahead.len();
+            let begun = scanned > 0;
+            if begun && deadline.is_none() {
+                deadline = Some(Instant::now() + limits.header_timeout);
+            }
+            let patience = deadline.map_or(limits.idle_timeout, |deadline| deadline.saturating_duration_since(Instant::now()));
+            let read = timeout(patience, self.fill());
+            let read = tokio::select! {
+                biased;
+                read = read => read,
+                () = &mut stop, if !begun => return Head::Closed,
+            };
+            match read {
+                Ok(Ok(0) | Err(_)) => return Head::Closed,
+                Ok(Ok(_)) => {}
+                Err(_) if begun => return Head::TooSlow,
+                Err(_) => return Head::Closed,
+            }
+        }
+    }
+
+    /// The head, when all of it is there; or why it will never be.
+    fn take_head(&mut self, limits: &HeadLimits, scanned: usize) -> Option<Head> {
+        match head::end_of_head(&self.ahead, scanned) {
+            Some(end) if end <= limits.header_bytes => Some(Head::Complete(self.ahead.split_to(end).freeze())),
+            None if self.ahead.len() < limits.header_bytes => {
+                head::is_hopeless(&self.ahead).then_some(Head::Malformed(HeadFault::RequestLine))
+            }
+            _ => {
+                let line = memchr::memchr(b'\n', &self.ahead).unwrap_or(self.ahead.len());
+                Some(if line > limits.target_bytes.saturating_add(64) { Head::TargetTooLong } else { Head::TooLarge })
+            }
+        }
+    }
+
+    async fn fill(&mut self) -> io::Result<usize> {
+        let Some(socket) = &mut self.socket else { return Ok(0) };
+        self.ahead.reserve(READ_BYTES);
+        socket.read_buf(&mut self.ahead).await
+    }
+
+    /// Sets what the next reads may give out.
+    pub(super) fn begin_body(&mut self, framing: Framing, tunnel: Option<Arc<AtomicBool>>) {
+        self.body = match framing {
+            Framing::Empty => Body::Ended(tunnel),
+            Framing::Length(length) => Body::Length(length),
+            Framing::Chunked => Body::Chunked(ChunkedBody::default()),
+        };
+    }
+
+    /// Whether a body that nobody reads can be skipped for the next request's sake.
+    pub(super) fn can_skip(framing: Framing, expects_continue: bool) -> bool {
+        match framing {
+            Framing::Empty => true,
+            // A client that waits for 100 may send the body or not: what comes next can't be told.
+            Framing::Length(length) => !expects_continue && length <= MAX_DRAIN_BYTES,
+            Framing::Chunked => false,
+        }
+    }
+
+    /// Skips a body. False when the connection is of no further use.
+    pub(super) async fn skip_body(&mut self, framing: Framing) -> bool {
+        let Framing::Length(mut left) = framing else { return framing == Framing::Empty };
+        let skip = async {
+            loop {
+                let take = usize::try_from(left).unwrap_or(usize::MAX).min(self.ahead.len());
+                self.ahead.advance(take);
+                left -= take as u64;
+                if left == 0 {
+                    return true;
+                }
+                if !matches!(self.fill().await, Ok(1..)) {
+                    return false;
+                }
+            }
+        };
+        timeout(DRAIN_TIME, skip).await.unwrap_or(false)
+    }
+
+    /// Writes an answer of our own in one go.
+    pub(super) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Some(socket) = &mut self.socket else { return Err(io::ErrorKind::NotConnected.into()) };
+        let write = async {
+            socket.write_all(bytes).await?;
+            socket.flush().await
+        };
+        timeout(DRAIN_TIME, write).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Ends the connection in a way that lets the client see the last answer.
+    pub(super) async fn close(mut self) {
+        if let Some(socket) = self.socket.take() {
+            linger(socket).await;
+        }
+    }
+}
+
+/// Says that nothing more will come, and reads on for a short while.
+async fn linger(mut socket: Stream) {
+    let read_on = async {
+        if socket.flush().await.is_err() {
+            return;
+        }
+        socket.as_mut().shutdown().await;
+        let mut scrap = [0; 2048];
+        let mut left = LINGER_BYTES;
+        while let Ok(n @ 1..) = socket.read(&mut scrap).await {
+            left = left.saturating_sub(n);
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    // Over time or not: the connection ends here.
+    drop(timeout(LINGER_TIME, read_on).await);
+}
+
+impl Drop for ClientStream {
+    /// The framework drops a connection that it is done with. With unread bytes in it, the kernel would send a reset,
+    /// which can destroy the answer on its way to the client.
+    fn drop(&mut self) {
+        let unread = !self.ahead.is_empty() || !matches!(self.body, Body::Ended(_));
+        if unread
+            && let Some(socket) = self.socket.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(linger(socket));
+        }
+    }
+}
+
+impl AsyncRead for ClientStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let ended_or_tunnel = match &this.body {
+            Body::Ended(Some(tunnel)) => Some(tunnel.load(Ordering::Acquire)),
+            Body::Ended(None) => Some(false),
+            Body::Length(_) | Body::Chunked(_) => None,
+        };
+        match ended_or_tunnel {
+            Some(false) => return this.poll_end(cx),
+            Some(true) if this.ahead.is_empty() => return this.poll_socket(cx, out),
+            _ => {}
+        }
+        if this.ahead.is_empty() && ready!(this.poll_fill(cx))? == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let take = match &mut this.body {
+            Body::Ended(_) => this.ahead.len().min(out.remaining()),
+            Body::Length(left) => {
+                let take = this.ahead.len().min(out.remaining()).min(usize::try_from(*left).unwrap_or(usize::MAX));
+                *left -= take as u64;
+                if *left == 0 {
+                    this.body = Body::Ended(None);
+                }
+                take
+            }
+            Body::Chunked(walk) => {
+                let offer = &this.ahead[..this.ahead.len().min(out.remaining())];
+                let take = walk.advance(offer).map_err(|fault| io::Error::new(io::ErrorKind::InvalidData, fault))?;
+                if walk.is_done() {
+                    this.body = Body::Ended(None);
+                }
+                take
+            }
+        };
+        out.put_slice(&this.ahead[..take]);
+        this.ahead.advance(take);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl ClientStream {
+    /// The body is over: only the client's going away is told. What comes meanwhile is kept for the next request.
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.ahead.len() < MAX_AHEAD_BYTES {
+            if ready!(self.poll_fill(cx))? == 0 {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        // Enough is waiting. Nobody needs to wake this up: the framework looks again when the answer goes on.
+        Poll::Pending
+    }
+
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let Some(socket) = &mut self.socket else { return Poll::Ready(Ok(0)) };
+        self.ahead.reserve(READ_BYTES);
+        poll_read_into(Pin::new(socket), cx, &mut self.ahead)
+    }
+
+    fn poll_socket(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match &mut self.socket {
+            Some(socket) => Pin::new(socket).poll_read(cx, out),
+            None => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+/// Reads into the spare room of a buffer.
+fn poll_read_into(socket: Pin<&mut Stream>, cx: &mut Context<'_>, into: &mut BytesMut) -> Poll<io::Result<usize>> {
+    let mut room = [0; READ_BYTES];
+    let mut buffer = ReadBuf::new(&mut room);
+    ready!(socket.poll_read(cx, &mut buffer))?;
+    into.extend_from_slice(buffer.filled());
+    Poll::Ready(Ok(buffer.filled().len()))
+}
+
+impl AsyncWrite for ClientStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().socket {
+            Some(socket) => Pin::new(socket).poll_write(cx, bytes),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().socket {
+            Some(socket) => Pin::new(socket).poll_flush(cx),
+            None => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().socket {
+            Some(socket) => Pin::new(socket).poll_shutdown(cx),
+            None => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+impl std::fmt::Debug for ClientStream {
+    /// What was read may be a credential: only sizes are printed.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ClientStream({} bytes ahead, body {:?})", self.ahead.len(), self.body)
+    }
+}
+
+#[async_trait]
+impl Shutdown for ClientStream {
+    async fn shutdown(&mut self) {
+        if let Some(socket) = &mut self.socket {
+            socket.as_mut().shutdown().await;
+        }
+    }
+}
+
+impl UniqueID for ClientStream {
+    fn id(&self) -> UniqueIDType {
+        self.socket.as_ref().map_or(-1, |socket| socket.as_ref().id())
+    }
+}
+
+impl Ssl for ClientStream {}
+
+#[async_trait]
+impl Peek for ClientStream {}
+
+impl GetTimingDigest for ClientStream {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        Vec::new()
+    }
+}
+
+impl GetProxyDigest for ClientStream {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        None
+    }
+}
+
+impl GetSocketDigest for ClientStream {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        self.socket.as_ref().and_then(|socket| socket.get_socket_digest())
+    }
+}

@@ -1,0 +1,132 @@
+//! Where sockets are. The only folder that names pingora: it listens, hands requests to the pipeline, carries out what
+//! the pipeline decided, and writes to clients and backends. It decides nothing about a request itself.
+
+mod admin;
+mod client;
+mod connection;
+mod pool;
+mod proxy;
+mod server;
+
+pub use pool::{ServerAddress, UpstreamSettings};
+pub use server::{Listen, Rebuild, Running, ServerSettings, serve};
+
+use crate::Now;
+use crate::pipeline::Pipeline;
+use crate::request::route::Route;
+use crate::request::view::Method;
+use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::metrics::RouteMetrics;
+use client::HeadLimits;
+use pool::Upstream;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+use tokio::sync::Notify;
+
+/// The whole running configuration. A request takes one at its start and keeps it to its log line; a reload puts
+/// another in its place.
+pub struct Snapshot {
+    pub pipeline: Pipeline,
+    upstreams: Vec<Upstream>,
+    timeouts: Timeouts,
+    log: AccessLog,
+    /// One for each route, and one for requests that got to none.
+    metrics: Vec<RouteMetrics>,
+    unrouted: RouteMetrics,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For the whole head of a request, from its first byte.
+    pub header: Duration,
+    /// Between two requests on one connection.
+    pub idle: Duration,
+}
+
+impl Snapshot {
+    /// Resolves the upstreams' addresses, which may block.
+    pub fn build(pipeline: Pipeline, upstreams: &[UpstreamSettings], timeouts: Timeouts, log: AccessLog) -> Result<Self, String> {
+        let resolve = |settings: &UpstreamSettings| {
+            let upstream = Upstream::resolve(settings, pipeline.metrics.upstream(&settings.name));
+            upstream.map_err(|why| format!("upstream \"{}\": {why}", settings.name))
+        };
+        let upstreams = upstreams.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        let metrics = pipeline.rules.routes.iter().map(|route| pipeline.metrics.route(&route.name)).collect();
+        let unrouted = pipeline.metrics.route("none");
+        Ok(Self { upstreams, timeouts, log, metrics, unrouted, pipeline })
+    }
+
+    fn head_limits(&self) -> HeadLimits {
+        let limits = &self.pipeline.rules.limits;
+        HeadLimits {
+            header_bytes: limits.header_bytes,
+            target_bytes: limits.target_bytes,
+            header_timeout: self.timeouts.header,
+            idle_timeout: self.timeouts.idle,
+        }
+    }
+
+    /// Where a route stands in the table; `None` for the preflight, which stands in none.
+    fn route_index(&self, route: &Route) -> Option<usize> {
+        self.pipeline.rules.routes.iter().position(|known| std::ptr::eq(known, route))
+    }
+
+    fn route_name(&self, index: Option<usize>) -> &str {
+        index.and_then(|index| self.pipeline.rules.routes.get(index)).map_or("preflight", |route| &route.name)
+    }
+
+    fn upstream(&self, route: Option<usize>) -> Option<&Upstream> {
+        let named = route.and_then(|index| self.pipeline.rules.routes.get(index)).and_then(|route| route.upstream.as_deref());
+        match named {
+            Some(name) => self.upstreams.iter().find(|upstream| upstream.name == name),
+            None => self.upstreams.first(),
+        }
+    }
+
+    fn count(&self, route: Option<&Route>, method: Method, status: u16, took: Duration) {
+        self.count_index(route.and_then(|route| self.route_index(route)), method, status, took);
+    }
+
+    fn count_index(&self, route: Option<usize>, method: Method, status: u16, took: Duration) {
+        let series = route.and_then(|index| self.metrics.get(index)).unwrap_or(&self.unrouted);
+        series.count(method.index(), status);
+        self.pipeline.metrics.request_finished(took);
+    }
+}
+
+/// Whether new requests are taken.
+#[derive(Default)]
+pub struct Lifecycle {
+    draining: AtomicBool,
+    begun: Notify,
+}
+
+impl Lifecycle {
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+        self.begun.notify_waiters();
+    }
+
+    /// Comes back when draining has begun.
+    async fn draining(&self) {
+        let begun = self.begun.notified();
+        tokio::pin!(begun);
+        begun.as_mut().enable();
+        if !self.is_draining() {
+            begun.await;
+        }
+    }
+}
+
+/// Reads both clocks.
+pub fn now() -> Now {
+    static START: OnceLock<Instant> = OnceLock::new();
+    let mono = START.get_or_init(Instant::now).elapsed();
+    let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Now { mono_ms: mono.as_millis() as u64, unix_ms: unix.as_millis() as u64 }
+}

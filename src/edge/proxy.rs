@@ -1,0 +1,391 @@
+//! The main lane: pingora-proxy carries a permitted request to a backend and the answer back. What goes upstream was
+//! written before the framework saw the request; here are the choice of a server, the watch over the body, what must not
+//! leave in the answer, and what is said when the backend fails.
+
+use super::Snapshot;
+use crate::Now;
+use crate::policy::Permit;
+use crate::reply::{Cause, Refusal, UpstreamFault, headers};
+use crate::request::body::BodyScanner;
+use crate::request::view::Method;
+use crate::request::{self};
+use crate::telemetry::access_log::Entry;
+use crate::telemetry::metrics::{Guard, TokenSource, UpstreamError};
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::header;
+use pingora::http::ResponseHeader;
+use pingora::modules::http::HttpModules;
+use pingora::protocols::Digest;
+use pingora::proxy::{FailToProxy, ProxyHttp, Session};
+use pingora::upstreams::peer::HttpPeer;
+use pingora::{Error, ErrorSource, ErrorType, Result};
+use std::any::Any;
+use std::net::IpAddr;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How often one request is tried, on one server after the other.
+pub(super) const MAX_ATTEMPTS: usize = 3;
+/// Pause that a client may make within a body.
+const BODY_READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time for the backend or the client to take a piece of body.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The right to use the main lane, with all that is needed until the log line. Made by `connection` from a plan, so
+/// that no request gets here without a permit.
+pub(super) struct Ticket {
+    pub(super) route: Option<usize>,
+    pub(super) permit: Permit,
+    pub(super) body: Option<BodyScanner>,
+    pub(super) keep_alive: bool,
+    pub(super) http10: bool,
+    /// The token came in the query, and the client is to be told.
+    pub(super) deprecated: bool,
+    pub(super) method: Method,
+    pub(super) source: TokenSource,
+    pub(super) client: Option<IpAddr>,
+    pub(super) log: Option<LogFacts>,
+    pub(super) request_id: String,
+    /// Raised when the backend has agreed to a WebSocket. `None`: the client asked for none.
+    pub(super) tunnel: Option<Arc<AtomicBool>>,
+    pub(super) now: Now,
+    pub(super) started: Instant,
+    pub(super) _in_flight: Guard,
+    pub(super) snapshot: Arc<Snapshot>,
+}
+
+/// Slices of the request's head that only the log needs.
+pub(super) struct LogFacts {
+    pub(super) target: Bytes,
+    pub(super) user_agent: Bytes,
+}
+
+pub(super) struct MainLane;
+
+/// One request on the main lane.
+#[derive(Default)]
+pub(super) struct Exchange {
+    ticket: Option<Box<Ticket>>,
+    attempts: usize,
+    /// This attempt's own walk over the body: a retry sends the body again.
+    scanner: Option<BodyScanner>,
+    body_bytes: u64,
+    asked_upstream: Option<Instant>,
+    /// Why the exchange was broken off by us.
+    broken_off: Option<Cause>,
+    reason: Option<&'static str>,
+}
+
+impl Exchange {
+    fn ticket(&self) -> Result<&Ticket> {
+        self.ticket.as_deref().ok_or_else(|| Error::explain(ErrorType::InternalError, "a request without a ticket"))
+    }
+
+    /// Ends the exchange for a reason of ours; `fail_to_proxy` then says so to the client.
+    fn break_off<T>(&mut self, cause: Cause) -> Result<T> {
+        self.broken_off = Some(cause);
+        Err(Error::new(ErrorType::Custom("broken off")))
+    }
+}
+
+#[async_trait]
+impl ProxyHttp for MainLane {
+    type CTX = Exchange;
+
+    fn new_ctx(&self) -> Exchange {
+        Exchange::default()
+    }
+
+    /// None: the default ones cost allocations for a compression that is never on.
+    fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
+
+    /// The framework's name for it is "reuse"; it is how a connection hands something to a request, and `connection` does
+    /// so for every single one.
+    fn on_connection_reuse(&self, session: &mut Session, ctx: &mut Exchange, handed: Box<dyn Any + Send + Sync>) {
+        let Ok(ticket) = handed.downcast::<Ticket>() else { return };
+        // The wait for the next head is ours, so this only says whether there will be one.
+        session.set_keepalive(ticket.keep_alive.then_some(60));
+        // The framework's own defaults hold for a connection's first request only: set them each time.
+        session.set_read_timeout(ticket.tunnel.is_none().then_some(BODY_READ_TIMEOUT));
+        session.set_write_timeout(Some(WRITE_TIMEOUT));
+        session.set_total_drain_timeout(Some(Duration::from_secs(5)));
+        ctx.ticket = Some(ticket);
+    }
+
+    async fn upstream_peer(&self, _session: &mut Session, ctx: &mut Exchange) -> Result<Box<HttpPeer>> {
+        let ticket = ctx.ticket()?;
+        let upstream = ticket.snapshot.upstream(ticket.route);
+        let peer = upstream.and_then(|upstream| upstream.next(ticket.tunnel.is_some()));
+        if ctx.attempts > 0
+            && let Some(upstream) = upstream
+        {
+            upstream.metrics.retried();
+        }
+        ctx.scanner = ticket.body.clone();
+        ctx.attempts += 1;
+        ctx.body_bytes = 0;
+        ctx.asked_upstream = Some(Instant::now());
+        match peer {
+            Some(peer) => Ok(Box::new(peer)),
+            None => ctx.break_off(Cause::Upstream(UpstreamFault::Absent)),
+        }
+    }
+
+    async fn connected_to_upstream(
+        &self,
+        _session: &mut Session,
+        reused: bool,
+        _peer: &HttpPeer,
+        _fd: RawFd,
+        _digest: Option<&Digest>,
+        ctx: &mut Exchange,
+    ) -> Result<()> {
+        let ticket = ctx.ticket()?;
+        if let Some(upstream) = ticket.snapshot.upstream(ticket.route) {
+            upstream.metrics.connected(reused);
+        }
+        Ok(())
+    }
+
+    /// Sees every piece of the body before it goes on, and stops what the backend must not get whole.
+    async fn request_body_filter(
+        &self,
+        session: &mut Session,
+        body: &mut Option<Bytes>,
+        end_of_stream: bool,
+        ctx: &mut Exchange,
+    ) -> Result<()> {
+        if session.was_upgraded() {
+            return Ok(());
+        }
+        // An empty last piece would be written as a second end of a chunked body.
+        if end_of_stream && body.as_ref().is_some_and(Bytes::is_empty) {
+            *body = None;
+        }
+        let piece = body.as_deref().unwrap_or_default();
+        ctx.body_bytes += piece.len() as u64;
+        let limit = ctx.ticket()?.snapshot.pipeline.rules.limits.body_bytes;
+        if limit.is_some_and(|limit| ctx.body_bytes > limit) {
+            return ctx.break_off(Cause::Request(request::Fault::BodyTooLarge));
+        }
+        if let Some(scanner) = &mut ctx.scanner {
+            let verdict = scanner.feed(piece).and_then(|()| if end_of_stream { scanner.finish() } else { Ok(()) });
+            if let Err(fault) = verdict {
+                return ctx.break_off(Cause::Request(request::Fault::Body(fault)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses an answer whose end could be read in two ways, before any of it is passed on.
+    async fn upstream_response_filter(&self, _session: &mut Session, answer: &mut ResponseHeader, ctx: &mut Exchange) -> Result<()> {
+        let asked = ctx.asked_upstream.take();
+        let ticket = ctx.ticket()?;
+        let wants_tunnel = ticket.tunnel.is_some();
+        if let (Some(upstream), Some(asked)) = (ticket.snapshot.upstream(ticket.route), asked) {
+            upstream.metrics.answered(asked.elapsed());
+        }
+        let lengths = answer.headers.get_all(header::CONTENT_LENGTH).iter().count();
+        let codings = answer.headers.get_all(header::TRANSFER_ENCODING);
+        let chunked = codings.iter().all(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"));
+        let doubtful = lengths > 1 || codings.iter().count() > 1 || !chunked || (lengths > 0 && codings.iter().next().is_some());
+        let unasked = answer.status == http::StatusCode::SWITCHING_PROTOCOLS && !wants_tunnel;
+        if doubtful || unasked {
+            return ctx.break_off(Cause::Upstream(UpstreamFault::Malformed));
+        }
+        Ok(())
+    }
+
+    async fn response_filter(&self, _session: &mut Session, answer: &mut ResponseHeader, ctx: &mut Exchange) -> Result<()> {
+        let ticket = ctx.ticket()?;
+        let switching = answer.status == http::StatusCode::SWITCHING_PROTOCOLS;
+        if answer.status.is_informational() && !switching {
+            return Ok(());
+        }
+        for name in headers::INTERNAL {
+            answer.remove_header(name);
+        }
+        remove_hop_by_hop(answer, switching);
+        for name in [header::LINK, header::LOCATION] {
+            let values: Vec<_> = answer.headers.get_all(&name).iter().map(|value| value.as_bytes().to_vec()).collect();
+            let clean: Vec<_> =
+                values.iter().map(|value| headers::without_tokens(value, &ticket.snapshot.pipeline.rules.names)).collect();
+            if clean.iter().any(Option::is_some) {
+                answer.remove_header(&name);
+                for (value, clean) in values.into_iter().zip(clean) {
+                    answer.append_header(name.clone(), clean.unwrap_or(value))?;
+                }
+            }
+        }
+        answer.insert_header("X-Request-Id", ticket.request_id.as_str())?;
+        if ticket.deprecated {
+            answer.insert_header("Deprecation", "true")?;
+        }
+        if ticket.http10 && answer.headers.contains_key(header::TRANSFER_ENCODING) {
+            // HTTP/1.0 knows no chunks: the end of the connection ends the body.
+            answer.remove_header(&header::TRANSFER_ENCODING);
+        }
+        if switching && let Some(tunnel) = &ticket.tunnel {
+            tunnel.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// A connection that could not be made has carried nothing: any request may be tried on the next server.
+    fn fail_to_connect(&self, _session: &mut Session, _peer: &HttpPeer, ctx: &mut Exchange, mut error: Box<Error>) -> Box<Error> {
+        error.set_retry(ctx.attempts < MAX_ATTEMPTS);
+        error
+    }
+
+    /// Only a request that may be repeated, whole in memory, and that found its pooled connection closed.
+    fn error_while_proxy(
+        &self,
+        _peer: &HttpPeer,
+        session: &mut Session,
+        mut error: Box<Error>,
+        ctx: &mut Exchange,
+        reused: bool,
+    ) -> Box<Error> {
+        let repeatable = session.req_header().method.is_idempotent() && !session.as_ref().retry_buffer_truncated();
+        if repeatable && ctx.broken_off.is_none() && ctx.attempts < MAX_ATTEMPTS && session.response_written().is_none() {
+            error.retry.decide_reuse(reused);
+        } else {
+            error.set_retry(false);
+        }
+        error
+    }
+
+    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, ctx: &mut Exchange) -> FailToProxy {
+        let gone = FailToProxy { error_code: 0, can_reuse_downstream: false };
+        let Some(cause) = ctx.broken_off.or_else(|| cause_of(error)) else {
+            ctx.reason = Some("client_gone");
+            return gone;
+        };
+        let refusal = Refusal::from(cause);
+        ctx.reason = Some(refusal.reason());
+        if let Some(ticket) = &ctx.ticket {
+            if let Some(result) = refusal.auth_result() {
+                ticket.snapshot.pipeline.metrics.auth(result, refusal.reason(), ticket.source);
+            }
+            if let (Cause::Upstream(_), Some(upstream)) = (cause, ticket.snapshot.upstream(ticket.route)) {
+                upstream.metrics.failed(kind_of(error));
+                log::warn!("request {}: upstream {}: {}", ticket.request_id, upstream.name, error.etype().as_str());
+            }
+        }
+        // With a part of the answer out, only a broken connection tells the client that the rest is missing.
+        if session.response_written().is_some_and(|answer| !answer.status.is_informational()) {
+            return gone;
+        }
+        let request_id = ctx.ticket.as_ref().map_or("", |ticket| &ticket.request_id);
+        session.set_keepalive(None);
+        match write_refusal(session, refusal, request_id).await {
+            Ok(()) => FailToProxy { error_code: refusal.status(), can_reuse_downstream: false },
+            Err(_) => gone,
+        }
+    }
+
+    async fn logging(&self, session: &mut Session, error: Option<&Error>, ctx: &mut Exchange) {
+        let Some(ticket) = ctx.ticket.take() else { return };
+        let snapshot = &ticket.snapshot;
+        let took = ticket.started.elapsed();
+        let status = session.response_written().map_or(0, |answer| answer.status.as_u16());
+        snapshot.count_index(ticket.route, ticket.method, status, took);
+        let Some(facts) = &ticket.log else { return };
+        let principal = ticket.permit.principal();
+        let token = principal.map(|principal| principal.token());
+        snapshot.log.write(&Entry {
+            unix_ms: ticket.now.unix_ms,
+            request_id: &ticket.request_id,
+            client: ticket.client,
+            method: ticket.method.as_str().as_bytes(),
+            target: &facts.target,
+            route: snapshot.route_name(ticket.route),
+            status,
+            reason: ctx.reason.unwrap_or(if error.is_some() { "failed" } else { "ok" }),
+            source: ticket.source.as_str(),
+            token: token.as_ref().map(|token| token.as_str()),
+            user: principal.map(|principal| principal.user()),
+            upstream: snapshot.upstream(ticket.route).map(|upstream| upstream.name.as_str()),
+            duration: took,
+            bytes_received: session.body_bytes_read() as u64,
+            bytes_sent: session.body_bytes_sent() as u64,
+            user_agent: &facts.user_agent,
+        });
+    }
+
+    /// `fail_to_proxy` has said what there is to say.
+    fn suppress_error_log(&self, _session: &Session, _ctx: &Exchange, _error: &Error) -> bool {
+        true
+    }
+
+    /// The default one is the path and the query, token and all.
+    fn request_summary(&self, _session: &Session, ctx: &Exchange) -> String {
+        ctx.ticket.as_ref().map_or_else(String::new, |ticket| format!("request {}", ticket.request_id))
+    }
+}
+
+/// Fields of an answer that end here, those that Connection names included. The framework writes its own Connection.
+fn remove_hop_by_hop(answer: &mut ResponseHeader, switching: bool) {
+    if switching {
+        return;
+    }
+    let nominated: Vec<String> = answer
+        .headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|name| name.trim().to_ascii_lowercase())
+        .filter(|name| !name.is_empty() && !matches!(name.as_str(), "content-length" | "transfer-encoding" | "date"))
+        .collect();
+    for name in nominated.iter().map(String::as_str).chain(["keep-alive", "proxy-connection", "upgrade", "te", "trailer"]) {
+        answer.remove_header(name);
+    }
+}
+
+async fn write_refusal(session: &mut Session, refusal: Refusal, request_id: &str) -> Result<()> {
+    let mut head = ResponseHeader::build(refusal.status(), Some(8))?;
+    for (name, value) in refusal.fields() {
+        head.insert_header(name, value)?;
+    }
+    head.insert_header("X-Request-Id", request_id)?;
+    session.write_response_header(Box::new(head), false).await?;
+    session.write_response_body(Some(Bytes::from(refusal.body())), true).await
+}
+
+/// What a failure of the framework means to the client; `None` when there is no client any more.
+fn cause_of(error: &Error) -> Option<Cause> {
+    use ErrorType as T;
+    let malformed_body = || {
+        let root = error.root_cause().downcast_ref::<std::io::Error>();
+        root.is_some_and(|error| error.kind() == std::io::ErrorKind::InvalidData)
+    };
+    match (error.esource(), error.etype()) {
+        (ErrorSource::Upstream, T::ConnectTimedout | T::ReadTimedout | T::WriteTimedout | T::TLSHandshakeTimedout) => {
+            Some(Cause::Upstream(UpstreamFault::TimedOut))
+        }
+        (ErrorSource::Upstream, T::InvalidHTTPHeader | T::H1Error) => Some(Cause::Upstream(UpstreamFault::Malformed)),
+        (ErrorSource::Upstream, _) => Some(Cause::Upstream(UpstreamFault::Broken)),
+        (ErrorSource::Downstream, T::ReadTimedout) => Some(Cause::Request(request::Fault::HeaderTimeout)),
+        (ErrorSource::Downstream, _) if malformed_body() => {
+            Some(Cause::Request(request::Fault::Head(request::head::HeadFault::Framing)))
+        }
+        (ErrorSource::Downstream, _) => None,
+        (ErrorSource::Internal | ErrorSource::Unset, _) => Some(Cause::Bug),
+    }
+}
+
+fn kind_of(error: &Error) -> UpstreamError {
+    use ErrorType as T;
+    match error.etype() {
+        T::ConnectTimedout => UpstreamError::ConnectTimeout,
+        T::ConnectRefused | T::ConnectNoRoute | T::ConnectError | T::SocketError => UpstreamError::Connect,
+        T::ReadTimedout | T::WriteTimedout => UpstreamError::Timeout,
+        T::ConnectionClosed | T::ReadError | T::WriteError => UpstreamError::Closed,
+        T::InvalidHTTPHeader | T::H1Error | T::Custom(_) => UpstreamError::Malformed,
+        _ => UpstreamError::Other,
+    }
+}

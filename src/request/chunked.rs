@@ -1,0 +1,148 @@
+//! Walks over a chunked body and checks its framing to the byte. Pure. Laxer parsers disagree about bare LF, empty
+//! sizes and extensions; a body that is not plainly right here never reaches them.
+
+/// A chunk of more than 2^56 bytes is nobody's; its size would fill sixteen digits.
+const MAX_SIZE_DIGITS: usize = 14;
+/// Extensions of one chunk; they are not forwarded.
+const MAX_EXTENSION_BYTES: usize = 256;
+/// The whole trailer section; it is not forwarded either.
+const MAX_TRAILER_BYTES: usize = 8 * 1024;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the chunked framing of the body is malformed")]
+pub struct ChunkFault;
+
+/// Where in the body the walk has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkedBody {
+    state: State,
+    /// Digits, extension or trailer bytes seen in the current part.
+    seen: usize,
+    size: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Size,
+    Extension,
+    SizeLf,
+    Data,
+    DataCr,
+    DataLf,
+    TrailerStart,
+    TrailerName,
+    TrailerValue,
+    TrailerLf,
+    LastLf,
+    Done,
+}
+
+impl Default for ChunkedBody {
+    fn default() -> Self {
+        Self { state: State::Size, seen: 0, size: 0 }
+    }
+}
+
+impl ChunkedBody {
+    pub fn is_done(&self) -> bool {
+        self.state == State::Done
+    }
+
+    /// Takes in the bytes that belong to the body and says how many those are; fewer than given once it is done.
+    pub fn advance(&mut self, bytes: &[u8]) -> Result<usize, ChunkFault> {
+        let mut at = 0;
+        while at < bytes.len() && self.state != State::Done {
+            if self.state == State::Data {
+                let take = (bytes.len() - at).min(usize::try_from(self.size).unwrap_or(usize::MAX));
+                self.size -= take as u64;
+                at += take;
+                if self.size == 0 {
+                    self.state = State::DataCr;
+                }
+                continue;
+            }
+            self.step(bytes[at])?;
+            at += 1;
+        }
+        Ok(at)
+    }
+
+    fn step(&mut self, byte: u8) -> Result<(), ChunkFault> {
+        self.seen += 1;
+        self.state = match (self.state, byte) {
+            (State::Size, _) if byte.is_ascii_hexdigit() && self.seen <= MAX_SIZE_DIGITS => {
+                self.size = self.size * 16 + u64::from((byte as char).to_digit(16).unwrap_or(0));
+                return Ok(());
+            }
+            // At least one digit, then nothing, or an extension.
+            (State::Size, b'\r') if self.seen > 1 => State::SizeLf,
+            (State::Size, b';') if self.seen > 1 => State::Extension,
+            (State::Extension, b'\r') => State::SizeLf,
+            (State::Extension, b'\t' | 0x20..=0x7e) if self.seen <= MAX_EXTENSION_BYTES => return Ok(()),
+            (State::SizeLf, b'\n') if self.size > 0 => State::Data,
+            (State::SizeLf, b'\n') => {
+                self.seen = 0;
+                State::TrailerStart
+            }
+            (State::DataCr, b'\r') => State::DataLf,
+            (State::DataLf, b'\n') => {
+                *self = Self::default();
+                return Ok(());
+            }
+            (State::TrailerStart, b'\r') => State::LastLf,
+            (State::LastLf, b'\n') => State::Done,
+            (_, _) if self.seen > MAX_TRAILER_BYTES => return Err(ChunkFault),
+            (State::TrailerStart, _) if super::head::is_token_byte(byte) => State::TrailerName,
+            (State::TrailerName, b':') => State::TrailerValue,
+            (State::TrailerName, _) if super::head::is_token_byte(byte) => State::TrailerName,
+            (State::TrailerValue, b'\r') => State::TrailerLf,
+            (State::TrailerValue, b'\t' | 0x20..=0x7e | 0x80..) => State::TrailerValue,
+            (State::TrailerLf, b'\n') => State::TrailerStart,
+            _ => return Err(ChunkFault),
+        };
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn walk(body: &str) -> Result<Option<usize>, ChunkFault> {
+        let run = |size: usize| {
+            let (mut walk, mut taken) = (ChunkedBody::default(), 0);
+            for piece in body.as_bytes().chunks(size) {
+                let n = walk.advance(piece)?;
+                taken += n;
+                if walk.is_done() {
+                    return Ok(Some(taken));
+                }
+            }
+            Ok(None)
+        };
+        assert_eq!(run(1), run(body.len().max(1)), "{body:?}");
+        run(1)
+    }
+
+    #[test]
+    fn plain_bodies() {
+        assert_eq!(walk("0\r\n\r\nGET /"), Ok(Some(5)));
+        assert_eq!(walk("5\r\nhello\r\n0\r\n\r\n"), Ok(Some(15)));
+        assert_eq!(walk("05;a=b;c=\"d\"\r\nhello\r\n000\r\nX: y\r\nZ:\r\n\r\nrest"), Ok(Some(42)));
+        assert_eq!(walk("5\r\nhel"), Ok(None));
+        assert_eq!(walk("A\r\n0123456789\r\n0\r\n\r"), Ok(None));
+    }
+
+    #[test]
+    fn doubtful_bodies() {
+        for body in [
+            "\r\n", ";a\r\n", "5\nhello", "5\r\nhello\n0\r\n\r\n", "5\r\nhelloX", "5 \r\n", " 5\r\n", "0x5\r\n", "+5\r\n", "-5\r\n", "5_0\r\n",
+            "5;a\nb\r\n", "5;\u{1}\r\n", "5\r\rhello", "fffffffffffffff\r\n", "0\r\n X: y\r\n\r\n", "0\r\nX\r\n\r\n", "0\r\n: y\r\n\r\n",
+            "0\r\nX : y\r\n\r\n", "0\r\nX: a\nY: b\r\n\r\n", "0\r\n\n", "g\r\n",
+        ] {
+            assert_eq!(walk(body), Err(ChunkFault), "{body:?}");
+        }
+        assert_eq!(walk(&format!("5;{}\r\n", "a".repeat(300))), Err(ChunkFault));
+        assert_eq!(walk(&format!("0\r\nX: {}\r\n", "a".repeat(9000))), Err(ChunkFault));
+    }
+}
