@@ -4,9 +4,9 @@
 use crate::config::{self, LogTarget, Problem, Settings, StoreKind};
 use crate::edge::{self, Rebuild, Running, Snapshot};
 use crate::identity::Authenticator;
+use crate::identity::store::TokenStore;
 use crate::identity::store::file::FileStore;
 use crate::identity::store::sqlite::SqliteStore;
-use crate::identity::store::TokenStore;
 use crate::pipeline::Pipeline;
 use crate::telemetry::access_log::{AccessLog, Sink};
 use crate::telemetry::metrics::Metrics;
@@ -24,15 +24,23 @@ pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Run
     Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, log) })
 }
 
-fn snapshot(settings: &Settings, authenticator: Arc<Authenticator>, metrics: Arc<Metrics>, log: AccessLog) -> anyhow::Result<Snapshot> {
-    let pipeline = Pipeline { rules: settings.rules.clone(), forward: settings.forward.clone(), authenticator, metrics };
+fn snapshot(
+    settings: &Settings,
+    authenticator: Arc<Authenticator>,
+    metrics: Arc<Metrics>,
+    log: AccessLog,
+) -> anyhow::Result<Snapshot> {
+    let pipeline =
+        Pipeline { rules: settings.rules.clone(), forward: settings.forward.clone(), authenticator, metrics };
     Snapshot::build(pipeline, &settings.upstreams, settings.timeouts, log).map_err(|why| anyhow!(why))
 }
 
 fn authenticator(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<Authenticator>> {
     let store: Arc<dyn TokenStore> = match settings.store.kind {
         StoreKind::Sqlite => Arc::new(SqliteStore::start(&settings.store.path).map_err(|why| anyhow!("store: {why}"))?),
-        StoreKind::File => Arc::new(FileStore::open(&settings.store.path, edge::now).map_err(|why| anyhow!("store: {why}"))?),
+        StoreKind::File => {
+            Arc::new(FileStore::open(&settings.store.path, edge::now).map_err(|why| anyhow!("store: {why}"))?)
+        }
     };
     let cache = settings.cache.clone();
     Ok(Arc::new(Authenticator::new(store, cache, settings.store.timeout, Arc::clone(metrics), edge::now)))

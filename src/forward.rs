@@ -111,7 +111,8 @@ impl<'a> Origin<'a> {
 pub fn request_id<'a>(view: &RequestView<'a>) -> Option<&'a str> {
     let mut ids = view.fields_of(FieldKind::RequestId);
     let id = ids.next().filter(|_| ids.next().is_none())?.value;
-    let legal = (1..=128).contains(&id.len()) && id.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'));
+    let legal =
+        (1..=128).contains(&id.len()) && id.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'));
     std::str::from_utf8(id).ok().filter(|_| legal)
 }
 
@@ -160,7 +161,9 @@ impl Plan<'_> {
         put(out, "X-Request-Id", request_id.as_bytes());
         match view.body {
             // A method that usually has a body says that it has none; other requests say nothing, as they came.
-            Framing::Empty if matches!(view.method, Method::Post | Method::Put | Method::Patch) => put(out, "Content-Length", b"0"),
+            Framing::Empty if matches!(view.method, Method::Post | Method::Put | Method::Patch) => {
+                put(out, "Content-Length", b"0")
+            }
             Framing::Empty => {}
             Framing::Length(length) => put(out, "Content-Length", length.to_string().as_bytes()),
             Framing::Chunked => put(out, "Transfer-Encoding", b"chunked"),
@@ -243,7 +246,9 @@ enum Passes {
 
 /// The fields that Connection names, which end here. What tollgate writes itself is written anyway.
 fn nominated<'a>(view: &RequestView<'a>) -> SmallVec<[&'a [u8]; 4]> {
-    let is_field = |option: &&[u8]| !option.is_empty() && !option.eq_ignore_ascii_case(b"close") && !option.eq_ignore_ascii_case(b"keep-alive");
+    let is_field = |option: &&[u8]| {
+        !option.is_empty() && !option.eq_ignore_ascii_case(b"close") && !option.eq_ignore_ascii_case(b"keep-alive")
+    };
     view.fields_of(FieldKind::Connection)
         .flat_map(|field| field.value.split(|b| *b == b','))
         .map(<[u8]>::trim_ascii)
@@ -267,7 +272,8 @@ fn write_origin(view: &RequestView<'_>, origin: &Origin<'_>, out: &mut Vec<u8>) 
     }
     let is_proto = |value: &[u8]| matches!(value, b"http" | b"https");
     let is_port = |value: &[u8]| (1..=5).contains(&value.len()) && value.iter().all(u8::is_ascii_digit);
-    let is_host = |value: &[u8]| !value.is_empty() && value.iter().all(|b| b.is_ascii_alphanumeric() || b"-._:[]".contains(b));
+    let is_host =
+        |value: &[u8]| !value.is_empty() && value.iter().all(|b| b.is_ascii_alphanumeric() || b"-._:[]".contains(b));
     let proto: &[u8] = origin.told_by_proxy(view, FieldKind::ForwardedProto, is_proto).unwrap_or(b"http");
     let host = origin.told_by_proxy(view, FieldKind::ForwardedHost, is_host).unwrap_or(view.host);
     let default_port: &[u8] = if proto == b"https" { b"443" } else { b"80" };

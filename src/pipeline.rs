@@ -4,8 +4,8 @@
 
 use crate::Now;
 use crate::forward::{self, ForwardRules, Plan};
-use crate::identity::{Answer, Authenticator, CannotTell, Checked, Principal, Waiting};
 use crate::identity::credential::{Digest, TokenId};
+use crate::identity::{Answer, Authenticator, CannotTell, Checked, Principal, Waiting};
 use crate::policy;
 use crate::reply::{Cause, Refusal};
 use crate::request::route::Route;
@@ -23,6 +23,7 @@ pub struct Pipeline {
     pub metrics: Arc<Metrics>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "a box would cost the common case an allocation")]
 pub enum Verdict<'r> {
     Forward(Plan<'r>),
     Refuse(Refused<'r>),
@@ -98,7 +99,13 @@ impl Pipeline {
         }
     }
 
-    fn refuse<'r>(&self, refusal: Refusal, route: Option<&'r Route>, token: Option<TokenId>, source: TokenSource) -> Verdict<'r> {
+    fn refuse<'r>(
+        &self,
+        refusal: Refusal,
+        route: Option<&'r Route>,
+        token: Option<TokenId>,
+        source: TokenSource,
+    ) -> Verdict<'r> {
         if let Some(result) = refusal.auth_result() {
             self.metrics.auth(result, refusal.reason(), source);
         }

@@ -22,8 +22,16 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
             Auth::None { pass_token: false } => "no token",
             Auth::None { pass_token: true } => "the backend checks tokens itself",
         };
-        let methods = if route.methods == Methods::ALL { "any method".to_owned() } else { route.methods.names().collect::<Vec<_>>().join(" ") };
-        let path = if route.pattern.is_everything() && !route.is_web_page() { "every path (CORS preflight)" } else { &route.name };
+        let methods = if route.methods == Methods::ALL {
+            "any method".to_owned()
+        } else {
+            route.methods.names().collect::<Vec<_>>().join(" ")
+        };
+        let path = if route.pattern.is_everything() && !route.is_web_page() {
+            "every path (CORS preflight)"
+        } else {
+            &route.name
+        };
         println!("  {path}  ({methods}; {how}): {}", route.reason);
     }
     Ok(())

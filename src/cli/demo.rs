@@ -17,13 +17,19 @@ const PROJECTS: usize = 253;
 
 pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
     start_log(LevelFilter::Warn);
-    let probe = TcpListener::bind(listen).map_err(|error| anyhow!("{listen} can't be used: {error}; say another one with --listen"))?;
+    let probe = TcpListener::bind(listen)
+        .map_err(|error| anyhow!("{listen} can't be used: {error}; say another one with --listen"))?;
     drop(probe);
     let backend = TcpListener::bind("127.0.0.1:0").context("a port for the backend")?;
     let backend_address = backend.local_addr().context("the backend's address")?;
-    std::thread::Builder::new().name("demo-backend".into()).spawn(move || serve(&backend)).context("the backend's thread")?;
+    std::thread::Builder::new()
+        .name("demo-backend".into())
+        .spawn(move || serve(&backend))
+        .context("the backend's thread")?;
     // Bound and let go again: free enough for a demo.
-    let admin = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).context("a port for the admin listener")?;
+    let admin = TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .context("a port for the admin listener")?;
 
     let folder = Folder::new()?;
     let text = format!(
@@ -118,7 +124,8 @@ fn serve_connection(mut socket: TcpStream, issues: &Mutex<Vec<String>>) -> std::
         let (status, headers, json) = answer(view.method, view.path(), view.query().unwrap_or_default(), &body, issues);
         let text = if view.method == Method::Head { "" } else { &json };
         let length = json.len();
-        let head = format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\n{headers}Content-Length: {length}\r\n\r\n");
+        let head =
+            format!("HTTP/1.1 {status}\r\nContent-Type: application/json\r\n{headers}Content-Length: {length}\r\n\r\n");
         socket.write_all((head + text).as_bytes())?;
     }
 }
@@ -130,7 +137,13 @@ fn read_more(socket: &mut TcpStream, buffer: &mut Vec<u8>) -> std::io::Result<us
     Ok(n)
 }
 
-fn answer(method: Method, path: &[u8], query: &[u8], body: &[u8], issues: &Mutex<Vec<String>>) -> (&'static str, String, String) {
+fn answer(
+    method: Method,
+    path: &[u8],
+    query: &[u8],
+    body: &[u8],
+    issues: &Mutex<Vec<String>>,
+) -> (&'static str, String, String) {
     let path = String::from_utf8_lossy(path).into_owned();
     let none = String::new;
     let missing = || ("404 Not Found", none(), "{\"message\":\"404 Not Found\"}".to_owned());
@@ -141,7 +154,8 @@ fn answer(method: Method, path: &[u8], query: &[u8], body: &[u8], issues: &Mutex
             let page = parameter(query, "page").and_then(|v| v.parse().ok()).unwrap_or(1_usize).max(1);
             let per_page = parameter(query, "per_page").and_then(|v| v.parse().ok()).unwrap_or(20_usize).max(1);
             let first = (page - 1).saturating_mul(per_page) + 1;
-            let list: Vec<String> = (first..first.saturating_add(per_page)).take_while(|id| *id <= PROJECTS).map(project).collect();
+            let list: Vec<String> =
+                (first..first.saturating_add(per_page)).take_while(|id| *id <= PROJECTS).map(project).collect();
             let headers = format!("X-Page: {page}\r\nX-Per-Page: {per_page}\r\nX-Total: {PROJECTS}\r\n");
             ("200 OK", headers, format!("[{}]", list.join(",")))
         }
@@ -165,8 +179,11 @@ fn answer(method: Method, path: &[u8], query: &[u8], body: &[u8], issues: &Mutex
         },
         (Method::Get | Method::Head, ["projects", _, "issues"]) => {
             let issues = issues.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            let list: Vec<_> =
-                issues.iter().enumerate().map(|(i, title)| serde_json::json!({ "id": i + 1, "title": title })).collect();
+            let list: Vec<_> = issues
+                .iter()
+                .enumerate()
+                .map(|(i, title)| serde_json::json!({ "id": i + 1, "title": title }))
+                .collect();
             ("200 OK", none(), serde_json::Value::from(list).to_string())
         }
         _ => missing(),

@@ -19,12 +19,16 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
 /// Starts the process log on stderr. The framework's own chatter is left out: what matters of it is told by us, and
 /// its error texts may quote requests.
 pub(super) fn start_log(level: LevelFilter) {
-    let framework = level.min(LevelFilter::Warn);
     let mut builder = env_logger::Builder::new();
     builder.filter_level(LevelFilter::Info);
-    for module in ["pingora_core", "pingora_proxy", "pingora_pool", "pingora_cache", "pingora_runtime"] {
-        builder.filter_module(module, framework);
+    for module in ["pingora_core", "pingora_pool", "pingora_cache", "pingora_runtime"] {
+        builder.filter_module(module, LevelFilter::Warn);
     }
+    // A pooled connection that the backend closed at the moment of its reuse is an error to it; the request is tried
+    // again, and failures of requests are logged with their request id.
+    builder
+        .filter_module("pingora_core::connectors", LevelFilter::Off)
+        .filter_module("pingora_proxy", LevelFilter::Off);
     builder.init();
     log::set_max_level(level);
 }

@@ -71,7 +71,9 @@ pub(super) enum Command {
 
 pub(super) fn run(command: Command) -> Result<(), Failure> {
     match command {
-        Command::Create { common, user, scopes, description, expires } => create(&common, user, scopes, description, expires.as_deref()),
+        Command::Create { common, user, scopes, description, expires } => {
+            create(&common, user, scopes, description, expires.as_deref())
+        }
         Command::List { common } => list(&common),
         Command::Show { common, id } => show(&common, &id),
         Command::Revoke { common, id } => revoke(&common, &id),
@@ -121,7 +123,13 @@ fn base32(bytes: &[u8]) -> String {
     out
 }
 
-fn create(common: &Common, user: String, scopes: Vec<String>, description: String, expires: Option<&str>) -> Result<(), Failure> {
+fn create(
+    common: &Common,
+    user: String,
+    scopes: Vec<String>,
+    description: String,
+    expires: Option<&str>,
+) -> Result<(), Failure> {
     let expires = expires.map(expiry).transpose().map_err(|error| Failure::Usage(error.to_string()))?;
     if let Some(scope) = scopes.iter().find(|scope| scope.is_empty() || scope.contains(char::is_whitespace)) {
         return Err(Failure::Usage(format!("--scope: \"{scope}\" must be one word")));
@@ -129,7 +137,8 @@ fn create(common: &Common, user: String, scopes: Vec<String>, description: Strin
     let mut admin = open(common)?;
     let token = new_token()?;
     let digest = Digest::of(token.as_bytes());
-    let record = TokenRecord { digest, user, scopes, description, created: now(), expires, revoked: None, last_used: None };
+    let record =
+        TokenRecord { digest, user, scopes, description, created: now(), expires, revoked: None, last_used: None };
     admin.create(&record)?;
     if common.json {
         let mut shown = serde_json::to_value(ShownRecord::from(&record))?;
@@ -196,7 +205,9 @@ fn find(admin: &dyn TokenAdmin, id: &str) -> anyhow::Result<TokenRecord> {
     } else {
         let hex = id.to_ascii_lowercase();
         if hex.len() < 6 || hex.len() > 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
-            bail!("an id is 6 to 64 hex digits of the token's SHA-256; to say the token itself, write - and give it on standard input");
+            bail!(
+                "an id is 6 to 64 hex digits of the token's SHA-256; to say the token itself, write - and give it on standard input"
+            );
         }
         hex
     };
@@ -269,12 +280,15 @@ fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> {
     let started = Instant::now();
     let mut progress = Progress::new();
     let mut read = 0;
-    let mut records = input.lines().enumerate().filter(|(_, line)| !matches!(line, Ok(line) if line.trim().is_empty())).map(|(index, line)| {
-        read += 1;
-        progress.tick(read);
-        let number = index as u64 + 1;
-        imported(line).map_err(|why| AdminError::Line(number, why))
-    });
+    let mut records =
+        input.lines().enumerate().filter(|(_, line)| !matches!(line, Ok(line) if line.trim().is_empty())).map(
+            |(index, line)| {
+                read += 1;
+                progress.tick(read);
+                let number = index as u64 + 1;
+                imported(line).map_err(|why| AdminError::Line(number, why))
+            },
+        );
     // All or nothing: a broken line leaves the store as it was.
     let new = admin.import(&mut records)?;
     drop(records);
@@ -295,7 +309,9 @@ fn imported(line: std::io::Result<String>) -> Result<TokenRecord, String> {
         format!("is not the JSON that is expected (column {}): give user, and token or sha256", error.column())
     })?;
     let digest = match (&line.token, &line.sha256) {
-        (Some(token), None) if (1..=255).contains(&token.len()) && token.bytes().all(|b| b.is_ascii_graphic()) => Digest::of(token.as_bytes()),
+        (Some(token), None) if (1..=255).contains(&token.len()) && token.bytes().all(|b| b.is_ascii_graphic()) => {
+            Digest::of(token.as_bytes())
+        }
         (Some(_), None) => return Err("token must be 1 to 255 visible ASCII characters".into()),
         (None, Some(hex)) => Digest::from_hex(hex).ok_or("sha256 must be 64 hex digits")?,
         _ => return Err("give token or sha256, and not both".into()),
@@ -357,8 +373,17 @@ mod tests {
     fn imported_lines_never_quote_a_token() {
         let digest = Digest::of(b"S3CRET");
         assert_eq!(imported(Ok("{\"user\":\"a\",\"token\":\"S3CRET\"}".into())).unwrap().digest, digest);
-        assert_eq!(imported(Ok(format!("{{\"user\":\"a\",\"sha256\":\"{}\"}}", digest.to_hex()))).unwrap().digest, digest);
-        for line in ["{\"user\":\"a\",\"token\":\"S3CRET x\"}", "{\"token\":\"S3CRET\"}", "S3CRET", "{\"user\":\"a\",\"S3CRET\":1}", "{\"user\":\"a\",\"token\":\"S3CRET\",\"sha256\":\"S3CRET\"}"] {
+        assert_eq!(
+            imported(Ok(format!("{{\"user\":\"a\",\"sha256\":\"{}\"}}", digest.to_hex()))).unwrap().digest,
+            digest
+        );
+        for line in [
+            "{\"user\":\"a\",\"token\":\"S3CRET x\"}",
+            "{\"token\":\"S3CRET\"}",
+            "S3CRET",
+            "{\"user\":\"a\",\"S3CRET\":1}",
+            "{\"user\":\"a\",\"token\":\"S3CRET\",\"sha256\":\"S3CRET\"}",
+        ] {
             let why = imported(Ok(line.into())).unwrap_err();
             assert!(!why.contains("S3CRET"), "{why}");
         }

@@ -217,7 +217,7 @@ macro_rules! settings {
     ($($(#[$doc:meta])* $name:ident($inner:ty) = $read:expr;)*) => {$(
         $(#[$doc])*
         #[derive(Clone, Debug)]
-        pub struct $name(pub $inner);
+        pub(crate) struct $name(pub(crate) $inner);
 
         impl Setting for $name {
             fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {
@@ -292,20 +292,20 @@ settings! {
 }
 
 #[derive(Clone, Debug)]
-pub struct PatternText {
-    pub text: String,
-    pub pattern: Pattern,
+pub(crate) struct PatternText {
+    pub(crate) text: String,
+    pub(crate) pattern: Pattern,
 }
 
 #[derive(Clone, Debug)]
-pub enum TrustedPeer {
+pub(crate) enum TrustedPeer {
     Network(ipnet::IpNet),
     Unix,
 }
 
 /// `"inherit"`: as in the section above.
 #[derive(Clone, Debug)]
-pub struct Inherited<T>(pub Option<T>);
+pub(crate) struct Inherited<T>(pub(crate) Option<T>);
 
 impl<T: Setting> Setting for Inherited<T> {
     fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {

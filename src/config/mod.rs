@@ -43,7 +43,12 @@ pub fn parse(text: &str, folder: &Path) -> Result<Settings, Vec<Problem>> {
     let lines = line_starts(text);
     let root = DeTable::parse(text).map_err(|error| {
         let line = error.span().map_or(0, |span| lines.partition_point(|start| *start <= span.start));
-        vec![Problem { line, key: "the file".into(), why: format!("is not TOML: {}", error.message()), instead: String::new() }]
+        vec![Problem {
+            line,
+            key: "the file".into(),
+            why: format!("is not TOML: {}", error.message()),
+            instead: String::new(),
+        }]
     })?;
     let mut problems = Vec::new();
     let file = read(root.get_ref(), &lines, &mut problems);
@@ -61,7 +66,8 @@ fn line_starts(text: &str) -> Vec<usize> {
 }
 
 /// The tables that can stand at the top of the file.
-const SECTIONS: [&str; 10] = ["server", "admin", "api", "token", "store", "cache", "pagination", "limits", "upstream", "route"];
+const SECTIONS: [&str; 10] =
+    ["server", "admin", "api", "token", "store", "cache", "pagination", "limits", "upstream", "route"];
 
 fn read(root: &DeTable<'_>, lines: &[usize], problems: &mut Vec<Problem>) -> File {
     for (name, _) in root.iter() {
@@ -77,7 +83,8 @@ fn read(root: &DeTable<'_>, lines: &[usize], problems: &mut Vec<Problem>) -> Fil
         }
     }
     let mut reader = Reader { lines, problems };
-    let paging = root.iter().find(|(key, _)| key.get_ref() == "pagination").and_then(|(_, value)| value.get_ref().as_table());
+    let paging =
+        root.iter().find(|(key, _)| key.get_ref() == "pagination").and_then(|(_, value)| value.get_ref().as_table());
     File {
         server: reader.one(root, "server", file::Server::read),
         admin: reader.one(root, "admin", file::Admin::read),

@@ -1,7 +1,9 @@
 //! From what the file says to the settings that the stages declare. Here is what one key says about another.
 
 use super::File;
-use super::file::{self, Auth as FileAuth, Beyond, BodyPolicy, Forward, QueryToken, StoreKind, Strip, Switch, TrustedPeer};
+use super::file::{
+    self, Auth as FileAuth, Beyond, BodyPolicy, Forward, QueryToken, StoreKind, Strip, Switch, TrustedPeer,
+};
 use super::section::{Problem, closest};
 use crate::edge::{ServerSettings, Timeouts, UpstreamSettings};
 use crate::forward::{Credential, ForwardRules, TrustedProxies};
@@ -126,20 +128,31 @@ impl Check<'_> {
 
     fn server(&mut self, file: &File) -> ServerSettings {
         if file.server.listen.is_empty() {
-            self.problem(file.server.line, "server.listen", "is empty: nobody could reach the API", "like [\"127.0.0.1:8080\"]");
+            self.problem(
+                file.server.line,
+                "server.listen",
+                "is empty: nobody could reach the API",
+                "like [\"127.0.0.1:8080\"]",
+            );
         }
         let listen: Vec<_> = file.server.listen.iter().map(|address| address.0.clone()).collect();
         let admin = file.admin.listen.as_ref().map(|address| address.0.clone());
         for (index, address) in listen.iter().enumerate() {
             if listen[..index].contains(address) || admin.as_ref() == Some(address) {
-                self.problem(file.server.line, "server.listen", "an address stands there twice", "also counting admin.listen");
+                self.problem(
+                    file.server.line,
+                    "server.listen",
+                    "an address stands there twice",
+                    "also counting admin.listen",
+                );
             }
         }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         if file.server.threads > 512 {
             self.problem(file.server.line, "server.threads", "is more than 512", "0 means one for each core");
         }
-        let threads = if file.server.threads == 0 { cores } else { usize::try_from(file.server.threads).unwrap_or(cores) };
+        let threads =
+            if file.server.threads == 0 { cores } else { usize::try_from(file.server.threads).unwrap_or(cores) };
         ServerSettings { listen, admin, threads, grace: file.server.shutdown_grace }
     }
 
@@ -153,7 +166,12 @@ impl Check<'_> {
         let header_bytes = size("limits.header_bytes", limits.header_bytes.0, LARGEST_HEADER);
         let target_bytes = size("limits.target_bytes", limits.target_bytes.0, LARGEST_TARGET);
         if target_bytes > header_bytes {
-            self.problem(limits.line, "limits.target_bytes", "is more than limits.header_bytes", "the target is a part of the head");
+            self.problem(
+                limits.line,
+                "limits.target_bytes",
+                "is more than limits.header_bytes",
+                "the target is a part of the head",
+            );
         }
         self.at_least(limits.header_timeout, Duration::from_millis(100), limits.line, "limits.header_timeout");
         self.at_least(limits.idle_timeout, Duration::from_millis(100), limits.line, "limits.idle_timeout");
@@ -220,11 +238,21 @@ impl Check<'_> {
             }
             if !route.upstream.is_empty() && !upstreams.iter().any(|upstream| upstream.name == route.upstream) {
                 let instead = closest(&route.upstream, upstreams.iter().map(|upstream| upstream.name.as_str()));
-                self.problem(route.line, key("upstream"), format!("there is no upstream \"{}\"", route.upstream), instead);
+                self.problem(
+                    route.line,
+                    key("upstream"),
+                    format!("there is no upstream \"{}\"", route.upstream),
+                    instead,
+                );
             }
             let methods = Methods::only(route.methods.iter().map(|method| method.0));
             if route.methods.is_empty() {
-                self.problem(route.line, key("methods"), "is empty: the route would match nothing", "leave it out for all");
+                self.problem(
+                    route.line,
+                    key("methods"),
+                    "is empty: the route would match nothing",
+                    "leave it out for all",
+                );
             }
             let pattern = route.path.0.pattern.clone();
             if routes.iter().any(|other| other.pattern == pattern && other.methods.overlaps(methods)) {
@@ -241,7 +269,12 @@ impl Check<'_> {
             });
         }
         if file.api.prefixes.is_empty() && routes.is_empty() {
-            self.problem(file.api.line, "api.prefixes", "is empty, and there is no [[route]]: everything would be 404", "like [\"/api/v3\"]");
+            self.problem(
+                file.api.line,
+                "api.prefixes",
+                "is empty, and there is no [[route]]: everything would be 404",
+                "like [\"/api/v3\"]",
+            );
         }
         for prefix in &file.api.prefixes {
             let Ok(pattern) = Pattern::subtree(&prefix.0) else { continue };
@@ -302,7 +335,8 @@ impl Check<'_> {
 /// What a body must not hold: every credential that is not allowed, and another method than the one that was judged.
 fn body_rules(names: Names, switches: Switches) -> BodyRules {
     let mut forbidden = vec![Key::Token, Key::Method];
-    let off = [(switches.sudo, Key::Sudo), (switches.access_token, Key::AccessToken), (switches.job_token, Key::JobToken)];
+    let off =
+        [(switches.sudo, Key::Sudo), (switches.access_token, Key::AccessToken), (switches.job_token, Key::JobToken)];
     forbidden.extend(off.into_iter().filter(|(allowed, _)| !allowed).map(|(_, key)| key));
     BodyRules { names, forbidden }
 }

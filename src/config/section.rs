@@ -26,23 +26,23 @@ impl fmt::Display for Problem {
 }
 
 /// Why a value can't be used, and what could stand there.
-pub struct Wrong {
+pub(crate) struct Wrong {
     pub why: String,
     pub instead: &'static str,
 }
 
-pub fn wrong(why: impl Into<String>, instead: &'static str) -> Wrong {
+pub(crate) fn wrong(why: impl Into<String>, instead: &'static str) -> Wrong {
     Wrong { why: why.into(), instead }
 }
 
 /// A type that a value of the file can be read as.
-pub trait Setting: Sized {
+pub(crate) trait Setting: Sized {
     fn read(value: &DeValue<'_>) -> Result<Self, Wrong>;
 }
 
 /// A table of the file, as far as it has been read.
-pub struct Section<'t> {
-    pub name: String,
+pub(crate) struct Section<'t> {
+    pub(crate) name: String,
     pub table: Option<&'t DeTable<'t>>,
     /// Where the table begins; 0 when the file does not have it.
     pub line: usize,
@@ -54,12 +54,12 @@ pub struct Section<'t> {
 }
 
 impl Section<'_> {
-    pub fn line_of(&self, offset: usize) -> usize {
+    pub(crate) fn line_of(&self, offset: usize) -> usize {
         self.lines.partition_point(|start| *start <= offset)
     }
 
     /// Reads a key, or its default when the key is absent or wrong.
-    pub fn field<T: Setting>(&mut self, key: &str, default: &str) -> T {
+    pub(crate) fn field<T: Setting>(&mut self, key: &str, default: &str) -> T {
         let found = self.table.and_then(|table| table.iter().find(|(name, _)| name.get_ref() == key));
         if let Some((name, value)) = found {
             match T::read(value.get_ref()) {
@@ -76,7 +76,7 @@ impl Section<'_> {
     }
 
     /// Reports the keys that nobody asked for.
-    pub fn finish(&mut self, known: &[Field]) {
+    pub(crate) fn finish(&mut self, known: &[Field]) {
         let Some(table) = self.table else { return };
         for (name, _) in table.iter() {
             let key = name.get_ref().as_ref();
@@ -88,14 +88,14 @@ impl Section<'_> {
         }
     }
 
-    pub fn problem(&mut self, line: usize, key: &str, why: impl Into<String>, instead: &str) {
+    pub(crate) fn problem(&mut self, line: usize, key: &str, why: impl Into<String>, instead: &str) {
         let key = if self.name.is_empty() { key.to_owned() } else { format!("{}.{key}", self.name) };
         self.problems.push(Problem { line, key, why: why.into(), instead: instead.into() });
     }
 }
 
 /// Before a default: the key has none, and what follows only stands in until the missing key is reported.
-pub const REQUIRED: char = '!';
+pub(crate) const REQUIRED: char = '!';
 
 /// Reads a default, which is written as it would be in the file.
 fn read_default<T: Setting>(default: &str) -> T {
@@ -113,14 +113,14 @@ fn read_default<T: Setting>(default: &str) -> T {
 
 /// One key of a section, for the reader and for the reference.
 #[derive(Clone, Copy, Debug)]
-pub struct Field {
+pub(crate) struct Field {
     pub key: &'static str,
     pub doc: &'static [&'static str],
     pub default: &'static str,
 }
 
 /// `did you mean …`, or the list of what there is.
-pub fn closest<'a>(key: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
+pub(crate) fn closest<'a>(key: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
     let near = known.clone().map(|name| (distance(key, name), name)).min().filter(|(distance, _)| *distance <= 2);
     match near {
         Some((_, name)) => format!("did you mean `{name}`?"),
@@ -153,11 +153,11 @@ macro_rules! section {
     ) => {
         $(#[doc = $doc])*
         #[derive(Clone, Debug)]
-        #[allow(unreachable_pub, dead_code, reason = "one shape for all sections")]
-        pub struct $name {
-            $($(#[doc = $field_doc])* pub $field: $type,)*
+        #[allow(dead_code, reason = "one shape for all sections")]
+        pub(crate) struct $name {
+            $($(#[doc = $field_doc])* pub(crate) $field: $type,)*
             /// Where the section begins in the file; 0 when it is not there.
-            pub line: usize,
+            pub(crate) line: usize,
         }
 
         impl $name {
@@ -203,7 +203,8 @@ impl Setting for u64 {
 
 impl<T: Setting> Setting for Vec<T> {
     fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {
-        let array = value.as_array().ok_or_else(|| wrong("must be a list", "put it in square brackets, like [\"…\"]"))?;
+        let array =
+            value.as_array().ok_or_else(|| wrong("must be a list", "put it in square brackets, like [\"…\"]"))?;
         array.iter().map(|item: &Spanned<DeValue<'_>>| T::read(item.get_ref())).collect()
     }
 }
@@ -227,7 +228,7 @@ impl Setting for std::time::Duration {
 
 /// A size in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bytes(pub u64);
+pub(crate) struct Bytes(pub u64);
 
 impl Setting for Bytes {
     fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {
@@ -242,7 +243,10 @@ impl Setting for Bytes {
             };
             text[..digits].parse::<u64>().ok()?.checked_mul(unit).map(Bytes)
         };
-        value.as_str().and_then(parse).ok_or_else(|| wrong("must be a size with its unit", "like \"32KiB\" or \"10MiB\""))
+        value
+            .as_str()
+            .and_then(parse)
+            .ok_or_else(|| wrong("must be a size with its unit", "like \"32KiB\" or \"10MiB\""))
     }
 }
 

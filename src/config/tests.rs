@@ -23,13 +23,17 @@ fn the_example_says_all_and_is_right() {
     parse(&example, Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
     let with_headers = example.replace("\n# [[", "\n[[");
     let everything = with_headers.lines().map(|line| {
-        let key = line.strip_prefix("# ").filter(|rest| rest.split(" = ").next().is_some_and(|k| !k.contains(' ')) && rest.contains(" = "));
+        let key = line
+            .strip_prefix("# ")
+            .filter(|rest| rest.split(" = ").next().is_some_and(|k| !k.contains(' ')) && rest.contains(" = "));
         key.unwrap_or(line).to_owned() + "\n"
     });
     parse(&everything.collect::<String>(), Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
     let keys: usize = REFERENCE.iter().map(|(_, _, fields)| fields.len()).sum();
     assert_eq!(keys, 61, "the reference lost or gained keys: update this number on purpose");
-    assert!(REFERENCE.iter().all(|(_, doc, fields)| !doc.is_empty() && fields.iter().all(|field| !field.doc.is_empty())));
+    assert!(
+        REFERENCE.iter().all(|(_, doc, fields)| !doc.is_empty() && fields.iter().all(|field| !field.doc.is_empty()))
+    );
 }
 
 #[test]
@@ -95,7 +99,8 @@ fn what_contradicts_itself() {
         ("store = 1\n", "store: must be a table"),
         ("route = 1\n", "route: is a list of tables"),
     ] {
-        let found = problems(&format!("{text}{}", if text.is_empty() || text.contains("[token\n") { "" } else { MINIMAL }));
+        let found =
+            problems(&format!("{text}{}", if text.is_empty() || text.contains("[token\n") { "" } else { MINIMAL }));
         assert!(found.iter().any(|problem| problem.contains(part)), "{text}: {found:?}");
     }
 }

@@ -10,8 +10,8 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use pingora::prelude::fast_timeout::fast_timeout as timeout;
 use pingora::protocols::raw_connect::ProxyDigest;
 use pingora::protocols::{
-    GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest, UniqueID,
-    UniqueIDType,
+    GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
+    UniqueID, UniqueIDType,
 };
 use std::io;
 use std::net::IpAddr;
@@ -103,7 +103,8 @@ impl ClientStream {
             if begun && deadline.is_none() {
                 deadline = Some(Instant::now() + limits.header_timeout);
             }
-            let patience = deadline.map_or(limits.idle_timeout, |deadline| deadline.saturating_duration_since(Instant::now()));
+            let patience =
+                deadline.map_or(limits.idle_timeout, |deadline| deadline.saturating_duration_since(Instant::now()));
             let read = timeout(patience, self.fill());
             let read = tokio::select! {
                 biased;

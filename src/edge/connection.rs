@@ -9,9 +9,9 @@ use crate::Now;
 use crate::forward::{Origin, Plan, request_id};
 use crate::pipeline::{Admission, Refused, Verdict, source_label};
 use crate::reply::{Cause, Envelope, Refusal};
+use crate::request;
 use crate::request::head;
 use crate::request::view::{Method, RequestView, Version};
-use crate::request;
 use crate::telemetry::access_log::Entry;
 use crate::telemetry::metrics::{Guard, TokenSource};
 use arc_swap::ArcSwap;
@@ -113,7 +113,13 @@ impl Gate {
     }
 
     /// The main lane: the framework finds a backend and moves the bytes.
-    async fn forward(&self, client: ClientStream, head: Vec<u8>, ticket: Ticket, shutdown: &ShutdownWatch) -> Option<ClientStream> {
+    async fn forward(
+        &self,
+        client: ClientStream,
+        head: Vec<u8>,
+        ticket: Ticket,
+        shutdown: &ShutdownWatch,
+    ) -> Option<ClientStream> {
         let mut session = ServerSession::new_http1(Box::new(client));
         session.set_connection_user_context(Some(Box::new(ticket)));
         session.set_pipelined_prefix(BytesMut::from(Bytes::from(head)));
@@ -171,7 +177,8 @@ impl Arrival {
         id: &str,
     ) -> Option<ClientStream> {
         let refusal = refused.refusal;
-        let close = refusal.must_close() || !view.keep_alive || !ClientStream::can_skip(view.body, view.expects_continue);
+        let close =
+            refusal.must_close() || !view.keep_alive || !ClientStream::can_skip(view.body, view.expects_continue);
         let answer = render(refusal, view.method == Method::Head, close, id);
         let written = client.write(&answer).await.is_ok();
         let took = self.started.elapsed();

@@ -46,7 +46,12 @@ pub struct Timeouts {
 
 impl Snapshot {
     /// Resolves the upstreams' addresses, which may block.
-    pub fn build(pipeline: Pipeline, upstreams: &[UpstreamSettings], timeouts: Timeouts, log: AccessLog) -> Result<Self, String> {
+    pub fn build(
+        pipeline: Pipeline,
+        upstreams: &[UpstreamSettings],
+        timeouts: Timeouts,
+        log: AccessLog,
+    ) -> Result<Self, String> {
         let resolve = |settings: &UpstreamSettings| {
             let upstream = Upstream::resolve(settings, pipeline.metrics.upstream(&settings.name));
             upstream.map_err(|why| format!("upstream \"{}\": {why}", settings.name))
@@ -77,7 +82,8 @@ impl Snapshot {
     }
 
     fn upstream(&self, route: Option<usize>) -> Option<&Upstream> {
-        let named = route.and_then(|index| self.pipeline.rules.routes.get(index)).and_then(|route| route.upstream.as_deref());
+        let named =
+            route.and_then(|index| self.pipeline.rules.routes.get(index)).and_then(|route| route.upstream.as_deref());
         match named {
             Some(name) => self.upstreams.iter().find(|upstream| upstream.name == name),
             None => self.upstreams.first(),

@@ -48,7 +48,9 @@ impl Upstream {
                     peers.extend(resolved.into_iter().map(|address| HttpPeer::new(address, false, String::new())));
                 }
                 ServerAddress::Unix(path) => {
-                    peers.push(HttpPeer::new_uds(path, false, String::new()).map_err(|error| format!("{path}: {error}"))?);
+                    peers.push(
+                        HttpPeer::new_uds(path, false, String::new()).map_err(|error| format!("{path}: {error}"))?,
+                    );
                 }
             }
         }

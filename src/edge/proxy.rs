@@ -181,7 +181,12 @@ impl ProxyHttp for MainLane {
     }
 
     /// Refuses an answer whose end could be read in two ways, before any of it is passed on.
-    async fn upstream_response_filter(&self, _session: &mut Session, answer: &mut ResponseHeader, ctx: &mut Exchange) -> Result<()> {
+    async fn upstream_response_filter(
+        &self,
+        _session: &mut Session,
+        answer: &mut ResponseHeader,
+        ctx: &mut Exchange,
+    ) -> Result<()> {
         let asked = ctx.asked_upstream.take();
         let ticket = ctx.ticket()?;
         let wants_tunnel = ticket.tunnel.is_some();
@@ -191,7 +196,8 @@ impl ProxyHttp for MainLane {
         let lengths = answer.headers.get_all(header::CONTENT_LENGTH).iter().count();
         let codings = answer.headers.get_all(header::TRANSFER_ENCODING);
         let chunked = codings.iter().all(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"));
-        let doubtful = lengths > 1 || codings.iter().count() > 1 || !chunked || (lengths > 0 && codings.iter().next().is_some());
+        let doubtful =
+            lengths > 1 || codings.iter().count() > 1 || !chunked || (lengths > 0 && codings.iter().next().is_some());
         let unasked = answer.status == http::StatusCode::SWITCHING_PROTOCOLS && !wants_tunnel;
         if doubtful || unasked {
             return ctx.break_off(Cause::Upstream(UpstreamFault::Malformed));
@@ -199,7 +205,12 @@ impl ProxyHttp for MainLane {
         Ok(())
     }
 
-    async fn response_filter(&self, _session: &mut Session, answer: &mut ResponseHeader, ctx: &mut Exchange) -> Result<()> {
+    async fn response_filter(
+        &self,
+        _session: &mut Session,
+        answer: &mut ResponseHeader,
+        ctx: &mut Exchange,
+    ) -> Result<()> {
         let ticket = ctx.ticket()?;
         let switching = answer.status == http::StatusCode::SWITCHING_PROTOCOLS;
         if answer.status.is_informational() && !switching {
@@ -211,8 +222,10 @@ impl ProxyHttp for MainLane {
         remove_hop_by_hop(answer, switching);
         for name in [header::LINK, header::LOCATION] {
             let values: Vec<_> = answer.headers.get_all(&name).iter().map(|value| value.as_bytes().to_vec()).collect();
-            let clean: Vec<_> =
-                values.iter().map(|value| headers::without_tokens(value, &ticket.snapshot.pipeline.rules.names)).collect();
+            let clean: Vec<_> = values
+                .iter()
+                .map(|value| headers::without_tokens(value, &ticket.snapshot.pipeline.rules.names))
+                .collect();
             if clean.iter().any(Option::is_some) {
                 answer.remove_header(&name);
                 for (value, clean) in values.into_iter().zip(clean) {
@@ -235,7 +248,13 @@ impl ProxyHttp for MainLane {
     }
 
     /// A connection that could not be made has carried nothing: any request may be tried on the next server.
-    fn fail_to_connect(&self, _session: &mut Session, _peer: &HttpPeer, ctx: &mut Exchange, mut error: Box<Error>) -> Box<Error> {
+    fn fail_to_connect(
+        &self,
+        _session: &mut Session,
+        _peer: &HttpPeer,
+        ctx: &mut Exchange,
+        mut error: Box<Error>,
+    ) -> Box<Error> {
         error.set_retry(ctx.attempts < MAX_ATTEMPTS);
         error
     }
@@ -250,7 +269,8 @@ impl ProxyHttp for MainLane {
         reused: bool,
     ) -> Box<Error> {
         let repeatable = session.req_header().method.is_idempotent() && !session.as_ref().retry_buffer_truncated();
-        if repeatable && ctx.broken_off.is_none() && ctx.attempts < MAX_ATTEMPTS && session.response_written().is_none() {
+        if repeatable && ctx.broken_off.is_none() && ctx.attempts < MAX_ATTEMPTS && session.response_written().is_none()
+        {
             error.retry.decide_reuse(reused);
         } else {
             error.set_retry(false);
@@ -341,7 +361,9 @@ fn remove_hop_by_hop(answer: &mut ResponseHeader, switching: bool) {
         .map(|name| name.trim().to_ascii_lowercase())
         .filter(|name| !name.is_empty() && !matches!(name.as_str(), "content-length" | "transfer-encoding" | "date"))
         .collect();
-    for name in nominated.iter().map(String::as_str).chain(["keep-alive", "proxy-connection", "upgrade", "te", "trailer"]) {
+    for name in
+        nominated.iter().map(String::as_str).chain(["keep-alive", "proxy-connection", "upgrade", "te", "trailer"])
+    {
         answer.remove_header(name);
     }
 }

@@ -86,14 +86,19 @@ pub fn serve(running: Running) {
 
     let (reloads, requests) = mpsc::channel(1);
     if let Some(listen) = &settings.admin {
-        let gate =
-            AdminGate { snapshot: Arc::clone(&snapshot), lifecycle: Arc::clone(&lifecycle), reloads: reloads.clone(), started_unix_ms };
+        let gate = AdminGate {
+            snapshot: Arc::clone(&snapshot),
+            lifecycle: Arc::clone(&lifecycle),
+            reloads: reloads.clone(),
+            started_unix_ms,
+        };
         let mut admin = Service::new("admin".into(), gate);
         admin.add_listener(listener(listen));
         admin.threads = Some(1);
         server.add_service(admin);
     }
-    let reloader = Reloader { snapshot: Arc::clone(&snapshot), rebuild, requests: Mutex::new(requests), _open: reloads };
+    let reloader =
+        Reloader { snapshot: Arc::clone(&snapshot), rebuild, requests: Mutex::new(requests), _open: reloads };
     server.add_service(background_service("reload", reloader));
     server.add_service(background_service("tokens", Tokens { snapshot: Arc::clone(&snapshot) }));
 

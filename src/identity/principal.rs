@@ -29,8 +29,12 @@ impl Principal {
             return Err(Invalid::Revoked);
         }
         let expires = record.expires.map(|seconds| seconds.saturating_mul(1000));
-        let principal =
-            Self { user: record.user.as_str().into(), scopes: record.scopes.clone().into(), token: digest.id(), expires };
+        let principal = Self {
+            user: record.user.as_str().into(),
+            scopes: record.scopes.clone().into(),
+            token: digest.id(),
+            expires,
+        };
         principal.in_force(now).then_some(principal).ok_or(Invalid::Expired)
     }
 

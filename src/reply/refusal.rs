@@ -81,7 +81,10 @@ impl Refusal {
         match self.cause {
             Cause::Request(fault) => matches!(
                 fault,
-                request::Fault::Head(_) | request::Fault::HeaderTooLarge | request::Fault::HeaderTimeout | request::Fault::Body(_)
+                request::Fault::Head(_)
+                    | request::Fault::HeaderTooLarge
+                    | request::Fault::HeaderTimeout
+                    | request::Fault::Body(_)
             ),
             Cause::Draining | Cause::Bug => true,
             Cause::Identity(_) | Cause::CannotTell | Cause::Policy(_) | Cause::Upstream(_) => false,
@@ -142,7 +145,9 @@ impl Refusal {
             Cause::Request(R::Body(fault)) => match fault {
                 BodyFault::Field(Key::Sudo) => (403, "body_sudo"),
                 BodyFault::Field(Key::Method) => (400, "body_method"),
-                BodyFault::Field(Key::Token | Key::AccessToken | Key::JobToken | Key::Page | Key::PerPage) => (401, "body"),
+                BodyFault::Field(Key::Token | Key::AccessToken | Key::JobToken | Key::Page | Key::PerPage) => {
+                    (401, "body")
+                }
                 BodyFault::Ambiguous => (400, "body_ambiguous"),
             },
             Cause::Identity(Invalid::Unknown) => (401, "unknown"),
@@ -192,7 +197,15 @@ impl Refusal {
     /// Writes the whole answer.
     pub fn write(&self, envelope: &Envelope<'_>, out: &mut Vec<u8>) {
         let mut put = |parts: &[&str]| parts.iter().for_each(|part| out.extend_from_slice(part.as_bytes()));
-        put(&["HTTP/1.1 ", &self.status().to_string(), " ", phrase(self.status()), "\r\nDate: ", envelope.date, "\r\n"]);
+        put(&[
+            "HTTP/1.1 ",
+            &self.status().to_string(),
+            " ",
+            phrase(self.status()),
+            "\r\nDate: ",
+            envelope.date,
+            "\r\n",
+        ]);
         for (name, value) in self.fields() {
             put(&[name, ": ", &value, "\r\n"]);
         }
@@ -240,9 +253,13 @@ mod tests {
         assert!(unknown.contains("Content-Length: 30\r\n") && unknown.contains("Cache-Control: no-store\r\n"));
         assert!(unknown.contains("WWW-Authenticate: "));
         for cause in [
-            Cause::Identity(Invalid::Expired), Cause::Identity(Invalid::Revoked), Cause::Request(request::Fault::TokenMissing),
-            Cause::Request(request::Fault::Token(TokenFault::Conflict)), Cause::Request(request::Fault::Token(TokenFault::Spelling)),
-            Cause::Request(request::Fault::Body(BodyFault::Field(Key::Token))), Cause::Policy(policy::Fault::NoIdentity),
+            Cause::Identity(Invalid::Expired),
+            Cause::Identity(Invalid::Revoked),
+            Cause::Request(request::Fault::TokenMissing),
+            Cause::Request(request::Fault::Token(TokenFault::Conflict)),
+            Cause::Request(request::Fault::Token(TokenFault::Spelling)),
+            Cause::Request(request::Fault::Body(BodyFault::Field(Key::Token))),
+            Cause::Policy(policy::Fault::NoIdentity),
         ] {
             assert_eq!(written(cause, false, false), unknown, "{cause:?}");
         }
@@ -251,12 +268,20 @@ mod tests {
     #[test]
     fn heads_and_lengths() {
         assert!(written(Cause::CannotTell, true, true).ends_with("Connection: close\r\n\r\n"));
-        for cause in [Cause::CannotTell, Cause::Bug, Cause::Request(request::Fault::NoRoute), Cause::Request(request::Fault::HeaderTooLarge)] {
+        for cause in [
+            Cause::CannotTell,
+            Cause::Bug,
+            Cause::Request(request::Fault::NoRoute),
+            Cause::Request(request::Fault::HeaderTooLarge),
+        ] {
             let text = written(cause, false, false);
             let (head, body) = text.split_once("\r\n\r\n").unwrap();
             assert!(head.contains(&format!("Content-Length: {}\r\n", body.len())), "{text}");
         }
-        assert!(written(Cause::Request(request::Fault::MethodNotAllowed), false, false).contains("Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"));
+        assert!(
+            written(Cause::Request(request::Fault::MethodNotAllowed), false, false)
+                .contains("Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n")
+        );
         assert!(written(Cause::CannotTell, false, false).contains("Retry-After: 1\r\n"));
     }
 }

@@ -204,7 +204,8 @@ impl Multipart {
     fn step(&mut self, rules: &BodyRules) -> Result<bool, BodyFault> {
         if self.in_head {
             let ends = [&b"\r\n\r\n"[..], b"\n\n", b"\n\r\n"];
-            let end = ends.iter().filter_map(|end| memchr::memmem::find(&self.kept, end).map(|at| at + end.len())).min();
+            let end =
+                ends.iter().filter_map(|end| memchr::memmem::find(&self.kept, end).map(|at| at + end.len())).min();
             let Some(end) = end else {
                 return if self.kept.len() > MAX_PART_HEAD_BYTES { Err(BodyFault::Ambiguous) } else { Ok(false) };
             };
@@ -430,20 +431,38 @@ mod tests {
     fn forms() {
         let form = Some("application/x-www-form-urlencoded");
         for body in [
-            "private_token=B", "a=1&private_token=B", "a=1;private_token=B", "x=1&  private_token=B", "%70rivate_token=B",
-            "[private_token]=B", "private_token[]=B", "private_token[x][y]=B", "private_token", "a=1&private_token", "private_token\n=B",
+            "private_token=B",
+            "a=1&private_token=B",
+            "a=1;private_token=B",
+            "x=1&  private_token=B",
+            "%70rivate_token=B",
+            "[private_token]=B",
+            "private_token[]=B",
+            "private_token[x][y]=B",
+            "private_token",
+            "a=1&private_token",
+            "private_token\n=B",
             "private%5Ftoken%5B%5D=B",
         ] {
             assert_eq!(verdict(form, body.as_bytes()), FOUND, "{body}");
             assert_eq!(verdict(None, body.as_bytes()), FOUND, "{body}");
-            assert_eq!(verdict(Some("APPLICATION/X-WWW-FORM-URLENCODED; charset=utf-8"), body.as_bytes()), FOUND, "{body}");
-            assert_eq!(verdict(Some("application/x-www-form-urlencoded, text/plain"), body.as_bytes()), FOUND, "{body}");
+            assert_eq!(
+                verdict(Some("APPLICATION/X-WWW-FORM-URLENCODED; charset=utf-8"), body.as_bytes()),
+                FOUND,
+                "{body}"
+            );
+            assert_eq!(
+                verdict(Some("application/x-www-form-urlencoded, text/plain"), body.as_bytes()),
+                FOUND,
+                "{body}"
+            );
         }
         let padded = format!("{}private_token={}", "%5B[+".repeat(500), "x".repeat(9000));
         assert_eq!(verdict(form, padded.as_bytes()), FOUND);
         let deep = format!("private_token[{}]=1", "x".repeat(9000));
         assert_eq!(verdict(form, deep.as_bytes()), FOUND);
-        for body in ["title=private_token=B", "a=%26private_token%3DB", "PRIVATE_TOKEN=B", "xprivate_token=B", "a=1&b"] {
+        for body in ["title=private_token=B", "a=%26private_token%3DB", "PRIVATE_TOKEN=B", "xprivate_token=B", "a=1&b"]
+        {
             assert_eq!(verdict(form, body.as_bytes()), Ok(()), "{body}");
         }
         assert_eq!(verdict(form, "x".repeat(100_000).as_bytes()), Ok(()));
@@ -456,17 +475,31 @@ mod tests {
     fn json_objects() {
         let json = Some("application/json");
         for body in [
-            r#"{"private_token":"B"}"#, r#"{"a":{"b":[1,"}"]},"private_token":null}"#, r#"{"private\u005ftoken":"B"}"#,
-            r#"{"\p\u0072ivate_token":1}"#, r#" {"a":"\"","private_token":1}"#, "\u{feff}{\"private_token\":1}",
+            r#"{"private_token":"B"}"#,
+            r#"{"a":{"b":[1,"}"]},"private_token":null}"#,
+            r#"{"private\u005ftoken":"B"}"#,
+            r#"{"\p\u0072ivate_token":1}"#,
+            r#" {"a":"\"","private_token":1}"#,
+            "\u{feff}{\"private_token\":1}",
             r#"{"title":"x","title":"y","private_token":"B""#,
         ] {
             assert_eq!(verdict(json, body.as_bytes()), FOUND, "{body}");
             assert_eq!(verdict(Some("text/plain"), body.as_bytes()), FOUND, "{body}");
         }
-        for body in [r#"{"a":{"private_token":1}}"#, r#"{"a":"private_token"}"#, r#"[{"private_token":1}]"#, "{}", "", "null", r#"{"Private_Token":1}"#] {
+        for body in [
+            r#"{"a":{"private_token":1}}"#,
+            r#"{"a":"private_token"}"#,
+            r#"[{"private_token":1}]"#,
+            "{}",
+            "",
+            "null",
+            r#"{"Private_Token":1}"#,
+        ] {
             assert_eq!(verdict(json, body.as_bytes()), Ok(()), "{body}");
         }
-        for body in [&b"{/*\"*/\"private_token\":1}"[..], b"{\"a\":1/*\"*/,\"private_token\":1}", b"{\0\"\0p\0", b"{'a':1}"] {
+        for body in
+            [&b"{/*\"*/\"private_token\":1}"[..], b"{\"a\":1/*\"*/,\"private_token\":1}", b"{\0\"\0p\0", b"{'a':1}"]
+        {
             assert_eq!(verdict(json, body), Err(BodyFault::Ambiguous), "{}", String::from_utf8_lossy(body));
             assert_eq!(verdict(Some("application/octet-stream"), body), Ok(()));
         }
@@ -475,17 +508,27 @@ mod tests {
     #[test]
     fn multipart_bodies() {
         let kind = Some("multipart/form-data; boundary=\"aB\"");
-        let part = |head: &str| format!("--aB\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n1\r\n--aB\r\n{head}\r\n\r\nvalue\r\n--aB--\r\n");
+        let part = |head: &str| {
+            format!(
+                "--aB\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n1\r\n--aB\r\n{head}\r\n\r\nvalue\r\n--aB--\r\n"
+            )
+        };
         for head in [
-            "Content-Disposition: form-data; name=\"private_token\"", "content-disposition:form-data;name=private_token",
-            "Content-Disposition: form-data; filename=\"x\"; name=\"private_token\"", "Content-Id: private_token",
-            "Content-Disposition: form-data; name=\"[private_token]\"", "Content-Disposition: form-data; name=\"private\\_token\"",
-            "Content-Disposition: form-data;\r\n name=\"private_token[x]\"", "Content-ID: <private_token>",
+            "Content-Disposition: form-data; name=\"private_token\"",
+            "content-disposition:form-data;name=private_token",
+            "Content-Disposition: form-data; filename=\"x\"; name=\"private_token\"",
+            "Content-Id: private_token",
+            "Content-Disposition: form-data; name=\"[private_token]\"",
+            "Content-Disposition: form-data; name=\"private\\_token\"",
+            "Content-Disposition: form-data;\r\n name=\"private_token[x]\"",
+            "Content-ID: <private_token>",
         ] {
             assert_eq!(verdict(kind, part(head).as_bytes()), FOUND, "{head}");
             assert_eq!(verdict(Some("multipart/related; boundary=aB"), part(head).as_bytes()), FOUND, "{head}");
         }
-        for head in ["Content-Disposition: form-data; name=\"file\"; filename=\"private_token\"", "Content-Type: text/plain"] {
+        for head in
+            ["Content-Disposition: form-data; name=\"file\"; filename=\"private_token\"", "Content-Type: text/plain"]
+        {
             assert_eq!(verdict(kind, part(head).as_bytes()), Ok(()), "{head}");
         }
         let text = part("Content-Disposition: form-data; name=\"b\"").replace("value", "name=\"private_token\"");

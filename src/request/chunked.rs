@@ -136,9 +136,28 @@ mod tests {
     #[test]
     fn doubtful_bodies() {
         for body in [
-            "\r\n", ";a\r\n", "5\nhello", "5\r\nhello\n0\r\n\r\n", "5\r\nhelloX", "5 \r\n", " 5\r\n", "0x5\r\n", "+5\r\n", "-5\r\n", "5_0\r\n",
-            "5;a\nb\r\n", "5;\u{1}\r\n", "5\r\rhello", "fffffffffffffff\r\n", "0\r\n X: y\r\n\r\n", "0\r\nX\r\n\r\n", "0\r\n: y\r\n\r\n",
-            "0\r\nX : y\r\n\r\n", "0\r\nX: a\nY: b\r\n\r\n", "0\r\n\n", "g\r\n",
+            "\r\n",
+            ";a\r\n",
+            "5\nhello",
+            "5\r\nhello\n0\r\n\r\n",
+            "5\r\nhelloX",
+            "5 \r\n",
+            " 5\r\n",
+            "0x5\r\n",
+            "+5\r\n",
+            "-5\r\n",
+            "5_0\r\n",
+            "5;a\nb\r\n",
+            "5;\u{1}\r\n",
+            "5\r\rhello",
+            "fffffffffffffff\r\n",
+            "0\r\n X: y\r\n\r\n",
+            "0\r\nX\r\n\r\n",
+            "0\r\n: y\r\n\r\n",
+            "0\r\nX : y\r\n\r\n",
+            "0\r\nX: a\nY: b\r\n\r\n",
+            "0\r\n\n",
+            "g\r\n",
         ] {
             assert_eq!(walk(body), Err(ChunkFault), "{body:?}");
         }

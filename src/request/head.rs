@@ -48,8 +48,7 @@ pub fn is_hopeless(bytes: &[u8]) -> bool {
     match rest {
         [] | [b'\r'] => false,
         [first, ..] => {
-            !is_token_byte(*first)
-                || memchr::memchr(b'\n', rest).is_some_and(|at| at == 0 || rest[at - 1] != b'\r')
+            !is_token_byte(*first) || memchr::memchr(b'\n', rest).is_some_and(|at| at == 0 || rest[at - 1] != b'\r')
         }
     }
 }
@@ -168,15 +167,11 @@ impl<'a> Facts<'a> {
         };
         for field in fields {
             match field.kind {
-                FieldKind::Host => {
-                    if host.replace(field.value).is_some() || !is_host(field.value) {
-                        return Err(HeadFault::Host);
-                    }
+                FieldKind::Host if (host.replace(field.value).is_some() || !is_host(field.value)) => {
+                    return Err(HeadFault::Host);
                 }
-                FieldKind::ContentLength => {
-                    if length.replace(content_length(field.value)?).is_some() {
-                        return Err(HeadFault::Framing);
-                    }
+                FieldKind::ContentLength if length.replace(content_length(field.value)?).is_some() => {
+                    return Err(HeadFault::Framing);
                 }
                 FieldKind::TransferEncoding => {
                     if chunked || !field.value.eq_ignore_ascii_case(b"chunked") {
@@ -226,7 +221,8 @@ impl<'a> Facts<'a> {
 
 /// Digits without sign, list or leading zero, and few enough that no 63-bit counter overflows.
 fn content_length(value: &[u8]) -> Result<u64, HeadFault> {
-    let plain = matches!(value, [b'0'] | [b'1'..=b'9', ..]) && value.len() <= 18 && value.iter().all(u8::is_ascii_digit);
+    let plain =
+        matches!(value, [b'0'] | [b'1'..=b'9', ..]) && value.len() <= 18 && value.iter().all(u8::is_ascii_digit);
     if !plain {
         return Err(HeadFault::Framing);
     }
@@ -236,7 +232,10 @@ fn content_length(value: &[u8]) -> Result<u64, HeadFault> {
 fn is_framing_alias(name: &[u8]) -> bool {
     let reads_as = |known: &[u8]| {
         name.len() == known.len()
-            && name.iter().zip(known).all(|(a, b)| a.eq_ignore_ascii_case(b) || (*b == b'-' && !a.is_ascii_alphanumeric()))
+            && name
+                .iter()
+                .zip(known)
+                .all(|(a, b)| a.eq_ignore_ascii_case(b) || (*b == b'-' && !a.is_ascii_alphanumeric()))
     };
     reads_as(b"content-length") || reads_as(b"transfer-encoding")
 }
@@ -323,7 +322,10 @@ mod tests {
     fn a_plain_request() {
         let bytes = head("GET /api/v3/projects?page=2 HTTP/1.1\nHost: h.test:80\nPRIVATE-TOKEN: \t a \t\n\n");
         let view = parse(&bytes).unwrap();
-        assert_eq!((view.method, view.path(), view.query()), (Method::Get, &b"/api/v3/projects"[..], Some(&b"page=2"[..])));
+        assert_eq!(
+            (view.method, view.path(), view.query()),
+            (Method::Get, &b"/api/v3/projects"[..], Some(&b"page=2"[..]))
+        );
         assert_eq!((view.body, view.keep_alive, view.websocket), (Framing::Empty, true, false));
         assert_eq!(view.fields[1].value, b"a");
         assert!(!format!("{view:?}").contains(": a"));
@@ -332,23 +334,41 @@ mod tests {
     #[test]
     fn framing_in_doubt_is_refused() {
         for lines in [
-            "Content-Length: 6\nContent-Length: 6", "Content-Length: 6, 6", "Content-Length: 06", "Content-Length: +6",
-            "Content-Length: -6", "Content-Length:", "Content-Length: 0x6", "Content-Length: 6 6",
-            "Content-Length: 18446744073709551622", "Content-Length: 6\nTransfer-Encoding: chunked",
-            "Content-Length: 0\nTransfer-Encoding: chunked", "Transfer-Encoding: xchunked", "Transfer-Encoding: identity",
-            "Transfer-Encoding: gzip, chunked", "Transfer-Encoding: chunked\nTransfer-Encoding: chunked",
-            "Transfer-Encoding:", "Transfer_Encoding: chunked", "Content_Length: 6", "Content.Length: 6",
+            "Content-Length: 6\nContent-Length: 6",
+            "Content-Length: 6, 6",
+            "Content-Length: 06",
+            "Content-Length: +6",
+            "Content-Length: -6",
+            "Content-Length:",
+            "Content-Length: 0x6",
+            "Content-Length: 6 6",
+            "Content-Length: 18446744073709551622",
+            "Content-Length: 6\nTransfer-Encoding: chunked",
+            "Content-Length: 0\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: xchunked",
+            "Transfer-Encoding: identity",
+            "Transfer-Encoding: gzip, chunked",
+            "Transfer-Encoding: chunked\nTransfer-Encoding: chunked",
+            "Transfer-Encoding:",
+            "Transfer_Encoding: chunked",
+            "Content_Length: 6",
+            "Content.Length: 6",
         ] {
             assert_eq!(fault(&format!("POST / HTTP/1.1\nHost: h\n{lines}\n\n")), Some(HeadFault::Framing), "{lines}");
         }
         assert_eq!(fault("POST / HTTP/1.0\nHost: h\nTransfer-Encoding: chunked\n\n"), Some(HeadFault::Framing));
-        assert_eq!(parse(&head("POST / HTTP/1.1\nHost: h\ntransfer-encoding: Chunked\n\n")).unwrap().body, Framing::Chunked);
+        assert_eq!(
+            parse(&head("POST / HTTP/1.1\nHost: h\ntransfer-encoding: Chunked\n\n")).unwrap().body,
+            Framing::Chunked
+        );
         assert_eq!(parse(&head("POST / HTTP/1.1\nHost: h\nContent-Length: 6 \n\n")).unwrap().body, Framing::Length(6));
     }
 
     #[test]
     fn one_wellformed_host() {
-        for host in ["", "a@b", "a/b", "a, b", "a b", "h:99999", "h:", "[::1", "[::1]x", "[zz]", "h:8x", "a%41", "a?b", "a#b"] {
+        for host in
+            ["", "a@b", "a/b", "a, b", "a b", "h:99999", "h:", "[::1", "[::1]x", "[zz]", "h:8x", "a%41", "a?b", "a#b"]
+        {
             assert_eq!(fault(&format!("GET / HTTP/1.1\nHost: {host}\n\n")), Some(HeadFault::Host), "{host}");
         }
         for host in ["h", "h.test:8080", "[::1]:80", "10.0.0.1", "a_b"] {
@@ -364,8 +384,12 @@ mod tests {
         let bytes = head("GET HTTP://H.test/api?x HTTP/1.1\nHost: h.test\n\n");
         assert_eq!(parse(&bytes).unwrap().target, b"/api?x");
         for (target, expected) in [
-            ("http://evil/", HeadFault::Host), ("http://u@h.test/", HeadFault::Host), ("ftp://h.test/", HeadFault::RequestLine),
-            ("@h.test/", HeadFault::RequestLine), ("api", HeadFault::RequestLine), ("http://h.test", HeadFault::RequestLine),
+            ("http://evil/", HeadFault::Host),
+            ("http://u@h.test/", HeadFault::Host),
+            ("ftp://h.test/", HeadFault::RequestLine),
+            ("@h.test/", HeadFault::RequestLine),
+            ("api", HeadFault::RequestLine),
+            ("http://h.test", HeadFault::RequestLine),
         ] {
             assert_eq!(fault(&format!("GET {target} HTTP/1.1\nHost: h.test\n\n")), Some(expected), "{target}");
         }
@@ -374,8 +398,18 @@ mod tests {
     #[test]
     fn malformed_lines() {
         for line in [
-            "GET  / HTTP/1.1", "GET / HTTP/1.1 ", "GET / HTTP/1.2", "GET / HTTP/2.0", "GET / http/1.1", "GET /", "GET / ",
-            " GET / HTTP/1.1", "GET /\tHTTP/1.1", "G\u{0}T / HTTP/1.1", "G ET / HTTP/1.1", "GET / HTTP/1.10",
+            "GET  / HTTP/1.1",
+            "GET / HTTP/1.1 ",
+            "GET / HTTP/1.2",
+            "GET / HTTP/2.0",
+            "GET / http/1.1",
+            "GET /",
+            "GET / ",
+            " GET / HTTP/1.1",
+            "GET /\tHTTP/1.1",
+            "G\u{0}T / HTTP/1.1",
+            "G ET / HTTP/1.1",
+            "GET / HTTP/1.10",
         ] {
             assert_eq!(fault(&format!("{line}\nHost: h\n\n")), Some(HeadFault::RequestLine), "{line}");
         }
@@ -399,11 +433,16 @@ mod tests {
         assert!(view("GET / HTTP/1.0\nHost: h\nConnection: keep-alive\n\n").keep_alive);
         assert!(view("GET / HTTP/1.1\nHost: h\nConnection: Upgrade\nUpgrade: websocket\n\n").websocket);
         assert!(!view("GET / HTTP/1.1\nHost: h\nConnection: Upgrade\nUpgrade: h2c\n\n").websocket);
-        assert!(!view("POST / HTTP/1.1\nHost: h\nConnection: Upgrade\nUpgrade: websocket\nContent-Length: 1\n\n").websocket);
+        assert!(
+            !view("POST / HTTP/1.1\nHost: h\nConnection: Upgrade\nUpgrade: websocket\nContent-Length: 1\n\n").websocket
+        );
         assert_eq!(fault("GET / HTTP/1.1\nHost: h\nConnection: \"PRIVATE-TOKEN\"\n\n"), Some(HeadFault::Connection));
         assert_eq!(fault("GET / HTTP/1.1\nHost: h\nConnection: :authority\n\n"), Some(HeadFault::Connection));
         assert_eq!(fault("POST / HTTP/1.1\nHost: h\nExpect: x 100-continue\n\n"), Some(HeadFault::Expect));
-        assert_eq!(fault("POST / HTTP/1.1\nHost: h\nContent-Type: a/b\nContent-Type: a/b\n\n"), Some(HeadFault::ContentType));
+        assert_eq!(
+            fault("POST / HTTP/1.1\nHost: h\nContent-Type: a/b\nContent-Type: a/b\n\n"),
+            Some(HeadFault::ContentType)
+        );
     }
 
     #[test]

@@ -145,7 +145,12 @@ impl Rules {
         }
     }
 
-    fn examine_on<'r>(&self, route: &'r Route, view: &RequestView<'r>, canonical: &[u8]) -> Result<Examined<'r>, Fault> {
+    fn examine_on<'r>(
+        &self,
+        route: &'r Route,
+        view: &RequestView<'r>,
+        canonical: &[u8],
+    ) -> Result<Examined<'r>, Fault> {
         let web_page = route.is_web_page();
         if !web_page && view.fields_of(FieldKind::MethodOverride).next().is_some() {
             return Err(Fault::MethodOverride);
@@ -190,7 +195,8 @@ impl Rules {
         let mut edits = Edits::plan(&scan, &fates, query.len());
         append.into_iter().for_each(|(key, number)| edits.append(key, number));
 
-        let asks_sudo = scan.params.iter().any(|p| p.key == Key::Sudo) || view.fields_of(FieldKind::Sudo).next().is_some();
+        let asks_sudo =
+            scan.params.iter().any(|p| p.key == Key::Sudo) || view.fields_of(FieldKind::Sudo).next().is_some();
         let body = match &self.body {
             Some(rules) if view.body != Framing::Empty && !passes_tokens && !web_page => {
                 let content_type = view.fields_of(FieldKind::ContentType).next().map(|field| field.value);

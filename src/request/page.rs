@@ -56,12 +56,11 @@ pub struct Clamped {
 #[derive(Debug, PartialEq, Eq)]
 pub struct PastDepth;
 
+/// Parameters to add behind the query.
+pub type Appended = SmallVec<[(Key, u64); 2]>;
+
 /// Decides on every page parameter of a scan; the fates of the others are left alone. Also returns what to append.
-pub fn settle(
-    scan: &Scan<'_>,
-    fates: &mut [Fate],
-    rules: &PageRules,
-) -> Result<(Clamped, SmallVec<[(Key, u64); 2]>), PastDepth> {
+pub fn settle(scan: &Scan<'_>, fates: &mut [Fate], rules: &PageRules) -> Result<(Clamped, Appended), PastDepth> {
     let mut append = SmallVec::new();
     let page = settle_key(scan, fates, Key::Page, |number| rules.page(number))?;
     let per_page = settle_key(scan, fates, Key::PerPage, |number| Ok(rules.per_page(number)))?;
@@ -86,7 +85,9 @@ fn settle_key(
 ) -> Result<Option<bool>, PastDepth> {
     let last = scan.params.iter().rposition(|param| param.key == key && param.spelling != Spelling::Structured);
     let mut changed = false;
-    for (index, (param, fate)) in scan.params.iter().zip(fates.iter_mut()).enumerate().filter(|(_, (p, _))| p.key == key) {
+    for (index, (param, fate)) in
+        scan.params.iter().zip(fates.iter_mut()).enumerate().filter(|(_, (p, _))| p.key == key)
+    {
         if Some(index) == last {
             let wanted = bound(param.value.map_or(0, |raw| to_i(&form_decode(raw))))?;
             if !says_plainly(param, wanted) {
@@ -102,7 +103,9 @@ fn settle_key(
 
 /// Whether the parameter's own bytes are the number already, so that nothing needs to change.
 fn says_plainly(param: &Param<'_>, number: u64) -> bool {
-    let plain = |digits: &[u8]| !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) && (digits.len() == 1 || digits[0] != b'0');
+    let plain = |digits: &[u8]| {
+        !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) && (digits.len() == 1 || digits[0] != b'0')
+    };
     param.spelling == Spelling::Plain
         && param.value.is_some_and(|raw| plain(raw) && u64::try_from(to_i(raw)) == Ok(number))
 }
@@ -179,9 +182,28 @@ mod tests {
     #[test]
     fn numbers_as_ruby_reads_them() {
         for (text, number) in [
-            ("5", 5), ("5abc", 5), ("5.9", 5), ("+5", 5), (" 5", 5), ("\t5", 5), ("\n5", 5), ("5\n", 5), ("1_0", 10), ("010", 10),
-            ("1e9", 1), ("0x10", 0), ("", 0), ("abc", 0), ("--5", 0), ("-5", -5), ("1__0", 1), ("_1", 0), ("2\u{0}", 2), ("+ 5", 0),
-            ("\u{ff15}", 0), ("99999999999999999999", i64::MAX),
+            ("5", 5),
+            ("5abc", 5),
+            ("5.9", 5),
+            ("+5", 5),
+            (" 5", 5),
+            ("\t5", 5),
+            ("\n5", 5),
+            ("5\n", 5),
+            ("1_0", 10),
+            ("010", 10),
+            ("1e9", 1),
+            ("0x10", 0),
+            ("", 0),
+            ("abc", 0),
+            ("--5", 0),
+            ("-5", -5),
+            ("1__0", 1),
+            ("_1", 0),
+            ("2\u{0}", 2),
+            ("+ 5", 0),
+            ("\u{ff15}", 0),
+            ("99999999999999999999", i64::MAX),
         ] {
             assert_eq!(to_i(text.as_bytes()), number, "{text:?}");
         }
@@ -190,13 +212,27 @@ mod tests {
     #[test]
     fn bounds() {
         for (query, expected) in [
-            ("per_page=5000", "?per_page=100"), ("per_page=100", "?per_page=100"), ("per_page=101&x=1", "?per_page=100&x=1"),
-            ("per_page=0", "?per_page=20"), ("per_page=-5", "?per_page=20"), ("per_page=all", "?per_page=20"),
-            ("per_page=", "?per_page=20"), ("per_page", "?per_page=20"), ("per_page=%0a5", "?per_page=5"),
-            ("per_page=%2B500", "?per_page=100"), ("per_page=1_0", "?per_page=10"), ("per_page=05", "?per_page=5"),
-            ("per_page=99999999999999999999", "?per_page=100"), ("page=0", "?page=1"), ("page=-1", "?page=1"),
-            ("page=abc", "?page=1"), ("page=2", "?page=2"), ("page=2abc", "?page=2"), ("page=1e9", "?page=1"),
-            ("page=99999999999999999999", "?page=2147483647"), ("page=1000000000", "?page=1000000000"),
+            ("per_page=5000", "?per_page=100"),
+            ("per_page=100", "?per_page=100"),
+            ("per_page=101&x=1", "?per_page=100&x=1"),
+            ("per_page=0", "?per_page=20"),
+            ("per_page=-5", "?per_page=20"),
+            ("per_page=all", "?per_page=20"),
+            ("per_page=", "?per_page=20"),
+            ("per_page", "?per_page=20"),
+            ("per_page=%0a5", "?per_page=5"),
+            ("per_page=%2B500", "?per_page=100"),
+            ("per_page=1_0", "?per_page=10"),
+            ("per_page=05", "?per_page=5"),
+            ("per_page=99999999999999999999", "?per_page=100"),
+            ("page=0", "?page=1"),
+            ("page=-1", "?page=1"),
+            ("page=abc", "?page=1"),
+            ("page=2", "?page=2"),
+            ("page=2abc", "?page=2"),
+            ("page=1e9", "?page=1"),
+            ("page=99999999999999999999", "?page=2147483647"),
+            ("page=1000000000", "?page=1000000000"),
             ("a=1&page=3&per_page=50&b=2", "?a=1&page=3&per_page=50&b=2"),
         ] {
             assert_eq!(settled(query, &rules()).unwrap(), expected, "{query}");
@@ -206,9 +242,15 @@ mod tests {
     #[test]
     fn one_plain_parameter_is_left() {
         for (query, expected) in [
-            ("per_page=5&per_page=6", "?per_page=6"), ("per_page=5;per_page=600", "?per_page=100"), ("per_page[]=5", ""),
-            ("per_page[a]=5&x=1", "?x=1"), ("per_page=5&per_page[]=6", "?per_page=5"), ("per_page]=500", "?per_page=100"),
-            ("[per_page]=5", "?per_page=5"), ("per%5Fpage=500", "?per_page=100"), ("x=1;per_page=500", "?x=1;per_page=100"),
+            ("per_page=5&per_page=6", "?per_page=6"),
+            ("per_page=5;per_page=600", "?per_page=100"),
+            ("per_page[]=5", ""),
+            ("per_page[a]=5&x=1", "?x=1"),
+            ("per_page=5&per_page[]=6", "?per_page=5"),
+            ("per_page]=500", "?per_page=100"),
+            ("[per_page]=5", "?per_page=5"),
+            ("per%5Fpage=500", "?per_page=100"),
+            ("x=1;per_page=500", "?x=1;per_page=100"),
             ("Per_Page=500&per-page=500", "?Per_Page=500&per-page=500"),
         ] {
             assert_eq!(settled(query, &rules()).unwrap(), expected, "{query}");

@@ -261,14 +261,32 @@ mod tests {
     fn names_as_rack_reads_them() {
         use Spelling::*;
         for (name, spelling) in [
-            ("private_token", Plain), ("%70rivate_token", Plain), ("private%5Ftoken", Plain), ("[private_token]", Variant),
-            ("private_token]", Variant), ("]private_token", Variant), ("%5Bprivate_token%5D", Variant), ("[[private_token]]", Variant),
-            ("private_token[]", Structured), ("private_token[x]", Structured), ("private_token%5B%5D", Structured),
-            ("private_token[", Structured), ("+private_token", Variant), ("private_token%20", Variant), ("private_token%0a", Variant),
+            ("private_token", Plain),
+            ("%70rivate_token", Plain),
+            ("private%5Ftoken", Plain),
+            ("[private_token]", Variant),
+            ("private_token]", Variant),
+            ("]private_token", Variant),
+            ("%5Bprivate_token%5D", Variant),
+            ("[[private_token]]", Variant),
+            ("private_token[]", Structured),
+            ("private_token[x]", Structured),
+            ("private_token%5B%5D", Structured),
+            ("private_token[", Structured),
+            ("+private_token", Variant),
+            ("private_token%20", Variant),
+            ("private_token%0a", Variant),
         ] {
             assert_eq!(names().key_of(name.as_bytes()), Some((Key::Token, spelling)), "{name}");
         }
-        for name in ["PRIVATE_TOKEN", "private-token", "private_token.x", "?private_token", "private_token%3D", "private%255Ftoken"] {
+        for name in [
+            "PRIVATE_TOKEN",
+            "private-token",
+            "private_token.x",
+            "?private_token",
+            "private_token%3D",
+            "private%255Ftoken",
+        ] {
             assert_eq!(names().key_of(name.as_bytes()), None, "{name}");
         }
         assert_eq!(names().key_of(b"per_page]"), Some((Key::PerPage, Variant)));
@@ -295,10 +313,17 @@ mod tests {
     #[test]
     fn cuts_leave_the_rest_byte_for_byte() {
         for (query, expected) in [
-            ("private_token=x", "/p"), ("a=1&private_token=x&b=2", "/p?a=1&b=2"), ("private_token=x&b=2", "/p?b=2"),
-            ("a=1&private_token=x", "/p?a=1"), ("private_token=x&private_token=y&b", "/p?b"), ("", "/p?"),
-            ("private_token=x&per_page=9&private_token=y", "/p?per_page=7"), ("a=%41&&b=+;c", "/p?a=%41&&b=+;c"),
-            ("per_page=1;private_token=x;z=1", "/p?per_page=7;z=1"), ("&private_token=x", "/p"), ("page=3&private_token=x", "/p?page=3"),
+            ("private_token=x", "/p"),
+            ("a=1&private_token=x&b=2", "/p?a=1&b=2"),
+            ("private_token=x&b=2", "/p?b=2"),
+            ("a=1&private_token=x", "/p?a=1"),
+            ("private_token=x&private_token=y&b", "/p?b"),
+            ("", "/p?"),
+            ("private_token=x&per_page=9&private_token=y", "/p?per_page=7"),
+            ("a=%41&&b=+;c", "/p?a=%41&&b=+;c"),
+            ("per_page=1;private_token=x;z=1", "/p?per_page=7;z=1"),
+            ("&private_token=x", "/p"),
+            ("page=3&private_token=x", "/p?page=3"),
         ] {
             assert_eq!(edited(query), expected, "{query}");
         }

@@ -23,7 +23,9 @@ pub enum PatternError {
     NoLeadingSlash,
     #[error("`*` stands for the rest of the path and comes last")]
     StarInside,
-    #[error("write the pattern in its canonical form: no `//`, no trailing `/`, no `.json`, no escapes of plain letters")]
+    #[error(
+        "write the pattern in its canonical form: no `//`, no trailing `/`, no `.json`, no escapes of plain letters"
+    )]
     NotCanonical,
 }
 
@@ -36,7 +38,9 @@ impl std::str::FromStr for Pattern {
             return Ok(Self::everything());
         }
         let (path, below) = path.strip_suffix("/*").map_or((path, false), |stem| (stem, true));
-        if super::target::canonical(text.as_bytes()).as_ref() != text.as_bytes() || super::target::check(text.as_bytes()).is_err() {
+        if super::target::canonical(text.as_bytes()).as_ref() != text.as_bytes()
+            || super::target::check(text.as_bytes()).is_err()
+        {
             return Err(PatternError::NotCanonical);
         }
         let segments = path
@@ -180,7 +184,15 @@ mod tests {
     use super::*;
 
     fn route(pattern: &str, methods: Methods, auth: Auth) -> Route {
-        Route { pattern: pattern.parse().unwrap(), name: pattern.into(), methods, auth, reason: String::new(), refuse_query_token: false, upstream: None }
+        Route {
+            pattern: pattern.parse().unwrap(),
+            name: pattern.into(),
+            methods,
+            auth,
+            reason: String::new(),
+            refuse_query_token: false,
+            upstream: None,
+        }
     }
 
     #[test]
@@ -194,7 +206,9 @@ mod tests {
             route("/api/v3/:kind/open", Methods::ALL, open),
             route("/api/v3/closed/open", Methods::ALL, Auth::Required),
         ]);
-        let name = |method, path: &str| routes.find(method, path.as_bytes()).map(|i| routes.get(i).unwrap().name.clone()).unwrap();
+        let name = |method, path: &str| {
+            routes.find(method, path.as_bytes()).map(|i| routes.get(i).unwrap().name.clone()).unwrap()
+        };
         assert_eq!(name(Method::Get, "/api/v3/projects"), "/api/v3/*");
         assert_eq!(name(Method::Get, "/api/v3"), "/api/v3/*");
         assert_eq!(name(Method::Get, "/api/v3x"), "/api/*");

@@ -53,7 +53,11 @@ impl std::fmt::Debug for Presented<'_> {
 }
 
 /// `None`: the request carries no token at all.
-pub fn find<'a>(view: &RequestView<'a>, scan: &Scan<'a>, rules: &TokenRules) -> Result<Option<Presented<'a>>, TokenFault> {
+pub fn find<'a>(
+    view: &RequestView<'a>,
+    scan: &Scan<'a>,
+    rules: &TokenRules,
+) -> Result<Option<Presented<'a>>, TokenFault> {
     let mut found = Finder { presented: None };
     for field in &view.fields {
         match field.kind {
@@ -154,9 +158,15 @@ mod tests {
         assert_eq!(found("", "private-Token:\tA-1 \r\n"), token(Source::Header));
         assert_eq!(found("", "Authorization: bearer  A-1\r\n"), token(Source::Bearer));
         assert_eq!(found("private_token=A%2D1", ""), token(Source::Query));
-        assert_eq!(found("private_token=A-1", "PRIVATE-TOKEN: A-1\r\nAuthorization: Bearer A-1\r\n"), token(Source::Several));
+        assert_eq!(
+            found("private_token=A-1", "PRIVATE-TOKEN: A-1\r\nAuthorization: Bearer A-1\r\n"),
+            token(Source::Several)
+        );
         assert_eq!(found("private_token=A-1&private_token=A-1", ""), token(Source::Query));
-        assert_eq!(found("", "Authorization: Basic eDp5\r\nCookie: private_token=A\r\nX-PRIVATE-TOKEN: A\r\n"), Ok(None));
+        assert_eq!(
+            found("", "Authorization: Basic eDp5\r\nCookie: private_token=A\r\nX-PRIVATE-TOKEN: A\r\n"),
+            Ok(None)
+        );
         assert_eq!(found("", "PRIVATE_TOKEN: A\r\nPrivate.Token: A\r\n"), Ok(None));
         assert_eq!(found("PRIVATE_TOKEN=A&private-token=A", ""), Ok(None));
     }
@@ -165,15 +175,27 @@ mod tests {
     fn what_is_no_token() {
         use TokenFault::*;
         for (query, lines, fault) in [
-            ("", "PRIVATE-TOKEN:\r\n", Empty), ("private_token=", "", Empty), ("private_token", "", Empty),
-            ("", "Authorization: Bearer\r\n", Empty), ("private_token=a+b", "", BadByte), ("private_token=%00", "", BadByte),
-            ("", "PRIVATE-TOKEN: a b\r\n", BadByte), ("", "PRIVATE-TOKEN: \u{e9}\r\n", BadByte),
-            ("private_token=A", "PRIVATE-TOKEN: B\r\n", Conflict), ("private_token=", "PRIVATE-TOKEN: A\r\n", Conflict),
-            ("private_token", "PRIVATE-TOKEN: A\r\n", Conflict), ("private_token=A", "PRIVATE-TOKEN:\r\n", Conflict),
-            ("", "PRIVATE-TOKEN: A\r\nprivate-token: B\r\n", Conflict), ("private_token=A&private_token=B", "", Conflict),
-            ("", "PRIVATE-TOKEN: A\r\nAuthorization: Bearer B\r\n", Conflict), ("private_token=a", "PRIVATE-TOKEN: A\r\n", Conflict),
-            ("private%5Ftoken=A", "", Spelling), ("[private_token]=A", "PRIVATE-TOKEN: A\r\n", Spelling),
-            ("private_token[]=A", "", Spelling), ("x=1;private_token=A", "", Spelling), ("private_token=A;x", "", Spelling),
+            ("", "PRIVATE-TOKEN:\r\n", Empty),
+            ("private_token=", "", Empty),
+            ("private_token", "", Empty),
+            ("", "Authorization: Bearer\r\n", Empty),
+            ("private_token=a+b", "", BadByte),
+            ("private_token=%00", "", BadByte),
+            ("", "PRIVATE-TOKEN: a b\r\n", BadByte),
+            ("", "PRIVATE-TOKEN: \u{e9}\r\n", BadByte),
+            ("private_token=A", "PRIVATE-TOKEN: B\r\n", Conflict),
+            ("private_token=", "PRIVATE-TOKEN: A\r\n", Conflict),
+            ("private_token", "PRIVATE-TOKEN: A\r\n", Conflict),
+            ("private_token=A", "PRIVATE-TOKEN:\r\n", Conflict),
+            ("", "PRIVATE-TOKEN: A\r\nprivate-token: B\r\n", Conflict),
+            ("private_token=A&private_token=B", "", Conflict),
+            ("", "PRIVATE-TOKEN: A\r\nAuthorization: Bearer B\r\n", Conflict),
+            ("private_token=a", "PRIVATE-TOKEN: A\r\n", Conflict),
+            ("private%5Ftoken=A", "", Spelling),
+            ("[private_token]=A", "PRIVATE-TOKEN: A\r\n", Spelling),
+            ("private_token[]=A", "", Spelling),
+            ("x=1;private_token=A", "", Spelling),
+            ("private_token=A;x", "", Spelling),
         ] {
             assert_eq!(found(query, lines), Err(fault), "{query} {lines}");
         }

@@ -173,9 +173,8 @@ impl FieldKind {
             return K::Alias;
         }
         let is = |known: &str| name.eq_ignore_ascii_case(known.as_bytes());
-        let starts = |prefix: &str| {
-            name.get(..prefix.len()).is_some_and(|head| head.eq_ignore_ascii_case(prefix.as_bytes()))
-        };
+        let starts =
+            |prefix: &str| name.get(..prefix.len()).is_some_and(|head| head.eq_ignore_ascii_case(prefix.as_bytes()));
         // The first letter decides which few names are worth comparing.
         match name.first().map_or(0, u8::to_ascii_lowercase) {
             b'a' if is("authorization") => K::Authorization,
@@ -209,9 +208,7 @@ impl FieldKind {
             b'x' if is("x-request-id") => K::RequestId,
             b'x' if starts("x-tollgate-") => K::Identity,
             b'x' if is("x-real-ip") || is("x-client-ip") => K::Forwarded,
-            b'x' if is("x-http-method-override") || is("x-http-method") || is("x-method-override") => {
-                K::MethodOverride
-            }
+            b'x' if is("x-http-method-override") || is("x-http-method") || is("x-method-override") => K::MethodOverride,
             b'x' if is("x-sendfile-type") || starts("x-accel-") => K::Internal,
             _ => K::EndToEnd,
         }

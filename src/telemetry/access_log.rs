@@ -186,7 +186,8 @@ fn decode(bytes: &[u8]) -> Vec<u8> {
         let mut out = Vec::with_capacity(bytes.len());
         let mut rest = bytes;
         while let [byte, tail @ ..] = rest {
-            let hex = tail.get(..2).and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 16).ok());
+            let hex =
+                tail.get(..2).and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 16).ok());
             (rest, _) = match (byte, hex) {
                 (b'%', Some(decoded)) => (&tail[2..], out.push(decoded)),
                 _ => (tail, out.push(*byte)),
@@ -227,8 +228,14 @@ mod tests {
     #[test]
     fn secrets_are_cut_out() {
         for query in [
-            "a=1&private_token=S3CRET&b=2", "private%5Ftoken=S3CRET", "[private_token]=S3CRET", "x=1;private_token=S3CRET",
-            "access_token=S3CRET", "u=%2Fx%3Fprivate_token%3DS3CRET", "u=%252Fx%253Fprivate_token%253DS3CRET", "password=S3CRET",
+            "a=1&private_token=S3CRET&b=2",
+            "private%5Ftoken=S3CRET",
+            "[private_token]=S3CRET",
+            "x=1;private_token=S3CRET",
+            "access_token=S3CRET",
+            "u=%2Fx%3Fprivate_token%3DS3CRET",
+            "u=%252Fx%253Fprivate_token%253DS3CRET",
+            "password=S3CRET",
             "PRIVATE-TOKEN=S3CRET",
         ] {
             let text = String::from_utf8(redacted(query.as_bytes())).unwrap();
@@ -241,7 +248,14 @@ mod tests {
     #[test]
     fn every_line_is_one_json_object() {
         let nasty = b"\"\\\n\r\0\x7f\xff\xc3\xa9{}\xf0\x9f\x98\x80";
-        let entry = Entry { method: nasty, target: nasty, user_agent: nasty, user: Some("a\"b"), route: "x", ..Entry::default() };
+        let entry = Entry {
+            method: nasty,
+            target: nasty,
+            user_agent: nasty,
+            user: Some("a\"b"),
+            route: "x",
+            ..Entry::default()
+        };
         let line = String::from_utf8(format(&entry)).unwrap();
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!((line.lines().count(), value["user"].as_str()), (1, Some("a\"b")));

@@ -1,7 +1,9 @@
 //! Every metric of tollgate, with its help text. Labels are enums or configured names, never a client's bytes, so that
 //! no client can mint a series. Series that a request touches are resolved once, at start.
 
-use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+};
 use prometheus::{HistogramTimer, TextEncoder};
 use std::time::Duration;
 
@@ -131,11 +133,12 @@ impl Metrics {
             registry.register(Box::new(metric.clone()))?;
             Ok(metric)
         };
-        let histograms = |name: &str, help: &str, labels: &[&str], buckets: &[f64]| -> Result<HistogramVec, prometheus::Error> {
-            let metric = HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?;
-            registry.register(Box::new(metric.clone()))?;
-            Ok(metric)
-        };
+        let histograms =
+            |name: &str, help: &str, labels: &[&str], buckets: &[f64]| -> Result<HistogramVec, prometheus::Error> {
+                let metric = HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?;
+                registry.register(Box::new(metric.clone()))?;
+                Ok(metric)
+            };
 
         let requests = counters(
             "tollgate_requests_total",
@@ -143,8 +146,11 @@ impl Metrics {
             &["route", "method", "status"],
         )?;
         let duration = Histogram::with_opts(
-            HistogramOpts::new("tollgate_request_duration_seconds", "Time from a request's head to the end of its answer.")
-                .buckets(LATENCY_SECONDS.to_vec()),
+            HistogramOpts::new(
+                "tollgate_request_duration_seconds",
+                "Time from a request's head to the end of its answer.",
+            )
+            .buckets(LATENCY_SECONDS.to_vec()),
         )?;
         registry.register(Box::new(duration.clone()))?;
         let auth = counters(
@@ -153,7 +159,8 @@ impl Metrics {
             &["result", "reason", "source"],
         )?;
         let cache = counters("tollgate_cache_lookups_total", "Look-ups in the token cache by result.", &["result"])?;
-        let clamps = counters("tollgate_pagination_clamps_total", "Page parameters that were changed.", &["parameter"])?;
+        let clamps =
+            counters("tollgate_pagination_clamps_total", "Page parameters that were changed.", &["parameter"])?;
         let build = gauges("tollgate_build_info", "1, with the version as label.", &["version"])?;
         build.with_label_values(&[version]).set(1);
 
@@ -182,7 +189,10 @@ impl Metrics {
                 LAG_SECONDS,
             )?,
             clamps: Clamp::ALL.iter().map(|c| clamps.with_label_values(&[c.as_str()])).collect(),
-            query_tokens: counter("tollgate_query_tokens_total", "Requests that carried their token in the query string.")?,
+            query_tokens: counter(
+                "tollgate_query_tokens_total",
+                "Requests that carried their token in the query string.",
+            )?,
             dropped_fields: counter(
                 "tollgate_dropped_headers_total",
                 "Request headers not forwarded because of a name that could be read as another one.",
@@ -204,9 +214,15 @@ impl Metrics {
                 &["upstream", "kind"],
             )?,
             upstream_retries: counters("tollgate_upstream_retries_total", "Exchanges tried again.", &["upstream"])?,
-            log_dropped: counter("tollgate_access_log_dropped_total", "Access log lines lost because the log was too slow.")?,
+            log_dropped: counter(
+                "tollgate_access_log_dropped_total",
+                "Access log lines lost because the log was too slow.",
+            )?,
             reloads: counters("tollgate_config_reloads_total", "Reloads of the configuration by result.", &["result"])?,
-            config_loaded: gauge("tollgate_config_loaded_timestamp_seconds", "When the running configuration was loaded.")?,
+            config_loaded: gauge(
+                "tollgate_config_loaded_timestamp_seconds",
+                "When the running configuration was loaded.",
+            )?,
             ready: gauge("tollgate_ready", "1 while requests are taken, 0 while draining.")?,
             requests,
             auth,
@@ -291,7 +307,10 @@ impl Metrics {
         UpstreamMetrics {
             duration: self.upstream_duration.with_label_values(&[name]),
             connects: ["new", "reused"].map(|kind| self.upstream_connects.with_label_values(&[name, kind])),
-            errors: UpstreamError::ALL.iter().map(|e| self.upstream_errors.with_label_values(&[name, e.as_str()])).collect(),
+            errors: UpstreamError::ALL
+                .iter()
+                .map(|e| self.upstream_errors.with_label_values(&[name, e.as_str()]))
+                .collect(),
             retries: self.upstream_retries.with_label_values(&[name]),
         }
     }
@@ -355,7 +374,10 @@ mod tests {
         metrics.route("/api/v3/*").count(0, 200);
         metrics.auth(AuthResult::Refused, "unknown", TokenSource::Query);
         let text = metrics.render().unwrap();
-        assert!(text.contains("tollgate_requests_total{method=\"GET\",route=\"/api/v3/*\",status=\"2xx\"} 1"), "{text}");
+        assert!(
+            text.contains("tollgate_requests_total{method=\"GET\",route=\"/api/v3/*\",status=\"2xx\"} 1"),
+            "{text}"
+        );
         assert!(text.contains("tollgate_auth_total{reason=\"unknown\",result=\"refused\",source=\"query\"} 1"));
     }
 }

@@ -92,7 +92,8 @@ impl FileStore {
                 let old = self.table.swap(Arc::new(table));
                 let new = self.table.load();
                 let changed = |digest: &&Digest| old.get(digest) != new.get(digest);
-                let digests: std::collections::HashSet<_> = old.keys().chain(new.keys()).filter(changed).copied().collect();
+                let digests: std::collections::HashSet<_> =
+                    old.keys().chain(new.keys()).filter(changed).copied().collect();
                 log::info!("{} was read again: {} tokens, {} changed", self.path.display(), new.len(), digests.len());
                 Some(Changes::Tokens(digests.into_iter().map(|digest| (digest, changed_at(stamp, now))).collect()))
             }
@@ -144,10 +145,13 @@ fn parse(text: &str) -> Result<Table, String> {
     let mut table = HashMap::with_capacity(file.token.len());
     for (index, token) in file.token.into_iter().enumerate() {
         let place = |key: &str, why: &str| format!("token[{index}].{key}: {why}");
-        let digest = Digest::from_hex(&token.sha256)
-            .ok_or_else(|| place("sha256", "must be 64 hex digits, the SHA-256 of the token (printf %s TOKEN | sha256sum)"))?;
+        let digest = Digest::from_hex(&token.sha256).ok_or_else(|| {
+            place("sha256", "must be 64 hex digits, the SHA-256 of the token (printf %s TOKEN | sha256sum)")
+        })?;
         let time = |key: &str, text: &Option<String>| match text {
-            Some(text) => parse_time(text).map(Some).ok_or_else(|| place(key, "must be a time like 2026-12-31T23:59:59Z")),
+            Some(text) => {
+                parse_time(text).map(Some).ok_or_else(|| place(key, "must be a time like 2026-12-31T23:59:59Z"))
+            }
             None => Ok(None),
         };
         let revoked = match &token.revoked {
@@ -199,7 +203,13 @@ impl FileAdmin {
         let failed = |error: std::io::Error| AdminError::Store(format!("{}: {error}", self.path.display()));
         let mode = std::fs::metadata(&self.path).map_or(0o600, |meta| meta.mode() & 0o777);
         let temporary = self.path.with_extension(format!("new-{}", std::process::id()));
-        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary).map_err(failed)?;
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(mode)
+            .open(&temporary)
+            .map_err(failed)?;
         file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
         std::fs::rename(&temporary, &self.path).map_err(failed)
     }
@@ -231,7 +241,10 @@ impl TokenAdmin for FileAdmin {
         self.replace(&(self.text()? + &entry(record)))
     }
 
-    fn import(&mut self, records: &mut dyn Iterator<Item = Result<TokenRecord, AdminError>>) -> Result<u64, AdminError> {
+    fn import(
+        &mut self,
+        records: &mut dyn Iterator<Item = Result<TokenRecord, AdminError>>,
+    ) -> Result<u64, AdminError> {
         let mut known: std::collections::HashSet<Digest> = self.table()?.into_keys().collect();
         let (mut text, mut new) = (self.text()?, 0);
         for record in records {

@@ -82,7 +82,8 @@ pub trait TokenAdmin {
     /// Fails for a digest that is there already.
     fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError>;
     /// Adds many at once and skips those that are there already. Returns how many were new.
-    fn import(&mut self, records: &mut dyn Iterator<Item = Result<TokenRecord, AdminError>>) -> Result<u64, AdminError>;
+    fn import(&mut self, records: &mut dyn Iterator<Item = Result<TokenRecord, AdminError>>)
+    -> Result<u64, AdminError>;
     /// Newest first.
     fn list(&self) -> Result<Vec<TokenRecord>, AdminError>;
     /// All tokens whose digest begins with these hex digits.

@@ -80,7 +80,9 @@ fn prepare(db: &mut Connection) -> Result<(), Box<dyn std::error::Error>> {
     match version {
         0 => transaction.execute_batch(SCHEMA)?,
         SCHEMA_VERSION => {}
-        newer => return Err(format!("made by a newer tollgate (schema {newer}, this one knows {SCHEMA_VERSION})").into()),
+        newer => {
+            return Err(format!("made by a newer tollgate (schema {newer}, this one knows {SCHEMA_VERSION})").into());
+        }
     }
     transaction.commit()?;
     Ok(())
@@ -128,7 +130,11 @@ impl SqliteStore {
         Ok(Self { questions, changes: Mutex::new(changes) })
     }
 
-    async fn ask<T>(&self, question: Question, answer: oneshot::Receiver<Result<T, StoreError>>) -> Result<T, StoreError> {
+    async fn ask<T>(
+        &self,
+        question: Question,
+        answer: oneshot::Receiver<Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
         self.questions.try_send(question).map_err(|error| match error {
             TrySendError::Full(_) => StoreError::Overloaded,
             TrySendError::Disconnected(_) => StoreError::Unavailable("its threads have ended".into()),
@@ -138,7 +144,11 @@ impl SqliteStore {
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), String> {
-    std::thread::Builder::new().name(name.into()).spawn(work).map(drop).map_err(|error| format!("no thread for {name}: {error}"))
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(work)
+        .map(drop)
+        .map_err(|error| format!("no thread for {name}: {error}"))
 }
 
 #[async_trait]
@@ -288,8 +298,11 @@ impl Watcher {
             self.seq = last_seq(db).map_err(text)?;
             return Ok(Some(Changes::Everything));
         }
-        let mut query = db.prepare_cached("SELECT seq, digest, at_ms FROM change WHERE seq > ?1 ORDER BY seq").map_err(text)?;
-        let rows = query.query_map([self.seq], |row| Ok((row.get::<_, i64>(0)?, row.get(1)?, row.get::<_, i64>(2)?))).map_err(text)?;
+        let mut query =
+            db.prepare_cached("SELECT seq, digest, at_ms FROM change WHERE seq > ?1 ORDER BY seq").map_err(text)?;
+        let rows = query
+            .query_map([self.seq], |row| Ok((row.get::<_, i64>(0)?, row.get(1)?, row.get::<_, i64>(2)?)))
+            .map_err(text)?;
         let mut tokens = Vec::new();
         for row in rows {
             let (seq, digest, at_ms) = row.map_err(text)?;
@@ -364,7 +377,10 @@ impl TokenAdmin for SqliteAdmin {
         Ok(())
     }
 
-    fn import(&mut self, records: &mut dyn Iterator<Item = Result<TokenRecord, AdminError>>) -> Result<u64, AdminError> {
+    fn import(
+        &mut self,
+        records: &mut dyn Iterator<Item = Result<TokenRecord, AdminError>>,
+    ) -> Result<u64, AdminError> {
         let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         let mut new = 0;
         {
@@ -391,7 +407,8 @@ impl TokenAdmin for SqliteAdmin {
         };
         let range = "WHERE digest BETWEEN ?1 AND ?2 LIMIT 100";
         let mut query = self.db.prepare(&format!("SELECT {COLUMNS} FROM token {range}"))?;
-        let records = query.query_map([bound('0')?.as_bytes(), bound('f')?.as_bytes()], record)?.collect::<Result<_, _>>()?;
+        let records =
+            query.query_map([bound('0')?.as_bytes(), bound('f')?.as_bytes()], record)?.collect::<Result<_, _>>()?;
         Ok(records)
     }
 

@@ -1,0 +1,672 @@
+//! What the tests outside the process share: the real binary on free ports, an upstream that records what it receives and
+//! judges every byte of it, and a client that speaks raw bytes. Loopback only. Everything ends when it is dropped.
+
+use sha2::{Digest as _, Sha256};
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// Tokens that every gateway of the tests knows, unless it is given others.
+pub const GOOD: &str = "good-token-0001";
+pub const OTHER: &str = "good-token-0002";
+pub const BAD: &str = "bad-token-9999";
+
+/// How long anything may take before a test fails.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+pub fn sha256_hex(token: &str) -> String {
+    Sha256::digest(token.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A port that nobody listens on at this moment.
+pub fn free_port() -> u16 {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
+}
+
+/// Tries until something is true.
+pub fn eventually(what: &str, mut check: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !check() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A folder of its own for each test.
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    pub fn new() -> Self {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("tollgate-test-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.0.join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+/// The command line of the binary under test.
+pub fn tollgate() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_tollgate"))
+}
+
+/// The real gateway, serving.
+pub struct Gateway {
+    pub address: SocketAddr,
+    pub admin: SocketAddr,
+    pub folder: Folder,
+    child: Child,
+}
+
+impl Gateway {
+    /// Starts with a file store that knows [`GOOD`] and [`OTHER`], in front of `upstream`; `more` is TOML that is added.
+    /// A section in `more` takes the place of the harness's own section of that name.
+    pub fn start(upstream: SocketAddr, more: &str) -> Self {
+        let tokens: String = [GOOD, OTHER]
+            .iter()
+            .map(|token| format!("[[token]]\nsha256 = \"{}\"\nuser = \"user-{}\"\n", sha256_hex(token), &token[11..]))
+            .collect();
+        Self::start_with_tokens(upstream, &tokens, more)
+    }
+
+    pub fn start_with_tokens(upstream: SocketAddr, tokens: &str, more: &str) -> Self {
+        let folder = Folder::new();
+        folder.write("tokens.toml", tokens);
+        let (address, admin) = (
+            SocketAddr::from((Ipv4Addr::LOCALHOST, free_port())),
+            SocketAddr::from((Ipv4Addr::LOCALHOST, free_port())),
+        );
+        let sections = [
+            ("[server]", format!("listen = [\"{address}\"]\nthreads = 1\n")),
+            ("[admin]", format!("listen = \"{admin}\"\n")),
+            ("[store]", "kind = \"file\"\npath = \"tokens.toml\"\n".into()),
+            ("[log]", "access = \"access.log\"\n".into()),
+            ("[[upstream]]", format!("name = \"api\"\nservers = [\"{upstream}\"]\n")),
+        ];
+        let more = more.replace("@LISTEN@", &address.to_string());
+        let own: String = sections
+            .iter()
+            .filter(|(header, _)| !more.lines().any(|line| line == *header))
+            .map(|(header, body)| format!("{header}\n{body}"))
+            .collect();
+        let config = folder.write("tollgate.toml", &format!("{own}{more}"));
+        let mut gateway = Self { address, admin, child: Self::spawn(&folder, &config), folder };
+        gateway.wait_ready();
+        gateway
+    }
+
+    fn spawn(folder: &Folder, config: &Path) -> Child {
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(folder.0.join("process.log")).unwrap();
+        let stdout = std::fs::File::create(folder.0.join("stdout.log")).unwrap();
+        tollgate()
+            .args(["run", "--config"])
+            .arg(config)
+            .stdin(Stdio::null())
+            .stdout(stdout)
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    fn wait_ready(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.admin_get("/readyz").is_none_or(|answer| answer.status != 200) {
+            assert!(self.child.try_wait().unwrap().is_none(), "the gateway ended: {}", self.process_log());
+            assert!(Instant::now() < deadline, "the gateway is not ready: {}", self.process_log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        eventually("the API listener is open", || TcpStream::connect(self.address).is_ok());
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(self.address)
+    }
+
+    /// One request on a connection of its own; the head lines end in `\n` here.
+    pub fn ask(&self, head: &str) -> Answer {
+        let mut client = self.client();
+        client.send_head(head);
+        client.answer()
+    }
+
+    /// GET with [`GOOD`].
+    pub fn get(&self, target: &str) -> Answer {
+        self.ask(&format!("GET {target} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {GOOD}\n\n"))
+    }
+
+    /// `None` while nobody listens there.
+    pub fn admin_get(&self, path: &str) -> Option<Answer> {
+        let mut client = Client::try_connect(self.admin)?;
+        client.send_head(&format!("GET {path} HTTP/1.1\nHost: localhost\n\n"));
+        client.try_answer()
+    }
+
+    pub fn admin_post(&self, path: &str) -> Answer {
+        let mut client = Client::connect(self.admin);
+        client.send_head(&format!("POST {path} HTTP/1.1\nHost: localhost\n\n"));
+        client.answer()
+    }
+
+    pub fn metrics(&self) -> String {
+        self.admin_get("/metrics").unwrap().text()
+    }
+
+    /// The value of one series, written as Prometheus prints it; 0 when it is not there.
+    pub fn metric(&self, series: &str) -> f64 {
+        let metrics = self.metrics();
+        metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok()).unwrap_or(0.0)
+    }
+
+    /// The access log so far, a JSON object a line.
+    pub fn access_log(&self) -> Vec<serde_json::Value> {
+        let text = std::fs::read_to_string(self.folder.0.join("access.log")).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
+    }
+
+    /// What the process said of itself.
+    pub fn process_log(&self) -> String {
+        std::fs::read_to_string(self.folder.0.join("process.log")).unwrap_or_default()
+    }
+
+    /// Resident memory in bytes.
+    pub fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
+    }
+
+    /// Sends a signal by name, like `TERM`.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([format!("-{name}"), self.pid().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn ended(&mut self) -> std::process::ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the gateway did not end: {}", self.process_log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+        if std::thread::panicking() {
+            eprintln!("--- what the gateway said:\n{}", self.process_log());
+        }
+    }
+}
+
+/// A raw connection.
+pub struct Client {
+    pub socket: TcpStream,
+    buffer: Vec<u8>,
+}
+
+/// One answer, its body taken apart by its framing.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+    /// The connection was cut before the body's end.
+    pub cut: bool,
+}
+
+impl Answer {
+    /// The one value of a header; panics when it is there twice.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut values =
+            self.headers.iter().filter(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str());
+        let value = values.next();
+        assert!(values.next().is_none(), "{name} stands twice: {:?}", self.headers);
+        value
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+}
+
+impl Client {
+    pub fn connect(address: SocketAddr) -> Self {
+        Self::try_connect(address).unwrap_or_else(|| panic!("nobody listens on {address}"))
+    }
+
+    pub fn try_connect(address: SocketAddr) -> Option<Self> {
+        let socket = TcpStream::connect(address).ok()?;
+        socket.set_nodelay(true).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_write_timeout(Some(PATIENCE)).unwrap();
+        Some(Self { socket, buffer: Vec::new() })
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.socket.write_all(bytes).unwrap();
+    }
+
+    /// Sends lines that end in `\n` here with CRLF.
+    pub fn send_head(&mut self, head: &str) {
+        self.send(head.replace('\n', "\r\n").as_bytes());
+    }
+
+    pub fn answer(&mut self) -> Answer {
+        self.try_answer().expect("an answer, but the connection was closed")
+    }
+
+    /// The next answer that is no 1xx; `None` when the connection ends before one begins.
+    pub fn try_answer(&mut self) -> Option<Answer> {
+        self.answer_to("GET")
+    }
+
+    /// The answer to a method; HEAD's has no body.
+    pub fn answer_to(&mut self, method: &str) -> Option<Answer> {
+        loop {
+            let answer = self.any_answer(method)?;
+            if answer.status >= 200 || answer.status == 101 {
+                return Some(answer);
+            }
+        }
+    }
+
+    pub fn any_answer(&mut self, method: &str) -> Option<Answer> {
+        let end = loop {
+            if let Some(end) = find(&self.buffer, b"\r\n\r\n") {
+                break end;
+            }
+            if self.more() == 0 {
+                assert!(self.buffer.is_empty(), "half an answer: {:?}", String::from_utf8_lossy(&self.buffer));
+                return None;
+            }
+        };
+        let head = String::from_utf8(self.buffer.drain(..end + 4).collect()).unwrap();
+        let mut lines = head.trim_end().split("\r\n");
+        let status_line = lines.next().unwrap();
+        let status = status_line
+            .strip_prefix("HTTP/1.1 ")
+            .and_then(|rest| rest[..3].parse().ok())
+            .unwrap_or_else(|| panic!("{status_line}"));
+        let headers: Vec<(String, String)> = lines
+            .map(|line| line.split_once(": ").or(line.split_once(':')).unwrap())
+            .map(|(n, v)| (n.into(), v.into()))
+            .collect();
+        let mut answer = Answer { status, headers, body: Vec::new(), cut: false };
+        if status < 200 || status == 204 || status == 304 || method == "HEAD" {
+            return Some(answer);
+        }
+        if answer.header("Transfer-Encoding").is_some() {
+            answer.cut = !self.chunked_body(&mut answer.body);
+        } else if let Some(length) = answer.header("Content-Length").map(|text| text.parse::<usize>().unwrap()) {
+            while self.buffer.len() < length && self.more() > 0 {}
+            answer.cut = self.buffer.len() < length;
+            answer.body = self.buffer.drain(..length.min(self.buffer.len())).collect();
+        } else {
+            while self.more() > 0 {}
+            answer.body = std::mem::take(&mut self.buffer);
+        }
+        Some(answer)
+    }
+
+    fn chunked_body(&mut self, body: &mut Vec<u8>) -> bool {
+        loop {
+            let end = loop {
+                if let Some(end) = find(&self.buffer, b"\r\n") {
+                    break end;
+                }
+                if self.more() == 0 {
+                    return false;
+                }
+            };
+            let line: Vec<u8> = self.buffer.drain(..end + 2).collect();
+            let size = usize::from_str_radix(std::str::from_utf8(&line[..end]).unwrap(), 16).unwrap();
+            while self.buffer.len() < size + 2 {
+                if self.more() == 0 {
+                    return false;
+                }
+            }
+            body.extend(self.buffer.drain(..size));
+            assert_eq!(self.buffer.drain(..2).collect::<Vec<_>>(), b"\r\n");
+            if size == 0 {
+                return true;
+            }
+        }
+    }
+
+    /// Bytes that came and were not asked for yet; 0 when the connection is over.
+    fn more(&mut self) -> usize {
+        let mut piece = [0; 16 * 1024];
+        let n = match self.socket.read(&mut piece) {
+            Ok(n) => n,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => 0,
+            Err(error) => panic!("no answer: {error}"),
+        };
+        self.buffer.extend_from_slice(&piece[..n]);
+        n
+    }
+
+    /// Raw bytes, for tunnels.
+    pub fn read_exactly(&mut self, count: usize) -> Vec<u8> {
+        while self.buffer.len() < count {
+            assert!(self.more() > 0, "the connection ended");
+        }
+        self.buffer.drain(..count).collect()
+    }
+
+    /// Whether the other side ends the connection within a time, without sending anything else.
+    pub fn is_closed_within(&mut self, patience: Duration) -> bool {
+        self.socket.set_read_timeout(Some(patience)).unwrap();
+        let mut byte = [0];
+        let closed = match self.socket.read(&mut byte) {
+            Ok(0) => true,
+            Ok(_) => panic!("more bytes: {byte:?}"),
+            Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+        };
+        self.socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        closed
+    }
+
+    pub fn finish_sending(&self) {
+        self.socket.shutdown(Shutdown::Write).unwrap();
+    }
+}
+
+pub fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack.windows(needle.len()).position(|window| window == needle)
+}
+
+/// One request as the upstream got it.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    pub head: String,
+    pub method: String,
+    pub target: String,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+    /// All of the body came.
+    pub complete: bool,
+}
+
+impl Seen {
+    pub fn all(&self, name: &str) -> Vec<&str> {
+        self.headers
+            .iter()
+            .filter(|(known, _)| known.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.as_str())
+            .collect()
+    }
+
+    /// The one value of a header; panics when it is there twice.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let all = self.all(name);
+        assert!(all.len() < 2, "{name} stands twice: {}", self.head);
+        all.first().copied()
+    }
+}
+
+type Script = Arc<dyn Fn(&Seen) -> Reply + Send + Sync>;
+
+/// What the upstream answers.
+pub struct Reply {
+    pub bytes: Vec<u8>,
+    pub pause: Duration,
+    /// End the connection behind it.
+    pub close: bool,
+}
+
+impl Reply {
+    pub fn raw(text: &str) -> Self {
+        Self { bytes: text.as_bytes().to_vec(), pause: Duration::ZERO, close: false }
+    }
+
+    pub fn ok(body: &str) -> Self {
+        Self::raw(&format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        ))
+    }
+
+    pub fn then_close(mut self) -> Self {
+        self.close = true;
+        self
+    }
+
+    pub fn after(mut self, pause: Duration) -> Self {
+        self.pause = pause;
+        self
+    }
+}
+
+/// A backend that takes nothing but canonical HTTP/1.1. Every violation is kept, and fails the test when it is dropped.
+pub struct Upstream {
+    pub address: SocketAddr,
+    seen: Arc<Mutex<Vec<Seen>>>,
+    violations: Arc<Mutex<Vec<String>>>,
+}
+
+impl Upstream {
+    /// Answers 200 to everything.
+    pub fn start() -> Self {
+        Self::answering(|_| Reply::ok("{\"ok\":true}"))
+    }
+
+    pub fn answering(script: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (seen, violations) = (Arc::default(), Arc::default());
+        let upstream = Self { address, seen: Arc::clone(&seen), violations: Arc::clone(&violations) };
+        let script: Script = Arc::new(script);
+        std::thread::spawn(move || {
+            for socket in listener.incoming().flatten() {
+                let (seen, violations, script) = (Arc::clone(&seen), Arc::clone(&violations), Arc::clone(&script));
+                std::thread::spawn(move || serve(socket, &seen, &violations, &script));
+            }
+        });
+        upstream
+    }
+
+    /// Every request so far, whole or not.
+    pub fn seen(&self) -> Vec<Seen> {
+        self.seen.lock().unwrap().clone()
+    }
+
+    pub fn forget(&self) {
+        self.seen.lock().unwrap().clear();
+    }
+
+    /// The one request that came since the last [`Self::forget`].
+    pub fn only(&self) -> Seen {
+        let seen = self.seen();
+        assert_eq!(seen.len(), 1, "{seen:?}");
+        seen[0].clone()
+    }
+
+    pub fn violations(&self) -> Vec<String> {
+        self.violations.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            assert_eq!(self.violations(), Vec::<String>::new(), "the upstream got bytes that are not canonical");
+        }
+    }
+}
+
+/// Reads requests by one strict grammar and keeps what breaks it.
+fn serve(mut socket: TcpStream, seen: &Mutex<Vec<Seen>>, violations: &Mutex<Vec<String>>, script: &Script) {
+    let mut buffer = Vec::new();
+    let violation = |text: String| violations.lock().unwrap().push(text);
+    loop {
+        let end = loop {
+            if let Some(end) = find(&buffer, b"\r\n\r\n") {
+                break end;
+            }
+            match read_some(&mut socket, &mut buffer) {
+                0 if buffer.is_empty() => return,
+                0 => return violation(format!("bytes that are no request: {:?}", String::from_utf8_lossy(&buffer))),
+                _ => {}
+            }
+        };
+        let head: Vec<u8> = buffer.drain(..end + 4).collect();
+        let head = String::from_utf8_lossy(&head[..end]).into_owned();
+        let request = match parse_strictly(&head) {
+            Ok(request) => request,
+            Err(why) => return violation(format!("{why}: {head:?}")),
+        };
+        let index = {
+            let mut seen = seen.lock().unwrap();
+            seen.push(request.clone());
+            seen.len() - 1
+        };
+        let body = match read_body(&mut socket, &mut buffer, &request) {
+            Ok(body) => body,
+            Err(Some(why)) => return violation(format!("{why}: {head:?}")),
+            Err(None) => return,
+        };
+        let whole = Seen { body, complete: true, ..request };
+        if let Some(entry) = seen.lock().unwrap().get_mut(index) {
+            *entry = whole.clone();
+        }
+        let reply = script(&whole);
+        std::thread::sleep(reply.pause);
+        if socket.write_all(&reply.bytes).is_err() || reply.close {
+            return;
+        }
+        if reply.bytes.starts_with(b"HTTP/1.1 101") {
+            return echo(socket, &buffer);
+        }
+    }
+}
+
+/// The other end of a tunnel: sends back what it gets.
+fn echo(mut socket: TcpStream, early: &[u8]) {
+    let mut piece = early.to_vec();
+    loop {
+        if socket.write_all(&piece).is_err() {
+            return;
+        }
+        piece.clear();
+        if read_some(&mut socket, &mut piece) == 0 {
+            return;
+        }
+    }
+}
+
+fn read_some(socket: &mut TcpStream, buffer: &mut Vec<u8>) -> usize {
+    let mut piece = [0; 16 * 1024];
+    let n = socket.read(&mut piece).unwrap_or(0);
+    buffer.extend_from_slice(&piece[..n]);
+    n
+}
+
+fn is_token(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b))
+}
+
+fn parse_strictly(head: &str) -> Result<Seen, String> {
+    let mut lines = head.split("\r\n");
+    let request_line = lines.next().unwrap_or_default();
+    let words: Vec<&str> = request_line.split(' ').collect();
+    let [method, target, "HTTP/1.1"] = words[..] else { return Err("the request line is not canonical".into()) };
+    if !is_token(method) || target.is_empty() || !target.bytes().all(|b| b.is_ascii_graphic()) || target.contains('#') {
+        return Err("the request line is not canonical".into());
+    }
+    let mut headers = Vec::new();
+    for line in lines {
+        let Some((name, value)) = line.split_once(": ") else {
+            return Err(format!("a field line is not canonical: {line:?}"));
+        };
+        let clean = !value.bytes().any(|b| (b < 0x20 && b != b'\t') || b == 0x7f) && value.trim() == value;
+        if !is_token(name) || !clean {
+            return Err(format!("a field line is not canonical: {line:?}"));
+        }
+        headers.push((name.to_owned(), value.to_owned()));
+    }
+    let seen = Seen { head: head.into(), method: method.into(), target: target.into(), headers, ..Seen::default() };
+    let (lengths, codings) = (seen.all("content-length"), seen.all("transfer-encoding"));
+    if lengths.len() + codings.len() > 1 {
+        return Err("more than one framing".into());
+    }
+    let canonical_length =
+        |text: &str| text == "0" || (!text.starts_with('0') && text.bytes().all(|b| b.is_ascii_digit()));
+    if lengths.iter().any(|text| text.is_empty() || !canonical_length(text))
+        || codings.iter().any(|text| *text != "chunked")
+    {
+        return Err("a framing that is not canonical".into());
+    }
+    if seen.all("host").len() != 1 {
+        return Err("not one Host".into());
+    }
+    for (name, _) in &seen.headers {
+        let folded: String =
+            name.to_ascii_uppercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+        if folded == "PRIVATE_TOKEN" && !name.eq_ignore_ascii_case("private-token") {
+            return Err(format!("a twin of the token header: {name}"));
+        }
+    }
+    Ok(seen)
+}
+
+/// `Err(None)`: the body was cut, which is how an aborted request looks.
+fn read_body(socket: &mut TcpStream, buffer: &mut Vec<u8>, request: &Seen) -> Result<Vec<u8>, Option<String>> {
+    let mut take = |buffer: &mut Vec<u8>, count: usize| -> Result<Vec<u8>, Option<String>> {
+        while buffer.len() < count {
+            if read_some(socket, buffer) == 0 {
+                return Err(None);
+            }
+        }
+        Ok(buffer.drain(..count).collect())
+    };
+    if let Some(length) = request.header("content-length") {
+        return take(buffer, length.parse().unwrap());
+    }
+    if request.header("transfer-encoding").is_none() {
+        return Ok(Vec::new());
+    }
+    let mut body = Vec::new();
+    loop {
+        let mut line = Vec::new();
+        while !line.ends_with(b"\r\n") {
+            line.extend(take(buffer, 1)?);
+        }
+        let text = String::from_utf8_lossy(&line[..line.len() - 2]).into_owned();
+        if text.is_empty() || text.len() > 16 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(Some(format!("a chunk size that is not plain hex: {text:?}")));
+        }
+        let size = usize::from_str_radix(&text, 16).unwrap();
+        body.extend(take(buffer, size)?);
+        if take(buffer, 2)? != b"\r\n" {
+            return Err(Some("a chunk that does not end in CRLF, or trailers".into()));
+        }
+        if size == 0 {
+            return Ok(body);
+        }
+    }
+}
