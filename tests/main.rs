@@ -3,4 +3,10 @@
 
 mod harness;
 
+mod cli;
+mod load;
+mod operations;
+mod rack;
+mod real_clients;
 mod smoke;
+mod support;
