@@ -3,4 +3,5 @@
 
 mod harness;
 
+mod attacks;
 mod smoke;
