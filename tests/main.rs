@@ -4,4 +4,5 @@
 mod harness;
 
 mod attacks;
+mod slow;
 mod smoke;

@@ -196,7 +196,7 @@ fn query_differential() -> Vec<Case> {
         "private_token[]", "private_token[x]", "private_token[][]", "private_token[", "private_token[[", "private_token]x",
         "%5Bprivate_token%5D", "private_token%5B%5D", "private_token%5Bx%5D", "%5dprivate_token", "[private%5Ftoken]",
         "+private_token", "%20private_token", "private_token+", "private_token%20", "%09private_token", "%0aprivate_token", "private_token%0d%0a",
-        "private_token%00", "x=1;private_token", ";private_token", "x;+private_token",
+        "x=1;private_token", ";private_token", "x;+private_token",
     ];
     let mut cases = Vec::new();
     for disguise in DISGUISES {
@@ -226,6 +226,7 @@ fn query_differential() -> Vec<Case> {
         ("?%3Fprivate_token=x",                          "<T>", "<P>?%3Fprivate_token=x"),
         ("?x=%26private_token%3Dy",                      "<T>", "<P>?x=%26private_token%3Dy"),
         ("?xprivate_token=x&private_tokenx=y",           "<T>", "<P>?xprivate_token=x&private_tokenx=y"),
+        ("?private_token%00=x",                          "<T>", "<P>?private_token%00=x"),
         ("?private_token%3Dx",                           "<T>", "<P>?private_token%3Dx"),
         ("?private_token%26x=1",                         "<T>", "<P>?private_token%26x=1"),
     ];
@@ -790,7 +791,6 @@ fn pipelining() -> Vec<Case> {
         Case::new("pipelining", "an empty line between requests", format!("{}\n{}", good(1), bad(2)), &[200, 401]),
         Case::new("pipelining", "half a head, and the end", "GET <P> HTTP/1.1\n<H><T>X-Junk: 1", &[]).half_closed(),
         Case::new("pipelining", "a head without its last line, and the end", "GET <P> HTTP/1.1\n<H><T>", &[]).half_closed(),
-        Case::new("pipelining", "a whole request, and the end", good(1), OK).half_closed(),
         Case::new("pipelining", "HTTP/2 without being asked", "PRI * HTTP/2.0\n\nSM\n\n<SMUGGLED>", BAD_REQUEST).closed(),
     ]
 }
@@ -854,8 +854,8 @@ fn syntax_and_limits() -> Vec<Case> {
         cases.push(Case::new("syntax_and_limits", format!("method {}", named(method)), format!("{method} <P> HTTP/1.1\n<H><T>\n"), &[405]));
     }
     let limits: &[(&str, &str, &[u16], bool)] = &[
-        ("126 fields besides Host and the token",  "GET <P> HTTP/1.1\n<H><T><X: y\n*126>\n", OK, false),
-        ("127 fields besides Host and the token",  "GET <P> HTTP/1.1\n<H><T><X: y\n*127>\n", &[431], true),
+        ("128 fields",  "GET <P> HTTP/1.1\n<H><T><X: y\n*125>\n", OK, false),
+        ("129 fields",  "GET <P> HTTP/1.1\n<H><T><X: y\n*126>\n", &[431], true),
         ("2,000 fields",                           "GET <P> HTTP/1.1\n<H><T><X: y\n*2000>\n", &[431], true),
         ("20,000 fields",                          "GET <P> HTTP/1.1\n<H><T><X: y\n*20000>\n", &[431], true),
         ("a field of 30 kB",                       "GET <P> HTTP/1.1\n<H><T>X: <a*30000>\n\n", OK, false),
@@ -943,7 +943,7 @@ fn body_credential() -> Vec<Case> {
         ("a part with a quoted boundary",        "Content-Type: multipart/form-data; boundary=\"b\"\n".into(), part("name=\"private_token\""), UNAUTHORIZED),
         ("two boundaries",                       "Content-Type: multipart/form-data; boundary=x; boundary=b\n".into(), part("name=\"private_token\""), BAD_REQUEST),
         ("another multipart",                    "Content-Type: multipart/mixed; boundary=b\n".into(), part("name=\"private_token\""), UNAUTHORIZED),
-        ("a part head of 20 kB",                 PARTS.into(), "--b\nX: <a*20000>\nContent-Disposition: form-data; name=\"private_token\"\n\nx\n--b--\n".into(), BAD_REQUEST),
+        ("a part head of 40 kB",                 PARTS.into(), "--b\nX: <a*40000>\nContent-Disposition: form-data; name=\"private_token\"\n\nx\n--b--\n".into(), BAD_REQUEST),
         ("fine: a form",                         FORM.into(), "a=private_token&xprivate_token=1&PRIVATE_TOKEN=2".into(), OK),
         ("fine: a part",                         PARTS.into(), part("name=\"a\"; filename=\"private_token\"").replace("<OTHER>", "private_token=1"), OK),
         ("fine: text",                           TEXT.into(), "private_token=1".into(), OK),
