@@ -122,53 +122,55 @@ fn a_slow_body_outlives_the_head_deadline() {
     assert_eq!(upstream.only().body, b"hello!");
 }
 
+/// Opens connections that each send this much of a head and stop, and tells how much resident memory one of them costs.
+/// The allocator takes memory in pieces of megabytes, so that the first few connections say nothing.
+fn cost_of_unfinished(gateway: &Gateway, length: usize, connections: u64) -> (u64, Vec<Client>) {
+    let head = [&b"GET /api/v3/x HTTP/1.1\r\nHost: h\r\nX: "[..], &vec![b'a'; length]].concat();
+    let mut clients = Vec::new();
+    let mut open = |count: u64| {
+        let mut most = 0;
+        for _ in 0..count {
+            let mut client = gateway.client();
+            // The gateway may stop reading long before all of it is sent.
+            let _: std::io::Result<()> = client.socket.write_all(&head);
+            clients.push(client);
+            most = most.max(gateway.memory());
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        most.max(gateway.memory())
+    };
+    let before = open(50);
+    let after = open(connections);
+    (after.saturating_sub(before) / connections, clients)
+}
+
+/// Fifty heads of 900 KB that never end, and then two hundred more: refused, and cheap.
 #[test]
 fn unfinished_heads_cost_little() {
-    const CONNECTIONS: u64 = 50;
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
-    for _ in 0..20 {
-        assert_eq!(gateway.get("/api/v3/x").status, 200);
-    }
-    let before = gateway.memory();
-    let head = [&b"GET /api/v3/x HTTP/1.1\r\nHost: h\r\nX: "[..], &vec![b'a'; 900 * 1024]].concat();
-    let mut most = 0;
-    let mut clients: Vec<Client> = (0..CONNECTIONS).map(|_| gateway.client()).collect();
-    for client in &mut clients {
-        // The gateway may stop reading long before all of it is sent.
-        let _: std::io::Result<()> = client.socket.write_all(&head);
-        most = most.max(gateway.memory());
-    }
-    let each = most.saturating_sub(before) / CONNECTIONS;
+    let (each, clients) = cost_of_unfinished(&gateway, 900 * 1024, 200);
     assert!(each < 64 * 1024, "{each} bytes for each connection");
-    for client in &mut clients {
+    for mut client in clients {
         let mut said = Vec::new();
-        // Cut off within its own sentence is fine, too: what counts is that it is over.
+        // A reset instead of an end is fine, too: what counts is that it is over.
         let _: std::io::Result<usize> = client.socket.read_to_end(&mut said);
         let said = String::from_utf8_lossy(&said);
         assert!(said.is_empty() || said.starts_with("HTTP/1.1 431 "), "{said}");
     }
     assert_eq!(gateway.get("/api/v3/x").status, 200);
-    assert!(upstream.seen().iter().all(|seen| seen.complete));
+    assert_eq!(upstream.seen().len(), 1);
 }
 
-/// The same for connections that stop just below the limit: the limit is what each may cost.
+/// The same for heads that stop just below the limit: a connection costs about what it may send.
 #[test]
-fn heads_below_the_limit_cost_no_more_than_the_limit() {
-    const CONNECTIONS: u64 = 100;
+fn heads_below_the_limit_cost_about_the_limit() {
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
-    for _ in 0..20 {
-        assert_eq!(gateway.get("/api/v3/x").status, 200);
-    }
-    let before = gateway.memory();
-    let head = [&b"GET /api/v3/x HTTP/1.1\r\nHost: h\r\nX: "[..], &vec![b'a'; 31 * 1024]].concat();
-    let mut clients: Vec<Client> = (0..CONNECTIONS).map(|_| gateway.client()).collect();
-    clients.iter_mut().for_each(|client| client.send(&head));
-    std::thread::sleep(Duration::from_millis(500));
-    let each = gateway.memory().saturating_sub(before) / CONNECTIONS;
-    assert!(each < 96 * 1024, "{each} bytes for each connection");
+    let (each, clients) = cost_of_unfinished(&gateway, 31 * 1024, 200);
+    assert!(each < 80 * 1024, "{each} bytes for each connection");
     assert_eq!(gateway.get("/api/v3/x").status, 200);
+    assert_eq!(clients.len(), 250);
 }
 
 /// Twice the input may take twice the time, not four times.
