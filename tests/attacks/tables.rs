@@ -894,6 +894,7 @@ fn body_credential() -> Vec<Case> {
         ("a form with the same token",           FORM.into(), "private_token=<GOOD>".into(), UNAUTHORIZED),
         ("a form, in the middle",                FORM.into(), "a=1&private_token=<OTHER>&b=2".into(), UNAUTHORIZED),
         ("a form, behind a semicolon",           FORM.into(), "a=1;private_token=<OTHER>".into(), UNAUTHORIZED),
+        ("a form, behind a bare name and a semicolon", FORM.into(), "a;private_token=<OTHER>".into(), UNAUTHORIZED),
         ("a form, the bare name at the end",     FORM.into(), "a=1&private_token".into(), UNAUTHORIZED),
         ("a form, encoded",                      FORM.into(), "private%5Ftoken=<OTHER>".into(), UNAUTHORIZED),
         ("a form, in brackets",                  FORM.into(), "[private_token]=<OTHER>".into(), UNAUTHORIZED),
