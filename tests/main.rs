@@ -3,4 +3,6 @@
 
 mod harness;
 
+mod attacks;
+mod slow;
 mod smoke;
