@@ -391,7 +391,7 @@ fn cause_of(error: &Error) -> Option<Cause> {
         }
         (ErrorSource::Upstream, T::InvalidHTTPHeader | T::H1Error) => Some(Cause::Upstream(UpstreamFault::Malformed)),
         (ErrorSource::Upstream, _) => Some(Cause::Upstream(UpstreamFault::Broken)),
-        (ErrorSource::Downstream, T::ReadTimedout) => Some(Cause::Request(request::Fault::HeaderTimeout)),
+        (ErrorSource::Downstream, T::ReadTimedout) => Some(Cause::Request(request::Fault::BodyTimeout)),
         (ErrorSource::Downstream, _) if malformed_body() => {
             Some(Cause::Request(request::Fault::Head(request::head::HeadFault::Framing)))
         }
