@@ -3,5 +3,7 @@
 
 mod harness;
 
+mod answers;
+mod paging;
 mod smoke;
 mod token;

@@ -835,7 +835,6 @@ fn a_query_token_beside_the_same_header_counts_as_a_query_token() {
     let deprecated = answer.header("Deprecation").is_some();
     let counted = gateway.metric("tollgate_query_tokens_total");
     let strict = gateway.ask(&get(&format!("/api/v3/strict/x?private_token={GOOD}"), &header)).status;
-    // BUG: see note
     assert_eq!((deprecated, counted, strict), (true, 1.0, 401));
 }
 
