@@ -4,6 +4,7 @@
 mod harness;
 
 mod answers;
+mod forwarding;
 mod paging;
 mod smoke;
 mod token;
