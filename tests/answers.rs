@@ -414,11 +414,13 @@ fn a_broken_upstream_is_502() {
         ("unrequested 101", b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nhi"),
     ] {
         let gateway = Gateway::start(raw_upstream(bytes), "");
-        let answer = gateway.get(TARGET);
-        if answer.status == 502 {
-            assert_own(&answer, 502, "Bad Gateway", what);
-            assert!(!answer.text().contains("127.0.0.1"), "{what}");
-        } else {
+        // Read as it is: what is passed on may be more than the client can frame.
+        let mut client = gateway.client();
+        client.send(&get(TARGET, "Connection: close\n"));
+        let mut answer = Vec::new();
+        drop(client.socket.read_to_end(&mut answer));
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        if !answer.starts_with("HTTP/1.1 502 ") || !answer.ends_with("\r\n\r\n{\"message\":\"502 Bad Gateway\"}") {
             passed.push((what, answer));
         }
     }

@@ -501,6 +501,7 @@ fn a_backend_that_says_no_instead_of_100_ends_the_connection_or_the_body() {
     let mut client = gateway.client();
     client.send_head(&post("Expect: 100-continue\nContent-Type: text/plain\nContent-Length: 100\n"));
     assert_eq!(client.answer().status, 417);
+    // BUG: see note
     assert!(client.is_closed_within(PATIENCE), "what comes next can't be told from the body");
 }
 
