@@ -52,11 +52,12 @@ fn access_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Acc
         LogTarget::Stdout => Some(Sink::Stdout),
         LogTarget::File(path) => Some(Sink::file(path).map_err(|why| anyhow!("log.access: {why}"))?),
     };
-    AccessLog::start(sink, Arc::clone(metrics)).context("access log")
+    AccessLog::start(sink, &settings.rules.names.token, Arc::clone(metrics)).context("access log")
 }
 
 /// Makes the next snapshot from the file as it is then. What needs a restart is said, and left as it is.
 fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild {
+    let started = settings.server.clone();
     let current = Mutex::new((settings, log));
     Box::new(move |running: &Snapshot| {
         let path = path.as_deref().ok_or("there is no configuration file to read")?;
@@ -73,7 +74,7 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         // Opened anew in any case, so that a reload also picks up a rotated file.
         let next_log = access_log(&next, &metrics).map_err(describe)?;
         let snapshot = snapshot(&next, authenticator, metrics, next_log.clone()).map_err(describe)?;
-        if next.server != settings.server {
+        if next.server != started {
             log::warn!("[server] and [admin] changed: addresses, threads and grace take a restart");
         }
         log::set_max_level(next.level);

@@ -7,7 +7,7 @@ use crate::request::body::BodyScanner;
 use crate::request::page::Clamped;
 use crate::request::query::Edits;
 use crate::request::route::{Auth, Route};
-use crate::request::token::{Presented, Source, TokenRules, bearer, is_token_header};
+use crate::request::token::{Presented, TokenRules, bearer, is_token_header};
 use crate::request::view::{Field, FieldKind, Framing, Method, RequestView, Version};
 use crate::request::{Examined, Switches};
 use ipnet::IpNet;
@@ -58,6 +58,7 @@ impl TrustedProxies {
 #[derive(Debug)]
 pub struct Plan<'r> {
     pub route: &'r Route,
+    auth: Auth,
     pub permit: Permit,
     pub presented: Option<Presented<'r>>,
     pub edits: Edits,
@@ -66,8 +67,8 @@ pub struct Plan<'r> {
 }
 
 pub fn plan<'r>(permit: Permit, examined: Examined<'r>) -> Plan<'r> {
-    let Examined { route, presented, edits, clamped, asks_sudo: _, body } = examined;
-    Plan { route, permit, presented, edits, clamped, body }
+    let Examined { route, auth, presented, edits, clamped, asks_sudo: _, body } = examined;
+    Plan { route, auth, permit, presented, edits, clamped, body }
 }
 
 /// Where a request came from, as seen by the socket and told by trusted proxies.
@@ -117,9 +118,9 @@ pub fn request_id<'a>(view: &RequestView<'a>) -> Option<&'a str> {
 }
 
 impl Plan<'_> {
-    /// Whether the token came in the query string, where it leaks.
+    /// Whether the token stands in the query string, where it leaks.
     pub fn from_query(&self) -> bool {
-        matches!(&self.presented, Some(found) if matches!(found.source, Source::Query))
+        self.presented.as_ref().is_some_and(|found| found.in_query)
     }
 
     /// Writes the request's head as the upstream gets it. Returns how many fields were dropped for an ambiguous name.
@@ -145,8 +146,12 @@ impl Plan<'_> {
         let nominated = nominated(view);
         let mut dropped = 0;
         for field in &view.fields {
+            // Connection can only take away what no stage has judged and tollgate does not write: without its
+            // Content-Type, for one, a body would be read in another way than it was watched.
+            let ends_here =
+                field.kind == FieldKind::EndToEnd && nominated.iter().any(|name| name.eq_ignore_ascii_case(field.name));
             match self.passes(field, rules) {
-                Passes::Yes if !nominated.iter().any(|name| name.eq_ignore_ascii_case(field.name)) => {
+                Passes::Yes if !ends_here => {
                     out.extend_from_slice(field.name);
                     out.extend_from_slice(b": ");
                     out.extend_from_slice(field.value);
@@ -180,7 +185,7 @@ impl Plan<'_> {
 
     /// Whether a client's field goes on. Everything that says who asks, where from or how long is ours to write.
     fn passes(&self, field: &Field<'_>, rules: &ForwardRules) -> Passes {
-        let passes_tokens = matches!(self.route.auth, Auth::None { pass_token: true });
+        let passes_tokens = matches!(self.auth, Auth::None { pass_token: true });
         let web_page = self.route.is_web_page();
         let open = passes_tokens || web_page;
         let passes = match field.kind {

@@ -57,13 +57,24 @@ impl Pipeline {
         let examined = match request::examine(view, &self.rules) {
             Ok(examined) => examined,
             Err(refused) => {
-                let refusal = Cause::Request(refused.fault).into();
-                return Admission::Decided(self.refuse(refusal, refused.route, None, TokenSource::None));
+                let source = if refused.query_token { TokenSource::Query } else { TokenSource::None };
+                if refused.query_token {
+                    self.metrics.query_token();
+                }
+                return Admission::Decided(self.refuse(
+                    Cause::Request(refused.fault).into(),
+                    refused.route,
+                    None,
+                    source,
+                ));
             }
         };
         let Some(presented) = &examined.presented else {
             return Admission::Decided(self.settle(examined, None));
         };
+        if presented.in_query {
+            self.metrics.query_token();
+        }
         match self.authenticator.check(&presented.value, now) {
             Checked::Known(answer) => Admission::Decided(self.answered(examined, Ok(answer))),
             Checked::Waiting(waiting) => Admission::Waiting(Pending { pipeline: self, examined, waiting }),

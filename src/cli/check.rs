@@ -7,13 +7,17 @@ use std::path::Path;
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let settings = super::load(path)?;
     println!("{}: ok", path.display());
-    let preflight = settings.rules.preflight.iter();
-    let open: Vec<&Route> =
-        settings.rules.routes.iter().filter(|route| route.auth != Auth::Required).chain(preflight).collect();
-    if open.is_empty() {
+    let open: Vec<&Route> = settings.rules.routes.iter().filter(|route| route.auth != Auth::Required).collect();
+    let preflights = settings.rules.cors_preflight;
+    if open.is_empty() && !preflights {
         println!("nothing can be reached without a token");
     } else {
         println!("can be reached without a token:");
+    }
+    if preflights {
+        println!(
+            "  every path  (CORS preflights only; no token): [api] cors_preflight, as browsers send no token with them"
+        );
     }
     for route in open {
         let how = match route.auth {
@@ -27,11 +31,7 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
         } else {
             route.methods.names().collect::<Vec<_>>().join(" ")
         };
-        let path = if route.pattern.is_everything() && !route.is_web_page() {
-            "every path (CORS preflight)"
-        } else {
-            &route.name
-        };
+        let path = &route.name;
         println!("  {path}  ({methods}; {how}): {}", route.reason);
     }
     Ok(())

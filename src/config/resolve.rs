@@ -13,7 +13,6 @@ use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
 use crate::request::route::{Auth, Methods, Pattern, Route, Routes};
 use crate::request::token::TokenRules;
-use crate::request::view::Method;
 use crate::request::{Limits, Rules, Switches};
 use log::LevelFilter;
 use std::path::{Path, PathBuf};
@@ -67,7 +66,7 @@ pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -
     let rules = Rules {
         limits: check.limits(&file.limits),
         routes: check.routes(file, &upstreams),
-        preflight: file.api.cors_preflight.then(preflight),
+        cors_preflight: file.api.cors_preflight,
         token: token.clone(),
         names: names.clone(),
         switches,
@@ -350,16 +349,4 @@ fn trusted(peers: &[file::Proxy]) -> TrustedProxies {
         }
     }
     trusted
-}
-
-fn preflight() -> Route {
-    Route {
-        pattern: Pattern::everything(),
-        name: "preflight".into(),
-        methods: Methods::only([Method::Options]),
-        auth: Auth::None { pass_token: false },
-        reason: "CORS preflights carry no token by nature ([api] cors_preflight)".into(),
-        refuse_query_token: false,
-        upstream: None,
-    }
 }

@@ -72,13 +72,13 @@ impl Snapshot {
         }
     }
 
-    /// Where a route stands in the table; `None` for the preflight, which stands in none.
+    /// Where a route stands in the table.
     fn route_index(&self, route: &Route) -> Option<usize> {
         self.pipeline.rules.routes.iter().position(|known| std::ptr::eq(known, route))
     }
 
     fn route_name(&self, index: Option<usize>) -> &str {
-        index.and_then(|index| self.pipeline.rules.routes.get(index)).map_or("preflight", |route| &route.name)
+        index.and_then(|index| self.pipeline.rules.routes.get(index)).map_or("none", |route| &route.name)
     }
 
     fn upstream(&self, route: Option<usize>) -> Option<&Upstream> {

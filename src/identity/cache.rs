@@ -146,6 +146,13 @@ impl Cache {
         self.positive.iter().filter_map(|(digest, entry)| Some((*digest, recent(&entry)?))).collect()
     }
 
+    /// Does now what moka does in its own time: evict down to the capacity.
+    #[cfg(test)]
+    pub(super) fn run_pending(&self) {
+        self.positive.run_pending_tasks();
+        self.negative.run_pending_tasks();
+    }
+
     /// Valid and invalid entries.
     pub(super) fn sizes(&self) -> (u64, u64) {
         (self.positive.entry_count(), self.negative.entry_count())

@@ -296,3 +296,6 @@ impl Drop for Pilot {
         self.flight.land(Err(CannotTell));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -29,7 +29,7 @@ pub enum Fault {
 
 pub fn decide(examined: &Examined<'_>, principal: Option<Arc<Principal>>, switches: Switches) -> Result<Permit, Fault> {
     let known = principal.is_some();
-    let needed = examined.route.auth == Auth::Required || examined.presented.is_some();
+    let needed = examined.auth == Auth::Required || examined.presented.is_some();
     if needed && !known {
         return Err(Fault::NoIdentity);
     }

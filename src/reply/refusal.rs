@@ -84,6 +84,7 @@ impl Refusal {
                 request::Fault::Head(_)
                     | request::Fault::HeaderTooLarge
                     | request::Fault::HeaderTimeout
+                    | request::Fault::BodyTimeout
                     | request::Fault::Body(_)
             ),
             Cause::Draining | Cause::Bug => true,
@@ -103,19 +104,16 @@ impl Refusal {
     const fn terms(&self) -> (u16, &'static str) {
         use request::Fault as R;
         match self.cause {
-            Cause::Request(R::Head(fault)) => (
-                400,
-                match fault {
-                    HeadFault::RequestLine => "request_line",
-                    HeadFault::FieldLine => "field_line",
-                    HeadFault::Host => "host",
-                    HeadFault::Framing => "framing",
-                    HeadFault::Connection => "connection_header",
-                    HeadFault::Expect => "expect",
-                    HeadFault::ContentType => "content_type",
-                    HeadFault::TooManyFields => "too_many_fields",
-                },
-            ),
+            Cause::Request(R::Head(fault)) => match fault {
+                HeadFault::RequestLine => (400, "request_line"),
+                HeadFault::FieldLine => (400, "field_line"),
+                HeadFault::Host => (400, "host"),
+                HeadFault::Framing => (400, "framing"),
+                HeadFault::Connection => (400, "connection_header"),
+                HeadFault::Expect => (400, "expect"),
+                HeadFault::ContentType => (400, "content_type"),
+                HeadFault::TooManyFields => (431, "too_many_fields"),
+            },
             Cause::Request(R::Target(fault)) => (
                 400,
                 match fault {
@@ -158,6 +156,7 @@ impl Refusal {
             Cause::Request(R::NoRoute) => (404, "no_route"),
             Cause::Request(R::MethodNotAllowed) => (405, "method"),
             Cause::Request(R::HeaderTimeout) => (408, "header_timeout"),
+            Cause::Request(R::BodyTimeout) => (408, "body_timeout"),
             Cause::Request(R::BodyTooLarge) => (413, "body_size"),
             Cause::Request(R::TargetTooLong) => (414, "target_size"),
             Cause::Request(R::HeaderTooLarge) => (431, "header_size"),

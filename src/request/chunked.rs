@@ -128,7 +128,7 @@ mod tests {
     fn plain_bodies() {
         assert_eq!(walk("0\r\n\r\nGET /"), Ok(Some(5)));
         assert_eq!(walk("5\r\nhello\r\n0\r\n\r\n"), Ok(Some(15)));
-        assert_eq!(walk("05;a=b;c=\"d\"\r\nhello\r\n000\r\nX: y\r\nZ:\r\n\r\nrest"), Ok(Some(42)));
+        assert_eq!(walk("05;a=b;c=\"d\"\r\nhello\r\n000\r\nX: y\r\nZ:\r\n\r\nrest"), Ok(Some(38)));
         assert_eq!(walk("5\r\nhel"), Ok(None));
         assert_eq!(walk("A\r\n0123456789\r\n0\r\n\r"), Ok(None));
     }

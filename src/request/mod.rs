@@ -18,7 +18,7 @@ use query::{Edits, Fate, Key, Names};
 use route::{Auth, Route, Routes};
 use std::sync::Arc;
 use target::TargetFault;
-use token::{Presented, Source, TokenFault, TokenRules};
+use token::{Presented, TokenFault, TokenRules};
 use view::{FieldKind, Framing, Method, RequestView};
 
 /// Everything that is configured about judging a request by its own bytes.
@@ -26,8 +26,8 @@ use view::{FieldKind, Framing, Method, RequestView};
 pub struct Rules {
     pub limits: Limits,
     pub routes: Routes,
-    /// The route of a CORS preflight, when those pass without a token.
-    pub preflight: Option<Route>,
+    /// CORS preflights pass without a token.
+    pub cors_preflight: bool,
     pub token: TokenRules,
     pub names: Names,
     pub switches: Switches,
@@ -71,6 +71,8 @@ pub enum Fault {
     TargetTooLong,
     HeaderTooLarge,
     HeaderTimeout,
+    /// The client made too long a pause within the body.
+    BodyTimeout,
     BodyTooLarge,
     NoRoute,
     PastDepth,
@@ -86,10 +88,7 @@ pub enum Fault {
 
 impl From<HeadFault> for Fault {
     fn from(fault: HeadFault) -> Self {
-        match fault {
-            HeadFault::TooManyFields => Self::HeaderTooLarge,
-            _ => Self::Head(fault),
-        }
+        Self::Head(fault)
     }
 }
 
@@ -104,6 +103,8 @@ impl From<BodyFault> for Fault {
 pub struct Examined<'r> {
     /// The route, and its name for logs and metrics.
     pub route: &'r Route,
+    /// Whether a token is needed: the route's own answer, unless this is a preflight.
+    pub auth: Auth,
     /// The token to validate. `None` only where the route lets a request pass without one.
     pub presented: Option<Presented<'r>>,
     /// How the query changes on the way upstream.
@@ -119,11 +120,13 @@ pub struct Examined<'r> {
 pub struct Refused<'r> {
     pub fault: Fault,
     pub route: Option<&'r Route>,
+    /// A token stood in the query, in whatever spelling.
+    pub query_token: bool,
 }
 
 /// Judges a request by its own bytes.
 pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<'r>, Refused<'r>> {
-    let early = |fault| Refused { fault, route: None };
+    let early = |fault| Refused { fault, route: None, query_token: false };
     if view.method == Method::Other {
         return Err(early(Fault::MethodNotAllowed));
     }
@@ -132,19 +135,16 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
     }
     target::check(view.target).map_err(|fault| early(Fault::Target(fault)))?;
     let canonical = target::canonical(view.path());
-    let route = rules.route_of(view, &canonical).ok_or_else(|| early(Fault::NoRoute))?;
-    rules.examine_on(route, view, &canonical).map_err(|fault| Refused { fault, route: Some(route) })
+    let found = rules.routes.find(view.method, &canonical).and_then(|index| rules.routes.get(index));
+    let route = found.ok_or_else(|| early(Fault::NoRoute))?;
+    rules.examine_on(route, view, &canonical).map_err(|fault| {
+        let scan = query::scan(view.query().unwrap_or_default(), &rules.names);
+        let query_token = scan.params.iter().any(|param| param.key == Key::Token);
+        Refused { fault, route: Some(route), query_token }
+    })
 }
 
 impl Rules {
-    fn route_of(&self, view: &RequestView<'_>, canonical: &[u8]) -> Option<&Route> {
-        let found = self.routes.find(view.method, canonical).and_then(|index| self.routes.get(index))?;
-        match &self.preflight {
-            Some(preflight) if is_preflight(view) => Some(preflight),
-            _ => Some(found),
-        }
-    }
-
     fn examine_on<'r>(
         &self,
         route: &'r Route,
@@ -163,8 +163,10 @@ impl Rules {
 
         let query = view.query().unwrap_or_default();
         let scan = query::scan(query, &self.names);
-        let passes_tokens = matches!(route.auth, Auth::None { pass_token: true });
-        let presented = match route.auth {
+        let auth =
+            if self.cors_preflight && is_preflight(view) { Auth::None { pass_token: false } } else { route.auth };
+        let passes_tokens = matches!(auth, Auth::None { pass_token: true });
+        let presented = match auth {
             Auth::None { .. } => None,
             Auth::Required | Auth::Optional => {
                 if scan.params.iter().any(|param| self.is_refused_credential(param.key)) {
@@ -174,8 +176,8 @@ impl Rules {
             }
         };
         match &presented {
-            None if route.auth == Auth::Required => return Err(Fault::TokenMissing),
-            Some(found) if route.refuse_query_token && found.source == Source::Query => return Err(Fault::QueryToken),
+            None if auth == Auth::Required => return Err(Fault::TokenMissing),
+            Some(found) if route.refuse_query_token && found.in_query => return Err(Fault::QueryToken),
             _ => {}
         }
 
@@ -204,7 +206,7 @@ impl Rules {
             }
             _ => None,
         };
-        Ok(Examined { route, presented, edits, clamped, asks_sudo, body })
+        Ok(Examined { route, auth, presented, edits, clamped, asks_sudo, body })
     }
 
     fn is_refused_credential(&self, key: Key) -> bool {

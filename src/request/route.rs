@@ -124,9 +124,9 @@ pub struct Route {
 
 impl Route {
     /// The pass-through for everything outside the API: what a browser sends to a web page goes on as it is, cookies
-    /// and forms included. Not so a preflight, which belongs to the API.
+    /// and forms included. Never where a token is judged: there all of a request must speak for that one identity.
     pub fn is_web_page(&self) -> bool {
-        self.pattern.is_everything() && self.methods != Methods::only([Method::Options])
+        self.pattern.is_everything() && matches!(self.auth, Auth::None { .. })
     }
 }
 

@@ -44,6 +44,8 @@ pub enum TokenFault {
 pub struct Presented<'a> {
     pub value: Cow<'a, [u8]>,
     pub source: Source,
+    /// It stands in the query, where it leaks, and perhaps elsewhere as well.
+    pub in_query: bool,
 }
 
 impl std::fmt::Debug for Presented<'_> {
@@ -118,9 +120,11 @@ struct Finder<'a> {
 
 impl<'a> Finder<'a> {
     fn add(&mut self, value: Cow<'a, [u8]>, source: Source) -> Result<(), TokenFault> {
+        let in_query = source == Source::Query;
         match &mut self.presented {
-            None => self.presented = Some(Presented { value, source }),
+            None => self.presented = Some(Presented { value, source, in_query }),
             Some(known) if known.value == value => {
+                known.in_query |= in_query;
                 if known.source != source {
                     known.source = Source::Several;
                 }

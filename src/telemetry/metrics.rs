@@ -261,9 +261,10 @@ impl Metrics {
         } else {
             self.auth.with_label_values(&[result.as_str(), reason, source.as_str()]).inc();
         }
-        if matches!(source, TokenSource::Query) {
-            self.query_tokens.inc();
-        }
+    }
+
+    pub fn query_token(&self) {
+        self.query_tokens.inc();
     }
 
     pub fn cache_lookup(&self, result: CacheResult) {

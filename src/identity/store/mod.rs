@@ -3,6 +3,9 @@
 pub mod file;
 pub mod sqlite;
 
+#[cfg(test)]
+mod contract;
+
 use super::credential::{Credential, Digest};
 use async_trait::async_trait;
 use serde::Serialize;
