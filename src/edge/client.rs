@@ -109,7 +109,8 @@ impl ClientStream {
             let read = tokio::select! {
                 biased;
                 read = read => read,
-                () = &mut stop, if !begun => return Head::Closed,
+                // A new connection is answered, if only with a 503; an idle one ends.
+                () = &mut stop, if !begun && !first => return Head::Closed,
             };
             match read {
                 Ok(Ok(0) | Err(_)) => return Head::Closed,
