@@ -121,7 +121,7 @@ places() {
     grep -oE '\]\([a-z-]+\.md' "$1" | sed 's/](//' | sort -u >"$work/links" || true
     while read -r link; do [ -e "docs/$link" ] || { echo "docs/$link does not exist"; return 1; }; done <"$work/links"
     # module::test must be a test: the function stands in that module's file.
-    grep -oE '(attacks::)?[a-z_]+::[a-z_]{9,}' "$1" | sort -u >"$work/tests" || true
+    grep -oE '(attacks::)?[a-z_]+::[a-z0-9_]{9,}' "$1" | sort -u >"$work/tests" || true
     while read -r test; do
         module=tests/$(echo "${test%::*}" | sed 's#::#/#').rs
         [ -e "$module" ] && grep -q "fn ${test##*::}()" "$module" || { echo "$test: no such test in $module"; return 1; }

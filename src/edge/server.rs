@@ -100,7 +100,7 @@ pub fn serve(running: Running) {
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
 
-    let lane = Arc::new(http_proxy(&server.configuration, MainLane));
+    let lane = Arc::new(http_proxy(&server.configuration, MainLane { lifecycle: Arc::clone(&lifecycle) }));
     let gate = Gate { snapshot: Arc::clone(&snapshot), lane, lifecycle: Arc::clone(&lifecycle) };
     let mut api = Service::new("api".into(), gate);
     settings.listen.iter().for_each(|listen| api.add_listener(listener(listen)));
