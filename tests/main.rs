@@ -12,6 +12,7 @@ mod harness;
 mod support;
 
 mod answers;
+mod architecture;
 mod attacks;
 mod cli;
 mod forwarding;
