@@ -52,7 +52,7 @@ fn access_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Acc
         LogTarget::Stdout => Some(Sink::Stdout),
         LogTarget::File(path) => Some(Sink::file(path).map_err(|why| anyhow!("log.access: {why}"))?),
     };
-    AccessLog::start(sink, Arc::clone(metrics)).context("access log")
+    AccessLog::start(sink, &settings.rules.names.token, Arc::clone(metrics)).context("access log")
 }
 
 /// Makes the next snapshot from the file as it is then. What needs a restart is said, and left as it is.

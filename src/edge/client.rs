@@ -125,7 +125,7 @@ impl ClientStream {
         match head::end_of_head(&self.ahead, scanned) {
             Some(end) if end <= limits.header_bytes => Some(Head::Complete(self.ahead.split_to(end).freeze())),
             None if self.ahead.len() < limits.header_bytes => {
-                head::is_hopeless(&self.ahead).then_some(Head::Malformed(HeadFault::RequestLine))
+                head::is_hopeless(&self.ahead, scanned).then_some(Head::Malformed(HeadFault::RequestLine))
             }
             _ => {
                 let line = memchr::memchr(b'\n', &self.ahead).unwrap_or(self.ahead.len());
@@ -190,6 +190,8 @@ impl ClientStream {
 
     /// Ends the connection in a way that lets the client see the last answer.
     pub(super) async fn close(mut self) {
+        // What was read is of no use any more, and a flood of such connections would hold it for the whole linger.
+        self.ahead = BytesMut::new();
         if let Some(socket) = self.socket.take() {
             linger(socket).await;
         }

@@ -7,6 +7,7 @@ use crate::Now;
 use crate::policy::Permit;
 use crate::reply::{Cause, Refusal, UpstreamFault, headers};
 use crate::request::body::BodyScanner;
+use crate::request::head;
 use crate::request::view::Method;
 use crate::request::{self};
 use crate::telemetry::access_log::Entry;
@@ -17,6 +18,7 @@ use http::header;
 use pingora::http::ResponseHeader;
 use pingora::modules::http::HttpModules;
 use pingora::protocols::Digest;
+use pingora::protocols::http::date::get_cached_date;
 use pingora::proxy::{FailToProxy, ProxyHttp, Session};
 use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
@@ -193,11 +195,11 @@ impl ProxyHttp for MainLane {
         if let (Some(upstream), Some(asked)) = (ticket.snapshot.upstream(ticket.route), asked) {
             upstream.metrics.answered(asked.elapsed());
         }
-        let lengths = answer.headers.get_all(header::CONTENT_LENGTH).iter().count();
-        let codings = answer.headers.get_all(header::TRANSFER_ENCODING);
-        let chunked = codings.iter().all(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"));
-        let doubtful =
-            lengths > 1 || codings.iter().count() > 1 || !chunked || (lengths > 0 && codings.iter().next().is_some());
+        let mut lengths = answer.headers.get_all(header::CONTENT_LENGTH).iter();
+        let plain_length = lengths.next().is_none_or(|value| head::content_length(value.as_bytes()).is_ok());
+        let mut codings = answer.headers.get_all(header::TRANSFER_ENCODING).iter();
+        let plain_coding = codings.next().is_none_or(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"));
+        let doubtful = !plain_length || !plain_coding || lengths.next().is_some() || codings.next().is_some();
         let unasked = answer.status == http::StatusCode::SWITCHING_PROTOCOLS && !wants_tunnel;
         if doubtful || unasked {
             return ctx.break_off(Cause::Upstream(UpstreamFault::Malformed));
@@ -370,6 +372,8 @@ fn remove_hop_by_hop(answer: &mut ResponseHeader, switching: bool) {
 
 async fn write_refusal(session: &mut Session, refusal: Refusal, request_id: &str) -> Result<()> {
     let mut head = ResponseHeader::build(refusal.status(), Some(8))?;
+    // First, as in the refusals that `connection` writes: the order of fields must not tell which rule was hit.
+    head.insert_header("Date", get_cached_date())?;
     for (name, value) in refusal.fields() {
         head.insert_header(name, value)?;
     }
@@ -393,7 +397,7 @@ fn cause_of(error: &Error) -> Option<Cause> {
         (ErrorSource::Upstream, _) => Some(Cause::Upstream(UpstreamFault::Broken)),
         (ErrorSource::Downstream, T::ReadTimedout) => Some(Cause::Request(request::Fault::BodyTimeout)),
         (ErrorSource::Downstream, _) if malformed_body() => {
-            Some(Cause::Request(request::Fault::Head(request::head::HeadFault::Framing)))
+            Some(Cause::Request(request::Fault::Head(head::HeadFault::Framing)))
         }
         (ErrorSource::Downstream, _) => None,
         (ErrorSource::Internal | ErrorSource::Unset, _) => Some(Cause::Bug),

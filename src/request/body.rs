@@ -314,9 +314,13 @@ impl Json {
                 return Ok(());
             }
             self.seen = self.seen.saturating_add(1);
-            // UTF-16 and UTF-32 have a NUL here; old Ruby parsers detect and decode them.
+            // UTF-16 and UTF-32 have a NUL here; old Ruby parsers detect and decode them. Where the type says JSON that is
+            // refused; elsewhere it is read like them, and binary files go by.
             if *byte == 0 && self.seen <= 4 && self.declared {
                 return Err(BodyFault::Ambiguous);
+            }
+            if *byte == 0 || (self.seen <= 2 && matches!(byte, 0xfe | 0xff)) {
+                continue;
             }
             self.step(*byte, rules)?;
         }

@@ -42,15 +42,16 @@ pub fn end_of_head(bytes: &[u8], scanned: usize) -> Option<usize> {
 }
 
 /// Whether what has come so far can't become a request any more, so that nobody waits for the rest of it: it does not
-/// begin with a method, or a line ends without CR.
-pub fn is_hopeless(bytes: &[u8]) -> bool {
-    let rest = &bytes[leading_empty_lines(bytes)..];
-    match rest {
-        [] | [b'\r'] => false,
-        [first, ..] => {
-            !is_token_byte(*first) || memchr::memchr(b'\n', rest).is_some_and(|at| at == 0 || rest[at - 1] != b'\r')
-        }
-    }
+/// begin with a method, or a line ends without CR. `scanned` bytes were found to be hopeful before.
+pub fn is_hopeless(bytes: &[u8], scanned: usize) -> bool {
+    let leading = leading_empty_lines(bytes);
+    let begins_well = match &bytes[leading..] {
+        [] | [b'\r'] => true,
+        [first, ..] => is_token_byte(*first),
+    };
+    let from = scanned.max(leading).min(bytes.len());
+    let mut ends = memchr::memchr_iter(b'\n', &bytes[from..]).map(|at| from + at);
+    !begins_well || ends.any(|at| at == 0 || bytes[at - 1] != b'\r')
 }
 
 fn leading_empty_lines(bytes: &[u8]) -> usize {
@@ -94,7 +95,8 @@ pub fn parse(head: &[u8]) -> Result<RequestView<'_>, HeadFault> {
         host,
         body: facts.body,
         keep_alive: match version {
-            Version::Http11 => !facts.close_option,
+            // What follows a CONNECT was meant for a tunnel.
+            Version::Http11 => !facts.close_option && method_bytes != b"CONNECT",
             Version::Http10 => facts.keep_alive_option && !facts.close_option,
         },
         expects_continue: facts.expects_continue && version == Version::Http11 && facts.body != Framing::Empty,
@@ -220,7 +222,7 @@ impl<'a> Facts<'a> {
 }
 
 /// Digits without sign, list or leading zero, and few enough that no 63-bit counter overflows.
-fn content_length(value: &[u8]) -> Result<u64, HeadFault> {
+pub(crate) fn content_length(value: &[u8]) -> Result<u64, HeadFault> {
     let plain =
         matches!(value, [b'0'] | [b'1'..=b'9', ..]) && value.len() <= 18 && value.iter().all(u8::is_ascii_digit);
     if !plain {
@@ -450,7 +452,11 @@ mod tests {
         assert_eq!(end_of_head(b"GET / HTTP/1.1\r\n\r\nrest", 0), Some(18));
         assert_eq!(end_of_head(b"GET / HTTP/1.1\r\n\r", 0), None);
         assert_eq!(end_of_head(b"\r\n\r\nGET / HTTP/1.1\r\n\r\n", 0), Some(22));
-        assert!(is_hopeless(b"\x16\x03\x01") && is_hopeless(b"GET / HTTP/1.1\nHost") && is_hopeless(b"\r\n\r\n\r\n"));
-        assert!(!is_hopeless(b"") && !is_hopeless(b"\r") && !is_hopeless(b"\r\nGET / HTTP/1.1\r\nHo"));
+        for bytes in [&b"\x16\x03\x01"[..], b"GET / HTTP/1.1\nHost", b"\r\n\r\n\r\n", b"GET / HTTP/1.1\r\nX: y\n\r\n"] {
+            assert!(is_hopeless(bytes, 0), "{}", String::from_utf8_lossy(bytes));
+        }
+        for bytes in [&b""[..], b"\r", b"\r\nGET / HTTP/1.1\r\nHo", b"GET / HTTP/1.1\r\nHost: h\r"] {
+            assert!(!is_hopeless(bytes, 0), "{}", String::from_utf8_lossy(bytes));
+        }
     }
 }

@@ -40,8 +40,10 @@ fn check_path(path: &[u8]) -> Result<(), TargetFault> {
                 match decoded {
                     b'\\' => return Err(TargetFault::Backslash),
                     0..=0x1f | 0x7f => return Err(TargetFault::ControlByte),
-                    // Bytes that no UTF-8 text has; an overlong `.` or `/` hides behind the first two.
+                    // Bytes that no UTF-8 text has; an overlong `.` or `/` hides behind the first two, and behind longer
+                    // forms whose second byte is too low.
                     0xc0 | 0xc1 | 0xf5..=0xff => return Err(TargetFault::IllegalByte),
+                    0xe0 | 0xf0 if is_overlong(decoded, rest) => return Err(TargetFault::IllegalByte),
                     // An encoded slash is legal inside a project path (`group%2Fproject`) and ends a segment here,
                     // because some server will decode it before it resolves dots.
                     _ => segment.push(decoded)?,
@@ -54,6 +56,12 @@ fn check_path(path: &[u8]) -> Result<(), TargetFault> {
         }
     }
     segment.end()
+}
+
+/// Whether an encoded byte of 0x80 and above begins a UTF-8 form that is longer than its letter needs.
+fn is_overlong(lead: u8, rest: &[u8]) -> bool {
+    let second = rest.strip_prefix(b"%").and_then(escape);
+    second.is_some_and(|byte| (0x80..if lead == 0xe0 { 0xa0 } else { 0x90 }).contains(&byte))
 }
 
 /// Whether the segment so far is made of dots only. A parameter (`..;x`) does not make it something else.
@@ -213,6 +221,8 @@ mod tests {
             ("/a?b\\c", IllegalByte),
             ("/%c0%ae%c0%ae/", IllegalByte),
             ("/a[b]", IllegalByte),
+            ("/%e0%80%ae", IllegalByte),
+            ("/%f0%80%80%af", IllegalByte),
         ] {
             assert_eq!(check(target.as_bytes()), Err(fault), "{target}");
         }

@@ -61,19 +61,24 @@ enum Message {
 #[derive(Clone)]
 pub struct AccessLog {
     lines: Option<SyncSender<Message>>,
+    /// Words, in lower case, beside which a value is taken for a secret.
+    secret_words: Arc<[String]>,
     metrics: Arc<Metrics>,
 }
 
 impl AccessLog {
-    /// Starts the thread that writes; `None` switches the log off.
-    pub fn start(sink: Option<Sink>, metrics: Arc<Metrics>) -> std::io::Result<Self> {
-        let Some(sink) = sink else { return Ok(Self { lines: None, metrics }) };
+    /// Starts the thread that writes; `None` switches the log off. `token_parameter` is the query parameter that carries
+    /// tokens.
+    pub fn start(sink: Option<Sink>, token_parameter: &str, metrics: Arc<Metrics>) -> std::io::Result<Self> {
+        let words = ["token", "password", "secret", "private"].map(str::to_owned).into_iter();
+        let secret_words = words.chain([token_parameter.to_ascii_lowercase()]).collect();
+        let Some(sink) = sink else { return Ok(Self { lines: None, secret_words, metrics }) };
         let (lines, queue) = sync_channel(QUEUE);
         std::thread::Builder::new().name("access-log".into()).spawn(move || match sink {
             Sink::Stdout => write_lines(&queue, std::io::stdout()),
             Sink::File(file) => write_lines(&queue, file),
         })?;
-        Ok(Self { lines: Some(lines), metrics })
+        Ok(Self { lines: Some(lines), secret_words, metrics })
     }
 
     pub fn is_on(&self) -> bool {
@@ -82,7 +87,7 @@ impl AccessLog {
 
     pub fn write(&self, entry: &Entry<'_>) {
         if let Some(lines) = &self.lines
-            && lines.try_send(Message::Line(format(entry))).is_err()
+            && lines.try_send(Message::Line(format(entry, &self.secret_words))).is_err()
         {
             self.metrics.log_line_dropped();
         }
@@ -124,7 +129,7 @@ fn write_lines(queue: &Receiver<Message>, mut sink: impl Write) {
     }
 }
 
-fn format(entry: &Entry<'_>) -> Vec<u8> {
+fn format(entry: &Entry<'_>, secret_words: &[String]) -> Vec<u8> {
     let mut line = Vec::with_capacity(512);
     let at = std::time::UNIX_EPOCH + Duration::from_millis(entry.unix_ms);
     let (path, query) = match memchr::memchr(b'?', entry.target) {
@@ -139,10 +144,9 @@ fn format(entry: &Entry<'_>) -> Vec<u8> {
         text(&mut line, "client", client.to_string().as_bytes());
     }
     text(&mut line, "method", entry.method);
-    // A path parameter (`;name=value`) may be a token that somebody put in the wrong place.
-    text(&mut line, "path", path.split(|b| *b == b';').next().unwrap_or_default());
+    text(&mut line, "path", &redacted_path(path, secret_words));
     if let Some(query) = query {
-        text(&mut line, "query", &redacted(query));
+        text(&mut line, "query", &redacted(query, secret_words));
     }
     text(&mut line, "route", entry.route.as_bytes());
     number(&mut line, "status", entry.status.into());
@@ -161,23 +165,52 @@ fn format(entry: &Entry<'_>) -> Vec<u8> {
     line
 }
 
-/// A query without what may be a secret: the value of every parameter in whose name or value such a word stands, in
-/// plain or encoded, however the parameters are separated.
-pub fn redacted(query: &[u8]) -> Vec<u8> {
-    const SECRET: [&[u8]; 4] = [b"token", b"password", b"secret", b"private"];
+/// A query without what may be a secret: every parameter in whose name or value a secret's word stands, in plain or
+/// encoded, however the parameters are separated, keeps its name at most.
+fn redacted(query: &[u8], secret_words: &[String]) -> Vec<u8> {
     let mut out = Vec::with_capacity(query.len());
     for piece in query.split_inclusive(|b| matches!(b, b'&' | b';')) {
-        let lower = decode(piece).to_ascii_lowercase();
-        if SECRET.iter().any(|word| memchr::memmem::find(&lower, word).is_some()) {
-            let name_end = piece.iter().position(|b| matches!(b, b'=' | b'&' | b';')).unwrap_or(piece.len());
-            out.extend_from_slice(&piece[..name_end.min(64)]);
-            out.extend_from_slice(b"=[redacted]");
-            out.extend(piece.last().filter(|b| matches!(b, b'&' | b';')));
+        if !has_secret_word(piece, secret_words) {
+            out.extend_from_slice(piece);
+            continue;
+        }
+        // A plain name in front of a plain `=` tells nothing; anything else may be the secret itself.
+        let name = piece.split(|b| *b == b'=').next().unwrap_or_default();
+        if name.len() < piece.len()
+            && name.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'[' | b']'))
+        {
+            out.extend_from_slice(&name[..name.len().min(64)]);
+            out.push(b'=');
+        }
+        out.extend_from_slice(b"[redacted]");
+        out.extend(piece.last().filter(|b| matches!(b, b'&' | b';')));
+    }
+    out
+}
+
+/// A path without what may be a secret that somebody put in the wrong place: behind a `;`, a forgotten or encoded `?`,
+/// or in a target that is no path at all.
+fn redacted_path(path: &[u8], secret_words: &[String]) -> Vec<u8> {
+    if !path.starts_with(b"/") {
+        return b"-".to_vec();
+    }
+    let mut out = Vec::with_capacity(path.len());
+    for piece in path.split_inclusive(|b| *b == b'/') {
+        let decoded = decode(piece);
+        let says_value = decoded.iter().any(|b| matches!(b, b'=' | b':' | b';' | b'&' | b'?' | b'#'));
+        if says_value && has_secret_word(piece, secret_words) {
+            out.extend_from_slice(b"[redacted]");
+            out.extend(piece.last().filter(|b| **b == b'/'));
         } else {
             out.extend_from_slice(piece);
         }
     }
     out
+}
+
+fn has_secret_word(piece: &[u8], secret_words: &[String]) -> bool {
+    let lower = decode(piece).to_ascii_lowercase();
+    secret_words.iter().any(|word| memchr::memmem::find(&lower, word.as_bytes()).is_some())
 }
 
 /// Undoes `%hh`, twice: a nested URL carries its own query encoded.
@@ -225,6 +258,10 @@ fn text(line: &mut Vec<u8>, key: &str, value: &[u8]) {
 mod tests {
     use super::*;
 
+    fn words() -> Vec<String> {
+        ["token", "password", "secret", "private", "apikey"].map(str::to_owned).to_vec()
+    }
+
     #[test]
     fn secrets_are_cut_out() {
         for query in [
@@ -237,12 +274,27 @@ mod tests {
             "u=%252Fx%253Fprivate_token%253DS3CRET",
             "password=S3CRET",
             "PRIVATE-TOKEN=S3CRET",
+            "private_token%3DS3CRET",
+            "private_token%3DS3CRET=x",
+            "private_token:S3CRET",
+            "apikey=S3CRET",
         ] {
-            let text = String::from_utf8(redacted(query.as_bytes())).unwrap();
+            let text = String::from_utf8(redacted(query.as_bytes(), &words())).unwrap();
             assert!(!text.contains("S3CRET"), "{query} -> {text}");
         }
-        assert_eq!(redacted(b"a=1&private_token=S&b=2"), b"a=1&private_token=[redacted]&b=2");
-        assert_eq!(redacted(b"page=2&per_page=5"), b"page=2&per_page=5");
+        for path in [
+            "/p&private_token=S3CRET",
+            "/p%3Fprivate_token=S3CRET/x",
+            "/p/private_token%3DS3CRET",
+            "/p;private_token=S3CRET",
+            "http://S3CRET@h/",
+        ] {
+            let text = String::from_utf8(redacted_path(path.as_bytes(), &words())).unwrap();
+            assert!(!text.contains("S3CRET"), "{path} -> {text}");
+        }
+        assert_eq!(redacted_path(b"/api/v3/projects/private-repo/x", &words()), b"/api/v3/projects/private-repo/x");
+        assert_eq!(redacted(b"a=1&private_token=S&b=2", &words()), b"a=1&private_token=[redacted]&b=2");
+        assert_eq!(redacted(b"page=2&per_page=5", &words()), b"page=2&per_page=5");
     }
 
     #[test]
@@ -256,10 +308,10 @@ mod tests {
             route: "x",
             ..Entry::default()
         };
-        let line = String::from_utf8(format(&entry)).unwrap();
+        let line = String::from_utf8(format(&entry, &words())).unwrap();
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!((line.lines().count(), value["user"].as_str()), (1, Some("a\"b")));
         let path = Entry { target: b"/api;private_token=S3CRET/x?a=1", ..Entry::default() };
-        assert!(!String::from_utf8(format(&path)).unwrap().contains("S3CRET"));
+        assert!(!String::from_utf8(format(&path, &words())).unwrap().contains("S3CRET"));
     }
 }

@@ -1,0 +1,226 @@
+//! A backend that answers what it should not. What is in doubt becomes 502 as long as nothing was passed on, a cut body
+//! stays a cut body, and no connection on which something went wrong is used for the next client.
+
+use super::{End, Talk, expand};
+use crate::harness::*;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+
+/// None of these was about answers.
+pub(super) const PEERS: &[&str] = &[];
+
+/// What the client must get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gets {
+    /// 502, and not a byte of the backend's.
+    Refusal,
+    /// The backend's status and this body.
+    Whole(u16, &'static str),
+    /// The backend's status, and a body that is visibly not all.
+    Cut,
+    /// 502 or the backend's 200, as the framework's limits have it; nothing else.
+    Either,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Then {
+    Waits,
+    Closes,
+}
+
+use Gets::{Cut, Either, Refusal, Whole};
+use Then::{Closes, Waits};
+
+const HELLO: Gets = Whole(200, "hello");
+
+/// Name, what the backend answers, what it does next, and what the client gets. Text as in the other tables.
+#[rustfmt::skip]
+const CASES: &[(&str, &str, Then, Gets)] = &[
+    ("plain",                              "HTTP/1.1 200 OK\nContent-Length: 5\n\nhello", Waits, HELLO),
+    ("plain, in chunks",                   "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", Waits, HELLO),
+    ("two different lengths",              "HTTP/1.1 200 OK\nContent-Length: 5\nContent-Length: 6\n\nhello!", Waits, Refusal),
+    ("two equal lengths",                  "HTTP/1.1 200 OK\nContent-Length: 5\nContent-Length: 5\n\nhello", Waits, Refusal),
+    ("a list of lengths",                  "HTTP/1.1 200 OK\nContent-Length: 5, 5\n\nhello", Waits, Refusal),
+    ("a list of different lengths",        "HTTP/1.1 200 OK\nContent-Length: 5, 6\n\nhello", Waits, Refusal),
+    ("a length and a coding",              "HTTP/1.1 200 OK\nContent-Length: 5\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", Waits, Refusal),
+    ("a coding and a length",              "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nContent-Length: 5\n\n5\nhello\n0\n\n", Waits, Refusal),
+    ("two codings",                        "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", Waits, Refusal),
+    ("a list of codings",                  "HTTP/1.1 200 OK\nTransfer-Encoding: gzip, chunked\n\n5\nhello\n0\n\n", Waits, Refusal),
+    ("a coding that is none",              "HTTP/1.1 200 OK\nTransfer-Encoding: identity\n\nhello", Closes, Refusal),
+    ("a length with a plus",               "HTTP/1.1 200 OK\nContent-Length: +5\n\nhello", Waits, Refusal),
+    ("a length below zero",                "HTTP/1.1 200 OK\nContent-Length: -5\n\nhello", Waits, Refusal),
+    ("a length in hex",                    "HTTP/1.1 200 OK\nContent-Length: 0x5\n\nhello", Waits, Refusal),
+    ("a length that is a word",            "HTTP/1.1 200 OK\nContent-Length: five\n\nhello", Waits, Refusal),
+    ("an empty length",                    "HTTP/1.1 200 OK\nContent-Length:\n\nhello", Waits, Refusal),
+    ("a length of 2^64 + 5",               "HTTP/1.1 200 OK\nContent-Length: 18446744073709551621\n\nhello", Waits, Refusal),
+    ("no HTTP",                            "hello\n\n", Closes, Refusal),
+    ("binary",                             "<x00><x01><xff><xfe>", Closes, Refusal),
+    ("another protocol",                   "SSH-2.0-OpenSSH_9.0\n", Closes, Refusal),
+    ("a status that is a word",            "HTTP/1.1 abc OK\nContent-Length: 5\n\nhello", Waits, Refusal),
+    ("a status of four digits",            "HTTP/1.1 2000 OK\nContent-Length: 5\n\nhello", Waits, Refusal),
+    ("a status below 100",                 "HTTP/1.1 099 OK\nContent-Length: 5\n\nhello", Waits, Refusal),
+    ("a field without a colon",            "HTTP/1.1 200 OK\nhello\nContent-Length: 5\n\nhello", Waits, Refusal),
+    ("NUL in a field",                     "HTTP/1.1 200 OK\nX: a<x00>b\nContent-Length: 5\n\nhello", Waits, Refusal),
+    ("CR in a field",                      "HTTP/1.1 200 OK\nX: a<CR>b\nContent-Length: 5\n\nhello", Waits, Refusal),
+    ("a blank behind a name is taken out", "HTTP/1.1 200 OK\nContent-Length : 5\n\nhello", Waits, HELLO),
+    ("a switch that nobody asked for",     "HTTP/1.1 101 Switching Protocols\nConnection: Upgrade\nUpgrade: websocket\n\nhello", Waits, Refusal),
+    ("closes before the answer",           "", Closes, Refusal),
+    ("closes within the status line",      "HTTP/1.1 20", Closes, Refusal),
+    ("closes within the head",             "HTTP/1.1 200 OK\nContent-Length: 5\nX: y", Closes, Refusal),
+    ("closes behind a 100",                "HTTP/1.1 100 Continue\n\n", Closes, Refusal),
+    ("2 MB of head",                       "HTTP/1.1 200 OK\nX: <a*2000000>\nContent-Length: 5\n\nhello", Closes, Refusal),
+    ("10,000 fields",                      "HTTP/1.1 200 OK\n<X: y\n*10000>Content-Length: 5\n\nhello", Closes, Refusal),
+    ("a thousand 103s",                    "<HTTP/1.1 103 Early Hints\nLink: x\n\n*1000>HTTP/1.1 200 OK\nContent-Length: 5\n\nhello", Waits, Either),
+    ("a body that is cut",                 "HTTP/1.1 200 OK\nContent-Length: 100\n\nhello", Closes, Cut),
+    ("a body of which nothing comes",      "HTTP/1.1 200 OK\nContent-Length: 100\n\n", Closes, Cut),
+    ("chunks that are cut",                "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n64\nhello", Closes, Cut),
+    ("chunks without a last one",          "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n", Closes, Cut),
+    ("chunks cut within the last one",     "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0", Closes, Cut),
+    ("a chunk size that is none",          "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\nzz\nhello\n0\n\n", Waits, Cut),
+    ("a chunk size below zero",            "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n-5\nhello\n0\n\n", Waits, Cut),
+    ("a chunk longer than it says",        "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello!!\n0\n\n", Waits, Cut),
+    ("surplus behind the length",          "HTTP/1.1 200 OK\nContent-Length: 5\n\nhelloevil", Waits, HELLO),
+    ("surplus behind the last chunk",      "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\nevil", Waits, HELLO),
+    ("a second answer",                    "HTTP/1.1 200 OK\nContent-Length: 5\n\nhelloHTTP/1.1 200 OK\nContent-Length: 4\n\nevil", Waits, HELLO),
+    ("a second answer behind chunks",      "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\nHTTP/1.1 200 OK\nContent-Length: 4\n\nevil", Waits, HELLO),
+    ("a second answer behind no body",     "HTTP/1.1 204 No Content\n\nHTTP/1.1 200 OK\nContent-Length: 4\n\nevil", Waits, Whole(204, "")),
+    ("a body behind 304",                  "HTTP/1.1 304 Not Modified\n\nevil", Waits, Whole(304, "")),
+    ("a body that the end ends",           "HTTP/1.1 200 OK\n\nhello", Closes, HELLO),
+    ("HTTP/1.0",                           "HTTP/1.0 200 OK\n\nhello", Closes, HELLO),
+    ("fields that end here",               "HTTP/1.1 200 OK\nContent-Length: 5\nConnection: X-Mine, keep-alive\nX-Mine: evil\nKeep-Alive: evil\nProxy-Authenticate: x\nX-Accel-Redirect: evil\n\nhello", Waits, HELLO),
+];
+
+#[test]
+fn no_answer_of_a_backend_is_believed_blindly() {
+    const { assert!(CASES.len() >= 50) };
+    let backend = Backend::start();
+    let gateway = Gateway::start(backend.address, "");
+    let mut failures = Vec::new();
+    for (name, text, then, gets) in CASES {
+        let mut problem = |what: String| failures.push(format!("{name}: {what}"));
+        backend.answer_with(expand(text), *then);
+        let request = expand("GET <P>/asked HTTP/1.1\n<H><T>\n");
+        let end = if matches!(gets, Cut) { End::Closed } else { End::AsSaid };
+        let mut talk = Talk::with(gateway.address, &request, 1, end, false);
+        let asked = backend.connections("/asked");
+
+        // Other clients meanwhile: each gets its own answer, over another connection when this one is spoilt.
+        for number in 0..3 {
+            let target = format!("/api/v3/canary/{}{number}", name.len());
+            let answer = gateway.get(&target);
+            if answer.status != 200 || answer.text() != target {
+                problem(format!("the canary got {} {}", answer.status, answer.text()));
+            }
+        }
+        let spoilt = !matches!(
+            *name,
+            "plain"
+                | "plain, in chunks"
+                | "fields that end here"
+                | "a thousand 103s"
+                | "a blank behind a name is taken out"
+        );
+        if spoilt && backend.connections("/canary/").iter().any(|connection| asked.contains(connection)) {
+            problem("its connection was used again".into());
+        }
+        while talk.read(std::time::Duration::from_millis(5)) {}
+
+        let raw = String::from_utf8_lossy(talk.bytes()).into_owned();
+        if raw.contains("evil") {
+            problem(format!("the client got what is not its own: {raw:?}"));
+        }
+        match (gets, talk.answers()) {
+            (Cut, Err(_)) if raw.starts_with("HTTP/1.1 200") && talk.closed => {}
+            // Nothing was passed on yet: saying so is better still.
+            (Cut | Refusal | Either, Ok(answers))
+                if answers.len() == 1
+                    && answers[0].status == 502
+                    && answers[0].text() == "{\"message\":\"502 Bad Gateway\"}" => {}
+            (Whole(status, body), Ok(answers))
+                if answers.len() == 1 && answers[0].status == *status && answers[0].text() == *body => {}
+            (Either, Ok(answers)) if answers.len() == 1 && answers[0].status == 200 => {}
+            (_, answers) => problem(format!("wanted {gets:?}, but the client got {raw:?} ({answers:?})")),
+        }
+        if asked.len() > 1 && *then == Waits {
+            problem(format!("asked {} times", asked.len()));
+        }
+    }
+    assert!(failures.is_empty(), "{} problems\n  {}", failures.len(), failures.join("\n  "));
+}
+
+/// A request that changes something is never sent twice, whatever becomes of its answer.
+#[test]
+fn a_post_is_not_repeated() {
+    let backend = Backend::start();
+    let gateway = Gateway::start(backend.address, "");
+    // A pooled connection first, which the backend then closes under the request.
+    assert_eq!(gateway.get("/api/v3/canary/1").status, 200);
+    backend.answer_with(Vec::new(), Closes);
+    let answer = gateway
+        .ask(&format!("POST /api/v3/asked HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {GOOD}\nContent-Length: 2\n\nab"));
+    assert_eq!(answer.status, 502);
+    assert_eq!(backend.connections("/asked").len(), 1);
+}
+
+/// A backend without manners: it answers `/canary/` with the target, and all else with what it was told.
+struct Backend {
+    address: SocketAddr,
+    told: Arc<Mutex<(Vec<u8>, Then)>>,
+    /// Each request's connection and target.
+    asked: Arc<Mutex<Vec<(usize, String)>>>,
+}
+
+impl Backend {
+    fn start() -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let backend = Self {
+            address: listener.local_addr().unwrap(),
+            told: Arc::new(Mutex::new((Vec::new(), Waits))),
+            asked: Arc::default(),
+        };
+        let (told, asked) = (Arc::clone(&backend.told), Arc::clone(&backend.asked));
+        std::thread::spawn(move || {
+            for (number, socket) in listener.incoming().flatten().enumerate() {
+                let (told, asked) = (Arc::clone(&told), Arc::clone(&asked));
+                std::thread::spawn(move || Self::serve(socket, number, &told, &asked));
+            }
+        });
+        backend
+    }
+
+    fn answer_with(&self, bytes: Vec<u8>, then: Then) {
+        *self.told.lock().unwrap() = (bytes, then);
+        self.asked.lock().unwrap().clear();
+    }
+
+    /// The connections on which a target was asked for.
+    fn connections(&self, target: &str) -> Vec<usize> {
+        let asked = self.asked.lock().unwrap();
+        asked.iter().filter(|(_, known)| known.contains(target)).map(|(connection, _)| *connection).collect()
+    }
+
+    fn serve(mut socket: TcpStream, number: usize, told: &Mutex<(Vec<u8>, Then)>, asked: &Mutex<Vec<(usize, String)>>) {
+        let mut buffer = Vec::new();
+        loop {
+            while find(&buffer, b"\r\n\r\n").is_none() {
+                let mut piece = [0; 4096];
+                match socket.read(&mut piece) {
+                    Ok(n @ 1..) => buffer.extend_from_slice(&piece[..n]),
+                    _ => return,
+                }
+            }
+            let head = String::from_utf8(std::mem::take(&mut buffer)).unwrap();
+            let target = head.split(' ').nth(1).unwrap().to_owned();
+            asked.lock().unwrap().push((number, target.clone()));
+            let (bytes, then) = if target.contains("/canary/") {
+                (format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{target}", target.len()).into_bytes(), Waits)
+            } else {
+                told.lock().unwrap().clone()
+            };
+            if socket.write_all(&bytes).is_err() || then == Closes {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Clients that take their time, or take up room: they are cut off when the configuration says so, they cost next to
+//! nothing meanwhile, and no input makes the gateway think longer than its length warrants.
+
+use crate::harness::*;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+const LIMITS: &str = "[limits]\nheader_timeout = \"2s\"\nidle_timeout = \"4s\"\n";
+const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// How a slow client goes on.
+enum Pace {
+    /// A piece every so often.
+    Drip(&'static [u8], Duration),
+    Silence,
+}
+
+const BYTES: Pace = Pace::Drip(b"a", Duration::from_millis(100));
+const LINES: Pace = Pace::Drip(b"X: y\r\n", Duration::from_millis(500));
+
+/// Sends a start, goes on at a pace, and tells when the gateway ended it and what it said.
+fn cut_after(mut socket: TcpStream, start: &[u8], pace: Pace) -> (Duration, String) {
+    socket.write_all(start).unwrap();
+    let began = Instant::now();
+    let (piece, pause) = match pace {
+        Pace::Drip(piece, pause) => (piece, pause),
+        Pace::Silence => (&b""[..], Duration::from_millis(50)),
+    };
+    socket.set_read_timeout(Some(pause)).unwrap();
+    let mut said = Vec::new();
+    loop {
+        assert!(began.elapsed() < PATIENCE, "still open after {PATIENCE:?}: {:?}", String::from_utf8_lossy(&said));
+        let mut buffer = [0; 4096];
+        match socket.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => said.extend_from_slice(&buffer[..n]),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                if socket.write_all(piece).is_err() {
+                    break;
+                }
+            }
+            Err(_) => break,
+        }
+    }
+    (began.elapsed(), String::from_utf8(said).unwrap())
+}
+
+fn assert_about(what: &str, took: Duration, expected: Duration) {
+    let difference = took.abs_diff(expected);
+    assert!(difference < Duration::from_secs(1), "{what}: cut after {took:?} instead of {expected:?}");
+}
+
+/// A connection that has had one request answered.
+fn used(gateway: &Gateway) -> TcpStream {
+    let mut client = gateway.client();
+    client.send_head(&format!("GET /api/v3/x HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n\n"));
+    assert_eq!(client.answer().status, 200);
+    client.socket
+}
+
+#[test]
+fn slow_heads_are_cut_at_the_deadline() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, LIMITS);
+    let head = b"GET /api/v3/x HTTP/1.1\r\nHost: h\r\nX: ";
+    let lines = b"GET /api/v3/x HTTP/1.1\r\nHost: h\r\n";
+    let fresh = || TcpStream::connect(gateway.address).unwrap();
+    type Start<'a> = (&'a str, TcpStream, &'a [u8], Pace, Duration, bool);
+    let cases: Vec<Start<'_>> = vec![
+        ("a byte at a time", fresh(), head, BYTES, HEADER_TIMEOUT, true),
+        ("a method, a byte at a time", fresh(), b"G", BYTES, HEADER_TIMEOUT, true),
+        ("a line at a time", fresh(), lines, LINES, HEADER_TIMEOUT, true),
+        ("half a head and silence", fresh(), lines, Pace::Silence, HEADER_TIMEOUT, true),
+        ("empty lines and silence", fresh(), b"\r\n", Pace::Silence, HEADER_TIMEOUT, true),
+        ("no byte at all", fresh(), b"", Pace::Silence, HEADER_TIMEOUT, false),
+        ("later, a byte at a time", used(&gateway), head, BYTES, HEADER_TIMEOUT, true),
+        ("later, a line at a time", used(&gateway), lines, LINES, HEADER_TIMEOUT, true),
+        ("later, half a head and silence", used(&gateway), lines, Pace::Silence, HEADER_TIMEOUT, true),
+        ("idle between requests", used(&gateway), b"", Pace::Silence, IDLE_TIMEOUT, false),
+    ];
+    std::thread::scope(|scope| {
+        for (name, socket, start, pace, expected, answered) in cases {
+            scope.spawn(move || {
+                let (took, said) = cut_after(socket, start, pace);
+                assert_about(name, took, expected);
+                if answered {
+                    assert!(
+                        said.starts_with("HTTP/1.1 408 ") && said.contains("Connection: close"),
+                        "{name}: {said:?}"
+                    );
+                } else {
+                    assert_eq!(said, "", "{name}");
+                }
+            });
+        }
+        // Meanwhile, others are served.
+        scope.spawn(|| {
+            for _ in 0..20 {
+                let began = Instant::now();
+                assert_eq!(gateway.get("/api/v3/x").status, 200);
+                assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+    });
+}
+
+/// A slow body is none of the head's business: its deadline must not cut it.
+#[test]
+fn a_slow_body_outlives_the_head_deadline() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, LIMITS);
+    let mut client = gateway.client();
+    client.send_head(&format!("POST /api/v3/x HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\nContent-Length: 6\n\n"));
+    for byte in b"hello!" {
+        std::thread::sleep(Duration::from_millis(500));
+        client.send(&[*byte]);
+    }
+    assert_eq!(client.answer().status, 200);
+    assert_eq!(upstream.only().body, b"hello!");
+}
+
+/// Opens connections that each send this much of a head and stop, and tells how much resident memory one of them costs.
+/// The allocator takes memory in pieces of megabytes, so that the first few connections say nothing.
+fn cost_of_unfinished(gateway: &Gateway, length: usize, connections: u64) -> (u64, Vec<Client>) {
+    let head = [&b"GET /api/v3/x HTTP/1.1\r\nHost: h\r\nX: "[..], &vec![b'a'; length]].concat();
+    let mut clients = Vec::new();
+    let mut open = |count: u64| {
+        let mut most = 0;
+        for _ in 0..count {
+            let mut client = gateway.client();
+            // The gateway may stop reading long before all of it is sent.
+            let _: std::io::Result<()> = client.socket.write_all(&head);
+            clients.push(client);
+            most = most.max(gateway.memory());
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        most.max(gateway.memory())
+    };
+    let before = open(50);
+    let after = open(connections);
+    (after.saturating_sub(before) / connections, clients)
+}
+
+/// Fifty heads of 900 KB that never end, and then two hundred more: refused, and cheap.
+#[test]
+fn unfinished_heads_cost_little() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let (each, clients) = cost_of_unfinished(&gateway, 900 * 1024, 200);
+    assert!(each < 64 * 1024, "{each} bytes for each connection");
+    for mut client in clients {
+        let mut said = Vec::new();
+        // A reset instead of an end is fine, too: what counts is that it is over.
+        let _: std::io::Result<usize> = client.socket.read_to_end(&mut said);
+        let said = String::from_utf8_lossy(&said);
+        assert!(said.is_empty() || said.starts_with("HTTP/1.1 431 "), "{said}");
+    }
+    assert_eq!(gateway.get("/api/v3/x").status, 200);
+    assert_eq!(upstream.seen().len(), 1);
+}
+
+/// The same for heads that stop just below the limit: a connection costs about what it may send.
+#[test]
+fn heads_below_the_limit_cost_about_the_limit() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let (each, clients) = cost_of_unfinished(&gateway, 31 * 1024, 200);
+    assert!(each < 128 * 1024, "{each} bytes for each connection");
+    assert_eq!(gateway.get("/api/v3/x").status, 200);
+    assert_eq!(clients.len(), 250);
+}
+
+/// Twice the input may take twice the time, not four times.
+#[test]
+fn time_grows_with_length_and_not_faster() {
+    const HALF: usize = 14 * 1024;
+    let upstream = Upstream::start();
+    let limits = "[limits]\nheader_bytes = \"64KiB\"\ntarget_bytes = \"40KiB\"\n";
+    let gateway = Gateway::start(upstream.address, limits);
+    // Without a token, so that nothing but the judgement is measured; all of it is read all the same.
+    let shapes: &[(&str, &str, &str)] = &[
+        ("ampersands", "/api/v3/x?", "&"),
+        ("semicolons", "/api/v3/x?", ";"),
+        ("brackets", "/api/v3/x?", "["),
+        ("closing brackets", "/api/v3/x?private_token", "]"),
+        ("escaped percent signs", "/api/v3/x?", "%25"),
+        ("escaped letters", "/api/v3/", "%61"),
+        ("tokens", "/api/v3/x?", "private_token=x&"),
+        ("pages", "/api/v3/x?", "page=1&"),
+        ("disguises", "/api/v3/x?", "[private%5Ftoken]=x&"),
+        ("slashes", "/api/v3/", "/"),
+        ("steps up", "/api/v3/", "../"),
+        ("no steps up", "/api/v3/", ".../"),
+        ("endings", "/api/v3/x", ".json"),
+        ("parameters", "/api/v3/x", ";a"),
+    ];
+    let mut client = gateway.client();
+    let mut median = |head: &str| {
+        let bytes = head.replace('\n', "\r\n");
+        let mut times: Vec<Duration> = (0..60)
+            .map(|_| {
+                let began = Instant::now();
+                client.send(bytes.as_bytes());
+                let answer = client.answer();
+                assert!(matches!(answer.status, 400 | 401), "{}", answer.status);
+                began.elapsed()
+            })
+            .collect();
+        times.sort_unstable();
+        times[times.len() / 2]
+    };
+    let mut failures = Vec::new();
+    let mut compare = |name: &str, once: &str, twice: &str| {
+        // A machine that is busy elsewhere lies; it does not lie three times in a row.
+        let ratios: Vec<f64> = (0..3)
+            .map(|_| median(twice).as_secs_f64() / median(once).as_secs_f64())
+            .take_while_inclusive(3.0)
+            .collect();
+        if ratios.iter().all(|ratio| *ratio >= 3.0) {
+            failures.push(format!("{name}: {ratios:?}"));
+        }
+    };
+    for (name, start, piece) in shapes {
+        let head =
+            |length: usize| format!("GET {start}{} HTTP/1.1\nHost: h\n\n", piece.repeat((length / piece.len()).max(1)));
+        compare(name, &head(HALF), &head(2 * HALF));
+    }
+    let fields = |count: usize| format!("GET /api/v3/x HTTP/1.1\nHost: h\n{}\n", "Connection: a\n".repeat(count));
+    compare("options", &fields(8), &fields(16));
+    let fields = |count: usize| {
+        format!("GET /api/v3/x HTTP/1.1\nHost: h\n{}\n", format!("PRIVATE_TOKEN: {}\n", "a".repeat(200)).repeat(count))
+    };
+    compare("fields", &fields(60), &fields(120));
+    assert!(failures.is_empty(), "{failures:?}");
+}
+
+/// Stops behind the first one that is small enough.
+trait TakeWhileInclusive: Iterator<Item = f64> + Sized {
+    fn take_while_inclusive(self, limit: f64) -> impl Iterator<Item = f64> {
+        let mut over = false;
+        self.take_while(move |ratio| !std::mem::replace(&mut over, *ratio < limit))
+    }
+}
+
+impl<I: Iterator<Item = f64>> TakeWhileInclusive for I {}
