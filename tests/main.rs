@@ -3,11 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "a test that fails says so")]
 
 mod harness;
+mod support;
 
 mod answers;
 mod attacks;
+mod cli;
 mod forwarding;
+mod load;
+mod operations;
 mod paging;
+mod rack;
+mod real_clients;
 mod slow;
 mod smoke;
 mod token;

@@ -1,0 +1,491 @@
+//! The command line as a person or a script meets it: what is printed, what is not, and with which exit code.
+
+use crate::harness::*;
+use crate::support::*;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const USAGE: i32 = 64;
+const UPSTREAM: &str = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n";
+
+/// A folder with a configuration for each kind of store.
+struct Place {
+    folder: Folder,
+    kind: &'static str,
+}
+
+impl Place {
+    fn new(kind: &'static str) -> Self {
+        let folder = Folder::new();
+        let path = if kind == "sqlite" { "tokens.db" } else { "tokens.toml" };
+        folder.write("tollgate.toml", &format!("{UPSTREAM}[store]\nkind = \"{kind}\"\npath = \"{path}\"\n"));
+        Self { folder, kind }
+    }
+
+    fn both() -> [Self; 2] {
+        [Self::new("sqlite"), Self::new("file")]
+    }
+
+    fn command(&self, command: &[&str], arguments: &[&str]) -> Command {
+        let mut tollgate = tollgate();
+        tollgate.args(command).arg("--config").arg(self.folder.0.join("tollgate.toml")).args(arguments);
+        tollgate
+    }
+
+    fn token(&self, command: &str, arguments: &[&str]) -> Output {
+        run(&mut self.command(&["token", command], arguments))
+    }
+
+    /// Wants success and returns what was printed.
+    fn ok(&self, command: &str, arguments: &[&str]) -> String {
+        let output = self.token(command, arguments);
+        assert_eq!(output.status.code(), Some(0), "{} {command}: {}", self.kind, stderr(&output));
+        stdout(&output)
+    }
+
+    fn json(&self, command: &str, arguments: &[&str]) -> serde_json::Value {
+        let text = self.ok(command, &[arguments, &["--json"]].concat());
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+
+    /// The same with something on standard input.
+    fn with_input(&self, command: &str, arguments: &[&str], input: &str) -> Output {
+        let mut child = self
+            .command(&["token", command], arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
+    }
+
+    fn section(&self) -> String {
+        let path = if self.kind == "sqlite" { "tokens.db" } else { "tokens.toml" };
+        format!("[store]\nkind = \"{}\"\npath = \"{}\"\n", self.kind, self.folder.0.join(path).display())
+    }
+}
+
+fn all(output: &Output) -> String {
+    stdout(output) + &stderr(output)
+}
+
+fn check(text: &str) -> Output {
+    let folder = Folder::new();
+    run(tollgate().args(["check", "--config"]).arg(folder.write("tollgate.toml", text)))
+}
+
+// ---- check and example-config ----
+
+#[test]
+fn check_says_ok_and_what_can_be_reached_without_a_token() {
+    let output = check(UPSTREAM);
+    assert_eq!(output.status.code(), Some(0), "{}", all(&output));
+    assert!(stdout(&output).contains("nothing can be reached without a token"), "{}", all(&output));
+    let open =
+        "[[route]]\npath = \"/api/v3/session\"\nmethods = [\"POST\"]\nauth = \"none\"\nreason = \"log in here\"\n";
+    let output = check(&format!("[api]\ncors_preflight = true\n{UPSTREAM}{open}"));
+    let text = stdout(&output);
+    assert_eq!(output.status.code(), Some(0), "{}", all(&output));
+    let line = text.lines().find(|line| line.contains("/api/v3/session")).unwrap_or_else(|| panic!("{text}"));
+    assert!(line.contains("POST") && line.contains("log in here"), "{line}");
+    assert!(text.contains("CORS preflight"), "{text}");
+}
+
+#[test]
+fn check_names_every_problem_with_its_key_and_its_line() {
+    let text = "[server]\n\
+                listen = [\"nonsense\"]\n\
+                thread = 3\n\
+                [token]\n\
+                forward = \"maybe\"\n\
+                header = \"Cookie\"\n\
+                [cache]\n\
+                positive_ttl = 60\n\
+                positive_capacity = 0\n\
+                [pagination]\n\
+                max_per_page = 5\n\
+                [limits]\n\
+                header_bytes = \"1KiB\"\n\
+                target_bytes = \"2KiB\"\n\
+                [colour]\n\
+                [[upstream]]\n\
+                servers = []\n\
+                [[route]]\n\
+                path = \"/a/\"\n\
+                [[route]]\n\
+                path = \"/b\"\n\
+                auth = \"none\"\n\
+                upstream = \"nobody\"\n";
+    let output = check(text);
+    assert_eq!(output.status.code(), Some(USAGE), "{}", all(&output));
+    assert_eq!(stdout(&output), "");
+    let said = stderr(&output);
+    for (key, line) in [
+        ("server.listen", 2),
+        ("server.thread", 3),
+        ("token.forward", 5),
+        ("token.header", 6),
+        ("cache.positive_ttl", 8),
+        ("cache.positive_capacity", 7),
+        ("pagination.default_per_page", 10),
+        ("limits.target_bytes", 12),
+        ("colour", 15),
+        ("upstream[0].name", 16),
+        ("upstream[0].servers", 16),
+        ("route[0].path", 19),
+        ("route[1].reason", 20),
+        ("route[1].upstream", 20),
+    ] {
+        let place = format!("line {line}: {key}");
+        assert!(said.lines().any(|said| said.starts_with(&place)), "{place} is not among\n{said}");
+    }
+    assert!(said.contains("did you mean `threads`?"), "{said}");
+    // One problem is one problem.
+    let output = check(&format!("{UPSTREAM}[store]\nkind = \"stone\"\n"));
+    assert_eq!(output.status.code(), Some(USAGE));
+    assert!(stderr(&output).contains("one problem") && stderr(&output).contains("\"sqlite\""), "{}", all(&output));
+    for text in ["", "this is = not = toml", "[server"] {
+        let output = check(text);
+        assert_eq!(output.status.code(), Some(USAGE), "{text:?}: {}", all(&output));
+    }
+    let nowhere = run(tollgate().args(["check", "--config", "/nowhere/tollgate.toml"]));
+    assert_eq!(nowhere.status.code(), Some(USAGE), "{}", all(&nowhere));
+    assert!(stderr(&nowhere).contains("/nowhere/tollgate.toml"));
+}
+
+#[test]
+fn the_example_is_generated_and_right() {
+    let output = run(tollgate().arg("example-config"));
+    assert_eq!(output.status.code(), Some(0));
+    let example = stdout(&output);
+    let checked = check(&example);
+    assert_eq!(checked.status.code(), Some(0), "{}", all(&checked));
+    for section in ["[server]", "[admin]", "[[upstream]]", "[token]", "[store]", "[cache]", "[log]"] {
+        assert!(example.lines().any(|line| line == section), "{section}");
+    }
+    let kept = repository("config/tollgate.example.toml");
+    if kept.exists() {
+        let kept_text = std::fs::read_to_string(&kept).unwrap();
+        assert_eq!(kept_text, example, "make {} anew with `tollgate example-config`", kept.display());
+    }
+}
+
+// ---- token ----
+
+#[test]
+fn create_prints_a_token_once_and_it_works() {
+    for place in Place::both() {
+        let upstream = Upstream::start();
+        let output = place.token("create", &["--user", "alice", "--scope", "api", "--description", "for tests"]);
+        assert_eq!(output.status.code(), Some(0), "{}", all(&output));
+        let token = stdout(&output).trim_end().to_owned();
+        assert!(token.starts_with("tg-") && token.len() == 41 && !token.contains(char::is_whitespace), "{token}");
+        // On standard output and nothing else there, so that a script can take it; nowhere a second time.
+        assert!(!stderr(&output).contains(&token));
+        let id = sha256_hex(&token)[..12].to_owned();
+        assert!(stderr(&output).contains(&id), "{}", stderr(&output));
+        for entry in std::fs::read_dir(&place.folder.0).unwrap() {
+            let path = entry.unwrap().path();
+            let bytes = std::fs::read(&path).unwrap();
+            assert!(find(&bytes, token.as_bytes()).is_none(), "the token rests in {}", path.display());
+        }
+        for (command, arguments) in [("list", &[][..]), ("show", &[id.as_str()][..])] {
+            for arguments in [arguments.to_vec(), [arguments, &["--json"]].concat()] {
+                let text = place.ok(command, &arguments);
+                assert!(text.contains(&id) && text.contains("alice") && !text.contains(&token), "{text}");
+            }
+        }
+        let created = place.json("create", &["--user", "bob", "--expires", "90days"]);
+        let second = created["token"].as_str().unwrap().to_owned();
+        assert_eq!((created["user"].as_str(), created["id"].as_str()), (Some("bob"), Some(&sha256_hex(&second)[..12])));
+        assert!(created["expires"].as_str().is_some_and(|time| time.ends_with('Z')), "{created}");
+
+        let gateway = Gateway::start(upstream.address, &place.section());
+        for good in [&token, &second] {
+            let answer = gateway.ask(&format!("GET /api/v3/user HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {good}\n\n"));
+            assert_eq!(answer.status, 200, "{}", place.kind);
+        }
+    }
+}
+
+#[test]
+fn list_and_show_tell_all_but_the_token() {
+    for place in Place::both() {
+        assert_eq!(place.json("list", &[]), serde_json::json!([]));
+        let created = place.json(
+            "create",
+            &["--user", "al\u{1b}[2Jice", "--scope", "api", "--scope", "read_user", "--description", "a\nb"],
+        );
+        let token = created["token"].as_str().unwrap();
+        let listed = place.json("list", &[]);
+        assert_eq!(listed.as_array().unwrap().len(), 1);
+        for shown in [listed[0].clone(), place.json("show", &[created["id"].as_str().unwrap()])] {
+            assert_eq!(shown["sha256"].as_str(), Some(sha256_hex(token).as_str()), "{}", place.kind);
+            assert_eq!(shown["scopes"], serde_json::json!(["api", "read_user"]));
+            assert_eq!((shown["revoked"].is_null(), shown["token"].is_null()), (true, true));
+        }
+        // By the token itself, which must not stand on a command line.
+        let output = place.with_input("show", &["-", "--json"], &format!("{token}\n"));
+        let shown: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+        assert_eq!(shown["id"], created["id"]);
+        // On a terminal, what the store holds can't move the cursor.
+        for text in [place.ok("list", &[]), place.ok("show", &[created["id"].as_str().unwrap()])] {
+            assert!(!text.contains('\u{1b}') && text.contains("active"), "{text:?}");
+        }
+        for (id, why) in [("abcdef012345", "no such token"), ("abc", "6 to 64"), ("nothexnothex", "6 to 64")] {
+            let output = place.token("show", &[id]);
+            assert_eq!(output.status.code(), Some(1), "{id}");
+            assert!(stderr(&output).contains(why), "{}", stderr(&output));
+        }
+        // Somebody who pastes the token in place of the id must not find it in a log of errors.
+        let output = place.token("show", &[token]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(!all(&output).contains(token), "{}", all(&output));
+    }
+}
+
+#[test]
+fn revoke_ends_a_token_and_says_when_it_was_ended_before() {
+    for place in Place::both() {
+        let upstream = Upstream::start();
+        let created = place.json("create", &["--user", "alice"]);
+        let (token, id) = (created["token"].as_str().unwrap(), created["id"].as_str().unwrap());
+        let keep = place.json("create", &["--user", "bob"])["token"].as_str().unwrap().to_owned();
+        let said = place.ok("revoke", &[id]);
+        assert!(said.contains("is revoked") && said.contains(id) && !said.contains(token), "{said}");
+        assert!(place.ok("revoke", &[id]).contains("was revoked before"));
+        assert!(place.json("revoke", &[id])["revoked"].is_string());
+        assert!(place.ok("list", &[]).lines().any(|line| line.contains(id) && line.contains("revoked")));
+        let by_token = place.json("create", &["--user", "carol"])["token"].as_str().unwrap().to_owned();
+        assert_eq!(place.with_input("revoke", &["-"], &by_token).status.code(), Some(0));
+        assert_eq!(place.token("revoke", &["abcdef012345"]).status.code(), Some(1));
+        let gateway = Gateway::start(upstream.address, &place.section());
+        for (token, wanted) in [(token, 401), (by_token.as_str(), 401), (keep.as_str(), 200)] {
+            let answer = gateway.ask(&format!("GET /api/v3/user HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {token}\n\n"));
+            assert_eq!(answer.status, wanted, "{}", place.kind);
+        }
+    }
+}
+
+#[test]
+fn import_takes_a_hundred_thousand_lines_in_less_than_ten_seconds() {
+    let place = Place::new("sqlite");
+    let lines: String = (0..100_000).map(|n| format!("{{\"token\":\"import-{n:06}\",\"user\":\"u{n}\"}}\n")).collect();
+    let file = place.folder.write("many.jsonl", &lines);
+    let started = Instant::now();
+    let said = place.json("import", &[file.to_str().unwrap()]);
+    let took = started.elapsed();
+    println!("100,000 lines in {took:?}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    assert_eq!(
+        (said["read"].as_u64(), said["imported"].as_u64(), said["known"].as_u64()),
+        (Some(100_000), Some(100_000), Some(0))
+    );
+    // A second time nothing is new.
+    let again = place.ok("import", &[file.to_str().unwrap()]);
+    assert!(again.contains("0 tokens imported, 100000 known before"), "{again}");
+    let shown = place.json("show", &[&sha256_hex("import-054321")]);
+    assert_eq!(shown["user"].as_str(), Some("u54321"));
+}
+
+#[test]
+fn import_reads_tokens_digests_and_standard_input() {
+    for place in Place::both() {
+        let lines = format!(
+            "{{\"token\":\"plain-one\",\"user\":\"a\",\"scopes\":[\"api\"],\"description\":\"d\"}}\n\n\
+             {{\"sha256\":\"{}\",\"user\":\"b\",\"expires\":\"2099-01-01T00:00:00Z\"}}\n",
+            sha256_hex("plain-two")
+        );
+        let output = place.with_input("import", &["-"], &lines);
+        assert_eq!(output.status.code(), Some(0), "{}", all(&output));
+        assert!(stdout(&output).starts_with("2 tokens imported"), "{}", all(&output));
+        for (token, user) in [("plain-one", "a"), ("plain-two", "b")] {
+            assert_eq!(place.json("show", &[&sha256_hex(token)])["user"].as_str(), Some(user));
+        }
+    }
+}
+
+#[test]
+fn a_bad_line_stops_the_import_and_nothing_is_imported_nor_quoted() {
+    for place in Place::both() {
+        place.json("create", &["--user", "before"]);
+        for bad in [
+            "S3CRET-token-on-its-own",
+            "{\"token\":\"S3CRET x\",\"user\":\"u\"}",
+            "{\"token\":\"S3CRET\"}",
+            "{\"token\":\"S3CRET\",\"user\":\"u\",\"S3CRET\":1}",
+            "{\"sha256\":\"S3CRET\",\"user\":\"u\"}",
+            "{\"token\":\"S3CRET\",\"user\":\"u\",\"expires\":\"S3CRET\"}",
+            "{\"token\":\"S3CRET\",\"user\":7}",
+            "[\"S3CRET\",\"S3CRET\"]",
+        ] {
+            let lines = format!(
+                "{{\"token\":\"first-S3CRET\",\"user\":\"u\"}}\n{bad}\n{{\"token\":\"last-S3CRET\",\"user\":\"u\"}}\n"
+            );
+            let output = place.with_input("import", &["-"], &lines);
+            assert_eq!(output.status.code(), Some(1), "{bad}: {}", all(&output));
+            assert!(stderr(&output).contains("line 2"), "{bad}: {}", all(&output));
+            assert!(!all(&output).contains("S3CRET"), "{bad}: {}", all(&output));
+            assert_eq!(place.json("list", &[]).as_array().unwrap().len(), 1, "{}: something was imported", place.kind);
+        }
+    }
+    let place = Place::new("sqlite");
+    assert_eq!(place.token("import", &["/nowhere/tokens.jsonl"]).status.code(), Some(1));
+}
+
+#[test]
+fn a_store_of_ones_own_is_nobody_elses_to_read() {
+    use std::os::unix::fs::PermissionsExt as _;
+    for place in Place::both() {
+        place.json("create", &["--user", "alice"]);
+        for entry in std::fs::read_dir(&place.folder.0).unwrap() {
+            let path = entry.unwrap().path();
+            if path.file_name().unwrap().to_str().unwrap().starts_with("tokens") {
+                let mode = std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+                assert_eq!(mode, 0o600, "{}", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn usage_errors_exit_with_64_and_help_with_0() {
+    let place = Place::new("sqlite");
+    let config = place.folder.0.join("tollgate.toml");
+    let config = config.to_str().unwrap();
+    for arguments in [
+        &[][..],
+        &["nonsense"],
+        &["run"],
+        &["run", "--nonsense"],
+        &["check"],
+        &["demo", "--listen", "nowhere"],
+        &["token"],
+        &["token", "create", "--config", config],
+        &["token", "create", "--config", config, "--user", "u", "--expires", "yesterday"],
+        &["token", "create", "--config", config, "--user", "u", "--expires", "2001-01-01"],
+        &["token", "create", "--config", config, "--user", "u", "--scope", "two words"],
+        &["token", "show", "--config", config],
+        &["token", "revoke", "--config", config],
+        &["run", "--config", "/nowhere/tollgate.toml"],
+        &["token", "list", "--config", "/nowhere/tollgate.toml"],
+    ] {
+        let output = run(tollgate().args(arguments));
+        assert_eq!(output.status.code(), Some(USAGE), "{arguments:?}: {}", all(&output));
+        assert!(!stderr(&output).is_empty() && stdout(&output).is_empty(), "{arguments:?}");
+    }
+    for arguments in [&["--help"][..], &["--version"], &["token", "--help"], &["run", "--help"]] {
+        let output = run(tollgate().args(arguments));
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}");
+        assert!(!stdout(&output).is_empty());
+    }
+    assert_eq!(place.json("list", &[]), serde_json::json!([]), "a refused command made a token");
+}
+
+#[test]
+fn a_port_that_is_taken_or_a_store_that_is_broken_ends_the_start_with_1_and_says_why() {
+    let place = Place::new("file");
+    place.folder.write("tokens.toml", "broken");
+    let output = run(&mut place.command(&["run"], &[]));
+    assert_eq!(output.status.code(), Some(1), "{}", all(&output));
+    assert!(stderr(&output).contains("store"), "{}", all(&output));
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let text =
+        format!("[server]\nlisten = [\"{}\"]\n[admin]\nlisten = \"none\"\n{UPSTREAM}", taken.local_addr().unwrap());
+    let folder = Folder::new();
+    let config = folder.write("tollgate.toml", &text);
+    let log = std::fs::File::create(folder.0.join("log")).unwrap();
+    let mut child = tollgate().args(["run", "--config"]).arg(config).stdin(Stdio::null()).stderr(log).spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break Some(status),
+            None if Instant::now() > deadline => break None,
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    drop(child.kill());
+    drop(child.wait());
+    let said = std::fs::read_to_string(folder.0.join("log")).unwrap();
+    let status = status.unwrap_or_else(|| panic!("a gateway without its listener stays: {said}"));
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains(&taken.local_addr().unwrap().to_string()), "{said}");
+}
+
+// ---- demo ----
+
+/// The demo, ended when it is dropped.
+struct Demo(std::process::Child);
+
+impl Drop for Demo {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+#[test]
+fn every_line_that_the_demo_prints_works_as_it_says() {
+    let listen = format!("127.0.0.1:{}", free_port());
+    let folder = Folder::new();
+    let log = std::fs::File::create(folder.0.join("stderr")).unwrap();
+    let mut command = tollgate();
+    command.args(["demo", "--listen", &listen]).env("TMPDIR", &folder.0).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut demo = Demo(command.stderr(log).spawn().unwrap());
+    // Read until the last of the lines: there is no end of file before the end.
+    let mut printed = String::new();
+    let mut out = BufReader::new(demo.0.stdout.take().unwrap());
+    while !printed.lines().any(|line| line.contains("/metrics")) {
+        assert!(out.read_line(&mut printed).unwrap() > 0, "the demo ended: {printed}");
+    }
+    let lines: Vec<&str> = printed.lines().map(str::trim).filter(|line| line.starts_with("curl ")).collect();
+    assert_eq!(lines.len(), 6, "{printed}");
+    eventually("the demo listens", || std::net::TcpStream::connect(&listen).is_ok());
+    let answers: Vec<String> = lines
+        .iter()
+        .map(|line| {
+            let output = run(Command::new("sh").args(["-c", line]));
+            assert!(output.status.success(), "{line}: {}; {HINT}", stderr(&output));
+            stdout(&output)
+        })
+        .collect();
+    let token = printed.split(['\'', ' ', '?', '=']).find(|word| word.starts_with("tg-")).unwrap();
+    for (answer, status) in answers.iter().zip(["200", "200", "401", "200", "201"]) {
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+    }
+    assert!(answers[0].contains("\"username\":\"demo\"") && answers[1].contains("\"id\":7"), "{answers:?}");
+    assert!(answers[2].ends_with("{\"message\":\"401 Unauthorized\"}"), "{}", answers[2]);
+    assert!(answers[3].contains("X-Per-Page: 100"), "the backend was asked for more: {}", answers[3]);
+    assert!(answers[4].contains("\"title\":\"Hello\""), "{}", answers[4]);
+    assert!(answers[5].contains("tollgate_pagination_clamps_total{parameter=\"per_page\"} 1"), "{}", answers[5]);
+    assert!(answers.iter().all(|answer| !answer.contains(token)), "an answer holds the token");
+
+    assert!(run(Command::new("kill").args(["-INT", &demo.0.id().to_string()])).status.success());
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        if let Some(status) = demo.0.try_wait().unwrap() {
+            break status;
+        }
+        assert!(Instant::now() < deadline, "SIGINT does not end the demo");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(status.code(), Some(0));
+    let said = std::fs::read_to_string(folder.0.join("stderr")).unwrap();
+    assert!(!said.contains(token), "{said}");
+    // Nothing of it stays, the token's store least of all.
+    let left: Vec<_> = std::fs::read_dir(&folder.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["stderr"]);
+}
+
+#[test]
+fn a_demo_without_its_port_says_so_and_ends_with_1() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let output = run(tollgate().args(["demo", "--listen", &address]));
+    assert_eq!(output.status.code(), Some(1), "{}", all(&output));
+    assert!(stderr(&output).contains(&address) && stderr(&output).contains("--listen"), "{}", all(&output));
+    assert!(!stdout(&output).contains("tg-"));
+}

@@ -1,0 +1,631 @@
+//! What an operator does to a gateway that serves: stop it, reload it, change tokens under it, break its store or its
+//! log, and look at it.
+
+use crate::harness::*;
+use crate::support::*;
+use std::io::{Read as _, Write as _};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Answers `/…slow` after a second, everything else at once.
+fn slow_upstream() -> Upstream {
+    Upstream::answering(|seen| {
+        let pause = if seen.target.ends_with("slow") { SECOND } else { Duration::ZERO };
+        Reply::ok("{\"ok\":true}").after(pause)
+    })
+}
+
+fn get(token: &str, target: &str) -> String {
+    format!("GET {target} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {token}\n\n")
+}
+
+/// Status of a GET on a connection of its own.
+fn status(gateway: &Gateway, token: &str) -> u16 {
+    gateway.ask(&get(token, "/api/v3/user")).status
+}
+
+/// Clients whose slow requests the upstream has got and not answered.
+fn in_flight(gateway: &Gateway, upstream: &Upstream, count: usize) -> Vec<Client> {
+    let mut clients: Vec<_> = (0..count).map(|_| gateway.client()).collect();
+    clients.iter_mut().for_each(|client| client.send_head(&get(GOOD, "/api/v3/slow")));
+    eventually("all slow requests are at the upstream", || upstream.seen().len() == count);
+    clients
+}
+
+fn rewrite(gateway: &Gateway, change: impl Fn(&str) -> String) {
+    let path = gateway.folder.0.join("tollgate.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let changed = change(&text);
+    assert_ne!(text, changed, "the rewrite changed nothing");
+    std::fs::write(&path, changed).unwrap();
+}
+
+fn reloads(gateway: &Gateway, result: &str) -> f64 {
+    gateway.metric(&format!("tollgate_config_reloads_total{{result=\"{result}\"}}"))
+}
+
+// ---- Stopping ----
+
+fn a_stop_loses_nothing(signal: &str) {
+    let upstream = slow_upstream();
+    let mut gateway = Gateway::start(upstream.address, "");
+    let mut clients = in_flight(&gateway, &upstream, 8);
+    // Kept alive and without a request: must neither hold up the end nor get an answer it did not ask for.
+    let mut idle = gateway.client();
+    idle.send_head(&get(GOOD, "/api/v3/user"));
+    assert_eq!(idle.answer().status, 200);
+
+    let asked = Instant::now();
+    gateway.signal(signal);
+    eventually("draining is seen from outside", || gateway.admin_get("/readyz").is_some_and(|a| a.status == 503));
+    assert_eq!(gateway.metric("tollgate_ready"), 0.0);
+    assert!(idle.is_closed_within(SECOND), "an idle connection stays open during the drain");
+    for client in &mut clients {
+        let answer = client.answer();
+        assert_eq!((answer.status, answer.text().as_str(), answer.cut), (200, "{\"ok\":true}", false));
+    }
+    assert_eq!(gateway.ended().code(), Some(0), "{}", gateway.process_log());
+    assert!(asked.elapsed() < Duration::from_secs(5), "took {:?} to stop", asked.elapsed());
+    assert_eq!(gateway.access_log().iter().filter(|line| line["status"] == 200).count(), 9, "the log lost lines");
+}
+
+#[test]
+fn sigterm_loses_no_request_in_flight() {
+    a_stop_loses_nothing("TERM");
+}
+
+#[test]
+fn sigint_loses_no_request_in_flight() {
+    a_stop_loses_nothing("INT");
+}
+
+#[test]
+fn new_requests_during_the_drain_get_503_and_the_end_of_the_connection() {
+    let upstream = slow_upstream();
+    let gateway = Gateway::start(upstream.address, "");
+    let mut clients = in_flight(&gateway, &upstream, 1);
+    gateway.signal("TERM");
+    eventually("draining", || gateway.admin_get("/readyz").is_some_and(|answer| answer.status == 503));
+    for pause in [Duration::ZERO, Duration::from_millis(100)] {
+        let mut late = gateway.client();
+        // A client is slower than a loopback test: the connection is there before the request is.
+        std::thread::sleep(pause);
+        late.send_head(&get(GOOD, "/api/v3/user"));
+        let answer = late.try_answer().unwrap_or_else(|| panic!("no answer to a request sent {pause:?} after connect"));
+        assert_eq!((answer.status, answer.header("Connection")), (503, Some("close")));
+        assert!(answer.header("Retry-After").is_some(), "{:?}", answer.headers);
+        assert!(late.is_closed_within(SECOND));
+    }
+    assert_eq!(clients[0].answer().status, 200);
+    assert_eq!(upstream.seen().len(), 1, "a request that came during the drain was forwarded");
+}
+
+#[test]
+fn no_request_sent_before_sigterm_goes_without_an_answer() {
+    let upstream = slow_upstream();
+    let mut gateway = Gateway::start(upstream.address, "");
+    // Something to drain for, so that the listeners stay while the load goes on.
+    let mut slow = in_flight(&gateway, &upstream, 1);
+    let stop = Arc::new(AtomicBool::new(false));
+    let workers: Vec<_> = (0..8)
+        .map(|_| {
+            let (address, stop) = (gateway.address, Arc::clone(&stop));
+            std::thread::spawn(move || {
+                let mut answered = 0;
+                let mut client = Client::connect(address);
+                let request = get(GOOD, "/api/v3/user").replace('\n', "\r\n");
+                loop {
+                    // The end of a kept-alive connection may cross a request that is sent after the signal, and only then.
+                    let answer = match client.socket.write_all(request.as_bytes()) {
+                        Ok(()) => client.try_answer(),
+                        Err(_) => None,
+                    };
+                    match answer {
+                        Some(answer) if answer.status == 200 => answered += 1,
+                        None if !stop.load(Ordering::SeqCst) => panic!("a request was lost before the signal"),
+                        other => return (answered, other.map(|answer| answer.status)),
+                    }
+                }
+            })
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(300));
+    stop.store(true, Ordering::SeqCst);
+    gateway.signal("TERM");
+    let mut total = 0;
+    for worker in workers {
+        let (answered, last) = worker.join().expect("a request was lost");
+        assert!(matches!(last, None | Some(503)), "the load ended with {last:?}");
+        total += answered;
+    }
+    assert_eq!(slow[0].answer().status, 200);
+    assert_eq!(gateway.ended().code(), Some(0));
+    assert!(total > 100, "{total} requests are no load");
+    let forwarded = upstream.seen().iter().filter(|seen| seen.complete).count();
+    assert_eq!(forwarded, total + 1, "requests at the upstream whose answers nobody got");
+}
+
+#[test]
+fn a_second_signal_ends_at_once() {
+    let upstream = Upstream::answering(|_| Reply::ok("{}").after(Duration::from_secs(20)));
+    let mut gateway = Gateway::start(upstream.address, "");
+    let _clients = in_flight(&gateway, &upstream, 2);
+    gateway.signal("TERM");
+    eventually("draining", || gateway.admin_get("/readyz").is_some_and(|answer| answer.status == 503));
+    let asked = Instant::now();
+    gateway.signal("TERM");
+    gateway.ended();
+    assert!(asked.elapsed() < 3 * SECOND, "took {:?}", asked.elapsed());
+    assert!(gateway.process_log().contains("at once"), "{}", gateway.process_log());
+}
+
+#[test]
+fn the_grace_period_bounds_the_drain() {
+    let upstream = Upstream::answering(|_| Reply::ok("{}").after(Duration::from_secs(20)));
+    let more = "[server]\nlisten = [\"@LISTEN@\"]\nthreads = 1\nshutdown_grace = \"1s\"\n";
+    let mut gateway = Gateway::start(upstream.address, more);
+    let mut clients = in_flight(&gateway, &upstream, 2);
+    let asked = Instant::now();
+    gateway.signal("TERM");
+    assert_eq!(gateway.ended().code(), Some(0));
+    let took = asked.elapsed();
+    assert!((SECOND..4 * SECOND).contains(&took), "took {took:?}");
+    assert!(clients[0].try_answer().is_none(), "an answer to a request that was cut off");
+    assert!(gateway.process_log().contains("cut off"), "{}", gateway.process_log());
+}
+
+// ---- Reloading ----
+
+fn a_reload_takes_effect(reload: impl Fn(&Gateway)) {
+    let upstream = slow_upstream();
+    let gateway = Gateway::start(upstream.address, "[pagination]\nmax_per_page = 100\n");
+    let mut kept = gateway.client();
+    let mut per_page = |asked: &str| {
+        upstream.forget();
+        kept.send_head(&get(GOOD, &format!("/api/v3/projects?per_page={asked}")));
+        assert_eq!(kept.answer().status, 200);
+        upstream.only().target
+    };
+    assert_eq!(per_page("5000"), "/api/v3/projects?per_page=100");
+    let mut slow = gateway.client();
+    slow.send_head(&get(GOOD, "/api/v3/slow"));
+    eventually("the slow request is at the upstream", || upstream.seen().len() == 2);
+
+    let before = reloads(&gateway, "ok");
+    rewrite(&gateway, |text| text.replace("max_per_page = 100", "max_per_page = 50"));
+    reload(&gateway);
+    eventually("the reload was counted", || reloads(&gateway, "ok") == before + 1.0);
+    // The request that the wait below sends may be the last one under the old rules, the next one is not.
+    assert_eq!(slow.answer().status, 200, "a reload broke a request in flight");
+    assert_eq!(per_page("0"), "/api/v3/projects?per_page=20");
+    assert_eq!(per_page("5000"), "/api/v3/projects?per_page=50", "on the same connection as before the reload");
+
+    // A broken one changes nothing.
+    let failed = reloads(&gateway, "failed");
+    rewrite(&gateway, |text| text.replace("max_per_page = 50", "max_per_page = 70\nmax_per_pag = 1"));
+    reload(&gateway);
+    eventually("the failed reload was counted", || reloads(&gateway, "failed") == failed + 1.0);
+    assert_eq!(reloads(&gateway, "ok"), before + 1.0);
+    assert_eq!(per_page("0"), "/api/v3/projects?per_page=20");
+    assert_eq!(per_page("5000"), "/api/v3/projects?per_page=50");
+    let log = gateway.process_log();
+    assert!(log.contains("pagination.max_per_pag") && log.contains("did you mean `max_per_page`"), "{log}");
+    assert_eq!(gateway.admin_get("/readyz").unwrap().status, 200);
+}
+
+#[test]
+fn sighup_takes_a_new_configuration_and_refuses_a_broken_one() {
+    a_reload_takes_effect(|gateway| gateway.signal("HUP"));
+}
+
+#[test]
+fn post_reload_takes_a_new_configuration_and_refuses_a_broken_one() {
+    a_reload_takes_effect(|gateway| {
+        let answer = gateway.admin_post("/reload");
+        match answer.status {
+            200 => assert_eq!(answer.text(), "reloaded\n"),
+            _ => {
+                assert_eq!(answer.status, 500);
+                assert!(
+                    answer.text().contains("nothing changed") && answer.text().contains("max_per_pag"),
+                    "{answer:?}"
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn every_part_that_can_break_leaves_a_reload_without_effect() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    for (what, change, named) in [
+        ("a store", ("path = \"tokens.toml\"", "path = \"nowhere.toml\""), "nowhere.toml"),
+        ("an upstream", ("servers = [\"", "servers = [\"does-not-exist.invalid:1\", \""), "does-not-exist.invalid"),
+        ("a log", ("access = \"access.log\"", "access = \"no/such/folder/x.log\""), "log.access"),
+        ("TOML", ("[[upstream]]", "[[upstream"), "line"),
+    ] {
+        rewrite(&gateway, |text| text.replace(change.0, change.1));
+        let answer = gateway.admin_post("/reload");
+        assert_eq!(answer.status, 500, "{what}");
+        assert!(answer.text().contains(named), "{what}: {}", answer.text());
+        assert_eq!((status(&gateway, GOOD), status(&gateway, BAD)), (200, 401), "{what}");
+        rewrite(&gateway, |text| text.replace(change.1, change.0));
+    }
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    assert_eq!(gateway.access_log().len(), 8, "the access log moved");
+}
+
+#[test]
+fn what_needs_a_restart_is_said_and_left_as_it_is() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let elsewhere = format!("127.0.0.1:{}", free_port());
+    rewrite(&gateway, |text| text.replace(&gateway.address.to_string(), &elsewhere));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    let log = gateway.process_log();
+    assert!(log.lines().any(|line| line.contains("[server]") && line.contains("restart")), "{log}");
+    assert_eq!(status(&gateway, GOOD), 200);
+    assert!(Client::try_connect(elsewhere.parse().unwrap()).is_none());
+}
+
+#[test]
+fn a_reload_opens_a_rotated_log_anew() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let (log, rotated) = (gateway.folder.0.join("access.log"), gateway.folder.0.join("access.log.1"));
+    status(&gateway, GOOD);
+    eventually("one line", || gateway.access_log().len() == 1);
+    std::fs::rename(&log, &rotated).unwrap();
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    status(&gateway, GOOD);
+    eventually("a line in the new file", || gateway.access_log().len() == 1);
+    assert_eq!(std::fs::read_to_string(rotated).unwrap().lines().count(), 1);
+}
+
+// ---- Tokens in a file ----
+
+#[test]
+fn an_edited_token_file_takes_effect_within_a_second_and_a_broken_one_does_not() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let entry = |token: &str| format!("[[token]]\nsha256 = \"{}\"\nuser = \"u\"\n", sha256_hex(token));
+    let within_a_second = |what: &str, token: &str, wanted: u16| {
+        let changed = Instant::now();
+        eventually(what, || status(&gateway, token) == wanted);
+        assert!(changed.elapsed() <= SECOND, "{what}: after {:?}", changed.elapsed());
+    };
+    // Both are in the cache, one as good and one as bad.
+    assert_eq!((status(&gateway, GOOD), status(&gateway, "brand-new")), (200, 401));
+    gateway.folder.write("tokens.toml", &entry("brand-new"));
+    within_a_second("an added token works", "brand-new", 200);
+    within_a_second("a removed token does not", GOOD, 401);
+    let revoked = entry("brand-new") + "revoked = true\n" + &entry(GOOD);
+    // As an editor does it: a new file in the place of the old one.
+    let new = gateway.folder.write("tokens.new", &revoked);
+    std::fs::rename(new, gateway.folder.0.join("tokens.toml")).unwrap();
+    within_a_second("a revoked token does not work", "brand-new", 401);
+    within_a_second("a token that is back does", GOOD, 200);
+
+    for broken in ["[[token]]\nsha256 = \"12\"\nuser = \"u\"\n", "secret-pasted-here", "[[token]]\nuser = \"u\"\n"] {
+        let complaints = || gateway.process_log().matches("is kept as it was before").count();
+        let before = complaints();
+        gateway.folder.write("tokens.toml", broken);
+        eventually("the broken file was looked at", || complaints() > before);
+        assert_eq!((status(&gateway, GOOD), status(&gateway, "brand-new")), (200, 401), "{broken}");
+    }
+    assert!(!gateway.process_log().contains("secret-pasted"), "the log quotes the file");
+    let complaints = gateway.process_log().matches("is kept as it was before").count();
+    std::fs::remove_file(gateway.folder.0.join("tokens.toml")).unwrap();
+    eventually("the loss was seen", || gateway.process_log().matches("is kept as it was before").count() > complaints);
+    assert_eq!((status(&gateway, GOOD), status(&gateway, "brand-new")), (200, 401), "without a file");
+    gateway.folder.write("tokens.toml", &entry(OTHER));
+    within_a_second("the next good file holds", GOOD, 401);
+    within_a_second("the next good file holds", OTHER, 200);
+}
+
+// ---- Tokens in SQLite ----
+
+#[test]
+fn a_token_made_while_the_gateway_runs_works_at_once_although_it_was_refused_before() {
+    let upstream = Upstream::start();
+    let store = Store::with([(GOOD, "alice")]);
+    // So long that only the change itself can make room for the new answer.
+    let gateway = Gateway::start(upstream.address, &(store.section() + "[cache]\nnegative_ttl = \"1h\"\n"));
+    assert_eq!((status(&gateway, "to-be-made"), status(&gateway, "to-be-made")), (401, 401));
+    assert!(gateway.metric("tollgate_cache_lookups_total{result=\"negative_hit\"}") >= 1.0);
+    let folder = Folder::new();
+    let lines = folder.write("one.jsonl", "{\"token\":\"to-be-made\",\"user\":\"bob\"}\n");
+    let output = store.token(&["import"], &[lines.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let made = Instant::now();
+    eventually("the new token works", || status(&gateway, "to-be-made") == 200);
+    assert!(made.elapsed() <= SECOND, "after {:?}", made.elapsed());
+    let created = store.create("carol");
+    let made = Instant::now();
+    eventually("the created token works", || status(&gateway, &created) == 200);
+    assert!(made.elapsed() <= SECOND, "after {:?}", made.elapsed());
+}
+
+#[test]
+fn twenty_revocations_are_seen_within_a_second_each_and_the_metric_says_so() {
+    let upstream = Upstream::start();
+    let store = Store::with([(GOOD, "alice")]);
+    let gateway = Gateway::start(upstream.address, &(store.section() + "[cache]\npositive_ttl = \"1h\"\n"));
+    let tokens: Vec<_> = (0..20).map(|index| store.create(&format!("user-{index}"))).collect();
+    let lag = |part: &str| gateway.metric(&format!("tollgate_revocation_lag_seconds_{part}{{store=\"sqlite\"}}"));
+    let bucket =
+        |le: &str| gateway.metric(&format!("tollgate_revocation_lag_seconds_bucket{{store=\"sqlite\",le=\"{le}\"}}"));
+    eventually("the creations were noticed", || lag("count") == 20.0);
+    let (all, quick) = (lag("count"), bucket("1"));
+    let mut slowest = Duration::ZERO;
+    for token in &tokens {
+        assert_eq!(status(&gateway, token), 200);
+        let output = store.token(&["revoke"], &[&sha256_hex(token)[..12]]);
+        let revoked = Instant::now();
+        assert!(output.status.success(), "{}", stderr(&output));
+        eventually("the revoked token is refused", || status(&gateway, token) == 401);
+        slowest = slowest.max(revoked.elapsed());
+    }
+    println!("slowest of 20 revocations: {slowest:?}");
+    assert!(slowest <= SECOND, "{slowest:?}");
+    assert_eq!(lag("count") - all, 20.0, "revocations that the metric did not count");
+    assert_eq!(bucket("1") - quick, 20.0, "revocations that took longer than a second");
+    assert!(lag("sum") > 0.0);
+    assert_eq!(status(&gateway, GOOD), 200);
+}
+
+/// A gateway whose store is about to break: [`GOOD`] is known and its freshness is soon over, [`OTHER`] is in the store
+/// but was never asked for, [`BAD`] is nowhere.
+fn before_the_breakdown(upstream: &Upstream) -> (Store, Gateway) {
+    let store = Store::with([(GOOD, "alice"), (OTHER, "bob")]);
+    let cache = "[cache]\npositive_ttl = \"1s\"\nnegative_ttl = \"100ms\"\nstale_if_error = \"1h\"\n";
+    let gateway = Gateway::start(upstream.address, &(store.section() + cache));
+    assert_eq!(status(&gateway, GOOD), 200);
+    (store, gateway)
+}
+
+fn remove(store: &Store) {
+    for ending in ["", "-wal", "-shm"] {
+        drop(std::fs::remove_file(format!("{}{ending}", store.path.display())));
+    }
+}
+
+fn a_broken_store_is_never_a_no_and_never_a_yes(break_it: impl Fn(&Store)) {
+    let upstream = Upstream::start();
+    let (store, gateway) = before_the_breakdown(&upstream);
+    let whole = std::fs::read(&store.path).unwrap();
+    break_it(&store);
+    let stale = || gateway.metric("tollgate_cache_lookups_total{result=\"stale\"}");
+    let until = Instant::now() + 4 * SECOND;
+    let mut codes = std::collections::BTreeSet::new();
+    while Instant::now() < until {
+        assert_eq!(status(&gateway, GOOD), 200, "a known token while the store is broken");
+        codes.insert(("in the store", status(&gateway, OTHER)));
+        codes.insert(("nowhere", status(&gateway, BAD)));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(codes.into_iter().collect::<Vec<_>>(), [("in the store", 503), ("nowhere", 503)]);
+    assert!(stale() > 0.0, "the known token was never judged by its last answer");
+    assert!(gateway.metrics().contains("tollgate_store_errors_total{"), "no store error was counted");
+    assert_eq!(gateway.ask(&get(BAD, "/api/v3/user")).header("Retry-After"), Some("1"));
+    // The store is back: so are its answers.
+    remove(&store);
+    let new = store.path.with_extension("new");
+    std::fs::write(&new, whole).unwrap();
+    std::fs::rename(new, &store.path).unwrap();
+    eventually("the store answers again", || status(&gateway, OTHER) == 200 && status(&gateway, BAD) == 401);
+    assert_eq!(status(&gateway, GOOD), 200);
+}
+
+#[test]
+fn a_deleted_database_gives_503_to_the_unknown_and_the_last_answer_to_the_known() {
+    a_broken_store_is_never_a_no_and_never_a_yes(remove);
+}
+
+#[test]
+fn a_database_without_its_main_file_gives_503_too() {
+    a_broken_store_is_never_a_no_and_never_a_yes(|store| std::fs::remove_file(&store.path).unwrap());
+}
+
+#[test]
+fn a_database_replaced_by_garbage_gives_503_to_the_unknown_and_the_last_answer_to_the_known() {
+    a_broken_store_is_never_a_no_and_never_a_yes(|store| {
+        let garbage = store.path.with_extension("garbage");
+        std::fs::write(&garbage, vec![b'x'; 100_000]).unwrap();
+        remove(store);
+        std::fs::rename(garbage, &store.path).unwrap();
+    });
+}
+
+#[test]
+fn a_database_replaced_by_an_empty_file_is_not_a_store_without_tokens() {
+    a_broken_store_is_never_a_no_and_never_a_yes(|store| {
+        let empty = store.path.with_extension("empty");
+        std::fs::write(&empty, "").unwrap();
+        remove(store);
+        std::fs::rename(empty, &store.path).unwrap();
+    });
+}
+
+#[test]
+fn a_database_replaced_by_another_one_is_the_store_from_then_on() {
+    let upstream = Upstream::start();
+    let store = Store::with([(GOOD, "alice")]);
+    let gateway = Gateway::start(upstream.address, &(store.section() + "[cache]\npositive_ttl = \"1h\"\n"));
+    assert_eq!((status(&gateway, GOOD), status(&gateway, OTHER)), (200, 401));
+    let another = Store::with([(OTHER, "bob")]);
+    remove(&store);
+    std::fs::rename(&another.path, &store.path).unwrap();
+    let replaced = Instant::now();
+    eventually("the other database holds", || status(&gateway, OTHER) == 200 && status(&gateway, GOOD) == 401);
+    assert!(replaced.elapsed() < 3 * SECOND, "after {:?}", replaced.elapsed());
+}
+
+// ---- Looking at it ----
+
+#[test]
+fn promtool_finds_nothing_wrong_with_the_metrics() {
+    let upstream = Upstream::start();
+    let store = Store::with([(GOOD, "alice")]);
+    let gateway = Gateway::start(upstream.address, &store.section());
+    // Something in every family that has labels.
+    gateway.get("/api/v3/projects?page=0&per_page=5000");
+    gateway.ask(&format!("GET /api/v3/x?private_token={BAD} HTTP/1.1\nHost: h\nPRIVATE_TOKEN: x\n\n"));
+    store.create("bob");
+    eventually("a lag was measured", || gateway.metrics().contains("tollgate_revocation_lag_seconds_count"));
+    let metrics = gateway.metrics();
+    let mut promtool = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("promtool can't be started: {error}; {HINT}"));
+    promtool.stdin.take().unwrap().write_all(metrics.as_bytes()).unwrap();
+    let output = promtool.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
+    assert_eq!(stdout(&output) + &stderr(&output), "", "promtool has remarks");
+    // No client's bytes in a label.
+    assert!(!metrics.contains(BAD) && !metrics.contains(GOOD) && !metrics.contains("h.test"));
+}
+
+#[test]
+fn the_admin_listener_refuses_a_foreign_host() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let before = reloads(&gateway, "ok");
+    for host in ["evil.example", "evil.example:9090", "127.0.0.1.evil.example", "localhost.evil.example"] {
+        for line in ["GET /metrics", "GET /status", "POST /reload", "POST /cache/forget"] {
+            let mut client = Client::connect(gateway.admin);
+            client.send_head(&format!("{line} HTTP/1.1\nHost: {host}\n\n"));
+            assert_eq!(client.answer().status, 403, "{line} for {host}");
+        }
+    }
+    assert_eq!(reloads(&gateway, "ok"), before, "a foreign page made the gateway reload");
+    for host in ["localhost", "127.0.0.1", "[::1]:9090", "LOCALHOST:1"] {
+        let mut client = Client::connect(gateway.admin);
+        client.send_head(&format!("GET /healthz HTTP/1.1\nHost: {host}\n\n"));
+        assert_eq!(client.answer().status, 200, "{host}");
+    }
+}
+
+#[test]
+fn admin_paths_are_not_served_on_the_api_listener_nor_the_api_on_the_admin_listener() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let before = reloads(&gateway, "ok");
+    for path in ["/", "/metrics", "/healthz", "/readyz", "/status", "/reload", "/cache/forget"] {
+        for method in ["GET", "POST"] {
+            let answer = gateway.ask(&format!("{method} {path} HTTP/1.1\nHost: localhost\nPRIVATE-TOKEN: {GOOD}\n\n"));
+            assert_eq!((answer.status, answer.text().as_str()), (404, "{\"message\":\"404 Not Found\"}"), "{path}");
+        }
+    }
+    assert_eq!(reloads(&gateway, "ok"), before);
+    assert_eq!(gateway.admin_get("/api/v3/user").unwrap().status, 404);
+    assert_eq!(upstream.seen().len(), 0);
+}
+
+#[test]
+fn every_request_leaves_one_json_line_that_says_who_what_and_how_and_no_token() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let long = "x".repeat(300);
+    for head in [
+        format!(
+            "GET /api/v3/projects?page=2&private_token={GOOD}&x=1 HTTP/1.1\nHost: h\nUser-Agent: \"a\\b\u{e9}\"\n\n"
+        ),
+        format!("GET /api/v3/projects HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {BAD}\nX-Request-Id: my-id_1\n\n"),
+        format!("GET /api/v3/projects?private%5Ftoken={GOOD};a HTTP/1.1\nHost: h\n\n"),
+        format!("GET /api/v3/projects?private_token={GOOD}&z=% HTTP/1.1\nHost: h\n\n"),
+        format!("GET /elsewhere;private_token={GOOD}/x HTTP/1.1\nHost: h\n\n"),
+        format!("GET /api/v3/p HTTP/1.1\nHost: h\nAuthorization: Bearer {GOOD}{long}\n\n"),
+        format!("POST /api/v3/p HTTP/1.1\nHost: h\nAuthorization: Bearer {OTHER}\nContent-Length: 3\n\na=1"),
+        format!("NONSENSE {GOOD}\n\n"),
+    ] {
+        gateway.ask(&head);
+    }
+    eventually("eight lines", || gateway.access_log().len() == 8);
+    let text = std::fs::read_to_string(gateway.folder.0.join("access.log")).unwrap();
+    for secret in [GOOD, OTHER, BAD] {
+        assert!(!text.contains(secret), "{text}");
+        assert!(!gateway.process_log().contains(secret), "{}", gateway.process_log());
+    }
+    let lines = gateway.access_log();
+    for line in &lines {
+        for key in ["time", "request_id", "client", "method", "route", "status", "reason", "source", "duration_ms"] {
+            assert!(!line[key].is_null(), "{key} is missing: {line}");
+        }
+        assert_eq!(line["client"], "127.0.0.1");
+        assert!(line["bytes_sent"].is_u64() && line["bytes_received"].is_u64() && line["duration_ms"].is_number());
+    }
+    let ok = &lines[0];
+    assert_eq!(
+        (&ok["method"], &ok["path"], &ok["route"]),
+        (&"GET".into(), &"/api/v3/projects".into(), &"/api/v3/*".into())
+    );
+    assert_eq!((&ok["status"], &ok["reason"], &ok["source"]), (&200.into(), &"ok".into(), &"query".into()));
+    assert_eq!((&ok["user"], &ok["upstream"]), (&"user-0001".into(), &"api".into()));
+    assert_eq!(ok["token"].as_str(), Some(&sha256_hex(GOOD)[..12]));
+    assert!(ok["query"].as_str().unwrap().contains("page=2"), "{ok}");
+    assert_eq!((&lines[1]["request_id"], &lines[1]["status"]), (&"my-id_1".into(), &401.into()));
+    assert_eq!((&lines[1]["reason"], &lines[1]["source"]), (&"unknown".into(), &"header".into()));
+    assert_eq!(lines[1]["token"].as_str(), Some(&sha256_hex(BAD)[..12]));
+    let statuses: Vec<_> = lines.iter().map(|line| line["status"].as_u64().unwrap()).collect();
+    assert_eq!(statuses, [200, 401, 401, 400, 404, 401, 200, 400]);
+    assert_eq!((&lines[6]["source"], &lines[6]["user"]), (&"bearer".into(), &"user-0002".into()));
+}
+
+#[test]
+fn a_full_log_does_not_stall_requests() {
+    let upstream = Upstream::start();
+    let mut gateway = Gateway::start(upstream.address, "[log]\naccess = \"/dev/full\"\n");
+    let mut client = gateway.client();
+    let started = Instant::now();
+    for _ in 0..500 {
+        client.send_head(&get(GOOD, "/api/v3/user"));
+        assert_eq!(client.answer().status, 200);
+    }
+    assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
+    eventually("the operator is told", || gateway.process_log().contains("access log can't be written"));
+    gateway.signal("TERM");
+    assert_eq!(gateway.ended().code(), Some(0));
+}
+
+#[test]
+fn a_blocked_log_loses_lines_and_counts_them_but_does_not_stall_requests() {
+    let upstream = Upstream::start();
+    let folder = Folder::new();
+    let fifo = folder.0.join("log.fifo");
+    assert!(run(Command::new("mkfifo").arg(&fifo)).status.success());
+    // Open at this end, and not read.
+    let mut reader = std::fs::OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
+    let more = format!("[log]\naccess = \"{}\"\n", fifo.display());
+    let mut gateway = Gateway::start(upstream.address, &more);
+    let mut client = gateway.client();
+    let mut slowest = Duration::ZERO;
+    // More than the pipe and the queue hold. Refusals are enough: they are logged like everything else.
+    for _ in 0..10_000 {
+        let sent = Instant::now();
+        client.send_head(&get(BAD, "/api/v3/user"));
+        assert_eq!(client.answer().status, 401);
+        slowest = slowest.max(sent.elapsed());
+    }
+    assert!(slowest < SECOND, "a request waited {slowest:?} for the log");
+    assert!(gateway.metric("tollgate_access_log_dropped_total") > 0.0, "nothing was dropped, so nothing was blocked");
+    // What is read then is whole lines.
+    let mut piece = vec![0; 32 * 1024];
+    let n = reader.read(&mut piece).unwrap();
+    let text = String::from_utf8_lossy(&piece[..n]).into_owned();
+    let line = text.lines().next().unwrap();
+    serde_json::from_str::<serde_json::Value>(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    // And the end does not wait for the log either.
+    let asked = Instant::now();
+    gateway.signal("TERM");
+    assert_eq!(gateway.ended().code(), Some(0));
+    assert!(asked.elapsed() < 5 * SECOND, "took {:?} to stop", asked.elapsed());
+}

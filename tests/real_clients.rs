@@ -1,0 +1,86 @@
+//! API clients that people really used with API v3, through the gateway to a Grape application that behaves like
+//! GitLab. What they see must not differ from what they see without a gateway.
+
+use crate::harness::*;
+use crate::support::*;
+use std::process::Command;
+
+/// Longer than 20 characters: the Ruby client sends it as `Authorization: Bearer`.
+const LONG: &str = "long-token-0000-0000-0000-0001";
+
+struct Setup {
+    gateway: Gateway,
+    puma: Puma,
+    _store: Store,
+}
+
+impl Setup {
+    fn new() -> Self {
+        // The backend knows a token that tollgate does not: only tollgate can have refused it.
+        let puma = Puma::start("gitlab.ru", &format!("{GOOD}=alice,{LONG}=bob,{BAD}=mallory,{LONG}x=mallory"));
+        let store = Store::with([(GOOD, "alice"), (LONG, "bob")]);
+        let gateway = Gateway::start(puma.address, &store.section());
+        Self { gateway, puma, _store: store }
+    }
+
+    fn base(&self) -> String {
+        format!("http://{}", self.gateway.address)
+    }
+
+    /// Runs a client and wants so many checks of it, all good.
+    fn wants(&self, client: &mut Command, checks: usize) {
+        let output = run(client);
+        let (out, err) = (stdout(&output), stderr(&output));
+        assert_eq!(output.status.code(), Some(0), "{out}{err}\n(if a package is missing: {HINT})");
+        assert_eq!(out.lines().filter(|line| line.starts_with("ok ")).count(), checks, "{out}");
+        self.every_request_came_with_one_plain_credential();
+    }
+
+    /// What Puma has seen: the token header with a token that tollgate knows, and nothing else that names a caller.
+    fn every_request_came_with_one_plain_credential(&self) {
+        let mut direct = Client::connect(self.puma.address);
+        direct.send_head("GET /__seen HTTP/1.1\nHost: h\n\n");
+        let seen: Vec<serde_json::Value> = serde_json::from_slice(&direct.answer().body).unwrap();
+        assert!(seen.len() > 10, "{} requests", seen.len());
+        for request in seen {
+            let token = request["headers"]["HTTP_PRIVATE_TOKEN"].as_str();
+            assert!(matches!(token, Some(GOOD | LONG)), "{request}");
+            assert!(request["headers"]["HTTP_AUTHORIZATION"].is_null(), "{request}");
+            assert!(!request["query"].as_str().unwrap().contains("token"), "{request}");
+        }
+    }
+}
+
+fn python(script: &str) -> Command {
+    let venv = std::env::var_os("TOLLGATE_PY_VENV").map_or_else(|| repository("target/py-clients"), Into::into);
+    let python = venv.join("bin/python");
+    assert!(python.exists(), "{} is not there: {HINT}", python.display());
+    let mut command = Command::new(python);
+    // No bytecode beside the scripts.
+    command.arg("-B").arg(repository("tests/clients").join(script));
+    command
+}
+
+#[test]
+fn the_ruby_client_works_through_the_gateway_with_short_and_long_tokens() {
+    let setup = Setup::new();
+    let script = repository("tests/clients/ruby_gitlab.rb");
+    setup.wants(Command::new("ruby").arg(script).args([&setup.base(), GOOD, BAD, LONG]), 15);
+    // Both roads were taken.
+    let valid = |source: &str| {
+        setup.gateway.metric(&format!("tollgate_auth_total{{reason=\"ok\",result=\"valid\",source=\"{source}\"}}"))
+    };
+    assert!(valid("header") > 0.0 && valid("bearer") > 0.0);
+}
+
+#[test]
+fn python_gitlab_works_through_the_gateway() {
+    let setup = Setup::new();
+    setup.wants(python("python_gitlab.py").args([&setup.base(), GOOD, BAD]), 12);
+}
+
+#[test]
+fn pyapi_gitlab_works_through_the_gateway() {
+    let setup = Setup::new();
+    setup.wants(python("pyapi_gitlab.py").args([&setup.base(), GOOD, BAD]), 12);
+}
