@@ -84,7 +84,8 @@ fn pingora_is_named_in_the_edge_only() {
 
 #[test]
 fn the_configuration_is_read_as_toml_in_one_folder() {
-    let named: Vec<_> = sources().into_iter().filter(|(_, text)| code(text).contains("toml::")).map(|(path, _)| path).collect();
+    let named: Vec<_> =
+        sources().into_iter().filter(|(_, text)| code(text).contains("toml::")).map(|(path, _)| path).collect();
     // The file store's tokens are TOML as well.
     let allowed = |path: &PathBuf| path.starts_with("config") || path.ends_with("store/file.rs");
     assert!(named.len() >= 3 && named.iter().all(allowed), "{named:?}");
@@ -93,13 +94,18 @@ fn the_configuration_is_read_as_toml_in_one_folder() {
 #[test]
 fn pure_stages_know_no_clock_no_runtime_and_no_io() {
     let pure = |path: &Path| {
-        path.starts_with("request") || path.starts_with("policy") || path.starts_with("reply") || path.ends_with("forward.rs")
+        path.starts_with("request")
+            || path.starts_with("policy")
+            || path.starts_with("reply")
+            || path.ends_with("forward.rs")
     };
     let mut read = 0;
     for (path, text) in sources().iter().filter(|(path, _)| pure(path)) {
         read += 1;
         let code = code(text);
-        for forbidden in ["tokio", "async ", ".await", "Instant", "SystemTime", "std::fs", "std::net::Tcp", "log::", "fastrand"] {
+        for forbidden in
+            ["tokio", "async ", ".await", "Instant", "SystemTime", "std::fs", "std::net::Tcp", "log::", "fastrand"]
+        {
             assert!(!code.contains(forbidden), "{} is pure and names {forbidden}", path.display());
         }
     }

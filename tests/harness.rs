@@ -670,3 +670,19 @@ fn read_body(socket: &mut TcpStream, buffer: &mut Vec<u8>, request: &Seen) -> Re
         }
     }
 }
+
+impl Gateway {
+    /// Waits for the process to end by itself; `None` when it does not.
+    pub fn try_ended(&mut self, patience: Duration) -> Option<std::process::ExitStatus> {
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return Some(status);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        drop(self.child.kill());
+        drop(self.child.wait());
+        None
+    }
+}

@@ -36,6 +36,21 @@ fn in_flight(gateway: &Gateway, upstream: &Upstream, count: usize) -> Vec<Client
     clients
 }
 
+/// Asks until the answer is the wanted one, and returns how long after a moment the last request was sent that still got
+/// another one. Not when the first right answer came: on a busy machine a request may take its time.
+fn last_outdated(gateway: &Gateway, token: &str, wanted: u16, since: Instant) -> Duration {
+    let mut outdated = Duration::ZERO;
+    eventually(&format!("{token} gets {wanted}"), || {
+        let sent = since.elapsed();
+        let right = status(gateway, token) == wanted;
+        if !right {
+            outdated = sent;
+        }
+        right
+    });
+    outdated
+}
+
 fn rewrite(gateway: &Gateway, change: impl Fn(&str) -> String) {
     let path = gateway.folder.0.join("tollgate.toml");
     let text = std::fs::read_to_string(&path).unwrap();
@@ -147,6 +162,33 @@ fn no_request_sent_before_sigterm_goes_without_an_answer() {
     assert!(total > 100, "{total} requests are no load");
     let forwarded = upstream.seen().iter().filter(|seen| seen.complete).count();
     assert_eq!(forwarded, total + 1, "requests at the upstream whose answers nobody got");
+}
+
+#[test]
+fn a_stop_ends_the_process_every_time_and_leaves_no_flood_of_errors() {
+    let upstream = Upstream::start();
+    // More workers than one, and a connection that has just ended: what a race between the listeners and the end of
+    // their runtime needs. It does not happen each time, hence so many.
+    let more = "[server]\nlisten = [\"@LISTEN@\"]\nthreads = 4\n";
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                for signal in ["TERM", "INT", "TERM", "INT"] {
+                    let mut gateway = Gateway::start(upstream.address, more);
+                    assert_eq!(status(&gateway, GOOD), 200);
+                    gateway.signal(signal);
+                    let status = gateway.try_ended(PATIENCE);
+                    // Not all of it: it may be gigabytes.
+                    let log = std::fs::File::open(gateway.folder.0.join("process.log")).unwrap();
+                    let mut said = String::new();
+                    log.take(4_000).read_to_string(&mut said).unwrap();
+                    drop(std::fs::remove_file(gateway.folder.0.join("process.log")));
+                    assert_eq!(status.and_then(|status| status.code()), Some(0), "SIG{signal}: {said}");
+                    assert!(!said.contains("ERROR"), "SIG{signal}: {said}");
+                }
+            });
+        }
+    });
 }
 
 #[test]
@@ -295,9 +337,8 @@ fn an_edited_token_file_takes_effect_within_a_second_and_a_broken_one_does_not()
     let gateway = Gateway::start(upstream.address, "");
     let entry = |token: &str| format!("[[token]]\nsha256 = \"{}\"\nuser = \"u\"\n", sha256_hex(token));
     let within_a_second = |what: &str, token: &str, wanted: u16| {
-        let changed = Instant::now();
-        eventually(what, || status(&gateway, token) == wanted);
-        assert!(changed.elapsed() <= SECOND, "{what}: after {:?}", changed.elapsed());
+        let lag = last_outdated(&gateway, token, wanted, Instant::now());
+        assert!(lag <= SECOND, "{what}: after {lag:?}");
     };
     // Both are in the cache, one as good and one as bad.
     assert_eq!((status(&gateway, GOOD), status(&gateway, "brand-new")), (200, 401));
@@ -342,13 +383,11 @@ fn a_token_made_while_the_gateway_runs_works_at_once_although_it_was_refused_bef
     let lines = folder.write("one.jsonl", "{\"token\":\"to-be-made\",\"user\":\"bob\"}\n");
     let output = store.token(&["import"], &[lines.to_str().unwrap()]);
     assert!(output.status.success(), "{}", stderr(&output));
-    let made = Instant::now();
-    eventually("the new token works", || status(&gateway, "to-be-made") == 200);
-    assert!(made.elapsed() <= SECOND, "after {:?}", made.elapsed());
+    let lag = last_outdated(&gateway, "to-be-made", 200, Instant::now());
+    assert!(lag <= SECOND, "after {lag:?}");
     let created = store.create("carol");
-    let made = Instant::now();
-    eventually("the created token works", || status(&gateway, &created) == 200);
-    assert!(made.elapsed() <= SECOND, "after {:?}", made.elapsed());
+    let lag = last_outdated(&gateway, &created, 200, Instant::now());
+    assert!(lag <= SECOND, "after {lag:?}");
 }
 
 #[test]
@@ -368,8 +407,7 @@ fn twenty_revocations_are_seen_within_a_second_each_and_the_metric_says_so() {
         let output = store.token(&["revoke"], &[&sha256_hex(token)[..12]]);
         let revoked = Instant::now();
         assert!(output.status.success(), "{}", stderr(&output));
-        eventually("the revoked token is refused", || status(&gateway, token) == 401);
-        slowest = slowest.max(revoked.elapsed());
+        slowest = slowest.max(last_outdated(&gateway, token, 401, revoked));
     }
     println!("slowest of 20 revocations: {slowest:?}");
     assert!(slowest <= SECOND, "{slowest:?}");

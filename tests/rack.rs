@@ -58,7 +58,6 @@ const TOKEN_KEYS: &[&str] = &[
     "private_token+",
     "%20private_token",
     "%09private_token",
-    "private_token%00",
     "private_token%0a",
 ];
 /// Names that only look like it: they are other parameters to everybody, and go on as they are.
@@ -68,6 +67,8 @@ const OTHER_KEYS: &[&str] = &[
     "private-token",
     "private.token",
     "private_token.x",
+    // A name with a NUL byte is a name of its own to Ruby.
+    "private_token%00",
     "private%255Ftoken",
     "?private_token",
     "private_token%3D",
@@ -76,6 +77,8 @@ const OTHER_KEYS: &[&str] = &[
     "xprivate_token",
     "private_tokens",
     "private__token",
+    "+[private_token]",
+    "%20[private_token",
     "private%C2%A0_token",
     "token",
 ];
@@ -251,7 +254,7 @@ fn case(id: usize, random: &mut Random) -> Case {
     let mut query = String::new();
     for index in 0..random.below(6) {
         if index > 0 {
-            query += random.pick(&["&", "&", "&", "&", "&", "&", "&", "&&", ";", "&;", "&+"]);
+            query += random.pick(&["&", "&", "&", "&", "&", "&", "&", "&&", ";", "&;"]);
         }
         query += &parameter(random, &mut mutated);
     }
@@ -292,7 +295,8 @@ fn number(name: &str, default: u64) -> u64 {
 
 /// What one forwarded request became at the backend.
 struct Forwarded {
-    effective: String,
+    /// `None` when Rack raised.
+    effective: Option<String>,
 }
 
 /// Compares what came back with what must hold. `Err` says what does not.
@@ -305,6 +309,11 @@ fn judge(case: &Case, answer: &Answer) -> Result<Option<Forwarded>, String> {
         return if expected && ours { Ok(None) } else { Err(format!("refused with {}", answer.status)) };
     }
     let want = |what: &str, holds: bool| if holds { Ok(()) } else { Err(format!("{what}: {body}")) };
+    if !body["error"].is_null() && !case.no_token_may_stay {
+        // Two names that nobody foresaw are a scalar and a hash to Rack: the backend refuses, and acts for nobody.
+        want("Rack raised and acts all the same", body["effective"].is_null())?;
+        return Ok(Some(Forwarded { effective: None }));
+    }
     want("Rack raised on the parameters", body["error"].is_null())?;
     want("the query holds a token", body["param"].is_null())?;
     let effective = body["effective"].as_str().unwrap_or_default();
@@ -324,7 +333,7 @@ fn judge(case: &Case, answer: &Answer) -> Result<Option<Forwarded>, String> {
     want("per_page is not plain", raw.is_none_or(|(_, number)| number.is_ok_and(|n| (1..=100).contains(&n))))?;
     let raw = body["page"].as_str().map(|text| (text, text.parse::<u64>()));
     want("page is not plain", raw.is_none_or(|(_, number)| number.is_ok_and(|n| n >= 1)))?;
-    Ok(Some(Forwarded { effective: effective.to_owned() }))
+    Ok(Some(Forwarded { effective: Some(effective.to_owned()) }))
 }
 
 #[test]
@@ -375,9 +384,9 @@ fn the_backend_acts_for_the_validated_token_whatever_the_spelling() {
     eventually("every request is in the log", || std::fs::read(&log).unwrap().split(|b| *b == b'\n').count() > count);
     for line in gateway.access_log() {
         let id = line["request_id"].as_str().and_then(|id| id.strip_prefix("case-")).and_then(|id| id.parse().ok());
-        let Some(seen) = id.and_then(|id: usize| forwarded.get(&id)) else { continue };
-        if line["token"].as_str() != Some(&sha256_hex(&seen.effective)[..12]) {
-            wrong.push(format!("validated {}, acted for {}", line["token"], seen.effective));
+        let Some(Forwarded { effective: Some(token) }) = id.and_then(|id: usize| forwarded.get(&id)) else { continue };
+        if line["token"].as_str() != Some(&sha256_hex(token)[..12]) {
+            wrong.push(format!("validated {}, acted for {token}", line["token"]));
         }
     }
     let refusals: usize = refused.values().sum();
