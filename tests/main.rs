@@ -1,10 +1,18 @@
 //! Tests from outside: the real binary between a raw client and a strict backend. One binary, so that it links once.
 #![allow(unused_qualifications, elided_lifetimes_in_paths, unreachable_pub)]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "a test that fails says so")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test that fails says so"
+)]
 
 mod harness;
+mod support;
 
 mod answers;
+mod architecture;
 mod attacks;
 mod cli;
 mod forwarding;
@@ -15,5 +23,4 @@ mod rack;
 mod real_clients;
 mod slow;
 mod smoke;
-mod support;
 mod token;

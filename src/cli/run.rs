@@ -9,6 +9,7 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let settings = super::load(path)?;
     start_log(settings.level);
     let listen = settings.server.listen.clone();
+    edge::check_free(&settings.server).map_err(anyhow::Error::msg)?;
     let running = assembly::assemble(settings, Some(path.to_owned()))?;
     log::info!("tollgate {} serves {listen:?}", env!("CARGO_PKG_VERSION"));
     edge::serve(running);

@@ -109,7 +109,8 @@ impl ClientStream {
             let read = tokio::select! {
                 biased;
                 read = read => read,
-                () = &mut stop, if !begun => return Head::Closed,
+                // A new connection is answered, if only with a 503; an idle one ends.
+                () = &mut stop, if !begun && !first => return Head::Closed,
             };
             match read {
                 Ok(Ok(0) | Err(_)) => return Head::Closed,
@@ -136,7 +137,7 @@ impl ClientStream {
 
     async fn fill(&mut self) -> io::Result<usize> {
         let Some(socket) = &mut self.socket else { return Ok(0) };
-        self.ahead.reserve(READ_BYTES);
+        make_room(&mut self.ahead);
         socket.read_buf(&mut self.ahead).await
     }
 
@@ -287,8 +288,9 @@ impl ClientStream {
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let Some(socket) = &mut self.socket else { return Poll::Ready(Ok(0)) };
-        self.ahead.reserve(READ_BYTES);
-        poll_read_into(Pin::new(socket), cx, &mut self.ahead)
+        make_room(&mut self.ahead);
+        // The future holds nothing between polls, so a new one each time reads on where the last one waited.
+        std::pin::pin!(socket.read_buf(&mut self.ahead)).poll(cx)
     }
 
     fn poll_socket(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
@@ -299,13 +301,11 @@ impl ClientStream {
     }
 }
 
-/// Reads into the spare room of a buffer.
-fn poll_read_into(socket: Pin<&mut Stream>, cx: &mut Context<'_>, into: &mut BytesMut) -> Poll<io::Result<usize>> {
-    let mut room = [0; READ_BYTES];
-    let mut buffer = ReadBuf::new(&mut room);
-    ready!(socket.poll_read(cx, &mut buffer))?;
-    into.extend_from_slice(buffer.filled());
-    Poll::Ready(Ok(buffer.filled().len()))
+/// Room for the next read, without a new allocation while enough is left of the last one.
+fn make_room(ahead: &mut BytesMut) {
+    if ahead.capacity() - ahead.len() < READ_BYTES / 4 {
+        ahead.reserve(READ_BYTES);
+    }
 }
 
 impl AsyncWrite for ClientStream {

@@ -9,7 +9,7 @@ mod proxy;
 mod server;
 
 pub use pool::{ServerAddress, UpstreamSettings};
-pub use server::{Listen, Rebuild, Running, ServerSettings, serve};
+pub use server::{Listen, Rebuild, Running, ServerSettings, check_free, serve};
 
 use crate::Now;
 use crate::pipeline::Pipeline;

@@ -2,19 +2,20 @@
 //! written before the framework saw the request; here are the choice of a server, the watch over the body, what must not
 //! leave in the answer, and what is said when the backend fails.
 
-use super::Snapshot;
+use super::{Lifecycle, Snapshot};
 use crate::Now;
 use crate::policy::Permit;
 use crate::reply::{Cause, Refusal, UpstreamFault, headers};
 use crate::request::body::BodyScanner;
 use crate::request::head;
+use crate::request::query::Names;
 use crate::request::view::Method;
 use crate::request::{self};
 use crate::telemetry::access_log::Entry;
 use crate::telemetry::metrics::{Guard, TokenSource, UpstreamError};
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header;
+use http::header::{self, HeaderName};
 use pingora::http::ResponseHeader;
 use pingora::modules::http::HttpModules;
 use pingora::protocols::Digest;
@@ -22,6 +23,7 @@ use pingora::protocols::http::date::get_cached_date;
 use pingora::proxy::{FailToProxy, ProxyHttp, Session};
 use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
+use smallvec::SmallVec;
 use std::any::Any;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
@@ -65,7 +67,9 @@ pub(super) struct LogFacts {
     pub(super) user_agent: Bytes,
 }
 
-pub(super) struct MainLane;
+pub(super) struct MainLane {
+    pub(super) lifecycle: Arc<Lifecycle>,
+}
 
 /// One request on the main lane.
 #[derive(Default)]
@@ -209,7 +213,7 @@ impl ProxyHttp for MainLane {
 
     async fn response_filter(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         answer: &mut ResponseHeader,
         ctx: &mut Exchange,
     ) -> Result<()> {
@@ -218,22 +222,9 @@ impl ProxyHttp for MainLane {
         if answer.status.is_informational() && !switching {
             return Ok(());
         }
-        for name in headers::INTERNAL {
-            answer.remove_header(name);
-        }
-        remove_hop_by_hop(answer, switching);
-        for name in [header::LINK, header::LOCATION] {
-            let values: Vec<_> = answer.headers.get_all(&name).iter().map(|value| value.as_bytes().to_vec()).collect();
-            let clean: Vec<_> = values
-                .iter()
-                .map(|value| headers::without_tokens(value, &ticket.snapshot.pipeline.rules.names))
-                .collect();
-            if clean.iter().any(Option::is_some) {
-                answer.remove_header(&name);
-                for (value, clean) in values.into_iter().zip(clean) {
-                    answer.append_header(name.clone(), clean.unwrap_or(value))?;
-                }
-            }
+        clean(answer, switching, &ticket.snapshot.pipeline.rules.names)?;
+        if self.lifecycle.is_draining() {
+            session.set_keepalive(None);
         }
         answer.insert_header("X-Request-Id", ticket.request_id.as_str())?;
         if ticket.deprecated {
@@ -242,6 +233,7 @@ impl ProxyHttp for MainLane {
         if ticket.http10 && answer.headers.contains_key(header::TRANSFER_ENCODING) {
             // HTTP/1.0 knows no chunks: the end of the connection ends the body.
             answer.remove_header(&header::TRANSFER_ENCODING);
+            session.set_keepalive(None);
         }
         if switching && let Some(tunnel) = &ticket.tunnel {
             tunnel.store(true, Ordering::Release);
@@ -349,25 +341,45 @@ impl ProxyHttp for MainLane {
     }
 }
 
-/// Fields of an answer that end here, those that Connection names included. The framework writes its own Connection.
-fn remove_hop_by_hop(answer: &mut ResponseHeader, switching: bool) {
-    if switching {
-        return;
+/// Takes out what ends here, what servers behind the gateway say to each other, and tokens in links. Looks at every
+/// field once: most answers have nothing to take out.
+fn clean(answer: &mut ResponseHeader, switching: bool, names: &Names) -> Result<()> {
+    let mut unwanted: SmallVec<[HeaderName; 4]> = SmallVec::new();
+    let (mut links, mut nominates) = (false, false);
+    for name in answer.headers.keys() {
+        match name.as_str() {
+            "link" | "location" => links = true,
+            "connection" => nominates = true,
+            "keep-alive" | "proxy-connection" | "te" | "trailer" => unwanted.push(name.clone()),
+            "upgrade" if !switching => unwanted.push(name.clone()),
+            name_text if headers::INTERNAL.contains(&name_text) => unwanted.push(name.clone()),
+            _ => {}
+        }
     }
-    let nominated: Vec<String> = answer
-        .headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(|name| name.trim().to_ascii_lowercase())
-        .filter(|name| !name.is_empty() && !matches!(name.as_str(), "content-length" | "transfer-encoding" | "date"))
-        .collect();
-    for name in
-        nominated.iter().map(String::as_str).chain(["keep-alive", "proxy-connection", "upgrade", "te", "trailer"])
-    {
-        answer.remove_header(name);
+    if nominates && !switching {
+        let options =
+            answer.headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|b| *b == b','));
+        let kept = |name: &HeaderName| matches!(name.as_str(), "content-length" | "transfer-encoding" | "date");
+        unwanted.extend(
+            options.filter_map(|option| HeaderName::from_bytes(option.trim_ascii()).ok()).filter(|name| !kept(name)),
+        );
     }
+    for name in unwanted {
+        answer.remove_header(&name);
+    }
+    if links {
+        for name in [header::LINK, header::LOCATION] {
+            let values: Vec<_> = answer.headers.get_all(&name).iter().map(|value| value.as_bytes().to_vec()).collect();
+            let clean: Vec<_> = values.iter().map(|value| headers::without_tokens(value, names)).collect();
+            if clean.iter().any(Option::is_some) {
+                answer.remove_header(&name);
+                for (value, clean) in values.into_iter().zip(clean) {
+                    answer.append_header(name.clone(), clean.unwrap_or(value))?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn write_refusal(session: &mut Session, refusal: Refusal, request_id: &str) -> Result<()> {

@@ -55,6 +55,28 @@ pub struct Running {
     pub rebuild: Rebuild,
 }
 
+/// Says which address of these can't be listened on. The framework would try again for half a minute, and panic.
+pub fn check_free(settings: &ServerSettings) -> Result<(), String> {
+    for listen in settings.listen.iter().chain(&settings.admin) {
+        match listen {
+            Listen::Tcp(address) => {
+                std::net::TcpListener::bind(address)
+                    .map_err(|error| format!("{address} can't be listened on: {error}"))?;
+            }
+            Listen::Unix(path, _) => {
+                if std::os::unix::net::UnixStream::connect(path).is_ok() {
+                    return Err(format!("somebody listens on unix:{path} already"));
+                }
+                let folder = std::path::Path::new(path).parent().filter(|folder| !folder.is_dir());
+                if let Some(folder) = folder {
+                    return Err(format!("unix:{path}: there is no folder {}", folder.display()));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Serves until a signal ends it.
 pub fn serve(running: Running) {
     let Running { settings, snapshot, rebuild } = running;
@@ -78,7 +100,7 @@ pub fn serve(running: Running) {
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
 
-    let lane = Arc::new(http_proxy(&server.configuration, MainLane));
+    let lane = Arc::new(http_proxy(&server.configuration, MainLane { lifecycle: Arc::clone(&lifecycle) }));
     let gate = Gate { snapshot: Arc::clone(&snapshot), lane, lifecycle: Arc::clone(&lifecycle) };
     let mut api = Service::new("api".into(), gate);
     settings.listen.iter().for_each(|listen| api.add_listener(listener(listen)));
@@ -136,7 +158,7 @@ impl ShutdownSignalWatch for Drain {
         let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
         let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
             log::error!("signals can't be caught; stopping");
-            return ShutdownSignal::FastShutdown;
+            return ShutdownSignal::GracefulTerminate;
         };
         next(&mut terminate, &mut interrupt).await;
         log::info!("stopping: requests in flight have {:?}, new ones get 503", self.grace);
@@ -146,7 +168,8 @@ impl ShutdownSignalWatch for Drain {
             () = self.quiet() => {}
             () = next(&mut terminate, &mut interrupt) => log::warn!("asked twice: stopping at once"),
         }
-        ShutdownSignal::FastShutdown
+        // Not the fast one: it would not tell the accept loops to end, and they would spin on a runtime that is gone.
+        ShutdownSignal::GracefulTerminate
     }
 }
 

@@ -62,23 +62,23 @@ impl Names {
 
     /// The same for a name that is plain text already, as in a multipart body.
     pub fn key_of_decoded(&self, decoded: &[u8]) -> Option<(Key, Spelling)> {
-        let is_bracket = |b: &u8| matches!(b, b'[' | b']');
-        let start = decoded.iter().position(|b| !is_bracket(b)).unwrap_or(decoded.len());
-        let end = decoded[start..].iter().position(is_bracket).map_or(decoded.len(), |at| start + at);
-        let (core, rest) = (&decoded[start..end], &decoded[end..]);
+        let is_bracket = |b: u8| matches!(b, b'[' | b']');
+        let is_blank = |b: u8| matches!(b, 0 | b' ' | 9..=13);
+        let start = decoded.iter().position(|b| !is_bracket(*b) && !is_blank(*b)).unwrap_or(decoded.len());
+        let end = decoded[start..].iter().position(|b| is_bracket(*b)).map_or(decoded.len(), |at| start + at);
+        let blanks_behind = decoded[start..end].iter().rev().take_while(|b| is_blank(**b)).count();
+        let (core, rest) = (&decoded[start..end - blanks_behind], &decoded[end..]);
+        let blanks = blanks_behind > 0 || decoded[..start].iter().any(|b| is_blank(*b));
         let spelling = match rest {
-            [] if start == 0 => Spelling::Plain,
+            [] if start == 0 && !blanks => Spelling::Plain,
             _ if rest.iter().all(|b| *b == b']') => Spelling::Variant,
             _ => Spelling::Structured,
         };
         // Blanks around a credential's name are read differently by different parsers; a page key with blanks is
         // another key to all of them.
-        match self.exact(core) {
-            Some(key) => Some((key, spelling)),
-            None => match self.exact(core.trim_ascii()) {
-                Some(Key::Page | Key::PerPage) | None => None,
-                Some(key) => Some((key, Spelling::Variant)),
-            },
+        match self.exact(core)? {
+            Key::Page | Key::PerPage if blanks => None,
+            key => Some((key, spelling)),
         }
     }
 
@@ -276,6 +276,8 @@ mod tests {
             ("+private_token", Variant),
             ("private_token%20", Variant),
             ("private_token%0a", Variant),
+            ("+]private_token", Variant),
+            ("private_token%00", Variant),
         ] {
             assert_eq!(names().key_of(name.as_bytes()), Some((Key::Token, spelling)), "{name}");
         }

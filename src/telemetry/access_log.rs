@@ -174,11 +174,10 @@ fn redacted(query: &[u8], secret_words: &[String]) -> Vec<u8> {
             out.extend_from_slice(piece);
             continue;
         }
-        // A plain name in front of a plain `=` tells nothing; anything else may be the secret itself.
+        // A plain name that is itself the telling word is no secret; anything else may be.
         let name = piece.split(|b| *b == b'=').next().unwrap_or_default();
-        if name.len() < piece.len()
-            && name.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'[' | b']'))
-        {
+        let plain = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'[' | b']');
+        if name.len() < piece.len() && name.iter().all(plain) && has_secret_word(name, secret_words) {
             out.extend_from_slice(&name[..name.len().min(64)]);
             out.push(b'=');
         }
@@ -278,6 +277,7 @@ mod tests {
             "private_token%3DS3CRET=x",
             "private_token:S3CRET",
             "apikey=S3CRET",
+            "S3CRET=private_token",
         ] {
             let text = String::from_utf8(redacted(query.as_bytes(), &words())).unwrap();
             assert!(!text.contains("S3CRET"), "{query} -> {text}");

@@ -70,6 +70,20 @@ pub fn open(path: &Path) -> Result<Connection, String> {
     Ok(db)
 }
 
+/// Opens a database that must be there and ours. A running gateway never makes one: an empty file that a broken restore
+/// or a full disk leaves in its place is no store without tokens, but one that can't tell.
+fn open_existing(path: &Path) -> Result<Connection, String> {
+    let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let db = Connection::open_with_flags(path, flags).map_err(|error| failed(&error))?;
+    db.busy_timeout(BUSY_TIMEOUT).map_err(|error| failed(&error))?;
+    match db.pragma_query_value(None, "user_version", |row| row.get(0)) {
+        Ok(SCHEMA_VERSION) => Ok(db),
+        Ok(other) => Err(failed(&format!("schema {other} where {SCHEMA_VERSION} is needed"))),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
 fn prepare(db: &mut Connection) -> Result<(), Box<dyn std::error::Error>> {
     db.busy_timeout(BUSY_TIMEOUT)?;
     db.pragma_update(None, "journal_mode", "wal")?;
@@ -203,7 +217,7 @@ impl Reader {
             // The file was replaced or removed: what this connection reads is no longer the store.
             Some((db, opened)) if Some(opened) == inode => (db, opened),
             _ => match inode {
-                Some(inode) => (open(&self.path).map_err(|error| unavailable(&error))?, inode),
+                Some(inode) => (open_existing(&self.path).map_err(|error| unavailable(&error))?, inode),
                 None => return Err(unavailable(&format!("{} is gone", self.path.display()))),
             },
         };
@@ -315,7 +329,7 @@ impl Watcher {
     /// Another file, or the same one after an error: whatever happened meanwhile was missed.
     fn reopen(&mut self) -> Result<Option<Changes>, String> {
         let Some(inode) = inode(&self.path) else { return Err("the file is gone".into()) };
-        let db = open(&self.path)?;
+        let db = open_existing(&self.path)?;
         let fresh = Self::new(self.path.clone(), db).map_err(|error| error.to_string())?;
         *self = Self { inode: Some(inode), ..fresh };
         Ok(Some(Changes::Everything))

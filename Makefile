@@ -1,0 +1,55 @@
+# What the project can do with itself. `make check` is what CI runs.
+.PHONY: check test lint doc deny deploy-check example bench bench-micro bench-instructions bench-cpu load flood rack attacks fuzz clean-client-venv
+
+check: lint doc test deploy-check
+
+# Installs what the tests need from Debian and PyPI, then runs all of them: the runner's summary comes last.
+test:
+	bash tests/install.sh
+	cargo test --locked --workspace
+
+lint:
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+
+doc:
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+# Needs cargo-deny (cargo install cargo-deny --locked).
+deny:
+	cargo deny --locked check bans licenses sources
+
+deploy-check:
+	cargo build --locked
+	bash deploy/check.sh
+
+# Writes the generated example anew; a test compares it.
+example:
+	cargo run --locked --quiet -- example-config > config/tollgate.example.toml
+
+bench-micro:
+	cargo bench --locked --bench micro
+
+# Instructions a request under callgrind, beside nginx and HAProxy (apt-get install valgrind haproxy nginx). 5 minutes.
+bench-instructions:
+	cargo build --locked --release
+	benches/e2e/run.py instructions --requests 10000 --peers
+
+# CPU time a request in interleaved rounds with nginx and HAProxy. 7 minutes on an idle machine.
+bench-cpu:
+	cargo build --locked --release
+	benches/e2e/run.py cpu
+
+bench: bench-micro bench-instructions bench-cpu
+
+# The long forms of what CI runs short.
+load:
+	cargo build --locked --release
+	benches/e2e/run.py load --connections 64 --seconds 60 --bad 20 --threads 2
+
+flood:
+	cargo build --locked --release
+	benches/e2e/run.py flood --count 1000000 --threads 2
+
+rack:
+	TOLLGATE_RACK_CASES=200000 cargo test --locked --test main -- rack:: --nocapture

@@ -1,0 +1,133 @@
+#!/bin/sh
+# Checks the files that no compiler sees: presets, unit file, Dockerfile, Prometheus files and the tables of docs/.
+# Usage: deploy/check.sh [PATH OF THE tollgate BINARY]        (default: target/debug/tollgate, or $TOLLGATE)
+# Needs promtool (Debian: prometheus), systemd-analyze (systemd) and awk, grep, sed, sort, comm. A missing tool is a failure.
+set -eu
+cd "$(dirname "$0")/.."
+LC_ALL=C
+export LC_ALL
+tollgate=${1:-${TOLLGATE:-target/debug/tollgate}}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+files=0
+
+fail() {
+    echo "deploy/check.sh: $*" >&2
+    exit 1
+}
+
+# run FILE COMMAND...: says what the command said only if it fails.
+run() {
+    file=$1
+    shift
+    [ -s "$file" ] || fail "$file is missing or empty"
+    "$@" >"$work/out" 2>&1 || {
+        cat "$work/out" >&2
+        fail "$file: failed: $*"
+    }
+    files=$((files + 1))
+    echo "ok $file"
+}
+
+for tool in promtool systemd-analyze awk grep sed sort comm; do
+    command -v "$tool" >/dev/null || fail "$tool is missing (apt-get install prometheus systemd)"
+done
+[ -x "$tollgate" ] || fail "$tollgate is missing (cargo build)"
+
+# --- Presets -----------------------------------------------------------------
+run config/minimal.toml "$tollgate" check --config config/minimal.toml
+run config/gitlab-v3.toml "$tollgate" check --config config/gitlab-v3.toml
+# Once more with every commented entry switched on; a key that then stands there twice keeps its second value.
+awk '
+    /^#(\[\[|[a-z_]+ = )/ { sub(/^#/, "") }
+    /^\[/ { section = $0 NR }
+    /^[a-z_]+ = / { key = section SUBSEP $1; if (key in at) delete line[at[key]]; at[key] = NR }
+    { line[NR] = $0 }
+    END { for (i = 1; i <= NR; i++) if (i in line) print line[i] }
+' config/gitlab-v3.toml >"$work/all.toml"
+run config/gitlab-v3.toml "$tollgate" check --config "$work/all.toml"
+doors=$(grep -c '^#\[\[route\]\]' config/gitlab-v3.toml)
+[ "$(grep -c '^  /.*): ' "$work/out")" -eq "$doors" ] || fail "not all $doors routes of gitlab-v3.toml are listed as open"
+files=$((files - 1))
+
+# --- systemd -----------------------------------------------------------------
+# The binary need not be installed for the unit to be right.
+sed 's#/usr/bin/tollgate#/bin/true#' deploy/systemd/tollgate.service >"$work/tollgate.service"
+unit() {
+    said=$(systemd-analyze verify --man=no "$work/tollgate.service" 2>&1) && [ -z "$said" ] || { echo "$said"; return 1; }
+    systemd-analyze security --offline=yes --threshold=15 "$work/tollgate.service"
+}
+run deploy/systemd/tollgate.service unit
+sysusers() { grep -Eq '^u tollgate - "[^"]*" /var/lib/tollgate$' deploy/systemd/tollgate.sysusers.conf; }
+run deploy/systemd/tollgate.sysusers.conf sysusers
+
+# --- Docker ------------------------------------------------------------------
+# No daemon is asked: what is copied must exist and be let through by the ignore file.
+dockerfile() {
+    awk '$1 == "COPY" && $2 !~ /^--from/ { for (i = 2; i < NF; i++) print $i }' deploy/docker/Dockerfile >"$work/copied"
+    grep -q . "$work/copied" || { echo "nothing is copied"; return 1; }
+    while read -r path; do
+        [ -e "$path" ] || { echo "$path does not exist"; return 1; }
+        grep -qxF "!${path%/}" deploy/docker/Dockerfile.dockerignore || { echo "$path is ignored"; return 1; }
+    done <"$work/copied"
+    grep -q -- '--locked' deploy/docker/Dockerfile && grep -q '^USER [1-9]' deploy/docker/Dockerfile
+}
+run deploy/docker/Dockerfile dockerfile
+run deploy/docker/Dockerfile.dockerignore grep -qx '\*' deploy/docker/Dockerfile.dockerignore
+
+# --- Prometheus --------------------------------------------------------------
+run deploy/prometheus/prometheus.yml promtool check config deploy/prometheus/prometheus.yml
+run deploy/prometheus/alerts.yml promtool check rules deploy/prometheus/alerts.yml
+run deploy/prometheus/alerts.test.yml promtool test rules deploy/prometheus/alerts.test.yml
+
+# --- Names, against the source -------------------------------------------------
+grep -o '"tollgate_[a-z_]*"' src/telemetry/metrics.rs | tr -d '"' | sort -u >"$work/metrics"
+sed -n '/const fn terms/,/^    }/p' src/reply/refusal.rs | grep -o '"[a-z_]*"' | tr -d '"' | sort -u >"$work/reasons"
+[ "$(wc -l <"$work/metrics")" -ge 20 ] && [ "$(wc -l <"$work/reasons")" -ge 40 ] || fail "names can't be read from the source any more"
+
+# same FILE WHAT: the lists `$work/known` (source) and `$work/said` (document) are equal.
+same() {
+    comm -3 "$work/known" "$work/said" >"$work/differ"
+    [ ! -s "$work/differ" ] || { echo "$1 differ (left: source only, right: document only)"; cat "$work/differ"; return 1; }
+}
+operations() {
+    cp "$work/metrics" "$work/known"
+    sed -n 's/^| `\(tollgate_[a-z_]*\)` | \(counter\|gauge\|histogram\) |.*/\1/p' docs/operations.md | sort >"$work/said"
+    same metrics || return 1
+    cp "$work/reasons" "$work/known"
+    sed -n 's/^| `\([a-z_]*\)` | [45][0-9][0-9] |.*/\1/p' docs/operations.md | sort >"$work/said"
+    same reasons || return 1
+    sed -n 's/^ *- alert: //p' deploy/prometheus/alerts.yml | sort >"$work/known"
+    sed -n '/^### Alerts/,/^## /p' docs/operations.md | grep '^| Tollgate' | cut -d'|' -f2 | grep -o 'Tollgate[A-Za-z0-9]*' | sort >"$work/said"
+    same alerts || return 1
+    # Each alert is tested both ways: it fires somewhere and stays silent somewhere.
+    while read -r alert; do
+        grep -q "alertname: $alert}" deploy/prometheus/alerts.test.yml || { echo "$alert: no test that it stays silent"; return 1; }
+        grep -q "alertname: $alert\$" deploy/prometheus/alerts.test.yml || { echo "$alert: no test that it fires"; return 1; }
+    done <"$work/known"
+}
+run docs/operations.md operations
+known_names() {
+    grep -ohE '\btollgate_[a-z_]*[a-z]' deploy/prometheus/*.yml docs/*.md | sed -E 's/_(bucket|sum|count)$//' | sort -u >"$work/said"
+    comm -13 "$work/metrics" "$work/said" >"$work/differ"
+    [ ! -s "$work/differ" ] || { echo "no such metrics:"; cat "$work/differ"; return 1; }
+}
+known_names || fail "metrics that do not exist"
+
+# --- Links and places in docs/ --------------------------------------------------
+places() {
+    grep -oE '`(src|tests|deploy|config)/[A-Za-z0-9_./-]+`?' "$1" | tr -d '`' | sort -u >"$work/places"
+    while read -r place; do [ -e "$place" ] || { echo "$place does not exist"; return 1; }; done <"$work/places"
+    grep -oE '\]\([a-z-]+\.md' "$1" | sed 's/](//' | sort -u >"$work/links" || true
+    while read -r link; do [ -e "docs/$link" ] || { echo "docs/$link does not exist"; return 1; }; done <"$work/links"
+    # module::test must be a test: the function stands in that module's file.
+    grep -oE '(attacks::)?[a-z_]+::[a-z0-9_]{9,}' "$1" | sort -u >"$work/tests" || true
+    while read -r test; do
+        module=tests/$(echo "${test%::*}" | sed 's#::#/#').rs
+        [ -e "$module" ] && grep -q "fn ${test##*::}()" "$module" || { echo "$test: no such test in $module"; return 1; }
+    done <"$work/tests"
+}
+for page in README security framework-traps clients; do run "docs/$page.md" places "docs/$page.md"; done
+places docs/operations.md || fail "docs/operations.md names what does not exist"
+
+echo "deploy/check.sh: $files files checked"

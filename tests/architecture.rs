@@ -1,0 +1,135 @@
+//! Reads the sources and holds the rules of the house: the order of the modules, where pingora may be named, and what
+//! the pure stages must not know.
+
+use std::path::{Path, PathBuf};
+
+fn sources() -> Vec<(PathBuf, String)> {
+    fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, found);
+            } else if path.extension().is_some_and(|ext| ext == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    walk(&root, &mut found);
+    let read = |path: PathBuf| (path.strip_prefix(&root).unwrap().to_owned(), std::fs::read_to_string(&path).unwrap());
+    let sources: Vec<_> = found.into_iter().map(read).collect();
+    assert!(sources.len() >= 45, "only {} files were read: is the scan right?", sources.len());
+    sources
+}
+
+/// The code of a file: no comments, and nothing from its tests on.
+fn code(text: &str) -> String {
+    let body = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+    body.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+}
+
+fn is_test(path: &Path) -> bool {
+    let name = path.to_string_lossy();
+    name.ends_with("tests.rs") || name.ends_with("contract.rs")
+}
+
+/// The modules as `lib.rs` declares them.
+fn order() -> Vec<String> {
+    let lib = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
+    let modules: Vec<String> =
+        lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';').map(str::to_owned)).collect();
+    assert_eq!(modules.len(), 12, "lib.rs declares the modules of the path: {modules:?}");
+    modules
+}
+
+#[test]
+fn a_module_uses_only_what_is_declared_above_it() {
+    let order = order();
+    let place = |module: &str| order.iter().position(|known| known == module);
+    let mut uses = 0;
+    let mut breaches = Vec::new();
+    for (path, text) in sources().iter().filter(|(path, _)| !is_test(path)) {
+        let own = path.components().next().unwrap().as_os_str().to_string_lossy().trim_end_matches(".rs").to_owned();
+        let Some(own_place) = place(&own) else { continue };
+        let code = code(text);
+        let mut used: Vec<String> = Vec::new();
+        for (at, _) in code.match_indices("crate::") {
+            let rest = &code[at + "crate::".len()..];
+            // `use crate::{a, b}` names several at once.
+            let names = match rest.strip_prefix('{') {
+                Some(list) => list.split('}').next().unwrap_or_default(),
+                None => rest.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or_default(),
+            };
+            used.extend(names.split(',').map(|name| name.trim().split("::").next().unwrap_or_default().to_owned()));
+        }
+        for module in used.iter().filter(|module| place(module).is_some()) {
+            uses += 1;
+            if place(module).unwrap() > own_place {
+                breaches.push(format!("{} uses {module}, which is declared below it", path.display()));
+            }
+        }
+    }
+    assert!(uses > 60, "only {uses} uses were found: is the scan right?");
+    assert_eq!(breaches, Vec::<String>::new());
+}
+
+#[test]
+fn pingora_is_named_in_the_edge_only() {
+    let named: Vec<_> =
+        sources().into_iter().filter(|(_, text)| code(text).contains("pingora::")).map(|(path, _)| path).collect();
+    assert!(named.len() >= 5, "{named:?}");
+    assert!(named.iter().all(|path| path.starts_with("edge")), "{named:?}");
+}
+
+#[test]
+fn the_configuration_is_read_as_toml_in_one_folder() {
+    let named: Vec<_> =
+        sources().into_iter().filter(|(_, text)| code(text).contains("toml::")).map(|(path, _)| path).collect();
+    // The file store's tokens are TOML as well.
+    let allowed = |path: &PathBuf| path.starts_with("config") || path.ends_with("store/file.rs");
+    assert!(named.len() >= 3 && named.iter().all(allowed), "{named:?}");
+}
+
+#[test]
+fn pure_stages_know_no_clock_no_runtime_and_no_io() {
+    let pure = |path: &Path| {
+        path.starts_with("request")
+            || path.starts_with("policy")
+            || path.starts_with("reply")
+            || path.ends_with("forward.rs")
+    };
+    let mut read = 0;
+    for (path, text) in sources().iter().filter(|(path, _)| pure(path)) {
+        read += 1;
+        let code = code(text);
+        for forbidden in
+            ["tokio", "async ", ".await", "Instant", "SystemTime", "std::fs", "std::net::Tcp", "log::", "fastrand"]
+        {
+            assert!(!code.contains(forbidden), "{} is pure and names {forbidden}", path.display());
+        }
+    }
+    assert!(read >= 14, "only {read} files of the pure stages were read");
+}
+
+#[test]
+fn every_file_says_what_it_is_for() {
+    for (path, text) in sources() {
+        assert!(text.starts_with("//! "), "{} begins without saying what it is for", path.display());
+    }
+}
+
+#[test]
+fn nothing_is_called_a_bag() {
+    for (path, _) in sources() {
+        let name = path.to_string_lossy().into_owned();
+        assert!(!["util", "helper", "common", "manager", "misc"].iter().any(|word| name.contains(word)), "{name}");
+    }
+}
+
+#[test]
+fn the_example_is_the_reference() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/tollgate.example.toml");
+    let committed = std::fs::read_to_string(path).unwrap();
+    assert_eq!(committed, tollgate::config::example(), "stale: run `make example`");
+}
