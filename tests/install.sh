@@ -17,7 +17,7 @@ pyapi="pyapi-gitlab==7.8.5"
 # Both clients come as source only; pip builds them quietly if this is there first.
 wheel="wheel==0.45.1"
 # prometheus is here for promtool only; ca-certificates because pip needs it.
-packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus)
+packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus systemd)
 
 say() { echo "install: $*"; }
 fail() { echo "install: FAILED: $*" >&2; exit 1; }

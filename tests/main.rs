@@ -15,6 +15,7 @@ mod answers;
 mod architecture;
 mod attacks;
 mod cli;
+mod deploy;
 mod forwarding;
 mod load;
 mod operations;
