@@ -6,7 +6,7 @@ check: lint doc test deploy-check
 # Installs what the tests need from Debian and PyPI, then runs all of them: the runner's summary comes last.
 test:
 	bash tests/install.sh
-	cargo test --locked --workspace
+	cargo test --locked --lib --test main
 
 lint:
 	cargo fmt --check
