@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny deploy-check example bench bench-micro bench-instructions bench-cpu load flood rack attacks fuzz clean-client-venv
+.PHONY: check test lint doc deny deploy-check example bench bench-micro bench-instructions bench-cpu load flood rack faults revocations contract scale
 
 check: lint doc test deploy-check
 
@@ -53,3 +53,21 @@ flood:
 
 rack:
 	TOLLGATE_RACK_CASES=200000 cargo test --locked --test main -- rack:: --nocapture
+
+# Store x fault -> what callers see, as a table. 3 minutes.
+faults:
+	TOLLGATE_FAULT_CROWD=1500 TOLLGATE_FAULT_ROUNDS=20 cargo test --locked --test main -- stores::faults --nocapture --test-threads 1 | tee target/faults.log
+	grep -o '^.*| .* |$$' target/faults.log | sed 's/^[^|]*//'
+
+# Three gateways on one PostgreSQL and on one Redis, connections cut at random. An hour.
+revocations:
+	TOLLGATE_REVOCATIONS=10000 cargo test --locked --test main -- stores::revocation --nocapture --test-threads 1 | tee target/revocations.log
+
+# The contract suite with a million rows in each store of our own. 10 minutes.
+contract:
+	TOLLGATE_CONTRACT_ROWS=1000000 cargo test --locked --lib -- contract --nocapture --test-threads 1
+
+# Cold and cached look-ups, memory and import time from 10^4 to 10^7 tokens. 40 minutes and 12 GB of disk.
+scale:
+	cargo build --locked --release
+	benches/scale.py

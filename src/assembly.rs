@@ -1,12 +1,17 @@
 //! From settings to running parts. Start-up and reload take the same road; a reload keeps the store and its cache as
 //! long as their settings did not change.
 
-use crate::config::{self, LogTarget, Problem, Settings, StoreKind};
+use crate::config::{self, LogTarget, Problem, Settings};
 use crate::edge::{self, Rebuild, Running, Snapshot};
 use crate::identity::Authenticator;
-use crate::identity::store::TokenStore;
+use crate::identity::credential::Digest;
+use crate::identity::store::chain::{Chain, Link};
 use crate::identity::store::file::FileStore;
+use crate::identity::store::introspect::IntrospectStore;
+use crate::identity::store::postgres::PostgresStore;
+use crate::identity::store::redis::RedisStore;
 use crate::identity::store::sqlite::SqliteStore;
+use crate::identity::store::{NamedStore, StoreSettings, TokenStore};
 use crate::pipeline::Pipeline;
 use crate::telemetry::access_log::{AccessLog, Sink};
 use crate::telemetry::metrics::Metrics;
@@ -30,20 +35,47 @@ fn snapshot(
     metrics: Arc<Metrics>,
     log: AccessLog,
 ) -> anyhow::Result<Snapshot> {
-    let pipeline =
-        Pipeline { rules: settings.rules.clone(), forward: settings.forward.clone(), authenticator, metrics };
+    let pipeline = Pipeline {
+        rules: settings.rules.clone(),
+        policy: settings.policy.clone(),
+        forward: settings.forward.clone(),
+        authenticator,
+        metrics,
+    };
     Snapshot::build(pipeline, &settings.upstreams, settings.timeouts, log).map_err(|why| anyhow!(why))
 }
 
 fn authenticator(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<Authenticator>> {
-    let store: Arc<dyn TokenStore> = match settings.store.kind {
-        StoreKind::Sqlite => Arc::new(SqliteStore::start(&settings.store.path).map_err(|why| anyhow!("store: {why}"))?),
-        StoreKind::File => {
-            Arc::new(FileStore::open(&settings.store.path, edge::now).map_err(|why| anyhow!("store: {why}"))?)
+    let links = settings.stores.iter().map(|store| link(store, metrics)).collect::<anyhow::Result<Vec<_>>>()?;
+    let authenticator = Authenticator::new(Chain::new(links), settings.cache.clone(), Arc::clone(metrics), edge::now);
+    Ok(Arc::new(match &settings.snapshot {
+        Some(path) => authenticator.with_snapshot(path, &origin(&settings.stores)),
+        None => authenticator,
+    }))
+}
+
+fn link(store: &NamedStore, metrics: &Metrics) -> anyhow::Result<Link> {
+    let metrics = Arc::new(metrics.store(&store.name));
+    let opened: Result<Arc<dyn TokenStore>, String> = match store.kind.clone() {
+        StoreSettings::Sqlite(path) => SqliteStore::start(&path).map(|store| Arc::new(store) as _),
+        StoreSettings::File(path) => FileStore::open(&path, edge::now).map(|store| Arc::new(store) as _),
+        StoreSettings::Postgres(settings) => {
+            PostgresStore::new(*settings, Arc::clone(&metrics)).map(|store| Arc::new(store) as _)
+        }
+        StoreSettings::Redis(settings) => {
+            RedisStore::new(*settings, Arc::clone(&metrics)).map(|store| Arc::new(store) as _)
+        }
+        StoreSettings::Introspection(settings) => {
+            IntrospectStore::new(*settings, store.timeout, Arc::clone(&metrics)).map(|store| Arc::new(store) as _)
         }
     };
-    let cache = settings.cache.clone();
-    Ok(Arc::new(Authenticator::new(store, cache, settings.store.timeout, Arc::clone(metrics), edge::now)))
+    let opened = opened.map_err(|why| anyhow!("store {}: {why}", store.name))?;
+    Ok(Link { name: store.name.clone(), store: opened, timeout: store.timeout, metrics })
+}
+
+/// What these stores are, for telling one snapshot from another. Secrets print as dots.
+fn origin(stores: &[NamedStore]) -> String {
+    Digest::of(format!("{stores:?}").as_bytes()).to_hex()
 }
 
 fn access_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<AccessLog> {
@@ -66,11 +98,14 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         let (settings, log) = &mut *current;
         let describe = |error: anyhow::Error| format!("{error:#}");
         let metrics = Arc::clone(&running.pipeline.metrics);
-        let authenticator = if (&next.store, &next.cache) == (&settings.store, &settings.cache) {
-            Arc::clone(&running.pipeline.authenticator)
-        } else {
-            authenticator(&next, &metrics).map_err(describe)?
-        };
+        let authenticator =
+            if (&next.stores, &next.cache, &next.snapshot) == (&settings.stores, &settings.cache, &settings.snapshot) {
+                Arc::clone(&running.pipeline.authenticator)
+            } else {
+                // What the old one learned is worth a snapshot to the new one, if it is of the same stores.
+                running.pipeline.authenticator.save();
+                authenticator(&next, &metrics).map_err(describe)?
+            };
         // Opened anew in any case, so that a reload also picks up a rotated file.
         let next_log = access_log(&next, &metrics).map_err(describe)?;
         let snapshot = snapshot(&next, authenticator, metrics, next_log.clone()).map_err(describe)?;

@@ -67,7 +67,7 @@ pub struct Plan<'r> {
 }
 
 pub fn plan<'r>(permit: Permit, examined: Examined<'r>) -> Plan<'r> {
-    let Examined { route, auth, presented, edits, clamped, asks_sudo: _, body } = examined;
+    let Examined { route, auth, presented, edits, clamped, asks_sudo: _, body, method: _, canonical: _ } = examined;
     Plan { route, auth, permit, presented, edits, clamped, body }
 }
 

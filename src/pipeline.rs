@@ -6,7 +6,7 @@ use crate::Now;
 use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::credential::{Digest, TokenId};
 use crate::identity::{Answer, Authenticator, CannotTell, Checked, Principal, Waiting};
-use crate::policy;
+use crate::policy::Policy;
 use crate::reply::{Cause, Refusal};
 use crate::request::route::Route;
 use crate::request::token::Source;
@@ -18,6 +18,7 @@ use std::sync::Arc;
 /// Everything that decides on requests, built from one configuration and never changed.
 pub struct Pipeline {
     pub rules: request::Rules,
+    pub policy: Policy,
     pub forward: ForwardRules,
     pub authenticator: Arc<Authenticator>,
     pub metrics: Arc<Metrics>,
@@ -48,6 +49,7 @@ pub enum Admission<'r> {
 pub struct Pending<'r> {
     pipeline: &'r Pipeline,
     examined: Examined<'r>,
+    digest: Digest,
     waiting: Waiting,
 }
 
@@ -70,32 +72,46 @@ impl Pipeline {
             }
         };
         let Some(presented) = &examined.presented else {
-            return Admission::Decided(self.settle(examined, None));
+            return Admission::Decided(self.settle(examined, None, None));
         };
         if presented.in_query {
             self.metrics.query_token();
         }
-        match self.authenticator.check(&presented.value, now) {
-            Checked::Known(answer) => Admission::Decided(self.answered(examined, Ok(answer))),
-            Checked::Waiting(waiting) => Admission::Waiting(Pending { pipeline: self, examined, waiting }),
+        let digest = Digest::of(&presented.value);
+        match self.authenticator.check(&presented.value, &digest, now) {
+            Checked::Known(answer) => Admission::Decided(self.answered(examined, &digest, Ok(answer))),
+            Checked::Waiting(waiting) => Admission::Waiting(Pending { pipeline: self, examined, digest, waiting }),
         }
     }
 
-    fn answered<'r>(&'r self, examined: Examined<'r>, answer: Result<Answer, CannotTell>) -> Verdict<'r> {
+    fn answered<'r>(
+        &'r self,
+        examined: Examined<'r>,
+        digest: &Digest,
+        answer: Result<Answer, CannotTell>,
+    ) -> Verdict<'r> {
         let cause = match answer {
-            Ok(Answer::Valid(principal)) => return self.settle(examined, Some(principal)),
+            Ok(Answer::Valid(principal)) => return self.settle(examined, Some(principal), Some(digest)),
             Ok(Answer::Invalid(why)) => Cause::Identity(why),
-            Err(CannotTell) => Cause::CannotTell,
+            Err(why) => Cause::CannotTell(why),
         };
-        self.refuse(cause.into(), Some(examined.route), token_id(&examined), source(&examined))
+        self.refuse(cause.into(), Some(examined.route), Some(digest.id()), source(&examined))
     }
 
     /// Asks the policy and plans what goes upstream.
-    fn settle<'r>(&'r self, examined: Examined<'r>, principal: Option<Arc<Principal>>) -> Verdict<'r> {
+    fn settle<'r>(
+        &'r self,
+        examined: Examined<'r>,
+        principal: Option<Arc<Principal>>,
+        digest: Option<&Digest>,
+    ) -> Verdict<'r> {
         let result = if principal.is_some() { AuthResult::Valid } else { AuthResult::Anonymous };
-        match policy::decide(&examined, principal, self.rules.switches) {
+        match self.policy.decide(&examined, principal) {
             Ok(permit) => {
                 self.metrics.auth(result, "ok", source(&examined));
+                if let Some(generation) = permit.principal().and_then(|principal| principal.generation()) {
+                    self.metrics.rotated(generation);
+                }
                 if examined.clamped.page {
                     self.metrics.clamped(Clamp::Page);
                 }
@@ -105,7 +121,8 @@ impl Pipeline {
                 Verdict::Forward(forward::plan(permit, examined))
             }
             Err(fault) => {
-                self.refuse(Cause::Policy(fault).into(), Some(examined.route), token_id(&examined), source(&examined))
+                let token = digest.map(Digest::id);
+                self.refuse(Cause::Policy(fault).into(), Some(examined.route), token, source(&examined))
             }
         }
     }
@@ -128,12 +145,8 @@ impl<'r> Pending<'r> {
     /// Waits for the store and goes on from there.
     pub async fn verdict(self) -> Verdict<'r> {
         let answer = self.waiting.answer().await;
-        self.pipeline.answered(self.examined, answer)
+        self.pipeline.answered(self.examined, &self.digest, answer)
     }
-}
-
-fn token_id(examined: &Examined<'_>) -> Option<TokenId> {
-    examined.presented.as_ref().map(|presented| Digest::of(&presented.value).id())
 }
 
 /// The source as metrics and logs name it.

@@ -31,7 +31,7 @@ fn code(text: &str) -> String {
 
 fn is_test(path: &Path) -> bool {
     let name = path.to_string_lossy();
-    name.ends_with("tests.rs") || name.ends_with("contract.rs")
+    name.ends_with("tests.rs") || name.contains("/contract/")
 }
 
 /// The modules as `lib.rs` declares them.

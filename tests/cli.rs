@@ -163,7 +163,7 @@ fn the_example_is_generated_and_right() {
     let example = stdout(&output);
     let checked = check(&example);
     assert_eq!(checked.status.code(), Some(0), "{}", all(&checked));
-    for section in ["[server]", "[admin]", "[[upstream]]", "[token]", "[store]", "[cache]", "[log]"] {
+    for section in ["[server]", "[admin]", "[[upstream]]", "[token]", "[[store]]", "[cache]", "[log]"] {
         assert!(example.lines().any(|line| line == section), "{section}");
     }
     let kept = repository("config/tollgate.example.toml");

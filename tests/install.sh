@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the end-to-end tests need beside Rust: a Ruby backend that behaves like GitLab's API v3
-# (tests/backend), the API clients of that era (tests/clients) and promtool.
+# (tests/backend), the API clients of that era (tests/clients), promtool, and the token stores (PostgreSQL, Redis).
 #
 # Run it as root, through sudo, or as a user who may use sudo. A second run finds everything and is done in a moment.
 #   TOLLGATE_PY_VENV   where the Python clients go (default: target/py-clients below the repository root)
@@ -16,8 +16,10 @@ requirements=tests/clients/requirements.txt
 pyapi="pyapi-gitlab==7.8.5"
 # Both clients come as source only; pip builds them quietly if this is there first.
 wheel="wheel==0.45.1"
-# prometheus is here for promtool only; ca-certificates because pip needs it.
-packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus systemd)
+# prometheus is here for promtool only; ca-certificates because pip needs it. PostgreSQL and Redis are started by the tests
+# themselves, with data of their own; openssl makes the certificates for that.
+packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus systemd
+  postgresql redis-server openssl)
 
 say() { echo "install: $*"; }
 fail() { echo "install: FAILED: $*" >&2; exit 1; }
@@ -68,9 +70,12 @@ install_packages() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${wanted[@]}" >/dev/null \
     || fail "apt-get install ${wanted[*]}: see the lines above; needs Debian 12 or something close to it"
   # Not now, and not at the next boot either.
-  if [[ " ${wanted[*]} " == *" prometheus "* ]] && command -v systemctl >/dev/null; then
-    as_root systemctl --quiet disable prometheus.service 2>/dev/null || say "note: prometheus.service could not be disabled"
-  fi
+  local package
+  for package in prometheus postgresql redis-server; do
+    if [[ " ${wanted[*]} " == *" $package "* ]] && command -v systemctl >/dev/null; then
+      as_root systemctl --quiet disable "$package.service" 2>/dev/null || say "note: $package.service could not be disabled"
+    fi
+  done
   restore_policy
   trap - EXIT
 }

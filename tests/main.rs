@@ -9,6 +9,7 @@
 )]
 
 mod harness;
+mod servers;
 mod support;
 
 mod answers;
@@ -22,6 +23,8 @@ mod operations;
 mod paging;
 mod rack;
 mod real_clients;
+mod scopes;
 mod slow;
 mod smoke;
+mod stores;
 mod token;

@@ -1,12 +1,30 @@
-//! `tollgate check`: every problem of a configuration, or every way around the token.
+//! `tollgate check`: every problem of a configuration, or where tokens are looked up and every way around them.
 
 use super::Failure;
+use crate::identity::store::StoreSettings;
+use crate::identity::store::postgres::Source;
+use crate::identity::store::redis::RedisChanges;
 use crate::request::route::{Auth, Methods, Route};
 use std::path::Path;
 
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let settings = super::load(path)?;
     println!("{}: ok", path.display());
+    println!("tokens are looked up in:");
+    for store in &settings.stores {
+        let bound = match &store.kind {
+            StoreSettings::Introspection(_) => None,
+            StoreSettings::Postgres(postgres) => postgres.channel.as_ref().map(|_| match &postgres.source {
+                Source::Own { .. } => "within a second",
+                _ => "within a second, once `tollgate store install-triggers` has been run",
+            }),
+            StoreSettings::Redis(redis) => (redis.changes != RedisChanges::None).then_some("within a second"),
+            StoreSettings::Sqlite(_) | StoreSettings::File(_) => Some("within a second"),
+        };
+        let ttl = humantime::format_duration(settings.cache.positive_ttl);
+        let bound = bound.map_or_else(|| format!("after up to {ttl} ([cache] positive_ttl)"), str::to_owned);
+        println!("  {}  (a revoked token stops working {bound})", store.name);
+    }
     let open: Vec<&Route> = settings.rules.routes.iter().filter(|route| route.auth != Auth::Required).collect();
     let preflights = settings.rules.cors_preflight;
     if open.is_empty() && !preflights {

@@ -39,16 +39,15 @@ pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
     let settings = config::parse(&text, &folder.0).map_err(|problems| anyhow!(assembly::report(&problems)))?;
     let token = new_token()?;
     let record = TokenRecord {
-        digest: Digest::of(token.as_bytes()),
-        user: "demo".into(),
         scopes: vec!["api".into()],
         description: "made by tollgate demo".into(),
         created: edge::now().unix_ms / 1000,
-        expires: None,
-        revoked: None,
-        last_used: None,
+        ..TokenRecord::new(Digest::of(token.as_bytes()), "demo")
     };
-    super::token::admin(&settings)?.create(&record)?;
+    super::block_on(async {
+        super::token::admin(&settings, None).await?.create(&record).await?;
+        Ok(())
+    })?;
     let running = assembly::assemble(settings, None)?;
 
     let url = format!("http://{listen}/api/v3");

@@ -4,6 +4,7 @@
 mod check;
 mod demo;
 mod run;
+mod store;
 mod token;
 
 use clap::{Parser, Subcommand};
@@ -36,10 +37,15 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
     },
-    /// Create, list, show, revoke and import tokens.
+    /// Create, list, show, rotate, revoke, block and import tokens.
     Token {
         #[command(subcommand)]
         command: token::Command,
+    },
+    /// Make a store's tables, and what tells of changes in tables that are not tollgate's.
+    Store {
+        #[command(subcommand)]
+        command: store::Command,
     },
     /// Print a configuration with every key, its default and its meaning.
     ExampleConfig,
@@ -75,7 +81,8 @@ pub fn main() -> ExitCode {
         Command::Run { config } => run::run(&config),
         Command::Demo { listen } => demo::run(listen),
         Command::Check { config } => check::run(&config),
-        Command::Token { command } => token::run(command),
+        Command::Token { command } => block_on(token::run(command)),
+        Command::Store { command } => block_on(store::run(command)),
         Command::ExampleConfig => {
             print!("{}", crate::config::example());
             Ok(())
@@ -92,6 +99,11 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs a command that talks to a store.
+fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
 /// Loads a configuration, or says all that is wrong with it.

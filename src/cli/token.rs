@@ -1,11 +1,15 @@
 //! `tollgate token`: what people do with tokens in a store of tollgate's own. A token is printed once, when it is made.
 
 use super::Failure;
-use crate::config::{Settings, StoreKind};
+use crate::config::Settings;
 use crate::identity::credential::Digest;
 use crate::identity::store::file::FileAdmin;
+use crate::identity::store::postgres::{PostgresAdmin, Source};
+use crate::identity::store::redis::RedisAdmin;
 use crate::identity::store::sqlite::SqliteAdmin;
-use crate::identity::store::{AdminError, ShownRecord, TokenAdmin, TokenRecord, parse_time, rfc3339};
+use crate::identity::store::{
+    AdminError, NamedStore, ShownRecord, StoreSettings, TokenAdmin, TokenRecord, parse_time, rfc3339,
+};
 use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
 use serde::Deserialize;
@@ -15,9 +19,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 #[derive(clap::Args)]
 pub(super) struct Common {
-    /// The configuration whose [store] is meant.
+    /// The configuration whose store is meant.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// The name of the [[store]]; without it, the first one that tollgate can write to.
+    #[arg(long, value_name = "NAME")]
+    store: Option<String>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -37,6 +44,9 @@ pub(super) enum Command {
         scopes: Vec<String>,
         #[arg(long, default_value = "")]
         description: String,
+        /// When it begins: a time like 2026-12-31T08:00:00Z, or from now on like 2h. At once without it.
+        #[arg(long, value_name = "TIME")]
+        not_before: Option<String>,
         /// When it ends: a time like 2026-12-31T23:59:59Z, or from now on like 90days.
         #[arg(long, value_name = "TIME")]
         expires: Option<String>,
@@ -53,12 +63,43 @@ pub(super) enum Command {
         /// The id from the access log or the list; `-` reads the token from standard input.
         id: String,
     },
+    /// Put a new token in the place of another, for the same user and scopes. Both work for a while, then the old one ends.
+    Rotate {
+        #[command(flatten)]
+        common: Common,
+        /// The id from the access log or the list; `-` reads the token from standard input.
+        id: String,
+        /// How long the old one goes on working.
+        #[arg(long, default_value = "24h", value_name = "SPAN")]
+        overlap: String,
+        /// When the new one ends; without it, as far from now as the old one was from its making.
+        #[arg(long, value_name = "TIME")]
+        expires: Option<String>,
+    },
     /// End a token. A running gateway knows within a second.
     Revoke {
         #[command(flatten)]
         common: Common,
         /// The id from the access log or the list; `-` reads the token from standard input.
         id: String,
+        /// Come back only when every running gateway on this store has confirmed it.
+        #[arg(long)]
+        wait: bool,
+        /// How long to wait for them. Afterwards the exit code is 1, and those that did not confirm are named.
+        #[arg(long, default_value = "30s", value_name = "SPAN")]
+        timeout: String,
+    },
+    /// Refuse all tokens of a user, until `unblock`.
+    Block {
+        #[command(flatten)]
+        common: Common,
+        user: String,
+    },
+    /// Take a user's tokens again.
+    Unblock {
+        #[command(flatten)]
+        common: Common,
+        user: String,
     },
     /// Add tokens from JSON lines with `user`, `token` or `sha256`, and if wanted `scopes`, `description`, `expires`.
     Import {
@@ -69,29 +110,67 @@ pub(super) enum Command {
     },
 }
 
-pub(super) fn run(command: Command) -> Result<(), Failure> {
+pub(super) async fn run(command: Command) -> Result<(), Failure> {
     match command {
-        Command::Create { common, user, scopes, description, expires } => {
-            create(&common, user, scopes, description, expires.as_deref())
+        Command::Create { common, user, scopes, description, not_before, expires } => {
+            let not_before = moment("--not-before", not_before.as_deref())?;
+            let expires = moment("--expires", expires.as_deref())?;
+            create(&common, user, scopes, description, not_before, expires).await
         }
-        Command::List { common } => list(&common),
-        Command::Show { common, id } => show(&common, &id),
-        Command::Revoke { common, id } => revoke(&common, &id),
-        Command::Import { common, file } => import(&common, &file),
+        Command::List { common } => list(&common).await,
+        Command::Show { common, id } => show(&common, &id).await,
+        Command::Rotate { common, id, overlap, expires } => {
+            let expires = moment("--expires", expires.as_deref())?;
+            rotate(&common, &id, span("--overlap", &overlap)?, expires).await
+        }
+        Command::Revoke { common, id, wait, timeout } => {
+            let wait = wait.then(|| span("--timeout", &timeout)).transpose()?;
+            revoke(&common, &id, wait).await
+        }
+        Command::Block { common, user } => block(&common, &user, true).await,
+        Command::Unblock { common, user } => block(&common, &user, false).await,
+        Command::Import { common, file } => import(&common, &file).await,
     }
 }
 
-fn open(common: &Common) -> Result<Box<dyn TokenAdmin>, Failure> {
+async fn open(common: &Common) -> Result<(Settings, Box<dyn TokenAdmin>), Failure> {
     let settings = super::load(&common.config)?;
-    Ok(admin(&settings)?)
+    let admin = admin(&settings, common.store.as_deref()).await?;
+    Ok((settings, admin))
 }
 
-/// The writing side of the configured store.
-pub(super) fn admin(settings: &Settings) -> Result<Box<dyn TokenAdmin>, AdminError> {
-    Ok(match settings.store.kind {
-        StoreKind::Sqlite => Box::new(SqliteAdmin::open(&settings.store.path)?),
-        StoreKind::File => Box::new(FileAdmin::new(&settings.store.path)),
+/// The writing side of a store: of the one with this name, or of the first that has one.
+pub(super) async fn admin(settings: &Settings, name: Option<&str>) -> anyhow::Result<Box<dyn TokenAdmin>> {
+    let names = || settings.stores.iter().map(|store| store.name.as_str()).collect::<Vec<_>>().join(", ");
+    let store =
+        match name {
+            Some(name) => settings
+                .stores
+                .iter()
+                .find(|store| store.name == name)
+                .ok_or_else(|| anyhow!("there is no store \"{name}\"; there are: {}", names()))?,
+            None => settings.stores.iter().find(|store| is_ours(store)).ok_or_else(|| {
+                anyhow!("{}: not tollgate's own; make and end tokens where these stores belong", names())
+            })?,
+        };
+    Ok(match &store.kind {
+        StoreSettings::Sqlite(path) => Box::new(SqliteAdmin::open(path)?),
+        StoreSettings::File(path) => Box::new(FileAdmin::new(path)),
+        StoreSettings::Postgres(settings) if is_ours(store) => Box::new(PostgresAdmin::open(settings).await?),
+        StoreSettings::Redis(settings) => Box::new(RedisAdmin::open(settings).await?),
+        StoreSettings::Postgres(_) | StoreSettings::Introspection(_) => {
+            bail!("store {}: not tollgate's own; make and end tokens where they belong", store.name)
+        }
     })
+}
+
+/// Whether tollgate may write there.
+fn is_ours(store: &NamedStore) -> bool {
+    match &store.kind {
+        StoreSettings::Sqlite(_) | StoreSettings::File(_) | StoreSettings::Redis(_) => true,
+        StoreSettings::Postgres(settings) => matches!(settings.source, Source::Own { .. }),
+        StoreSettings::Introspection(_) => false,
+    }
 }
 
 fn now() -> u64 {
@@ -123,46 +202,102 @@ fn base32(bytes: &[u8]) -> String {
     out
 }
 
-fn create(
+async fn create(
     common: &Common,
     user: String,
     scopes: Vec<String>,
     description: String,
-    expires: Option<&str>,
+    not_before: Option<u64>,
+    expires: Option<u64>,
 ) -> Result<(), Failure> {
-    let expires = expires.map(expiry).transpose().map_err(|error| Failure::Usage(error.to_string()))?;
     if let Some(scope) = scopes.iter().find(|scope| scope.is_empty() || scope.contains(char::is_whitespace)) {
         return Err(Failure::Usage(format!("--scope: \"{scope}\" must be one word")));
     }
-    let mut admin = open(common)?;
+    if not_before.zip(expires).is_some_and(|(start, end)| start >= end) {
+        return Err(Failure::Usage("--not-before comes after --expires".into()));
+    }
+    let (settings, mut admin) = open(common).await?;
+    warn_of_scopes(&settings, &scopes);
     let token = new_token()?;
-    let digest = Digest::of(token.as_bytes());
-    let record =
-        TokenRecord { digest, user, scopes, description, created: now(), expires, revoked: None, last_used: None };
-    admin.create(&record)?;
+    let record = TokenRecord {
+        scopes,
+        description,
+        created: now(),
+        not_before,
+        expires,
+        ..TokenRecord::new(Digest::of(token.as_bytes()), user)
+    };
+    admin.create(&record).await?;
+    hand_over(common, &token, &record)
+}
+
+/// What a token would be refused for, said while it can still be made in another way.
+fn warn_of_scopes(settings: &Settings, scopes: &[String]) {
+    let Some(known) = &settings.policy.scopes else { return };
+    let unknown = |scope: &&String| !known.rules().iter().any(|rule| rule.scope == **scope);
+    if scopes.is_empty() {
+        eprintln!("note: [[scope]] is in force, and a token without a scope may do nothing");
+    }
+    for scope in scopes.iter().filter(unknown) {
+        eprintln!("note: no [[scope]] says what \"{}\" allows", plain(scope));
+    }
+}
+
+/// Prints a new token, the one time.
+fn hand_over(common: &Common, token: &str, record: &TokenRecord) -> Result<(), Failure> {
     if common.json {
-        let mut shown = serde_json::to_value(ShownRecord::from(&record))?;
+        let mut shown = serde_json::to_value(ShownRecord::from(record))?;
         shown["token"] = token.into();
         println!("{shown}");
     } else {
         println!("{token}");
-        eprintln!("token {} for {}: keep it now, it is not shown again", digest.id(), record.user);
+        eprintln!("token {} for {}: keep it now, it is not shown again", record.digest.id(), plain(&record.user));
     }
     Ok(())
 }
 
-/// A point in time, or a span from now.
-fn expiry(text: &str) -> anyhow::Result<u64> {
-    let span = || humantime::parse_duration(text).ok().map(|span| now() + span.as_secs());
+async fn rotate(common: &Common, id: &str, overlap: Duration, expires: Option<u64>) -> Result<(), Failure> {
+    let (_, mut admin) = open(common).await?;
+    let old = find(admin.as_mut(), id).await?;
+    let (token, at) = (new_token()?, now());
+    let lifetime = old.expires.map(|end| end.saturating_sub(old.not_before.unwrap_or(old.created)));
+    let next = TokenRecord {
+        scopes: old.scopes.clone(),
+        description: old.description.clone(),
+        created: at,
+        expires: expires.or(lifetime.map(|span| at.saturating_add(span))),
+        replaces: Some(old.digest),
+        blocked: old.blocked,
+        ..TokenRecord::new(Digest::of(token.as_bytes()), old.user.clone())
+    };
+    let end = at.saturating_add(overlap.as_secs());
+    admin.rotate(&old.digest, &next, at, end).await?;
+    let end = old.expires.map_or(end, |own| own.min(end));
+    eprintln!("token {} goes on working until {}", old.digest.id(), rfc3339(end));
+    hand_over(common, &token, &next)
+}
+
+/// A span like `24h`.
+fn span(option: &str, text: &str) -> Result<Duration, Failure> {
+    humantime::parse_duration(text)
+        .map_err(|_| Failure::Usage(format!("{option} {text}: write a span like 24h or 30s")))
+}
+
+/// A point in time to come, or a span from now.
+fn moment(option: &str, text: Option<&str>) -> Result<Option<u64>, Failure> {
+    let Some(text) = text else { return Ok(None) };
+    let span = || humantime::parse_duration(text).ok().map(|span| now().saturating_add(span.as_secs()));
     match parse_time(text).or_else(span) {
-        Some(at) if at > now() => Ok(at),
-        Some(_) => bail!("--expires {text} is over already"),
-        None => bail!("--expires {text}: write a time like 2026-12-31T23:59:59Z, or a span like 90days"),
+        Some(at) if at > now() => Ok(Some(at)),
+        Some(_) => Err(Failure::Usage(format!("{option} {text} is over already"))),
+        None => Err(Failure::Usage(format!(
+            "{option} {text}: write a time like 2026-12-31T23:59:59Z, or a span like 90days"
+        ))),
     }
 }
 
-fn list(common: &Common) -> Result<(), Failure> {
-    let records = open(common)?.list()?;
+async fn list(common: &Common) -> Result<(), Failure> {
+    let records = open(common).await?.1.list().await?;
     if common.json {
         let shown: Vec<_> = records.iter().map(ShownRecord::from).collect();
         println!("{}", serde_json::to_string(&shown)?);
@@ -191,13 +326,16 @@ fn plain(text: &str) -> String {
 fn state(record: &TokenRecord) -> &'static str {
     match record {
         TokenRecord { revoked: Some(_), .. } => "revoked",
+        TokenRecord { blocked: true, .. } => "blocked",
+        TokenRecord { not_before: Some(start), .. } if *start > now() => "not yet",
         TokenRecord { expires: Some(end), .. } if *end <= now() => "expired",
+        TokenRecord { superseded: Some(_), .. } => "rotated",
         _ => "active",
     }
 }
 
 /// The one token that an id, or standard input, stands for.
-fn find(admin: &dyn TokenAdmin, id: &str) -> anyhow::Result<TokenRecord> {
+async fn find(admin: &mut dyn TokenAdmin, id: &str) -> anyhow::Result<TokenRecord> {
     let prefix = if id == "-" {
         let mut token = String::new();
         std::io::stdin().lock().read_line(&mut token).context("standard input")?;
@@ -211,7 +349,7 @@ fn find(admin: &dyn TokenAdmin, id: &str) -> anyhow::Result<TokenRecord> {
         }
         hex
     };
-    let mut found = admin.find(&prefix)?;
+    let mut found = admin.find(&prefix).await?;
     match (found.pop(), found.len()) {
         (Some(record), 0) => Ok(record),
         (None, _) => bail!("no such token"),
@@ -219,8 +357,8 @@ fn find(admin: &dyn TokenAdmin, id: &str) -> anyhow::Result<TokenRecord> {
     }
 }
 
-fn show(common: &Common, id: &str) -> Result<(), Failure> {
-    let record = find(open(common)?.as_ref(), id)?;
+async fn show(common: &Common, id: &str) -> Result<(), Failure> {
+    let record = find(open(common).await?.1.as_mut(), id).await?;
     print_record(common, &record)
 }
 
@@ -237,23 +375,52 @@ fn print_record(common: &Common, record: &TokenRecord) -> Result<(), Failure> {
     println!("scopes       {}", plain(&shown.scopes.join(" ")));
     println!("description  {}", plain(&shown.description));
     println!("created      {}", shown.created);
+    if let Some(start) = shown.not_before {
+        println!("not before   {start}");
+    }
     println!("expires      {}", or(shown.expires, "never"));
+    if let Some(at) = shown.superseded {
+        println!("rotated      {at}");
+    }
+    if let Some(old) = shown.replaces {
+        println!("replaces     {old}");
+    }
     println!("revoked      {}", or(shown.revoked, "no"));
     println!("last used    {}", or(shown.last_used, "never"));
     println!("sha256       {}", shown.sha256);
     Ok(())
 }
 
-fn revoke(common: &Common, id: &str) -> Result<(), Failure> {
-    let mut admin = open(common)?;
-    let record = find(admin.as_ref(), id)?;
-    let revoked = admin.revoke(&record.digest, now())?;
-    let record = find(admin.as_ref(), &record.digest.to_hex())?;
+async fn revoke(common: &Common, id: &str, wait: Option<Duration>) -> Result<(), Failure> {
+    let (_, mut admin) = open(common).await?;
+    let record = find(admin.as_mut(), id).await?;
+    let revoked = admin.revoke(&record.digest, now()).await?;
+    let record = find(admin.as_mut(), &record.digest.to_hex()).await?;
     if common.json {
-        return print_record(common, &record);
+        print_record(common, &record)?;
+    } else {
+        let how = if revoked { "is revoked" } else { "was revoked before" };
+        println!("token {} of {} {how}", record.digest.id(), plain(&record.user));
     }
-    let how = if revoked { "is revoked" } else { "was revoked before" };
-    println!("token {} of {} {how}", record.digest.id(), plain(&record.user));
+    let Some(timeout) = wait else { return Ok(()) };
+    let started = Instant::now();
+    let confirmed = admin.wait(timeout).await?;
+    let took = started.elapsed().as_millis();
+    match confirmed.len() {
+        0 => eprintln!("no gateway is running on this store"),
+        count => eprintln!("confirmed by {count} within {took} ms: {}", plain(&confirmed.join(", "))),
+    }
+    Ok(())
+}
+
+async fn block(common: &Common, user: &str, blocked: bool) -> Result<(), Failure> {
+    let changed = open(common).await?.1.block(user, blocked).await?;
+    let how = if blocked { "are blocked" } else { "work again" };
+    if common.json {
+        println!("{}", serde_json::json!({ "user": user, "blocked": blocked, "changed": changed }));
+    } else {
+        println!("{changed} tokens of {} {how}", plain(user));
+    }
     Ok(())
 }
 
@@ -267,13 +434,16 @@ struct ImportedLine {
     scopes: Vec<String>,
     #[serde(default)]
     description: String,
+    not_before: Option<String>,
     expires: Option<String>,
+    #[serde(default)]
+    blocked: bool,
 }
 
-fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> {
-    let mut admin = open(common)?;
-    let input: Box<dyn BufRead> = if file == std::path::Path::new("-") {
-        Box::new(std::io::stdin().lock())
+async fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> {
+    let (_, mut admin) = open(common).await?;
+    let input: Box<dyn BufRead + Send> = if file == std::path::Path::new("-") {
+        Box::new(std::io::BufReader::new(std::io::stdin()))
     } else {
         Box::new(std::io::BufReader::new(std::fs::File::open(file).with_context(|| file.display().to_string())?))
     };
@@ -290,7 +460,7 @@ fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> {
             },
         );
     // All or nothing: a broken line leaves the store as it was.
-    let new = admin.import(&mut records)?;
+    let new = admin.import(&mut records).await?;
     drop(records);
     progress.end();
     let seconds = started.elapsed().as_secs_f64();
@@ -316,19 +486,18 @@ fn imported(line: std::io::Result<String>) -> Result<TokenRecord, String> {
         (None, Some(hex)) => Digest::from_hex(hex).ok_or("sha256 must be 64 hex digits")?,
         _ => return Err("give token or sha256, and not both".into()),
     };
-    let expires = match &line.expires {
-        Some(text) => Some(parse_time(text).ok_or("expires must be a time like 2026-12-31T23:59:59Z")?),
-        None => None,
+    let time = |key: &str, text: &Option<String>| match text {
+        Some(text) => parse_time(text).map(Some).ok_or(format!("{key} must be a time like 2026-12-31T23:59:59Z")),
+        None => Ok(None),
     };
     Ok(TokenRecord {
-        digest,
-        user: line.user,
         scopes: line.scopes,
         description: line.description,
         created: now(),
-        expires,
-        revoked: None,
-        last_used: None,
+        not_before: time("not_before", &line.not_before)?,
+        expires: time("expires", &line.expires)?,
+        blocked: line.blocked,
+        ..TokenRecord::new(digest, line.user)
     })
 }
 

@@ -1,12 +1,14 @@
 //! The documented example, made from the sections' own comments.
 
-use super::REFERENCE;
 use super::section::REQUIRED;
+use super::{REFERENCE, Reference};
 
 /// Keys without a default, and what stands for them in the example.
-const SAMPLES: [(&str, &str, &str); 5] = [
+const SAMPLES: [(&str, &str, &str); 7] = [
     ("[[upstream]]", "name", "\"api\""),
     ("[[upstream]]", "servers", "[\"127.0.0.1:3000\"]"),
+    ("[[store]]", "url", "\"postgres://tollgate@127.0.0.1/tollgate\""),
+    ("[[scope]]", "name", "\"api\""),
     ("[[pagination.route]]", "path", "\"/api/v3/projects/:id/repository/commits\""),
     ("[[route]]", "path", "\"/api/v3/session\""),
     ("[[route]]", "reason", "\"exchanges a password for a token\""),
@@ -18,11 +20,10 @@ pub fn example() -> String {
         "# Every key of tollgate's configuration, with its default. Only [[upstream]] is needed.\n\
          # Made by `tollgate example-config`; `tollgate check --config FILE` says what is wrong with a file.\n",
     );
-    for (header, doc, fields) in REFERENCE {
+    for Reference { header, doc, fields, commented } in REFERENCE {
         out += "\n";
         doc.iter().for_each(|line| out += &format!("#{line}\n"));
-        // A list may be empty: its example is there to be read.
-        let comment = if header == "[[route]]" || header == "[[pagination.route]]" { "# " } else { "" };
+        let comment = if commented { "# " } else { "" };
         out += &format!("{comment}{header}\n");
         for field in fields {
             field.doc.iter().for_each(|line| out += &format!("#{line}\n"));

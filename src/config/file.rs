@@ -1,7 +1,7 @@
 //! The file: every section and key with its default. The comments here are the reference; `config/tollgate.example.toml`
 //! is generated from them.
 
-use super::section::{Bytes, Setting, Wrong, section, words, wrong};
+use super::section::{Bytes, Section, Setting, Wrong, section, words, wrong};
 use crate::edge::{Listen, ServerAddress};
 use crate::request::route::Pattern;
 use crate::request::view::Method;
@@ -42,6 +42,23 @@ section! {
         /// Let CORS preflights (OPTIONS with Origin and Access-Control-Request-Method) pass without a token, as
         /// browsers never send one with them.
         cors_preflight: bool = "false",
+        /// What scopes mean: "none" (a valid token may do everything, unless there are [[scope]] entries) or "gitlab" (`api`
+        /// everything, `read_api` GET and HEAD, `read_user` GET under `/user` and `/users`, `sudo` acting as others).
+        scopes: ScopePreset = r#""none""#,
+    }
+}
+
+section! {
+    /// What a scope allows, in addition to what [api] scopes says. With any of these, a token needs a scope for all it does.
+    Scope {
+        /// The scope, as tokens carry it. May stand in several entries.
+        name: String = r#"!"api""#,
+        /// These methods …
+        methods: Vec<MethodName> = r#"["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]"#,
+        /// … on paths of these patterns: `:name` is any one segment, a final `*` everything below, `/` alone every path.
+        paths: Vec<RoutePattern> = r#"["/"]"#,
+        /// Lets act as another user, where [token] sudo allows it at all.
+        sudo: bool = "false",
     }
 }
 
@@ -79,12 +96,164 @@ section! {
 }
 
 section! {
-    /// Where tokens are looked up. `tollgate token` writes there.
-    Store {
-        /// "sqlite" (made on first use) or "file" (TOML with SHA-256 digests, read again when it changes).
+    /// Where tokens are looked up. Several [[store]] are asked in their order: the first that knows a token wins, and one
+    /// that can't tell ends the look-up with 503. Without any, SQLite. `tollgate token` writes to the first one that can
+    /// be written, or to the one that `--store` names.
+    SqliteStore {
+        /// Embedded, made on first use.
         kind: StoreKind = r#""sqlite""#,
+        /// Its name in metrics, logs and `--store`; empty for its kind.
+        name: String = r#""""#,
         /// The file, relative to this configuration's folder.
         path: FilePath = r#""tollgate.db""#,
+        /// How long a look-up may take.
+        timeout: Duration = r#""2s""#,
+    }
+}
+
+section! {
+    /// A file of SHA-256 digests, TOML or (when its name ends in .json) JSON, read again when it changes.
+    FileStore {
+        /// For people and configuration management.
+        kind: StoreKind = r#""file""#,
+        /// Its name in metrics, logs and `--store`; empty for its kind.
+        name: String = r#""""#,
+        /// The file, relative to this configuration's folder.
+        path: FilePath = r#""tokens.toml""#,
+        /// How long a look-up may take.
+        timeout: Duration = r#""2s""#,
+    }
+}
+
+section! {
+    /// PostgreSQL: tollgate's own schema (`tollgate store migrate` makes it), GitLab's tables, or any other.
+    PostgresStore {
+        /// Also for several gateways that share their tokens.
+        kind: StoreKind = r#""postgres""#,
+        /// Its name in metrics, logs and `--store`; empty for its kind.
+        name: String = r#""""#,
+        /// `postgres://user@host/database`, or keywords like `host=/run/postgresql dbname=gitlab user=tollgate`.
+        url: String = r#"!"host=/run/postgresql""#,
+        /// A file with the password; empty for none, or one in the URL.
+        password_file: String = r#""""#,
+        /// "auto" (nothing to loopback addresses and Unix sockets, "verify-full" to everywhere else), "disable",
+        /// "require" (encrypted, to whomever), "verify-ca" or "verify-full". Never falls back to plain text.
+        tls: Tls = r#""auto""#,
+        /// The authorities to trust, a PEM file; empty for the system's.
+        tls_ca: String = r#""""#,
+        /// A certificate of tollgate's own, if the other side asks for one: a PEM file.
+        tls_cert: String = r#""""#,
+        /// The key of `tls_cert`.
+        tls_key: String = r#""""#,
+        /// Where the tokens are: "tollgate" (its own tables), "gitlab-legacy" (users.authentication_token), "gitlab-pat"
+        /// (personal_access_tokens.token), "gitlab-pat-digest" (personal_access_tokens.token_digest) or "custom".
+        preset: PostgresPreset = r#""tollgate""#,
+        /// The schema of tollgate's own tables.
+        schema: Identifier = r#""tollgate""#,
+        /// With "custom": a query with $1 for the token. Columns by name: `user`, and if wanted `scopes`, `expires_at`,
+        /// `not_before`, `revoked`, `blocked`.
+        lookup: String = r#""""#,
+        /// With "custom": what $1 is. "plain", "sha256-hex", "sha256-base64", or "gitlab" (base64 of the SHA-256 over the
+        /// token and the first 32 characters of db_key_base).
+        digest: BoundAs = r#""sha256-hex""#,
+        /// A file with GitLab's db_key_base, for "gitlab-pat-digest" and for digest = "gitlab".
+        db_key_base_file: String = r#""""#,
+        /// Scopes of tokens whose row names none.
+        scopes: Vec<String> = "[]",
+        /// Hear of changes through LISTEN/NOTIFY. Tables that are not tollgate's own need triggers for that
+        /// (`tollgate store install-triggers`); without them a revoked token works for up to [cache] positive_ttl.
+        notify: bool = "true",
+        /// The channel.
+        channel: Identifier = r#""tollgate_change""#,
+        /// Connections for look-ups. One more hears of changes.
+        connections: u64 = "8",
+        /// How long a look-up may take.
+        timeout: Duration = r#""2s""#,
+    }
+}
+
+section! {
+    /// Redis or Valkey: a key for each token, the prefix and its SHA-256 in hex; the value is JSON or a hash.
+    RedisStore {
+        /// Also for several gateways that share their tokens.
+        kind: StoreKind = r#""redis""#,
+        /// Its name in metrics, logs and `--store`; empty for its kind.
+        name: String = r#""""#,
+        /// `"host:port"` or `"unix:/path"`: the server, or the sentinels, or some nodes of the cluster.
+        servers: Vec<UpstreamAddress> = r#"["127.0.0.1:6379"]"#,
+        /// "single", "sentinel" or "cluster".
+        topology: RedisTopology = r#""single""#,
+        /// The name of the master that the sentinels watch.
+        master: String = r#""mymaster""#,
+        /// The number of the database.
+        database: u64 = "0",
+        /// An ACL user; empty for the default one.
+        username: String = r#""""#,
+        /// A file with the password; empty for none.
+        password_file: String = r#""""#,
+        /// "auto" (nothing to loopback addresses and Unix sockets, "verify-full" to everywhere else), "disable",
+        /// "require" (encrypted, to whomever), "verify-ca" or "verify-full". Never falls back to plain text.
+        tls: Tls = r#""auto""#,
+        /// The authorities to trust, a PEM file; empty for the system's.
+        tls_ca: String = r#""""#,
+        /// A certificate of tollgate's own, if the other side asks for one: a PEM file.
+        tls_cert: String = r#""""#,
+        /// The key of `tls_cert`.
+        tls_key: String = r#""""#,
+        /// Before the 64 hex digits.
+        prefix: String = r#""tollgate:token:""#,
+        /// Scopes of tokens whose value names none.
+        scopes: Vec<String> = "[]",
+        /// How changes become known: "channel" (messages that `tollgate token` sends), "keyspace" (notifications of the
+        /// server, whoever made the change; needs notify-keyspace-events with K, g, $, h and x) or "none".
+        changes: RedisChangesBy = r#""channel""#,
+        /// The channel.
+        channel: String = r#""tollgate:change""#,
+        /// Connections for look-ups. One more hears of changes.
+        connections: u64 = "4",
+        /// How long a look-up may take.
+        timeout: Duration = r#""2s""#,
+    }
+}
+
+section! {
+    /// HTTP introspection: the backend itself is asked who a token belongs to. Needs no migration; a revoked token works
+    /// for up to [cache] positive_ttl.
+    IntrospectionStore {
+        /// Where nothing else can be read.
+        kind: StoreKind = r#""introspection""#,
+        /// Its name in metrics, logs and `--store`; empty for its kind.
+        name: String = r#""""#,
+        /// `http://`, `https://`, or `unix:/path/of/socket:/path`; empty for `/user` below the first prefix on the first
+        /// upstream.
+        endpoint: String = r#""""#,
+        /// "user" (GET with the token: 200 is valid, 401 and 403 are unknown) or "rfc7662" (OAuth 2.0 token introspection).
+        mode: IntrospectionMode = r#""user""#,
+        /// Where the answer names the user: JSON pointers, the first that finds a text or number.
+        user: Vec<String> = r#"["/username", "/login", "/sub", "/email"]"#,
+        /// Where the answer names scopes: a JSON pointer.
+        scopes_at: String = r#""/scope""#,
+        /// Scopes when the answer names none.
+        scopes: Vec<String> = "[]",
+        /// With "rfc7662": who tollgate is to the endpoint.
+        client_id: String = r#""""#,
+        /// A file with its secret.
+        client_secret_file: String = r#""""#,
+        /// "auto" (nothing to loopback addresses and Unix sockets, "verify-full" to everywhere else), "disable",
+        /// "require" (encrypted, to whomever), "verify-ca" or "verify-full". Never falls back to plain text.
+        tls: Tls = r#""auto""#,
+        /// The authorities to trust, a PEM file; empty for the system's.
+        tls_ca: String = r#""""#,
+        /// A certificate of tollgate's own, if the other side asks for one: a PEM file.
+        tls_cert: String = r#""""#,
+        /// The key of `tls_cert`.
+        tls_key: String = r#""""#,
+        /// Requests under way at once.
+        connections: u64 = "32",
+        /// So many failures in a row, and the endpoint is left alone.
+        breaker_failures: u64 = "5",
+        /// For so long; then one request tries.
+        breaker_pause: Duration = r#""5s""#,
         /// How long a look-up may take.
         timeout: Duration = r#""2s""#,
     }
@@ -103,6 +272,10 @@ section! {
         positive_capacity: u64 = "100000",
         /// Invalid ones, in a space of their own, about 200 bytes each.
         negative_capacity: u64 = "100000",
+        /// A file that keeps what is known of valid tokens (digests only) over a restart, relative to this
+        /// configuration's folder; empty for none. Believed once the stores have said what changed meanwhile, which
+        /// SQLite and tollgate's own tables can; else only while a store is down.
+        snapshot: String = r#""""#,
     }
 }
 
@@ -207,7 +380,29 @@ words! { BodyPolicy { Refuse = "refuse", Ignore = "ignore" } }
 words! { Forward { Token = "token", Identity = "identity", Both = "both", None = "none" } }
 words! { Switch { Refuse = "refuse", Allow = "allow" } }
 words! { Strip { Strip = "strip", Allow = "allow" } }
-words! { StoreKind { Sqlite = "sqlite", File = "file" } }
+words! { ScopePreset { None = "none", Gitlab = "gitlab" } }
+words! {
+    StoreKind {
+        Sqlite = "sqlite", File = "file", Postgres = "postgres", Redis = "redis", Introspection = "introspection",
+    }
+}
+words! {
+    Tls {
+        Auto = "auto", Disable = "disable", Require = "require", VerifyCa = "verify-ca", VerifyFull = "verify-full",
+    }
+}
+words! {
+    PostgresPreset {
+        Tollgate = "tollgate", GitlabLegacy = "gitlab-legacy", GitlabPat = "gitlab-pat",
+        GitlabPatDigest = "gitlab-pat-digest", Custom = "custom",
+    }
+}
+words! {
+    BoundAs { Plain = "plain", Sha256Hex = "sha256-hex", Sha256Base64 = "sha256-base64", Gitlab = "gitlab" }
+}
+words! { RedisTopology { Single = "single", Sentinel = "sentinel", Cluster = "cluster" } }
+words! { RedisChangesBy { Channel = "channel", Keyspace = "keyspace", None = "none" } }
+words! { IntrospectionMode { User = "user", Rfc7662 = "rfc7662" } }
 words! { Beyond { Clamp = "clamp", Refuse = "refuse" } }
 words! { Auth { Required = "required", Optional = "optional", None = "none" } }
 words! { QueryToken { Accept = "accept", Refuse = "refuse" } }
@@ -285,6 +480,13 @@ settings! {
             false => Err(wrong("a parameter's name has letters, digits and `_` only", "like \"private_token\"")),
         }
     };
+    Identifier(String) = |text| {
+        let plain = text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+        match plain && text.len() <= 63 && text.starts_with(|c: char| !c.is_ascii_digit()) {
+            true => Ok(text.into()),
+            false => Err(wrong("has lower-case letters, digits and `_` only, and begins with no digit", "like \"tollgate\"")),
+        }
+    };
     FilePath(PathBuf) = |text| match text {
         "" => Err(wrong("is empty", "like \"tollgate.db\"")),
         _ => Ok(text.into()),
@@ -313,5 +515,30 @@ impl<T: Setting> Setting for Inherited<T> {
             return Ok(Self(None));
         }
         T::read(value).map(|value| Self(Some(value)))
+    }
+}
+
+/// One of the kinds.
+#[derive(Clone, Debug)]
+pub(crate) enum Store {
+    Sqlite(SqliteStore),
+    File(FileStore),
+    Postgres(PostgresStore),
+    Redis(RedisStore),
+    Introspection(IntrospectionStore),
+}
+
+impl Store {
+    /// Reads the keys that the kind has.
+    pub(crate) fn read(section: &mut Section<'_>) -> Self {
+        // Another kind's keys are reported against the kind that stands there; a wrong kind against the default's.
+        let kind = section.table.and_then(|table| table.iter().find(|(name, _)| name.get_ref() == "kind"));
+        match kind.and_then(|(_, value)| StoreKind::read(value.get_ref()).ok()) {
+            Some(StoreKind::File) => Self::File(FileStore::read(section)),
+            Some(StoreKind::Postgres) => Self::Postgres(PostgresStore::read(section)),
+            Some(StoreKind::Redis) => Self::Redis(RedisStore::read(section)),
+            Some(StoreKind::Introspection) => Self::Introspection(IntrospectionStore::read(section)),
+            Some(StoreKind::Sqlite) | None => Self::Sqlite(SqliteStore::read(section)),
+        }
     }
 }

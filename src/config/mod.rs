@@ -5,10 +5,10 @@ mod example;
 mod file;
 mod resolve;
 mod section;
+mod stores;
 
 pub use example::example;
-pub use file::StoreKind;
-pub use resolve::{LogTarget, Settings, StoreSettings};
+pub use resolve::{LogTarget, Settings};
 pub use section::Problem;
 
 use section::{Field, Section, closest};
@@ -21,7 +21,8 @@ struct File {
     admin: file::Admin,
     api: file::Api,
     token: file::Token,
-    store: file::Store,
+    stores: Vec<file::Store>,
+    scopes: Vec<file::Scope>,
     cache: file::Cache,
     pagination: file::Pagination,
     pagination_routes: Vec<file::PaginationRoute>,
@@ -66,12 +67,12 @@ fn line_starts(text: &str) -> Vec<usize> {
 }
 
 /// The tables that can stand at the top of the file.
-const SECTIONS: [&str; 10] =
-    ["server", "admin", "api", "token", "store", "cache", "pagination", "limits", "upstream", "route"];
+const SECTIONS: [&str; 12] =
+    ["server", "admin", "api", "scope", "token", "store", "cache", "pagination", "limits", "upstream", "route", "log"];
 
 fn read(root: &DeTable<'_>, lines: &[usize], problems: &mut Vec<Problem>) -> File {
     for (name, _) in root.iter() {
-        let known = SECTIONS.iter().copied().chain(["log"]);
+        let known = SECTIONS.iter().copied();
         if !known.clone().any(|section| section == name.get_ref()) {
             let line = lines.partition_point(|start| *start <= name.span().start);
             problems.push(Problem {
@@ -90,7 +91,8 @@ fn read(root: &DeTable<'_>, lines: &[usize], problems: &mut Vec<Problem>) -> Fil
         admin: reader.one(root, "admin", file::Admin::read),
         api: reader.one(root, "api", file::Api::read),
         token: reader.one(root, "token", file::Token::read),
-        store: reader.one(root, "store", file::Store::read),
+        stores: reader.one_or_many(root, "store", file::Store::read),
+        scopes: reader.many(root, "scope", "scope", file::Scope::read),
         cache: reader.one(root, "cache", file::Cache::read),
         limits: reader.one(root, "limits", file::Limits::read),
         log: reader.one(root, "log", file::Log::read),
@@ -125,6 +127,15 @@ impl Reader<'_> {
         read(&mut Section { name: name.into(), table, line, nested, lines: self.lines, problems: self.problems })
     }
 
+    /// `[name]`, or any number of `[[name]]`, or none, which is read as an empty one.
+    fn one_or_many<T>(&mut self, root: &DeTable<'_>, name: &str, read: fn(&mut Section<'_>) -> T) -> Vec<T> {
+        let found = root.iter().find(|(key, _)| key.get_ref() == name);
+        match found.and_then(|(_, value)| value.get_ref().as_array()) {
+            Some(array) if !array.is_empty() => self.many(root, name, name, read),
+            _ => vec![self.one(root, name, read)],
+        }
+    }
+
     fn many<T>(&mut self, parent: &DeTable<'_>, key: &str, name: &str, read: fn(&mut Section<'_>) -> T) -> Vec<T> {
         let Some((found, value)) = parent.iter().find(|(found, _)| found.get_ref() == key) else { return Vec::new() };
         let Some(array) = value.get_ref().as_array() else {
@@ -150,23 +161,42 @@ impl Reader<'_> {
     }
 }
 
-/// A section for the reference: its header, what it says of itself, its keys.
-type Reference = (&'static str, &'static [&'static str], &'static [Field]);
+/// A section for the reference.
+struct Reference {
+    header: &'static str,
+    doc: &'static [&'static str],
+    fields: &'static [Field],
+    /// Stands in the example as a comment: there may be none of it.
+    commented: bool,
+}
+
+const fn shown(header: &'static str, doc: &'static [&'static str], fields: &'static [Field]) -> Reference {
+    Reference { header, doc, fields, commented: false }
+}
+
+const fn commented(header: &'static str, doc: &'static [&'static str], fields: &'static [Field]) -> Reference {
+    Reference { header, doc, fields, commented: true }
+}
 
 /// All sections, in the order in which they are documented.
-const REFERENCE: [Reference; 12] = [
-    ("[server]", file::Server::DOC, file::Server::FIELDS),
-    ("[admin]", file::Admin::DOC, file::Admin::FIELDS),
-    ("[[upstream]]", file::Upstream::DOC, file::Upstream::FIELDS),
-    ("[api]", file::Api::DOC, file::Api::FIELDS),
-    ("[token]", file::Token::DOC, file::Token::FIELDS),
-    ("[store]", file::Store::DOC, file::Store::FIELDS),
-    ("[cache]", file::Cache::DOC, file::Cache::FIELDS),
-    ("[pagination]", file::Pagination::DOC, file::Pagination::FIELDS),
-    ("[[pagination.route]]", file::PaginationRoute::DOC, file::PaginationRoute::FIELDS),
-    ("[limits]", file::Limits::DOC, file::Limits::FIELDS),
-    ("[[route]]", file::Route::DOC, file::Route::FIELDS),
-    ("[log]", file::Log::DOC, file::Log::FIELDS),
+const REFERENCE: [Reference; 17] = [
+    shown("[server]", file::Server::DOC, file::Server::FIELDS),
+    shown("[admin]", file::Admin::DOC, file::Admin::FIELDS),
+    shown("[[upstream]]", file::Upstream::DOC, file::Upstream::FIELDS),
+    shown("[api]", file::Api::DOC, file::Api::FIELDS),
+    shown("[token]", file::Token::DOC, file::Token::FIELDS),
+    shown("[[store]]", file::SqliteStore::DOC, file::SqliteStore::FIELDS),
+    commented("[[store]]", file::FileStore::DOC, file::FileStore::FIELDS),
+    commented("[[store]]", file::PostgresStore::DOC, file::PostgresStore::FIELDS),
+    commented("[[store]]", file::RedisStore::DOC, file::RedisStore::FIELDS),
+    commented("[[store]]", file::IntrospectionStore::DOC, file::IntrospectionStore::FIELDS),
+    shown("[cache]", file::Cache::DOC, file::Cache::FIELDS),
+    commented("[[scope]]", file::Scope::DOC, file::Scope::FIELDS),
+    shown("[pagination]", file::Pagination::DOC, file::Pagination::FIELDS),
+    commented("[[pagination.route]]", file::PaginationRoute::DOC, file::PaginationRoute::FIELDS),
+    shown("[limits]", file::Limits::DOC, file::Limits::FIELDS),
+    commented("[[route]]", file::Route::DOC, file::Route::FIELDS),
+    shown("[log]", file::Log::DOC, file::Log::FIELDS),
 ];
 
 #[cfg(test)]

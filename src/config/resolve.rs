@@ -2,17 +2,20 @@
 
 use super::File;
 use super::file::{
-    self, Auth as FileAuth, Beyond, BodyPolicy, Forward, QueryToken, StoreKind, Strip, Switch, TrustedPeer,
+    self, Auth as FileAuth, Beyond, BodyPolicy, Forward, QueryToken, ScopePreset, Strip, Switch, TrustedPeer,
 };
 use super::section::{Problem, closest};
 use crate::edge::{ServerSettings, Timeouts, UpstreamSettings};
 use crate::forward::{Credential, ForwardRules, TrustedProxies};
 use crate::identity::CacheSettings;
+use crate::identity::store::NamedStore;
+use crate::policy::{Policy, ScopeRule, Scopes};
 use crate::request::body::BodyRules;
 use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
 use crate::request::route::{Auth, Methods, Pattern, Route, Routes};
 use crate::request::token::TokenRules;
+use crate::request::view::Method;
 use crate::request::{Limits, Rules, Switches};
 use log::LevelFilter;
 use std::path::{Path, PathBuf};
@@ -24,20 +27,16 @@ use std::time::Duration;
 pub struct Settings {
     pub server: ServerSettings,
     pub rules: Rules,
+    pub policy: Policy,
     pub forward: ForwardRules,
-    pub store: StoreSettings,
+    pub stores: Vec<NamedStore>,
+    /// Where the cache is kept over a restart.
+    pub snapshot: Option<PathBuf>,
     pub cache: CacheSettings,
     pub upstreams: Vec<UpstreamSettings>,
     pub timeouts: Timeouts,
     pub access_log: LogTarget,
     pub level: LevelFilter,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoreSettings {
-    pub kind: StoreKind,
-    pub path: PathBuf,
-    pub timeout: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,11 +87,9 @@ pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -
             trusted: trusted(&file.server.trusted_proxies),
             deprecate_query_token: file.token.query_deprecation,
         },
-        store: StoreSettings {
-            kind: file.store.kind,
-            path: folder.join(&file.store.path.0),
-            timeout: check.at_least(file.store.timeout, Duration::from_millis(1), file.store.line, "store.timeout"),
-        },
+        policy: Policy { switches, scopes: check.scopes(file) },
+        stores: check.stores(file, folder, &upstreams),
+        snapshot: Some(&file.cache.snapshot).filter(|path| !path.is_empty()).map(|path| folder.join(path)),
         cache: check.cache(&file.cache),
         upstreams,
         timeouts: Timeouts { header: file.limits.header_timeout, idle: file.limits.idle_timeout },
@@ -109,16 +106,22 @@ pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -
     }
 }
 
-struct Check<'p> {
+pub(super) struct Check<'p> {
     problems: &'p mut Vec<Problem>,
 }
 
 impl Check<'_> {
-    fn problem(&mut self, line: usize, key: impl Into<String>, why: impl Into<String>, instead: impl Into<String>) {
+    pub(super) fn problem(
+        &mut self,
+        line: usize,
+        key: impl Into<String>,
+        why: impl Into<String>,
+        instead: impl Into<String>,
+    ) {
         self.problems.push(Problem { line, key: key.into(), why: why.into(), instead: instead.into() });
     }
 
-    fn at_least(&mut self, value: Duration, least: Duration, line: usize, key: &str) -> Duration {
+    pub(super) fn at_least(&mut self, value: Duration, least: Duration, line: usize, key: &str) -> Duration {
         if value < least {
             self.problem(line, key, format!("{value:?} is too short"), format!("at least {least:?}"));
         }
@@ -292,6 +295,26 @@ impl Check<'_> {
         Routes::new(routes)
     }
 
+    /// `None` when a valid token may do everything.
+    fn scopes(&mut self, file: &File) -> Option<Scopes> {
+        let mut rules = Vec::new();
+        if file.api.scopes == ScopePreset::Gitlab {
+            rules.extend(gitlab_scopes(&file.api.prefixes));
+        }
+        for (index, scope) in file.scopes.iter().enumerate() {
+            if scope.name.is_empty() || scope.name.contains(char::is_whitespace) {
+                self.problem(scope.line, format!("scope[{index}].name"), "must be one word", "like \"read_api\"");
+            }
+            rules.push(ScopeRule {
+                scope: scope.name.clone(),
+                methods: Methods::only(scope.methods.iter().map(|method| method.0)),
+                paths: scope.paths.iter().map(|path| path.0.pattern.clone()).collect(),
+                sudo: scope.sudo,
+            });
+        }
+        (!rules.is_empty()).then(|| Scopes::new(rules))
+    }
+
     fn pagination(&mut self, file: &File) -> Pagination {
         let section = &file.pagination;
         let default = PageRules {
@@ -329,6 +352,22 @@ impl Check<'_> {
             self.problem(line, format!("{key}.max_page"), "is below first_page", "no page would be left");
         }
     }
+}
+
+/// What GitLab's own scopes allow there (8.15 to 11; doc/user/profile/personal_access_tokens.md of later versions).
+fn gitlab_scopes(prefixes: &[file::Prefix]) -> Vec<ScopeRule> {
+    let rule = |scope: &str, methods, paths| ScopeRule { scope: scope.into(), methods, paths, sudo: false };
+    let below = |paths: [&str; 2]| {
+        let all =
+            prefixes.iter().flat_map(|prefix| paths.map(|path| format!("{}{path}", prefix.0.trim_end_matches('/'))));
+        all.filter_map(|path| Pattern::subtree(&path).ok()).collect()
+    };
+    vec![
+        rule("api", Methods::ALL, vec![Pattern::everything()]),
+        rule("read_api", Methods::only([Method::Get, Method::Head]), vec![Pattern::everything()]),
+        rule("read_user", Methods::only([Method::Get]), below(["/user", "/users"])),
+        ScopeRule { sudo: true, ..rule("sudo", Methods::only([]), Vec::new()) },
+    ]
 }
 
 /// What a body must not hold: every credential that is not allowed, and another method than the one that was judged.

@@ -1,6 +1,7 @@
 //! What a configuration may say, and what is said about a bad one.
 
 use super::*;
+use crate::identity::store::StoreSettings;
 
 fn problems(text: &str) -> Vec<String> {
     parse(text, Path::new("/conf")).err().unwrap_or_default().iter().map(ToString::to_string).collect()
@@ -11,7 +12,8 @@ const MINIMAL: &str = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:3000
 #[test]
 fn every_default_reads() {
     let settings = parse(MINIMAL, Path::new("/conf")).unwrap();
-    assert_eq!(settings.store.path, Path::new("/conf/tollgate.db"));
+    assert_eq!(settings.stores.len(), 1);
+    assert_eq!(settings.stores[0].kind, StoreSettings::Sqlite(Path::new("/conf/tollgate.db").into()));
     assert_eq!(settings.rules.routes.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["/api/v3/*"]);
     // A missing key makes the reader take every stand-in.
     assert_eq!(problems("[[upstream]]\n[[route]]\n[[pagination.route]]\n").len(), 5);
@@ -29,10 +31,12 @@ fn the_example_says_all_and_is_right() {
         key.unwrap_or(line).to_owned() + "\n"
     });
     parse(&everything.collect::<String>(), Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
-    let keys: usize = REFERENCE.iter().map(|(_, _, fields)| fields.len()).sum();
-    assert_eq!(keys, 56, "the reference lost or gained keys: update this number on purpose");
+    let keys: usize = REFERENCE.iter().map(|section| section.fields.len()).sum();
+    assert_eq!(keys, 120, "the reference lost or gained keys: update this number on purpose");
     assert!(
-        REFERENCE.iter().all(|(_, doc, fields)| !doc.is_empty() && fields.iter().all(|field| !field.doc.is_empty()))
+        REFERENCE
+            .iter()
+            .all(|section| !section.doc.is_empty() && section.fields.iter().all(|field| !field.doc.is_empty()))
     );
 }
 

@@ -26,6 +26,16 @@ pub enum ServerAddress {
     Unix(String),
 }
 
+impl std::fmt::Display for ServerAddress {
+    /// As the configuration writes it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(address) => f.write_str(address),
+            Self::Unix(path) => write!(f, "unix:{path}"),
+        }
+    }
+}
+
 pub(super) struct Upstream {
     pub(super) name: String,
     pub(super) metrics: UpstreamMetrics,

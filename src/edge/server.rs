@@ -128,6 +128,7 @@ pub fn serve(running: Running) {
     server.run(RunArgs { shutdown_signal: Box::new(drain) });
 
     let last = snapshot.load();
+    last.pipeline.authenticator.save();
     last.log.flush(Duration::from_secs(2));
     for listen in settings.listen.iter().chain(&settings.admin) {
         if let Listen::Unix(path, _) = listen {
@@ -256,17 +257,25 @@ struct Tokens {
 impl BackgroundService for Tokens {
     async fn start(&self, mut shutdown: ShutdownWatch) {
         let mut flushed = super::now().unix_ms;
+        let mut flush = tokio::time::interval_at(tokio::time::Instant::now() + USES_FLUSHED_EVERY, USES_FLUSHED_EVERY);
         loop {
             let authenticator = Arc::clone(&self.snapshot.load().pipeline.authenticator);
-            let flush = tokio::time::sleep(USES_FLUSHED_EVERY);
-            tokio::select! {
-                () = authenticator.follow_changes() => {}
-                () = self.replaced(&authenticator) => {}
-                () = flush => {
-                    let since = std::mem::replace(&mut flushed, super::now().unix_ms);
-                    authenticator.flush_uses(since).await;
+            // One future for as long as the store is the same: its subscriptions live in it.
+            let mut following = std::pin::pin!(authenticator.follow_changes());
+            loop {
+                tokio::select! {
+                    () = &mut following => {}
+                    () = self.replaced(&authenticator) => break,
+                    _ = flush.tick() => {
+                        let since = std::mem::replace(&mut flushed, super::now().unix_ms);
+                        let last = Arc::clone(&authenticator);
+                        // Beside the following: neither may hold up the other.
+                        tokio::spawn(async move { last.flush_uses(since).await });
+                        let last = Arc::clone(&authenticator);
+                        tokio::task::spawn_blocking(move || last.save());
+                    }
+                    _ = shutdown.changed() => return,
                 }
-                _ = shutdown.changed() => return,
             }
         }
     }

@@ -4,9 +4,11 @@
 use super::credential::Digest;
 use super::principal::{Invalid, Principal};
 use crate::Now;
+use foldhash::quality::RandomState;
 use moka::sync::Cache as Bounded;
+use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,18 +36,33 @@ pub(super) enum Cached {
         /// It is time to ask the store again, in the background.
         refresh: bool,
     },
-    /// Too old to be believed while the store can be asked; good enough while it can't.
-    Stale(Arc<Principal>),
+    /// Must not be believed while the store can be asked; good enough while it can't.
+    Stale(Stale),
     Nothing,
+}
+
+/// A valid answer of an earlier time.
+#[derive(Clone)]
+pub(super) struct Stale {
+    pub(super) principal: Arc<Principal>,
+    /// A change of this token may have been missed: only a store that is down excuses believing it, not a busy one.
+    pub(super) doubtful: bool,
+    /// It is time to ask the store again.
+    pub(super) refresh: bool,
 }
 
 /// A valid token. Times are milliseconds of [`Now::mono_ms`].
 struct Positive {
     principal: Arc<Principal>,
     refresh_at: AtomicU64,
-    fresh_until: u64,
+    fresh_until: AtomicU64,
     stale_until: u64,
+    doubtful: AtomicBool,
     last_used: AtomicU64,
+    /// What stores call this token; empty for nearly all of them.
+    handles: Box<[Digest]>,
+    /// From a snapshot: fresh for so long, once the store has said that the token did not change meanwhile.
+    vouchable_until: u64,
 }
 
 #[derive(Clone)]
@@ -56,8 +73,27 @@ struct Negative {
 
 pub(super) struct Cache {
     settings: CacheSettings,
-    positive: Bounded<Digest, Arc<Positive>>,
-    negative: Bounded<Digest, Negative>,
+    positive: Bounded<Digest, Arc<Positive>, RandomState>,
+    negative: Bounded<Digest, Negative, RandomState>,
+    /// While word of changes does not come, answers are good for a moment only.
+    deaf: AtomicBool,
+}
+
+/// What a look-up found, and how long that may hold.
+pub(super) struct Learned<'a> {
+    pub(super) answer: &'a Answer,
+    /// When the answer changes by itself, in unix milliseconds: a token that is not valid yet.
+    pub(super) until_unix_ms: Option<u64>,
+    pub(super) handles: Vec<Digest>,
+}
+
+/// An entry as a snapshot keeps it. Times are unix milliseconds.
+pub(super) struct Kept {
+    pub(super) digest: Digest,
+    pub(super) principal: Arc<Principal>,
+    pub(super) fresh_until: u64,
+    pub(super) stale_until: u64,
+    pub(super) handles: Vec<Digest>,
 }
 
 /// After this share of its lifetime an entry that is in use is looked up anew in the background.
@@ -68,34 +104,22 @@ const JITTER: f64 = 0.10;
 const REFRESH_RETRY_MS: u64 = 1_000;
 /// Uses are recorded no finer than this.
 const LAST_USED_STEP_MS: u64 = 60_000;
+/// How long an answer is believed while word of changes does not come: the bound on revocation then.
+const DEAF_TTL: Duration = Duration::from_millis(900);
 
 impl Cache {
     pub(super) fn new(settings: CacheSettings) -> Self {
-        let positive = Bounded::builder().max_capacity(settings.positive_capacity).build();
-        let negative = Bounded::builder().max_capacity(settings.negative_capacity).build();
-        Self { settings, positive, negative }
+        // The hasher is keyed at random, as tokens that collide can be computed for a fixed one.
+        let positive =
+            Bounded::builder().max_capacity(settings.positive_capacity).build_with_hasher(RandomState::default());
+        let negative =
+            Bounded::builder().max_capacity(settings.negative_capacity).build_with_hasher(RandomState::default());
+        Self { settings, positive, negative, deaf: AtomicBool::new(false) }
     }
 
     pub(super) fn get(&self, digest: &Digest, now: Now) -> Cached {
         if let Some(entry) = self.positive.get(digest) {
-            if !entry.principal.in_force(now) {
-                return Cached::Answer { answer: Answer::Invalid(Invalid::Expired), refresh: false };
-            }
-            if now.mono_ms >= entry.fresh_until {
-                let usable = now.mono_ms < entry.stale_until;
-                return if usable { Cached::Stale(Arc::clone(&entry.principal)) } else { Cached::Nothing };
-            }
-            // A plain load in nearly all cases: nobody writes to a shared line for each request.
-            if now.unix_ms >= entry.last_used.load(Ordering::Relaxed) + LAST_USED_STEP_MS {
-                entry.last_used.store(now.unix_ms, Ordering::Relaxed);
-            }
-            let due = entry.refresh_at.load(Ordering::Relaxed);
-            let refresh = now.mono_ms >= due
-                && entry
-                    .refresh_at
-                    .compare_exchange(due, now.mono_ms + REFRESH_RETRY_MS, Ordering::Relaxed, Ordering::Relaxed)
-                    .is_ok();
-            return Cached::Answer { answer: Answer::Valid(Arc::clone(&entry.principal)), refresh };
+            return entry.say(now);
         }
         match self.negative.get(digest) {
             Some(entry) if now.mono_ms < entry.until => {
@@ -106,25 +130,30 @@ impl Cache {
     }
 
     /// Believes an answer from now on. `random` is a number in 0..1 that sets the jitter.
-    pub(super) fn put(&self, digest: Digest, answer: &Answer, now: Now, random: f64) {
-        let lifetime = |ttl: Duration| (ttl.as_millis() as f64 * (1.0 - JITTER * random)) as u64;
-        match answer {
+    pub(super) fn put(&self, digest: Digest, learned: Learned<'_>, now: Now, random: f64) {
+        let most = if self.deaf.load(Ordering::Relaxed) { DEAF_TTL } else { Duration::MAX };
+        let lifetime = |ttl: Duration| (ttl.min(most).as_millis() as f64 * (1.0 - JITTER * random)) as u64;
+        match learned.answer {
             Answer::Valid(principal) => {
                 let ttl = lifetime(self.settings.positive_ttl);
                 let fresh_until = now.mono_ms + ttl;
                 let entry = Positive {
                     principal: Arc::clone(principal),
                     refresh_at: AtomicU64::new(now.mono_ms + (ttl as f64 * REFRESH_AFTER) as u64),
-                    fresh_until,
+                    fresh_until: AtomicU64::new(fresh_until),
                     stale_until: fresh_until + self.settings.stale_if_error.as_millis() as u64,
+                    doubtful: AtomicBool::new(false),
                     last_used: AtomicU64::new(now.unix_ms),
+                    handles: learned.handles.into(),
+                    vouchable_until: 0,
                 };
                 self.positive.insert(digest, Arc::new(entry));
                 self.negative.invalidate(&digest);
             }
             Answer::Invalid(why) => {
                 self.positive.invalidate(&digest);
-                let until = now.mono_ms + lifetime(self.settings.negative_ttl);
+                let ends = learned.until_unix_ms.map_or(u64::MAX, |end| end.saturating_sub(now.unix_ms));
+                let until = now.mono_ms + lifetime(self.settings.negative_ttl).min(ends);
                 self.negative.insert(digest, Negative { why: *why, until });
             }
         }
@@ -140,10 +169,81 @@ impl Cache {
         self.negative.invalidate_all();
     }
 
+    /// Forgets valid tokens by what stores call them. Goes through all entries, once for any number of handles.
+    pub(super) fn forget_handles(&self, handles: &HashSet<Digest>) {
+        for (digest, entry) in &self.positive {
+            if entry.handles.iter().any(|handle| handles.contains(handle)) {
+                self.positive.invalidate(digest.as_ref());
+            }
+        }
+    }
+
+    /// Lets nothing be believed before the store was asked, except while it can't be. Callers see to it that nothing is
+    /// put in meanwhile.
+    pub(super) fn doubt_all(&self) {
+        for (_, entry) in &self.positive {
+            entry.doubtful.store(true, Ordering::Relaxed);
+            entry.fresh_until.store(0, Ordering::Relaxed);
+        }
+        self.negative.invalidate_all();
+    }
+
+    /// Whether answers are good for a moment only.
+    pub(super) fn set_deaf(&self, deaf: bool) {
+        self.deaf.store(deaf, Ordering::Relaxed);
+    }
+
     /// Tokens used since a time, with the time of a recent use, both in unix milliseconds.
     pub(super) fn used_since(&self, unix_ms: u64) -> Vec<(Digest, u64)> {
         let recent = |entry: &Positive| Some(entry.last_used.load(Ordering::Relaxed)).filter(|at| *at >= unix_ms);
         self.positive.iter().filter_map(|(digest, entry)| Some((*digest, recent(&entry)?))).collect()
+    }
+
+    /// The valid entries that may be worth something after a restart.
+    pub(super) fn kept(&self, now: Now) -> Vec<Kept> {
+        let unix = |mono: u64| now.unix_ms.saturating_sub(now.mono_ms).saturating_add(mono);
+        let keep = |digest: Digest, entry: Arc<Positive>| {
+            let useful = entry.principal.in_force(now) && now.mono_ms < entry.stale_until;
+            let fresh_until = entry.fresh_until.load(Ordering::Relaxed);
+            useful.then(|| Kept {
+                digest,
+                principal: Arc::clone(&entry.principal),
+                fresh_until: if fresh_until == 0 { 0 } else { unix(fresh_until) },
+                stale_until: unix(entry.stale_until),
+                handles: entry.handles.to_vec(),
+            })
+        };
+        self.positive.iter().filter_map(|(digest, entry)| keep(*digest, entry)).collect()
+    }
+
+    /// Takes an entry from a snapshot: doubtful, until [`Cache::vouch_all`].
+    pub(super) fn restore(&self, kept: Kept, now: Now) {
+        // No entry lives longer than one that is learned now would.
+        let longest = |ttl: Duration| now.mono_ms + ttl.as_millis() as u64;
+        let mono = |unix: u64| now.mono_ms + unix.saturating_sub(now.unix_ms);
+        let entry = Positive {
+            principal: kept.principal,
+            refresh_at: AtomicU64::new(0),
+            fresh_until: AtomicU64::new(0),
+            stale_until: mono(kept.stale_until)
+                .min(longest(self.settings.positive_ttl.saturating_add(self.settings.stale_if_error))),
+            doubtful: AtomicBool::new(true),
+            last_used: AtomicU64::new(0),
+            handles: kept.handles.into(),
+            vouchable_until: mono(kept.fresh_until).min(longest(self.settings.positive_ttl)),
+        };
+        self.positive.insert(kept.digest, Arc::new(entry));
+    }
+
+    /// Believes what came from a snapshot and is still there: the store has named all that changed, and those are gone.
+    pub(super) fn vouch_all(&self, now: Now) {
+        for (_, entry) in &self.positive {
+            if entry.vouchable_until > now.mono_ms {
+                entry.refresh_at.store(entry.vouchable_until, Ordering::Relaxed);
+                entry.doubtful.store(false, Ordering::Relaxed);
+                entry.fresh_until.store(entry.vouchable_until, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Does now what moka does in its own time: evict down to the capacity.
@@ -156,5 +256,41 @@ impl Cache {
     /// Valid and invalid entries.
     pub(super) fn sizes(&self) -> (u64, u64) {
         (self.positive.entry_count(), self.negative.entry_count())
+    }
+}
+
+impl Positive {
+    fn say(&self, now: Now) -> Cached {
+        let fresh = now.mono_ms < self.fresh_until.load(Ordering::Relaxed);
+        if !self.principal.in_force(now) {
+            // Its own end came; the store is asked again in its time, as it may have been put off.
+            return match fresh {
+                true => Cached::Answer { answer: Answer::Invalid(Invalid::Expired), refresh: false },
+                false => Cached::Nothing,
+            };
+        }
+        if !fresh {
+            if now.mono_ms >= self.stale_until {
+                return Cached::Nothing;
+            }
+            return Cached::Stale(Stale {
+                principal: Arc::clone(&self.principal),
+                doubtful: self.doubtful.load(Ordering::Relaxed),
+                refresh: self.claim_refresh(now),
+            });
+        }
+        // A plain load in nearly all cases: nobody writes to a shared line for each request.
+        if now.unix_ms >= self.last_used.load(Ordering::Relaxed) + LAST_USED_STEP_MS {
+            self.last_used.store(now.unix_ms, Ordering::Relaxed);
+        }
+        let refresh = self.claim_refresh(now);
+        Cached::Answer { answer: Answer::Valid(Arc::clone(&self.principal)), refresh }
+    }
+
+    /// Whether the store should be asked now. Says yes to one caller, and to the next one no sooner than after a pause.
+    fn claim_refresh(&self, now: Now) -> bool {
+        let due = self.refresh_at.load(Ordering::Relaxed);
+        let next = now.mono_ms + REFRESH_RETRY_MS;
+        now.mono_ms >= due && self.refresh_at.compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 }

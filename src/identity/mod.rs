@@ -4,47 +4,73 @@
 mod cache;
 pub mod credential;
 mod principal;
+mod snapshot;
 pub mod store;
 
 pub use cache::{Answer, CacheSettings};
 pub use principal::{Invalid, Principal};
 
 use crate::Now;
-use crate::telemetry::metrics::{CacheResult, Metrics};
-use cache::{Cache, Cached};
+use crate::telemetry::metrics::{CacheResult, Metrics, StoreMetrics};
+use cache::{Cache, Cached, Learned, Stale};
 use credential::{Credential, Digest};
 use parking_lot::Mutex;
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use principal::judge;
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use store::{Changes, StoreError, TokenStore};
+use store::chain::Chain;
+use store::{Event, Named, StoreError};
 use tokio::sync::Notify;
 
 /// The store can't tell, and nothing is known from before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CannotTell;
+pub enum CannotTell {
+    /// It is down, too slow, or answered nonsense.
+    Store,
+    /// More look-ups are under way than there may be, or a token changes faster than it can be looked up.
+    Busy,
+}
 
 /// Look-ups under way at once; beyond them callers get 503 at once instead of a place in a queue without end.
 const MAX_LOOKUPS: usize = 1_024;
+/// Of these, what nobody waits for may take up so many: refreshing what is known never keeps newcomers out.
+const MAX_REFRESHES: usize = MAX_LOOKUPS / 2;
 /// A look-up that was overtaken by a change is repeated this often.
 const MAX_ATTEMPTS: usize = 4;
 /// A power of two: flights of different tokens seldom share a lock.
 const FLIGHT_SHARDS: usize = 64;
+/// For so long behind a failed look-up, callers with a known identity don't wait to see the store fail again.
+const AILING_MS: u64 = 5_000;
 
-/// Validates tokens. One for each store; lives across reloads as long as its settings do.
+/// Validates tokens. One for each chain of stores; lives across reloads as long as its settings do.
 pub struct Authenticator {
     inner: Arc<Inner>,
+    snapshot: Option<SnapshotFile>,
+}
+
+/// Where the cache is kept over a restart.
+struct SnapshotFile {
+    path: PathBuf,
+    /// Which stores it is of.
+    origin: String,
 }
 
 struct Inner {
-    store: Arc<dyn TokenStore>,
+    chain: Chain,
     cache: Cache,
     /// Look-ups under way. A change of a token takes the same lock as the end of its look-up, so that either the
     /// change sees the flight and taints it, or the look-up's result is in the cache for the change to remove.
     flights: [Mutex<HashMap<Digest, Arc<Flight>>>; FLIGHT_SHARDS],
     lookups: AtomicUsize,
-    timeout: Duration,
+    /// Until this monotonic millisecond the store is taken to be failing; 0 behind any answer of it.
+    ailing_until: AtomicU64,
+    /// Which stores say that word of their changes does not come.
+    deaf: Mutex<HashSet<usize>>,
+    /// When a snapshot was taken that waits for the store to vouch for it, in unix milliseconds; 0 for none.
+    unvouched: AtomicU64,
     metrics: Arc<Metrics>,
     clock: fn() -> Now,
 }
@@ -54,6 +80,8 @@ struct Inner {
 struct Flight {
     /// The token changed while the store was asked: what it answered may be from before.
     tainted: AtomicBool,
+    /// What stores call the token.
+    handles: Vec<Digest>,
     outcome: OnceLock<Result<Answer, CannotTell>>,
     landed: Notify,
 }
@@ -68,30 +96,32 @@ pub enum Checked {
 /// A caller that waits for a look-up.
 pub struct Waiting {
     flight: Arc<Flight>,
-    stale: Option<Arc<Principal>>,
+    stale: Option<Stale>,
     metrics: Arc<Metrics>,
 }
 
 impl Authenticator {
-    pub fn new(
-        store: Arc<dyn TokenStore>,
-        settings: CacheSettings,
-        timeout: Duration,
-        metrics: Arc<Metrics>,
-        clock: fn() -> Now,
-    ) -> Self {
-        let flights = std::array::from_fn(|_| Mutex::default());
-        let cache = Cache::new(settings);
-        Self { inner: Arc::new(Inner { store, cache, flights, lookups: AtomicUsize::new(0), timeout, metrics, clock }) }
+    pub fn new(chain: Chain, settings: CacheSettings, metrics: Arc<Metrics>, clock: fn() -> Now) -> Self {
+        let inner = Inner {
+            chain,
+            cache: Cache::new(settings),
+            flights: std::array::from_fn(|_| Mutex::default()),
+            lookups: AtomicUsize::new(0),
+            ailing_until: AtomicU64::new(0),
+            deaf: Mutex::default(),
+            unvouched: AtomicU64::new(0),
+            metrics,
+            clock,
+        };
+        Self { inner: Arc::new(inner), snapshot: None }
     }
 
-    /// Synchronous for every token that is in the cache.
-    pub fn check(&self, token: &[u8], now: Now) -> Checked {
-        let digest = Digest::of(token);
-        match self.inner.cache.get(&digest, now) {
+    /// Synchronous for every token that is in the cache. The digest is the token's own.
+    pub fn check(&self, token: &[u8], digest: &Digest, now: Now) -> Checked {
+        match self.inner.cache.get(digest, now) {
             Cached::Answer { answer, refresh } => {
                 if refresh {
-                    self.inner.join(Credential::new(token, digest));
+                    self.inner.join(Credential::new(token, *digest), MAX_REFRESHES);
                 }
                 self.inner.metrics.cache_lookup(match answer {
                     Answer::Valid(_) => CacheResult::PositiveHit,
@@ -99,13 +129,21 @@ impl Authenticator {
                 });
                 Checked::Known(answer)
             }
+            // The store has just failed: nobody waits to see it fail again, and somebody finds out when it is back.
+            Cached::Stale(stale) if self.inner.is_ailing(now) => {
+                if stale.refresh {
+                    self.inner.join(Credential::new(token, *digest), MAX_REFRESHES);
+                }
+                self.inner.metrics.cache_lookup(CacheResult::Stale);
+                Checked::Known(Answer::Valid(stale.principal))
+            }
             stale_or_nothing => {
                 self.inner.metrics.cache_lookup(CacheResult::Miss);
                 let stale = match stale_or_nothing {
-                    Cached::Stale(principal) => Some(principal),
+                    Cached::Stale(stale) => Some(stale),
                     _ => None,
                 };
-                let flight = self.inner.join(Credential::new(token, digest));
+                let flight = self.inner.join(Credential::new(token, *digest), MAX_LOOKUPS);
                 Checked::Waiting(Waiting { flight, stale, metrics: Arc::clone(&self.inner.metrics) })
             }
         }
@@ -117,7 +155,7 @@ impl Authenticator {
     }
 
     pub fn forget_all(&self) {
-        self.inner.forget_all();
+        self.inner.with_flights_tainted(Cache::forget_all);
     }
 
     /// Valid and invalid entries in the cache.
@@ -125,26 +163,68 @@ impl Authenticator {
         self.inner.cache.sizes()
     }
 
-    /// Follows the store's changes for as long as it is polled.
+    /// Follows the stores' changes until it is dropped.
     pub async fn follow_changes(&self) {
-        loop {
-            let changes = self.inner.store.changes().await;
-            self.inner.apply(changes);
-        }
+        let (heard_all, vouching) = (Notify::new(), &self.inner);
+        let heard = |link: usize, event: Event| {
+            let hearing = event == Event::Hearing;
+            self.inner.apply(link, event);
+            if hearing {
+                heard_all.notify_one();
+            }
+        };
+        let vouch = async {
+            loop {
+                heard_all.notified().await;
+                vouching.vouch_for_snapshot().await;
+            }
+        };
+        tokio::join!(self.inner.chain.follow(&heard), vouch);
     }
 
-    /// Tells the store which tokens were used since a time in unix milliseconds.
+    /// Tells the stores which tokens were used since a time in unix milliseconds.
     pub async fn flush_uses(&self, since: u64) {
         let uses = self.inner.cache.used_since(since);
-        if !uses.is_empty()
-            && let Err(error) = self.inner.store.note_uses(uses).await
-        {
-            log::warn!("last uses of tokens were not recorded: {error}");
+        if !uses.is_empty() {
+            self.inner.chain.note_uses(&uses).await;
         }
     }
 
-    pub fn store_kind(&self) -> &'static str {
-        self.inner.store.kind()
+    /// The stores' names, in their order.
+    pub fn store_names(&self) -> String {
+        self.inner.chain.names()
+    }
+
+    /// Whether each store tells of its changes at this moment; those that never do are not in the list.
+    pub fn is_deaf(&self) -> bool {
+        !self.inner.deaf.lock().is_empty()
+    }
+
+    /// Keeps what is known of valid tokens in a file, and begins with what stands there: believed once the stores have
+    /// named all that changed since, and otherwise only while a store can't be asked. A file that is missing, damaged,
+    /// of other stores, or that somebody else could have written is left alone.
+    #[must_use]
+    pub fn with_snapshot(mut self, path: &Path, origin: &str) -> Self {
+        let now = (self.inner.clock)();
+        match snapshot::read(path, origin, now.unix_ms) {
+            Ok((taken_at, kept)) => {
+                log::info!("{}: {} tokens are known from before", path.display(), kept.len());
+                kept.into_iter().for_each(|entry| self.inner.cache.restore(entry, now));
+                self.inner.unvouched.store(taken_at, Ordering::Relaxed);
+            }
+            Err(why) => log::warn!("no snapshot of the token cache: {why}"),
+        }
+        self.snapshot = Some(SnapshotFile { path: path.into(), origin: origin.into() });
+        self
+    }
+
+    /// Writes the snapshot, if there is to be one. Blocks for as long as the disk takes.
+    pub fn save(&self) {
+        let Some(SnapshotFile { path, origin }) = &self.snapshot else { return };
+        let now = (self.inner.clock)();
+        if let Err(why) = snapshot::write(path, origin, now.unix_ms, &self.inner.cache.kept(now)) {
+            log::error!("the snapshot of the token cache was not written: {why}");
+        }
     }
 }
 
@@ -152,9 +232,9 @@ impl Waiting {
     /// The store's answer; the last known valid one when the store can't tell; else the caller must be refused.
     pub async fn answer(self) -> Result<Answer, CannotTell> {
         match (self.flight.landing().await, self.stale) {
-            (Err(CannotTell), Some(principal)) => {
+            (Err(why), Some(stale)) if why == CannotTell::Store || !stale.doubtful => {
                 self.metrics.cache_lookup(CacheResult::Stale);
-                Ok(Answer::Valid(principal))
+                Ok(Answer::Valid(stale.principal))
             }
             (outcome, _) => outcome,
         }
@@ -184,17 +264,17 @@ impl Inner {
         &self.flights[digest.bucket(FLIGHT_SHARDS)]
     }
 
-    /// Joins the look-up that is under way for this token, or starts one.
-    fn join(self: &Arc<Self>, credential: Credential) -> Arc<Flight> {
+    /// Joins the look-up that is under way for this token, or starts one if fewer than `most` are.
+    fn join(self: &Arc<Self>, credential: Credential, most: usize) -> Arc<Flight> {
         let mut shard = self.shard(credential.digest()).lock();
         if let Some(flight) = shard.get(credential.digest()) {
             return Arc::clone(flight);
         }
-        let flight = Arc::new(Flight::default());
-        if self.lookups.fetch_add(1, Ordering::Relaxed) >= MAX_LOOKUPS {
+        let flight = Arc::new(Flight { handles: self.chain.handles(&credential), ..Flight::default() });
+        if self.lookups.fetch_add(1, Ordering::Relaxed) >= most {
             self.lookups.fetch_sub(1, Ordering::Relaxed);
-            self.metrics.store_error(self.store.kind(), StoreError::Overloaded.kind());
-            flight.land(Err(CannotTell));
+            self.metrics.lookup_refused();
+            flight.land(Err(CannotTell::Busy));
             return flight;
         }
         shard.insert(*credential.digest(), Arc::clone(&flight));
@@ -205,6 +285,10 @@ impl Inner {
         flight
     }
 
+    fn is_ailing(&self, now: Now) -> bool {
+        now.mono_ms < self.ailing_until.load(Ordering::Relaxed)
+    }
+
     fn forget(&self, digest: &Digest) {
         let shard = self.shard(digest).lock();
         if let Some(flight) = shard.get(digest) {
@@ -213,27 +297,97 @@ impl Inner {
         self.cache.forget(digest);
     }
 
-    fn forget_all(&self) {
+    /// Changes the whole cache while no look-up can put anything into it, and no answer from before counts.
+    fn with_flights_tainted(&self, change: impl FnOnce(&Cache)) {
         let shards: Vec<_> = self.flights.iter().map(|shard| shard.lock()).collect();
         for flight in shards.iter().flat_map(|shard| shard.values()) {
             flight.tainted.store(true, Ordering::Relaxed);
         }
-        self.cache.forget_all();
+        change(&self.cache);
     }
 
-    fn apply(&self, changes: Changes) {
-        match changes {
-            Changes::Tokens(tokens) => {
-                for (digest, changed_at) in tokens {
-                    self.forget(&digest);
-                    let lag = (self.clock)().unix_ms.saturating_sub(changed_at);
-                    self.metrics.revocation_lag(self.store.kind(), Duration::from_millis(lag));
+    fn forget_handles(&self, handles: &HashSet<Digest>) {
+        let shards: Vec<_> = self.flights.iter().map(|shard| shard.lock()).collect();
+        for flight in shards.iter().flat_map(|shard| shard.values()) {
+            if flight.handles.iter().any(|handle| handles.contains(handle)) {
+                flight.tainted.store(true, Ordering::Relaxed);
+            }
+        }
+        self.cache.forget_handles(handles);
+    }
+
+    fn apply(&self, link: usize, event: Event) {
+        let Some((name, metrics)) = self.chain.links().get(link).map(|link| (&link.name, &link.metrics)) else {
+            return;
+        };
+        match event {
+            Event::Changed(changes) => {
+                let mut handles = HashSet::new();
+                for change in &changes {
+                    match change.token {
+                        Named::Token(digest) => self.forget(&digest),
+                        Named::Handle(handle) => drop(handles.insert(handle)),
+                    }
+                }
+                if !handles.is_empty() {
+                    self.forget_handles(&handles);
+                }
+                let now = (self.clock)().unix_ms;
+                for change in changes {
+                    metrics.revocation_lag(Duration::from_millis(now.saturating_sub(change.at_ms)));
                 }
             }
-            Changes::Everything => {
-                log::info!("the {} store changed as a whole: every token is looked up anew", self.store.kind());
-                self.forget_all();
+            Event::Deaf => {
+                log::error!("store {name}: word of changes does not come; answers count for a second until it does");
+                self.hearing_changed(link, metrics, false);
             }
+            Event::Hearing => {
+                log::info!("store {name}: word of changes comes; all tokens are looked up anew");
+                self.hearing_changed(link, metrics, true);
+            }
+        }
+    }
+
+    fn hearing_changed(&self, link: usize, metrics: &StoreMetrics, hears: bool) {
+        let mut deaf = self.deaf.lock();
+        if hears {
+            deaf.remove(&link);
+        } else {
+            deaf.insert(link);
+        }
+        if hears {
+            // It can be reached: whatever failed before is no excuse any more.
+            self.ailing_until.store(0, Ordering::Relaxed);
+        }
+        // First the shorter lifetimes and then the doubt, so that nothing that lands between gets the longer ones.
+        self.with_flights_tainted(|cache| {
+            cache.set_deaf(!deaf.is_empty());
+            cache.doubt_all();
+        });
+        metrics.subscribed(hears);
+        metrics.rechecked();
+    }
+
+    /// Believes a snapshot as far as the stores can say what changed since it was taken. Word of changes comes by now,
+    /// so that nothing slips through between.
+    async fn vouch_for_snapshot(&self) {
+        let taken_at = self.unvouched.swap(0, Ordering::Relaxed);
+        if taken_at == 0 || !self.deaf.lock().is_empty() {
+            return;
+        }
+        match self.chain.changed_since(taken_at).await {
+            Ok(Some(changed)) => {
+                log::info!(
+                    "the snapshot of the token cache holds, but for {} tokens that changed since",
+                    changed.len()
+                );
+                changed.iter().for_each(|digest| self.forget(digest));
+                self.cache.vouch_all((self.clock)());
+            }
+            Ok(None) => {
+                log::info!("no store says what changed since the snapshot: it serves only while a store is down")
+            }
+            Err(error) => log::warn!("the snapshot serves only while a store is down: {error}"),
         }
     }
 }
@@ -248,40 +402,42 @@ struct Pilot {
 impl Pilot {
     async fn fly(self) {
         for _ in 0..MAX_ATTEMPTS {
-            let result = self.ask_store().await;
+            let result = self.inner.chain.lookup(&self.credential).await;
             let mut shard = self.inner.shard(self.credential.digest()).lock();
             if self.flight.tainted.swap(false, Ordering::Relaxed) {
                 continue;
             }
             let now = (self.inner.clock)();
-            let outcome = result.map(|record| {
-                let principal = record
-                    .ok_or(Invalid::Unknown)
-                    .and_then(|record| Principal::from_record(&record, self.credential.digest(), now));
-                principal.map_or_else(Answer::Invalid, |principal| Answer::Valid(Arc::new(principal)))
-            });
-            if let Ok(answer) = &outcome {
-                self.inner.cache.put(*self.credential.digest(), answer, now, fastrand::f64());
-            }
+            self.inner.note_health(result.as_ref().err(), now);
+            let outcome = match result {
+                Ok(record) => {
+                    let (answer, until_unix_ms) = judge(record.as_ref(), self.credential.digest(), now);
+                    let learned = Learned { answer: &answer, until_unix_ms, handles: self.flight.handles.clone() };
+                    self.inner.cache.put(*self.credential.digest(), learned, now, fastrand::f64());
+                    Ok(answer)
+                }
+                Err(StoreError::Overloaded) => Err(CannotTell::Busy),
+                Err(_) => Err(CannotTell::Store),
+            };
             shard.remove(self.credential.digest());
             drop(shard);
-            self.flight.land(outcome.map_err(|_: StoreError| CannotTell));
+            self.flight.land(outcome);
             return;
         }
         log::warn!("a token changed {MAX_ATTEMPTS} times while it was looked up; its callers get 503");
+        self.flight.land(Err(CannotTell::Busy));
     }
+}
 
-    async fn ask_store(&self) -> Result<Option<store::TokenRecord>, StoreError> {
-        let kind = self.inner.store.kind();
-        let timer = self.inner.metrics.store_timer(kind);
-        let lookup = tokio::time::timeout(self.inner.timeout, self.inner.store.lookup(&self.credential)).await;
-        let result = lookup.unwrap_or(Err(StoreError::Timeout));
-        timer.observe_duration();
-        if let Err(error) = &result {
-            self.inner.metrics.store_error(kind, error.kind());
-            log::warn!("token {}: {error}", self.credential.digest().id());
-        }
-        result
+impl Inner {
+    /// Remembers whether the store answers. One that is busy, or has one bad record, is not down.
+    fn note_health(&self, error: Option<&StoreError>, now: Now) {
+        let until = match error {
+            None => 0,
+            Some(StoreError::Unavailable(_) | StoreError::Timeout | StoreError::CircuitOpen) => now.mono_ms + AILING_MS,
+            Some(StoreError::Overloaded | StoreError::Garbage(_)) => return,
+        };
+        self.ailing_until.store(until, Ordering::Relaxed);
     }
 }
 
@@ -293,7 +449,7 @@ impl Drop for Pilot {
             shard.remove(self.credential.digest());
         }
         drop(shard);
-        self.flight.land(Err(CannotTell));
+        self.flight.land(Err(CannotTell::Store));
     }
 }
 

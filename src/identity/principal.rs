@@ -1,9 +1,13 @@
 //! Who a valid token belongs to. A [`Principal`] can only be made here, from a store's record that is in force:
 //! to hold one is to have been authenticated.
 
+use super::cache::Answer;
 use super::credential::{Digest, TokenId};
 use super::store::TokenRecord;
 use crate::Now;
+use crate::telemetry::metrics::Generation;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 #[derive(Debug)]
 pub struct Principal {
@@ -12,21 +16,53 @@ pub struct Principal {
     token: TokenId,
     /// Unix milliseconds.
     expires: Option<u64>,
+    generation: Option<Generation>,
 }
 
 /// Why a token that a store answered for is not valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Invalid {
     Unknown,
+    NotYetValid,
     Expired,
     Revoked,
+    /// Its user is.
+    Blocked,
+}
+
+/// A principal as a snapshot of the cache keeps it.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct KeptPrincipal {
+    user: String,
+    scopes: Vec<String>,
+    expires: Option<u64>,
+    rotated: Option<bool>,
+}
+
+/// What a store's answer means now, and the unix millisecond when that changes by itself.
+pub(super) fn judge(record: Option<&TokenRecord>, digest: &Digest, now: Now) -> (Answer, Option<u64>) {
+    let Some(record) = record else { return (Answer::Invalid(Invalid::Unknown), None) };
+    match Principal::from_record(record, digest, now) {
+        Ok(principal) => (Answer::Valid(Arc::new(principal)), None),
+        Err(Invalid::NotYetValid) => {
+            (Answer::Invalid(Invalid::NotYetValid), record.not_before.map(|start| start.saturating_mul(1000)))
+        }
+        Err(why) => (Answer::Invalid(why), None),
+    }
 }
 
 impl Principal {
     /// Checks a store's answer. The digest is the one that was asked for, whatever the store says.
-    pub(super) fn from_record(record: &TokenRecord, digest: &Digest, now: Now) -> Result<Self, Invalid> {
+    fn from_record(record: &TokenRecord, digest: &Digest, now: Now) -> Result<Self, Invalid> {
         if record.revoked.is_some() {
             return Err(Invalid::Revoked);
+        }
+        if record.blocked {
+            return Err(Invalid::Blocked);
+        }
+        if record.not_before.is_some_and(|start| now.unix_ms < start.saturating_mul(1000)) {
+            return Err(Invalid::NotYetValid);
         }
         let expires = record.expires.map(|seconds| seconds.saturating_mul(1000));
         let principal = Self {
@@ -34,6 +70,11 @@ impl Principal {
             scopes: record.scopes.clone().into(),
             token: digest.id(),
             expires,
+            generation: match (record.superseded, record.replaces) {
+                (Some(_), _) => Some(Generation::Old),
+                (None, Some(_)) => Some(Generation::New),
+                (None, None) => None,
+            },
         };
         principal.in_force(now).then_some(principal).ok_or(Invalid::Expired)
     }
@@ -53,5 +94,30 @@ impl Principal {
 
     pub fn token(&self) -> TokenId {
         self.token
+    }
+
+    /// Which side of a rotation the token stands on.
+    pub fn generation(&self) -> Option<Generation> {
+        self.generation
+    }
+
+    pub(super) fn keep(&self) -> KeptPrincipal {
+        KeptPrincipal {
+            user: self.user.to_string(),
+            scopes: self.scopes.to_vec(),
+            expires: self.expires,
+            rotated: self.generation.map(|generation| generation == Generation::New),
+        }
+    }
+
+    /// Back from a snapshot that was checked to be our own. Believed only as the cache allows.
+    pub(super) fn from_kept(kept: KeptPrincipal, digest: &Digest) -> Self {
+        Self {
+            user: kept.user.into(),
+            scopes: kept.scopes.into(),
+            token: digest.id(),
+            expires: kept.expires,
+            generation: kept.rotated.map(|new| if new { Generation::New } else { Generation::Old }),
+        }
     }
 }

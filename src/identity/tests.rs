@@ -1,11 +1,12 @@
 //! The promises of the cache, against a store whose every answer the test decides and a clock that it turns.
 
-use super::store::TokenRecord;
+use super::store::chain::Link;
+use super::store::{Change, Heard, TokenRecord, TokenStore};
 use super::*;
 use async_trait::async_trait;
 use std::cell::Cell;
 use std::collections::VecDeque;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 
 thread_local! {
     /// The tests' clock. Each test runs on one thread with all its tasks.
@@ -26,8 +27,12 @@ enum Says {
     User(&'static str),
     Expires(u64),
     Revoked,
+    NotBefore(u64),
+    Blocked,
     Nothing,
     CannotTell,
+    Busy,
+    Garbage,
     Panics,
 }
 
@@ -36,14 +41,14 @@ struct FakeStore {
     script: Mutex<VecDeque<Says>>,
     asked: AtomicUsize,
     gate: Semaphore,
+    /// What it tells of its own accord.
+    events: (mpsc::UnboundedSender<Event>, tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>),
+    /// What it says when it is asked what changed.
+    changed: Mutex<Option<Vec<Digest>>>,
 }
 
 #[async_trait]
 impl TokenStore for FakeStore {
-    fn kind(&self) -> &'static str {
-        "fake"
-    }
-
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         self.asked.fetch_add(1, Ordering::SeqCst);
         // What the store knows is fixed when it is asked, as with a real query, and told when the gate opens.
@@ -53,29 +58,48 @@ impl TokenStore for FakeStore {
         };
         self.gate.acquire().await.unwrap().forget();
         let record = |user: &str, expires, revoked| TokenRecord {
-            digest: *credential.digest(),
-            user: user.into(),
             scopes: vec!["api".into()],
-            description: String::new(),
-            created: 0,
             expires,
             revoked,
-            last_used: None,
+            ..TokenRecord::new(*credential.digest(), user)
         };
         match says.unwrap() {
             Says::User(user) => Ok(Some(record(user, None, None))),
             Says::Expires(at) => Ok(Some(record("a", Some(at), None))),
             Says::Revoked => Ok(Some(record("a", None, Some(1)))),
             Says::Nothing => Ok(None),
+            Says::NotBefore(at) => Ok(Some(TokenRecord { not_before: Some(at), ..record("a", None, None) })),
+            Says::Blocked => Ok(Some(TokenRecord { blocked: true, ..record("a", None, None) })),
             Says::CannotTell => Err(StoreError::Unavailable("it is down".into())),
+            Says::Busy => Err(StoreError::Overloaded),
+            Says::Garbage => Err(StoreError::Garbage("a number".into())),
             Says::Panics => panic!("the store has a bug"),
         }
     }
+
+    fn handle(&self, credential: &Credential) -> Option<Digest> {
+        Some(handle_of(credential.expose_secret()))
+    }
+
+    async fn follow(&self, heard: Heard<'_>) {
+        while let Some(event) = self.events.1.lock().await.recv().await {
+            heard(event);
+        }
+    }
+
+    async fn changed_since(&self, _unix_ms: u64) -> Result<Option<Vec<Digest>>, StoreError> {
+        Ok(self.changed.lock().clone())
+    }
+}
+
+/// What the fake store calls a token.
+fn handle_of(token: &[u8]) -> Digest {
+    Digest::of(&[token, b"salt"].concat())
 }
 
 struct Bench {
     store: Arc<FakeStore>,
-    authenticator: Authenticator,
+    authenticator: Arc<Authenticator>,
 }
 
 const TTL: Duration = Duration::from_secs(60);
@@ -87,6 +111,11 @@ fn bench(script: &[Says]) -> Bench {
         script: Mutex::new(script.iter().cloned().collect()),
         asked: AtomicUsize::new(0),
         gate: Semaphore::new(1_000_000),
+        events: {
+            let (tell, told) = mpsc::unbounded_channel();
+            (tell, tokio::sync::Mutex::new(told))
+        },
+        changed: Mutex::new(None),
     });
     let settings = CacheSettings {
         positive_ttl: TTL,
@@ -96,8 +125,14 @@ fn bench(script: &[Says]) -> Bench {
         negative_capacity: 1_000,
     };
     let metrics = Arc::new(Metrics::new("test").unwrap());
-    let dynamic: Arc<dyn TokenStore> = Arc::<FakeStore>::clone(&store);
-    Bench { authenticator: Authenticator::new(dynamic, settings, Duration::from_secs(2), metrics, clock), store }
+    let link = |store: &Arc<FakeStore>, name: &str| Link {
+        name: name.into(),
+        store: Arc::<FakeStore>::clone(store),
+        timeout: Duration::from_secs(2),
+        metrics: Arc::new(metrics.store(name)),
+    };
+    let chain = Chain::new(vec![link(&store, "fake")]);
+    Bench { authenticator: Arc::new(Authenticator::new(chain, settings, Arc::clone(&metrics), clock)), store }
 }
 
 impl Bench {
@@ -115,7 +150,7 @@ impl Bench {
     }
 
     async fn ask(&self, token: &str) -> Result<Answer, CannotTell> {
-        match self.authenticator.check(token.as_bytes(), clock()) {
+        match self.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock()) {
             Checked::Known(answer) => Ok(answer),
             Checked::Waiting(waiting) => waiting.answer().await,
         }
@@ -130,11 +165,15 @@ impl Bench {
 
     /// What is known without asking the store.
     fn known(&self, token: &str) -> Option<Answer> {
-        match self.authenticator.check(token.as_bytes(), clock()) {
+        match self.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock()) {
             Checked::Known(answer) => Some(answer),
             Checked::Waiting(_) => None,
         }
     }
+}
+
+fn check(bench: &Bench, token: &str) -> Checked {
+    bench.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock())
 }
 
 async fn settle() {
@@ -148,7 +187,7 @@ async fn one_lookup_for_any_number_of_callers() {
     let bench = bench(&[Says::User("a")]);
     bench.shut();
     let waiting: Vec<_> = (0..100)
-        .map(|_| match bench.authenticator.check(b"t", clock()) {
+        .map(|_| match check(&bench, "t") {
             Checked::Waiting(waiting) => waiting,
             Checked::Known(_) => panic!("nothing can be known"),
         })
@@ -166,8 +205,8 @@ async fn one_lookup_for_any_number_of_callers() {
 async fn a_caller_that_goes_away_leaves_the_lookup_to_the_others() {
     let bench = bench(&[Says::User("a")]);
     bench.shut();
-    let first = bench.authenticator.check(b"t", clock());
-    let second = bench.authenticator.check(b"t", clock());
+    let first = check(&bench, "t");
+    let second = check(&bench, "t");
     settle().await;
     drop(first);
     bench.open();
@@ -201,8 +240,8 @@ async fn expired_and_revoked_records_are_invalid() {
 #[tokio::test]
 async fn a_store_that_cannot_tell_never_opens_and_is_never_remembered() {
     let bench = bench(&[Says::CannotTell, Says::CannotTell, Says::Nothing]);
-    assert_eq!(bench.ask("t").await.err(), Some(CannotTell));
-    assert_eq!(bench.ask("t").await.err(), Some(CannotTell));
+    assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
+    assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
     assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Unknown))));
     assert_eq!(bench.asked(), 3);
 }
@@ -215,7 +254,7 @@ async fn the_last_known_answer_stands_in_for_a_while() {
     assert!(bench.known("t").is_none(), "a stale answer must not be given before the store was asked");
     assert_eq!(bench.user("t").await, "a");
     pass(STALE);
-    assert_eq!(bench.ask("t").await.err(), Some(CannotTell));
+    assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
 }
 
 #[tokio::test]
@@ -225,7 +264,7 @@ async fn a_stale_answer_does_not_outlive_a_no() {
     pass(TTL + Duration::from_secs(1));
     assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
     pass(NEGATIVE_TTL);
-    assert_eq!(bench.ask("t").await.err(), Some(CannotTell), "the old yes must be gone");
+    assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store), "the old yes must be gone");
 }
 
 #[tokio::test]
@@ -262,7 +301,7 @@ async fn a_failed_refresh_is_tried_again_and_keeps_the_entry() {
 async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked() {
     let bench = bench(&[Says::User("a"), Says::Revoked]);
     bench.shut();
-    let Checked::Waiting(waiting) = bench.authenticator.check(b"t", clock()) else { panic!("nothing can be known") };
+    let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("nothing can be known") };
     settle().await;
     // The store has read the record and has not told it yet; now it changes.
     bench.authenticator.forget(&Digest::of(b"t"));
@@ -276,7 +315,7 @@ async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked() {
 async fn nor_when_everything_changed() {
     let bench = bench(&[Says::User("a"), Says::Nothing]);
     bench.shut();
-    let Checked::Waiting(waiting) = bench.authenticator.check(b"t", clock()) else { panic!("nothing can be known") };
+    let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("nothing can be known") };
     settle().await;
     bench.authenticator.forget_all();
     bench.open();
@@ -301,13 +340,13 @@ async fn a_background_refresh_cannot_resurrect_either() {
 async fn a_token_that_changes_all_the_time_is_refused_and_not_believed() {
     let bench = bench(&[Says::User("a")]);
     bench.shut();
-    let Checked::Waiting(waiting) = bench.authenticator.check(b"t", clock()) else { panic!("nothing can be known") };
+    let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("nothing can be known") };
     for _ in 0..MAX_ATTEMPTS {
         settle().await;
         bench.authenticator.forget(&Digest::of(b"t"));
         bench.store.gate.add_permits(1);
     }
-    assert_eq!(waiting.answer().await.err(), Some(CannotTell));
+    assert_eq!(waiting.answer().await.err(), Some(CannotTell::Busy));
     assert_eq!(bench.asked(), MAX_ATTEMPTS);
 }
 
@@ -324,7 +363,7 @@ async fn a_slow_store_is_cut_off() {
     let bench = bench(&[Says::User("a")]);
     bench.shut();
     let before = tokio::time::Instant::now();
-    assert_eq!(bench.ask("t").await.err(), Some(CannotTell));
+    assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
     assert_eq!(before.elapsed(), Duration::from_secs(2));
 }
 
@@ -332,12 +371,9 @@ async fn a_slow_store_is_cut_off() {
 async fn lookups_under_way_are_bounded() {
     let bench = bench(&[Says::Nothing]);
     bench.shut();
-    let waiting: Vec<_> =
-        (0..MAX_LOOKUPS).map(|n| bench.authenticator.check(format!("t{n}").as_bytes(), clock())).collect();
-    let Checked::Waiting(excess) = bench.authenticator.check(b"one more", clock()) else {
-        panic!("nothing can be known")
-    };
-    assert_eq!(excess.answer().await.err(), Some(CannotTell));
+    let waiting: Vec<_> = (0..MAX_LOOKUPS).map(|n| check(&bench, &format!("t{n}"))).collect();
+    let Checked::Waiting(excess) = check(&bench, "one more") else { panic!("nothing can be known") };
+    assert_eq!(excess.answer().await.err(), Some(CannotTell::Busy));
     bench.open();
     for caller in waiting {
         let Checked::Waiting(caller) = caller else { panic!("nothing can be known") };
@@ -349,7 +385,7 @@ async fn lookups_under_way_are_bounded() {
 #[tokio::test]
 async fn a_panic_in_the_store_costs_one_lookup() {
     let bench = bench(&[Says::Panics, Says::User("a")]);
-    assert_eq!(bench.ask("t").await.err(), Some(CannotTell));
+    assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
     assert_eq!(bench.user("t").await, "a");
 }
 
@@ -381,8 +417,9 @@ fn lifetimes_differ_by_chance() {
         let now = Now { mono_ms: after.as_millis() as u64, unix_ms: 0 };
         matches!(cache.get(&Digest::of(token), now), Cached::Answer { .. })
     };
-    cache.put(Digest::of(b"long"), &answer, Now { mono_ms: 0, unix_ms: 0 }, 0.0);
-    cache.put(Digest::of(b"short"), &answer, Now { mono_ms: 0, unix_ms: 0 }, 1.0);
+    let learned = || Learned { answer: &answer, until_unix_ms: None, handles: Vec::new() };
+    cache.put(Digest::of(b"long"), learned(), Now { mono_ms: 0, unix_ms: 0 }, 0.0);
+    cache.put(Digest::of(b"short"), learned(), Now { mono_ms: 0, unix_ms: 0 }, 1.0);
     assert!(alive(b"long", NEGATIVE_TTL * 95 / 100) && !alive(b"short", NEGATIVE_TTL * 95 / 100));
     assert!(alive(b"short", NEGATIVE_TTL * 85 / 100) && !alive(b"long", NEGATIVE_TTL));
 }
@@ -396,4 +433,374 @@ async fn uses_are_noted_coarsely() {
     pass(Duration::from_secs(30));
     assert!(bench.known("t").is_some());
     assert_eq!(bench.authenticator.inner.cache.used_since(start + 1), []);
+}
+
+// What a record says.
+
+#[tokio::test]
+async fn blocked_users_and_tokens_of_tomorrow_are_invalid() {
+    let start = CLOCK.get() / 1000 + 5;
+    let bench = bench(&[Says::Blocked, Says::NotBefore(start), Says::User("a")]);
+    assert!(matches!(bench.ask("b").await, Ok(Answer::Invalid(Invalid::Blocked))));
+    assert!(matches!(bench.ask("n").await, Ok(Answer::Invalid(Invalid::NotYetValid))));
+    // Its start comes before the end of the time that a no is remembered, and counts to the second.
+    pass(Duration::from_millis(4_900));
+    assert!(matches!(bench.known("n"), Some(Answer::Invalid(Invalid::NotYetValid))));
+    pass(Duration::from_millis(200));
+    assert_eq!(bench.user("n").await, "a");
+}
+
+#[tokio::test]
+async fn an_end_that_was_put_off_is_learned() {
+    let bench = bench(&[Says::Expires(CLOCK.get() / 1000 + 30), Says::User("a")]);
+    assert_eq!(bench.user("t").await, "a");
+    pass(Duration::from_secs(31));
+    assert!(matches!(bench.known("t"), Some(Answer::Invalid(Invalid::Expired))));
+    pass(TTL);
+    assert_eq!(bench.user("t").await, "a");
+    assert_eq!(bench.asked(), 2);
+}
+
+#[tokio::test]
+async fn an_expired_token_is_never_served_stale() {
+    let bench = bench(&[Says::Expires(CLOCK.get() / 1000 + 30), Says::CannotTell]);
+    assert_eq!(bench.user("t").await, "a");
+    pass(TTL + Duration::from_secs(1));
+    assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
+}
+
+// A store that fails, and comes back.
+
+#[tokio::test]
+async fn nobody_waits_to_see_a_store_fail_again() {
+    let bench = bench(&[Says::User("a"), Says::User("a"), Says::CannotTell, Says::CannotTell, Says::User("b")]);
+    assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "a"));
+    pass(TTL + Duration::from_secs(1));
+    assert_eq!(bench.user("t").await, "a", "the first caller waited and got the last known answer");
+    // The others get theirs at once, while one look-up behind the scenes finds out how the store is.
+    assert!(matches!(bench.known("u"), Some(Answer::Valid(_))));
+    assert!(matches!(bench.known("u"), Some(Answer::Valid(_))));
+    settle().await;
+    assert_eq!(bench.asked(), 4);
+    // It is back: asked and believed again.
+    pass(Duration::from_millis(1_100));
+    assert!(matches!(bench.known("u"), Some(Answer::Valid(_))));
+    settle().await;
+    assert_eq!(bench.user("u").await, "b");
+    assert!(bench.known("t").is_none(), "and callers wait for it again");
+}
+
+#[tokio::test]
+async fn a_failure_of_long_ago_is_no_excuse() {
+    let bench = bench(&[Says::User("a"), Says::CannotTell, Says::Revoked]);
+    assert_eq!(bench.user("t").await, "a");
+    pass(TTL + Duration::from_secs(1));
+    assert_eq!(bench.user("t").await, "a");
+    pass(Duration::from_millis(AILING_MS));
+    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+}
+
+#[tokio::test]
+async fn one_bad_record_is_no_bad_store() {
+    let bench = bench(&[Says::User("a"), Says::Garbage, Says::Revoked]);
+    assert_eq!(bench.user("t").await, "a");
+    assert_eq!(bench.ask("spoiled").await.err(), Some(CannotTell::Store));
+    pass(TTL + Duration::from_secs(1));
+    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))), "asked, not taken for down");
+}
+
+#[tokio::test]
+async fn refreshing_leaves_room_for_newcomers() {
+    let bench = bench(&[Says::User("a")]);
+    let tokens = MAX_REFRESHES + 100;
+    for n in 0..tokens {
+        assert_eq!(bench.user(&format!("t{n}")).await, "a");
+    }
+    pass(TTL * 8 / 10);
+    bench.shut();
+    for n in 0..tokens {
+        assert!(bench.known(&format!("t{n}")).is_some());
+    }
+    settle().await;
+    assert_eq!(bench.asked(), tokens + MAX_REFRESHES);
+    let Checked::Waiting(newcomer) = check(&bench, "newcomer") else { panic!("nothing can be known") };
+    bench.open();
+    assert!(matches!(newcomer.answer().await, Ok(Answer::Valid(_))));
+}
+
+// Changes.
+
+impl Bench {
+    /// Begins to follow the store.
+    fn follow(&self) -> tokio::task::JoinHandle<()> {
+        let authenticator = Arc::clone(&self.authenticator);
+        tokio::spawn(async move { authenticator.follow_changes().await })
+    }
+
+    async fn tell(&self, event: Event) {
+        self.store.events.0.send(event).unwrap();
+        settle().await;
+    }
+}
+
+fn change(token: Named) -> Event {
+    Event::Changed(vec![Change { token, at_ms: CLOCK.get() }])
+}
+
+#[tokio::test]
+async fn a_change_is_forgotten_by_either_name() {
+    let bench = bench(&[Says::User("a"), Says::User("a"), Says::Revoked]);
+    let following = bench.follow();
+    assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "a"));
+    bench.tell(change(Named::Token(Digest::of(b"t")))).await;
+    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    bench.tell(change(Named::Handle(handle_of(b"u")))).await;
+    assert!(matches!(bench.ask("u").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    following.abort();
+}
+
+#[tokio::test]
+async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked_by_its_other_name() {
+    let bench = bench(&[Says::User("a"), Says::Revoked]);
+    let following = bench.follow();
+    bench.shut();
+    let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("nothing can be known") };
+    settle().await;
+    bench.tell(change(Named::Handle(handle_of(b"other")))).await;
+    bench.tell(change(Named::Handle(handle_of(b"t")))).await;
+    bench.open();
+    assert!(matches!(waiting.answer().await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert_eq!(bench.asked(), 2);
+    following.abort();
+}
+
+#[tokio::test]
+async fn what_may_have_been_missed_is_asked_anew() {
+    let bench = bench(&[Says::User("a"), Says::Nothing, Says::Revoked, Says::User("b")]);
+    let following = bench.follow();
+    assert_eq!(bench.user("t").await, "a");
+    assert!(matches!(bench.ask("n").await, Ok(Answer::Invalid(Invalid::Unknown))));
+    bench.tell(Event::Hearing).await;
+    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert_eq!(bench.user("n").await, "b", "a no is asked anew as well");
+    following.abort();
+}
+
+#[tokio::test]
+async fn doubtful_answers_serve_while_the_store_is_down_and_not_while_it_is_busy() {
+    let bench = bench(&[Says::User("a"), Says::CannotTell, Says::Busy]);
+    let following = bench.follow();
+    assert_eq!(bench.user("t").await, "a");
+    bench.tell(Event::Deaf).await;
+    assert_eq!(bench.user("t").await, "a", "the store is down");
+    bench.tell(Event::Hearing).await;
+    assert!(bench.known("t").is_none(), "it can be reached again, so that it must be asked");
+    settle().await;
+    assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Busy), "busy is no excuse for a change that was missed");
+    following.abort();
+}
+
+#[tokio::test]
+async fn a_busy_store_is_an_excuse_where_nothing_was_missed() {
+    let bench = bench(&[Says::User("a"), Says::Busy]);
+    assert_eq!(bench.user("t").await, "a");
+    pass(TTL + Duration::from_secs(1));
+    assert_eq!(bench.user("t").await, "a");
+}
+
+#[tokio::test]
+async fn answers_count_for_a_moment_while_no_word_comes() {
+    let bench = bench(&[Says::User("a"), Says::Revoked, Says::User("b")]);
+    let following = bench.follow();
+    bench.tell(Event::Deaf).await;
+    assert_eq!(bench.user("t").await, "a");
+    assert!(bench.known("t").is_some());
+    pass(Duration::from_secs(1));
+    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    bench.tell(Event::Hearing).await;
+    assert_eq!(bench.user("t").await, "b");
+    pass(Duration::from_secs(2));
+    assert!(bench.known("t").is_some(), "and for their whole time when it comes again");
+    following.abort();
+}
+
+// Chains.
+
+fn chain_of(scripts: &[&[Says]]) -> (Vec<Bench>, Bench) {
+    let benches: Vec<Bench> = scripts.iter().map(|script| bench(script)).collect();
+    let metrics = Arc::new(Metrics::new("test").unwrap());
+    let links = benches.iter().enumerate().map(|(index, bench)| Link {
+        name: format!("store{index}"),
+        store: Arc::<FakeStore>::clone(&bench.store),
+        timeout: Duration::from_secs(2),
+        metrics: Arc::new(metrics.store(&format!("store{index}"))),
+    });
+    let settings = CacheSettings {
+        positive_ttl: TTL,
+        negative_ttl: NEGATIVE_TTL,
+        stale_if_error: STALE,
+        positive_capacity: 1_000,
+        negative_capacity: 1_000,
+    };
+    let authenticator = Authenticator::new(Chain::new(links.collect()), settings, Arc::clone(&metrics), clock);
+    let chain = Bench { store: Arc::clone(&benches[0].store), authenticator: Arc::new(authenticator) };
+    (benches, chain)
+}
+
+#[tokio::test]
+async fn the_first_store_that_knows_a_token_wins() {
+    let (benches, chain) = chain_of(&[&[Says::Nothing], &[Says::User("second")], &[Says::User("third")]]);
+    assert_eq!(chain.user("t").await, "second");
+    assert_eq!(benches.iter().map(Bench::asked).collect::<Vec<_>>(), [1, 1, 0]);
+}
+
+#[tokio::test]
+async fn a_revoked_token_is_not_asked_for_elsewhere() {
+    let (benches, chain) = chain_of(&[&[Says::Revoked], &[Says::User("second")]]);
+    assert!(matches!(chain.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert_eq!(benches[1].asked(), 0);
+}
+
+#[tokio::test]
+async fn a_store_that_cannot_tell_ends_the_chain() {
+    for trouble in [Says::CannotTell, Says::Busy, Says::Garbage] {
+        let (benches, chain) = chain_of(&[&[Says::Nothing], &[trouble], &[Says::User("third")]]);
+        assert!(chain.ask("t").await.is_err());
+        assert_eq!(benches.iter().map(Bench::asked).collect::<Vec<_>>(), [1, 1, 0]);
+    }
+}
+
+#[tokio::test]
+async fn nobody_knows_it() {
+    let (benches, chain) = chain_of(&[&[Says::Nothing], &[Says::Nothing]]);
+    assert!(matches!(chain.ask("t").await, Ok(Answer::Invalid(Invalid::Unknown))));
+    assert_eq!(benches.iter().map(Bench::asked).collect::<Vec<_>>(), [1, 1]);
+}
+
+// Snapshots.
+
+struct SnapshotFolder(PathBuf);
+
+impl SnapshotFolder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("tollgate-snapshot-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.join("cache")
+    }
+}
+
+impl Drop for SnapshotFolder {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+impl Bench {
+    fn with_snapshot(self, path: &Path, origin: &str) -> Self {
+        let authenticator = Arc::into_inner(self.authenticator).unwrap().with_snapshot(path, origin);
+        Self { authenticator: Arc::new(authenticator), ..self }
+    }
+}
+
+/// What a process leaves behind that knew `a` and `b`, the second one for 30 seconds more.
+async fn left_behind(path: &Path) {
+    let bench =
+        bench(&[Says::User("a"), Says::Expires(CLOCK.get() / 1000 + 30), Says::Nothing]).with_snapshot(path, "here");
+    assert_eq!((bench.user("a").await.as_str(), bench.user("b").await.as_str()), ("a", "a"));
+    assert!(bench.ask("nobody").await.is_ok());
+    bench.authenticator.save();
+}
+
+#[tokio::test]
+async fn a_restart_asks_for_nothing_that_the_store_vouches_for() {
+    let folder = SnapshotFolder::new("vouched");
+    left_behind(&folder.file()).await;
+    let text = std::fs::read_to_string(folder.file()).unwrap();
+    assert_eq!(text.lines().count(), 4, "{text}");
+    pass(Duration::from_secs(10));
+    let bench = bench(&[Says::Revoked]).with_snapshot(&folder.file(), "here");
+    *bench.store.changed.lock() = Some(vec![Digest::of(b"c")]);
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    assert!(
+        matches!(bench.known("a"), Some(Answer::Valid(principal)) if principal.user() == "a" && principal.scopes() == ["api"])
+    );
+    assert!(bench.known("b").is_some());
+    assert_eq!(bench.asked(), 0);
+    pass(Duration::from_secs(21));
+    assert!(matches!(bench.known("b"), Some(Answer::Invalid(Invalid::Expired))), "its own end holds");
+    pass(TTL - Duration::from_secs(30));
+    assert!(
+        matches!(bench.ask("a").await, Ok(Answer::Invalid(Invalid::Revoked))),
+        "and the entry's own time is not begun anew"
+    );
+    following.abort();
+}
+
+#[tokio::test]
+async fn what_was_revoked_meanwhile_is_not_restored() {
+    let folder = SnapshotFolder::new("revoked");
+    left_behind(&folder.file()).await;
+    let first = bench(&[Says::Revoked]).with_snapshot(&folder.file(), "here");
+    assert!(first.known("a").is_none(), "nothing counts before the store has spoken");
+    settle().await;
+    let second = bench(&[Says::Revoked]).with_snapshot(&folder.file(), "here");
+    *second.store.changed.lock() = Some(vec![Digest::of(b"a")]);
+    let following = second.follow();
+    second.tell(Event::Hearing).await;
+    assert!(matches!(second.ask("a").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(second.known("b").is_some());
+    following.abort();
+}
+
+#[tokio::test]
+async fn without_a_list_of_changes_a_snapshot_serves_only_while_the_store_is_down() {
+    let folder = SnapshotFolder::new("unvouched");
+    left_behind(&folder.file()).await;
+    let bench = bench(&[Says::CannotTell, Says::Revoked]).with_snapshot(&folder.file(), "here");
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    assert_eq!(bench.user("a").await, "a", "the store is down");
+    pass(Duration::from_millis(AILING_MS));
+    assert!(matches!(bench.ask("a").await, Ok(Answer::Invalid(Invalid::Revoked))), "the store is back");
+    following.abort();
+}
+
+#[tokio::test]
+async fn a_snapshot_that_is_not_ours_is_left_alone() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = SnapshotFolder::new("foreign");
+    let path = folder.file();
+    left_behind(&path).await;
+    let good = std::fs::read(&path).unwrap();
+    let read = |origin: &str| snapshot::read(&path, origin, CLOCK.get()).map(|(_, kept)| kept.len());
+    assert_eq!(read("here"), Ok(2));
+    assert!(read("elsewhere").unwrap_err().contains("other stores"));
+    for at in 0..good.len() {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        std::fs::write(&path, &bad).unwrap();
+        // A changed newline at the very end is all that may go unnoticed.
+        assert!(read("here").is_err() || at == good.len() - 1, "byte {at}");
+        std::fs::write(&path, &good[..at]).unwrap();
+        assert!(read("here").is_err() || at == good.len() - 1, "cut at {at}");
+    }
+    std::fs::write(&path, &good).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o620)).unwrap();
+    assert!(read("here").unwrap_err().contains("somebody else could have written it"));
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    assert_eq!(read("here"), Ok(2));
+    pass(Duration::from_secs(25 * 3600));
+    assert!(read("here").unwrap_err().contains("too old"));
+    std::fs::remove_file(&path).unwrap();
+    assert!(read("here").unwrap_err().contains("No such file"));
+    let mode = {
+        left_behind(&path).await;
+        std::fs::metadata(&path).unwrap().permissions().mode()
+    };
+    assert_eq!(mode & 0o777, 0o600);
 }

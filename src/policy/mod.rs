@@ -1,6 +1,10 @@
 //! 3 MAY THEY. Decides whether an identity may do what is asked. Pure. A [`Permit`] can only be made here, and nothing
 //! is forwarded without one.
 
+mod scope;
+
+pub use scope::{ScopeRule, Scopes};
+
 use crate::identity::Principal;
 use crate::request::route::Auth;
 use crate::request::{Examined, Switches};
@@ -25,17 +29,38 @@ pub enum Fault {
     NoIdentity,
     /// Acting as somebody else is switched off.
     Sudo,
+    /// None of the token's scopes allows this method on this path.
+    Scope,
+    /// None of the token's scopes allows acting as somebody else.
+    SudoScope,
 }
 
-pub fn decide(examined: &Examined<'_>, principal: Option<Arc<Principal>>, switches: Switches) -> Result<Permit, Fault> {
-    let known = principal.is_some();
-    let needed = examined.auth == Auth::Required || examined.presented.is_some();
-    if needed && !known {
-        return Err(Fault::NoIdentity);
+/// What a valid token may do.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    pub switches: Switches,
+    /// `None`: a valid token may do everything.
+    pub scopes: Option<Scopes>,
+}
+
+impl Policy {
+    pub fn decide(&self, examined: &Examined<'_>, principal: Option<Arc<Principal>>) -> Result<Permit, Fault> {
+        let needed = examined.auth == Auth::Required || examined.presented.is_some();
+        let Some(known) = &principal else {
+            return if needed { Err(Fault::NoIdentity) } else { Ok(Permit { principal }) };
+        };
+        // Without an identity a `sudo` means nothing to a backend that trusts ours; with one it would change it.
+        if examined.asks_sudo && !self.switches.sudo {
+            return Err(Fault::Sudo);
+        }
+        if let Some(scopes) = &self.scopes {
+            if !scopes.allow(known.scopes(), examined.method, &examined.canonical) {
+                return Err(Fault::Scope);
+            }
+            if examined.asks_sudo && !scopes.allow_sudo(known.scopes()) {
+                return Err(Fault::SudoScope);
+            }
+        }
+        Ok(Permit { principal })
     }
-    // Without an identity a `sudo` means nothing to a backend that trusts ours; with one it would change it.
-    if examined.asks_sudo && known && !switches.sudo {
-        return Err(Fault::Sudo);
-    }
-    Ok(Permit { principal })
 }

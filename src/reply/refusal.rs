@@ -1,7 +1,7 @@
 //! Every refusal: its status, what the client reads, and the reason that only the log and the metric get.
 //! One match without a wildcard, so that a new fault anywhere does not compile until it has an answer here.
 
-use crate::identity::Invalid;
+use crate::identity::{CannotTell, Invalid};
 use crate::policy;
 use crate::request::body::BodyFault;
 use crate::request::head::HeadFault;
@@ -18,7 +18,7 @@ pub enum Cause {
     Request(request::Fault),
     Identity(Invalid),
     /// The token store can't tell.
-    CannotTell,
+    CannotTell(CannotTell),
     Policy(policy::Fault),
     Upstream(UpstreamFault),
     /// Shutting down.
@@ -88,14 +88,14 @@ impl Refusal {
                     | request::Fault::Body(_)
             ),
             Cause::Draining | Cause::Bug => true,
-            Cause::Identity(_) | Cause::CannotTell | Cause::Policy(_) | Cause::Upstream(_) => false,
+            Cause::Identity(_) | Cause::CannotTell(_) | Cause::Policy(_) | Cause::Upstream(_) => false,
         }
     }
 
     /// How the verdict counts, when it is one about a credential.
     pub const fn auth_result(&self) -> Option<AuthResult> {
         match (self.cause, self.status()) {
-            (Cause::CannotTell, _) => Some(AuthResult::Unavailable),
+            (Cause::CannotTell(_), _) => Some(AuthResult::Unavailable),
             (Cause::Request(_) | Cause::Identity(_) | Cause::Policy(_), 401 | 403) => Some(AuthResult::Refused),
             _ => None,
         }
@@ -150,9 +150,13 @@ impl Refusal {
             },
             Cause::Identity(Invalid::Unknown) => (401, "unknown"),
             Cause::Identity(Invalid::Expired) => (401, "expired"),
+            Cause::Identity(Invalid::NotYetValid) => (401, "not_yet_valid"),
             Cause::Identity(Invalid::Revoked) => (401, "revoked"),
+            Cause::Identity(Invalid::Blocked) => (401, "blocked"),
             Cause::Policy(policy::Fault::NoIdentity) => (401, "no_identity"),
             Cause::Policy(policy::Fault::Sudo) => (403, "sudo"),
+            Cause::Policy(policy::Fault::Scope) => (403, "scope"),
+            Cause::Policy(policy::Fault::SudoScope) => (403, "sudo_scope"),
             Cause::Request(R::NoRoute) => (404, "no_route"),
             Cause::Request(R::MethodNotAllowed) => (405, "method"),
             Cause::Request(R::HeaderTimeout) => (408, "header_timeout"),
@@ -164,7 +168,8 @@ impl Refusal {
             Cause::Upstream(UpstreamFault::Broken) => (502, "upstream_broken"),
             Cause::Upstream(UpstreamFault::Malformed) => (502, "upstream_malformed"),
             Cause::Upstream(UpstreamFault::Absent) => (503, "upstream_absent"),
-            Cause::CannotTell => (503, "store"),
+            Cause::CannotTell(CannotTell::Store) => (503, "store"),
+            Cause::CannotTell(CannotTell::Busy) => (503, "store_busy"),
             Cause::Draining => (503, "draining"),
             Cause::Upstream(UpstreamFault::TimedOut) => (504, "upstream_timeout"),
         }
@@ -266,9 +271,9 @@ mod tests {
 
     #[test]
     fn heads_and_lengths() {
-        assert!(written(Cause::CannotTell, true, true).ends_with("Connection: close\r\n\r\n"));
+        assert!(written(Cause::CannotTell(CannotTell::Store), true, true).ends_with("Connection: close\r\n\r\n"));
         for cause in [
-            Cause::CannotTell,
+            Cause::CannotTell(CannotTell::Store),
             Cause::Bug,
             Cause::Request(request::Fault::NoRoute),
             Cause::Request(request::Fault::HeaderTooLarge),
@@ -281,6 +286,6 @@ mod tests {
             written(Cause::Request(request::Fault::MethodNotAllowed), false, false)
                 .contains("Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n")
         );
-        assert!(written(Cause::CannotTell, false, false).contains("Retry-After: 1\r\n"));
+        assert!(written(Cause::CannotTell(CannotTell::Store), false, false).contains("Retry-After: 1\r\n"));
     }
 }

@@ -16,6 +16,7 @@ use head::HeadFault;
 use page::{Clamped, Pagination};
 use query::{Edits, Fate, Key, Names};
 use route::{Auth, Route, Routes};
+use std::borrow::Cow;
 use std::sync::Arc;
 use target::TargetFault;
 use token::{Presented, TokenFault, TokenRules};
@@ -103,6 +104,9 @@ impl From<BodyFault> for Fault {
 pub struct Examined<'r> {
     /// The route, and its name for logs and metrics.
     pub route: &'r Route,
+    pub method: Method,
+    /// The path as routes and scopes are found by.
+    pub canonical: Cow<'r, [u8]>,
     /// Whether a token is needed: the route's own answer, unless this is a preflight.
     pub auth: Auth,
     /// The token to validate. `None` only where the route lets a request pass without one.
@@ -137,7 +141,7 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
     let canonical = target::canonical(view.path());
     let found = rules.routes.find(view.method, &canonical).and_then(|index| rules.routes.get(index));
     let route = found.ok_or_else(|| early(Fault::NoRoute))?;
-    rules.examine_on(route, view, &canonical).map_err(|fault| {
+    rules.examine_on(route, view, canonical).map_err(|fault| {
         let scan = query::scan(view.query().unwrap_or_default(), &rules.names);
         let query_token = scan.params.iter().any(|param| param.key == Key::Token);
         Refused { fault, route: Some(route), query_token }
@@ -149,7 +153,7 @@ impl Rules {
         &self,
         route: &'r Route,
         view: &RequestView<'r>,
-        canonical: &[u8],
+        canonical: Cow<'r, [u8]>,
     ) -> Result<Examined<'r>, Fault> {
         let web_page = route.is_web_page();
         if !web_page && view.fields_of(FieldKind::MethodOverride).next().is_some() {
@@ -191,7 +195,7 @@ impl Rules {
         }
         let lists = !web_page && matches!(view.method, Method::Get | Method::Head);
         let (mut clamped, mut append) = Default::default();
-        if lists && let Some(rules) = self.pagination.rules_for(canonical) {
+        if lists && let Some(rules) = self.pagination.rules_for(&canonical) {
             (clamped, append) = page::settle(&scan, &mut fates, rules).map_err(|_| Fault::PastDepth)?;
         }
         let mut edits = Edits::plan(&scan, &fates, query.len());
@@ -206,7 +210,7 @@ impl Rules {
             }
             _ => None,
         };
-        Ok(Examined { route, auth, presented, edits, clamped, asks_sudo, body })
+        Ok(Examined { route, method: view.method, canonical, auth, presented, edits, clamped, asks_sudo, body })
     }
 
     fn is_refused_credential(&self, key: Key) -> bool {

@@ -47,6 +47,10 @@ labels! {
     TokenSource { None = "none", Header = "header", Query = "query", Bearer = "bearer", Several = "several" }
 }
 labels! {
+    /// Which side of a rotation a token stands on.
+    Generation { Old = "old", New = "new" }
+}
+labels! {
     /// Which page parameter was changed.
     Clamp { Page = "page", PerPage = "per_page" }
 }
@@ -70,8 +74,16 @@ pub struct Metrics {
     cache_lookups: Vec<IntCounter>,
     cache_entries: IntGaugeVec,
     store_duration: HistogramVec,
+    store_lookups: IntCounterVec,
     store_errors: IntCounterVec,
+    store_connections: IntGaugeVec,
+    store_subscribed: IntGaugeVec,
+    store_subscription_losses: IntCounterVec,
+    store_breaker_open: IntGaugeVec,
+    store_rechecks: IntCounterVec,
     revocation_lag: HistogramVec,
+    rotated: Vec<IntCounter>,
+    lookups_refused: IntCounter,
     clamps: Vec<IntCounter>,
     query_tokens: IntCounter,
     dropped_fields: IntCounter,
@@ -159,6 +171,11 @@ impl Metrics {
             &["result", "reason", "source"],
         )?;
         let cache = counters("tollgate_cache_lookups_total", "Look-ups in the token cache by result.", &["result"])?;
+        let rotated = counters(
+            "tollgate_rotated_token_requests_total",
+            "Requests with a token that a rotation ended (old) or made (new).",
+            &["generation"],
+        )?;
         let clamps =
             counters("tollgate_pagination_clamps_total", "Page parameters that were changed.", &["parameter"])?;
         let build = gauges("tollgate_build_info", "1, with the version as label.", &["version"])?;
@@ -177,6 +194,36 @@ impl Metrics {
                 &["store"],
                 STORE_SECONDS,
             )?,
+            store_lookups: counters(
+                "tollgate_store_lookups_total",
+                "Look-ups that the token store answered, by whether it knew the token.",
+                &["store", "result"],
+            )?,
+            store_connections: gauges(
+                "tollgate_store_connections",
+                "Connections to the token store: open ones, those in use, and the most there may be.",
+                &["store", "state"],
+            )?,
+            store_subscribed: gauges(
+                "tollgate_store_subscribed",
+                "1 while the token store tells of changes, 0 while word of them does not come.",
+                &["store"],
+            )?,
+            store_subscription_losses: counters(
+                "tollgate_store_subscription_losses_total",
+                "Times that word of changes stopped coming.",
+                &["store"],
+            )?,
+            store_breaker_open: gauges(
+                "tollgate_store_breaker_open",
+                "1 while the token store is left alone after failures in a row.",
+                &["store"],
+            )?,
+            store_rechecks: counters(
+                "tollgate_store_rechecks_total",
+                "Times that everything learned from a store had to be asked anew, because changes may have been missed.",
+                &["store"],
+            )?,
             store_errors: counters(
                 "tollgate_store_errors_total",
                 "Look-ups that the token store could not answer.",
@@ -188,6 +235,11 @@ impl Metrics {
                 &["store"],
                 LAG_SECONDS,
             )?,
+            lookups_refused: counter(
+                "tollgate_lookups_refused_total",
+                "Look-ups that were not begun because too many were under way.",
+            )?,
+            rotated: Generation::ALL.iter().map(|g| rotated.with_label_values(&[g.as_str()])).collect(),
             clamps: Clamp::ALL.iter().map(|c| clamps.with_label_values(&[c.as_str()])).collect(),
             query_tokens: counter(
                 "tollgate_query_tokens_total",
@@ -279,17 +331,30 @@ impl Metrics {
         }
     }
 
-    /// Observes the time until it is told to.
-    pub fn store_timer(&self, store: &'static str) -> HistogramTimer {
-        self.store_duration.with_label_values(&[store]).start_timer()
+    /// One store's series, resolved once.
+    pub fn store(&self, name: &str) -> StoreMetrics {
+        StoreMetrics {
+            name: name.into(),
+            duration: self.store_duration.with_label_values(&[name]),
+            lookups: ["unknown", "found"].map(|result| self.store_lookups.with_label_values(&[name, result])),
+            errors: self.store_errors.clone(),
+            connections: self.store_connections.clone(),
+            subscribed: self.store_subscribed.clone(),
+            losses: self.store_subscription_losses.clone(),
+            breaker_open: self.store_breaker_open.clone(),
+            rechecks: self.store_rechecks.with_label_values(&[name]),
+            lag: self.revocation_lag.with_label_values(&[name]),
+        }
     }
 
-    pub fn store_error(&self, store: &'static str, kind: &'static str) {
-        self.store_errors.with_label_values(&[store, kind]).inc();
+    pub fn lookup_refused(&self) {
+        self.lookups_refused.inc();
     }
 
-    pub fn revocation_lag(&self, store: &'static str, lag: Duration) {
-        self.revocation_lag.with_label_values(&[store]).observe(lag.as_secs_f64());
+    pub fn rotated(&self, generation: Generation) {
+        if let Some(counter) = self.rotated.get(generation as usize) {
+            counter.inc();
+        }
     }
 
     pub fn clamped(&self, parameter: Clamp) {
@@ -362,6 +427,66 @@ impl UpstreamMetrics {
 
     pub fn retried(&self) {
         self.retries.inc();
+    }
+}
+
+/// One token store's series. Those that not every store has appear with their first value.
+pub struct StoreMetrics {
+    name: String,
+    duration: Histogram,
+    /// Unknown, found.
+    lookups: [IntCounter; 2],
+    errors: IntCounterVec,
+    connections: IntGaugeVec,
+    subscribed: IntGaugeVec,
+    losses: IntCounterVec,
+    breaker_open: IntGaugeVec,
+    rechecks: IntCounter,
+    lag: Histogram,
+}
+
+impl StoreMetrics {
+    /// Observes the time until it is dropped.
+    pub fn lookup_started(&self) -> HistogramTimer {
+        self.duration.start_timer()
+    }
+
+    pub fn answered(&self, found: bool) {
+        self.lookups[usize::from(found)].inc();
+    }
+
+    pub fn failed(&self, kind: &'static str) {
+        self.errors.with_label_values(&[self.name.as_str(), kind]).inc();
+    }
+
+    /// Connections: open, in use, and the most there may be.
+    pub fn connections(&self, open: usize, in_use: usize, most: usize) {
+        for (state, count) in [("open", open), ("in_use", in_use), ("most", most)] {
+            self.connections
+                .with_label_values(&[self.name.as_str(), state])
+                .set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    pub fn subscribed(&self, yes: bool) {
+        let gauge = self.subscribed.with_label_values(&[&self.name]);
+        let losses = self.losses.with_label_values(&[&self.name]);
+        if !yes && gauge.get() != 0 {
+            losses.inc();
+        }
+        gauge.set(i64::from(yes));
+    }
+
+    pub fn breaker_open(&self, open: bool) {
+        self.breaker_open.with_label_values(&[&self.name]).set(i64::from(open));
+    }
+
+    pub fn rechecked(&self) {
+        self.rechecks.inc();
+    }
+
+    pub fn revocation_lag(&self, lag: Duration) {
+        self.lag.observe(lag.as_secs_f64());
     }
 }
 

@@ -1,11 +1,14 @@
-//! Tokens in a TOML file of digests that people edit by hand. Read again whenever it changes; a broken file changes
-//! nothing and says why. The file as a whole is swapped, never parts of it.
+//! Tokens in a TOML or JSON file of digests that people edit by hand or programs write. Read again whenever it changes; a
+//! broken file changes nothing and says why. The file as a whole is swapped, never parts of it.
 
-use super::{AdminError, Changes, StoreError, TokenAdmin, TokenRecord, TokenStore, parse_time, rfc3339};
+use super::{
+    AdminError, Change, Event, Heard, Named, Records, StoreError, TokenAdmin, TokenRecord, TokenStore, parse_time,
+    rfc3339,
+};
 use crate::identity::credential::{Credential, Digest};
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
@@ -42,32 +45,62 @@ impl Stamp {
     }
 }
 
-#[derive(Deserialize)]
+/// The same in both languages; a file that ends in `.json` is JSON.
+#[derive(Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FileShape {
     #[serde(default)]
     token: Vec<TokenShape>,
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TokenShape {
     sha256: String,
     user: String,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     scopes: Vec<String>,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     description: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
     created: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_before: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     expires: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     revoked: Option<Revoked>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    blocked: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    superseded: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replaces: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Revoked {
     Flag(bool),
     Since(String),
+}
+
+impl From<&TokenRecord> for TokenShape {
+    fn from(record: &TokenRecord) -> Self {
+        Self {
+            sha256: record.digest.to_hex(),
+            user: record.user.clone(),
+            scopes: record.scopes.clone(),
+            description: record.description.clone(),
+            created: Some(rfc3339(record.created)),
+            not_before: record.not_before.map(rfc3339),
+            expires: record.expires.map(rfc3339),
+            revoked: record.revoked.map(|at| Revoked::Since(rfc3339(at))),
+            blocked: record.blocked,
+            superseded: record.superseded.map(rfc3339),
+            replaces: record.replaces.map(Digest::to_hex),
+        }
+    }
 }
 
 impl FileStore {
@@ -79,7 +112,7 @@ impl FileStore {
     }
 
     /// What changed since the last look, if anything.
-    async fn look(&self) -> Option<Changes> {
+    async fn look(&self) -> Option<Event> {
         let mut seen = self.seen.lock().await;
         let stamp = Stamp::of(&self.path);
         if stamp == *seen {
@@ -95,7 +128,9 @@ impl FileStore {
                 let digests: std::collections::HashSet<_> =
                     old.keys().chain(new.keys()).filter(changed).copied().collect();
                 log::info!("{} was read again: {} tokens, {} changed", self.path.display(), new.len(), digests.len());
-                Some(Changes::Tokens(digests.into_iter().map(|digest| (digest, changed_at(stamp, now))).collect()))
+                let at_ms = changed_at(stamp, now);
+                let change = |digest| Change { token: Named::Token(digest), at_ms };
+                Some(Event::Changed(digests.into_iter().map(change).collect()))
             }
             Err(why) => {
                 log::error!("{} is kept as it was before, because the new one is broken: {why}", self.path.display());
@@ -113,19 +148,16 @@ fn changed_at(stamp: Option<Stamp>, now: u64) -> u64 {
 
 #[async_trait]
 impl TokenStore for FileStore {
-    fn kind(&self) -> &'static str {
-        "file"
-    }
-
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         Ok(self.table.load().get(credential.digest()).cloned())
     }
 
-    async fn changes(&self) -> Changes {
+    async fn follow(&self, heard: Heard<'_>) {
+        heard(Event::Hearing);
         loop {
             tokio::time::sleep(POLL).await;
-            if let Some(changes) = self.look().await {
-                return changes;
+            if let Some(event) = self.look().await {
+                heard(event);
             }
         }
     }
@@ -133,15 +165,40 @@ impl TokenStore for FileStore {
 
 fn read(path: &Path) -> Result<Table, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    parse(&text)
+    parse(&text, Format::of(path)).map_err(|why| format!("{}: {why}", path.display()))
 }
 
-fn parse(text: &str) -> Result<Table, String> {
-    // toml's message would quote the line, which may be a token somebody pasted by mistake: only the place is told.
-    let file: FileShape = toml::from_str(text).map_err(|error| {
-        let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].lines().count().max(1));
-        format!("line {line}: {}", error.message())
-    })?;
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Toml,
+    Json,
+}
+
+impl Format {
+    fn of(path: &Path) -> Self {
+        if path.extension().is_some_and(|extension| extension == "json") { Self::Json } else { Self::Toml }
+    }
+
+    /// The parsers' own messages may quote the text, which may be a token that somebody pasted by mistake.
+    fn shape(self, text: &str) -> Result<FileShape, String> {
+        match self {
+            Self::Toml => toml::from_str(text).map_err(|error| {
+                let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].lines().count().max(1));
+                format!("line {line}: {}", without_values(error.message()))
+            }),
+            Self::Json => serde_json::from_str(text)
+                .map_err(|error| format!("line {}: {}", error.line(), without_values(&error.to_string()))),
+        }
+    }
+}
+
+/// A message without what stands in double quotes.
+fn without_values(message: &str) -> String {
+    message.split('"').enumerate().map(|(index, part)| if index % 2 == 0 { part } else { "…" }).collect()
+}
+
+fn parse(text: &str, format: Format) -> Result<Table, String> {
+    let file = format.shape(text)?;
     let mut table = HashMap::with_capacity(file.token.len());
     for (index, token) in file.token.into_iter().enumerate() {
         let place = |key: &str, why: &str| format!("token[{index}].{key}: {why}");
@@ -159,13 +216,21 @@ fn parse(text: &str) -> Result<Table, String> {
             Some(Revoked::Flag(true)) => Some(0),
             Some(Revoked::Since(text)) => time("revoked", &Some(text.clone()))?,
         };
+        let replaces = token
+            .replaces
+            .as_deref()
+            .map(|hex| Digest::from_hex(hex).ok_or_else(|| place("replaces", "must be 64 hex digits")));
         let record = TokenRecord {
             digest,
             scopes: token.scopes,
             description: token.description,
             created: time("created", &token.created)?.unwrap_or(0),
+            not_before: time("not_before", &token.not_before)?,
             expires: time("expires", &token.expires)?,
             revoked,
+            blocked: token.blocked,
+            superseded: time("superseded", &token.superseded)?,
+            replaces: replaces.transpose()?,
             last_used: None,
             user: token.user,
         };
@@ -176,31 +241,84 @@ fn parse(text: &str) -> Result<Table, String> {
     Ok(table)
 }
 
-/// The file as the command line writes to it: text is added, and what people wrote stays as it is.
+/// The file as the command line writes to it. In TOML text is added, and what people wrote stays as it is; JSON is
+/// written anew.
 pub struct FileAdmin {
     path: PathBuf,
+    format: Format,
 }
 
 impl FileAdmin {
     pub fn new(path: &Path) -> Self {
-        Self { path: path.into() }
+        Self { path: path.into(), format: Format::of(path) }
+    }
+
+    fn failed(&self, why: impl std::fmt::Display) -> AdminError {
+        AdminError::Store(format!("{}: {why}", self.path.display()))
     }
 
     fn text(&self) -> Result<String, AdminError> {
         match std::fs::read_to_string(&self.path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
-            read => read.map_err(|error| AdminError::Store(format!("{}: {error}", self.path.display()))),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Ok(if self.format == Format::Json { "{}".into() } else { String::new() })
+            }
+            read => read.map_err(|error| self.failed(error)),
         }
     }
 
     fn table(&self) -> Result<Table, AdminError> {
-        parse(&self.text()?).map_err(|why| AdminError::Store(format!("{}: {why}", self.path.display())))
+        parse(&self.text()?, self.format).map_err(|why| self.failed(why))
+    }
+
+    fn records(&self) -> Result<Vec<TokenRecord>, AdminError> {
+        let mut records: Vec<_> = self.table()?.into_values().collect();
+        records.sort_by(|a, b| b.created.cmp(&a.created).then_with(|| a.digest.as_bytes().cmp(b.digest.as_bytes())));
+        Ok(records)
+    }
+
+    /// Adds entries behind what is there.
+    fn add(&self, text: &str, records: &[TokenRecord]) -> Result<String, AdminError> {
+        match self.format {
+            Format::Toml => {
+                let mut text = text.to_owned();
+                for record in records {
+                    let file = FileShape { token: vec![record.into()] };
+                    text += "\n";
+                    text += &toml::to_string(&file).map_err(|error| self.failed(error))?;
+                }
+                Ok(text)
+            }
+            Format::Json => {
+                let mut file = self.format.shape(text).map_err(|why| self.failed(why))?;
+                file.token.extend(records.iter().map(TokenShape::from));
+                serde_json::to_string_pretty(&file).map_err(|error| self.failed(error))
+            }
+        }
+    }
+
+    /// Gives keys of some entries new values, in TOML's notation.
+    fn set(&self, text: &str, digests: &[Digest], keys: &[(&str, String)]) -> Result<String, AdminError> {
+        match self.format {
+            Format::Toml => Ok(digests.iter().fold(text.to_owned(), |text, digest| set_in_toml(&text, digest, keys))),
+            Format::Json => {
+                let mut file: serde_json::Value = serde_json::from_str(text).map_err(|error| self.failed(error))?;
+                let entries = file.get_mut("token").and_then(serde_json::Value::as_array_mut).into_iter().flatten();
+                for entry in entries {
+                    let digest = entry.get("sha256").and_then(|hex| hex.as_str()).and_then(Digest::from_hex);
+                    if digest.is_some_and(|digest| digests.contains(&digest)) {
+                        for (key, value) in keys {
+                            entry[*key] = serde_json::from_str(value).map_err(|error| self.failed(error))?;
+                        }
+                    }
+                }
+                serde_json::to_string_pretty(&file).map_err(|error| self.failed(error))
+            }
+        }
     }
 
     /// Puts the new text in place as a whole, after having checked that it can be read.
     fn replace(&self, text: &str) -> Result<(), AdminError> {
-        parse(text).map_err(AdminError::Store)?;
-        let failed = |error: std::io::Error| AdminError::Store(format!("{}: {error}", self.path.display()));
+        parse(text, self.format).map_err(|why| self.failed(why))?;
         let mode = std::fs::metadata(&self.path).map_or(0o600, |meta| meta.mode() & 0o777);
         let temporary = self.path.with_extension(format!("new-{}", std::process::id()));
         let mut file = std::fs::OpenOptions::new()
@@ -209,79 +327,110 @@ impl FileAdmin {
             .truncate(true)
             .mode(mode)
             .open(&temporary)
-            .map_err(failed)?;
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
-        std::fs::rename(&temporary, &self.path).map_err(failed)
+            .map_err(|error| self.failed(error))?;
+        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|error| self.failed(error))?;
+        std::fs::rename(&temporary, &self.path).map_err(|error| self.failed(error))
     }
 }
 
-fn entry(record: &TokenRecord) -> String {
-    let text = |text: &str| toml::Value::String(text.into()).to_string();
-    let mut lines = format!("\n[[token]]\nsha256 = \"{}\"\nuser = {}\n", record.digest.to_hex(), text(&record.user));
-    if !record.scopes.is_empty() {
-        lines += &format!("scopes = [{}]\n", record.scopes.iter().map(|s| text(s)).collect::<Vec<_>>().join(", "));
-    }
-    if !record.description.is_empty() {
-        lines += &format!("description = {}\n", text(&record.description));
-    }
-    lines += &format!("created = \"{}\"\n", rfc3339(record.created));
-    for (key, time) in [("expires", record.expires), ("revoked", record.revoked)] {
-        if let Some(time) = time {
-            lines += &format!("{key} = \"{}\"\n", rfc3339(time));
+/// Replaces the lines of these keys in a token's entry, or adds them below its digest.
+fn set_in_toml(text: &str, digest: &Digest, keys: &[(&str, String)]) -> String {
+    let hex = digest.to_hex();
+    let key_of = |line: &str| line.split_once('=').map(|(key, _)| key.trim().to_owned());
+    let is_digest =
+        |line: &str| key_of(line).is_some_and(|key| key == "sha256") && line.to_ascii_lowercase().contains(&hex);
+    // Entries begin at their header; what stands before the first one is kept as it is.
+    let mut entries: Vec<Vec<&str>> = vec![Vec::new()];
+    for line in text.lines() {
+        if line.trim_start().starts_with('[') {
+            entries.push(Vec::new());
+        }
+        if let Some(entry) = entries.last_mut() {
+            entry.push(line);
         }
     }
-    lines
+    let mut out = String::new();
+    for entry in entries {
+        let ours = entry.iter().any(|line| is_digest(line));
+        for line in entry {
+            if !ours || !keys.iter().any(|(key, _)| key_of(line).is_some_and(|found| found == *key)) {
+                out += line;
+                out.push('\n');
+            }
+            if ours && is_digest(line) {
+                keys.iter().for_each(|(key, value)| out += &format!("{key} = {value}\n"));
+            }
+        }
+    }
+    out
 }
 
+/// A time as both languages write it.
+fn quoted(time: u64) -> String {
+    format!("\"{}\"", rfc3339(time))
+}
+
+#[async_trait]
 impl TokenAdmin for FileAdmin {
-    fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
+    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
         if self.table()?.contains_key(&record.digest) {
             return Err(AdminError::Exists);
         }
-        self.replace(&(self.text()? + &entry(record)))
+        self.replace(&self.add(&self.text()?, std::slice::from_ref(record))?)
     }
 
-    fn import(
-        &mut self,
-        records: &mut dyn Iterator<Item = Result<TokenRecord, AdminError>>,
-    ) -> Result<u64, AdminError> {
+    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
         let mut known: std::collections::HashSet<Digest> = self.table()?.into_keys().collect();
-        let (mut text, mut new) = (self.text()?, 0);
+        let mut new = Vec::new();
         for record in records {
             let record = record?;
             if known.insert(record.digest) {
-                text += &entry(&record);
-                new += 1;
+                new.push(record);
             }
         }
-        self.replace(&text).map(|()| new)
+        self.replace(&self.add(&self.text()?, &new)?).map(|()| new.len() as u64)
     }
 
-    fn list(&self) -> Result<Vec<TokenRecord>, AdminError> {
-        let mut records: Vec<_> = self.table()?.into_values().collect();
-        records.sort_by(|a, b| b.created.cmp(&a.created).then_with(|| a.digest.as_bytes().cmp(b.digest.as_bytes())));
-        Ok(records)
+    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
+        self.records()
     }
 
-    fn find(&self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
-        Ok(self.list()?.into_iter().filter(|record| record.digest.to_hex().starts_with(hex_prefix)).collect())
+    async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        let records = self.records()?.into_iter();
+        Ok(records.filter(|record| record.digest.to_hex().starts_with(hex_prefix)).take(100).collect())
     }
 
-    /// Adds a `revoked` line below the digest's own.
-    fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
+    async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
         let table = self.table()?;
         if table.get(digest).ok_or(AdminError::Missing)?.revoked.is_some() {
             return Ok(false);
         }
-        let hex = digest.to_hex();
-        let mut text = String::new();
-        for line in self.text()?.lines() {
-            text += line;
-            text.push('\n');
-            if line.to_ascii_lowercase().contains(&hex) && line.trim_start().starts_with("sha256") {
-                text += &format!("revoked = \"{}\"\n", rfc3339(at));
-            }
+        self.replace(&self.set(&self.text()?, &[*digest], &[("revoked", quoted(at))])?).map(|()| true)
+    }
+
+    async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
+        let table = self.table()?;
+        let record = table.get(old).ok_or(AdminError::Missing)?;
+        if record.revoked.is_some() || record.superseded.is_some() || record.expires.is_some_and(|end| end <= at) {
+            return Err(AdminError::Ended);
         }
-        self.replace(&text).map(|()| true)
+        if table.contains_key(&next.digest) {
+            return Err(AdminError::Exists);
+        }
+        let end = record.expires.map_or(end, |own| own.min(end));
+        let text = self.set(&self.text()?, &[*old], &[("superseded", quoted(at)), ("expires", quoted(end))])?;
+        self.replace(&self.add(&text, &[TokenRecord { replaces: Some(*old), ..next.clone() }])?)
+    }
+
+    async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
+        let differs = |record: &&TokenRecord| record.user == user && record.blocked != blocked;
+        let table = self.table()?;
+        let digests: Vec<_> = table.values().filter(differs).map(|record| record.digest).collect();
+        self.replace(&self.set(&self.text()?, &digests, &[("blocked", blocked.to_string())])?)?;
+        Ok(digests.len() as u64)
+    }
+
+    async fn wait(&mut self, _timeout: Duration) -> Result<Vec<String>, AdminError> {
+        Err(AdminError::NoRegister("a file"))
     }
 }

@@ -1,14 +1,48 @@
 //! Where tokens are kept. A store speaks of tokens and never of HTTP; what it can't tell is an error and never an answer.
 
+pub mod chain;
 pub mod file;
+pub mod introspect;
+pub mod postgres;
+pub mod redis;
 pub mod sqlite;
+mod tls;
 
 #[cfg(test)]
+#[allow(clippy::print_stdout, reason = "figures, for whoever asks with --nocapture")]
 mod contract;
+#[cfg(test)]
+#[allow(unreachable_pub, reason = "shared with the tests outside the process")]
+#[path = "../../../tests/servers/mod.rs"]
+mod servers;
+
+pub use tls::{Secret, TlsMode, TlsSettings};
+
+/// One store of a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedStore {
+    /// Label of metrics and logs.
+    pub name: String,
+    /// How long a look-up may take.
+    pub timeout: Duration,
+    pub kind: StoreSettings,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreSettings {
+    Sqlite(PathBuf),
+    File(PathBuf),
+    Postgres(Box<postgres::PostgresSettings>),
+    Redis(Box<redis::RedisSettings>),
+    Introspection(Box<introspect::IntrospectSettings>),
+}
 
 use super::credential::{Credential, Digest};
+use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use serde::Serialize;
+use std::path::PathBuf;
+use std::time::Duration;
 
 /// What a store keeps about a token. Times are unix seconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,13 +52,41 @@ pub struct TokenRecord {
     pub scopes: Vec<String>,
     pub description: String,
     pub created: u64,
+    /// Not valid before.
+    pub not_before: Option<u64>,
     pub expires: Option<u64>,
     pub revoked: Option<u64>,
+    /// The user may not do anything, whatever token they show.
+    pub blocked: bool,
+    /// A rotation has put another token in this one's place; both work until this one expires.
+    pub superseded: Option<u64>,
+    /// The token in whose place this one came.
+    pub replaces: Option<Digest>,
     pub last_used: Option<u64>,
 }
 
+impl TokenRecord {
+    /// A token without any bounds.
+    pub fn new(digest: Digest, user: impl Into<String>) -> Self {
+        Self {
+            digest,
+            user: user.into(),
+            scopes: Vec::new(),
+            description: String::new(),
+            created: 0,
+            not_before: None,
+            expires: None,
+            revoked: None,
+            blocked: false,
+            superseded: None,
+            replaces: None,
+            last_used: None,
+        }
+    }
+}
+
 /// A store that can't tell whether a token is valid. Never read as "no such token".
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     #[error("the token store can't be reached: {0}")]
     Unavailable(String),
@@ -32,6 +94,8 @@ pub enum StoreError {
     Timeout,
     #[error("the token store has too many look-ups under way")]
     Overloaded,
+    #[error("the token store failed too often and is left alone for a moment")]
+    CircuitOpen,
     #[error("the token store answered something that is no token record: {0}")]
     Garbage(String),
 }
@@ -43,35 +107,65 @@ impl StoreError {
             Self::Unavailable(_) => "unavailable",
             Self::Timeout => "timeout",
             Self::Overloaded => "overloaded",
+            Self::CircuitOpen => "circuit_open",
             Self::Garbage(_) => "garbage",
         }
     }
 }
 
-/// Tokens whose records changed, or that may have.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Changes {
-    /// Each with the unix millisecond of its change.
-    Tokens(Vec<(Digest, u64)>),
-    /// The store can't say which: all that was learned must be learned anew.
-    Everything,
+/// What a store tells a gateway of its own accord.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// These records changed, or may have.
+    Changed(Vec<Change>),
+    /// Word of changes no longer comes: an answer is good for a moment only.
+    Deaf,
+    /// Word of changes comes from now on. What happened before is unknown, so everything must be asked anew. Also said
+    /// when a store changed as a whole.
+    Hearing,
 }
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    pub token: Named,
+    /// Unix milliseconds by the store's clock.
+    pub at_ms: u64,
+}
+
+/// How a store names a token whose record changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Named {
+    Token(Digest),
+    /// By what [`TokenStore::handle`] says, for a store whose keys don't give away the token's own digest.
+    Handle(Digest),
+}
+
+/// Takes events. Returns once what it was told has taken effect, so that a store may confirm it.
+pub type Heard<'a> = &'a (dyn Fn(Event) + Send + Sync);
 
 /// Looking up, which every store can do.
 #[async_trait]
 pub trait TokenStore: Send + Sync {
-    /// Label of metrics and logs.
-    fn kind(&self) -> &'static str;
-
     /// The record behind a token, also when it is revoked or expired: the caller judges. `Ok(None)` says that there is
     /// no such token, and must never be said in doubt: the caller refuses, and remembers. Doubt is an error: the
     /// caller then goes on with what it knew, or answers 503. An error wrongly given costs a retry; a record wrongly
-    /// given is an open gate.
+    /// given is an open gate. The caller gives up after the store's timeout and drops the future.
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError>;
 
-    /// Waits until records change. Stores that can't tell never return.
-    async fn changes(&self) -> Changes {
+    /// The store's own name for a token, where [`Named::Handle`] is used.
+    fn handle(&self, _credential: &Credential) -> Option<Digest> {
+        None
+    }
+
+    /// Tells of changes until it is dropped, connections lost and found again included. A store that can hear of
+    /// changes says first whether it does; one that can't never says anything.
+    async fn follow(&self, _heard: Heard<'_>) {
         std::future::pending().await
+    }
+
+    /// Which tokens changed since a unix millisecond. `None`: the store keeps no such list, or not for so long.
+    async fn changed_since(&self, _unix_ms: u64) -> Result<Option<Vec<Digest>>, StoreError> {
+        Ok(None)
     }
 
     /// Notes when tokens were last used, in unix milliseconds. Coarse, in the background, and allowed to be lost.
@@ -80,19 +174,30 @@ pub trait TokenStore: Send + Sync {
     }
 }
 
+/// Records on their way in; the first error ends an import.
+pub type Records<'a> = &'a mut (dyn Iterator<Item = Result<TokenRecord, AdminError>> + Send);
+
 /// Writing, which only stores of our own can do. Used by the command line, never by the gateway.
-pub trait TokenAdmin {
+#[async_trait]
+pub trait TokenAdmin: Send {
     /// Fails for a digest that is there already.
-    fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError>;
-    /// Adds many at once and skips those that are there already. Returns how many were new.
-    fn import(&mut self, records: &mut dyn Iterator<Item = Result<TokenRecord, AdminError>>)
-    -> Result<u64, AdminError>;
+    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError>;
+    /// Adds many at once and skips those that are there already. All or nothing. Returns how many were new.
+    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError>;
     /// Newest first.
-    fn list(&self) -> Result<Vec<TokenRecord>, AdminError>;
-    /// All tokens whose digest begins with these hex digits.
-    fn find(&self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError>;
+    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError>;
+    /// All tokens whose digest begins with these hex digits, up to 100.
+    async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError>;
     /// Ends a token. Returns false when it was revoked before.
-    fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError>;
+    async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError>;
+    /// Puts `next` in the place of another token, which is superseded `at` and expires at `end`, or at its own end if
+    /// that comes first. Both or neither.
+    async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError>;
+    /// Blocks a user, or no longer. Returns how many tokens changed.
+    async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError>;
+    /// Waits until every gateway that runs on this store has taken in all that was written before. Returns the names of
+    /// those that did; fails with the names of those that did not within the time.
+    async fn wait(&mut self, timeout: Duration) -> Result<Vec<String>, AdminError>;
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +206,12 @@ pub enum AdminError {
     Exists,
     #[error("no such token")]
     Missing,
+    #[error("the token is revoked or over: there is nothing to rotate")]
+    Ended,
+    #[error("no confirmation within {waited:?} from: {}", missing.join(", "))]
+    Unconfirmed { missing: Vec<String>, waited: Duration },
+    #[error("{0} keeps no register of the gateways that use it: nothing can be waited for")]
+    NoRegister(&'static str),
     #[error("line {0}: {1}")]
     Line(u64, String),
     #[error("{0}")]
@@ -116,8 +227,12 @@ pub struct ShownRecord {
     pub scopes: Vec<String>,
     pub description: String,
     pub created: String,
+    pub not_before: Option<String>,
     pub expires: Option<String>,
     pub revoked: Option<String>,
+    pub blocked: bool,
+    pub superseded: Option<String>,
+    pub replaces: Option<String>,
     pub last_used: Option<String>,
 }
 
@@ -130,8 +245,12 @@ impl From<&TokenRecord> for ShownRecord {
             scopes: record.scopes.clone(),
             description: record.description.clone(),
             created: rfc3339(record.created),
+            not_before: record.not_before.map(rfc3339),
             expires: record.expires.map(rfc3339),
             revoked: record.revoked.map(rfc3339),
+            blocked: record.blocked,
+            superseded: record.superseded.map(rfc3339),
+            replaces: record.replaces.map(|digest| digest.id().to_string()),
             last_used: record.last_used.map(rfc3339),
         }
     }
@@ -139,12 +258,50 @@ impl From<&TokenRecord> for ShownRecord {
 
 /// `2026-01-31T12:00:00Z` for unix seconds.
 pub fn rfc3339(seconds: u64) -> String {
-    let time = std::time::UNIX_EPOCH.checked_add(std::time::Duration::from_secs(seconds));
+    let time = std::time::UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
     time.map_or_else(|| "out of range".into(), |time| humantime::format_rfc3339_seconds(time).to_string())
 }
 
 /// Unix seconds for `2026-01-31T12:00:00Z` or `2026-01-31`.
 pub fn parse_time(text: &str) -> Option<u64> {
+    // The parser drops what stands behind a fraction, an offset from UTC for one: nothing of the kind gets there.
+    let clock = text.get(10..).unwrap_or_default();
+    if !clock.bytes().all(|b| b.is_ascii_digit() || b"T :.Z".contains(&b)) {
+        return None;
+    }
     let time = humantime::parse_rfc3339_weak(text).or_else(|_| humantime::parse_rfc3339(&format!("{text}T00:00:00Z")));
     Some(time.ok()?.duration_since(std::time::UNIX_EPOCH).ok()?.as_secs())
+}
+
+/// What this process is called in a store's register of gateways: its machine and its number there.
+pub fn replica_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}:{}", host.trim(), std::process::id())
+}
+
+/// A gateway that a store has not seen for so long is gone: nobody waits for it.
+pub const REPLICA_GONE: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod times {
+    use super::*;
+
+    #[test]
+    fn only_utc_is_a_time() {
+        for (text, seconds) in [
+            ("1970-01-02", Some(86_400)),
+            ("1970-01-01T00:00:05Z", Some(5)),
+            ("1970-01-01T00:00:05.9Z", Some(5)),
+            ("1970-01-01 00:00:05", Some(5)),
+            ("1970-01-01T02:00:00.5+02:00", None),
+            ("1970-01-01T02:00:00+02:00", None),
+            ("1970-01-01T02:00:00-02:00", None),
+            ("1969-12-31", None),
+            ("tomorrow", None),
+            ("", None),
+        ] {
+            assert_eq!(parse_time(text), seconds, "{text}");
+            assert!(seconds.is_none_or(|seconds| parse_time(&rfc3339(seconds)) == Some(seconds)));
+        }
+    }
 }

@@ -1,7 +1,10 @@
 //! The embedded store: one SQLite file, made on first use, shared between the running gateway and the command line.
 //! Every change of a record leaves a row in `change`, by trigger, so that a running gateway sees it whoever made it.
 
-use super::{AdminError, Changes, StoreError, TokenAdmin, TokenRecord, TokenStore};
+use super::{
+    AdminError, Change, Event, Heard, Named, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord, TokenStore,
+    replica_name,
+};
 use crate::identity::credential::{Credential, Digest};
 use async_trait::async_trait;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, params};
@@ -12,7 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, mpsc, oneshot};
 
 /// What `PRAGMA user_version` says of a database that this version made.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
 /// Look-ups that may wait for a reader.
 const QUEUE: usize = 1_024;
 /// SQLite reads of one row take microseconds; two threads keep one slow page from holding up the rest.
@@ -23,9 +26,19 @@ const POLL: Duration = Duration::from_millis(100);
 const REPLACED_POLL: Duration = Duration::from_secs(1);
 /// Rows of `change` are kept this long. A gateway that was away longer forgets everything instead.
 const CHANGES_KEPT_MS: i64 = 3_600_000;
+/// A snapshot of the cache may be this much older than the list of changes is long, less a margin for slow writers.
+const CHANGES_TOLD_MS: u64 = 3_300_000;
+const CHANGES_MARGIN_MS: u64 = 60_000;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a gateway says that it is there.
+const HEARTBEAT: Duration = Duration::from_secs(3);
+/// How often somebody who waits for gateways looks again.
+const WAIT_POLL: Duration = Duration::from_millis(20);
 
-const SCHEMA: &str = "
+/// Each takes a database from the version of its place to the next.
+const MIGRATIONS: [&str; 2] = [SCHEMA, ROTATION_AND_REPLICAS];
+
+pub(super) const SCHEMA: &str = "
     CREATE TABLE token (
         digest      BLOB PRIMARY KEY CHECK (length(digest) = 32),
         user        TEXT NOT NULL,
@@ -47,10 +60,33 @@ const SCHEMA: &str = "
         INSERT INTO change (digest) VALUES (old.digest);
         INSERT INTO change (digest) SELECT new.digest WHERE new.digest <> old.digest;
     END;
-    PRAGMA user_version = 1;
 ";
 
-const COLUMNS: &str = "digest, user, scopes, description, created, expires, revoked, last_used";
+const ROTATION_AND_REPLICAS: &str = "
+    ALTER TABLE token ADD COLUMN not_before INTEGER;
+    ALTER TABLE token ADD COLUMN blocked INTEGER NOT NULL DEFAULT 0 CHECK (blocked IN (0, 1));
+    ALTER TABLE token ADD COLUMN superseded INTEGER;
+    ALTER TABLE token ADD COLUMN replaces BLOB CHECK (replaces IS NULL OR length(replaces) = 32);
+    CREATE INDEX token_user ON token (user);
+    DROP TRIGGER token_altered;
+    CREATE TRIGGER token_altered
+        AFTER UPDATE OF digest, user, scopes, not_before, expires, revoked, blocked, superseded, replaces ON token BEGIN
+        INSERT INTO change (digest) VALUES (old.digest);
+        INSERT INTO change (digest) SELECT new.digest WHERE new.digest <> old.digest;
+    END;
+    CREATE TABLE replica (
+        id      TEXT PRIMARY KEY,
+        name    TEXT NOT NULL,
+        applied INTEGER NOT NULL,
+        seen_ms INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID;
+";
+
+const COLUMNS: &str = "digest, user, scopes, description, created, expires, revoked, last_used, not_before, blocked, \
+                       superseded, replaces";
+
+/// Now, by the clock that `change` is written with.
+const NOW_MS: &str = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)";
 
 /// Opens the database, making it when it is not there.
 pub fn open(path: &Path) -> Result<Connection, String> {
@@ -77,6 +113,8 @@ fn open_existing(path: &Path) -> Result<Connection, String> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let db = Connection::open_with_flags(path, flags).map_err(|error| failed(&error))?;
     db.busy_timeout(BUSY_TIMEOUT).map_err(|error| failed(&error))?;
+    // What a gateway writes, last uses and signs of life, may be lost with the power.
+    db.pragma_update(None, "synchronous", "normal").map_err(|error| failed(&error))?;
     match db.pragma_query_value(None, "user_version", |row| row.get(0)) {
         Ok(SCHEMA_VERSION) => Ok(db),
         Ok(other) => Err(failed(&format!("schema {other} where {SCHEMA_VERSION} is needed"))),
@@ -91,13 +129,13 @@ fn prepare(db: &mut Connection) -> Result<(), Box<dyn std::error::Error>> {
     db.pragma_update(None, "synchronous", "full")?;
     let transaction = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     let version: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    match version {
-        0 => transaction.execute_batch(SCHEMA)?,
-        SCHEMA_VERSION => {}
-        newer => {
-            return Err(format!("made by a newer tollgate (schema {newer}, this one knows {SCHEMA_VERSION})").into());
-        }
+    if version > SCHEMA_VERSION {
+        return Err(format!("made by a newer tollgate (schema {version}, this one knows {SCHEMA_VERSION})").into());
     }
+    for migration in MIGRATIONS.iter().skip(usize::try_from(version)?) {
+        transaction.execute_batch(migration)?;
+    }
+    transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
     transaction.commit()?;
     Ok(())
 }
@@ -114,18 +152,38 @@ fn record(row: &Row<'_>) -> rusqlite::Result<TokenRecord> {
         expires: time(row.get(5)?),
         revoked: time(row.get(6)?),
         last_used: time(row.get(7)?),
+        not_before: time(row.get(8)?),
+        blocked: row.get(9)?,
+        superseded: time(row.get(10)?),
+        replaces: row.get::<_, Option<[u8; 32]>>(11)?.map(Digest::from_bytes),
     })
 }
 
 /// The store of a running gateway: a few threads of its own, because SQLite blocks.
 pub struct SqliteStore {
     questions: SyncSender<Question>,
-    changes: Mutex<mpsc::Receiver<Changes>>,
+    changes: Mutex<mpsc::Receiver<Noticed>>,
+    replica: Replica,
+}
+
+/// An event, and how far in the list of changes it reaches.
+type Noticed = (Event, i64);
+
+/// This process in the register of gateways.
+#[derive(Clone)]
+struct Replica {
+    id: String,
+    name: String,
 }
 
 enum Question {
     Lookup(Digest, oneshot::Sender<Result<Option<TokenRecord>, StoreError>>),
     NoteUses(Vec<(Digest, u64)>, oneshot::Sender<Result<(), StoreError>>),
+    ChangedSince(u64, oneshot::Sender<Result<Option<Vec<Digest>>, StoreError>>),
+    /// This gateway ends: nobody need wait for it.
+    Gone(Replica),
+    /// This gateway is there, and has taken in changes up to a number.
+    Alive(Replica, i64, oneshot::Sender<Result<(), StoreError>>),
 }
 
 impl SqliteStore {
@@ -141,7 +199,8 @@ impl SqliteStore {
         }
         let (told, changes) = mpsc::channel(16);
         spawn("sqlite-watch", move || watcher.watch(&told))?;
-        Ok(Self { questions, changes: Mutex::new(changes) })
+        let replica = Replica { id: format!("{:016x}", fastrand::u64(..)), name: replica_name() };
+        Ok(Self { questions, changes: Mutex::new(changes), replica })
     }
 
     async fn ask<T>(
@@ -167,20 +226,41 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), String>
 
 #[async_trait]
 impl TokenStore for SqliteStore {
-    fn kind(&self) -> &'static str {
-        "sqlite"
-    }
-
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         let (reply, answer) = oneshot::channel();
         self.ask(Question::Lookup(*credential.digest(), reply), answer).await
     }
 
-    async fn changes(&self) -> Changes {
-        match self.changes.lock().await.recv().await {
-            Some(changes) => changes,
-            None => std::future::pending().await,
+    async fn follow(&self, heard: Heard<'_>) {
+        let _signed_off = SignedOff(self);
+        let mut changes = self.changes.lock().await;
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        let (mut applied, mut said) = (0, true);
+        loop {
+            tokio::select! {
+                noticed = changes.recv() => match noticed {
+                    Some((event, seq)) => {
+                        heard(event);
+                        applied = seq;
+                    }
+                    None => return std::future::pending().await,
+                },
+                _ = heartbeat.tick() => {}
+            }
+            let (reply, answer) = oneshot::channel();
+            let alive = self.ask(Question::Alive(self.replica.clone(), applied, reply), answer).await;
+            if let Err(error) = &alive
+                && said
+            {
+                log::warn!("`token revoke --wait` can't see this gateway: {error}");
+            }
+            said = alive.is_ok();
         }
+    }
+
+    async fn changed_since(&self, unix_ms: u64) -> Result<Option<Vec<Digest>>, StoreError> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Question::ChangedSince(unix_ms, reply), answer).await
     }
 
     async fn note_uses(&self, uses: Vec<(Digest, u64)>) -> Result<(), StoreError> {
@@ -205,6 +285,11 @@ impl Reader {
                     drop(reply.send(self.run(|db| lookup(db, &digest))));
                 }
                 Ok(Question::NoteUses(uses, reply)) => drop(reply.send(self.run(|db| note_uses(db, &uses)))),
+                Ok(Question::ChangedSince(since, reply)) => drop(reply.send(self.run(|db| changed_since(db, since)))),
+                Ok(Question::Gone(replica)) => drop(self.run(|db| gone(db, &replica))),
+                Ok(Question::Alive(replica, applied, reply)) => {
+                    drop(reply.send(self.run(|db| alive(db, &replica, applied))));
+                }
                 Err(_) => return,
             }
         }
@@ -255,6 +340,40 @@ fn note_uses(db: &mut Connection, uses: &[(Digest, u64)]) -> rusqlite::Result<()
     transaction.commit()
 }
 
+/// `None` when the list does not go back so far.
+fn changed_since(db: &mut Connection, unix_ms: u64) -> rusqlite::Result<Option<Vec<Digest>>> {
+    let now: i64 = db.query_row(&format!("SELECT {NOW_MS}"), [], |row| row.get(0))?;
+    if u64::try_from(now).unwrap_or(0).saturating_sub(unix_ms) > CHANGES_TOLD_MS {
+        return Ok(None);
+    }
+    let since = i64::try_from(unix_ms.saturating_sub(CHANGES_MARGIN_MS)).unwrap_or(0);
+    let mut query = db.prepare_cached("SELECT DISTINCT digest FROM change WHERE at_ms >= ?1")?;
+    let digests = query.query_map([since], |row| Ok(Digest::from_bytes(row.get(0)?)))?;
+    digests.collect::<Result<_, _>>().map(Some)
+}
+
+fn alive(db: &mut Connection, replica: &Replica, applied: i64) -> rusqlite::Result<()> {
+    let sql = format!(
+        "INSERT INTO replica (id, name, applied, seen_ms) VALUES (?1, ?2, ?3, {NOW_MS})
+         ON CONFLICT (id) DO UPDATE SET applied = max(applied, excluded.applied), seen_ms = excluded.seen_ms"
+    );
+    db.prepare_cached(&sql)?.execute(params![replica.id, replica.name, applied]).map(drop)
+}
+
+fn gone(db: &mut Connection, replica: &Replica) -> rusqlite::Result<()> {
+    db.prepare_cached("DELETE FROM replica WHERE id = ?1")?.execute([&replica.id]).map(drop)
+}
+
+/// Takes a gateway off the register when it ends.
+struct SignedOff<'a>(&'a SqliteStore);
+
+impl Drop for SignedOff<'_> {
+    fn drop(&mut self) {
+        // A process that is killed can't say so either: it counts as gone after a while.
+        drop(self.0.questions.try_send(Question::Gone(self.0.replica.clone())));
+    }
+}
+
 /// Notices what others write. `PRAGMA data_version` costs a read of shared memory while nothing happens.
 struct Watcher {
     path: PathBuf,
@@ -271,8 +390,12 @@ impl Watcher {
         Ok(Self { path, db: Some(db), inode, data_version, seq })
     }
 
-    fn watch(mut self, told: &mpsc::Sender<Changes>) {
+    fn watch(mut self, told: &mpsc::Sender<Noticed>) {
         let mut looked_for_replacement = Instant::now();
+        // The first look is for all that was written before, so that its number can be confirmed.
+        if told.blocking_send((Event::Hearing, self.seq)).is_err() {
+            return;
+        }
         loop {
             std::thread::sleep(POLL);
             if told.is_closed() {
@@ -286,20 +409,22 @@ impl Watcher {
                 Some(_) if !replaced => self.look(),
                 _ => self.reopen(),
             };
-            let changes = changes.unwrap_or_else(|error| {
-                log::error!("{}: changes can't be followed, trying again: {error}", self.path.display());
-                self.db = None;
-                None
+            let event = changes.unwrap_or_else(|error| {
+                let lost = self.db.take().is_some();
+                if lost {
+                    log::error!("{}: changes can't be followed, trying again: {error}", self.path.display());
+                }
+                lost.then_some(Event::Deaf)
             });
-            if let Some(changes) = changes
-                && told.blocking_send(changes).is_err()
+            if let Some(event) = event
+                && told.blocking_send((event, self.seq)).is_err()
             {
                 return;
             }
         }
     }
 
-    fn look(&mut self) -> Result<Option<Changes>, String> {
+    fn look(&mut self) -> Result<Option<Event>, String> {
         let Some(db) = &self.db else { return Ok(None) };
         let text = |error: rusqlite::Error| error.to_string();
         let version = data_version(db).map_err(text)?;
@@ -310,7 +435,7 @@ impl Watcher {
         let first: Option<i64> = db.query_row("SELECT min(seq) FROM change", [], |row| row.get(0)).map_err(text)?;
         if first.is_some_and(|first| first > self.seq + 1) {
             self.seq = last_seq(db).map_err(text)?;
-            return Ok(Some(Changes::Everything));
+            return Ok(Some(Event::Hearing));
         }
         let mut query =
             db.prepare_cached("SELECT seq, digest, at_ms FROM change WHERE seq > ?1 ORDER BY seq").map_err(text)?;
@@ -321,18 +446,19 @@ impl Watcher {
         for row in rows {
             let (seq, digest, at_ms) = row.map_err(text)?;
             self.seq = seq;
-            tokens.push((Digest::from_bytes(digest), u64::try_from(at_ms).unwrap_or(0)));
+            let token = Named::Token(Digest::from_bytes(digest));
+            tokens.push(Change { token, at_ms: u64::try_from(at_ms).unwrap_or(0) });
         }
-        Ok(if tokens.is_empty() { None } else { Some(Changes::Tokens(tokens)) })
+        Ok(if tokens.is_empty() { None } else { Some(Event::Changed(tokens)) })
     }
 
     /// Another file, or the same one after an error: whatever happened meanwhile was missed.
-    fn reopen(&mut self) -> Result<Option<Changes>, String> {
+    fn reopen(&mut self) -> Result<Option<Event>, String> {
         let Some(inode) = inode(&self.path) else { return Err("the file is gone".into()) };
         let db = open_existing(&self.path)?;
         let fresh = Self::new(self.path.clone(), db).map_err(|error| error.to_string())?;
         *self = Self { inode: Some(inode), ..fresh };
-        Ok(Some(Changes::Everything))
+        Ok(Some(Event::Hearing))
     }
 }
 
@@ -358,6 +484,13 @@ impl SqliteAdmin {
         db.execute(oldest, [CHANGES_KEPT_MS])?;
         Ok(Self { db })
     }
+
+    /// The gateways that were seen lately, and whether they have taken in all changes up to a number.
+    fn replicas(&self, target: i64, gone: i64) -> rusqlite::Result<Vec<(String, bool)>> {
+        let sql = format!("SELECT name, applied >= ?1 FROM replica WHERE seen_ms >= {NOW_MS} - ?2 ORDER BY name");
+        let mut query = self.db.prepare_cached(&sql)?;
+        query.query_map([target, gone], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+    }
 }
 
 impl From<rusqlite::Error> for AdminError {
@@ -369,32 +502,37 @@ impl From<rusqlite::Error> for AdminError {
     }
 }
 
-const INSERT: &str = "INSERT INTO token (digest, user, scopes, description, created, expires, revoked)
-    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+const INSERT: &str = "INSERT INTO token (digest, user, scopes, description, created, expires, revoked, not_before,
+    blocked, superseded, replaces) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)";
+
+fn seconds(time: u64) -> i64 {
+    i64::try_from(time).unwrap_or(i64::MAX)
+}
 
 fn insert(statement: &mut rusqlite::CachedStatement<'_>, record: &TokenRecord) -> rusqlite::Result<usize> {
-    let time = |seconds: u64| i64::try_from(seconds).unwrap_or(i64::MAX);
     statement.execute(params![
         record.digest.as_bytes(),
         record.user,
         record.scopes.join(" "),
         record.description,
-        time(record.created),
-        record.expires.map(time),
-        record.revoked.map(time),
+        seconds(record.created),
+        record.expires.map(seconds),
+        record.revoked.map(seconds),
+        record.not_before.map(seconds),
+        record.blocked,
+        record.superseded.map(seconds),
+        record.replaces.map(|digest| *digest.as_bytes()),
     ])
 }
 
+#[async_trait]
 impl TokenAdmin for SqliteAdmin {
-    fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
+    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
         insert(&mut self.db.prepare_cached(INSERT)?, record)?;
         Ok(())
     }
 
-    fn import(
-        &mut self,
-        records: &mut dyn Iterator<Item = Result<TokenRecord, AdminError>>,
-    ) -> Result<u64, AdminError> {
+    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
         let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         let mut new = 0;
         {
@@ -407,13 +545,13 @@ impl TokenAdmin for SqliteAdmin {
         Ok(new)
     }
 
-    fn list(&self) -> Result<Vec<TokenRecord>, AdminError> {
+    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
         let mut query = self.db.prepare(&format!("SELECT {COLUMNS} FROM token ORDER BY created DESC, digest"))?;
         let records = query.query_map([], record)?.collect::<Result<_, _>>()?;
         Ok(records)
     }
 
-    fn find(&self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
+    async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
         // The digests that begin with the prefix are a range of the primary key.
         let bound = |filler: char| {
             let hex: String = hex_prefix.chars().chain(std::iter::repeat(filler)).take(64).collect();
@@ -426,7 +564,7 @@ impl TokenAdmin for SqliteAdmin {
         Ok(records)
     }
 
-    fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
+    async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
         let changed = self.db.execute(
             "UPDATE token SET revoked = ?2 WHERE digest = ?1 AND revoked IS NULL",
             params![digest.as_bytes(), i64::try_from(at).unwrap_or(i64::MAX)],
@@ -435,5 +573,43 @@ impl TokenAdmin for SqliteAdmin {
             return Err(AdminError::Missing);
         }
         Ok(changed == 1)
+    }
+
+    async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
+        let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        let record = lookup(&transaction, old)?.ok_or(AdminError::Missing)?;
+        if record.revoked.is_some() || record.superseded.is_some() || record.expires.is_some_and(|end| end <= at) {
+            return Err(AdminError::Ended);
+        }
+        insert(&mut transaction.prepare_cached(INSERT)?, &TokenRecord { replaces: Some(*old), ..next.clone() })?;
+        let end = record.expires.map_or(end, |own| own.min(end));
+        transaction.execute(
+            "UPDATE token SET superseded = ?2, expires = ?3 WHERE digest = ?1",
+            params![old.as_bytes(), seconds(at), seconds(end)],
+        )?;
+        Ok(transaction.commit()?)
+    }
+
+    async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
+        let sql = "UPDATE token SET blocked = ?2 WHERE user = ?1 AND blocked <> ?2";
+        Ok(self.db.execute(sql, params![user, blocked])? as u64)
+    }
+
+    async fn wait(&mut self, timeout: Duration) -> Result<Vec<String>, AdminError> {
+        let target = last_seq(&self.db)?;
+        let gone = i64::try_from(REPLICA_GONE.as_millis()).unwrap_or(i64::MAX);
+        self.db.execute(&format!("DELETE FROM replica WHERE seen_ms < {NOW_MS} - 86400000"), [])?;
+        let deadline = Instant::now() + timeout;
+        loop {
+            let replicas = self.replicas(target, gone)?;
+            let missing: Vec<_> = replicas.iter().filter(|(_, done)| !done).map(|(name, _)| name.clone()).collect();
+            if missing.is_empty() {
+                return Ok(replicas.into_iter().map(|(name, _)| name).collect());
+            }
+            if Instant::now() >= deadline {
+                return Err(AdminError::Unconfirmed { missing, waited: timeout });
+            }
+            tokio::time::sleep(WAIT_POLL).await;
+        }
     }
 }

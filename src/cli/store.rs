@@ -1,0 +1,84 @@
+//! `tollgate store`: what has to be in a database before a gateway can use it.
+
+use super::Failure;
+use crate::identity::store::postgres::{self, PostgresAdmin, PostgresSettings};
+use crate::identity::store::{NamedStore, StoreSettings};
+use anyhow::anyhow;
+use clap::Subcommand;
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(super) struct Common {
+    /// The configuration whose store is meant.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// The name of the [[store]]; without it, the only one of kind "postgres".
+    #[arg(long, value_name = "NAME")]
+    store: Option<String>,
+}
+
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Make tollgate's own tables in PostgreSQL, or bring them up to this version.
+    Migrate {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Make the triggers that tell of changes in GitLab's tables, or in any other with --table and --column.
+    InstallTriggers {
+        #[command(flatten)]
+        common: Common,
+        /// Print the SQL instead, for whoever may run it.
+        #[arg(long)]
+        print: bool,
+        /// For preset = "custom": the table that holds the tokens, like `people` or `auth.tokens`.
+        #[arg(long, requires = "column")]
+        table: Option<String>,
+        /// The column of that table that `lookup` compares with $1.
+        #[arg(long, requires = "table")]
+        column: Option<String>,
+    },
+}
+
+pub(super) async fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Migrate { common } => {
+            let (name, settings) = postgres_store(&common)?;
+            let version = PostgresAdmin::migrate(&settings).await?;
+            println!("store {name}: the schema is at version {version}");
+        }
+        Command::InstallTriggers { common, print, table, column } => {
+            let (name, settings) = postgres_store(&common)?;
+            let sql = postgres::triggers_sql(&settings, table.zip(column).as_ref())
+                .map_err(|why| anyhow!("store {name}: {why}"))?;
+            if print {
+                print!("{sql}");
+            } else {
+                postgres::install_triggers(&settings, &sql).await?;
+                println!("store {name}: the triggers are there");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn postgres_store(common: &Common) -> Result<(String, PostgresSettings), Failure> {
+    let settings = super::load(&common.config)?;
+    let wanted = |store: &&NamedStore| common.store.as_ref().is_none_or(|name| *name == store.name);
+    let found: Vec<_> = settings
+        .stores
+        .iter()
+        .filter(wanted)
+        .filter_map(|store| match &store.kind {
+            StoreSettings::Postgres(settings) => Some((store.name.clone(), (**settings).clone())),
+            _ => None,
+        })
+        .collect();
+    Ok(match <[_; 1]>::try_from(found) {
+        Ok([store]) => store,
+        Err(none) if none.is_empty() => {
+            return Err(anyhow!("there is no such [[store]] of kind \"postgres\"; the other kinds need nothing").into());
+        }
+        Err(_) => return Err(anyhow!("there are several: name one with --store").into()),
+    })
+}

@@ -1,0 +1,97 @@
+//! The stores of a configuration, in their order: the first that knows a token wins, and one that can't tell ends the
+//! look-up. It never falls through to the next: who is unknown here because a store was down could be let in there.
+
+use super::{Event, StoreError, TokenRecord, TokenStore};
+use crate::identity::credential::{Credential, Digest};
+use crate::telemetry::metrics::StoreMetrics;
+use futures_util::future::join_all;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub struct Link {
+    /// Label of metrics and logs.
+    pub name: String,
+    pub store: Arc<dyn TokenStore>,
+    /// How long a look-up may take.
+    pub timeout: Duration,
+    pub metrics: Arc<StoreMetrics>,
+}
+
+pub struct Chain {
+    links: Vec<Link>,
+}
+
+impl Chain {
+    pub fn new(links: Vec<Link>) -> Self {
+        Self { links }
+    }
+
+    pub fn links(&self) -> &[Link] {
+        &self.links
+    }
+
+    /// The names in their order, for people.
+    pub fn names(&self) -> String {
+        self.links.iter().map(|link| link.name.as_str()).collect::<Vec<_>>().join(", ")
+    }
+
+    pub(in crate::identity) async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
+        for link in &self.links {
+            if let Some(record) = link.lookup(credential).await? {
+                return Ok(Some(record));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The handles that stores know a token by.
+    pub(in crate::identity) fn handles(&self, credential: &Credential) -> Vec<Digest> {
+        self.links.iter().filter_map(|link| link.store.handle(credential)).collect()
+    }
+
+    /// Follows all stores. `heard` is told which link speaks.
+    pub(in crate::identity) async fn follow(&self, heard: &(dyn Fn(usize, Event) + Send + Sync)) {
+        join_all(self.links.iter().enumerate().map(|(index, link)| async move {
+            link.store.follow(&|event| heard(index, event)).await;
+        }))
+        .await;
+    }
+
+    /// `None` when one of the stores can't say.
+    pub(in crate::identity) async fn changed_since(&self, unix_ms: u64) -> Result<Option<Vec<Digest>>, StoreError> {
+        let mut changed = Vec::new();
+        for link in &self.links {
+            match link.store.changed_since(unix_ms).await? {
+                Some(more) => changed.extend(more),
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(changed))
+    }
+
+    /// Every store is told; those that don't know a token pass over it.
+    pub(in crate::identity) async fn note_uses(&self, uses: &[(Digest, u64)]) {
+        for link in &self.links {
+            if let Err(error) = link.store.note_uses(uses.to_vec()).await {
+                log::warn!("store {}: last uses of tokens were not recorded: {error}", link.name);
+            }
+        }
+    }
+}
+
+impl Link {
+    async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
+        let timer = self.metrics.lookup_started();
+        let lookup = tokio::time::timeout(self.timeout, self.store.lookup(credential)).await;
+        let result = lookup.unwrap_or(Err(StoreError::Timeout));
+        drop(timer);
+        match &result {
+            Ok(found) => self.metrics.answered(found.is_some()),
+            Err(error) => {
+                self.metrics.failed(error.kind());
+                log::warn!("store {}: token {}: {error}", self.name, credential.digest().id());
+            }
+        }
+        result
+    }
+}

@@ -1,0 +1,284 @@
+//! The embedded stores, file and SQLite, and what only they have.
+
+use super::super::StoreError;
+use super::super::file::{FileAdmin, FileStore};
+use super::super::sqlite::{SqliteAdmin, SqliteStore};
+use super::*;
+
+fn clock() -> crate::Now {
+    crate::edge::now()
+}
+
+/// What a store says in a time.
+async fn heard_within(store: &dyn TokenStore, time: Duration) -> Vec<Event> {
+    let events = Mutex::new(Vec::new());
+    drop(tokio::time::timeout(time, store.follow(&|event| events.lock().push(event))).await);
+    events.into_inner()
+}
+
+struct FileSubject {
+    path: PathBuf,
+    _folder: Folder,
+}
+
+impl FileSubject {
+    fn new(name: &str) -> Self {
+        let folder = Folder::new(&format!("contract-{name}"));
+        Self { path: folder.file(name), _folder: folder }
+    }
+}
+
+#[async_trait]
+impl Subject for FileSubject {
+    fn name(&self) -> &'static str {
+        "file"
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            hears: true,
+            keeps_all: true,
+            is_ours: true,
+            waits: false,
+            has_server: false,
+            spoils: false,
+            tells_why: true,
+        }
+    }
+
+    async fn admin(&self) -> Box<dyn TokenAdmin> {
+        let mut admin = FileAdmin::new(&self.path);
+        if !self.path.exists() {
+            // A gateway wants it to be there.
+            admin.import(&mut std::iter::empty()).await.unwrap();
+        }
+        Box::new(admin)
+    }
+
+    fn open(&self) -> Arc<dyn TokenStore> {
+        let store = FileStore::open(&self.path, clock).unwrap();
+        Arc::new(Prompt { store, path: self.path.clone() })
+    }
+
+    async fn spoil(&self, _token: &str) {
+        unreachable!("a broken file is none at all")
+    }
+
+    async fn fault(&self, _fault: Fault) {
+        unreachable!("there is no server")
+    }
+}
+
+/// A file store that has seen the newest file before it answers, as the table writes and asks in one breath.
+struct Prompt {
+    store: FileStore,
+    path: PathBuf,
+}
+
+#[async_trait]
+impl TokenStore for Prompt {
+    async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
+        FileStore::open(&self.path, clock).unwrap().lookup(credential).await
+    }
+
+    async fn follow(&self, heard: crate::identity::store::Heard<'_>) {
+        self.store.follow(heard).await;
+    }
+}
+
+struct SqliteSubject {
+    folder: Folder,
+}
+
+impl SqliteSubject {
+    fn path(&self) -> PathBuf {
+        self.folder.file("tokens")
+    }
+}
+
+#[async_trait]
+impl Subject for SqliteSubject {
+    fn name(&self) -> &'static str {
+        "sqlite"
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            hears: true,
+            keeps_all: true,
+            is_ours: true,
+            waits: true,
+            has_server: false,
+            spoils: true,
+            tells_why: true,
+        }
+    }
+
+    async fn admin(&self) -> Box<dyn TokenAdmin> {
+        Box::new(SqliteAdmin::open(&self.path()).unwrap())
+    }
+
+    fn open(&self) -> Arc<dyn TokenStore> {
+        Arc::new(SqliteStore::start(&self.path()).unwrap())
+    }
+
+    async fn spoil(&self, token: &str) {
+        spoil(&self.path(), token);
+    }
+
+    async fn fault(&self, _fault: Fault) {
+        unreachable!("there is no server")
+    }
+}
+
+/// Puts bytes that are no text where a user's name stands.
+fn spoil(path: &std::path::Path, token: &str) {
+    let db = rusqlite::Connection::open(path).unwrap();
+    db.execute_batch("PRAGMA writable_schema = on; UPDATE sqlite_schema SET sql = replace(sql, ' STRICT,', '')")
+        .unwrap();
+    drop(db);
+    let db = rusqlite::Connection::open(path).unwrap();
+    let digest = Digest::of(token.as_bytes());
+    assert_eq!(db.execute("UPDATE token SET user = x'ff00ff' WHERE digest = ?1", [digest.as_bytes()]).unwrap(), 1);
+}
+
+#[tokio::test]
+async fn file_holds_the_contract() {
+    run(&FileSubject::new("tokens.toml")).await;
+}
+
+#[tokio::test]
+async fn json_file_holds_the_contract() {
+    run(&FileSubject::new("tokens.json")).await;
+}
+
+#[tokio::test]
+async fn sqlite_holds_the_contract() {
+    run(&SqliteSubject { folder: Folder::new("contract-sqlite") }).await;
+}
+
+#[tokio::test]
+async fn a_broken_file_changes_nothing() {
+    let folder = Folder::new("broken-file");
+    let path = folder.file("tokens");
+    FileAdmin::new(&path).create(&record("known")).await.unwrap();
+    let good = std::fs::read_to_string(&path).unwrap();
+    let store = FileStore::open(&path, clock).unwrap();
+    for (broken, part) in [
+        ("[[token]]\nsha256 = \"12\"\nuser = \"a\"\n", "token[0].sha256: must be 64 hex digits"),
+        ("[[token]]\nuser = \"a\"\n", "missing field"),
+        ("[[token]]\nsha256 = \"S3CRET", "line 2"),
+        (&format!("{good}{good}"), "stands in the file twice"),
+        (&good.replace("created", "expires").replace("2023-", "20x3-"), "must be a time like"),
+        (&good.replace("user", "usr"), "unknown field"),
+    ] {
+        let why = FileStore::open(&folder.file("other"), clock).err().unwrap();
+        assert!(why.contains("No such file"), "{why}");
+        std::fs::write(folder.file("broken"), broken).unwrap();
+        let why = FileStore::open(&folder.file("broken"), clock).err().unwrap();
+        assert!(why.contains(part) && !why.contains("S3CRET"), "{why}");
+    }
+    std::fs::write(&path, "[[token]]\nnonsense").unwrap();
+    assert_eq!(heard_within(&store, Duration::from_millis(700)).await, [Event::Hearing], "a broken file is no change");
+    assert_eq!(lookup(&store, b"known").await, Some(record("known")));
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(heard_within(&store, Duration::from_millis(700)).await, [Event::Hearing], "nor is a missing one");
+    assert!(lookup(&store, b"known").await.is_some());
+}
+
+#[tokio::test]
+async fn the_command_line_keeps_what_people_wrote() {
+    let folder = Folder::new("file-text");
+    let path = folder.file("tokens");
+    let text = format!(
+        "# mine\n[[token]] # first\nsha256 = \"{}\" # the digest\nuser = \"a\"\n",
+        Digest::of(b"t").to_hex().to_uppercase()
+    );
+    std::fs::write(&path, &text).unwrap();
+    let mut admin = FileAdmin::new(&path);
+    assert!(admin.revoke(&Digest::of(b"t"), 1_700_000_000).await.unwrap());
+    let after = std::fs::read_to_string(&path).unwrap();
+    assert!(
+        after.contains("# mine")
+            && after.contains("# the digest")
+            && after.contains("revoked = \"2023-11-14T22:13:20Z\""),
+        "{after}"
+    );
+}
+
+#[tokio::test]
+async fn a_database_that_is_gone_cannot_tell() {
+    let folder = Folder::new("gone");
+    let path = folder.file("tokens");
+    SqliteAdmin::open(&path).unwrap().create(&record("known")).await.unwrap();
+    let store: Arc<dyn TokenStore> = Arc::new(SqliteStore::start(&path).unwrap());
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    assert!(lookup(&*store, b"known").await.is_some());
+    let removed = Instant::now();
+    for suffix in ["", "-wal", "-shm"] {
+        drop(std::fs::remove_file(format!("{}{suffix}", path.display())));
+    }
+    let answer = store.lookup(&Credential::new(b"nobody", Digest::of(b"nobody"))).await;
+    assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{answer:?}");
+    // Another database takes its place: everything may have changed.
+    SqliteAdmin::open(&path).unwrap().create(&record("newcomer")).await.unwrap();
+    ear.hearing(removed).await;
+    assert!(lookup(&*store, b"known").await.is_none() && lookup(&*store, b"newcomer").await.is_some());
+}
+
+#[tokio::test]
+async fn no_database_is_no_answer() {
+    let folder = Folder::new("no-database");
+    let path = folder.file("tokens");
+    std::fs::write(&path, "this is no database, but long enough to be looked at".repeat(50)).unwrap();
+    assert!(SqliteStore::start(&path).err().unwrap().contains("not a database"));
+    let newer = folder.file("newer");
+    super::super::sqlite::open(&newer).unwrap().pragma_update(None, "user_version", 99).unwrap();
+    assert!(SqliteStore::start(&newer).err().unwrap().contains("made by a newer tollgate"));
+    let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&newer).unwrap()) & 0o777;
+    assert_eq!(mode, 0o600, "nobody else may read the digests");
+}
+
+#[tokio::test]
+async fn an_older_database_is_brought_up_to_date() {
+    let folder = Folder::new("older");
+    let path = folder.file("tokens");
+    let db = rusqlite::Connection::open(&path).unwrap();
+    db.execute_batch(super::super::sqlite::SCHEMA).unwrap();
+    db.pragma_update(None, "user_version", 1).unwrap();
+    let known = Digest::of(b"known");
+    db.execute("INSERT INTO token (digest, user, created) VALUES (?1, 'a', 5)", [known.as_bytes()]).unwrap();
+    drop(db);
+    let store = SqliteStore::start(&path).unwrap();
+    assert_eq!(lookup(&store, b"known").await, Some(TokenRecord { created: 5, ..TokenRecord::new(known, "a") }));
+    let mut admin = SqliteAdmin::open(&path).unwrap();
+    admin.rotate(&known, &record("next"), 10, 20).await.unwrap();
+    assert_eq!(lookup(&store, b"known").await.unwrap().superseded, Some(10));
+}
+
+#[tokio::test]
+async fn what_changed_since_is_told_for_an_hour() {
+    let folder = Folder::new("since");
+    let path = folder.file("tokens");
+    let mut admin = SqliteAdmin::open(&path).unwrap();
+    admin.create(&record("known")).await.unwrap();
+    let store = SqliteStore::start(&path).unwrap();
+    let now = clock().unix_ms;
+    assert_eq!(store.changed_since(now).await.unwrap(), Some(vec![Digest::of(b"known")]));
+    assert_eq!(store.changed_since(now + 120_000).await.unwrap(), Some(vec![]));
+    assert_eq!(store.changed_since(now - 2 * 3_600_000).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn uses_are_noted_without_being_changes() {
+    let folder = Folder::new("uses");
+    let path = folder.file("tokens");
+    let mut admin = SqliteAdmin::open(&path).unwrap();
+    admin.create(&record("known")).await.unwrap();
+    let store = SqliteStore::start(&path).unwrap();
+    store.note_uses(vec![(Digest::of(b"known"), 1_700_000_060_000)]).await.unwrap();
+    assert_eq!(admin.list().await.unwrap()[0].last_used, Some(1_700_000_060));
+    assert_eq!(heard_within(&store, Duration::from_millis(500)).await, [Event::Hearing]);
+}

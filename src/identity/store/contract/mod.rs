@@ -1,0 +1,529 @@
+//! What every store must hold, run against each of them with the same table, and against its real server. A store brings
+//! a [`Subject`]; what only one kind of store has is tested beside its subject.
+
+mod embedded;
+mod introspect;
+mod postgres;
+mod redis;
+
+use super::{AdminError, Change, Event, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
+use crate::identity::credential::{Credential, Digest};
+use crate::identity::principal::judge;
+use crate::identity::{Answer, Invalid};
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What a gateway gives a look-up.
+const TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a change may take to be heard of: the promise.
+const LAG: Duration = Duration::from_secs(1);
+/// How long a store may take to come back, or to notice that it is gone.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A folder that is gone when the test is over.
+pub(super) struct Folder(PathBuf);
+
+impl Folder {
+    pub(super) fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("tollgate-store-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    pub(super) fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
+/// What can befall a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// The server is killed.
+    Stop,
+    /// It comes back with its data.
+    Start,
+    /// It takes connections and says nothing.
+    Freeze,
+    Thaw,
+    /// Every connection to it is cut.
+    Cut,
+    ReadOnly,
+    Writable,
+}
+
+/// What a kind of store can do, so that the table knows what to ask for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Features {
+    /// Tells of changes.
+    pub(super) hears: bool,
+    /// Keeps every field of a record; else only the user and whether the token is in force.
+    pub(super) keeps_all: bool,
+    /// `TokenAdmin` is all there, and not only what the tests need to fill a table that is not ours.
+    pub(super) is_ours: bool,
+    /// Keeps a register of gateways.
+    pub(super) waits: bool,
+    /// Runs on a server that faults can befall.
+    pub(super) has_server: bool,
+    /// One record can be nonsense while the rest is not.
+    pub(super) spoils: bool,
+    /// Can tell these apart from unknown: expired, revoked, not yet valid, blocked.
+    pub(super) tells_why: bool,
+}
+
+/// A kind of store, ready to be filled.
+#[async_trait]
+pub(super) trait Subject: Send + Sync {
+    fn name(&self) -> &'static str;
+    fn features(&self) -> Features;
+    /// The writing side; for tables that are not ours, one of the tests' own.
+    async fn admin(&self) -> Box<dyn TokenAdmin>;
+    fn open(&self) -> Arc<dyn TokenStore>;
+    /// Makes a token's record nonsense.
+    async fn spoil(&self, token: &str);
+    async fn fault(&self, fault: Fault);
+}
+
+pub(super) fn record(token: &str) -> TokenRecord {
+    TokenRecord {
+        scopes: vec!["api".into(), "read_user".into()],
+        description: "quote \" backslash \\ newline-free é".into(),
+        created: 1_700_000_000,
+        ..TokenRecord::new(Digest::of(token.as_bytes()), format!("user of {}", token.len()))
+    }
+}
+
+pub(super) fn credential(token: &[u8]) -> Credential {
+    Credential::new(token, Digest::of(token))
+}
+
+/// A look-up as a gateway makes it, given up after its time.
+pub(super) async fn ask(store: &dyn TokenStore, token: &[u8]) -> Result<Option<TokenRecord>, StoreError> {
+    tokio::time::timeout(TIMEOUT, store.lookup(&credential(token))).await.unwrap_or(Err(StoreError::Timeout))
+}
+
+pub(super) async fn lookup(store: &dyn TokenStore, token: &[u8]) -> Option<TokenRecord> {
+    ask(store, token).await.unwrap_or_else(|error| panic!("{error:?}"))
+}
+
+fn verdict(record: Option<&TokenRecord>, token: &str) -> Result<String, Invalid> {
+    let now = crate::edge::now();
+    match judge(record, &Digest::of(token.as_bytes()), now).0 {
+        Answer::Valid(principal) => Ok(principal.user().to_owned()),
+        Answer::Invalid(why) => Err(why),
+    }
+}
+
+/// Listens to a store for as long as it lives.
+pub(super) struct Ear {
+    events: Arc<Mutex<Vec<(Instant, Event)>>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Ear {
+    pub(super) fn on(store: &Arc<dyn TokenStore>) -> Self {
+        let events: Arc<Mutex<Vec<(Instant, Event)>>> = Arc::default();
+        let (heard, store) = (Arc::clone(&events), Arc::clone(store));
+        let task = tokio::spawn(async move {
+            store.follow(&move |event| heard.lock().push((Instant::now(), event))).await;
+        });
+        Self { events, task }
+    }
+
+    pub(super) fn events(&self) -> Vec<Event> {
+        self.events.lock().iter().map(|(_, event)| event.clone()).collect()
+    }
+
+    /// Waits until something was heard since `from`, and tells when.
+    pub(super) async fn heard(&self, from: Instant, what: &str, is: impl Fn(&Event) -> bool) -> Instant {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let found = self.events.lock().iter().find(|(at, event)| *at >= from && is(event)).map(|(at, _)| *at);
+            if let Some(at) = found {
+                return at;
+            }
+            assert!(Instant::now() < deadline, "no word of {what}: {:?}", self.events());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    pub(super) async fn hearing(&self, from: Instant) -> Instant {
+        self.heard(from, "hearing", |event| *event == Event::Hearing).await
+    }
+
+    /// Waits for word of a token, by its own name or the store's.
+    pub(super) async fn change_of(&self, from: Instant, store: &dyn TokenStore, token: &str) -> Instant {
+        let (digest, handle) = (Digest::of(token.as_bytes()), store.handle(&credential(token.as_bytes())));
+        let names = |change: &Change| match change.token {
+            Named::Token(named) => named == digest,
+            Named::Handle(named) => Some(named) == handle,
+        };
+        self.heard(from, token, |event| matches!(event, Event::Changed(changes) if changes.iter().any(names))).await
+    }
+}
+
+impl Drop for Ear {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Runs the whole table against one store.
+pub(super) async fn run(subject: &dyn Subject) {
+    records_come_out_as_they_went_in(subject).await;
+    only_the_very_token_is_found(subject).await;
+    records_are_judged(subject).await;
+    if subject.features().is_ours {
+        writing(subject).await;
+        rotation(subject).await;
+    }
+    if subject.features().hears {
+        changes_are_heard(subject).await;
+    }
+    if subject.features().waits {
+        gateways_confirm(subject).await;
+    }
+    many_rows(subject).await;
+    if subject.features().spoils {
+        nonsense_is_no_answer(subject).await;
+    }
+    if subject.features().has_server {
+        a_read_only_server_answers(subject).await;
+        cut_connections_are_made_anew(subject).await;
+        a_frozen_server_is_cut_off(subject).await;
+        a_server_that_is_gone_cannot_tell(subject).await;
+    }
+}
+
+async fn records_come_out_as_they_went_in(subject: &dyn Subject) {
+    let (mut admin, store) = (subject.admin().await, subject.open());
+    let longest = "x".repeat(255);
+    for token in ["known", &longest] {
+        admin.create(&record(token)).await.unwrap();
+        let found = lookup(&*store, token.as_bytes()).await.unwrap_or_else(|| panic!("{}: {token}", subject.name()));
+        if subject.features().keeps_all {
+            assert_eq!(found, record(token), "{}", subject.name());
+        } else {
+            assert_eq!((found.digest, found.user), (record(token).digest, record(token).user), "{}", subject.name());
+        }
+    }
+    assert!(matches!(admin.create(&record("known")).await, Err(AdminError::Exists)), "a duplicate");
+    assert!(lookup(&*store, b"known").await.is_some());
+}
+
+async fn only_the_very_token_is_found(subject: &dyn Subject) {
+    let store = subject.open();
+    // No prefix, no case, no trimming, no pattern, whatever the bytes.
+    let long = [b'y'; 10_000];
+    let tokens: [&[u8]; 14] = [
+        b"knowN",
+        b"KNOWN",
+        b"know",
+        b"known ",
+        b" known",
+        b"known\0",
+        b"",
+        b"%",
+        b"*",
+        b"' OR 1=1 --",
+        b"\xff\xfe",
+        b"kn\xc3\xb6wn",
+        b"known\r\nX: y",
+        &long,
+    ];
+    for token in tokens {
+        assert_eq!(lookup(&*store, token).await, None, "{}: {:?}", subject.name(), String::from_utf8_lossy(token));
+    }
+}
+
+async fn records_are_judged(subject: &dyn Subject) {
+    let (mut admin, store) = (subject.admin().await, subject.open());
+    let (now, hour) = (crate::edge::now().unix_ms / 1000, 3600);
+    let of = |token: &str| TokenRecord { user: "judged".into(), ..record(token) };
+    let table = [
+        (of("in-force"), Ok(())),
+        (TokenRecord { expires: Some(now + hour), ..of("ends-later") }, Ok(())),
+        (TokenRecord { not_before: Some(now - hour), ..of("began") }, Ok(())),
+        (TokenRecord { expires: Some(now - hour), ..of("expired") }, Err(Invalid::Expired)),
+        (TokenRecord { revoked: Some(now - hour), ..of("revoked") }, Err(Invalid::Revoked)),
+        (TokenRecord { not_before: Some(now + hour), ..of("not-yet") }, Err(Invalid::NotYetValid)),
+        (TokenRecord { blocked: true, ..of("blocked") }, Err(Invalid::Blocked)),
+        (TokenRecord { expires: Some(now - hour), revoked: Some(now - hour), ..of("both") }, Err(Invalid::Revoked)),
+    ];
+    for (record, expected) in table {
+        let token = ["in-force", "ends-later", "began", "expired", "revoked", "not-yet", "blocked", "both"]
+            .into_iter()
+            .find(|token| Digest::of(token.as_bytes()) == record.digest)
+            .unwrap();
+        match admin.create(&record).await {
+            // A table that is not ours may have no place for it.
+            Err(AdminError::Store(why)) if why == NO_PLACE && !subject.features().is_ours => continue,
+            result => result.unwrap(),
+        }
+        let found = verdict(lookup(&*store, token.as_bytes()).await.as_ref(), token).map(drop);
+        if subject.features().tells_why {
+            assert_eq!(found, expected, "{}: {token}", subject.name());
+        } else {
+            assert_eq!(found.is_ok(), expected.is_ok(), "{}: {token}: {found:?}", subject.name());
+        }
+    }
+}
+
+/// What a test-only writing side says of a record that its table can't hold.
+pub(super) const NO_PLACE: &str = "no place for it";
+
+async fn writing(subject: &dyn Subject) {
+    let (mut admin, store) = (subject.admin().await, subject.open());
+    assert!(matches!(admin.revoke(&Digest::of(b"nobody"), 1).await, Err(AdminError::Missing)));
+    let id = Digest::of(b"known").to_hex();
+    assert_eq!(admin.find(&id[..12]).await.unwrap(), [record("known")]);
+    assert_eq!(admin.find(&Digest::of(b"nobody").to_hex()[..12]).await.unwrap(), []);
+    let before = admin.list().await.unwrap().len();
+
+    // A broken import changes nothing; a good one skips what is known.
+    let mut broken = [Ok(record("new")), Err(AdminError::Line(2, "broken".into()))].into_iter();
+    assert!(matches!(admin.import(&mut broken).await, Err(AdminError::Line(2, _))));
+    assert_eq!(admin.list().await.unwrap().len(), before, "{}", subject.name());
+    let mut good = ["known", "new", "newer"].into_iter().map(|token| Ok(record(token)));
+    assert_eq!(admin.import(&mut good).await.unwrap(), 2);
+
+    assert!(admin.revoke(&Digest::of(b"new"), 1_760_000_000).await.unwrap());
+    assert!(!admin.revoke(&Digest::of(b"new"), 1_770_000_000).await.unwrap(), "the first one counts");
+    assert_eq!(lookup(&*store, b"new").await.unwrap().revoked, Some(1_760_000_000));
+
+    let user = record("newer").user;
+    let all = admin.list().await.unwrap().iter().filter(|record| record.user == user && !record.blocked).count();
+    assert_eq!(admin.block(&user, true).await.unwrap(), all as u64);
+    assert!(lookup(&*store, b"newer").await.unwrap().blocked);
+    assert_eq!(admin.block(&user, true).await.unwrap(), 0);
+    assert!(admin.block(&user, false).await.unwrap() > 0);
+    assert!(!lookup(&*store, b"newer").await.unwrap().blocked);
+    assert_eq!(admin.block("nobody", true).await.unwrap(), 0);
+}
+
+async fn rotation(subject: &dyn Subject) {
+    let (mut admin, store) = (subject.admin().await, subject.open());
+    let now = crate::edge::now().unix_ms / 1000;
+    let (old, next) = (record("old-one"), record("next-one"));
+    admin.create(&old).await.unwrap();
+    assert!(matches!(admin.rotate(&Digest::of(b"nobody"), &next, now, now + 60).await, Err(AdminError::Missing)));
+    assert!(matches!(admin.rotate(&old.digest, &record("known"), now, now + 60).await, Err(AdminError::Exists)));
+    assert_eq!(lookup(&*store, b"old-one").await, Some(old.clone()), "a rotation that fails changes nothing");
+    admin.rotate(&old.digest, &next, now, now + 60).await.unwrap();
+    let ended = lookup(&*store, b"old-one").await.unwrap();
+    assert_eq!((ended.superseded, ended.expires), (Some(now), Some(now + 60)));
+    let begun = lookup(&*store, b"next-one").await.unwrap();
+    assert_eq!((begun.replaces, begun.expires), (Some(old.digest), None));
+    assert!(matches!(admin.rotate(&old.digest, &record("third"), now, now + 60).await, Err(AdminError::Ended)));
+    // Its own end comes first when it is sooner.
+    admin.create(&TokenRecord { expires: Some(now + 5), ..record("short") }).await.unwrap();
+    admin.rotate(&Digest::of(b"short"), &record("after-short"), now, now + 60).await.unwrap();
+    assert_eq!(lookup(&*store, b"short").await.unwrap().expires, Some(now + 5));
+    admin.revoke(&next.digest, now).await.unwrap();
+    assert!(matches!(admin.rotate(&next.digest, &record("fourth"), now, now + 60).await, Err(AdminError::Ended)));
+}
+
+async fn changes_are_heard(subject: &dyn Subject) {
+    let (mut admin, store) = (subject.admin().await, subject.open());
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    for round in 0..5 {
+        let token = format!("heard-{round}");
+        let before = Instant::now();
+        admin.create(&record(&token)).await.unwrap();
+        ear.change_of(before, &*store, &token).await;
+        let before = Instant::now();
+        admin.revoke(&Digest::of(token.as_bytes()), 1_760_000_000).await.unwrap();
+        let lag = ear.change_of(before, &*store, &token).await - before;
+        assert!(lag < LAG, "{}: heard after {lag:?}", subject.name());
+        let found = lookup(&*store, token.as_bytes()).await;
+        assert!(verdict(found.as_ref(), &token).is_err(), "{}: what was heard can be looked up", subject.name());
+    }
+}
+
+async fn gateways_confirm(subject: &dyn Subject) {
+    let mut admin = subject.admin().await;
+    let stores = [subject.open(), subject.open()];
+    let begin = Instant::now();
+    let ears = stores.each_ref().map(Ear::on);
+    for ear in &ears {
+        ear.hearing(begin).await;
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while admin.wait(PATIENCE).await.unwrap().len() < 2 {
+        assert!(Instant::now() < deadline, "{}: two gateways never registered", subject.name());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    admin.create(&record("waited-for")).await.unwrap();
+    // Gateways of earlier parts that ended without a word are waited for until they count as gone.
+    admin.wait(PATIENCE).await.unwrap();
+    let before = Instant::now();
+    admin.revoke(&Digest::of(b"waited-for"), 1_760_000_000).await.unwrap();
+    let confirmed = admin.wait(PATIENCE).await.unwrap();
+    let took = before.elapsed();
+    assert!(confirmed.len() >= 2, "{}: {confirmed:?}", subject.name());
+    // Whoever confirmed has taken it in by then.
+    let digest = Digest::of(b"waited-for");
+    for ear in &ears {
+        let told = ear.events().into_iter().any(|event| {
+            matches!(event, Event::Changed(changes) if changes.iter().any(|change| change.token == Named::Token(digest) && change.at_ms > 0))
+        });
+        assert!(told, "{}: confirmed without having heard", subject.name());
+    }
+    assert!(took < Duration::from_secs(5), "{}: {took:?}", subject.name());
+}
+
+async fn many_rows(subject: &dyn Subject) {
+    if !subject.features().is_ours {
+        return;
+    }
+    let rows: usize = std::env::var("TOLLGATE_CONTRACT_ROWS").ok().and_then(|rows| rows.parse().ok()).unwrap_or(5_000);
+    let (mut admin, store) = (subject.admin().await, subject.open());
+    let mut records = (0..rows).map(|row| Ok(TokenRecord { user: "many".into(), ..record(&format!("row-{row}")) }));
+    let before = Instant::now();
+    assert_eq!(admin.import(&mut records).await.unwrap(), rows as u64);
+    println!("{}: {rows} rows imported in {:?}", subject.name(), before.elapsed());
+    for row in [0, rows / 2, rows - 1] {
+        assert!(lookup(&*store, format!("row-{row}").as_bytes()).await.is_some());
+    }
+    assert_eq!(lookup(&*store, format!("row-{rows}").as_bytes()).await, None);
+}
+
+async fn nonsense_is_no_answer(subject: &dyn Subject) {
+    let (mut admin, store) = (subject.admin().await, subject.open());
+    admin.create(&record("spoiled")).await.unwrap();
+    subject.spoil("spoiled").await;
+    let answer = ask(&*store, b"spoiled").await;
+    assert!(matches!(answer, Err(StoreError::Garbage(_))), "{}: {answer:?}", subject.name());
+    assert!(lookup(&*store, b"known").await.is_some(), "one bad record is no bad store");
+}
+
+async fn a_read_only_server_answers(subject: &dyn Subject) {
+    let store = subject.open();
+    subject.fault(Fault::ReadOnly).await;
+    recovers(&*store, subject.name()).await;
+    assert_eq!(lookup(&*store, b"nobody").await, None);
+    drop(store.note_uses(vec![(Digest::of(b"known"), 1_700_000_000_000)]).await);
+    assert!(lookup(&*store, b"known").await.is_some());
+    subject.fault(Fault::Writable).await;
+}
+
+async fn cut_connections_are_made_anew(subject: &dyn Subject) {
+    let store = subject.open();
+    let begin = Instant::now();
+    let ear = subject.features().hears.then(|| Ear::on(&store));
+    if let Some(ear) = &ear {
+        ear.hearing(begin).await;
+    }
+    recovers(&*store, subject.name()).await;
+    let before = Instant::now();
+    subject.fault(Fault::Cut).await;
+    let cut = Instant::now();
+    if let Some(ear) = &ear {
+        ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
+        let lag = ear.hearing(before).await.saturating_duration_since(cut);
+        assert!(lag < LAG, "{}: heard again after {lag:?}", subject.name());
+    }
+    recovers(&*store, subject.name()).await;
+}
+
+async fn a_frozen_server_is_cut_off(subject: &dyn Subject) {
+    let store = subject.open();
+    recovers(&*store, subject.name()).await;
+    let begin = Instant::now();
+    let ear = subject.features().hears.then(|| Ear::on(&store));
+    if let Some(ear) = &ear {
+        ear.hearing(begin).await;
+    }
+    let before = Instant::now();
+    subject.fault(Fault::Freeze).await;
+    let answers = futures_util::future::join_all((0..50).map(|_| ask(&*store, b"known"))).await;
+    assert!(answers.iter().all(Result::is_err), "{}: a frozen server said something", subject.name());
+    assert!(before.elapsed() < TIMEOUT * 3, "{}: {:?}", subject.name(), before.elapsed());
+    if let Some(ear) = &ear {
+        let noticed = ear.heard(before, "deafness", |event| *event == Event::Deaf).await - before;
+        assert!(noticed < LAG * 3, "{}: noticed after {noticed:?}", subject.name());
+    }
+    subject.fault(Fault::Thaw).await;
+    recovers(&*store, subject.name()).await;
+    if let Some(ear) = &ear {
+        ear.hearing(before).await;
+    }
+}
+
+async fn a_server_that_is_gone_cannot_tell(subject: &dyn Subject) {
+    let store = subject.open();
+    recovers(&*store, subject.name()).await;
+    let begin = Instant::now();
+    let ear = subject.features().hears.then(|| Ear::on(&store));
+    if let Some(ear) = &ear {
+        ear.hearing(begin).await;
+    }
+    // Killed while it is being asked: whoever gets an answer gets the right one.
+    let asking = {
+        let store = Arc::clone(&store);
+        tokio::spawn(async move {
+            let mut answers = Vec::new();
+            let until = Instant::now() + Duration::from_secs(2);
+            while Instant::now() < until {
+                answers.extend(futures_util::future::join_all((0..20).map(|_| ask(&*store, b"known"))).await);
+            }
+            answers
+        })
+    };
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let before = Instant::now();
+    subject.fault(Fault::Stop).await;
+    let answers = asking.await.unwrap();
+    assert!(
+        !answers.iter().any(|answer| matches!(answer, Ok(None))),
+        "{}: a dying server said unknown",
+        subject.name()
+    );
+    assert!(answers.iter().any(Result::is_ok) && answers.iter().any(Result::is_err), "{}", subject.name());
+    for token in [&b"known"[..], b"nobody"] {
+        let before = Instant::now();
+        let answer = ask(&*store, token).await;
+        let kinds = [StoreError::Timeout.kind(), StoreError::CircuitOpen.kind(), "unavailable"];
+        assert!(answer.as_ref().is_err_and(|error| kinds.contains(&error.kind())), "{}: {answer:?}", subject.name());
+        assert!(before.elapsed() < TIMEOUT * 2, "{}: {:?}", subject.name(), before.elapsed());
+        assert!(!format!("{answer:?}").contains(std::str::from_utf8(token).unwrap()), "{answer:?}");
+    }
+    if let Some(ear) = &ear {
+        ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
+    }
+    // A gateway that starts meanwhile can't tell either, and recovers all the same.
+    let late = subject.open();
+    assert!(ask(&*late, b"known").await.is_err());
+    subject.fault(Fault::Start).await;
+    let started = Instant::now();
+    recovers(&*store, subject.name()).await;
+    recovers(&*late, subject.name()).await;
+    println!("{}: answers {:?} after the restart", subject.name(), started.elapsed());
+    if let Some(ear) = &ear {
+        let lag = ear.hearing(before).await.saturating_duration_since(started);
+        println!("{}: hears {lag:?} after the restart", subject.name());
+    }
+}
+
+/// Asks until the store answers again, and never takes a no for an answer.
+pub(super) async fn recovers(store: &dyn TokenStore, name: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match ask(store, b"known").await {
+            Ok(Some(_)) => return,
+            Ok(None) => panic!("{name}: unknown, where it could not tell"),
+            Err(error) => assert!(Instant::now() < deadline, "{name}: does not come back: {error:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}

@@ -1,0 +1,930 @@
+//! PostgreSQL: tollgate's own tables, GitLab's, and anybody's; and what only they have.
+
+use super::super::postgres::{
+    Bind, PostgresAdmin, PostgresSettings, PostgresStore, Source, install_triggers, triggers_sql,
+};
+use super::super::servers::postgres::Postgres;
+use super::super::servers::tls::Authority;
+use super::super::{Records, Secret, TlsMode, TlsSettings};
+use super::*;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+
+const PLAIN: TlsSettings = TlsSettings { mode: TlsMode::Disable, ca: None, client: None };
+
+fn key_base() -> Secret {
+    Secret::new("k".repeat(64))
+}
+
+fn own() -> Source {
+    Source::Own { schema: "tollgate".into() }
+}
+
+fn settings(server: &Postgres, source: Source) -> PostgresSettings {
+    PostgresSettings {
+        url: Secret::new(server.url("postgres")),
+        password: None,
+        tls: PLAIN,
+        connections: 8,
+        source,
+        channel: Some("tollgate_change".into()),
+        default_scopes: vec![],
+        timeout: TIMEOUT,
+    }
+}
+
+fn open(settings: PostgresSettings) -> Arc<dyn TokenStore> {
+    let metrics = Arc::new(crate::telemetry::metrics::Metrics::new("test").unwrap().store("postgres"));
+    Arc::new(PostgresStore::new(settings, metrics).unwrap())
+}
+
+fn refused(settings: PostgresSettings) -> String {
+    let metrics = Arc::new(crate::telemetry::metrics::Metrics::new("test").unwrap().store("postgres"));
+    PostgresStore::new(settings, metrics).err().unwrap()
+}
+
+fn inflict(server: &Mutex<Postgres>, fault: Fault) {
+    let mut server = server.lock();
+    match fault {
+        Fault::Stop => server.stop(),
+        Fault::Start => server.start_again(),
+        Fault::Freeze => server.freeze(),
+        Fault::Thaw => server.thaw(),
+        Fault::Cut => server.cut(),
+        Fault::ReadOnly => server.read_only(true),
+        Fault::Writable => server.read_only(false),
+    }
+}
+
+struct Own(Mutex<Postgres>);
+
+#[async_trait]
+impl Subject for Own {
+    fn name(&self) -> &'static str {
+        "postgres"
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            hears: true,
+            keeps_all: true,
+            is_ours: true,
+            waits: true,
+            has_server: true,
+            spoils: true,
+            tells_why: true,
+        }
+    }
+
+    async fn admin(&self) -> Box<dyn TokenAdmin> {
+        let settings = settings(&self.0.lock(), own());
+        Box::new(PostgresAdmin::open(&settings).await.unwrap())
+    }
+
+    fn open(&self) -> Arc<dyn TokenStore> {
+        open(settings(&self.0.lock(), own()))
+    }
+
+    async fn spoil(&self, token: &str) {
+        let digest = Digest::of(token.as_bytes()).to_hex();
+        let sql =
+            "ALTER TABLE tollgate.token DROP CONSTRAINT token_user_check; UPDATE tollgate.token SET \"user\" = ''";
+        self.0.lock().psql("postgres", &format!("{sql} WHERE digest = '\\x{digest}'"));
+    }
+
+    async fn fault(&self, fault: Fault) {
+        inflict(&self.0, fault);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn own_tables_hold_the_contract() {
+    run(&Own(Mutex::new(Postgres::start()))).await;
+}
+
+/// Tables of somebody else's.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Foreign {
+    Legacy,
+    Pat,
+    PatDigest,
+    Hex,
+    Base64,
+}
+
+impl Foreign {
+    const TABLES: &'static str = "
+        CREATE TABLE users (id serial PRIMARY KEY, username varchar, authentication_token varchar UNIQUE,
+            state varchar DEFAULT 'active', updated_at timestamp);
+        CREATE TABLE personal_access_tokens (id serial PRIMARY KEY, user_id integer NOT NULL REFERENCES users ON DELETE CASCADE,
+            token varchar UNIQUE, token_digest varchar UNIQUE, revoked boolean DEFAULT false, expires_at timestamp,
+            last_used_at timestamp, scopes varchar DEFAULT E'--- []\\n');
+        CREATE TABLE keys (digest char(64) UNIQUE, base64 text UNIQUE, login text, scopes jsonb, expires bigint,
+            starts timestamptz, revoked_at timestamptz, blocked boolean NOT NULL DEFAULT false, note text);
+    ";
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Legacy => "gitlab-legacy",
+            Self::Pat => "gitlab-pat",
+            Self::PatDigest => "gitlab-pat-digest",
+            Self::Hex => "custom-hex",
+            Self::Base64 => "custom-base64",
+        }
+    }
+
+    fn source(self) -> Source {
+        let custom = |column: &str, bind| Source::Lookup {
+            sql: format!(
+                "SELECT login AS user, scopes, expires AS expires_at, starts AS not_before, revoked_at AS revoked, blocked, \
+                note FROM keys WHERE {column} = $1"
+            ),
+            bind,
+        };
+        match self {
+            Self::Legacy => Source::GitlabLegacy,
+            Self::Pat => Source::GitlabPat,
+            Self::PatDigest => Source::GitlabPatDigest(key_base()),
+            Self::Hex => custom("digest", Bind::Sha256Hex),
+            Self::Base64 => custom("base64", Bind::Sha256Base64),
+        }
+    }
+
+    fn triggers(self, settings: &PostgresSettings) -> String {
+        let column = match self {
+            Self::Hex => Some("digest"),
+            Self::Base64 => Some("base64"),
+            _ => None,
+        };
+        triggers_sql(settings, column.map(|column| ("keys".to_owned(), column.to_owned())).as_ref()).unwrap()
+    }
+
+    fn insert(self, token: &str, record: &TokenRecord) -> Result<String, AdminError> {
+        let no_place = || Err(AdminError::Store(NO_PLACE.into()));
+        let time = |time: Option<u64>| time.map_or("NULL".into(), |time| format!("to_timestamp({time})"));
+        let user = &record.user;
+        let state = if record.blocked { "blocked" } else { "active" };
+        let is_gitlab = !matches!(self, Self::Hex | Self::Base64);
+        if is_gitlab && record.not_before.is_some()
+            || self == Self::Legacy && (record.expires.is_some() || record.revoked.is_some())
+        {
+            return no_place();
+        }
+        Ok(match self {
+            Self::Legacy => format!(
+                "INSERT INTO users (username, authentication_token, state) VALUES ('{user}', '{token}', '{state}')"
+            ),
+            Self::Pat | Self::PatDigest => {
+                let (column, value) = match self {
+                    Self::Pat => ("token", token.to_owned()),
+                    _ => ("token_digest", gitlab_digest(token)),
+                };
+                format!(
+                    "WITH u AS (INSERT INTO users (username, state) VALUES ('{user}', '{state}') RETURNING id) \
+                    INSERT INTO personal_access_tokens (user_id, {column}, revoked, expires_at, scopes) \
+                    SELECT id, '{value}', {}, {} AT TIME ZONE 'UTC', E'---\\n- api\\n- read_user\\n' FROM u",
+                    record.revoked.is_some(),
+                    time(record.expires),
+                )
+            }
+            Self::Hex | Self::Base64 => format!(
+                "INSERT INTO keys VALUES ('{}', '{}', '{user}', '[\"api\", \"read_user\"]', {}, {}, {}, {}, 'n')",
+                record.digest.to_hex(),
+                BASE64.encode(record.digest.as_bytes()),
+                record.expires.map_or("NULL".into(), |time| time.to_string()),
+                time(record.not_before),
+                time(record.revoked),
+                record.blocked,
+            ),
+        })
+    }
+
+    /// `WHERE` this is the row of a token.
+    fn is(self, token: &str) -> String {
+        match self {
+            Self::Legacy => format!("authentication_token = '{token}'"),
+            Self::Pat => format!("token = '{token}'"),
+            Self::PatDigest => format!("token_digest = '{}'", gitlab_digest(token)),
+            Self::Hex | Self::Base64 => format!("digest = '{}'", Digest::of(token.as_bytes()).to_hex()),
+        }
+    }
+
+    fn revoke(self, token: &str) -> String {
+        let is = self.is(token);
+        match self {
+            Self::Legacy => format!("UPDATE users SET authentication_token = 'new-' || id WHERE {is}"),
+            Self::Pat | Self::PatDigest => format!("UPDATE personal_access_tokens SET revoked = true WHERE {is}"),
+            Self::Hex | Self::Base64 => format!("UPDATE keys SET revoked_at = now() WHERE {is}"),
+        }
+    }
+
+    fn nameless(self, token: &str) -> String {
+        let is = self.is(token);
+        match self {
+            Self::Legacy => format!("UPDATE users SET username = NULL WHERE {is}"),
+            Self::Pat | Self::PatDigest => format!(
+                "UPDATE users SET username = '' WHERE id = (SELECT user_id FROM personal_access_tokens WHERE {is})"
+            ),
+            Self::Hex | Self::Base64 => format!("UPDATE keys SET scopes = '{{}}' WHERE {is}"),
+        }
+    }
+}
+
+fn gitlab_digest(token: &str) -> String {
+    let text = format!("{token}{}", "k".repeat(32));
+    BASE64.encode(Digest::of(text.as_bytes()).as_bytes())
+}
+
+#[test]
+fn gitlab_digests_are_gitlabs() {
+    assert_eq!(gitlab_digest("TOKEN"), "MZRJsAHKPNWLul8gyWIC7seu2tnRrgtbhiUIHTrGvqc=");
+}
+
+/// The token behind a digest, of those that the table uses.
+fn token_of(digest: &Digest) -> String {
+    let mut tokens: Vec<String> =
+        ["known", "in-force", "ends-later", "began", "expired", "revoked", "not-yet", "blocked"]
+            .into_iter()
+            .chain(["both", "spoiled"])
+            .map(str::to_owned)
+            .collect();
+    tokens.push("x".repeat(255));
+    tokens.extend((0..20).map(|round| format!("heard-{round}")));
+    tokens.into_iter().find(|token| Digest::of(token.as_bytes()) == *digest).expect("add the token to this list")
+}
+
+struct ForeignSubject {
+    server: Arc<Mutex<Postgres>>,
+    kind: Foreign,
+}
+
+impl ForeignSubject {
+    async fn new(kind: Foreign) -> Self {
+        let server = Postgres::start();
+        server.psql("postgres", Foreign::TABLES);
+        let settings = settings(&server, kind.source());
+        // Over and over, if need be.
+        for _ in 0..2 {
+            install_triggers(&settings, &kind.triggers(&settings)).await.unwrap();
+        }
+        Self { server: Arc::new(Mutex::new(server)), kind }
+    }
+}
+
+/// Writes to a table that is not ours, as its owner would.
+struct ForeignAdmin {
+    server: Arc<Mutex<Postgres>>,
+    kind: Foreign,
+}
+
+#[async_trait]
+impl TokenAdmin for ForeignAdmin {
+    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
+        let sql = self.kind.insert(&token_of(&record.digest), record)?;
+        self.server.lock().try_psql("postgres", &sql).map(drop).map_err(|why| match why.contains("duplicate key") {
+            true => AdminError::Exists,
+            false => AdminError::Store(why),
+        })
+    }
+    async fn revoke(&mut self, digest: &Digest, _: u64) -> Result<bool, AdminError> {
+        self.server.lock().psql("postgres", &self.kind.revoke(&token_of(digest)));
+        Ok(true)
+    }
+    async fn import(&mut self, _: Records<'_>) -> Result<u64, AdminError> {
+        unreachable!()
+    }
+    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
+        unreachable!()
+    }
+    async fn find(&mut self, _: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        unreachable!()
+    }
+    async fn rotate(&mut self, _: &Digest, _: &TokenRecord, _: u64, _: u64) -> Result<(), AdminError> {
+        unreachable!()
+    }
+    async fn block(&mut self, _: &str, _: bool) -> Result<u64, AdminError> {
+        unreachable!()
+    }
+    async fn wait(&mut self, _: Duration) -> Result<Vec<String>, AdminError> {
+        unreachable!()
+    }
+}
+
+#[async_trait]
+impl Subject for ForeignSubject {
+    fn name(&self) -> &'static str {
+        self.kind.name()
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            hears: true,
+            keeps_all: false,
+            is_ours: false,
+            waits: false,
+            has_server: true,
+            spoils: true,
+            tells_why: true,
+        }
+    }
+
+    async fn admin(&self) -> Box<dyn TokenAdmin> {
+        Box::new(ForeignAdmin { server: Arc::clone(&self.server), kind: self.kind })
+    }
+
+    fn open(&self) -> Arc<dyn TokenStore> {
+        open(settings(&self.server.lock(), self.kind.source()))
+    }
+
+    async fn spoil(&self, token: &str) {
+        self.server.lock().psql("postgres", &self.kind.nameless(token));
+    }
+
+    async fn fault(&self, fault: Fault) {
+        inflict(&self.server, fault);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gitlab_legacy_holds_the_contract() {
+    run(&ForeignSubject::new(Foreign::Legacy).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gitlab_pat_holds_the_contract() {
+    run(&ForeignSubject::new(Foreign::Pat).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gitlab_pat_digest_holds_the_contract() {
+    run(&ForeignSubject::new(Foreign::PatDigest).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn anybodys_hex_digests_hold_the_contract() {
+    run(&ForeignSubject::new(Foreign::Hex).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn anybodys_base64_digests_hold_the_contract() {
+    run(&ForeignSubject::new(Foreign::Base64).await).await;
+}
+
+#[tokio::test]
+async fn gitlabs_rules_for_scopes_and_revocation() {
+    let server = Postgres::start();
+    server.psql("postgres", Foreign::TABLES);
+    server.psql(
+        "postgres",
+        "INSERT INTO users (username, authentication_token) VALUES ('ann', 'legacy');
+         INSERT INTO personal_access_tokens (user_id, token, revoked, scopes, expires_at) VALUES
+            (1, 'null-revoked', NULL, NULL, NULL), (1, 'no-scopes', false, E'--- []\\n', NULL),
+            (1, 'column', false, NULL, 'infinity'), (1, 'symbols', false, E'---\\n- :api\\n', '2100-01-01 00:00:00.5');",
+    );
+    let pat = open(settings(&server, Source::GitlabPat));
+    let scopes = async |token: &str| lookup(&*pat, token.as_bytes()).await.unwrap().scopes;
+    assert!(lookup(&*pat, b"null-revoked").await.unwrap().revoked.is_some(), "only false is not revoked");
+    assert_eq!(scopes("no-scopes").await, Vec::<String>::new());
+    assert_eq!(scopes("column").await, ["api"], "no scopes column, or none said: GitLab's default");
+    assert_eq!(scopes("symbols").await, ["api"]);
+    assert_eq!(lookup(&*pat, b"column").await.unwrap().expires, None);
+    assert_eq!(lookup(&*pat, b"symbols").await.unwrap().expires, Some(4_102_444_800));
+    // GitLab before 8.15 has no such column.
+    server.psql("postgres", "ALTER TABLE personal_access_tokens DROP COLUMN scopes");
+    assert_eq!(scopes("column").await, ["api"]);
+    let legacy = open(settings(&server, Source::GitlabLegacy));
+    let found = lookup(&*legacy, b"legacy").await.unwrap();
+    assert_eq!((found.user.as_str(), found.scopes), ("ann", vec!["api".to_owned()]));
+}
+
+#[tokio::test]
+async fn a_schema_that_does_not_fit_cannot_tell() {
+    let server = Postgres::start();
+    let store = open(settings(&server, own()));
+    let why = async |store: &dyn TokenStore| match ask(store, b"known").await {
+        Err(StoreError::Garbage(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    assert!(why(&*store).await.contains("tollgate store migrate"), "no schema at all");
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap(), 1);
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap(), 1, "over and over");
+    assert_eq!(lookup(&*store, b"known").await, None);
+    server.psql("postgres", "UPDATE tollgate.version SET version = 9");
+    assert_eq!(lookup(&*store, b"known").await, None, "newer, and says that it can be read");
+    server.psql("postgres", "UPDATE tollgate.version SET readers_from = 9");
+    assert!(why(&*store).await.contains("newer tollgate"));
+    let newer = PostgresAdmin::open(&settings(&server, own())).await.err().unwrap().to_string();
+    assert!(newer.contains("newer tollgate"), "{newer}");
+    server.psql("postgres", "UPDATE tollgate.version SET version = 0, readers_from = 0");
+    assert!(why(&*store).await.contains("too old"));
+    server.psql("postgres", "DELETE FROM tollgate.version");
+    assert!(why(&*store).await.contains("version"));
+    // Another program's table of that name.
+    server.psql(
+        "postgres",
+        "DROP SCHEMA tollgate CASCADE; CREATE SCHEMA tollgate; CREATE TABLE tollgate.version (a int)",
+    );
+    let text = why(&*store).await;
+    assert!(text.contains("42P01") && text.contains("tollgate store migrate"), "{text}");
+    let ear = Ear::on(&store);
+    ear.heard(Instant::now() - Duration::from_secs(60), "deafness", |event| *event == Event::Deaf).await;
+}
+
+#[tokio::test]
+async fn migrations_at_the_same_time_make_one_schema() {
+    let server = Postgres::start();
+    let settings = settings(&server, own());
+    let versions = futures_util::future::join_all((0..8).map(|_| PostgresAdmin::migrate(&settings))).await;
+    assert!(versions.iter().all(|version| matches!(version, Ok(1))), "{versions:?}");
+    assert_eq!(server.psql("postgres", "SELECT count(*) FROM tollgate.version"), "1");
+}
+
+#[tokio::test]
+async fn queries_that_make_no_sense_are_no_answer() {
+    let server = Postgres::start();
+    server.psql(
+        "postgres",
+        "CREATE TABLE t (token text, who text, n integer, d date, raw bytea, stamp timestamptz, flag boolean);
+         INSERT INTO t VALUES ('once', 'ann', 1, '2030-01-02', 'x', now(), NULL);
+         INSERT INTO t VALUES ('twice', 'bob'), ('twice', 'eve')",
+    );
+    let lookup_by = |sql: &str| Source::Lookup { sql: sql.into(), bind: Bind::Plain };
+    for (sql, token, part) in [
+        ("SELECT who AS user FROM t WHERE token = $1", "twice", "two rows"),
+        ("SELECT n AS user FROM t WHERE token = $1", "once", "cast it"),
+        ("SELECT n AS user FROM t WHERE token = $1", "nobody", "cast it"),
+        ("SELECT who FROM t WHERE token = $1", "once", "no column user"),
+        ("SELECT who AS user, n AS revoked, n AS revoked_at FROM t WHERE token = $1", "once", "several columns"),
+        ("SELECT who AS user, who AS expires_at FROM t WHERE token = $1", "nobody", "expires_at"),
+        ("SELECT who AS user, n AS blocked FROM t WHERE token = $1", "nobody", "blocked"),
+        ("SELECT who AS user, n AS scopes FROM t WHERE token = $1", "nobody", "scopes"),
+        ("SELECT NULL::text AS user FROM t WHERE token = $1", "once", "without a user"),
+        ("SELECT who AS user FROM t WHERE tokn = $1", "once", "42703"),
+        ("SELECT who AS user FROM nowhere WHERE token = $1", "once", "42P01"),
+        ("SELECT who AS user FROM t WHERE raw = $1", "once", "42883"),
+        ("SELECT who AS user FROM t WHERE n = $1::integer", "S3CRET", "22P02"),
+        ("SELECT who AS user FROM t WHERE token = $1 OR n = 1", "once", "nobody has"),
+        ("SELECT who AS user FROM t WHERE n = 1 -- $1", "once", "nobody has"),
+        ("SELECT who AS user, 1700000000000 AS expires_at FROM t WHERE token = $1", "once", "milliseconds"),
+        ("SELEC $1", "once", "42601"),
+    ] {
+        let store = open(settings(&server, lookup_by(sql)));
+        for _ in 0..2 {
+            match ask(&*store, token.as_bytes()).await {
+                Err(StoreError::Garbage(why)) => assert!(why.contains(part) && !why.contains("S3CRET"), "{sql}: {why}"),
+                other => panic!("{sql}: {other:?}"),
+            }
+        }
+    }
+    // NULL where somebody should have said that all is well.
+    let sql = "SELECT who AS user, flag AS revoked, flag AS blocked, d AS expires_at, *, n AS surplus FROM t WHERE token = $1";
+    let found = lookup(&*open(settings(&server, lookup_by(sql))), b"once").await.unwrap();
+    assert!(found.revoked.is_some() && found.blocked);
+    assert_eq!(found.expires, Some(1_893_542_400), "2030-01-02T00:00:00Z");
+    // Whatever a table is changed to, the next answer is of its new shape.
+    let store = open(settings(&server, lookup_by("SELECT who AS user, t.* FROM t WHERE token = $1")));
+    assert!(lookup(&*store, b"once").await.is_some());
+    server.psql("postgres", "ALTER TABLE t ADD COLUMN expires bigint DEFAULT 5, ADD COLUMN more text");
+    assert_eq!(lookup(&*store, b"once").await.unwrap().expires, Some(5));
+
+    for sql in ["SELECT 1", "SELECT $1, $2"] {
+        assert!(refused(settings(&server, lookup_by(sql))).contains("exactly one parameter"));
+    }
+    let short = Source::GitlabPatDigest(Secret::new("short"));
+    assert!(refused(settings(&server, short)).contains("db_key_base"));
+    assert!(refused(settings(&server, Source::Own { schema: "Bad\"name".into() })).contains("schema"));
+}
+
+#[tokio::test]
+async fn a_slow_query_ends_with_its_look_up() {
+    let server = Postgres::start();
+    server.psql(
+        "postgres",
+        "CREATE TABLE t (token text, who text); INSERT INTO t VALUES ('slow', 'ann'), ('known', 'ann')",
+    );
+    let sql = "SELECT who AS user FROM t WHERE token = $1 AND (token <> 'slow' OR pg_sleep(20) IS NOT NULL)";
+    let source = Source::Lookup { sql: sql.into(), bind: Bind::Plain };
+    let store =
+        open(PostgresSettings { connections: 2, timeout: Duration::from_millis(400), ..settings(&server, source) });
+    let sleeping = || server.psql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'");
+    assert!(lookup(&*store, b"known").await.is_some());
+    let before = Instant::now();
+    assert_eq!(ask(&*store, b"slow").await, Err(StoreError::Timeout), "the server says so");
+    assert!(before.elapsed() < TIMEOUT);
+    // Nobody waits any more, and the server must not work on.
+    for _ in 0..3 {
+        drop(tokio::time::timeout(Duration::from_millis(50), store.lookup(&credential(b"slow"))).await);
+        let before = Instant::now();
+        assert!(lookup(&*store, b"known").await.is_some());
+        assert!(
+            before.elapsed() < Duration::from_millis(350),
+            "waited behind a dropped look-up: {:?}",
+            before.elapsed()
+        );
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while sleeping() != "0" {
+        assert!(Instant::now() < deadline, "the server works on");
+    }
+    // All connections taken: said soon, and as what it is.
+    let slow = [b"slow", b"slow"].map(|token| {
+        let store = Arc::clone(&store);
+        tokio::spawn(async move { ask(&*store, token).await })
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let before = Instant::now();
+    assert_eq!(ask(&*store, b"known").await, Err(StoreError::Overloaded));
+    assert!(before.elapsed() < Duration::from_millis(390), "{:?}", before.elapsed());
+    for slow in slow {
+        assert_eq!(slow.await.unwrap(), Err(StoreError::Timeout));
+    }
+    recovers(&*store, "postgres").await;
+    let open: u32 = server
+        .psql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tollgate'")
+        .parse()
+        .unwrap();
+    assert!(open <= 2, "{open} connections");
+}
+
+#[tokio::test]
+async fn encryption_is_what_was_asked_for() {
+    let server = Postgres::start_with_tls(Authority::new());
+    let other = Authority::new();
+    server.psql("postgres", "CREATE TABLE t (token text, who text); INSERT INTO t VALUES ('known', 'ann')");
+    let source = Source::Lookup { sql: "SELECT who AS user FROM t WHERE token = $1".into(), bind: Bind::Plain };
+    let with = |host: &str, mode, ca: Option<&Authority>| {
+        let ca = ca.map(Authority::ca);
+        open(PostgresSettings {
+            url: Secret::new(format!("postgres://postgres@{host}:{}/postgres", server.port())),
+            tls: TlsSettings { mode, ca, client: None },
+            ..settings(&server, source.clone())
+        })
+    };
+    let good = server.authority();
+    for (host, mode, ca, works) in [
+        ("127.0.0.1", TlsMode::Require, None, true),
+        ("127.0.0.1", TlsMode::VerifyCa, good, true),
+        ("127.0.0.1", TlsMode::VerifyFull, good, true),
+        ("localhost", TlsMode::VerifyFull, good, true),
+        ("127.0.0.2", TlsMode::Require, None, false),
+        ("127.0.0.1", TlsMode::Disable, None, false),
+        ("127.0.0.1", TlsMode::VerifyCa, Some(&other), false),
+        ("127.0.0.1", TlsMode::VerifyFull, Some(&other), false),
+    ] {
+        let answer = ask(&*with(host, mode, ca), b"known").await;
+        match &answer {
+            Ok(Some(_)) => assert!(works, "{host} {mode:?}"),
+            Err(StoreError::Unavailable(_)) => assert!(!works, "{host} {mode:?}: {answer:?}"),
+            other => panic!("{host} {mode:?}: {other:?}"),
+        }
+    }
+    // A name that the certificate doesn't have; where it is may stand apart from what it is called.
+    let named = |mode| {
+        let url = format!("host=db.example hostaddr=127.0.0.1 port={} user=postgres dbname=postgres", server.port());
+        let tls = TlsSettings { mode, ca: good.map(Authority::ca), client: None };
+        open(PostgresSettings { url: Secret::new(url), tls, ..settings(&server, source.clone()) })
+    };
+    assert!(ask(&*named(TlsMode::VerifyCa), b"known").await.is_ok());
+    let wrong = ask(&*named(TlsMode::VerifyFull), b"known").await.unwrap_err().to_string();
+    assert!(wrong.contains("certificate"), "{wrong}");
+    // A server without encryption is not spoken to in plain text.
+    let plain = Postgres::start();
+    plain.psql("postgres", "CREATE TABLE t (token text, who text)");
+    let tls = TlsSettings { mode: TlsMode::Require, ca: None, client: None };
+    let answer = ask(&*open(PostgresSettings { tls, ..settings(&plain, source.clone()) }), b"known").await;
+    assert!(matches!(&answer, Err(StoreError::Unavailable(why)) if why.contains("TLS")), "{answer:?}");
+    // A socket needs none, and does without.
+    let url = format!("host={} port={} user=postgres dbname=postgres", server.socket().display(), server.port());
+    let tls = TlsSettings { mode: TlsMode::VerifyFull, ca: good.map(Authority::ca), client: None };
+    let store = open(PostgresSettings { url: Secret::new(url), tls, ..settings(&server, source.clone()) });
+    assert!(lookup(&*store, b"known").await.is_some());
+    // Words that contradict each other.
+    let url = Secret::new("postgres://postgres@127.0.0.1/postgres?sslmode=require");
+    assert!(refused(PostgresSettings { url, ..settings(&server, source.clone()) }).contains("sslmode"));
+}
+
+#[tokio::test]
+async fn no_error_says_a_password() {
+    let server = Postgres::start();
+    server.psql("postgres", "CREATE USER guarded PASSWORD 'pa55-word'; CREATE TABLE t (token text, who text)");
+    server.psql("postgres", "GRANT SELECT ON t TO guarded");
+    let source = Source::Lookup { sql: "SELECT who AS user FROM t WHERE token = $1".into(), bind: Bind::Plain };
+    let with = |password: &str, instead: Option<&str>| PostgresSettings {
+        url: Secret::new(format!("postgres://guarded:{password}@127.0.0.1:{}/postgres", server.port())),
+        password: instead.map(Secret::new),
+        ..settings(&server, source.clone())
+    };
+    assert_eq!(ask(&*open(with("pa55-word", None)), b"t").await, Ok(None));
+    assert_eq!(ask(&*open(with("S3CRET", Some("pa55-word"))), b"t").await, Ok(None), "the setting counts");
+    for settings in [with("S3CRET", None), with("pa55-word", Some("S3CRET"))] {
+        let printed = format!("{settings:?}");
+        let answer = ask(&*open(settings), b"t").await;
+        assert!(matches!(&answer, Err(StoreError::Unavailable(why)) if why.contains("28P01")), "{answer:?}");
+        assert!(!format!("{answer:?}{printed}").contains("S3CRET"), "{answer:?}{printed}");
+    }
+    for url in [
+        "postgres://u:S3CRET@h:port/",
+        "S3CRET",
+        "user=a passwrd=S3CRET",
+        "postgres://u:S3CRET@/db",
+        "host=h port=S3CRET",
+    ] {
+        let why = refused(PostgresSettings { url: Secret::new(url), ..settings(&server, source.clone()) });
+        assert!(why.starts_with("url: ") && !why.contains("S3CRET"), "{why}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn triggers_tell_of_all_that_matters_and_of_no_token() {
+    let server = Postgres::start();
+    server.psql("postgres", Foreign::TABLES);
+    for kind in [Foreign::Legacy, Foreign::Pat, Foreign::PatDigest, Foreign::Hex] {
+        let settings = settings(&server, kind.source());
+        install_triggers(&settings, &kind.triggers(&settings)).await.unwrap();
+    }
+    let (hex, listened) = (
+        |text: &str| Digest::of(text.as_bytes()).to_hex(),
+        |text: &str| {
+            let handle = BASE64.decode(gitlab_digest(text)).unwrap();
+            format!("h:{}", Digest::from_bytes(handle.try_into().unwrap()).to_hex())
+        },
+    );
+    // What a listener hears of a statement: psql prints notifications behind it.
+    let told = |sql: &str| -> Vec<String> {
+        let heard = server.psql("postgres", &format!("LISTEN tollgate_change; {sql}"));
+        heard
+            .lines()
+            .filter_map(|line| Some(line.split_once("with payload \"")?.1.split_once('"')?.0.to_owned()))
+            .map(|word| word.split(' ').next().unwrap().to_owned())
+            .collect()
+    };
+    server.psql(
+        "postgres",
+        "INSERT INTO users (username, authentication_token) VALUES ('ann', 'T0KEN-ann'), ('bob', 'T0KEN-bob')",
+    );
+    let digest = gitlab_digest("T0KEN-two");
+    let words = told(&format!(
+        "INSERT INTO personal_access_tokens (user_id, token, token_digest) VALUES (1, 'T0KEN-one', NULL), (1, NULL, '{digest}')"
+    ));
+    assert_eq!(words, [hex("T0KEN-one"), listened("T0KEN-two")]);
+    let mut ann = vec![hex("T0KEN-ann"), hex("T0KEN-one"), listened("T0KEN-two")];
+    ann.sort();
+    for (sql, expected) in [
+        ("UPDATE users SET state = 'blocked' WHERE id = 1", ann.clone()),
+        ("UPDATE users SET username = 'anne' WHERE id = 1", ann.clone()),
+        ("UPDATE users SET updated_at = now() WHERE id = 1", vec![]),
+        ("UPDATE users SET authentication_token = 'T0KEN-new' WHERE id = 2", vec![hex("T0KEN-bob"), hex("T0KEN-new")]),
+        ("UPDATE personal_access_tokens SET revoked = true WHERE id = 1", vec![hex("T0KEN-one")]),
+        ("UPDATE personal_access_tokens SET expires_at = now() WHERE id = 2", vec![listened("T0KEN-two")]),
+        ("UPDATE personal_access_tokens SET last_used_at = now()", vec![]),
+        ("UPDATE personal_access_tokens SET token = 'T0KEN-3' WHERE id = 1", vec![hex("T0KEN-one"), hex("T0KEN-3")]),
+        ("DELETE FROM personal_access_tokens WHERE id = 1", vec![hex("T0KEN-3")]),
+        ("DELETE FROM users WHERE id = 1", vec![hex("T0KEN-ann"), listened("T0KEN-two")]),
+        ("INSERT INTO keys (digest) VALUES (upper(repeat('aB', 32))), ('no digest')", vec!["ab".repeat(32)]),
+        ("TRUNCATE keys", vec!["*".into()]),
+    ] {
+        let mut words = told(sql);
+        let mut expected = expected;
+        words.sort();
+        expected.sort();
+        assert_eq!(words, expected, "{sql}");
+        assert!(!words.join(" ").contains("T0KEN"));
+    }
+    // A flood in one transaction becomes one word at last.
+    let many = "INSERT INTO keys (digest) SELECT encode(sha256(n::text::bytea), 'hex') FROM generate_series(1, 5000) n";
+    let words = told(many);
+    assert_eq!((words.len(), words.last().map(String::as_str)), (1001, Some("*")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn own_triggers_tell_whoever_changes_the_rows() {
+    let server = Postgres::start();
+    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    let store = open(settings(&server, own()));
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    admin.create(&record("known")).await.unwrap();
+    let digest = Digest::of(b"known").to_hex();
+    ear.change_of(begin, &*store, "known").await;
+    for sql in [
+        format!("UPDATE tollgate.token SET blocked = true WHERE digest = '\\x{digest}'"),
+        format!("UPDATE tollgate.token SET scopes = '{{a}}' WHERE digest = '\\x{digest}'"),
+        format!("DELETE FROM tollgate.token WHERE digest = '\\x{digest}'"),
+    ] {
+        let before = Instant::now();
+        server.psql("postgres", &sql);
+        ear.change_of(before, &*store, "known").await;
+    }
+    let now = crate::edge::now().unix_ms;
+    assert_eq!(store.changed_since(now - 60_000).await, Ok(None), "before there was a list");
+    assert_eq!(store.changed_since(now).await, Ok(Some(vec![Digest::of(b"known")])));
+    assert_eq!(store.changed_since(now - 3_600_000).await, Ok(None), "longer than it is kept");
+    // A use is no change; all at once is.
+    admin.create(&record("used")).await.unwrap();
+    ear.change_of(begin, &*store, "used").await;
+    let heard = ear.events().len();
+    store.note_uses(vec![(Digest::of(b"used"), 1_700_000_060_000)]).await.unwrap();
+    store.note_uses(vec![(Digest::of(b"used"), 1_600_000_000_000)]).await.unwrap();
+    assert_eq!(lookup(&*store, b"used").await.unwrap().last_used, Some(1_700_000_060), "never backwards");
+    let before = Instant::now();
+    server.psql("postgres", "TRUNCATE tollgate.token");
+    ear.hearing(before).await;
+    assert_eq!(ear.events().len(), heard + 1, "{:?}", ear.events());
+    assert_eq!(store.changed_since(now).await, Ok(None), "everything");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn storms_and_losses_are_weathered() {
+    let server = Postgres::start();
+    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    let store = open(settings(&server, own()));
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    // An import is one word, whatever its size.
+    let rows = 20_000;
+    let mut records = (0..rows).map(|row| Ok(record(&format!("row-{row}"))));
+    let before = Instant::now();
+    assert_eq!(admin.import(&mut records).await.unwrap(), rows);
+    let took = before.elapsed();
+    println!("{rows} rows imported in {took:?}");
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    ear.hearing(before).await;
+    assert!(!ear.events().iter().any(|event| matches!(event, Event::Changed(_))));
+    // A statement for each row is a storm, which is taken in whole and in few pieces.
+    let before = Instant::now();
+    let storm = "DO $$ BEGIN FOR n IN 0..19999 LOOP UPDATE tollgate.token SET revoked = 1 \
+        WHERE digest = sha256(('row-' || n)::bytea); END LOOP; END $$";
+    server.psql("postgres", storm);
+    ear.change_of(before, &*store, "row-19999").await;
+    let events = ear.events();
+    let pieces = events.iter().filter(|event| matches!(event, Event::Changed(_))).count();
+    let told: usize =
+        events.iter().map(|event| if let Event::Changed(changes) = event { changes.len() } else { 0 }).sum();
+    assert_eq!((told, events.contains(&Event::Deaf)), (20_000, false));
+    println!("20000 words in {pieces} pieces, {:?} after the statement began", before.elapsed());
+    assert!(pieces < 5_000, "{pieces}");
+    // The connection is lost, again and again.
+    for _ in 0..5 {
+        let before = Instant::now();
+        server.cut();
+        let cut = Instant::now();
+        ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
+        let lag = ear.hearing(before).await.saturating_duration_since(cut);
+        assert!(lag < LAG, "{lag:?}");
+    }
+    // Nonsense from any hand: everything may have changed.
+    let before = Instant::now();
+    server.psql("postgres", "NOTIFY tollgate_change, 'hello'");
+    ear.hearing(before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_waits_learns_who_did_not_hear() {
+    let server = Postgres::start();
+    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    assert_eq!(admin.wait(Duration::from_secs(1)).await.unwrap(), Vec::<String>::new(), "nobody is there");
+    let stores = [open(settings(&server, own())), open(settings(&server, own()))];
+    let begin = Instant::now();
+    let mut ears: Vec<Ear> = stores.iter().map(Ear::on).collect();
+    for ear in &ears {
+        ear.hearing(begin).await;
+    }
+    assert_eq!(admin.wait(PATIENCE).await.unwrap().len(), 2);
+    // One ends without a word: it is missed, and forgotten after a while.
+    drop(ears.pop());
+    match admin.wait(Duration::from_millis(300)).await {
+        Err(AdminError::Unconfirmed { missing, .. }) => assert_eq!(missing.len(), 1),
+        other => panic!("{other:?}"),
+    }
+    let before = Instant::now();
+    assert_eq!(admin.wait(PATIENCE).await.unwrap().len(), 1);
+    assert!(before.elapsed() < Duration::from_secs(12), "{:?}", before.elapsed());
+    // Who is deaf while it is asked answers when it hears again.
+    let waiting = {
+        server.cut();
+        PostgresAdmin::open(&settings(&server, own())).await.unwrap().wait(PATIENCE).await.unwrap()
+    };
+    assert_eq!(waiting.len(), 1);
+    assert_eq!(server.psql("postgres", "SELECT count(*) FROM tollgate.wait"), "0", "nothing stays behind");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_triggers_nothing_is_promised() {
+    let server = Postgres::start();
+    server.psql("postgres", Foreign::TABLES);
+    let settings = settings(&server, Source::GitlabPat);
+    let store = open(settings.clone());
+    let ear = Ear::on(&store);
+    let channels = || server.psql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%tgname%'");
+    let deadline = Instant::now() + PATIENCE;
+    while channels() == "0" {
+        assert!(Instant::now() < deadline, "never subscribed");
+    }
+    server.psql("postgres", "NOTIFY tollgate_change, '*'");
+    server.cut();
+    assert_eq!(ear.events(), []);
+    // Those of another table are no promise for this one; the right ones are found once they are there.
+    let legacy = PostgresSettings { source: Source::GitlabLegacy, ..settings.clone() };
+    install_triggers(&legacy, &Foreign::Legacy.triggers(&legacy)).await.unwrap();
+    server.cut();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(ear.events(), []);
+    let before = Instant::now();
+    install_triggers(&settings, &Foreign::Pat.triggers(&settings)).await.unwrap();
+    ear.hearing(before).await;
+    let silent = open(PostgresSettings { channel: None, ..settings });
+    let mute = tokio::time::timeout(Duration::from_millis(200), silent.follow(&|event| panic!("{event:?}"))).await;
+    assert!(mute.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_answers_and_promises_nothing() {
+    let primary = Postgres::start();
+    let mut admin = PostgresAdmin::open(&settings(&primary, own())).await.unwrap();
+    admin.create(&record("known")).await.unwrap();
+    let standby = primary.standby();
+    let store = open(settings(&standby, own()));
+    assert_eq!(lookup(&*store, b"known").await, Some(record("known")));
+    assert_eq!(lookup(&*store, b"nobody").await, None);
+    let use_of_known = vec![(Digest::of(b"known"), 1_700_000_000_000)];
+    assert!(matches!(store.note_uses(use_of_known).await, Err(StoreError::Unavailable(why)) if why.contains("25006")));
+    assert!(lookup(&*store, b"known").await.is_some());
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.heard(begin, "deafness", |event| *event == Event::Deaf).await;
+    assert!(!ear.events().contains(&Event::Hearing));
+    // Once it is the primary, it is followed.
+    standby.psql("postgres", "SELECT pg_promote()");
+    ear.hearing(begin).await;
+}
+
+/// Figures, for people: `cargo test --release --lib postgres_figures -- --ignored --nocapture`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "prints figures and judges nothing"]
+async fn postgres_figures() {
+    let server = Postgres::start();
+    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    let rows: u64 = std::env::var("ROWS").ok().and_then(|rows| rows.parse().ok()).unwrap_or(100_000);
+    let mut records = (0..rows).map(|row| Ok(record(&format!("row-{row}"))));
+    let before = Instant::now();
+    admin.import(&mut records).await.unwrap();
+    let took = before.elapsed();
+    #[allow(clippy::cast_precision_loss)]
+    let speed = rows as f64 / took.as_secs_f64();
+    println!("import: {rows} rows in {took:?}, {speed:.0} rows/s");
+    let store = open(settings(&server, own()));
+    let quantiles = |what: &str, mut times: Vec<Duration>| {
+        times.sort();
+        let at = |part: usize| times[times.len() * part / 1000];
+        println!("{what}: p50 {:?} p99 {:?} p99.9 {:?} ({} of them)", at(500), at(990), at(999), times.len());
+    };
+    let mut times = Vec::new();
+    for row in 0..10_000 {
+        let before = Instant::now();
+        assert!(lookup(&*store, format!("row-{row}").as_bytes()).await.is_some());
+        times.push(before.elapsed());
+    }
+    quantiles("look-up, one at a time", times);
+    let before = Instant::now();
+    let tasks: Vec<_> = (0..32)
+        .map(|task| {
+            let store = Arc::clone(&store);
+            tokio::spawn(async move {
+                let mut times = Vec::new();
+                for row in 0..1_000 {
+                    let before = Instant::now();
+                    assert!(lookup(&*store, format!("row-{}", task * 1_000 + row).as_bytes()).await.is_some());
+                    times.push(before.elapsed());
+                }
+                times
+            })
+        })
+        .collect();
+    let mut times = Vec::new();
+    for task in tasks {
+        times.extend(task.await.unwrap());
+    }
+    println!("32000 look-ups by 32 tasks in {:?}", before.elapsed());
+    quantiles("look-up, 32 tasks on 8 connections", times);
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    let mut times = Vec::new();
+    for row in 0..1_000 {
+        let token = format!("row-{row}");
+        let before = Instant::now();
+        admin.revoke(&Digest::of(token.as_bytes()), 1_760_000_000).await.unwrap();
+        let found = loop {
+            let told = |event: &Event| matches!(event, Event::Changed(changes) if changes.iter().any(|change| change.token == Named::Token(Digest::of(token.as_bytes()))));
+            let at = ear.events.lock().iter().rev().take(5).find(|(_, event)| told(event)).map(|(at, _)| *at);
+            match at {
+                Some(at) => break at,
+                None => tokio::time::sleep(Duration::from_micros(200)).await,
+            }
+        };
+        times.push(found.saturating_duration_since(before));
+    }
+    quantiles("revocation, from the command to the gateway's ear", times);
+}

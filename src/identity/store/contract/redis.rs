@@ -1,0 +1,671 @@
+//! Redis, with records as JSON and as hashes, and what only it has.
+
+use super::super::redis::{RedisAdmin, RedisChanges, RedisSettings, RedisStore, Topology};
+use super::super::servers::redis::{Cluster, Options, Redis, Watched};
+use super::super::servers::tls::Authority;
+use super::super::{Records, Secret, TlsMode, TlsSettings};
+use super::*;
+use crate::telemetry::metrics::{Metrics, StoreMetrics};
+
+const CHANNEL: &str = "tollgate:changes";
+
+fn metrics() -> Arc<StoreMetrics> {
+    Arc::new(Metrics::new("test").unwrap().store("redis"))
+}
+
+fn settings(servers: &[String]) -> RedisSettings {
+    RedisSettings {
+        servers: servers.to_vec(),
+        topology: Topology::Single,
+        database: 0,
+        username: None,
+        password: None,
+        tls: TlsSettings { mode: TlsMode::Disable, ca: None, client: None },
+        prefix: "tollgate:".into(),
+        changes: RedisChanges::Channel(CHANNEL.into()),
+        connections: 2,
+        default_scopes: vec!["default".into()],
+    }
+}
+
+fn open(settings: &RedisSettings) -> Arc<dyn TokenStore> {
+    Arc::new(RedisStore::new(settings.clone(), metrics()).unwrap())
+}
+
+async fn admin(settings: &RedisSettings) -> RedisAdmin {
+    RedisAdmin::open(settings).await.unwrap()
+}
+
+fn key(token: &str) -> String {
+    format!("tollgate:{}", Digest::of(token.as_bytes()).to_hex())
+}
+
+struct RedisSubject {
+    server: Mutex<Redis>,
+    settings: RedisSettings,
+    /// Records are hashes that somebody else writes.
+    hashes: bool,
+}
+
+impl RedisSubject {
+    fn new(hashes: bool) -> Self {
+        let config: &[&str] = if hashes { &["notify-keyspace-events Kg$hx"] } else { &[] };
+        let server = Redis::start(&Options { durable: true, config, ..Options::default() });
+        let mut settings = settings(&[server.address()]);
+        if hashes {
+            settings.changes = RedisChanges::Keyspace;
+        }
+        Self { server: Mutex::new(server), settings, hashes }
+    }
+}
+
+#[async_trait]
+impl Subject for RedisSubject {
+    fn name(&self) -> &'static str {
+        if self.hashes { "redis hashes" } else { "redis" }
+    }
+
+    fn features(&self) -> Features {
+        Features {
+            hears: true,
+            keeps_all: true,
+            is_ours: true,
+            waits: !self.hashes,
+            has_server: true,
+            spoils: true,
+            tells_why: true,
+        }
+    }
+
+    async fn admin(&self) -> Box<dyn TokenAdmin> {
+        let admin = admin(&self.settings).await;
+        if self.hashes { Box::new(HashAdmin { admin, port: self.server.lock().port }) } else { Box::new(admin) }
+    }
+
+    fn open(&self) -> Arc<dyn TokenStore> {
+        open(&self.settings)
+    }
+
+    async fn spoil(&self, token: &str) {
+        let server = self.server.lock();
+        server.cli(&["DEL", &key(token)]);
+        server.cli(&["SET", &key(token), "S3CRET"]);
+    }
+
+    async fn fault(&self, fault: Fault) {
+        let mut server = self.server.lock();
+        match fault {
+            Fault::Stop => server.stop(),
+            Fault::Start => server.start_again(),
+            Fault::Freeze => server.freeze(),
+            Fault::Thaw => server.thaw(),
+            Fault::Cut => server.cut(),
+            Fault::ReadOnly => server.read_only(true),
+            Fault::Writable => server.read_only(false),
+        }
+    }
+}
+
+/// Another program that keeps its tokens as hashes, through redis-cli.
+struct HashAdmin {
+    admin: RedisAdmin,
+    port: u16,
+}
+
+impl HashAdmin {
+    /// Says which were new.
+    fn write(&self, records: &[TokenRecord]) -> u64 {
+        use std::io::Write as _;
+        let mut cli = std::process::Command::new("redis-cli")
+            .args(["-p", &self.port.to_string(), "--no-raw"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = cli.stdin.take().unwrap();
+        let mut commands = String::new();
+        for record in records {
+            let script = "if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end redis.call('HSET', KEYS[1], unpack(ARGV)) return 1";
+            let time = |time: Option<u64>| time.map_or(String::new(), |time| time.to_string());
+            let hex = record.digest.to_hex();
+            commands += &format!("EVAL {script:?} 1 tollgate:{hex}");
+            let scopes = record.scopes.join(" ");
+            let replaces = record.replaces.map_or(String::new(), Digest::to_hex);
+            for (name, value) in [
+                ("user", record.user.clone()),
+                ("scopes", scopes),
+                ("description", record.description.clone()),
+                ("created", record.created.to_string()),
+                ("not_before", time(record.not_before)),
+                ("expires", time(record.expires)),
+                ("revoked", time(record.revoked)),
+                ("blocked", u8::from(record.blocked).to_string()),
+                ("replaces", replaces),
+            ] {
+                commands += &format!(" {name} \"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""));
+            }
+            commands.push('\n');
+        }
+        let writer = std::thread::spawn(move || stdin.write_all(commands.as_bytes()));
+        let output = cli.wait_with_output().unwrap();
+        writer.join().unwrap().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(text.matches("(integer)").count(), records.len(), "{text}");
+        text.matches("(integer) 1").count() as u64
+    }
+}
+
+#[async_trait]
+impl TokenAdmin for HashAdmin {
+    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
+        if self.write(std::slice::from_ref(record)) == 1 { Ok(()) } else { Err(AdminError::Exists) }
+    }
+    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
+        let records = records.collect::<Result<Vec<_>, _>>()?;
+        Ok(records.chunks(500).map(|records| self.write(records)).sum())
+    }
+    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
+        self.admin.list().await
+    }
+    async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        self.admin.find(hex_prefix).await
+    }
+    async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
+        self.admin.revoke(digest, at).await
+    }
+    async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
+        self.admin.rotate(old, next, at, end).await
+    }
+    async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
+        self.admin.block(user, blocked).await
+    }
+    async fn wait(&mut self, timeout: Duration) -> Result<Vec<String>, AdminError> {
+        self.admin.wait(timeout).await
+    }
+}
+
+#[tokio::test]
+async fn redis_holds_the_contract() {
+    run(&RedisSubject::new(false)).await;
+}
+
+#[tokio::test]
+async fn redis_hashes_hold_the_contract() {
+    run(&RedisSubject::new(true)).await;
+}
+
+#[test]
+fn settings_that_make_no_sense_are_refused() {
+    let base = settings(&["127.0.0.1:6379".into()]);
+    let with = |change: fn(&mut RedisSettings)| {
+        let mut settings = base.clone();
+        change(&mut settings);
+        RedisStore::new(settings, metrics()).err()
+    };
+    assert_eq!(with(|_| {}), None, "nothing is connected to");
+    for (why, part) in [
+        (with(|s| s.servers.clear()), "at least one"),
+        (with(|s| s.servers = vec!["redis://u:S3CRET@h:1".into()]), "HOST:PORT"),
+        (with(|s| s.servers = vec!["S3CRET".into()]), "HOST:PORT"),
+        (with(|s| s.servers = vec!["a:1".into(), "b:1".into()]), "must be one"),
+        (with(|s| s.username = Some("S3CRET".into())), "without a password"),
+        (with(|s| (s.topology, s.changes) = (Topology::Cluster, RedisChanges::Keyspace)), "changes = \"channel\""),
+        (with(|s| (s.topology, s.database) = (Topology::Cluster, 1)), "only database 0"),
+        (with(|s| (s.topology, s.tls.mode) = (Topology::Cluster, TlsMode::VerifyCa)), "verify-full"),
+        (with(|s| (s.topology, s.servers) = (Topology::Cluster, vec!["unix:/x".into()])), "unix socket"),
+        (with(|s| (s.tls.mode, s.tls.ca) = (TlsMode::VerifyFull, Some("/nowhere".into()))), "/nowhere"),
+    ] {
+        let why = why.unwrap();
+        assert!(why.contains(part) && !why.contains("S3CRET"), "{why}");
+    }
+    let secret = RedisSettings { password: Some(Secret::new("S3CRET")), ..base };
+    assert!(!format!("{secret:?}").contains("S3CRET"));
+}
+
+#[tokio::test]
+async fn an_acl_user_needs_only_what_is_documented() {
+    let server = Redis::start(&Options {
+        users: &[
+            "user reader on >S3CRET ~tollgate:* +get +hgetall",
+            "user gateway on >S3CRET ~tollgate:* &tollgate:changes +get +hgetall +subscribe +ping +role +time +zadd +zrem \
+             +zrangebyscore +sadd +expire",
+            "user admin on >S3CRET ~tollgate:* &tollgate:changes +get +hgetall +time +zadd +zrangebyscore +expire +eval +set \
+             +hset +hget +scan +exists +publish +smembers +zremrangebyscore +del",
+            "user nobody on >S3CRET ~other:* +get +hgetall",
+        ],
+        ..Options::default()
+    });
+    let of = |user: &str, password: &str| RedisSettings {
+        username: Some(user.into()),
+        password: Some(Secret::new(password)),
+        ..settings(&[server.address()])
+    };
+    let mut admin = admin(&of("admin", "S3CRET")).await;
+    admin.create(&record("known")).await.unwrap();
+    let reader = open(&of("reader", "S3CRET"));
+    assert_eq!(lookup(&*reader, b"known").await, Some(record("known")));
+    assert_eq!(lookup(&*reader, b"nobody").await, None);
+
+    let store = open(&of("gateway", "S3CRET"));
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    admin.rotate(&Digest::of(b"known"), &record("next"), 1_760_000_000, 1_760_000_100).await.unwrap();
+    ear.change_of(begin, &*store, "next").await;
+    assert_eq!(admin.wait(PATIENCE).await.unwrap().len(), 1);
+    assert_eq!(admin.block(&record("next").user, true).await.unwrap(), 1);
+    assert_eq!(admin.list().await.unwrap().len(), 2);
+    assert!(admin.revoke(&Digest::of(b"next"), 1_760_000_000).await.unwrap());
+
+    for (user, password, part) in [
+        ("nobody", "S3CRET", "NOPERM"),
+        ("reader", "wr0ng-S3CRET", "check username and password"),
+        ("stranger", "S3CRET", "check username and password"),
+    ] {
+        let why = ask(&*open(&of(user, password)), b"known").await.unwrap_err();
+        assert!(matches!(&why, StoreError::Unavailable(what) if what.contains(part)), "{why}");
+        assert!(!format!("{why:?}").contains("S3CRET") && !why.to_string().contains(&key("known")), "{why}");
+    }
+}
+
+#[tokio::test]
+async fn the_server_is_checked() {
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let server = Redis::start(&Options { tls: Some(&authority), ..Options::default() });
+    admin(&settings(&[server.address()])).await.create(&record("known")).await.unwrap();
+    let of = |host: &str, mode, ca: &Authority| RedisSettings {
+        tls: TlsSettings { mode, ca: Some(ca.ca()), client: None },
+        ..settings(&[format!("{host}:{}", server.tls_port)])
+    };
+    for (host, mode, ca) in [
+        ("127.0.0.1", TlsMode::VerifyFull, &authority),
+        ("localhost", TlsMode::VerifyFull, &authority),
+        ("127.0.0.2", TlsMode::VerifyCa, &authority),
+        ("127.0.0.1", TlsMode::Require, &stranger),
+    ] {
+        if host == "127.0.0.2" {
+            server.cli(&["CONFIG", "SET", "bind", "127.0.0.1 127.0.0.2"]);
+        }
+        let store = open(&of(host, mode, ca));
+        assert_eq!(lookup(&*store, b"known").await, Some(record("known")), "{host} {mode:?}");
+        let begin = Instant::now();
+        Ear::on(&store).hearing(begin).await;
+    }
+    for (host, mode, ca) in [
+        ("127.0.0.1", TlsMode::VerifyFull, &stranger),
+        ("127.0.0.1", TlsMode::VerifyCa, &stranger),
+        ("127.0.0.2", TlsMode::VerifyFull, &authority),
+    ] {
+        let why = ask(&*open(&of(host, mode, ca)), b"known").await.unwrap_err();
+        assert!(
+            matches!(&why, StoreError::Unavailable(what) if what.contains("certificate")),
+            "{host} {mode:?}: {why}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn unix_sockets_and_databases() {
+    let server = Redis::start(&Options::default());
+    let there = settings(&[format!("unix:{}", server.socket().display())]);
+    let third = RedisSettings { database: 3, ..there.clone() };
+    admin(&there).await.create(&record("known")).await.unwrap();
+    assert!(lookup(&*open(&there), b"known").await.is_some());
+    assert_eq!(lookup(&*open(&third), b"known").await, None);
+    let gone = ask(&*open(&settings(&["unix:/nowhere/redis".into()])), b"known").await;
+    assert!(matches!(&gone, Err(StoreError::Unavailable(what)) if what.contains("/nowhere/redis")), "{gone:?}");
+    let none = ask(&*open(&RedisSettings { database: 99, ..there }), b"known").await;
+    assert!(matches!(&none, Err(StoreError::Unavailable(_))), "{none:?}");
+}
+
+#[tokio::test]
+async fn values_that_make_no_sense_are_no_answer() {
+    let server = Redis::start(&Options::default());
+    let store = open(&settings(&[server.address()]));
+    let set = |command: &[&str]| {
+        server.cli(&["DEL", &key("known")]);
+        server.cli(&[&[command[0], &key("known")], &command[1..]].concat());
+    };
+    for (command, part) in [
+        (&["RPUSH", "S3CRET"][..], "neither a text nor a hash"),
+        (&["SET", "S3CRET"], "no JSON"),
+        (&["SET", ""], "no JSON"),
+        (&["SET", r#"{"user":"a","expires":"S3CRET"}"#], "expires"),
+        (&["HSET", "name", "S3CRET"], "user"),
+        (&["HSET", "user", "a", "revoked", "S3CRET"], "revoked"),
+    ] {
+        set(command);
+        let why = ask(&*store, b"known").await.unwrap_err();
+        let id = Digest::of(b"known").id();
+        assert!(
+            matches!(&why, StoreError::Garbage(what) if what.contains(part) && what.contains(id.as_str())),
+            "{why}"
+        );
+        assert!(!why.to_string().contains("S3CRET"), "{why}");
+    }
+    set(&["HSET", "user", "a"]);
+    assert_eq!(lookup(&*store, b"known").await.unwrap().scopes, ["default"]);
+    server.cli(&["FLUSHALL"]);
+    assert_eq!(lookup(&*store, b"known").await, None, "an empty database holds no token, truthfully");
+    set(&["HSET", "user", "a"]);
+    server.cli(&["PEXPIRE", &key("known"), "1"]);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(lookup(&*store, b"known").await, None, "a key's own end");
+}
+
+#[tokio::test]
+async fn an_edit_keeps_the_end_of_a_key_and_what_others_wrote() {
+    let server = Redis::start(&Options::default());
+    let mut admin = admin(&settings(&[server.address()])).await;
+    server.cli(&["SET", &key("json"), r#"{"user":"a","theirs":[1]}"#, "EX", "1000"]);
+    server.cli(&["HSET", &key("hash"), "user", "a", "theirs", "1"]);
+    for token in ["json", "hash"] {
+        assert!(admin.revoke(&Digest::of(token.as_bytes()), 1_760_000_000).await.unwrap());
+    }
+    let json = server.cli(&["GET", &key("json")]);
+    assert!(json.contains(r#""theirs":[1]"#) && json.contains(r#""revoked":1760000000"#), "{json}");
+    assert!(server.cli(&["TTL", &key("json")]).parse::<i64>().unwrap() > 900);
+    assert_eq!(server.cli(&["HMGET", &key("hash"), "theirs", "revoked"]), "1\n1760000000");
+}
+
+#[tokio::test]
+async fn foreign_writers_are_heard_by_the_keyspace() {
+    let server = Redis::start(&Options::default());
+    let store = open(&RedisSettings { changes: RedisChanges::Keyspace, ..settings(&[server.address()]) });
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    // Without the server's help nothing could be heard, and it is not switched on behind anybody's back.
+    ear.heard(begin, "deafness", |event| *event == Event::Deaf).await;
+    server.cli(&["CONFIG", "SET", "notify-keyspace-events", "Kg$hx"]);
+    ear.hearing(begin).await;
+    let key = key("known");
+    for command in [
+        &["SET", &key, "{}"][..],
+        &["DEL", &key],
+        &["HSET", &key, "user", "a"],
+        &["EXPIRE", &key, "1000"],
+        &["PEXPIRE", &key, "50"],
+        &["HSET", &key, "user", "b"],
+        &["RENAME", &key, "elsewhere"],
+    ] {
+        let before = Instant::now();
+        server.cli(command);
+        ear.change_of(before, &*store, "known").await;
+        if command[0] == "PEXPIRE" {
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            let ended = Instant::now();
+            // The server notices by itself, some time later.
+            ear.change_of(ended, &*store, "known").await;
+        }
+    }
+    server.cli(&["SET", "tollgate:replicas-of-others", "x"]);
+    let before = Instant::now();
+    server.cli(&["CONFIG", "SET", "notify-keyspace-events", ""]);
+    ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
+}
+
+#[tokio::test]
+async fn messages_by_hand() {
+    let server = Redis::start(&Options::default());
+    let store = open(&settings(&[server.address()]));
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    for message in ["*", "what is this", "* 1700000000000"] {
+        let before = Instant::now();
+        server.cli(&["PUBLISH", CHANNEL, message]);
+        ear.hearing(before).await;
+    }
+    let before = Instant::now();
+    server.cli(&["PUBLISH", CHANNEL, &format!("{} 1700000000000", Digest::of(b"known").to_hex())]);
+    ear.change_of(before, &*store, "known").await;
+}
+
+#[tokio::test]
+async fn a_gateway_that_does_not_confirm_is_named() {
+    let server = Redis::start(&Options::default());
+    let settings = settings(&[server.address()]);
+    let mut admin = admin(&settings).await;
+    assert_eq!(admin.wait(PATIENCE).await.unwrap(), Vec::<String>::new(), "nobody runs");
+    let [one, two] = [open(&settings), open(&settings)];
+    let begin = Instant::now();
+    let (ear, other) = (Ear::on(&one), Ear::on(&two));
+    ear.hearing(begin).await;
+    other.hearing(begin).await;
+    assert_eq!(admin.wait(PATIENCE).await.unwrap().len(), 2);
+    let now = server.cli(&["TIME"]).lines().next().unwrap().to_owned() + "000";
+    server.cli(&["ZADD", "tollgate:replicas", &now, "ghost:1/0"]);
+    let before = Instant::now();
+    match admin.wait(Duration::from_millis(300)).await {
+        Err(AdminError::Unconfirmed { missing, .. }) => assert_eq!(missing, ["ghost:1/0"]),
+        other => panic!("{other:?}"),
+    }
+    assert!(before.elapsed() < Duration::from_secs(3));
+    // One that signs off is not waited for.
+    server.cli(&["ZREM", "tollgate:replicas", "ghost:1/0"]);
+    drop(other);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while server.cli(&["ZCARD", "tollgate:replicas"]) != "1" {
+        assert!(Instant::now() < deadline, "it stays on the register");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(admin.wait(PATIENCE).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn sentinels_lead_to_the_new_master() {
+    let mut watched = Watched::start();
+    let settings =
+        RedisSettings { topology: Topology::Sentinel { master: "main".into() }, ..settings(&watched.addresses()) };
+    let mut writer = admin(&settings).await;
+    writer.create(&record("known")).await.unwrap();
+    let store = open(&settings);
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    assert!(lookup(&*store, b"known").await.is_some());
+    crate::identity::store::servers::eventually("the replica has it", || {
+        watched.replica.cli(&["EXISTS", &key("known")]) == "1"
+    });
+
+    let before = Instant::now();
+    watched.master.stop();
+    let deaf = ear.heard(before, "deafness", |event| *event == Event::Deaf).await - before;
+    let failed = ask(&*store, b"known").await;
+    assert!(!matches!(failed, Ok(None)), "{failed:?}");
+    recovers(&*store, "sentinel").await;
+    let answered = before.elapsed();
+    let heard = ear.hearing(before).await - before;
+    println!("sentinel: deaf after {deaf:?}, answers {answered:?} and hears {heard:?} after the master was killed");
+    let mut writer = admin(&settings).await;
+    let before = Instant::now();
+    writer.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap();
+    ear.change_of(before, &*store, "known").await;
+    assert!(lookup(&*store, b"known").await.unwrap().revoked.is_some(), "and not at the old one");
+
+    // The old master comes back, believes in itself for a moment, and is made a replica.
+    watched.master.start_again();
+    recovers(&*store, "sentinel").await;
+    assert!(lookup(&*store, b"known").await.unwrap().revoked.is_some());
+    let unknown = RedisSettings { topology: Topology::Sentinel { master: "other".into() }, ..settings };
+    let why = ask(&*open(&unknown), b"known").await.unwrap_err();
+    assert!(why.to_string().contains("watches no such master"), "{why}");
+}
+
+#[tokio::test]
+async fn a_cluster_is_one_store() {
+    let cluster = Cluster::start();
+    // One node is enough to find the others.
+    let settings = RedisSettings { topology: Topology::Cluster, ..settings(&[cluster.nodes[0].address()]) };
+    let mut writer = admin(&settings).await;
+    let store = open(&settings);
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    let tokens: Vec<_> = (0..200).map(|number| format!("token-{number}")).collect();
+    let mut records = tokens.iter().map(|token| Ok(record(token)));
+    assert_eq!(writer.import(&mut records).await.unwrap(), 200);
+    for token in &tokens {
+        assert_eq!(lookup(&*store, token.as_bytes()).await, Some(record(token)));
+        assert_eq!(lookup(&*store, format!("no {token}").as_bytes()).await, None);
+    }
+    let counts: Vec<u32> = cluster.nodes.iter().map(|node| node.cli(&["DBSIZE"]).parse().unwrap()).collect();
+    assert!(counts.iter().all(|count| *count > 20), "{counts:?}");
+    assert_eq!(writer.list().await.unwrap().len(), 200);
+    assert_eq!(writer.find(&Digest::of(b"token-7").to_hex()[..12]).await.unwrap(), [record("token-7")]);
+
+    let before = Instant::now();
+    for token in &tokens[..20] {
+        assert!(writer.revoke(&Digest::of(token.as_bytes()), 1_760_000_000).await.unwrap());
+        ear.change_of(before, &*store, token).await;
+    }
+    let before = Instant::now();
+    assert!(matches!(
+        writer.rotate(&Digest::of(b"token-50"), &record("token-51"), 1_760_000_000, 1_900_000_000).await,
+        Err(AdminError::Exists)
+    ));
+    writer.rotate(&Digest::of(b"token-50"), &record("next"), 1_760_000_000, 1_900_000_000).await.unwrap();
+    ear.change_of(before, &*store, "next").await;
+    assert_eq!(lookup(&*store, b"token-50").await.unwrap().superseded, Some(1_760_000_000));
+    assert_eq!(writer.wait(PATIENCE).await.unwrap().len(), 1);
+
+    // A slot moves: the old node says MOVED, and the answer is found all the same.
+    let slot = cluster.nodes[0].cli(&["CLUSTER", "KEYSLOT", &key("next")]);
+    let owner = cluster.nodes.iter().position(|node| node.cli(&["CLUSTER", "COUNTKEYSINSLOT", &slot]) != "0").unwrap();
+    let (from, to) = (&cluster.nodes[owner], &cluster.nodes[(owner + 1) % 3]);
+    let (from_id, to_id) = (from.cli(&["CLUSTER", "MYID"]), to.cli(&["CLUSTER", "MYID"]));
+    to.cli(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]);
+    from.cli(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]);
+    assert!(lookup(&*store, b"next").await.is_some(), "on its way");
+    from.cli(&["MIGRATE", "127.0.0.1", &to.port.to_string(), &key("next"), "0", "5000"]);
+    recovers_to(&*store, "next").await;
+    for node in [to, from] {
+        node.cli(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]);
+    }
+    recovers_to(&*store, "next").await;
+    assert!(writer.revoke(&Digest::of(b"next"), 1_760_000_000).await.unwrap());
+}
+
+async fn recovers_to(store: &dyn TokenStore, token: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match ask(store, token.as_bytes()).await {
+            Ok(Some(_)) => return,
+            Ok(None) => panic!("{token}: unknown, where it could not tell"),
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_look_up_that_is_dropped_harms_no_other() {
+    let server = Redis::start(&Options::default());
+    let settings = settings(&[server.address()]);
+    let mut writer = admin(&settings).await;
+    let of = |number: usize| TokenRecord { user: format!("user {number}"), ..record(&format!("token-{number}")) };
+    writer.import(&mut (0..500).map(|number| Ok(of(number)))).await.unwrap();
+    let store = open(&settings);
+    let mut answered = 0;
+    for round in 0..4_000_u64 {
+        let number = usize::try_from(round).unwrap() % 500;
+        let limit = Duration::from_micros(round % 97);
+        let token = format!("token-{number}");
+        let credential = credential(token.as_bytes());
+        if let Ok(found) = tokio::time::timeout(limit, store.lookup(&credential)).await {
+            assert_eq!(found.unwrap(), Some(of(number)));
+            answered += 1;
+        }
+    }
+    for number in 0..500 {
+        assert_eq!(lookup(&*store, format!("token-{number}").as_bytes()).await, Some(of(number)));
+    }
+    assert!(answered < 4_000, "none was dropped");
+}
+
+#[tokio::test]
+async fn nothing_outlives_a_store_and_a_store_outlives_a_runtime() {
+    let server = Redis::start(&Options::default());
+    let settings = settings(&[server.address()]);
+    admin(&settings).await.create(&record("known")).await.unwrap();
+    let store = open(&settings);
+    // Its connections are driven by a runtime that ends before it does.
+    let (other, ended) = (Arc::clone(&store), std::thread::spawn);
+    let thread = ended(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            for _ in 0..4 {
+                assert!(lookup(&*other, b"known").await.is_some());
+            }
+        });
+    });
+    thread.join().unwrap();
+    for _ in 0..4 {
+        assert!(lookup(&*store, b"known").await.is_some(), "without so much as one failure");
+    }
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    drop((ear, store));
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while server.cli(&["CLIENT", "LIST"]).lines().count() > 1 {
+        assert!(Instant::now() < deadline, "{}", server.cli(&["CLIENT", "LIST"]));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Prints the figures of the documentation.
+#[tokio::test]
+async fn figures() {
+    let server = Redis::start(&Options { durable: true, ..Options::default() });
+    let settings = settings(&[server.address()]);
+    let mut writer = admin(&settings).await;
+    let store = open(&settings);
+    let before = Instant::now();
+    let mut records = (0..20_000).map(|number| Ok(record(&format!("token-{number}"))));
+    assert_eq!(writer.import(&mut records).await.unwrap(), 20_000);
+    println!("import: {:.0} rows/s", 20_000.0 / before.elapsed().as_secs_f64());
+    let mut times = Vec::new();
+    for number in 0..5_000 {
+        let before = Instant::now();
+        assert!(lookup(&*store, format!("token-{number}").as_bytes()).await.is_some());
+        times.push(before.elapsed());
+    }
+    times.sort();
+    println!("look-up, one at a time: p50 {:?}, p99 {:?}", times[2_500], times[4_950]);
+    let before = Instant::now();
+    let tokens: Vec<_> = (0..20_000).map(|number| format!("token-{number}")).collect();
+    for tokens in tokens.chunks(64) {
+        let found = futures_util::future::join_all(tokens.iter().map(|token| ask(&*store, token.as_bytes()))).await;
+        assert!(found.iter().all(|found| matches!(found, Ok(Some(_)))));
+    }
+    println!("look-ups, 64 at a time: {:.0}/s", 20_000.0 / before.elapsed().as_secs_f64());
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    let mut lags = Vec::new();
+    for number in 0..300 {
+        let (before, token) = (Instant::now(), format!("token-{number}"));
+        writer.revoke(&Digest::of(token.as_bytes()), 1_760_000_000).await.unwrap();
+        lags.push(ear.change_of(before, &*store, &token).await - before);
+    }
+    lags.sort();
+    println!("revocation until heard: p50 {:?}, p99 {:?}", lags[150], lags[296]);
+    let (mut noticed, mut again) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        let before = Instant::now();
+        server.freeze();
+        noticed.push(ear.heard(before, "deafness", |event| *event == Event::Deaf).await - before);
+        server.thaw();
+        ear.hearing(before).await;
+        let before = Instant::now();
+        server.cut();
+        let cut = Instant::now();
+        again.push(ear.hearing(before).await.saturating_duration_since(cut));
+    }
+    noticed.sort();
+    again.sort();
+    println!("a frozen server is noticed after {:?} to {:?}", noticed[0], noticed[4]);
+    println!("a cut connection hears again after {:?} to {:?}", again[0], again[4]);
+    assert!(noticed[4] < LAG * 2 && again[4] < LAG, "{noticed:?} {again:?}");
+}

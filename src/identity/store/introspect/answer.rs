@@ -1,0 +1,341 @@
+//! What the body of an answer means. Pure: bytes in, a record or the reason why there is none out. The reasons name
+//! places in the answer and never what stands there.
+
+use super::super::{StoreError, TokenRecord};
+use crate::identity::credential::Digest;
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+use std::fmt;
+
+/// Longest name of a user, in bytes: it becomes a header field.
+const USER_BYTES: usize = 255;
+
+/// Where things stand in an answer.
+pub(super) struct Shape {
+    /// RFC 7662: `active` says whether the token is one. Otherwise the status has said so.
+    pub(super) rfc7662: bool,
+    /// JSON pointers; the first that finds a text or a number counts.
+    pub(super) user: Vec<String>,
+    /// A JSON pointer; `None`: answers name no scopes.
+    pub(super) scopes: Option<String>,
+    pub(super) default_scopes: Vec<String>,
+}
+
+impl Shape {
+    /// `Ok(None)`: not a token, says the endpoint.
+    pub(super) fn read(&self, body: &[u8], digest: Digest) -> Result<Option<TokenRecord>, StoreError> {
+        let value = parse(body)?;
+        if self.rfc7662 {
+            match value.get("active") {
+                Some(Value::Bool(true)) => {}
+                Some(Value::Bool(false)) => return Ok(None),
+                _ => return Err(garbage("\"active\" is missing or neither true nor false")),
+            }
+        }
+        let mut record = TokenRecord::new(digest, self.user_of(&value)?);
+        record.scopes = self.scopes_of(&value)?;
+        if self.rfc7662 {
+            record.expires = time(&value, "exp")?;
+            record.not_before = time(&value, "nbf")?;
+            record.created = time(&value, "iat")?.unwrap_or(0);
+        } else {
+            // GitLab: active, blocked, ldap_blocked, deactivated, banned.
+            record.blocked = value.get("state").is_some_and(|state| state != "active");
+        }
+        Ok(Some(record))
+    }
+
+    fn user_of(&self, value: &Value) -> Result<String, StoreError> {
+        let user = self.user.iter().find_map(|pointer| match value.pointer(pointer)? {
+            Value::String(text) => Some(text.clone()),
+            Value::Number(number) if !number.is_f64() => Some(number.to_string()),
+            _ => None,
+        });
+        match user {
+            None => Err(garbage(format!("no text or number at {}", self.user.join(", ")))),
+            Some(user) if user.trim().is_empty() => Err(garbage("the user's name is empty")),
+            Some(user) if user.len() > USER_BYTES => {
+                Err(garbage(format!("the user's name is longer than {USER_BYTES} bytes")))
+            }
+            Some(user) if user.chars().any(char::is_control) => {
+                Err(garbage("the user's name has control characters in it"))
+            }
+            Some(user) => Ok(user),
+        }
+    }
+
+    fn scopes_of(&self, value: &Value) -> Result<Vec<String>, StoreError> {
+        let Some(pointer) = &self.scopes else { return Ok(self.default_scopes.clone()) };
+        let wrong = || garbage(format!("what stands at {pointer} is neither a list of texts nor a text"));
+        match value.pointer(pointer) {
+            None | Some(Value::Null) => Ok(self.default_scopes.clone()),
+            Some(Value::String(text)) => Ok(text.split_ascii_whitespace().map(str::to_owned).collect()),
+            Some(Value::Array(list)) => {
+                list.iter().map(|scope| scope.as_str().map(str::to_owned).ok_or_else(wrong)).collect()
+            }
+            Some(_) => Err(wrong()),
+        }
+    }
+}
+
+pub(super) fn garbage(why: impl Into<String>) -> StoreError {
+    StoreError::Garbage(why.into())
+}
+
+/// `application/json` or `application/…+json`, whatever the parameters.
+pub(super) fn is_json(content_type: &[u8]) -> bool {
+    let kind = content_type.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii().to_ascii_lowercase();
+    kind.strip_prefix(b"application/")
+        .is_some_and(|subtype| subtype == b"json" || (subtype.ends_with(b"+json") && subtype.len() > b"+json".len()))
+}
+
+/// Whole unix seconds. A `null` is as good as nothing; a fraction or a time before 1970 is not a time we know.
+fn time(value: &Value, key: &str) -> Result<Option<u64>, StoreError> {
+    match value.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(number) => {
+            number.as_u64().map(Some).ok_or_else(|| garbage(format!("\"{key}\" is no whole number of seconds")))
+        }
+    }
+}
+
+fn parse(body: &[u8]) -> Result<Value, StoreError> {
+    // The parser's own words may quote the answer.
+    let Unambiguous(value) = serde_json::from_slice(body).map_err(|error| {
+        garbage(format!("no JSON without doubt (line {}, column {})", error.line(), error.column()))
+    })?;
+    if value.is_object() { Ok(value) } else { Err(garbage("JSON, but no object")) }
+}
+
+/// JSON in which no object has a key twice: of two users, or of two `active`, nobody can say which one is meant.
+struct Unambiguous(Value);
+
+impl<'de> Deserialize<'de> for Unambiguous {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(AnyValue).map(Self)
+    }
+}
+
+struct AnyValue;
+
+impl<'de> Visitor<'de> for AnyValue {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(Value::Number(value.into()))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(Value::Number(value.into()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(Number::from_f64(value).map_or(Value::Null, Value::Number))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(Value::String(value.to_owned()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+        let mut values = Vec::new();
+        while let Some(Unambiguous(value)) = list.next_element()? {
+            values.push(value);
+        }
+        Ok(Value::Array(values))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Value, A::Error> {
+        let mut map = Map::new();
+        while let Some(key) = object.next_key::<String>()? {
+            let Unambiguous(value) = object.next_value()?;
+            if map.insert(key, value).is_some() {
+                return Err(serde::de::Error::custom("a key twice"));
+            }
+        }
+        Ok(Value::Object(map))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(rfc7662: bool) -> Shape {
+        Shape {
+            rfc7662,
+            user: ["/username", "/sub", "/deep/0/id"].map(str::to_owned).into(),
+            scopes: Some("/scope".into()),
+            default_scopes: vec!["api".into()],
+        }
+    }
+
+    fn read(rfc7662: bool, body: &str) -> Result<Option<TokenRecord>, StoreError> {
+        shape(rfc7662).read(body.as_bytes(), Digest::of(b"t"))
+    }
+
+    #[test]
+    fn users() {
+        let longest = "é".repeat(127) + "x";
+        for (body, user) in [
+            (r#"{"username":"anna"}"#, "anna"),
+            (r#"{"username":null,"sub":"anna"}"#, "anna"),
+            (r#"{"username":{},"sub":"anna"}"#, "anna"),
+            (r#"{"username":true,"sub":7}"#, "7"),
+            (r#"{"username":-7}"#, "-7"),
+            (r#"{"username":1.5,"sub":"anna"}"#, "anna"),
+            (r#"{"deep":[{"id":18446744073709551615}]}"#, "18446744073709551615"),
+            (r#"{"username":"\u00e9 \"x\""}"#, "é \"x\""),
+            (&format!(" {{\"username\":\"{longest}\"}}\r\n"), &longest),
+        ] {
+            assert_eq!(read(false, body).unwrap().unwrap().user, user, "{body}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_record() {
+        let long = format!(r#"{{"username":"{}"}}"#, "x".repeat(256));
+        let deep = format!(r#"{{"username":"a","x":{}1{}}}"#, "[".repeat(1_000), "]".repeat(1_000));
+        for body in [
+            "",
+            "{",
+            "{}",
+            "null",
+            "true",
+            "[]",
+            "\"S3CRET\"",
+            "<html>S3CRET</html>",
+            r#"[{"username":"S3CRET"}]"#,
+            r#"{"message":"401 S3CRET"}"#,
+            r#"{"username":null}"#,
+            r#"{"username":""}"#,
+            r#"{"username":" "}"#,
+            r#"{"username":"","sub":"S3CRET"}"#,
+            r#"{"username":["S3CRET"]}"#,
+            r#"{"username":1.5}"#,
+            r#"{"username":1e400}"#,
+            r#"{"username":"a\u0000S3CRET"}"#,
+            r#"{"username":"a\r\nS3CRET: x"}"#,
+            r#"{"username":"a\ud800"}"#,
+            r#"{"username":"S3CRET","username":"S3CRET"}"#,
+            r#"{"username":"a","x":[{"S3CRET":1,"S3CRET":2}]}"#,
+            r#"{"username":"a"} {}"#,
+            r#"{"username":"a""#,
+            r#"{"username":"a","scope":7}"#,
+            r#"{"username":"a","scope":["api",7]}"#,
+            r#"{"username":"a","scope":{}}"#,
+            "{\"username\":\"a\u{0}S3CRET\"}",
+            "{'username':'a'}",
+            &long,
+            &deep,
+        ] {
+            let error = read(false, body).unwrap_err();
+            assert!(matches!(error, StoreError::Garbage(_)), "{body}: {error}");
+            assert!(!error.to_string().contains("S3CRET"), "{error}");
+        }
+        let error = shape(false).read(b"{\"username\":\"\xff\"}", Digest::of(b"t")).unwrap_err();
+        assert!(matches!(error, StoreError::Garbage(_)), "{error}");
+    }
+
+    #[test]
+    fn scopes() {
+        for (scope, scopes) in [
+            (r#""scope":"api  read""#, &["api", "read"][..]),
+            (r#""scope":["api","read user"]"#, &["api", "read user"]),
+            (r#""scope":"""#, &[]),
+            (r#""scope":[]"#, &[]),
+            (r#""scope":null"#, &["api"]),
+            (r#""x":1"#, &["api"]),
+        ] {
+            let body = format!(r#"{{"username":"a",{scope}}}"#);
+            assert_eq!(read(false, &body).unwrap().unwrap().scopes, scopes, "{scope}");
+        }
+        let shape = Shape { scopes: None, ..shape(false) };
+        let record = shape.read(br#"{"username":"a","scope":"x"}"#, Digest::of(b"t")).unwrap().unwrap();
+        assert_eq!(record.scopes, ["api"], "nobody asked for those of the answer");
+    }
+
+    #[test]
+    fn states_of_users() {
+        for (state, blocked) in [
+            ("", false),
+            (r#","state":"active""#, false),
+            (r#","state":"blocked""#, true),
+            (r#","state":"ldap_blocked""#, true),
+            (r#","state":"Active""#, true),
+            (r#","state":null"#, true),
+            (r#","state":{}"#, true),
+        ] {
+            let body = format!(r#"{{"username":"a"{state}}}"#);
+            assert_eq!(read(false, &body).unwrap().unwrap().blocked, blocked, "{state}");
+        }
+        let body = r#"{"active":true,"username":"a","state":"xyz"}"#;
+        assert!(!read(true, body).unwrap().unwrap().blocked, "RFC 7662 has no such thing");
+    }
+
+    #[test]
+    fn rfc7662() {
+        let body =
+            r#"{"active":true,"sub":"anna","scope":"a b","exp":1800000000,"nbf":1600000000,"iat":5,"aud":["x"]}"#;
+        let record = read(true, body).unwrap().unwrap();
+        assert_eq!((record.expires, record.not_before, record.created), (Some(1_800_000_000), Some(1_600_000_000), 5));
+        assert_eq!((record.user.as_str(), record.scopes), ("anna", vec!["a".to_owned(), "b".to_owned()]));
+        let body = r#"{"active":true,"sub":"anna","exp":null}"#;
+        assert_eq!(read(true, body).unwrap().unwrap().expires, None);
+        for body in [r#"{"active":false}"#, r#"{"active":false,"sub":"anna","exp":"x"}"#] {
+            assert_eq!(read(true, body), Ok(None), "{body}");
+        }
+        for body in [
+            r#"{"sub":"anna"}"#,
+            r#"{"active":"true","sub":"anna"}"#,
+            r#"{"active":1,"sub":"anna"}"#,
+            r#"{"active":null,"sub":"anna"}"#,
+            r#"{"Active":true,"sub":"anna"}"#,
+            r#"{"active":true}"#,
+            r#"{"active":true,"active":false,"sub":"anna"}"#,
+            r#"{"active":true,"sub":"anna","exp":1800000000.5}"#,
+            r#"{"active":true,"sub":"anna","exp":1.8e9}"#,
+            r#"{"active":true,"sub":"anna","exp":"1800000000"}"#,
+            r#"{"active":true,"sub":"anna","exp":-1}"#,
+            r#"{"active":true,"sub":"anna","exp":18446744073709551616}"#,
+            r#"{"active":true,"sub":"anna","nbf":false}"#,
+            r#"{"active":true,"sub":"anna","iat":{}}"#,
+        ] {
+            assert!(matches!(read(true, body), Err(StoreError::Garbage(_))), "{body}");
+        }
+    }
+
+    #[test]
+    fn content_types() {
+        for (content_type, expected) in [
+            ("application/json", true),
+            ("APPLICATION/JSON ;charset=utf-8", true),
+            (" application/token-introspection+json", true),
+            ("application/jsonp", false),
+            ("application/+json", false),
+            ("application/json+x", false),
+            ("text/json", false),
+            ("text/html", false),
+            ("text/html; application/json", false),
+            ("application/json, text/html", false),
+            ("application/xml", false),
+            ("json", false),
+            ("", false),
+            ("\u{e9}", false),
+        ] {
+            assert_eq!(is_json(content_type.as_bytes()), expected, "{content_type}");
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Where an endpoint is: reads the URL of the configuration and opens connections to it. Knows nothing of HTTP beyond
+//! the URL and the Host field.
+
+use super::super::TlsSettings;
+use hyper::http::HeaderValue;
+use hyper::http::uri::{PathAndQuery, Scheme, Uri};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
+
+pub(super) struct Endpoint {
+    address: Address,
+    /// What goes into the request line.
+    pub(super) path: PathAndQuery,
+    pub(super) host: HeaderValue,
+    /// For people: host and port, or the socket. Not the URL, whose query may hold a key.
+    pub(super) place: String,
+}
+
+enum Address {
+    Tcp { host: String, port: u16, tls: Option<(TlsConnector, ServerName<'static>)> },
+    Unix(PathBuf),
+}
+
+/// A connection of any kind.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+impl Endpoint {
+    /// The error names what is wrong with the URL and never the URL.
+    pub(super) fn new(url: &str, tls: &TlsSettings) -> Result<Self, String> {
+        if let Some(rest) = url.strip_prefix("unix:") {
+            return Self::unix(rest);
+        }
+        // The parser would drop it silently.
+        if url.contains('#') {
+            return Err("url: must not have a fragment (#)".into());
+        }
+        let uri: Uri = url.parse().map_err(|error| format!("url: {error}"))?;
+        let secure = match uri.scheme() {
+            Some(scheme) if *scheme == Scheme::HTTP => false,
+            Some(scheme) if *scheme == Scheme::HTTPS => true,
+            _ => return Err("url: must begin with http://, https:// or unix:/".into()),
+        };
+        let authority = uri.authority().map_or("", |authority| authority.as_str());
+        if authority.contains('@') {
+            return Err("url: must not hold a user or a password".into());
+        }
+        let name = uri.host().unwrap_or_default();
+        if name.is_empty() {
+            return Err("url: has no host".into());
+        }
+        // The parser takes any digits for a port, and then has none.
+        let port = match authority.strip_prefix(name).unwrap_or_default() {
+            "" if secure => 443,
+            "" => 80,
+            port => match port.trim_start_matches(':').parse() {
+                Ok(0) | Err(_) => return Err("url: has a port that is none".into()),
+                Ok(port) => port,
+            },
+        };
+        // An IPv6 address stands in brackets in URLs, and nowhere else.
+        let host = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name).to_owned();
+        let tls = match secure {
+            true => Some((connector(tls)?, server_name(&host)?)),
+            false => None,
+        };
+        Ok(Self {
+            address: Address::Tcp { host, port, tls },
+            path: uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/")),
+            host: HeaderValue::from_str(authority).map_err(|error| format!("url: {error}"))?,
+            place: format!("{name}:{port}"),
+        })
+    }
+
+    /// `/path/to/socket:/path`, or the socket alone.
+    fn unix(rest: &str) -> Result<Self, String> {
+        let (socket, path) = match rest.split_once(":/") {
+            Some((socket, path)) => (socket, format!("/{path}")),
+            None => (rest, "/".to_owned()),
+        };
+        if !socket.starts_with('/') || socket.contains('\0') {
+            return Err(
+                "url: after unix: comes the absolute path of a socket, like unix:/run/app.sock:/api/v3/user".into()
+            );
+        }
+        if path.contains('#') {
+            return Err("url: must not have a fragment (#)".into());
+        }
+        Ok(Self {
+            address: Address::Unix(socket.into()),
+            path: path.parse().map_err(|error| format!("url: {error}"))?,
+            host: HeaderValue::from_static("localhost"),
+            place: socket.into(),
+        })
+    }
+
+    /// `patience` bounds the wait for each address of a name but the last, which the caller's own deadline bounds.
+    pub(super) async fn connect(&self, patience: Duration) -> io::Result<Box<dyn Stream>> {
+        match &self.address {
+            Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
+            Address::Tcp { host, port, tls } => {
+                let stream = connect(host, *port, patience).await?;
+                // A request is one write; waiting to fill a packet would only delay it.
+                stream.set_nodelay(true)?;
+                match tls {
+                    None => Ok(Box::new(stream)),
+                    Some((connector, name)) => Ok(Box::new(connector.connect(name.clone(), stream).await?)),
+                }
+            }
+        }
+    }
+}
+
+fn connector(tls: &TlsSettings) -> Result<TlsConnector, String> {
+    let mut config = tls.client_config()?.ok_or("url: is https, but TLS is disabled: choose another tls mode")?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+fn server_name(host: &str) -> Result<ServerName<'static>, String> {
+    ServerName::try_from(host.to_owned()).map_err(|error| format!("url: the host can't be in a certificate: {error}"))
+}
+
+async fn connect(host: &str, port: u16, patience: Duration) -> io::Result<TcpStream> {
+    let mut addresses = lookup_host((host, port)).await?.peekable();
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    while let Some(address) = addresses.next() {
+        let attempt = TcpStream::connect(address);
+        let result = match addresses.peek() {
+            None => attempt.await,
+            Some(_) => tokio::time::timeout(patience, attempt).await.unwrap_or_else(|late| Err(late.into())),
+        };
+        match result {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::TlsMode;
+    use super::*;
+
+    fn endpoint(url: &str, mode: TlsMode) -> Result<Endpoint, String> {
+        // An authority of the tests' own would need a file; without verification none is read.
+        Endpoint::new(url, &TlsSettings { mode, ca: None, client: None })
+    }
+
+    #[test]
+    fn urls() {
+        for (url, place, host, path) in [
+            ("http://127.0.0.1:8080/api/v3/user", "127.0.0.1:8080", "127.0.0.1:8080", "/api/v3/user"),
+            ("http://example", "example:80", "example", "/"),
+            ("HTTP://Example/a?b=c", "Example:80", "Example", "/a?b=c"),
+            ("https://example/i", "example:443", "example", "/i"),
+            ("http://[::1]:81/", "[::1]:81", "[::1]:81", "/"),
+            ("unix:/run/a.sock:/api/v3/user?x=y", "/run/a.sock", "localhost", "/api/v3/user?x=y"),
+            ("unix:/run/a:b.sock:/x", "/run/a:b.sock", "localhost", "/x"),
+            ("unix:/run/a.sock", "/run/a.sock", "localhost", "/"),
+        ] {
+            let endpoint = endpoint(url, TlsMode::Require).unwrap();
+            assert_eq!((endpoint.place.as_str(), endpoint.path.as_str()), (place, path), "{url}");
+            assert_eq!(endpoint.host, host, "{url}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_url() {
+        for (url, part) in [
+            ("", "url"),
+            ("example/api", "url"),
+            ("/api/v3/user", "must begin with"),
+            ("ftp://example/", "must begin with"),
+            ("http:///path", "url"),
+            ("http://user:S3CRET@example/", "must not hold a user"),
+            ("http://S3CRET@example/", "must not hold a user"),
+            ("http://example/#S3CRET", "fragment"),
+            ("http://example:0/", "port"),
+            ("http://example:99999/", "port"),
+            ("http://exa mple/S3CRET", "url"),
+            ("unix:run/a.sock:/S3CRET", "absolute path"),
+            ("unix:/run/a.sock:/a b", "url"),
+            ("https://exa_mple..S3CRET/", "certificate"),
+        ] {
+            let why = endpoint(url, TlsMode::Require).err().unwrap_or_else(|| panic!("{url} is taken"));
+            assert!(why.contains(part) && !why.contains("S3CRET"), "{url}: {why}");
+        }
+        let why = endpoint("https://example/", TlsMode::Disable).err().unwrap();
+        assert!(why.contains("TLS is disabled"), "{why}");
+    }
+}

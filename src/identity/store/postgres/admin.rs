@@ -1,0 +1,316 @@
+//! Writing tokens to tollgate's own tables. Used by the command line, never by a gateway.
+
+use super::super::{AdminError, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
+use super::connect::{self, EndsWith, Failure, Target};
+use super::{PostgresSettings, Source, schema};
+use crate::identity::credential::Digest;
+use async_trait::async_trait;
+use std::pin::pin;
+use std::time::{Duration, Instant};
+use tokio_postgres::binary_copy::BinaryCopyInWriter;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Error, GenericClient};
+
+const CONNECT: Duration = Duration::from_secs(10);
+/// How long a command may take; an import's own may take for ever.
+const STATEMENT: Duration = Duration::from_secs(30);
+const WAIT_POLL: Duration = Duration::from_millis(20);
+/// Rows of `change` are kept this long: longer than a gateway that was away asks for.
+const CHANGES_KEPT: Duration = Duration::from_secs(3_600);
+
+const INSERT: &str = "INSERT INTO {schema}.token (digest, \"user\", scopes, description, created, not_before, expires, \
+    revoked, blocked, superseded, replaces) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)";
+const TYPES: [Type; 11] = [
+    Type::BYTEA,
+    Type::TEXT,
+    Type::TEXT_ARRAY,
+    Type::TEXT,
+    Type::INT8,
+    Type::INT8,
+    Type::INT8,
+    Type::INT8,
+    Type::BOOL,
+    Type::INT8,
+    Type::BYTEA,
+];
+
+/// A connection of the command line's own.
+pub(super) struct Session {
+    pub(super) client: Client,
+    pub(super) place: String,
+    _driver: EndsWith,
+}
+
+impl Session {
+    pub(super) async fn open(settings: &PostgresSettings) -> Result<Self, AdminError> {
+        let target = Target::new(settings).map_err(AdminError::Store)?;
+        let place = target.to_string();
+        let failed = |why: String| AdminError::Store(format!("{place}: {why}"));
+        let connected = tokio::time::timeout(CONNECT, target.connect()).await;
+        let connected = connected.map_err(|_| failed(format!("no connection within {CONNECT:?}")))?;
+        let (client, driver) = connected.map_err(|error| failed(connect::say(&error)))?;
+        let driver = EndsWith::owner_of(&connect::drive(driver));
+        let session = Self { client, place, _driver: driver };
+        // What was reported as done must survive a power cut.
+        let sql = format!("SET statement_timeout = {}; SET synchronous_commit = on", STATEMENT.as_millis());
+        session.client.batch_execute(&sql).await.map_err(|error| session.failed(&error))?;
+        Ok(session)
+    }
+
+    pub(super) fn failed(&self, error: &Error) -> AdminError {
+        failed(&self.place, error)
+    }
+}
+
+fn failed(place: &str, error: &Error) -> AdminError {
+    match error.code() {
+        Some(&SqlState::UNIQUE_VIOLATION) => AdminError::Exists,
+        Some(&SqlState::CHECK_VIOLATION) => {
+            AdminError::Store(format!("{place}: the record does not hold the rules of its table (SQLSTATE 23514)"))
+        }
+        _ => AdminError::Store(format!("{place}: {}", connect::say(error))),
+    }
+}
+
+pub struct PostgresAdmin {
+    session: Session,
+    schema: String,
+}
+
+impl PostgresAdmin {
+    /// Makes the tables when they are not there, and brings old ones up to date.
+    pub async fn open(settings: &PostgresSettings) -> Result<Self, AdminError> {
+        let (admin, _) = Self::open_at(settings).await?;
+        let sql = admin.fill(
+            "DELETE FROM {schema}.change WHERE at_ms < (extract(epoch FROM clock_timestamp()) * 1000)::bigint - $1::bigint",
+        );
+        let kept = i64::try_from(CHANGES_KEPT.as_millis()).unwrap_or(i64::MAX);
+        admin.execute(&sql, &[&kept]).await?;
+        Ok(admin)
+    }
+
+    /// Makes tollgate's own tables, or brings them up to date. Returns the version that they then have.
+    pub async fn migrate(settings: &PostgresSettings) -> Result<u32, AdminError> {
+        let (_, version) = Self::open_at(settings).await?;
+        Ok(version)
+    }
+
+    async fn open_at(settings: &PostgresSettings) -> Result<(Self, u32), AdminError> {
+        let Source::Own { schema } = &settings.source else {
+            return Err(AdminError::Store("this store reads another program's tables: tokens are made there".into()));
+        };
+        let mut session = Session::open(settings).await?;
+        let version = schema::migrate(&mut session.client, schema, settings.channel.as_deref()).await;
+        let version = version.map_err(|failure| garbled(&session.place, &failure))?;
+        Ok((Self { session, schema: schema.clone() }, u32::try_from(version).unwrap_or(0)))
+    }
+
+    fn fill(&self, sql: &str) -> String {
+        schema::fill(sql, &self.schema)
+    }
+
+    async fn execute(&self, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<u64, AdminError> {
+        self.session.client.execute(sql, parameters).await.map_err(|error| self.session.failed(&error))
+    }
+
+    async fn records(&self, rest: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<TokenRecord>, AdminError> {
+        let sql = self.fill(&format!("SELECT {} FROM {{schema}}.token {rest}", schema::COLUMNS));
+        let rows = self.session.client.query(&sql, parameters).await.map_err(|error| self.session.failed(&error))?;
+        let records = rows.iter().map(|row| schema::record(row, 0)).collect::<Result<_, _>>();
+        records.map_err(|failure| garbled(&self.session.place, &failure))
+    }
+}
+
+fn garbled(place: &str, failure: &Failure) -> AdminError {
+    AdminError::Store(format!("{place}: {}", failure.error))
+}
+
+fn seconds(time: u64) -> i64 {
+    i64::try_from(time).unwrap_or(i64::MAX)
+}
+
+/// A record as the parameters of [`INSERT`].
+struct Values<'a> {
+    digest: &'a [u8],
+    record: &'a TokenRecord,
+    times: [Option<i64>; 5],
+    replaces: Option<&'a [u8]>,
+}
+
+impl<'a> Values<'a> {
+    fn of(record: &'a TokenRecord) -> Self {
+        let times = [Some(record.created), record.not_before, record.expires, record.revoked, record.superseded];
+        Self {
+            digest: record.digest.as_bytes(),
+            record,
+            times: times.map(|time| time.map(seconds)),
+            replaces: record.replaces.as_ref().map(|digest| digest.as_bytes().as_slice()),
+        }
+    }
+
+    fn list(&self) -> [&(dyn ToSql + Sync); 11] {
+        let [created, not_before, expires, revoked, superseded] = &self.times;
+        let record = self.record;
+        [
+            &self.digest,
+            &record.user,
+            &record.scopes,
+            &record.description,
+            created,
+            not_before,
+            expires,
+            revoked,
+            &record.blocked,
+            superseded,
+            &self.replaces,
+        ]
+    }
+}
+
+/// Text that PostgreSQL can't keep.
+fn check(record: &TokenRecord) -> Result<(), AdminError> {
+    let texts = [&record.user, &record.description];
+    if texts.into_iter().chain(&record.scopes).any(|text| text.contains('\0')) {
+        return Err(AdminError::Store("a record with a NUL byte in its text".into()));
+    }
+    Ok(())
+}
+
+async fn insert(client: &impl GenericClient, sql: &str, record: &TokenRecord, place: &str) -> Result<(), AdminError> {
+    check(record)?;
+    client.execute(sql, &Values::of(record).list()).await.map_err(|error| failed(place, &error))?;
+    Ok(())
+}
+
+#[async_trait]
+impl TokenAdmin for PostgresAdmin {
+    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
+        insert(&self.session.client, &self.fill(INSERT), record, &self.session.place).await
+    }
+
+    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
+        let insert = self.fill(
+            "INSERT INTO {schema}.token (digest, \"user\", scopes, description, created, not_before, expires, revoked, \
+            blocked, superseded, replaces) SELECT * FROM pg_temp.tollgate_import ON CONFLICT DO NOTHING",
+        );
+        let place = self.session.place.clone();
+        let failed = |error: Error| failed(&place, &error);
+        // Dropped, and so undone, on every way out but the last.
+        let transaction = self.session.client.transaction().await.map_err(failed)?;
+        let prepare = "SET LOCAL statement_timeout = 0; \
+            CREATE TEMPORARY TABLE tollgate_import (digest bytea, \"user\" text, scopes text[], description text, \
+            created bigint, not_before bigint, expires bigint, revoked bigint, blocked boolean, superseded bigint, \
+            replaces bytea) ON COMMIT DROP";
+        transaction.batch_execute(prepare).await.map_err(failed)?;
+        let copy = "COPY pg_temp.tollgate_import FROM STDIN (FORMAT binary)";
+        let mut rows = pin!(BinaryCopyInWriter::new(transaction.copy_in(copy).await.map_err(failed)?, &TYPES));
+        for record in records {
+            let record = record?;
+            check(&record)?;
+            rows.as_mut().write(&Values::of(&record).list()).await.map_err(failed)?;
+        }
+        rows.finish().await.map_err(failed)?;
+        let new = transaction.execute(&insert, &[]).await.map_err(failed)?;
+        transaction.commit().await.map_err(failed)?;
+        Ok(new)
+    }
+
+    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
+        self.records("ORDER BY created DESC, digest", &[]).await
+    }
+
+    async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        // The digests that begin with the prefix are a range of the primary key.
+        let bound = |filler: char| {
+            let hex: String = hex_prefix.chars().chain(std::iter::repeat(filler)).take(64).collect();
+            Digest::from_hex(&hex).ok_or(AdminError::Missing)
+        };
+        let (first, last) = (bound('0')?, bound('f')?);
+        let range = "WHERE digest BETWEEN $1 AND $2 ORDER BY digest LIMIT 100";
+        self.records(range, &[&first.as_bytes().as_slice(), &last.as_bytes().as_slice()]).await
+    }
+
+    async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
+        let key = digest.as_bytes().as_slice();
+        let sql = self.fill("UPDATE {schema}.token SET revoked = $2 WHERE digest = $1 AND revoked IS NULL");
+        let changed = self.execute(&sql, &[&key, &seconds(at)]).await?;
+        if changed == 0 && self.records("WHERE digest = $1", &[&key]).await?.is_empty() {
+            return Err(AdminError::Missing);
+        }
+        Ok(changed == 1)
+    }
+
+    async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
+        let (find, add, supersede) = (
+            self.fill("SELECT revoked, superseded, expires FROM {schema}.token WHERE digest = $1 FOR UPDATE"),
+            self.fill(INSERT),
+            self.fill("UPDATE {schema}.token SET superseded = $2, expires = least(expires, $3) WHERE digest = $1"),
+        );
+        let key = old.as_bytes().as_slice();
+        let place = self.session.place.clone();
+        let failed = |error: Error| failed(&place, &error);
+        let transaction = self.session.client.transaction().await.map_err(failed)?;
+        let row = transaction.query_opt(&find, &[&key]).await.map_err(failed)?.ok_or(AdminError::Missing)?;
+        let time = |at: usize| row.try_get::<_, Option<i64>>(at).map_err(failed);
+        if time(0)?.is_some() || time(1)?.is_some() || time(2)?.is_some_and(|end| end <= seconds(at)) {
+            return Err(AdminError::Ended);
+        }
+        insert(&transaction, &add, &TokenRecord { replaces: Some(*old), ..next.clone() }, &place).await?;
+        transaction.execute(&supersede, &[&key, &seconds(at), &seconds(end)]).await.map_err(failed)?;
+        transaction.commit().await.map_err(failed)
+    }
+
+    async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
+        let sql = self.fill("UPDATE {schema}.token SET blocked = $2 WHERE \"user\" = $1 AND blocked <> $2");
+        self.execute(&sql, &[&user, &blocked]).await
+    }
+
+    async fn wait(&mut self, timeout: Duration) -> Result<Vec<String>, AdminError> {
+        let mut random = [0; 16];
+        getrandom::fill(&mut random).map_err(|error| AdminError::Store(format!("no random numbers: {error}")))?;
+        let id: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        // One statement: the word goes out when the row is there, behind all that was told before.
+        let ask = self.fill(
+            "WITH w AS (INSERT INTO {schema}.wait (id) VALUES ($1) RETURNING id) \
+            SELECT pg_notify(v.channel, 'wait ' || w.id) FROM w, {schema}.version v",
+        );
+        self.execute(&ask, &[&id]).await?;
+        let answers = self.answers(&id, timeout).await;
+        let forget = self.fill(
+            "WITH r AS (DELETE FROM {schema}.replica WHERE seen < clock_timestamp() - interval '1 day') \
+            DELETE FROM {schema}.wait WHERE id = $1 OR asked < clock_timestamp() - interval '1 day'",
+        );
+        self.execute(&forget, &[&id]).await?;
+        answers
+    }
+}
+
+impl PostgresAdmin {
+    async fn answers(&self, id: &str, timeout: Duration) -> Result<Vec<String>, AdminError> {
+        let sql = self.fill(
+            "SELECT r.name, EXISTS (SELECT FROM {schema}.confirmation c WHERE c.wait = $1 AND c.replica = r.id) \
+            FROM {schema}.replica r WHERE r.seen > clock_timestamp() - make_interval(secs => $2) ORDER BY r.name",
+        );
+        let gone = REPLICA_GONE.as_secs_f64();
+        let failed = |error: Error| self.session.failed(&error);
+        let statement = self.session.client.prepare(&sql).await.map_err(failed)?;
+        let deadline = Instant::now() + timeout;
+        loop {
+            let rows = self.session.client.query(&statement, &[&id, &gone]).await.map_err(failed)?;
+            let replicas: Vec<(String, bool)> = rows
+                .iter()
+                .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+                .collect::<Result<_, Error>>()
+                .map_err(failed)?;
+            let missing: Vec<_> = replicas.iter().filter(|(_, done)| !done).map(|(name, _)| name.clone()).collect();
+            if missing.is_empty() {
+                return Ok(replicas.into_iter().map(|(name, _)| name).collect());
+            }
+            if Instant::now() >= deadline {
+                return Err(AdminError::Unconfirmed { missing, waited: timeout });
+            }
+            tokio::time::sleep(WAIT_POLL).await;
+        }
+    }
+}

@@ -1,0 +1,360 @@
+//! PostgreSQL: a schema of our own, or any table that is there already, through a query. Knows no configuration file and
+//! no command line; what the bytes of a row mean is in `rows`, what servers say of changes in `follow`.
+
+mod admin;
+mod connect;
+mod follow;
+mod presets;
+mod rows;
+mod schema;
+
+pub use admin::PostgresAdmin;
+pub use presets::{install_triggers, triggers_sql};
+
+use super::{Heard, Secret, StoreError, TlsSettings, TokenRecord, TokenStore};
+use crate::identity::credential::{Credential, Digest};
+use crate::telemetry::metrics::StoreMetrics;
+use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use connect::{Failure, Target, Verdict};
+use deadpool_postgres::{Object, Pool};
+use futures_util::TryStreamExt as _;
+use sha2::{Digest as _, Sha256};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Row, Statement};
+
+/// How much of GitLab's `db_key_base` goes into its digests.
+const GITLAB_SECRET: usize = 32;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PostgresSettings {
+    /// `postgres://user@host:port/database`, libpq's keywords, or a folder with a socket as host.
+    pub url: Secret,
+    /// Takes the place of one in the URL.
+    pub password: Option<Secret>,
+    pub tls: TlsSettings,
+    /// Connections for look-ups; one more follows changes.
+    pub connections: usize,
+    /// How long a look-up may take. The server ends a query that takes longer, also when nobody waits for it any more.
+    pub timeout: Duration,
+    pub source: Source,
+    /// The channel that tells of changes; `None`: they are not followed.
+    pub channel: Option<String>,
+    /// For records that name no scopes of their own.
+    pub default_scopes: Vec<String>,
+}
+
+/// Where records stand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// tollgate's own tables, in this schema.
+    Own { schema: String },
+    /// GitLab's `users.authentication_token`.
+    GitlabLegacy,
+    /// GitLab's `personal_access_tokens.token`.
+    GitlabPat,
+    /// GitLab's `personal_access_tokens.token_digest`, with its `db_key_base`.
+    GitlabPatDigest(Secret),
+    /// A query with one parameter.
+    Lookup { sql: String, bind: Bind },
+}
+
+impl Source {
+    /// The query to ask, where the tables are not ours, and what to ask it with.
+    fn query(&self) -> Option<(String, Bind)> {
+        Some(match self {
+            Self::Own { .. } => return None,
+            Self::GitlabLegacy => (presets::GITLAB_LEGACY.into(), Bind::Plain),
+            Self::GitlabPat => (presets::gitlab_pat("token"), Bind::Plain),
+            Self::GitlabPatDigest(secret) => (presets::gitlab_pat("token_digest"), Bind::Gitlab(secret.clone())),
+            Self::Lookup { sql, bind } => (sql.clone(), bind.clone()),
+        })
+    }
+
+    /// A GitLab token may do everything unless it says otherwise.
+    const fn is_gitlab(&self) -> bool {
+        matches!(self, Self::GitlabLegacy | Self::GitlabPat | Self::GitlabPatDigest(_))
+    }
+}
+
+/// What a query is given for a token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Bind {
+    /// The token itself, as text.
+    Plain,
+    /// 64 hex digits.
+    Sha256Hex,
+    /// 44 letters, padded.
+    Sha256Base64,
+    /// Base64 of the SHA-256 over the token and the first 32 characters of GitLab's `db_key_base`.
+    Gitlab(Secret),
+}
+
+impl Bind {
+    /// What GitLab would keep for a token.
+    fn gitlab(secret: &Secret, token: &[u8]) -> [u8; 32] {
+        let secret = secret.expose();
+        let end = secret.char_indices().nth(GITLAB_SECRET).map_or(secret.len(), |(at, _)| at);
+        Sha256::new().chain_update(token).chain_update(&secret[..end]).finalize().into()
+    }
+
+    /// `None`: no text column holds such a token.
+    fn key(&self, credential: &Credential) -> Option<String> {
+        let token = credential.expose_secret();
+        match self {
+            _ if token.is_empty() => None,
+            Self::Plain => std::str::from_utf8(token).ok().filter(|text| !text.contains('\0')).map(str::to_owned),
+            Self::Sha256Hex => Some(credential.digest().to_hex()),
+            Self::Sha256Base64 => Some(BASE64.encode(credential.digest().as_bytes())),
+            Self::Gitlab(secret) => Some(BASE64.encode(Self::gitlab(secret, token))),
+        }
+    }
+}
+
+pub struct PostgresStore {
+    pool: Pool,
+    target: Arc<Target>,
+    query: Query,
+    settings: PostgresSettings,
+    metrics: Arc<StoreMetrics>,
+}
+
+enum Query {
+    Own { lookup: String, note_uses: String, changed: String },
+    Lookup { sql: String, bind: Bind },
+}
+
+impl PostgresStore {
+    /// Connects to nothing: only wrong settings are an error.
+    pub fn new(mut settings: PostgresSettings, metrics: Arc<StoreMetrics>) -> Result<Self, String> {
+        let target = Arc::new(Target::new(&settings)?);
+        if settings.source.is_gitlab() && settings.default_scopes.is_empty() {
+            settings.default_scopes.push("api".into());
+        }
+        let query = match (&settings.source, settings.source.query()) {
+            (_, Some((sql, bind))) => {
+                check_lookup(&sql, &bind)?;
+                Query::Lookup { sql, bind }
+            }
+            (Source::Own { schema }, _) => {
+                schema::check_name(schema)?;
+                Query::Own {
+                    lookup: schema::fill(schema::LOOKUP, schema),
+                    note_uses: schema::fill(schema::NOTE_USES, schema),
+                    changed: schema::fill(schema::CHANGED, schema),
+                }
+            }
+            _ => return Err("the source has no query".into()),
+        };
+        if let Some(channel) = &settings.channel {
+            schema::check_channel(channel)?;
+        }
+        let pool = connect::pool(&target, settings.connections, settings.timeout)?;
+        Ok(Self { pool, target, query, settings, metrics })
+    }
+
+    /// Puts a question on a pooled connection. One that was lost meanwhile is replaced and the question put again; a new
+    /// connection has no such excuse.
+    async fn ask(&self, question: &Question<'_>) -> Result<Vec<Row>, StoreError> {
+        let answer = tokio::time::timeout(self.settings.timeout, self.ask_for_long(question)).await;
+        answer.unwrap_or(Err(StoreError::Timeout))
+    }
+
+    async fn ask_for_long(&self, question: &Question<'_>) -> Result<Vec<Row>, StoreError> {
+        loop {
+            let lease = self.lease().await?;
+            let reused = lease.reused();
+            match question.put(lease.connection()?).await {
+                Ok(rows) => {
+                    lease.give_back();
+                    return Ok(rows);
+                }
+                Err(failure) if failure.connection == Verdict::Replace && reused => {}
+                Err(failure) => {
+                    // A new connection counts as tried once it has answered something.
+                    if failure.connection == Verdict::Keep && reused {
+                        lease.give_back();
+                    }
+                    return Err(failure.without(question.hidden()));
+                }
+            }
+        }
+    }
+
+    async fn lease(&self) -> Result<Lease<'_>, StoreError> {
+        let result = self.pool.get().await;
+        let status = self.pool.status();
+        self.metrics.connections(status.size, status.size.saturating_sub(status.available), status.max_size);
+        match result {
+            Ok(connection) => Ok(Lease { connection: Some(connection), store: self }),
+            Err(error) => Err(connect::no_connection(error, &self.target)),
+        }
+    }
+}
+
+enum Question<'a> {
+    /// To our own tables.
+    Own { sql: &'a str, parameters: &'a [&'a (dyn ToSql + Sync)] },
+    /// To anybody's, which answer with one row or none.
+    Lookup { sql: &'a str, key: &'a str },
+}
+
+impl Question<'_> {
+    /// What no error may repeat.
+    const fn hidden(&self) -> &str {
+        match self {
+            Self::Own { .. } => "",
+            Self::Lookup { key, .. } => key,
+        }
+    }
+
+    async fn put(&self, connection: &Object) -> Result<Vec<Row>, Failure> {
+        match self {
+            Self::Own { sql, parameters } => {
+                let statement = connection.prepare_cached(sql).await.map_err(Failure::own)?;
+                connection.query(&statement, parameters).await.map_err(Failure::own)
+            }
+            Self::Lookup { sql, key } => {
+                let statement = connection.prepare_typed_cached(sql, &[Type::TEXT]).await.map_err(Failure::lookup)?;
+                // Also before there is a row: a query that can't answer is not one that finds nobody.
+                rows::Columns::of(statement.columns())?;
+                if Object::metrics(connection).recycle_count == 0 {
+                    // A query that finds somebody for a token that nobody has would let everybody in.
+                    if !one(connection, &statement, &nobody()?).await?.is_empty() {
+                        return Err(Failure::garbage(
+                            "the look-up query finds a row for a token that nobody has: compare a column with $1 in its \
+                             WHERE",
+                        ));
+                    }
+                }
+                one(connection, &statement, key).await
+            }
+        }
+    }
+}
+
+/// The one row of an answer, or none. Two are no answer: which one holds?
+async fn one(connection: &Object, statement: &Statement, key: &str) -> Result<Vec<Row>, Failure> {
+    let mut rows = pin!(connection.query_raw(statement, [key]).await.map_err(Failure::lookup)?);
+    let mut found = Vec::new();
+    while let Some(row) = rows.try_next().await.map_err(Failure::lookup)? {
+        if !found.is_empty() {
+            // More may be on their way: the connection is not used again.
+            return Err(Failure::garbage(
+                "two rows for one token, and no telling which one holds: make the column unique",
+            ));
+        }
+        found.push(row);
+    }
+    Ok(found)
+}
+
+/// Text that no table holds.
+fn nobody() -> Result<String, Failure> {
+    let mut random = [0; 32];
+    getrandom::fill(&mut random).map_err(|_| Failure::garbage("the operating system gives no random numbers"))?;
+    Ok(Digest::from_bytes(random).to_hex())
+}
+
+fn check_lookup(sql: &str, bind: &Bind) -> Result<(), String> {
+    if !sql.contains("$1") || sql.contains("$2") {
+        return Err("lookup: must be a query with exactly one parameter, $1".into());
+    }
+    if let Bind::Gitlab(secret) = bind
+        && secret.expose().chars().count() < GITLAB_SECRET
+    {
+        return Err(format!(
+            "the secret must be GitLab's db_key_base, which is longer than {GITLAB_SECRET} characters"
+        ));
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl TokenStore for PostgresStore {
+    async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
+        match &self.query {
+            Query::Own { lookup, .. } => {
+                let digest = credential.digest().as_bytes().as_slice();
+                let rows = self.ask(&Question::Own { sql: lookup, parameters: &[&digest] }).await?;
+                schema::found(&rows).map_err(|failure| failure.error)
+            }
+            Query::Lookup { sql, bind } => {
+                let Some(key) = bind.key(credential) else { return Ok(None) };
+                let rows = self.ask(&Question::Lookup { sql, key: &key }).await?;
+                let Some(row) = rows.first() else { return Ok(None) };
+                let record = rows::Columns::of(row.columns())
+                    .and_then(|columns| columns.record(row, *credential.digest(), &self.settings.default_scopes));
+                record.map(Some).map_err(|failure| failure.without(&key))
+            }
+        }
+    }
+
+    fn handle(&self, credential: &Credential) -> Option<Digest> {
+        match &self.query {
+            Query::Lookup { bind: Bind::Gitlab(secret), .. } => {
+                Some(Digest::from_bytes(Bind::gitlab(secret, credential.expose_secret())))
+            }
+            _ => None,
+        }
+    }
+
+    async fn follow(&self, heard: Heard<'_>) {
+        match &self.settings.channel {
+            Some(channel) => follow::follow(&self.target, &self.settings.source, channel, heard).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn changed_since(&self, unix_ms: u64) -> Result<Option<Vec<Digest>>, StoreError> {
+        let Query::Own { changed, .. } = &self.query else { return Ok(None) };
+        let since = i64::try_from(unix_ms).unwrap_or(i64::MAX);
+        let rows = self.ask(&Question::Own { sql: changed, parameters: &[&since] }).await?;
+        schema::changed(&rows).map_err(|failure| failure.error)
+    }
+
+    async fn note_uses(&self, mut uses: Vec<(Digest, u64)>) -> Result<(), StoreError> {
+        let Query::Own { note_uses, .. } = &self.query else { return Ok(()) };
+        // In one order everywhere, so that gateways don't wait for each other in circles.
+        uses.sort_unstable_by_key(|(digest, _)| *digest.as_bytes());
+        let digests: Vec<&[u8]> = uses.iter().map(|(digest, _)| digest.as_bytes().as_slice()).collect();
+        let times: Vec<i64> = uses.iter().map(|(_, at)| i64::try_from(at / 1000).unwrap_or(i64::MAX)).collect();
+        self.ask(&Question::Own { sql: note_uses, parameters: &[&digests, &times] }).await.map(drop)
+    }
+}
+
+/// A pooled connection in use. It goes back to the pool only when it is said to be clean: a look-up may be dropped at
+/// any moment, and the next one must not wait for the answer to this one's question.
+struct Lease<'a> {
+    connection: Option<Object>,
+    store: &'a PostgresStore,
+}
+
+impl Lease<'_> {
+    fn connection(&self) -> Result<&Object, StoreError> {
+        self.connection.as_ref().ok_or_else(|| StoreError::Unavailable("its connection is gone".into()))
+    }
+
+    fn reused(&self) -> bool {
+        self.connection.as_ref().is_some_and(|connection| Object::metrics(connection).recycle_count > 0)
+    }
+
+    fn give_back(mut self) {
+        drop(self.connection.take());
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            drop(Object::take(connection));
+        }
+        let status = self.store.pool.status();
+        let in_use = status.size.saturating_sub(status.available);
+        self.store.metrics.connections(status.size, in_use, status.max_size);
+    }
+}

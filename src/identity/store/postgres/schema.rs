@@ -1,0 +1,188 @@
+//! tollgate's own tables in PostgreSQL: how they are made and brought up to date, and the questions put to them.
+
+use super::super::TokenRecord;
+use super::connect::Failure;
+use crate::identity::credential::Digest;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Row};
+
+/// Numbered from 1, and never changed once released.
+const MIGRATIONS: &[&str] = &[include_str!("1.sql")];
+/// The schema that this version makes.
+const VERSION: i32 = MIGRATIONS.len() as i32;
+/// The oldest schema that this version can read.
+const OLDEST: i32 = 1;
+/// Keeps two migrations from running at once: "tollgate" in hex digits that fit.
+const LOCK: i64 = 0x746f_6c6c_6761_7465;
+pub(super) const MIGRATE: &str = "run `tollgate store migrate --config FILE`";
+
+/// One row whenever the schema is there, so that an answer without rows is no "no such token".
+pub(super) const LOOKUP: &str = "SELECT v.version, v.readers_from, t.digest, t.\"user\", t.scopes, t.description, \
+    t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used \
+    FROM {schema}.version v LEFT JOIN {schema}.token t ON t.digest = $1";
+/// Of a whole record, in the order that `record` reads.
+pub(super) const COLUMNS: &str = "digest, \"user\", scopes, description, created, not_before, expires, revoked, blocked, \
+    superseded, replaces, last_used";
+pub(super) const NOTE_USES: &str = "UPDATE {schema}.token t SET last_used = u.at \
+    FROM unnest($1::bytea[], $2::bigint[]) AS u (digest, at) \
+    WHERE t.digest = u.digest AND (t.last_used IS NULL OR t.last_used < u.at)";
+/// A change is noted when it is made and seen when its transaction ends: the minute more is for what lies between. The
+/// first row says whether the list goes back so far.
+pub(super) const CHANGED: &str = "SELECT NULL::bytea, v.version, v.readers_from, $1::bigint >= v.since_ms \
+    AND $1::bigint - 60000 >= (extract(epoch FROM clock_timestamp()) * 1000)::bigint - 3540000 \
+    FROM {schema}.version v \
+    UNION ALL \
+    (SELECT DISTINCT c.digest, NULL::integer, NULL::integer, c.digest IS NOT NULL \
+    FROM {schema}.change c WHERE c.at_ms >= $1::bigint - 60000)";
+
+/// Names are put into SQL: only what needs no quoting anywhere.
+pub(super) fn check_name(schema: &str) -> Result<(), String> {
+    let fine = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    let starts = schema.starts_with(|c: char| c.is_ascii_lowercase() || c == '_');
+    if schema.len() > 40 || !starts || !schema.chars().all(fine) || schema.starts_with("pg_") {
+        return Err("schema: must be up to 40 of a-z, 0-9 and _, and not begin with a digit or pg_".into());
+    }
+    Ok(())
+}
+
+pub(super) fn check_channel(channel: &str) -> Result<(), String> {
+    let fine = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+    if channel.is_empty() || channel.len() > 40 || !channel.chars().all(fine) {
+        return Err("channel: must be up to 40 letters, digits, _, - and .".into());
+    }
+    Ok(())
+}
+
+pub(super) fn fill(sql: &str, schema: &str) -> String {
+    sql.replace("{schema}", &format!("\"{schema}\""))
+}
+
+/// Whether this version can read a schema.
+pub(super) fn check_version(version: i32, readers_from: i32) -> Result<(), Failure> {
+    if version < OLDEST {
+        return Err(Failure::garbage(format!("the tables are of version {version} and too old: {MIGRATE}")));
+    }
+    if readers_from > VERSION {
+        return Err(Failure::garbage(format!(
+            "the tables are of version {version}, made by a newer tollgate; this one knows {VERSION}: upgrade it, or {MIGRATE} \
+             of the right version"
+        )));
+    }
+    Ok(())
+}
+
+/// The answer to [`LOOKUP`].
+pub(super) fn found(rows: &[Row]) -> Result<Option<TokenRecord>, Failure> {
+    let [row] = rows else {
+        return Err(Failure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+    };
+    let [version, readers_from] = [0, 1].map(|at| row.try_get::<_, i32>(at));
+    check_version(version.map_err(misread)?, readers_from.map_err(misread)?)?;
+    if row.try_get::<_, Option<&[u8]>>(2).map_err(misread)?.is_none() {
+        return Ok(None);
+    }
+    record(row, 2).map(Some)
+}
+
+/// The answer to [`CHANGED`].
+pub(super) fn changed(rows: &[Row]) -> Result<Option<Vec<Digest>>, Failure> {
+    let Some((first, rest)) = rows.split_first() else {
+        return Err(Failure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+    };
+    check_version(first.try_get(1).map_err(misread)?, first.try_get(2).map_err(misread)?)?;
+    for row in rows {
+        // The list doesn't go back so far, or names a change of everything.
+        if !row.try_get::<_, bool>(3).map_err(misread)? {
+            return Ok(None);
+        }
+    }
+    rest.iter().map(|row| digest(row, 0)).collect::<Result<_, _>>().map(Some)
+}
+
+fn misread(_: tokio_postgres::Error) -> Failure {
+    Failure::garbage(format!("a value in tollgate's tables is of another type than it was made with: {MIGRATE}"))
+}
+
+fn digest(row: &Row, at: usize) -> Result<Digest, Failure> {
+    let bytes: &[u8] = row.try_get(at).map_err(misread)?;
+    let bytes = bytes.try_into().map_err(|_| Failure::garbage("a digest that is not 32 bytes long"))?;
+    Ok(Digest::from_bytes(bytes))
+}
+
+/// Reads [`COLUMNS`], the first of which is at a place.
+pub(super) fn record(row: &Row, from: usize) -> Result<TokenRecord, Failure> {
+    let time = |at: usize| -> Result<Option<u64>, Failure> {
+        let seconds: Option<i64> = row.try_get(from + at).map_err(misread)?;
+        let seconds = seconds.map(u64::try_from).transpose();
+        seconds.map_err(|_| Failure::garbage("a time before 1970 in tollgate's tables"))
+    };
+    let user: String = row.try_get(from + 1).map_err(misread)?;
+    if user.is_empty() {
+        return Err(Failure::garbage("a token without a user in tollgate's tables"));
+    }
+    let replaces: Option<&[u8]> = row.try_get(from + 10).map_err(misread)?;
+    Ok(TokenRecord {
+        digest: digest(row, from)?,
+        user,
+        scopes: row.try_get(from + 2).map_err(misread)?,
+        description: row.try_get(from + 3).map_err(misread)?,
+        created: time(4)?.unwrap_or(0),
+        not_before: time(5)?,
+        expires: time(6)?,
+        revoked: time(7)?,
+        blocked: row.try_get(from + 8).map_err(misread)?,
+        superseded: time(9)?,
+        replaces: replaces.map(|_| digest(row, from + 10)).transpose()?,
+        last_used: time(11)?,
+    })
+}
+
+/// Makes tollgate's own tables, or brings them up to date. Returns the version that they then have.
+pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&str>) -> Result<i32, Failure> {
+    check_name(schema).and_then(|()| channel.map_or(Ok(()), check_channel)).map_err(Failure::garbage)?;
+    // Who may only write tokens need not be allowed to make tables.
+    if let Some((version, told)) = version(client, schema).await?
+        && version >= VERSION
+        && channel.is_none_or(|channel| channel == told)
+    {
+        return Ok(version);
+    }
+    let transaction = client.transaction().await.map_err(Failure::own)?;
+    transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK]).await.map_err(Failure::own)?;
+    let has_schema = transaction.query_opt("SELECT 1 FROM pg_namespace WHERE nspname = $1", &[&schema]).await;
+    if has_schema.map_err(Failure::own)?.is_none() {
+        transaction.batch_execute(&fill("CREATE SCHEMA {schema}", schema)).await.map_err(Failure::own)?;
+    }
+    let has_version = "SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+        WHERE n.nspname = $1 AND c.relname = 'version'";
+    let mut current: i32 = 0;
+    if transaction.query_opt(has_version, &[&schema]).await.map_err(Failure::own)?.is_some() {
+        let sql = fill("SELECT version FROM {schema}.version", schema);
+        current = transaction.query_one(&sql, &[]).await.and_then(|row| row.try_get(0)).map_err(Failure::own)?;
+    }
+    let done = usize::try_from(current).unwrap_or(0);
+    for migration in MIGRATIONS.iter().skip(done) {
+        transaction.batch_execute(&fill(migration, schema)).await.map_err(Failure::own)?;
+    }
+    // A newer schema stays as it is.
+    let sql =
+        fill("UPDATE {schema}.version SET channel = coalesce($1, channel), version = greatest(version, $2)", schema);
+    transaction.execute(&sql, &[&channel, &VERSION]).await.map_err(Failure::own)?;
+    transaction.commit().await.map_err(Failure::own)?;
+    Ok(current.max(VERSION))
+}
+
+/// The schema's version and channel; `None`: it is not there.
+pub(super) async fn version(client: &Client, schema: &str) -> Result<Option<(i32, String)>, Failure> {
+    let sql = fill("SELECT version, readers_from, channel FROM {schema}.version", schema);
+    let rows = match client.query(&sql, &[]).await {
+        Ok(rows) => rows,
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(None),
+        Err(error) => return Err(Failure::own(error)),
+    };
+    let [row] = rows.as_slice() else {
+        return Err(Failure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+    };
+    check_version(row.try_get::<_, i32>(0).map_err(misread)?.max(OLDEST), row.try_get(1).map_err(misread)?)?;
+    Ok(Some((row.try_get(0).map_err(misread)?, row.try_get(2).map_err(misread)?)))
+}

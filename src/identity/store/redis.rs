@@ -1,0 +1,260 @@
+//! Redis and Valkey: one key for each token, `<prefix><64 hex digits of its SHA-256>`, which holds a JSON object or a hash.
+//! A key that is not there, or whose own TTL ran out, is an unknown token; a key that can't be read is an error. Knows
+//! nothing of HTTP.
+//!
+//! What the user of an ACL needs, for `prefix = "tollgate:"` and channel `tollgate:changes`:
+//!
+//! | who | rights |
+//! |---|---|
+//! | look-ups | `~tollgate:* +get +hgetall` |
+//! | following a channel | `&tollgate:changes +subscribe +ping +role +time +zadd +zrem +zrangebyscore +sadd +expire` |
+//! | following the keyspace | `&__keyspace@0__:* +psubscribe +ping +role +config\|get` |
+//! | sentinels, cluster | `+role`; `+cluster\|slots +cluster\|info`; `+select` for another database than 0 |
+//! | the command line | the above and `+eval +set +hset +hget +scan +exists +publish +smembers +zremrangebyscore +del` |
+//!
+//! What can't be known is left to whoever runs the server: a database that was flushed or restored empty truthfully says of
+//! every token that there is no such token; and neither messages nor keyspace events tell of FLUSHALL (publish `*`). A
+//! replica goes on answering from old data while its master is gone unless `replica-serve-stale-data` is `no`; a follower
+//! notices the lost link and says that it is deaf, look-ups alone don't. A gateway that may not write (a read-only
+//! replica, missing rights) can't be registered, so nobody waits for it; it says so in its log.
+
+mod admin;
+mod follow;
+mod link;
+mod record;
+
+pub use admin::RedisAdmin;
+
+use super::{Heard, Secret, StoreError, StoreMetrics, TlsSettings, TokenRecord, TokenStore};
+use crate::identity::credential::{Credential, Digest};
+use async_trait::async_trait;
+use link::{Connector, Pool, server_failed};
+use record::Stored;
+use redis::Value;
+use std::sync::Arc;
+use tokio::sync::Semaphore;
+
+/// Look-ups that may be under way at once.
+const IN_FLIGHT: usize = 1_024;
+/// How often a key that changes its type while it is read is read again.
+const ATTEMPTS: usize = 3;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RedisSettings {
+    /// `host:port` or `unix:/path`: one server, or the sentinels, or some nodes of the cluster.
+    pub servers: Vec<String>,
+    pub topology: Topology,
+    pub database: i64,
+    /// An ACL user; `None`: the default one.
+    pub username: Option<String>,
+    pub password: Option<Secret>,
+    /// Of no effect on a unix socket. A cluster knows `Disable` and `VerifyFull` only.
+    pub tls: TlsSettings,
+    /// Before the 64 hex digits of a token's SHA-256.
+    pub prefix: String,
+    pub changes: RedisChanges,
+    /// Connections for look-ups; one more follows changes.
+    pub connections: usize,
+    /// For records that name no scopes of their own.
+    pub default_scopes: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Topology {
+    Single,
+    /// The name of the master that the sentinels watch.
+    Sentinel {
+        master: String,
+    },
+    Cluster,
+}
+
+/// How changes become known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RedisChanges {
+    /// Messages on this channel, which `tollgate token` sends: `<64 hex digits> <unix milliseconds>`, or `*` for everything.
+    Channel(String),
+    /// Keyspace notifications, which the server sends whoever made the change. Not for clusters.
+    Keyspace,
+    /// Not at all.
+    None,
+}
+
+/// The names of keys. Those that hold no token end in a word, which is no 64 hex digits, so neither is taken for the other.
+#[derive(Clone)]
+struct Keys {
+    prefix: String,
+}
+
+impl Keys {
+    fn token(&self, digest: &Digest) -> String {
+        format!("{}{}", self.prefix, digest.to_hex())
+    }
+
+    fn digest(&self, key: &str) -> Option<Digest> {
+        let hex = key.strip_prefix(&self.prefix)?;
+        // An upper-case spelling is another key, which no look-up asks for.
+        Digest::from_hex(hex).filter(|digest| digest.to_hex() == hex)
+    }
+
+    /// A glob for all keys that begin with the prefix and these digits.
+    fn pattern(&self, hex: &str) -> String {
+        let mut pattern = String::new();
+        for letter in self.prefix.chars() {
+            if matches!(letter, '*' | '?' | '[' | ']' | '\\' | '^' | '-') {
+                pattern.push('\\');
+            }
+            pattern.push(letter);
+        }
+        pattern + hex + "*"
+    }
+
+    /// A sorted set: the gateways that run, by when they were last seen.
+    fn replicas(&self) -> String {
+        format!("{}replicas", self.prefix)
+    }
+
+    /// A sorted set: the confirmations that somebody waits for, by when they began.
+    fn waits(&self) -> String {
+        format!("{}waits", self.prefix)
+    }
+
+    /// A set: the gateways that confirmed.
+    fn confirmed(&self, wait: &str) -> String {
+        format!("{}confirmed:{wait}", self.prefix)
+    }
+}
+
+pub struct RedisStore {
+    settings: RedisSettings,
+    keys: Keys,
+    connector: Arc<Connector>,
+    pool: Arc<Pool>,
+    in_flight: Semaphore,
+}
+
+impl RedisStore {
+    /// Checks the settings and connects to nothing.
+    pub fn new(settings: RedisSettings, metrics: Arc<StoreMetrics>) -> Result<Self, String> {
+        let connector = Arc::new(Connector::new(&settings)?);
+        if settings.topology == Topology::Cluster && settings.changes == RedisChanges::Keyspace {
+            return Err("changes: each node of a cluster tells of its own keys only: set changes = \"channel\"".into());
+        }
+        if matches!(&settings.changes, RedisChanges::Channel(name) if name.is_empty()) {
+            return Err("channel: must not be empty".into());
+        }
+        let pool = Pool::new(Arc::clone(&connector), settings.connections, metrics);
+        Ok(Self {
+            keys: Keys { prefix: settings.prefix.clone() },
+            connector,
+            pool: Arc::new(pool),
+            in_flight: Semaphore::new(IN_FLIGHT),
+            settings,
+        })
+    }
+}
+
+#[async_trait]
+impl TokenStore for RedisStore {
+    async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
+        let _permit = self.in_flight.try_acquire().map_err(|_| StoreError::Overloaded)?;
+        let digest = *credential.digest();
+        let key = self.keys.token(&digest);
+        let questions = questions(&self.settings.topology, &key);
+        for _ in 0..ATTEMPTS {
+            let mut answers: Vec<Value> = Vec::with_capacity(2);
+            for question in &questions {
+                if is_open(&answers) {
+                    answers.extend(self.pool.ask::<Vec<Value>>(question).await?);
+                }
+            }
+            match stored(&answers, digest)? {
+                Found::Record(stored) => {
+                    return stored.parse(digest, &self.settings.default_scopes).map(Some).map_err(StoreError::Garbage);
+                }
+                Found::Nothing => return Ok(None),
+                Found::Changing => {}
+            }
+        }
+        Err(StoreError::Unavailable(format!(
+            "token {}: the key changed again and again while it was read",
+            digest.id()
+        )))
+    }
+
+    async fn follow(&self, heard: Heard<'_>) {
+        follow::follow(self, heard).await;
+    }
+
+    // `changed_since` stays unanswered: other programs write here too, keys run out by themselves, and a failover may take
+    // back what was written. Only asking everything anew is safe.
+}
+
+/// What to ask for a key: as text and as hash in one round trip, one of which fails with WRONGTYPE. In a cluster one after
+/// the other, and the second only when [`is_open`]: while a slot moves, a node lets through one command at a time.
+fn questions(topology: &Topology, key: &str) -> Vec<redis::Pipeline> {
+    let mut both = redis::Pipeline::new();
+    both.ignore_errors();
+    if *topology != Topology::Cluster {
+        read(&mut both, key);
+        return vec![both];
+    }
+    let mut hash = both.clone();
+    both.cmd("GET").arg(key);
+    hash.cmd("HGETALL").arg(key);
+    vec![both, hash]
+}
+
+fn read(pipe: &mut redis::Pipeline, key: &str) {
+    pipe.cmd("GET").arg(key).cmd("HGETALL").arg(key);
+}
+
+/// Whether there is more to ask.
+fn is_open(answers: &[Value]) -> bool {
+    answers.last().is_none_or(is_wrong_type)
+}
+
+fn is_wrong_type(value: &Value) -> bool {
+    matches!(value, Value::ServerError(error) if error.code() == "WRONGTYPE")
+}
+
+enum Found {
+    Record(Stored),
+    Nothing,
+    /// The key changed between the two commands.
+    Changing,
+}
+
+/// Makes sense of the answers to the [`questions`]. Nothing is found only where the server says so.
+fn stored(answers: &[Value], digest: Digest) -> Result<Found, StoreError> {
+    let garbage = |what: &str| Err(StoreError::Garbage(format!("token {}: {what}", digest.id())));
+    match answers {
+        [Value::BulkString(text), ..] => match String::from_utf8(text.clone()) {
+            Ok(text) => Ok(Found::Record(Stored::Json(text))),
+            Err(_) => garbage("the key's text is no UTF-8"),
+        },
+        [get, hash] if is_wrong_type(get) && is_wrong_type(hash) => garbage("the key holds neither a text nor a hash"),
+        [Value::Nil] => Ok(Found::Nothing),
+        [Value::Nil, hash] if is_wrong_type(hash) => Ok(Found::Changing),
+        [Value::ServerError(error), ..] if error.code() != "WRONGTYPE" => Err(server_failed(error)),
+        [_, Value::ServerError(error)] => Err(server_failed(error)),
+        [_, hash @ (Value::Array(_) | Value::Map(_))] => {
+            let Ok(fields) = redis::from_redis_value::<Vec<(Vec<u8>, Vec<u8>)>>(hash.clone()) else {
+                return garbage("the hash can't be understood");
+            };
+            if fields.is_empty() {
+                return Ok(Found::Nothing);
+            }
+            let text = |bytes: Vec<u8>| String::from_utf8(bytes).ok();
+            // Fields of other programs may hold anything; only ours must be text.
+            let fields = fields
+                .into_iter()
+                .filter_map(|(name, value)| Some((text(name)?, text(value).unwrap_or(NO_TEXT.into()))));
+            Ok(Found::Record(Stored::Hash(fields.collect())))
+        }
+        _ => Err(StoreError::Unavailable("the server's answer can't be understood".into())),
+    }
+}
+
+/// Stands for bytes that are no text; no field of ours takes it.
+const NO_TEXT: &str = "\u{fffd}";

@@ -1,0 +1,394 @@
+//! The writing side. One change is one script, which checks that nobody changed the record meanwhile, writes, and then
+//! tells the gateways: after the value, never before. In a cluster a script reaches one slot only, so what concerns two
+//! tokens takes two steps there, in the order that loses nothing.
+
+use super::super::{AdminError, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord};
+use super::follow::WAIT_KEPT;
+use super::link::{Connector, Link, failed};
+use super::record::{Edit, Stored, edited, to_json};
+use super::{Found, Keys, RedisChanges, RedisSettings, Topology, is_open, questions, read, stored};
+use crate::identity::credential::Digest;
+use async_trait::async_trait;
+use futures_util::{StreamExt as _, stream};
+use redis::{RedisError, Value};
+use serde_json::{Value as Json, json};
+use std::collections::{BTreeMap, HashSet};
+use std::time::{Duration, Instant};
+
+const ANSWER: Duration = Duration::from_secs(10);
+/// How often a change is tried again when somebody else was quicker.
+const ATTEMPTS: usize = 10;
+/// Records in one round trip.
+const BATCH: usize = 1_000;
+/// With more new tokens than this, gateways are told to ask everything anew instead of each by name.
+const NAMED: usize = 10_000;
+const FOUND_MOST: usize = 100;
+const WAIT_POLL: Duration = Duration::from_millis(20);
+const WAIT_REPEAT: Duration = Duration::from_secs(1);
+
+/// All or nothing: `ARGV[1]` is the channel, or empty; then for each key what must be there and what takes its place, as
+/// JSON. A text is compared as a whole, a hash by the fields that are set. KEEPTTL: who gave a key an end meant it.
+const CHANGE: &str = r"
+local ops = cjson.decode(ARGV[2])
+for i, op in ipairs(ops) do
+  if op.fields then
+    for _, field in ipairs(op.fields) do
+      if (redis.call('HGET', KEYS[i], field[1]) or '') ~= field[2] then return 0 end
+    end
+    if redis.call('EXISTS', KEYS[i]) == 0 then return 0 end
+  elseif op.was then
+    if redis.call('GET', KEYS[i]) ~= op.was then return 0 end
+  elseif redis.call('EXISTS', KEYS[i]) == 1 then return 0 end
+end
+local time = redis.call('TIME')
+local ms = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
+for i, op in ipairs(ops) do
+  if op.fields then
+    for _, field in ipairs(op.fields) do redis.call('HSET', KEYS[i], field[1], field[3]) end
+  elseif op.gone then redis.call('DEL', KEYS[i])
+  elseif op.was then redis.call('SET', KEYS[i], op.now, 'KEEPTTL')
+  else redis.call('SET', KEYS[i], op.now) end
+end
+if ARGV[1] ~= '' then
+  for i, op in ipairs(ops) do redis.call('PUBLISH', ARGV[1], op.hex .. ' ' .. ms) end
+end
+return 1
+";
+
+pub struct RedisAdmin {
+    link: Link,
+    connector: Connector,
+    keys: Keys,
+    channel: Option<String>,
+    default_scopes: Vec<String>,
+}
+
+/// One key's part in a change.
+struct Step {
+    digest: Digest,
+    what: Json,
+}
+
+impl Step {
+    fn add(record: &TokenRecord) -> Self {
+        Self { digest: record.digest, what: json!({ "hex": record.digest.to_hex(), "now": to_json(record) }) }
+    }
+
+    fn edit(digest: Digest, was: &Stored, edit: Edit<'_>) -> Result<Self, AdminError> {
+        let hex = digest.to_hex();
+        let what = match was {
+            Stored::Json(text) => {
+                let now = edited(text, edit).map_err(|what| garbage(digest, &what))?;
+                json!({ "hex": hex, "was": text, "now": now })
+            }
+            Stored::Hash(fields) => {
+                let was = |name| fields.iter().find(|(other, _)| other == name).map_or("", |(_, value)| value.as_str());
+                let text = |value: &Json| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                let fields: Vec<_> = edit.iter().map(|(name, value)| json!([name, was(*name), text(value)])).collect();
+                json!({ "hex": hex, "fields": fields })
+            }
+        };
+        Ok(Self { digest, what })
+    }
+}
+
+fn garbage(digest: Digest, what: &str) -> AdminError {
+    AdminError::Store(StoreError::Garbage(format!("token {}: {what}", digest.id())).to_string())
+}
+
+impl From<StoreError> for AdminError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error.to_string())
+    }
+}
+
+fn broken(error: &RedisError) -> AdminError {
+    failed(error).into()
+}
+
+impl RedisAdmin {
+    pub async fn open(settings: &RedisSettings) -> Result<Self, AdminError> {
+        let connector = Connector::new(settings).map_err(AdminError::Store)?.with_answer(ANSWER);
+        let channel = match &settings.changes {
+            RedisChanges::Channel(name) => Some(name.clone()),
+            RedisChanges::Keyspace | RedisChanges::None => None,
+        };
+        let keys = Keys { prefix: settings.prefix.clone() };
+        let default_scopes = settings.default_scopes.clone();
+        Ok(Self { link: connector.open().await?, connector, keys, channel, default_scopes })
+    }
+
+    fn is_cluster(&self) -> bool {
+        *self.connector.topology() == Topology::Cluster
+    }
+
+    /// Says whether everything was still as it had been found.
+    async fn change(&mut self, steps: &[Step]) -> Result<bool, AdminError> {
+        let mut command = redis::cmd("EVAL");
+        command.arg(CHANGE).arg(steps.len());
+        for step in steps {
+            command.arg(self.keys.token(&step.digest));
+        }
+        let ops: Vec<_> = steps.iter().map(|step| &step.what).collect();
+        command.arg(self.channel.as_deref().unwrap_or_default()).arg(json!(ops).to_string());
+        Ok(self.link.ask::<i64>(&command).await? == 1)
+    }
+
+    async fn get(&mut self, digest: &Digest) -> Result<Option<(Stored, TokenRecord)>, AdminError> {
+        let questions = questions(self.connector.topology(), &self.keys.token(digest));
+        for _ in 0..ATTEMPTS {
+            let mut answers: Vec<Value> = Vec::with_capacity(2);
+            for question in &questions {
+                if is_open(&answers) {
+                    let more: Vec<Value> =
+                        question.query_async(&mut self.link).await.map_err(|error| broken(&error))?;
+                    answers.extend(more);
+                }
+            }
+            match stored(&answers, *digest)? {
+                Found::Record(stored) => {
+                    let record = self.parse(&stored, *digest)?;
+                    return Ok(Some((stored, record)));
+                }
+                Found::Nothing => return Ok(None),
+                Found::Changing => {}
+            }
+        }
+        Err(contended(*digest))
+    }
+
+    fn parse(&self, stored: &Stored, digest: Digest) -> Result<TokenRecord, AdminError> {
+        Ok(stored.parse(digest, &self.default_scopes).map_err(StoreError::Garbage)?)
+    }
+
+    /// All records whose digest begins with these digits, up to a number of them.
+    async fn scan(&mut self, hex: &str, most: usize) -> Result<Vec<TokenRecord>, AdminError> {
+        let pattern = self.keys.pattern(hex);
+        let nodes = if self.is_cluster() { self.connector.masters().await? } else { vec![self.link.clone()] };
+        // A scan may name a key twice.
+        let mut found = BTreeMap::new();
+        for mut node in nodes {
+            let mut cursor = 0_u64;
+            loop {
+                let page = redis::cmd("SCAN").arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(BATCH * 5).take();
+                let (next, keys): (u64, Vec<Vec<u8>>) = node.ask(&page).await?;
+                let keys = keys.into_iter().filter_map(|key| String::from_utf8(key).ok());
+                let digests: Vec<_> = keys.filter_map(|key| self.keys.digest(&key)).collect();
+                for digests in digests.chunks(BATCH) {
+                    let mut pipe = redis::Pipeline::new();
+                    pipe.ignore_errors();
+                    digests.iter().for_each(|digest| read(&mut pipe, &self.keys.token(digest)));
+                    let answers: Vec<Value> = pipe.query_async(&mut node).await.map_err(|error| broken(&error))?;
+                    for (digest, answers) in digests.iter().zip(answers.chunks(2)) {
+                        if let Found::Record(stored) = stored(answers, *digest)? {
+                            found.insert(*digest.as_bytes(), self.parse(&stored, *digest)?);
+                        }
+                    }
+                }
+                cursor = next;
+                if cursor == 0 || found.len() >= most {
+                    break;
+                }
+            }
+        }
+        Ok(found.into_values().take(most).collect())
+    }
+
+    async fn now_ms(&mut self) -> Result<u64, AdminError> {
+        let (seconds, micros): (u64, u64) = self.link.ask(&redis::cmd("TIME")).await?;
+        Ok(seconds * 1000 + micros / 1000)
+    }
+
+    /// Returns which were new.
+    async fn add(&mut self, batch: &[(Digest, String)]) -> Result<Vec<Digest>, AdminError> {
+        let is_new = |value: &Value| !matches!(value, Value::Nil);
+        let set =
+            |digest: &Digest, text: &str| redis::cmd("SET").arg(self.keys.token(digest)).arg(text).arg("NX").take();
+        let answers: Vec<Value> = if self.is_cluster() {
+            // Each to its own node; many are under way at once.
+            let commands: Vec<_> = batch.iter().map(|(digest, text)| (self.link.clone(), set(digest, text))).collect();
+            let sets = commands.into_iter().map(|(mut link, set)| async move { link.ask::<Value>(&set).await });
+            stream::iter(sets).buffered(256).collect::<Vec<_>>().await.into_iter().collect::<Result<_, _>>()?
+        } else {
+            let mut pipe = redis::Pipeline::new();
+            for (digest, text) in batch {
+                pipe.add_command(set(digest, text));
+            }
+            pipe.query_async(&mut self.link).await.map_err(|error| broken(&error))?
+        };
+        Ok(batch.iter().zip(&answers).filter(|(_, answer)| is_new(answer)).map(|((digest, _), _)| *digest).collect())
+    }
+
+    async fn tell(&mut self, messages: &[String]) -> Result<(), AdminError> {
+        let Some(channel) = self.channel.clone() else { return Ok(()) };
+        for messages in messages.chunks(BATCH) {
+            let mut pipe = redis::Pipeline::new();
+            for message in messages {
+                pipe.cmd("PUBLISH").arg(&channel).arg(message);
+            }
+            pipe.query_async::<Value>(&mut self.link).await.map_err(|error| broken(&error))?;
+        }
+        Ok(())
+    }
+}
+
+fn contended(digest: Digest) -> AdminError {
+    AdminError::Store(format!("token {}: somebody else changes it all the time; try again", digest.id()))
+}
+
+#[async_trait]
+impl TokenAdmin for RedisAdmin {
+    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
+        if self.change(&[Step::add(record)]).await? { Ok(()) } else { Err(AdminError::Exists) }
+    }
+
+    /// Everything is read before the first record is written, so a broken input changes nothing. A server that fails in
+    /// the middle leaves the first part written: no transaction holds millions. Importing again adds the rest.
+    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
+        let mut all = Vec::new();
+        for record in records {
+            let record = record?;
+            all.push((record.digest, to_json(&record)));
+        }
+        let (mut new, mut count) = (Vec::new(), 0);
+        for batch in all.chunks(BATCH) {
+            let added = self.add(batch).await.map_err(|error| {
+                AdminError::Store(format!(
+                    "{error}; {count} new tokens were written before: import again to add the rest"
+                ))
+            })?;
+            count += added.len();
+            if count <= NAMED {
+                new.extend(added);
+            }
+        }
+        let at = self.now_ms().await?;
+        let messages = match count {
+            0..=NAMED => new.iter().map(|digest| format!("{} {at}", digest.to_hex())).collect(),
+            _ => vec![format!("* {at}")],
+        };
+        self.tell(&messages).await?;
+        Ok(count as u64)
+    }
+
+    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
+        let mut records = self.scan("", usize::MAX).await?;
+        records.sort_by_key(|record| std::cmp::Reverse(record.created));
+        Ok(records)
+    }
+
+    async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        let hex = hex_prefix.to_ascii_lowercase();
+        if hex.len() > 64 || !hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Ok(Vec::new());
+        }
+        match Digest::from_hex(&hex) {
+            Some(digest) => Ok(self.get(&digest).await?.map(|(_, record)| record).into_iter().collect()),
+            None => self.scan(&hex, FOUND_MOST).await,
+        }
+    }
+
+    async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
+        for _ in 0..ATTEMPTS {
+            let (was, record) = self.get(digest).await?.ok_or(AdminError::Missing)?;
+            if record.revoked.is_some() {
+                return Ok(false);
+            }
+            if self.change(&[Step::edit(*digest, &was, &[("revoked", at.into())])?]).await? {
+                return Ok(true);
+            }
+        }
+        Err(contended(*digest))
+    }
+
+    /// In a cluster the new token comes first: if the second step fails, it is taken back, and at worst a token that nobody
+    /// was told stays behind.
+    async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
+        let next = TokenRecord { replaces: Some(*old), ..next.clone() };
+        for _ in 0..ATTEMPTS {
+            let (was, record) = self.get(old).await?.ok_or(AdminError::Missing)?;
+            if record.revoked.is_some() || record.superseded.is_some() || record.expires.is_some_and(|end| end <= at) {
+                return Err(AdminError::Ended);
+            }
+            let end = record.expires.map_or(end, |own| own.min(end));
+            let supersede = Step::edit(*old, &was, &[("superseded", at.into()), ("expires", end.into())])?;
+            let done = if self.is_cluster() {
+                self.create(&next).await?;
+                let done = self.change(&[supersede]).await;
+                if !matches!(done, Ok(true)) {
+                    let what = json!({ "hex": next.digest.to_hex(), "was": to_json(&next), "gone": true });
+                    self.change(&[Step { digest: next.digest, what }]).await?;
+                }
+                done?
+            } else {
+                if self.get(&next.digest).await?.is_some() {
+                    return Err(AdminError::Exists);
+                }
+                self.change(&[Step::add(&next), supersede]).await?
+            };
+            if done {
+                return Ok(());
+            }
+        }
+        Err(contended(*old))
+    }
+
+    /// One token after the other; a failure on the way leaves the others as they were, and doing it again goes on.
+    async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
+        let mut changed = 0;
+        for record in self.scan("", usize::MAX).await? {
+            let mut attempts = 0;
+            let mut open = record.user == user && record.blocked != blocked;
+            while open {
+                let Some((was, now)) = self.get(&record.digest).await? else { break };
+                if now.user != user || now.blocked == blocked {
+                    break;
+                }
+                open = !self.change(&[Step::edit(record.digest, &was, &[("blocked", blocked.into())])?]).await?;
+                attempts += 1;
+                if open && attempts >= ATTEMPTS {
+                    return Err(contended(record.digest));
+                }
+                changed += u64::from(!open);
+            }
+        }
+        Ok(changed)
+    }
+
+    async fn wait(&mut self, limit: Duration) -> Result<Vec<String>, AdminError> {
+        if self.channel.is_none() {
+            return Err(AdminError::NoRegister("a Redis store without a channel"));
+        }
+        let id = format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
+        let (begun, kept) = (self.now_ms().await?, WAIT_KEPT.as_secs());
+        let waits = self.keys.waits();
+        // Written down for those that are just connecting, then said to those that listen.
+        self.link.ask::<Value>(redis::cmd("ZADD").arg(&waits).arg(begun).arg(&id)).await?;
+        self.link.ask::<Value>(redis::cmd("EXPIRE").arg(&waits).arg(kept)).await?;
+        let over = begun.saturating_sub(kept * 1000);
+        self.link.ask::<Value>(redis::cmd("ZREMRANGEBYSCORE").arg(&waits).arg("-inf").arg(over)).await?;
+        let deadline = Instant::now() + limit;
+        let mut said: Option<Instant> = None;
+        loop {
+            if said.is_none_or(|said| said.elapsed() >= WAIT_REPEAT) {
+                self.tell(&[format!("wait {id}")]).await?;
+                said = Some(Instant::now());
+            }
+            let gone = u64::try_from(REPLICA_GONE.as_millis()).unwrap_or(u64::MAX);
+            let since = self.now_ms().await?.saturating_sub(gone);
+            let register = redis::cmd("ZRANGEBYSCORE").arg(self.keys.replicas()).arg(since).arg("+inf").take();
+            let mut running: Vec<String> = self.link.ask(&register).await?;
+            running.sort();
+            let confirmed: HashSet<String> =
+                self.link.ask(redis::cmd("SMEMBERS").arg(self.keys.confirmed(&id))).await?;
+            let missing: Vec<_> = running.iter().filter(|name| !confirmed.contains(*name)).cloned().collect();
+            if missing.is_empty() {
+                return Ok(running);
+            }
+            if Instant::now() >= deadline {
+                return Err(AdminError::Unconfirmed { missing, waited: limit });
+            }
+            tokio::time::sleep(WAIT_POLL).await;
+        }
+    }
+}

@@ -1,0 +1,650 @@
+//! Connections to a Redis server: where it stands, how it is reached and checked, and what its errors mean. Knows nothing
+//! of records.
+
+use super::super::{StoreError, StoreMetrics, TlsMode, TlsSettings};
+use super::{RedisSettings, Topology};
+use parking_lot::Mutex;
+use redis::aio::{ConnectionLike, MultiplexedConnection};
+use redis::cluster::ClusterClient;
+use redis::cluster_async::ClusterConnection;
+use redis::{
+    AsyncConnectionConfig, Cmd, ErrorKind, FromRedisValue, Pipeline, ProtocolVersion, PushInfo, RedisConnectionInfo,
+    RedisError, RedisFuture, ServerError, Value,
+};
+use rustls::pki_types::ServerName;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::{Mutex as AsyncMutex, mpsc};
+use tokio::task::AbortHandle;
+
+/// Name resolution, TCP, TLS and greeting together.
+const CONNECT: Duration = Duration::from_secs(1);
+/// How long the server may take for one answer. Look-ups usually end before, by the store's own timeout.
+const ANSWER: Duration = Duration::from_secs(2);
+/// A connection on which nothing came for so long, though something was asked, is replaced.
+const SILENCE: Duration = Duration::from_millis(200);
+/// Requests that may wait inside one connection.
+const QUEUE: usize = 1_024;
+/// Messages that may wait for a follower. One that falls further behind starts anew.
+const PUSHES: usize = 65_536;
+
+/// Where a server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Address {
+    Tcp(String, u16),
+    Unix(PathBuf),
+}
+
+impl Address {
+    fn parse(text: &str) -> Result<Self, String> {
+        // Not shown: a URL in this place may well hold a password.
+        let wrong = || "servers: must be HOST:PORT or unix:/PATH, without a scheme, user or password".to_owned();
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.starts_with('/') && !path.starts_with("//") {
+                Ok(Self::Unix(path.into()))
+            } else {
+                Err(wrong())
+            };
+        }
+        let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        if host.is_empty() || host.contains(['/', '@']) {
+            return Err(wrong());
+        }
+        Ok(Self::Tcp(host.into(), port.parse().ok().filter(|port| *port > 0).ok_or_else(wrong)?))
+    }
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(host, port) if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Tcp(host, port) => write!(f, "{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// What an error of the library means, in our words. The server's own words may hold keys or arguments and are not
+/// repeated, except where they are known to name a command or a user only.
+pub(super) fn failed(error: &RedisError) -> StoreError {
+    if error.is_timeout() {
+        return StoreError::Timeout;
+    }
+    match (error.kind(), error.code()) {
+        (ErrorKind::AuthenticationFailed, _) => StoreError::Unavailable(WRONG_PASSWORD.into()),
+        (ErrorKind::RESP3NotSupported, _) => {
+            StoreError::Unavailable("the server does not speak RESP3: use Redis 6 or later, or Valkey".into())
+        }
+        (_, Some(code)) => refused(code, error.detail().unwrap_or_default()),
+        (ErrorKind::Io, None) => StoreError::Unavailable(format!("the connection failed: {error}")),
+        (ErrorKind::Parse | ErrorKind::UnexpectedReturnType, None) => {
+            StoreError::Unavailable("the server answered something that is not Redis".into())
+        }
+        (kind, None) => StoreError::Unavailable(format!("the connection failed: {kind:?}")),
+    }
+}
+
+const WRONG_PASSWORD: &str = "the server refused the user or the password: check username and password";
+
+pub(super) fn server_failed(error: &ServerError) -> StoreError {
+    refused(error.code(), error.details().unwrap_or_default())
+}
+
+fn refused(code: &str, details: &str) -> StoreError {
+    let what = match code {
+        "LOADING" => "the server still loads its data (LOADING): wait",
+        "MASTERDOWN" => "the server is a replica without its master (MASTERDOWN): restore replication",
+        "READONLY" => "the server is a read-only replica (READONLY): name the master in servers, or use sentinels",
+        "NOAUTH" => "the server wants a password (NOAUTH): set password, and username for an ACL user",
+        "WRONGPASS" => WRONG_PASSWORD,
+        "NOPERM" => {
+            let command = details.split('\'').nth(1).filter(|name| name.len() < 40 && details.contains("command"));
+            let what = command.map_or_else(|| "a key or channel".into(), |name| format!("command {name}"));
+            return StoreError::Unavailable(format!(
+                "the server's ACL does not let the user use {what} (NOPERM): grant it"
+            ));
+        }
+        "CLUSTERDOWN" => "the cluster is down or misses slots (CLUSTERDOWN): see CLUSTER INFO",
+        "TRYAGAIN" => "the cluster moves slots at this moment (TRYAGAIN): wait",
+        "MOVED" | "ASK" => "the key is on another node (MOVED): set topology = \"cluster\", or wait while slots move",
+        "BUSY" => "the server is busy with a script (BUSY): see SCRIPT KILL",
+        "MISCONF" => "the server can't save to disk and takes no writes (MISCONF): see its log",
+        "OOM" => "the server is out of memory (OOM): raise maxmemory",
+        "NOREPLICAS" => "the server has too few replicas to take writes (NOREPLICAS)",
+        "MAXCLIENTS" => "the server has too many connections: raise maxclients",
+        "ERR" if details.contains("max number of clients") => "the server has too many connections: raise maxclients",
+        "ERR" if details.starts_with("AUTH") || details.starts_with("HELLO") => WRONG_PASSWORD,
+        "ERR" if details.contains("DB index") => "the server has no database of this number: check database",
+        "ERR" if details.contains("unknown command") => "the server lacks a command: use Redis 6 or later, or Valkey",
+        code => return StoreError::Unavailable(format!("the server refused with {code}: see its log")),
+    };
+    StoreError::Unavailable(what.into())
+}
+
+fn unavailable<E: std::fmt::Display>(address: &Address) -> impl FnOnce(E) -> StoreError {
+    move |error| StoreError::Unavailable(format!("{address}: {error}"))
+}
+
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
+
+/// Ends the task behind a connection with its last user.
+struct Driver(AbortHandle);
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+#[derive(Clone)]
+enum Wire {
+    One(MultiplexedConnection, #[allow(dead_code, reason = "held for its end")] Arc<Driver>),
+    Cluster(ClusterConnection),
+}
+
+/// A connection, shared by all that clone it. Requests that are dropped half-way don't put it out of step.
+#[derive(Clone)]
+pub(super) struct Link {
+    wire: Wire,
+    seen: Arc<Seen>,
+}
+
+struct Seen {
+    since: Instant,
+    /// When the last answer came, in microseconds since then.
+    answered: AtomicU64,
+}
+
+impl Link {
+    fn new(wire: Wire) -> Self {
+        Self { wire, seen: Arc::new(Seen { since: Instant::now(), answered: AtomicU64::new(0) }) }
+    }
+
+    fn elapsed(&self) -> u64 {
+        u64::try_from(self.seen.since.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.seen, &other.seen)
+    }
+
+    pub(super) async fn ask<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, StoreError> {
+        command.query_async(self).await.map_err(|error| failed(&error))
+    }
+
+    pub(super) async fn subscribe(&mut self, pattern: bool, name: &str) -> Result<(), StoreError> {
+        let Wire::One(connection, _) = &mut self.wire else { return Err(StoreError::Unavailable("no node".into())) };
+        let done = if pattern { connection.psubscribe(name).await } else { connection.subscribe(name).await };
+        done.map_err(|error| failed(&error))
+    }
+}
+
+impl ConnectionLike for Link {
+    fn req_packed_command<'a>(&'a mut self, cmd: &'a Cmd) -> RedisFuture<'a, Value> {
+        match &mut self.wire {
+            Wire::One(connection, _) => connection.req_packed_command(cmd),
+            Wire::Cluster(connection) => connection.req_packed_command(cmd),
+        }
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        pipe: &'a Pipeline,
+        at: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        match &mut self.wire {
+            Wire::One(connection, _) => connection.req_packed_commands(pipe, at, count),
+            Wire::Cluster(connection) => connection.req_packed_commands(pipe, at, count),
+        }
+    }
+
+    fn get_db(&self) -> i64 {
+        match &self.wire {
+            Wire::One(connection, _) => connection.get_db(),
+            Wire::Cluster(connection) => connection.get_db(),
+        }
+    }
+}
+
+/// What a subscribed connection receives.
+pub(super) struct Pushes {
+    receiver: mpsc::Receiver<PushInfo>,
+    overrun: Arc<AtomicBool>,
+}
+
+impl Pushes {
+    /// `None`: the connection is lost, or messages are.
+    pub(super) async fn next(&mut self) -> Option<PushInfo> {
+        if self.overrun.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.receiver.recv().await
+    }
+
+    /// What is there already.
+    pub(super) fn more(&mut self) -> Option<PushInfo> {
+        self.receiver.try_recv().ok()
+    }
+}
+
+/// Makes connections. Holds everything that was to be checked at the start.
+pub(super) struct Connector {
+    addresses: Vec<Address>,
+    topology: Topology,
+    identity: RedisConnectionInfo,
+    tls: Option<tokio_rustls::TlsConnector>,
+    cluster: Option<ClusterClient>,
+    answer: Duration,
+}
+
+impl Connector {
+    pub(super) fn new(settings: &RedisSettings) -> Result<Self, String> {
+        let addresses: Vec<_> = settings.servers.iter().map(|text| Address::parse(text)).collect::<Result<_, _>>()?;
+        let is_unix = |address: &Address| matches!(address, Address::Unix(_));
+        match &settings.topology {
+            _ if addresses.is_empty() => return Err("servers: must name at least one".into()),
+            Topology::Single if addresses.len() > 1 => {
+                return Err("servers: must be one, or set topology = \"sentinel\" or \"cluster\"".into());
+            }
+            Topology::Sentinel { master } if master.is_empty() => {
+                return Err("master: must name what the sentinels watch".into());
+            }
+            Topology::Sentinel { .. } | Topology::Cluster if addresses.iter().any(is_unix) => {
+                return Err("servers: a sentinel or a cluster's node is not reached by a unix socket".into());
+            }
+            Topology::Cluster if settings.database != 0 => return Err("database: a cluster has only database 0".into()),
+            _ => {}
+        }
+        let mut identity = RedisConnectionInfo::default().set_skip_set_lib_name().set_db(settings.database);
+        if let Some(username) = &settings.username {
+            if settings.password.is_none() {
+                return Err("username: is of no use without a password".into());
+            }
+            identity = identity.set_username(username);
+        }
+        if let Some(password) = &settings.password {
+            identity = identity.set_password(password.expose());
+        }
+        let tls = settings.tls.client_config()?.map(|config| tokio_rustls::TlsConnector::from(Arc::new(config)));
+        let cluster = match settings.topology {
+            Topology::Cluster => Some(cluster_client(settings, &addresses, &identity)?),
+            _ => None,
+        };
+        Ok(Self { addresses, topology: settings.topology.clone(), identity, tls, cluster, answer: ANSWER })
+    }
+
+    /// For work that may take longer than a look-up.
+    pub(super) fn with_answer(mut self, answer: Duration) -> Self {
+        self.answer = answer;
+        self
+    }
+
+    pub(super) const fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// A connection for commands: to the server, to the master, or to the whole cluster.
+    pub(super) async fn open(&self) -> Result<Link, StoreError> {
+        match (&self.topology, &self.cluster) {
+            (Topology::Cluster, Some(client)) => {
+                let connection = bounded(client.get_async_connection()).await?;
+                Ok(Link::new(Wire::Cluster(connection.map_err(|error| failed(&error))?)))
+            }
+            _ => self.server(None).await.map(|(link, _)| link),
+        }
+    }
+
+    /// A connection that receives messages: to the server, to the master, or to any node of the cluster.
+    pub(super) async fn subscriber(&self) -> Result<(Link, Pushes, Address), StoreError> {
+        let (sender, receiver) = mpsc::channel(PUSHES);
+        let overrun = Arc::new(AtomicBool::new(false));
+        let full = Arc::clone(&overrun);
+        let push = move |info: PushInfo| {
+            sender.try_send(info).inspect_err(|_| full.store(true, Ordering::Relaxed)).map_err(drop)
+        };
+        let (link, address) = self.server(Some(Arc::new(push))).await?;
+        Ok((link, Pushes { receiver, overrun }, address))
+    }
+
+    async fn server(&self, push: Option<Push>) -> Result<(Link, Address), StoreError> {
+        match &self.topology {
+            Topology::Sentinel { .. } => {
+                let address = self.master().await?;
+                let mut link = self.connect(&address, &self.identity, push).await?;
+                let role: Vec<Value> = link.ask(&redis::cmd("ROLE")).await?;
+                if !matches!(role.first(), Some(Value::BulkString(role)) if role == b"master") {
+                    let what = format!("{address}: the sentinels name it, but it is no master (yet)");
+                    return Err(StoreError::Unavailable(what));
+                }
+                Ok((link, address))
+            }
+            Topology::Single | Topology::Cluster => {
+                let mut last = StoreError::Timeout;
+                for address in &self.addresses {
+                    match self.connect(address, &self.identity, push.clone()).await {
+                        Ok(link) => return Ok((link, address.clone())),
+                        Err(error) => last = error,
+                    }
+                }
+                Err(last)
+            }
+        }
+    }
+
+    /// What the first sentinel that answers says.
+    pub(super) async fn master(&self) -> Result<Address, StoreError> {
+        let Topology::Sentinel { master } = &self.topology else {
+            return Err(StoreError::Unavailable("no sentinels".into()));
+        };
+        let mut last = StoreError::Timeout;
+        for sentinel in &self.addresses {
+            match self.ask_sentinel(sentinel, master).await {
+                Ok(address) => return Ok(address),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// Sentinels have their own password or, mostly, none: ours is shown only when one is wanted.
+    async fn ask_sentinel(&self, sentinel: &Address, master: &str) -> Result<Address, StoreError> {
+        let question = redis::cmd("SENTINEL").arg("GET-MASTER-ADDR-BY-NAME").arg(master).take();
+        let nobody = RedisConnectionInfo::default().set_skip_set_lib_name();
+        let mut link = self.connect(sentinel, &nobody, None).await?;
+        let mut answer: Result<Option<(String, u16)>, RedisError> = question.query_async(&mut link).await;
+        if answer.as_ref().is_err_and(|error| error.code() == Some("NOAUTH")) && self.identity.password().is_some() {
+            link = self.connect(sentinel, &self.identity.clone().set_db(0), None).await?;
+            answer = question.query_async(&mut link).await;
+        }
+        match answer {
+            Ok(Some((host, port))) => Ok(Address::Tcp(host, port)),
+            Ok(None) => {
+                Err(StoreError::Unavailable(format!("sentinel {sentinel} watches no such master: check master")))
+            }
+            Err(error) => Err(at(sentinel, failed(&error))),
+        }
+    }
+
+    /// The masters of a cluster, for what must be asked of each.
+    pub(super) async fn masters(&self) -> Result<Vec<Link>, StoreError> {
+        let (mut any, _) = self.server(None).await?;
+        if self.cluster.is_none() {
+            return Ok(vec![any]);
+        }
+        let slots: Vec<(u16, u16, (String, u16))> = any
+            .ask::<Vec<Vec<Value>>>(redis::cmd("CLUSTER").arg("SLOTS"))
+            .await?
+            .into_iter()
+            .map(|row| redis::from_redis_value(Value::Array(row.into_iter().take(3).map(shortened).collect())))
+            .collect::<Result<_, _>>()
+            .map_err(|_| StoreError::Unavailable("CLUSTER SLOTS can't be understood".into()))?;
+        let mut nodes: Vec<_> = slots.into_iter().map(|(_, _, (host, port))| Address::Tcp(host, port)).collect();
+        nodes.sort_by_key(ToString::to_string);
+        nodes.dedup();
+        let mut links = Vec::new();
+        for node in &nodes {
+            links.push(self.connect(node, &self.identity, None).await?);
+        }
+        Ok(links)
+    }
+
+    async fn connect(
+        &self,
+        at: &Address,
+        identity: &RedisConnectionInfo,
+        push: Option<Push>,
+    ) -> Result<Link, StoreError> {
+        let stream = async {
+            Ok::<Box<dyn Stream>, StoreError>(match at {
+                Address::Unix(path) => Box::new(UnixStream::connect(path).await.map_err(unavailable(at))?),
+                Address::Tcp(host, port) => {
+                    let plain = TcpStream::connect((host.as_str(), *port)).await.map_err(unavailable(at))?;
+                    plain.set_nodelay(true).map_err(unavailable(at))?;
+                    match &self.tls {
+                        None => Box::new(plain),
+                        Some(tls) => {
+                            let name = ServerName::try_from(host.clone()).map_err(unavailable(at))?;
+                            Box::new(tls.connect(name, plain).await.map_err(unavailable(at))?)
+                        }
+                    }
+                }
+            })
+        };
+        let mut config =
+            AsyncConnectionConfig::new().set_response_timeout(Some(self.answer)).set_pipeline_buffer_size(QUEUE);
+        let mut identity = identity.clone().set_protocol(ProtocolVersion::RESP2);
+        if let Some(push) = push {
+            identity = identity.set_protocol(ProtocolVersion::RESP3);
+            config = config.set_push_sender(move |info| push(info));
+        }
+        let connected = async {
+            let stream = stream.await?;
+            let (connection, driver) = MultiplexedConnection::new_with_config(&identity, stream, config)
+                .await
+                .map_err(|error| self::at(at, failed(&error)))?;
+            let driver = Driver(tokio::spawn(driver).abort_handle());
+            Ok(Link::new(Wire::One(connection, Arc::new(driver))))
+        };
+        bounded(connected).await?
+    }
+}
+
+type Push = Arc<dyn Fn(PushInfo) -> Result<(), ()> + Send + Sync>;
+
+async fn bounded<T>(future: impl Future<Output = T>) -> Result<T, StoreError> {
+    tokio::time::timeout(CONNECT, future)
+        .await
+        .map_err(|_| StoreError::Unavailable(format!("no connection within {CONNECT:?}")))
+}
+
+fn at(address: &Address, error: StoreError) -> StoreError {
+    match error {
+        StoreError::Unavailable(what) => StoreError::Unavailable(format!("{address}: {what}")),
+        other => other,
+    }
+}
+
+/// A node's own entry has its id and more behind host and port.
+fn shortened(value: Value) -> Value {
+    match value {
+        Value::Array(items) => Value::Array(items.into_iter().take(2).collect()),
+        other => other,
+    }
+}
+
+/// The library checks a cluster's certificates itself, and can't leave out a part.
+fn cluster_client(
+    settings: &RedisSettings,
+    addresses: &[Address],
+    identity: &RedisConnectionInfo,
+) -> Result<ClusterClient, String> {
+    let TlsSettings { mode, ca, client } = &settings.tls;
+    let read = |path: &PathBuf| std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
+    let scheme = if *mode == TlsMode::Disable { "redis" } else { "rediss" };
+    let mut builder = ClusterClient::builder(addresses.iter().map(|address| format!("{scheme}://{address}")))
+        .connection_timeout(CONNECT)
+        .response_timeout(ANSWER)
+        .retries(3)
+        .max_retry_wait(200);
+    if let Some(username) = identity.username() {
+        builder = builder.username(username);
+    }
+    if let Some(password) = identity.password() {
+        builder = builder.password(password);
+    }
+    match mode {
+        TlsMode::Disable => {}
+        TlsMode::VerifyFull => {
+            // The library asks for the process' own; an error says that there is one already.
+            drop(rustls::crypto::ring::default_provider().install_default());
+            let client_tls = match client {
+                Some((certificate, key)) => {
+                    Some(redis::ClientTlsConfig { client_cert: read(certificate)?, client_key: read(key)? })
+                }
+                None => None,
+            };
+            let root_cert = ca.as_ref().map(read).transpose()?;
+            builder = builder.certs(redis::TlsCertificates { client_tls, root_cert });
+        }
+        TlsMode::Require | TlsMode::VerifyCa => {
+            return Err("tls: a cluster's certificates are checked in full or not used: set verify-full".into());
+        }
+    }
+    builder
+        .build()
+        .map_err(|_| "the settings of the cluster can't be used: check tls_ca and the client's certificate".into())
+}
+
+/// Connections for look-ups, taken in turn, made when they are needed and replaced when they are of no use.
+pub(super) struct Pool {
+    connector: Arc<Connector>,
+    slots: Vec<Arc<Slot>>,
+    next: AtomicUsize,
+    metrics: Arc<StoreMetrics>,
+}
+
+#[derive(Default)]
+struct Slot {
+    link: Mutex<Option<Link>>,
+    /// Held by the one that connects; when and how the last attempt failed.
+    connecting: Arc<AsyncMutex<Option<(Instant, StoreError)>>>,
+    task: Mutex<Option<AbortHandle>>,
+    in_use: AtomicUsize,
+}
+
+impl Pool {
+    pub(super) fn new(connector: Arc<Connector>, size: usize, metrics: Arc<StoreMetrics>) -> Self {
+        let slots = (0..size.max(1)).map(|_| Arc::default()).collect();
+        Self { connector, slots, next: AtomicUsize::new(0), metrics }
+    }
+
+    /// Forgets all connections, since they may lead to a server that is the master no more.
+    pub(super) fn renew(&self) {
+        for slot in &self.slots {
+            drop(slot.link.lock().take());
+        }
+        self.count();
+    }
+
+    /// Asks, and once more on a new connection when the old one turns out to be closed. Only for what may be done twice.
+    pub(super) async fn ask<T: FromRedisValue>(&self, pipe: &Pipeline) -> Result<T, StoreError> {
+        let index = self.next.fetch_add(1, Ordering::Relaxed) % self.slots.len();
+        let Some(slot) = self.slots.get(index) else { return Err(StoreError::Overloaded) };
+        let _used = InUse::new(self, slot);
+        let mut again = true;
+        loop {
+            let mut link = self.link(slot).await?;
+            let watch = Watch { pool: self, slot, sent: link.elapsed(), link: link.clone() };
+            let result = pipe.query_async(&mut link).await;
+            match &result {
+                Err(error) if error.is_timeout() => {}
+                Err(error) if error.is_io_error() || error.is_unrecoverable_error() => self.discard(slot, &link),
+                _ => link.seen.answered.store(link.elapsed(), Ordering::Relaxed),
+            }
+            drop(watch);
+            match result {
+                Ok(answer) => return Ok(answer),
+                Err(error) if again && error.is_unrecoverable_error() && !error.is_timeout() => again = false,
+                Err(error) => return Err(failed(&error)),
+            }
+        }
+    }
+
+    async fn link(&self, slot: &Arc<Slot>) -> Result<Link, StoreError> {
+        let current = || slot.link.lock().clone();
+        if let Some(link) = current() {
+            return Ok(link);
+        }
+        let asked = Instant::now();
+        let mut last = Arc::clone(&slot.connecting).lock_owned().await;
+        if let Some(link) = current() {
+            return Ok(link);
+        }
+        // Whoever waited for an attempt shares its end: the others would queue up behind a dead server for ever.
+        if let Some((_, error)) = last.as_ref().filter(|(when, _)| *when >= asked) {
+            return Err(error.clone());
+        }
+        // A task, so that callers who give up don't keep a slow server from ever being reached.
+        let (connector, owner) = (Arc::clone(&self.connector), Arc::clone(slot));
+        let task = tokio::spawn(async move {
+            let result = connector.open().await;
+            match &result {
+                Ok(link) => *owner.link.lock() = Some(link.clone()),
+                Err(error) => *last = Some((Instant::now(), error.clone())),
+            }
+            result
+        });
+        *slot.task.lock() = Some(task.abort_handle());
+        let result = task.await.unwrap_or_else(|_| Err(StoreError::Unavailable("the connection was given up".into())));
+        self.count();
+        result
+    }
+
+    fn discard(&self, slot: &Slot, link: &Link) {
+        let mut current = slot.link.lock();
+        if current.as_ref().is_some_and(|current| current.is(link)) {
+            drop(current.take());
+        }
+        drop(current);
+        self.count();
+    }
+
+    fn count(&self) {
+        let open = self.slots.iter().filter(|slot| slot.link.lock().is_some()).count();
+        let in_use = self.slots.iter().filter(|slot| slot.in_use.load(Ordering::Relaxed) > 0).count();
+        self.metrics.connections(open, in_use, self.slots.len());
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        for slot in &self.slots {
+            if let Some(task) = slot.task.lock().take() {
+                task.abort();
+            }
+        }
+    }
+}
+
+struct InUse<'a>(&'a Pool, &'a Slot);
+
+impl<'a> InUse<'a> {
+    fn new(pool: &'a Pool, slot: &'a Slot) -> Self {
+        slot.in_use.fetch_add(1, Ordering::Relaxed);
+        pool.count();
+        Self(pool, slot)
+    }
+}
+
+impl Drop for InUse<'_> {
+    fn drop(&mut self) {
+        self.1.in_use.fetch_sub(1, Ordering::Relaxed);
+        self.0.count();
+    }
+}
+
+/// Replaces a connection on which nothing at all came since a question, however the question ended: a server that was
+/// cut off without a word keeps its connection open for many minutes.
+struct Watch<'a> {
+    pool: &'a Pool,
+    slot: &'a Slot,
+    link: Link,
+    sent: u64,
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        let answered = self.link.seen.answered.load(Ordering::Relaxed) > self.sent;
+        let waited = self.link.elapsed().saturating_sub(self.sent);
+        if !answered && u128::from(waited) >= SILENCE.as_micros() {
+            self.pool.discard(self.slot, &self.link);
+        }
+    }
+}

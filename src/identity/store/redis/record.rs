@@ -1,0 +1,288 @@
+//! A record as it stands under a key: a JSON object or a hash with the same fields. Knows no connection. What makes no
+//! sense is an error that names the token and the field, never what stands there.
+
+use super::super::TokenRecord;
+use crate::identity::credential::Digest;
+use serde_json::{Map, Number, Value as Json};
+
+/// 31 December 9999: what is later is meant in milliseconds, or is no time at all.
+const LATEST: u64 = 253_402_300_799;
+
+/// What stands under a key, as it was read: an edit says what it found, so that it can't undo somebody else's.
+pub(super) enum Stored {
+    Json(String),
+    Hash(Vec<(String, String)>),
+}
+
+impl Stored {
+    pub(super) fn parse(&self, digest: Digest, default_scopes: &[String]) -> Result<TokenRecord, String> {
+        let fields = match self {
+            Self::Json(text) => object(text).map_err(|what| format!("token {}: {what}", digest.id()))?,
+            // The last one counts, as the server keeps only one of a name.
+            Self::Hash(fields) => {
+                fields.iter().map(|(name, value)| (name.clone(), Json::from(value.as_str()))).collect()
+            }
+        };
+        let is_hash = matches!(self, Self::Hash(_));
+        record(&fields, is_hash, digest, default_scopes)
+            .map_err(|(field, what)| format!("token {}: field {field}: {what}", digest.id()))
+    }
+}
+
+fn object(text: &str) -> Result<Map<String, Json>, String> {
+    match serde_json::from_str(text) {
+        Ok(Json::Object(fields)) => Ok(fields),
+        Ok(_) => Err("must be a JSON object".into()),
+        Err(error) => Err(format!("is no JSON at column {}", error.column())),
+    }
+}
+
+type Wrong = (&'static str, &'static str);
+
+fn record(
+    fields: &Map<String, Json>,
+    is_hash: bool,
+    digest: Digest,
+    defaults: &[String],
+) -> Result<TokenRecord, Wrong> {
+    // An empty text is all that a hash has for "not there".
+    let get = |name| match fields.get(name) {
+        None | Some(Json::Null) => None,
+        Some(Json::String(text)) if is_hash && text.is_empty() => None,
+        Some(value) => Some(value),
+    };
+    let text = |name| match get(name) {
+        None => Ok(None),
+        Some(Json::String(text)) => Ok(Some(text.clone())),
+        Some(_) => Err((name, "must be a text")),
+    };
+    let time = |name| get(name).map(|value| unix_seconds(value).ok_or((name, TIME))).transpose();
+    Ok(TokenRecord {
+        digest,
+        user: text("user")?.filter(|user| !user.is_empty()).ok_or(("user", "is missing"))?,
+        scopes: get("scopes").map_or_else(|| Ok(defaults.to_vec()), |value| scopes(value).ok_or(("scopes", SCOPES)))?,
+        description: text("description")?.unwrap_or_default(),
+        created: time("created")?.unwrap_or_default(),
+        not_before: time("not_before")?,
+        // Zero means "never" to some and "long ago" to others.
+        expires: match time("expires")? {
+            Some(0) => return Err(("expires", "0 is no time: leave the field out for a token that does not expire")),
+            expires => expires,
+        },
+        revoked: get("revoked").map_or(Ok(None), |value| revoked(value).ok_or(("revoked", REVOKED)))?,
+        blocked: get("blocked").map_or(Ok(false), |value| truth(value).ok_or(("blocked", "must be true or false")))?,
+        superseded: time("superseded")?,
+        replaces: text("replaces")?
+            .map(|hex| Digest::from_hex(&hex).ok_or(("replaces", "must be 64 hex digits")))
+            .transpose()?,
+        last_used: time("last_used")?,
+    })
+}
+
+const TIME: &str = "must be unix seconds, or a time like 2026-01-31T12:00:00Z";
+const REVOKED: &str = "must be true, false, unix seconds or a time like 2026-01-31T12:00:00Z";
+const SCOPES: &str = "must be a JSON array of texts, or words with blanks between them";
+
+fn unix_seconds(value: &Json) -> Option<u64> {
+    let seconds = match value {
+        Json::Number(number) => whole(number)?,
+        Json::String(text) if text.bytes().all(|byte| byte.is_ascii_digit()) => text.parse().ok()?,
+        Json::String(text) => rfc3339(text)?,
+        _ => return None,
+    };
+    (seconds <= LATEST).then_some(seconds)
+}
+
+/// Some languages know only floating point.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bounded right before")]
+fn whole(number: &Number) -> Option<u64> {
+    let float = || number.as_f64().filter(|float| (0.0..1e12).contains(float)).map(|float| float as u64);
+    number.as_u64().or_else(float)
+}
+
+/// With `Z`, or an offset like `+02:00`.
+fn rfc3339(text: &str) -> Option<u64> {
+    let Some((local, sign, clock)) = offset(text) else { return super::super::parse_time(text) };
+    let (hours, minutes) = clock.split_once(':')?;
+    let (hours, minutes): (u64, u64) = (hours.parse().ok()?, minutes.parse().ok()?);
+    if hours > 23 || minutes > 59 {
+        return None;
+    }
+    let (seconds, offset) = (super::super::parse_time(&format!("{local}Z"))?, hours * 3600 + minutes * 60);
+    if sign == '+' { seconds.checked_sub(offset) } else { seconds.checked_add(offset) }
+}
+
+/// What follows the last sign behind the hour, if there is one.
+fn offset(text: &str) -> Option<(&str, char, &str)> {
+    let clock = text.find(['T', 't', ' '])?;
+    let at = text.rfind(['+', '-']).filter(|at| *at > clock)?;
+    let sign = if text.get(at..=at)? == "+" { '+' } else { '-' };
+    Some((text.get(..at)?, sign, text.get(at + 1..)?))
+}
+
+/// `Some(None)`: it says that it is not. A revocation without a time happened at second 1; nobody compares it.
+fn revoked(value: &Json) -> Option<Option<u64>> {
+    match value {
+        Json::Bool(false) => Some(None),
+        Json::Bool(true) => Some(Some(1)),
+        Json::String(text) if text == "false" => Some(None),
+        Json::String(text) if text == "true" => Some(Some(1)),
+        // 0 and 1 may be truth values as well as times; that is doubt.
+        other => unix_seconds(other).filter(|seconds| *seconds > 1).map(Some),
+    }
+}
+
+fn truth(value: &Json) -> Option<bool> {
+    match value {
+        Json::Bool(truth) => Some(*truth),
+        Json::Number(number) if number.as_u64() == Some(0) => Some(false),
+        Json::Number(number) if number.as_u64() == Some(1) => Some(true),
+        Json::String(text) if text == "false" || text == "0" => Some(false),
+        Json::String(text) if text == "true" || text == "1" => Some(true),
+        _ => None,
+    }
+}
+
+fn scopes(value: &Json) -> Option<Vec<String>> {
+    match value {
+        Json::Array(list) => list.iter().map(|scope| scope.as_str().map(str::to_owned)).collect(),
+        Json::String(text) if text.trim_start().starts_with('[') => serde_json::from_str(text).ok(),
+        Json::String(text) => Some(text.split_ascii_whitespace().map(str::to_owned).collect()),
+        _ => None,
+    }
+}
+
+/// The JSON text of a record, as tollgate writes it.
+pub(super) fn to_json(record: &TokenRecord) -> String {
+    let mut fields = Map::new();
+    fields.insert("user".into(), record.user.clone().into());
+    fields.insert("scopes".into(), record.scopes.clone().into());
+    if !record.description.is_empty() {
+        fields.insert("description".into(), record.description.clone().into());
+    }
+    fields.insert("created".into(), record.created.into());
+    for (name, value) in [
+        ("not_before", record.not_before),
+        ("expires", record.expires),
+        ("revoked", record.revoked),
+        ("superseded", record.superseded),
+        ("last_used", record.last_used),
+    ] {
+        if let Some(value) = value {
+            fields.insert(name.into(), value.into());
+        }
+    }
+    if record.blocked {
+        fields.insert("blocked".into(), true.into());
+    }
+    if let Some(replaces) = record.replaces {
+        fields.insert("replaces".into(), replaces.to_hex().into());
+    }
+    Json::Object(fields).to_string()
+}
+
+/// What an edit sets.
+pub(super) type Edit<'a> = &'a [(&'a str, Json)];
+
+/// The same JSON object with some fields set; fields of other programs stay.
+pub(super) fn edited(text: &str, edit: Edit<'_>) -> Result<String, String> {
+    let mut fields = object(text)?;
+    for (name, value) in edit {
+        fields.insert((*name).into(), value.clone());
+    }
+    Ok(Json::Object(fields).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(stored: &Stored) -> Result<TokenRecord, String> {
+        stored.parse(Digest::of(b"t"), &["default".into()])
+    }
+
+    fn json(text: &str) -> Result<TokenRecord, String> {
+        parse(&Stored::Json(text.into()))
+    }
+
+    fn hash(fields: &[(&str, &str)]) -> Result<TokenRecord, String> {
+        parse(&Stored::Hash(fields.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect()))
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let full = TokenRecord {
+            scopes: vec!["api".into()],
+            description: "\"é\\".into(),
+            created: 1_700_000_000,
+            not_before: Some(1_700_000_001),
+            expires: Some(1_800_000_000),
+            revoked: Some(1_750_000_000),
+            blocked: true,
+            superseded: Some(1_740_000_000),
+            replaces: Some(Digest::of(b"old")),
+            last_used: Some(1_700_000_002),
+            ..TokenRecord::new(Digest::of(b"t"), "user")
+        };
+        assert_eq!(json(&to_json(&full)), Ok(full));
+        let bare = TokenRecord::new(Digest::of(b"t"), "user");
+        assert_eq!(json(&to_json(&bare)), Ok(bare), "no scopes are no default scopes");
+    }
+
+    #[test]
+    fn other_programs_write_in_other_ways() {
+        let record =
+            json(r#"{"user":"a","scopes":"api  read","expires":"2027-01-01T02:00:00.5+02:00","x":[1],"blocked":1}"#);
+        let record = record.unwrap();
+        assert_eq!(
+            (record.scopes.join(","), record.expires, record.blocked),
+            ("api,read".into(), Some(1_798_761_600), true)
+        );
+        for (text, seconds) in [
+            ("2027-01-01T00:00:00Z", 1_798_761_600),
+            ("2027-01-01", 1_798_761_600),
+            ("2027-01-01 05:30:00+05:30", 1_798_761_600),
+            ("2026-12-31T19:00:00.123-05:00", 1_798_761_600),
+        ] {
+            let record = json(&format!(r#"{{"user":"a","expires":"{text}"}}"#));
+            assert_eq!(record.unwrap().expires, Some(seconds), "{text}");
+        }
+        assert_eq!(json(r#"{"user":"a","revoked":true}"#).unwrap().revoked, Some(1));
+        assert_eq!(json(r#"{"user":"a","revoked":false,"expires":1.8e9}"#).unwrap().expires, Some(1_800_000_000));
+        assert_eq!(json(r#"{"user":"a","scopes":null}"#).unwrap().scopes, ["default"]);
+        let record =
+            hash(&[("user", "a"), ("scopes", "[\"api\"]"), ("revoked", ""), ("expires", "1800000000")]).unwrap();
+        assert_eq!((record.scopes, record.revoked, record.expires), (vec!["api".into()], None, Some(1_800_000_000)));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_named_and_not_shown() {
+        for (text, part) in [
+            ("S3CRET", "is no JSON"),
+            ("[\"S3CRET\"]", "must be a JSON object"),
+            (r#"{"name":"S3CRET"}"#, "field user: is missing"),
+            (r#"{"user":""}"#, "field user: is missing"),
+            (r#"{"user":7}"#, "field user: must be a text"),
+            (r#"{"user":"a","expires":"S3CRET"}"#, "field expires: must be unix seconds"),
+            (r#"{"user":"a","expires":1800000000000}"#, "field expires: must be unix seconds"),
+            (r#"{"user":"a","expires":0}"#, "field expires: 0 is no time"),
+            (r#"{"user":"a","expires":-5}"#, "field expires"),
+            (r#"{"user":"a","revoked":1}"#, "field revoked"),
+            (r#"{"user":"a","revoked":"maybe"}"#, "field revoked"),
+            (r#"{"user":"a","blocked":"S3CRET"}"#, "field blocked"),
+            (r#"{"user":"a","scopes":[1]}"#, "field scopes"),
+            (r#"{"user":"a","replaces":"S3CRET"}"#, "field replaces"),
+        ] {
+            let why = json(text).unwrap_err();
+            assert!(why.contains(part) && why.contains(Digest::of(b"t").id().as_str()), "{why}");
+            assert!(!why.contains("S3CRET"), "{why}");
+        }
+        assert!(hash(&[("user", "a"), ("revoked", "0")]).unwrap_err().contains("field revoked"));
+    }
+
+    #[test]
+    fn an_edit_keeps_what_it_does_not_know() {
+        let text = edited(r#"{"user":"a","theirs":{"x":1}}"#, &[("revoked", 1_800_000_000.into())]).unwrap();
+        assert!(text.contains(r#""theirs":{"x":1}"#) && text.contains(r#""revoked":1800000000"#), "{text}");
+    }
+}

@@ -1,0 +1,175 @@
+//! What stores over a network share: secrets that print nothing, and one way to check the other side's certificate.
+//! Knows no store.
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A password or the like. Prints nothing and is compared only to see whether a configuration changed.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("…")
+    }
+}
+
+/// How much is asked of the other side; the words are libpq's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsMode {
+    /// Plain text.
+    Disable,
+    /// Encrypted, to whomever: keeps out listeners, not impostors.
+    Require,
+    /// The certificate must come from a known authority, for whatever name.
+    VerifyCa,
+    /// And be for the name that was asked for.
+    VerifyFull,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsSettings {
+    pub mode: TlsMode,
+    /// PEM; `None`: the system's authorities.
+    pub ca: Option<PathBuf>,
+    /// PEM files of a client certificate and its key.
+    pub client: Option<(PathBuf, PathBuf)>,
+}
+
+impl TlsSettings {
+    /// `None`: plain text.
+    pub fn client_config(&self) -> Result<Option<ClientConfig>, String> {
+        if self.mode == TlsMode::Disable {
+            return Ok(None);
+        }
+        let provider = Arc::new(ring::default_provider());
+        let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()
+            .map_err(|error| format!("TLS: {error}"))?;
+        let verifier = match self.mode {
+            TlsMode::Disable | TlsMode::Require => None,
+            TlsMode::VerifyCa | TlsMode::VerifyFull => {
+                let roots = Arc::new(self.roots()?);
+                let verifier = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider)).build();
+                Some(verifier.map_err(|error| format!("TLS authorities: {error}"))?)
+            }
+        };
+        let verifier = Arc::new(Verifier { verifier, check_name: self.mode == TlsMode::VerifyFull, provider });
+        let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
+        let config = match &self.client {
+            None => builder.with_no_client_auth(),
+            Some((certificate, key)) => {
+                let key_der =
+                    PrivateKeyDer::from_pem_file(key).map_err(|error| format!("{}: {error}", key.display()))?;
+                builder
+                    .with_client_auth_cert(certificates(certificate)?, key_der)
+                    .map_err(|error| format!("{}: {error}", certificate.display()))?
+            }
+        };
+        Ok(Some(config))
+    }
+
+    fn roots(&self) -> Result<RootCertStore, String> {
+        let mut roots = RootCertStore::empty();
+        let found = match &self.ca {
+            Some(path) => certificates(path)?,
+            None => rustls_native_certs::load_native_certs().certs,
+        };
+        // Old authorities in a system's store may not parse; one of our own must.
+        let (added, ignored) = roots.add_parsable_certificates(found);
+        match (&self.ca, added, ignored) {
+            (Some(path), _, 1..) | (Some(path), 0, _) => {
+                Err(format!("{}: holds no certificate that can be used", path.display()))
+            }
+            (None, 0, _) => {
+                Err("the system knows no certificate authorities: install ca-certificates, or set tls_ca".into())
+            }
+            _ => Ok(roots),
+        }
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let failed = |error: rustls::pki_types::pem::Error| format!("{}: {error}", path.display());
+    CertificateDer::pem_file_iter(path).map_err(failed)?.collect::<Result<_, _>>().map_err(failed)
+}
+
+/// Leaves out of the usual checks what the mode leaves out, and nothing else.
+#[derive(Debug)]
+struct Verifier {
+    /// `None`: any certificate.
+    verifier: Option<Arc<WebPkiServerVerifier>>,
+    check_name: bool,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let Some(verifier) = &self.verifier else { return Ok(ServerCertVerified::assertion()) };
+        match verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
+            Err(rustls::Error::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            )) if !self.check_name => Ok(ServerCertVerified::assertion()),
+            result => result,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_prints_a_secret() {
+        assert!(!format!("{:?} {:#?}", Secret::new("S3CRET"), Some(Secret::new("S3CRET"))).contains("S3CRET"));
+    }
+}

@@ -1,0 +1,579 @@
+//! An HTTP server that says what a test tells it to, byte for byte if need be, and counts what it was asked. Threads and
+//! blocking sockets: nothing of it shares a runtime, or a bug, with what it tests.
+
+use super::{PATIENCE, eventually, tls::Authority};
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+/// A request as it arrived.
+#[derive(Clone, Debug, Default)]
+pub struct Asked {
+    pub method: String,
+    pub target: String,
+    /// Names in lower case, in the order of the request.
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+    /// Counts the server's connections, from 1.
+    pub connection: usize,
+    /// Counts the requests on this connection, from 1.
+    pub nth: usize,
+}
+
+impl Asked {
+    /// The values of all headers of this name, joined by commas; empty when there is none.
+    pub fn header(&self, name: &str) -> String {
+        let values = self.headers.iter().filter(|(key, _)| key == name).map(|(_, value)| value.as_str());
+        values.collect::<Vec<_>>().join(", ")
+    }
+
+    /// A field of a form in the body, decoded.
+    pub fn field(&self, name: &str) -> Option<String> {
+        let body = String::from_utf8_lossy(&self.body).into_owned();
+        let pair = body.split('&').filter_map(|pair| pair.split_once('=')).find(|(key, _)| *key == name);
+        pair.map(|(_, value)| form_decode(value))
+    }
+}
+
+pub fn form_decode(text: &str) -> String {
+    let mut bytes = Vec::new();
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'+' => b' ',
+            b'%' => {
+                let digits = [rest.next().unwrap(), rest.next().unwrap()];
+                u8::from_str_radix(std::str::from_utf8(&digits).unwrap(), 16).unwrap()
+            }
+            byte => byte,
+        });
+    }
+    String::from_utf8(bytes).unwrap()
+}
+
+/// One thing that a server does.
+#[derive(Clone, Debug)]
+pub enum Step {
+    Send(Vec<u8>),
+    Wait(Duration),
+    /// Until the client goes away or the server is stopped.
+    Hang,
+    /// Closes the connection.
+    Close,
+}
+
+/// What a server does about one request.
+#[derive(Clone, Debug, Default)]
+pub struct Reply(pub Vec<Step>);
+
+impl Reply {
+    pub fn raw(bytes: impl AsRef<[u8]>) -> Self {
+        Self(vec![Step::Send(bytes.as_ref().to_vec())])
+    }
+
+    /// An answer with a Content-Length.
+    pub fn new(status: u16, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Self {
+        let body = body.as_ref();
+        let length = body.len().to_string();
+        Self(vec![Step::Send([&head(status, headers, &[("Content-Length", &length)]), body].concat())])
+    }
+
+    pub fn json(body: impl AsRef<str>) -> Self {
+        Self::new(200, &[("Content-Type", "application/json")], body.as_ref())
+    }
+
+    pub fn status(status: u16) -> Self {
+        Self::new(status, &[("Content-Type", "application/json")], r#"{"message":"a status"}"#)
+    }
+
+    /// JSON in chunks of a few bytes each.
+    pub fn chunked(body: &str, size: usize) -> Self {
+        let mut bytes = head(200, &[("Content-Type", "application/json")], &[("Transfer-Encoding", "chunked")]);
+        for chunk in body.as_bytes().chunks(size) {
+            bytes.extend(format!("{:x}\r\n", chunk.len()).into_bytes());
+            bytes.extend(chunk);
+            bytes.extend(b"\r\n");
+        }
+        bytes.extend(b"0\r\n\r\n");
+        Self::raw(bytes)
+    }
+
+    pub fn hang() -> Self {
+        Self(vec![Step::Hang])
+    }
+
+    pub fn then(mut self, step: Step) -> Self {
+        self.0.push(step);
+        self
+    }
+
+    pub fn after(mut self, wait: Duration) -> Self {
+        self.0.insert(0, Step::Wait(wait));
+        self
+    }
+
+    /// Only the first bytes, and then something else.
+    pub fn cut(self, length: usize, step: Step) -> Self {
+        let mut bytes = self.bytes();
+        bytes.truncate(length);
+        Self(vec![Step::Send(bytes), step])
+    }
+
+    /// In pieces of a few bytes, with a wait after each.
+    pub fn slowly(self, size: usize, wait: Duration) -> Self {
+        let bytes = self.bytes();
+        Self(bytes.chunks(size).flat_map(|piece| [Step::Send(piece.to_vec()), Step::Wait(wait)]).collect())
+    }
+
+    /// All that is sent.
+    pub fn bytes(&self) -> Vec<u8> {
+        let sent = self.0.iter().filter_map(|step| match step {
+            Step::Send(bytes) => Some(bytes.as_slice()),
+            _ => None,
+        });
+        sent.collect::<Vec<_>>().concat()
+    }
+}
+
+fn head(status: u16, headers: &[(&str, &str)], more: &[(&str, &str)]) -> Vec<u8> {
+    let mut head = format!("HTTP/1.1 {status} Reason\r\n");
+    for (name, value) in headers.iter().chain(more) {
+        head += &format!("{name}: {value}\r\n");
+    }
+    (head + "\r\n").into_bytes()
+}
+
+type Script = Box<dyn Fn(&Asked) -> Reply + Send + Sync>;
+
+/// Where a server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum At {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+/// Ends when it is dropped.
+pub struct HttpServer {
+    at: At,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    script: Mutex<Arc<Script>>,
+    tls: Option<Arc<rustls::ServerConfig>>,
+    /// Requests arrive and are not answered.
+    frozen: Mutex<bool>,
+    thawed: Condvar,
+    /// No connections are taken.
+    stopped: AtomicBool,
+    /// The listening thread runs.
+    listening: AtomicBool,
+    sockets: Mutex<BTreeMap<usize, Socket>>,
+    connections: AtomicUsize,
+    requests: AtomicUsize,
+    under_way: AtomicUsize,
+    most_under_way: AtomicUsize,
+    most_open: AtomicUsize,
+    sent: AtomicUsize,
+    asked: Mutex<Vec<Asked>>,
+}
+
+impl HttpServer {
+    /// On a free port.
+    pub fn start(script: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+        Self::start_at(At::Tcp((Ipv4Addr::LOCALHOST, 0).into()), None, script)
+    }
+
+    pub fn start_unix(path: &Path, script: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+        Self::start_at(At::Unix(path.to_owned()), None, script)
+    }
+
+    pub fn start_tls(authority: &Authority, script: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+        use rustls::pki_types::pem::PemObject as _;
+        use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config =
+            rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let certificate = CertificateDer::from_pem_file(authority.certificate()).unwrap();
+        let key = PrivateKeyDer::from_pem_file(authority.key()).unwrap();
+        let config = config.with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
+        Self::start_at(At::Tcp((Ipv4Addr::LOCALHOST, 0).into()), Some(Arc::new(config)), script)
+    }
+
+    fn start_at(
+        at: At,
+        tls: Option<Arc<rustls::ServerConfig>>,
+        script: impl Fn(&Asked) -> Reply + Send + Sync + 'static,
+    ) -> Self {
+        let script: Script = Box::new(script);
+        let shared = Shared {
+            script: Mutex::new(Arc::new(script)),
+            tls,
+            frozen: Mutex::default(),
+            thawed: Condvar::new(),
+            stopped: AtomicBool::new(true),
+            listening: AtomicBool::new(false),
+            sockets: Mutex::default(),
+            connections: AtomicUsize::new(0),
+            requests: AtomicUsize::new(0),
+            under_way: AtomicUsize::new(0),
+            most_under_way: AtomicUsize::new(0),
+            most_open: AtomicUsize::new(0),
+            sent: AtomicUsize::new(0),
+            asked: Mutex::default(),
+        };
+        let mut server = Self { at, shared: Arc::new(shared) };
+        server.resume();
+        server
+    }
+
+    pub fn at(&self) -> &At {
+        &self.at
+    }
+
+    /// Of a TCP server.
+    pub fn address(&self) -> SocketAddr {
+        match &self.at {
+            At::Tcp(address) => *address,
+            At::Unix(path) => panic!("{} is no address", path.display()),
+        }
+    }
+
+    /// The URL of a path on this server, as the configuration of tollgate has it.
+    pub fn url(&self, path: &str) -> String {
+        match (&self.at, &self.shared.tls) {
+            (At::Unix(socket), _) => format!("unix:{}:{path}", socket.display()),
+            (At::Tcp(address), None) => format!("http://{address}{path}"),
+            // By name, so that the name is checked.
+            (At::Tcp(address), Some(_)) => format!("https://localhost:{}{path}", address.port()),
+        }
+    }
+
+    /// Answers otherwise from now on.
+    pub fn script(&self, script: impl Fn(&Asked) -> Reply + Send + Sync + 'static) {
+        let script: Script = Box::new(script);
+        *self.shared.script.lock().unwrap() = Arc::new(script);
+    }
+
+    /// Connections that were ever taken.
+    pub fn connections(&self) -> usize {
+        self.shared.connections.load(SeqCst)
+    }
+
+    /// Connections that are open now.
+    pub fn open(&self) -> usize {
+        self.shared.sockets.lock().unwrap().len()
+    }
+
+    /// Most connections that were open at once.
+    pub fn most_open(&self) -> usize {
+        self.shared.most_open.load(SeqCst)
+    }
+
+    pub fn requests(&self) -> usize {
+        self.shared.requests.load(SeqCst)
+    }
+
+    /// Pieces that were sent, of all answers.
+    pub fn sent(&self) -> usize {
+        self.shared.sent.load(SeqCst)
+    }
+
+    /// Most requests that were unanswered at once.
+    pub fn most_under_way(&self) -> usize {
+        self.shared.most_under_way.load(SeqCst)
+    }
+
+    /// Up to the last 10,000 requests.
+    pub fn asked(&self) -> Vec<Asked> {
+        self.shared.asked.lock().unwrap().clone()
+    }
+
+    pub fn last(&self) -> Asked {
+        self.asked().pop().unwrap()
+    }
+
+    /// Closes all connections.
+    pub fn cut(&self) {
+        for socket in self.shared.sockets.lock().unwrap().values() {
+            socket.shut();
+        }
+    }
+
+    /// Takes connections and requests, and answers none.
+    pub fn freeze(&self) {
+        *self.shared.frozen.lock().unwrap() = true;
+    }
+
+    pub fn thaw(&self) {
+        *self.shared.frozen.lock().unwrap() = false;
+        self.shared.thawed.notify_all();
+    }
+
+    /// Connections are refused from now on, and closed if they are open.
+    pub fn stop(&mut self) {
+        self.shared.stopped.store(true, SeqCst);
+        self.thaw();
+        eventually("the HTTP server has stopped", || {
+            // Wakes the listening thread.
+            let _: io::Result<Socket> = connect(&self.at);
+            self.cut();
+            !self.shared.listening.load(SeqCst) && self.open() == 0
+        });
+    }
+
+    /// Listens again, at the same address.
+    pub fn resume(&mut self) {
+        let listener = match &self.at {
+            At::Unix(path) => {
+                drop(std::fs::remove_file(path));
+                Listener::Unix(UnixListener::bind(path).unwrap())
+            }
+            At::Tcp(address) => {
+                let listener = TcpListener::bind(address).unwrap();
+                self.at = At::Tcp(listener.local_addr().unwrap());
+                Listener::Tcp(listener)
+            }
+        };
+        self.shared.stopped.store(false, SeqCst);
+        self.shared.listening.store(true, SeqCst);
+        let shared = Arc::clone(&self.shared);
+        std::thread::spawn(move || {
+            shared.listen(&listener);
+            drop(listener);
+            shared.listening.store(false, SeqCst);
+        });
+    }
+}
+
+impl Drop for HttpServer {
+    fn drop(&mut self) {
+        // A panic in a panic would hide what went wrong.
+        if std::thread::panicking() {
+            self.shared.stopped.store(true, SeqCst);
+            self.thaw();
+            let _: io::Result<Socket> = connect(&self.at);
+            self.cut();
+        } else {
+            self.stop();
+        }
+    }
+}
+
+impl Shared {
+    fn listen(self: &Arc<Self>, listener: &Listener) {
+        loop {
+            let socket = match listener {
+                Listener::Tcp(listener) => listener.accept().and_then(|(socket, _)| {
+                    // Or the kernel would keep a second piece back until the client has acknowledged the first.
+                    socket.set_nodelay(true)?;
+                    Ok(Socket::Tcp(socket))
+                }),
+                Listener::Unix(listener) => listener.accept().map(|(socket, _)| Socket::Unix(socket)),
+            };
+            if self.stopped.load(SeqCst) {
+                return;
+            }
+            let Ok(socket) = socket else { continue };
+            let number = self.connections.fetch_add(1, SeqCst) + 1;
+            let mut sockets = self.sockets.lock().unwrap();
+            sockets.insert(number, socket.try_clone());
+            self.most_open.fetch_max(sockets.len(), SeqCst);
+            drop(sockets);
+            let shared = Arc::clone(self);
+            std::thread::spawn(move || {
+                // A client that goes away is none of the server's business.
+                let _: io::Result<()> = shared.serve(socket, number);
+                shared.sockets.lock().unwrap().remove(&number);
+            });
+        }
+    }
+
+    fn serve(&self, socket: Socket, number: usize) -> io::Result<()> {
+        let watched = socket.try_clone();
+        let mut stream: Box<dyn Duplex> = match &self.tls {
+            None => Box::new(socket),
+            Some(config) => {
+                let session = rustls::ServerConnection::new(Arc::clone(config)).map_err(io::Error::other)?;
+                Box::new(rustls::StreamOwned::new(session, socket))
+            }
+        };
+        let mut unread = Vec::new();
+        let mut nth = 0;
+        while let Some(mut asked) = read_request(&mut stream, &mut unread)? {
+            nth += 1;
+            (asked.connection, asked.nth) = (number, nth);
+            let under_way = UnderWay::new(self);
+            self.requests.fetch_add(1, SeqCst);
+            let mut all = self.asked.lock().unwrap();
+            if all.len() == 10_000 {
+                all.clear();
+            }
+            all.push(asked.clone());
+            drop(all);
+            let mut frozen = self.frozen.lock().unwrap();
+            while *frozen && !self.stopped.load(SeqCst) {
+                frozen = self.thawed.wait_timeout(frozen, Duration::from_millis(50)).unwrap().0;
+            }
+            drop(frozen);
+            let script = Arc::clone(&self.script.lock().unwrap());
+            let reply = script(&asked);
+            let mut under_way = Some(under_way);
+            let last = reply.0.iter().rposition(|step| matches!(step, Step::Send(_)));
+            for (index, step) in reply.0.into_iter().enumerate() {
+                match step {
+                    Step::Send(bytes) => {
+                        // Counted as answered before the client can know.
+                        if last == Some(index) {
+                            under_way = None;
+                        }
+                        stream.write_all(&bytes)?;
+                        stream.flush()?;
+                        self.sent.fetch_add(1, SeqCst);
+                    }
+                    Step::Wait(time) => std::thread::sleep(time),
+                    Step::Hang => {
+                        watched.set_read_timeout(Some(PATIENCE));
+                        let mut nothing = [0; 1];
+                        // Ends with the client, whatever it says.
+                        let _: io::Result<usize> = stream.read(&mut nothing);
+                        return Ok(());
+                    }
+                    Step::Close => {
+                        watched.shut();
+                        return Ok(());
+                    }
+                }
+            }
+            drop(under_way);
+        }
+        Ok(())
+    }
+}
+
+struct UnderWay<'s>(&'s Shared);
+
+impl<'s> UnderWay<'s> {
+    fn new(shared: &'s Shared) -> Self {
+        let count = shared.under_way.fetch_add(1, SeqCst) + 1;
+        shared.most_under_way.fetch_max(count, SeqCst);
+        Self(shared)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.under_way.fetch_sub(1, SeqCst);
+    }
+}
+
+/// `None`: the client has closed. Only the framings that clients of ours use.
+fn read_request(stream: &mut dyn Duplex, unread: &mut Vec<u8>) -> io::Result<Option<Asked>> {
+    let mut read_more = |unread: &mut Vec<u8>| -> io::Result<bool> {
+        let mut piece = [0; 8192];
+        let length = stream.read(&mut piece)?;
+        unread.extend_from_slice(&piece[..length]);
+        Ok(length > 0)
+    };
+    let end = loop {
+        if let Some(end) = unread.windows(4).position(|window| window == b"\r\n\r\n") {
+            break end;
+        }
+        if !read_more(unread)? {
+            return Ok(None);
+        }
+    };
+    let head = String::from_utf8_lossy(&unread[..end]).into_owned();
+    unread.drain(..end + 4);
+    let mut lines = head.split("\r\n");
+    let mut words = lines.next().unwrap_or_default().split(' ').map(str::to_owned);
+    let mut asked = Asked {
+        method: words.next().unwrap_or_default(),
+        target: words.next().unwrap_or_default(),
+        ..Asked::default()
+    };
+    asked.headers = lines
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
+        .collect();
+    let length = asked.header("content-length").parse().unwrap_or(0);
+    while unread.len() < length {
+        if !read_more(unread)? {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+    }
+    asked.body = unread.drain(..length).collect();
+    Ok(Some(asked))
+}
+
+trait Duplex: Read + Write {}
+impl<T: Read + Write> Duplex for T {}
+
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+fn connect(at: &At) -> io::Result<Socket> {
+    match at {
+        At::Tcp(address) => TcpStream::connect(address).map(Socket::Tcp),
+        At::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
+    }
+}
+
+impl Socket {
+    fn try_clone(&self) -> Self {
+        match self {
+            Self::Tcp(socket) => Self::Tcp(socket.try_clone().unwrap()),
+            Self::Unix(socket) => Self::Unix(socket.try_clone().unwrap()),
+        }
+    }
+
+    fn shut(&self) {
+        // One that is closed already is as good.
+        let _: io::Result<()> = match self {
+            Self::Tcp(socket) => socket.shutdown(Shutdown::Both),
+            Self::Unix(socket) => socket.shutdown(Shutdown::Both),
+        };
+    }
+
+    fn set_read_timeout(&self, timeout: Option<Duration>) {
+        match self {
+            Self::Tcp(socket) => socket.set_read_timeout(timeout).unwrap(),
+            Self::Unix(socket) => socket.set_read_timeout(timeout).unwrap(),
+        }
+    }
+}
+
+impl Read for Socket {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(socket) => socket.read(bytes),
+            Self::Unix(socket) => socket.read(bytes),
+        }
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(socket) => socket.write(bytes),
+            Self::Unix(socket) => socket.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

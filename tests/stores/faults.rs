@@ -1,0 +1,303 @@
+//! Store × fault → what callers see. Every part asserts what is promised and prints what was measured.
+
+use super::{Backing, Caller, all, setting};
+use crate::harness::*;
+use std::time::{Duration, Instant};
+
+/// Callers that are known, and that stay active.
+const CALLERS: usize = 100;
+
+fn tokens(kind: &str, count: usize) -> Vec<String> {
+    (0..count).map(|number| format!("{kind}-{number:04}")).collect()
+}
+
+fn row(store: &dyn Backing, fault: &str, observed: &str) {
+    println!("| {} | {fault} | {observed} |", store.name());
+}
+
+fn percentile(times: &mut [Duration], share: f64) -> Duration {
+    times.sort();
+    times[((times.len() - 1) as f64 * share) as usize]
+}
+
+/// A gateway whose cache forgets within seconds, so that every store is asked while the fault lasts.
+fn gateway(store: &dyn Backing, upstream: &Upstream, ttl: &str) -> Gateway {
+    let more = format!(
+        "{}[cache]\npositive_ttl = \"{ttl}\"\nnegative_ttl = \"1s\"\nstale_if_error = \"5m\"\n[log]\naccess = \"off\"\n",
+        store.section()
+    );
+    Gateway::start(upstream.address, &more)
+}
+
+fn lookups(gateway: &Gateway, store: &dyn Backing) -> f64 {
+    let name = store.name();
+    let count =
+        |result: &str| gateway.metric(&format!("tollgate_store_lookups_total{{result=\"{result}\",store=\"{name}\"}}"));
+    count("found") + count("unknown")
+}
+
+/// Down: who is known goes on, nobody else gets in, and both are told apart. Back: at once, and without a rush.
+fn down_and_back(make: fn() -> Box<dyn Backing>) {
+    let mut store = make();
+    let (known, cold) = (tokens("known", CALLERS), tokens("cold", 50));
+    store.add(&known);
+    store.add(&cold);
+    let upstream = Upstream::start();
+    let gateway = gateway(&*store, &upstream, "1s");
+    let mut caller = Caller::of(&gateway);
+    for token in &known {
+        assert_eq!(caller.status(token), 200, "{}: {token}", store.name());
+    }
+    assert_eq!(caller.status("nobody"), 401);
+
+    store.stop();
+    // Past the time that answers are believed, the store is asked, and fails.
+    std::thread::sleep(Duration::from_millis(1_300));
+    let mut times = Vec::new();
+    for round in 0..3 {
+        for token in &known {
+            let before = Instant::now();
+            assert_eq!(caller.status(token), 200, "{}: {token} in round {round} of the fault", store.name());
+            times.push(before.elapsed());
+        }
+    }
+    let keeps_its_table = store.name() == "file";
+    let (unknown, newcomer) = (caller.ask("nobody"), caller.ask(&cold[0]));
+    if keeps_its_table {
+        // What was read last holds, as documented.
+        assert_eq!((unknown.status, newcomer.status), (401, 200));
+    } else {
+        for answer in [&unknown, &newcomer] {
+            assert_eq!(answer.status, 503, "{}", store.name());
+            assert_eq!(answer.header("Retry-After"), Some("1"));
+        }
+    }
+    let p99 = percentile(&mut times, 0.99);
+    row(
+        &*store,
+        "gone",
+        &format!(
+            "{}/{} requests of cached callers 200 (p99 {p99:.1?}); unknown token {}; valid but not cached {}",
+            times.len(),
+            times.len(),
+            unknown.status,
+            newcomer.status
+        ),
+    );
+
+    store.start_again();
+    let back = Instant::now();
+    eventually("the store answers again", || caller.status(&cold[1]) == 200);
+    let recovered = back.elapsed();
+    let before = lookups(&gateway, &*store);
+    let second = Instant::now();
+    let mut asked = 0;
+    while second.elapsed() < Duration::from_secs(1) {
+        for token in &known {
+            assert_eq!(caller.status(token), 200, "{}: {token} after the fault", store.name());
+            asked += 1;
+        }
+    }
+    let rush = lookups(&gateway, &*store) - before;
+    // With answers that count for a second, each caller may be looked up twice in it, and no more.
+    assert!(rush <= 3.0 * CALLERS as f64, "{}: {rush} look-ups for {CALLERS} callers", store.name());
+    assert_eq!(caller.status("nobody"), 401);
+    assert!(recovered < Duration::from_secs(2), "{}: {recovered:?}", store.name());
+    row(
+        &*store,
+        "back",
+        &format!(
+            "new callers 200 after {recovered:.0?}; {rush} look-ups in the first second for {CALLERS} callers with {asked} requests"
+        ),
+    );
+}
+
+/// Silent: cached callers don't notice, and the rest is refused within the store's time and not queued without end.
+fn silent(make: fn() -> Box<dyn Backing>) {
+    let mut store = make();
+    let known = tokens("known", CALLERS);
+    store.add(&known);
+    store.add(&["cold".into()]);
+    let upstream = Upstream::start();
+    let gateway = gateway(&*store, &upstream, "6s");
+    let mut caller = Caller::of(&gateway);
+    let mut measure = |time: Duration| {
+        let (mut times, until) = (Vec::new(), Instant::now() + time);
+        while Instant::now() < until {
+            for token in &known {
+                let before = Instant::now();
+                assert_eq!(caller.status(token), 200, "{token}");
+                times.push(before.elapsed());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        (times.len(), percentile(&mut times, 0.99))
+    };
+    measure(Duration::from_millis(200));
+    let (_, quiet) = measure(Duration::from_secs(1));
+    if !store.freeze() {
+        return;
+    }
+    // More than the store can ever be asked at once.
+    let address = gateway.address;
+    let crowd = setting("TOLLGATE_FAULT_CROWD", 200);
+    let burst = std::thread::spawn(move || {
+        let mut clients: Vec<_> = (0..crowd).map(|_| Client::connect(address)).collect();
+        let before = Instant::now();
+        for (number, client) in clients.iter_mut().enumerate() {
+            let head = format!("GET /api/v3/user HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: stranger-{number}\n\n");
+            client.send_head(&head);
+        }
+        let statuses: Vec<u16> = clients.iter_mut().map(|client| client.answer().status).collect();
+        (statuses, before.elapsed())
+    });
+    // The entries pass through their whole life meanwhile.
+    let (requests, slow) = measure(Duration::from_secs(9));
+    let (statuses, took) = burst.join().unwrap();
+    assert!(statuses.iter().all(|status| *status == 503), "{}: {statuses:?}", store.name());
+    assert!(took < Duration::from_secs(4), "{}: {took:?}", store.name());
+    assert!(
+        slow < quiet * 10 + Duration::from_millis(50),
+        "{}: p99 {slow:?}, and {quiet:?} before the fault",
+        store.name()
+    );
+    row(
+        &*store,
+        "silent",
+        &format!(
+            "{requests} requests of cached callers 200, p99 {slow:.1?} ({quiet:.1?} before); {crowd} unknown tokens at once: all 503 within {took:.1?}"
+        ),
+    );
+    store.thaw();
+    let back = Instant::now();
+    eventually("the store answers again", || Caller::of(&gateway).status("cold") == 200);
+    row(&*store, "awake", &format!("new callers 200 after {:.0?}", back.elapsed()));
+}
+
+/// Cut off: a revocation right behind the cut is not lost.
+fn cut(make: fn() -> Box<dyn Backing>) {
+    let mut store = make();
+    let rounds = setting("TOLLGATE_FAULT_ROUNDS", 5);
+    let known = tokens("known", rounds);
+    store.add(&known);
+    let upstream = Upstream::start();
+    let gateway = gateway(&*store, &upstream, if store.hears() { "5m" } else { "1s" });
+    let mut caller = Caller::of(&gateway);
+    let mut worst = Duration::ZERO;
+    for token in &known {
+        assert_eq!(caller.status(token), 200);
+        if !store.cut() {
+            return;
+        }
+        store.revoke(token);
+        let revoked = Instant::now();
+        eventually("revoked", || caller.status(token) != 200);
+        worst = worst.max(revoked.elapsed());
+    }
+    // For a store that can't tell of changes the time that answers are believed is the bound.
+    assert!(worst < Duration::from_millis(1_500), "{}: {worst:?}", store.name());
+    row(
+        &*store,
+        "connections cut",
+        &format!("a revocation right behind it works after {worst:.0?} at worst of {rounds}"),
+    );
+}
+
+/// Restarted: a revocation made before the gateway is back on the line is not lost.
+fn restarted(make: fn() -> Box<dyn Backing>) {
+    let mut store = make();
+    store.add(&tokens("known", 2));
+    let upstream = Upstream::start();
+    let gateway = gateway(&*store, &upstream, if store.hears() { "5m" } else { "1s" });
+    let mut caller = Caller::of(&gateway);
+    assert_eq!((caller.status("known-0000"), caller.status("known-0001")), (200, 200));
+    store.stop();
+    // Long enough that the gateway is between two tries.
+    std::thread::sleep(Duration::from_millis(700));
+    store.start_again();
+    store.revoke("known-0000");
+    let revoked = Instant::now();
+    eventually("revoked", || caller.status("known-0000") == 401);
+    let lag = revoked.elapsed();
+    assert!(lag < Duration::from_secs(2), "{}: {lag:?}", store.name());
+    assert_eq!(caller.status("known-0001"), 200);
+    row(&*store, "restarted", &format!("a revocation before the gateway is back on the line works after {lag:.0?}"));
+}
+
+#[test]
+fn a_store_that_is_down_lets_the_known_go_on_and_nobody_else_in() {
+    all().into_iter().for_each(down_and_back);
+}
+
+#[test]
+fn a_silent_store_is_not_noticed_by_cached_callers() {
+    all().into_iter().for_each(silent);
+}
+
+#[test]
+fn a_cut_connection_loses_no_revocation() {
+    all().into_iter().for_each(cut);
+}
+
+#[test]
+fn a_restart_loses_no_revocation() {
+    all().into_iter().for_each(restarted);
+}
+
+/// Restarted itself: with a snapshot a gateway asks for nobody that it knew, unless something changed meanwhile.
+fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
+    let mut store = make();
+    let known = tokens("known", CALLERS);
+    store.add(&known);
+    store.age();
+    let upstream = Upstream::start();
+    let keep = Folder::new();
+    let mut observed = Vec::new();
+    for with_snapshot in [false, true] {
+        let snapshot = keep.0.join("cache");
+        let path = if with_snapshot { snapshot.display().to_string() } else { String::new() };
+        let start = || {
+            let more = format!(
+                "{}[cache]\npositive_ttl = \"5m\"\nsnapshot = \"{path}\"\n[log]\naccess = \"off\"\n",
+                store.section()
+            );
+            Gateway::start(upstream.address, &more)
+        };
+        let mut first = start();
+        let mut caller = Caller::of(&first);
+        let revoked = usize::from(with_snapshot);
+        for token in &known[revoked..] {
+            assert_eq!(caller.status(token), 200);
+        }
+        first.signal("TERM");
+        assert!(first.ended().success());
+        store.revoke(&known[revoked]);
+        let second = start();
+        // The store is asked once what changed, right at the start.
+        eventually("the stores are followed", || second.process_log().contains("snapshot") || !with_snapshot);
+        std::thread::sleep(Duration::from_millis(300));
+        let mut caller = Caller::of(&second);
+        for (index, token) in known.iter().enumerate() {
+            let expected = if index <= revoked { 401 } else { 200 };
+            assert_eq!(caller.status(token), expected, "{}: {token}", store.name());
+        }
+        observed.push(lookups(&second, &*store));
+    }
+    let vouches = ["sqlite", "postgres"].contains(&store.name());
+    if vouches {
+        assert!(observed[1] <= 2.0, "{}: {observed:?}", store.name());
+    }
+    row(
+        &*store,
+        "gateway restarted",
+        &format!(
+            "{CALLERS} callers: {} look-ups without a snapshot, {} with one; a token revoked meanwhile 401",
+            observed[0], observed[1]
+        ),
+    );
+}
+
+#[test]
+fn a_restart_of_the_gateway_does_not_rush_the_store() {
+    all().into_iter().for_each(gateway_restarted);
+}
