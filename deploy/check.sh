@@ -1,7 +1,7 @@
 #!/bin/sh
 # Checks the files that no compiler sees: presets, unit file, Dockerfile, Prometheus files and the tables of docs/.
 # Usage: deploy/check.sh [PATH OF THE tollgate BINARY]        (default: target/debug/tollgate, or $TOLLGATE)
-# Needs promtool (Debian: prometheus), systemd-analyze (systemd) and awk, grep, sed, sort, comm. A missing tool is a failure.
+# Needs promtool (Debian: prometheus), systemd-analyze (systemd), ca-certificates and awk, cmp, grep, sed, sort, comm. A missing tool is a failure.
 set -eu
 cd "$(dirname "$0")/.."
 LC_ALL=C
@@ -29,7 +29,7 @@ run() {
     echo "ok $file"
 }
 
-for tool in promtool systemd-analyze awk grep sed sort comm; do
+for tool in promtool systemd-analyze awk cmp grep sed sort comm; do
     command -v "$tool" >/dev/null || fail "$tool is missing (apt-get install prometheus systemd)"
 done
 [ -x "$tollgate" ] || fail "$tollgate is missing (cargo build)"
@@ -49,6 +49,44 @@ run config/gitlab-v3.toml "$tollgate" check --config "$work/all.toml"
 doors=$(grep -c '^#\[\[route\]\]' config/gitlab-v3.toml)
 [ "$(grep -c '^  /.*): ' "$work/out")" -eq "$doors" ] || fail "not all $doors routes of gitlab-v3.toml are listed as open"
 files=$((files - 1))
+
+# --- Stores --------------------------------------------------------------------
+# The secrets that a store's configuration names are the user's own; here something stands in their place.
+mkdir "$work/stores"
+cp config/stores/*.toml "$work/stores/"
+sed -n 's/^[a-z_]*_file = "\([a-z._-]*\)"$/\1/p' config/stores/*.toml | sort -u >"$work/secrets"
+while read -r secret; do printf '%064d\n' 0 >"$work/stores/$secret"; done <"$work/secrets"
+for file in config/stores/*.toml; do
+    run "$file" "$tollgate" check --config "$work/stores/${file##*/}"
+done
+# Each ```toml and ```json block of docs/stores.md, in a file of its own.
+stores() {
+    mkdir "$work/blocks"
+    awk -v to="$work/blocks/" '
+        /^```/ { open = $0 == "```toml" || $0 == "```json"; if (open) out = to sprintf("%03d", ++count); next }
+        open { print >out }
+    ' docs/stores.md
+    for block in "$work"/blocks/*; do
+        case $(head -n 1 "$block") in
+        "# config/stores/"*)
+            named=$(head -n 1 "$block" | cut -c3-)
+            cmp "$named" "$block" || { echo "a block of docs/stores.md is not $named"; return 1; }
+            ;;
+        "# tokens.toml") cp "$block" "$work/stores/tokens.toml" ;;
+        "{"*) cp "$block" "$work/stores/tokens.json" ;;
+        *) echo "a block of docs/stores.md is neither a file of config/stores/ nor one of tokens:"; cat "$block"; return 1 ;;
+        esac
+    done
+    for example in config/stores/*.toml; do
+        [ "$(head -n 1 "$example")" = "# $example" ] || { echo "$example does not begin with its own name"; return 1; }
+        grep -qxF "# $example" docs/stores.md || { echo "$example is not in docs/stores.md"; return 1; }
+    done
+    for kind in file file-json; do
+        "$tollgate" token list --config "$work/stores/$kind.toml" >"$work/tokens" || return 1
+        [ "$(wc -l <"$work/tokens")" -eq 3 ] || { cat "$work/tokens"; echo "the tokens of docs/stores.md are not two"; return 1; }
+    done
+}
+run docs/stores.md stores
 
 # --- systemd -----------------------------------------------------------------
 # The binary need not be installed for the unit to be right.
@@ -128,6 +166,6 @@ places() {
     done <"$work/tests"
 }
 for page in README security framework-traps clients; do run "docs/$page.md" places "docs/$page.md"; done
-places docs/operations.md || fail "docs/operations.md names what does not exist"
+for page in operations stores; do places "docs/$page.md" || fail "docs/$page.md names what does not exist"; done
 
 echo "deploy/check.sh: $files files checked"
