@@ -1,7 +1,7 @@
 //! What a configuration may say, and what is said about a bad one.
 
 use super::*;
-use crate::identity::store::StoreSettings;
+use crate::identity::store::{StoreSettings, TlsMode};
 
 fn problems(text: &str) -> Vec<String> {
     parse(text, Path::new("/conf")).err().unwrap_or_default().iter().map(ToString::to_string).collect()
@@ -115,4 +115,96 @@ fn a_route_for_a_whole_prefix_takes_its_place() {
     let settings = parse(&text, Path::new("")).unwrap();
     let index = settings.rules.routes.find(crate::request::view::Method::Get, b"/api/v3/projects").unwrap();
     assert_eq!(settings.rules.routes.get(index).unwrap().reason, "public mirror");
+}
+
+// Stores.
+
+fn folder() -> std::path::PathBuf {
+    let folder = std::env::temp_dir().join(format!("tollgate-config-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("password"), "S3CRET-pass\nsecond line\n").unwrap();
+    std::fs::write(folder.join("short"), "too short\n").unwrap();
+    std::fs::write(folder.join("key_base"), "k".repeat(64)).unwrap();
+    std::fs::write(folder.join("empty"), "\n").unwrap();
+    folder
+}
+
+#[test]
+fn every_kind_of_store_in_a_chain() {
+    let text = format!(
+        "{MINIMAL}[[store]]\n[[store]]\nkind = \"file\"\n\
+         [[store]]\nkind = \"postgres\"\nurl = \"host=/run/postgresql dbname=a user=b\"\npassword_file = \"password\"\n\
+         [[store]]\nkind = \"postgres\"\nname = \"gitlab\"\npreset = \"gitlab-pat-digest\"\nurl = \"postgres://u@db.example/gitlab\"\n\
+         db_key_base_file = \"key_base\"\ntls = \"require\"\n\
+         [[store]]\nkind = \"postgres\"\nname = \"mine\"\npreset = \"custom\"\nurl = \"postgres://u@127.0.0.1/mine\"\n\
+         lookup = \"SELECT login AS user FROM people WHERE token = $1;\"\ndigest = \"plain\"\nnotify = false\n\
+         [[store]]\nkind = \"redis\"\nservers = [\"redis.example:6379\"]\npassword_file = \"password\"\n\
+         [[store]]\nkind = \"introspection\"\n"
+    );
+    let settings = parse(&text, &folder()).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let names: Vec<_> = settings.stores.iter().map(|store| store.name.as_str()).collect();
+    assert_eq!(names, ["sqlite", "file", "postgres", "gitlab", "mine", "redis", "introspection"]);
+    let tls: Vec<_> = settings
+        .stores
+        .iter()
+        .filter_map(|store| match &store.kind {
+            StoreSettings::Postgres(store) => Some(store.tls.mode),
+            StoreSettings::Redis(store) => Some(store.tls.mode),
+            StoreSettings::Introspection(store) => Some(store.tls.mode),
+            StoreSettings::Sqlite(_) | StoreSettings::File(_) => None,
+        })
+        .collect();
+    // Nothing that leaves the machine goes in plain text unless somebody wrote so.
+    assert_eq!(
+        tls,
+        [TlsMode::Disable, TlsMode::Require, TlsMode::Disable, TlsMode::VerifyFull, TlsMode::Disable],
+        "the socket, as written, loopback, another machine, the upstream"
+    );
+    let StoreSettings::Introspection(asked) = &settings.stores[6].kind else { panic!("the last one") };
+    assert_eq!(asked.url, "http://127.0.0.1:3000/api/v3/user");
+    let StoreSettings::Postgres(own) = &settings.stores[2].kind else { panic!("the third one") };
+    assert_eq!(own.password.as_ref().unwrap().expose(), "S3CRET-pass");
+    assert!(!format!("{settings:?}").contains("S3CRET"), "nothing prints a secret");
+}
+
+#[test]
+fn what_is_wrong_with_a_store() {
+    let folder = folder();
+    for (text, part) in [
+        ("kind = \"stone\"", "store.kind: is none of the words"),
+        ("kind = \"file\"\nurl = \"x\"", "store.url: is not a key that tollgate knows"),
+        ("kind = \"postgres\"", "store.url: is missing"),
+        ("kind = \"postgres\"\nurl = \"postgres://u:S3CRET@h:port/x\"", "store.url: is no PostgreSQL URL"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\nlookup = \"SELECT\"", "goes with preset = \"custom\" only"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\npreset = \"custom\"", "store.lookup: is missing"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\npreset = \"custom\"\nlookup = \"SELECT 1\"", "has no $1"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\npreset = \"gitlab-pat-digest\"", "db_key_base_file: is missing"),
+        (
+            "kind = \"postgres\"\nurl = \"host=h\"\npreset = \"gitlab-pat-digest\"\ndb_key_base_file = \"short\"",
+            "fewer than 32 characters",
+        ),
+        ("kind = \"postgres\"\nurl = \"host=h\"\npassword_file = \"nowhere\"", "store.password_file: can't be read"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\npassword_file = \"empty\"", "names an empty file"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\nschema = \"a; DROP\"", "store.schema: has lower-case letters"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\nconnections = 0", "store.connections: is out of range"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\ntls_cert = \"a\"", "and tls_key go together"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\ntls_ca = \"nowhere\"", "store.tls: "),
+        ("kind = \"redis\"\nservers = []", "store.servers: is empty"),
+        ("kind = \"redis\"\nservers = [\"a:1\", \"b:1\"]\ntls = \"disable\"", "are several where one is asked"),
+        ("kind = \"redis\"\ntopology = \"cluster\"\nchanges = \"keyspace\"", "no keyspace notifications"),
+        ("kind = \"redis\"\nprefix = \"a*\"", "store.prefix: must be there"),
+        ("kind = \"introspection\"\nendpoint = \"ftp://x\"", "store.endpoint: is no address that can be asked"),
+        ("kind = \"introspection\"\nmode = \"rfc7662\"", "needs endpoint and client_id"),
+        ("kind = \"introspection\"\nuser = [\"name\"]", "is no JSON pointer"),
+        ("timeout = \"0s\"", "store.timeout: "),
+    ] {
+        let text = format!("{MINIMAL}[store]\n{text}\n");
+        let found: Vec<_> = parse(&text, &folder).err().unwrap_or_default().iter().map(ToString::to_string).collect();
+        assert!(found.iter().any(|problem| problem.contains(part)), "{text}: {found:?}");
+        assert!(!found.iter().any(|problem| problem.contains("S3CRET")), "{found:?}");
+    }
+    let twice = format!("{MINIMAL}[[store]]\n[[store]]\npath = \"other\"\n");
+    assert!(problems(&twice).iter().any(|problem| problem.contains("store[1].name: \"sqlite\" stands there twice")));
+    let scope = format!("{MINIMAL}[[scope]]\nname = \"two words\"\n");
+    assert!(problems(&scope).iter().any(|problem| problem.contains("scope[0].name: must be one word")));
 }

@@ -193,7 +193,12 @@ impl HttpServer {
         Self::start_at(At::Unix(path.to_owned()), None, script)
     }
 
-    pub fn start_tls(authority: &Authority, script: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+    /// The certificate is for 127.0.0.1 and its name, and for no other loopback address.
+    pub fn start_tls(
+        authority: &Authority,
+        host: Ipv4Addr,
+        script: impl Fn(&Asked) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         use rustls::pki_types::pem::PemObject as _;
         use rustls::pki_types::{CertificateDer, PrivateKeyDer};
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -202,7 +207,7 @@ impl HttpServer {
         let certificate = CertificateDer::from_pem_file(authority.certificate()).unwrap();
         let key = PrivateKeyDer::from_pem_file(authority.key()).unwrap();
         let config = config.with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
-        Self::start_at(At::Tcp((Ipv4Addr::LOCALHOST, 0).into()), Some(Arc::new(config)), script)
+        Self::start_at(At::Tcp((host, 0).into()), Some(Arc::new(config)), script)
     }
 
     fn start_at(
@@ -249,8 +254,10 @@ impl HttpServer {
         match (&self.at, &self.shared.tls) {
             (At::Unix(socket), _) => format!("unix:{}:{path}", socket.display()),
             (At::Tcp(address), None) => format!("http://{address}{path}"),
-            // By name, so that the name is checked.
-            (At::Tcp(address), Some(_)) => format!("https://localhost:{}{path}", address.port()),
+            (At::Tcp(address), Some(_)) if address.ip() == Ipv4Addr::LOCALHOST => {
+                format!("https://localhost:{}{path}", address.port())
+            }
+            (At::Tcp(address), Some(_)) => format!("https://{address}{path}"),
         }
     }
 

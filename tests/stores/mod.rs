@@ -157,6 +157,9 @@ impl Backing for Embedded {
 pub struct PostgresOwn {
     server: Postgres,
     config: Config,
+    runtime: tokio::runtime::Runtime,
+    /// Kept open for revocations, until somebody cuts it.
+    session: Mutex<Option<tokio_postgres::Client>>,
 }
 
 impl PostgresOwn {
@@ -164,7 +167,29 @@ impl PostgresOwn {
         let server = Postgres::start();
         let config = Config::new(&Self::section_for(&server));
         config.tollgate(&["store", "migrate"], &[]).unwrap();
-        Self { server, config }
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        Self { server, config, runtime, session: Mutex::new(None) }
+    }
+
+    /// As any program would that knows the table: the triggers tell, not the command line.
+    async fn end(
+        &self,
+        session: &mut Option<tokio_postgres::Client>,
+        token: &str,
+    ) -> Result<(), tokio_postgres::Error> {
+        let client = match session.take() {
+            Some(client) => client,
+            None => {
+                let (client, driver) =
+                    tokio_postgres::connect(&self.server.url("postgres"), tokio_postgres::NoTls).await?;
+                tokio::spawn(async move { drop(driver.await) });
+                client
+            }
+        };
+        let sql = format!("UPDATE tollgate.token SET revoked = 1760000000 WHERE digest = '\\x{}'", sha256_hex(token));
+        assert_eq!(client.execute(&sql, &[]).await?, 1);
+        *session = Some(client);
+        Ok(())
     }
 
     fn section_for(server: &Postgres) -> String {
@@ -186,7 +211,10 @@ impl Backing for PostgresOwn {
     }
 
     fn revoke(&self, token: &str) {
-        self.config.revoke(token);
+        let mut session = self.session.lock().unwrap();
+        while let Err(cut) = self.runtime.block_on(self.end(&mut session, token)) {
+            assert!(cut.as_db_error().is_none_or(|error| error.code().code().starts_with("57")), "{cut:?}");
+        }
     }
 
     fn age(&self) {

@@ -30,6 +30,8 @@ const CHANGES_KEPT_MS: i64 = 3_600_000;
 const CHANGES_TOLD_MS: u64 = 3_300_000;
 const CHANGES_MARGIN_MS: u64 = 60_000;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+/// Memory that an import may take, at most; a third of a database of ten million tokens.
+const IMPORT_CACHE_KIB: i64 = 512 * 1024;
 /// How often a gateway says that it is there.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// How often somebody who waits for gateways looks again.
@@ -533,6 +535,8 @@ impl TokenAdmin for SqliteAdmin {
     }
 
     async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
+        // Digests come in no order: what is written to stays in memory, or millions of rows would take hours.
+        self.db.pragma_update(None, "cache_size", -IMPORT_CACHE_KIB)?;
         let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         let mut new = 0;
         {
