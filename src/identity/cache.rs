@@ -184,6 +184,8 @@ impl Cache {
         for (_, entry) in &self.positive {
             entry.doubtful.store(true, Ordering::Relaxed);
             entry.fresh_until.store(0, Ordering::Relaxed);
+            // While the store fails, each entry in use goes on asking for itself.
+            entry.refresh_at.store(0, Ordering::Relaxed);
         }
         self.negative.invalidate_all();
     }

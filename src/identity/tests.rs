@@ -601,6 +601,21 @@ async fn doubtful_answers_serve_while_the_store_is_down_and_not_while_it_is_busy
 }
 
 #[tokio::test]
+async fn a_doubtful_answer_asks_for_itself_while_the_store_fails() {
+    let bench = bench(&[Says::User("a"), Says::User("b"), Says::CannotTell, Says::Revoked]);
+    let following = bench.follow();
+    assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "b"));
+    bench.tell(Event::Deaf).await;
+    assert_eq!(bench.user("u").await, "b", "the store fails for one caller");
+    // Another one gets what is known at once, and its own look-up is under way.
+    assert!(matches!(bench.known("t"), Some(Answer::Valid(_))));
+    settle().await;
+    assert_eq!(bench.asked(), 4);
+    assert!(matches!(bench.known("t"), Some(Answer::Invalid(Invalid::Revoked))));
+    following.abort();
+}
+
+#[tokio::test]
 async fn a_busy_store_is_an_excuse_where_nothing_was_missed() {
     let bench = bench(&[Says::User("a"), Says::Busy]);
     assert_eq!(bench.user("t").await, "a");
