@@ -195,6 +195,10 @@ impl Cache {
         self.deaf.store(deaf, Ordering::Relaxed);
     }
 
+    pub(super) fn is_deaf(&self) -> bool {
+        self.deaf.load(Ordering::Relaxed)
+    }
+
     /// Tokens used since a time, with the time of a recent use, both in unix milliseconds.
     pub(super) fn used_since(&self, unix_ms: u64) -> Vec<(Digest, u64)> {
         let recent = |entry: &Positive| Some(entry.last_used.load(Ordering::Relaxed)).filter(|at| *at >= unix_ms);

@@ -38,6 +38,8 @@ pub enum CannotTell {
 const MAX_LOOKUPS: usize = 1_024;
 /// Of these, what nobody waits for may take up so many: refreshing what is known never keeps newcomers out.
 const MAX_REFRESHES: usize = MAX_LOOKUPS / 2;
+/// And tokens of which nothing is known so many: a flood of guesses never keeps known callers out.
+const MAX_STRANGERS: usize = MAX_LOOKUPS / 4 * 3;
 /// A look-up that was overtaken by a change is repeated this often.
 const MAX_ATTEMPTS: usize = 4;
 /// A power of two: flights of different tokens seldom share a lock.
@@ -97,7 +99,7 @@ pub enum Checked {
 pub struct Waiting {
     flight: Arc<Flight>,
     stale: Option<Stale>,
-    metrics: Arc<Metrics>,
+    inner: Arc<Inner>,
 }
 
 impl Authenticator {
@@ -143,8 +145,9 @@ impl Authenticator {
                     Cached::Stale(stale) => Some(stale),
                     _ => None,
                 };
-                let flight = self.inner.join(Credential::new(token, *digest), MAX_LOOKUPS);
-                Checked::Waiting(Waiting { flight, stale, metrics: Arc::clone(&self.inner.metrics) })
+                let most = if stale.is_some() { MAX_LOOKUPS } else { MAX_STRANGERS };
+                let flight = self.inner.join(Credential::new(token, *digest), most);
+                Checked::Waiting(Waiting { flight, stale, inner: Arc::clone(&self.inner) })
             }
         }
     }
@@ -231,9 +234,10 @@ impl Authenticator {
 impl Waiting {
     /// The store's answer; the last known valid one when the store can't tell; else the caller must be refused.
     pub async fn answer(self) -> Result<Answer, CannotTell> {
-        match (self.flight.landing().await, self.stale) {
-            (Err(why), Some(stale)) if why == CannotTell::Store || !stale.doubtful => {
-                self.metrics.cache_lookup(CacheResult::Stale);
+        let outcome = self.flight.landing().await;
+        match (outcome, self.stale) {
+            (Err(why), Some(stale)) if self.inner.excuses(why, &stale) => {
+                self.inner.metrics.cache_lookup(CacheResult::Stale);
                 Ok(Answer::Valid(stale.principal))
             }
             (outcome, _) => outcome,
@@ -283,6 +287,16 @@ impl Inner {
         let pilot = Pilot { inner: Arc::clone(self), credential, flight: Arc::clone(&flight) };
         tokio::spawn(pilot.fly());
         flight
+    }
+
+    /// Whether what was known may be believed although the store was not heard. A store that is busy is no excuse where
+    /// a change may have been missed; unless word of changes does not come either, which is what a store that is down
+    /// looks like before the first look-up has failed.
+    fn excuses(&self, why: CannotTell, stale: &Stale) -> bool {
+        match why {
+            CannotTell::Store => true,
+            CannotTell::Busy => !stale.doubtful || self.cache.is_deaf(),
+        }
     }
 
     fn is_ailing(&self, now: Now) -> bool {

@@ -371,7 +371,7 @@ async fn a_slow_store_is_cut_off() {
 async fn lookups_under_way_are_bounded() {
     let bench = bench(&[Says::Nothing]);
     bench.shut();
-    let waiting: Vec<_> = (0..MAX_LOOKUPS).map(|n| check(&bench, &format!("t{n}"))).collect();
+    let waiting: Vec<_> = (0..MAX_STRANGERS).map(|n| check(&bench, &format!("t{n}"))).collect();
     let Checked::Waiting(excess) = check(&bench, "one more") else { panic!("nothing can be known") };
     assert_eq!(excess.answer().await.err(), Some(CannotTell::Busy));
     bench.open();
@@ -380,6 +380,24 @@ async fn lookups_under_way_are_bounded() {
         assert!(matches!(caller.answer().await, Ok(Answer::Invalid(_))));
     }
     assert!(matches!(bench.ask("one more").await, Ok(Answer::Invalid(_))), "and there is room again");
+}
+
+#[tokio::test]
+async fn a_flood_of_guesses_leaves_room_for_known_callers() {
+    let bench = bench(&[Says::User("a"), Says::Nothing]);
+    assert_eq!(bench.user("known").await, "a");
+    pass(TTL + Duration::from_secs(1));
+    bench.shut();
+    let guesses: Vec<_> = (0..MAX_STRANGERS).map(|n| check(&bench, &format!("guess{n}"))).collect();
+    let Checked::Waiting(stranger) = check(&bench, "one more") else { panic!("nothing can be known") };
+    assert_eq!(stranger.answer().await.err(), Some(CannotTell::Busy));
+    let before = bench.asked();
+    let Checked::Waiting(known) = check(&bench, "known") else { panic!("too old to be believed") };
+    settle().await;
+    assert!(bench.asked() > before, "it is looked up");
+    bench.open();
+    assert!(matches!(known.answer().await, Ok(Answer::Invalid(Invalid::Unknown))));
+    drop(guesses);
 }
 
 #[tokio::test]
@@ -588,10 +606,11 @@ async fn what_may_have_been_missed_is_asked_anew() {
 
 #[tokio::test]
 async fn doubtful_answers_serve_while_the_store_is_down_and_not_while_it_is_busy() {
-    let bench = bench(&[Says::User("a"), Says::CannotTell, Says::Busy]);
+    let bench = bench(&[Says::User("a"), Says::Busy, Says::CannotTell, Says::Busy]);
     let following = bench.follow();
     assert_eq!(bench.user("t").await, "a");
     bench.tell(Event::Deaf).await;
+    assert_eq!(bench.user("t").await, "a", "busy and not to be heard is what down looks like at first");
     assert_eq!(bench.user("t").await, "a", "the store is down");
     bench.tell(Event::Hearing).await;
     assert!(bench.known("t").is_none(), "it can be reached again, so that it must be asked");
