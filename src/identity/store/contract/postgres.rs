@@ -704,9 +704,10 @@ async fn own_triggers_tell_whoever_changes_the_rows() {
     let begin = Instant::now();
     let ear = Ear::on(&store);
     ear.hearing(begin).await;
+    let before = Instant::now();
     admin.create(&record("known")).await.unwrap();
     let digest = Digest::of(b"known").to_hex();
-    ear.change_of(begin, &*store, "known").await;
+    ear.change_of(before, &*store, "known").await;
     for sql in [
         format!("UPDATE tollgate.token SET blocked = true WHERE digest = '\\x{digest}'"),
         format!("UPDATE tollgate.token SET scopes = '{{a}}' WHERE digest = '\\x{digest}'"),
@@ -721,8 +722,9 @@ async fn own_triggers_tell_whoever_changes_the_rows() {
     assert_eq!(store.changed_since(now).await, Ok(Some(vec![Digest::of(b"known")])));
     assert_eq!(store.changed_since(now - 3_600_000).await, Ok(None), "longer than it is kept");
     // A use is no change; all at once is.
+    let before = Instant::now();
     admin.create(&record("used")).await.unwrap();
-    ear.change_of(begin, &*store, "used").await;
+    ear.change_of(before, &*store, "used").await;
     let heard = ear.events().len();
     store.note_uses(vec![(Digest::of(b"used"), 1_700_000_060_000)]).await.unwrap();
     store.note_uses(vec![(Digest::of(b"used"), 1_600_000_000_000)]).await.unwrap();
