@@ -250,8 +250,9 @@ async fn an_acl_user_needs_only_what_is_documented() {
     let begin = Instant::now();
     let ear = Ear::on(&store);
     ear.hearing(begin).await;
+    let before = Instant::now();
     admin.rotate(&Digest::of(b"known"), &record("next"), 1_760_000_000, 1_760_000_100).await.unwrap();
-    ear.change_of(begin, &*store, "next").await;
+    ear.change_of(before, &*store, "next").await;
     assert_eq!(admin.wait(PATIENCE).await.unwrap().len(), 1);
     assert_eq!(admin.block(&record("next").user, true).await.unwrap(), 1);
     assert_eq!(admin.list().await.unwrap().len(), 2);
