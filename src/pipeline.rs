@@ -72,7 +72,7 @@ impl Pipeline {
             }
         };
         let Some(presented) = &examined.presented else {
-            return Admission::Decided(self.settle(examined, None, None));
+            return Admission::Decided(self.settle(examined, None));
         };
         if presented.in_query {
             self.metrics.query_token();
@@ -91,7 +91,7 @@ impl Pipeline {
         answer: Result<Answer, CannotTell>,
     ) -> Verdict<'r> {
         let cause = match answer {
-            Ok(Answer::Valid(principal)) => return self.settle(examined, Some(principal), Some(digest)),
+            Ok(Answer::Valid(principal)) => return self.settle(examined, Some(principal)),
             Ok(Answer::Invalid(why)) => Cause::Identity(why),
             Err(why) => Cause::CannotTell(why),
         };
@@ -99,13 +99,9 @@ impl Pipeline {
     }
 
     /// Asks the policy and plans what goes upstream.
-    fn settle<'r>(
-        &'r self,
-        examined: Examined<'r>,
-        principal: Option<Arc<Principal>>,
-        digest: Option<&Digest>,
-    ) -> Verdict<'r> {
+    fn settle<'r>(&'r self, examined: Examined<'r>, principal: Option<Arc<Principal>>) -> Verdict<'r> {
         let result = if principal.is_some() { AuthResult::Valid } else { AuthResult::Anonymous };
+        let token = principal.as_deref().map(Principal::token);
         match self.policy.decide(&examined, principal) {
             Ok(permit) => {
                 self.metrics.auth(result, "ok", source(&examined));
@@ -120,10 +116,7 @@ impl Pipeline {
                 }
                 Verdict::Forward(forward::plan(permit, examined))
             }
-            Err(fault) => {
-                let token = digest.map(Digest::id);
-                self.refuse(Cause::Policy(fault).into(), Some(examined.route), token, source(&examined))
-            }
+            Err(fault) => self.refuse(Cause::Policy(fault).into(), Some(examined.route), token, source(&examined)),
         }
     }
 

@@ -272,7 +272,7 @@ async fn rotate(common: &Common, id: &str, overlap: Duration, expires: Option<u6
     };
     let end = at.saturating_add(overlap.as_secs());
     admin.rotate(&old.digest, &next, at, end).await?;
-    let end = old.expires.map_or(end, |own| own.min(end));
+    let end = old.rotated_out(at, end)?;
     eprintln!("token {} goes on working until {}", old.digest.id(), rfc3339(end));
     hand_over(common, &token, &next)
 }

@@ -55,9 +55,9 @@ pub(super) struct Stale {
 struct Positive {
     principal: Arc<Principal>,
     refresh_at: AtomicU64,
+    /// [`DOUBTFUL`]: not to be believed before the store was asked.
     fresh_until: AtomicU64,
     stale_until: u64,
-    doubtful: AtomicBool,
     last_used: AtomicU64,
     /// What stores call this token; empty for nearly all of them.
     handles: Box<[Digest]>,
@@ -104,6 +104,8 @@ const JITTER: f64 = 0.10;
 const REFRESH_RETRY_MS: u64 = 1_000;
 /// Uses are recorded no finer than this.
 const LAST_USED_STEP_MS: u64 = 60_000;
+/// No time at all, where the end of one stands: a change of the token may have been missed.
+const DOUBTFUL: u64 = 0;
 /// How long an answer is believed while word of changes does not come: the bound on revocation then.
 const DEAF_TTL: Duration = Duration::from_millis(900);
 
@@ -142,7 +144,6 @@ impl Cache {
                     refresh_at: AtomicU64::new(now.mono_ms + (ttl as f64 * REFRESH_AFTER) as u64),
                     fresh_until: AtomicU64::new(fresh_until),
                     stale_until: fresh_until + self.settings.stale_if_error.as_millis() as u64,
-                    doubtful: AtomicBool::new(false),
                     last_used: AtomicU64::new(now.unix_ms),
                     handles: learned.handles.into(),
                     vouchable_until: 0,
@@ -182,8 +183,7 @@ impl Cache {
     /// put in meanwhile.
     pub(super) fn doubt_all(&self) {
         for (_, entry) in &self.positive {
-            entry.doubtful.store(true, Ordering::Relaxed);
-            entry.fresh_until.store(0, Ordering::Relaxed);
+            entry.fresh_until.store(DOUBTFUL, Ordering::Relaxed);
             // While the store fails, each entry in use goes on asking for itself.
             entry.refresh_at.store(0, Ordering::Relaxed);
         }
@@ -214,7 +214,7 @@ impl Cache {
             useful.then(|| Kept {
                 digest,
                 principal: Arc::clone(&entry.principal),
-                fresh_until: if fresh_until == 0 { 0 } else { unix(fresh_until) },
+                fresh_until: if fresh_until == DOUBTFUL { 0 } else { unix(fresh_until) },
                 stale_until: unix(entry.stale_until),
                 handles: entry.handles.to_vec(),
             })
@@ -230,10 +230,9 @@ impl Cache {
         let entry = Positive {
             principal: kept.principal,
             refresh_at: AtomicU64::new(0),
-            fresh_until: AtomicU64::new(0),
+            fresh_until: AtomicU64::new(DOUBTFUL),
             stale_until: mono(kept.stale_until)
                 .min(longest(self.settings.positive_ttl.saturating_add(self.settings.stale_if_error))),
-            doubtful: AtomicBool::new(true),
             last_used: AtomicU64::new(0),
             handles: kept.handles.into(),
             vouchable_until: mono(kept.fresh_until).min(longest(self.settings.positive_ttl)),
@@ -246,7 +245,6 @@ impl Cache {
         for (_, entry) in &self.positive {
             if entry.vouchable_until > now.mono_ms {
                 entry.refresh_at.store(entry.vouchable_until, Ordering::Relaxed);
-                entry.doubtful.store(false, Ordering::Relaxed);
                 entry.fresh_until.store(entry.vouchable_until, Ordering::Relaxed);
             }
         }
@@ -267,7 +265,8 @@ impl Cache {
 
 impl Positive {
     fn say(&self, now: Now) -> Cached {
-        let fresh = now.mono_ms < self.fresh_until.load(Ordering::Relaxed);
+        let fresh_until = self.fresh_until.load(Ordering::Relaxed);
+        let fresh = now.mono_ms < fresh_until;
         if !self.principal.in_force(now) {
             // Its own end came; the store is asked again in its time, as it may have been put off.
             return match fresh {
@@ -281,7 +280,7 @@ impl Positive {
             }
             return Cached::Stale(Stale {
                 principal: Arc::clone(&self.principal),
-                doubtful: self.doubtful.load(Ordering::Relaxed),
+                doubtful: fresh_until == DOUBTFUL,
                 refresh: self.claim_refresh(now),
             });
         }

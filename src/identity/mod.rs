@@ -168,18 +168,18 @@ impl Authenticator {
 
     /// Follows the stores' changes until it is dropped.
     pub async fn follow_changes(&self) {
-        let (heard_all, vouching) = (Notify::new(), &self.inner);
+        let hears = Notify::new();
         let heard = |link: usize, event: Event| {
             let hearing = event == Event::Hearing;
             self.inner.apply(link, event);
             if hearing {
-                heard_all.notify_one();
+                hears.notify_one();
             }
         };
         let vouch = async {
             loop {
-                heard_all.notified().await;
-                vouching.vouch_for_snapshot().await;
+                hears.notified().await;
+                self.inner.vouch_for_snapshot().await;
             }
         };
         tokio::join!(self.inner.chain.follow(&heard), vouch);
@@ -198,9 +198,9 @@ impl Authenticator {
         self.inner.chain.names()
     }
 
-    /// Whether each store tells of its changes at this moment; those that never do are not in the list.
+    /// Whether word of changes does not come from a store that tells of them.
     pub fn is_deaf(&self) -> bool {
-        !self.inner.deaf.lock().is_empty()
+        self.inner.cache.is_deaf()
     }
 
     /// Keeps what is known of valid tokens in a file, and begins with what stands there: believed once the stores have
@@ -299,6 +299,16 @@ impl Inner {
         }
     }
 
+    /// Remembers whether the store answers. One that is busy, or has one bad record, is not down.
+    fn note_health(&self, error: Option<&StoreError>, now: Now) {
+        let until = match error {
+            None => 0,
+            Some(StoreError::Unavailable(_) | StoreError::Timeout | StoreError::CircuitOpen) => now.mono_ms + AILING_MS,
+            Some(StoreError::Overloaded | StoreError::Garbage(_)) => return,
+        };
+        self.ailing_until.store(until, Ordering::Relaxed);
+    }
+
     fn is_ailing(&self, now: Now) -> bool {
         now.mono_ms < self.ailing_until.load(Ordering::Relaxed)
     }
@@ -386,7 +396,7 @@ impl Inner {
     /// so that nothing slips through between.
     async fn vouch_for_snapshot(&self) {
         let taken_at = self.unvouched.swap(0, Ordering::Relaxed);
-        if taken_at == 0 || !self.deaf.lock().is_empty() {
+        if taken_at == 0 || self.cache.is_deaf() {
             return;
         }
         match self.chain.changed_since(taken_at).await {
@@ -440,18 +450,6 @@ impl Pilot {
         }
         log::warn!("a token changed {MAX_ATTEMPTS} times while it was looked up; its callers get 503");
         self.flight.land(Err(CannotTell::Busy));
-    }
-}
-
-impl Inner {
-    /// Remembers whether the store answers. One that is busy, or has one bad record, is not down.
-    fn note_health(&self, error: Option<&StoreError>, now: Now) {
-        let until = match error {
-            None => 0,
-            Some(StoreError::Unavailable(_) | StoreError::Timeout | StoreError::CircuitOpen) => now.mono_ms + AILING_MS,
-            Some(StoreError::Overloaded | StoreError::Garbage(_)) => return,
-        };
-        self.ailing_until.store(until, Ordering::Relaxed);
     }
 }
 

@@ -410,14 +410,10 @@ impl TokenAdmin for FileAdmin {
 
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
         let table = self.table()?;
-        let record = table.get(old).ok_or(AdminError::Missing)?;
-        if record.revoked.is_some() || record.superseded.is_some() || record.expires.is_some_and(|end| end <= at) {
-            return Err(AdminError::Ended);
-        }
+        let end = table.get(old).ok_or(AdminError::Missing)?.rotated_out(at, end)?;
         if table.contains_key(&next.digest) {
             return Err(AdminError::Exists);
         }
-        let end = record.expires.map_or(end, |own| own.min(end));
         let text = self.set(&self.text()?, &[*old], &[("superseded", quoted(at)), ("expires", quoted(end))])?;
         self.replace(&self.add(&text, &[TokenRecord { replaces: Some(*old), ..next.clone() }])?)
     }

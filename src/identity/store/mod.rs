@@ -42,7 +42,7 @@ use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use serde::Serialize;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a store keeps about a token. Times are unix seconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,6 +82,17 @@ impl TokenRecord {
             replaces: None,
             last_used: None,
         }
+    }
+}
+
+impl TokenRecord {
+    /// When a rotation `at` this time ends the token: at `end`, or at its own end if that comes first. A token that is
+    /// over already, or was rotated before, has nothing to hand on.
+    pub fn rotated_out(&self, at: u64, end: u64) -> Result<u64, AdminError> {
+        if self.revoked.is_some() || self.superseded.is_some() || self.expires.is_some_and(|own| own <= at) {
+            return Err(AdminError::Ended);
+        }
+        Ok(self.expires.map_or(end, |own| own.min(end)))
     }
 }
 
@@ -216,6 +227,35 @@ pub enum AdminError {
     Line(u64, String),
     #[error("{0}")]
     Store(String),
+}
+
+/// Waiting for gateways to confirm what was written.
+struct Confirmations {
+    waited: Duration,
+    deadline: Instant,
+}
+
+impl Confirmations {
+    /// Between two looks at who has confirmed.
+    const POLL: Duration = Duration::from_millis(20);
+
+    fn within(waited: Duration) -> Self {
+        Self { waited, deadline: Instant::now() + waited }
+    }
+
+    /// What [`TokenAdmin::wait`] answers, given the gateways that run and whether each has confirmed. `None`, after a
+    /// moment: look again.
+    async fn outcome(&self, replicas: Vec<(String, bool)>) -> Option<Result<Vec<String>, AdminError>> {
+        let missing: Vec<_> = replicas.iter().filter(|(_, done)| !done).map(|(name, _)| name.clone()).collect();
+        if missing.is_empty() {
+            return Some(Ok(replicas.into_iter().map(|(name, _)| name).collect()));
+        }
+        if Instant::now() >= self.deadline {
+            return Some(Err(AdminError::Unconfirmed { missing, waited: self.waited }));
+        }
+        tokio::time::sleep(Self::POLL).await;
+        None
+    }
 }
 
 /// A record as the command line shows it.

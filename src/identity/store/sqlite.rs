@@ -2,8 +2,8 @@
 //! Every change of a record leaves a row in `change`, by trigger, so that a running gateway sees it whoever made it.
 
 use super::{
-    AdminError, Change, Event, Heard, Named, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord, TokenStore,
-    replica_name,
+    AdminError, Change, Confirmations, Event, Heard, Named, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord,
+    TokenStore, replica_name,
 };
 use crate::identity::credential::{Credential, Digest};
 use async_trait::async_trait;
@@ -34,8 +34,6 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 const IMPORT_CACHE_KIB: i64 = 512 * 1024;
 /// How often a gateway says that it is there.
 const HEARTBEAT: Duration = Duration::from_secs(3);
-/// How often somebody who waits for gateways looks again.
-const WAIT_POLL: Duration = Duration::from_millis(20);
 
 /// Each takes a database from the version of its place to the next.
 const MIGRATIONS: [&str; 2] = [SCHEMA, ROTATION_AND_REPLICAS];
@@ -581,12 +579,8 @@ impl TokenAdmin for SqliteAdmin {
 
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
         let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        let record = lookup(&transaction, old)?.ok_or(AdminError::Missing)?;
-        if record.revoked.is_some() || record.superseded.is_some() || record.expires.is_some_and(|end| end <= at) {
-            return Err(AdminError::Ended);
-        }
+        let end = lookup(&transaction, old)?.ok_or(AdminError::Missing)?.rotated_out(at, end)?;
         insert(&mut transaction.prepare_cached(INSERT)?, &TokenRecord { replaces: Some(*old), ..next.clone() })?;
-        let end = record.expires.map_or(end, |own| own.min(end));
         transaction.execute(
             "UPDATE token SET superseded = ?2, expires = ?3 WHERE digest = ?1",
             params![old.as_bytes(), seconds(at), seconds(end)],
@@ -603,17 +597,12 @@ impl TokenAdmin for SqliteAdmin {
         let target = last_seq(&self.db)?;
         let gone = i64::try_from(REPLICA_GONE.as_millis()).unwrap_or(i64::MAX);
         self.db.execute(&format!("DELETE FROM replica WHERE seen_ms < {NOW_MS} - 86400000"), [])?;
-        let deadline = Instant::now() + timeout;
+        let waiting = Confirmations::within(timeout);
         loop {
             let replicas = self.replicas(target, gone)?;
-            let missing: Vec<_> = replicas.iter().filter(|(_, done)| !done).map(|(name, _)| name.clone()).collect();
-            if missing.is_empty() {
-                return Ok(replicas.into_iter().map(|(name, _)| name).collect());
+            if let Some(outcome) = waiting.outcome(replicas).await {
+                return outcome;
             }
-            if Instant::now() >= deadline {
-                return Err(AdminError::Unconfirmed { missing, waited: timeout });
-            }
-            tokio::time::sleep(WAIT_POLL).await;
         }
     }
 }

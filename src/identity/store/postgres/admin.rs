@@ -1,12 +1,12 @@
 //! Writing tokens to tollgate's own tables. Used by the command line, never by a gateway.
 
-use super::super::{AdminError, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
+use super::super::{AdminError, Confirmations, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
 use super::connect::{self, EndsWith, Failure, Target};
 use super::{PostgresSettings, Source, schema};
 use crate::identity::credential::Digest;
 use async_trait::async_trait;
 use std::pin::pin;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio_postgres::binary_copy::BinaryCopyInWriter;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
@@ -15,7 +15,6 @@ use tokio_postgres::{Client, Error, GenericClient};
 const CONNECT: Duration = Duration::from_secs(10);
 /// How long a command may take; an import's own may take for ever.
 const STATEMENT: Duration = Duration::from_secs(30);
-const WAIT_POLL: Duration = Duration::from_millis(20);
 /// Rows of `change` are kept this long: longer than a gateway that was away asks for.
 const CHANGES_KEPT: Duration = Duration::from_secs(3_600);
 
@@ -245,17 +244,17 @@ impl TokenAdmin for PostgresAdmin {
         let (find, add, supersede) = (
             self.fill("SELECT revoked, superseded, expires FROM {schema}.token WHERE digest = $1 FOR UPDATE"),
             self.fill(INSERT),
-            self.fill("UPDATE {schema}.token SET superseded = $2, expires = least(expires, $3) WHERE digest = $1"),
+            self.fill("UPDATE {schema}.token SET superseded = $2, expires = $3 WHERE digest = $1"),
         );
         let key = old.as_bytes().as_slice();
         let place = self.session.place.clone();
         let failed = |error: Error| failed(&place, &error);
         let transaction = self.session.client.transaction().await.map_err(failed)?;
         let row = transaction.query_opt(&find, &[&key]).await.map_err(failed)?.ok_or(AdminError::Missing)?;
-        let time = |at: usize| row.try_get::<_, Option<i64>>(at).map_err(failed);
-        if time(0)?.is_some() || time(1)?.is_some() || time(2)?.is_some_and(|end| end <= seconds(at)) {
-            return Err(AdminError::Ended);
-        }
+        let time =
+            |at: usize| row.try_get::<_, Option<i64>>(at).map(|time| time.map(i64::unsigned_abs)).map_err(failed);
+        let (revoked, superseded, expires) = (time(0)?, time(1)?, time(2)?);
+        let end = TokenRecord { revoked, superseded, expires, ..TokenRecord::new(*old, "") }.rotated_out(at, end)?;
         insert(&transaction, &add, &TokenRecord { replaces: Some(*old), ..next.clone() }, &place).await?;
         transaction.execute(&supersede, &[&key, &seconds(at), &seconds(end)]).await.map_err(failed)?;
         transaction.commit().await.map_err(failed)
@@ -295,22 +294,13 @@ impl PostgresAdmin {
         let gone = REPLICA_GONE.as_secs_f64();
         let failed = |error: Error| self.session.failed(&error);
         let statement = self.session.client.prepare(&sql).await.map_err(failed)?;
-        let deadline = Instant::now() + timeout;
+        let waiting = Confirmations::within(timeout);
         loop {
             let rows = self.session.client.query(&statement, &[&id, &gone]).await.map_err(failed)?;
-            let replicas: Vec<(String, bool)> = rows
-                .iter()
-                .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
-                .collect::<Result<_, Error>>()
-                .map_err(failed)?;
-            let missing: Vec<_> = replicas.iter().filter(|(_, done)| !done).map(|(name, _)| name.clone()).collect();
-            if missing.is_empty() {
-                return Ok(replicas.into_iter().map(|(name, _)| name).collect());
+            let replicas = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<Result<_, Error>>();
+            if let Some(outcome) = waiting.outcome(replicas.map_err(failed)?).await {
+                return outcome;
             }
-            if Instant::now() >= deadline {
-                return Err(AdminError::Unconfirmed { missing, waited: timeout });
-            }
-            tokio::time::sleep(WAIT_POLL).await;
         }
     }
 }

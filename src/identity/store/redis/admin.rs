@@ -2,7 +2,7 @@
 //! tells the gateways: after the value, never before. In a cluster a script reaches one slot only, so what concerns two
 //! tokens takes two steps there, in the order that loses nothing.
 
-use super::super::{AdminError, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord};
+use super::super::{AdminError, Confirmations, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord};
 use super::follow::WAIT_KEPT;
 use super::link::{Connector, Link, failed};
 use super::record::{Edit, Stored, edited, to_json};
@@ -23,7 +23,6 @@ const BATCH: usize = 1_000;
 /// With more new tokens than this, gateways are told to ask everything anew instead of each by name.
 const NAMED: usize = 10_000;
 const FOUND_MOST: usize = 100;
-const WAIT_POLL: Duration = Duration::from_millis(20);
 const WAIT_REPEAT: Duration = Duration::from_secs(1);
 
 /// All or nothing: `ARGV[1]` is the channel, or empty; then for each key what must be there and what takes its place, as
@@ -307,10 +306,7 @@ impl TokenAdmin for RedisAdmin {
         let next = TokenRecord { replaces: Some(*old), ..next.clone() };
         for _ in 0..ATTEMPTS {
             let (was, record) = self.get(old).await?.ok_or(AdminError::Missing)?;
-            if record.revoked.is_some() || record.superseded.is_some() || record.expires.is_some_and(|end| end <= at) {
-                return Err(AdminError::Ended);
-            }
-            let end = record.expires.map_or(end, |own| own.min(end));
+            let end = record.rotated_out(at, end)?;
             let supersede = Step::edit(*old, &was, &[("superseded", at.into()), ("expires", end.into())])?;
             let done = if self.is_cluster() {
                 self.create(&next).await?;
@@ -367,7 +363,7 @@ impl TokenAdmin for RedisAdmin {
         self.link.ask::<Value>(redis::cmd("EXPIRE").arg(&waits).arg(kept)).await?;
         let over = begun.saturating_sub(kept * 1000);
         self.link.ask::<Value>(redis::cmd("ZREMRANGEBYSCORE").arg(&waits).arg("-inf").arg(over)).await?;
-        let deadline = Instant::now() + limit;
+        let waiting = Confirmations::within(limit);
         let mut said: Option<Instant> = None;
         loop {
             if said.is_none_or(|said| said.elapsed() >= WAIT_REPEAT) {
@@ -381,14 +377,10 @@ impl TokenAdmin for RedisAdmin {
             running.sort();
             let confirmed: HashSet<String> =
                 self.link.ask(redis::cmd("SMEMBERS").arg(self.keys.confirmed(&id))).await?;
-            let missing: Vec<_> = running.iter().filter(|name| !confirmed.contains(*name)).cloned().collect();
-            if missing.is_empty() {
-                return Ok(running);
+            let replicas = running.into_iter().map(|name| (confirmed.contains(&name), name));
+            if let Some(outcome) = waiting.outcome(replicas.map(|(done, name)| (name, done)).collect()).await {
+                return outcome;
             }
-            if Instant::now() >= deadline {
-                return Err(AdminError::Unconfirmed { missing, waited: limit });
-            }
-            tokio::time::sleep(WAIT_POLL).await;
         }
     }
 }
