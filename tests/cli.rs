@@ -393,6 +393,33 @@ fn usage_errors_exit_with_64_and_help_with_0() {
 }
 
 #[test]
+fn who_stops_reading_ends_no_command_but_a_new_token_must_be_read() {
+    // A pipe whose reader has gone, as behind `| head`.
+    let closed = || {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        writer
+    };
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    for place in Place::both() {
+        let id = place.json("create", &["--user", "u"])["id"].as_str().unwrap().to_owned();
+        for (command, arguments) in [("list", &[][..]), ("show", &[&*id]), ("revoke", &[&*id])] {
+            let output = run(place.command(&["token", command], arguments).stdout(closed()));
+            assert_eq!((output.status.code(), &*stderr(&output)), (Some(0), ""), "{} {command}", place.kind);
+        }
+        assert!(place.ok("show", &[&id]).contains("revoked"), "{}", place.kind);
+        let output = run(place.command(&["token", "list"], &[]).stdout(full()));
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stderr(&output).contains("standard output: No space left"), "{}", stderr(&output));
+        for sink in [Stdio::from(closed()), full().into()] {
+            let output = run(place.command(&["token", "create"], &["--user", "u"]).stdout(sink));
+            assert_eq!(output.status.code(), Some(1));
+            assert!(stderr(&output).contains("revoke it"), "{}", stderr(&output));
+        }
+    }
+}
+
+#[test]
 fn a_port_that_is_taken_or_a_store_that_is_broken_ends_the_start_with_1_and_says_why() {
     let place = Place::new("file");
     place.folder.write("tokens.toml", "broken");

@@ -9,8 +9,8 @@ use std::path::Path;
 
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let settings = super::load(path)?;
-    println!("{}: ok", path.display());
-    println!("tokens are looked up in:");
+    say!("{}: ok", path.display())?;
+    say!("tokens are looked up in:")?;
     for store in &settings.stores {
         let bound = match &store.kind {
             StoreSettings::Introspection(_) => None,
@@ -23,19 +23,19 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
         };
         let ttl = humantime::format_duration(settings.cache.positive_ttl);
         let bound = bound.map_or_else(|| format!("after up to {ttl} ([cache] positive_ttl)"), str::to_owned);
-        println!("  {}  (a revoked token stops working {bound})", store.name);
+        say!("  {}  (a revoked token stops working {bound})", store.name)?;
     }
     let open: Vec<&Route> = settings.rules.routes.iter().filter(|route| route.auth != Auth::Required).collect();
     let preflights = settings.rules.cors_preflight;
     if open.is_empty() && !preflights {
-        println!("nothing can be reached without a token");
+        say!("nothing can be reached without a token")?;
     } else {
-        println!("can be reached without a token:");
+        say!("can be reached without a token:")?;
     }
     if preflights {
-        println!(
+        say!(
             "  every path  (CORS preflights only; no token): [api] cors_preflight, as browsers send no token with them"
-        );
+        )?;
     }
     for route in open {
         let how = match route.auth {
@@ -50,7 +50,7 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
             route.methods.names().collect::<Vec<_>>().join(" ")
         };
         let path = &route.name;
-        println!("  {path}  ({methods}; {how}): {}", route.reason);
+        say!("  {path}  ({methods}; {how}): {}", route.reason)?;
     }
     Ok(())
 }

@@ -1,6 +1,11 @@
 //! The command line. Exit codes: 0 done, 1 failed, 64 bad configuration or usage.
 #![allow(clippy::print_stdout, reason = "this is what a command line is for")]
 
+/// Prints a line. Who reads may have seen enough (`| head`): that is no error, and ends no command half-way.
+macro_rules! say {
+    ($($line:tt)*) => { $crate::cli::print_line(format_args!($($line)*)) };
+}
+
 mod check;
 mod demo;
 mod run;
@@ -8,6 +13,7 @@ mod store;
 mod token;
 
 use clap::{Parser, Subcommand};
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -83,10 +89,7 @@ pub fn main() -> ExitCode {
         Command::Check { config } => check::run(&config),
         Command::Token { command } => block_on(token::run(command)),
         Command::Store { command } => block_on(store::run(command)),
-        Command::ExampleConfig => {
-            print!("{}", crate::config::example());
-            Ok(())
-        }
+        Command::ExampleConfig => say!("{}", crate::config::example().trim_end()).map_err(Failure::from),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -99,6 +102,13 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn print_line(line: std::fmt::Arguments<'_>) -> std::io::Result<()> {
+    writeln!(std::io::stdout().lock(), "{line}").or_else(|error| match error.kind() {
+        std::io::ErrorKind::BrokenPipe => Ok(()),
+        _ => Err(std::io::Error::new(error.kind(), format!("standard output: {error}"))),
+    })
 }
 
 /// Runs a command that talks to a store.

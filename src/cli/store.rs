@@ -45,17 +45,17 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
         Command::Migrate { common } => {
             let (name, settings) = postgres_store(&common)?;
             let version = PostgresAdmin::migrate(&settings).await?;
-            println!("store {name}: the schema is at version {version}");
+            say!("store {name}: the schema is at version {version}")?;
         }
         Command::InstallTriggers { common, print, table, column } => {
             let (name, settings) = postgres_store(&common)?;
             let sql = postgres::triggers_sql(&settings, table.zip(column).as_ref())
                 .map_err(|why| anyhow!("store {name}: {why}"))?;
             if print {
-                print!("{sql}");
+                say!("{}", sql.trim_end())?;
             } else {
                 postgres::install_triggers(&settings, &sql).await?;
-                println!("store {name}: the triggers are there");
+                say!("store {name}: the triggers are there")?;
             }
         }
     }

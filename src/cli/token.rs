@@ -243,14 +243,16 @@ fn warn_of_scopes(settings: &Settings, scopes: &[String]) {
     }
 }
 
-/// Prints a new token, the one time.
+/// Prints a new token, the one time: here it does matter that it is read.
 fn hand_over(common: &Common, token: &str, record: &TokenRecord) -> Result<(), Failure> {
+    let lost = || format!("token {} works, but it could not be printed: revoke it", record.digest.id());
+    let mut out = std::io::stdout().lock();
     if common.json {
         let mut shown = serde_json::to_value(ShownRecord::from(record))?;
         shown["token"] = token.into();
-        println!("{shown}");
+        writeln!(out, "{shown}").with_context(lost)?;
     } else {
-        println!("{token}");
+        writeln!(out, "{token}").with_context(lost)?;
         eprintln!("token {} for {}: keep it now, it is not shown again", record.digest.id(), plain(&record.user));
     }
     Ok(())
@@ -300,20 +302,20 @@ async fn list(common: &Common) -> Result<(), Failure> {
     let records = open(common).await?.1.list().await?;
     if common.json {
         let shown: Vec<_> = records.iter().map(ShownRecord::from).collect();
-        println!("{}", serde_json::to_string(&shown)?);
+        say!("{}", serde_json::to_string(&shown)?)?;
         return Ok(());
     }
-    println!("{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  DESCRIPTION", "ID", "USER", "CREATED", "LAST USED", "STATE");
+    say!("{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  DESCRIPTION", "ID", "USER", "CREATED", "LAST USED", "STATE")?;
     for record in &records {
         let last_used = record.last_used.map_or_else(|| "never".into(), rfc3339);
-        println!(
+        say!(
             "{:<12}  {:<20}  {:<20}  {last_used:<20}  {:<8}  {}",
             record.digest.id().to_string(),
             plain(&record.user),
             rfc3339(record.created),
             state(record),
             plain(&record.description)
-        );
+        )?;
     }
     Ok(())
 }
@@ -365,29 +367,29 @@ async fn show(common: &Common, id: &str) -> Result<(), Failure> {
 fn print_record(common: &Common, record: &TokenRecord) -> Result<(), Failure> {
     let shown = ShownRecord::from(record);
     if common.json {
-        println!("{}", serde_json::to_string(&shown)?);
+        say!("{}", serde_json::to_string(&shown)?)?;
         return Ok(());
     }
     let or = |value: Option<String>, none: &str| value.unwrap_or_else(|| none.into());
-    println!("id           {}", shown.id);
-    println!("state        {}", state(record));
-    println!("user         {}", plain(&shown.user));
-    println!("scopes       {}", plain(&shown.scopes.join(" ")));
-    println!("description  {}", plain(&shown.description));
-    println!("created      {}", shown.created);
+    say!("id           {}", shown.id)?;
+    say!("state        {}", state(record))?;
+    say!("user         {}", plain(&shown.user))?;
+    say!("scopes       {}", plain(&shown.scopes.join(" ")))?;
+    say!("description  {}", plain(&shown.description))?;
+    say!("created      {}", shown.created)?;
     if let Some(start) = shown.not_before {
-        println!("not before   {start}");
+        say!("not before   {start}")?;
     }
-    println!("expires      {}", or(shown.expires, "never"));
+    say!("expires      {}", or(shown.expires, "never"))?;
     if let Some(at) = shown.superseded {
-        println!("rotated      {at}");
+        say!("rotated      {at}")?;
     }
     if let Some(old) = shown.replaces {
-        println!("replaces     {old}");
+        say!("replaces     {old}")?;
     }
-    println!("revoked      {}", or(shown.revoked, "no"));
-    println!("last used    {}", or(shown.last_used, "never"));
-    println!("sha256       {}", shown.sha256);
+    say!("revoked      {}", or(shown.revoked, "no"))?;
+    say!("last used    {}", or(shown.last_used, "never"))?;
+    say!("sha256       {}", shown.sha256)?;
     Ok(())
 }
 
@@ -400,7 +402,7 @@ async fn revoke(common: &Common, id: &str, wait: Option<Duration>) -> Result<(),
         print_record(common, &record)?;
     } else {
         let how = if revoked { "is revoked" } else { "was revoked before" };
-        println!("token {} of {} {how}", record.digest.id(), plain(&record.user));
+        say!("token {} of {} {how}", record.digest.id(), plain(&record.user))?;
     }
     let Some(timeout) = wait else { return Ok(()) };
     let started = Instant::now();
@@ -417,9 +419,9 @@ async fn block(common: &Common, user: &str, blocked: bool) -> Result<(), Failure
     let changed = open(common).await?.1.block(user, blocked).await?;
     let how = if blocked { "are blocked" } else { "work again" };
     if common.json {
-        println!("{}", serde_json::json!({ "user": user, "blocked": blocked, "changed": changed }));
+        say!("{}", serde_json::json!({ "user": user, "blocked": blocked, "changed": changed }))?;
     } else {
-        println!("{changed} tokens of {} {how}", plain(user));
+        say!("{changed} tokens of {} {how}", plain(user))?;
     }
     Ok(())
 }
@@ -465,9 +467,9 @@ async fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> 
     progress.end();
     let seconds = started.elapsed().as_secs_f64();
     if common.json {
-        println!("{}", serde_json::json!({ "read": read, "imported": new, "known": read - new, "seconds": seconds }));
+        say!("{}", serde_json::json!({ "read": read, "imported": new, "known": read - new, "seconds": seconds }))?;
     } else {
-        println!("{new} tokens imported, {} known before, in {seconds:.1} s", read - new);
+        say!("{new} tokens imported, {} known before, in {seconds:.1} s", read - new)?;
     }
     Ok(())
 }

@@ -252,8 +252,9 @@ section! {
         connections: u64 = "32",
         /// So many failures in a row, and the endpoint is left alone.
         breaker_failures: u64 = "5",
-        /// For so long; then one request tries.
-        breaker_pause: Duration = r#""5s""#,
+        /// For so long; then one request tries. So long callers that are not cached wait, at most, for an endpoint that
+        /// is back.
+        breaker_pause: Duration = r#""500ms""#,
         /// How long a look-up may take.
         timeout: Duration = r#""2s""#,
     }

@@ -406,9 +406,7 @@ impl Backing for Introspected {
 
     fn section(&self) -> String {
         let endpoint = self.server.url("/api/v3/user");
-        format!(
-            "[store]\nkind = \"introspection\"\nendpoint = \"{endpoint}\"\ntimeout = \"1s\"\nbreaker_pause = \"1s\"\n"
-        )
+        format!("[store]\nkind = \"introspection\"\nendpoint = \"{endpoint}\"\ntimeout = \"1s\"\n")
     }
 
     fn add(&mut self, tokens: &[String]) {

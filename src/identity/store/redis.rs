@@ -9,12 +9,13 @@
 //! | look-ups | `~tollgate:* +get +hgetall` |
 //! | following a channel | `&tollgate:changes +subscribe +ping +role +time +zadd +zrem +zrangebyscore +sadd +expire` |
 //! | following the keyspace | `&__keyspace@0__:* +psubscribe +ping +role +config\|get` |
+//! | following either | `+client\|tracking`, to be told of FLUSHALL and FLUSHDB |
 //! | sentinels, cluster | `+role`; `+cluster\|slots +cluster\|info`; `+select` for another database than 0 |
 //! | the command line | the above and `+eval +set +hset +hget +scan +exists +publish +smembers +zremrangebyscore +del` |
 //!
 //! What can't be known is left to whoever runs the server: a database that was flushed or restored empty truthfully says of
-//! every token that there is no such token; and neither messages nor keyspace events tell of FLUSHALL (publish `*`). A
-//! replica goes on answering from old data while its master is gone unless `replica-serve-stale-data` is `no`; a follower
+//! every token that there is no such token, and of SWAPDB, or a FLUSHALL on a node of a cluster that is not followed, nobody
+//! tells (publish `*`). A replica goes on answering from old data while its master is gone unless `replica-serve-stale-data` is `no`; a follower
 //! notices the lost link and says that it is deaf, look-ups alone don't. A gateway that may not write (a read-only
 //! replica, missing rights) can't be registered, so nobody waits for it; it says so in its log.
 
@@ -117,6 +118,11 @@ impl Keys {
     /// A sorted set: the confirmations that somebody waits for, by when they began.
     fn waits(&self) -> String {
         format!("{}waits", self.prefix)
+    }
+
+    /// The beginning of keys that nobody has.
+    fn unused(&self) -> String {
+        format!("{}unused:", self.prefix)
     }
 
     /// A set: the gateways that confirmed.

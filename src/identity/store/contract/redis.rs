@@ -228,6 +228,8 @@ async fn an_acl_user_needs_only_what_is_documented() {
         users: &[
             "user reader on >S3CRET ~tollgate:* +get +hgetall",
             "user gateway on >S3CRET ~tollgate:* &tollgate:changes +get +hgetall +subscribe +ping +role +time +zadd +zrem \
+             +zrangebyscore +sadd +expire +client|tracking",
+            "user older on >S3CRET ~tollgate:* &tollgate:changes +get +hgetall +subscribe +ping +role +time +zadd +zrem \
              +zrangebyscore +sadd +expire",
             "user admin on >S3CRET ~tollgate:* &tollgate:changes +get +hgetall +time +zadd +zrangebyscore +expire +eval +set \
              +hset +hget +scan +exists +publish +smembers +zremrangebyscore +del",
@@ -257,6 +259,15 @@ async fn an_acl_user_needs_only_what_is_documented() {
     assert_eq!(admin.block(&record("next").user, true).await.unwrap(), 1);
     assert_eq!(admin.list().await.unwrap().len(), 2);
     assert!(admin.revoke(&Digest::of(b"next"), 1_760_000_000).await.unwrap());
+
+    // Rights that were given before FLUSHALL was heard of go on working for all else.
+    let store = open(&of("older", "S3CRET"));
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    let before = Instant::now();
+    assert!(admin.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap());
+    ear.change_of(before, &*store, "known").await;
 
     for (user, password, part) in [
         ("nobody", "S3CRET", "NOPERM"),
@@ -403,6 +414,24 @@ async fn foreign_writers_are_heard_by_the_keyspace() {
     let before = Instant::now();
     server.cli(&["CONFIG", "SET", "notify-keyspace-events", ""]);
     ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
+}
+
+#[tokio::test]
+async fn a_flush_is_heard_of() {
+    let server = Redis::start(&Options::default());
+    server.cli(&["CONFIG", "SET", "notify-keyspace-events", "Kg$hx"]);
+    for changes in [RedisChanges::Channel(CHANNEL.into()), RedisChanges::Keyspace] {
+        let store = open(&RedisSettings { changes, ..settings(&[server.address()]) });
+        let begin = Instant::now();
+        let ear = Ear::on(&store);
+        ear.hearing(begin).await;
+        for command in [&["FLUSHALL"][..], &["FLUSHALL", "ASYNC"], &["FLUSHDB"]] {
+            server.cli(&["SET", &key("known"), "{}"]);
+            let before = Instant::now();
+            server.cli(command);
+            ear.hearing(before).await;
+        }
+    }
 }
 
 #[tokio::test]

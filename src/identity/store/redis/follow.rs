@@ -93,6 +93,7 @@ impl Follower<'_> {
                 self.store.pool.renew();
                 self.master = Some(address.clone());
             }
+            hear_of_flushes(&mut link, &self.store.keys).await?;
             let channel = match &self.store.settings.changes {
                 RedisChanges::Channel(name) => {
                     // Whoever hears must be known to those who wait, so that comes first.
@@ -202,6 +203,8 @@ fn message(push: PushInfo, keys: &Keys) -> Message {
             // The register's keys lie under the same prefix.
             keys.digest(key).map_or(Message::Other, |digest| changed(digest, now_ms()))
         }
+        // No keys: all of them.
+        (PushKind::Invalidate, data) if !data.iter().any(|keys| matches!(keys, Value::Array(_))) => Message::Everything,
         _ => Message::Other,
     }
 }
@@ -240,6 +243,21 @@ async fn bounded<T>(future: impl Future<Output = Result<T, StoreError>>) -> Resu
 
 fn is_denied(error: &StoreError) -> bool {
     matches!(error, StoreError::Unavailable(what) if what.contains("(NOPERM)") || what.contains("lacks a command"))
+}
+
+/// Neither messages nor keyspace events tell of FLUSHALL and FLUSHDB, but the server tells every client whose keys it
+/// tracks. Those of a prefix that nobody uses are tracked, so that nothing else is told.
+async fn hear_of_flushes(link: &mut Link, keys: &Keys) -> Result<(), StoreError> {
+    let mut track = redis::cmd("CLIENT");
+    track.arg("TRACKING").arg("ON").arg("BCAST").arg("PREFIX").arg(keys.unused());
+    match bounded(link.ask::<Value>(&track)).await {
+        Err(error) if is_denied(&error) => {
+            static SAID: std::sync::Once = std::sync::Once::new();
+            SAID.call_once(|| log::warn!("redis: FLUSHALL will not be heard of: {error}"));
+            Ok(())
+        }
+        answer => answer.map(drop),
+    }
 }
 
 /// Without the right ones nothing would ever be heard.
