@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "not every test uses every fault")]
 
 pub mod http;
+pub mod pgbouncer;
 pub mod postgres;
 pub mod redis;
 pub mod tls;

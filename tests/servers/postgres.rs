@@ -244,7 +244,7 @@ fn is_root() -> bool {
     std::fs::metadata("/proc/self").unwrap().uid() == 0
 }
 
-fn as_nobody(program: &Path) -> Command {
+pub(super) fn as_nobody(program: &Path) -> Command {
     if !is_root() {
         return Command::new(program);
     }
@@ -253,7 +253,7 @@ fn as_nobody(program: &Path) -> Command {
     command
 }
 
-fn give_away(folder: &Path) {
+pub(super) fn give_away(folder: &Path) {
     run(Command::new("chmod").arg("-R").arg("go-rwx").arg(folder));
     if is_root() {
         run(Command::new("chown").args(["-R", "postgres:postgres"]).arg(folder));

@@ -3,6 +3,7 @@
 use super::super::postgres::{
     Bind, PostgresAdmin, PostgresSettings, PostgresStore, Source, install_triggers, triggers_sql,
 };
+use super::super::servers::pgbouncer::PgBouncer;
 use super::super::servers::postgres::Postgres;
 use super::super::servers::tls::Authority;
 use super::super::{Records, Secret, TlsMode, TlsSettings};
@@ -861,6 +862,106 @@ async fn a_standby_answers_and_promises_nothing() {
     // Once it is the primary, it is followed.
     standby.psql("postgres", "SELECT pg_promote()");
     ear.hearing(begin).await;
+}
+
+/// Two gateways with tables of their own, and one pooler before both.
+struct Pooled {
+    #[expect(dead_code, reason = "ends with its owner")]
+    pooler: PgBouncer,
+    stores: [(Arc<dyn TokenStore>, &'static str); 2],
+    admin: PostgresAdmin,
+    #[expect(dead_code, reason = "ends with its owner")]
+    server: Postgres,
+}
+
+async fn pooled(mode: &str) -> Pooled {
+    let server = Postgres::start();
+    let pooler = PgBouncer::start(&server, mode, 20);
+    let of = |schema: &str, url: String| PostgresSettings {
+        url: Secret::new(url),
+        ..settings(&server, Source::Own { schema: schema.into() })
+    };
+    let mut admin = PostgresAdmin::open(&of("ours", server.url("postgres"))).await.unwrap();
+    admin.create(&record("ours")).await.unwrap();
+    let mut others = PostgresAdmin::open(&of("theirs", server.url("postgres"))).await.unwrap();
+    others.create(&record("theirs")).await.unwrap();
+    let stores = ["ours", "theirs"].map(|schema| (open(of(schema, pooler.url("postgres"))), schema));
+    Pooled { pooler, stores, admin, server }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_pooler_of_sessions_all_is_well() {
+    let mut pooled = pooled("session").await;
+    let (store, _) = &pooled.stores[0];
+    let begin = Instant::now();
+    let ear = Ear::on(store);
+    ear.hearing(begin).await;
+    assert_eq!(lookup(&**store, b"ours").await, Some(record("ours")));
+    assert_eq!(lookup(&**store, b"theirs").await, None);
+    let before = Instant::now();
+    assert!(pooled.admin.revoke(&Digest::of(b"ours"), 1_760_000_000).await.unwrap());
+    ear.change_of(before, &**store, "ours").await;
+}
+
+/// It brings changes to whoever has the connection just then, and one gateway's prepared question to another's tables.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_pooler_of_transactions_nothing_is_believed() {
+    let pooled = pooled("transaction").await;
+    let begin = Instant::now();
+    // At rest, where each transaction is likely to get the same connection and its own echo.
+    let ear = Ear::on(&pooled.stores[0].0);
+    ear.heard(begin, "deafness", |event| *event == Event::Deaf).await;
+    while begin.elapsed() < Duration::from_secs(5) {
+        let asked = (0..16).map(|at| {
+            let ((store, whose), token) = (&pooled.stores[at % 2], ["ours", "theirs"][at / 2 % 2]);
+            async move {
+                if let Ok(found) = ask(&**store, token.as_bytes()).await {
+                    assert_eq!(found.is_some(), token == *whose, "{token}, asked of {whose}");
+                }
+            }
+        });
+        futures_util::future::join_all(asked).await;
+    }
+    assert!(!ear.events().contains(&Event::Hearing), "{:?}", ear.events());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_question_that_is_anothers_by_its_name_is_no_answer() {
+    let server = Postgres::start();
+    let pooler = PgBouncer::start(&server, "transaction", 1);
+    server.psql("postgres", "CREATE TABLE t (token text, who text); INSERT INTO t VALUES ('known', 'ann')");
+    let sql = "SELECT who AS user FROM t WHERE token = $1";
+    for (anothers, token) in [
+        // As a gateway before other tables would ask, and any other program.
+        ("SELECT 'ffff' AS mark, true AS found, 'eve' AS who WHERE $1 IS NOT NULL", "unknown"),
+        ("SELECT 'eve' WHERE $1 IS NOT NULL", "unknown"),
+        ("SELECT 'eve' WHERE $1 IS NULL", "known"),
+    ] {
+        let store = open(PostgresSettings {
+            url: Secret::new(pooler.url("postgres")),
+            channel: None,
+            ..settings(&server, Source::Lookup { sql: sql.into(), bind: Bind::Plain })
+        });
+        assert_eq!(lookup(&*store, b"known").await.unwrap().user, "ann");
+        // The server has one connection from the pooler, and this is on it.
+        let (client, driver) = tokio_postgres::connect(&pooler.url("postgres"), tokio_postgres::NoTls).await.unwrap();
+        let driver = tokio::spawn(driver);
+        let swap = format!(
+            "DO $do$ DECLARE name text; BEGIN FOR name IN SELECT p.name FROM pg_prepared_statements p LOOP \
+             EXECUTE format('DEALLOCATE %I', name); EXECUTE format($sql$PREPARE %I (text) AS {anothers}$sql$, name); \
+             END LOOP; END $do$"
+        );
+        client.batch_execute(&swap).await.unwrap();
+        let said = ask(&*store, token.as_bytes()).await;
+        // That connection is given up, and a new one asks under a name of its own.
+        let right = async || lookup(&*store, token.as_bytes()).await.is_some() == (token == "known");
+        match said {
+            Err(StoreError::Unavailable(why)) => assert!(why.contains("pooler") && right().await, "{anothers}: {why}"),
+            Err(why) => panic!("{anothers}: {why}"),
+            Ok(found) => assert_eq!(found.is_some(), token == "known", "{anothers}"),
+        }
+        driver.abort();
+    }
 }
 
 /// Figures, for people: `cargo test --release --lib postgres_figures -- --ignored --nocapture`.

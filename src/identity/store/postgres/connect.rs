@@ -180,6 +180,10 @@ pub(super) fn no_connection(error: PoolError, target: &Target) -> StoreError {
     }
 }
 
+/// What to do about answers that belong to others.
+pub(super) const POOLER: &str = "is there a pooler between that gives each transaction another connection? Let tollgate \
+    have its own: pool_mode = session, or PostgreSQL's own port";
+
 /// A question that was not answered.
 pub(super) struct Failure {
     pub(super) error: StoreError,
@@ -198,6 +202,12 @@ pub(super) enum Verdict {
 impl Failure {
     pub(super) fn garbage(text: impl Into<String>) -> Self {
         Self { error: StoreError::Garbage(text.into()), connection: Verdict::Drop }
+    }
+
+    /// A pooler may put our question on a connection where it means another's.
+    pub(super) fn anothers_answer() -> Self {
+        let text = format!("an answer to another question came back: {POOLER}");
+        Self { error: StoreError::Unavailable(text), connection: Verdict::Drop }
     }
 
     /// Of a query that people wrote.
@@ -220,6 +230,9 @@ impl Failure {
         let stale = *code == SqlState::FEATURE_NOT_SUPPORTED || *code == SqlState::INVALID_SQL_STATEMENT_NAME;
         let lost = stale || class == "08" || (class == "57" && *code != SqlState::QUERY_CANCELED);
         let error = match class {
+            _ if *code == SqlState::DUPLICATE_PSTATEMENT || *code == SqlState::INVALID_SQL_STATEMENT_NAME => {
+                StoreError::Unavailable(format!("{text}: {POOLER}"))
+            }
             "57" if *code == SqlState::QUERY_CANCELED => StoreError::Timeout,
             "42" | "22" | "21" | "3F" | "0A" | "P0" => StoreError::Garbage(format!("{text}: {advice}")),
             _ => StoreError::Unavailable(text),

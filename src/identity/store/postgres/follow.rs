@@ -2,7 +2,7 @@
 //! who waits until every gateway has heard. Knows nothing of what a record says.
 
 use super::super::{Change, Event, Heard, Named, replica_name};
-use super::connect::{Driver, Failure, Target, say};
+use super::connect::{Driver, EndsWith, Failure, POOLER, Target, drive, say};
 use super::{Source, presets, schema};
 use crate::identity::credential::Digest;
 use futures_util::future::join;
@@ -131,9 +131,7 @@ impl<'a> Follower<'a> {
             Ok(Ok(())) => {}
             Ok(Err(why)) => return why,
             Err(_) => {
-                return "subscribing got no answer, or its own echo never came: is there a pooler between that gives \
-                 each transaction another connection? Changes need a session of their own"
-                    .into();
+                return format!("subscribing got no answer, or its own echo never came: {POOLER}");
             }
         }
         let beat = self.beat_sql();
@@ -188,6 +186,7 @@ impl<'a> Follower<'a> {
         let echo = life.echo.notified();
         let (beat, ()) = join(client.batch_execute(&self.beat_sql().entry), echo).await;
         beat.map_err(|error| self.no_entry(&error))?;
+        self.hear_another(life).await?;
         match presets::trigger_check(self.source, self.channel) {
             None => self.hears(),
             Some(check) => match has_triggers(client, &check).await.map_err(failed)? {
@@ -204,6 +203,17 @@ impl<'a> Follower<'a> {
             );
             client.query(&again, &[&self.id, &channel]).await.map_err(failed)?;
         }
+        Ok(())
+    }
+
+    /// Changes come from others and at rest. A pooler that gives each transaction another connection brings back the echo
+    /// of one's own, and drops all else.
+    async fn hear_another(&self, life: &Life) -> Result<(), String> {
+        let failed = |error: Error| format!("a second connection, to try the first: {}", say(&error));
+        let (other, driver) = self.target.connect().await.map_err(failed)?;
+        let _ends = EndsWith::owner_of(&drive(driver));
+        other.batch_execute(&self.beat_sql().echo).await.map_err(failed)?;
+        life.echo.notified().await;
         Ok(())
     }
 

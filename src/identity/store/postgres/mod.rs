@@ -119,8 +119,36 @@ pub struct PostgresStore {
     pool: Pool,
     target: Arc<Target>,
     query: Query,
+    mark: Mark,
     settings: PostgresSettings,
     metrics: Arc<StoreMetrics>,
+}
+
+/// A question that is asked by a name which a server knows, and not by its text. Each answer begins with this word, which
+/// no other question has: through a pooler the name may be another's, and its answer let anybody in.
+struct Mark(String);
+
+impl Mark {
+    fn new() -> Result<Self, String> {
+        nobody().map(Self).map_err(|failure| failure.error.to_string())
+    }
+
+    /// A query of people's own; also its having found nothing is a row.
+    fn around(&self, sql: &str) -> String {
+        let sql = sql.trim_end().trim_end_matches(';');
+        format!(
+            "SELECT '{}' AS tollgate_mark, found.* FROM (SELECT) one \
+            LEFT JOIN (SELECT true AS tollgate_found, query.* FROM (\n{sql}\n) query) found ON true",
+            self.0
+        )
+    }
+
+    fn check(&self, row: &Row) -> Result<(), Failure> {
+        match row.try_get::<_, &str>(0) {
+            Ok(mark) if mark == self.0 => Ok(()),
+            _ => Err(Failure::anothers_answer()),
+        }
+    }
 }
 
 enum Query {
@@ -135,17 +163,19 @@ impl PostgresStore {
         if settings.source.is_gitlab() && settings.default_scopes.is_empty() {
             settings.default_scopes.push("api".into());
         }
+        let mark = Mark::new()?;
         let query = match (&settings.source, settings.source.query()) {
             (_, Some((sql, bind))) => {
                 check_lookup(&sql, &bind)?;
-                Query::Lookup { sql, bind }
+                Query::Lookup { sql: mark.around(&sql), bind }
             }
             (Source::Own { schema }, _) => {
                 schema::check_name(schema)?;
+                let fill = |sql: &str| schema::fill(sql, schema).replace("{mark}", &mark.0);
                 Query::Own {
-                    lookup: schema::fill(schema::LOOKUP, schema),
-                    note_uses: schema::fill(schema::NOTE_USES, schema),
-                    changed: schema::fill(schema::CHANGED, schema),
+                    lookup: fill(schema::LOOKUP),
+                    note_uses: fill(schema::NOTE_USES),
+                    changed: fill(schema::CHANGED),
                 }
             }
             _ => return Err("the source has no query".into()),
@@ -154,7 +184,7 @@ impl PostgresStore {
             schema::check_channel(channel)?;
         }
         let pool = connect::pool(&target, settings.connections, settings.timeout)?;
-        Ok(Self { pool, target, query, settings, metrics })
+        Ok(Self { pool, target, query, mark, settings, metrics })
     }
 
     /// Puts a question on a pooled connection. One that was lost meanwhile is replaced and the question put again; a new
@@ -168,7 +198,7 @@ impl PostgresStore {
         loop {
             let lease = self.lease().await?;
             let reused = lease.reused();
-            match question.put(lease.connection()?).await {
+            match question.put(lease.connection()?, &self.mark).await {
                 Ok(rows) => {
                     lease.give_back();
                     return Ok(rows);
@@ -212,11 +242,12 @@ impl Question<'_> {
         }
     }
 
-    async fn put(&self, connection: &Object) -> Result<Vec<Row>, Failure> {
+    async fn put(&self, connection: &Object, mark: &Mark) -> Result<Vec<Row>, Failure> {
         match self {
             Self::Own { sql, parameters } => {
                 let statement = connection.prepare_cached(sql).await.map_err(Failure::own)?;
-                connection.query(&statement, parameters).await.map_err(Failure::own)
+                let rows = connection.query(&statement, parameters).await.map_err(Failure::own)?;
+                rows.iter().try_for_each(|row| mark.check(row)).map(|()| rows)
             }
             Self::Lookup { sql, key } => {
                 let statement = connection.prepare_typed_cached(sql, &[Type::TEXT]).await.map_err(Failure::lookup)?;
@@ -224,24 +255,25 @@ impl Question<'_> {
                 rows::Columns::of(statement.columns())?;
                 if Object::metrics(connection).recycle_count == 0 {
                     // A query that finds somebody for a token that nobody has would let everybody in.
-                    if !one(connection, &statement, &nobody()?).await?.is_empty() {
+                    if !one(connection, &statement, &nobody()?, mark).await?.is_empty() {
                         return Err(Failure::garbage(
                             "the look-up query finds a row for a token that nobody has: compare a column with $1 in its \
                              WHERE",
                         ));
                     }
                 }
-                one(connection, &statement, key).await
+                one(connection, &statement, key, mark).await
             }
         }
     }
 }
 
 /// The one row of an answer, or none. Two are no answer: which one holds?
-async fn one(connection: &Object, statement: &Statement, key: &str) -> Result<Vec<Row>, Failure> {
+async fn one(connection: &Object, statement: &Statement, key: &str, mark: &Mark) -> Result<Vec<Row>, Failure> {
     let mut rows = pin!(connection.query_raw(statement, [key]).await.map_err(Failure::lookup)?);
     let mut found = Vec::new();
     while let Some(row) = rows.try_next().await.map_err(Failure::lookup)? {
+        mark.check(&row)?;
         if !found.is_empty() {
             // More may be on their way: the connection is not used again.
             return Err(Failure::garbage(
@@ -250,6 +282,10 @@ async fn one(connection: &Object, statement: &Statement, key: &str) -> Result<Ve
         }
         found.push(row);
     }
+    if found.is_empty() {
+        return Err(Failure::anothers_answer());
+    }
+    found.retain(|row| row.try_get::<_, bool>(1).is_ok());
     Ok(found)
 }
 

@@ -17,7 +17,7 @@ const LOCK: i64 = 0x746f_6c6c_6761_7465;
 pub(super) const MIGRATE: &str = "run `tollgate store migrate --config FILE`";
 
 /// One row whenever the schema is there, so that an answer without rows is no "no such token".
-pub(super) const LOOKUP: &str = "SELECT v.version, v.readers_from, t.digest, t.\"user\", t.scopes, t.description, \
+pub(super) const LOOKUP: &str = "SELECT '{mark}', v.version, v.readers_from, t.digest, t.\"user\", t.scopes, t.description, \
     t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used \
     FROM {schema}.version v LEFT JOIN {schema}.token t ON t.digest = $1";
 /// Of a whole record, in the order that `record` reads.
@@ -28,11 +28,11 @@ pub(super) const NOTE_USES: &str = "UPDATE {schema}.token t SET last_used = u.at
     WHERE t.digest = u.digest AND (t.last_used IS NULL OR t.last_used < u.at)";
 /// A change is noted when it is made and seen when its transaction ends: the minute more is for what lies between. The
 /// first row says whether the list goes back so far.
-pub(super) const CHANGED: &str = "SELECT NULL::bytea, v.version, v.readers_from, $1::bigint >= v.since_ms \
+pub(super) const CHANGED: &str = "SELECT '{mark}', NULL::bytea, v.version, v.readers_from, $1::bigint >= v.since_ms \
     AND $1::bigint - 60000 >= (extract(epoch FROM clock_timestamp()) * 1000)::bigint - 3540000 \
     FROM {schema}.version v \
     UNION ALL \
-    (SELECT DISTINCT c.digest, NULL::integer, NULL::integer, c.digest IS NOT NULL \
+    (SELECT DISTINCT '{mark}', c.digest, NULL::integer, NULL::integer, c.digest IS NOT NULL \
     FROM {schema}.change c WHERE c.at_ms >= $1::bigint - 60000)";
 
 /// Names are put into SQL: only what needs no quoting anywhere.
@@ -76,12 +76,12 @@ pub(super) fn found(rows: &[Row]) -> Result<Option<TokenRecord>, Failure> {
     let [row] = rows else {
         return Err(Failure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
     };
-    let [version, readers_from] = [0, 1].map(|at| row.try_get::<_, i32>(at));
+    let [version, readers_from] = [1, 2].map(|at| row.try_get::<_, i32>(at));
     check_version(version.map_err(misread)?, readers_from.map_err(misread)?)?;
-    if row.try_get::<_, Option<&[u8]>>(2).map_err(misread)?.is_none() {
+    if row.try_get::<_, Option<&[u8]>>(3).map_err(misread)?.is_none() {
         return Ok(None);
     }
-    record(row, 2).map(Some)
+    record(row, 3).map(Some)
 }
 
 /// The answer to [`CHANGED`].
@@ -89,14 +89,14 @@ pub(super) fn changed(rows: &[Row]) -> Result<Option<Vec<Digest>>, Failure> {
     let Some((first, rest)) = rows.split_first() else {
         return Err(Failure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
     };
-    check_version(first.try_get(1).map_err(misread)?, first.try_get(2).map_err(misread)?)?;
+    check_version(first.try_get(2).map_err(misread)?, first.try_get(3).map_err(misread)?)?;
     for row in rows {
         // The list doesn't go back so far, or names a change of everything.
-        if !row.try_get::<_, bool>(3).map_err(misread)? {
+        if !row.try_get::<_, bool>(4).map_err(misread)? {
             return Ok(None);
         }
     }
-    rest.iter().map(|row| digest(row, 0)).collect::<Result<_, _>>().map(Some)
+    rest.iter().map(|row| digest(row, 1)).collect::<Result<_, _>>().map(Some)
 }
 
 fn misread(_: tokio_postgres::Error) -> Failure {
