@@ -17,7 +17,7 @@ struct Place {
 
 impl Place {
     fn new(kind: &'static str) -> Self {
-        let folder = Folder::new();
+        let folder = Folder::new("test");
         let path = if kind == "sqlite" { "tokens.db" } else { "tokens.toml" };
         folder.write("tollgate.toml", &format!("{UPSTREAM}[store]\nkind = \"{kind}\"\npath = \"{path}\"\n"));
         Self { folder, kind }
@@ -73,7 +73,7 @@ fn all(output: &Output) -> String {
 }
 
 fn check(text: &str) -> Output {
-    let folder = Folder::new();
+    let folder = Folder::new("test");
     run(tollgate().args(["check", "--config"]).arg(folder.write("tollgate.toml", text)))
 }
 
@@ -273,7 +273,7 @@ fn revoke_ends_a_token_and_says_when_it_was_ended_before() {
 #[test]
 fn import_takes_a_hundred_thousand_lines_in_less_than_ten_seconds() {
     let lines: String = (0..100_000).map(|n| format!("{{\"token\":\"import-{n:06}\",\"user\":\"u{n}\"}}\n")).collect();
-    let folder = Folder::new();
+    let folder = Folder::new("test");
     let file = folder.write("many.jsonl", &lines);
     let file = file.to_str().unwrap();
     // The fastest of three: what is measured is the program, and not what else the machine does.
@@ -429,7 +429,7 @@ fn a_port_that_is_taken_or_a_store_that_is_broken_ends_the_start_with_1_and_says
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let text =
         format!("[server]\nlisten = [\"{}\"]\n[admin]\nlisten = \"none\"\n{UPSTREAM}", taken.local_addr().unwrap());
-    let folder = Folder::new();
+    let folder = Folder::new("test");
     let config = folder.write("tollgate.toml", &text);
     let log = std::fs::File::create(folder.0.join("log")).unwrap();
     let mut child = tollgate().args(["run", "--config"]).arg(config).stdin(Stdio::null()).stderr(log).spawn().unwrap();
@@ -464,7 +464,7 @@ impl Drop for Demo {
 #[test]
 fn every_line_that_the_demo_prints_works_as_it_says() {
     let listen = format!("127.0.0.1:{}", free_port());
-    let folder = Folder::new();
+    let folder = Folder::new("test");
     let log = std::fs::File::create(folder.0.join("stderr")).unwrap();
     let mut command = tollgate();
     command.args(["demo", "--listen", &listen]).env("TMPDIR", &folder.0).stdin(Stdio::null()).stdout(Stdio::piped());

@@ -836,7 +836,7 @@ fn a_route_has_the_upstream_that_it_names() {
 
 #[test]
 fn a_backend_on_a_unix_socket() {
-    let folder = Folder::new();
+    let folder = Folder::new("test");
     let path = folder.0.join("api.sock");
     let listener = UnixListener::bind(&path).unwrap();
     std::thread::spawn(move || {
@@ -865,7 +865,7 @@ fn a_backend_on_a_unix_socket() {
 fn a_listener_on_a_unix_socket() {
     use std::os::unix::fs::PermissionsExt as _;
     let upstream = Upstream::start();
-    let folder = Folder::new();
+    let folder = Folder::new("test");
     let path = folder.0.join("front.sock");
     for (trusted, chain) in [("", None), ("trusted_proxies = [\"unix\"]\n", Some("192.0.2.7"))] {
         let config = format!("[server]\nlisten = [\"@LISTEN@\", \"unix:{}\"]\nthreads = 1\n{trusted}", path.display());

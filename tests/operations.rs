@@ -422,7 +422,7 @@ fn a_token_made_while_the_gateway_runs_works_at_once_although_it_was_refused_bef
     let gateway = Gateway::start(upstream.address, &(store.section() + "[cache]\nnegative_ttl = \"1h\"\n"));
     assert_eq!((status(&gateway, "to-be-made"), status(&gateway, "to-be-made")), (401, 401));
     assert!(gateway.metric("tollgate_cache_lookups_total{result=\"negative_hit\"}") >= 1.0);
-    let folder = Folder::new();
+    let folder = Folder::new("test");
     let lines = folder.write("one.jsonl", "{\"token\":\"to-be-made\",\"user\":\"bob\"}\n");
     let output = store.token(&["import"], &[lines.to_str().unwrap()]);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -682,7 +682,7 @@ fn a_full_log_does_not_stall_requests() {
 #[test]
 fn a_blocked_log_loses_lines_and_counts_them_but_does_not_stall_requests() {
     let upstream = Upstream::start();
-    let folder = Folder::new();
+    let folder = Folder::new("test");
     let fifo = folder.0.join("log.fifo");
     assert!(run(Command::new("mkfifo").arg(&fifo)).status.success());
     // Open at this end, and not read.

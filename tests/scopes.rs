@@ -186,7 +186,7 @@ fn revoke_waits_for_every_running_gateway() {
 
 #[test]
 fn scopes_that_mean_nothing_are_said_when_a_token_is_made() {
-    let folder = Folder::new();
+    let folder = Folder::new("test");
     let config = folder.write(
         "tollgate.toml",
         "[api]\nscopes = \"gitlab\"\n[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n",

@@ -2,18 +2,11 @@
 //! line has filled. A program that is not there fails the test and says how to get it.
 
 use crate::harness::*;
+pub use crate::servers::{HINT, repository};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
-
-/// What to do when a program is missing.
-pub const HINT: &str = "run `bash tests/install.sh` (TOLLGATE_PY_VENV names another place for the Python clients)";
-
-/// A file of this repository.
-pub fn repository(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
 
 /// Runs a program to its end. Fails with the hint when it can't be started.
 pub fn run(command: &mut Command) -> Output {
@@ -39,7 +32,7 @@ pub struct Puma {
 impl Puma {
     /// Starts a rackup file of `tests/backend`. `tokens` is `token=user,token=user`.
     pub fn start(script: &str, tokens: &str) -> Self {
-        let folder = Folder::new();
+        let folder = Folder::new("test");
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let log = std::fs::File::create(folder.0.join("puma.log")).unwrap();
         let child = Command::new("puma")
@@ -94,7 +87,7 @@ impl Store {
 
     /// With what stands in these JSON lines.
     pub fn imported(lines: &str) -> Self {
-        let folder = Folder::new();
+        let folder = Folder::new("test");
         let path = folder.0.join("tokens.db");
         let config = folder.write(
             "store.toml",

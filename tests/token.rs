@@ -748,7 +748,7 @@ fn the_narrowest_route_decides_for_its_methods_only() {
 
 #[test]
 fn a_way_around_the_token_needs_a_reason_and_is_listed() {
-    let folder = Folder::new();
+    let folder = Folder::new("test");
     let check = |route: &str| {
         let upstream = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n";
         let config = folder.write("c.toml", &format!("{upstream}[[route]]\npath = \"/api/v3/open\"\n{route}"));

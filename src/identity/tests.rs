@@ -1,6 +1,7 @@
 //! The promises of the cache, against a store whose every answer the test decides and a clock that it turns.
 
 use super::store::chain::Link;
+use super::store::servers::Folder;
 use super::store::{Change, Heard, TokenRecord, TokenStore};
 use super::*;
 use async_trait::async_trait;
@@ -713,26 +714,6 @@ async fn nobody_knows_it() {
 
 // Snapshots.
 
-struct SnapshotFolder(PathBuf);
-
-impl SnapshotFolder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("tollgate-snapshot-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn file(&self) -> PathBuf {
-        self.0.join("cache")
-    }
-}
-
-impl Drop for SnapshotFolder {
-    fn drop(&mut self) {
-        drop(std::fs::remove_dir_all(&self.0));
-    }
-}
-
 impl Bench {
     fn with_snapshot(self, path: &Path, origin: &str) -> Self {
         let authenticator = Arc::into_inner(self.authenticator).unwrap().with_snapshot(path, origin);
@@ -751,12 +732,12 @@ async fn left_behind(path: &Path) {
 
 #[tokio::test]
 async fn a_restart_asks_for_nothing_that_the_store_vouches_for() {
-    let folder = SnapshotFolder::new("vouched");
-    left_behind(&folder.file()).await;
-    let text = std::fs::read_to_string(folder.file()).unwrap();
+    let folder = Folder::new("vouched");
+    left_behind(&folder.file("cache")).await;
+    let text = std::fs::read_to_string(folder.file("cache")).unwrap();
     assert_eq!(text.lines().count(), 4, "{text}");
     pass(Duration::from_secs(10));
-    let bench = bench(&[Says::Revoked]).with_snapshot(&folder.file(), "here");
+    let bench = bench(&[Says::Revoked]).with_snapshot(&folder.file("cache"), "here");
     *bench.store.changed.lock() = Some(vec![Digest::of(b"c")]);
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
@@ -777,12 +758,12 @@ async fn a_restart_asks_for_nothing_that_the_store_vouches_for() {
 
 #[tokio::test]
 async fn what_was_revoked_meanwhile_is_not_restored() {
-    let folder = SnapshotFolder::new("revoked");
-    left_behind(&folder.file()).await;
-    let first = bench(&[Says::Revoked]).with_snapshot(&folder.file(), "here");
+    let folder = Folder::new("revoked");
+    left_behind(&folder.file("cache")).await;
+    let first = bench(&[Says::Revoked]).with_snapshot(&folder.file("cache"), "here");
     assert!(first.known("a").is_none(), "nothing counts before the store has spoken");
     settle().await;
-    let second = bench(&[Says::Revoked]).with_snapshot(&folder.file(), "here");
+    let second = bench(&[Says::Revoked]).with_snapshot(&folder.file("cache"), "here");
     *second.store.changed.lock() = Some(vec![Digest::of(b"a")]);
     let following = second.follow();
     second.tell(Event::Hearing).await;
@@ -793,9 +774,9 @@ async fn what_was_revoked_meanwhile_is_not_restored() {
 
 #[tokio::test]
 async fn without_a_list_of_changes_a_snapshot_serves_only_while_the_store_is_down() {
-    let folder = SnapshotFolder::new("unvouched");
-    left_behind(&folder.file()).await;
-    let bench = bench(&[Says::CannotTell, Says::Revoked]).with_snapshot(&folder.file(), "here");
+    let folder = Folder::new("unvouched");
+    left_behind(&folder.file("cache")).await;
+    let bench = bench(&[Says::CannotTell, Says::Revoked]).with_snapshot(&folder.file("cache"), "here");
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
     assert_eq!(bench.user("a").await, "a", "the store is down");
@@ -807,8 +788,8 @@ async fn without_a_list_of_changes_a_snapshot_serves_only_while_the_store_is_dow
 #[tokio::test]
 async fn a_snapshot_that_is_not_ours_is_left_alone() {
     use std::os::unix::fs::PermissionsExt as _;
-    let folder = SnapshotFolder::new("foreign");
-    let path = folder.file();
+    let folder = Folder::new("foreign");
+    let path = folder.file("cache");
     left_behind(&path).await;
     let good = std::fs::read(&path).unwrap();
     let read = |origin: &str| snapshot::read(&path, origin, CLOCK.get()).map(|(_, kept)| kept.len());

@@ -1,7 +1,7 @@
 //! An HTTP server that says what a test tells it to, byte for byte if need be, and counts what it was asked. Threads and
 //! blocking sockets: nothing of it shares a runtime, or a bug, with what it tests.
 
-use super::{PATIENCE, eventually, tls::Authority};
+use super::{Fault, PATIENCE, Server, eventually, tls::Authority};
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -233,7 +233,7 @@ impl HttpServer {
             asked: Mutex::default(),
         };
         let mut server = Self { at, shared: Arc::new(shared) };
-        server.resume();
+        server.start_again();
         server
     }
 
@@ -335,7 +335,7 @@ impl HttpServer {
     }
 
     /// Listens again, at the same address.
-    pub fn resume(&mut self) {
+    pub fn start_again(&mut self) {
         let listener = match &self.at {
             At::Unix(path) => {
                 drop(std::fs::remove_file(path));
@@ -355,6 +355,20 @@ impl HttpServer {
             drop(listener);
             shared.listening.store(false, SeqCst);
         });
+    }
+}
+
+impl Server for HttpServer {
+    fn befall(&mut self, fault: Fault) {
+        match fault {
+            Fault::Stop => self.stop(),
+            Fault::Start => self.start_again(),
+            Fault::Freeze => self.freeze(),
+            Fault::Thaw => self.thaw(),
+            Fault::Cut => self.cut(),
+            // Nothing is ever written.
+            Fault::ReadOnly | Fault::Writable => {}
+        }
     }
 }
 

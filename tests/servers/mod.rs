@@ -14,7 +14,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 /// What to do when a program is missing.
-pub const HINT: &str = "run `bash tests/install.sh`";
+pub const HINT: &str = "run `bash tests/install.sh` (TOLLGATE_PY_VENV names another place for the Python clients)";
 
 /// How long a server may take to start or stop.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -38,6 +38,12 @@ impl Folder {
 
     pub fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)
+    }
+
+    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.file(name);
+        std::fs::write(&path, text).unwrap();
+        path
     }
 }
 
@@ -82,6 +88,26 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// What can befall a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It is killed, without a word to anybody.
+    Stop,
+    /// It comes back with its data.
+    Start,
+    /// It takes connections and says nothing.
+    Freeze,
+    Thaw,
+    /// Every connection to it is cut.
+    Cut,
+    ReadOnly,
+    Writable,
+}
+
+pub trait Server {
+    fn befall(&mut self, fault: Fault);
 }
 
 /// Tries until something is true.

@@ -1,7 +1,7 @@
 //! A PostgreSQL server of the tests' own, from Debian's package: on a free loopback port and a socket in its folder.
 
 use super::tls::Authority;
-use super::{Folder, HINT, PATIENCE, Process, eventually, free_port, repository, run};
+use super::{Fault, Folder, HINT, PATIENCE, Process, Server, eventually, free_port, repository, run};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -185,6 +185,20 @@ impl Postgres {
             }
         }
         pids
+    }
+}
+
+impl Server for Postgres {
+    fn befall(&mut self, fault: Fault) {
+        match fault {
+            Fault::Stop => self.stop(),
+            Fault::Start => self.start_again(),
+            Fault::Freeze => self.freeze(),
+            Fault::Thaw => self.thaw(),
+            Fault::Cut => self.cut(),
+            Fault::ReadOnly => self.read_only(true),
+            Fault::Writable => self.read_only(false),
+        }
     }
 }
 

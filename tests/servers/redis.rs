@@ -1,7 +1,7 @@
 //! Redis servers of the tests' own: one, a master with a replica and three sentinels, or a cluster of three.
 
 use super::tls::Authority;
-use super::{Folder, PATIENCE, Process, eventually, free_port, run};
+use super::{Fault, Folder, PATIENCE, Process, Server, eventually, free_port, run};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -121,6 +121,20 @@ impl Redis {
     pub fn try_cli(&self, arguments: &[&str]) -> String {
         let output = Command::new("redis-cli").args(["-p", &self.port.to_string()]).args(arguments).output();
         String::from_utf8_lossy(&output.unwrap().stdout).trim().to_owned()
+    }
+}
+
+impl Server for Redis {
+    fn befall(&mut self, fault: Fault) {
+        match fault {
+            Fault::Stop => self.stop(),
+            Fault::Start => self.start_again(),
+            Fault::Freeze => self.freeze(),
+            Fault::Thaw => self.thaw(),
+            Fault::Cut => self.cut(),
+            Fault::ReadOnly => self.read_only(true),
+            Fault::Writable => self.read_only(false),
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{Backing, Caller, all, setting};
 use crate::harness::*;
+use crate::servers::Fault;
 use std::time::{Duration, Instant};
 
 /// Callers that are known, and that stay active.
@@ -50,7 +51,7 @@ fn down_and_back(make: fn() -> Box<dyn Backing>) {
     }
     assert_eq!(caller.status("nobody"), 401);
 
-    store.stop();
+    store.befall(Fault::Stop);
     // Past the time that answers are believed, the store is asked, and fails.
     std::thread::sleep(Duration::from_millis(1_300));
     let mut times = Vec::new();
@@ -85,7 +86,7 @@ fn down_and_back(make: fn() -> Box<dyn Backing>) {
         ),
     );
 
-    store.start_again();
+    store.befall(Fault::Start);
     let back = Instant::now();
     eventually("the store answers again", || caller.status(&cold[1]) == 200);
     let recovered = back.elapsed();
@@ -136,7 +137,7 @@ fn silent(make: fn() -> Box<dyn Backing>) {
     };
     measure(Duration::from_millis(200));
     let (_, quiet) = measure(Duration::from_secs(1));
-    if !store.freeze() {
+    if !store.befall(Fault::Freeze) {
         return;
     }
     // More than the store can ever be asked at once.
@@ -169,7 +170,7 @@ fn silent(make: fn() -> Box<dyn Backing>) {
             "{requests} requests of cached callers 200, p99 {slow:.1?} ({quiet:.1?} before); {crowd} unknown tokens at once: all 503 within {took:.1?}"
         ),
     );
-    store.thaw();
+    store.befall(Fault::Thaw);
     let back = Instant::now();
     eventually("the store answers again", || Caller::of(&gateway).status("cold") == 200);
     row(&*store, "awake", &format!("new callers 200 after {:.0?}", back.elapsed()));
@@ -187,7 +188,7 @@ fn cut(make: fn() -> Box<dyn Backing>) {
     let mut worst = Duration::ZERO;
     for token in &known {
         assert_eq!(caller.status(token), 200);
-        if !store.cut() {
+        if !store.befall(Fault::Cut) {
             return;
         }
         store.revoke(token);
@@ -212,10 +213,10 @@ fn restarted(make: fn() -> Box<dyn Backing>) {
     let gateway = gateway(&*store, &upstream, if store.hears() { "5m" } else { "1s" });
     let mut caller = Caller::of(&gateway);
     assert_eq!((caller.status("known-0000"), caller.status("known-0001")), (200, 200));
-    store.stop();
+    store.befall(Fault::Stop);
     // Long enough that the gateway is between two tries.
     std::thread::sleep(Duration::from_millis(700));
-    store.start_again();
+    store.befall(Fault::Start);
     store.revoke("known-0000");
     let revoked = Instant::now();
     eventually("revoked", || caller.status("known-0000") == 401);
@@ -252,7 +253,7 @@ fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
     store.add(&known);
     store.age();
     let upstream = Upstream::start();
-    let keep = Folder::new();
+    let keep = Folder::new("test");
     let mut observed = Vec::new();
     for with_snapshot in [false, true] {
         let snapshot = keep.0.join("cache");

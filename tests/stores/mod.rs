@@ -8,6 +8,7 @@ use crate::harness::*;
 use crate::servers::http::{HttpServer, Reply};
 use crate::servers::postgres::Postgres;
 use crate::servers::redis::{Options, Redis};
+use crate::servers::{Fault, Server as _};
 use crate::support::{run, stderr};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -25,14 +26,8 @@ pub trait Backing {
     fn age(&self) {}
     /// Whether it tells of changes.
     fn hears(&self) -> bool;
-    /// Gone, as after a crash.
-    fn stop(&mut self);
-    fn start_again(&mut self);
-    /// There, and silent. `false`: this can't befall it.
-    fn freeze(&mut self) -> bool;
-    fn thaw(&mut self);
-    /// All its connections are cut. `false`: it has none.
-    fn cut(&mut self) -> bool;
+    /// `false`: this can't befall it.
+    fn befall(&mut self, fault: Fault) -> bool;
 }
 
 /// All kinds.
@@ -57,7 +52,7 @@ struct Config {
 
 impl Config {
     fn new(section: &str) -> Self {
-        let folder = Folder::new();
+        let folder = Folder::new("test");
         Self { path: folder.write("store.toml", &format!("{section}{UPSTREAM}")), folder }
     }
 
@@ -134,22 +129,13 @@ impl Backing for Embedded {
         true
     }
 
-    fn stop(&mut self) {
-        self.move_all("", ".aside");
-    }
-
-    fn start_again(&mut self) {
-        self.move_all(".aside", "");
-    }
-
-    fn freeze(&mut self) -> bool {
-        false
-    }
-
-    fn thaw(&mut self) {}
-
-    fn cut(&mut self) -> bool {
-        false
+    fn befall(&mut self, fault: Fault) -> bool {
+        match fault {
+            Fault::Stop => self.move_all("", ".aside"),
+            Fault::Start => self.move_all(".aside", ""),
+            _ => return false,
+        }
+        true
     }
 }
 
@@ -225,25 +211,8 @@ impl Backing for PostgresOwn {
         true
     }
 
-    fn stop(&mut self) {
-        self.server.stop();
-    }
-
-    fn start_again(&mut self) {
-        self.server.start_again();
-    }
-
-    fn freeze(&mut self) -> bool {
-        self.server.freeze();
-        true
-    }
-
-    fn thaw(&mut self) {
-        self.server.thaw();
-    }
-
-    fn cut(&mut self) -> bool {
-        self.server.cut();
+    fn befall(&mut self, fault: Fault) -> bool {
+        self.server.befall(fault);
         true
     }
 }
@@ -297,25 +266,8 @@ impl Backing for PostgresGitlab {
         true
     }
 
-    fn stop(&mut self) {
-        self.server.stop();
-    }
-
-    fn start_again(&mut self) {
-        self.server.start_again();
-    }
-
-    fn freeze(&mut self) -> bool {
-        self.server.freeze();
-        true
-    }
-
-    fn thaw(&mut self) {
-        self.server.thaw();
-    }
-
-    fn cut(&mut self) -> bool {
-        self.server.cut();
+    fn befall(&mut self, fault: Fault) -> bool {
+        self.server.befall(fault);
         true
     }
 }
@@ -358,25 +310,8 @@ impl Backing for RedisOwn {
         true
     }
 
-    fn stop(&mut self) {
-        self.server.stop();
-    }
-
-    fn start_again(&mut self) {
-        self.server.start_again();
-    }
-
-    fn freeze(&mut self) -> bool {
-        self.server.freeze();
-        true
-    }
-
-    fn thaw(&mut self) {
-        self.server.thaw();
-    }
-
-    fn cut(&mut self) -> bool {
-        self.server.cut();
+    fn befall(&mut self, fault: Fault) -> bool {
+        self.server.befall(fault);
         true
     }
 }
@@ -421,25 +356,8 @@ impl Backing for Introspected {
         false
     }
 
-    fn stop(&mut self) {
-        self.server.stop();
-    }
-
-    fn start_again(&mut self) {
-        self.server.resume();
-    }
-
-    fn freeze(&mut self) -> bool {
-        self.server.freeze();
-        true
-    }
-
-    fn thaw(&mut self) {
-        self.server.thaw();
-    }
-
-    fn cut(&mut self) -> bool {
-        self.server.cut();
+    fn befall(&mut self, fault: Fault) -> bool {
+        self.server.befall(fault);
         true
     }
 }

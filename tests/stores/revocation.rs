@@ -3,6 +3,7 @@
 
 use super::{Backing, Caller, PostgresOwn, RedisOwn, setting};
 use crate::harness::*;
+use crate::servers::Fault;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -70,13 +71,13 @@ fn promised(mut store: Box<dyn Backing>) {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             match (random >> 33) % seldom {
                 0 => {
-                    store.cut();
+                    store.befall(Fault::Cut);
                     cuts += 1;
                     store.revoke(token);
                 }
                 1 => {
                     store.revoke(token);
-                    store.cut();
+                    store.befall(Fault::Cut);
                     cuts += 1;
                 }
                 _ => store.revoke(token),

@@ -4,6 +4,7 @@ use super::super::StoreError;
 use super::super::file::{FileAdmin, FileStore};
 use super::super::sqlite::{SqliteAdmin, SqliteStore};
 use super::*;
+use std::path::PathBuf;
 
 fn clock() -> crate::Now {
     crate::edge::now()

@@ -3,7 +3,7 @@
 use super::super::introspect::{IntrospectMode, IntrospectSettings, IntrospectStore};
 use super::super::servers::http::{Asked, HttpServer, Reply, Step};
 use super::super::servers::tls::Authority;
-use super::super::servers::{Folder, Process, eventually, free_port, repository};
+use super::super::servers::{Folder, Process, Server as _, eventually, free_port, repository};
 use super::super::{
     AdminError, Records, Secret, StoreError, TlsMode, TlsSettings, TokenAdmin, TokenRecord, TokenStore,
 };
@@ -173,16 +173,7 @@ impl Subject for IntrospectSubject {
     }
 
     async fn fault(&self, fault: Fault) {
-        let mut server = self.server.lock();
-        match fault {
-            Fault::Stop => server.stop(),
-            Fault::Start => server.resume(),
-            Fault::Freeze => server.freeze(),
-            Fault::Thaw => server.thaw(),
-            Fault::Cut => server.cut(),
-            // Nothing is ever written.
-            Fault::ReadOnly | Fault::Writable => {}
-        }
+        self.server.lock().befall(fault);
     }
 }
 
@@ -545,7 +536,7 @@ async fn nobody_there() {
     bench.server.stop();
     let error = bench.ask(TOKEN).await.unwrap_err();
     assert!(matches!(&error, StoreError::Unavailable(why) if why.contains("connecting to 127.0.0.1:")), "{error}");
-    bench.server.resume();
+    bench.server.start_again();
     assert_eq!(bench.ask_user().await, valid());
     let bench = Bench::new(HttpServer::start(|_| anna()), AMPLE, |settings| {
         settings.url = "http://no-such-host.invalid/".into();
@@ -604,7 +595,7 @@ async fn a_kept_connection_that_is_closed_is_replaced() {
     }
     // A server that came anew at its address.
     bench.server.stop();
-    bench.server.resume();
+    bench.server.start_again();
     assert_eq!(bench.ask_user().await, valid());
 }
 
@@ -857,7 +848,7 @@ async fn a_unix_socket() {
     assert_eq!(bench.server.connections(), 1);
     bench.server.stop();
     assert_eq!(bench.ask_user().await, Err("unavailable"));
-    bench.server.resume();
+    bench.server.start_again();
     assert_eq!(bench.ask_user().await, valid());
 }
 

@@ -6,13 +6,13 @@ mod introspect;
 mod postgres;
 mod redis;
 
+use super::servers::{Fault, Folder, Server as _};
 use super::{AdminError, Change, Event, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
 use crate::identity::credential::{Credential, Digest};
 use crate::identity::principal::judge;
 use crate::identity::{Answer, Invalid};
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,43 +24,6 @@ const LAG: Duration = Duration::from_secs(3);
 const PROMISED_LAG: Duration = Duration::from_secs(1);
 /// How long a store may take to come back, or to notice that it is gone.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A folder that is gone when the test is over.
-pub(super) struct Folder(PathBuf);
-
-impl Folder {
-    pub(super) fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("tollgate-store-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    pub(super) fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        drop(std::fs::remove_dir_all(&self.0));
-    }
-}
-
-/// What can befall a store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fault {
-    /// The server is killed.
-    Stop,
-    /// It comes back with its data.
-    Start,
-    /// It takes connections and says nothing.
-    Freeze,
-    Thaw,
-    /// Every connection to it is cut.
-    Cut,
-    ReadOnly,
-    Writable,
-}
 
 /// What a kind of store can do, so that the table knows what to ask for.
 #[derive(Clone, Copy, Debug)]

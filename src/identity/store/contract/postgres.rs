@@ -44,19 +44,6 @@ fn refused(settings: PostgresSettings) -> String {
     PostgresStore::new(settings, metrics).err().unwrap()
 }
 
-fn inflict(server: &Mutex<Postgres>, fault: Fault) {
-    let mut server = server.lock();
-    match fault {
-        Fault::Stop => server.stop(),
-        Fault::Start => server.start_again(),
-        Fault::Freeze => server.freeze(),
-        Fault::Thaw => server.thaw(),
-        Fault::Cut => server.cut(),
-        Fault::ReadOnly => server.read_only(true),
-        Fault::Writable => server.read_only(false),
-    }
-}
-
 struct Own(Mutex<Postgres>);
 
 #[async_trait]
@@ -94,7 +81,7 @@ impl Subject for Own {
     }
 
     async fn fault(&self, fault: Fault) {
-        inflict(&self.0, fault);
+        self.0.lock().befall(fault);
     }
 }
 
@@ -342,7 +329,7 @@ impl Subject for ForeignSubject {
     }
 
     async fn fault(&self, fault: Fault) {
-        inflict(&self.server, fault);
+        self.server.lock().befall(fault);
     }
 }
 

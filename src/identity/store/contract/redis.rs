@@ -93,16 +93,7 @@ impl Subject for RedisSubject {
     }
 
     async fn fault(&self, fault: Fault) {
-        let mut server = self.server.lock();
-        match fault {
-            Fault::Stop => server.stop(),
-            Fault::Start => server.start_again(),
-            Fault::Freeze => server.freeze(),
-            Fault::Thaw => server.thaw(),
-            Fault::Cut => server.cut(),
-            Fault::ReadOnly => server.read_only(true),
-            Fault::Writable => server.read_only(false),
-        }
+        self.server.lock().befall(fault);
     }
 }
 
