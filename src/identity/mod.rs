@@ -401,12 +401,12 @@ impl Inner {
         }
         match self.chain.changed_since(taken_at).await {
             Ok(Some(changed)) => {
+                changed.iter().for_each(|digest| self.forget(digest));
+                self.cache.vouch_all((self.clock)());
                 log::info!(
                     "the snapshot of the token cache holds, but for {} tokens that changed since",
                     changed.len()
                 );
-                changed.iter().for_each(|digest| self.forget(digest));
-                self.cache.vouch_all((self.clock)());
             }
             Ok(None) => {
                 log::info!("no store says what changed since the snapshot: it serves only while a store is down")

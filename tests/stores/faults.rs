@@ -263,7 +263,11 @@ fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
                 "{}[cache]\npositive_ttl = \"5m\"\nsnapshot = \"{path}\"\n[log]\naccess = \"off\"\n",
                 store.section()
             );
-            Gateway::start(upstream.address, &more)
+            let gateway = Gateway::start(upstream.address, &more);
+            // All that was learned before is looked up anew then.
+            let follows = || !store.hears() || gateway.process_log().contains("word of changes comes");
+            eventually("the store is followed", follows);
+            gateway
         };
         let mut first = start();
         let mut caller = Caller::of(&first);
@@ -277,8 +281,7 @@ fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
         let second = start();
         // The store is asked once what changed, right at the start.
         let asked = with_snapshot && store.hears();
-        eventually("the stores are followed", || !asked || second.process_log().contains("snapshot"));
-        std::thread::sleep(Duration::from_millis(300));
+        eventually("the store is asked", || !asked || second.process_log().contains("the snapshot"));
         let mut caller = Caller::of(&second);
         for (index, token) in known.iter().enumerate() {
             let expected = if index <= revoked { 401 } else { 200 };
