@@ -124,8 +124,8 @@ pub struct PostgresStore {
     metrics: Arc<StoreMetrics>,
 }
 
-/// A question that is asked by a name which a server knows, and not by its text. Each answer begins with this word, which
-/// no other question has: through a pooler the name may be another's, and its answer let anybody in.
+/// The word that every answer begins with, and no answer to another's question. A prepared question is asked by its name
+/// alone: through a pooler that name may be another's, whose answer would let anybody in.
 struct Mark(String);
 
 impl Mark {
