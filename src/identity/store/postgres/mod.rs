@@ -37,7 +37,7 @@ pub struct PostgresSettings {
     /// Takes the place of one in the URL.
     pub password: Option<Secret>,
     pub tls: TlsSettings,
-    /// Connections for look-ups; one more follows changes.
+    /// Connections for look-ups; one more follows changes, and at its beginning, for a moment, a second one tries it.
     pub connections: usize,
     /// How long a look-up may take. The server ends a query that takes longer, also when nobody waits for it any more.
     pub timeout: Duration,
