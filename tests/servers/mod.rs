@@ -11,6 +11,7 @@ pub mod tls;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// What to do when a program is missing.
@@ -19,9 +20,18 @@ pub const HINT: &str = "run `bash tests/install.sh` (TOLLGATE_PY_VENV names anot
 /// How long a server may take to start or stop.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A port that nobody listens on at this moment.
+/// A port that nobody listens on. Below those that the kernel gives away by itself (32768 and up), so that no other socket of
+/// the tests takes it before its server does; and each one once, from a place that differs between processes.
 pub fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
+    const PORTS: std::ops::Range<u32> = 12_000..32_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let next = std::process::id().wrapping_mul(613).wrapping_add(NEXT.fetch_add(1, Relaxed));
+        let port = (PORTS.start + next % (PORTS.end - PORTS.start)) as u16;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// A folder that is gone when its owner is.
@@ -29,8 +39,8 @@ pub struct Folder(pub PathBuf);
 
 impl Folder {
     pub fn new(name: &str) -> Self {
-        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Relaxed);
         let path = std::env::temp_dir().join(format!("tollgate-{name}-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
         Self(path)
