@@ -1,7 +1,8 @@
 //! What the tests outside the process share: the real binary on free ports, an upstream that records what it receives and
 //! judges every byte of it, and a client that speaks raw bytes. Loopback only. Everything ends when it is dropped.
 
-pub use crate::servers::{Folder, eventually, free_port};
+use crate::servers::within;
+pub use crate::servers::{Folder, free_port};
 use sha2::{Digest as _, Sha256};
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -17,6 +18,11 @@ pub const BAD: &str = "bad-token-9999";
 
 /// How long anything may take before a test fails.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Tries until something is true.
+pub fn eventually(what: &str, check: impl FnMut() -> bool) {
+    within(PATIENCE, what, check);
+}
 
 pub fn sha256_hex(token: &str) -> String {
     Sha256::digest(token.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()

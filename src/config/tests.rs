@@ -1,6 +1,7 @@
 //! What a configuration may say, and what is said about a bad one.
 
 use super::*;
+use crate::identity::store::servers::Folder;
 use crate::identity::store::{StoreSettings, TlsMode};
 
 fn problems(text: &str) -> Vec<String> {
@@ -119,13 +120,12 @@ fn a_route_for_a_whole_prefix_takes_its_place() {
 
 // Stores.
 
-fn folder() -> std::path::PathBuf {
-    let folder = std::env::temp_dir().join(format!("tollgate-config-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
-    std::fs::write(folder.join("password"), "S3CRET-pass\nsecond line\n").unwrap();
-    std::fs::write(folder.join("short"), "too short\n").unwrap();
-    std::fs::write(folder.join("key_base"), "k".repeat(64)).unwrap();
-    std::fs::write(folder.join("empty"), "\n").unwrap();
+fn folder() -> Folder {
+    let folder = Folder::new("config");
+    folder.write("password", "S3CRET-pass\nsecond line\n");
+    folder.write("short", "too short\n");
+    folder.write("key_base", &"k".repeat(64));
+    folder.write("empty", "\n");
     folder
 }
 
@@ -141,7 +141,8 @@ fn every_kind_of_store_in_a_chain() {
          [[store]]\nkind = \"redis\"\nservers = [\"redis.example:6379\"]\npassword_file = \"password\"\n\
          [[store]]\nkind = \"introspection\"\n"
     );
-    let settings = parse(&text, &folder()).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let folder = folder();
+    let settings = parse(&text, &folder.0).unwrap_or_else(|problems| panic!("{problems:?}"));
     let names: Vec<_> = settings.stores.iter().map(|store| store.name.as_str()).collect();
     assert_eq!(names, ["sqlite", "file", "postgres", "gitlab", "mine", "redis", "introspection"]);
     let tls: Vec<_> = settings
@@ -199,7 +200,7 @@ fn what_is_wrong_with_a_store() {
         ("timeout = \"0s\"", "store.timeout: "),
     ] {
         let text = format!("{MINIMAL}[store]\n{text}\n");
-        let found: Vec<_> = parse(&text, &folder).err().unwrap_or_default().iter().map(ToString::to_string).collect();
+        let found: Vec<_> = parse(&text, &folder.0).err().unwrap_or_default().iter().map(ToString::to_string).collect();
         assert!(found.iter().any(|problem| problem.contains(part)), "{text}: {found:?}");
         assert!(!found.iter().any(|problem| problem.contains("S3CRET")), "{found:?}");
     }

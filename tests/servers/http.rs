@@ -1,7 +1,7 @@
 //! An HTTP server that says what a test tells it to, byte for byte if need be, and counts what it was asked. Threads and
 //! blocking sockets: nothing of it shares a runtime, or a bug, with what it tests.
 
-use super::{Fault, PATIENCE, Server, eventually, tls::Authority};
+use super::{PATIENCE, Server, eventually, tls::Authority};
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -304,26 +304,11 @@ impl HttpServer {
     pub fn last(&self) -> Asked {
         self.asked().pop().unwrap()
     }
+}
 
-    /// Closes all connections.
-    pub fn cut(&self) {
-        for socket in self.shared.sockets.lock().unwrap().values() {
-            socket.shut();
-        }
-    }
-
-    /// Takes connections and requests, and answers none.
-    pub fn freeze(&self) {
-        *self.shared.frozen.lock().unwrap() = true;
-    }
-
-    pub fn thaw(&self) {
-        *self.shared.frozen.lock().unwrap() = false;
-        self.shared.thawed.notify_all();
-    }
-
+impl Server for HttpServer {
     /// Connections are refused from now on, and closed if they are open.
-    pub fn stop(&mut self) {
+    fn stop(&mut self) {
         self.shared.stopped.store(true, SeqCst);
         self.thaw();
         eventually("the HTTP server has stopped", || {
@@ -335,7 +320,7 @@ impl HttpServer {
     }
 
     /// Listens again, at the same address.
-    pub fn start_again(&mut self) {
+    fn start_again(&mut self) {
         let listener = match &self.at {
             At::Unix(path) => {
                 drop(std::fs::remove_file(path));
@@ -356,18 +341,21 @@ impl HttpServer {
             shared.listening.store(false, SeqCst);
         });
     }
-}
 
-impl Server for HttpServer {
-    fn befall(&mut self, fault: Fault) {
-        match fault {
-            Fault::Stop => self.stop(),
-            Fault::Start => self.start_again(),
-            Fault::Freeze => self.freeze(),
-            Fault::Thaw => self.thaw(),
-            Fault::Cut => self.cut(),
-            // Nothing is ever written.
-            Fault::ReadOnly | Fault::Writable => {}
+    /// Takes connections and requests, and answers none.
+    fn freeze(&self) {
+        *self.shared.frozen.lock().unwrap() = true;
+    }
+
+    fn thaw(&self) {
+        *self.shared.frozen.lock().unwrap() = false;
+        self.shared.thawed.notify_all();
+    }
+
+    /// Closes all connections.
+    fn cut(&self) {
+        for socket in self.shared.sockets.lock().unwrap().values() {
+            socket.shut();
         }
     }
 }

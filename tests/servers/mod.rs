@@ -117,15 +117,37 @@ pub enum Fault {
 }
 
 pub trait Server {
-    fn befall(&mut self, fault: Fault);
+    fn stop(&mut self);
+    fn start_again(&mut self);
+    fn freeze(&self);
+    fn thaw(&self);
+    fn cut(&self);
+    /// Nothing, where nothing is ever written.
+    fn read_only(&self, _yes: bool) {}
+
+    fn befall(&mut self, fault: Fault) {
+        match fault {
+            Fault::Stop => self.stop(),
+            Fault::Start => self.start_again(),
+            Fault::Freeze => self.freeze(),
+            Fault::Thaw => self.thaw(),
+            Fault::Cut => self.cut(),
+            Fault::ReadOnly => self.read_only(true),
+            Fault::Writable => self.read_only(false),
+        }
+    }
 }
 
 /// Tries until something is true.
-pub fn eventually(what: &str, mut check: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+pub fn eventually(what: &str, check: impl FnMut() -> bool) {
+    within(PATIENCE, what, check);
+}
+
+pub fn within(patience: Duration, what: &str, mut check: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
     while !check() {
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
-        std::thread::sleep(Duration::from_millis(20));
+        assert!(Instant::now() < deadline, "not within {patience:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

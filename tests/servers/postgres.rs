@@ -1,7 +1,7 @@
 //! A PostgreSQL server of the tests' own, from Debian's package: on a free loopback port and a socket in its folder.
 
 use super::tls::Authority;
-use super::{Fault, Folder, HINT, PATIENCE, Process, Server, eventually, free_port, repository, run};
+use super::{Folder, HINT, PATIENCE, Process, Server, eventually, free_port, repository, run};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -43,30 +43,6 @@ impl Postgres {
         let mut server = Self { folder, port: free_port(), process: None, authority };
         server.start_again();
         server
-    }
-
-    /// On the same port, with the same data.
-    pub fn start_again(&mut self) {
-        let mut command = as_nobody(&program("postgres"));
-        command.arg("-D").arg(self.folder.file("data")).args(["-p", &self.port.to_string()]);
-        let socket = format!("unix_socket_directories={}", self.folder.0.display());
-        let ssl = format!("ssl={}", if self.authority.is_some() { "on" } else { "off" });
-        for setting in [
-            "listen_addresses=127.0.0.1",
-            &socket,
-            &ssl,
-            "fsync=off",
-            "full_page_writes=off",
-            "shared_buffers=32MB",
-            "max_connections=60",
-            "autovacuum=off",
-            "log_min_messages=log",
-        ] {
-            command.args(["-c", setting]);
-        }
-        let log = std::fs::OpenOptions::new().append(true).create(true).open(self.folder.file("log")).unwrap();
-        self.process = Some(Process::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log)));
-        eventually("PostgreSQL answers", || self.try_psql("postgres", "SELECT 1").is_ok());
     }
 
     /// Through TCP, as a user who may do everything.
@@ -115,50 +91,6 @@ impl Postgres {
         self.psql("postgres", &format!("CREATE DATABASE {name}"));
     }
 
-    /// As a crash would: nothing is said to anybody.
-    pub fn stop(&mut self) {
-        let Some(mut process) = self.process.take() else { return };
-        let everybody = self.everybody(&process);
-        signal("CONT", &everybody);
-        process.signal("QUIT");
-        let deadline = Instant::now() + PATIENCE;
-        while !process.has_ended() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        process.kill();
-        drop(std::fs::remove_file(self.folder.file("data/postmaster.pid")));
-    }
-
-    /// Takes connections, or the kernel does, and says nothing.
-    pub fn freeze(&self) {
-        let process = self.process.as_ref().unwrap();
-        // The parent first, so that no child is missed.
-        process.signal("STOP");
-        signal("STOP", &self.everybody(process));
-    }
-
-    pub fn thaw(&self) {
-        signal("CONT", &self.everybody(self.process.as_ref().unwrap()));
-    }
-
-    /// Cuts every connection of a client.
-    pub fn cut(&self) {
-        let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-            WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
-        self.psql("postgres", others);
-    }
-
-    /// For sessions that are there as well, which learn of it with the next statement.
-    pub fn read_only(&self, yes: bool) {
-        let value = if yes { "on" } else { "off" };
-        self.psql("postgres", &format!("ALTER SYSTEM SET default_transaction_read_only = {value}"));
-        self.psql("postgres", "SELECT pg_reload_conf()");
-        eventually("the setting is taken in", || {
-            let told = "SELECT setting FROM pg_file_settings WHERE name = 'default_transaction_read_only' AND applied";
-            self.psql("postgres", told) == value
-        });
-    }
-
     /// A standby that follows this server.
     pub fn standby(&self) -> Self {
         let folder = Folder::new("pg");
@@ -189,16 +121,72 @@ impl Postgres {
 }
 
 impl Server for Postgres {
-    fn befall(&mut self, fault: Fault) {
-        match fault {
-            Fault::Stop => self.stop(),
-            Fault::Start => self.start_again(),
-            Fault::Freeze => self.freeze(),
-            Fault::Thaw => self.thaw(),
-            Fault::Cut => self.cut(),
-            Fault::ReadOnly => self.read_only(true),
-            Fault::Writable => self.read_only(false),
+    /// As a crash would: nothing is said to anybody.
+    fn stop(&mut self) {
+        let Some(mut process) = self.process.take() else { return };
+        let everybody = self.everybody(&process);
+        signal("CONT", &everybody);
+        process.signal("QUIT");
+        let deadline = Instant::now() + PATIENCE;
+        while !process.has_ended() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
         }
+        process.kill();
+        drop(std::fs::remove_file(self.folder.file("data/postmaster.pid")));
+    }
+
+    /// On the same port, with the same data.
+    fn start_again(&mut self) {
+        let mut command = as_nobody(&program("postgres"));
+        command.arg("-D").arg(self.folder.file("data")).args(["-p", &self.port.to_string()]);
+        let socket = format!("unix_socket_directories={}", self.folder.0.display());
+        let ssl = format!("ssl={}", if self.authority.is_some() { "on" } else { "off" });
+        for setting in [
+            "listen_addresses=127.0.0.1",
+            &socket,
+            &ssl,
+            "fsync=off",
+            "full_page_writes=off",
+            "shared_buffers=32MB",
+            "max_connections=60",
+            "autovacuum=off",
+            "log_min_messages=log",
+        ] {
+            command.args(["-c", setting]);
+        }
+        let log = std::fs::OpenOptions::new().append(true).create(true).open(self.folder.file("log")).unwrap();
+        self.process = Some(Process::start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log)));
+        eventually("PostgreSQL answers", || self.try_psql("postgres", "SELECT 1").is_ok());
+    }
+
+    /// Takes connections, or the kernel does, and says nothing.
+    fn freeze(&self) {
+        let process = self.process.as_ref().unwrap();
+        // The parent first, so that no child is missed.
+        process.signal("STOP");
+        signal("STOP", &self.everybody(process));
+    }
+
+    fn thaw(&self) {
+        signal("CONT", &self.everybody(self.process.as_ref().unwrap()));
+    }
+
+    /// Cuts every connection of a client.
+    fn cut(&self) {
+        let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+            WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
+        self.psql("postgres", others);
+    }
+
+    /// For sessions that are there as well, which learn of it with the next statement.
+    fn read_only(&self, yes: bool) {
+        let value = if yes { "on" } else { "off" };
+        self.psql("postgres", &format!("ALTER SYSTEM SET default_transaction_read_only = {value}"));
+        self.psql("postgres", "SELECT pg_reload_conf()");
+        eventually("the setting is taken in", || {
+            let told = "SELECT setting FROM pg_file_settings WHERE name = 'default_transaction_read_only' AND applied";
+            self.psql("postgres", told) == value
+        });
     }
 }
 

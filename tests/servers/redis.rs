@@ -1,7 +1,7 @@
 //! Redis servers of the tests' own: one, a master with a replica and three sentinels, or a cluster of three.
 
 use super::tls::Authority;
-use super::{Fault, Folder, PATIENCE, Process, Server, eventually, free_port, run};
+use super::{Folder, PATIENCE, Process, Server, eventually, free_port, run};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -65,45 +65,6 @@ impl Redis {
         server
     }
 
-    pub fn start_again(&mut self) {
-        let mut command = Command::new("redis-server");
-        command.arg(self.folder.file("redis.conf")).stdout(Stdio::null()).stderr(Stdio::null());
-        if self.sentinel {
-            command.arg("--sentinel");
-        }
-        self.process = Some(Process::start(&mut command));
-        let deadline = Instant::now() + PATIENCE;
-        while !self.try_cli(&["PING"]).contains("PONG") {
-            let ended = self.process.as_mut().is_some_and(Process::has_ended);
-            assert!(!ended && Instant::now() < deadline, "redis-server on port {} does not come up", self.port);
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
-    }
-
-    /// Killed, without a chance to say anything.
-    pub fn stop(&mut self) {
-        self.process = None;
-    }
-
-    pub fn freeze(&self) {
-        self.process.as_ref().unwrap().signal("STOP");
-    }
-
-    pub fn thaw(&self) {
-        self.process.as_ref().unwrap().signal("CONT");
-    }
-
-    /// Closes all connections to it.
-    pub fn cut(&self) {
-        self.cli(&["CLIENT", "KILL", "TYPE", "normal"]);
-        self.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]);
-    }
-
-    /// A replica of nobody takes no writes.
-    pub fn read_only(&self, yes: bool) {
-        self.cli(if yes { &["REPLICAOF", "127.0.0.1", "1"] } else { &["REPLICAOF", "NO", "ONE"] });
-    }
-
     pub fn socket(&self) -> PathBuf {
         self.folder.file("socket")
     }
@@ -125,16 +86,43 @@ impl Redis {
 }
 
 impl Server for Redis {
-    fn befall(&mut self, fault: Fault) {
-        match fault {
-            Fault::Stop => self.stop(),
-            Fault::Start => self.start_again(),
-            Fault::Freeze => self.freeze(),
-            Fault::Thaw => self.thaw(),
-            Fault::Cut => self.cut(),
-            Fault::ReadOnly => self.read_only(true),
-            Fault::Writable => self.read_only(false),
+    /// Killed, without a chance to say anything.
+    fn stop(&mut self) {
+        self.process = None;
+    }
+
+    fn start_again(&mut self) {
+        let mut command = Command::new("redis-server");
+        command.arg(self.folder.file("redis.conf")).stdout(Stdio::null()).stderr(Stdio::null());
+        if self.sentinel {
+            command.arg("--sentinel");
         }
+        self.process = Some(Process::start(&mut command));
+        let deadline = Instant::now() + PATIENCE;
+        while !self.try_cli(&["PING"]).contains("PONG") {
+            let ended = self.process.as_mut().is_some_and(Process::has_ended);
+            assert!(!ended && Instant::now() < deadline, "redis-server on port {} does not come up", self.port);
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+
+    fn freeze(&self) {
+        self.process.as_ref().unwrap().signal("STOP");
+    }
+
+    fn thaw(&self) {
+        self.process.as_ref().unwrap().signal("CONT");
+    }
+
+    /// Closes all connections to it.
+    fn cut(&self) {
+        self.cli(&["CLIENT", "KILL", "TYPE", "normal"]);
+        self.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]);
+    }
+
+    /// A replica of nobody takes no writes.
+    fn read_only(&self, yes: bool) {
+        self.cli(if yes { &["REPLICAOF", "127.0.0.1", "1"] } else { &["REPLICAOF", "NO", "ONE"] });
     }
 }
 

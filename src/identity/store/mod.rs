@@ -14,7 +14,7 @@ mod contract;
 #[cfg(test)]
 #[allow(unreachable_pub, reason = "shared with the tests outside the process")]
 #[path = "../../../tests/servers/mod.rs"]
-pub(in crate::identity) mod servers;
+pub(crate) mod servers;
 
 pub use tls::{Secret, TlsMode, TlsSettings};
 

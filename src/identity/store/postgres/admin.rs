@@ -251,8 +251,11 @@ impl TokenAdmin for PostgresAdmin {
         let failed = |error: Error| failed(&place, &error);
         let transaction = self.session.client.transaction().await.map_err(failed)?;
         let row = transaction.query_opt(&find, &[&key]).await.map_err(failed)?.ok_or(AdminError::Missing)?;
-        let time =
-            |at: usize| row.try_get::<_, Option<i64>>(at).map(|time| time.map(i64::unsigned_abs)).map_err(failed);
+        // The tables take no time before 1970; one that got in all the same is over.
+        let time = |at: usize| -> Result<Option<u64>, AdminError> {
+            let seconds: Option<i64> = row.try_get(at).map_err(failed)?;
+            Ok(seconds.map(|seconds| u64::try_from(seconds).unwrap_or(0)))
+        };
         let (revoked, superseded, expires) = (time(0)?, time(1)?, time(2)?);
         let end = TokenRecord { revoked, superseded, expires, ..TokenRecord::new(*old, "") }.rotated_out(at, end)?;
         insert(&transaction, &add, &TokenRecord { replaces: Some(*old), ..next.clone() }, &place).await?;

@@ -377,8 +377,11 @@ impl TokenAdmin for RedisAdmin {
             running.sort();
             let confirmed: HashSet<String> =
                 self.link.ask(redis::cmd("SMEMBERS").arg(self.keys.confirmed(&id))).await?;
-            let replicas = running.into_iter().map(|name| (confirmed.contains(&name), name));
-            if let Some(outcome) = waiting.outcome(replicas.map(|(done, name)| (name, done)).collect()).await {
+            let with_state = |name: String| {
+                let done = confirmed.contains(&name);
+                (name, done)
+            };
+            if let Some(outcome) = waiting.outcome(running.into_iter().map(with_state).collect()).await {
                 return outcome;
             }
         }
