@@ -468,7 +468,12 @@ fn an_upstream_that_is_too_slow_is_504() {
 
 #[test]
 fn a_gateway_that_shuts_down_says_503() {
-    let upstream = Upstream::answering(|_| Reply::ok("done").after(Duration::from_secs(1)));
+    let latch = Latch::default();
+    let held = latch.clone();
+    let upstream = Upstream::answering(move |_| {
+        held.wait();
+        Reply::ok("done")
+    });
     let gateway = Gateway::start(upstream.address, "");
     let mut busy = gateway.client();
     busy.send(&get(TARGET, ""));
@@ -478,11 +483,13 @@ fn a_gateway_that_shuts_down_says_503() {
     waiting.send(b"GET /api/v3/projects HTTP/1.1\r\n");
     eventually("the connection is taken", || gateway.metric("tollgate_connections") >= 2.0);
     gateway.signal("TERM");
-    eventually("the signal is seen", || gateway.process_log().contains("stopping"));
+    // Once it is said, it holds.
+    eventually("the signal is seen", || gateway.process_log().contains("new ones get 503"));
     waiting.send(format!("Host: h\r\nPRIVATE-TOKEN: {GOOD}\r\n\r\n").as_bytes());
     let answer = waiting.answer();
     assert_own(&answer, 503, "Service Unavailable", "draining");
     assert!(answer.header("Retry-After").is_some_and(|value| value.parse::<u32>().is_ok()));
+    latch.open();
     assert_eq!(busy.answer().text(), "done", "the one under way is served to its end");
 }
 

@@ -8,7 +8,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// Tokens that every gateway of the tests knows, unless it is given others.
@@ -400,6 +400,22 @@ impl Seen {
 }
 
 type Script = Arc<dyn Fn(&Seen) -> Reply + Send + Sync>;
+
+/// Holds an upstream's answers back until a test has seen what it wants, at most for a minute.
+#[derive(Clone, Default)]
+pub struct Latch(Arc<(Mutex<bool>, Condvar)>);
+
+impl Latch {
+    pub fn open(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_all();
+    }
+
+    pub fn wait(&self) {
+        let open = self.0.0.lock().unwrap();
+        drop(self.0.1.wait_timeout_while(open, 6 * PATIENCE, |open| !*open).unwrap());
+    }
+}
 
 /// What the upstream answers.
 pub struct Reply {

@@ -162,9 +162,10 @@ impl ShutdownSignalWatch for Drain {
             return ShutdownSignal::GracefulTerminate;
         };
         next(&mut terminate, &mut interrupt).await;
-        log::info!("stopping: requests in flight have {:?}, new ones get 503", self.grace);
         self.metrics.ready(false);
         self.lifecycle.drain();
+        // Last, so that it is true for whoever reads it.
+        log::info!("stopping: requests in flight have {:?}, new ones get 503", self.grace);
         tokio::select! {
             () = self.quiet() => {}
             () = next(&mut terminate, &mut interrupt) => log::warn!("asked twice: stopping at once"),
