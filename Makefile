@@ -3,10 +3,15 @@
 
 check: lint doc test deploy-check
 
+# What is promised in seconds, or measured in bytes under load, is tested by itself: no other test takes time away from it.
+ALONE = deadlines:: load:: slow:: stores::faults:: stores::revocation::
+
 # Installs what the tests need from Debian and PyPI, then runs all of them: the runner's summary comes last.
 test:
 	bash tests/install.sh
-	cargo test --locked --lib --test main
+	cargo test --locked --lib
+	cargo test --locked --test main -- $(ALONE:%=--skip %)
+	cargo test --locked --test main -- $(ALONE) --test-threads 1
 
 lint:
 	cargo fmt --check

@@ -164,6 +164,15 @@ impl Gateway {
         line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
     }
 
+    /// Time that its threads have had on a processor.
+    pub fn cpu_time(&self) -> Duration {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().flatten();
+        // A thread may be gone before it is looked at.
+        let statistics = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("schedstat")).ok());
+        let nanos = statistics.map(|text| text.split(' ').next().unwrap().parse::<u64>().unwrap());
+        Duration::from_nanos(nanos.sum())
+    }
+
     /// Sends a signal by name, like `TERM`.
     pub fn signal(&self, name: &str) {
         let status = Command::new("kill").args([format!("-{name}"), self.pid().to_string()]).status().unwrap();

@@ -16,6 +16,7 @@ mod answers;
 mod architecture;
 mod attacks;
 mod cli;
+mod deadlines;
 mod deploy;
 mod forwarding;
 mod load;

@@ -8,6 +8,16 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+/// The head of a GET.
+pub fn get(token: &str, target: &str) -> String {
+    format!("GET {target} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {token}\n\n")
+}
+
+/// Status of a GET on a connection of its own.
+pub fn status(gateway: &Gateway, token: &str) -> u16 {
+    gateway.ask(&get(token, "/api/v3/user")).status
+}
+
 /// Runs a program to its end. Fails with the hint when it can't be started.
 pub fn run(command: &mut Command) -> Output {
     let output = command.stdin(Stdio::null()).output();

@@ -163,8 +163,12 @@ impl TokenStore for FileStore {
     }
 }
 
+/// What a gateway reads. A file without a word is one that somebody is just writing, or lost: never a list of nobody.
 fn read(path: &Path) -> Result<Table, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    if text.trim().is_empty() {
+        return Err(format!("{}: the file is empty (to let nobody in, write `token = []`)", path.display()));
+    }
     parse(&text, Format::of(path)).map_err(|why| format!("{}: {why}", path.display()))
 }
 
@@ -257,13 +261,17 @@ impl FileAdmin {
         AdminError::Store(format!("{}: {why}", self.path.display()))
     }
 
+    /// What the file says; a start for one that is not there or empty.
     fn text(&self) -> Result<String, AdminError> {
-        match std::fs::read_to_string(&self.path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                Ok(if self.format == Format::Json { "{}".into() } else { String::new() })
-            }
-            read => read.map_err(|error| self.failed(error)),
-        }
+        let text = match std::fs::read_to_string(&self.path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            read => read.map_err(|error| self.failed(error))?,
+        };
+        Ok(match self.format {
+            _ if !text.trim().is_empty() => text,
+            Format::Toml => "# Tokens that tollgate knows, by their SHA-256.\n".into(),
+            Format::Json => "{}".into(),
+        })
     }
 
     fn table(&self) -> Result<Table, AdminError> {

@@ -172,6 +172,8 @@ async fn a_broken_file_changes_nothing() {
         (&format!("{good}{good}"), "stands in the file twice"),
         (&good.replace("created", "expires").replace("2023-", "20x3-"), "must be a time like"),
         (&good.replace("user", "usr"), "unknown field"),
+        ("", "the file is empty"),
+        ("\n \n", "the file is empty"),
     ] {
         let why = FileStore::open(&folder.file("other"), clock).err().unwrap();
         assert!(why.contains("No such file"), "{why}");
@@ -179,12 +181,23 @@ async fn a_broken_file_changes_nothing() {
         let why = FileStore::open(&folder.file("broken"), clock).err().unwrap();
         assert!(why.contains(part) && !why.contains("S3CRET"), "{why}");
     }
-    std::fs::write(&path, "[[token]]\nnonsense").unwrap();
-    assert_eq!(heard_within(&store, Duration::from_millis(700)).await, [Event::Hearing], "a broken file is no change");
-    assert_eq!(lookup(&store, b"known").await, Some(record("known")));
+    // An empty one is what a writer that does not rename leaves for a moment.
+    for broken in ["[[token]]\nnonsense", ""] {
+        std::fs::write(&path, broken).unwrap();
+        assert_eq!(heard_within(&store, Duration::from_millis(700)).await, [Event::Hearing], "{broken:?} is no change");
+        assert_eq!(lookup(&store, b"known").await, Some(record("known")));
+    }
     std::fs::remove_file(&path).unwrap();
     assert_eq!(heard_within(&store, Duration::from_millis(700)).await, [Event::Hearing], "nor is a missing one");
     assert!(lookup(&store, b"known").await.is_some());
+    // Nobody is let in by saying so.
+    std::fs::write(&path, "token = []\n").unwrap();
+    for _ in 0..10 {
+        if lookup(&store, b"known").await.is_some() {
+            heard_within(&store, Duration::from_millis(700)).await;
+        }
+    }
+    assert_eq!(lookup(&store, b"known").await, None);
 }
 
 #[tokio::test]
