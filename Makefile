@@ -10,8 +10,8 @@ ALONE = deadlines:: load:: slow:: stores::faults:: stores::revocation::
 test:
 	bash tests/install.sh
 	cargo test --locked --lib
-	cargo test --locked --test main -- $(ALONE:%=--skip %)
 	cargo test --locked --test main -- $(ALONE) --test-threads 1
+	cargo test --locked --test main -- $(ALONE:%=--skip %)
 
 lint:
 	cargo fmt --check

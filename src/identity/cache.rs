@@ -106,8 +106,9 @@ const REFRESH_RETRY_MS: u64 = 1_000;
 const LAST_USED_STEP_MS: u64 = 60_000;
 /// No time at all, where the end of one stands: a change of the token may have been missed.
 const DOUBTFUL: u64 = 0;
-/// How long an answer is believed while word of changes does not come: the bound on revocation then.
-const DEAF_TTL: Duration = Duration::from_millis(900);
+/// How long an answer is believed while word of changes does not come. A revocation is promised to hold within a second
+/// then, too: what is left of it goes to the look-up.
+const DEAF_TTL: Duration = Duration::from_millis(700);
 
 impl Cache {
     pub(super) fn new(settings: CacheSettings) -> Self {

@@ -650,7 +650,8 @@ async fn answers_count_for_a_moment_while_no_word_comes() {
     bench.tell(Event::Deaf).await;
     assert_eq!(bench.user("t").await, "a");
     assert!(bench.known("t").is_some());
-    pass(Duration::from_secs(1));
+    // Well within the second that is promised: the look-up takes its time, too.
+    pass(Duration::from_millis(700));
     assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
     bench.tell(Event::Hearing).await;
     assert_eq!(bench.user("t").await, "b");
