@@ -64,7 +64,7 @@ faults:
 	TOLLGATE_FAULT_CROWD=1500 TOLLGATE_FAULT_ROUNDS=20 cargo test --locked --test main -- stores::faults --nocapture --test-threads 1 | tee target/faults.log
 	grep -o '^.*| .* |$$' target/faults.log | sed 's/^[^|]*//'
 
-# Three gateways on one PostgreSQL and on one Redis, connections cut at random. An hour.
+# Three gateways on one PostgreSQL and on one Redis, connections cut at random. 10 minutes.
 revocations:
 	TOLLGATE_REVOCATIONS=10000 cargo test --locked --test main -- stores::revocation --nocapture --test-threads 1 | tee target/revocations.log
 

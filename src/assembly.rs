@@ -58,7 +58,9 @@ fn link(store: &NamedStore, metrics: &Metrics) -> anyhow::Result<Link> {
     let metrics = Arc::new(metrics.store(&store.name));
     let opened: Result<Arc<dyn TokenStore>, String> = match store.kind.clone() {
         StoreSettings::Sqlite(path) => SqliteStore::start(&path).map(|store| Arc::new(store) as _),
-        StoreSettings::File(path) => FileStore::open(&path, edge::now).map(|store| Arc::new(store) as _),
+        StoreSettings::File(path) => {
+            FileStore::open(&path, Arc::clone(&metrics), edge::now).map(|store| Arc::new(store) as _)
+        }
         StoreSettings::Postgres(settings) => {
             PostgresStore::new(*settings, Arc::clone(&metrics)).map(|store| Arc::new(store) as _)
         }

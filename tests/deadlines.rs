@@ -80,12 +80,15 @@ fn an_edited_token_file_takes_effect_within_a_second_and_a_broken_one_does_not()
     within_a_second("a revoked token does not work", "brand-new", 401);
     within_a_second("a token that is back does", GOOD, 200);
 
+    let is_current = || gateway.metric("tollgate_store_file_current{store=\"file\"}") == 1.0;
+    assert!(is_current());
     for broken in ["[[token]]\nsha256 = \"12\"\nuser = \"u\"\n", "secret-pasted-here", "[[token]]\nuser = \"u\"\n"] {
         let complaints = || gateway.process_log().matches("is kept as it was before").count();
         let before = complaints();
         gateway.folder.write("tokens.toml", broken);
         eventually("the broken file was looked at", || complaints() > before);
         assert_eq!((status(&gateway, GOOD), status(&gateway, "brand-new")), (200, 401), "{broken}");
+        assert!(!is_current(), "nobody is told: {broken}");
     }
     assert!(!gateway.process_log().contains("secret-pasted"), "the log quotes the file");
     let complaints = gateway.process_log().matches("is kept as it was before").count();
@@ -95,6 +98,7 @@ fn an_edited_token_file_takes_effect_within_a_second_and_a_broken_one_does_not()
     gateway.folder.write("tokens.toml", &entry(OTHER));
     within_a_second("the next good file holds", GOOD, 401);
     within_a_second("the next good file holds", OTHER, 200);
+    assert!(is_current());
 }
 
 #[test]

@@ -362,7 +362,9 @@ impl Inner {
                 }
             }
             Event::Deaf => {
-                log::error!("store {name}: word of changes does not come; answers count for less than a second until it does");
+                log::error!(
+                    "store {name}: word of changes does not come; answers count for less than a second until it does"
+                );
                 self.hearing_changed(link, metrics, false);
             }
             Event::Hearing => {

@@ -80,6 +80,7 @@ pub struct Metrics {
     store_subscribed: IntGaugeVec,
     store_subscription_losses: IntCounterVec,
     store_breaker_open: IntGaugeVec,
+    store_file_current: IntGaugeVec,
     store_rechecks: IntCounterVec,
     revocation_lag: HistogramVec,
     rotated: Vec<IntCounter>,
@@ -219,6 +220,11 @@ impl Metrics {
                 "1 while the token store is left alone after failures in a row.",
                 &["store"],
             )?,
+            store_file_current: gauges(
+                "tollgate_store_file_current",
+                "1 while the token file holds as it stands, 0 while it is broken or missing and an earlier one holds.",
+                &["store"],
+            )?,
             store_rechecks: counters(
                 "tollgate_store_rechecks_total",
                 "Times that everything learned from a store had to be asked anew, because changes may have been missed.",
@@ -342,6 +348,7 @@ impl Metrics {
             subscribed: self.store_subscribed.clone(),
             losses: self.store_subscription_losses.clone(),
             breaker_open: self.store_breaker_open.clone(),
+            file_current: self.store_file_current.clone(),
             rechecks: self.store_rechecks.with_label_values(&[name]),
             lag: self.revocation_lag.with_label_values(&[name]),
         }
@@ -441,6 +448,7 @@ pub struct StoreMetrics {
     subscribed: IntGaugeVec,
     losses: IntCounterVec,
     breaker_open: IntGaugeVec,
+    file_current: IntGaugeVec,
     rechecks: IntCounter,
     lag: Histogram,
 }
@@ -479,6 +487,11 @@ impl StoreMetrics {
 
     pub fn breaker_open(&self, open: bool) {
         self.breaker_open.with_label_values(&[&self.name]).set(i64::from(open));
+    }
+
+    /// Whether the token file holds as it stands.
+    pub fn file_current(&self, yes: bool) {
+        self.file_current.with_label_values(&[&self.name]).set(i64::from(yes));
     }
 
     pub fn rechecked(&self) {

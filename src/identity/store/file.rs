@@ -6,6 +6,7 @@ use super::{
     rfc3339,
 };
 use crate::identity::credential::{Credential, Digest};
+use crate::telemetry::metrics::StoreMetrics;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,7 @@ pub struct FileStore {
     table: ArcSwap<Table>,
     /// What the file looked like when it was last read, good or broken.
     seen: Mutex<Option<Stamp>>,
+    metrics: Arc<StoreMetrics>,
     clock: fn() -> crate::Now,
 }
 
@@ -105,10 +107,11 @@ impl From<&TokenRecord> for TokenShape {
 
 impl FileStore {
     /// Reads the file; it must be there and right.
-    pub fn open(path: &Path, clock: fn() -> crate::Now) -> Result<Self, String> {
+    pub fn open(path: &Path, metrics: Arc<StoreMetrics>, clock: fn() -> crate::Now) -> Result<Self, String> {
         let seen = Stamp::of(path);
-        let table = read(path)?;
-        Ok(Self { path: path.into(), table: ArcSwap::from_pointee(table), seen: Mutex::new(seen), clock })
+        let table = ArcSwap::from_pointee(read(path)?);
+        metrics.file_current(true);
+        Ok(Self { path: path.into(), table, seen: Mutex::new(seen), metrics, clock })
     }
 
     /// What changed since the last look, if anything.
@@ -119,7 +122,9 @@ impl FileStore {
             return None;
         }
         *seen = stamp;
-        match read(&self.path) {
+        let read = read(&self.path);
+        self.metrics.file_current(read.is_ok());
+        match read {
             Ok(table) => {
                 let now = (self.clock)().unix_ms;
                 let old = self.table.swap(Arc::new(table));

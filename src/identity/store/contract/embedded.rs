@@ -4,10 +4,15 @@ use super::super::StoreError;
 use super::super::file::{FileAdmin, FileStore};
 use super::super::sqlite::{SqliteAdmin, SqliteStore};
 use super::*;
+use crate::telemetry::metrics::Metrics;
 use std::path::PathBuf;
 
 fn clock() -> crate::Now {
     crate::edge::now()
+}
+
+fn open(path: &std::path::Path) -> Result<FileStore, String> {
+    FileStore::open(path, Arc::new(Metrics::new("test").unwrap().store("file")), clock)
 }
 
 /// What a store says in a time.
@@ -57,7 +62,7 @@ impl Subject for FileSubject {
     }
 
     fn open(&self) -> Arc<dyn TokenStore> {
-        let store = FileStore::open(&self.path, clock).unwrap();
+        let store = open(&self.path).unwrap();
         Arc::new(Prompt { store, path: self.path.clone() })
     }
 
@@ -79,7 +84,7 @@ struct Prompt {
 #[async_trait]
 impl TokenStore for Prompt {
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
-        FileStore::open(&self.path, clock).unwrap().lookup(credential).await
+        open(&self.path).unwrap().lookup(credential).await
     }
 
     async fn follow(&self, heard: crate::identity::store::Heard<'_>) {
@@ -164,7 +169,10 @@ async fn a_broken_file_changes_nothing() {
     let path = folder.file("tokens");
     FileAdmin::new(&path).create(&record("known")).await.unwrap();
     let good = std::fs::read_to_string(&path).unwrap();
-    let store = FileStore::open(&path, clock).unwrap();
+    let metrics = Metrics::new("test").unwrap();
+    let store = FileStore::open(&path, Arc::new(metrics.store("file")), clock).unwrap();
+    let is_current = |yes: u8| metrics.render().unwrap().contains(&format!("file_current{{store=\"file\"}} {yes}\n"));
+    assert!(is_current(1));
     for (broken, part) in [
         ("[[token]]\nsha256 = \"12\"\nuser = \"a\"\n", "token[0].sha256: must be 64 hex digits"),
         ("[[token]]\nuser = \"a\"\n", "missing field"),
@@ -175,20 +183,22 @@ async fn a_broken_file_changes_nothing() {
         ("", "the file is empty"),
         ("\n \n", "the file is empty"),
     ] {
-        let why = FileStore::open(&folder.file("other"), clock).err().unwrap();
+        let why = open(&folder.file("other")).err().unwrap();
         assert!(why.contains("No such file"), "{why}");
         std::fs::write(folder.file("broken"), broken).unwrap();
-        let why = FileStore::open(&folder.file("broken"), clock).err().unwrap();
+        let why = open(&folder.file("broken")).err().unwrap();
         assert!(why.contains(part) && !why.contains("S3CRET"), "{why}");
     }
     // An empty one is what a writer that does not rename leaves for a moment.
     for broken in ["[[token]]\nnonsense", ""] {
         std::fs::write(&path, broken).unwrap();
         assert_eq!(heard_within(&store, Duration::from_millis(700)).await, [Event::Hearing], "{broken:?} is no change");
+        assert!(is_current(0), "the operator is not told");
         assert_eq!(lookup(&store, b"known").await, Some(record("known")));
     }
     std::fs::remove_file(&path).unwrap();
     assert_eq!(heard_within(&store, Duration::from_millis(700)).await, [Event::Hearing], "nor is a missing one");
+    assert!(is_current(0));
     assert!(lookup(&store, b"known").await.is_some());
     // Nobody is let in by saying so.
     std::fs::write(&path, "token = []\n").unwrap();
@@ -198,6 +208,7 @@ async fn a_broken_file_changes_nothing() {
         }
     }
     assert_eq!(lookup(&store, b"known").await, None);
+    assert!(is_current(1));
 }
 
 #[tokio::test]
