@@ -172,7 +172,10 @@ impl TokenStore for FileStore {
 fn read(path: &Path) -> Result<Table, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
     if text.trim().is_empty() {
-        return Err(format!("{}: the file is empty (to let nobody in, write `token = []`)", path.display()));
+        return Err(format!(
+            "{}: the file is empty (to let nobody in, write `token = []`, or `{{}}` in JSON)",
+            path.display()
+        ));
     }
     parse(&text, Format::of(path)).map_err(|why| format!("{}: {why}", path.display()))
 }
