@@ -468,12 +468,7 @@ fn an_upstream_that_is_too_slow_is_504() {
 
 #[test]
 fn a_gateway_that_shuts_down_says_503() {
-    let latch = Latch::default();
-    let held = latch.clone();
-    let upstream = Upstream::answering(move |_| {
-        held.wait();
-        Reply::ok("done")
-    });
+    let (upstream, latch) = Upstream::holding(|_| true, "done");
     let gateway = Gateway::start(upstream.address, "");
     let mut busy = gateway.client();
     busy.send(&get(TARGET, ""));

@@ -485,6 +485,19 @@ impl Upstream {
         upstream
     }
 
+    /// Answers 200, some requests not before the latch opens.
+    pub fn holding(holds: fn(&Seen) -> bool, body: &'static str) -> (Self, Latch) {
+        let latch = Latch::default();
+        let held = latch.clone();
+        let upstream = Self::answering(move |seen| {
+            if holds(seen) {
+                held.wait();
+            }
+            Reply::ok(body)
+        });
+        (upstream, latch)
+    }
+
     /// Every request so far, whole or not.
     pub fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()

@@ -41,7 +41,7 @@ impl Caller {
     fn ask(&mut self, token: &str, good: bool) -> Result<(), String> {
         self.sent += 1;
         let target = format!("/api/v3/load/{}/{}", self.lane, self.sent);
-        self.client.send_head(&format!("GET {target} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {token}\n\n"));
+        self.client.send_head(&get(token, &target));
         let answer = self.client.try_answer().ok_or("the connection was closed")?;
         let expected = match good {
             true => (200, format!("{{\"digest\":\"{}\",\"target\":\"{target}\"}}", sha256_hex(token))),

@@ -9,19 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-const SECOND: Duration = Duration::from_secs(1);
-
 /// Answers `/…slow` when the latch opens, everything else at once.
 fn slow_upstream() -> (Upstream, Latch) {
-    let latch = Latch::default();
-    let held = latch.clone();
-    let upstream = Upstream::answering(move |seen| {
-        if seen.target.ends_with("slow") {
-            held.wait();
-        }
-        Reply::ok("{\"ok\":true}")
-    });
-    (upstream, latch)
+    Upstream::holding(|seen| seen.target.ends_with("slow"), "{\"ok\":true}")
 }
 
 /// Clients whose slow requests the upstream has got and not answered.

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+pub const SECOND: Duration = Duration::from_secs(1);
+
 /// The head of a GET.
 pub fn get(token: &str, target: &str) -> String {
     format!("GET {target} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {token}\n\n")

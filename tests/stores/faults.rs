@@ -1,12 +1,10 @@
 //! Store × fault → what callers see. Every part asserts what is promised and prints what was measured.
 
-use super::{Backing, Caller, all, setting};
+use super::{BOUND, Backing, Caller, all, setting};
 use crate::harness::*;
 use crate::servers::Fault;
+use crate::support::get;
 use std::time::{Duration, Instant};
-
-/// What is promised: a store that is back is asked again, and a revocation holds, within this time.
-const BOUND: Duration = Duration::from_secs(1);
 
 /// Callers that are known, and that stay active.
 const CALLERS: usize = 100;
@@ -156,8 +154,7 @@ fn silent(make: fn() -> Box<dyn Backing>) {
         let mut clients: Vec<_> = (0..crowd).map(|_| Client::connect(address)).collect();
         let before = Instant::now();
         for (number, client) in clients.iter_mut().enumerate() {
-            let head = format!("GET /api/v3/user HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: stranger-{number}\n\n");
-            client.send_head(&head);
+            client.send_head(&get(&format!("stranger-{number}"), "/api/v3/user"));
         }
         let statuses: Vec<u16> = clients.iter_mut().map(|client| client.answer().status).collect();
         (statuses, before.elapsed())

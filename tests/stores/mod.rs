@@ -9,10 +9,15 @@ use crate::servers::http::{HttpServer, Reply};
 use crate::servers::postgres::Postgres;
 use crate::servers::redis::{Options, Redis};
 use crate::servers::{Fault, Server as _};
-use crate::support::{run, stderr};
+use crate::support::{get, run, stderr};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// What is documented: a store that is back is asked again, and a revocation holds where the store tells of changes, within
+/// this time.
+pub const BOUND: Duration = Duration::from_secs(1);
 
 /// A store that the tests can fill, and that things befall.
 pub trait Backing {
@@ -375,7 +380,7 @@ impl Caller {
 
     pub fn ask(&mut self, token: &str) -> Answer {
         let client = self.client.get_or_insert_with(|| Client::connect(self.address));
-        client.send_head(&format!("GET /api/v3/user HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {token}\n\n"));
+        client.send_head(&get(token, "/api/v3/user"));
         let answer = client.answer();
         if answer.header("Connection").is_some_and(|value| value.eq_ignore_ascii_case("close")) {
             self.client = None;

@@ -1,15 +1,13 @@
 //! The promise: once a revocation is in the store, the token stops working on every gateway within a second, whatever
 //! happens to the connections between.
 
-use super::{Backing, Caller, PostgresOwn, RedisOwn, setting};
+use super::{BOUND, Backing, Caller, PostgresOwn, RedisOwn, setting};
 use crate::harness::*;
 use crate::servers::Fault;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// The bound that is documented for stores that tell of changes.
-const BOUND: Duration = Duration::from_secs(1);
 const REPLICAS: usize = 3;
 
 /// Three gateways under load on one store whose connections are cut at random, and one revocation after the other.

@@ -170,14 +170,14 @@ impl TokenStore for FileStore {
 
 /// What a gateway reads. A file without a word is one that somebody is just writing, or lost: never a list of nobody.
 fn read(path: &Path) -> Result<Table, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    if text.trim().is_empty() {
-        return Err(format!(
-            "{}: the file is empty (to let nobody in, write `token = []`, or `{{}}` in JSON)",
-            path.display()
-        ));
-    }
-    parse(&text, Format::of(path)).map_err(|why| format!("{}: {why}", path.display()))
+    let read = || {
+        let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+        if text.trim().is_empty() {
+            return Err("the file is empty (to let nobody in, write `token = []`, or `{}` in JSON)".into());
+        }
+        parse(&text, Format::of(path))
+    };
+    read().map_err(|why| format!("{}: {why}", path.display()))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -275,8 +275,10 @@ impl FileAdmin {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             read => read.map_err(|error| self.failed(error))?,
         };
+        if !text.trim().is_empty() {
+            return Ok(text);
+        }
         Ok(match self.format {
-            _ if !text.trim().is_empty() => text,
             Format::Toml => "# Tokens that tollgate knows, by their SHA-256.\n".into(),
             Format::Json => "{}".into(),
         })
