@@ -37,23 +37,23 @@ bench-micro:
 
 # Instructions a request under callgrind, beside nginx and HAProxy (apt-get install valgrind haproxy nginx). 5 minutes.
 bench-instructions:
-	cargo build --locked --release
+	cargo build --locked --profile dist
 	benches/e2e/run.py instructions --requests 10000 --peers
 
 # CPU time a request in interleaved rounds with nginx and HAProxy. 7 minutes on an idle machine.
 bench-cpu:
-	cargo build --locked --release
+	cargo build --locked --profile dist
 	benches/e2e/run.py cpu
 
 bench: bench-micro bench-instructions bench-cpu
 
 # The long forms of what CI runs short.
 load:
-	cargo build --locked --release
+	cargo build --locked --profile dist
 	benches/e2e/run.py load --connections 64 --seconds 60 --bad 20 --threads 2
 
 flood:
-	cargo build --locked --release
+	cargo build --locked --profile dist
 	benches/e2e/run.py flood --count 1000000 --threads 2
 
 rack:
@@ -74,5 +74,5 @@ contract:
 
 # Cold and cached look-ups, memory and import time from 10^4 to 10^7 tokens. 40 minutes and 12 GB of disk.
 scale:
-	cargo build --locked --release
+	cargo build --locked --profile dist
 	benches/scale.py

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """How import, look-ups and memory grow with the number of tokens, from 10^4 to 10^7, in SQLite and in PostgreSQL.
 
-Needs the release binary and Debian's postgresql. Prints a table; everything it starts and writes is gone afterwards.
+Needs the binary of the dist profile and Debian's postgresql. Prints a table; everything it starts and writes is gone afterwards.
 Usage: benches/scale.py [--counts 10000,100000] [--stores sqlite,postgres] [--cached 100000]
 """
 import argparse, glob, json, os, random, re, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TOLLGATE = Path(os.environ.get("TOLLGATE", Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release/tollgate"))
+TOLLGATE = Path(os.environ.get("TOLLGATE", Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "dist/tollgate"))
 COLD = 2000
 
 

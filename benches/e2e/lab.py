@@ -210,7 +210,7 @@ class Lab:
         """Why a gateway can't be started here; None where it can."""
         if name == "tollgate":
             return None if os.access(self.tollgate, os.X_OK) else \
-                f"no binary at {self.tollgate}: cargo build --release, or give --tollgate PATH"
+                f"no binary at {self.tollgate}: cargo build --profile dist, or give --tollgate PATH"
         try:
             self.program(name)
         except Problem as problem:

@@ -39,7 +39,7 @@ def main():
 
 def arguments():
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--tollgate", default=TARGET / "release/tollgate", help="the binary (default: %(default)s)")
+    common.add_argument("--tollgate", default=TARGET / "dist/tollgate", help="the binary (default: %(default)s)")
     common.add_argument("--work", default=TARGET / "bench-e2e", help="folder for all that is made (default: %(default)s)")
     common.add_argument("--known", type=positive, default=100_000, help="how many tokens are known (default: %(default)s)")
     common.add_argument("--extra", metavar="FILE", help="TOML to append to tollgate's configuration")
