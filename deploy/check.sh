@@ -151,6 +151,17 @@ known_names() {
     [ ! -s "$work/differ" ] || { echo "no such metrics:"; cat "$work/differ"; return 1; }
 }
 known_names || fail "metrics that do not exist"
+# Every query of docs/monitoring.md is one that Prometheus reads.
+queries() {
+    awk '
+        BEGIN { print "groups:"; print "- name: docs"; print "  rules:" }
+        /^```/ { open = $0 == "```promql"; next }
+        open && /^[^#]/ { gsub(/"/, "\\\""); printf "  - record: docs:query%d\n    expr: \"%s\"\n", ++count, $0 }
+    ' docs/monitoring.md >"$work/queries.yml"
+    [ "$(grep -c 'expr:' "$work/queries.yml")" -ge 10 ] || { echo "fewer than 10 queries were found"; return 1; }
+    promtool check rules "$work/queries.yml"
+}
+run docs/monitoring.md queries
 
 # --- Links and places in docs/ --------------------------------------------------
 places() {
@@ -166,6 +177,6 @@ places() {
     done <"$work/tests"
 }
 for page in README security framework-traps clients; do run "docs/$page.md" places "docs/$page.md"; done
-for page in operations stores; do places "docs/$page.md" || fail "docs/$page.md names what does not exist"; done
+for page in backup monitoring operations stores tls; do places "docs/$page.md" || fail "docs/$page.md names what does not exist"; done
 
 echo "deploy/check.sh: $files files checked"
