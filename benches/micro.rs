@@ -3,9 +3,9 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use divan::{AllocProfiler, Bencher, black_box};
-use tollgate::forward::Origin;
 use tollgate::identity::credential::Digest;
 use tollgate::pipeline::{Admission, Pipeline, Verdict};
+use tollgate::request::origin::Origin;
 use tollgate::request::{self, head, query};
 use tollgate::{Now, config, edge};
 

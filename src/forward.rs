@@ -4,13 +4,13 @@
 use crate::identity::Principal;
 use crate::policy::Permit;
 use crate::request::body::BodyScanner;
+use crate::request::origin::{Origin, TrustedProxies};
 use crate::request::page::Clamped;
 use crate::request::query::Edits;
 use crate::request::route::{Auth, Route};
 use crate::request::token::{Presented, TokenRules, bearer, is_token_header};
 use crate::request::view::{Field, FieldKind, Framing, Method, RequestView, Version};
 use crate::request::{Examined, Switches};
-use ipnet::IpNet;
 use smallvec::SmallVec;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -37,23 +37,6 @@ pub enum Credential {
     None,
 }
 
-/// Peers whose X-Forwarded-* are believed. Nobody by default.
-#[derive(Clone, Debug, Default)]
-pub struct TrustedProxies {
-    pub networks: Vec<IpNet>,
-    /// Peers that come through a Unix socket of ours.
-    pub unix_peers: bool,
-}
-
-impl TrustedProxies {
-    fn trusts(&self, peer: Option<IpAddr>) -> bool {
-        match peer {
-            Some(ip) => self.networks.iter().any(|network| network.contains(&ip.to_canonical())),
-            None => self.unix_peers,
-        }
-    }
-}
-
 /// Carries out a permit: what becomes of one request on its way upstream.
 #[derive(Debug)]
 pub struct Plan<'r> {
@@ -69,43 +52,6 @@ pub struct Plan<'r> {
 pub fn plan<'r>(permit: Permit, examined: Examined<'r>) -> Plan<'r> {
     let Examined { route, auth, presented, edits, clamped, asks_sudo: _, body, method: _, canonical: _ } = examined;
     Plan { route, auth, permit, presented, edits, clamped, body }
-}
-
-/// Where a request came from, as seen by the socket and told by trusted proxies.
-#[derive(Clone, Debug)]
-pub struct Origin<'a> {
-    /// The socket's other end; `None` for a Unix socket.
-    pub peer: Option<IpAddr>,
-    trusted: bool,
-    told: SmallVec<[&'a [u8]; 4]>,
-    /// Whom to call the client in logs and limits.
-    pub client: Option<IpAddr>,
-}
-
-impl<'a> Origin<'a> {
-    pub fn of(view: &RequestView<'a>, peer: Option<IpAddr>, proxies: &TrustedProxies) -> Self {
-        let mut origin = Self { peer, trusted: proxies.trusts(peer), told: SmallVec::new(), client: peer };
-        if !origin.trusted {
-            return origin;
-        }
-        for field in view.fields_of(FieldKind::ForwardedFor) {
-            origin.told.extend(field.value.split(|b| *b == b',').map(<[u8]>::trim_ascii));
-        }
-        let parse = |text: &[u8]| std::str::from_utf8(text).ok()?.parse::<IpAddr>().ok();
-        if !origin.told.iter().all(|text| parse(text).is_some()) {
-            origin.told.clear();
-        }
-        // The nearest hop that is no proxy of ours.
-        let mut hops = origin.told.iter().rev().filter_map(|text| parse(text));
-        origin.client = hops.clone().find(|ip| !proxies.trusts(Some(*ip))).or(hops.next_back()).or(peer);
-        origin
-    }
-
-    /// The value that a trusted proxy told, when it told one of legal form.
-    fn told_by_proxy<'v>(&self, view: &RequestView<'v>, kind: FieldKind, legal: fn(&[u8]) -> bool) -> Option<&'v [u8]> {
-        let mut values = view.fields_of(kind).map(|field| field.value);
-        values.next().filter(|value| self.trusted && values.next().is_none() && legal(value))
-    }
 }
 
 /// X-Request-Id as Rails takes it: letters, digits, `_` and `-`; longer ones are replaced.
@@ -162,7 +108,7 @@ impl Plan<'_> {
             }
         }
         self.write_identity(rules, out);
-        write_origin(view, origin, out);
+        write_origin(origin, out);
         put(out, "X-Request-Id", request_id.as_bytes());
         match view.body {
             // A method that usually has a body says that it has none; other requests say nothing, as they came.
@@ -261,38 +207,19 @@ fn nominated<'a>(view: &RequestView<'a>) -> SmallVec<[&'a [u8]; 4]> {
         .collect()
 }
 
-fn write_origin(view: &RequestView<'_>, origin: &Origin<'_>, out: &mut Vec<u8>) {
-    let peer = origin.peer.map(|ip| ip.to_canonical());
-    if peer.is_some() || !origin.told.is_empty() {
-        out.extend_from_slice(b"X-Forwarded-For: ");
-        for (index, hop) in origin.told.iter().enumerate() {
-            out.extend_from_slice(if index == 0 { b"" } else { b", " });
-            out.extend_from_slice(hop);
-        }
-        if let Some(ip) = peer {
-            out.extend_from_slice(if origin.told.is_empty() { b"" } else { b", " });
-            write_ip(ip, out);
-        }
+fn write_origin(origin: &Origin<'_>, out: &mut Vec<u8>) {
+    let mut separator: &[u8] = b"X-Forwarded-For: ";
+    for ip in origin.chain() {
+        out.extend_from_slice(separator);
+        write_ip(ip, out);
+        separator = b", ";
+    }
+    if separator == b", " {
         out.extend_from_slice(b"\r\n");
     }
-    let is_proto = |value: &[u8]| matches!(value, b"http" | b"https");
-    let is_port = |value: &[u8]| (1..=5).contains(&value.len()) && value.iter().all(u8::is_ascii_digit);
-    let is_host =
-        |value: &[u8]| !value.is_empty() && value.iter().all(|b| b.is_ascii_alphanumeric() || b"-._:[]".contains(b));
-    let proto: &[u8] = origin.told_by_proxy(view, FieldKind::ForwardedProto, is_proto).unwrap_or(b"http");
-    let host = origin.told_by_proxy(view, FieldKind::ForwardedHost, is_host).unwrap_or(view.host);
-    let default_port: &[u8] = if proto == b"https" { b"443" } else { b"80" };
-    let port = origin.told_by_proxy(view, FieldKind::ForwardedPort, is_port).or(port_of(host)).unwrap_or(default_port);
-    put(out, "X-Forwarded-Proto", proto);
-    put(out, "X-Forwarded-Host", host);
-    put(out, "X-Forwarded-Port", port);
-}
-
-/// The port that a client put behind the host, which is the port that it uses, whatever is mapped in between.
-fn port_of(host: &[u8]) -> Option<&[u8]> {
-    let at = memchr::memrchr(b':', host)?;
-    let port = &host[at + 1..];
-    (!port.is_empty() && port.iter().all(u8::is_ascii_digit)).then_some(port)
+    put(out, "X-Forwarded-Proto", origin.scheme().as_bytes());
+    put(out, "X-Forwarded-Host", origin.host());
+    put(out, "X-Forwarded-Port", origin.port());
 }
 
 fn write_ip(ip: IpAddr, out: &mut Vec<u8>) {

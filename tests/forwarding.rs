@@ -99,9 +99,14 @@ fn forwarded_headers_of_a_trusted_proxy_are_believed() {
         ("X-Forwarded-For: 192.0.2.7\nX-Forwarded-For: 10.1.2.3\n", "192.0.2.7, 10.1.2.3, 127.0.0.1", "192.0.2.7"),
         ("X-Forwarded-For: 2001:db8::1\n", "2001:db8::1, 127.0.0.1", "2001:db8::1"),
         ("X-Forwarded-For: 10.9.9.9, 10.1.2.3\n", "10.9.9.9, 10.1.2.3, 127.0.0.1", "10.9.9.9"),
-        // Something that is no address makes the list worthless.
+        // What is no address ends the reading, whether the client wrote it or the nearest proxy.
+        ("X-Forwarded-For: unknown, 192.0.2.7\n", "192.0.2.7, 127.0.0.1", "192.0.2.7"),
+        ("X-Forwarded-For: 6.6.6.6, _hidden, 192.0.2.7, 10.1.2.3\n", "192.0.2.7, 10.1.2.3, 127.0.0.1", "192.0.2.7"),
+        ("X-Forwarded-For: <junk>\nX-Forwarded-For: 192.0.2.7\n", "192.0.2.7, 127.0.0.1", "192.0.2.7"),
         ("X-Forwarded-For: 192.0.2.7, unknown\n", "127.0.0.1", "127.0.0.1"),
         ("X-Forwarded-For: 192.0.2.7,\n", "127.0.0.1", "127.0.0.1"),
+        ("X-Forwarded-For: 192.0.2.7:4711\n", "192.0.2.7, 127.0.0.1", "192.0.2.7"),
+        ("X-Forwarded-For: [2001:db8::1]:4711, ::ffff:10.1.2.3\n", "2001:db8::1, 10.1.2.3, 127.0.0.1", "2001:db8::1"),
     ]
     .into_iter()
     .enumerate()
@@ -120,6 +125,19 @@ fn forwarded_headers_of_a_trusted_proxy_are_believed() {
     assert_eq!(seen.header("X-Forwarded-Port"), Some("443"));
     assert_eq!((seen.header("Forwarded"), seen.header("X-Real-IP")), (None, None), "only one set of them is kept");
     upstream.forget();
+    for (told, scheme) in [
+        ("X-Forwarded-Proto: HTTPS\n", "https"),
+        ("X-Forwarded-Proto: wss\n", "https"),
+        ("X-Forwarded-Proto: ws\n", "http"),
+        ("X-Forwarded-Proto: https, https\n", "https"),
+        ("X-Forwarded-Proto: https\nx-forwarded-proto: https\n", "https"),
+        ("X-Forwarded-Proto: https, http\n", "http"),
+        ("X-Forwarded-Proto: http\nX-Forwarded-Proto: https\n", "http"),
+    ] {
+        gateway.ask(&get(TARGET, told));
+        assert_eq!(upstream.only().header("X-Forwarded-Proto"), Some(scheme), "{told}");
+        upstream.forget();
+    }
     let nonsense = "X-Forwarded-Proto: gopher\nX-Forwarded-Host: a b\nX-Forwarded-Port: x\n";
     gateway.ask(&get(TARGET, nonsense));
     let seen = upstream.only();
@@ -127,6 +145,32 @@ fn forwarded_headers_of_a_trusted_proxy_are_believed() {
         (seen.header("X-Forwarded-Proto"), seen.header("X-Forwarded-Host"), seen.header("X-Forwarded-Port")),
         (Some("http"), Some("h.test"), Some("80"))
     );
+}
+
+/// A socket for both families shows an IPv4 peer as `::ffff:a.b.c.d`: the networks of the configuration, the log and the
+/// backend know it as `a.b.c.d`.
+#[test]
+fn an_ipv4_peer_on_an_ipv6_socket_is_an_ipv4_peer() {
+    let upstream = Upstream::start();
+    let (front, networks) = (free_port(), ["127.0.0.0/8", "::ffff:127.0.0.0/104"]);
+    for network in networks {
+        let config = format!(
+            "[server]\nlisten = [\"@LISTEN@\", \"[::]:{front}\"]\nthreads = 1\ntrusted_proxies = [\"{network}\"]\n"
+        );
+        let gateway = Gateway::start(upstream.address, &config);
+        for (headers, chain, client) in
+            [("", "127.0.0.1", "127.0.0.1"), ("X-Forwarded-For: 192.0.2.7\n", "192.0.2.7, 127.0.0.1", "192.0.2.7")]
+        {
+            let lines = gateway.access_log().len();
+            let mut socket = Client::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, front)));
+            socket.send_head(&get(TARGET, headers));
+            assert_eq!(socket.answer().status, 200);
+            assert_eq!(upstream.only().header("X-Forwarded-For"), Some(chain), "{network} {headers}");
+            upstream.forget();
+            eventually("the log line", || gateway.access_log().len() == lines + 1);
+            assert_eq!(gateway.access_log()[lines]["client"].as_str(), Some(client), "{network} {headers}");
+        }
+    }
 }
 
 #[test]

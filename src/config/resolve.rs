@@ -6,17 +6,19 @@ use super::file::{
 };
 use super::section::{Problem, closest};
 use crate::edge::{ServerSettings, Timeouts, UpstreamSettings};
-use crate::forward::{Credential, ForwardRules, TrustedProxies};
+use crate::forward::{Credential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::identity::store::NamedStore;
 use crate::policy::{Policy, ScopeRule, Scopes};
 use crate::request::body::BodyRules;
+use crate::request::origin::TrustedProxies;
 use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
 use crate::request::route::{Auth, Methods, Pattern, Route, Routes};
 use crate::request::token::TokenRules;
 use crate::request::view::Method;
 use crate::request::{Limits, Rules, Switches};
+use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -383,9 +385,20 @@ fn trusted(peers: &[file::Proxy]) -> TrustedProxies {
     let mut trusted = TrustedProxies::default();
     for peer in peers {
         match &peer.0 {
-            TrustedPeer::Network(network) => trusted.networks.push(*network),
+            TrustedPeer::Network(network) => trusted.networks.push(canonical(*network)),
             TrustedPeer::Unix => trusted.unix_peers = true,
         }
     }
     trusted
+}
+
+/// IPv4 written as IPv6 is IPv4, as are the addresses that are looked for in it.
+fn canonical(network: IpNet) -> IpNet {
+    match network {
+        IpNet::V6(v6) if v6.prefix_len() >= 96 => {
+            let v4 = v6.addr().to_ipv4_mapped().and_then(|ip| Ipv4Net::new(ip, v6.prefix_len() - 96).ok());
+            v4.map_or(network, IpNet::V4)
+        }
+        _ => network,
+    }
 }

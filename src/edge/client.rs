@@ -78,7 +78,7 @@ pub(super) enum Head {
 impl ClientStream {
     pub(super) fn new(socket: Stream) -> Self {
         let digest = socket.get_socket_digest();
-        let peer = digest.and_then(|digest| digest.peer_addr()?.as_inet().map(|address| address.ip()));
+        let peer = digest.and_then(|digest| digest.peer_addr()?.as_inet().map(|address| address.ip().to_canonical()));
         Self { socket: Some(socket), ahead: BytesMut::new(), body: Body::Ended(None), peer, served: 0 }
     }
 

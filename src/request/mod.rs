@@ -4,6 +4,7 @@
 pub mod body;
 pub mod chunked;
 pub mod head;
+pub mod origin;
 pub mod page;
 pub mod query;
 pub mod route;

@@ -1,0 +1,274 @@
+//! Where a request came from: the client's address, the scheme, host and port that it used, as the socket shows and as
+//! trusted proxies tell. Pure. It must never believe a word of somebody who is no trusted proxy.
+
+use super::view::{Field, FieldKind, RequestView};
+use ipnet::IpNet;
+use smallvec::SmallVec;
+use std::net::{IpAddr, SocketAddr};
+
+/// Addresses of X-Forwarded-For that are read, from the right. Real chains have a handful; a longer list is a client's.
+const MAX_HOPS: usize = 64;
+
+/// Peers whose X-Forwarded-* are believed. Nobody by default.
+#[derive(Clone, Debug, Default)]
+pub struct TrustedProxies {
+    pub networks: Vec<IpNet>,
+    /// Peers that come through a Unix socket of ours.
+    pub unix_peers: bool,
+}
+
+impl TrustedProxies {
+    fn trusts(&self, peer: Option<IpAddr>) -> bool {
+        match peer {
+            Some(ip) => self.networks.iter().any(|network| network.contains(&ip)),
+            None => self.unix_peers,
+        }
+    }
+}
+
+/// Where a request came from. All addresses are canonical: `::ffff:a.b.c.d` is `a.b.c.d`.
+#[derive(Clone, Debug)]
+pub struct Origin<'a> {
+    /// The socket's other end; `None` for a Unix socket.
+    pub peer: Option<IpAddr>,
+    /// Whom to call the client in logs and limits.
+    pub client: Option<IpAddr>,
+    /// What trusted proxies told of the way before the peer, the nearest hop first.
+    told: SmallVec<[IpAddr; 4]>,
+    https: bool,
+    host: &'a [u8],
+    port: Option<&'a [u8]>,
+}
+
+impl<'a> Origin<'a> {
+    pub fn of(view: &RequestView<'a>, peer: Option<IpAddr>, proxies: &TrustedProxies) -> Self {
+        let peer = peer.map(|ip| ip.to_canonical());
+        // tollgate speaks no TLS: without a proxy that says otherwise, the scheme is http.
+        let mut origin = Self { peer, client: peer, told: SmallVec::new(), https: false, host: view.host, port: None };
+        if proxies.trusts(peer) {
+            origin.take_chain(view, proxies);
+            origin.take_scheme_and_host(view);
+        }
+        origin
+    }
+
+    /// Reads X-Forwarded-For from the right, where the nearest proxy wrote: over trusted addresses to the first one that
+    /// is not, which is the client. What stands to the left of the client is only hearsay, and goes on as such. An
+    /// element that is no address ends the reading: whoever wrote it wrote what stands to the left of it as well.
+    fn take_chain(&mut self, view: &RequestView<'a>, proxies: &TrustedProxies) {
+        let lines = view.fields.iter().rev().filter(|field| field.kind == FieldKind::ForwardedFor);
+        let elements = lines.flat_map(|field| field.value.rsplit(|b| *b == b',')).map(<[u8]>::trim_ascii);
+        self.told = elements.take(MAX_HOPS).map_while(address).collect();
+        let client = self.told.iter().find(|ip| !proxies.trusts(Some(**ip))).or(self.told.last());
+        self.client = client.copied().or(self.peer);
+    }
+
+    fn take_scheme_and_host(&mut self, view: &RequestView<'a>) {
+        self.https = agreed(view, FieldKind::ForwardedProto, scheme).unwrap_or(false);
+        self.host = agreed(view, FieldKind::ForwardedHost, host).unwrap_or(view.host);
+        self.port = agreed(view, FieldKind::ForwardedPort, port);
+    }
+
+    /// The addresses for X-Forwarded-For, the farthest first.
+    pub fn chain(&self) -> impl Iterator<Item = IpAddr> {
+        self.told.iter().rev().copied().chain(self.peer)
+    }
+
+    pub fn scheme(&self) -> &'static str {
+        if self.https { "https" } else { "http" }
+    }
+
+    /// The host that the client asked for, with its port if it named one.
+    pub fn host(&self) -> &'a [u8] {
+        self.host
+    }
+
+    pub fn port(&self) -> &'a [u8] {
+        let default: &[u8] = if self.https { b"443" } else { b"80" };
+        self.port.or_else(|| port_of(self.host)).unwrap_or(default)
+    }
+}
+
+/// What all elements of all lines of a field agree on. Proxies in a row write a list or a line each. Where they differ,
+/// nothing is believed: the element that a client wrote can't be told from the others.
+fn agreed<'a, T: Copy + PartialEq>(
+    view: &RequestView<'a>,
+    kind: FieldKind,
+    read: fn(&'a [u8]) -> Option<T>,
+) -> Option<T> {
+    fn elements<'a>(field: &Field<'a>) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+        field.value.split(|b| *b == b',').map(<[u8]>::trim_ascii).filter(|element| !element.is_empty())
+    }
+    let mut elements = view.fields_of(kind).flat_map(elements);
+    let first = read(elements.next()?)?;
+    elements.all(|element| read(element) == Some(first)).then_some(first)
+}
+
+/// Whether a scheme is one with TLS. Traefik writes `ws` and `wss` for WebSockets.
+fn scheme(text: &[u8]) -> Option<bool> {
+    let is = |known: &str| text.eq_ignore_ascii_case(known.as_bytes());
+    match () {
+        () if is("https") || is("wss") => Some(true),
+        () if is("http") || is("ws") => Some(false),
+        () => None,
+    }
+}
+
+fn host(text: &[u8]) -> Option<&[u8]> {
+    text.iter().all(|b| b.is_ascii_alphanumeric() || b"-._:[]".contains(b)).then_some(text)
+}
+
+fn port(text: &[u8]) -> Option<&[u8]> {
+    ((1..=5).contains(&text.len()) && text.iter().all(u8::is_ascii_digit)).then_some(text)
+}
+
+/// The port that a client put behind the host, which is the port that it uses, whatever is mapped in between.
+fn port_of(host: &[u8]) -> Option<&[u8]> {
+    let at = memchr::memrchr(b':', host)?;
+    let port = &host[at + 1..];
+    (!port.is_empty() && port.iter().all(u8::is_ascii_digit)).then_some(port)
+}
+
+/// One element of X-Forwarded-For: an address, also with a port or in brackets. The port says nothing and goes.
+fn address(element: &[u8]) -> Option<IpAddr> {
+    let text = std::str::from_utf8(element).ok()?;
+    let bracketed = || text.strip_prefix('[')?.strip_suffix(']')?.parse::<std::net::Ipv6Addr>().ok().map(IpAddr::from);
+    let ip = text.parse::<IpAddr>().ok();
+    let ip = ip.or_else(|| text.parse::<SocketAddr>().ok().map(|socket| socket.ip())).or_else(bracketed);
+    ip.map(|ip| ip.to_canonical())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::head;
+    use super::*;
+
+    fn proxies() -> TrustedProxies {
+        let networks = ["127.0.0.1/32", "10.0.0.0/8", "fd00::/8"].map(|text| text.parse().unwrap()).to_vec();
+        TrustedProxies { networks, unix_peers: false }
+    }
+
+    /// Client, chain, scheme, host and port of a request that a peer sent.
+    fn told(peer: &str, lines: &str) -> (String, String, &'static str, String, String) {
+        let bytes = format!("GET / HTTP/1.1\r\nHost: h.test\r\n{}\r\n", lines.replace('\n', "\r\n")).into_bytes();
+        let view = head::parse(&bytes).unwrap();
+        let origin = Origin::of(&view, peer.parse().ok(), &proxies());
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        (
+            origin.client.map_or("-".into(), |ip| ip.to_string()),
+            origin.chain().map(|ip| ip.to_string()).collect::<Vec<_>>().join(", "),
+            origin.scheme(),
+            text(origin.host()),
+            text(origin.port()),
+        )
+    }
+
+    #[test]
+    fn the_chain_is_read_from_the_right() {
+        let cases = [
+            ("192.0.2.7", "192.0.2.7", "192.0.2.7"),
+            ("6.6.6.6, 192.0.2.7, 10.1.2.3", "192.0.2.7", "6.6.6.6, 192.0.2.7, 10.1.2.3"),
+            // What a client wrote first and a proxy appended to.
+            ("unknown, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
+            ("6.6.6.6, _hidden, 192.0.2.7, 10.1.2.3", "192.0.2.7", "192.0.2.7, 10.1.2.3"),
+            (", 192.0.2.7", "192.0.2.7", "192.0.2.7"),
+            ("<script>, 192.0.2.7:4711", "192.0.2.7", "192.0.2.7"),
+            ("caf\u{e9}, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
+            ("127.0.0.1 6.6.6.6, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
+            ("010.1.2.3, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
+            ("6.6.6.6, fe80::1%eth0, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
+            ("1.2.3.4/8, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
+            ("for=6.6.6.6, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
+            // The nearest element is no address: the list says nothing.
+            ("192.0.2.7, unknown", "127.0.0.1", ""),
+            ("192.0.2.7,", "127.0.0.1", ""),
+            ("", "127.0.0.1", ""),
+            ("192.0.2.7, 10.1.2.3, unknown, 10.1.2.4", "10.1.2.4", "10.1.2.4"),
+            // Nobody but proxies: the farthest of them.
+            ("10.9.9.9, 10.1.2.3", "10.9.9.9", "10.9.9.9, 10.1.2.3"),
+            // Addresses with ports, brackets, and IPv4 in IPv6.
+            ("192.0.2.7:4711, 10.1.2.3:80", "192.0.2.7", "192.0.2.7, 10.1.2.3"),
+            ("[2001:DB8::1]:4711", "2001:db8::1", "2001:db8::1"),
+            ("[2001:db8::1]", "2001:db8::1", "2001:db8::1"),
+            ("2001:db8:0:0::1", "2001:db8::1", "2001:db8::1"),
+            ("::ffff:192.0.2.7", "192.0.2.7", "192.0.2.7"),
+            ("[::ffff:192.0.2.7]:1", "192.0.2.7", "192.0.2.7"),
+            ("192.0.2.7, ::ffff:10.1.2.3", "192.0.2.7", "192.0.2.7, 10.1.2.3"),
+            ("192.0.2.7, fd00::1", "192.0.2.7", "192.0.2.7, fd00::1"),
+            ("6.6.6.6, [192.0.2.7]", "127.0.0.1", ""),
+            ("6.6.6.6, 192.0.2.7:", "127.0.0.1", ""),
+            ("6.6.6.6, 192.0.2.7:http", "127.0.0.1", ""),
+            ("6.6.6.6, 192.0.2.7:99999", "127.0.0.1", ""),
+            // Several lines are one list in their order.
+            (
+                "6.6.6.6\nX-Forwarded-For: 192.0.2.7\nx-forwarded-for: 10.1.2.3",
+                "192.0.2.7",
+                "6.6.6.6, 192.0.2.7, 10.1.2.3",
+            ),
+            ("6.6.6.6, junk\nX-Forwarded-For: 192.0.2.7,10.1.2.3", "192.0.2.7", "192.0.2.7, 10.1.2.3"),
+            ("192.0.2.7\nX-Forwarded-For: junk", "127.0.0.1", ""),
+        ];
+        for (list, client, chain) in cases {
+            let chain = if chain.is_empty() { "127.0.0.1".to_owned() } else { format!("{chain}, 127.0.0.1") };
+            let (found, forwarded, ..) = told("127.0.0.1", &format!("X-Forwarded-For: {list}\n"));
+            assert_eq!((found.as_str(), forwarded), (client, chain), "{list}");
+        }
+    }
+
+    #[test]
+    fn a_long_list_is_read_up_to_a_bound() {
+        let list = "6.6.6.6, ".repeat(2_000) + "192.0.2.7, 10.1.2.3";
+        let (client, chain, ..) = told("127.0.0.1", &format!("X-Forwarded-For: {list}\n"));
+        assert_eq!((client.as_str(), chain.matches("6.6.6.6").count()), ("192.0.2.7", MAX_HOPS - 2));
+    }
+
+    #[test]
+    fn who_is_no_proxy_is_not_believed() {
+        let lies = "X-Forwarded-For: 6.6.6.6\nX-Forwarded-Proto: https\nX-Forwarded-Host: evil\nX-Forwarded-Port: 1\n";
+        let own =
+            |client: &str, host: &str| (client.to_owned(), client.to_owned(), "http", host.to_owned(), "80".to_owned());
+        assert_eq!(told("192.0.2.1", lies), own("192.0.2.1", "h.test"));
+        assert_eq!(told("::ffff:192.0.2.1", lies), own("192.0.2.1", "h.test"));
+        // The same machine by its other name.
+        assert_eq!(told("::ffff:127.0.0.1", lies).0, "6.6.6.6");
+        assert_eq!(told("unix", lies).0, "-");
+    }
+
+    #[test]
+    fn schemes_hosts_and_ports_that_agree() {
+        for (lines, scheme) in [
+            ("X-Forwarded-Proto: https", "https"),
+            ("X-Forwarded-Proto: HTTPS", "https"),
+            ("X-Forwarded-Proto: hTTp", "http"),
+            ("X-Forwarded-Proto: wss", "https"),
+            ("X-Forwarded-Proto: WS", "http"),
+            ("X-Forwarded-Proto: https, https", "https"),
+            ("X-Forwarded-Proto: https,wss , HTTPS", "https"),
+            ("X-Forwarded-Proto: https\nX-Forwarded-Proto: https", "https"),
+            ("X-Forwarded-Proto: https,", "https"),
+            ("X-Forwarded-Proto: https, http", "http"),
+            ("X-Forwarded-Proto: http, https", "http"),
+            ("X-Forwarded-Proto: https\nX-Forwarded-Proto: http", "http"),
+            ("X-Forwarded-Proto: https, gopher", "http"),
+            ("X-Forwarded-Proto: gopher", "http"),
+            ("X-Forwarded-Proto: https:", "http"),
+            ("X-Forwarded-Proto: \"https\"", "http"),
+            ("X-Forwarded-Proto:", "http"),
+        ] {
+            let (_, _, found, _, port) = told("127.0.0.1", &format!("{lines}\n"));
+            assert_eq!((found, port.as_str()), (scheme, if scheme == "https" { "443" } else { "80" }), "{lines}");
+        }
+        for (lines, host, port) in [
+            ("X-Forwarded-Host: a.test:8443", "a.test:8443", "8443"),
+            ("X-Forwarded-Host: a.test, a.test", "a.test", "80"),
+            ("X-Forwarded-Host: a.test, b.test", "h.test", "80"),
+            ("X-Forwarded-Host: a b", "h.test", "80"),
+            ("X-Forwarded-Port: 8080\nX-Forwarded-Port: 8080", "h.test", "8080"),
+            ("X-Forwarded-Port: 8080, 80", "h.test", "80"),
+            ("X-Forwarded-Port: x", "h.test", "80"),
+        ] {
+            let (.., found_host, found_port) = told("127.0.0.1", &format!("{lines}\n"));
+            assert_eq!((found_host.as_str(), found_port.as_str()), (host, port), "{lines}");
+        }
+    }
+}
