@@ -10,7 +10,7 @@ use crate::edge::{ServerAddress, UpstreamSettings};
 use crate::identity::store::introspect::{IntrospectMode, IntrospectSettings};
 use crate::identity::store::postgres::{Bind, PostgresSettings, Source};
 use crate::identity::store::redis::{RedisChanges, RedisSettings, Topology};
-use crate::identity::store::{NamedStore, Secret, StoreSettings, TlsMode, TlsSettings};
+use crate::identity::store::{NamedStore, Place, Secret, StoreSettings, TlsMode, TlsSettings};
 use std::path::Path;
 use std::time::Duration;
 
@@ -51,13 +51,13 @@ impl Check<'_> {
     }
 
     fn postgres(&mut self, s: &file::PostgresStore, at: &Entry<'_>) -> PostgresSettings {
-        let local = match s.url.parse::<tokio_postgres::Config>() {
-            Ok(url) => is_local(&url),
+        let auto = match s.url.parse::<tokio_postgres::Config>() {
+            Ok(url) => TlsMode::auto(places(&url)),
             Err(_) => {
                 // The parser's own message may quote a password.
                 let instead = "like \"postgres://user@host:5432/database\", with the password in password_file";
                 self.problem(at.line, at.key("url"), "is no PostgreSQL URL or keyword list", instead);
-                true
+                TlsMode::Local
             }
         };
         let gitlab_secret = self.secret(at, "db_key_base_file", &s.db_key_base_file);
@@ -104,7 +104,7 @@ impl Check<'_> {
         PostgresSettings {
             url: Secret::new(&s.url),
             password: self.secret(at, "password_file", &s.password_file),
-            tls: self.tls(at, s.tls, local, [&s.tls_ca, &s.tls_cert, &s.tls_key]),
+            tls: self.tls(at, s.tls, auto, [&s.tls_ca, &s.tls_cert, &s.tls_key]),
             connections: self.connections(at, s.connections),
             source,
             channel: s.notify.then(|| s.channel.0.clone()),
@@ -130,10 +130,10 @@ impl Check<'_> {
             let why = "must be there, of visible characters other than *?[]\\{}";
             self.problem(at.line, at.key("prefix"), why, "like \"tollgate:token:\"");
         }
-        let local = s.servers.iter().all(|UpstreamAddress(server)| match server {
-            ServerAddress::Unix(_) => true,
-            ServerAddress::Tcp(address) => is_loopback(address.rsplit_once(':').map_or(address, |(host, _)| host)),
-        });
+        let auto = TlsMode::auto(s.servers.iter().map(|UpstreamAddress(server)| match server {
+            ServerAddress::Unix(_) => Place::Socket,
+            ServerAddress::Tcp(address) => Place::of_host(address.rsplit_once(':').map_or(address, |(host, _)| host)),
+        }));
         RedisSettings {
             servers,
             topology: match s.topology {
@@ -144,7 +144,7 @@ impl Check<'_> {
             database: i64::try_from(s.database).unwrap_or(i64::MAX),
             username: Some(s.username.clone()).filter(|name| !name.is_empty()),
             password: self.secret(at, "password_file", &s.password_file),
-            tls: self.tls(at, s.tls, local, [&s.tls_ca, &s.tls_cert, &s.tls_key]),
+            tls: self.tls(at, s.tls, auto, [&s.tls_ca, &s.tls_cert, &s.tls_key]),
             prefix: s.prefix.clone(),
             changes: match s.changes {
                 RedisChangesBy::Channel => RedisChanges::Channel(s.channel.clone()),
@@ -196,7 +196,7 @@ impl Check<'_> {
             let why = "user must name a field, and breaker_failures be from 1 to 1000";
             self.problem(at.line, at.key("user"), why, "leave them out for the defaults");
         }
-        let local = !url.starts_with("https://");
+        let auto = if url.starts_with("https://") { TlsMode::VerifyFull } else { TlsMode::Disable };
         IntrospectSettings {
             url,
             mode: match s.mode {
@@ -206,7 +206,7 @@ impl Check<'_> {
             user: s.user.clone(),
             scopes: s.scopes_at.clone(),
             default_scopes: s.scopes.clone(),
-            tls: self.tls(at, s.tls, local, [&s.tls_ca, &s.tls_cert, &s.tls_key]),
+            tls: self.tls(at, s.tls, auto, [&s.tls_ca, &s.tls_cert, &s.tls_key]),
             connections: self.connections(at, s.connections),
             breaker_failures: u32::try_from(s.breaker_failures).unwrap_or(u32::MAX),
             breaker_pause: s.breaker_pause,
@@ -240,15 +240,15 @@ impl Check<'_> {
         }
     }
 
-    fn tls(&mut self, at: &Entry<'_>, mode: Tls, local: bool, [ca, cert, key]: [&String; 3]) -> TlsSettings {
+    fn tls(&mut self, at: &Entry<'_>, mode: Tls, auto: TlsMode, [ca, cert, key]: [&String; 3]) -> TlsSettings {
         let path = |text: &String| Some(text).filter(|text| !text.is_empty()).map(|text| at.folder.join(text));
         if cert.is_empty() != key.is_empty() {
             self.problem(at.line, at.key("tls_cert"), "and tls_key go together", "name both files, or none");
         }
         let settings = TlsSettings {
             mode: match mode {
-                Tls::Auto if local => TlsMode::Disable,
-                Tls::Auto | Tls::VerifyFull => TlsMode::VerifyFull,
+                Tls::Auto => auto,
+                Tls::VerifyFull => TlsMode::VerifyFull,
                 Tls::Disable => TlsMode::Disable,
                 Tls::Require => TlsMode::Require,
                 Tls::VerifyCa => TlsMode::VerifyCa,
@@ -277,14 +277,13 @@ impl Entry<'_> {
     }
 }
 
-fn is_local(url: &tokio_postgres::Config) -> bool {
-    url.get_hosts().iter().all(|host| match host {
-        tokio_postgres::config::Host::Unix(_) => true,
-        tokio_postgres::config::Host::Tcp(name) => is_loopback(name),
-    })
-}
-
-fn is_loopback(host: &str) -> bool {
-    let name = host.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(host);
-    name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+/// Every place that a connection may go to, or that it takes itself to be at: a name beside an address is asked of the
+/// other side's certificate, which nobody shows in plain text.
+fn places(url: &tokio_postgres::Config) -> impl Iterator<Item = Place<'_>> {
+    use tokio_postgres::config::Host;
+    let hosts = url.get_hosts().iter().map(|host| match host {
+        Host::Unix(_) => Place::Socket,
+        Host::Tcp(name) => Place::of_host(name),
+    });
+    hosts.chain(url.get_hostaddrs().iter().map(|address| Place::Address(*address)))
 }

@@ -158,7 +158,7 @@ fn every_kind_of_store_in_a_chain() {
     // Nothing that leaves the machine goes in plain text unless somebody wrote so.
     assert_eq!(
         tls,
-        [TlsMode::Disable, TlsMode::Require, TlsMode::Disable, TlsMode::VerifyFull, TlsMode::Disable],
+        [TlsMode::Local, TlsMode::Require, TlsMode::Local, TlsMode::VerifyFull, TlsMode::Disable],
         "the socket, as written, loopback, another machine, the upstream"
     );
     let StoreSettings::Introspection(asked) = &settings.stores[6].kind else { panic!("the last one") };
@@ -166,6 +166,74 @@ fn every_kind_of_store_in_a_chain() {
     let StoreSettings::Postgres(own) = &settings.stores[2].kind else { panic!("the third one") };
     assert_eq!(own.password.as_ref().unwrap().expose(), "S3CRET-pass");
     assert!(!format!("{settings:?}").contains("S3CRET"), "nothing prints a secret");
+}
+
+#[test]
+fn tls_auto_looks_at_every_way_to_name_a_place() {
+    let mode = |url: &str| {
+        let text = format!("{MINIMAL}[store]\nkind = \"postgres\"\nurl = \"{url}\"\n");
+        match &parse(&text, &folder().0).unwrap_or_else(|problems| panic!("{url}: {problems:?}")).stores[0].kind {
+            StoreSettings::Postgres(store) => store.tls.mode,
+            other => panic!("{other:?}"),
+        }
+    };
+    let here = [
+        "host=/run/postgresql",
+        "host=127.0.0.1",
+        "host=localhost",
+        "hostaddr=127.0.0.1",
+        "hostaddr=::1",
+        "host=localhost hostaddr=127.0.0.1",
+        "host=/run/a,/run/b",
+        "host=/run/a,localhost,127.0.0.2 port=1,2,3",
+        "postgres://u@localhost/db",
+        "postgres://u@[::1]:5433/db",
+        "postgresql://u@127.0.0.1,localhost/db",
+        "postgres://u@%2Frun%2Fpostgresql/db",
+        "postgres:///db?host=/run/postgresql",
+        "postgres:///db?hostaddr=127.0.0.1",
+    ];
+    let elsewhere = [
+        "host=db.example",
+        "host=10.0.0.9",
+        "hostaddr=10.0.0.9",
+        "hostaddr=fd00::9",
+        "host=localhost hostaddr=10.0.0.9",
+        "host=127.0.0.1 hostaddr=10.0.0.9",
+        "host=/run/postgresql hostaddr=10.0.0.9",
+        "host=localhost,localhost hostaddr=127.0.0.1,10.0.0.9",
+        "host=localhost,db.example",
+        "host=/run/postgresql,db.example",
+        "hostaddr=127.0.0.1,10.0.0.9",
+        // An address of this machine, where somebody else is asked for.
+        "host=db.example hostaddr=127.0.0.1",
+        "postgres://u@localhost/db?hostaddr=10.0.0.9",
+        "postgres://u@localhost/db?host=db.example",
+        "postgres://u@localhost,db.example/db",
+        "postgres://u@[::1],[fd00::9]/db",
+        "postgres:///db?hostaddr=10.0.0.9",
+        "postgres:///db?host=/run/postgresql&hostaddr=10.0.0.9",
+        "postgres://u@%2Frun%2Fpostgresql/db?host=db.example",
+        "postgres://u@%64b.example/db",
+        // Names of nothing: libpq would ask PGHOST, and tollgate reads no such variable.
+        "dbname=db",
+        "postgres:///db",
+    ];
+    for url in here {
+        assert_eq!(mode(url), TlsMode::Local, "{url}");
+    }
+    for url in elsewhere {
+        assert_eq!(mode(url), TlsMode::VerifyFull, "{url}");
+    }
+    let redis = |servers: &str| {
+        let text = format!("{MINIMAL}[store]\nkind = \"redis\"\ntopology = \"sentinel\"\nservers = [{servers}]\n");
+        match &parse(&text, &folder().0).unwrap_or_else(|problems| panic!("{servers}: {problems:?}")).stores[0].kind {
+            StoreSettings::Redis(store) => store.tls.mode,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(redis("\"127.0.0.1:1\", \"[::1]:2\", \"unix:/run/redis.sock\""), TlsMode::Local);
+    assert_eq!(redis("\"127.0.0.1:1\", \"10.0.0.9:2\""), TlsMode::VerifyFull);
 }
 
 #[test]

@@ -16,7 +16,7 @@ mod contract;
 #[path = "../../../tests/servers/mod.rs"]
 pub(crate) mod servers;
 
-pub use tls::{Secret, TlsMode, TlsSettings};
+pub use tls::{Place, Secret, TlsMode, TlsSettings};
 
 /// One store of a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]

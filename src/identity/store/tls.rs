@@ -1,5 +1,5 @@
-//! What stores over a network share: secrets that print nothing, and one way to check the other side's certificate.
-//! Knows no store.
+//! What stores over a network share: secrets that print nothing, one rule for when plain text is allowed, and one way to
+//! check the other side's certificate. Knows no store.
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -7,6 +7,7 @@ use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -34,17 +35,60 @@ impl std::fmt::Debug for Secret {
     }
 }
 
+/// A place that a store may be reached at, as far as its settings say where that is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place<'a> {
+    /// A Unix socket.
+    Socket,
+    Address(IpAddr),
+    /// Where a name leads is known only once it was resolved.
+    Name(&'a str),
+}
+
+impl<'a> Place<'a> {
+    /// What stands before `:PORT`, with or without the brackets of an IPv6 address.
+    pub fn of_host(host: &'a str) -> Self {
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        bare.parse().map_or(Self::Name(bare), Self::Address)
+    }
+
+    /// Whether nothing leaves this machine on the way there. Of names, only `localhost` is known to be here (RFC 6761);
+    /// what it resolves to is looked at again before anything is sent ([`TlsSettings::admits`]).
+    pub fn is_local(self) -> bool {
+        match self {
+            Self::Socket => true,
+            Self::Address(address) => is_loopback(address),
+            Self::Name(name) => name.eq_ignore_ascii_case("localhost"),
+        }
+    }
+}
+
+fn is_loopback(address: IpAddr) -> bool {
+    address.to_canonical().is_loopback()
+}
+
 /// How much is asked of the other side; the words are libpq's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TlsMode {
-    /// Plain text.
+    /// Plain text, wherever the other side is: somebody wrote so.
     Disable,
+    /// Plain text, and only to this machine: what "auto" means where every place is local.
+    Local,
     /// Encrypted, to whomever: keeps out listeners, not impostors.
     Require,
     /// The certificate must come from a known authority, for whatever name.
     VerifyCa,
     /// And be for the name that was asked for.
     VerifyFull,
+}
+
+impl TlsMode {
+    /// What "auto" means: plain text only if every place that a connection may go to is on this machine. Of no place at
+    /// all nothing is known.
+    pub fn auto<'a>(places: impl IntoIterator<Item = Place<'a>>) -> Self {
+        let mut places = places.into_iter().peekable();
+        if places.peek().is_some() && places.all(Place::is_local) { Self::Local } else { Self::VerifyFull }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,9 +101,25 @@ pub struct TlsSettings {
 }
 
 impl TlsSettings {
+    pub const fn is_plain(&self) -> bool {
+        matches!(self.mode, TlsMode::Disable | TlsMode::Local)
+    }
+
+    /// Whether a connection may be opened to this address, which a name was resolved to, or which another server named. To
+    /// be asked before the first byte is sent, for each address.
+    pub fn admits(&self, address: IpAddr) -> Result<(), String> {
+        if self.mode == TlsMode::Local && !is_loopback(address) {
+            return Err(format!(
+                "{address} is another machine, where nothing is sent in plain text: set tls = \"verify-full\" (or, in a \
+                 network that nobody else can read, \"disable\")"
+            ));
+        }
+        Ok(())
+    }
+
     /// `None`: plain text.
     pub fn client_config(&self) -> Result<Option<ClientConfig>, String> {
-        if self.mode == TlsMode::Disable {
+        if self.is_plain() {
             return Ok(None);
         }
         let provider = Arc::new(ring::default_provider());
@@ -67,7 +127,7 @@ impl TlsSettings {
             .with_safe_default_protocol_versions()
             .map_err(|error| format!("TLS: {error}"))?;
         let verifier = match self.mode {
-            TlsMode::Disable | TlsMode::Require => None,
+            TlsMode::Disable | TlsMode::Local | TlsMode::Require => None,
             TlsMode::VerifyCa | TlsMode::VerifyFull => {
                 let roots = Arc::new(self.roots()?);
                 let verifier = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider)).build();
@@ -167,6 +227,61 @@ impl ServerCertVerifier for Verifier {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plain_text_is_for_this_machine_only() {
+        let (socket, here, far) = (Place::Socket, Place::of_host("127.0.0.1"), Place::of_host("10.0.0.9"));
+        for (places, mode) in [
+            (vec![socket], TlsMode::Local),
+            (vec![here, socket, Place::of_host("localhost")], TlsMode::Local),
+            (vec![Place::of_host("[::1]"), Place::of_host("::1"), Place::of_host("LocalHost")], TlsMode::Local),
+            (vec![Place::of_host("127.9.9.9"), Place::of_host("[::ffff:127.0.0.1]")], TlsMode::Local),
+            // Each of several places counts, wherever it stands.
+            (vec![socket, far], TlsMode::VerifyFull),
+            (vec![here, far], TlsMode::VerifyFull),
+            (vec![far, here], TlsMode::VerifyFull),
+            (vec![], TlsMode::VerifyFull),
+        ] {
+            assert_eq!(TlsMode::auto(places.clone()), mode, "{places:?}");
+        }
+        // Names that only look like this machine, and addresses that are every machine or none.
+        for host in [
+            "",
+            "localhost.",
+            "localhost.example",
+            "my.localhost",
+            "127.0.0.1.example",
+            "127.1",
+            "0x7f000001",
+            "2130706433",
+            "0.0.0.0",
+            "::",
+            "::ffff:10.0.0.9",
+            "fe80::1",
+            "localhost,db.example",
+            "db.example",
+            "/run/postgresql",
+        ] {
+            assert_eq!(TlsMode::auto([Place::of_host(host)]), TlsMode::VerifyFull, "{host:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_resolves_elsewhere_is_not_spoken_to_in_plain_text() {
+        let settings = |mode| TlsSettings { mode, ca: None, client: None };
+        for (mode, address, admitted) in [
+            (TlsMode::Local, "127.0.0.1", true),
+            (TlsMode::Local, "::1", true),
+            (TlsMode::Local, "::ffff:127.0.0.1", true),
+            (TlsMode::Local, "10.0.0.9", false),
+            (TlsMode::Local, "::ffff:10.0.0.9", false),
+            (TlsMode::Local, "0.0.0.0", false),
+            (TlsMode::Disable, "10.0.0.9", true),
+            (TlsMode::VerifyFull, "10.0.0.9", true),
+        ] {
+            assert_eq!(settings(mode).admits(address.parse().unwrap()).is_ok(), admitted, "{mode:?} {address}");
+        }
+    }
 
     #[test]
     fn nothing_prints_a_secret() {

@@ -467,7 +467,7 @@ fn cluster_client(
 ) -> Result<ClusterClient, String> {
     let TlsSettings { mode, ca, client } = &settings.tls;
     let read = |path: &PathBuf| std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
-    let scheme = if *mode == TlsMode::Disable { "redis" } else { "rediss" };
+    let scheme = if settings.tls.is_plain() { "redis" } else { "rediss" };
     let mut builder = ClusterClient::builder(addresses.iter().map(|address| format!("{scheme}://{address}")))
         .connection_timeout(CONNECT)
         .response_timeout(ANSWER)
@@ -480,7 +480,7 @@ fn cluster_client(
         builder = builder.password(password);
     }
     match mode {
-        TlsMode::Disable => {}
+        TlsMode::Disable | TlsMode::Local => {}
         TlsMode::VerifyFull => {
             // The library asks for the process' own; an error says that there is one already.
             drop(rustls::crypto::ring::default_provider().install_default());
