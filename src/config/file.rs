@@ -337,7 +337,7 @@ section! {
         name: String = r#"!"api""#,
         /// `"host:port"` or `"unix:/path"`. Names are resolved at start and at each reload.
         servers: Vec<UpstreamAddress> = "![]",
-        /// For the connection; longer is tried on the next server, and then 504.
+        /// For the connection. After that it is tried again, three times in all, on whichever server is next; then 504.
         connect_timeout: Duration = r#""2s""#,
         /// Between two pieces of an answer; longer is 504.
         read_timeout: Duration = r#""60s""#,
