@@ -47,11 +47,13 @@ pub struct Plan<'r> {
     pub edits: Edits,
     pub clamped: Clamped,
     pub body: Option<BodyScanner>,
+    content_type: Option<Vec<u8>>,
 }
 
 pub fn plan<'r>(permit: Permit, examined: Examined<'r>) -> Plan<'r> {
-    let Examined { route, auth, presented, edits, clamped, asks_sudo: _, body, method: _, canonical: _ } = examined;
-    Plan { route, auth, permit, presented, edits, clamped, body }
+    let Examined { route, auth, presented, edits, clamped, asks_sudo: _, body, content_type, method: _, canonical: _ } =
+        examined;
+    Plan { route, auth, permit, presented, edits, clamped, body, content_type }
 }
 
 /// X-Request-Id as Rails takes it: letters, digits, `_` and `-`; longer ones are replaced.
@@ -91,7 +93,14 @@ impl Plan<'_> {
 
         let nominated = nominated(view);
         let mut dropped = 0;
+        // The type by which the body is judged, where the client spelled it in another way or gave none.
+        if let Some(content_type) = &self.content_type {
+            put(out, "Content-Type", content_type);
+        }
         for field in &view.fields {
+            if field.kind == FieldKind::ContentType && self.content_type.is_some() {
+                continue;
+            }
             // Connection can only take away what no stage has judged and tollgate does not write: without its
             // Content-Type, for one, a body would be read in another way than it was watched.
             let ends_here =

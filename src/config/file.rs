@@ -73,9 +73,13 @@ section! {
         bearer: bool = "true",
         /// What happens to a request whose body has a field that Rack would take for a credential. There a body
         /// outranks query and header, so the backend would act for somebody that tollgate never checked. "refuse"
-        /// looks into form, multipart and JSON bodies as they pass. "ignore" is for backends that read the token from
-        /// the header alone.
+        /// reads form, multipart and JSON bodies as they pass, and refuses those that backends read in different ways.
+        /// "ignore" is for backends that read the token from the header alone.
         body: BodyPolicy = r#""refuse""#,
+        /// A body without a Content-Type. "watch": every backend's reading of it is watched, as a form where it is a
+        /// POST and as JSON, and it is forwarded as it came. "refuse": 400. "octet-stream": forwarded as
+        /// `application/octet-stream`, which nobody takes for a form, and watched as JSON.
+        untyped_body: Untyped = r#""watch""#,
         /// What tells the backend who asks: "token" (the token header), "identity" (X-Tollgate-User,
         /// X-Tollgate-Token-Id, X-Tollgate-Scopes), "both" or "none".
         forward: Forward = r#""token""#,
@@ -378,6 +382,7 @@ section! {
 }
 
 words! { BodyPolicy { Refuse = "refuse", Ignore = "ignore" } }
+words! { Untyped { Watch = "watch", Refuse = "refuse", OctetStream = "octet-stream" } }
 words! { Forward { Token = "token", Identity = "identity", Both = "both", None = "none" } }
 words! { Switch { Refuse = "refuse", Allow = "allow" } }
 words! { Strip { Strip = "strip", Allow = "allow" } }

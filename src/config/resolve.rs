@@ -10,7 +10,7 @@ use crate::forward::{Credential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::identity::store::NamedStore;
 use crate::policy::{Policy, ScopeRule, Scopes};
-use crate::request::body::BodyRules;
+use crate::request::body::{BodyRules, Keys, UntypedBody};
 use crate::request::origin::TrustedProxies;
 use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
@@ -72,7 +72,8 @@ pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -
         names: names.clone(),
         switches,
         pagination: check.pagination(file),
-        body: (file.token.body == BodyPolicy::Refuse).then(|| Arc::new(body_rules(names, switches))),
+        body: (file.token.body == BodyPolicy::Refuse)
+            .then(|| Arc::new(body_rules(names, switches, file.token.untyped_body))),
     };
     Settings {
         server: check.server(file),
@@ -373,12 +374,18 @@ fn gitlab_scopes(prefixes: &[file::Prefix]) -> Vec<ScopeRule> {
 }
 
 /// What a body must not hold: every credential that is not allowed, and another method than the one that was judged.
-fn body_rules(names: Names, switches: Switches) -> BodyRules {
-    let mut forbidden = vec![Key::Token, Key::Method];
+fn body_rules(names: Names, switches: Switches, untyped: file::Untyped) -> BodyRules {
+    let always = Keys::default().with(Key::Token).with(Key::Method);
     let off =
         [(switches.sudo, Key::Sudo), (switches.access_token, Key::AccessToken), (switches.job_token, Key::JobToken)];
-    forbidden.extend(off.into_iter().filter(|(allowed, _)| !allowed).map(|(_, key)| key));
-    BodyRules { names, forbidden }
+    let forbidden =
+        off.into_iter().filter(|(allowed, _)| !allowed).fold(always, |forbidden, (_, key)| forbidden.with(key));
+    let untyped = match untyped {
+        file::Untyped::Watch => UntypedBody::Watch,
+        file::Untyped::Refuse => UntypedBody::Refuse,
+        file::Untyped::OctetStream => UntypedBody::OctetStream,
+    };
+    BodyRules { names, forbidden, untyped }
 }
 
 fn trusted(peers: &[file::Proxy]) -> TrustedProxies {

@@ -143,10 +143,13 @@ impl Refusal {
             Cause::Request(R::Body(fault)) => match fault {
                 BodyFault::Field(Key::Sudo) => (403, "body_sudo"),
                 BodyFault::Field(Key::Method) => (400, "body_method"),
-                BodyFault::Field(Key::Token | Key::AccessToken | Key::JobToken | Key::Page | Key::PerPage) => {
-                    (401, "body")
-                }
+                BodyFault::Field(Key::Token | Key::AccessToken | Key::JobToken) => (401, "body"),
+                BodyFault::Field(Key::Page | Key::PerPage) => (400, "body_page"),
+                BodyFault::Type => (400, "body_type"),
+                BodyFault::Untyped => (400, "body_untyped"),
                 BodyFault::Ambiguous => (400, "body_ambiguous"),
+                BodyFault::Charset => (415, "body_charset"),
+                BodyFault::Coding => (415, "body_coding"),
             },
             Cause::Identity(Invalid::Unknown) => (401, "unknown"),
             Cause::Identity(Invalid::Expired) => (401, "expired"),
@@ -232,6 +235,7 @@ const fn phrase(status: u16) -> &'static str {
         408 => "Request Timeout",
         413 => "Request Entity Too Large",
         414 => "URI Too Long",
+        415 => "Unsupported Media Type",
         431 => "Request Header Fields Too Large",
         502 => "Bad Gateway",
         503 => "Service Unavailable",
@@ -266,6 +270,28 @@ mod tests {
             Cause::Policy(policy::Fault::NoIdentity),
         ] {
             assert_eq!(written(cause, false, false), unknown, "{cause:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_said_about_bodies() {
+        let fields =
+            [Key::Token, Key::AccessToken, Key::JobToken].map(|key| (BodyFault::Field(key), "401 Unauthorized"));
+        let others = [
+            (BodyFault::Field(Key::Sudo), "403 Forbidden"),
+            (BodyFault::Field(Key::Method), "400 Bad Request"),
+            (BodyFault::Field(Key::Page), "400 Bad Request"),
+            (BodyFault::Field(Key::PerPage), "400 Bad Request"),
+            (BodyFault::Type, "400 Bad Request"),
+            (BodyFault::Untyped, "400 Bad Request"),
+            (BodyFault::Ambiguous, "400 Bad Request"),
+            (BodyFault::Charset, "415 Unsupported Media Type"),
+            (BodyFault::Coding, "415 Unsupported Media Type"),
+        ];
+        for (fault, says) in fields.into_iter().chain(others) {
+            let text = written(Cause::Request(fault.into()), false, true);
+            assert!(text.starts_with(&format!("HTTP/1.1 {says}\r\n")), "{fault:?}: {text}");
+            assert!(text.ends_with(&format!("\r\n\r\n{{\"message\":\"{says}\"}}")), "{fault:?}: {text}");
         }
     }
 

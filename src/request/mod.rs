@@ -12,7 +12,7 @@ pub mod target;
 pub mod token;
 pub mod view;
 
-use body::{BodyFault, BodyRules, BodyScanner};
+use body::{BodyFault, BodyHead, BodyRules, BodyScanner};
 use head::HeadFault;
 use page::{Clamped, Pagination};
 use query::{Edits, Fate, Key, Names};
@@ -21,7 +21,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use target::TargetFault;
 use token::{Presented, TokenFault, TokenRules};
-use view::{FieldKind, Framing, Method, RequestView};
+use view::{Field, FieldKind, Framing, Method, RequestView};
 
 /// Everything that is configured about judging a request by its own bytes.
 #[derive(Clone, Debug)]
@@ -118,6 +118,8 @@ pub struct Examined<'r> {
     /// The request asks to act as somebody else, which needs a permission of its own.
     pub asks_sudo: bool,
     pub body: Option<BodyScanner>,
+    /// The Content-Type to forward, where it is not the client's own.
+    pub content_type: Option<Vec<u8>>,
 }
 
 /// Where a request stood when it was refused, for the log and the metrics.
@@ -196,7 +198,8 @@ impl Rules {
         }
         let lists = !web_page && matches!(view.method, Method::Get | Method::Head);
         let (mut clamped, mut append) = Default::default();
-        if lists && let Some(rules) = self.pagination.rules_for(&canonical) {
+        let page_rules = if lists { self.pagination.rules_for(&canonical) } else { None };
+        if let Some(rules) = page_rules {
             (clamped, append) = page::settle(&scan, &mut fates, rules).map_err(|_| Fault::PastDepth)?;
         }
         let mut edits = Edits::plan(&scan, &fates, query.len());
@@ -204,14 +207,35 @@ impl Rules {
 
         let asks_sudo =
             scan.params.iter().any(|p| p.key == Key::Sudo) || view.fields_of(FieldKind::Sudo).next().is_some();
-        let body = match &self.body {
+        let (body, content_type) = match &self.body {
             Some(rules) if view.body != Framing::Empty && !passes_tokens && !web_page => {
-                let content_type = view.fields_of(FieldKind::ContentType).next().map(|field| field.value);
-                Some(BodyScanner::new(content_type, Arc::clone(rules))?)
+                let head = BodyHead {
+                    content_type: view.fields_of(FieldKind::ContentType).next().map(|field| field.value),
+                    coded: view.fields.iter().any(is_coding),
+                    is_post: view.method_bytes == b"POST",
+                    lists: page_rules.is_some(),
+                };
+                let (scanner, content_type) = BodyScanner::new(&head, Arc::clone(rules));
+                // Chunks may turn out to hold nothing: those are told when the first byte comes.
+                if let (Framing::Length(_), Some(fault)) = (view.body, scanner.fault()) {
+                    return Err(fault.into());
+                }
+                (Some(scanner), content_type)
             }
-            _ => None,
+            _ => (None, None),
         };
-        Ok(Examined { route, method: view.method, canonical, auth, presented, edits, clamped, asks_sudo, body })
+        Ok(Examined {
+            route,
+            method: view.method,
+            canonical,
+            auth,
+            presented,
+            edits,
+            clamped,
+            asks_sudo,
+            body,
+            content_type,
+        })
     }
 
     fn is_refused_credential(&self, key: Key) -> bool {
@@ -221,6 +245,13 @@ impl Rules {
             Key::Token | Key::Page | Key::PerPage | Key::Sudo | Key::Method => false,
         }
     }
+}
+
+/// A Content-Encoding that changes the bytes.
+fn is_coding(field: &Field<'_>) -> bool {
+    field.name.eq_ignore_ascii_case(b"content-encoding")
+        && !field.value.is_empty()
+        && !field.value.eq_ignore_ascii_case(b"identity")
 }
 
 /// A CORS preflight: a browser sends it before the real request, and never with a credential.

@@ -1,0 +1,118 @@
+//! Splits a form into its names. Any bytes are a form: whatever else it may be, only names are looked at. Must not know
+//! what the values are.
+
+use super::super::target::escape;
+use super::{BodyFault, Judge, MAX_NAME_BYTES};
+
+/// `name=value` split at `&` and, as Rack 1 does, at `;`.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Form {
+    place: Place,
+    /// The beginning of a name that the chunks have cut.
+    name: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Place {
+    #[default]
+    Name,
+    /// In a value, or in what is too long to be one of our names.
+    Value,
+}
+
+impl Form {
+    pub(super) fn feed(&mut self, chunk: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
+        let mut at = 0;
+        while at < chunk.len() {
+            if self.place == Place::Value {
+                match next(&chunk[at..], |b| matches!(b, b'&' | b';'), |rest| memchr::memchr2(b'&', b';', rest)) {
+                    Some(end) => at += end + 1,
+                    None => return Ok(()),
+                }
+                self.place = Place::Name;
+                continue;
+            }
+            let rest = &chunk[at..];
+            let end = next(rest, |b| matches!(b, b'&' | b';' | b'='), |rest| memchr::memchr3(b'&', b';', b'=', rest));
+            match end {
+                Some(end) if self.name.is_empty() => {
+                    check(&rest[..end], judge)?;
+                    if rest[end] == b'=' {
+                        self.place = Place::Value;
+                    }
+                    at += end + 1;
+                }
+                Some(end) => {
+                    self.extend(&rest[..end], judge)?;
+                    self.end_name(judge)?;
+                    self.place = if rest[end] == b'=' { Place::Value } else { Place::Name };
+                    at += end + 1;
+                }
+                None => return self.extend(rest, judge),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn finish(&mut self, judge: Judge<'_>) -> Result<(), BodyFault> {
+        self.end_name(judge)
+    }
+
+    /// Keeps the beginning of a name, without what parsers strip before it.
+    fn extend(&mut self, mut bytes: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
+        while !bytes.is_empty() && self.place == Place::Name {
+            let room = MAX_NAME_BYTES - self.name.len();
+            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            self.name.extend_from_slice(now);
+            bytes = later;
+            if self.name.len() == MAX_NAME_BYTES {
+                self.name.drain(..padding(&self.name));
+                if self.name.len() == MAX_NAME_BYTES {
+                    self.end_name(judge)?;
+                    self.place = Place::Value;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn end_name(&mut self, judge: Judge<'_>) -> Result<(), BodyFault> {
+        let verdict = if self.place == Place::Name { check(&self.name, judge) } else { Ok(()) };
+        self.name.clear();
+        verdict
+    }
+}
+
+/// Where the next byte of a kind stands. Most names and values are short: the first bytes are looked at one by one.
+fn next(bytes: &[u8], is_end: impl Fn(u8) -> bool, find: impl Fn(&[u8]) -> Option<usize>) -> Option<usize> {
+    const SHORT: usize = 12;
+    let near = &bytes[..bytes.len().min(SHORT)];
+    near.iter().position(|b| is_end(*b)).or_else(|| Some(near.len() + find(&bytes[near.len()..])?))
+}
+
+fn check(name: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
+    if name.len() < MAX_NAME_BYTES {
+        return judge.encoded(name);
+    }
+    let name = &name[padding(name)..];
+    judge.encoded(&name[..name.len().min(MAX_NAME_BYTES)])
+}
+
+/// How many bytes at the beginning of an encoded name are stripped by one parser or another: brackets, blanks, NUL, a
+/// byte order mark.
+fn padding(name: &[u8]) -> usize {
+    let strips = |byte: u8| matches!(byte, b'[' | b']' | b' ' | 0 | 9..=13 | 0xef | 0xbb | 0xbf);
+    let mut at = 0;
+    while let Some(byte) = name.get(at) {
+        at += match byte {
+            b'%' => match escape(&name[at + 1..]) {
+                Some(decoded) if strips(decoded) => 3,
+                _ => break,
+            },
+            b'+' => 1,
+            byte if strips(*byte) => 1,
+            _ => break,
+        };
+    }
+    at
+}

@@ -1,0 +1,493 @@
+//! Follows the keys of a top-level JSON object as every reader would: comments and odd white space as Ruby's, Oj's and
+//! yajl's parsers skip them, UTF-16 and UTF-32 as Python and old Ruby find them out, escapes as Ruby reads them. Nested
+//! keys and the elements of an array are nobody's parameters.
+
+use super::{BodyFault, Judge, MAX_NAME_BYTES};
+
+/// Deeper nesting is refused: some readers stop sooner, and what is open must be remembered.
+const MAX_DEPTH: usize = 1024;
+/// By these many bytes readers tell UTF-16 and UTF-32 from UTF-8.
+const SNIFFED_BYTES: usize = 4;
+
+/// Whether the body's type says JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// What is no JSON as the standard has it is refused.
+    Claimed,
+    /// Some reader may take it for JSON. Watched until it is none to any of them, and then let go.
+    Unclaimed,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Json {
+    claim: Claim,
+    encoding: Encoding,
+    place: Place,
+    /// Where a comment returns to.
+    behind_comment: Place,
+    open: Open,
+    /// The beginning of a parameter's name that escapes or chunks have cut.
+    name: Vec<u8>,
+    /// A word like `true`, so far.
+    word: Vec<u8>,
+    /// The value of the digits behind `\u`.
+    code: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Before the document.
+    Start,
+    Value,
+    /// Behind `[`.
+    FirstValue,
+    Key,
+    /// Behind `{`.
+    FirstKey,
+    Colon,
+    /// Behind a value that is an element.
+    Behind,
+    Text(Text),
+    /// Behind a backslash.
+    Escape(Text),
+    /// Behind `\u` and so many digits, in a name.
+    Unicode(u8),
+    Number(Number),
+    Word,
+    /// Whatever stands for a number or a word where nobody has claimed JSON.
+    Atom,
+    /// Behind a `/`.
+    Slash,
+    LineComment,
+    LineCommentReturn,
+    BlockComment,
+    BlockCommentStar,
+    /// Behind the document.
+    End,
+    /// No parameters can come any more.
+    Over,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Text {
+    /// A key of the top-level object.
+    Name,
+    Key,
+    Value,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Number {
+    Minus,
+    Zero,
+    Digits,
+    Point,
+    Fraction,
+    Exponent,
+    ExponentSign,
+    ExponentDigits,
+}
+
+impl Json {
+    pub(super) fn new(claim: Claim) -> Self {
+        Self {
+            claim,
+            encoding: Encoding::Unknown { first: [0; SNIFFED_BYTES], seen: 0 },
+            place: Place::Start,
+            behind_comment: Place::Start,
+            open: Open { depth: 0, bits: Vec::new() },
+            name: Vec::new(),
+            word: Vec::new(),
+            code: 0,
+        }
+    }
+
+    /// Whether nothing that may still come can matter.
+    pub(super) fn is_over(&self) -> bool {
+        self.place == Place::Over
+    }
+
+    pub(super) fn feed(&mut self, chunk: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
+        let mut rest = chunk;
+        if let Encoding::Unknown { first, seen } = &mut self.encoding {
+            let more = rest.len().min(SNIFFED_BYTES - *seen);
+            first[*seen..*seen + more].copy_from_slice(&rest[..more]);
+            *seen += more;
+            rest = &rest[more..];
+            if *seen < SNIFFED_BYTES {
+                return Ok(());
+            }
+            let first = *first;
+            self.sniff(&first, judge)?;
+        }
+        self.read(rest, judge)
+    }
+
+    pub(super) fn finish(&mut self, judge: Judge<'_>) -> Result<(), BodyFault> {
+        if let Encoding::Unknown { first, seen } = self.encoding {
+            self.sniff(&first[..seen], judge)?;
+        }
+        let whole = match self.place {
+            Place::Start | Place::End => true,
+            Place::Number(number) => self.open.depth == 0 && number.is_whole(),
+            Place::Word => self.open.depth == 0 && is_known(&self.word),
+            _ => self.claim == Claim::Unclaimed,
+        };
+        if whole { Ok(()) } else { Err(BodyFault::Ambiguous) }
+    }
+
+    /// Tells the encoding from the first bytes, and reads them.
+    fn sniff(&mut self, first: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
+        let (encoding, mark) = Encoding::of(first);
+        self.encoding = encoding;
+        // Readers differ in whether they take a mark, or another encoding than UTF-8, for JSON.
+        if self.claim == Claim::Claimed && (mark > 0 || !matches!(self.encoding, Encoding::Utf8)) {
+            return Err(BodyFault::Ambiguous);
+        }
+        self.read(&first[mark..], judge)
+    }
+
+    fn read(&mut self, bytes: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
+        let Encoding::Wide(mut units) = self.encoding else { return self.follow(bytes, judge) };
+        let mut narrow = [0; 512];
+        for piece in bytes.chunks(narrow.len()) {
+            let length = units.narrow(piece, &mut narrow);
+            self.follow(&narrow[..length], judge)?;
+        }
+        self.encoding = Encoding::Wide(units);
+        Ok(())
+    }
+
+    fn follow(&mut self, bytes: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
+        let lenient = self.claim == Claim::Unclaimed;
+        let mut place = self.place;
+        let mut at = 0;
+        while let Some(&byte) = bytes.get(at) {
+            let rest = &bytes[at..];
+            at += 1;
+            place = match (place, byte) {
+                (Place::Text(Text::Name), _) => {
+                    let Some(end) = end_of_text(rest) else {
+                        self.keep(rest);
+                        break;
+                    };
+                    at += end;
+                    let whole = self.name.is_empty() && rest[end] == b'"';
+                    if whole {
+                        judge.plain(&rest[..end.min(MAX_NAME_BYTES)])?;
+                    } else {
+                        self.keep(&rest[..end]);
+                    }
+                    if rest[end] == b'\\' {
+                        Place::Escape(Text::Name)
+                    } else {
+                        if !whole {
+                            judge.plain(&self.name)?;
+                            self.name.clear();
+                        }
+                        Place::Colon
+                    }
+                }
+                (Place::Text(text), _) => {
+                    let Some(end) = end_of_text(rest) else { break };
+                    at += end;
+                    match (rest[end], text) {
+                        (b'\\', text) => Place::Escape(text),
+                        (_, Text::Value) => self.behind_value(),
+                        _ => Place::Colon,
+                    }
+                }
+                (Place::Escape(Text::Name), b'u') => {
+                    self.code = 0;
+                    Place::Unicode(0)
+                }
+                (Place::Escape(Text::Name), _) => {
+                    self.keep(&[unescaped(byte)]);
+                    Place::Text(Text::Name)
+                }
+                (Place::Escape(text), _) => Place::Text(text),
+                (Place::Unicode(digits), _) => match char::from(byte).to_digit(16) {
+                    Some(digit) => {
+                        self.code = self.code << 4 | digit;
+                        if digits == 3 { self.keep_code(self.code) } else { Place::Unicode(digits + 1) }
+                    }
+                    None => {
+                        at -= 1;
+                        self.keep_code(u32::MAX)
+                    }
+                },
+
+                // A line comment ends at LF; for Oj also at CR, form feed and NUL.
+                (Place::LineComment, _) => {
+                    let end = memchr::memchr3(b'\n', b'\r', 12, rest).unwrap_or(rest.len());
+                    at += end;
+                    match rest.get(end) {
+                        _ if rest[..end].contains(&0) => return Err(BodyFault::Ambiguous),
+                        Some(b'\n') => self.behind_comment,
+                        Some(b'\r') => Place::LineCommentReturn,
+                        Some(_) => return Err(BodyFault::Ambiguous),
+                        None => break,
+                    }
+                }
+                (Place::LineCommentReturn, b'\n') => self.behind_comment,
+                (Place::LineCommentReturn, _) => return Err(BodyFault::Ambiguous),
+                (Place::BlockComment, _) => {
+                    let Some(end) = memchr::memchr(b'*', rest) else { break };
+                    at += end;
+                    Place::BlockCommentStar
+                }
+                (Place::BlockCommentStar, b'/') => self.behind_comment,
+                (Place::BlockCommentStar, b'*') => Place::BlockCommentStar,
+                (Place::BlockCommentStar, _) => Place::BlockComment,
+                (Place::Slash, b'/') => Place::LineComment,
+                (Place::Slash, b'*') => Place::BlockComment,
+                (Place::Slash, _) => self.no_json()?,
+
+                (Place::Number(number), _) => match number.next(byte) {
+                    Some(next) => Place::Number(next),
+                    None if number == Number::Minus && byte == b'I' => {
+                        self.word = b"-I".to_vec();
+                        Place::Word
+                    }
+                    None if number.is_whole() => {
+                        at -= 1;
+                        self.behind_value()
+                    }
+                    None => self.no_json()?,
+                },
+                (Place::Word, b'a'..=b'z' | b'A'..=b'Z') if self.word.len() < LONGEST_WORD => {
+                    self.word.push(byte);
+                    Place::Word
+                }
+                (Place::Word, _) if is_known(&self.word) => {
+                    at -= 1;
+                    self.behind_value()
+                }
+                (Place::Word, _) => self.no_json()?,
+                (Place::Atom, _) if !ends_atom(byte) => Place::Atom,
+                (Place::Atom, _) => {
+                    at -= 1;
+                    self.behind_value()
+                }
+                (Place::Over, _) => break,
+
+                (place, b' ' | b'\t' | b'\r' | b'\n') => place,
+                (place, 11 | 12) if lenient => place,
+                (place, b'/') if lenient => {
+                    self.behind_comment = place;
+                    Place::Slash
+                }
+                (Place::Start, b'{') => self.begin(true)?,
+                // Only an object has parameters.
+                (Place::Start, _) if lenient => Place::Over,
+                (Place::FirstValue, b']') => self.close(false)?,
+                (Place::Start | Place::Value | Place::FirstValue, _) => match byte {
+                    b'{' => self.begin(true)?,
+                    b'[' => self.begin(false)?,
+                    b'"' => Place::Text(Text::Value),
+                    b']' if lenient => self.close(false)?,
+                    b',' if lenient => Place::Value,
+                    _ if lenient && !ends_atom(byte) => Place::Atom,
+                    b'-' => Place::Number(Number::Minus),
+                    b'0' => Place::Number(Number::Zero),
+                    b'1'..=b'9' => Place::Number(Number::Digits),
+                    b'a'..=b'z' | b'A'..=b'Z' => {
+                        self.word = vec![byte];
+                        Place::Word
+                    }
+                    _ => self.no_json()?,
+                },
+                (Place::FirstKey | Place::Key, b'"') if self.open.depth == 1 => Place::Text(Text::Name),
+                (Place::FirstKey | Place::Key, b'"') => Place::Text(Text::Key),
+                (Place::FirstKey, b'}') => self.close(true)?,
+                (Place::Key, b'}') if lenient => self.close(true)?,
+                (Place::FirstKey | Place::Key, b',') if lenient => Place::Key,
+                (Place::Colon, b':') => Place::Value,
+                (Place::Behind, b',') if self.open.in_object() => Place::Key,
+                (Place::Behind, b',') => Place::Value,
+                (Place::Behind, b'}') => self.close(true)?,
+                (Place::Behind, b']') => self.close(false)?,
+                (Place::FirstKey | Place::Key | Place::Colon | Place::Behind | Place::End, _) => self.no_json()?,
+            };
+        }
+        self.place = place;
+        Ok(())
+    }
+
+    fn begin(&mut self, object: bool) -> Result<Place, BodyFault> {
+        self.open.push(object)?;
+        Ok(if object { Place::FirstKey } else { Place::FirstValue })
+    }
+
+    fn close(&mut self, object: bool) -> Result<Place, BodyFault> {
+        if self.open.depth == 0 || self.open.in_object() != object {
+            return self.no_json();
+        }
+        self.open.depth -= 1;
+        Ok(self.behind_value())
+    }
+
+    fn behind_value(&self) -> Place {
+        match self.claim {
+            _ if self.open.depth > 0 => Place::Behind,
+            Claim::Claimed => Place::End,
+            Claim::Unclaimed => Place::Over,
+        }
+    }
+
+    /// This is no JSON to any reader.
+    fn no_json(&self) -> Result<Place, BodyFault> {
+        match self.claim {
+            Claim::Claimed => Err(BodyFault::Ambiguous),
+            Claim::Unclaimed => Ok(Place::Over),
+        }
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        let room = MAX_NAME_BYTES.saturating_sub(self.name.len());
+        self.name.extend_from_slice(&bytes[..bytes.len().min(room)]);
+    }
+
+    fn keep_code(&mut self, code: u32) -> Place {
+        let letter = char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER);
+        self.keep(letter.encode_utf8(&mut [0; 4]).as_bytes());
+        Place::Text(Text::Name)
+    }
+}
+
+/// Where a string ends or an escape begins. Many strings are short: the first bytes are looked at one by one.
+fn end_of_text(bytes: &[u8]) -> Option<usize> {
+    const SHORT: usize = 12;
+    let near = &bytes[..bytes.len().min(SHORT)];
+    let is_end = |byte: &u8| matches!(byte, b'"' | b'\\');
+    near.iter().position(is_end).or_else(|| Some(near.len() + memchr::memchr2(b'"', b'\\', &bytes[near.len()..])?))
+}
+
+/// What an escape stands for. Ruby reads an unknown one as its own letter.
+const fn unescaped(letter: u8) -> u8 {
+    match letter {
+        b'b' => 8,
+        b'f' => 12,
+        b'n' => b'\n',
+        b'r' => b'\r',
+        b't' => b'\t',
+        other => other,
+    }
+}
+
+const LONGEST_WORD: usize = b"-Infinity".len();
+
+/// Python and Ruby also write the last three.
+fn is_known(word: &[u8]) -> bool {
+    matches!(word, b"true" | b"false" | b"null" | b"NaN" | b"Infinity" | b"-Infinity")
+}
+
+const fn ends_atom(byte: u8) -> bool {
+    matches!(byte, b' ' | 9..=13 | b',' | b':' | b'"' | b'/' | b'[' | b']' | b'{' | b'}')
+}
+
+impl Number {
+    const fn next(self, byte: u8) -> Option<Self> {
+        use Number as N;
+        match (self, byte) {
+            (N::Minus, b'0') => Some(N::Zero),
+            (N::Minus | N::Digits, b'0'..=b'9') => Some(N::Digits),
+            (N::Zero | N::Digits, b'.') => Some(N::Point),
+            (N::Point | N::Fraction, b'0'..=b'9') => Some(N::Fraction),
+            (N::Zero | N::Digits | N::Fraction, b'e' | b'E') => Some(N::Exponent),
+            (N::Exponent, b'+' | b'-') => Some(N::ExponentSign),
+            (N::Exponent | N::ExponentSign | N::ExponentDigits, b'0'..=b'9') => Some(N::ExponentDigits),
+            _ => None,
+        }
+    }
+
+    const fn is_whole(self) -> bool {
+        matches!(self, Self::Zero | Self::Digits | Self::Fraction | Self::ExponentDigits)
+    }
+}
+
+/// The objects and arrays that are open, a bit each: set for an object.
+#[derive(Clone, Debug)]
+struct Open {
+    depth: usize,
+    bits: Vec<u64>,
+}
+
+impl Open {
+    fn push(&mut self, object: bool) -> Result<(), BodyFault> {
+        if self.depth == MAX_DEPTH {
+            return Err(BodyFault::Ambiguous);
+        }
+        let (word, bit) = (self.depth / 64, self.depth % 64);
+        if word == self.bits.len() {
+            self.bits.push(0);
+        }
+        self.bits[word] = self.bits[word] & !(1 << bit) | u64::from(object) << bit;
+        self.depth += 1;
+        Ok(())
+    }
+
+    fn in_object(&self) -> bool {
+        self.depth.checked_sub(1).is_some_and(|top| self.bits[top / 64] >> (top % 64) & 1 == 1)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Encoding {
+    /// Fewer bytes than it takes to tell.
+    Unknown {
+        first: [u8; SNIFFED_BYTES],
+        seen: usize,
+    },
+    Utf8,
+    Wide(Units),
+}
+
+impl Encoding {
+    /// As Python's json does it, which finds all that old Ruby finds. Also how long the byte order mark is.
+    fn of(first: &[u8]) -> (Self, usize) {
+        let wide = |size, big_endian| Self::Wide(Units { size, big_endian, value: 0, seen: 0 });
+        match *first {
+            [0xef, 0xbb, 0xbf, ..] => (Self::Utf8, 3),
+            [0xff, 0xfe, 0, 0] => (wide(4, false), 4),
+            [0, 0, 0xfe, 0xff] => (wide(4, true), 4),
+            [0xff, 0xfe, ..] => (wide(2, false), 2),
+            [0xfe, 0xff, ..] => (wide(2, true), 2),
+            [0, 0, _, _] => (wide(4, true), 0),
+            [0, _, _, _] => (wide(2, true), 0),
+            [_, 0, 0, 0] => (wide(4, false), 0),
+            [_, 0, _, _] => (wide(2, false), 0),
+            _ => (Self::Utf8, 0),
+        }
+    }
+}
+
+/// The units of UTF-16 or UTF-32, put together from bytes.
+#[derive(Clone, Copy, Debug)]
+struct Units {
+    size: u8,
+    big_endian: bool,
+    value: u32,
+    seen: u8,
+}
+
+impl Units {
+    /// Writes ASCII as it is and every other unit as a byte that is no ASCII. Returns how many.
+    fn narrow(&mut self, bytes: &[u8], out: &mut [u8]) -> usize {
+        let mut length = 0;
+        for byte in bytes {
+            if self.big_endian {
+                self.value = self.value << 8 | u32::from(*byte);
+            } else {
+                self.value |= u32::from(*byte) << (8 * self.seen);
+            }
+            self.seen += 1;
+            if self.seen == self.size {
+                out[length] = u8::try_from(self.value).ok().filter(u8::is_ascii).unwrap_or(0xff);
+                length += 1;
+                (self.value, self.seen) = (0, 0);
+            }
+        }
+        length
+    }
+}
