@@ -96,6 +96,7 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
     Box::new(move |running: &Snapshot| {
         let path = path.as_deref().ok_or("there is no configuration file to read")?;
         let next = config::load(path).map_err(|problems| report(&problems))?;
+        next.warnings.iter().for_each(|warning| log::warn!("{warning}"));
         let mut current = current.lock();
         let (settings, log) = &mut *current;
         let describe = |error: anyhow::Error| format!("{error:#}");

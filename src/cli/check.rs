@@ -10,6 +10,9 @@ use std::path::Path;
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let settings = super::load(path)?;
     say!("{}: ok", path.display())?;
+    for warning in &settings.warnings {
+        say!("warning: {warning}")?;
+    }
     say!("tokens are looked up in:")?;
     for store in &settings.stores {
         let bound = match &store.kind {

@@ -8,6 +8,7 @@ use std::path::Path;
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let settings = super::load(path)?;
     start_log(settings.level);
+    settings.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let listen = settings.server.listen.clone();
     edge::check_free(&settings.server).map_err(anyhow::Error::msg)?;
     let running = assembly::assemble(settings, Some(path.to_owned()))?;

@@ -231,8 +231,14 @@ section! {
         /// `http://`, `https://`, or `unix:/path/of/socket:/path`; empty for `/user` below the first prefix on the first
         /// upstream.
         endpoint: String = r#""""#,
-        /// "user" (GET with the token: 200 is valid, 401 and 403 are unknown) or "rfc7662" (OAuth 2.0 token introspection).
+        /// true: `http://` may lead to another machine. Every token, valid or not, then travels over the network in plain
+        /// text, for whoever listens there to use; each start says so.
+        insecure_http: bool = "false",
+        /// "user" (GET with the token: 200 is valid) or "rfc7662" (OAuth 2.0 token introspection).
         mode: IntrospectionMode = r#""user""#,
+        /// With "user": the statuses that mean that there is no such token. Other than 401 they must come with an object
+        /// in JSON, and none with Retry-After: what a firewall or a rate limiter says is no word of the endpoint's.
+        unknown_statuses: Vec<u64> = "[401, 403]",
         /// Where the answer names the user: JSON pointers, the first that finds a text or number.
         user: Vec<String> = r#"["/username", "/login", "/sub", "/email"]"#,
         /// Where the answer names scopes: a JSON pointer.

@@ -39,6 +39,8 @@ pub struct Settings {
     pub timeouts: Timeouts,
     pub access_log: LogTarget,
     pub level: LevelFilter,
+    /// What is allowed and dangerous, for people: said at every start and reload, and by `check`.
+    pub warnings: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +55,7 @@ const LARGEST_TARGET: u64 = 60 * 1024;
 const LARGEST_HEADER: u64 = 512 * 1024;
 
 pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -> Settings {
-    let mut check = Check { problems };
+    let mut check = Check { problems, warnings: Vec::new() };
     let switches = Switches {
         sudo: file.token.sudo == Switch::Allow,
         access_token: file.token.access_token == Switch::Allow,
@@ -106,14 +108,20 @@ pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -
             file::Level::Warn => LevelFilter::Warn,
             file::Level::Info => LevelFilter::Info,
         },
+        warnings: check.warnings,
     }
 }
 
 pub(super) struct Check<'p> {
     problems: &'p mut Vec<Problem>,
+    warnings: Vec<String>,
 }
 
 impl Check<'_> {
+    pub(super) fn warning(&mut self, what: String) {
+        self.warnings.push(what);
+    }
+
     pub(super) fn problem(
         &mut self,
         line: usize,

@@ -7,10 +7,10 @@ use super::file::{
 };
 use super::resolve::Check;
 use crate::edge::{ServerAddress, UpstreamSettings};
-use crate::identity::store::introspect::{IntrospectMode, IntrospectSettings};
+use crate::identity::store::introspect::{self, IntrospectMode, IntrospectSettings};
 use crate::identity::store::postgres::{Bind, PostgresSettings, Source};
 use crate::identity::store::redis::{RedisChanges, RedisSettings, Topology};
-use crate::identity::store::{NamedStore, Place, Secret, StoreSettings, TlsMode, TlsSettings};
+use crate::identity::store::{NamedStore, PemFile, Place, Secret, StoreSettings, TlsMode, TlsSettings};
 use std::path::Path;
 use std::time::Duration;
 
@@ -118,6 +118,10 @@ impl Check<'_> {
         if servers.is_empty() {
             self.problem(at.line, at.key("servers"), "is empty", "like [\"127.0.0.1:6379\"]");
         }
+        if servers.iter().any(|server| server.contains('@')) {
+            let instead = "username and password_file are settings of their own";
+            self.problem(at.line, at.key("servers"), "must not hold a user or a password", instead);
+        }
         if s.topology == RedisTopology::Single && servers.len() > 1 {
             let instead = "topology = \"sentinel\" or \"cluster\" take several";
             self.problem(at.line, at.key("servers"), "are several where one is asked", instead);
@@ -196,11 +200,19 @@ impl Check<'_> {
             let why = "user must name a field, and breaker_failures be from 1 to 1000";
             self.problem(at.line, at.key("user"), why, "leave them out for the defaults");
         }
-        let auto = if url.starts_with("https://") { TlsMode::VerifyFull } else { TlsMode::Disable };
-        IntrospectSettings {
+        let auto = match url.starts_with("https://") {
+            true => TlsMode::VerifyFull,
+            false if s.insecure_http => TlsMode::Disable,
+            false => TlsMode::Local,
+        };
+        let settings = IntrospectSettings {
             url,
+            insecure_http: s.insecure_http,
             mode: match s.mode {
-                IntrospectionMode::User => IntrospectMode::User { header: file.token.header.0.clone() },
+                IntrospectionMode::User => IntrospectMode::User {
+                    header: file.token.header.0.clone(),
+                    unknown: s.unknown_statuses.iter().map(|status| u16::try_from(*status).unwrap_or(0)).collect(),
+                },
                 IntrospectionMode::Rfc7662 => IntrospectMode::Rfc7662 { client_id: s.client_id.clone(), client_secret },
             },
             user: s.user.clone(),
@@ -210,7 +222,26 @@ impl Check<'_> {
             connections: self.connections(at, s.connections),
             breaker_failures: u32::try_from(s.breaker_failures).unwrap_or(u32::MAX),
             breaker_pause: s.breaker_pause,
+        };
+        if !unasked && known {
+            match introspect::check_url(&settings) {
+                Ok(None) => {}
+                Ok(Some(place)) => self.warning(format!(
+                    "{}: EVERY TOKEN TRAVELS IN PLAIN TEXT to {place}, as insecure_http says; whoever listens on the way \
+                     can use them",
+                    at.key("endpoint")
+                )),
+                Err(why) => {
+                    let (key, why) = match why.split_once(": ") {
+                        Some(("unknown_statuses", why)) => ("unknown_statuses", why),
+                        Some(("url", why)) => ("endpoint", why),
+                        _ => ("endpoint", why.as_str()),
+                    };
+                    self.problem(at.line, at.key(key), why, "");
+                }
+            }
         }
+        settings
     }
 
     fn connections(&mut self, at: &Entry<'_>, count: u64) -> usize {
@@ -241,7 +272,8 @@ impl Check<'_> {
     }
 
     fn tls(&mut self, at: &Entry<'_>, mode: Tls, auto: TlsMode, [ca, cert, key]: [&String; 3]) -> TlsSettings {
-        let path = |text: &String| Some(text).filter(|text| !text.is_empty()).map(|text| at.folder.join(text));
+        let file =
+            |text: &String| Some(text).filter(|text| !text.is_empty()).map(|text| PemFile::from(at.folder.join(text)));
         if cert.is_empty() != key.is_empty() {
             self.problem(at.line, at.key("tls_cert"), "and tls_key go together", "name both files, or none");
         }
@@ -253,8 +285,8 @@ impl Check<'_> {
                 Tls::Require => TlsMode::Require,
                 Tls::VerifyCa => TlsMode::VerifyCa,
             },
-            ca: path(ca),
-            client: path(cert).zip(path(key)),
+            ca: file(ca),
+            client: file(cert).zip(file(key)),
         };
         if let Err(why) = settings.client_config() {
             self.problem(at.line, at.key("tls"), why, "PEM files that tollgate may read");

@@ -158,7 +158,7 @@ fn every_kind_of_store_in_a_chain() {
     // Nothing that leaves the machine goes in plain text unless somebody wrote so.
     assert_eq!(
         tls,
-        [TlsMode::Local, TlsMode::Require, TlsMode::Local, TlsMode::VerifyFull, TlsMode::Disable],
+        [TlsMode::Local, TlsMode::Require, TlsMode::Local, TlsMode::VerifyFull, TlsMode::Local],
         "the socket, as written, loopback, another machine, the upstream"
     );
     let StoreSettings::Introspection(asked) = &settings.stores[6].kind else { panic!("the last one") };
@@ -166,6 +166,44 @@ fn every_kind_of_store_in_a_chain() {
     let StoreSettings::Postgres(own) = &settings.stores[2].kind else { panic!("the third one") };
     assert_eq!(own.password.as_ref().unwrap().expose(), "S3CRET-pass");
     assert!(!format!("{settings:?}").contains("S3CRET"), "nothing prints a secret");
+}
+
+/// Plain text only where all places are this machine, and tokens to another one only where somebody said so.
+#[test]
+fn plain_text_to_this_machine_only() {
+    let folder = folder();
+    let mut read = 0;
+    for (servers, more, mode) in [
+        (r#""127.0.0.1:6379""#, "", TlsMode::Local),
+        (r#""[::1]:6379""#, "", TlsMode::Local),
+        (r#""localhost:6379""#, "", TlsMode::Local),
+        (r#""unix:/run/redis.sock""#, "", TlsMode::Local),
+        (r#""127.0.0.1:1", "localhost:2""#, "topology = \"sentinel\"\nmaster = \"m\"", TlsMode::Local),
+        (r#""127.0.0.1:1", "10.0.0.1:2""#, "topology = \"sentinel\"\nmaster = \"m\"", TlsMode::VerifyFull),
+        (r#""10.0.0.1:1", "127.0.0.1:2""#, "topology = \"cluster\"", TlsMode::VerifyFull),
+        (r#""redis.example:6379""#, "", TlsMode::VerifyFull),
+        (r#""[2001:db8::1]:6379""#, "", TlsMode::VerifyFull),
+        (r#""0.0.0.0:6379""#, "", TlsMode::VerifyFull),
+        (r#""redis.example:6379""#, "tls = \"disable\"", TlsMode::Disable),
+        (r#""127.0.0.1:6379""#, "tls = \"disable\"", TlsMode::Disable),
+    ] {
+        read += 1;
+        let text = format!("{MINIMAL}[store]\nkind = \"redis\"\nservers = [{servers}]\n{more}\n");
+        let settings = parse(&text, &folder.0).unwrap_or_else(|problems| panic!("{text}: {problems:?}"));
+        let StoreSettings::Redis(redis) = &settings.stores[0].kind else { panic!("redis") };
+        assert_eq!(redis.tls.mode, mode, "{text}");
+        assert_eq!(settings.warnings, Vec::<String>::new());
+    }
+    assert_eq!(read, 12);
+    let elsewhere = "kind = \"introspection\"\nendpoint = \"http://10.0.0.1/user?k=S3CRET\"\ninsecure_http = true\n";
+    let settings = parse(&format!("{MINIMAL}[store]\n{elsewhere}"), &folder.0).unwrap();
+    let [warning] = settings.warnings.as_slice() else { panic!("{:?}", settings.warnings) };
+    assert!(warning.contains("IN PLAIN TEXT to 10.0.0.1:80") && !warning.contains("S3CRET"), "{warning}");
+    // Where nobody named an endpoint it is the upstream.
+    let upstream = MINIMAL.replace("127.0.0.1:3000", "10.0.0.1:3000");
+    assert_ne!(upstream, MINIMAL);
+    let found = parse(&format!("{upstream}[store]\nkind = \"introspection\"\n"), &folder.0).unwrap_err();
+    assert!(found.iter().any(|problem| problem.to_string().contains("insecure_http = true")), "{found:?}");
 }
 
 #[test]
@@ -263,6 +301,12 @@ fn what_is_wrong_with_a_store() {
         ("kind = \"redis\"\ntopology = \"cluster\"\nchanges = \"keyspace\"", "no keyspace notifications"),
         ("kind = \"redis\"\nprefix = \"a*\"", "store.prefix: must be there"),
         ("kind = \"introspection\"\nendpoint = \"ftp://x\"", "store.endpoint: is no address that can be asked"),
+        ("kind = \"introspection\"\nendpoint = \"http://10.0.0.1/user\"", "store.endpoint: http:// to 10.0.0.1 would"),
+        ("kind = \"introspection\"\nendpoint = \"http://[2001:db8::1]:80/user\"", "insecure_http = true"),
+        ("kind = \"introspection\"\nendpoint = \"http://u:S3CRET@127.0.0.1/\"", "must not hold a user"),
+        ("kind = \"introspection\"\nunknown_statuses = [401, 429]", "store.unknown_statuses: must be statuses"),
+        ("kind = \"introspection\"\nunknown_statuses = []", "store.unknown_statuses: must be statuses"),
+        ("kind = \"redis\"\nservers = [\"u:S3CRET@127.0.0.1:6379\"]", "store.servers: must not hold a user"),
         ("kind = \"introspection\"\nmode = \"rfc7662\"", "needs endpoint and client_id"),
         ("kind = \"introspection\"\nuser = [\"name\"]", "is no JSON pointer"),
         ("timeout = \"0s\"", "store.timeout: "),

@@ -9,14 +9,14 @@ mod pool;
 use super::{Credential, Heard, Secret, StoreError, TlsSettings, TokenRecord, TokenStore};
 use crate::request::token::MAX_TOKEN_BYTES;
 use crate::telemetry::metrics::StoreMetrics;
-use answer::{Shape, garbage, is_json};
+use answer::{Shape, doubt, garbage, is_json};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use breaker::{Breaker, Outcome, Pass, Turn};
 use endpoint::Endpoint;
 use http_body_util::Full;
 use hyper::body::Bytes;
-use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, USER_AGENT};
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER, USER_AGENT};
 use hyper::{Method, Request, StatusCode};
 use parking_lot::Mutex;
 use pool::{Answer, BODY_BYTES, Body, Pool};
@@ -29,6 +29,8 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 pub struct IntrospectSettings {
     /// `http://` or `https://`, or `unix:/path/to/socket:/path`.
     pub url: String,
+    /// `http://` may lead to another machine: every token then travels in plain text.
+    pub insecure_http: bool,
     pub mode: IntrospectMode,
     /// JSON pointers (RFC 6901), the first that finds a text or a number counts.
     pub user: Vec<String>,
@@ -54,8 +56,9 @@ impl fmt::Debug for IntrospectSettings {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IntrospectMode {
-    /// GET with the token in this header: 200 is valid, 401 and 403 are unknown.
-    User { header: String },
+    /// GET with the token in this header: 200 is valid, and these statuses mean that there is no such token, where the
+    /// endpoint itself gives them.
+    User { header: String, unknown: Vec<u16> },
     /// RFC 7662: POST of a form; `active` says.
     Rfc7662 { client_id: String, client_secret: Secret },
 }
@@ -66,6 +69,7 @@ pub struct IntrospectStore {
     /// The header for the token; `None`: in the body.
     header: Option<HeaderName>,
     shape: Shape,
+    unknown: Vec<StatusCode>,
     pool: Pool,
     permits: Semaphore,
     timeout: Duration,
@@ -76,7 +80,7 @@ pub struct IntrospectStore {
 impl IntrospectStore {
     /// Connects to nothing yet. `timeout` is the one after which the caller gives up.
     pub fn new(settings: IntrospectSettings, timeout: Duration, metrics: Arc<StoreMetrics>) -> Result<Self, String> {
-        let endpoint = Endpoint::new(&settings.url, &settings.tls)?;
+        let endpoint = Endpoint::new(&settings.url, settings.insecure_http, &settings.tls)?;
         for pointer in &settings.user {
             if !pointer.starts_with('/') {
                 return Err(format!("user: {pointer} is no JSON pointer, like /username"));
@@ -91,8 +95,12 @@ impl IntrospectStore {
         headers.insert(HOST, endpoint.host.clone());
         headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
         headers.insert(USER_AGENT, HeaderValue::from_static(concat!("tollgate/", env!("CARGO_PKG_VERSION"))));
+        let mut unknown = Vec::new();
         let header = match &settings.mode {
-            IntrospectMode::User { header } => Some(token_header(header)?),
+            IntrospectMode::User { header, unknown: statuses } => {
+                unknown = unknown_statuses(statuses)?;
+                Some(token_header(header)?)
+            }
             IntrospectMode::Rfc7662 { client_id, client_secret } => {
                 if client_id.is_empty() {
                     return Err("client_id is empty: tollgate must say who asks".into());
@@ -113,6 +121,7 @@ impl IntrospectStore {
                 default_scopes: settings.default_scopes,
             },
             header,
+            unknown,
             pool: Pool::new(endpoint, settings.connections, Arc::clone(&metrics)),
             permits: Semaphore::new(settings.connections.min(Semaphore::MAX_PERMITS)),
             timeout,
@@ -162,14 +171,24 @@ impl IntrospectStore {
                     Body::Cut | Body::Unread => Err(garbage("a body that was cut off")),
                 }
             }
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if !self.shape.rfc7662 => Ok(None),
+            status if self.unknown.contains(&status) => {
+                let body = match &answer.body {
+                    Body::Whole(body) => Some(body.as_slice()),
+                    Body::TooLong | Body::Cut | Body::Unread => None,
+                };
+                match doubt(status, &answer.headers, body) {
+                    None => Ok(None),
+                    Some(why) => Err(garbage(format!("answered {}, and {why}", status.as_u16()))),
+                }
+            }
             status => Err(StoreError::Unavailable(format!("answered {}: {}", status.as_u16(), self.advice(status)))),
         }
     }
 
     fn advice(&self, status: StatusCode) -> &'static str {
         match status.as_u16() {
-            401 | 403 => "it refuses tollgate itself: check client_id and client_secret_file",
+            401 | 403 if self.shape.rfc7662 => "it refuses tollgate itself: check client_id and client_secret_file",
+            401 | 403 => "that is none of unknown_statuses: see its own log",
             300..=399 => "redirects are not followed: set the endpoint to where it leads",
             404 | 405 | 410 => "check the path of the endpoint, and the mode",
             407 | 511 => "a proxy stands between: the endpoint must be reached directly",
@@ -185,6 +204,10 @@ impl IntrospectStore {
     fn outcome(answered: &Result<Answer, String>) -> Outcome {
         match answered {
             Ok(answer) if answer.status.is_server_error() => Outcome::Failed,
+            // It asks for less.
+            Ok(answer) if answer.status.is_client_error() && answer.headers.contains_key(RETRY_AFTER) => {
+                Outcome::Failed
+            }
             Ok(Answer { status: StatusCode::TOO_MANY_REQUESTS, .. } | Answer { body: Body::Cut, .. }) | Err(_) => {
                 Outcome::Failed
             }
@@ -208,7 +231,10 @@ impl TokenStore for IntrospectStore {
         let pass = self.breaker.lock().admit(Instant::now()).ok_or(StoreError::CircuitOpen)?;
         let attempt = Attempt { store: self, pass: Some(pass), begun };
         let request = self.request_for(credential.expose_secret()).map_err(StoreError::Unavailable)?;
-        let exchange = self.pool.exchange(request, self.timeout / 8);
+        // A 401 says all with its status.
+        let wanted =
+            |status| status == StatusCode::OK || status != StatusCode::UNAUTHORIZED && self.unknown.contains(&status);
+        let exchange = self.pool.exchange(request, self.timeout / 8, wanted);
         let deadline = tokio::time::Instant::from_std(begun + self.timeout);
         let answered = tokio::time::timeout_at(deadline, exchange).await;
         drop(permit);
@@ -267,6 +293,27 @@ impl Drop for Attempt<'_> {
         let late = self.begun.elapsed() >= self.store.timeout * 3 / 4;
         self.tell(if late { Outcome::Failed } else { Outcome::Abandoned });
     }
+}
+
+/// What is wrong with where tokens are to be asked for, or how; with the place, should it be a safe one only because
+/// somebody said so.
+pub fn check_url(settings: &IntrospectSettings) -> Result<Option<String>, String> {
+    let endpoint = Endpoint::new(&settings.url, settings.insecure_http, &settings.tls)?;
+    if let IntrospectMode::User { unknown, .. } = &settings.mode {
+        unknown_statuses(unknown)?;
+    }
+    Ok(endpoint.leaks.then_some(endpoint.place))
+}
+
+/// Statuses that can say that there is no such token. The others have another meaning, for everybody.
+fn unknown_statuses(statuses: &[u16]) -> Result<Vec<StatusCode>, String> {
+    let fits = |status: &u16| (400..500).contains(status) && ![407, 408, 421, 425, 429].contains(status);
+    if statuses.is_empty() || !statuses.iter().all(fits) {
+        return Err(
+            "unknown_statuses: must be statuses from 400 to 499 that speak of the token, like [401, 403]".into()
+        );
+    }
+    statuses.iter().map(|status| StatusCode::from_u16(*status).map_err(|error| error.to_string())).collect()
 }
 
 /// Other bytes can't be a token, as they can't be sent as they are.

@@ -16,7 +16,7 @@ mod contract;
 #[path = "../../../tests/servers/mod.rs"]
 pub(crate) mod servers;
 
-pub use tls::{Place, Secret, TlsMode, TlsSettings};
+pub use tls::{PemFile, Place, Secret, TlsMode, TlsSettings, system_authorities};
 
 /// One store of a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +35,18 @@ pub enum StoreSettings {
     Postgres(Box<postgres::PostgresSettings>),
     Redis(Box<redis::RedisSettings>),
     Introspection(Box<introspect::IntrospectSettings>),
+}
+
+impl StoreSettings {
+    /// How the other side is checked, where there is one.
+    pub fn tls(&self) -> Option<&TlsSettings> {
+        match self {
+            Self::Sqlite(_) | Self::File(_) => None,
+            Self::Postgres(settings) => Some(&settings.tls),
+            Self::Redis(settings) => Some(&settings.tls),
+            Self::Introspection(settings) => Some(&settings.tls),
+        }
+    }
 }
 
 use super::credential::{Credential, Digest};

@@ -1,6 +1,7 @@
 //! What stores over a network share: secrets that print nothing, one rule for when plain text is allowed, and one way to
 //! check the other side's certificate. Knows no store.
 
+use crate::identity::credential::Digest;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring};
@@ -8,7 +9,7 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// A password or the like. Prints nothing and is compared only to see whether a configuration changed.
@@ -95,9 +96,56 @@ impl TlsMode {
 pub struct TlsSettings {
     pub mode: TlsMode,
     /// PEM; `None`: the system's authorities.
-    pub ca: Option<PathBuf>,
+    pub ca: Option<PemFile>,
     /// PEM files of a client certificate and its key.
-    pub client: Option<(PathBuf, PathBuf)>,
+    pub client: Option<(PemFile, PemFile)>,
+}
+
+/// A file as it was when it was named: two are equal when their contents are, so that a file that was replaced in its
+/// place makes other settings, and what was checked is what is used. Prints its path only, as it may be a key.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PemFile {
+    path: PathBuf,
+    content: Result<Arc<[u8]>, String>,
+}
+
+impl From<PathBuf> for PemFile {
+    /// Reads the file. That it can't be read is said by whoever uses it.
+    fn from(path: PathBuf) -> Self {
+        let content = std::fs::read(&path).map(Into::into).map_err(|error| error.to_string());
+        Self { path, content }
+    }
+}
+
+impl std::fmt::Debug for PemFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.path.fmt(f)
+    }
+}
+
+impl PemFile {
+    pub(super) fn content(&self) -> Result<&[u8], String> {
+        self.content.as_deref().map_err(|why| self.wrong(why))
+    }
+
+    fn certificates(&self) -> Result<Vec<CertificateDer<'static>>, String> {
+        CertificateDer::pem_slice_iter(self.content()?).collect::<Result<_, _>>().map_err(|error| self.wrong(error))
+    }
+
+    fn key(&self) -> Result<PrivateKeyDer<'static>, String> {
+        PrivateKeyDer::from_pem_slice(self.content()?).map_err(|error| self.wrong(error))
+    }
+
+    fn wrong(&self, why: impl std::fmt::Display) -> String {
+        format!("{}: {why}", self.path.display())
+    }
+}
+
+/// What authorities the system trusts at this moment.
+pub fn system_authorities() -> Digest {
+    let mut found: Vec<_> = rustls_native_certs::load_native_certs().certs.iter().map(|cert| cert.to_vec()).collect();
+    found.sort_unstable();
+    Digest::of(&found.concat())
 }
 
 impl TlsSettings {
@@ -138,40 +186,34 @@ impl TlsSettings {
         let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
         let config = match &self.client {
             None => builder.with_no_client_auth(),
-            Some((certificate, key)) => {
-                let key_der =
-                    PrivateKeyDer::from_pem_file(key).map_err(|error| format!("{}: {error}", key.display()))?;
-                builder
-                    .with_client_auth_cert(certificates(certificate)?, key_der)
-                    .map_err(|error| format!("{}: {error}", certificate.display()))?
-            }
+            Some((certificate, key)) => builder
+                .with_client_auth_cert(certificate.certificates()?, key.key()?)
+                .map_err(|error| certificate.wrong(error))?,
         };
         Ok(Some(config))
+    }
+
+    /// Whether the system says whom to trust.
+    pub fn trusts_the_system(&self) -> bool {
+        matches!(self.mode, TlsMode::VerifyCa | TlsMode::VerifyFull) && self.ca.is_none()
     }
 
     fn roots(&self) -> Result<RootCertStore, String> {
         let mut roots = RootCertStore::empty();
         let found = match &self.ca {
-            Some(path) => certificates(path)?,
+            Some(file) => file.certificates()?,
             None => rustls_native_certs::load_native_certs().certs,
         };
         // Old authorities in a system's store may not parse; one of our own must.
         let (added, ignored) = roots.add_parsable_certificates(found);
         match (&self.ca, added, ignored) {
-            (Some(path), _, 1..) | (Some(path), 0, _) => {
-                Err(format!("{}: holds no certificate that can be used", path.display()))
-            }
+            (Some(file), _, 1..) | (Some(file), 0, _) => Err(file.wrong("holds no certificate that can be used")),
             (None, 0, _) => {
                 Err("the system knows no certificate authorities: install ca-certificates, or set tls_ca".into())
             }
             _ => Ok(roots),
         }
     }
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let failed = |error: rustls::pki_types::pem::Error| format!("{}: {error}", path.display());
-    CertificateDer::pem_file_iter(path).map_err(failed)?.collect::<Result<_, _>>().map_err(failed)
 }
 
 /// Leaves out of the usual checks what the mode leaves out, and nothing else.
@@ -226,6 +268,7 @@ impl ServerCertVerifier for Verifier {
 
 #[cfg(test)]
 mod tests {
+    use super::super::servers::Folder;
     use super::*;
 
     #[test]
@@ -286,5 +329,21 @@ mod tests {
     #[test]
     fn nothing_prints_a_secret() {
         assert!(!format!("{:?} {:#?}", Secret::new("S3CRET"), Some(Secret::new("S3CRET"))).contains("S3CRET"));
+        let folder = Folder::new("pem");
+        let key = PemFile::from(folder.write("key.pem", "S3CRET"));
+        assert!(!format!("{key:?}").contains("S3CRET") && !key.key().unwrap_err().contains("S3CRET"));
+    }
+
+    #[test]
+    fn a_file_that_was_replaced_in_its_place_is_another_one() {
+        let folder = Folder::new("pem");
+        let path = folder.write("ca.pem", "one");
+        let [before, again] = [(); 2].map(|()| PemFile::from(path.clone()));
+        assert_eq!(before, again);
+        folder.write("ca.pem", "two");
+        assert_ne!(before, PemFile::from(path.clone()));
+        assert_eq!(before.content().unwrap(), b"one", "what was checked is what is used");
+        std::fs::remove_file(&path).unwrap();
+        assert!(PemFile::from(path).content().unwrap_err().contains("ca.pem: No such file"));
     }
 }

@@ -1,6 +1,6 @@
 //! HTTP introspection against a scripted server, and against a real backend.
 
-use super::super::introspect::{IntrospectMode, IntrospectSettings, IntrospectStore};
+use super::super::introspect::{self, IntrospectMode, IntrospectSettings, IntrospectStore};
 use super::super::servers::http::{Asked, HttpServer, Reply, Step};
 use super::super::servers::tls::Authority;
 use super::super::servers::{Folder, Process, Server as _, eventually, free_port, repository};
@@ -192,10 +192,11 @@ async fn rfc7662_holds_the_contract() {
 fn settings(url: String, rfc7662: bool) -> IntrospectSettings {
     IntrospectSettings {
         url,
+        insecure_http: false,
         mode: if rfc7662 {
             IntrospectMode::Rfc7662 { client_id: "toll gate".into(), client_secret: Secret::new("p:a%ss") }
         } else {
-            IntrospectMode::User { header: "PRIVATE-TOKEN".into() }
+            IntrospectMode::User { header: "PRIVATE-TOKEN".into(), unknown: vec![401, 403] }
         },
         user: ["/username", "/sub"].map(str::to_owned).into(),
         scopes: "/scope".into(),
@@ -291,7 +292,7 @@ async fn the_token_goes_in_its_header() {
 #[tokio::test]
 async fn authorization_says_bearer() {
     let bench = Bench::new(HttpServer::start(|_| anna()), AMPLE, |settings| {
-        settings.mode = IntrospectMode::User { header: "Authorization".into() };
+        settings.mode = IntrospectMode::User { header: "Authorization".into(), unknown: vec![401] };
     });
     assert_eq!(bench.ask_user().await, valid());
     assert_eq!(bench.server.last().header("authorization"), format!("Bearer {TOKEN}"));
@@ -328,15 +329,28 @@ async fn what_cannot_be_a_token_is_not_sent() {
 #[test]
 fn settings_that_cannot_work() {
     let wrong = |change: fn(&mut IntrospectSettings), part: &str| {
-        let mut settings = settings("http://user.example/".into(), false);
+        let mut settings = settings("https://user.example/".into(), false);
+        settings.tls.mode = TlsMode::Require;
         change(&mut settings);
         let metrics = Arc::new(Metrics::new("test").unwrap().store("asked"));
         let why = IntrospectStore::new(settings, AMPLE, metrics).err().unwrap();
         assert!(why.contains(part), "{why}");
     };
     wrong(|settings| settings.url = "ftp://x/".into(), "url");
-    wrong(|settings| settings.mode = IntrospectMode::User { header: "a b".into() }, "header");
-    wrong(|settings| settings.mode = IntrospectMode::User { header: "Host".into() }, "can't hold a token");
+    wrong(|settings| settings.url = "http://user.example/".into(), "insecure_http");
+    let header = |header: &str| IntrospectMode::User { header: header.into(), unknown: vec![401] };
+    for (name, part) in [("a b", "header"), ("Host", "can't hold a token")] {
+        let settings = IntrospectSettings { mode: header(name), ..settings("http://127.0.0.1/".into(), false) };
+        let metrics = Arc::new(Metrics::new("test").unwrap().store("asked"));
+        let why = IntrospectStore::new(settings, AMPLE, metrics).err().unwrap();
+        assert!(why.contains(part), "{why}");
+    }
+    for unknown in [vec![], vec![401, 200], vec![302], vec![399], vec![500], vec![407], vec![408], vec![429], vec![0]] {
+        let mode = IntrospectMode::User { header: "PRIVATE-TOKEN".into(), unknown };
+        let settings = IntrospectSettings { mode, ..settings("http://127.0.0.1/".into(), false) };
+        let why = introspect::check_url(&settings).unwrap_err();
+        assert!(why.starts_with("unknown_statuses: "), "{why}");
+    }
     wrong(|settings| settings.user = vec![], "user");
     wrong(|settings| settings.user = vec!["username".into()], "JSON pointer");
     wrong(|settings| settings.connections = 0, "connections");
@@ -383,6 +397,61 @@ async fn every_status() {
         }
         assert_eq!(counts, [300, 200, if rfc7662 { 499 } else { 497 }]);
     }
+}
+
+#[tokio::test]
+async fn what_something_in_front_of_the_endpoint_says_is_no_word_of_it() {
+    let json = ("Content-Type", "application/json");
+    let html = ("Content-Type", "text/html");
+    let text = ("Content-Type", "text/plain");
+    let no = r#"{"message":"403 Forbidden"}"#;
+    let all: &[u16] = &[401, 403];
+    let mut asked = 0;
+    for (what, unknown, status, headers, body, expected) in [
+        ("GitLab's own 401", all, 401, &[json][..], r#"{"message":"401 Unauthorized"}"#, Ok(None)),
+        ("a 401 is one in any form", all, 401, &[html], "<html>", Ok(None)),
+        ("and without one", all, 401, &[], "", Ok(None)),
+        ("its own 403", all, 403, &[json], no, Ok(None)),
+        ("with a charset", all, 403, &[("Content-Type", "application/json; charset=utf-8")], no, Ok(None)),
+        ("as a problem", all, 403, &[("Content-Type", "application/problem+json")], no, Ok(None)),
+        // As nginx, Rack Attack (for the banned and the throttled), Cloudflare and others say it.
+        ("nginx", all, 403, &[html], "<html><h1>403 Forbidden</h1></html>", Err("garbage")),
+        ("Rack Attack's ban", all, 403, &[text], "Forbidden\n", Err("garbage")),
+        ("JSON by its type only", all, 403, &[json], "<html>", Err("garbage")),
+        ("JSON by its body only", all, 403, &[html], no, Err("garbage")),
+        ("two types", all, 403, &[json, html], no, Err("garbage")),
+        ("no type", all, 403, &[], no, Err("garbage")),
+        ("nothing", all, 403, &[json], "", Err("garbage")),
+        ("no object", all, 403, &[json], "\"Forbidden\"", Err("garbage")),
+        ("cut off", all, 403, &[json], r#"{"message":"403"#, Err("garbage")),
+        ("come back later", all, 403, &[json, ("Retry-After", "60")], no, Err("garbage")),
+        ("also with a 401", all, 401, &[json, ("retry-after", "Wed, 21 Oct 2026 07:28:00 GMT")], no, Err("garbage")),
+        ("nothing left", all, 403, &[json, ("RateLimit-Remaining", "0")], no, Err("garbage")),
+        ("nothing left, X-", all, 401, &[json, ("X-RateLimit-Remaining", " 0")], no, Err("garbage")),
+        ("something left", all, 403, &[json, ("RateLimit-Remaining", "10")], no, Ok(None)),
+        ("Cloudflare", all, 403, &[json, ("cf-mitigated", "challenge")], no, Err("garbage")),
+        ("throttled", all, 429, &[text, ("Retry-After", "60")], "Retry later\n", Err("unavailable")),
+        ("maintenance", all, 503, &[json], no, Err("unavailable")),
+        ("a login page elsewhere", all, 302, &[("Location", "/users/sign_in")], "", Err("unavailable")),
+        // As configured.
+        ("403 is another thing here", &[401], 403, &[json], no, Err("unavailable")),
+        ("404 is unknown here", &[404], 404, &[json], no, Ok(None)),
+        ("a page", &[404], 404, &[html], "<html>", Err("garbage")),
+        ("401 is another thing here", &[404], 401, &[json], no, Err("unavailable")),
+    ] {
+        asked += 1;
+        let reply = Reply::new(status, headers, body);
+        let server = HttpServer::start(move |_| reply.clone());
+        let bench = Bench::new(server, AMPLE, |settings| {
+            settings.mode = IntrospectMode::User { header: "PRIVATE-TOKEN".into(), unknown: unknown.to_vec() };
+        });
+        assert_eq!(bench.ask_user().await, expected, "{what}");
+    }
+    assert_eq!(asked, 28);
+    // Too long to be looked at, and one that never ends.
+    let long = format!(r#"{{"message":"{}"}}"#, "x".repeat(100_000));
+    let bench = Bench::user(move |_| Reply::new(403, &[json], &long));
+    assert_eq!(bench.ask_user().await, Err("garbage"));
 }
 
 #[tokio::test]
@@ -803,6 +872,8 @@ async fn what_the_breaker_counts() {
         (anna(), false),
         (Reply::status(401), false),
         (Reply::status(403), false),
+        (Reply::new(403, &[("Content-Type", "text/html")], "<html>"), false),
+        (Reply::new(403, &[("Retry-After", "1")], ""), true),
         // It is there, and a pause makes nothing better.
         (Reply::status(404), false),
         (Reply::status(302), false),
@@ -861,7 +932,7 @@ async fn tls() {
             HttpServer::start_tls(&known, [127, 0, 0, if otherwise { 2 } else { 1 }].into(), |_| anna()),
             AMPLE,
             |settings| {
-                settings.tls = TlsSettings { mode, ca: ca.map(Authority::ca), client: None };
+                settings.tls = TlsSettings { mode, ca: ca.map(|ca| ca.ca().into()), client: None };
             },
         );
         let answer = bench.ask(TOKEN).await.map(|record| record.unwrap().user);
@@ -881,7 +952,7 @@ async fn tls() {
     // A server that speaks no TLS is asked nothing in plain text.
     let bench = Bench::new(HttpServer::start(|_| anna()), Duration::from_secs(5), |settings| {
         settings.url = settings.url.replace("http:", "https:");
-        settings.tls.ca = Some(known.ca());
+        settings.tls.ca = Some(known.ca().into());
     });
     assert!(bench.ask(TOKEN).await.is_err());
     assert_eq!(bench.server.requests(), 0);

@@ -541,7 +541,7 @@ async fn encryption_is_what_was_asked_for() {
     server.psql("postgres", "CREATE TABLE t (token text, who text); INSERT INTO t VALUES ('known', 'ann')");
     let source = Source::Lookup { sql: "SELECT who AS user FROM t WHERE token = $1".into(), bind: Bind::Plain };
     let with = |host: &str, mode, ca: Option<&Authority>| {
-        let ca = ca.map(Authority::ca);
+        let ca = ca.map(|ca| ca.ca().into());
         open(PostgresSettings {
             url: Secret::new(format!("postgres://postgres@{host}:{}/postgres", server.port())),
             tls: TlsSettings { mode, ca, client: None },
@@ -569,7 +569,7 @@ async fn encryption_is_what_was_asked_for() {
     // A name that the certificate doesn't have; where it is may stand apart from what it is called.
     let named = |mode| {
         let url = format!("host=db.example hostaddr=127.0.0.1 port={} user=postgres dbname=postgres", server.port());
-        let tls = TlsSettings { mode, ca: good.map(Authority::ca), client: None };
+        let tls = TlsSettings { mode, ca: good.map(|good| good.ca().into()), client: None };
         open(PostgresSettings { url: Secret::new(url), tls, ..settings(&server, source.clone()) })
     };
     assert!(ask(&*named(TlsMode::VerifyCa), b"known").await.is_ok());
@@ -583,7 +583,7 @@ async fn encryption_is_what_was_asked_for() {
     assert!(matches!(&answer, Err(StoreError::Unavailable(why)) if why.contains("TLS")), "{answer:?}");
     // A socket needs none, and does without.
     let url = format!("host={} port={} user=postgres dbname=postgres", server.socket().display(), server.port());
-    let tls = TlsSettings { mode: TlsMode::VerifyFull, ca: good.map(Authority::ca), client: None };
+    let tls = TlsSettings { mode: TlsMode::VerifyFull, ca: good.map(|good| good.ca().into()), client: None };
     let store = open(PostgresSettings { url: Secret::new(url), tls, ..settings(&server, source.clone()) });
     assert!(lookup(&*store, b"known").await.is_some());
     // Words that contradict each other.

@@ -204,7 +204,10 @@ fn settings_that_make_no_sense_are_refused() {
         (with(|s| (s.topology, s.database) = (Topology::Cluster, 1)), "only database 0"),
         (with(|s| (s.topology, s.tls.mode) = (Topology::Cluster, TlsMode::VerifyCa)), "verify-full"),
         (with(|s| (s.topology, s.servers) = (Topology::Cluster, vec!["unix:/x".into()])), "unix socket"),
-        (with(|s| (s.tls.mode, s.tls.ca) = (TlsMode::VerifyFull, Some("/nowhere".into()))), "/nowhere"),
+        (
+            with(|s| (s.tls.mode, s.tls.ca) = (TlsMode::VerifyFull, Some(std::path::PathBuf::from("/nowhere").into()))),
+            "/nowhere",
+        ),
     ] {
         let why = why.unwrap();
         assert!(why.contains(part) && !why.contains("S3CRET"), "{why}");
@@ -277,7 +280,7 @@ async fn the_server_is_checked() {
     let server = Redis::start(&Options { tls: Some(&authority), ..Options::default() });
     admin(&settings(&[server.address()])).await.create(&record("known")).await.unwrap();
     let of = |host: &str, mode, ca: &Authority| RedisSettings {
-        tls: TlsSettings { mode, ca: Some(ca.ca()), client: None },
+        tls: TlsSettings { mode, ca: Some(ca.ca().into()), client: None },
         ..settings(&[format!("{host}:{}", server.tls_port)])
     };
     for (host, mode, ca) in [

@@ -3,6 +3,8 @@
 
 use super::super::{StoreError, TokenRecord};
 use crate::identity::credential::Digest;
+use hyper::StatusCode;
+use hyper::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 use std::fmt;
@@ -80,6 +82,33 @@ impl Shape {
 
 pub(super) fn garbage(why: impl Into<String>) -> StoreError {
     StoreError::Garbage(why.into())
+}
+
+/// Why a status that says "no such token" may have been given for another reason, or by something in front of the endpoint:
+/// a rate limiter, a firewall. `None`: it is the endpoint's own. 401 is HTTP's word for it and needs nothing else; the
+/// others say much, and must come as the endpoint says things, in JSON.
+pub(super) fn doubt(status: StatusCode, headers: &HeaderMap, body: Option<&[u8]>) -> Option<&'static str> {
+    if headers.contains_key(RETRY_AFTER) {
+        return Some(
+            "asks to come back later (Retry-After): it limits how often it is asked, so exempt tollgate's address",
+        );
+    }
+    let spent = |name: &str| headers.get_all(name).iter().any(|left| left.as_bytes().trim_ascii() == b"0");
+    if ["ratelimit-remaining", "x-ratelimit-remaining", "x-rate-limit-remaining"].into_iter().any(spent) {
+        return Some("has no requests left for tollgate: exempt its address from the limit");
+    }
+    if headers.contains_key("cf-mitigated") {
+        return Some("a firewall in front of the endpoint gave it: let tollgate's address through");
+    }
+    if status == StatusCode::UNAUTHORIZED {
+        return None;
+    }
+    let mut kinds = headers.get_all(CONTENT_TYPE).iter();
+    let json = matches!((kinds.next(), kinds.next()), (Some(kind), None) if is_json(kind.as_bytes()));
+    if !json || !body.is_some_and(|body| parse(body).is_ok()) {
+        return Some("not as the endpoint answers, with an object in JSON: did a firewall or limiter in front of it?");
+    }
+    None
 }
 
 /// `application/json` or `application/…+json`, whatever the parameters.

@@ -1,7 +1,7 @@
 //! Where an endpoint is: reads the URL of the configuration and opens connections to it. Knows nothing of HTTP beyond
 //! the URL and the Host field.
 
-use super::super::TlsSettings;
+use super::super::{Place, TlsSettings};
 use hyper::http::HeaderValue;
 use hyper::http::uri::{PathAndQuery, Scheme, Uri};
 use std::io;
@@ -20,10 +20,18 @@ pub(super) struct Endpoint {
     pub(super) host: HeaderValue,
     /// For people: host and port, or the socket. Not the URL, whose query may hold a key.
     pub(super) place: String,
+    /// Whatever is sent there goes to another machine in plain text.
+    pub(super) leaks: bool,
 }
 
 enum Address {
-    Tcp { host: String, port: u16, tls: Option<(TlsConnector, ServerName<'static>)> },
+    Tcp {
+        host: String,
+        port: u16,
+        tls: Option<(TlsConnector, ServerName<'static>)>,
+        /// Otherwise a name must lead to this machine.
+        anywhere: bool,
+    },
     Unix(PathBuf),
 }
 
@@ -32,8 +40,9 @@ pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 impl Endpoint {
-    /// The error names what is wrong with the URL and never the URL.
-    pub(super) fn new(url: &str, tls: &TlsSettings) -> Result<Self, String> {
+    /// The error names what is wrong with the URL and never the URL. `insecure_http`: tokens may go to another machine in
+    /// plain text.
+    pub(super) fn new(url: &str, insecure_http: bool, tls: &TlsSettings) -> Result<Self, String> {
         if let Some(rest) = url.strip_prefix("unix:") {
             return Self::unix(rest);
         }
@@ -66,15 +75,23 @@ impl Endpoint {
         };
         // An IPv6 address stands in brackets in URLs, and nowhere else.
         let host = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name).to_owned();
+        let elsewhere = !Place::of_host(&host).is_local();
+        if !secure && !insecure_http && elsewhere {
+            return Err(format!(
+                "url: http:// to {name} would send every token over the network in plain text. Use https://, an address of \
+                 this machine (127.0.0.1, [::1], localhost) or unix:/; where the way there is safe, set insecure_http = true"
+            ));
+        }
         let tls = match secure {
             true => Some((connector(tls)?, server_name(&host)?)),
             false => None,
         };
         Ok(Self {
-            address: Address::Tcp { host, port, tls },
             path: uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/")),
             host: HeaderValue::from_str(authority).map_err(|error| format!("url: {error}"))?,
             place: format!("{name}:{port}"),
+            leaks: !secure && elsewhere,
+            address: Address::Tcp { host, port, tls, anywhere: secure || insecure_http },
         })
     }
 
@@ -97,6 +114,7 @@ impl Endpoint {
             path: path.parse().map_err(|error| format!("url: {error}"))?,
             host: HeaderValue::from_static("localhost"),
             place: socket.into(),
+            leaks: false,
         })
     }
 
@@ -104,8 +122,8 @@ impl Endpoint {
     pub(super) async fn connect(&self, patience: Duration) -> io::Result<Box<dyn Stream>> {
         match &self.address {
             Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
-            Address::Tcp { host, port, tls } => {
-                let stream = connect(host, *port, patience).await?;
+            Address::Tcp { host, port, tls, anywhere } => {
+                let stream = connect(host, *port, *anywhere, patience).await?;
                 // A request is one write; waiting to fill a packet would only delay it.
                 stream.set_nodelay(true)?;
                 match tls {
@@ -127,10 +145,13 @@ fn server_name(host: &str) -> Result<ServerName<'static>, String> {
     ServerName::try_from(host.to_owned()).map_err(|error| format!("url: the host can't be in a certificate: {error}"))
 }
 
-async fn connect(host: &str, port: u16, patience: Duration) -> io::Result<TcpStream> {
+async fn connect(host: &str, port: u16, anywhere: bool, patience: Duration) -> io::Result<TcpStream> {
     let mut addresses = lookup_host((host, port)).await?.peekable();
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     while let Some(address) = addresses.next() {
+        if !anywhere && !Place::Address(address.ip()).is_local() {
+            return Err(io::Error::other("the name leads to another machine, and http:// would show it every token"));
+        }
         let attempt = TcpStream::connect(address);
         let result = match addresses.peek() {
             None => attempt.await,
@@ -151,7 +172,51 @@ mod tests {
 
     fn endpoint(url: &str, mode: TlsMode) -> Result<Endpoint, String> {
         // An authority of the tests' own would need a file; without verification none is read.
-        Endpoint::new(url, &TlsSettings { mode, ca: None, client: None })
+        Endpoint::new(url, true, &TlsSettings { mode, ca: None, client: None })
+    }
+
+    #[test]
+    fn plain_text_stays_on_this_machine() {
+        let (mut here, mut elsewhere) = (0, 0);
+        let tls = TlsSettings { mode: TlsMode::Require, ca: None, client: None };
+        for url in [
+            "http://127.0.0.1:3000/user",
+            "http://127.8.8.8/user",
+            "http://localhost:3000/user",
+            "HTTP://LOCALHOST/user",
+            "http://[::1]:3000/user",
+            "unix:/run/app.sock:/user",
+            "https://db.example/user",
+            "https://10.0.0.1/user",
+        ] {
+            here += 1;
+            let endpoint = Endpoint::new(url, false, &tls).unwrap_or_else(|why| panic!("{url}: {why}"));
+            assert!(!endpoint.leaks, "{url}");
+        }
+        for url in [
+            "http://10.0.0.1:3000/user",
+            "http://db.example/user?key=S3CRET",
+            "HTTP://db.example/user",
+            "http://localhost.example/user",
+            "http://localhost./user",
+            "http://127.0.0.1.example/user",
+            "http://127.1/user",
+            "http://2130706433/user",
+            "http://0.0.0.0/user",
+            "http://[::]/user",
+            "http://[::ffff:10.0.0.1]/user",
+            "http://[fe80::1]/user",
+        ] {
+            elsewhere += 1;
+            let why = Endpoint::new(url, false, &tls).err().unwrap_or_else(|| panic!("{url} is taken"));
+            assert!(why.contains("insecure_http = true") && !why.contains("S3CRET"), "{url}: {why}");
+            assert!(Endpoint::new(url, true, &tls).unwrap().leaks, "{url}");
+        }
+        for url in ["http://127.0.0.1@db.example/", "http://localhost:80@db.example/", "http://localhost\\@db.example/"]
+        {
+            assert!(Endpoint::new(url, true, &tls).is_err(), "{url}");
+        }
+        assert_eq!((here, elsewhere), (8, 12));
     }
 
     #[test]

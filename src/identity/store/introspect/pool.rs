@@ -74,15 +74,20 @@ impl Pool {
     }
 
     /// Sends a request, which must be one that may arrive twice: over a kept connection that turns out closed it is
-    /// sent again over a new one. The body is read when the answer is a 200. `patience` is for what is not worth the
-    /// whole time that the caller has.
-    pub(super) async fn exchange(&self, request: Request<Full<Bytes>>, patience: Duration) -> Result<Answer, Trouble> {
+    /// sent again over a new one. The body is read where the status makes it `wanted`. `patience` is for what is not worth
+    /// the whole time that the caller has.
+    pub(super) async fn exchange(
+        &self,
+        request: Request<Full<Bytes>>,
+        patience: Duration,
+        wanted: impl Fn(StatusCode) -> bool,
+    ) -> Result<Answer, Trouble> {
         let runtime = Handle::try_current().map_err(|error| error.to_string())?.id();
         let mut lease = Lease { pool: self, runtime, connection: None, counted: false };
         if let Some(connection) = lease.reuse().await
             && let Ok(response) = connection.send(request.clone()).await
         {
-            return Ok(lease.finish(response, patience).await);
+            return Ok(lease.finish(response, patience, wanted).await);
         }
         lease.connection = None;
         let place = &self.endpoint.place;
@@ -91,7 +96,7 @@ impl Pool {
         let failed = |error: hyper::Error| format!("{place} gave no answer in HTTP: {}", innermost(&error));
         let connection = lease.connection.insert(Connection::new(&self.http, stream).await.map_err(failed)?);
         let response = connection.send(request).await.map_err(failed)?;
-        Ok(lease.finish(response, patience).await)
+        Ok(lease.finish(response, patience, wanted).await)
     }
 
     /// Closes what has been idle for too long.
@@ -150,12 +155,17 @@ impl Lease<'_> {
     }
 
     /// Reads the rest of an answer and gives the connection back if nothing is in doubt.
-    async fn finish(mut self, response: Response<Incoming>, patience: Duration) -> Answer {
+    async fn finish(
+        mut self,
+        response: Response<Incoming>,
+        patience: Duration,
+        wanted: impl Fn(StatusCode) -> bool,
+    ) -> Answer {
         let (head, body) = response.into_parts();
         let Some(connection) = &mut self.connection else {
             return Answer { status: head.status, headers: head.headers, body: Body::Cut };
         };
-        let body = if head.status == StatusCode::OK {
+        let body = if wanted(head.status) {
             connection.read(body).await
         } else {
             // Only so that the connection can be kept.

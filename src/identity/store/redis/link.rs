@@ -1,7 +1,7 @@
 //! Connections to a Redis server: where it stands, how it is reached and checked, and what its errors mean. Knows nothing
 //! of records.
 
-use super::super::{StoreError, StoreMetrics, TlsMode, TlsSettings};
+use super::super::{PemFile, StoreError, StoreMetrics, TlsMode, TlsSettings};
 use super::{RedisSettings, Topology};
 use parking_lot::Mutex;
 use redis::aio::{ConnectionLike, MultiplexedConnection};
@@ -12,6 +12,7 @@ use redis::{
     RedisError, RedisFuture, ServerError, Value,
 };
 use rustls::pki_types::ServerName;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -240,6 +241,7 @@ pub(super) struct Connector {
     topology: Topology,
     identity: RedisConnectionInfo,
     tls: Option<tokio_rustls::TlsConnector>,
+    tls_settings: TlsSettings,
     cluster: Option<ClusterClient>,
     answer: Duration,
 }
@@ -277,7 +279,8 @@ impl Connector {
             Topology::Cluster => Some(cluster_client(settings, &addresses, &identity)?),
             _ => None,
         };
-        Ok(Self { addresses, topology: settings.topology.clone(), identity, tls, cluster, answer: ANSWER })
+        let (topology, tls_settings) = (settings.topology.clone(), settings.tls.clone());
+        Ok(Self { addresses, topology, identity, tls, tls_settings, cluster, answer: ANSWER })
     }
 
     /// For work that may take longer than a look-up.
@@ -405,7 +408,8 @@ impl Connector {
             Ok::<Box<dyn Stream>, StoreError>(match at {
                 Address::Unix(path) => Box::new(UnixStream::connect(path).await.map_err(unavailable(at))?),
                 Address::Tcp(host, port) => {
-                    let plain = TcpStream::connect((host.as_str(), *port)).await.map_err(unavailable(at))?;
+                    let addresses = resolve(host, *port, &self.tls_settings).await.map_err(unavailable(at))?;
+                    let plain = TcpStream::connect(addresses.as_slice()).await.map_err(unavailable(at))?;
                     plain.set_nodelay(true).map_err(unavailable(at))?;
                     match &self.tls {
                         None => Box::new(plain),
@@ -433,6 +437,27 @@ impl Connector {
             Ok(Link::new(Wire::One(connection, Arc::new(driver))))
         };
         bounded(connected).await?
+    }
+}
+
+/// The addresses of a host that may be spoken to. To be asked for every connection: sentinels and nodes of a cluster name
+/// others, who may be anywhere, and a name may lead anywhere.
+async fn resolve(host: &str, port: u16, tls: &TlsSettings) -> std::io::Result<Vec<SocketAddr>> {
+    let addresses: Vec<_> = tokio::net::lookup_host((host, port)).await?.collect();
+    addresses.iter().try_for_each(|address| tls.admits(address.ip())).map_err(std::io::Error::other)?;
+    Ok(addresses)
+}
+
+/// For the library's own connections to the nodes of a cluster.
+struct Resolver(TlsSettings);
+
+impl redis::io::AsyncDNSResolver for Resolver {
+    fn resolve<'a, 'b: 'a>(
+        &'a self,
+        host: &'b str,
+        port: u16,
+    ) -> RedisFuture<'a, Box<dyn Iterator<Item = SocketAddr> + Send + 'a>> {
+        Box::pin(async move { Ok(Box::new(resolve(host, port, &self.0).await?.into_iter()) as _) })
     }
 }
 
@@ -466,7 +491,7 @@ fn cluster_client(
     identity: &RedisConnectionInfo,
 ) -> Result<ClusterClient, String> {
     let TlsSettings { mode, ca, client } = &settings.tls;
-    let read = |path: &PathBuf| std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
+    let read = |file: &PemFile| file.content().map(<[u8]>::to_vec);
     let scheme = if settings.tls.is_plain() { "redis" } else { "rediss" };
     let mut builder = ClusterClient::builder(addresses.iter().map(|address| format!("{scheme}://{address}")))
         .connection_timeout(CONNECT)
@@ -480,7 +505,8 @@ fn cluster_client(
         builder = builder.password(password);
     }
     match mode {
-        TlsMode::Disable | TlsMode::Local => {}
+        TlsMode::Disable => {}
+        TlsMode::Local => builder = builder.async_dns_resolver(Resolver(settings.tls.clone())),
         TlsMode::VerifyFull => {
             // The library asks for the process' own; an error says that there is one already.
             drop(rustls::crypto::ring::default_provider().install_default());
