@@ -11,7 +11,7 @@ use crate::identity::store::introspect::IntrospectStore;
 use crate::identity::store::postgres::PostgresStore;
 use crate::identity::store::redis::RedisStore;
 use crate::identity::store::sqlite::SqliteStore;
-use crate::identity::store::{NamedStore, StoreSettings, TokenStore};
+use crate::identity::store::{self, NamedStore, StoreSettings, TlsSettings, TokenStore};
 use crate::pipeline::Pipeline;
 use crate::telemetry::access_log::{AccessLog, Sink};
 use crate::telemetry::metrics::Metrics;
@@ -75,6 +75,13 @@ fn link(store: &NamedStore, metrics: &Metrics) -> anyhow::Result<Link> {
     Ok(Link { name: store.name.clone(), store: opened, timeout: store.timeout, metrics })
 }
 
+/// Whom the system trusts, if any of these stores goes by that: as with files that are named, what was replaced in place is
+/// taken in by a reload.
+fn system_authorities(stores: &[NamedStore]) -> Option<Digest> {
+    let asks = |store: &NamedStore| store.kind.tls().is_some_and(TlsSettings::trusts_the_system);
+    stores.iter().any(asks).then(store::system_authorities)
+}
+
 /// What these stores are, for telling one snapshot from another. Secrets print as dots.
 fn origin(stores: &[NamedStore]) -> String {
     Digest::of(format!("{stores:?}").as_bytes()).to_hex()
@@ -92,23 +99,27 @@ fn access_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Acc
 /// Makes the next snapshot from the file as it is then. What needs a restart is said, and left as it is.
 fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild {
     let started = settings.server.clone();
-    let current = Mutex::new((settings, log));
+    let authorities = system_authorities(&settings.stores);
+    let current = Mutex::new((settings, log, authorities));
     Box::new(move |running: &Snapshot| {
         let path = path.as_deref().ok_or("there is no configuration file to read")?;
         let next = config::load(path).map_err(|problems| report(&problems))?;
         next.warnings.iter().for_each(|warning| log::warn!("{warning}"));
         let mut current = current.lock();
-        let (settings, log) = &mut *current;
+        let (settings, log, authorities) = &mut *current;
+        let next_authorities = system_authorities(&next.stores);
         let describe = |error: anyhow::Error| format!("{error:#}");
         let metrics = Arc::clone(&running.pipeline.metrics);
-        let authenticator =
-            if (&next.stores, &next.cache, &next.snapshot) == (&settings.stores, &settings.cache, &settings.snapshot) {
-                Arc::clone(&running.pipeline.authenticator)
-            } else {
-                // What the old one learned is worth a snapshot to the new one, if it is of the same stores.
-                running.pipeline.authenticator.save();
-                authenticator(&next, &metrics).map_err(describe)?
-            };
+        let authenticator = if (&next.stores, &next.cache, &next.snapshot)
+            == (&settings.stores, &settings.cache, &settings.snapshot)
+            && next_authorities == *authorities
+        {
+            Arc::clone(&running.pipeline.authenticator)
+        } else {
+            // What the old one learned is worth a snapshot to the new one, if it is of the same stores.
+            running.pipeline.authenticator.save();
+            authenticator(&next, &metrics).map_err(describe)?
+        };
         // Opened anew in any case, so that a reload also picks up a rotated file.
         let next_log = access_log(&next, &metrics).map_err(describe)?;
         let snapshot = snapshot(&next, authenticator, metrics, next_log.clone()).map_err(describe)?;
@@ -116,7 +127,7 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
             log::warn!("[server] and [admin] changed: addresses, threads and grace take a restart");
         }
         log::set_max_level(next.level);
-        (*settings, *log) = (next, next_log);
+        (*settings, *log, *authorities) = (next, next_log, next_authorities);
         Ok(snapshot)
     })
 }

@@ -8,6 +8,8 @@
 //!                                   `----------- any Fault -> reply::Refusal -> edge/connection -> socket
 //! ```
 
+pub mod clock;
+
 pub mod telemetry;
 
 pub mod request;
@@ -32,11 +34,4 @@ pub mod assembly;
 
 pub mod cli;
 
-/// A moment, read once for each request. Stages take it as an argument, so that tests own the time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Now {
-    /// Milliseconds of a clock that only goes forward, from an arbitrary start: for lifetimes.
-    pub mono_ms: u64,
-    /// Unix milliseconds: for dates in records and logs.
-    pub unix_ms: u64,
-}
+pub use clock::Now;

@@ -89,7 +89,7 @@ fn status(operator: &Operator<'_>) -> Answer {
         "started": rfc3339(operator.started_unix_ms / 1000),
         "uptime_seconds": operator.now.unix_ms.saturating_sub(operator.started_unix_ms) / 1000,
         "store": operator.pipeline.authenticator.store_names(),
-        "hears_of_changes": !operator.pipeline.authenticator.is_deaf(),
+        "hears_of_changes": operator.pipeline.authenticator.hears(operator.now),
         "cache": { "valid": valid, "invalid": invalid },
         "requests_in_flight": operator.pipeline.metrics.requests_in_flight(),
         "routes": operator.pipeline.rules.routes.iter().map(|route| &route.name).collect::<Vec<_>>(),

@@ -8,10 +8,10 @@ mod pool;
 mod proxy;
 mod server;
 
+pub use crate::clock::now;
 pub use pool::{ServerAddress, UpstreamSettings};
 pub use server::{Listen, Rebuild, Running, ServerSettings, check_free, serve};
 
-use crate::Now;
 use crate::pipeline::Pipeline;
 use crate::request::route::Route;
 use crate::request::view::Method;
@@ -19,9 +19,8 @@ use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::metrics::RouteMetrics;
 use client::HeadLimits;
 use pool::Upstream;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 use tokio::sync::Notify;
 
 /// The whole running configuration. A request takes one at its start and keeps it to its log line; a reload puts
@@ -127,12 +126,4 @@ impl Lifecycle {
             begun.await;
         }
     }
-}
-
-/// Reads both clocks.
-pub fn now() -> Now {
-    static START: OnceLock<Instant> = OnceLock::new();
-    let mono = START.get_or_init(Instant::now).elapsed();
-    let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Now { mono_ms: mono.as_millis() as u64, unix_ms: unix.as_millis() as u64 }
 }

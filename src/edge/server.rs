@@ -18,7 +18,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, Notify, mpsc};
 
 /// Idle connections to backends that are kept.
 const UPSTREAM_POOL: usize = 1_024;
@@ -119,10 +119,16 @@ pub fn serve(running: Running) {
         admin.threads = Some(1);
         server.add_service(admin);
     }
-    let reloader =
-        Reloader { snapshot: Arc::clone(&snapshot), rebuild, requests: Mutex::new(requests), _open: reloads };
+    let replaced = Arc::new(Notify::new());
+    let reloader = Reloader {
+        snapshot: Arc::clone(&snapshot),
+        rebuild,
+        requests: Mutex::new(requests),
+        replaced: Arc::clone(&replaced),
+        _open: reloads,
+    };
     server.add_service(background_service("reload", reloader));
-    server.add_service(background_service("tokens", Tokens { snapshot: Arc::clone(&snapshot) }));
+    server.add_service(background_service("tokens", Tokens { snapshot: Arc::clone(&snapshot), replaced }));
 
     let drain = Drain { lifecycle, metrics: Arc::clone(&metrics), grace: settings.grace };
     server.run(RunArgs { shutdown_signal: Box::new(drain) });
@@ -202,6 +208,8 @@ struct Reloader {
     snapshot: Arc<ArcSwap<Snapshot>>,
     rebuild: Rebuild,
     requests: Mutex<mpsc::Receiver<ReloadRequest>>,
+    /// Told of each snapshot that is put in place.
+    replaced: Arc<Notify>,
     /// Keeps the channel open when there is no admin listener.
     _open: mpsc::Sender<ReloadRequest>,
 }
@@ -238,6 +246,7 @@ impl Reloader {
         match result {
             Ok(next) => {
                 self.snapshot.store(Arc::new(next));
+                self.replaced.notify_one();
                 log::info!("the configuration was loaded anew");
                 Ok(())
             }
@@ -252,6 +261,7 @@ impl Reloader {
 /// Keeps the token cache in step with the store, also when a reload brings another store.
 struct Tokens {
     snapshot: Arc<ArcSwap<Snapshot>>,
+    replaced: Arc<Notify>,
 }
 
 #[async_trait]
@@ -286,7 +296,7 @@ impl Tokens {
     /// Comes back when a reload has put another store in place.
     async fn replaced(&self, current: &Arc<crate::identity::Authenticator>) {
         while Arc::ptr_eq(current, &self.snapshot.load().pipeline.authenticator) {
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            self.replaced.notified().await;
         }
     }
 }

@@ -61,6 +61,8 @@ struct Positive {
     last_used: AtomicU64,
     /// What stores call this token; empty for nearly all of them.
     handles: Box<[Digest]>,
+    /// Believed until then even if changes may have been missed: the store was asked just before.
+    sure_until: u64,
     /// From a snapshot: fresh for so long, once the store has said that the token did not change meanwhile.
     vouchable_until: u64,
 }
@@ -75,7 +77,10 @@ pub(super) struct Cache {
     settings: CacheSettings,
     positive: Bounded<Digest, Arc<Positive>, RandomState>,
     negative: Bounded<Digest, Negative, RandomState>,
-    /// While word of changes does not come, answers are good for a moment only.
+    /// Until this monotonic millisecond no change can have been missed, as the stores have shown that they still tell of
+    /// them. Past it, and at 0, answers are good for a moment only. [`u64::MAX`]: no store tells of changes.
+    heard_until: AtomicU64,
+    /// Word of changes has stopped coming.
     deaf: AtomicBool,
 }
 
@@ -85,6 +90,8 @@ pub(super) struct Learned<'a> {
     /// When the answer changes by itself, in unix milliseconds: a token that is not valid yet.
     pub(super) until_unix_ms: Option<u64>,
     pub(super) handles: Vec<Digest>,
+    /// When the store was asked, in monotonic milliseconds.
+    pub(super) asked_ms: u64,
 }
 
 /// An entry as a snapshot keeps it. Times are unix milliseconds.
@@ -117,12 +124,13 @@ impl Cache {
             Bounded::builder().max_capacity(settings.positive_capacity).build_with_hasher(RandomState::default());
         let negative =
             Bounded::builder().max_capacity(settings.negative_capacity).build_with_hasher(RandomState::default());
-        Self { settings, positive, negative, deaf: AtomicBool::new(false) }
+        let (heard_until, deaf) = (AtomicU64::new(u64::MAX), AtomicBool::new(false));
+        Self { settings, positive, negative, heard_until, deaf }
     }
 
     pub(super) fn get(&self, digest: &Digest, now: Now) -> Cached {
         if let Some(entry) = self.positive.get(digest) {
-            return entry.say(now);
+            return entry.say(now, self.hears(now));
         }
         match self.negative.get(digest) {
             Some(entry) if now.mono_ms < entry.until => {
@@ -134,7 +142,7 @@ impl Cache {
 
     /// Believes an answer from now on. `random` is a number in 0..1 that sets the jitter.
     pub(super) fn put(&self, digest: Digest, learned: Learned<'_>, now: Now, random: f64) {
-        let most = if self.deaf.load(Ordering::Relaxed) { DEAF_TTL } else { Duration::MAX };
+        let most = if self.hears(now) { Duration::MAX } else { DEAF_TTL };
         let lifetime = |ttl: Duration| (ttl.min(most).as_millis() as f64 * (1.0 - JITTER * random)) as u64;
         match learned.answer {
             Answer::Valid(principal) => {
@@ -147,6 +155,7 @@ impl Cache {
                     stale_until: fresh_until + self.settings.stale_if_error.as_millis() as u64,
                     last_used: AtomicU64::new(now.unix_ms),
                     handles: learned.handles.into(),
+                    sure_until: learned.asked_ms + DEAF_TTL.as_millis() as u64,
                     vouchable_until: 0,
                 };
                 self.positive.insert(digest, Arc::new(entry));
@@ -191,7 +200,16 @@ impl Cache {
         self.negative.invalidate_all();
     }
 
-    /// Whether answers are good for a moment only.
+    /// Until when no change can have been missed.
+    pub(super) fn hear_until(&self, mono_ms: u64) {
+        self.heard_until.store(mono_ms, Ordering::Relaxed);
+    }
+
+    /// Whether no change can have been missed.
+    pub(super) fn hears(&self, now: Now) -> bool {
+        now.mono_ms < self.heard_until.load(Ordering::Relaxed)
+    }
+
     pub(super) fn set_deaf(&self, deaf: bool) {
         self.deaf.store(deaf, Ordering::Relaxed);
     }
@@ -236,6 +254,7 @@ impl Cache {
                 .min(longest(self.settings.positive_ttl.saturating_add(self.settings.stale_if_error))),
             last_used: AtomicU64::new(0),
             handles: kept.handles.into(),
+            sure_until: 0,
             vouchable_until: mono(kept.fresh_until).min(longest(self.settings.positive_ttl)),
         };
         self.positive.insert(kept.digest, Arc::new(entry));
@@ -265,9 +284,11 @@ impl Cache {
 }
 
 impl Positive {
-    fn say(&self, now: Now) -> Cached {
+    /// `hears`: no change can have been missed.
+    fn say(&self, now: Now, hears: bool) -> Cached {
         let fresh_until = self.fresh_until.load(Ordering::Relaxed);
-        let fresh = now.mono_ms < fresh_until;
+        let certain = hears || now.mono_ms < self.sure_until;
+        let fresh = certain && now.mono_ms < fresh_until;
         if !self.principal.in_force(now) {
             // Its own end came; the store is asked again in its time, as it may have been put off.
             return match fresh {
@@ -279,24 +300,24 @@ impl Positive {
             if now.mono_ms >= self.stale_until {
                 return Cached::Nothing;
             }
-            return Cached::Stale(Stale {
-                principal: Arc::clone(&self.principal),
-                doubtful: fresh_until == DOUBTFUL,
-                refresh: self.claim_refresh(now),
-            });
+            let doubtful = !certain || fresh_until == DOUBTFUL;
+            let refresh = self.claim_refresh(now, doubtful);
+            return Cached::Stale(Stale { principal: Arc::clone(&self.principal), doubtful, refresh });
         }
         // A plain load in nearly all cases: nobody writes to a shared line for each request.
         if now.unix_ms >= self.last_used.load(Ordering::Relaxed) + LAST_USED_STEP_MS {
             self.last_used.store(now.unix_ms, Ordering::Relaxed);
         }
-        let refresh = self.claim_refresh(now);
+        let refresh = self.claim_refresh(now, false);
         Cached::Answer { answer: Answer::Valid(Arc::clone(&self.principal)), refresh }
     }
 
     /// Whether the store should be asked now. Says yes to one caller, and to the next one no sooner than after a pause.
-    fn claim_refresh(&self, now: Now) -> bool {
+    /// `early`: its time need not have come.
+    fn claim_refresh(&self, now: Now, early: bool) -> bool {
         let due = self.refresh_at.load(Ordering::Relaxed);
         let next = now.mono_ms + REFRESH_RETRY_MS;
-        now.mono_ms >= due && self.refresh_at.compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        (now.mono_ms >= due || early && due > next)
+            && self.refresh_at.compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 }

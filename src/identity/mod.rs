@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use store::chain::Chain;
-use store::{Event, Named, StoreError};
+use store::{Event, Mark, Named, StoreError};
 use tokio::sync::Notify;
 
 /// The store can't tell, and nothing is known from before.
@@ -46,6 +46,11 @@ const MAX_ATTEMPTS: usize = 4;
 const FLIGHT_SHARDS: usize = 64;
 /// For so long behind a failed look-up, callers with a known identity don't wait to see the store fail again.
 const AILING_MS: u64 = 5_000;
+/// A change takes effect within this time where the store tells of changes: what is known counts for no longer behind the
+/// last sign that it does.
+const PROMISE_MS: u64 = 1_000;
+/// How often this process notes that it runs.
+const PULSE: Duration = Duration::from_millis(200);
 
 /// Validates tokens. One for each chain of stores; lives across reloads as long as its settings do.
 pub struct Authenticator {
@@ -69,12 +74,68 @@ struct Inner {
     lookups: AtomicUsize,
     /// Until this monotonic millisecond the store is taken to be failing; 0 behind any answer of it.
     ailing_until: AtomicU64,
-    /// Which stores say that word of their changes does not come.
-    deaf: Mutex<HashSet<usize>>,
-    /// When a snapshot was taken that waits for the store to vouch for it, in unix milliseconds; 0 for none.
-    unvouched: AtomicU64,
+    /// What each store has said of its changes.
+    hearing: Mutex<Vec<Hearing>>,
+    pulse: Pulse,
+    /// The stores' marks from a snapshot that waits for them to vouch for it.
+    unvouched: Mutex<Option<Vec<Option<Mark>>>>,
     metrics: Arc<Metrics>,
     clock: fn() -> Now,
+}
+
+/// Whether a store tells of its changes.
+enum Hearing {
+    /// It has not said yet; nothing counts for longer than while it doesn't.
+    NotYet,
+    /// All that changed before `since`, in monotonic milliseconds, was told.
+    Yes {
+        since: u64,
+        mark: Option<Mark>,
+    },
+    Lost,
+    /// Nobody tells of changes, and nothing is promised.
+    Never,
+}
+
+impl Hearing {
+    /// Until when no change of any of these stores can have been missed.
+    fn until(all: &[Self]) -> u64 {
+        let until = |hearing: &Self| match hearing {
+            Self::NotYet | Self::Lost => 0,
+            Self::Yes { since, .. } => since.saturating_add(PROMISE_MS),
+            Self::Never => u64::MAX,
+        };
+        all.iter().map(until).min().unwrap_or(u64::MAX)
+    }
+}
+
+/// Whether this process ran all the time, or was stopped, or its machine was. What was under way then is old.
+#[derive(Default)]
+struct Pulse {
+    /// Monotonic milliseconds; 0: nobody has begun to note.
+    last: AtomicU64,
+    /// The end of the last standstill.
+    woke: AtomicU64,
+}
+
+impl Pulse {
+    /// Notes that it runs. Returns how long it did not, if that is too long.
+    fn beat(&self, now: Now) -> Option<Duration> {
+        let last = self.last.swap(now.mono_ms, Ordering::Relaxed);
+        let gap = now.mono_ms.saturating_sub(last);
+        if last == 0 || gap <= PROMISE_MS {
+            return None;
+        }
+        self.woke.store(now.mono_ms, Ordering::Relaxed);
+        Some(Duration::from_millis(gap))
+    }
+
+    /// Whether it stood still since a monotonic millisecond, as far as that matters.
+    fn stood_still_since(&self, mono_ms: u64, now: Now) -> bool {
+        let too_long = |since: u64| now.mono_ms.saturating_sub(since) > PROMISE_MS;
+        let last = self.last.load(Ordering::Relaxed);
+        last != 0 && too_long(mono_ms) && (too_long(last) || self.woke.load(Ordering::Relaxed) > mono_ms)
+    }
 }
 
 /// One look-up that any number of callers wait for.
@@ -104,14 +165,19 @@ pub struct Waiting {
 
 impl Authenticator {
     pub fn new(chain: Chain, settings: CacheSettings, metrics: Arc<Metrics>, clock: fn() -> Now) -> Self {
+        let unheard = |hears: bool| if hears { Hearing::NotYet } else { Hearing::Never };
+        let hearing: Vec<_> = chain.links().iter().map(|link| unheard(link.store.tells_changes())).collect();
+        let cache = Cache::new(settings);
+        cache.hear_until(Hearing::until(&hearing));
         let inner = Inner {
             chain,
-            cache: Cache::new(settings),
+            cache,
             flights: std::array::from_fn(|_| Mutex::default()),
             lookups: AtomicUsize::new(0),
             ailing_until: AtomicU64::new(0),
-            deaf: Mutex::default(),
-            unvouched: AtomicU64::new(0),
+            hearing: Mutex::new(hearing),
+            pulse: Pulse::default(),
+            unvouched: Mutex::default(),
             metrics,
             clock,
         };
@@ -182,7 +248,18 @@ impl Authenticator {
                 self.inner.vouch_for_snapshot().await;
             }
         };
-        tokio::join!(self.inner.chain.follow(&heard), vouch);
+        let pulse = async {
+            let mut ticks = tokio::time::interval(PULSE);
+            loop {
+                ticks.tick().await;
+                if let Some(gap) = self.inner.pulse.beat((self.inner.clock)()) {
+                    log::warn!(
+                        "nothing was done for {gap:?}: was the process stopped, or the machine suspended or overloaded?"
+                    );
+                }
+            }
+        };
+        tokio::join!(self.inner.chain.follow(&heard), vouch, pulse);
     }
 
     /// Tells the stores which tokens were used since a time in unix milliseconds.
@@ -198,9 +275,15 @@ impl Authenticator {
         self.inner.chain.names()
     }
 
-    /// Whether word of changes does not come from a store that tells of them.
-    pub fn is_deaf(&self) -> bool {
-        self.inner.cache.is_deaf()
+    /// How far each store had told of its changes.
+    #[cfg(test)]
+    pub(crate) fn marks(&self) -> Vec<Option<Mark>> {
+        self.inner.marks()
+    }
+
+    /// Whether no change can have been missed, of the stores that tell of them.
+    pub fn hears(&self, now: Now) -> bool {
+        self.inner.cache.hears(now)
     }
 
     /// Keeps what is known of valid tokens in a file, and begins with what stands there: believed once the stores have
@@ -210,10 +293,10 @@ impl Authenticator {
     pub fn with_snapshot(mut self, path: &Path, origin: &str) -> Self {
         let now = (self.inner.clock)();
         match snapshot::read(path, origin, now.unix_ms) {
-            Ok((taken_at, kept)) => {
+            Ok((marks, kept)) => {
                 log::info!("{}: {} tokens are known from before", path.display(), kept.len());
                 kept.into_iter().for_each(|entry| self.inner.cache.restore(entry, now));
-                self.inner.unvouched.store(taken_at, Ordering::Relaxed);
+                *self.inner.unvouched.lock() = Some(marks);
             }
             Err(why) => log::warn!("no snapshot of the token cache: {why}"),
         }
@@ -225,7 +308,9 @@ impl Authenticator {
     pub fn save(&self) {
         let Some(SnapshotFile { path, origin }) = &self.snapshot else { return };
         let now = (self.inner.clock)();
-        if let Err(why) = snapshot::write(path, origin, now.unix_ms, &self.inner.cache.kept(now)) {
+        // The marks first: whatever changes behind them is asked for at the start.
+        let marks = self.inner.marks();
+        if let Err(why) = snapshot::write(path, origin, now.unix_ms, &marks, &self.inner.cache.kept(now)) {
             log::error!("the snapshot of the token cache was not written: {why}");
         }
     }
@@ -310,7 +395,17 @@ impl Inner {
     }
 
     fn is_ailing(&self, now: Now) -> bool {
-        now.mono_ms < self.ailing_until.load(Ordering::Relaxed)
+        let until = self.ailing_until.load(Ordering::Relaxed);
+        now.mono_ms < until && !self.pulse.stood_still_since(until.saturating_sub(AILING_MS), now)
+    }
+
+    /// How far each store had told of its changes.
+    fn marks(&self) -> Vec<Option<Mark>> {
+        let mark = |hearing: &Hearing| match hearing {
+            Hearing::Yes { mark, .. } => mark.clone(),
+            Hearing::NotYet | Hearing::Lost | Hearing::Never => None,
+        };
+        self.hearing.lock().iter().map(mark).collect()
     }
 
     fn forget(&self, digest: &Digest) {
@@ -365,21 +460,39 @@ impl Inner {
                 log::error!(
                     "store {name}: word of changes does not come; answers count for less than a second until it does"
                 );
-                self.hearing_changed(link, metrics, false);
+                self.hearing_changed(link, metrics, Hearing::Lost);
             }
             Event::Hearing => {
                 log::info!("store {name}: word of changes comes; all tokens are looked up anew");
-                self.hearing_changed(link, metrics, true);
+                let since = (self.clock)().mono_ms;
+                self.hearing_changed(link, metrics, Hearing::Yes { since, mark: None });
+            }
+            Event::Alive { asked_ms, mark } => self.alive(link, asked_ms, mark),
+            Event::Untold => {
+                let mut all = self.hearing.lock();
+                if let Some(hearing) = all.get_mut(link) {
+                    *hearing = Hearing::Never;
+                }
+                self.cache.hear_until(Hearing::until(&all));
             }
         }
     }
 
-    fn hearing_changed(&self, link: usize, metrics: &StoreMetrics, hears: bool) {
-        let mut deaf = self.deaf.lock();
-        if hears {
-            deaf.remove(&link);
-        } else {
-            deaf.insert(link);
+    /// All that changed before was told, so that what is known counts for a while longer.
+    fn alive(&self, link: usize, asked_ms: u64, told: Option<Mark>) {
+        let mut all = self.hearing.lock();
+        if let Some(Hearing::Yes { since, mark }) = all.get_mut(link) {
+            *since = asked_ms.max(*since);
+            *mark = told;
+        }
+        self.cache.hear_until(Hearing::until(&all));
+    }
+
+    fn hearing_changed(&self, link: usize, metrics: &StoreMetrics, now: Hearing) {
+        let hears = matches!(now, Hearing::Yes { .. });
+        let mut all = self.hearing.lock();
+        if let Some(hearing) = all.get_mut(link) {
+            *hearing = now;
         }
         if hears {
             // It can be reached: whatever failed before is no excuse any more.
@@ -387,7 +500,8 @@ impl Inner {
         }
         // First the shorter lifetimes and then the doubt, so that nothing that lands between gets the longer ones.
         self.with_flights_tainted(|cache| {
-            cache.set_deaf(!deaf.is_empty());
+            cache.set_deaf(all.iter().any(|hearing| matches!(hearing, Hearing::Lost)));
+            cache.hear_until(Hearing::until(&all));
             cache.doubt_all();
         });
         metrics.subscribed(hears);
@@ -397,11 +511,12 @@ impl Inner {
     /// Believes a snapshot as far as the stores can say what changed since it was taken. Word of changes comes by now,
     /// so that nothing slips through between.
     async fn vouch_for_snapshot(&self) {
-        let taken_at = self.unvouched.swap(0, Ordering::Relaxed);
-        if taken_at == 0 || self.cache.is_deaf() {
+        // Before all stores tell of changes, one could slip through between.
+        if Hearing::until(&self.hearing.lock()) == 0 {
             return;
         }
-        match self.chain.changed_since(taken_at).await {
+        let Some(marks) = self.unvouched.lock().take() else { return };
+        match self.chain.changed_since(&marks).await {
             Ok(Some(changed)) => {
                 changed.iter().for_each(|digest| self.forget(digest));
                 self.cache.vouch_all((self.clock)());
@@ -427,18 +542,26 @@ struct Pilot {
 
 impl Pilot {
     async fn fly(self) {
+        let mut stood_still = false;
         for _ in 0..MAX_ATTEMPTS {
+            let asked_ms = (self.inner.clock)().mono_ms;
             let result = self.inner.chain.lookup(&self.credential).await;
             let mut shard = self.inner.shard(self.credential.digest()).lock();
             if self.flight.tainted.swap(false, Ordering::Relaxed) {
                 continue;
             }
             let now = (self.inner.clock)();
+            // The answer, or that there was none, is from before.
+            if !stood_still && self.inner.pulse.stood_still_since(asked_ms, now) {
+                stood_still = true;
+                continue;
+            }
             self.inner.note_health(result.as_ref().err(), now);
             let outcome = match result {
                 Ok(record) => {
                     let (answer, until_unix_ms) = judge(record.as_ref(), self.credential.digest(), now);
-                    let learned = Learned { answer: &answer, until_unix_ms, handles: self.flight.handles.clone() };
+                    let handles = self.flight.handles.clone();
+                    let learned = Learned { answer: &answer, until_unix_ms, handles, asked_ms };
                     self.inner.cache.put(*self.credential.digest(), learned, now, fastrand::f64());
                     Ok(answer)
                 }

@@ -5,6 +5,7 @@
 use super::cache::Kept;
 use super::credential::Digest;
 use super::principal::{KeptPrincipal, Principal};
+use super::store::Mark;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::io::{BufRead as _, BufReader, BufWriter, Read as _, Write as _};
@@ -12,7 +13,7 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
-const FORMAT: &str = "tollgate cache 1";
+const FORMAT: &str = "tollgate cache 2";
 /// Older ones are not worth reading: what they hold is over.
 const OLDEST_MS: u64 = 24 * 3_600_000;
 
@@ -22,7 +23,10 @@ struct Header {
     format: String,
     /// The stores that the entries are from.
     origin: String,
+    /// By this machine's clock: says whether it is worth reading, and nothing else.
     taken_at: u64,
+    /// How far each store had told of its changes, in its own terms.
+    marks: Vec<Option<Mark>>,
     entries: usize,
 }
 
@@ -38,14 +42,21 @@ struct Line {
 }
 
 /// Puts a new file in the place of the old one, as a whole.
-pub(super) fn write(path: &Path, origin: &str, taken_at: u64, entries: &[Kept]) -> Result<(), String> {
+pub(super) fn write(
+    path: &Path,
+    origin: &str,
+    taken_at: u64,
+    marks: &[Option<Mark>],
+    entries: &[Kept],
+) -> Result<(), String> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let temporary = path.with_extension(format!("new-{}", std::process::id()));
     // Made anew, never written into: what stands there may be somebody else's link.
     drop(std::fs::remove_file(&temporary));
     let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
     let mut out = Summed { inner: BufWriter::new(file.map_err(|error| failed(&error))?), hash: Sha256::new() };
-    let header = Header { format: FORMAT.into(), origin: origin.into(), taken_at, entries: entries.len() };
+    let (format, origin, marks) = (FORMAT.into(), origin.into(), marks.to_vec());
+    let header = Header { format, origin, taken_at, marks, entries: entries.len() };
     out.line(&header).map_err(|error| failed(&error))?;
     for entry in entries {
         let line = Line {
@@ -65,8 +76,11 @@ pub(super) fn write(path: &Path, origin: &str, taken_at: u64, entries: &[Kept]) 
         .map_err(|error| failed(&error))
 }
 
-/// Reads a file that [`write`] made: when it was taken, and its entries. All or nothing.
-pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<(u64, Vec<Kept>), String> {
+/// A snapshot's marks, one for each store, and its entries.
+pub(super) type Read = (Vec<Option<Mark>>, Vec<Kept>);
+
+/// Reads a file that [`write`] made. All or nothing.
+pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<Read, String> {
     let failed = |why: &dyn std::fmt::Display| format!("{}: {why}", path.display());
     let mut file = std::fs::File::open(path).map_err(|error| failed(&error))?;
     let meta = file.metadata().map_err(|error| failed(&error))?;
@@ -109,7 +123,7 @@ pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<(u64, 
     if entries.len() != header.entries {
         return Err(failed(&"has other entries than it says"));
     }
-    Ok((header.taken_at, entries))
+    Ok((header.marks, entries))
 }
 
 /// Writes lines and keeps their sum.

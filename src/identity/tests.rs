@@ -46,6 +46,9 @@ struct FakeStore {
     events: (mpsc::UnboundedSender<Event>, tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>),
     /// What it says when it is asked what changed.
     changed: Mutex<Option<Vec<Digest>>>,
+    /// Behind which marks.
+    marks: Mutex<Vec<String>>,
+    tells_changes: bool,
 }
 
 #[async_trait]
@@ -88,7 +91,12 @@ impl TokenStore for FakeStore {
         }
     }
 
-    async fn changed_since(&self, _unix_ms: u64) -> Result<Option<Vec<Digest>>, StoreError> {
+    fn tells_changes(&self) -> bool {
+        self.tells_changes
+    }
+
+    async fn changed_since(&self, mark: &str) -> Result<Option<Vec<Digest>>, StoreError> {
+        self.marks.lock().push(mark.into());
         Ok(self.changed.lock().clone())
     }
 }
@@ -107,7 +115,12 @@ const TTL: Duration = Duration::from_secs(60);
 const NEGATIVE_TTL: Duration = Duration::from_secs(10);
 const STALE: Duration = Duration::from_secs(600);
 
+/// With a store that never says anything of its own accord, unless a test makes it.
 fn bench(script: &[Says]) -> Bench {
+    bench_of(script, false)
+}
+
+fn bench_of(script: &[Says], tells_changes: bool) -> Bench {
     let store = Arc::new(FakeStore {
         script: Mutex::new(script.iter().cloned().collect()),
         asked: AtomicUsize::new(0),
@@ -117,6 +130,8 @@ fn bench(script: &[Says]) -> Bench {
             (tell, tokio::sync::Mutex::new(told))
         },
         changed: Mutex::new(None),
+        marks: Mutex::default(),
+        tells_changes,
     });
     let settings = CacheSettings {
         positive_ttl: TTL,
@@ -436,7 +451,7 @@ fn lifetimes_differ_by_chance() {
         let now = Now { mono_ms: after.as_millis() as u64, unix_ms: 0 };
         matches!(cache.get(&Digest::of(token), now), Cached::Answer { .. })
     };
-    let learned = || Learned { answer: &answer, until_unix_ms: None, handles: Vec::new() };
+    let learned = || Learned { answer: &answer, until_unix_ms: None, handles: Vec::new(), asked_ms: 0 };
     cache.put(Digest::of(b"long"), learned(), Now { mono_ms: 0, unix_ms: 0 }, 0.0);
     cache.put(Digest::of(b"short"), learned(), Now { mono_ms: 0, unix_ms: 0 }, 1.0);
     assert!(alive(b"long", NEGATIVE_TTL * 95 / 100) && !alive(b"short", NEGATIVE_TTL * 95 / 100));
@@ -560,6 +575,15 @@ impl Bench {
         self.store.events.0.send(event).unwrap();
         settle().await;
     }
+
+    /// A sign of life from now.
+    async fn live(&self) {
+        self.live_at(CLOCK.get(), None).await;
+    }
+
+    async fn live_at(&self, asked_ms: u64, mark: Option<&str>) {
+        self.tell(Event::Alive { asked_ms, mark: mark.map(str::to_owned) }).await;
+    }
 }
 
 fn change(token: Named) -> Event {
@@ -603,6 +627,191 @@ async fn what_may_have_been_missed_is_asked_anew() {
     assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
     assert_eq!(bench.user("n").await, "b", "a no is asked anew as well");
     following.abort();
+}
+
+// A store must have said that it tells of changes, and go on showing it, or answers count for a moment only.
+
+const MOMENT: Duration = Duration::from_millis(700);
+
+#[tokio::test]
+async fn before_a_store_has_said_that_it_tells_of_changes_answers_count_for_a_moment() {
+    let bench = bench_of(&[Says::User("a"), Says::User("a"), Says::Revoked, Says::User("b")], true);
+    let following = bench.follow();
+    assert_eq!(bench.user("t").await, "a");
+    assert!(bench.known("t").is_some());
+    pass(MOMENT);
+    assert!(bench.known("t").is_none(), "nobody has told what changed");
+    settle().await;
+    assert!(bench.known("t").is_some());
+    // What was learned before the store spoke may have changed before it spoke.
+    bench.tell(Event::Hearing).await;
+    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert_eq!(bench.user("u").await, "b");
+    for _ in 0..20 {
+        pass(MOMENT);
+        bench.live().await;
+    }
+    assert!(bench.known("u").is_some(), "and for their whole time from then on");
+    assert_eq!(bench.asked(), 4);
+    following.abort();
+}
+
+#[tokio::test]
+async fn a_store_of_which_nobody_tells_promises_nothing() {
+    let bench = bench_of(&[Says::User("a")], true);
+    let following = bench.follow();
+    bench.tell(Event::Untold).await;
+    assert_eq!(bench.user("t").await, "a");
+    pass(TTL * 7 / 10);
+    assert!(bench.known("t").is_some(), "positive_ttl is the bound");
+    assert_eq!(bench.asked(), 1);
+    following.abort();
+}
+
+/// SIGSTOP, a paused machine, a laptop's lid: on waking the cache is asked before anybody could notice anything.
+#[tokio::test]
+async fn what_is_known_counts_for_a_second_behind_the_last_sign_of_life() {
+    let bench = bench_of(&[Says::User("a"), Says::User("a"), Says::Revoked], true);
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    assert_eq!(bench.user("t").await, "a");
+    for (passed, believed) in [(999, true), (999, true), (1_000, false)] {
+        bench.live().await;
+        pass(Duration::from_millis(passed));
+        assert_eq!(bench.known("t").is_some(), believed, "{passed} ms");
+    }
+    settle().await;
+    assert_eq!(bench.asked(), 2, "the store was asked");
+    // A sign that was under way when everything stood still says nothing of what came behind it.
+    pass(MOMENT);
+    bench.live_at(CLOCK.get() - 3_000, None).await;
+    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    following.abort();
+}
+
+#[tokio::test]
+async fn a_late_sign_of_life_makes_all_good_again() {
+    let bench = bench_of(&[Says::User("a")], true);
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    assert_eq!(bench.user("t").await, "a");
+    pass(Duration::from_secs(3));
+    // The subscription held: what had changed would have been told before.
+    bench.live().await;
+    assert!(bench.known("t").is_some());
+    assert_eq!(bench.asked(), 1);
+    following.abort();
+}
+
+#[tokio::test]
+async fn without_signs_of_life_each_answer_counts_for_a_moment_behind_its_question() {
+    let bench = bench_of(&[Says::User("a")], true);
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    pass(Duration::from_secs(3));
+    for _ in 0..100 {
+        assert_eq!(bench.user("t").await, "a");
+        assert!(bench.known("t").is_some(), "for a moment");
+        pass(Duration::from_millis(100));
+        settle().await;
+    }
+    // Those in use are refreshed a little before.
+    assert!((14..=25).contains(&bench.asked()), "{}", bench.asked());
+    following.abort();
+}
+
+#[tokio::test]
+async fn one_silent_store_is_enough_for_doubt() {
+    let (benches, chain) = chain_of(&[&[Says::Nothing], &[Says::User("a")]]);
+    let following = chain.follow();
+    for bench in &benches {
+        bench.tell(Event::Hearing).await;
+    }
+    assert_eq!(chain.user("t").await, "a");
+    pass(Duration::from_millis(900));
+    benches[1].live().await;
+    pass(Duration::from_millis(200));
+    assert!(chain.known("t").is_none(), "the first one may have learned of it");
+    benches[0].live().await;
+    assert!(chain.known("t").is_some());
+    following.abort();
+}
+
+#[tokio::test]
+async fn doubt_is_no_reason_to_refuse_while_the_store_is_down_but_while_it_is_busy() {
+    let bench = bench_of(&[Says::User("a"), Says::CannotTell, Says::Busy], true);
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    assert_eq!(bench.user("t").await, "a");
+    pass(Duration::from_secs(3));
+    assert_eq!(bench.user("t").await, "a", "it can't be asked");
+    pass(Duration::from_millis(AILING_MS));
+    assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Busy), "nothing says that it is down");
+    following.abort();
+}
+
+#[tokio::test]
+async fn a_doubted_answer_is_asked_for_soon_while_the_store_fails() {
+    let bench = bench_of(&[Says::User("a"), Says::User("b"), Says::CannotTell, Says::Revoked], true);
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "b"));
+    pass(Duration::from_secs(1));
+    assert_eq!(bench.user("u").await, "b", "the store fails for one caller");
+    assert!(matches!(bench.known("t"), Some(Answer::Valid(_))), "another one does not wait");
+    settle().await;
+    assert!(matches!(bench.known("t"), Some(Answer::Invalid(Invalid::Revoked))), "and its token was asked for");
+    following.abort();
+}
+
+/// What was asked before a standstill and is read behind it.
+#[tokio::test]
+async fn an_answer_from_before_a_standstill_is_asked_for_again() {
+    for before in [Says::User("a"), Says::CannotTell] {
+        let bench = bench_of(&[Says::User("a"), before, Says::Revoked], true);
+        let following = bench.follow();
+        bench.tell(Event::Hearing).await;
+        assert_eq!(bench.user("t").await, "a");
+        pass(Duration::from_secs(1));
+        bench.authenticator.inner.pulse.beat(clock());
+        bench.shut();
+        let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("it is in doubt") };
+        settle().await;
+        pass(Duration::from_secs(3));
+        bench.open();
+        assert!(matches!(waiting.answer().await, Ok(Answer::Invalid(Invalid::Revoked))));
+        assert_eq!(bench.asked(), 3);
+        following.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_failure_from_before_a_standstill_is_no_excuse() {
+    let bench = bench(&[Says::User("a"), Says::CannotTell, Says::Revoked]);
+    let pulse = &bench.authenticator.inner.pulse;
+    assert_eq!(bench.user("t").await, "a");
+    pass(TTL + Duration::from_secs(1));
+    pulse.beat(clock());
+    assert_eq!(bench.user("t").await, "a");
+    assert!(bench.known("t").is_some(), "nobody waits to see it fail again");
+    pass(Duration::from_secs(2));
+    assert!(bench.known("t").is_none(), "but the failure is from another time");
+    pulse.beat(clock());
+    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+}
+
+#[test]
+fn standstills() {
+    let at = |mono_ms| Now { mono_ms, unix_ms: 0 };
+    let pulse = Pulse::default();
+    assert!(!pulse.stood_still_since(0, at(1_000_000)), "nobody has begun to note");
+    assert_eq!(pulse.beat(at(5_000)), None, "the first one ends nothing");
+    assert_eq!(pulse.beat(at(6_000)), None);
+    assert!(!pulse.stood_still_since(0, at(7_000)));
+    assert!(pulse.stood_still_since(0, at(7_001)), "before it is noted itself");
+    assert_eq!(pulse.beat(at(9_500)), Some(Duration::from_millis(3_500)));
+    assert!(pulse.stood_still_since(9_499, at(10_500)) && !pulse.stood_still_since(9_500, at(10_500)));
+    assert!(!pulse.stood_still_since(13_000, at(13_500)), "not in so short a time");
 }
 
 #[tokio::test]
@@ -656,6 +865,7 @@ async fn answers_count_for_a_moment_while_no_word_comes() {
     bench.tell(Event::Hearing).await;
     assert_eq!(bench.user("t").await, "b");
     pass(Duration::from_secs(2));
+    bench.live().await;
     assert!(bench.known("t").is_some(), "and for their whole time when it comes again");
     following.abort();
 }
@@ -663,7 +873,7 @@ async fn answers_count_for_a_moment_while_no_word_comes() {
 // Chains.
 
 fn chain_of(scripts: &[&[Says]]) -> (Vec<Bench>, Bench) {
-    let benches: Vec<Bench> = scripts.iter().map(|script| bench(script)).collect();
+    let benches: Vec<Bench> = scripts.iter().map(|script| bench_of(script, true)).collect();
     let metrics = Arc::new(Metrics::new("test").unwrap());
     let links = benches.iter().enumerate().map(|(index, bench)| Link {
         name: format!("store{index}"),
@@ -726,9 +936,13 @@ impl Bench {
 async fn left_behind(path: &Path) {
     let bench =
         bench(&[Says::User("a"), Says::Expires(CLOCK.get() / 1000 + 30), Says::Nothing]).with_snapshot(path, "here");
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    bench.live_at(CLOCK.get(), Some("the store's own")).await;
     assert_eq!((bench.user("a").await.as_str(), bench.user("b").await.as_str()), ("a", "a"));
     assert!(bench.ask("nobody").await.is_ok());
     bench.authenticator.save();
+    following.abort();
 }
 
 #[tokio::test]
@@ -747,7 +961,9 @@ async fn a_restart_asks_for_nothing_that_the_store_vouches_for() {
     );
     assert!(bench.known("b").is_some());
     assert_eq!(bench.asked(), 0);
+    assert_eq!(*bench.store.marks.lock(), ["the store's own"]);
     pass(Duration::from_secs(21));
+    bench.live().await;
     assert!(matches!(bench.known("b"), Some(Answer::Invalid(Invalid::Expired))), "its own end holds");
     pass(TTL - Duration::from_secs(30));
     assert!(
@@ -783,6 +999,64 @@ async fn without_a_list_of_changes_a_snapshot_serves_only_while_the_store_is_dow
     assert_eq!(bench.user("a").await, "a", "the store is down");
     pass(Duration::from_millis(AILING_MS));
     assert!(matches!(bench.ask("a").await, Ok(Answer::Invalid(Invalid::Revoked))), "the store is back");
+    following.abort();
+}
+
+/// A gateway whose clock is ahead, or behind, asks for what changed behind the store's mark and not its own time.
+#[tokio::test]
+async fn a_snapshot_goes_by_the_stores_marks_and_by_no_clock() {
+    let folder = Folder::new("marks");
+    let path = folder.file("cache");
+    let bench = bench_of(&[Says::User("a")], true).with_snapshot(&path, "here");
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    bench.live_at(CLOCK.get(), Some("mark 1")).await;
+    assert_eq!(bench.user("a").await, "a");
+    bench.live_at(CLOCK.get(), Some("mark 2")).await;
+    bench.authenticator.save();
+    assert_eq!(snapshot::read(&path, "here", CLOCK.get()).unwrap().0, [Some("mark 2".into())]);
+    // What it said of another list, before it was lost and found again, says nothing of this one.
+    bench.tell(Event::Hearing).await;
+    bench.authenticator.save();
+    assert_eq!(snapshot::read(&path, "here", CLOCK.get()).unwrap().0, [None]);
+    following.abort();
+    // Without a mark nothing is believed, whatever the store would say.
+    let next = bench_of(&[Says::Revoked], true).with_snapshot(&path, "here");
+    *next.store.changed.lock() = Some(vec![]);
+    let following = next.follow();
+    next.tell(Event::Hearing).await;
+    assert!(matches!(next.ask("a").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(next.store.marks.lock().is_empty());
+    following.abort();
+}
+
+/// All stores of a chain must tell of changes before one of them is asked what changed.
+#[tokio::test]
+async fn a_chain_is_asked_what_changed_once_it_is_heard_from_as_a_whole() {
+    let folder = Folder::new("chained");
+    let path = folder.file("cache");
+    let (benches, chain) = chain_of(&[&[Says::User("a")], &[Says::Nothing]]);
+    let chain = chain.with_snapshot(&path, "here");
+    let following = chain.follow();
+    for (bench, mark) in benches.iter().zip(["first", "second"]) {
+        bench.tell(Event::Hearing).await;
+        bench.live_at(CLOCK.get(), Some(mark)).await;
+    }
+    assert_eq!(chain.user("a").await, "a");
+    chain.authenticator.save();
+    following.abort();
+    let (benches, chain) = chain_of(&[&[Says::Revoked], &[Says::Nothing]]);
+    let chain = chain.with_snapshot(&path, "here");
+    for bench in &benches {
+        *bench.store.changed.lock() = Some(vec![]);
+    }
+    let following = chain.follow();
+    benches[0].tell(Event::Hearing).await;
+    assert!(benches[0].store.marks.lock().is_empty());
+    benches[1].tell(Event::Hearing).await;
+    let asked: Vec<_> = benches.iter().map(|bench| bench.store.marks.lock().clone()).collect();
+    assert_eq!(asked, [["first"], ["second"]]);
+    assert!(matches!(chain.known("a"), Some(Answer::Valid(_))));
     following.abort();
 }
 

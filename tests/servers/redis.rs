@@ -51,7 +51,7 @@ impl Redis {
         server
     }
 
-    fn sentinel(master: u16) -> Self {
+    pub fn sentinel(master: u16) -> Self {
         let folder = Folder::new("sentinel");
         let port = free_port();
         let config = format!(

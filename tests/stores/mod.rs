@@ -2,6 +2,8 @@
 //! and `make revocations` run the long forms and print tables; CI runs the short ones.
 
 mod faults;
+mod frozen;
+mod reload;
 mod revocation;
 
 use crate::harness::*;

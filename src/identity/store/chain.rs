@@ -1,7 +1,7 @@
 //! The stores of a configuration, in their order: the first that knows a token wins, and one that can't tell ends the
 //! look-up. It never falls through to the next: who is unknown here because a store was down could be let in there.
 
-use super::{Event, StoreError, TokenRecord, TokenStore};
+use super::{Event, Mark, StoreError, TokenRecord, TokenStore};
 use crate::identity::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use futures_util::future::join_all;
@@ -58,10 +58,14 @@ impl Chain {
     }
 
     /// `None` when one of the stores can't say.
-    pub(in crate::identity) async fn changed_since(&self, unix_ms: u64) -> Result<Option<Vec<Digest>>, StoreError> {
+    pub(in crate::identity) async fn changed_since(
+        &self,
+        marks: &[Option<Mark>],
+    ) -> Result<Option<Vec<Digest>>, StoreError> {
         let mut changed = Vec::new();
-        for link in &self.links {
-            match link.store.changed_since(unix_ms).await? {
+        for (index, link) in self.links.iter().enumerate() {
+            let Some(Some(mark)) = marks.get(index) else { return Ok(None) };
+            match link.store.changed_since(mark).await? {
                 Some(more) => changed.extend(more),
                 None => return Ok(None),
             }

@@ -15,6 +15,7 @@ use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::Mutex;
 
@@ -26,6 +27,10 @@ pub struct FileStore {
     table: ArcSwap<Table>,
     /// What the file looked like when it was last read, good or broken.
     seen: Mutex<Option<Stamp>>,
+    /// When it was last looked at, in monotonic milliseconds.
+    looked_ms: AtomicU64,
+    /// What was found changed and nobody has been told yet.
+    untold: parking_lot::Mutex<Vec<Event>>,
     metrics: Arc<StoreMetrics>,
     clock: fn() -> crate::Now,
 }
@@ -111,16 +116,24 @@ impl FileStore {
         let seen = Stamp::of(path);
         let table = ArcSwap::from_pointee(read(path)?);
         metrics.file_current(true);
-        Ok(Self { path: path.into(), table, seen: Mutex::new(seen), metrics, clock })
+        let looked_ms = AtomicU64::new(clock().mono_ms);
+        let (seen, untold) = (Mutex::new(seen), parking_lot::Mutex::default());
+        Ok(Self { path: path.into(), table, seen, looked_ms, untold, metrics, clock })
     }
 
-    /// What changed since the last look, if anything.
-    async fn look(&self) -> Option<Event> {
+    /// Reads the file if it changed since the last look.
+    async fn look(&self) {
         let mut seen = self.seen.lock().await;
+        let looked_ms = (self.clock)().mono_ms;
         let stamp = Stamp::of(&self.path);
-        if stamp == *seen {
-            return None;
+        if stamp != *seen {
+            self.take_in(&mut seen, stamp);
         }
+        // Only now: whoever asks meanwhile waits for the end.
+        self.looked_ms.store(looked_ms, Ordering::Relaxed);
+    }
+
+    fn take_in(&self, seen: &mut Option<Stamp>, stamp: Option<Stamp>) {
         *seen = stamp;
         let read = read(&self.path);
         self.metrics.file_current(read.is_ok());
@@ -135,11 +148,10 @@ impl FileStore {
                 log::info!("{} was read again: {} tokens, {} changed", self.path.display(), new.len(), digests.len());
                 let at_ms = changed_at(stamp, now);
                 let change = |digest| Change { token: Named::Token(digest), at_ms };
-                Some(Event::Changed(digests.into_iter().map(change).collect()))
+                self.untold.lock().push(Event::Changed(digests.into_iter().map(change).collect()));
             }
             Err(why) => {
                 log::error!("{} is kept as it was before, because the new one is broken: {why}", self.path.display());
-                None
             }
         }
     }
@@ -154,16 +166,27 @@ fn changed_at(stamp: Option<Stamp>, now: u64) -> u64 {
 #[async_trait]
 impl TokenStore for FileStore {
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
+        // Nobody follows the file, or the process stood still: what the table says may be long over.
+        let age = (self.clock)().mono_ms.saturating_sub(self.looked_ms.load(Ordering::Relaxed));
+        if age > 3 * POLL.as_millis() as u64 {
+            self.look().await;
+        }
         Ok(self.table.load().get(credential.digest()).cloned())
+    }
+
+    fn tells_changes(&self) -> bool {
+        true
     }
 
     async fn follow(&self, heard: Heard<'_>) {
         heard(Event::Hearing);
         loop {
             tokio::time::sleep(POLL).await;
-            if let Some(event) = self.look().await {
-                heard(event);
-            }
+            let asked_ms = (self.clock)().mono_ms;
+            self.look().await;
+            let untold = std::mem::take(&mut *self.untold.lock());
+            untold.into_iter().for_each(heard);
+            heard(Event::Alive { asked_ms, mark: None });
         }
     }
 }

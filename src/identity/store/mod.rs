@@ -141,12 +141,24 @@ impl StoreError {
 pub enum Event {
     /// These records changed, or may have.
     Changed(Vec<Change>),
+    /// A sign of life: all that changed before `asked_ms`, by [`crate::clock`], was told and has taken effect. Said again and
+    /// again, at least twice a second, by a store that tells of changes: what is known counts for a second behind it.
+    Alive {
+        asked_ms: u64,
+        /// How far that is, where the store keeps a list of changes.
+        mark: Option<Mark>,
+    },
+    /// Nobody tells of changes here, so that nothing is promised.
+    Untold,
     /// Word of changes no longer comes: an answer is good for a moment only.
     Deaf,
     /// Word of changes comes from now on. What happened before is unknown, so everything must be asked anew. Also said
     /// when a store changed as a whole.
     Hearing,
 }
+
+/// A place in a store's list of changes, in the store's own terms: by its clock and its order, and not by a gateway's.
+pub type Mark = String;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Change {
@@ -180,14 +192,19 @@ pub trait TokenStore: Send + Sync {
         None
     }
 
+    /// Whether [`Self::follow`] will say something. Until it does, an answer is good for a moment only.
+    fn tells_changes(&self) -> bool {
+        false
+    }
+
     /// Tells of changes until it is dropped, connections lost and found again included. A store that can hear of
     /// changes says first whether it does; one that can't never says anything.
     async fn follow(&self, _heard: Heard<'_>) {
         std::future::pending().await
     }
 
-    /// Which tokens changed since a unix millisecond. `None`: the store keeps no such list, or not for so long.
-    async fn changed_since(&self, _unix_ms: u64) -> Result<Option<Vec<Digest>>, StoreError> {
+    /// Which tokens changed behind a mark. `None`: the store keeps no such list, or not for so long.
+    async fn changed_since(&self, _mark: &str) -> Result<Option<Vec<Digest>>, StoreError> {
         Ok(None)
     }
 

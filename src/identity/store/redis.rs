@@ -188,6 +188,10 @@ impl TokenStore for RedisStore {
         )))
     }
 
+    fn tells_changes(&self) -> bool {
+        self.settings.changes != RedisChanges::None
+    }
+
     async fn follow(&self, heard: Heard<'_>) {
         follow::follow(self, heard).await;
     }

@@ -2,17 +2,18 @@
 //! Every change of a record leaves a row in `change`, by trigger, so that a running gateway sees it whoever made it.
 
 use super::{
-    AdminError, Change, Confirmations, Event, Heard, Named, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord,
-    TokenStore, replica_name,
+    AdminError, Change, Confirmations, Event, Heard, Mark, Named, REPLICA_GONE, Records, StoreError, TokenAdmin,
+    TokenRecord, TokenStore, replica_name,
 };
 use crate::identity::credential::{Credential, Digest};
 use async_trait::async_trait;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, params};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::time::{Duration, Instant};
-use tokio::sync::{Mutex, mpsc, oneshot};
+use std::time::Duration;
+use tokio::sync::{Mutex, Notify, mpsc, oneshot};
 
 /// What `PRAGMA user_version` says of a database that this version made.
 const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
@@ -22,13 +23,10 @@ const QUEUE: usize = 1_024;
 const READERS: usize = 2;
 /// How often a running gateway asks whether anything changed; bounds the time that a revoked token still works.
 const POLL: Duration = Duration::from_millis(100);
-/// How often it looks whether the file was replaced by another one.
-const REPLACED_POLL: Duration = Duration::from_secs(1);
 /// Rows of `change` are kept this long. A gateway that was away longer forgets everything instead.
 const CHANGES_KEPT_MS: i64 = 3_600_000;
-/// A snapshot of the cache may be this much older than the list of changes is long, less a margin for slow writers.
-const CHANGES_TOLD_MS: u64 = 3_300_000;
-const CHANGES_MARGIN_MS: u64 = 60_000;
+/// Of more tokens than this it is not told which of them changed behind a mark: looking up all is no dearer then.
+const MOST_TOLD: usize = 100_000;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 /// Memory that an import may take, at most; a third of a database of ten million tokens.
 const IMPORT_CACHE_KIB: i64 = 512 * 1024;
@@ -179,7 +177,7 @@ struct Replica {
 enum Question {
     Lookup(Digest, oneshot::Sender<Result<Option<TokenRecord>, StoreError>>),
     NoteUses(Vec<(Digest, u64)>, oneshot::Sender<Result<(), StoreError>>),
-    ChangedSince(u64, oneshot::Sender<Result<Option<Vec<Digest>>, StoreError>>),
+    ChangedSince(Mark, oneshot::Sender<Result<Option<Vec<Digest>>, StoreError>>),
     /// This gateway ends: nobody need wait for it.
     Gone(Replica),
     /// This gateway is there, and has taken in changes up to a number.
@@ -214,6 +212,33 @@ impl SqliteStore {
         })?;
         answer.await.unwrap_or_else(|_| Err(StoreError::Unavailable("its thread gave up".into())))
     }
+
+    /// Says in the register that this gateway is there, and how far it has taken in changes.
+    async fn register(&self, applied: &Applied) {
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        let mut said = true;
+        loop {
+            tokio::select! {
+                () = applied.more.notified() => {}
+                _ = heartbeat.tick() => {}
+            }
+            let (reply, answer) = oneshot::channel();
+            let seq = applied.seq.load(Ordering::Relaxed);
+            let alive = self.ask(Question::Alive(self.replica.clone(), seq, reply), answer).await;
+            if let Err(error) = &alive
+                && said
+            {
+                log::warn!("`token revoke --wait` can't see this gateway: {error}");
+            }
+            said = alive.is_ok();
+        }
+    }
+}
+
+/// How far changes have taken effect.
+struct Applied {
+    seq: AtomicI64,
+    more: Notify,
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), String> {
@@ -231,36 +256,32 @@ impl TokenStore for SqliteStore {
         self.ask(Question::Lookup(*credential.digest(), reply), answer).await
     }
 
+    fn tells_changes(&self) -> bool {
+        true
+    }
+
     async fn follow(&self, heard: Heard<'_>) {
         let _signed_off = SignedOff(self);
         let mut changes = self.changes.lock().await;
-        let mut heartbeat = tokio::time::interval(HEARTBEAT);
-        let (mut applied, mut said) = (0, true);
-        loop {
-            tokio::select! {
-                noticed = changes.recv() => match noticed {
-                    Some((event, seq)) => {
-                        heard(event);
-                        applied = seq;
-                    }
-                    None => return std::future::pending().await,
-                },
-                _ = heartbeat.tick() => {}
+        // Beside the listening: a database that somebody writes to for long must not keep changes back.
+        let applied = Applied { seq: AtomicI64::new(0), more: Notify::new() };
+        let listening = async {
+            while let Some((event, seq)) = changes.recv().await {
+                let is_news = !matches!(event, Event::Alive { .. });
+                heard(event);
+                if is_news {
+                    applied.seq.store(seq, Ordering::Relaxed);
+                    applied.more.notify_one();
+                }
             }
-            let (reply, answer) = oneshot::channel();
-            let alive = self.ask(Question::Alive(self.replica.clone(), applied, reply), answer).await;
-            if let Err(error) = &alive
-                && said
-            {
-                log::warn!("`token revoke --wait` can't see this gateway: {error}");
-            }
-            said = alive.is_ok();
-        }
+            std::future::pending::<()>().await
+        };
+        tokio::join!(listening, self.register(&applied));
     }
 
-    async fn changed_since(&self, unix_ms: u64) -> Result<Option<Vec<Digest>>, StoreError> {
+    async fn changed_since(&self, mark: &str) -> Result<Option<Vec<Digest>>, StoreError> {
         let (reply, answer) = oneshot::channel();
-        self.ask(Question::ChangedSince(unix_ms, reply), answer).await
+        self.ask(Question::ChangedSince(mark.into(), reply), answer).await
     }
 
     async fn note_uses(&self, uses: Vec<(Digest, u64)>) -> Result<(), StoreError> {
@@ -285,7 +306,7 @@ impl Reader {
                     drop(reply.send(self.run(|db| lookup(db, &digest))));
                 }
                 Ok(Question::NoteUses(uses, reply)) => drop(reply.send(self.run(|db| note_uses(db, &uses)))),
-                Ok(Question::ChangedSince(since, reply)) => drop(reply.send(self.run(|db| changed_since(db, since)))),
+                Ok(Question::ChangedSince(since, reply)) => drop(reply.send(self.run(|db| changed_since(db, &since)))),
                 Ok(Question::Gone(replica)) => drop(self.run(|db| gone(db, &replica))),
                 Ok(Question::Alive(replica, applied, reply)) => {
                     drop(reply.send(self.run(|db| alive(db, &replica, applied))));
@@ -340,16 +361,38 @@ fn note_uses(db: &mut Connection, uses: &[(Digest, u64)]) -> rusqlite::Result<()
     transaction.commit()
 }
 
-/// `None` when the list does not go back so far.
-fn changed_since(db: &mut Connection, unix_ms: u64) -> rusqlite::Result<Option<Vec<Digest>>> {
-    let now: i64 = db.query_row(&format!("SELECT {NOW_MS}"), [], |row| row.get(0))?;
-    if u64::try_from(now).unwrap_or(0).saturating_sub(unix_ms) > CHANGES_TOLD_MS {
+/// A mark is the number of a change, and its time, so that it is known again: a database from a backup counts its own.
+fn mark(seq: i64, at_ms: Option<i64>) -> Mark {
+    at_ms.map_or_else(|| format!("{seq}"), |at_ms| format!("{seq} {at_ms}"))
+}
+
+fn time_of(db: &Connection, seq: i64) -> rusqlite::Result<Option<i64>> {
+    db.query_row("SELECT at_ms FROM change WHERE seq = ?1", [seq], |row| row.get(0)).optional()
+}
+
+/// `None` when the list does not go back so far, or is another one.
+fn changed_since(db: &mut Connection, mark: &str) -> rusqlite::Result<Option<Vec<Digest>>> {
+    let mut numbers = mark.split(' ').map(str::parse::<i64>);
+    let (Some(Ok(seq)), at_ms) = (numbers.next(), numbers.next().and_then(Result::ok)) else { return Ok(None) };
+    // One state of the database for all questions.
+    let db = db.transaction()?;
+    let whole = match time_of(&db, seq)? {
+        Some(found) => at_ms == Some(found),
+        // Its row was dropped, or never there: nothing may be missing behind it.
+        None => {
+            let next: Option<i64> =
+                db.query_row("SELECT min(seq) FROM change WHERE seq > ?1", [seq], |row| row.get(0))?;
+            next.map_or(last_seq(&db)? == seq, |next| next == seq + 1)
+        }
+    };
+    if !whole {
         return Ok(None);
     }
-    let since = i64::try_from(unix_ms.saturating_sub(CHANGES_MARGIN_MS)).unwrap_or(0);
-    let mut query = db.prepare_cached("SELECT DISTINCT digest FROM change WHERE at_ms >= ?1")?;
-    let digests = query.query_map([since], |row| Ok(Digest::from_bytes(row.get(0)?)))?;
-    digests.collect::<Result<_, _>>().map(Some)
+    let mut query = db.prepare_cached("SELECT DISTINCT digest FROM change WHERE seq > ?1 LIMIT ?2")?;
+    let most = i64::try_from(MOST_TOLD).unwrap_or(i64::MAX) + 1;
+    let digests = query.query_map([seq, most], |row| Ok(Digest::from_bytes(row.get(0)?)))?;
+    let digests: Vec<_> = digests.collect::<Result<_, _>>()?;
+    Ok((digests.len() <= MOST_TOLD).then_some(digests))
 }
 
 fn alive(db: &mut Connection, replica: &Replica, applied: i64) -> rusqlite::Result<()> {
@@ -381,17 +424,19 @@ struct Watcher {
     inode: Option<u64>,
     data_version: i64,
     seq: i64,
+    /// Of the change with this number, if it is still there.
+    at_ms: Option<i64>,
 }
 
 impl Watcher {
     fn new(path: PathBuf, db: Connection) -> rusqlite::Result<Self> {
         let (data_version, seq) = (data_version(&db)?, last_seq(&db)?);
+        let at_ms = time_of(&db, seq)?;
         let inode = inode(&path);
-        Ok(Self { path, db: Some(db), inode, data_version, seq })
+        Ok(Self { path, db: Some(db), inode, data_version, seq, at_ms })
     }
 
     fn watch(mut self, told: &mpsc::Sender<Noticed>) {
-        let mut looked_for_replacement = Instant::now();
         // The first look is for all that was written before, so that its number can be confirmed.
         if told.blocking_send((Event::Hearing, self.seq)).is_err() {
             return;
@@ -401,14 +446,13 @@ impl Watcher {
             if told.is_closed() {
                 return;
             }
-            let replaced = looked_for_replacement.elapsed() >= REPLACED_POLL && {
-                looked_for_replacement = Instant::now();
-                inode(&self.path) != self.inode
-            };
+            let asked_ms = crate::clock::now().mono_ms;
             let changes = match &self.db {
-                Some(_) if !replaced => self.look(),
+                // What is read from a file that was replaced is no longer the store.
+                Some(_) if inode(&self.path) == self.inode => self.look(),
                 _ => self.reopen(),
             };
+            let looked = changes.is_ok();
             let event = changes.unwrap_or_else(|error| {
                 let lost = self.db.take().is_some();
                 if lost {
@@ -420,6 +464,10 @@ impl Watcher {
                 && told.blocking_send((event, self.seq)).is_err()
             {
                 return;
+            }
+            if looked {
+                // With no room for it the next one will do.
+                drop(told.try_send((Event::Alive { asked_ms, mark: Some(mark(self.seq, self.at_ms)) }, self.seq)));
             }
         }
     }
@@ -435,6 +483,7 @@ impl Watcher {
         let first: Option<i64> = db.query_row("SELECT min(seq) FROM change", [], |row| row.get(0)).map_err(text)?;
         if first.is_some_and(|first| first > self.seq + 1) {
             self.seq = last_seq(db).map_err(text)?;
+            self.at_ms = time_of(db, self.seq).map_err(text)?;
             return Ok(Some(Event::Hearing));
         }
         let mut query =
@@ -445,7 +494,7 @@ impl Watcher {
         let mut tokens = Vec::new();
         for row in rows {
             let (seq, digest, at_ms) = row.map_err(text)?;
-            self.seq = seq;
+            (self.seq, self.at_ms) = (seq, Some(at_ms));
             let token = Named::Token(Digest::from_bytes(digest));
             tokens.push(Change { token, at_ms: u64::try_from(at_ms).unwrap_or(0) });
         }

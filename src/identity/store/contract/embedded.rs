@@ -19,7 +19,8 @@ fn open(path: &std::path::Path) -> Result<FileStore, String> {
 async fn heard_within(store: &dyn TokenStore, time: Duration) -> Vec<Event> {
     let events = Mutex::new(Vec::new());
     drop(tokio::time::timeout(time, store.follow(&|event| events.lock().push(event))).await);
-    events.into_inner()
+    // Signs of life are not told of here.
+    events.into_inner().into_iter().filter(|event| !matches!(event, Event::Alive { .. })).collect()
 }
 
 struct FileSubject {
@@ -159,6 +160,11 @@ async fn json_file_holds_the_contract() {
 }
 
 #[tokio::test]
+async fn sqlite_restores_by_any_clock() {
+    restored_by_any_clock(&SqliteSubject { folder: Folder::new("restored") }).await;
+}
+
+#[tokio::test]
 async fn sqlite_holds_the_contract() {
     run(&SqliteSubject { folder: Folder::new("contract-sqlite") }).await;
 }
@@ -283,17 +289,58 @@ async fn an_older_database_is_brought_up_to_date() {
     assert_eq!(lookup(&store, b"known").await.unwrap().superseded, Some(10));
 }
 
+/// The mark of a sign of life that comes behind all that was written so far.
+async fn mark_of(store: &Arc<dyn TokenStore>) -> String {
+    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let asked = clock().mono_ms;
+    let listen = |event| {
+        if let Event::Alive { asked_ms, mark: Some(mark) } = event
+            && asked_ms >= asked
+        {
+            drop(told.send(mark));
+        }
+    };
+    tokio::select! {
+        () = store.follow(&listen) => panic!("it ended"),
+        mark = tokio::time::timeout(PATIENCE, heard.recv()) => mark.unwrap().unwrap(),
+    }
+}
+
 #[tokio::test]
-async fn what_changed_since_is_told_for_an_hour() {
+async fn what_changed_behind_a_mark_is_told_as_long_as_the_list_is_whole() {
     let folder = Folder::new("since");
     let path = folder.file("tokens");
+    let start = || -> Arc<dyn TokenStore> { Arc::new(SqliteStore::start(&path).unwrap()) };
     let mut admin = SqliteAdmin::open(&path).unwrap();
+    let store = start();
+    let empty = mark_of(&store).await;
+    assert_eq!(store.changed_since(&empty).await.unwrap(), Some(vec![]));
     admin.create(&record("known")).await.unwrap();
-    let store = SqliteStore::start(&path).unwrap();
-    let now = clock().unix_ms;
-    assert_eq!(store.changed_since(now).await.unwrap(), Some(vec![Digest::of(b"known")]));
-    assert_eq!(store.changed_since(now + 120_000).await.unwrap(), Some(vec![]));
-    assert_eq!(store.changed_since(now - 2 * 3_600_000).await.unwrap(), None);
+    admin.create(&record("other")).await.unwrap();
+    let both = store.changed_since(&empty).await.unwrap().unwrap();
+    assert_eq!(both.len(), 2);
+    let mark = mark_of(&start()).await;
+    assert_eq!(store.changed_since(&mark).await.unwrap(), Some(vec![]));
+    admin.revoke(&Digest::of(b"known"), 1).await.unwrap();
+    // A writer whose clock is hours behind, or ahead, changes nothing: what counts is the order.
+    let db = rusqlite::Connection::open(&path).unwrap();
+    for hours in [-5, 5] {
+        db.execute("UPDATE change SET at_ms = at_ms + ?1 WHERE seq = 3", [hours * 3_600_000]).unwrap();
+        assert_eq!(store.changed_since(&mark).await.unwrap(), Some(vec![Digest::of(b"known")]));
+    }
+    // Rows that were dropped: the one of the mark is not missed, one behind it is.
+    db.execute("DELETE FROM change WHERE seq <= 2", []).unwrap();
+    assert_eq!(store.changed_since(&mark).await.unwrap(), Some(vec![Digest::of(b"known")]));
+    assert_eq!(store.changed_since(&empty).await.unwrap(), None);
+    db.execute("DELETE FROM change", []).unwrap();
+    assert_eq!(store.changed_since(&mark).await.unwrap(), None);
+    let last = mark_of(&start()).await;
+    assert_eq!((last.as_str(), store.changed_since(&last).await.unwrap()), ("3", Some(vec![])));
+    // A database from a backup has a list of its own.
+    admin.revoke(&Digest::of(b"other"), 1).await.unwrap();
+    for foreign in ["4 1", "9 1700000000000", "9", "", "x", "-"] {
+        assert_eq!(store.changed_since(foreign).await.unwrap(), None, "{foreign:?}");
+    }
 }
 
 #[tokio::test]

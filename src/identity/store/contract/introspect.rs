@@ -609,6 +609,7 @@ async fn nobody_there() {
     assert_eq!(bench.ask_user().await, valid());
     let bench = Bench::new(HttpServer::start(|_| anna()), AMPLE, |settings| {
         settings.url = "http://no-such-host.invalid/".into();
+        settings.insecure_http = true;
     });
     assert_eq!(bench.ask_user().await, Err("unavailable"));
 }

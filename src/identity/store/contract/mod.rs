@@ -6,11 +6,12 @@ mod introspect;
 mod postgres;
 mod redis;
 
+use super::chain::{Chain, Link};
 use super::servers::{Fault, Folder, Server as _};
 use super::{AdminError, Change, Event, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
 use crate::identity::credential::{Credential, Digest};
 use crate::identity::principal::judge;
-use crate::identity::{Answer, Invalid};
+use crate::identity::{Answer, Authenticator, CacheSettings, Checked, Invalid};
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -106,7 +107,14 @@ impl Ear {
         let events: Arc<Mutex<Vec<(Instant, Event)>>> = Arc::default();
         let (heard, store) = (Arc::clone(&events), Arc::clone(store));
         let task = tokio::spawn(async move {
-            store.follow(&move |event| heard.lock().push((Instant::now(), event))).await;
+            store
+                .follow(&move |event| {
+                    // Signs of life are not told of here.
+                    if !matches!(event, Event::Alive { .. }) {
+                        heard.lock().push((Instant::now(), event));
+                    }
+                })
+                .await;
         });
         Self { events, task }
     }
@@ -142,7 +150,7 @@ impl Ear {
         self.heard(from, token, |event| match event {
             Event::Changed(changes) => changes.iter().any(names),
             Event::Hearing => true,
-            Event::Deaf => false,
+            Event::Deaf | Event::Untold | Event::Alive { .. } => false,
         })
         .await
     }
@@ -359,12 +367,81 @@ async fn gateways_confirm(subject: &dyn Subject) {
         let names = |event: &Event| match event {
             Event::Changed(changes) => changes.iter().any(|change| change.token == Named::Token(digest)),
             Event::Hearing => true,
-            Event::Deaf => false,
+            Event::Deaf | Event::Untold | Event::Alive { .. } => false,
         };
         let told = ear.events.lock().iter().any(|(at, event)| *at >= before && names(event));
         assert!(told, "{}: confirmed without having heard", subject.name());
     }
     assert!(took < Duration::from_secs(5), "{}: {took:?}", subject.name());
+}
+
+/// A gateway's clock may be ahead of the store's, or behind it: a snapshot that was taken by it must not bring back what was
+/// revoked while it was stopped. For stores that keep a list of changes.
+pub(super) async fn restored_by_any_clock(subject: &dyn Subject) {
+    fn skewed(minutes: i64) -> crate::Now {
+        let now = crate::edge::now();
+        crate::Now { unix_ms: now.unix_ms.saturating_add_signed(minutes * 60_000), ..now }
+    }
+    let clocks: [fn() -> crate::Now; 3] = [|| skewed(0), || skewed(30), || skewed(-30)];
+    let mut admin = subject.admin().await;
+    let folder = Folder::new("restored");
+    for (name, clock) in ["right", "ahead", "behind"].into_iter().zip(clocks) {
+        let [steady, doomed] = ["steady", "doomed"].map(|token| format!("{token}-{name}"));
+        admin.create(&record(&steady)).await.unwrap();
+        admin.create(&record(&doomed)).await.unwrap();
+        let gateway = || gateway(subject, clock, &folder.file(name));
+        let status = async |authenticator: &Authenticator, token: &str| match authenticator.check(
+            token.as_bytes(),
+            &Digest::of(token.as_bytes()),
+            clock(),
+        ) {
+            Checked::Known(answer) => (true, Ok(answer)),
+            Checked::Waiting(waiting) => (false, waiting.answer().await),
+        };
+        let first = gateway();
+        let following = follow(&first);
+        let deadline = Instant::now() + PATIENCE;
+        // Known for their whole time, and marked.
+        while !(first.marks().iter().all(Option::is_some) && status(&first, &steady).await.0) {
+            assert!(Instant::now() < deadline, "{}, {name}: never followed", subject.name());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(matches!(status(&first, &doomed).await.1, Ok(Answer::Valid(_))));
+        first.save();
+        following.abort();
+        drop(following.await);
+        admin.revoke(&Digest::of(doomed.as_bytes()), 1_760_000_000).await.unwrap();
+        let second = gateway();
+        let following = follow(&second);
+        let deadline = Instant::now() + PATIENCE;
+        while !matches!(status(&second, &steady).await, (true, Ok(Answer::Valid(_)))) {
+            assert!(Instant::now() < deadline, "{}, {name}: never restored", subject.name());
+        }
+        for _ in 0..3 {
+            let (_, answer) = status(&second, &doomed).await;
+            assert!(matches!(answer, Ok(Answer::Invalid(Invalid::Revoked))), "{}, {name}: {answer:?}", subject.name());
+        }
+        following.abort();
+    }
+}
+
+fn gateway(subject: &dyn Subject, clock: fn() -> crate::Now, snapshot: &std::path::Path) -> Arc<Authenticator> {
+    let settings = CacheSettings {
+        positive_ttl: Duration::from_secs(600),
+        negative_ttl: Duration::from_secs(10),
+        stale_if_error: Duration::ZERO,
+        positive_capacity: 100,
+        negative_capacity: 100,
+    };
+    let metrics = Arc::new(crate::telemetry::metrics::Metrics::new("test").unwrap());
+    let link =
+        Link { name: "kept".into(), store: subject.open(), timeout: TIMEOUT, metrics: Arc::new(metrics.store("kept")) };
+    Arc::new(Authenticator::new(Chain::new(vec![link]), settings, metrics, clock).with_snapshot(snapshot, "here"))
+}
+
+fn follow(authenticator: &Arc<Authenticator>) -> tokio::task::JoinHandle<()> {
+    let authenticator = Arc::clone(authenticator);
+    tokio::spawn(async move { authenticator.follow_changes().await })
 }
 
 async fn many_rows(subject: &dyn Subject) {

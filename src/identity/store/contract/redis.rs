@@ -310,6 +310,51 @@ async fn the_server_is_checked() {
     }
 }
 
+/// `tls = "auto"` with all servers on this machine is plain text, which holds for places that are named later: by
+/// sentinels, and by nodes of a cluster. 0.0.0.0 leads back here, so that a connection would come about.
+#[tokio::test]
+async fn plain_text_goes_to_this_machine_only_whoever_names_the_place() {
+    let here = TlsSettings { mode: TlsMode::Local, ca: None, client: None };
+    let server = Redis::start(&Options::default());
+    admin(&settings(&[server.address()])).await.create(&record("known")).await.unwrap();
+    let sentinel = Redis::sentinel(server.port);
+    sentinel.cli(&["SENTINEL", "MONITOR", "elsewhere", "0.0.0.0", &server.port.to_string(), "1"]);
+    let mut seen = 0;
+    for (master, tls, works) in [
+        ("main", here.clone(), true),
+        ("elsewhere", here.clone(), false),
+        ("elsewhere", TlsSettings { mode: TlsMode::Disable, ..here.clone() }, true),
+    ] {
+        seen += 1;
+        let topology = Topology::Sentinel { master: master.into() };
+        let store = open(&RedisSettings { topology, tls, ..settings(&[sentinel.address()]) });
+        let begin = Instant::now();
+        let ear = Ear::on(&store);
+        match works {
+            true => {
+                assert_eq!(lookup(&*store, b"known").await, Some(record("known")), "{master}");
+                ear.hearing(begin).await;
+            }
+            false => {
+                let why = ask(&*store, b"known").await.unwrap_err().to_string();
+                assert!(why.contains("0.0.0.0") && why.contains("is another machine"), "{why}");
+                ear.heard(begin, "deafness", |event| *event == Event::Deaf).await;
+            }
+        }
+    }
+    assert_eq!(seen, 3);
+    // Also where no name is needed, and for whoever writes.
+    let mut elsewhere = RedisSettings { tls: here.clone(), ..settings(&[format!("0.0.0.0:{}", server.port)]) };
+    assert!(ask(&*open(&elsewhere), b"known").await.unwrap_err().to_string().contains("is another machine"));
+    elsewhere.tls.mode = TlsMode::Disable;
+    assert!(ask(&*open(&elsewhere), b"known").await.is_ok());
+
+    let cluster = Cluster::start();
+    let here = RedisSettings { topology: Topology::Cluster, tls: here, ..settings(&[cluster.nodes[0].address()]) };
+    admin(&here).await.create(&record("known")).await.unwrap();
+    assert_eq!(lookup(&*open(&here), b"known").await, Some(record("known")));
+}
+
 #[tokio::test]
 async fn unix_sockets_and_databases() {
     let server = Redis::start(&Options::default());

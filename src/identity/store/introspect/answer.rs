@@ -105,7 +105,7 @@ pub(super) fn doubt(status: StatusCode, headers: &HeaderMap, body: Option<&[u8]>
     }
     let mut kinds = headers.get_all(CONTENT_TYPE).iter();
     let json = matches!((kinds.next(), kinds.next()), (Some(kind), None) if is_json(kind.as_bytes()));
-    if !json || !body.is_some_and(|body| parse(body).is_ok()) {
+    if !json || body.is_none_or(|body| parse(body).is_err()) {
         return Some("not as the endpoint answers, with an object in JSON: did a firewall or limiter in front of it?");
     }
     None

@@ -1,11 +1,12 @@
 //! Hearing of changes: a connection of its own that listens, an echo that proves that it hears, and confirmations for
 //! who waits until every gateway has heard. Knows nothing of what a record says.
 
-use super::super::{Change, Event, Heard, Named, replica_name};
+use super::super::{Change, Event, Heard, Mark, Named, replica_name};
 use super::connect::{Driver, EndsWith, Failure, POOLER, Target, drive, say};
 use super::{Source, presets, schema};
 use crate::identity::credential::Digest;
 use futures_util::future::join;
+use parking_lot::Mutex;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -116,7 +117,7 @@ impl<'a> Follower<'a> {
             Err(_) => return format!("no connection within {PATIENCE:?}"),
         };
         let (words, inbox) = mpsc::unbounded_channel();
-        let life = Life { echo: Notify::new(), words: AtomicU64::new(0) };
+        let life = Life { echo: Notify::new(), mark: Mutex::default(), words: AtomicU64::new(0) };
         let echo_channel = self.id.clone();
         // All on one task: it ends with the store. What has come is read before it is judged that nothing came.
         tokio::select! {
@@ -139,7 +140,8 @@ impl<'a> Follower<'a> {
         let mut batch = Vec::new();
         // Borrows nothing of `self`, so that words are taken in while a beat is awaited.
         let (triggers, mut triggers_seen) = mpsc::unbounded_channel();
-        let mut heart = std::pin::pin!(beat_on(client, life, beat, trigger_check.as_deref(), triggers));
+        let heard = self.heard;
+        let mut heart = std::pin::pin!(beat_on(client, life, beat, trigger_check.as_deref(), triggers, heard));
         loop {
             tokio::select! {
                 biased;
@@ -230,7 +232,9 @@ impl<'a> Follower<'a> {
     }
 
     fn beat_sql(&self) -> Beat {
-        let echo = format!("SELECT pg_notify('{}', '')", self.id);
+        // Where there is a list of changes, an echo says how far it was told.
+        let mark = if self.schema.is_some() { schema::MARK } else { "''" };
+        let echo = format!("SELECT pg_notify('{}', {mark})", self.id);
         let entry = self.schema.map_or_else(String::new, |schema| {
             let name: String = self.name.chars().filter(|c| !"'\\\0".contains(*c)).collect();
             schema::fill(
@@ -248,11 +252,14 @@ impl<'a> Follower<'a> {
     fn triggers(&mut self, there: bool) {
         match (there, self.hearing) {
             (true, Hearing::Unknown | Hearing::No) => self.hears(),
-            (false, Hearing::Unknown) => self.log(format!(
+            (false, Hearing::Unknown) => {
+                (self.heard)(Event::Untold);
+                self.log(format!(
                 "{}: the tables don't have tollgate's triggers, so nobody tells of changes: a revoked token works for up to \
                  positive_ttl. Run `tollgate store install-triggers --config FILE`",
                 self.target
-            )),
+            ));
+            }
             (false, Hearing::Yes) => {
                 self.hearing = Hearing::No;
                 (self.heard)(Event::Deaf);
@@ -319,6 +326,8 @@ impl<'a> Follower<'a> {
 /// Signs that a server lives.
 struct Life {
     echo: Notify,
+    /// What the last echo said of the list of changes.
+    mark: Mutex<Option<Mark>>,
     /// Words that came.
     words: AtomicU64,
 }
@@ -336,6 +345,7 @@ async fn read(mut driver: Driver, words: &mpsc::UnboundedSender<String>, life: &
             Some(Ok(AsyncMessage::Notification(said))) => {
                 life.words.fetch_add(1, Ordering::Relaxed);
                 if said.channel() == echo_channel {
+                    *life.mark.lock() = Some(said.payload().to_owned()).filter(|mark| !mark.is_empty());
                     life.echo.notify_one();
                 } else if words.send(said.payload().to_owned()).is_err() {
                     return "nobody takes in what comes".into();
@@ -349,18 +359,20 @@ async fn read(mut driver: Driver, words: &mpsc::UnboundedSender<String>, life: &
 }
 
 /// Asks for an echo again and again. An echo comes on the way that changes come, behind all that came before: one that
-/// stays out means that changes stay out too. Returns what ended it.
+/// stays out means that changes stay out too. Whoever polls this has taken in first what has come. Returns what ended it.
 async fn beat_on(
     client: &Client,
     life: &Life,
     beat: Beat,
     trigger_check: Option<&str>,
     triggers: mpsc::UnboundedSender<bool>,
+    heard: Heard<'_>,
 ) -> String {
     let mut ticks = interval(BEAT);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     for count in 1_u32.. {
         ticks.tick().await;
+        let asked_ms = crate::clock::now().mono_ms;
         let sql = if count % BEATS_PER_ENTRY == 0 { &beat.entry } else { &beat.echo };
         let mut round = std::pin::pin!(join(client.batch_execute(sql), life.echo.notified()));
         let mut words = life.words.load(Ordering::Relaxed);
@@ -378,6 +390,7 @@ async fn beat_on(
                 }
             }
         }
+        heard(Event::Alive { asked_ms, mark: life.mark.lock().clone() });
         if let Some(check) = trigger_check
             && count % BEATS_PER_TRIGGER_CHECK == 0
         {

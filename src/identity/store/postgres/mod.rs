@@ -339,6 +339,10 @@ impl TokenStore for PostgresStore {
         }
     }
 
+    fn tells_changes(&self) -> bool {
+        self.settings.channel.is_some()
+    }
+
     async fn follow(&self, heard: Heard<'_>) {
         match &self.settings.channel {
             Some(channel) => follow::follow(&self.target, &self.settings.source, channel, heard).await,
@@ -346,10 +350,10 @@ impl TokenStore for PostgresStore {
         }
     }
 
-    async fn changed_since(&self, unix_ms: u64) -> Result<Option<Vec<Digest>>, StoreError> {
+    async fn changed_since(&self, mark: &str) -> Result<Option<Vec<Digest>>, StoreError> {
         let Query::Own { changed, .. } = &self.query else { return Ok(None) };
-        let since = i64::try_from(unix_ms).unwrap_or(i64::MAX);
-        let rows = self.ask(&Question::Own { sql: changed, parameters: &[&since] }).await?;
+        let Some((since, oldest)) = schema::read_mark(mark) else { return Ok(None) };
+        let rows = self.ask(&Question::Own { sql: changed, parameters: &[&since, &oldest] }).await?;
         schema::changed(&rows).map_err(|failure| failure.error)
     }
 

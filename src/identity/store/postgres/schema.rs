@@ -26,14 +26,25 @@ pub(super) const COLUMNS: &str = "digest, \"user\", scopes, description, created
 pub(super) const NOTE_USES: &str = "UPDATE {schema}.token t SET last_used = u.at \
     FROM unnest($1::bytea[], $2::bigint[]) AS u (digest, at) \
     WHERE t.digest = u.digest AND (t.last_used IS NULL OR t.last_used < u.at)";
-/// A change is noted when it is made and seen when its transaction ends: the minute more is for what lies between. The
-/// first row says whether the list goes back so far.
+/// A mark is the server's time, and the oldest transaction that had not ended then: whatever was not to be seen at that
+/// moment was written by this or a later one. (Transactions are numbered in a circle; only half of it lies ahead.)
+pub(super) const MARK: &str = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint || ' ' || \
+    (txid_snapshot_xmin(txid_current_snapshot()) & 4294967295)";
+/// A change is noted when it is made and seen when its transaction ends: the minute more, and the transactions that had not
+/// ended, are for what lies between. The first row says whether the list goes back so far.
 pub(super) const CHANGED: &str = "SELECT '{mark}', NULL::bytea, v.version, v.readers_from, $1::bigint >= v.since_ms \
     AND $1::bigint - 60000 >= (extract(epoch FROM clock_timestamp()) * 1000)::bigint - 3540000 \
     FROM {schema}.version v \
     UNION ALL \
     (SELECT DISTINCT '{mark}', c.digest, NULL::integer, NULL::integer, c.digest IS NOT NULL \
-    FROM {schema}.change c WHERE c.at_ms >= $1::bigint - 60000)";
+    FROM {schema}.change c WHERE c.at_ms >= $1::bigint - 60000 \
+    OR (c.xmin::text::bigint - $2::bigint + 4294967296) % 4294967296 < 2147483648)";
+
+/// What [`MARK`] says.
+pub(super) fn read_mark(mark: &str) -> Option<(i64, i64)> {
+    let (at_ms, oldest) = mark.split_once(' ')?;
+    Some((at_ms.parse().ok()?, oldest.parse().ok()?))
+}
 
 /// Names are put into SQL: only what needs no quoting anywhere.
 pub(super) fn check_name(schema: &str) -> Result<(), String> {

@@ -10,11 +10,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 
 /// A lost connection is noticed within a beat and the time for its answer.
 const BEAT: Duration = Duration::from_millis(500);
 const BEAT_ANSWER: Duration = Duration::from_millis(500);
+/// Sentinels are asked beside the beat. They must not hold it up for so long that what is known would be doubted.
+const SENTINEL_ANSWER: Duration = Duration::from_millis(300);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MOST: Duration = Duration::from_millis(500);
 const REGISTER: Duration = Duration::from_secs(1);
@@ -120,18 +122,37 @@ impl Follower<'_> {
         self.hears = Some(true);
         self.logged = false;
         let (confirm, confirmations) = mpsc::unbounded_channel();
+        let (beats, mut answered) = mpsc::unbounded_channel();
         let beating = async {
+            let mut ticks = interval_at(Instant::now() + BEAT, BEAT);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
-                sleep(BEAT).await;
+                ticks.tick().await;
+                let asked_ms = crate::clock::now().mono_ms;
                 if let Err(error) = beat.check().await {
                     return error;
+                }
+                if beats.send(asked_ms).is_err() {
+                    return StoreError::Unavailable("nobody takes in what comes".into());
                 }
             }
         };
         let reading = async {
-            while let Some(first) = pushes.next().await {
-                if self.take(first, &mut pushes, &confirm) {
+            loop {
+                let (first, alive) = tokio::select! {
+                    biased;
+                    first = pushes.next() => match first {
+                        Some(first) => (Some(first), None),
+                        None => break,
+                    },
+                    // What came before the answer to a beat lies in the queue by now, and comes first.
+                    Some(asked_ms) = answered.recv() => (pushes.more(), Some(asked_ms)),
+                };
+                if first.is_some_and(|first| self.take(first, &mut pushes, &confirm)) {
                     return StoreError::Unavailable("the connection was closed".into());
+                }
+                if let Some(asked_ms) = alive {
+                    (self.heard)(Event::Alive { asked_ms, mark: None });
                 }
             }
             StoreError::Unavailable("the connection was closed, or brought more than could be taken in".into())
@@ -319,7 +340,8 @@ impl Beat<'_> {
         let sentinel = matches!(self.store.connector.topology(), Topology::Sentinel { .. });
         let named = async {
             // Not to be reached is no news; a master that was left behind by a split network doesn't know it.
-            if sentinel { bounded(self.store.connector.master()).await.ok() } else { None }
+            let asked = timeout(SENTINEL_ANSWER, self.store.connector.master());
+            if sentinel { asked.await.ok().and_then(Result::ok) } else { None }
         };
         let (role, named) = tokio::join!(bounded(self.link.ask::<Vec<Value>>(&command)), named);
         let role = role?;

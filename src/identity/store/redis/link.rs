@@ -674,3 +674,30 @@ impl Drop for Watch<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use redis::io::AsyncDNSResolver as _;
+
+    /// For our own connections, and for those that the library makes to the nodes of a cluster.
+    #[tokio::test]
+    async fn whoever_names_a_place_plain_text_goes_to_this_machine_only() {
+        for (host, mode, admitted) in [
+            ("127.0.0.1", TlsMode::Local, true),
+            ("::1", TlsMode::Local, true),
+            ("localhost", TlsMode::Local, true),
+            ("10.0.0.9", TlsMode::Local, false),
+            ("0.0.0.0", TlsMode::Local, false),
+            // Names for an address that leads back here, and is no loopback address.
+            ("0", TlsMode::Local, false),
+            ("0.0", TlsMode::Local, false),
+            ("10.0.0.9", TlsMode::Disable, true),
+            ("10.0.0.9", TlsMode::VerifyFull, true),
+        ] {
+            let tls = TlsSettings { mode, ca: None, client: None };
+            assert_eq!(resolve(host, 6379, &tls).await.is_ok(), admitted, "{host} {mode:?}");
+            assert_eq!(Resolver(tls).resolve(host, 6379).await.is_ok(), admitted, "{host} {mode:?}");
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! A gateway that stood still, as after SIGSTOP or on a paused machine: on waking it must not answer from what it knew
+//! before, and its clients' requests lie there already.
+
+use super::{Backing, Caller, all};
+use crate::harness::*;
+use crate::servers::Fault;
+use crate::support::get;
+use std::time::Duration;
+
+/// Longer than what is known counts behind the last sign of life.
+const STANDSTILL: Duration = Duration::from_millis(1_500);
+const CLIENTS: usize = 8;
+
+fn wakes_with_care(make: fn() -> Box<dyn Backing>) {
+    let mut store = make();
+    let rounds = ["quiet", "cut"];
+    let doomed: Vec<String> =
+        rounds.iter().flat_map(|round| (0..CLIENTS).map(move |number| format!("doomed-{round}-{number}"))).collect();
+    store.add(&doomed);
+    store.add(&["steady".into()]);
+    let upstream = Upstream::start();
+    let more = format!(
+        "{}[server]\nlisten = [\"@LISTEN@\"]\nthreads = 4\n[cache]\npositive_ttl = \"10m\"\n[log]\naccess = \"off\"\n",
+        store.section()
+    );
+    let gateway = Gateway::start(upstream.address, &more);
+    eventually("the store is followed", || gateway.process_log().contains("word of changes comes"));
+    for (round, doomed) in rounds.iter().zip(doomed.chunks(CLIENTS)) {
+        let mut clients: Vec<Client> = (0..CLIENTS).map(|_| Client::connect(gateway.address)).collect();
+        for (client, token) in clients.iter_mut().zip(doomed) {
+            client.send_head(&get(token, "/api/v3/user"));
+            assert_eq!(client.answer().status, 200, "{}: {token}", store.name());
+        }
+        assert_eq!(Caller::of(&gateway).status("steady"), 200);
+        gateway.signal("STOP");
+        for token in doomed {
+            store.revoke(token);
+        }
+        if *round == "cut" {
+            // And the subscription is gone, which nobody has noticed.
+            store.befall(Fault::Cut);
+        }
+        std::thread::sleep(STANDSTILL);
+        for (client, token) in clients.iter_mut().zip(doomed) {
+            client.send_head(&get(token, "/api/v3/user"));
+        }
+        let mut other = Client::connect(gateway.address);
+        other.send_head(&get("steady", "/api/v3/user"));
+        gateway.signal("CONT");
+        let statuses: Vec<u16> = clients.iter_mut().map(|client| client.answer().status).collect();
+        assert_eq!(statuses, [401; CLIENTS], "{}, {round}: the first answers on waking", store.name());
+        assert_eq!(other.answer().status, 200, "{}, {round}", store.name());
+    }
+}
+
+#[test]
+fn a_gateway_that_stood_still_wakes_with_care() {
+    let stores: Vec<_> = all().into_iter().filter(|make| make().hears()).collect();
+    assert_eq!(stores.len(), 5);
+    std::thread::scope(|scope| {
+        for make in stores {
+            scope.spawn(move || wakes_with_care(make));
+        }
+    });
+}

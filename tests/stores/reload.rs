@@ -1,0 +1,85 @@
+//! A reload that changes the store, or what the store is checked by.
+
+use super::{BOUND, Backing, Caller, Embedded, PostgresOwn, RedisOwn};
+use crate::harness::*;
+use crate::servers::redis::{Options, Redis};
+use crate::servers::tls::Authority;
+use crate::support::status;
+use std::time::Instant;
+
+/// What is learned from a store that has just been put in place is followed from the first answer on.
+#[test]
+fn a_revocation_right_behind_a_reload_is_not_lost() {
+    let stores: [Box<dyn Backing>; 3] =
+        [Box::new(Embedded::new("sqlite")), Box::new(PostgresOwn::new()), Box::new(RedisOwn::new())];
+    for mut store in stores {
+        store.add(&["known".into(), "doomed".into()]);
+        let upstream = Upstream::start();
+        let gateway = Gateway::start(upstream.address, "[cache]\npositive_ttl = \"10m\"\n");
+        let mut caller = Caller::of(&gateway);
+        assert_eq!((caller.status(GOOD), caller.status("known")), (200, 401), "{}", store.name());
+        let path = gateway.folder.0.join("tollgate.toml");
+        let config = std::fs::read_to_string(&path).unwrap();
+        let own = "[store]\nkind = \"file\"\npath = \"tokens.toml\"\n";
+        assert!(config.contains(own));
+        std::fs::write(&path, config.replace(own, &store.section())).unwrap();
+        assert_eq!(gateway.admin_post("/reload").status, 200);
+        let mut caller = Caller::of(&gateway);
+        assert_eq!((caller.status(GOOD), caller.status("known")), (401, 200), "{}", store.name());
+        assert_eq!(caller.status("doomed"), 200);
+        store.revoke("doomed");
+        let revoked = Instant::now();
+        eventually("revoked", || caller.status("doomed") == 401);
+        assert!(revoked.elapsed() < BOUND, "{}: {:?}", store.name(), revoked.elapsed());
+        assert_eq!(caller.status("known"), 200);
+    }
+}
+
+/// The authority's file was replaced in its place, as a renewal does: a reload takes it in, though no setting changed.
+#[test]
+fn certificate_files_are_read_again() {
+    let (old, new) = (Authority::new(), Authority::new());
+    let server = Redis::start(&Options { tls: Some(&old), ..Options::default() });
+    for token in ["one", "two", "three", "four"] {
+        server.cli(&["SET", &format!("tollgate:token:{}", sha256_hex(token)), "{\"user\":\"ann\"}"]);
+    }
+    let upstream = Upstream::start();
+    let folder = Folder::new("test");
+    let ca = folder.0.join("ca.pem");
+    std::fs::copy(old.ca(), &ca).unwrap();
+    let store = format!(
+        "[store]\nkind = \"redis\"\nservers = [\"localhost:{}\"]\ntls = \"verify-full\"\ntls_ca = \"{}\"\n",
+        server.tls_port,
+        ca.display()
+    );
+    let gateway = Gateway::start(upstream.address, &store);
+    assert_eq!(status(&gateway, "one"), 200);
+    // A broken file changes nothing, not even what is not read from a file.
+    std::fs::write(&ca, "no certificate").unwrap();
+    let answer = gateway.admin_post("/reload");
+    assert_eq!(answer.status, 500);
+    assert!(answer.text().contains("ca.pem"), "{}", answer.text());
+    assert_eq!(status(&gateway, "two"), 200);
+    // The server has another certificate from now on, of another authority.
+    server.cli(&[
+        "CONFIG",
+        "SET",
+        "tls-cert-file",
+        new.certificate().to_str().unwrap(),
+        "tls-key-file",
+        new.key().to_str().unwrap(),
+        "tls-ca-cert-file",
+        new.ca().to_str().unwrap(),
+    ]);
+    server.cli(&["CLIENT", "KILL", "TYPE", "normal"]);
+    eventually("the new certificate is not trusted", || status(&gateway, "three") == 503);
+    std::fs::copy(new.ca(), &ca).unwrap();
+    let answer = gateway.admin_post("/reload");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(status(&gateway, "four"), 200);
+    // Nothing changed: the store and what is known of it stay.
+    let followed = || gateway.process_log().matches("word of changes comes").count();
+    eventually("the new store is followed", || followed() == 2);
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    assert_eq!((status(&gateway, "four"), followed()), (200, 2));
+}
