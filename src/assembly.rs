@@ -39,6 +39,7 @@ fn snapshot(
         rules: settings.rules.clone(),
         policy: settings.policy.clone(),
         forward: settings.forward.clone(),
+        cors: settings.cors.clone(),
         authenticator,
         metrics,
     };

@@ -71,7 +71,7 @@ impl Plan<'_> {
         self.presented.as_ref().is_some_and(|found| found.in_query)
     }
 
-    /// Writes the request's head as the upstream gets it. Returns how many fields were dropped for an ambiguous name.
+    /// Writes the request's head as the upstream gets it. Returns how many fields were dropped for their name.
     pub fn write_head(
         &self,
         view: &RequestView<'_>,
@@ -112,7 +112,7 @@ impl Plan<'_> {
                     out.extend_from_slice(field.value);
                     out.extend_from_slice(b"\r\n");
                 }
-                Passes::Ambiguous => dropped += 1,
+                Passes::NoAndCounted => dropped += 1,
                 Passes::Yes | Passes::No => {}
             }
         }
@@ -144,7 +144,7 @@ impl Plan<'_> {
         let web_page = self.route.is_web_page();
         let open = passes_tokens || web_page;
         let passes = match field.kind {
-            FieldKind::Alias => return Passes::Ambiguous,
+            FieldKind::Alias => return Passes::NoAndCounted,
             _ if is_token_header(field.name, &rules.token) => passes_tokens,
             FieldKind::EndToEnd | FieldKind::ContentType | FieldKind::Origin | FieldKind::PreflightMethod => true,
             FieldKind::Authorization => {
@@ -154,6 +154,9 @@ impl Plan<'_> {
             FieldKind::Cookie => open || rules.switches.cookies,
             FieldKind::OtherToken => passes_tokens || rules.switches.job_token,
             FieldKind::Sudo => passes_tokens || (rules.switches.sudo && self.permit.principal().is_some()),
+            // On no route without the switch: an open one would let anybody choose.
+            FieldKind::PathOrUser if !rules.switches.path_and_user_headers => return Passes::NoAndCounted,
+            FieldKind::PathOrUser => true,
             // Refused elsewhere; a web page's form may use it.
             FieldKind::MethodOverride => web_page,
             FieldKind::Host
@@ -200,8 +203,8 @@ impl Plan<'_> {
 enum Passes {
     Yes,
     No,
-    /// Dropped because another server might read the name as a different one.
-    Ambiguous,
+    /// Some backend might read the name as a different one, or choose a path or a user by it.
+    NoAndCounted,
 }
 
 /// The fields that Connection names, which end here. What tollgate writes itself is written anyway.

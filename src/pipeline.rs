@@ -7,6 +7,7 @@ use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::credential::{Digest, TokenId};
 use crate::identity::{Answer, Authenticator, CannotTell, Checked, Principal, Waiting};
 use crate::policy::Policy;
+use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
 use crate::request::route::Route;
 use crate::request::token::Source;
@@ -20,6 +21,7 @@ pub struct Pipeline {
     pub rules: request::Rules,
     pub policy: Policy,
     pub forward: ForwardRules,
+    pub cors: Cors,
     pub authenticator: Arc<Authenticator>,
     pub metrics: Arc<Metrics>,
 }

@@ -636,3 +636,188 @@ fn refusals_reveal_nothing_of_the_machine() {
         }
     }
 }
+
+/// Sends bytes, and reads all that comes until the connection ends.
+fn everything(gateway: &Gateway, bytes: &[u8]) -> String {
+    let mut client = gateway.client();
+    client.send(bytes);
+    let mut answer = Vec::new();
+    client.socket.read_to_end(&mut answer).unwrap();
+    String::from_utf8(answer).unwrap()
+}
+
+/// Not even where the head could not be read: what follows would be the client's next answer.
+#[test]
+fn head_gets_no_body_whatever_is_wrong() {
+    let upstream = Upstream::answering(|seen| match seen.target.as_str() {
+        "/api/v3/slow" => Reply::ok("late").after(Duration::from_secs(1)),
+        "/api/v3/broken" => Reply::raw("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nhix"),
+        "/api/v3/interim" => Reply::raw("HTTP/1.1 103 Early Hints\r\n\r\nnonsense\r\n\r\n"),
+        _ => Reply::raw("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi").then_close(),
+    });
+    let config = format!(
+        "[limits]\ntarget_bytes = \"1KiB\"\nheader_bytes = \"4KiB\"\nbody_bytes = \"1KiB\"\nheader_timeout = \"300ms\"\n\
+         [[upstream]]\nname = \"api\"\nservers = [\"{}\"]\nread_timeout = \"200ms\"\n",
+        upstream.address
+    );
+    let gateway = Gateway::start(upstream.address, &config);
+    let token = format!("Host: h\r\nPRIVATE-TOKEN: {GOOD}\r\nConnection: close\r\n");
+    let long = "a".repeat(5_000);
+    let cases = [
+        (400, format!("HEAD {TARGET} HTTP/1.1\r\n\r\n")),
+        (400, format!("HEAD {TARGET} HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")),
+        (400, format!("HEAD  {TARGET} HTTP/1.1\r\n{token}\r\n")),
+        (400, format!("HEAD {TARGET} HTTP/2.0\r\n{token}\r\n")),
+        (400, format!("HEAD {TARGET}\r\n\r\n")),
+        (400, format!("HEAD {TARGET} x HTTP/1.1\r\n{token}\r\n")),
+        (400, format!("HEAD\t{TARGET} HTTP/1.1\r\n{token}\r\n")),
+        (400, format!("\r\nHEAD {TARGET} HTTP/1.1\r\n{token}X : y\r\n\r\n")),
+        (400, format!("HEAD {TARGET} HTTP/1.1\r\n{token}X: a\nY: b\r\n\r\n")),
+        (400, format!("HEAD {TARGET} HTTP/1.1\n{token}\r\n")),
+        (400, format!("HEAD {TARGET} HTTP/1.1\r\n{token}Content-Length: 1\r\nContent-Length: 2\r\n\r\nx")),
+        (400, format!("HEAD {TARGET} HTTP/1.1\r\n{token}Transfer-Encoding: gzip\r\n\r\n")),
+        (400, format!("HEAD /api/v3/../x HTTP/1.1\r\n{token}\r\n")),
+        (400, format!("HEAD http://other{TARGET} HTTP/1.1\r\n{token}\r\n")),
+        (401, format!("HEAD {TARGET} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")),
+        (401, format!("HEAD {TARGET} HTTP/1.0\r\nHost: h\r\n\r\n")),
+        (403, format!("HEAD {TARGET}?sudo=x HTTP/1.1\r\n{token}\r\n")),
+        (404, format!("HEAD /other HTTP/1.1\r\n{token}\r\n")),
+        (408, "HEAD /api/v3/x HTTP/1.1\r\nHost".into()),
+        (408, "HEAD".into()),
+        (413, format!("HEAD {TARGET} HTTP/1.1\r\n{token}Content-Length: 9999\r\n\r\n")),
+        (414, format!("HEAD {TARGET}?{long} HTTP/1.1\r\n{token}\r\n")),
+        (414, format!("HEAD {TARGET}?{} HTTP/1.1\r\n{token}\r\n", &long[..2_000])),
+        (431, format!("HEAD {TARGET} HTTP/1.1\r\n{token}X: {long}\r\n\r\n")),
+        (431, format!("HEAD {TARGET} HTTP/1.1\r\n{token}X: {long}")),
+        (431, format!("HEAD {TARGET} HTTP/1.1\r\n{token}{}\r\n", "X: y\r\n".repeat(200))),
+        (502, format!("HEAD /api/v3/broken HTTP/1.1\r\n{token}\r\n")),
+        (504, format!("HEAD /api/v3/slow HTTP/1.1\r\n{token}\r\n")),
+        (200, format!("HEAD {TARGET} HTTP/1.1\r\n{token}\r\n")),
+        (200, format!("HEAD {TARGET} HTTP/1.0\r\n{token}\r\n")),
+    ];
+    for (status, request) in &cases {
+        let answer = everything(&gateway, request.as_bytes());
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{request:?}: {answer:?}"));
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{request:?}: {head}");
+        assert_eq!(body, "", "{request:?}");
+        assert!(head.contains("\r\nContent-Length: ") || *status == 200, "{request:?}: {head}");
+    }
+    // Every other method gets it.
+    let mut seen = 0;
+    for (status, request) in cases.iter().filter(|(status, _)| (400..500).contains(status)) {
+        let other = request.replacen("HEAD", "GET", 1);
+        let answer = everything(&gateway, other.as_bytes());
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{other:?}: {head}");
+        assert!(body.starts_with(&format!("{{\"message\":\"{status} ")), "{other:?}: {body}");
+        seen += 1;
+    }
+    assert_eq!(seen, 26);
+    let interim = everything(&gateway, format!("HEAD /api/v3/interim HTTP/1.1\r\n{token}\r\n").as_bytes());
+    assert!(interim.contains("HTTP/1.1 502 ") && interim.ends_with("\r\n\r\n"), "{interim}");
+}
+
+/// Names, and the order in which a page could tell anything from them.
+fn cors_fields(answer: &Answer) -> (Option<&str>, Option<&str>, bool) {
+    assert_eq!(answer.header("Access-Control-Allow-Credentials"), None);
+    let exposed = answer.header("Access-Control-Expose-Headers");
+    let exposes = exposed.is_some_and(|list| {
+        let list: Vec<_> = list.split(", ").collect();
+        ["Link", "X-Total", "X-Request-Id", "Retry-After", "WWW-Authenticate"].iter().all(|name| list.contains(name))
+    });
+    (answer.header("Access-Control-Allow-Origin"), answer.header("Vary"), exposes)
+}
+
+/// GitLab answers its own 401 to pages of other origins; a page can't read an answer that does not say that it may.
+#[test]
+fn pages_of_configured_origins_may_read_what_tollgate_answers_itself() {
+    let upstream = Upstream::answering(|seen| match seen.target.as_str() {
+        "/api/v3/slow" => Reply::ok("late").after(Duration::from_secs(1)),
+        "/api/v3/broken" => Reply::raw("").then_close(),
+        "/api/v3/theirs" => Reply::raw(
+            "HTTP/1.1 200 OK\r\nAccess-Control-Allow-Origin: https://theirs.example\r\nVary: Accept\r\nContent-Length: 0\r\n\r\n",
+        ),
+        _ => Reply::ok("{}"),
+    });
+    let rest = format!(
+        "[limits]\ntarget_bytes = \"1KiB\"\nheader_bytes = \"4KiB\"\nbody_bytes = \"1KiB\"\nheader_timeout = \"300ms\"\n\
+         [[upstream]]\nname = \"api\"\nservers = [\"{}\"]\nread_timeout = \"200ms\"\n",
+        upstream.address
+    );
+    let (app, long) = ("https://app.example", "a".repeat(5_000));
+    let requests = [
+        (400, "GET /api/v3/../x HTTP/1.1\nHost: h\n@\n".to_owned()),
+        (400, format!("GET {TARGET} HTTP/1.1\nHost: h\n@X : y\n\n")),
+        (400, format!("GET {TARGET} HTTP/1.1\n@\n")),
+        (401, format!("GET {TARGET} HTTP/1.1\nHost: h\n@\n")),
+        (401, format!("GET {TARGET} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {BAD}\n@\n")),
+        (
+            401,
+            format!(
+                "POST {TARGET} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n@Content-Type: application/x-www-form-urlencoded\nContent-Length: 15\n\nprivate_token=x"
+            ),
+        ),
+        (401, format!("HEAD {TARGET} HTTP/1.1\nHost: h\n@\n")),
+        (401, format!("OPTIONS {TARGET} HTTP/1.1\nHost: h\n@Access-Control-Request-Method: GET\n\n")),
+        (403, format!("GET {TARGET}?sudo=x HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n@\n")),
+        (404, "GET /other HTTP/1.1\nHost: h\n@\n".to_owned()),
+        (405, format!("PURGE {TARGET} HTTP/1.1\nHost: h\n@\n")),
+        (408, format!("GET {TARGET} HTTP/1.1\nHost: h\n@X: y")),
+        (413, format!("POST {TARGET} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n@Content-Length: 9999\n\n")),
+        (414, format!("GET {TARGET}?{} HTTP/1.1\nHost: h\n@\n", &long[..2_000])),
+        (431, format!("GET {TARGET} HTTP/1.1\nHost: h\n@X: {long}\n\n")),
+        (502, format!("GET /api/v3/broken HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n@\n")),
+        (504, format!("GET /api/v3/slow HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n@\n")),
+    ];
+    let ask = |gateway: &Gateway, request: &str, origin: &str| {
+        let mut client = gateway.client();
+        client.send_head(&request.replace('@', origin));
+        client.answer_to(request.split(' ').next().unwrap()).unwrap()
+    };
+    let listed = format!("[api]\ncors_origins = [\"http://localhost:3000\", \"{app}\"]\n{rest}");
+    let gateway = Gateway::start(upstream.address, &listed);
+    for (status, request) in &requests {
+        let answer = ask(&gateway, request, &format!("Origin: {app}\n"));
+        assert_eq!(answer.status, *status, "{request}");
+        assert_eq!(cors_fields(&answer), (Some(app), Some("Origin"), true), "{request}");
+        for origin in [
+            "",
+            "Origin: null\n",
+            "Origin: https://evil.example\n",
+            "Origin: https://app.example.evil\n",
+            "Origin: *\n",
+        ] {
+            let answer = ask(&gateway, request, origin);
+            assert_eq!(answer.status, *status, "{origin}{request}");
+            assert_eq!(cors_fields(&answer), (None, Some("Origin"), false), "{origin}{request}");
+        }
+    }
+    assert_eq!(
+        cors_fields(&ask(&gateway, &requests[3].1, "Origin: http://localhost:3000\n")).0,
+        Some("http://localhost:3000")
+    );
+    // An answer of the backend's is the backend's.
+    let passed = format!("GET {TARGET} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n@\n");
+    assert_eq!(cors_fields(&ask(&gateway, &passed, &format!("Origin: {app}\n"))), (None, None, false));
+    let theirs = passed.replace(TARGET, "/api/v3/theirs");
+    let answer = ask(&gateway, &theirs, &format!("Origin: {app}\n"));
+    assert_eq!((cors_fields(&answer).0, answer.header("Vary")), (Some("https://theirs.example"), Some("Accept")));
+
+    let gateway = Gateway::start(upstream.address, &format!("[api]\ncors_origins = [\"*\"]\n{rest}"));
+    for (status, request) in &requests {
+        for origin in ["Origin: https://any.example\n", "Origin: null\n"] {
+            let answer = ask(&gateway, request, origin);
+            assert_eq!(
+                (answer.status, cors_fields(&answer)),
+                (*status, (Some("*"), Some("Origin"), true)),
+                "{request}"
+            );
+        }
+    }
+    // Nothing of all this without the setting.
+    let gateway = Gateway::start(upstream.address, &rest);
+    for (status, request) in &requests {
+        let answer = ask(&gateway, request, &format!("Origin: {app}\n"));
+        assert_eq!((answer.status, cors_fields(&answer)), (*status, (None, None, false)), "{request}");
+    }
+}

@@ -2,6 +2,7 @@
 //! done when a backend is gone or breaks off.
 
 use crate::harness::*;
+use crate::servers::HINT;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -974,5 +975,348 @@ fn a_cut_request_is_never_made_to_look_complete() {
         assert!(client.try_answer().is_none_or(|answer| answer.status >= 400), "{request}");
         assert!(!upstream.only().complete, "{request}");
         upstream.forget();
+    }
+}
+
+// --- What must not leave in an answer ---
+
+const HINTS: &str = "HTTP/1.1 103 Early Hints\r\nLink: </p?private_token=good-token-0001&page=2>; rel=next\r\n\
+    Link: </s/good%2Dtoken-0001>; rel=preload\r\nLocation: /l?next=%2Fp%3Fk%3Dgood-token-0001&x=1\r\n\
+    Connection: keep-alive, X-Theirs\r\nX-Theirs: 1\r\nKeep-Alive: timeout=5\r\nUpgrade: h2c\r\nX-Sendfile: /etc/passwd\r\n\
+    Gitlab-Workhorse-Send-Data: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\nX-Kept: 1\r\n\r\n";
+
+#[test]
+fn interim_answers_go_through_the_same_hygiene() {
+    let upstream = Upstream::answering(|seen| {
+        let interim = match seen.target.rsplit('/').next().unwrap() {
+            "100" => {
+                "HTTP/1.1 100 Continue please good-token-0001\r\nX-Accel-Redirect: /x\r\nContent-Length: 0\r\n\r\n"
+                    .into()
+            }
+            "102" => "HTTP/1.1 102 Processing\r\nTransfer-Encoding: chunked\r\nX-Kept: 1\r\n\r\n".repeat(3),
+            "103" => HINTS.to_owned(),
+            "199" => HINTS.replace("103 Early Hints", "199 Whatever"),
+            _ => "HTTP/1.1 100 Continue\r\n\r\n".to_owned() + HINTS + "HTTP/1.1 102 Processing\r\n\r\n" + HINTS,
+        };
+        Reply::raw(&format!("{interim}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
+    });
+    let gateway = Gateway::start(upstream.address, "");
+    let mut client = gateway.client();
+    for (kind, codes) in [
+        ("100", &[100][..]),
+        ("102", &[102, 102, 102]),
+        ("103", &[103]),
+        ("199", &[199]),
+        ("all", &[100, 103, 102, 103]),
+    ] {
+        client.send_head(&get(&format!("/api/v3/{kind}"), ""));
+        let mut seen = Vec::new();
+        let last = loop {
+            let answer = client.any_answer("GET").unwrap();
+            if answer.status >= 200 {
+                break answer;
+            }
+            for name in [
+                "Connection",
+                "X-Theirs",
+                "Keep-Alive",
+                "Upgrade",
+                "X-Sendfile",
+                "X-Accel-Redirect",
+                "Gitlab-Workhorse-Send-Data",
+                "Content-Length",
+                "Transfer-Encoding",
+            ] {
+                assert_eq!(answer.header(name), None, "{kind}: {name} in {:?}", answer.headers);
+            }
+            let all = format!("{:?}", answer.headers);
+            assert!(!all.contains("0001") && !all.contains("private_token"), "{all}");
+            if matches!(answer.status, 103 | 199) {
+                let links: Vec<_> =
+                    answer.headers.iter().filter(|(name, _)| name == "Link").map(|(_, v)| v.as_str()).collect();
+                assert_eq!(links, ["</p?page=2>; rel=next", "</s/redacted>; rel=preload"]);
+                assert_eq!(answer.header("Location"), Some("/l?next=%2Fp&x=1"));
+                assert_eq!(answer.header("X-Kept"), Some("1"));
+            }
+            seen.push(answer.status);
+        };
+        assert_eq!((seen.as_slice(), last.status, last.text().as_str()), (codes, 200, "ok"), "{kind}");
+        assert!(last.header("X-Request-Id").is_some());
+    }
+    // RFC 9110 15.2: none for a client of HTTP/1.0, which would take it for the answer.
+    for kind in ["100", "102", "103", "199", "all"] {
+        for keep_alive in ["", "Connection: keep-alive\n"] {
+            let mut old = gateway.client();
+            old.send_head(&format!("GET /api/v3/{kind} HTTP/1.0\nHost: h\nPRIVATE-TOKEN: {GOOD}\n{keep_alive}\n"));
+            let answer = old.any_answer("GET").unwrap();
+            assert_eq!((answer.status, answer.text().as_str()), (200, "ok"), "{kind}");
+        }
+    }
+}
+
+/// Where a client of somebody else's reads them.
+#[test]
+fn curl_sees_a_clean_interim_answer() {
+    let upstream =
+        Upstream::answering(|_| Reply::raw(&format!("{HINTS}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")));
+    let gateway = Gateway::start(upstream.address, "");
+    let curl = |version: &str| {
+        let output = std::process::Command::new("curl")
+            .args([
+                "-si",
+                version,
+                "-H",
+                &format!("PRIVATE-TOKEN: {GOOD}"),
+                &format!("http://{}{TARGET}", gateway.address),
+            ])
+            .output()
+            .unwrap_or_else(|error| panic!("curl can't be started: {error}; {HINT}"));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let modern = curl("--http1.1");
+    assert!(modern.starts_with("HTTP/1.1 103 Early Hints\r\n") && modern.ends_with("\r\n\r\nok"), "{modern}");
+    assert!(modern.contains("Link: </p?page=2>; rel=next\r\n") && !modern.contains("0001"), "{modern}");
+    let old = curl("--http1.0");
+    assert!(old.starts_with("HTTP/1.1 200 OK\r\n") && old.ends_with("\r\n\r\nok"), "{old}");
+}
+
+#[test]
+fn interim_answers_have_an_end() {
+    let upstream = Upstream::answering(|seen| {
+        let count: usize = seen.target.rsplit('/').next().unwrap().parse().unwrap();
+        let interim = "HTTP/1.1 102 Processing\r\n\r\n".repeat(count);
+        Reply::raw(&format!("{interim}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
+    });
+    let gateway = Gateway::start(upstream.address, "");
+    for (count, status) in [(0, 200), (1, 200), (20, 200), (5_000, 502)] {
+        let mut client = gateway.client();
+        client.send_head(&get(&format!("/api/v3/{count}"), ""));
+        let mut interim = 0;
+        let answer = loop {
+            let answer = client.any_answer("GET").unwrap();
+            if answer.status >= 200 {
+                break answer;
+            }
+            interim += 1;
+        };
+        assert_eq!(answer.status, status, "{count}");
+        assert!(interim <= 64 && (status != 200 || interim == count), "{interim} of {count}");
+    }
+    // The connection to the backend was not used again.
+    assert_eq!(gateway.get("/api/v3/0").text(), "ok");
+}
+
+/// The status line is tollgate's own: a backend's reason phrase is text of its own making.
+#[test]
+fn a_status_line_says_nothing_of_the_backends() {
+    for (answer, line) in [
+        ("HTTP/1.1 200 good-token-0001\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.1 200 OK"),
+        ("HTTP/1.0 404 Nothing\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.1 404 Not Found"),
+        ("HTTP/1.1 299 Odd\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.1 299 "),
+    ] {
+        let gateway = Gateway::start(answering_once(answer.as_bytes()), "");
+        let mut client = gateway.client();
+        client.send_head(&get(TARGET, "Connection: close\n"));
+        let mut whole = String::new();
+        client.socket.read_to_string(&mut whole).unwrap();
+        assert_eq!(whole.split("\r\n").next(), Some(line), "{answer}");
+        assert!(whole.ends_with("\r\n\r\nhi"), "{whole}");
+    }
+}
+
+#[test]
+fn urls_in_answers_lose_credentials_and_nothing_else() {
+    let upstream = Upstream::answering(|seen| {
+        // GitLab 8.5 and later: every parameter of the request, in every link. Here it is the client's header.
+        let fields = seen.header("X-Answer").unwrap().replace('|', "\r\n");
+        Reply::raw(&format!("HTTP/1.1 200 OK\r\n{fields}\r\nContent-Length: 0\r\n\r\n"))
+    });
+    let gateway = Gateway::start(upstream.address, "");
+    let next = "; rel=\"next\"";
+    for (fields, name, expected) in [
+        (format!("Link: <http://h/p?private_token=x&page=2>{next}"), "Link", format!("<http://h/p?page=2>{next}")),
+        (format!("link: <http://h/p?key={GOOD}&page=2>{next}"), "Link", format!("<http://h/p?page=2>{next}")),
+        (
+            format!("Link: <http://h/p?search=private_token&page=2>{next}"),
+            "Link",
+            format!("<http://h/p?search=private_token&page=2>{next}"),
+        ),
+        (
+            "Location: /l?return_to=%2Fp%3Fa%3Dgood%252Dtoken%252D0001".to_owned(),
+            "Location",
+            "/l?return_to=%2Fp".into(),
+        ),
+        (format!("Content-Location: /p?x=1&private_token={GOOD}"), "Content-Location", "/p?x=1".into()),
+        (format!("Content-Location: /p/{GOOD}.json"), "Content-Location", "/p/redacted.json".into()),
+        (format!("Refresh: 5; url=/p?private_token={GOOD}"), "Refresh", "5; url=/p".into()),
+        (
+            format!("Refresh: 0; url=\"/l?to=%2Fp%3Ftoken%3D{GOOD}%26page%3D2\""),
+            "Refresh",
+            "0; url=\"/l?to=%2Fp%3Fpage%3D2\"".into(),
+        ),
+        (format!("Location: http://h/p#{GOOD}"), "Location", "http://h/p#redacted".into()),
+        (format!("X-Other: /p?private_token={GOOD}"), "X-Other", format!("/p?private_token={GOOD}")),
+    ] {
+        let answer_with = format!("X-Answer: {fields}\n");
+        for request in [
+            get(TARGET, &answer_with),
+            format!("GET {TARGET}?private_token={GOOD} HTTP/1.1\nHost: h\n{answer_with}\n"),
+            format!("GET {TARGET}?private_token=good%2Dtoken-0001 HTTP/1.1\nHost: h\n{answer_with}\n"),
+            format!("GET {TARGET} HTTP/1.1\nHost: h\nAuthorization: Bearer {GOOD}\n{answer_with}\n"),
+            format!("GET {TARGET}?private_token={GOOD} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n{answer_with}\n"),
+        ] {
+            let answer = gateway.ask(&request);
+            assert_eq!((answer.status, answer.header(name)), (200, Some(expected.as_str())), "{request}");
+        }
+    }
+    // Several lines keep their number and order.
+    let several = "X-Answer: Link: </a?private_token=x>; rel=a|X-Mid: 1|Link: </b>; rel=b\n";
+    let links: Vec<_> =
+        gateway.ask(&get(TARGET, several)).headers.into_iter().filter(|(name, _)| name == "Link").collect();
+    assert_eq!(links, [("Link".into(), "</a>; rel=a".into()), ("Link".into(), "</b>; rel=b".to_owned())]);
+}
+
+/// Symfony, IIS and others take the path from the first kind, Django, Grafana, Jenkins and others the user from the second.
+#[test]
+fn fields_by_which_a_backend_chooses_a_path_or_a_user_are_dropped() {
+    let upstream = Upstream::start();
+    let names = [
+        "X-Original-URL",
+        "X-Rewrite-URL",
+        "X-Original-URI",
+        "X-Override-URL",
+        "X-HTTP-DestinationURL",
+        "X-Remote-User",
+        "Remote-User",
+        "REMOTE-USER",
+        "X-Forwarded-User",
+        "X-Auth-Request-User",
+        "X-Auth-Request-Email",
+        "x-webauth-user",
+        "X-Authenticated-User",
+        "X-SSL-Client-Cert",
+        "SSL-Client-Verify",
+        "X-Client-Cert",
+        "Client-Cert",
+        "Impersonate-User",
+    ];
+    let lines: String = names.iter().map(|name| format!("{name}: evil\n")).collect();
+    let open = "[[route]]\npath = \"/\"\nauth = \"none\"\nreason = \"web pages\"\n\
+                [[route]]\npath = \"/api/v3/own/*\"\nauth = \"none\"\npass_token = true\nreason = \"checks itself\"\n";
+    let gateway = Gateway::start(upstream.address, open);
+    let mut dropped = 0.0;
+    for target in [TARGET, "/page", "/api/v3/own/x"] {
+        for request in [get(target, &lines), get(target, &format!("Connection: {}\n{lines}", names[0]))] {
+            assert_eq!(gateway.ask(&request).status, 200);
+            let seen = upstream.only();
+            assert!(!seen.head.contains("evil"), "{target}: {}", seen.head);
+            upstream.forget();
+            dropped += names.len() as f64;
+            assert_eq!(gateway.metric("tollgate_dropped_headers_total"), dropped);
+        }
+    }
+    let gateway = Gateway::start(upstream.address, &format!("[token]\npath_and_user_headers = \"allow\"\n{open}"));
+    assert_eq!(gateway.ask(&get(TARGET, &lines)).status, 200);
+    let seen = upstream.only();
+    for name in names.iter().filter(|name| **name != "REMOTE-USER" && **name != "Remote-User") {
+        assert_eq!(seen.header(name), Some("evil"), "{name}");
+    }
+    assert_eq!(seen.all("Remote-User"), ["evil", "evil"]);
+    // Other spellings stay out, with the switch as without.
+    upstream.forget();
+    gateway.ask(&get(TARGET, "X_Original_URL: evil\nRemote_User: evil\nX-Forwarded-Prefix: evil\n"));
+    assert!(!upstream.only().head.contains("evil"));
+}
+
+/// An nginx that appends to what the client claims, as most of its configurations do, and one more behind it. Ended when it
+/// is dropped.
+struct Nginx {
+    address: SocketAddr,
+    child: std::process::Child,
+    _folder: Folder,
+}
+
+impl Nginx {
+    fn before(gateway: SocketAddr) -> Self {
+        let folder = Folder::new("test");
+        let (outer, inner) = (free_port(), free_port());
+        let place = folder.0.display();
+        let server = |port: u16, next: String| {
+            format!(
+                "server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://{next}; proxy_http_version 1.1;\n\
+                 proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Proto HTTPS;\n\
+                 proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for; }} }}\n"
+            )
+        };
+        let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+            .map(|kind| format!("{kind}_temp_path {place}/{kind};\n"))
+            .concat();
+        let config = format!(
+            "daemon off; master_process off; pid {place}/pid; error_log stderr;\nevents {{}}\nhttp {{ access_log off;\n\
+             {temporary}{}{} }}\n",
+            server(outer, format!("127.0.0.1:{inner}")),
+            server(inner, gateway.to_string())
+        );
+        let path = folder.write("nginx.conf", &config);
+        let child = std::process::Command::new("nginx")
+            .arg("-p")
+            .arg(&folder.0)
+            .arg("-c")
+            .arg(path)
+            .stdin(std::process::Stdio::null())
+            .stderr(std::fs::File::create(folder.0.join("stderr")).unwrap())
+            .spawn()
+            .unwrap_or_else(|error| panic!("nginx can't be started: {error}; {HINT}"));
+        let nginx = Self { address: SocketAddr::from((Ipv4Addr::LOCALHOST, outer)), child, _folder: folder };
+        eventually("nginx listens", || TcpStream::connect(nginx.address).is_ok());
+        nginx
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+#[test]
+fn a_client_behind_an_appending_nginx_can_neither_erase_nor_invent_itself() {
+    let upstream = Upstream::start();
+    let config = "[server]\nlisten = [\"@LISTEN@\"]\nthreads = 1\ntrusted_proxies = [\"127.0.0.1\"]\n";
+    let gateway = Gateway::start(upstream.address, config);
+    let nginx = Nginx::before(gateway.address);
+    for (index, (claim, passed)) in [
+        (None, ""),
+        (Some("6.6.6.6"), "6.6.6.6, "),
+        (Some("127.0.0.1"), "127.0.0.1, "),
+        (Some("unknown"), ""),
+        (Some("_hidden"), ""),
+        (Some("<junk>"), ""),
+        (Some("6.6.6.6, unknown"), ""),
+        (Some("unknown, 6.6.6.6:1"), "6.6.6.6, "),
+        (Some("6.6.6.6 7.7.7.7"), ""),
+        (Some(","), ""),
+        (Some("[::1"), ""),
+        (Some("::ffff:6.6.6.6"), "6.6.6.6, "),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut curl = std::process::Command::new("curl");
+        curl.args(["-s", "--interface", "127.0.0.9", "-H", &format!("PRIVATE-TOKEN: {GOOD}"), "-H", "Host: h.test"]);
+        curl.arg(format!("http://{}{TARGET}", nginx.address));
+        if let Some(claim) = claim {
+            curl.args(["-H", &format!("X-Forwarded-For: {claim}")]);
+        }
+        let output = curl.output().unwrap_or_else(|error| panic!("curl can't be started: {error}; {HINT}"));
+        assert_eq!(String::from_utf8_lossy(&output.stdout), "{\"ok\":true}", "{claim:?}");
+        let seen = upstream.only();
+        let chain = format!("{passed}127.0.0.9, 127.0.0.1, 127.0.0.1");
+        assert_eq!(seen.header("X-Forwarded-For"), Some(chain.as_str()), "{claim:?}");
+        assert_eq!((seen.header("X-Forwarded-Proto"), seen.header("X-Forwarded-Port")), (Some("https"), Some("443")));
+        upstream.forget();
+        eventually("the log line", || gateway.access_log().len() == index + 1);
+        assert_eq!(gateway.access_log()[index]["client"].as_str(), Some("127.0.0.9"), "{claim:?}");
     }
 }

@@ -20,6 +20,8 @@ wheel="wheel==0.45.1"
 # themselves, with data of their own (PgBouncer between some of them); openssl makes the certificates for that.
 packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus systemd
   postgresql pgbouncer redis-server openssl)
+# For tests/forwarding.rs: a proxy in front of the gateway, started by the test.
+packages+=(nginx-light)
 
 say() { echo "install: $*"; }
 fail() { echo "install: FAILED: $*" >&2; exit 1; }
@@ -71,9 +73,9 @@ install_packages() {
     || fail "apt-get install ${wanted[*]}: see the lines above; needs Debian 12 or something close to it"
   # Not now, and not at the next boot either.
   local package
-  for package in prometheus postgresql pgbouncer redis-server; do
+  for package in prometheus postgresql pgbouncer redis-server nginx-light; do
     if [[ " ${wanted[*]} " == *" $package "* ]] && command -v systemctl >/dev/null; then
-      as_root systemctl --quiet disable "$package.service" 2>/dev/null || say "note: $package.service could not be disabled"
+      as_root systemctl --quiet disable "${package%-light}.service" 2>/dev/null || say "note: $package.service could not be disabled"
     fi
   done
   restore_policy

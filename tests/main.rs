@@ -24,6 +24,7 @@ mod operations;
 mod paging;
 mod rack;
 mod real_clients;
+mod reload;
 mod scopes;
 mod slow;
 mod smoke;

@@ -42,6 +42,11 @@ section! {
         /// Let CORS preflights (OPTIONS with Origin and Access-Control-Request-Method) pass without a token, as
         /// browsers never send one with them.
         cors_preflight: bool = "false",
+        /// Origins whose pages may read the answers that tollgate gives itself (401, 404, 502 …), like
+        /// `"https://app.example"`, exactly as a browser writes them; or `"*"` alone for every page. They get
+        /// Access-Control-Allow-Origin and the exposed headers, never a permission to send credentials along. For its own
+        /// answers the backend says so itself.
+        cors_origins: Vec<String> = "[]",
         /// What scopes mean: "none" (a valid token may do everything, unless there are [[scope]] entries) or "gitlab" (`api`
         /// everything, `read_api` GET and HEAD, `read_user` GET under `/user` and `/users`, `sudo` acting as others).
         scopes: ScopePreset = r#""none""#,
@@ -94,6 +99,9 @@ section! {
         cookies: Strip = r#""strip""#,
         /// Authorization headers that carry no token: "strip" or "allow".
         authorization: Strip = r#""strip""#,
+        /// Headers by which some backends choose another path or user than the one that was judged, like X-Original-URL,
+        /// X-Rewrite-URL, Remote-User, X-WebAuth-User or X-SSL-Client-Cert: "strip" or "allow". docs/security.md has the list.
+        path_and_user_headers: Strip = r#""strip""#,
         /// Answer requests that carry their token in the query with a `Deprecation` header.
         query_deprecation: bool = "false",
     }

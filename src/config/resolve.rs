@@ -10,6 +10,7 @@ use crate::forward::{Credential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::identity::store::NamedStore;
 use crate::policy::{Policy, ScopeRule, Scopes};
+use crate::reply::cors::{Cors, wrong_origin};
 use crate::request::body::{BodyRules, Keys, UntypedBody};
 use crate::request::origin::TrustedProxies;
 use crate::request::page::{PageRules, Pagination, TooDeep};
@@ -31,6 +32,7 @@ pub struct Settings {
     pub rules: Rules,
     pub policy: Policy,
     pub forward: ForwardRules,
+    pub cors: Cors,
     pub stores: Vec<NamedStore>,
     /// Where the cache is kept over a restart.
     pub snapshot: Option<PathBuf>,
@@ -62,6 +64,7 @@ pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -
         job_token: file.token.job_token == Switch::Allow,
         cookies: file.token.cookies == Strip::Allow,
         authorization: file.token.authorization == Strip::Allow,
+        path_and_user_headers: file.token.path_and_user_headers == Strip::Allow,
     };
     let token = TokenRules { header: file.token.header.0.clone(), bearer: file.token.bearer };
     let names = Names { token: file.token.query.0.clone() };
@@ -92,6 +95,7 @@ pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -
             trusted: trusted(&file.server.trusted_proxies),
             deprecate_query_token: file.token.query_deprecation,
         },
+        cors: check.cors(&file.api),
         policy: Policy { switches, scopes: check.scopes(file) },
         stores: check.stores(file, folder, &upstreams),
         snapshot: Some(&file.cache.snapshot).filter(|path| !path.is_empty()).map(|path| folder.join(path)),
@@ -167,6 +171,29 @@ impl Check<'_> {
         let threads =
             if file.server.threads == 0 { cores } else { usize::try_from(file.server.threads).unwrap_or(cores) };
         ServerSettings { listen, admin, threads, grace: file.server.shutdown_grace }
+    }
+
+    fn cors(&mut self, api: &file::Api) -> Cors {
+        match api.cors_origins.as_slice() {
+            [] => Cors::Off,
+            [all] if all == "*" => Cors::Anybody,
+            origins => {
+                let mut wrong = |why: String, instead| self.problem(api.line, "api.cors_origins", why, instead);
+                for (index, origin) in origins.iter().enumerate() {
+                    if origin == "*" {
+                        wrong(
+                            "has \"*\" beside other origins".into(),
+                            "\"*\" alone lets every page read, or name each origin",
+                        );
+                    } else if let Some((why, instead)) = wrong_origin(origin) {
+                        wrong(why, instead);
+                    } else if origins[..index].contains(origin) {
+                        wrong(format!("\"{origin}\" stands there twice"), "once is enough");
+                    }
+                }
+                Cors::Origins(origins.iter().map(|origin| origin.as_str().into()).collect())
+            }
+        }
     }
 
     fn limits(&mut self, limits: &file::Limits) -> Limits {

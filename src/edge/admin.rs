@@ -35,7 +35,10 @@ pub(super) struct AdminGate {
 impl ServerApp for AdminGate {
     async fn process_new(self: &Arc<Self>, socket: Stream, _shutdown: &ShutdownWatch) -> Option<Stream> {
         let mut client = ClientStream::new(socket);
-        while let Head::Complete(bytes) = client.read_head(&LIMITS, std::future::pending()).await {
+        while let Head::Complete(bytes) = client.read_head(|| LIMITS, std::future::pending()).await {
+            if LIMITS.judge(&bytes).is_some() {
+                break;
+            }
             let Ok(view) = head::parse(&bytes) else { break };
             let snapshot = self.snapshot.load_full();
             let operator = Operator {

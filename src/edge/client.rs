@@ -64,8 +64,20 @@ pub(super) struct HeadLimits {
     pub(super) idle_timeout: Duration,
 }
 
+impl HeadLimits {
+    /// Whether a whole head is within the limits, and if not, why.
+    pub(super) fn judge(&self, head: &[u8]) -> Option<Head> {
+        (head.len() > self.header_bytes).then(|| self.too_large(head))
+    }
+
+    fn too_large(&self, head: &[u8]) -> Head {
+        let line = memchr::memchr(b'\n', head).unwrap_or(head.len());
+        if line > self.target_bytes.saturating_add(64) { Head::TargetTooLong } else { Head::TooLarge }
+    }
+}
+
 pub(super) enum Head {
-    /// A whole head, its empty line included.
+    /// A whole head, its empty line included, of whatever size.
     Complete(Bytes),
     TooLarge,
     TargetTooLong,
@@ -87,20 +99,26 @@ impl ClientStream {
         self.peer
     }
 
-    /// Reads the head of the next request. `stop` ends the wait for a request that has not begun.
-    pub(super) async fn read_head(&mut self, limits: &HeadLimits, stop: impl Future<Output = ()>) -> Head {
+    /// Reads the head of the next request. `stop` ends the wait for a request that has not begun. The limits are asked for
+    /// again and again, as a reload may change them during the wait: times are those that hold when they begin to run,
+    /// sizes those that hold when the bytes are there. A whole head may still be too large: [`HeadLimits::judge`].
+    pub(super) async fn read_head(&mut self, limits: impl Fn() -> HeadLimits, stop: impl Future<Output = ()>) -> Head {
         let mut scanned = 0;
         let first = self.served == 0;
-        let mut deadline = (first || !self.ahead.is_empty()).then(|| Instant::now() + limits.header_timeout);
+        let mut deadline = None;
         tokio::pin!(stop);
         loop {
-            if let Some(head) = self.take_head(limits, scanned) {
+            let begun = !self.ahead.is_empty();
+            if begun && let Some(bytes) = self.take_head(scanned) {
                 self.served += 1;
+                return Head::Complete(bytes);
+            }
+            let limits = limits();
+            if begun && let Some(head) = self.judge_unfinished(&limits, scanned) {
                 return head;
             }
             scanned = self.ahead.len();
-            let begun = scanned > 0;
-            if begun && deadline.is_none() {
+            if (begun || first) && deadline.is_none() {
                 deadline = Some(Instant::now() + limits.header_timeout);
             }
             let patience =
@@ -121,18 +139,23 @@ impl ClientStream {
         }
     }
 
-    /// The head, when all of it is there; or why it will never be.
-    fn take_head(&mut self, limits: &HeadLimits, scanned: usize) -> Option<Head> {
-        match head::end_of_head(&self.ahead, scanned) {
-            Some(end) if end <= limits.header_bytes => Some(Head::Complete(self.ahead.split_to(end).freeze())),
-            None if self.ahead.len() < limits.header_bytes => {
-                head::is_hopeless(&self.ahead, scanned).then_some(Head::Malformed(HeadFault::RequestLine))
-            }
-            _ => {
-                let line = memchr::memchr(b'\n', &self.ahead).unwrap_or(self.ahead.len());
-                Some(if line > limits.target_bytes.saturating_add(64) { Head::TargetTooLong } else { Head::TooLarge })
-            }
+    /// The head, when all of it is there.
+    fn take_head(&mut self, scanned: usize) -> Option<Bytes> {
+        let end = head::end_of_head(&self.ahead, scanned)?;
+        Some(self.ahead.split_to(end).freeze())
+    }
+
+    /// Why a head that has not ended will never be taken.
+    fn judge_unfinished(&self, limits: &HeadLimits, scanned: usize) -> Option<Head> {
+        if self.ahead.len() >= limits.header_bytes {
+            return Some(limits.too_large(&self.ahead));
         }
+        head::is_hopeless(&self.ahead, scanned).then_some(Head::Malformed(HeadFault::RequestLine))
+    }
+
+    /// What was read of a head that was not taken.
+    pub(super) fn unread(&self) -> &[u8] {
+        &self.ahead
     }
 
     async fn fill(&mut self) -> io::Result<usize> {

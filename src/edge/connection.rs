@@ -3,16 +3,17 @@
 //! come in, whichever lane they go out by.
 
 use super::client::{ClientStream, Head};
-use super::proxy::{MainLane, Ticket};
+use super::proxy::{LogFacts, MainLane, OwnToken, Place, Ticket};
 use super::{Lifecycle, Snapshot};
 use crate::Now;
 use crate::forward::{Plan, request_id};
 use crate::pipeline::{Admission, Refused, Verdict, source_label};
+use crate::reply::cors::CorsGrant;
 use crate::reply::{Cause, Envelope, Refusal};
 use crate::request;
 use crate::request::head;
 use crate::request::origin::Origin;
-use crate::request::view::{Method, RequestView, Version};
+use crate::request::view::{FieldKind, Method, RequestView, Version};
 use crate::telemetry::access_log::Entry;
 use crate::telemetry::metrics::{Guard, TokenSource};
 use arc_swap::ArcSwap;
@@ -40,19 +41,24 @@ impl ServerApp for Gate {
         let _open = self.snapshot.load().pipeline.metrics.connection_opened();
         let mut client = ClientStream::new(socket);
         loop {
+            let head = client.read_head(|| self.snapshot.load().head_limits(), self.lifecycle.draining()).await;
+            // Never before the wait: it may take minutes, and what a reload closed meanwhile must be closed.
             let snapshot = self.snapshot.load_full();
-            let head = client.read_head(&snapshot.head_limits(), self.lifecycle.draining()).await;
             let arrival = Arrival::new(&snapshot);
-            let bytes = match head {
-                Head::Complete(bytes) => bytes,
+            match head {
+                Head::Complete(bytes) => match snapshot.head_limits().judge(&bytes) {
+                    None => client = self.exchange(client, bytes, arrival, snapshot, shutdown).await?,
+                    Some(fault) => {
+                        arrival.refuse_unread(client, &snapshot, unread(&fault), Some(&bytes)).await;
+                        break;
+                    }
+                },
                 Head::Closed => break,
-                other => {
-                    arrival.refuse_unread(&mut client, &snapshot, unread(&other)).await;
-                    client.close().await;
+                fault => {
+                    arrival.refuse_unread(client, &snapshot, unread(&fault), None).await;
                     break;
                 }
-            };
-            client = self.exchange(client, bytes, arrival, snapshot, shutdown).await?;
+            }
         }
         None
     }
@@ -82,8 +88,7 @@ impl Gate {
         let view = match head::parse(&bytes) {
             Ok(view) => view,
             Err(fault) => {
-                arrival.refuse_unread(&mut client, &snapshot, fault.into()).await;
-                client.close().await;
+                arrival.refuse_unread(client, &snapshot, fault.into(), Some(&bytes)).await;
                 return None;
             }
         };
@@ -142,11 +147,20 @@ impl Arrival {
         Self { now: super::now(), started: Instant::now(), in_flight: snapshot.pipeline.metrics.request_started() }
     }
 
-    /// Answers a request whose head could not be read. Whoever sent it may not get to see the answer.
-    async fn refuse_unread(self, client: &mut ClientStream, snapshot: &Snapshot, fault: request::Fault) {
+    /// Answers a request whose head could not be read, and ends the connection. `whole` is the head if it came to its end.
+    /// Whoever sent it may not get to see the answer.
+    async fn refuse_unread(
+        self,
+        mut client: ClientStream,
+        snapshot: &Snapshot,
+        fault: request::Fault,
+        whole: Option<&Bytes>,
+    ) {
         let refusal = Refusal::from(Cause::Request(fault));
         let id = new_request_id();
-        let bytes = render(refusal, false, true, &id);
+        let read = whole.map_or(client.unread(), |head| head);
+        let grant = snapshot.pipeline.cors.grant(head::origins_of_unparsed(read));
+        let bytes = render(refusal, head::asks_for_head(read), true, &id, snapshot, grant);
         let peer = client.peer();
         // A client that is gone reads nothing; the log line below says all that is left to say.
         drop(client.write(&bytes).await);
@@ -164,6 +178,7 @@ impl Arrival {
             bytes_sent: bytes.len() as u64,
             ..Entry::default()
         });
+        client.close().await;
     }
 
     #[expect(clippy::too_many_arguments, reason = "what a log line wants to know; a struct for it would have one user")]
@@ -180,7 +195,7 @@ impl Arrival {
         let refusal = refused.refusal;
         let close =
             refusal.must_close() || !view.keep_alive || !ClientStream::can_skip(view.body, view.expects_continue);
-        let answer = render(refusal, view.method == Method::Head, close, id);
+        let answer = render(refusal, view.method == Method::Head, close, id, snapshot, grant(view, snapshot));
         let written = client.write(&answer).await.is_ok();
         let took = self.started.elapsed();
         snapshot.count(refused.route, view.method, refusal.status(), took);
@@ -226,10 +241,12 @@ impl Arrival {
         let route = snapshot.route_index(plan.route);
         let from_query = plan.from_query();
         let source = source_label(plan.presented.as_ref().map(|presented| presented.source));
-        let permit = plan.permit;
+        let token = plan.presented.map(|presented| OwnToken::of(presented.value, head));
         Ticket {
             route,
-            permit,
+            permit: plan.permit,
+            token,
+            grant: grant(view, &snapshot),
             body: plan.body,
             keep_alive: view.keep_alive,
             http10: view.version == Version::Http10,
@@ -237,10 +254,11 @@ impl Arrival {
             method: view.method,
             source,
             client: origin.client,
-            log: snapshot.log.is_on().then(|| super::proxy::LogFacts {
-                target: head.slice_ref(view.target),
-                user_agent: head.slice_ref(user_agent(view)),
+            log: snapshot.log.is_on().then(|| LogFacts {
+                target: Place::of(view.target, head),
+                user_agent: Place::of(user_agent(view), head),
             }),
+            head: head.clone(),
             request_id,
             tunnel,
             now: self.now,
@@ -251,11 +269,24 @@ impl Arrival {
     }
 }
 
-fn render(refusal: Refusal, head_only: bool, close: bool, request_id: &str) -> Vec<u8> {
+fn render(
+    refusal: Refusal,
+    head_only: bool,
+    close: bool,
+    request_id: &str,
+    snapshot: &Snapshot,
+    grant: CorsGrant,
+) -> Vec<u8> {
     let date = get_cached_date();
+    let date = date.to_str().unwrap_or_default();
     let mut out = Vec::with_capacity(384);
-    refusal.write(&Envelope { head_only, close, date: date.to_str().unwrap_or_default(), request_id }, &mut out);
+    refusal.write(&Envelope { head_only, close, date, request_id, cors: &snapshot.pipeline.cors, grant }, &mut out);
     out
+}
+
+/// Whether the page that sent a request may read an answer of tollgate's own.
+fn grant(view: &RequestView<'_>, snapshot: &Snapshot) -> CorsGrant {
+    snapshot.pipeline.cors.grant(view.fields_of(FieldKind::Origin).map(|field| field.value))
 }
 
 /// 128 random bits in hex.

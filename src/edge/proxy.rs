@@ -5,16 +5,18 @@
 use super::{Lifecycle, Snapshot};
 use crate::Now;
 use crate::policy::Permit;
-use crate::reply::{Cause, Refusal, UpstreamFault, headers};
+use crate::reply::answer::{self, AnswerKind, Credentials, Fate, UrlField};
+use crate::reply::cors::CorsGrant;
+use crate::reply::{Cause, Refusal, UpstreamFault};
 use crate::request::body::BodyScanner;
 use crate::request::head;
-use crate::request::query::Names;
 use crate::request::view::Method;
 use crate::request::{self};
 use crate::telemetry::access_log::Entry;
 use crate::telemetry::metrics::{Guard, TokenSource, UpstreamError};
 use async_trait::async_trait;
 use bytes::Bytes;
+use http::Version;
 use http::header::{self, HeaderName};
 use pingora::http::ResponseHeader;
 use pingora::modules::http::HttpModules;
@@ -25,6 +27,7 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 use smallvec::SmallVec;
 use std::any::Any;
+use std::borrow::Cow;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -35,6 +38,8 @@ use std::time::{Duration, Instant};
 pub(super) const MAX_ATTEMPTS: usize = 3;
 /// Pause that a client may make within a body.
 const BODY_READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// Interim answers to one request. A backend that sends more keeps a client busy and never answers.
+const MAX_INTERIM_ANSWERS: usize = 64;
 /// Time for the backend or the client to take a piece of body.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -51,7 +56,13 @@ pub(super) struct Ticket {
     pub(super) method: Method,
     pub(super) source: TokenSource,
     pub(super) client: Option<IpAddr>,
+    /// The request's head as it came; the places below are in it.
+    pub(super) head: Bytes,
+    /// Must not leave in the answer.
+    pub(super) token: Option<OwnToken>,
     pub(super) log: Option<LogFacts>,
+    /// Whether a page may read what is said when the backend fails.
+    pub(super) grant: CorsGrant,
     pub(super) request_id: String,
     /// Raised when the backend has agreed to a WebSocket. `None`: the client asked for none.
     pub(super) tunnel: Option<Arc<AtomicBool>>,
@@ -61,10 +72,55 @@ pub(super) struct Ticket {
     pub(super) snapshot: Arc<Snapshot>,
 }
 
-/// Slices of the request's head that only the log needs.
+/// What of the request's head only the log needs.
 pub(super) struct LogFacts {
-    pub(super) target: Bytes,
-    pub(super) user_agent: Bytes,
+    pub(super) target: Place,
+    pub(super) user_agent: Place,
+}
+
+/// Where in the request's head something stands: cheaper than a slice that keeps the head alive by itself.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    start: u32,
+    length: u32,
+}
+
+impl Place {
+    /// Takes a part of the head.
+    pub(super) fn of(part: &[u8], head: &[u8]) -> Self {
+        let start = part.as_ptr().addr().wrapping_sub(head.as_ptr().addr());
+        // What is no part of a head, which the configuration keeps below 1 MiB, is nowhere.
+        Self { start: u32::try_from(start).unwrap_or(u32::MAX), length: u32::try_from(part.len()).unwrap_or(u32::MAX) }
+    }
+
+    fn within(self, head: &[u8]) -> &[u8] {
+        head.get(self.start as usize..).and_then(|rest| rest.get(..self.length as usize)).unwrap_or_default()
+    }
+}
+
+/// The token of a request. Its type prints nothing, and it lives as long as the exchange.
+pub(super) enum OwnToken {
+    InHead(Place),
+    /// It was written with escapes.
+    Decoded(Box<[u8]>),
+}
+
+impl OwnToken {
+    pub(super) fn of(token: Cow<'_, [u8]>, head: &[u8]) -> Self {
+        match token {
+            Cow::Borrowed(token) => Self::InHead(Place::of(token, head)),
+            Cow::Owned(token) => Self::Decoded(token.into()),
+        }
+    }
+}
+
+impl Ticket {
+    fn token(&self) -> Option<&[u8]> {
+        self.token.as_ref().map(|token| match token {
+            OwnToken::InHead(place) => place.within(&self.head),
+            OwnToken::Decoded(token) => token,
+        })
+    }
 }
 
 pub(super) struct MainLane {
@@ -76,6 +132,7 @@ pub(super) struct MainLane {
 pub(super) struct Exchange {
     ticket: Option<Box<Ticket>>,
     attempts: usize,
+    interim_answers: usize,
     /// This attempt's own walk over the body: a retry sends the body again.
     scanner: Option<BodyScanner>,
     body_bytes: u64,
@@ -118,6 +175,8 @@ impl ProxyHttp for MainLane {
         session.set_read_timeout(ticket.tunnel.is_none().then_some(BODY_READ_TIMEOUT));
         session.set_write_timeout(Some(WRITE_TIMEOUT));
         session.set_total_drain_timeout(Some(Duration::from_secs(5)));
+        // HTTP/1.0 knows no interim answers.
+        session.set_ignore_info_resp(ticket.http10);
         ctx.ticket = Some(ticket);
     }
 
@@ -204,8 +263,13 @@ impl ProxyHttp for MainLane {
         let mut codings = answer.headers.get_all(header::TRANSFER_ENCODING).iter();
         let plain_coding = codings.next().is_none_or(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"));
         let doubtful = !plain_length || !plain_coding || lengths.next().is_some() || codings.next().is_some();
-        let unasked = answer.status == http::StatusCode::SWITCHING_PROTOCOLS && !wants_tunnel;
-        if doubtful || unasked {
+        // Chunks came with HTTP/1.1: who sends them under the older name may mean something else.
+        let doubtful =
+            doubtful || (answer.version != Version::HTTP_11 && answer.headers.contains_key(header::TRANSFER_ENCODING));
+        let kind = AnswerKind::of(answer.status.as_u16());
+        let unasked = kind == AnswerKind::Switching && !wants_tunnel;
+        ctx.interim_answers += usize::from(kind == AnswerKind::Interim);
+        if doubtful || unasked || ctx.interim_answers > MAX_INTERIM_ANSWERS {
             return ctx.break_off(Cause::Upstream(UpstreamFault::Malformed));
         }
         Ok(())
@@ -218,11 +282,11 @@ impl ProxyHttp for MainLane {
         ctx: &mut Exchange,
     ) -> Result<()> {
         let ticket = ctx.ticket()?;
-        let switching = answer.status == http::StatusCode::SWITCHING_PROTOCOLS;
-        if answer.status.is_informational() && !switching {
+        let kind = AnswerKind::of(answer.status.as_u16());
+        clean(answer, kind, ticket)?;
+        if kind == AnswerKind::Interim {
             return Ok(());
         }
-        clean(answer, switching, &ticket.snapshot.pipeline.rules.names)?;
         if self.lifecycle.is_draining() {
             session.set_keepalive(None);
         }
@@ -235,7 +299,9 @@ impl ProxyHttp for MainLane {
             answer.remove_header(&header::TRANSFER_ENCODING);
             session.set_keepalive(None);
         }
-        if switching && let Some(tunnel) = &ticket.tunnel {
+        if kind == AnswerKind::Switching
+            && let Some(tunnel) = &ticket.tunnel
+        {
             tunnel.store(true, Ordering::Release);
         }
         Ok(())
@@ -293,9 +359,8 @@ impl ProxyHttp for MainLane {
         if session.response_written().is_some_and(|answer| !answer.status.is_informational()) {
             return gone;
         }
-        let request_id = ctx.ticket.as_ref().map_or("", |ticket| &ticket.request_id);
         session.set_keepalive(None);
-        match write_refusal(session, refusal, request_id).await {
+        match write_refusal(session, refusal, ctx.ticket.as_deref()).await {
             Ok(()) => FailToProxy { error_code: refusal.status(), can_reuse_downstream: false },
             Err(_) => gone,
         }
@@ -315,7 +380,7 @@ impl ProxyHttp for MainLane {
             request_id: &ticket.request_id,
             client: ticket.client,
             method: ticket.method.as_str().as_bytes(),
-            target: &facts.target,
+            target: facts.target.within(&ticket.head),
             route: snapshot.route_name(ticket.route),
             status,
             reason: ctx.reason.unwrap_or(if error.is_some() { "failed" } else { "ok" }),
@@ -326,7 +391,7 @@ impl ProxyHttp for MainLane {
             duration: took,
             bytes_received: session.body_bytes_read() as u64,
             bytes_sent: session.body_bytes_sent() as u64,
-            user_agent: &facts.user_agent,
+            user_agent: facts.user_agent.within(&ticket.head),
         });
     }
 
@@ -341,57 +406,77 @@ impl ProxyHttp for MainLane {
     }
 }
 
-/// Takes out what ends here, what servers behind the gateway say to each other, and tokens in links. Looks at every
-/// field once: most answers have nothing to take out.
-fn clean(answer: &mut ResponseHeader, switching: bool, names: &Names) -> Result<()> {
+/// Takes out what ends here, what servers behind the gateway say to each other, and credentials in URLs. Looks at every
+/// field once: most answers have nothing to take out. The status line is tollgate's own, not the backend's text.
+fn clean(answer: &mut ResponseHeader, kind: AnswerKind, ticket: &Ticket) -> Result<()> {
+    answer.set_version(Version::HTTP_11);
+    answer.set_reason_phrase(None)?;
     let mut unwanted: SmallVec<[HeaderName; 4]> = SmallVec::new();
-    let (mut links, mut nominates) = (false, false);
+    let mut urls: SmallVec<[UrlField; 4]> = SmallVec::new();
+    let mut nominates = false;
     for name in answer.headers.keys() {
-        match name.as_str() {
-            "link" | "location" => links = true,
-            "connection" => nominates = true,
-            "keep-alive" | "proxy-connection" | "te" | "trailer" => unwanted.push(name.clone()),
-            "upgrade" if !switching => unwanted.push(name.clone()),
-            name_text if headers::INTERNAL.contains(&name_text) => unwanted.push(name.clone()),
-            _ => {}
+        match answer::fate(name.as_str(), kind) {
+            Fate::Keep => {}
+            Fate::Drop => unwanted.push(name.clone()),
+            Fate::Clean(field) => urls.push(field),
+            Fate::Nominates => nominates = true,
         }
     }
-    if nominates && !switching {
+    if nominates && kind != AnswerKind::Switching {
         let options =
             answer.headers.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|b| *b == b','));
-        let kept = |name: &HeaderName| matches!(name.as_str(), "content-length" | "transfer-encoding" | "date");
-        unwanted.extend(
-            options.filter_map(|option| HeaderName::from_bytes(option.trim_ascii()).ok()).filter(|name| !kept(name)),
-        );
+        let names = options.filter_map(|option| HeaderName::from_bytes(option.trim_ascii()).ok());
+        unwanted.extend(names.filter(|name| answer::may_nominate(name.as_str())));
+        // For a final answer, the framework writes its own.
+        unwanted.push(header::CONNECTION);
     }
     for name in unwanted {
         answer.remove_header(&name);
     }
-    if links {
-        for name in [header::LINK, header::LOCATION] {
-            let values: Vec<_> = answer.headers.get_all(&name).iter().map(|value| value.as_bytes().to_vec()).collect();
-            let clean: Vec<_> = values.iter().map(|value| headers::without_tokens(value, names)).collect();
-            if clean.iter().any(Option::is_some) {
-                answer.remove_header(&name);
-                for (value, clean) in values.into_iter().zip(clean) {
-                    answer.append_header(name.clone(), clean.unwrap_or(value))?;
-                }
-            }
+    if urls.is_empty() {
+        return Ok(());
+    }
+    let rules = &ticket.snapshot.pipeline.rules;
+    let route = ticket.route.and_then(|index| rules.routes.get(index));
+    let credentials = Credentials {
+        names: &rules.names,
+        token: ticket.token(),
+        fragments_pass: route.is_some_and(|route| route.is_web_page()),
+    };
+    for field in urls {
+        let values = answer.headers.get_all(field.name());
+        let clean: SmallVec<[Option<Vec<u8>>; 2]> =
+            values.iter().map(|value| answer::without_credentials(value.as_bytes(), field, &credentials)).collect();
+        if clean.iter().all(Option::is_none) {
+            continue;
+        }
+        let values: SmallVec<[Vec<u8>; 2]> =
+            values.iter().zip(clean).map(|(value, clean)| clean.unwrap_or_else(|| value.as_bytes().to_vec())).collect();
+        answer.remove_header(field.name());
+        for value in values {
+            answer.append_header(field.name(), value)?;
         }
     }
     Ok(())
 }
 
-async fn write_refusal(session: &mut Session, refusal: Refusal, request_id: &str) -> Result<()> {
-    let mut head = ResponseHeader::build(refusal.status(), Some(8))?;
+async fn write_refusal(session: &mut Session, refusal: Refusal, ticket: Option<&Ticket>) -> Result<()> {
+    let mut head = ResponseHeader::build(refusal.status(), Some(12))?;
     // First, as in the refusals that `connection` writes: the order of fields must not tell which rule was hit.
     head.insert_header("Date", get_cached_date())?;
     for (name, value) in refusal.fields() {
         head.insert_header(name, value)?;
     }
-    head.insert_header("X-Request-Id", request_id)?;
+    if let Some(ticket) = ticket {
+        for (name, value) in ticket.snapshot.pipeline.cors.fields(ticket.grant) {
+            head.insert_header(name, value)?;
+        }
+    }
+    head.insert_header("X-Request-Id", ticket.map_or("", |ticket| &ticket.request_id))?;
     session.write_response_header(Box::new(head), false).await?;
-    session.write_response_body(Some(Bytes::from(refusal.body())), true).await
+    let has_body = ticket.is_none_or(|ticket| ticket.method != Method::Head);
+    let body = has_body.then(|| Bytes::from(refusal.body()));
+    session.write_response_body(body, true).await
 }
 
 /// What a failure of the framework means to the client; `None` when there is no client any more.

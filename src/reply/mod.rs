@@ -1,6 +1,7 @@
 //! 5 WHAT WE SAY BACK. Every no in one place, and what must not leave in a backend's answer. Pure: bytes out, no socket.
 
-pub mod headers;
+pub mod answer;
+pub mod cors;
 mod refusal;
 
 pub use refusal::{Cause, Envelope, Refusal, UpstreamFault};

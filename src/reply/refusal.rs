@@ -1,6 +1,7 @@
 //! Every refusal: its status, what the client reads, and the reason that only the log and the metric get.
 //! One match without a wildcard, so that a new fault anywhere does not compile until it has an answer here.
 
+use super::cors::{Cors, CorsGrant};
 use crate::identity::{CannotTell, Invalid};
 use crate::policy;
 use crate::request::body::BodyFault;
@@ -60,6 +61,8 @@ pub struct Envelope<'a> {
     /// `Date`, as RFC 9110 has it.
     pub date: &'a str,
     pub request_id: &'a str,
+    pub cors: &'a Cors,
+    pub grant: CorsGrant,
 }
 
 impl Refusal {
@@ -216,6 +219,9 @@ impl Refusal {
         for (name, value) in self.fields() {
             put(&[name, ": ", &value, "\r\n"]);
         }
+        for (name, value) in envelope.cors.fields(envelope.grant) {
+            put(&[name, ": ", value, "\r\n"]);
+        }
         let connection = if envelope.close { "close" } else { "keep-alive" };
         put(&["X-Request-Id: ", envelope.request_id, "\r\nConnection: ", connection, "\r\n\r\n"]);
         if !envelope.head_only {
@@ -250,7 +256,9 @@ mod tests {
 
     fn written(cause: Cause, head_only: bool, close: bool) -> String {
         let mut out = Vec::new();
-        Refusal::from(cause).write(&Envelope { head_only, close, date: "D", request_id: "id" }, &mut out);
+        let (cors, grant) = (&Cors::Off, CorsGrant::Off);
+        let envelope = Envelope { head_only, close, date: "D", request_id: "id", cors, grant };
+        Refusal::from(cause).write(&envelope, &mut out);
         String::from_utf8(out).unwrap()
     }
 

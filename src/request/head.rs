@@ -54,6 +54,23 @@ pub fn is_hopeless(bytes: &[u8], scanned: usize) -> bool {
     !begins_well || ends.any(|at| at == 0 || bytes[at - 1] != b'\r')
 }
 
+/// Whether what was read of a head that can't be parsed asks for HEAD, as far as that can be told: an answer then has no
+/// body, or the client would take it for the beginning of the next answer.
+pub fn asks_for_head(read: &[u8]) -> bool {
+    let start = read.iter().position(|b| !matches!(b, b'\r' | b'\n')).unwrap_or(read.len());
+    let method = read[start..].split(|b| !is_token_byte(*b)).next();
+    method == Some(b"HEAD")
+}
+
+/// The values of Origin in what was read of a head that can't be parsed. Lines, as a browser writes them: others have no
+/// use for what they say.
+pub fn origins_of_unparsed(read: &[u8]) -> impl Iterator<Item = &[u8]> {
+    read.split(|b| *b == b'\n').skip(1).filter_map(|line| {
+        let (line, at) = (line.strip_suffix(b"\r")?, memchr::memchr(b':', line)?);
+        line[..at].eq_ignore_ascii_case(b"origin").then(|| trim_blanks(&line[at + 1..]))
+    })
+}
+
 fn leading_empty_lines(bytes: &[u8]) -> usize {
     let mut at = 0;
     while at < 2 * MAX_LEADING_EMPTY_LINES && bytes.get(at..at + 2) == Some(b"\r\n") {
@@ -445,6 +462,33 @@ mod tests {
             fault("POST / HTTP/1.1\nHost: h\nContent-Type: a/b\nContent-Type: a/b\n\n"),
             Some(HeadFault::ContentType)
         );
+    }
+
+    #[test]
+    fn what_can_be_told_of_a_head_that_is_none() {
+        for read in [
+            "HEAD / HTTP/1.1\r\nHost",
+            "\r\n\r\n\nHEAD x",
+            "HEAD\t/",
+            "HEAD  / HTTP/1.1",
+            "HEAD",
+            "HEAD\r\n",
+            "HEAD /\0",
+        ] {
+            assert!(asks_for_head(read.as_bytes()), "{read:?}");
+        }
+        for read in ["", "GET HEAD", "head /", "HEADER / HTTP/1.1", "HEAD-X /", " HEAD /", "\r\n", "HE"] {
+            assert!(!asks_for_head(read.as_bytes()), "{read:?}");
+        }
+        let origins = |read: &'static str| origins_of_unparsed(read.as_bytes()).collect::<Vec<_>>();
+        assert_eq!(origins("GET / HTTP/1.1\r\nHost: h\r\nORIGIN: \thttps://a.test \r\nX"), [b"https://a.test"]);
+        assert_eq!(origins("GET / HTTP/1.1\r\nOrigin: a\r\norigin:b\r\n\r\n"), [b"a", b"b"]);
+        // Not all of it came, or it is something else.
+        for read in
+            ["Origin: a\r\n", "GET / HTTP/1.1\r\nOrigin: https://a.te", "G\r\nX-Origin: a\r\n", "G\r\nOrigin : a\r\n"]
+        {
+            assert_eq!(origins(read), Vec::<&[u8]>::new(), "{read:?}");
+        }
     }
 
     #[test]

@@ -60,6 +60,8 @@ pub struct Switches {
     pub cookies: bool,
     /// Authorization with another scheme than Bearer.
     pub authorization: bool,
+    /// Headers by which some backends choose a path or a user.
+    pub path_and_user_headers: bool,
 }
 
 /// Why a request can't be taken further, from its own bytes.

@@ -161,22 +161,33 @@ pub enum FieldKind {
     Identity,
     /// Headers that only a server behind the gateway may say to another: X-Sendfile-Type, X-Accel-*, Gitlab-Workhorse*.
     Internal,
+    /// By which some backends choose a path, a host, a method or a user: none that was judged here.
+    PathOrUser,
     /// A name with a byte other than a letter, a digit or `-`. CGI folds `_` (and some servers `.`) into `-`, so the
     /// backend could read it as any other header: never forwarded.
     Alias,
 }
 
+/// Letters, digits and `-`. A table, as every byte of every name is looked at.
+const PLAIN: [bool; 256] = {
+    let mut plain = [false; 256];
+    let mut byte = 0;
+    while byte < plain.len() {
+        plain[byte] = (byte as u8).is_ascii_alphanumeric() || byte as u8 == b'-';
+        byte += 1;
+    }
+    plain
+};
+
 impl FieldKind {
     pub(crate) fn of(name: &[u8]) -> Self {
         use FieldKind as K;
-        if !name.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'-') {
+        if !name.iter().all(|b| PLAIN[usize::from(*b)]) {
             return K::Alias;
         }
-        let is = |known: &str| name.eq_ignore_ascii_case(known.as_bytes());
-        let starts =
-            |prefix: &str| name.get(..prefix.len()).is_some_and(|head| head.eq_ignore_ascii_case(prefix.as_bytes()));
+        let is = |known: &str| is(name, known);
         // The first letter decides which few names are worth comparing.
-        match name.first().map_or(0, u8::to_ascii_lowercase) {
+        let kind = match name.first().map_or(0, u8::to_ascii_lowercase) {
             b'a' if is("authorization") => K::Authorization,
             b'a' if is("access-control-request-method") => K::PreflightMethod,
             b'b' if is("build-token") => K::OtherToken,
@@ -188,32 +199,310 @@ impl FieldKind {
             b'd' if is("deploy-token") => K::OtherToken,
             b'e' if is("expect") => K::Expect,
             b'f' if is("forwarded") => K::Forwarded,
-            b'g' if starts("gitlab-workhorse") => K::Internal,
+            b'g' if starts(name, "gitlab-workhorse") => K::Internal,
             b'h' if is("host") => K::Host,
             b'h' if is("http2-settings") => K::HopByHop,
             b'j' if is("job-token") => K::OtherToken,
             b'k' if is("keep-alive") => K::HopByHop,
             b'o' if is("origin") => K::Origin,
             // `Proxy` becomes HTTP_PROXY for a CGI program.
-            b'p' if starts("proxy-") || is("proxy") => K::HopByHop,
+            b'p' if starts(name, "proxy-") || is("proxy") => K::HopByHop,
             b's' if is("sudo") => K::Sudo,
             b't' if is("transfer-encoding") => K::TransferEncoding,
             b't' if is("te") || is("trailer") => K::HopByHop,
             b't' if is("true-client-ip") => K::Forwarded,
             b'u' if is("upgrade") => K::Upgrade,
-            b'x' if starts("x-forwarded-") => match () {
+            b'x' => Self::of_x(name),
+            _ => K::EndToEnd,
+        };
+        if kind == K::EndToEnd && chooses_path_or_user(name) { K::PathOrUser } else { kind }
+    }
+
+    /// The same for names with `X-`, told apart by the letter behind it.
+    fn of_x(name: &[u8]) -> Self {
+        use FieldKind as K;
+        let is = |known: &str| is(name, known);
+        let starts = |prefix: &str| starts(name, prefix);
+        match name.get(2).map_or(0, u8::to_ascii_lowercase) {
+            b'a' if starts("x-accel-") => K::Internal,
+            b'c' if is("x-client-ip") || is("x-cluster-client-ip") => K::Forwarded,
+            b'f' if starts("x-forwarded-") => match () {
                 () if is("x-forwarded-for") => K::ForwardedFor,
                 () if is("x-forwarded-proto") => K::ForwardedProto,
                 () if is("x-forwarded-host") => K::ForwardedHost,
                 () if is("x-forwarded-port") => K::ForwardedPort,
+                () if is("x-forwarded-user") || is("x-forwarded-email") || is("x-forwarded-groups") => K::PathOrUser,
+                () if is("x-forwarded-preferred-username") || is("x-forwarded-login") => K::PathOrUser,
                 () => K::Forwarded,
             },
-            b'x' if is("x-request-id") => K::RequestId,
-            b'x' if starts("x-tollgate-") => K::Identity,
-            b'x' if is("x-real-ip") || is("x-client-ip") || is("x-cluster-client-ip") => K::Forwarded,
-            b'x' if is("x-http-method-override") || is("x-http-method") || is("x-method-override") => K::MethodOverride,
-            b'x' if is("x-sendfile-type") || starts("x-accel-") => K::Internal,
+            b'h' if is("x-http-method-override") || is("x-http-method") => K::MethodOverride,
+            b'm' if is("x-method-override") => K::MethodOverride,
+            b'r' if is("x-request-id") => K::RequestId,
+            b'r' if is("x-real-ip") => K::Forwarded,
+            b's' if is("x-sendfile-type") => K::Internal,
+            b't' if starts("x-tollgate-") => K::Identity,
             _ => K::EndToEnd,
+        }
+    }
+}
+
+fn is(name: &[u8], known: &str) -> bool {
+    name.eq_ignore_ascii_case(known.as_bytes())
+}
+
+fn starts(name: &[u8], prefix: &str) -> bool {
+    name.get(..prefix.len()).is_some_and(|head| head.eq_ignore_ascii_case(prefix.as_bytes()))
+}
+
+/// Whether some backend, framework or log-in proxy in the wild takes a path, a host, a method or a user from a field of this
+/// name.
+fn chooses_path_or_user(name: &[u8]) -> bool {
+    let (rest, known) = match name {
+        [b'x' | b'X', b'-', rest @ ..] => (rest, choosing_behind_x(rest)),
+        _ => (name, choosing(name)),
+    };
+    known.iter().any(|known| match known.strip_suffix('*') {
+        Some(prefix) => starts(rest, prefix),
+        None => is(rest, known),
+    })
+}
+
+/// The names that choose and have this one's first letter. A `*` stands for whatever follows.
+const fn choosing(name: &[u8]) -> &'static [&'static str] {
+    let [first, ..] = name else { return &[] };
+    match first.to_ascii_lowercase() {
+        // Django's documentation of its RemoteUserMiddleware.
+        b'a' => &["authuser", "auth-user"],
+        b'b' => &["base-url"],
+        // RFC 9440; Cloudflare Access.
+        b'c' => &["client-cert*", "cf-access-*"],
+        // Shibboleth; Elasticsearch.
+        b'e' => &["eppn", "es-security-runas-user"],
+        // Exchange, and what took it over.
+        b'f' => &["front-end-https"],
+        b'h' => &["http-url"],
+        // Kubernetes; IBM WebSEAL.
+        b'i' => &["impersonate-*", "iv-user", "iv-groups", "iv-creds"],
+        // Oracle's log-in servers; mod_auth_openidc.
+        b'o' => &["oam-*", "osso-*", "oidc-*"],
+        // Authelia, and whatever sets REMOTE_USER from a field.
+        b'r' => &["remote-*", "request-uri", "request-url"],
+        // Client certificates as TLS servers tell of them; SiteMinder, which Spring expects by default; Shibboleth.
+        b's' => &["ssl-*", "sm-*", "smuser", "shib-*", "script-name"],
+        b't' => &["tailscale-*"],
+        _ => &[],
+    }
+}
+
+/// The same for what stands behind `X-`.
+const fn choosing_behind_x(rest: &[u8]) -> &'static [&'static str] {
+    let [first, ..] = rest else { return &[] };
+    match first.to_ascii_lowercase() {
+        // oauth2-proxy, Keycloak's gatekeeper, CouchDB, Kong, authentik, Amazon's and Google's gateways, IIS.
+        b'a' => &[
+            "auth-request-*",
+            "auth-user*",
+            "auth-email",
+            "auth-name",
+            "auth-group*",
+            "auth-role*",
+            "auth-subject",
+            "auth-remote-user",
+            "auth-couchdb-*",
+            "authenticated*",
+            "authentik-*",
+            "anonymous-consumer",
+            "amzn-oidc-*",
+            "amzn-mtls-*",
+            "apigateway-api-userinfo",
+            "arr-clientcert",
+            "arr-ssl",
+        ],
+        b'b' => &["backend-host", "backend-url"],
+        // Kong; Puppet, and others that are told of a client's certificate.
+        b'c' => &[
+            "consumer-*",
+            "credential-*",
+            "client-cert*",
+            "clientcert*",
+            "client-dn",
+            "client-verify",
+            "client-s-dn",
+            "client-i-dn",
+        ],
+        b'd' => &["destination-url"],
+        // Envoy; Google's Extensible Service Proxy.
+        b'e' => &["envoy-original-*", "endpoint-api-userinfo", "email"],
+        // Google's Identity-Aware Proxy.
+        b'g' => &["goog-authenticated-*", "goog-iap-jwt-assertion", "grafana-user"],
+        // IIS's rewriting modules and what took them over.
+        b'h' => &["http-*", "host", "host-override"],
+        b'i' => &["impersonate*", "invoke-*"],
+        b'j' => &["jwt-assertion", "jwt-payload"],
+        b'l' => &["login"],
+        // Next.js, where the second one skips the middleware; Azure's log-in.
+        b'm' => &["matched-path", "middleware-*", "ms-client-principal*", "ms-token-*"],
+        b'n' => &["now-route-matches"],
+        // Symfony, Zend, IIS, Drupal, nginx's examples of auth_request: -URL, -URI, -Path, -Host, -Method.
+        b'o' => &["original-*", "override-*"],
+        // Pomerium; mod_wsgi's documentation; NiFi; Presto.
+        b'p' => &["pomerium-*", "proxy-*", "proxiedentitieschain", "path-info", "presto-user"],
+        // Rewriters; Jenkins, Kubernetes and others that take REMOTE_USER from a field; Traefik.
+        b'r' => &["rewrite-*", "remote-*", "request-uri", "request-url", "replaced-path"],
+        b's' => &["ssl-*", "sso-*", "scheme", "script-name"],
+        b't' => &["tls-client-*", "trusted-*", "trino-user"],
+        // Oathkeeper, APISIX, and services behind gateways in general.
+        b'u' => &[
+            "user",
+            "user-id",
+            "user-name",
+            "user-email",
+            "user-login",
+            "user-role*",
+            "user-group*",
+            "username",
+            "userid",
+            "userinfo",
+            "uri",
+            "url-scheme",
+        ],
+        b'v' => &["verified-user"],
+        // Grafana, Gitea.
+        b'w' => &["webauth-*"],
+        _ => &[],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_by_which_a_backend_chooses() {
+        for name in [
+            "X-Original-URL",
+            "x-original-uri",
+            "X-ORIGINAL-HOST",
+            "X-Original-Method",
+            "X-Rewrite-URL",
+            "X-Override-URL",
+            "X-HTTP-DestinationURL",
+            "X-HTTP-Path-Override",
+            "X-HTTP-Host-Override",
+            "X-Host",
+            "X-Script-Name",
+            "Request-URI",
+            "X-Matched-Path",
+            "X-Middleware-Subrequest",
+            "X-Envoy-Original-Path",
+            "X-Replaced-Path",
+            "X-Proxy-URL",
+            "X-Scheme",
+            "Remote-User",
+            "REMOTE-GROUPS",
+            "X-Remote-User",
+            "X-Remote-Group",
+            "X-Remote-Extra-Scopes",
+            "X-Forwarded-User",
+            "X-Forwarded-Email",
+            "X-Auth-Request-User",
+            "X-Auth-Request-Access-Token",
+            "X-Auth-Username",
+            "X-WebAuth-User",
+            "X-WEBAUTH-EMAIL",
+            "X-Authenticated-User",
+            "X-Authenticated-Userid",
+            "X-Authentik-Username",
+            "X-Consumer-Username",
+            "X-Credential-Identifier",
+            "X-Goog-Authenticated-User-Email",
+            "X-Amzn-Oidc-Identity",
+            "X-MS-Client-Principal-Name",
+            "X-User",
+            "X-Userinfo",
+            "X-Trusted-User",
+            "X-SSO-User",
+            "Impersonate-User",
+            "Impersonate-Extra-x",
+            "Authuser",
+            "SM-User",
+            "iv-user",
+            "OAM-Remote-User",
+            "Tailscale-User-Login",
+            "Cf-Access-Authenticated-User-Email",
+            "Shib-Session-Id",
+            "X-SSL-Client-Cert",
+            "X-SSL-Client-Verify",
+            "SSL-Client-S-DN",
+            "SSL-CLIENT-CERT",
+            "Client-Cert",
+            "Client-Cert-Chain",
+            "X-Client-Cert",
+            "X-Client-DN",
+            "X-Client-Verify",
+            "X-TLS-Client-Cert",
+            "X-ARR-ClientCert",
+            "es-security-runas-user",
+        ] {
+            assert_eq!(FieldKind::of(name.as_bytes()), FieldKind::PathOrUser, "{name}");
+        }
+        for name in [
+            "Accept",
+            "Accept-Language",
+            "User-Agent",
+            "Range",
+            "If-None-Match",
+            "Referer",
+            "Cache-Control",
+            "Pragma",
+            "DNT",
+            "Sec-Fetch-Mode",
+            "Sec-WebSocket-Key",
+            "X-Requested-With",
+            "X-CSRF-Token",
+            "X-User-Agent",
+            "X-Client-Version",
+            "X-Client-Id",
+            "X-Client-Data",
+            "X-Auth-Token",
+            "X-Gitlab-Event",
+            "X-Trace",
+            "X-B3-TraceId",
+            "X-Correlation-ID",
+            "X-Hub-Signature",
+            "X-Atlassian-Token",
+            "X",
+            "X-",
+            "R",
+            "Remote",
+            "Origin-Agent-Cluster",
+            "Prefer",
+            "Priority",
+            "traceparent",
+            "Signature",
+            "Save-Data",
+            "Service-Worker",
+            "Upload-Offset",
+            "Content-Disposition",
+            "Content-MD5",
+        ] {
+            assert_eq!(FieldKind::of(name.as_bytes()), FieldKind::EndToEnd, "{name}");
+        }
+        for (name, kind) in [
+            ("x-HTTP-Method-Override", FieldKind::MethodOverride),
+            ("X-HTTP-Method", FieldKind::MethodOverride),
+            ("X-Method-Override", FieldKind::MethodOverride),
+            ("X-Forwarded-Prefix", FieldKind::Forwarded),
+            ("X-Real-IP", FieldKind::Forwarded),
+            ("X-Client-IP", FieldKind::Forwarded),
+            ("X-Cluster-Client-IP", FieldKind::Forwarded),
+            ("X-Accel-Redirect", FieldKind::Internal),
+            ("X-Sendfile-Type", FieldKind::Internal),
+            ("X-Tollgate-User", FieldKind::Identity),
+            ("X-Request-Id", FieldKind::RequestId),
+            ("X_Original_URL", FieldKind::Alias),
+        ] {
+            assert_eq!(FieldKind::of(name.as_bytes()), kind, "{name}");
         }
     }
 }

@@ -253,7 +253,7 @@ impl Metrics {
             )?,
             dropped_fields: counter(
                 "tollgate_dropped_headers_total",
-                "Request headers not forwarded because of a name that could be read as another one.",
+                "Request headers not forwarded because their name could be read as another one, or chooses a path or a user.",
             )?,
             upstream_duration: histograms(
                 "tollgate_upstream_duration_seconds",

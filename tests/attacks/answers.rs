@@ -91,6 +91,8 @@ const CASES: &[(&str, &str, Then, Gets)] = &[
     ("a body behind 304",                  "HTTP/1.1 304 Not Modified\n\nevil", Waits, Whole(304, "")),
     ("a body that the end ends",           "HTTP/1.1 200 OK\n\nhello", Closes, HELLO),
     ("HTTP/1.0",                           "HTTP/1.0 200 OK\n\nhello", Closes, HELLO),
+    ("HTTP/1.0 with a length",             "HTTP/1.0 200 OK\nContent-Length: 5\n\nhello", Closes, HELLO),
+    ("HTTP/1.0 with chunks",               "HTTP/1.0 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", Waits, Refusal),
     ("fields that end here",               "HTTP/1.1 200 OK\nContent-Length: 5\nConnection: X-Mine, keep-alive\nX-Mine: evil\nKeep-Alive: evil\nProxy-Authenticate: x\nX-Accel-Redirect: evil\n\nhello", Waits, HELLO),
 ];
 

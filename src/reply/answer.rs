@@ -1,0 +1,661 @@
+//! The hygiene of any backend's answer, interim ones included: which fields end here, and which URLs lose credentials.
+//! Pure. A token of the request must never leave in a field of an answer that tollgate looks at.
+
+use crate::request::query::{Key, Names};
+use crate::request::target::escape;
+use smallvec::SmallVec;
+use std::ops::Range;
+
+/// What sort of answer a head belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnswerKind {
+    Final,
+    /// 1xx, of which any number may come before the final one: it has fields and nothing else.
+    Interim,
+    /// 101, which ends HTTP on the connection.
+    Switching,
+}
+
+impl AnswerKind {
+    pub const fn of(status: u16) -> Self {
+        match status {
+            101 => Self::Switching,
+            100..=199 => Self::Interim,
+            _ => Self::Final,
+        }
+    }
+}
+
+/// What becomes of a field of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    Keep,
+    Drop,
+    /// It holds URLs.
+    Clean(UrlField),
+    /// Connection, which may name other fields that end here.
+    Nominates,
+}
+
+/// A field that holds URLs, and in which form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UrlField {
+    /// `<URL>; rel="next", <URL>; …`
+    Link,
+    /// One URL.
+    Location,
+    /// The same.
+    ContentLocation,
+    /// `5; url=URL`
+    Refresh,
+}
+
+impl UrlField {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Link => "Link",
+            Self::Location => "Location",
+            Self::ContentLocation => "Content-Location",
+            Self::Refresh => "Refresh",
+        }
+    }
+}
+
+/// Tells a field's fate from its name, which is in lower case.
+pub fn fate(name: &str, kind: AnswerKind) -> Fate {
+    let interim = kind == AnswerKind::Interim;
+    // The first letter decides which few names are worth comparing: most fields have nothing to do with any of this.
+    let drop = match name.as_bytes().first() {
+        Some(b'c') => match name {
+            "connection" => return Fate::Nominates,
+            "content-location" => return Fate::Clean(UrlField::ContentLocation),
+            "content-length" => interim,
+            _ => false,
+        },
+        Some(b'g') => name.starts_with("gitlab-workhorse"),
+        Some(b'k') => name == "keep-alive",
+        Some(b'l') => match name {
+            "link" => return Fate::Clean(UrlField::Link),
+            "location" => return Fate::Clean(UrlField::Location),
+            _ => false,
+        },
+        Some(b'p') => name == "proxy-connection",
+        Some(b'r') if name == "refresh" => return Fate::Clean(UrlField::Refresh),
+        Some(b't') => name == "te" || name == "trailer" || (interim && name == "transfer-encoding"),
+        Some(b'u') => name == "upgrade" && kind != AnswerKind::Switching,
+        // They make a front server act (send a file, fetch a blob); a client must neither see nor trigger them.
+        Some(b'x') => matches!(
+            name,
+            "x-sendfile"
+                | "x-accel-redirect"
+                | "x-lighttpd-send-file"
+                | "x-lighttpd-send-tempfile"
+                | "x-litespeed-location"
+                | "x-reproxy-url"
+                | "x-reproxy-file"
+        ),
+        _ => false,
+    };
+    if drop { Fate::Drop } else { Fate::Keep }
+}
+
+/// Whether a name in Connection takes a field away. It can't take what frames the answer.
+pub fn may_nominate(name: &str) -> bool {
+    !matches!(name, "content-length" | "transfer-encoding" | "date")
+}
+
+/// What is a credential in the URLs of one answer.
+#[derive(Clone, Copy)]
+pub struct Credentials<'a> {
+    /// Parameters of these names lose their place, whatever their value.
+    pub names: &'a Names,
+    /// The request's own token, which goes wherever it stands.
+    pub token: Option<&'a [u8]>,
+    /// A web page's fragment is between the page and its browser: OAuth hands tokens over there.
+    pub fragments_pass: bool,
+}
+
+impl std::fmt::Debug for Credentials<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Credentials")
+    }
+}
+
+/// Shorter tokens count only where they are a word of their own, or `2` would be found in every page's number.
+const LEAST_EVIDENT_TOKEN: usize = 8;
+/// How often a byte is looked for behind `%`: a URL within a URL within a URL encodes its parameters three times.
+const MAX_DECODINGS: u8 = 8;
+/// What stands for a token in the midst of a path, which would name something else without it.
+const IN_ITS_PLACE: &[u8] = b"redacted";
+
+/// Takes credentials out of a field's URLs, into which GitLab 8.5 and later copy every parameter of the request, and in
+/// which a redirect to a log-in page carries the whole target. What is left is as well-formed as it was. `None`: nothing
+/// to take out.
+pub fn without_credentials(value: &[u8], field: UrlField, credentials: &Credentials<'_>) -> Option<Vec<u8>> {
+    let mut cleaner = Cleaner::new(credentials);
+    match field {
+        UrlField::Link => cleaner.link(value),
+        // No URL holds a `<`: what does is read by the brackets, whatever the field.
+        _ if memchr::memchr(b'<', value).is_some() => cleaner.link(value),
+        UrlField::Location | UrlField::ContentLocation => cleaner.url(value, 0..value.len()),
+        UrlField::Refresh => cleaner.refresh(value),
+    }
+    if cleaner.cuts.is_empty() {
+        return None;
+    }
+    let mut out = Vec::with_capacity(value.len());
+    let mut done = 0;
+    for (range, with) in cleaner.cuts {
+        out.extend_from_slice(&value[done..range.start]);
+        out.extend_from_slice(with);
+        done = range.end;
+    }
+    out.extend_from_slice(&value[done..]);
+    Some(out)
+}
+
+/// A byte of a URL as it reads after all decoding.
+#[derive(Clone, Copy)]
+struct Letter {
+    byte: u8,
+    /// How often it was encoded.
+    depth: u8,
+    start: usize,
+    end: usize,
+}
+
+impl Letter {
+    const fn is_separator(self) -> bool {
+        matches!(self.byte, b'?' | b'&' | b';' | b'#')
+    }
+}
+
+/// What is known of a parameter from where it stands.
+struct Parameter {
+    /// Its separator.
+    at: usize,
+    /// The separator is the one that the next parameter takes over when this one goes.
+    opens: bool,
+    by_name: bool,
+    /// Inside another parameter's value or a fragment, the word alone is no parameter: it may be what somebody searches for.
+    needs_value: bool,
+    in_path: bool,
+}
+
+struct Cleaner<'a> {
+    names: &'a Names,
+    /// Fully decoded, as what it is compared with.
+    token: Option<SmallVec<[u8; 64]>>,
+    fragments_pass: bool,
+    letters: Vec<Letter>,
+    text: Vec<u8>,
+    /// Bytes of the value to take out, and what stands in their place, in their order.
+    cuts: SmallVec<[(Range<usize>, &'static [u8]); 4]>,
+}
+
+impl<'a> Cleaner<'a> {
+    fn new(credentials: &Credentials<'a>) -> Self {
+        let mut cleaner = Self {
+            names: credentials.names,
+            token: None,
+            fragments_pass: credentials.fragments_pass,
+            letters: Vec::new(),
+            text: Vec::new(),
+            cuts: SmallVec::new(),
+        };
+        if let Some(token) = credentials.token.filter(|token| !token.is_empty()) {
+            cleaner.read(token, 0..token.len());
+            cleaner.token = Some(SmallVec::from_slice(&cleaner.text));
+        }
+        cleaner
+    }
+
+    /// URLs in angle brackets, and parameters between them.
+    fn link(&mut self, value: &[u8]) {
+        let mut at = 0;
+        while let Some(open) = memchr::memchr(b'<', &value[at..]).map(|open| at + open + 1) {
+            self.words(value, at..open);
+            let close = memchr::memchr(b'>', &value[open..]).map_or(value.len(), |close| open + close);
+            self.url(value, open..close);
+            at = close;
+        }
+        self.words(value, at..value.len());
+    }
+
+    /// Seconds, then perhaps `url=`, then a URL with or without quotes, as the HTML standard reads it.
+    fn refresh(&mut self, value: &[u8]) {
+        let blanks = |at: usize| value[at..].iter().take_while(|b| b.is_ascii_whitespace()).count();
+        let mut at = value.iter().take_while(|b| b.is_ascii_digit() || **b == b'.' || b.is_ascii_whitespace()).count();
+        if matches!(value.get(at), Some(b';' | b',')) {
+            at += 1;
+            at += blanks(at);
+        }
+        if value.get(at..at + 3).is_some_and(|word| word.eq_ignore_ascii_case(b"url")) {
+            let equals = at + 3 + blanks(at + 3);
+            if value.get(equals) == Some(&b'=') {
+                at = equals + 1 + blanks(equals + 1);
+            }
+        }
+        let mut end = value.len();
+        if let Some(quote @ (b'"' | b'\'')) = value.get(at).copied() {
+            at += 1;
+            end = memchr::memchr(quote, &value[at..]).map_or(end, |length| at + length);
+        }
+        self.url(value, at..end);
+        self.words(value, end..value.len());
+    }
+
+    /// Text around URLs: each of its words may be one.
+    fn words(&mut self, value: &[u8], range: Range<usize>) {
+        let is_edge = |b: &u8| matches!(b, b'"' | b'\'' | b',' | b'<' | b'>') || b.is_ascii_whitespace();
+        let mut start = range.start;
+        for word in value[range].split(is_edge) {
+            self.url(value, start..start + word.len());
+            start += word.len() + 1;
+        }
+    }
+
+    /// Decodes a part of the value into `letters` and `text`.
+    fn read(&mut self, value: &[u8], range: Range<usize>) {
+        let offset = range.start;
+        let letter =
+            |(at, byte): (usize, &u8)| Letter { byte: *byte, depth: 0, start: offset + at, end: offset + at + 1 };
+        self.letters.clear();
+        self.letters.extend(value[range].iter().enumerate().map(letter));
+        for depth in 1..=MAX_DECODINGS {
+            let (mut from, mut to) = (0, 0);
+            while let Some(first) = self.letters.get(from).copied() {
+                let digits = || Some([self.letters.get(from + 1)?.byte, self.letters.get(from + 2)?.byte]);
+                let decoded = if first.byte == b'%' { digits().and_then(|digits| escape(&digits)) } else { None };
+                (self.letters[to], from) = match decoded {
+                    Some(byte) => (Letter { byte, depth, end: self.letters[from + 2].end, ..first }, from + 3),
+                    None => (first, from + 1),
+                };
+                to += 1;
+            }
+            if to == self.letters.len() {
+                break;
+            }
+            self.letters.truncate(to);
+        }
+        self.text.clear();
+        self.text.extend(self.letters.iter().map(|letter| letter.byte));
+    }
+
+    /// Cuts what is a credential out of one URL, which stands in this range of the value.
+    fn url(&mut self, value: &[u8], range: Range<usize>) {
+        // Nothing to take apart, and no place for a token.
+        let plain = memchr::memchr3(b'?', b'&', b';', &value[range.clone()]).is_none()
+            && memchr::memchr2(b'%', b'#', &value[range.clone()]).is_none();
+        if range.is_empty() || (plain && self.token.is_none()) {
+            return;
+        }
+        self.read(value, range);
+        let first = self.segment_end(0);
+        self.replace_token(0..first);
+        let (mut at, mut in_query, mut in_fragment) = (first, false, false);
+        while let Some(separator) = self.letters.get(at).copied() {
+            let outermost = separator.depth == 0;
+            // A second `?` belongs to a parameter's value, which may be a URL itself.
+            let second = outermost && separator.byte == b'?' && in_query;
+            let opens = matches!(separator.byte, b'?' | b'#') && !second;
+            if outermost && separator.byte == b'#' {
+                (in_query, in_fragment) = (false, true);
+            }
+            in_query |= outermost && separator.byte == b'?';
+            let parameter = Parameter {
+                at,
+                opens,
+                by_name: !(in_fragment && self.fragments_pass),
+                needs_value: !outermost || second || in_fragment,
+                in_path: !in_query && !in_fragment,
+            };
+            let all_cut;
+            (at, all_cut) = self.parameter(&parameter);
+            // The query has not begun after all.
+            in_query &= !(all_cut && opens && outermost && separator.byte == b'?');
+        }
+    }
+
+    /// Judges a parameter. Returns where the next separator stands, and whether this one was cut.
+    fn parameter(&mut self, parameter: &Parameter) -> (usize, bool) {
+        let separator = self.letters[parameter.at];
+        let mut start = parameter.at + 1;
+        loop {
+            let next = self.segment_end(start);
+            // A parameter of a path ends with its segment; the path goes on behind it.
+            let own_end = if parameter.in_path { self.slash(start..next) } else { next };
+            let named = parameter.by_name
+                && self.is_named_like_a_credential(start..own_end, separator.depth, parameter.needs_value);
+            let has_token = self.tokens_in(start..own_end).next().is_some();
+            if !named && (!has_token || separator.byte == b'#') {
+                // A fragment's beginning is replaced, not cut: what follows would no longer stand in the fragment.
+                self.replace_token(start..next);
+                return (next, false);
+            }
+            let end = if own_end < next { own_end } else { self.parameter_end(next, separator.depth) };
+            let follows = self.letters.get(end).filter(|next| next.depth == separator.depth);
+            let takes_its_place = follows.is_some_and(|next| match next.byte {
+                b'&' => true,
+                // At the end, it separates the URL from what follows in a list.
+                b';' => end + 1 < self.letters.len(),
+                _ => false,
+            });
+            if parameter.opens && takes_its_place {
+                self.cut(start..end + 1);
+                start = end + 1;
+                continue;
+            }
+            // With what opened it, unless a parameter before it went already: then that is cut up to here.
+            self.cut(parameter.at..end);
+            let next = self.segment_end(end);
+            self.replace_token(end..next);
+            return (next, true);
+        }
+    }
+
+    fn slash(&self, range: Range<usize>) -> usize {
+        let found = self.letters[range.clone()].iter().position(|letter| letter.byte == b'/' && letter.depth == 0);
+        found.map_or(range.end, |at| range.start + at)
+    }
+
+    /// The next separator of any depth.
+    fn segment_end(&self, from: usize) -> usize {
+        let found = self.letters[from..].iter().position(|letter| letter.is_separator());
+        found.map_or(self.letters.len(), |at| from + at)
+    }
+
+    /// Where a parameter of this depth ends: what was encoded more often belongs to its value.
+    fn parameter_end(&self, from: usize, depth: u8) -> usize {
+        let found = self.letters[from..].iter().position(|letter| letter.is_separator() && letter.depth <= depth);
+        found.map_or(self.letters.len(), |at| from + at)
+    }
+
+    fn is_named_like_a_credential(&self, range: Range<usize>, depth: u8, needs_value: bool) -> bool {
+        let letters = &self.letters[range];
+        let equals = letters.iter().position(|letter| letter.byte == b'=' && letter.depth <= depth);
+        if needs_value && equals.is_none_or(|at| at + 1 == letters.len()) {
+            return false;
+        }
+        let name = &letters[..equals.unwrap_or(letters.len())];
+        let decoded: SmallVec<[u8; 64]> = name
+            .iter()
+            .map(|letter| if letter.byte == b'+' && letter.depth <= depth { b' ' } else { letter.byte })
+            .collect();
+        matches!(self.names.key_of_decoded(&decoded), Some((Key::Token | Key::AccessToken | Key::JobToken, _)))
+    }
+
+    /// Where the request's token stands among these letters.
+    fn tokens_in(&self, range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let text = &self.text[range.clone()];
+        let is_word = |byte: Option<&u8>| byte.is_some_and(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+        self.token.as_deref().into_iter().flat_map(move |token| {
+            let stands = move |at: &usize| {
+                let before = at.checked_sub(1).and_then(|before| text.get(before));
+                let alone = !is_word(before) && !is_word(text.get(at + token.len()));
+                alone || token.len() >= LEAST_EVIDENT_TOKEN
+            };
+            let found = memchr::memmem::find_iter(text, token).filter(stands);
+            found.map(move |at| range.start + at..range.start + at + token.len())
+        })
+    }
+
+    fn replace_token(&mut self, range: Range<usize>) {
+        let found: SmallVec<[Range<usize>; 2]> = self.tokens_in(range).collect();
+        for place in found {
+            self.push_cut(place, IN_ITS_PLACE);
+        }
+    }
+
+    fn cut(&mut self, letters: Range<usize>) {
+        self.push_cut(letters, b"");
+    }
+
+    fn push_cut(&mut self, letters: Range<usize>, with: &'static [u8]) {
+        let (Some(first), Some(last)) = (self.letters.get(letters.start), letters.end.checked_sub(1)) else { return };
+        let Some(last) = self.letters.get(last) else { return };
+        let range = first.start..last.end;
+        // A cut that begins before another one takes it in.
+        while self.cuts.last().is_some_and(|(known, _)| known.start >= range.start) {
+            self.cuts.pop();
+        }
+        self.cuts.push((range, with));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOKEN: &str = "good-token-0001";
+
+    fn cleaned(value: &str, field: UrlField, token: &str, fragments_pass: bool) -> String {
+        let names = Names { token: "private_token".into() };
+        let credentials = Credentials { names: &names, token: Some(token.as_bytes()), fragments_pass };
+        let clean = without_credentials(value.as_bytes(), field, &credentials);
+        // What changed is changed once: a second look finds nothing.
+        if let Some(clean) = &clean {
+            assert_ne!(clean, value.as_bytes());
+            assert_eq!(without_credentials(clean, field, &credentials), None, "{value}");
+        }
+        clean.map_or(value.to_owned(), |clean| String::from_utf8(clean).unwrap())
+    }
+
+    #[test]
+    fn parameters_named_like_a_credential_go() {
+        for (value, expected) in [
+            ("http://h/p?private_token=S", "http://h/p"),
+            ("http://h/p?private_token=S&page=2", "http://h/p?page=2"),
+            ("http://h/p?page=2&private_token=S", "http://h/p?page=2"),
+            ("http://h/p?a=1&private_token=S&b=2", "http://h/p?a=1&b=2"),
+            ("/p?private_token=S&private_token=T&x=1", "/p?x=1"),
+            ("/p?private_token=S&access_token=T", "/p"),
+            ("/p?a=1&private%5Ftoken=S&access_token=T#f", "/p?a=1#f"),
+            ("/p?private_token=S#f", "/p#f"),
+            ("/p?private_token&page=2", "/p?page=2"),
+            ("/p?private_token=&page=2", "/p?page=2"),
+            ("/p?private_token=S,T&page=2", "/p?page=2"),
+            ("/p?private_token[]=S&x", "/p?x"),
+            ("/p?[private_token]=S&x", "/p?x"),
+            ("/p?+private_token=S&x", "/p?x"),
+            ("/p?x;private_token=S;y", "/p?x;y"),
+            ("/p?bearer_token=S&job_token=T&x=1", "/p?x=1"),
+            ("/p;private_token=S/x?y=1", "/p/x?y=1"),
+            ("/p;private_token=S/x;private_token=S/y", "/p/x/y"),
+            ("/p&private_token=S", "/p"),
+            ("?private_token=S", ""),
+            // A URL within a parameter, encoded once, twice and not at all.
+            ("/login?next=%2Fp%3Fprivate_token%3DS&x=1", "/login?next=%2Fp&x=1"),
+            ("/login?next=%2Fp%3Fprivate_token%3DS%26page%3D2&x=1", "/login?next=%2Fp%3Fpage%3D2&x=1"),
+            ("/login?next=%2Fp%3Fpage%3D2%26private_token%3DS&x=1", "/login?next=%2Fp%3Fpage%3D2&x=1"),
+            ("/login?next=%252Fp%253Fprivate_token%253DS", "/login?next=%252Fp"),
+            ("/login?next=%2Fq%3Fu%3D%252Fp%253Fprivate_token%253DS%26x%3D1", "/login?next=%2Fq%3Fu%3D%252Fp%26x%3D1"),
+            ("/login?next=/p?private_token=S&x=1", "/login?next=/p&x=1"),
+            ("/login?x=1&next=%2fp%3fprivate%255ftoken%3dS", "/login?x=1&next=%2fp"),
+            // A page's own address behind `#`.
+            ("/#/p?private_token=S&x=1", "/#/p?x=1"),
+            ("/#private_token=S&x=1", "/#x=1"),
+            ("/#private_token=S", "/"),
+            ("/?private_token?private_token=S", "/"),
+            ("/p?private_token=S&", "/p?"),
+        ] {
+            assert_eq!(cleaned(value, UrlField::Location, TOKEN, false), expected, "{value}");
+        }
+        // OAuth's implicit grant hands a new token over in the fragment of a web page's redirect.
+        let handed = "https://app/#access_token=T&token_type=bearer";
+        assert_eq!(cleaned(handed, UrlField::Location, TOKEN, true), handed);
+        assert_eq!(cleaned(handed, UrlField::Location, TOKEN, false), "https://app/#token_type=bearer");
+        assert_eq!(cleaned("/p?access_token=T#x", UrlField::Location, TOKEN, true), "/p#x");
+    }
+
+    #[test]
+    fn a_value_that_is_only_the_word_stays() {
+        for value in [
+            "/p?search=private_token&page=2",
+            "/p?search=private_token%3D&page=2",
+            "/p?search=private_token%3Dx&page=2",
+            "/p?search=%3Fprivate_token&page=2",
+            "/p?search=%3Fprivate_token%3D&page=2",
+            "/p?search=a%26private_token&page=2",
+            "/p?search=what%20is%20private_token%3F&page=2",
+            "/p?scope=access_token&page=2",
+            "/p?x=private%5Ftoken",
+            "/p?my_private_token=1&private_tokens=2&private_token_id=3",
+            "/private_token?page=2",
+            "/p/private_token/x",
+            "/p#private_token",
+            "/p#x&private_token",
+            "/p?x=1?private_token",
+            "http://h/p?page=2&per_page=20",
+            "http://private_token@h/p?page=2",
+            "/p?q=100%&x=%zz",
+            "",
+            "?",
+            "/p?&&x&",
+        ] {
+            assert_eq!(cleaned(value, UrlField::Location, TOKEN, false), value);
+            let link = format!("<{value}>; rel=\"next\"");
+            assert_eq!(cleaned(&link, UrlField::Link, TOKEN, false), link);
+        }
+    }
+
+    #[test]
+    fn the_requests_own_token_goes_wherever_it_stands() {
+        for (value, expected) in [
+            ("/p?key=good-token-0001&x=1", "/p?x=1"),
+            ("/p?x=1&key=good%2Dtoken%2d0001", "/p?x=1"),
+            ("/p?x=1&key=%67ood-token-000%31", "/p?x=1"),
+            ("/p?x=1&key=good%252Dtoken-0001", "/p?x=1"),
+            ("/p?x=1&key=good%25252Dtoken-0001", "/p?x=1"),
+            ("/p?x=1&good-token-0001", "/p?x=1"),
+            ("/p?x=1&good-token-0001=1", "/p?x=1"),
+            ("/p?search=private_token%3Dgood-token-0001&page=2", "/p?page=2"),
+            ("/p?state=xgood-token-0001x&page=2", "/p?page=2"),
+            ("/login?next=%2Fp%3Fkey%3Dgood-token-0001%26page%3D2&x=1", "/login?next=%2Fp%3Fpage%3D2&x=1"),
+            ("/login?next=%2Fp%2Fgood-token-0001%3Fpage%3D2&x=1", "/login?x=1"),
+            ("/session/good-token-0001", "/session/redacted"),
+            ("/session/good%2Dtoken%2D0001/x?y", "/session/redacted/x?y"),
+            ("http://good-token-0001@h/p", "http://redacted@h/p"),
+            ("http://oauth2:good-token-0001@h/p?x=1", "http://oauth2:redacted@h/p?x=1"),
+            ("/p#good-token-0001", "/p#redacted"),
+            ("/p?x=1#/s/good-token-0001?y=1", "/p?x=1#/s/redacted?y=1"),
+            ("/p#access=good-token-0001&x=1", "/p#access=redacted&x=1"),
+            ("/p?private_token=good-token-0001&page=2", "/p?page=2"),
+            ("/good-token-0001/good-token-0001", "/redacted/redacted"),
+            ("/p;x=1/good-token-0001?y=1", "/p;x=1/redacted?y=1"),
+            ("/p;x=good-token-0001/good-token-0001?y=1", "/p/redacted?y=1"),
+            ("/p;private_token=S/good-token-0001", "/p/redacted"),
+        ] {
+            assert_eq!(cleaned(value, UrlField::Location, TOKEN, false), expected, "{value}");
+            assert!(!cleaned(value, UrlField::Location, TOKEN, true).contains("0001"), "{value}");
+        }
+        // A token that holds an escape is the same text decoded.
+        assert_eq!(cleaned("/p?k=a%2541-long-token&x", UrlField::Location, "a%41-long-token", false), "/p?x");
+        assert_eq!(cleaned("/p?k=a%41-long-token&x", UrlField::Location, "a%41-long-token", false), "/p?x");
+        assert_eq!(cleaned("/p?k=a%2Blong-token&x", UrlField::Location, "a+long-token", false), "/p?x");
+        // One that could stand anywhere by chance counts as a word of its own only.
+        assert_eq!(cleaned("/p12?page=2&per_page=20", UrlField::Location, "2", false), "/p12?per_page=20");
+        assert_eq!(cleaned("/projects?x=pro", UrlField::Location, "pro", false), "/projects");
+        assert_eq!(cleaned("/p?a=x", UrlField::Location, "", false), "/p?a=x");
+    }
+
+    #[test]
+    fn links_and_refreshes_keep_their_form() {
+        for (value, expected) in [
+            (
+                "<http://h/p?page=2&per_page=20&private_token=S>; rel=\"next\", <http://h/p?private_token=S&page=1>; rel=\"first\"",
+                "<http://h/p?page=2&per_page=20>; rel=\"next\", <http://h/p?page=1>; rel=\"first\"",
+            ),
+            ("<http://h/p?labels=a,b&private_token=S,T>; rel=next", "<http://h/p?labels=a,b>; rel=next"),
+            ("<http://h/p?private_token=S;x>; rel=next; title=\"a;b\"", "<http://h/p?x>; rel=next; title=\"a;b\""),
+            ("</style.css>; rel=preload; as=style", "</style.css>; rel=preload; as=style"),
+            ("</p?private_token=S", "</p"),
+            ("http://h/p?private_token=S; rel=next", "http://h/p; rel=next"),
+            ("</p>; rel=next; anchor=\"/q?private_token=S\"", "</p>; rel=next; anchor=\"/q\""),
+            ("</p>; rel=next; title=\"my good-token-0001\"", "</p>; rel=next; title=\"my redacted\""),
+            ("</s/good-token-0001>; rel=self", "</s/redacted>; rel=self"),
+        ] {
+            assert_eq!(cleaned(value, UrlField::Link, TOKEN, false), expected, "{value}");
+        }
+        for (value, expected) in [
+            ("5; url=http://h/p?private_token=S&x=1", "5; url=http://h/p?x=1"),
+            ("5; URL = 'http://h/p?x=1&private_token=S'", "5; URL = 'http://h/p?x=1'"),
+            ("0;url=\"/p?private_token=S\"; x", "0;url=\"/p\"; x"),
+            ("5, /p?private_token=S", "5, /p"),
+            ("5; url=/s/good-token-0001", "5; url=/s/redacted"),
+            ("5;/p?key=good%2Dtoken-0001", "5;/p"),
+            ("5; url=/p?search=private_token", "5; url=/p?search=private_token"),
+            ("5", "5"),
+            ("", ""),
+            ("5; url=", "5; url="),
+            ("5; url='", "5; url='"),
+        ] {
+            assert_eq!(cleaned(value, UrlField::Refresh, TOKEN, false), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_worse_than_slow_and_nothing_breaks() {
+        // Every short text of these pieces, in every form: no panic, and no token left.
+        let pieces = ["?", "&", ";", "#", "=", "%", "25", "3F", "26", "<", ">", "\"", "/", "private_token", TOKEN, "x"];
+        let mut seen = 0;
+        for a in pieces {
+            for b in pieces {
+                for c in pieces {
+                    for d in pieces {
+                        let value = [a, b, c, d].concat();
+                        for field in [UrlField::Location, UrlField::Link, UrlField::Refresh] {
+                            assert!(!cleaned(&value, field, TOKEN, false).contains(TOKEN), "{value}");
+                            seen += 1;
+                        }
+                    }
+                }
+            }
+        }
+        assert_eq!(seen, 3 * 16_usize.pow(4));
+        let started = std::time::Instant::now();
+        for piece in
+            ["?", "&", "%25", "%3F", "?private_token=S", "&private_token=S", "%26private_token%3DS", TOKEN, "<", ";"]
+        {
+            let long = piece.repeat(64 * 1024 / piece.len());
+            for field in [UrlField::Location, UrlField::Link, UrlField::Refresh] {
+                cleaned(&long, field, TOKEN, false);
+            }
+        }
+        assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn every_sort_of_answer_has_its_fields() {
+        use AnswerKind::{Final, Interim, Switching};
+        for (name, last, interim, switching) in [
+            ("content-length", Fate::Keep, Fate::Drop, Fate::Keep),
+            ("transfer-encoding", Fate::Keep, Fate::Drop, Fate::Keep),
+            ("upgrade", Fate::Drop, Fate::Drop, Fate::Keep),
+            ("connection", Fate::Nominates, Fate::Nominates, Fate::Nominates),
+            ("keep-alive", Fate::Drop, Fate::Drop, Fate::Drop),
+            ("trailer", Fate::Drop, Fate::Drop, Fate::Drop),
+            ("x-sendfile", Fate::Drop, Fate::Drop, Fate::Drop),
+            ("gitlab-workhorse-send-data", Fate::Drop, Fate::Drop, Fate::Drop),
+            ("content-type", Fate::Keep, Fate::Keep, Fate::Keep),
+            ("x-accel-buffering", Fate::Keep, Fate::Keep, Fate::Keep),
+        ] {
+            assert_eq!(
+                (fate(name, Final), fate(name, Interim), fate(name, Switching)),
+                (last, interim, switching),
+                "{name}"
+            );
+        }
+        for name in ["link", "location", "content-location", "refresh"] {
+            assert!(
+                matches!(fate(name, Interim), Fate::Clean(_)) && matches!(fate(name, Final), Fate::Clean(_)),
+                "{name}"
+            );
+        }
+        for (status, kind) in
+            [(100, Interim), (101, Switching), (103, Interim), (199, Interim), (200, Final), (304, Final)]
+        {
+            assert_eq!(AnswerKind::of(status), kind);
+        }
+    }
+}
