@@ -44,8 +44,15 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Migrate { common } => {
             let (name, settings) = postgres_store(&common)?;
-            let version = PostgresAdmin::migrate(&settings).await?;
-            say!("store {name}: the schema is at version {version}")?;
+            let migrated = PostgresAdmin::migrate(&settings).await?;
+            say!("store {name}: the schema is at version {}", migrated.version)?;
+            if let Some((was, now)) = migrated.moved {
+                say!(
+                    "store {name}: THE CHANNEL CHANGED for every gateway of this schema: \"{was}\" before, \"{now}\" now. \
+                     Gateways that run follow by themselves. Write channel = \"{now}\" into every configuration of \
+                     this store"
+                )?;
+            }
         }
         Command::InstallTriggers { common, print, table, column } => {
             let (name, settings) = postgres_store(&common)?;
@@ -55,7 +62,8 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
                 say!("{}", sql.trim_end())?;
             } else {
                 postgres::install_triggers(&settings, &sql).await?;
-                say!("store {name}: the triggers are there")?;
+                let channel = settings.channel.as_deref().unwrap_or_default();
+                say!("store {name}: the triggers are there, and tell of changes on channel \"{channel}\"")?;
             }
         }
     }

@@ -144,12 +144,14 @@ section! {
         kind: StoreKind = r#""postgres""#,
         /// Its name in metrics, logs and `--store`; empty for its kind.
         name: String = r#""""#,
-        /// `postgres://user@host/database`, or keywords like `host=/run/postgresql dbname=gitlab user=tollgate`.
+        /// `postgres://user@host/database`, or keywords like `host=/run/postgresql dbname=gitlab user=tollgate`. Of several
+        /// hosts, look-ups go to the primary server. No environment variables (PGHOST) and no .pgpass.
         url: String = r#"!"host=/run/postgresql""#,
         /// A file with the password; empty for none, or one in the URL.
         password_file: String = r#""""#,
-        /// "auto" (nothing to loopback addresses and Unix sockets, "verify-full" to everywhere else), "disable",
-        /// "require" (encrypted, to whomever), "verify-ca" or "verify-full". Never falls back to plain text.
+        /// "auto" (plain text if every host and hostaddr of `url` is a loopback address, localhost or a Unix socket, else
+        /// "verify-full"), "disable", "require" (encrypted, to whomever), "verify-ca" or "verify-full". Never falls back to
+        /// plain text.
         tls: Tls = r#""auto""#,
         /// The authorities to trust, a PEM file; empty for the system's.
         tls_ca: String = r#""""#,
@@ -163,7 +165,8 @@ section! {
         /// The schema of tollgate's own tables.
         schema: Identifier = r#""tollgate""#,
         /// With "custom": a query with $1 for the token. Columns by name: `user`, and if wanted `scopes`, `expires_at`,
-        /// `not_before`, `revoked`, `blocked`.
+        /// `not_before`, `revoked`, `blocked`. It runs with search_path = pg_catalog, pg_temp: write tables and functions
+        /// with their schema, like `public.people`.
         lookup: String = r#""""#,
         /// With "custom": what $1 is. "plain", "sha256-hex", "sha256-base64", or "gitlab" (base64 of the SHA-256 over the
         /// token and the first 32 characters of db_key_base).
@@ -175,7 +178,8 @@ section! {
         /// Hear of changes through LISTEN/NOTIFY. Tables that are not tollgate's own need triggers for that
         /// (`tollgate store install-triggers`); without them a revoked token works for up to [cache] positive_ttl.
         notify: bool = "true",
-        /// The channel.
+        /// The channel that triggers tell on. In tollgate's own tables it is changed for all by `tollgate store migrate`
+        /// alone, and gateways listen where the triggers tell.
         channel: Identifier = r#""tollgate_change""#,
         /// Connections for look-ups. One more hears of changes.
         connections: u64 = "8",

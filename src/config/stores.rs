@@ -8,7 +8,7 @@ use super::file::{
 use super::resolve::Check;
 use crate::edge::{ServerAddress, UpstreamSettings};
 use crate::identity::store::introspect::{self, IntrospectMode, IntrospectSettings};
-use crate::identity::store::postgres::{Bind, PostgresSettings, Source};
+use crate::identity::store::postgres::{self, Bind, PostgresSettings, Source};
 use crate::identity::store::redis::{RedisChanges, RedisSettings, Topology};
 use crate::identity::store::{NamedStore, PemFile, Place, Secret, StoreSettings, TlsMode, TlsSettings};
 use std::path::Path;
@@ -51,15 +51,7 @@ impl Check<'_> {
     }
 
     fn postgres(&mut self, s: &file::PostgresStore, at: &Entry<'_>) -> PostgresSettings {
-        let auto = match s.url.parse::<tokio_postgres::Config>() {
-            Ok(url) => TlsMode::auto(places(&url)),
-            Err(_) => {
-                // The parser's own message may quote a password.
-                let instead = "like \"postgres://user@host:5432/database\", with the password in password_file";
-                self.problem(at.line, at.key("url"), "is no PostgreSQL URL or keyword list", instead);
-                TlsMode::Local
-            }
-        };
+        let auto = postgres::tls_auto(&s.url).unwrap_or(TlsMode::Local);
         let gitlab_secret = self.secret(at, "db_key_base_file", &s.db_key_base_file);
         let needs_secret = s.preset == PostgresPreset::GitlabPatDigest
             || s.preset == PostgresPreset::Custom && s.digest == BoundAs::Gitlab;
@@ -101,7 +93,7 @@ impl Check<'_> {
                 },
             },
         };
-        PostgresSettings {
+        let settings = PostgresSettings {
             url: Secret::new(&s.url),
             password: self.secret(at, "password_file", &s.password_file),
             tls: self.tls(at, s.tls, auto, [&s.tls_ca, &s.tls_cert, &s.tls_key]),
@@ -110,7 +102,12 @@ impl Check<'_> {
             channel: s.notify.then(|| s.channel.0.clone()),
             default_scopes: s.scopes.clone(),
             timeout: s.timeout,
+        };
+        if let Err(why) = postgres::check_url(&settings) {
+            let instead = "like \"postgres://user@host:5432/database\", with the password in password_file";
+            self.problem(at.line, at.key("url"), why, instead);
         }
+        settings
     }
 
     fn redis(&mut self, s: &file::RedisStore, at: &Entry<'_>) -> RedisSettings {
@@ -307,15 +304,4 @@ impl Entry<'_> {
     fn key(&self, key: &str) -> String {
         if self.only { format!("store.{key}") } else { format!("store[{}].{key}", self.index) }
     }
-}
-
-/// Every place that a connection may go to, or that it takes itself to be at: a name beside an address is asked of the
-/// other side's certificate, which nobody shows in plain text.
-fn places(url: &tokio_postgres::Config) -> impl Iterator<Item = Place<'_>> {
-    use tokio_postgres::config::Host;
-    let hosts = url.get_hosts().iter().map(|host| match host {
-        Host::Unix(_) => Place::Socket,
-        Host::Tcp(name) => Place::of_host(name),
-    });
-    hosts.chain(url.get_hostaddrs().iter().map(|address| Place::Address(*address)))
 }

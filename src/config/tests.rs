@@ -254,7 +254,6 @@ fn tls_auto_looks_at_every_way_to_name_a_place() {
         "host=/run/postgresql hostaddr=10.0.0.9",
         "host=localhost,localhost hostaddr=127.0.0.1,10.0.0.9",
         "host=localhost,db.example",
-        "host=/run/postgresql,db.example",
         "hostaddr=127.0.0.1,10.0.0.9",
         // An address of this machine, where somebody else is asked for.
         "host=db.example hostaddr=127.0.0.1",
@@ -264,9 +263,17 @@ fn tls_auto_looks_at_every_way_to_name_a_place() {
         "postgres://u@[::1],[fd00::9]/db",
         "postgres:///db?hostaddr=10.0.0.9",
         "postgres:///db?host=/run/postgresql&hostaddr=10.0.0.9",
-        "postgres://u@%2Frun%2Fpostgresql/db?host=db.example",
         "postgres://u@%64b.example/db",
-        // Names of nothing: libpq would ask PGHOST, and tollgate reads no such variable.
+    ];
+    // A socket can't be encrypted, and what names nothing (libpq would ask PGHOST) names no place that could be looked at.
+    let refused = [
+        "host=/run/postgresql,db.example",
+        "host=db.example,/run/postgresql",
+        "postgres://u@%2Frun%2Fpostgresql/db?host=db.example",
+        "host=localhost,db.example hostaddr=127.0.0.1",
+        "host=localhost port=1,2",
+        "host='' dbname=db",
+        "postgres://u@localhost,,db.example/db",
         "dbname=db",
         "postgres:///db",
     ];
@@ -275,6 +282,12 @@ fn tls_auto_looks_at_every_way_to_name_a_place() {
     }
     for url in elsewhere {
         assert_eq!(mode(url), TlsMode::VerifyFull, "{url}");
+    }
+    for url in refused {
+        let text = format!("{MINIMAL}[store]\nkind = \"postgres\"\nurl = \"{url}\"\n");
+        let found: Vec<_> =
+            parse(&text, &folder().0).err().unwrap_or_default().iter().map(ToString::to_string).collect();
+        assert!(found.iter().any(|problem| problem.contains("store.url: ")), "{url}: {found:?}");
     }
     let redis = |servers: &str| {
         let text = format!("{MINIMAL}[store]\nkind = \"redis\"\ntopology = \"sentinel\"\nservers = [{servers}]\n");

@@ -11,6 +11,7 @@ pub struct Postgres {
     port: u16,
     process: Option<Process>,
     authority: Option<Authority>,
+    settings: Vec<String>,
 }
 
 impl Postgres {
@@ -40,7 +41,7 @@ impl Postgres {
             run(Command::new("chmod").arg("600").arg(folder.file("data/server.key")));
         }
         give_away(&folder.0);
-        let mut server = Self { folder, port: free_port(), process: None, authority };
+        let mut server = Self { folder, port: free_port(), process: None, authority, settings: Vec::new() };
         server.start_again();
         server
     }
@@ -93,6 +94,15 @@ impl Postgres {
 
     /// A standby that follows this server.
     pub fn standby(&self) -> Self {
+        self.standby_with(&[])
+    }
+
+    /// A standby that applies nothing that happens from now on.
+    pub fn late_standby(&self) -> Self {
+        self.standby_with(&["recovery_min_apply_delay=1h"])
+    }
+
+    fn standby_with(&self, settings: &[&str]) -> Self {
         let folder = Folder::new("pg");
         give_away(&folder.0);
         run(as_nobody(&program("pg_basebackup"))
@@ -100,7 +110,8 @@ impl Postgres {
             .arg(&self.folder.0)
             .args(["-p", &self.port.to_string(), "-U", "postgres", "-R", "-X", "stream", "-c", "fast", "-D"])
             .arg(folder.file("data")));
-        let mut standby = Self { folder, port: free_port(), process: None, authority: None };
+        let settings = settings.iter().map(|setting| (*setting).to_owned()).collect();
+        let mut standby = Self { folder, port: free_port(), process: None, authority: None, settings };
         standby.start_again();
         standby
     }
@@ -152,6 +163,9 @@ impl Server for Postgres {
             "autovacuum=off",
             "log_min_messages=log",
         ] {
+            command.args(["-c", setting]);
+        }
+        for setting in &self.settings {
             command.args(["-c", setting]);
         }
         let log = std::fs::OpenOptions::new().append(true).create(true).open(self.folder.file("log")).unwrap();

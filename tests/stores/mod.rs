@@ -3,6 +3,7 @@
 
 mod faults;
 mod frozen;
+mod places;
 mod reload;
 mod revocation;
 

@@ -34,6 +34,12 @@ fn settings(server: &Postgres, source: Source) -> PostgresSettings {
     }
 }
 
+/// The writing side, with its tables.
+async fn writer(settings: &PostgresSettings) -> PostgresAdmin {
+    PostgresAdmin::migrate(settings).await.unwrap();
+    PostgresAdmin::open(settings).await.unwrap()
+}
+
 fn open(settings: PostgresSettings) -> Arc<dyn TokenStore> {
     let metrics = Arc::new(crate::telemetry::metrics::Metrics::new("test").unwrap().store("postgres"));
     Arc::new(PostgresStore::new(settings, metrics).unwrap())
@@ -66,7 +72,7 @@ impl Subject for Own {
 
     async fn admin(&self) -> Box<dyn TokenAdmin> {
         let settings = settings(&self.0.lock(), own());
-        Box::new(PostgresAdmin::open(&settings).await.unwrap())
+        Box::new(writer(&settings).await)
     }
 
     fn open(&self) -> Arc<dyn TokenStore> {
@@ -130,7 +136,7 @@ impl Foreign {
         let custom = |column: &str, bind| Source::Lookup {
             sql: format!(
                 "SELECT login AS user, scopes, expires AS expires_at, starts AS not_before, revoked_at AS revoked, blocked, \
-                note FROM keys WHERE {column} = $1"
+                note FROM public.keys WHERE {column} = $1"
             ),
             bind,
         };
@@ -253,7 +259,10 @@ struct ForeignSubject {
 
 impl ForeignSubject {
     async fn new(kind: Foreign) -> Self {
-        let server = Postgres::start();
+        Self::on(Postgres::start(), kind).await
+    }
+
+    async fn on(server: Postgres, kind: Foreign) -> Self {
         server.psql("postgres", Foreign::TABLES);
         let settings = settings(&server, kind.source());
         // Over and over, if need be.
@@ -399,8 +408,10 @@ async fn a_schema_that_does_not_fit_cannot_tell() {
         other => panic!("{other:?}"),
     };
     assert!(why(&*store).await.contains("tollgate store migrate"), "no schema at all");
-    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap(), 1);
-    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap(), 1, "over and over");
+    let none = PostgresAdmin::open(&settings(&server, own())).await.err().unwrap().to_string();
+    assert!(none.contains("tollgate store migrate"), "{none}");
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 2);
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 2, "over and over");
     assert_eq!(lookup(&*store, b"known").await, None);
     server.psql("postgres", "UPDATE tollgate.version SET version = 9");
     assert_eq!(lookup(&*store, b"known").await, None, "newer, and says that it can be read");
@@ -428,7 +439,9 @@ async fn migrations_at_the_same_time_make_one_schema() {
     let server = Postgres::start();
     let settings = settings(&server, own());
     let versions = futures_util::future::join_all((0..8).map(|_| PostgresAdmin::migrate(&settings))).await;
-    assert!(versions.iter().all(|version| matches!(version, Ok(1))), "{versions:?}");
+    for migrated in versions {
+        assert_eq!(migrated.unwrap().version, 2);
+    }
     assert_eq!(server.psql("postgres", "SELECT count(*) FROM tollgate.version"), "1");
 }
 
@@ -443,22 +456,25 @@ async fn queries_that_make_no_sense_are_no_answer() {
     );
     let lookup_by = |sql: &str| Source::Lookup { sql: sql.into(), bind: Bind::Plain };
     for (sql, token, part) in [
-        ("SELECT who AS user FROM t WHERE token = $1", "twice", "two rows"),
-        ("SELECT n AS user FROM t WHERE token = $1", "once", "cast it"),
-        ("SELECT n AS user FROM t WHERE token = $1", "nobody", "cast it"),
-        ("SELECT who FROM t WHERE token = $1", "once", "no column user"),
-        ("SELECT who AS user, n AS revoked, n AS revoked_at FROM t WHERE token = $1", "once", "several columns"),
-        ("SELECT who AS user, who AS expires_at FROM t WHERE token = $1", "nobody", "expires_at"),
-        ("SELECT who AS user, n AS blocked FROM t WHERE token = $1", "nobody", "blocked"),
-        ("SELECT who AS user, n AS scopes FROM t WHERE token = $1", "nobody", "scopes"),
-        ("SELECT NULL::text AS user FROM t WHERE token = $1", "once", "without a user"),
-        ("SELECT who AS user FROM t WHERE tokn = $1", "once", "42703"),
-        ("SELECT who AS user FROM nowhere WHERE token = $1", "once", "42P01"),
-        ("SELECT who AS user FROM t WHERE raw = $1", "once", "42883"),
-        ("SELECT who AS user FROM t WHERE n = $1::integer", "S3CRET", "22P02"),
-        ("SELECT who AS user FROM t WHERE token = $1 OR n = 1", "once", "nobody has"),
-        ("SELECT who AS user FROM t WHERE n = 1 -- $1", "once", "nobody has"),
-        ("SELECT who AS user, 1700000000000 AS expires_at FROM t WHERE token = $1", "once", "milliseconds"),
+        ("SELECT who AS user FROM public.t WHERE token = $1", "twice", "two rows"),
+        ("SELECT n AS user FROM public.t WHERE token = $1", "once", "cast it"),
+        ("SELECT n AS user FROM public.t WHERE token = $1", "nobody", "cast it"),
+        ("SELECT who FROM public.t WHERE token = $1", "once", "no column user"),
+        ("SELECT who AS user, n AS revoked, n AS revoked_at FROM public.t WHERE token = $1", "once", "several columns"),
+        ("SELECT who AS user, who AS expires_at FROM public.t WHERE token = $1", "nobody", "expires_at"),
+        ("SELECT who AS user, n AS blocked FROM public.t WHERE token = $1", "nobody", "blocked"),
+        ("SELECT who AS user, n AS scopes FROM public.t WHERE token = $1", "nobody", "scopes"),
+        ("SELECT NULL::text AS user FROM public.t WHERE token = $1", "once", "without a user"),
+        ("SELECT who AS user FROM public.t WHERE tokn = $1", "once", "42703"),
+        ("SELECT who AS user FROM public.nowhere WHERE token = $1", "once", "42P01"),
+        // A name without its schema is looked for in the catalog only, and the error says so.
+        ("SELECT who AS user FROM t WHERE token = $1", "once", "with their schema, like public.people"),
+        ("SELECT who AS user FROM public.t WHERE token = hidden($1)", "once", "with their schema, like public.people"),
+        ("SELECT who AS user FROM public.t WHERE raw = $1", "once", "42883"),
+        ("SELECT who AS user FROM public.t WHERE n = $1::integer", "S3CRET", "22P02"),
+        ("SELECT who AS user FROM public.t WHERE token = $1 OR n = 1", "once", "nobody has"),
+        ("SELECT who AS user FROM public.t WHERE n = 1 -- $1", "once", "nobody has"),
+        ("SELECT who AS user, 1700000000000 AS expires_at FROM public.t WHERE token = $1", "once", "milliseconds"),
         ("SELEC $1", "once", "42601"),
     ] {
         let store = open(settings(&server, lookup_by(sql)));
@@ -470,12 +486,12 @@ async fn queries_that_make_no_sense_are_no_answer() {
         }
     }
     // NULL where somebody should have said that all is well.
-    let sql = "SELECT who AS user, flag AS revoked, flag AS blocked, d AS expires_at, *, n AS surplus FROM t WHERE token = $1";
+    let sql = "SELECT who AS user, flag AS revoked, flag AS blocked, d AS expires_at, *, n AS surplus FROM public.t WHERE token = $1";
     let found = lookup(&*open(settings(&server, lookup_by(sql))), b"once").await.unwrap();
     assert!(found.revoked.is_some() && found.blocked);
     assert_eq!(found.expires, Some(1_893_542_400), "2030-01-02T00:00:00Z");
     // Whatever a table is changed to, the next answer is of its new shape.
-    let store = open(settings(&server, lookup_by("SELECT who AS user, t.* FROM t WHERE token = $1")));
+    let store = open(settings(&server, lookup_by("SELECT who AS user, t.* FROM public.t WHERE token = $1")));
     assert!(lookup(&*store, b"once").await.is_some());
     server.psql("postgres", "ALTER TABLE t ADD COLUMN expires bigint DEFAULT 5, ADD COLUMN more text");
     assert_eq!(lookup(&*store, b"once").await.unwrap().expires, Some(5));
@@ -495,7 +511,7 @@ async fn a_slow_query_ends_with_its_look_up() {
         "postgres",
         "CREATE TABLE t (token text, who text); INSERT INTO t VALUES ('slow', 'ann'), ('known', 'ann')",
     );
-    let sql = "SELECT who AS user FROM t WHERE token = $1 AND (token <> 'slow' OR pg_sleep(20) IS NOT NULL)";
+    let sql = "SELECT who AS user FROM public.t WHERE token = $1 AND (token <> 'slow' OR pg_sleep(20) IS NOT NULL)";
     let source = Source::Lookup { sql: sql.into(), bind: Bind::Plain };
     let store =
         open(PostgresSettings { connections: 2, timeout: Duration::from_millis(400), ..settings(&server, source) });
@@ -544,7 +560,7 @@ async fn encryption_is_what_was_asked_for() {
     let server = Postgres::start_with_tls(Authority::new());
     let other = Authority::new();
     server.psql("postgres", "CREATE TABLE t (token text, who text); INSERT INTO t VALUES ('known', 'ann')");
-    let source = Source::Lookup { sql: "SELECT who AS user FROM t WHERE token = $1".into(), bind: Bind::Plain };
+    let source = Source::Lookup { sql: "SELECT who AS user FROM public.t WHERE token = $1".into(), bind: Bind::Plain };
     let with = |host: &str, mode, ca: Option<&Authority>| {
         let ca = ca.map(|ca| ca.ca().into());
         open(PostgresSettings {
@@ -580,6 +596,20 @@ async fn encryption_is_what_was_asked_for() {
     assert!(ask(&*named(TlsMode::VerifyCa), b"known").await.is_ok());
     let wrong = ask(&*named(TlsMode::VerifyFull), b"known").await.unwrap_err().to_string();
     assert!(wrong.contains("certificate"), "{wrong}");
+    // An address says where to go, whatever folder of a socket stands beside it.
+    let url = format!("host=/nowhere hostaddr=127.0.0.1 port={} user=postgres dbname=postgres", server.port());
+    for (mode, works) in [(TlsMode::VerifyFull, true), (TlsMode::Disable, false)] {
+        let tls = TlsSettings { mode, ca: good.map(|good| good.ca().into()), client: None };
+        let store = open(PostgresSettings { url: Secret::new(&url), tls, ..settings(&server, source.clone()) });
+        assert_eq!(ask(&*store, b"known").await.is_ok(), works, "{mode:?}");
+    }
+    // Nor is another machine, where plain text is for this one only.
+    let url = Secret::new("host=10.255.255.1 user=postgres dbname=postgres");
+    let tls = TlsSettings { mode: TlsMode::Local, ca: None, client: None };
+    let before = Instant::now();
+    let answer = ask(&*open(PostgresSettings { url, tls, ..settings(&server, source.clone()) }), b"known").await;
+    assert!(matches!(&answer, Err(StoreError::Unavailable(why)) if why.contains("another machine")), "{answer:?}");
+    assert!(before.elapsed() < Duration::from_millis(500), "nothing was sent there");
     // A server without encryption is not spoken to in plain text.
     let plain = Postgres::start();
     plain.psql("postgres", "CREATE TABLE t (token text, who text)");
@@ -601,7 +631,7 @@ async fn no_error_says_a_password() {
     let server = Postgres::start();
     server.psql("postgres", "CREATE USER guarded PASSWORD 'pa55-word'; CREATE TABLE t (token text, who text)");
     server.psql("postgres", "GRANT SELECT ON t TO guarded");
-    let source = Source::Lookup { sql: "SELECT who AS user FROM t WHERE token = $1".into(), bind: Bind::Plain };
+    let source = Source::Lookup { sql: "SELECT who AS user FROM public.t WHERE token = $1".into(), bind: Bind::Plain };
     let with = |password: &str, instead: Option<&str>| PostgresSettings {
         url: Secret::new(format!("postgres://guarded:{password}@127.0.0.1:{}/postgres", server.port())),
         password: instead.map(Secret::new),
@@ -692,7 +722,7 @@ async fn triggers_tell_of_all_that_matters_and_of_no_token() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn own_triggers_tell_whoever_changes_the_rows() {
     let server = Postgres::start();
-    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    let mut admin = writer(&settings(&server, own())).await;
     let store = open(settings(&server, own()));
     let begin = Instant::now();
     let ear = Ear::on(&store);
@@ -740,7 +770,7 @@ async fn own_triggers_tell_whoever_changes_the_rows() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_mark_misses_no_transaction_that_had_not_ended() {
     let server = Postgres::start();
-    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    let mut admin = writer(&settings(&server, own())).await;
     for token in ["early", "late", "never"] {
         admin.create(&record(token)).await.unwrap();
     }
@@ -782,7 +812,7 @@ async fn a_mark_misses_no_transaction_that_had_not_ended() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn storms_and_losses_are_weathered() {
     let server = Postgres::start();
-    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    let mut admin = writer(&settings(&server, own())).await;
     let store = open(settings(&server, own()));
     let begin = Instant::now();
     let ear = Ear::on(&store);
@@ -829,7 +859,7 @@ async fn storms_and_losses_are_weathered() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_waits_learns_who_did_not_hear() {
     let server = Postgres::start();
-    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    let mut admin = writer(&settings(&server, own())).await;
     assert_eq!(admin.wait(Duration::from_secs(1)).await.unwrap(), Vec::<String>::new(), "nobody is there");
     let stores = [open(settings(&server, own())), open(settings(&server, own()))];
     let begin = Instant::now();
@@ -891,7 +921,7 @@ async fn without_triggers_nothing_is_promised() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_standby_answers_and_promises_nothing() {
     let primary = Postgres::start();
-    let mut admin = PostgresAdmin::open(&settings(&primary, own())).await.unwrap();
+    let mut admin = writer(&settings(&primary, own())).await;
     admin.create(&record("known")).await.unwrap();
     let standby = primary.standby();
     let store = open(settings(&standby, own()));
@@ -926,9 +956,9 @@ async fn pooled(mode: &str) -> Pooled {
         url: Secret::new(url),
         ..settings(&server, Source::Own { schema: schema.into() })
     };
-    let mut admin = PostgresAdmin::open(&of("ours", server.url("postgres"))).await.unwrap();
+    let mut admin = writer(&of("ours", server.url("postgres"))).await;
     admin.create(&record("ours")).await.unwrap();
-    let mut others = PostgresAdmin::open(&of("theirs", server.url("postgres"))).await.unwrap();
+    let mut others = writer(&of("theirs", server.url("postgres"))).await;
     others.create(&record("theirs")).await.unwrap();
     let stores = ["ours", "theirs"].map(|schema| (open(of(schema, pooler.url("postgres"))), schema));
     Pooled { pooler, stores, admin, server }
@@ -975,7 +1005,7 @@ async fn a_question_that_is_anothers_by_its_name_is_no_answer() {
     let server = Postgres::start();
     let pooler = PgBouncer::start(&server, "transaction", 1);
     server.psql("postgres", "CREATE TABLE t (token text, who text); INSERT INTO t VALUES ('known', 'ann')");
-    let sql = "SELECT who AS user FROM t WHERE token = $1";
+    let sql = "SELECT who AS user FROM public.t WHERE token = $1";
     for (anothers, token) in [
         // As a gateway before other tables would ask, and any other program.
         ("SELECT 'ffff' AS mark, true AS found, 'eve' AS who WHERE $1 IS NOT NULL", "unknown"),
@@ -1009,12 +1039,528 @@ async fn a_question_that_is_anothers_by_its_name_is_no_answer() {
     }
 }
 
+/// Another program's setting on the one connection that the pooler has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_from_a_connection_that_looks_for_names_elsewhere_is_none() {
+    let server = Postgres::start();
+    let pooler = PgBouncer::start(&server, "transaction", 1);
+    server.psql("postgres", "CREATE TABLE t (token text, who text); INSERT INTO t VALUES ('known', 'ann')");
+    let store = open(PostgresSettings {
+        url: Secret::new(pooler.url("postgres")),
+        channel: None,
+        ..settings(
+            &server,
+            Source::Lookup { sql: "SELECT who AS user FROM public.t WHERE token = $1".into(), bind: Bind::Plain },
+        )
+    });
+    assert_eq!(lookup(&*store, b"known").await.unwrap().user, "ann");
+    let (client, driver) = tokio_postgres::connect(&pooler.url("postgres"), tokio_postgres::NoTls).await.unwrap();
+    let driver = tokio::spawn(driver);
+    client.batch_execute("SET search_path = public, pg_catalog").await.unwrap();
+    match ask(&*store, b"known").await {
+        Err(StoreError::Unavailable(why)) => assert!(why.contains("pooler"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(lookup(&*store, b"known").await.unwrap().user, "ann", "a new connection says its own");
+    driver.abort();
+}
+
+/// Whatever a user of the database may create in schema public stands before the catalog for every session, and tells the
+/// server's log when it runs in a session of tollgate's or in a trigger's function. There it also says yes to everything.
+const HOSTILE: &str = r#"
+    CREATE ROLE mallory LOGIN;
+    GRANT CREATE ON SCHEMA public TO PUBLIC;
+    ALTER DATABASE postgres SET search_path = public, pg_catalog;
+    SET search_path = pg_catalog;
+    SET ROLE mallory;
+    CREATE FUNCTION public.caught(what text) RETURNS boolean LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+    DECLARE stack text;
+    BEGIN
+        GET DIAGNOSTICS stack = PG_CONTEXT;
+        IF current_setting('application_name') = 'tollgate' OR stack ~ 'function tollgate\.' THEN
+            RAISE LOG 'caught: % as % of % in %', what, current_user, session_user, stack;
+            RETURN true;
+        END IF;
+        RETURN false;
+    END $$;
+    DO $do$
+    DECLARE
+        types constant regtype[] := '{text,varchar,bpchar,name,bytea,boolean,integer,bigint,numeric,float8,timestamptz,timestamp,json,jsonb,"text[]","bytea[]",oid,"\"char\""}';
+        operator record;
+        kind record;
+        number integer := 0;
+    BEGIN
+        FOR operator IN
+            SELECT o.oprname AS name, o.oprleft::regtype AS a, o.oprright::regtype AS b, o.oprresult::regtype AS result
+            FROM pg_operator o
+            WHERE o.oprnamespace = 'pg_catalog'::regnamespace AND o.oprleft = ANY (types) AND o.oprright = ANY (types)
+                AND o.oprresult = ANY (types)
+            UNION
+            -- Which the catalog does not have, and which so fit better than what it has.
+            SELECT o.name, a.type, b.type, o.result::regtype
+            FROM (VALUES ('=', 'boolean'), ('<>', 'boolean'), ('<', 'boolean'), ('>', 'boolean'), ('~', 'boolean'),
+                ('~~', 'boolean'), ('||', 'text')) o (name, result),
+                unnest('{text,varchar}'::regtype[]) a (type), unnest('{text,varchar}'::regtype[]) b (type)
+        LOOP
+            number := number + 1;
+            EXECUTE format('CREATE FUNCTION public.op_%s(%s, %s) RETURNS %s LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+                DECLARE yes constant boolean := public.caught(%L);
+                BEGIN
+                    IF yes AND %L THEN RETURN true; END IF;
+                    RETURN $1 OPERATOR(pg_catalog.%s) $2;
+                END $$', number, operator.a, operator.b, operator.result,
+                format('%s %s %s', operator.a, operator.name, operator.b), operator.result = 'boolean'::regtype, operator.name);
+            EXECUTE format('CREATE OPERATOR public.%s (LEFTARG = %s, RIGHTARG = %s, FUNCTION = public.op_%s)',
+                operator.name, operator.a, operator.b, number);
+        END LOOP;
+        RAISE LOG 'made % operators', number;
+        number := 0;
+        FOR kind IN
+            SELECT p.proname AS name, p.prorettype::regtype AS result, p.pronargs AS count,
+                array_to_string(ARRAY(SELECT t::regtype FROM unnest(p.proargtypes) t), ', ') AS types,
+                array_to_string(ARRAY(SELECT '$' || n FROM generate_series(1, p.pronargs) n), ', ') AS arguments
+            FROM pg_proc p
+            WHERE p.pronamespace = 'pg_catalog'::regnamespace AND p.prokind = 'f' AND NOT p.proretset AND p.provariadic = 0
+                AND p.prorettype <> 'void'::regtype
+                AND NOT EXISTS (SELECT FROM unnest(p.proargtypes) t JOIN pg_type y ON y.oid = t WHERE y.typtype = 'p')
+                AND p.proname = ANY ('{now,clock_timestamp,encode,decode,sha256,convert_to,lower,substring,current_setting,
+                    set_config,pg_is_in_recovery,pg_postmaster_start_time,strpos,quote_literal,to_regclass,length,octet_length,
+                    make_interval,date_part,to_timestamp,timezone,pg_backend_pid}')
+        LOOP
+            number := number + 1;
+            EXECUTE format('CREATE FUNCTION public.%I(%s) RETURNS %s LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+                BEGIN PERFORM public.caught(%L); RETURN pg_catalog.%I(%s); END $$', kind.name, kind.types, kind.result,
+                kind.name, kind.name, kind.arguments);
+        END LOOP;
+        RAISE LOG 'made % functions', number;
+    END $do$;
+    CREATE FUNCTION public.pg_notify(text, text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS
+        $$ BEGIN PERFORM public.caught('pg_notify'); PERFORM pg_catalog.pg_notify($1, $2); END $$;
+    -- A literal's type is not known: text is liked best.
+    CREATE FUNCTION public.convert_to(text, text) RETURNS bytea LANGUAGE plpgsql SET search_path = pg_catalog AS
+        $$ BEGIN PERFORM public.caught('convert_to'); RETURN pg_catalog.convert_to($1, $2::name); END $$;
+    CREATE FUNCTION public.to_jsonb(anyelement) RETURNS jsonb LANGUAGE plpgsql SET search_path = pg_catalog AS
+        $$ BEGIN PERFORM public.caught('to_jsonb'); RETURN pg_catalog.to_jsonb($1); END $$;
+    CREATE FUNCTION public.row_to_json(anyelement) RETURNS json LANGUAGE plpgsql SET search_path = pg_catalog AS
+        $$ BEGIN PERFORM public.caught('row_to_json'); RETURN pg_catalog.row_to_json($1); END $$;
+    CREATE FUNCTION public.unnest(anyarray) RETURNS SETOF anyelement LANGUAGE plpgsql SET search_path = pg_catalog AS
+        $$ BEGIN PERFORM public.caught('unnest'); RETURN QUERY SELECT pg_catalog.unnest($1); END $$;
+    CREATE FUNCTION public.cardinality(anyarray) RETURNS integer LANGUAGE plpgsql SET search_path = pg_catalog AS
+        $$ BEGIN PERFORM public.caught('cardinality'); RETURN pg_catalog.cardinality($1); END $$;
+    CREATE FUNCTION public.pg_advisory_xact_lock(bigint) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog AS
+        $$ BEGIN PERFORM public.caught('pg_advisory_xact_lock'); PERFORM pg_catalog.pg_advisory_xact_lock($1); END $$;
+    CREATE VIEW public.pg_trigger AS SELECT *, public.caught('pg_trigger') FROM pg_catalog.pg_trigger;
+    CREATE VIEW public.pg_namespace AS SELECT *, public.caught('pg_namespace') FROM pg_catalog.pg_namespace;
+    CREATE VIEW public.pg_class AS SELECT *, public.caught('pg_class') FROM pg_catalog.pg_class;
+    RESET ROLE;
+"#;
+
+/// A server whose every database user may create operators and functions, and one did.
+fn hostile() -> Postgres {
+    let server = Postgres::start();
+    server.psql("postgres", HOSTILE);
+    assert_eq!(
+        server.try_psql("postgres", "SET application_name = 'tollgate'; SELECT 'a'::varchar = 'b'::text").unwrap(),
+        "t",
+        "the trap works"
+    );
+    let log = server.log();
+    let count = |what: &str| -> usize {
+        let made = |line: &str| line.split_once("LOG:  made ")?.1.strip_suffix(what)?.trim().parse().ok();
+        log.lines().find_map(made).unwrap_or(0)
+    };
+    assert!(count("operators") > 100 && count("functions") > 30, "{log}");
+    server
+}
+
+/// What ran that was mallory's, since the trap was tried; and what would run whenever a trigger, a constraint or a default
+/// is looked at.
+fn caught(server: &Postgres) -> Vec<String> {
+    let log = server.log();
+    let bound = "SET search_path = pg_catalog; SELECT classid::regclass, objid, refclassid::regclass, refobjid FROM pg_depend \
+        WHERE classid = ANY ('{pg_trigger,pg_constraint,pg_attrdef,pg_class}'::regclass[]) \
+        AND (refobjid IN (SELECT oid FROM pg_proc WHERE pronamespace = 'public'::regnamespace) \
+        OR refobjid IN (SELECT oid FROM pg_operator WHERE oprnamespace = 'public'::regnamespace))";
+    let bound = server.psql("postgres", bound);
+    let ran = log.lines().filter(|line| line.contains("LOG:  caught: ")).skip(1);
+    ran.chain(bound.lines().filter(|line| !line.is_empty())).map(str::to_owned).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_may_create_in_public_does_not_decide_what_own_queries_mean() {
+    let subject = Own(Mutex::new(hostile()));
+    run(&subject).await;
+    let server = subject.0.lock();
+    assert_eq!(caught(&server), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_may_create_in_public_does_not_decide_what_gitlab_queries_and_triggers_mean() {
+    for kind in [Foreign::Legacy, Foreign::Pat, Foreign::PatDigest, Foreign::Hex, Foreign::Base64] {
+        let subject = ForeignSubject::on(hostile(), kind).await;
+        records_come_out_as_they_went_in(&subject).await;
+        only_the_very_token_is_found(&subject).await;
+        records_are_judged(&subject).await;
+        changes_are_heard(&subject).await;
+        many_rows(&subject).await;
+        let server = subject.server.lock();
+        // Names of users change, and users go.
+        server.psql(
+            "postgres",
+            "UPDATE users SET username = 'renamed', state = 'blocked'; DELETE FROM users; TRUNCATE keys",
+        );
+        assert_eq!(caught(&server), Vec::<String>::new(), "{}", kind.name());
+    }
+}
+
+/// The attack as it was reported: a role without any right on the tables makes an operator and is let in.
+#[tokio::test]
+async fn an_operator_lets_nobody_in() {
+    let server = Postgres::start();
+    server.psql("postgres", Foreign::TABLES);
+    server.psql(
+        "postgres",
+        "INSERT INTO users (username, authentication_token) VALUES ('root', 'S3CRET');
+         INSERT INTO personal_access_tokens (user_id, token) VALUES (1, 'S3CRET-pat');
+         CREATE ROLE mallory; GRANT CREATE ON SCHEMA public TO PUBLIC; SET ROLE mallory;
+         CREATE FUNCTION public.open(varchar, text) RETURNS boolean LANGUAGE sql AS $$
+             SELECT $2 OPERATOR(pg_catalog.=) 'let me in' OR $1::text OPERATOR(pg_catalog.=) $2 $$;
+         CREATE OPERATOR public.= (LEFTARG = varchar, RIGHTARG = text, FUNCTION = public.open);",
+    );
+    let custom = "SELECT username AS user FROM public.users WHERE authentication_token = $1";
+    for (source, token) in [
+        (Source::GitlabLegacy, "S3CRET"),
+        (Source::GitlabPat, "S3CRET-pat"),
+        (Source::Lookup { sql: custom.into(), bind: Bind::Plain }, "S3CRET"),
+    ] {
+        let store = open(PostgresSettings { channel: None, ..settings(&server, source.clone()) });
+        assert_eq!(ask(&*store, b"let me in").await, Ok(None), "{source:?}");
+        assert_eq!(lookup(&*store, token.as_bytes()).await.unwrap().user, "root", "{source:?}");
+    }
+    // And an index is used all the same.
+    server.psql("postgres", "CREATE UNIQUE INDEX at ON users (authentication_token)");
+    let plan = server.psql(
+        "postgres",
+        "SET enable_seqscan = off; EXPLAIN SELECT u.username::text FROM public.users u \
+         WHERE u.authentication_token::text OPERATOR(pg_catalog.=) 'x'::text",
+    );
+    assert!(plan.contains("Index") && plan.contains("Index Cond"), "{plan}");
+}
+
+/// A role that may read tokens, and nothing else.
+fn auditor(server: &Postgres) -> PostgresSettings {
+    server.psql(
+        "postgres",
+        "CREATE ROLE auditor LOGIN; GRANT USAGE ON SCHEMA tollgate TO auditor;
+         GRANT SELECT ON tollgate.version, tollgate.token TO auditor",
+    );
+    let url = Secret::new(format!("postgres://auditor@127.0.0.1:{}/postgres", server.port()));
+    PostgresSettings { url, channel: Some("another".into()), ..settings(server, own()) }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reading_changes_nothing() {
+    let server = Postgres::start();
+    let mut admin = writer(&settings(&server, own())).await;
+    admin.create(&record("known")).await.unwrap();
+    let auditor = auditor(&server);
+    let standby = server.standby();
+    let channel = || server.psql("postgres", "SELECT channel FROM tollgate.version");
+    let id = Digest::of(b"known").to_hex();
+    let at_standby = Secret::new(format!("postgres://auditor@127.0.0.1:{}/postgres", standby.port()));
+    for settings in [auditor.clone(), PostgresSettings { url: at_standby, ..auditor.clone() }] {
+        let mut reader = PostgresAdmin::open(&settings).await.unwrap();
+        assert_eq!(reader.list().await.unwrap(), [record("known")]);
+        assert_eq!(reader.find(&id[..12]).await.unwrap(), [record("known")]);
+        let no = reader.revoke(&Digest::of(b"known"), 1).await.unwrap_err().to_string();
+        assert!(no.contains("42501") || no.contains("25006"), "{no}");
+    }
+    // Nor does it take a channel of its own from its configuration, whatever it may do.
+    let other = PostgresSettings { channel: Some("another".into()), ..settings(&server, own()) };
+    let mut reader = PostgresAdmin::open(&other).await.unwrap();
+    assert_eq!(reader.list().await.unwrap().len(), 1);
+    assert!(
+        reader.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap(),
+        "it writes on the channel that there is"
+    );
+    assert_eq!(channel(), "tollgate_change");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_channel_that_changes_is_followed_by_gateways_that_run() {
+    let server = Postgres::start();
+    let mut admin = writer(&settings(&server, own())).await;
+    for token in ["one", "two", "three"] {
+        admin.create(&record(token)).await.unwrap();
+    }
+    // What the configuration of a gateway says is not what counts.
+    let stores = ["tollgate_change", "another"]
+        .map(|channel| open(PostgresSettings { channel: Some(channel.into()), ..settings(&server, own()) }));
+    let begin = Instant::now();
+    let ears = stores.each_ref().map(Ear::on);
+    for ear in &ears {
+        ear.hearing(begin).await;
+    }
+    let before = Instant::now();
+    let other = PostgresSettings { channel: Some("other".into()), ..settings(&server, own()) };
+    let migrated = PostgresAdmin::migrate(&other).await.unwrap();
+    assert_eq!(migrated.moved, Some(("tollgate_change".into(), "other".into())));
+    // Told on the new channel at once.
+    admin.revoke(&Digest::of(b"one"), 1_760_000_000).await.unwrap();
+    for ear in &ears {
+        ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
+        let lag = ear.hearing(before).await - before;
+        assert!(lag < LAG, "{lag:?}");
+    }
+    // By any hand.
+    let before = Instant::now();
+    server.psql("postgres", "UPDATE tollgate.version SET channel = 'third'");
+    admin.revoke(&Digest::of(b"two"), 1_760_000_000).await.unwrap();
+    for (ear, store) in ears.iter().zip(&stores) {
+        ear.hearing(before).await;
+        let before = Instant::now();
+        admin.revoke(&Digest::of(b"three"), 1_760_000_000).await.unwrap();
+        server.psql("postgres", "UPDATE tollgate.token SET revoked = NULL");
+        ear.change_of(before, &**store, "three").await;
+    }
+    assert_eq!(PostgresAdmin::migrate(&other).await.unwrap().moved, Some(("third".into(), "other".into())));
+    assert_eq!(PostgresAdmin::migrate(&other).await.unwrap().moved, None, "said once");
+    let silent = PostgresSettings { channel: None, ..other };
+    assert_eq!(PostgresAdmin::migrate(&silent).await.unwrap().moved, None, "nothing to say");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_under_way_is_told_before_the_channel_changes() {
+    let server = Postgres::start();
+    let mut admin = writer(&settings(&server, own())).await;
+    admin.create(&record("known")).await.unwrap();
+    let store = open(settings(&server, own()));
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    let (client, driver) = tokio_postgres::connect(&server.url("postgres"), tokio_postgres::NoTls).await.unwrap();
+    let driver = tokio::spawn(driver);
+    client.batch_execute("BEGIN; UPDATE tollgate.token SET revoked = 1").await.unwrap();
+    let other = PostgresSettings { channel: Some("other".into()), ..settings(&server, own()) };
+    let migration = tokio::spawn(async move { PostgresAdmin::migrate(&other).await.unwrap().moved });
+    let deadline = Instant::now() + PATIENCE;
+    while server.psql("postgres", "SELECT count(*) FROM pg_locks WHERE NOT granted") == "0" {
+        assert!(Instant::now() < deadline && !migration.is_finished(), "it does not wait");
+    }
+    let before = Instant::now();
+    client.batch_execute("COMMIT").await.unwrap();
+    ear.heard(before, "the change itself", |event| matches!(event, Event::Changed(_))).await;
+    assert!(migration.await.unwrap().is_some());
+    driver.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn triggers_that_tell_on_another_channel_are_no_promise() {
+    let server = Postgres::start();
+    server.psql("postgres", Foreign::TABLES);
+    let here = settings(&server, Source::GitlabPat);
+    let there = PostgresSettings { channel: Some("another".into()), ..here.clone() };
+    install_triggers(&there, &Foreign::Pat.triggers(&there)).await.unwrap();
+    let store = open(here.clone());
+    let ear = Ear::on(&store);
+    let subscribed = || server.psql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%tgname%'");
+    let deadline = Instant::now() + PATIENCE;
+    while subscribed() == "0" {
+        assert!(Instant::now() < deadline, "never subscribed");
+    }
+    assert_eq!(ear.events(), []);
+    let before = Instant::now();
+    install_triggers(&here, &Foreign::Pat.triggers(&here)).await.unwrap();
+    ear.hearing(before).await;
+    // A gateway of either channel is told, as both kinds of triggers are there.
+    let other = open(there);
+    let begin = Instant::now();
+    let other_ear = Ear::on(&other);
+    other_ear.hearing(begin).await;
+    server.psql("postgres", "INSERT INTO users (username) VALUES ('ann')");
+    let before = Instant::now();
+    server.psql("postgres", "INSERT INTO personal_access_tokens (user_id, token) VALUES (1, 'known')");
+    ear.change_of(before, &*store, "known").await;
+    other_ear.change_of(before, &*other, "known").await;
+}
+
+/// Several hosts, by their ports.
+fn hosts(servers: &[&Postgres], source: Source) -> PostgresSettings {
+    let places: Vec<_> = servers.iter().map(|server| format!("127.0.0.1:{}", server.port())).collect();
+    let url = Secret::new(format!("postgres://postgres@{}/postgres", places.join(",")));
+    PostgresSettings { url, ..settings(servers[0], source) }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_several_hosts_the_primary_answers() {
+    let primary = Postgres::start();
+    let mut admin = writer(&settings(&primary, own())).await;
+    admin.create(&record("before")).await.unwrap();
+    // It applies nothing of what comes now.
+    let standby = primary.late_standby();
+    admin.create(&record("since")).await.unwrap();
+    for servers in [[&standby, &primary], [&primary, &standby]] {
+        let store = open(hosts(&servers, own()));
+        // Also before anything was heard.
+        assert_eq!(lookup(&*store, b"since").await, Some(record("since")));
+        let begin = Instant::now();
+        let ear = Ear::on(&store);
+        ear.hearing(begin).await;
+        assert!(!ear.events().contains(&Event::Deaf));
+        assert_eq!(lookup(&*store, b"since").await, Some(record("since")));
+        let mut writer = PostgresAdmin::open(&hosts(&servers, own())).await.unwrap();
+        assert_eq!(writer.list().await.unwrap().len(), 2);
+        writer.block(&record("before").user, false).await.unwrap();
+    }
+    // Who asks for a standby gets one, and no promise.
+    let settings = hosts(&[&primary, &standby], own());
+    let url = Secret::new(format!("{}?target_session_attrs=read-only", settings.url.expose()));
+    let store = open(PostgresSettings { url, ..settings.clone() });
+    assert_eq!(lookup(&*store, b"since").await, None);
+    assert!(lookup(&*store, b"before").await.is_some());
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.heard(begin, "deafness", |event| *event == Event::Deaf).await;
+    let url = Secret::new(format!("{}?target_session_attrs=read-write", settings.url.expose()));
+    assert!(lookup(&*open(PostgresSettings { url, ..settings }), b"since").await.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_to_a_standby_are_left_once_changes_are_heard() {
+    let mut primary = Postgres::start();
+    let mut admin = writer(&settings(&primary, own())).await;
+    admin.create(&record("known")).await.unwrap();
+    let standby = primary.late_standby();
+    let settings = hosts(&[&primary, &standby], own());
+    primary.stop();
+    let store = open(settings.clone());
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.heard(begin, "deafness", |event| *event == Event::Deaf).await;
+    let several = (0..4).map(|_| lookup(&*store, b"known"));
+    assert!(futures_util::future::join_all(several).await.iter().all(Option::is_some), "the standby answers");
+    let before = Instant::now();
+    primary.start_again();
+    ear.hearing(before).await;
+    PostgresAdmin::open(&settings).await.unwrap().revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap();
+    let several = (0..8).map(|_| lookup(&*store, b"known"));
+    for found in futures_util::future::join_all(several).await {
+        assert_eq!(found.unwrap().revoked, Some(1_760_000_000), "not the row of before");
+    }
+    // The other way: the standby becomes the primary, while the old one is gone.
+    primary.stop();
+    let before = Instant::now();
+    standby.psql("postgres", "SELECT pg_promote()");
+    ear.hearing(before).await;
+    standby.psql("postgres", "UPDATE tollgate.token SET \"user\" = 'promoted'");
+    assert_eq!(lookup(&*store, b"known").await.unwrap().user, "promoted");
+    // And when that one comes back, which believes that it is a primary still, nobody asks it.
+    primary.start_again();
+    let several = (0..16).map(|_| lookup(&*store, b"known"));
+    for found in futures_util::future::join_all(several).await {
+        assert_eq!(found.unwrap().user, "promoted");
+    }
+}
+
+/// Passes each connection on to where it is told.
+struct Balancer {
+    port: u16,
+    /// Each new connection takes the first and puts it last.
+    to: Arc<Mutex<std::collections::VecDeque<u16>>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Balancer {
+    async fn start(to: &[&Postgres]) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let to = Arc::new(Mutex::new(to.iter().map(|server| server.port()).collect()));
+        let next = Arc::clone(&to);
+        let task = tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let port = {
+                    let mut ports: parking_lot::MutexGuard<'_, std::collections::VecDeque<u16>> = next.lock();
+                    ports.rotate_left(1);
+                    *ports.back().unwrap()
+                };
+                tokio::spawn(async move {
+                    if let Ok(mut server) = tokio::net::TcpStream::connect(("127.0.0.1", port)).await {
+                        drop(tokio::io::copy_bidirectional(&mut client, &mut server).await);
+                    }
+                });
+            }
+        });
+        Self { port, to, task }
+    }
+
+    fn send_to(&self, server: &Postgres) {
+        *self.to.lock() = [server.port()].into();
+    }
+
+    fn settings(&self, server: &Postgres) -> PostgresSettings {
+        let url = Secret::new(format!("postgres://postgres@127.0.0.1:{}/postgres", self.port));
+        PostgresSettings { url, ..settings(server, own()) }
+    }
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_balancer_only_the_server_that_is_heard_answers() {
+    let primary = Postgres::start();
+    let mut admin = writer(&settings(&primary, own())).await;
+    admin.create(&record("known")).await.unwrap();
+    let standby = primary.late_standby();
+    let balancer = Balancer::start(&[&primary, &standby]).await;
+    let store = open(balancer.settings(&primary));
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    admin.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap();
+    for _ in 0..20 {
+        assert_eq!(lookup(&*store, b"known").await.unwrap().revoked, Some(1_760_000_000), "not the row of before");
+    }
+    assert!(!ear.events().contains(&Event::Deaf), "{:?}", ear.events());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn look_ups_that_can_not_get_where_changes_are_heard_make_the_gateway_deaf() {
+    let primary = Postgres::start();
+    let mut admin = writer(&settings(&primary, own())).await;
+    admin.create(&record("known")).await.unwrap();
+    let standby = primary.late_standby();
+    admin.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap();
+    let balancer = Balancer::start(&[&primary]).await;
+    let store = open(balancer.settings(&primary));
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    // From now on each new connection gets to the standby, and the one that listens stays where it is.
+    balancer.send_to(&standby);
+    let before = Instant::now();
+    let answer = ask(&*store, b"known").await;
+    assert!(matches!(&answer, Err(StoreError::Unavailable(why)) if why.contains("another server")), "{answer:?}");
+    ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
+    // What it says counts for a moment only.
+    recovers(&*store, "postgres").await;
+    assert_eq!(lookup(&*store, b"known").await.unwrap().revoked, None);
+    assert_eq!(ear.events().iter().filter(|event| **event == Event::Hearing).count(), 1, "{:?}", ear.events());
+    let before = Instant::now();
+    balancer.send_to(&primary);
+    ear.hearing(before).await;
+    assert_eq!(lookup(&*store, b"known").await.unwrap().revoked, Some(1_760_000_000));
+}
+
 /// Figures, for people: `cargo test --release --lib postgres_figures -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "prints figures and judges nothing"]
 async fn postgres_figures() {
     let server = Postgres::start();
-    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    let mut admin = writer(&settings(&server, own())).await;
     let rows: u64 = std::env::var("ROWS").ok().and_then(|rows| rows.parse().ok()).unwrap_or(100_000);
     let mut records = (0..rows).map(|row| Ok(record(&format!("row-{row}"))));
     let before = Instant::now();

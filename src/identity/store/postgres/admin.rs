@@ -1,7 +1,7 @@
 //! Writing tokens to tollgate's own tables. Used by the command line, never by a gateway.
 
 use super::super::{AdminError, Confirmations, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
-use super::connect::{self, EndsWith, Failure, Target};
+use super::connect::{self, EndsWith, Failure, Reached, Target};
 use super::{PostgresSettings, Source, schema};
 use crate::identity::credential::Digest;
 use async_trait::async_trait;
@@ -46,15 +46,13 @@ impl Session {
         let target = Target::new(settings).map_err(AdminError::Store)?;
         let place = target.to_string();
         let failed = |why: String| AdminError::Store(format!("{place}: {why}"));
-        let connected = tokio::time::timeout(CONNECT, target.connect()).await;
-        let connected = connected.map_err(|_| failed(format!("no connection within {CONNECT:?}")))?;
-        let (client, driver) = connected.map_err(|error| failed(connect::say(&error)))?;
-        let driver = EndsWith::owner_of(&connect::drive(driver));
-        let session = Self { client, place, _driver: driver };
         // What was reported as done must survive a power cut.
         let sql = format!("SET statement_timeout = {}; SET synchronous_commit = on", STATEMENT.as_millis());
-        session.client.batch_execute(&sql).await.map_err(|error| session.failed(&error))?;
-        Ok(session)
+        let reached = tokio::time::timeout(CONNECT, target.reach(&sql)).await;
+        let reached = reached.map_err(|_| failed(format!("no connection within {CONNECT:?}")))?;
+        let Reached { client, driver, .. } = reached.map_err(|why| failed(why.to_string()))?;
+        let driver = EndsWith::owner_of(&connect::drive(driver));
+        Ok(Self { client, place, _driver: driver })
     }
 
     pub(super) fn failed(&self, error: &Error) -> AdminError {
@@ -77,32 +75,43 @@ pub struct PostgresAdmin {
     schema: String,
 }
 
+/// What a migration left.
+pub struct Migrated {
+    pub version: u32,
+    /// The channel on which changes were told before, and the one on which they are told now, where they differ.
+    pub moved: Option<(String, String)>,
+}
+
 impl PostgresAdmin {
-    /// Makes the tables when they are not there, and brings old ones up to date.
+    /// Changes nothing: who lists tokens needs no right but to read them, and may do so on a standby.
     pub async fn open(settings: &PostgresSettings) -> Result<Self, AdminError> {
-        let (admin, _) = Self::open_at(settings).await?;
-        let sql = admin.fill(
+        let schema = own_schema(settings)?;
+        schema::check_name(schema).map_err(AdminError::Store)?;
+        let session = Session::open(settings).await?;
+        schema::check(&session.client, schema).await.map_err(|failure| garbled(&session.place, &failure))?;
+        Ok(Self { session, schema: schema.to_owned() })
+    }
+
+    /// Makes tollgate's own tables, or brings them up to date, and makes the configured channel that of all gateways.
+    pub async fn migrate(settings: &PostgresSettings) -> Result<Migrated, AdminError> {
+        let schema = own_schema(settings)?;
+        let mut session = Session::open(settings).await?;
+        let tables = schema::migrate(&mut session.client, schema, settings.channel.as_deref()).await;
+        let tables = tables.map_err(|failure| garbled(&session.place, &failure))?;
+        Ok(Migrated { version: u32::try_from(tables.version).unwrap_or(0), moved: tables.moved })
+    }
+
+    /// Forgets changes that no gateway asks for any more. Before a change, so that one that was made is reported as made;
+    /// who may not do it leaves it to others.
+    async fn prune(&self) -> Result<(), AdminError> {
+        let sql = self.fill(
             "DELETE FROM {schema}.change WHERE at_ms < (extract(epoch FROM clock_timestamp()) * 1000)::bigint - $1::bigint",
         );
         let kept = i64::try_from(CHANGES_KEPT.as_millis()).unwrap_or(i64::MAX);
-        admin.execute(&sql, &[&kept]).await?;
-        Ok(admin)
-    }
-
-    /// Makes tollgate's own tables, or brings them up to date. Returns the version that they then have.
-    pub async fn migrate(settings: &PostgresSettings) -> Result<u32, AdminError> {
-        let (_, version) = Self::open_at(settings).await?;
-        Ok(version)
-    }
-
-    async fn open_at(settings: &PostgresSettings) -> Result<(Self, u32), AdminError> {
-        let Source::Own { schema } = &settings.source else {
-            return Err(AdminError::Store("this store reads another program's tables: tokens are made there".into()));
-        };
-        let mut session = Session::open(settings).await?;
-        let version = schema::migrate(&mut session.client, schema, settings.channel.as_deref()).await;
-        let version = version.map_err(|failure| garbled(&session.place, &failure))?;
-        Ok((Self { session, schema: schema.clone() }, u32::try_from(version).unwrap_or(0)))
+        match self.session.client.execute(&sql, &[&kept]).await {
+            Err(error) if error.code() != Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Err(self.session.failed(&error)),
+            _ => Ok(()),
+        }
     }
 
     fn fill(&self, sql: &str) -> String {
@@ -118,6 +127,13 @@ impl PostgresAdmin {
         let rows = self.session.client.query(&sql, parameters).await.map_err(|error| self.session.failed(&error))?;
         let records = rows.iter().map(|row| schema::record(row, 0)).collect::<Result<_, _>>();
         records.map_err(|failure| garbled(&self.session.place, &failure))
+    }
+}
+
+fn own_schema(settings: &PostgresSettings) -> Result<&str, AdminError> {
+    match &settings.source {
+        Source::Own { schema } => Ok(schema),
+        _ => Err(AdminError::Store("this store reads another program's tables: tokens are made there".into())),
     }
 }
 
@@ -185,10 +201,12 @@ async fn insert(client: &impl GenericClient, sql: &str, record: &TokenRecord, pl
 #[async_trait]
 impl TokenAdmin for PostgresAdmin {
     async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
+        self.prune().await?;
         insert(&self.session.client, &self.fill(INSERT), record, &self.session.place).await
     }
 
     async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
+        self.prune().await?;
         let insert = self.fill(
             "INSERT INTO {schema}.token (digest, \"user\", scopes, description, created, not_before, expires, revoked, \
             blocked, superseded, replaces) SELECT * FROM pg_temp.tollgate_import ON CONFLICT DO NOTHING",
@@ -231,6 +249,7 @@ impl TokenAdmin for PostgresAdmin {
     }
 
     async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
+        self.prune().await?;
         let key = digest.as_bytes().as_slice();
         let sql = self.fill("UPDATE {schema}.token SET revoked = $2 WHERE digest = $1 AND revoked IS NULL");
         let changed = self.execute(&sql, &[&key, &seconds(at)]).await?;
@@ -241,6 +260,7 @@ impl TokenAdmin for PostgresAdmin {
     }
 
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
+        self.prune().await?;
         let (find, add, supersede) = (
             self.fill("SELECT revoked, superseded, expires FROM {schema}.token WHERE digest = $1 FOR UPDATE"),
             self.fill(INSERT),
@@ -264,6 +284,7 @@ impl TokenAdmin for PostgresAdmin {
     }
 
     async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
+        self.prune().await?;
         let sql = self.fill("UPDATE {schema}.token SET blocked = $2 WHERE \"user\" = $1 AND blocked <> $2");
         self.execute(&sql, &[&user, &blocked]).await
     }
@@ -275,7 +296,7 @@ impl TokenAdmin for PostgresAdmin {
         // One statement: the word goes out when the row is there, behind all that was told before.
         let ask = self.fill(
             "WITH w AS (INSERT INTO {schema}.wait (id) VALUES ($1) RETURNING id) \
-            SELECT pg_notify(v.channel, 'wait ' || w.id) FROM w, {schema}.version v",
+            SELECT pg_catalog.pg_notify(v.channel, 'wait '::text || w.id) FROM w, {schema}.version v",
         );
         self.execute(&ask, &[&id]).await?;
         let answers = self.answers(&id, timeout).await;

@@ -2,12 +2,14 @@
 //! who waits until every gateway has heard. Knows nothing of what a record says.
 
 use super::super::{Change, Event, Heard, Mark, Named, replica_name};
-use super::connect::{Driver, EndsWith, Failure, POOLER, Target, drive, say};
+use super::connect::{ASTRAY, Driver, EndsWith, Failure, Home, POOLER, Reached, Target, drive, say};
+use super::presets::TriggerCheck;
 use super::{Source, presets, schema};
 use crate::identity::credential::Digest;
 use futures_util::future::join;
 use parking_lot::Mutex;
 use std::future::poll_fn;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Notify, mpsc};
@@ -54,11 +56,17 @@ struct Follower<'a> {
     heard: Heard<'a>,
     /// This store's key in the register, and its channel for echoes.
     id: String,
+    /// The digest of no token, in hex: a change of it, told as triggers tell, proves that theirs come.
+    nobody: String,
     name: String,
     hearing: Hearing,
+    /// The server of this connection.
+    home: Option<Home>,
     /// What the log was told last and when, so that it is told once.
     told: Option<(Instant, String)>,
     nonsense_told: bool,
+    channel_told: bool,
+    loose_told: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -76,8 +84,22 @@ impl<'a> Follower<'a> {
             _ => None,
         };
         let id = format!("tollgate_{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
-        let (name, hearing) = (replica_name(), Hearing::Unknown);
-        Self { target, source, schema, channel, heard, id, name, hearing, told: None, nonsense_told: false }
+        Self {
+            target,
+            source,
+            schema,
+            channel,
+            heard,
+            nobody: Digest::of(id.as_bytes()).to_hex(),
+            id,
+            name: replica_name(),
+            hearing: Hearing::Unknown,
+            home: None,
+            told: None,
+            nonsense_told: false,
+            channel_told: false,
+            loose_told: false,
+        }
     }
 
     /// Whether nothing may be said of hearing: without triggers nobody tells of changes, so that neither is true.
@@ -90,6 +112,8 @@ impl<'a> Follower<'a> {
             self.hearing = Hearing::No;
             (self.heard)(Event::Deaf);
         }
+        // Now that answers count for a moment only, anybody may give them.
+        self.target.settle(None);
         self.log(format!("{}: can't hear of changes, and tries again: {why}", self.target));
     }
 
@@ -106,23 +130,39 @@ impl<'a> Follower<'a> {
             log::info!("{}: hears of changes again", self.target);
         }
         self.hearing = Hearing::Yes;
+        // Before it is said: no answer that counts for longer may come from elsewhere.
+        self.target.settle(self.home.clone());
         (self.heard)(Event::Hearing);
     }
 
     /// One connection, from its beginning to its end. Returns what ended it.
     async fn session(&mut self) -> String {
-        let (client, driver) = match timeout(PATIENCE, self.target.connect()).await {
-            Ok(Ok(connected)) => connected,
-            Ok(Err(error)) => return say(&error),
+        let begin = format!("SET statement_timeout = {}; SET synchronous_commit = off", PATIENCE.as_millis());
+        let Reached { client, driver, home } = match timeout(PATIENCE, self.target.reach(&begin)).await {
+            Ok(Ok(reached)) => reached,
+            Ok(Err(why)) => return why.to_string(),
             Err(_) => return format!("no connection within {PATIENCE:?}"),
         };
+        if home.is_standby() {
+            return "a standby server tells nobody of changes: revoked tokens work until they are asked for anew. Name the \
+                    primary server in url, alone or among others"
+                .into();
+        }
+        self.home = Some(home);
+        self.target.forget_astray();
         let (words, inbox) = mpsc::unbounded_channel();
-        let life = Life { echo: Notify::new(), mark: Mutex::default(), words: AtomicU64::new(0) };
-        let echo_channel = self.id.clone();
+        let life = Life {
+            echo: Notify::new(),
+            proof: Notify::new(),
+            mark: Mutex::default(),
+            words: AtomicU64::new(0),
+            channel: OnceLock::new(),
+        };
+        let (echo_channel, nobody) = (self.id.clone(), self.nobody.clone());
         // All on one task: it ends with the store. What has come is read before it is judged that nothing came.
         tokio::select! {
             biased;
-            why = read(driver, &words, &life, &echo_channel) => why,
+            why = read(driver, &words, &life, &echo_channel, &nobody) => why,
             why = self.listen(&client, inbox, &life) => why,
         }
     }
@@ -132,7 +172,7 @@ impl<'a> Follower<'a> {
             Ok(Ok(())) => {}
             Ok(Err(why)) => return why,
             Err(_) => {
-                return format!("subscribing got no answer, or its own echo never came: {POOLER}");
+                return format!("subscribing got no answer, or a message of its own never came: {POOLER}");
             }
         }
         let beat = self.beat_sql();
@@ -141,7 +181,7 @@ impl<'a> Follower<'a> {
         // Borrows nothing of `self`, so that words are taken in while a beat is awaited.
         let (triggers, mut triggers_seen) = mpsc::unbounded_channel();
         let heard = self.heard;
-        let mut heart = std::pin::pin!(beat_on(client, life, beat, trigger_check.as_deref(), triggers, heard));
+        let mut heart = std::pin::pin!(beat_on(client, life, beat, trigger_check.as_ref(), triggers, heard));
         loop {
             tokio::select! {
                 biased;
@@ -153,7 +193,8 @@ impl<'a> Follower<'a> {
                         return why;
                     }
                 }
-                Some(there) = triggers_seen.recv() => self.triggers(there),
+                Some(seen) = triggers_seen.recv() => self.triggers(&seen),
+                () = self.target.look_ups_go_astray() => return ASTRAY.into(),
                 why = &mut heart => return why,
             }
         }
@@ -162,14 +203,6 @@ impl<'a> Follower<'a> {
     /// Listens, and says so once it is certain.
     async fn subscribe(&mut self, client: &Client, life: &Life) -> Result<(), String> {
         let failed = |error: Error| say(&error);
-        let row = client.query_one("SELECT pg_is_in_recovery()", &[]).await.map_err(failed)?;
-        if row.try_get(0).map_err(failed)? {
-            return Err(
-                "a standby server tells nobody of changes: revoked tokens work until they are asked for anew. \
-                 Name the primary server in url (with several hosts: target_session_attrs=read-write)"
-                    .into(),
-            );
-        }
         let channel = match self.schema {
             Some(schema) => match schema::version(client, schema).await {
                 Ok(Some((_, channel))) => channel,
@@ -178,29 +211,38 @@ impl<'a> Follower<'a> {
             },
             None => self.channel.to_owned(),
         };
-        // A register's rows and confirmations may be lost in a power cut: gateways begin anew then.
-        let begin = format!(
-            "SET statement_timeout = {}; SET synchronous_commit = off; LISTEN \"{channel}\"; LISTEN \"{}\"",
-            PATIENCE.as_millis(),
-            self.id
-        );
+        schema::check_channel(&channel)?;
+        if channel != self.channel && !self.channel_told {
+            self.channel_told = true;
+            log::warn!(
+                "{}: the triggers tell of changes on channel \"{channel}\" and the configuration says \"{}\". This gateway \
+                 listens where the triggers tell; set channel = \"{channel}\", or make the other one that of all gateways by \
+                 `tollgate store migrate`",
+                self.target,
+                self.channel
+            );
+        }
+        let begin = format!("LISTEN \"{channel}\"; LISTEN \"{}\"", self.id);
         client.batch_execute(&begin).await.map_err(failed)?;
+        // Each echo from here on says on which channel the triggers tell then.
+        let _: Result<(), String> = life.channel.set(channel.clone());
         let echo = life.echo.notified();
         let (beat, ()) = join(client.batch_execute(&self.beat_sql().entry), echo).await;
         beat.map_err(|error| self.no_entry(&error))?;
         self.hear_another(life).await?;
         match presets::trigger_check(self.source, self.channel) {
             None => self.hears(),
-            Some(check) => match has_triggers(client, &check).await.map_err(failed)? {
-                true => self.hears(),
-                false => self.triggers(false),
-            },
+            Some(check) => {
+                let seen = look_at_triggers(client, &check).await.map_err(failed)?;
+                self.triggers(&seen);
+            }
         }
         // Whoever waited before this was heard is asked to wait behind what comes now.
         if let Some(schema) = self.schema {
             let again = schema::fill(
-                "SELECT pg_notify($2, 'wait ' || w.id) FROM {schema}.wait w WHERE NOT EXISTS \
-                (SELECT FROM {schema}.confirmation c WHERE c.wait = w.id AND c.replica = $1)",
+                "SELECT pg_catalog.pg_notify($2::text, 'wait '::text OPERATOR(pg_catalog.||) w.id) FROM {schema}.wait w \
+                WHERE NOT EXISTS (SELECT FROM {schema}.confirmation c WHERE c.wait OPERATOR(pg_catalog.=) w.id \
+                AND c.replica OPERATOR(pg_catalog.=) $1::text)",
                 schema,
             );
             client.query(&again, &[&self.id, &channel]).await.map_err(failed)?;
@@ -208,15 +250,37 @@ impl<'a> Follower<'a> {
         Ok(())
     }
 
-    /// Changes come from others and at rest. A pooler that gives each transaction another connection brings back the echo
-    /// of one's own, and drops all else.
+    /// Changes come from others, at rest, and on the triggers' channel. A pooler that gives each transaction another
+    /// connection brings back the echo of one's own, and drops all else. The second connection is made as look-ups make
+    /// theirs: it must get to the same server.
     async fn hear_another(&self, life: &Life) -> Result<(), String> {
-        let failed = |error: Error| format!("a second connection, to try the first: {}", say(&error));
-        let (other, driver) = self.target.connect().await.map_err(failed)?;
+        let failed = |why: String| format!("a second connection, to try the first: {why}");
+        // Where look-ups would go if changes were heard from here.
+        let reached = self.target.reach_from(self.home.as_ref(), "").await.map_err(|why| failed(why.to_string()))?;
+        let Reached { client: other, driver, home } = reached;
+        if !self.home.as_ref().is_some_and(|own| own.is_same_server(&home)) {
+            return Err(ASTRAY.into());
+        }
         let _ends = EndsWith::owner_of(&drive(driver));
-        other.batch_execute(&self.beat_sql().echo).await.map_err(failed)?;
-        life.echo.notified().await;
+        other.batch_execute(&self.proof_sql()).await.map_err(|error| failed(say(&error)))?;
+        life.proof.notified().await;
         Ok(())
+    }
+
+    /// A change of nobody's token, on the channel that the triggers tell on at this moment, as they find it.
+    fn proof_sql(&self) -> String {
+        let word = format!(
+            "'{} '::text OPERATOR(pg_catalog.||) ((extract(epoch FROM pg_catalog.clock_timestamp())::float8 \
+            OPERATOR(pg_catalog.*) 1000::float8)::bigint)::text",
+            self.nobody
+        );
+        match self.schema {
+            Some(schema) => schema::fill(
+                &format!("SELECT pg_catalog.pg_notify(v.channel, {word}) FROM {{schema}}.version v"),
+                schema,
+            ),
+            None => format!("SELECT pg_catalog.pg_notify('{}'::text, {word})", self.channel),
+        }
     }
 
     fn no_entry(&self, error: &Error) -> String {
@@ -232,15 +296,26 @@ impl<'a> Follower<'a> {
     }
 
     fn beat_sql(&self) -> Beat {
-        // Where there is a list of changes, an echo says how far it was told.
-        let mark = if self.schema.is_some() { schema::MARK } else { "''" };
-        let echo = format!("SELECT pg_notify('{}', {mark})", self.id);
+        // In our own tables, where there is a list of changes, an echo says how far it was told, and on which channel the
+        // triggers tell.
+        let echo = match self.schema {
+            Some(schema) => schema::fill(
+                &format!(
+                    "SELECT pg_catalog.pg_notify('{}'::text, {} OPERATOR(pg_catalog.||) ' '::text \
+                    OPERATOR(pg_catalog.||) v.channel) FROM {{schema}}.version v",
+                    self.id,
+                    schema::MARK
+                ),
+                schema,
+            ),
+            None => format!("SELECT pg_catalog.pg_notify('{}'::text, ''::text)", self.id),
+        };
         let entry = self.schema.map_or_else(String::new, |schema| {
             let name: String = self.name.chars().filter(|c| !"'\\\0".contains(*c)).collect();
             schema::fill(
                 &format!(
                     "INSERT INTO {{schema}}.replica (id, name) VALUES ('{}', '{name}') \
-                    ON CONFLICT (id) DO UPDATE SET seen = clock_timestamp();",
+                    ON CONFLICT (id) DO UPDATE SET seen = pg_catalog.clock_timestamp();",
                     self.id
                 ),
                 schema,
@@ -249,21 +324,38 @@ impl<'a> Follower<'a> {
         Beat { entry: format!("{entry} {echo}"), echo }
     }
 
-    fn triggers(&mut self, there: bool) {
-        match (there, self.hearing) {
+    fn triggers(&mut self, seen: &Triggers) {
+        if seen.there && seen.loose && !self.loose_told {
+            self.loose_told = true;
+            log::warn!(
+                "{}: tollgate's triggers are of an older version, and look for functions and operators wherever the \
+                 search_path of whoever changes the tables says: who may create some there can take over. Run `tollgate store \
+                 install-triggers --config FILE` again",
+                self.target
+            );
+        }
+        match (seen.there, self.hearing) {
             (true, Hearing::Unknown | Hearing::No) => self.hears(),
             (false, Hearing::Unknown) => {
                 (self.heard)(Event::Untold);
                 self.log(format!(
-                "{}: the tables don't have tollgate's triggers, so nobody tells of changes: a revoked token works for up to \
-                 positive_ttl. Run `tollgate store install-triggers --config FILE`",
-                self.target
-            ));
+                    "{}: the tables have no triggers of tollgate that tell on channel \"{}\"{}, so nobody tells of changes: \
+                     a revoked token works for up to positive_ttl. Run `tollgate store install-triggers --config FILE`",
+                    self.target,
+                    self.channel,
+                    seen.elsewhere()
+                ));
             }
             (false, Hearing::Yes) => {
                 self.hearing = Hearing::No;
                 (self.heard)(Event::Deaf);
-                self.log(format!("{}: tollgate's triggers are gone: nobody tells of changes", self.target));
+                self.target.settle(None);
+                self.log(format!(
+                    "{}: tollgate's triggers on channel \"{}\" are gone{}: nobody tells of changes",
+                    self.target,
+                    self.channel,
+                    seen.elsewhere()
+                ));
             }
             _ => {}
         }
@@ -310,8 +402,8 @@ impl<'a> Follower<'a> {
 
     async fn confirm(&self, client: &Client, schema: &str, wait: &str) -> Result<(), String> {
         let sql = schema::fill(
-            "INSERT INTO {schema}.confirmation (wait, replica) SELECT id, $2 FROM {schema}.wait WHERE id = $1 \
-            ON CONFLICT DO NOTHING",
+            "INSERT INTO {schema}.confirmation (wait, replica) SELECT w.id, $2::text FROM {schema}.wait w \
+            WHERE w.id OPERATOR(pg_catalog.=) $1::text ON CONFLICT DO NOTHING",
             schema,
         );
         match timeout(PATIENCE, client.execute(&sql, &[&wait, &self.id])).await {
@@ -323,13 +415,40 @@ impl<'a> Follower<'a> {
     }
 }
 
+impl Drop for Follower<'_> {
+    /// Nobody says where changes are heard from any more.
+    fn drop(&mut self) {
+        self.target.settle(None);
+    }
+}
+
 /// Signs that a server lives.
 struct Life {
     echo: Notify,
+    /// A change of nobody's token came.
+    proof: Notify,
     /// What the last echo said of the list of changes.
     mark: Mutex<Option<Mark>>,
     /// Words that came.
     words: AtomicU64,
+    /// The triggers' channel when the listening began.
+    channel: OnceLock<String>,
+}
+
+/// What there is of triggers.
+struct Triggers {
+    there: bool,
+    /// Some were made by a tollgate that did not say where their functions look for names.
+    loose: bool,
+    /// Other channels that tollgate's triggers tell on.
+    others: Option<String>,
+}
+
+impl Triggers {
+    fn elsewhere(&self) -> String {
+        let others = self.others.as_ref();
+        others.map_or_else(String::new, |others| format!(" (there are some that tell on \"{others}\": see `channel`)"))
+    }
 }
 
 struct Beat {
@@ -339,14 +458,30 @@ struct Beat {
 }
 
 /// Runs the connection and sorts echoes from words. Returns what ended it.
-async fn read(mut driver: Driver, words: &mpsc::UnboundedSender<String>, life: &Life, echo_channel: &str) -> String {
+async fn read(
+    mut driver: Driver,
+    words: &mpsc::UnboundedSender<String>,
+    life: &Life,
+    echo_channel: &str,
+    nobody: &str,
+) -> String {
     loop {
         match poll_fn(|cx| driver.poll_message(cx)).await {
             Some(Ok(AsyncMessage::Notification(said))) => {
                 life.words.fetch_add(1, Ordering::Relaxed);
                 if said.channel() == echo_channel {
-                    *life.mark.lock() = Some(said.payload().to_owned()).filter(|mark| !mark.is_empty());
+                    if let Some((mark, told_on)) = said.payload().rsplit_once(' ') {
+                        let channel = life.channel.get().map_or("", String::as_str);
+                        if told_on != channel {
+                            return format!(
+                                "the triggers tell on channel \"{told_on}\" now, and this gateway listened to \"{channel}\""
+                            );
+                        }
+                        *life.mark.lock() = Some(mark.to_owned());
+                    }
                     life.echo.notify_one();
+                } else if said.payload().starts_with(nobody) {
+                    life.proof.notify_one();
                 } else if words.send(said.payload().to_owned()).is_err() {
                     return "nobody takes in what comes".into();
                 }
@@ -364,8 +499,8 @@ async fn beat_on(
     client: &Client,
     life: &Life,
     beat: Beat,
-    trigger_check: Option<&str>,
-    triggers: mpsc::UnboundedSender<bool>,
+    trigger_check: Option<&TriggerCheck>,
+    triggers: mpsc::UnboundedSender<Triggers>,
     heard: Heard<'_>,
 ) -> String {
     let mut ticks = interval(BEAT);
@@ -394,8 +529,8 @@ async fn beat_on(
         if let Some(check) = trigger_check
             && count % BEATS_PER_TRIGGER_CHECK == 0
         {
-            match timeout(PATIENCE, has_triggers(client, check)).await {
-                Ok(Ok(there)) => drop(triggers.send(there)),
+            match timeout(PATIENCE, look_at_triggers(client, check)).await {
+                Ok(Ok(seen)) => drop(triggers.send(seen)),
                 Ok(Err(error)) => return say(&error),
                 Err(_) => return format!("the server said nothing for {PATIENCE:?}"),
             }
@@ -404,8 +539,9 @@ async fn beat_on(
     "counted to the end".into()
 }
 
-async fn has_triggers(client: &Client, check: &str) -> Result<bool, Error> {
-    client.query_one(check, &[]).await?.try_get(0)
+async fn look_at_triggers(client: &Client, TriggerCheck(check): &TriggerCheck) -> Result<Triggers, Error> {
+    let row = client.query_one(check, &[]).await?;
+    Ok(Triggers { there: row.try_get(0)?, loose: row.try_get(1)?, others: row.try_get(2)? })
 }
 
 #[derive(Debug, PartialEq, Eq)]

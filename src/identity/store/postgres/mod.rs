@@ -8,7 +8,8 @@ mod presets;
 mod rows;
 mod schema;
 
-pub use admin::PostgresAdmin;
+pub use admin::{Migrated, PostgresAdmin};
+pub use connect::{check_url, tls_auto};
 pub use presets::{install_triggers, triggers_sql};
 
 use super::{Heard, Secret, StoreError, TlsSettings, TokenRecord, TokenStore};
@@ -17,8 +18,7 @@ use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use connect::{Failure, Target, Verdict};
-use deadpool_postgres::{Object, Pool};
+use connect::{Failure, Judgement, Object, Pool, Target, Verdict};
 use futures_util::TryStreamExt as _;
 use sha2::{Digest as _, Sha256};
 use std::pin::pin;
@@ -133,12 +133,15 @@ impl Mark {
         nobody().map(Self).map_err(|failure| failure.error.to_string())
     }
 
-    /// A query of people's own; also its having found nothing is a row.
+    /// A query of people's own; also its having found nothing is a row. It bears the mark only where names mean what they
+    /// are to mean: a pooler may have put it on a connection that looks for them elsewhere.
     fn around(&self, sql: &str) -> String {
         let sql = sql.trim_end().trim_end_matches(';');
         format!(
-            "SELECT '{}' AS tollgate_mark, found.* FROM (SELECT) one \
+            "SELECT CASE WHEN pg_catalog.current_setting('search_path'::text) OPERATOR(pg_catalog.=) '{}'::text \
+            THEN '{}'::text END AS tollgate_mark, found.* FROM (SELECT) one \
             LEFT JOIN (SELECT true AS tollgate_found, query.* FROM (\n{sql}\n) query) found ON true",
+            connect::SEARCH_PATH,
             self.0
         )
     }
@@ -196,7 +199,7 @@ impl PostgresStore {
 
     async fn ask_for_long(&self, question: &Question<'_>) -> Result<Vec<Row>, StoreError> {
         loop {
-            let lease = self.lease().await?;
+            let lease = self.right_lease().await?;
             let reused = lease.reused();
             match question.put(lease.connection()?, &self.mark).await {
                 Ok(rows) => {
@@ -222,6 +225,18 @@ impl PostgresStore {
         match result {
             Ok(connection) => Ok(Lease { connection: Some(connection), store: self }),
             Err(error) => Err(connect::no_connection(error, &self.target)),
+        }
+    }
+
+    /// A connection to the server that changes are heard from; while they are not, to any.
+    async fn right_lease(&self) -> Result<Lease<'_>, StoreError> {
+        loop {
+            let lease = self.lease().await?;
+            match self.target.judge(lease.connection()?) {
+                Judgement::Good => return Ok(lease),
+                Judgement::Another => {}
+                Judgement::Astray => return Err(self.target.say_astray()),
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use super::super::AdminError;
 use super::admin::Session;
+use super::connect::SEARCH_PATH;
 use super::{Bind, PostgresSettings, Source, schema};
 use crate::identity::credential::Digest;
 
@@ -11,17 +12,28 @@ const BUSY: &str = "{last_used_at,last_used,last_used_on,updated_at}";
 
 const TOKENS: &str = "personal_access_tokens";
 
+/// GitLab's tables are in this schema, and so is a table that is named without one.
+const SCHEMA: &str = "public";
+
+// Each name of these queries says its schema, operators among them: where others may create operators, one of theirs that
+// fits the types better would be taken. IS DISTINCT FROM looks for an operator, too, and can't be told where. The casts to
+// text are none to an index.
+
 /// The one token that each user has. Who is not active may not come in.
-pub(super) const GITLAB_LEGACY: &str = "SELECT username AS \"user\", state IS DISTINCT FROM 'active' AS blocked \
-    FROM users WHERE authentication_token = $1";
+pub(super) const GITLAB_LEGACY: &str = "SELECT u.username::text AS \"user\", \
+    coalesce(NOT u.state::text OPERATOR(pg_catalog.=) 'active'::text, true) AS blocked \
+    FROM public.users u WHERE u.authentication_token::text OPERATOR(pg_catalog.=) $1::text";
 
 /// Personal access tokens, by one of their columns. GitLab takes one only when it says that it is not revoked; the column
 /// of scopes came later than the table.
 pub(super) fn gitlab_pat(column: &str) -> String {
     format!(
-        "SELECT u.username AS \"user\", row_to_json(t) ->> 'scopes' AS scopes, t.expires_at, \
-        t.revoked IS NOT FALSE AS revoked, u.state IS DISTINCT FROM 'active' AS blocked \
-        FROM {TOKENS} t JOIN users u ON u.id = t.user_id WHERE t.{column} = $1"
+        "SELECT u.username::text AS \"user\", \
+        pg_catalog.row_to_json(t) OPERATOR(pg_catalog.->>) 'scopes'::text AS scopes, t.expires_at, \
+        t.revoked IS NOT FALSE AS revoked, \
+        coalesce(NOT u.state::text OPERATOR(pg_catalog.=) 'active'::text, true) AS blocked \
+        FROM {SCHEMA}.{TOKENS} t JOIN {SCHEMA}.users u ON u.id OPERATOR(pg_catalog.=) t.user_id \
+        WHERE t.{column}::text OPERATOR(pg_catalog.=) $1::text"
     )
 }
 
@@ -55,6 +67,7 @@ pub fn triggers_sql(settings: &PostgresSettings, table: Option<&(String, String)
         "-- Tells tollgate of changes, on channel {channel}. Needs PostgreSQL 11 or later and the tables' owner.\n\
         BEGIN;\n\
         SET LOCAL lock_timeout = '5s';\n\
+        SET LOCAL search_path = {SEARCH_PATH};\n\
         CREATE SCHEMA IF NOT EXISTS tollgate;\n\
         {triggers}COMMIT;\n"
     ))
@@ -66,9 +79,13 @@ pub async fn install_triggers(settings: &PostgresSettings, sql: &str) -> Result<
     session.client.batch_execute(sql).await.map_err(|error| session.failed(&error))
 }
 
-/// A query that says whether the triggers are there and tell on this channel; `None`: ours are part of the schema. Where
-/// the tables are unknown, any that tells on the channel counts.
-pub(super) fn trigger_check(source: &Source, channel: &str) -> Option<String> {
+/// A query whose one row says whether the triggers are there and tell on the channel, whether some of them are of an older
+/// making, whose functions look for names where whoever changes a table does, and on which other channels tollgate's
+/// triggers tell.
+pub(super) struct TriggerCheck(pub(super) String);
+
+/// `None`: ours are part of the schema. Where the tables are unknown, any that tells on the channel counts.
+pub(super) fn trigger_check(source: &Source, channel: &str) -> Option<TriggerCheck> {
     let column = match source {
         Source::Own { .. } => return None,
         Source::Lookup { .. } => None,
@@ -76,12 +93,14 @@ pub(super) fn trigger_check(source: &Source, channel: &str) -> Option<String> {
         Source::GitlabPat => Some((TOKENS, "token")),
         Source::GitlabPatDigest(_) => Some((TOKENS, "token_digest")),
     };
+    let ours = "t.tgname LIKE 'tollgate\\_%'";
     let mut wanted = Vec::new();
     match column {
-        None => wanted.push("t.tgname LIKE 'tollgate\\_%'".to_owned()),
+        None => wanted.push(ours.to_owned()),
         Some((table, column)) => {
             let mut want = |name: String, table: &str| {
-                wanted.push(format!("t.tgname = 'tollgate_{name}' AND t.tgrelid = to_regclass('{table}')"));
+                let table = format!("pg_catalog.to_regclass('{SCHEMA}.{table}'::text)");
+                wanted.push(format!("t.tgname = 'tollgate_{name}' AND t.tgrelid = {table}"));
             };
             let tag = tag(table, column, channel);
             want(format!("added_{tag}"), table);
@@ -92,17 +111,23 @@ pub(super) fn trigger_check(source: &Source, channel: &str) -> Option<String> {
             }
         }
     }
+    let all = "FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid";
+    let tells = format!("pg_catalog.strpos(p.prosrc, pg_catalog.quote_literal('{channel}'::text)) > 0");
     let exists = |condition: &String| {
-        format!(
-            "EXISTS (SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
-            WHERE {condition} AND t.tgenabled IN ('O', 'A') AND strpos(p.prosrc, quote_literal('{channel}')) > 0)"
-        )
+        format!("EXISTS (SELECT {all} WHERE {condition} AND t.tgenabled IN ('O', 'A') AND {tells})")
     };
-    Some(format!("SELECT {}", wanted.iter().map(exists).collect::<Vec<_>>().join(" AND ")))
+    let there = wanted.iter().map(exists).collect::<Vec<_>>().join(" AND ");
+    let fixed = format!("coalesce('search_path={SEARCH_PATH}' = ANY (p.proconfig), false)");
+    let other = r"pg_catalog.substring(p.prosrc, 'pg_notify\(''([^'']+)''')";
+    Some(TriggerCheck(format!(
+        "SELECT {there}, EXISTS (SELECT {all} WHERE {ours} AND {tells} AND NOT {fixed}), \
+        (SELECT pg_catalog.string_agg(DISTINCT {other}, ', ') {all} WHERE {ours} AND NOT {tells})"
+    )))
 }
 
 /// Keeps apart what several stores or gateways put into one database.
 fn tag(table: &str, column: &str, channel: &str) -> String {
+    let table = table.strip_prefix("public.").unwrap_or(table);
     Digest::of(format!("{table}\n{column}\n{channel}").as_bytes()).to_hex()[..8].to_owned()
 }
 
@@ -114,7 +139,10 @@ fn for_column(
     watched: Option<&[&str]>,
     channel: &str,
 ) -> Result<String, String> {
-    let table_sql = table.split('.').map(identifier).collect::<Result<Vec<_>, _>>()?.join(".");
+    let table_sql = match table.split_once('.') {
+        Some((schema, table)) => format!("{}.{}", identifier(schema)?, identifier(table)?),
+        None => format!("\"{SCHEMA}\".{}", identifier(table)?),
+    };
     let column_sql = identifier(column)?;
     let tag = tag(table, column, channel);
     let changed = match watched {
@@ -126,10 +154,11 @@ fn for_column(
     };
     let values = format!("IN SELECT OLD.{column_sql}::text UNION SELECT NEW.{column_sql}::text");
     Ok([
+        drop_triggers(&["added", "altered", "emptied"], &tag, &table_sql),
         function_that_tells(&format!("tollgate.told_{tag}"), &values, bind, channel),
-        format!(
-            "CREATE OR REPLACE FUNCTION tollgate.emptied_{tag}() RETURNS trigger LANGUAGE plpgsql AS $tollgate$\n\
-            BEGIN\n    PERFORM pg_notify('{channel}', '*');\n    RETURN NULL;\nEND\n$tollgate$;\n"
+        function(
+            &format!("tollgate.emptied_{tag}"),
+            &format!("BEGIN\n    PERFORM pg_catalog.pg_notify('{channel}', '*');\n    RETURN NULL;\nEND"),
         ),
         trigger("added", &tag, "INSERT OR DELETE", &table_sql, "ROW", "told"),
         trigger("altered", &tag, "UPDATE", &table_sql, &format!("ROW WHEN ({changed})"), "told"),
@@ -138,10 +167,25 @@ fn for_column(
     .concat())
 }
 
+/// Before the functions, which are made anew and not replaced: one that somebody else made under that name would stay theirs
+/// to change.
+fn drop_triggers(names: &[&str], tag: &str, table: &str) -> String {
+    names.iter().map(|name| format!("DROP TRIGGER IF EXISTS tollgate_{name}_{tag} ON {table};\n")).collect()
+}
+
+/// A trigger's function. It runs for whoever changes the table, who may own it: where it looks for names is not theirs, nor
+/// anybody's who may create things in a schema of the database.
+fn function(name: &str, body: &str) -> String {
+    format!(
+        "DROP FUNCTION IF EXISTS {name}();\n\
+        CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SET search_path = {SEARCH_PATH} AS $tollgate$\n\
+        {body}\n$tollgate$;\n"
+    )
+}
+
 fn trigger(name: &str, tag: &str, event: &str, table: &str, each: &str, function: &str) -> String {
     format!(
-        "DROP TRIGGER IF EXISTS tollgate_{name}_{tag} ON {table};\n\
-        CREATE TRIGGER tollgate_{name}_{tag} AFTER {event} ON {table}\n    \
+        "CREATE TRIGGER tollgate_{name}_{tag} AFTER {event} ON {table}\n    \
             FOR EACH {each}\n    EXECUTE FUNCTION tollgate.{function}_{tag}();\n"
     )
 }
@@ -153,18 +197,20 @@ fn for_owners(column: &str, bind: &Bind, channel: &str) -> String {
     let tokens = format!(
         "IN EXECUTE format('SELECT {column}::text FROM %I.{TOKENS} WHERE user_id = $1', TG_TABLE_SCHEMA) USING OLD.id"
     );
+    let users = format!("\"{SCHEMA}\".\"users\"");
     let changed = "ROW WHEN (OLD.state IS DISTINCT FROM NEW.state OR OLD.username IS DISTINCT FROM NEW.username)";
     [
+        drop_triggers(&["owner", "owner_gone"], &tag, &users),
         function_that_tells(&format!("tollgate.owner_{tag}"), &tokens, bind, channel),
-        trigger("owner", &tag, "UPDATE", "users", changed, "owner"),
-        trigger("owner_gone", &tag, "DELETE", "users", "ROW", "owner"),
+        trigger("owner", &tag, "UPDATE", &users, changed, "owner"),
+        trigger("owner_gone", &tag, "DELETE", &users, "ROW", "owner"),
     ]
     .concat()
 }
 
 /// A trigger's function that tells of tokens by their digests. After a thousand in one transaction it says `*`:
 /// everything. The server sends equal messages of a transaction once.
-fn function_that_tells(function: &str, tokens: &str, bind: &Bind, channel: &str) -> String {
+fn function_that_tells(name_of_function: &str, tokens: &str, bind: &Bind, channel: &str) -> String {
     // A digest that is none can't be asked for either.
     let name = match bind {
         Bind::Plain => "encode(sha256(convert_to(token, 'UTF8')), 'hex')",
@@ -176,27 +222,29 @@ fn function_that_tells(function: &str, tokens: &str, bind: &Bind, channel: &str)
             "CASE WHEN token ~ '^[A-Za-z0-9+/]{43}=$' THEN 'h:' || encode(decode(token, 'base64'), 'hex') END"
         }
     };
-    format!(
-        "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $tollgate$\n\
-        DECLARE\n    \
-            token text;\n    \
-            name text;\n    \
-            told integer := coalesce(nullif(current_setting('tollgate.told', true), ''), '0')::integer;\n    \
-            now_ms constant text := (extract(epoch FROM clock_timestamp()) * 1000)::bigint::text;\n\
-        BEGIN\n    \
-            FOR token {tokens} LOOP\n        \
-                name := {name};\n        \
-                CONTINUE WHEN name IS NULL;\n        \
-                told := told + 1;\n        \
-                IF told > 1000 THEN\n            \
-                    PERFORM pg_notify('{channel}', '*');\n            \
-                    RETURN NULL;\n        \
-                END IF;\n        \
-                PERFORM pg_notify('{channel}', name || ' ' || now_ms);\n    \
-            END LOOP;\n    \
-            PERFORM set_config('tollgate.told', told::text, true);\n    \
-            RETURN NULL;\n\
-        END\n$tollgate$;\n"
+    function(
+        name_of_function,
+        &format!(
+            "DECLARE\n    \
+                token text;\n    \
+                name text;\n    \
+                told integer := coalesce(nullif(current_setting('tollgate.told', true), ''), '0')::integer;\n    \
+                now_ms constant text := (extract(epoch FROM clock_timestamp()) * 1000)::bigint::text;\n\
+            BEGIN\n    \
+                FOR token {tokens} LOOP\n        \
+                    name := {name};\n        \
+                    CONTINUE WHEN name IS NULL;\n        \
+                    told := told + 1;\n        \
+                    IF told > 1000 THEN\n            \
+                        PERFORM pg_catalog.pg_notify('{channel}', '*');\n            \
+                        RETURN NULL;\n        \
+                    END IF;\n        \
+                    PERFORM pg_catalog.pg_notify('{channel}', name || ' ' || now_ms);\n    \
+                END LOOP;\n    \
+                PERFORM set_config('tollgate.told', told::text, true);\n    \
+                RETURN NULL;\n\
+            END"
+        ),
     )
 }
 

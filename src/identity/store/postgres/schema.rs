@@ -7,7 +7,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row};
 
 /// Numbered from 1, and never changed once released.
-const MIGRATIONS: &[&str] = &[include_str!("1.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("1.sql"), include_str!("2.sql")];
 /// The schema that this version makes.
 const VERSION: i32 = MIGRATIONS.len() as i32;
 /// The oldest schema that this version can read.
@@ -16,29 +16,37 @@ const OLDEST: i32 = 1;
 const LOCK: i64 = 0x746f_6c6c_6761_7465;
 pub(super) const MIGRATE: &str = "run `tollgate store migrate --config FILE`";
 
-/// One row whenever the schema is there, so that an answer without rows is no "no such token".
-pub(super) const LOOKUP: &str = "SELECT '{mark}', v.version, v.readers_from, t.digest, t.\"user\", t.scopes, t.description, \
-    t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used \
-    FROM {schema}.version v LEFT JOIN {schema}.token t ON t.digest = $1";
+/// One row whenever the schema is there, so that an answer without rows is no "no such token". Here as in all that a
+/// gateway asks, each name says its schema, operators among them: on top of the connection's search_path, which a pooler
+/// may lose.
+pub(super) const LOOKUP: &str = "SELECT '{mark}'::text, v.version, v.readers_from, t.digest, t.\"user\", t.scopes, \
+    t.description, t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used \
+    FROM {schema}.version v LEFT JOIN {schema}.token t ON t.digest OPERATOR(pg_catalog.=) $1::bytea";
 /// Of a whole record, in the order that `record` reads.
 pub(super) const COLUMNS: &str = "digest, \"user\", scopes, description, created, not_before, expires, revoked, blocked, \
     superseded, replaces, last_used";
 pub(super) const NOTE_USES: &str = "UPDATE {schema}.token t SET last_used = u.at \
-    FROM unnest($1::bytea[], $2::bigint[]) AS u (digest, at) \
-    WHERE t.digest = u.digest AND (t.last_used IS NULL OR t.last_used < u.at)";
+    FROM ROWS FROM (pg_catalog.unnest($1::bytea[]), pg_catalog.unnest($2::bigint[])) AS u (digest, at) \
+    WHERE t.digest OPERATOR(pg_catalog.=) u.digest \
+    AND (t.last_used IS NULL OR t.last_used OPERATOR(pg_catalog.<) u.at)";
 /// A mark is the server's time, and the oldest transaction that had not ended then: whatever was not to be seen at that
 /// moment was written by this or a later one. (Transactions are numbered in a circle; only half of it lies ahead.)
-pub(super) const MARK: &str = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint || ' ' || \
-    (txid_snapshot_xmin(txid_current_snapshot()) & 4294967295)";
+pub(super) const MARK: &str = "(extract(epoch FROM pg_catalog.clock_timestamp())::float8 OPERATOR(pg_catalog.*) \
+    1000::float8)::bigint::text OPERATOR(pg_catalog.||) ' '::text OPERATOR(pg_catalog.||) \
+    (pg_catalog.txid_snapshot_xmin(pg_catalog.txid_current_snapshot()) OPERATOR(pg_catalog.&) 4294967295::bigint)::text";
 /// A change is noted when it is made and seen when its transaction ends: the minute more, and the transactions that had not
 /// ended, are for what lies between. The first row says whether the list goes back so far.
-pub(super) const CHANGED: &str = "SELECT '{mark}', NULL::bytea, v.version, v.readers_from, $1::bigint >= v.since_ms \
-    AND $1::bigint - 60000 >= (extract(epoch FROM clock_timestamp()) * 1000)::bigint - 3540000 \
+pub(super) const CHANGED: &str = "SELECT '{mark}'::text, NULL::bytea, v.version, v.readers_from, \
+    $1::bigint OPERATOR(pg_catalog.>=) v.since_ms \
+    AND ($1::bigint OPERATOR(pg_catalog.-) 60000::bigint) OPERATOR(pg_catalog.>=) \
+    ((extract(epoch FROM pg_catalog.clock_timestamp())::float8 OPERATOR(pg_catalog.*) 1000::float8)::bigint \
+    OPERATOR(pg_catalog.-) 3540000::bigint) \
     FROM {schema}.version v \
     UNION ALL \
-    (SELECT DISTINCT '{mark}', c.digest, NULL::integer, NULL::integer, c.digest IS NOT NULL \
-    FROM {schema}.change c WHERE c.at_ms >= $1::bigint - 60000 \
-    OR (c.xmin::text::bigint - $2::bigint + 4294967296) % 4294967296 < 2147483648)";
+    (SELECT DISTINCT '{mark}'::text, c.digest, NULL::integer, NULL::integer, c.digest IS NOT NULL \
+    FROM {schema}.change c WHERE c.at_ms OPERATOR(pg_catalog.>=) ($1::bigint OPERATOR(pg_catalog.-) 60000::bigint) \
+    OR ((c.xmin::text::bigint OPERATOR(pg_catalog.-) $2::bigint OPERATOR(pg_catalog.+) 4294967296::bigint) \
+    OPERATOR(pg_catalog.%) 4294967296::bigint) OPERATOR(pg_catalog.<) 2147483648::bigint)";
 
 /// What [`MARK`] says.
 pub(super) fn read_mark(mark: &str) -> Option<(i64, i64)> {
@@ -148,23 +156,32 @@ pub(super) fn record(row: &Row, from: usize) -> Result<TokenRecord, Failure> {
     })
 }
 
-/// Makes tollgate's own tables, or brings them up to date. Returns the version that they then have.
-pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&str>) -> Result<i32, Failure> {
+/// What a migration left.
+pub(super) struct Tables {
+    pub(super) version: i32,
+    /// The channel before and now, where they differ.
+    pub(super) moved: Option<(String, String)>,
+}
+
+/// Makes tollgate's own tables, or brings them up to date. The one place that changes the channel.
+pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&str>) -> Result<Tables, Failure> {
     check_name(schema).and_then(|()| channel.map_or(Ok(()), check_channel)).map_err(Failure::garbage)?;
     // Who may only write tokens need not be allowed to make tables.
-    if let Some((version, told)) = version(client, schema).await?
-        && version >= VERSION
+    let before = version(client, schema).await?;
+    if let Some((version, told)) = &before
+        && *version >= VERSION
         && channel.is_none_or(|channel| channel == told)
     {
-        return Ok(version);
+        return Ok(Tables { version: *version, moved: None });
     }
+    let moved = before.zip(channel).map(|((_, was), now)| (was, now.to_owned())).filter(|(was, now)| was != now);
     let transaction = client.transaction().await.map_err(Failure::own)?;
     transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK]).await.map_err(Failure::own)?;
-    let has_schema = transaction.query_opt("SELECT 1 FROM pg_namespace WHERE nspname = $1", &[&schema]).await;
-    if has_schema.map_err(Failure::own)?.is_none() {
+    let has_schema = "SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = $1";
+    if transaction.query_opt(has_schema, &[&schema]).await.map_err(Failure::own)?.is_none() {
         transaction.batch_execute(&fill("CREATE SCHEMA {schema}", schema)).await.map_err(Failure::own)?;
     }
-    let has_version = "SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+    let has_version = "SELECT 1 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
         WHERE n.nspname = $1 AND c.relname = 'version'";
     let mut current: i32 = 0;
     if transaction.query_opt(has_version, &[&schema]).await.map_err(Failure::own)?.is_some() {
@@ -175,12 +192,25 @@ pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&
     for migration in MIGRATIONS.iter().skip(done) {
         transaction.batch_execute(&fill(migration, schema)).await.map_err(Failure::own)?;
     }
+    if moved.is_some() {
+        // Who is changing a token now would tell of it on the channel that gateways are about to leave.
+        let lock = fill("LOCK TABLE {schema}.token IN SHARE ROW EXCLUSIVE MODE", schema);
+        transaction.batch_execute(&lock).await.map_err(Failure::own)?;
+    }
     // A newer schema stays as it is.
     let sql =
         fill("UPDATE {schema}.version SET channel = coalesce($1, channel), version = greatest(version, $2)", schema);
     transaction.execute(&sql, &[&channel, &VERSION]).await.map_err(Failure::own)?;
     transaction.commit().await.map_err(Failure::own)?;
-    Ok(current.max(VERSION))
+    Ok(Tables { version: current.max(VERSION), moved })
+}
+
+/// Whether somebody who reads and writes tokens may go on with these tables.
+pub(super) async fn check(client: &Client, schema: &str) -> Result<(), Failure> {
+    match version(client, schema).await? {
+        Some((version, _)) => check_version(version, 0),
+        None => Err(Failure::garbage(format!("the schema {schema} has no tables of tollgate: {MIGRATE}"))),
+    }
 }
 
 /// The schema's version and channel; `None`: it is not there.

@@ -1,0 +1,99 @@
+//! PostgreSQL as several servers, and with several configurations: look-ups go where changes are heard from, and the channel
+//! on which they are told is changed by nobody in passing.
+
+use super::{BOUND, Backing as _, Caller, Config, PostgresGitlab, PostgresOwn};
+use crate::harness::*;
+use crate::support::{run, stderr, stdout};
+use std::time::Instant;
+
+const MORE: &str = "[cache]\npositive_ttl = \"10m\"\n[log]\naccess = \"off\"\n";
+
+/// Revokes a token and asks until it is refused, and a while longer.
+fn refused_in_time(store: &PostgresOwn, gateway: &Gateway, token: &str) {
+    let mut caller = Caller::of(gateway);
+    assert_eq!(caller.status(token), 200, "{token}");
+    store.revoke(token);
+    let revoked = Instant::now();
+    let mut last = revoked;
+    while caller.status(token) == 200 {
+        last = Instant::now();
+        assert!(last - revoked < PATIENCE, "{token} goes on working");
+    }
+    let lag = last - revoked;
+    assert!(lag < BOUND, "{token} worked for {lag:?}");
+    // What is learned anew is not the row of before.
+    while revoked.elapsed() < BOUND * 2 {
+        assert_eq!(caller.status(token), 401, "{token}");
+    }
+}
+
+#[test]
+fn a_late_standby_among_the_hosts_brings_no_revoked_token_back() {
+    let mut store = PostgresOwn::new();
+    let tokens: Vec<String> = (0..4).map(|number| format!("token-{number}")).collect();
+    store.add(&tokens);
+    let standby = store.server.late_standby();
+    let upstream = Upstream::start();
+    for (number, ports) in
+        [[standby.port(), store.server.port()], [store.server.port(), standby.port()]].into_iter().enumerate()
+    {
+        let [first, second] = ports;
+        let section = format!(
+            "[store]\nkind = \"postgres\"\nurl = \"postgres://postgres@127.0.0.1:{first},127.0.0.1:{second}/postgres\"\n\
+             timeout = \"1s\"\n"
+        );
+        let gateway = Gateway::start(upstream.address, &format!("{section}{MORE}"));
+        for token in &tokens[number * 2..number * 2 + 2] {
+            refused_in_time(&store, &gateway, token);
+        }
+    }
+}
+
+#[test]
+fn commands_with_another_channel_leave_the_channel_alone_and_migrate_says_that_it_does_not() {
+    let mut store = PostgresOwn::new();
+    let tokens: Vec<String> = (0..3).map(|number| format!("token-{number}")).collect();
+    store.add(&tokens);
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, &format!("{}{MORE}", store.section()));
+    refused_in_time(&store, &gateway, &tokens[0]);
+    let other = Config::new(&format!("{}channel = \"other\"\n", PostgresOwn::section_for(&store.server)));
+    let id = sha256_hex(&tokens[0]);
+    other.tollgate(&["token", "list"], &[]).unwrap();
+    other.tollgate(&["token", "show"], &[&id]).unwrap();
+    refused_in_time(&store, &gateway, &tokens[1]);
+    let said = run(tollgate().args(["store", "migrate", "--config"]).arg(&other.path));
+    assert!(said.status.success(), "{}", stderr(&said));
+    assert!(stdout(&said).contains("\"tollgate_change\" before, \"other\" now"), "{}", stdout(&said));
+    refused_in_time(&store, &gateway, &tokens[2]);
+}
+
+/// What an operator has to know stands in the log, with both channels.
+#[test]
+fn the_log_names_channels_that_differ_and_triggers_of_an_older_making() {
+    let own = PostgresOwn::new();
+    let gitlab = PostgresGitlab::new();
+    // As an older tollgate made it.
+    gitlab.server.psql(
+        "postgres",
+        "DO $$ DECLARE f regprocedure; BEGIN FOR f IN SELECT oid FROM pg_proc WHERE pronamespace = 'tollgate'::regnamespace
+         LOOP EXECUTE format('ALTER FUNCTION %s RESET ALL', f); END LOOP; END $$",
+    );
+    let upstream = Upstream::start();
+    let said = |section: &str, channel: &str, parts: &[&str]| {
+        let section = section.replace("timeout", &format!("channel = \"{channel}\"\ntimeout"));
+        let gateway = Gateway::start(upstream.address, &format!("{section}{MORE}"));
+        eventually("the log says so", || parts.iter().all(|part| gateway.process_log().contains(part)));
+    };
+    said(
+        &own.section(),
+        "other",
+        &["on channel \"tollgate_change\"", "configuration says \"other\"", "word of changes comes"],
+    );
+    said(&gitlab.section, "tollgate_change", &["of an older version", "word of changes comes"]);
+    said(
+        &gitlab.section,
+        "other",
+        &["tell on channel \"other\" (there are some that tell on \"tollgate_change\"", "install-triggers"],
+    );
+}
