@@ -1,8 +1,9 @@
 //! From settings to running parts. Start-up and reload take the same road; a reload keeps the store and its cache as
 //! long as their settings did not change.
 
+use crate::admin::Reloaded;
 use crate::config::{self, LogTarget, Problem, Settings};
-use crate::edge::{self, Rebuild, Running, Snapshot};
+use crate::edge::{self, Rebuild, Rebuilt, Running, Snapshot};
 use crate::identity::Authenticator;
 use crate::identity::credential::Digest;
 use crate::identity::store::chain::{Chain, Link};
@@ -13,7 +14,8 @@ use crate::identity::store::redis::RedisStore;
 use crate::identity::store::sqlite::SqliteStore;
 use crate::identity::store::{self, NamedStore, StoreSettings, TlsSettings, TokenStore};
 use crate::pipeline::Pipeline;
-use crate::telemetry::access_log::{AccessLog, Sink};
+use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::lines::Destination;
 use crate::telemetry::metrics::Metrics;
 use anyhow::{Context as _, anyhow};
 use parking_lot::Mutex;
@@ -43,7 +45,8 @@ fn snapshot(
         authenticator,
         metrics,
     };
-    Snapshot::build(pipeline, &settings.upstreams, settings.timeouts, log).map_err(|why| anyhow!(why))
+    let hosts = settings.admin_hosts.clone();
+    Snapshot::build(pipeline, &settings.upstreams, settings.timeouts, log, hosts).map_err(|why| anyhow!(why))
 }
 
 fn authenticator(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<Authenticator>> {
@@ -73,7 +76,7 @@ fn link(store: &NamedStore, metrics: &Metrics) -> anyhow::Result<Link> {
         }
     };
     let opened = opened.map_err(|why| anyhow!("store {}: {why}", store.name))?;
-    Ok(Link { name: store.name.clone(), store: opened, timeout: store.timeout, metrics })
+    Ok(Link::new(store.name.clone(), opened, store.timeout, metrics))
 }
 
 /// Whom the system trusts, if any of these stores goes by that: as with files that are named, what was replaced in place is
@@ -89,12 +92,12 @@ fn origin(stores: &[NamedStore]) -> String {
 }
 
 fn access_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<AccessLog> {
-    let sink = match &settings.access_log {
+    let to = match &settings.access_log {
         LogTarget::Off => None,
-        LogTarget::Stdout => Some(Sink::Stdout),
-        LogTarget::File(path) => Some(Sink::file(path).map_err(|why| anyhow!("log.access: {why}"))?),
+        LogTarget::Stdout => Some(Destination::stdout().context("log.access: standard output")?),
+        LogTarget::File(path) => Some(Destination::file(path).map_err(|why| anyhow!("log.access: {why}"))?),
     };
-    AccessLog::start(sink, &settings.rules.names.token, Arc::clone(metrics)).context("access log")
+    AccessLog::start(to, &settings.rules.names.token, Arc::clone(metrics)).context("access log")
 }
 
 /// Makes the next snapshot from the file as it is then. What needs a restart is said, and left as it is.
@@ -102,7 +105,7 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
     let started = settings.server.clone();
     let authorities = system_authorities(&settings.stores);
     let current = Mutex::new((settings, log, authorities));
-    Box::new(move |running: &Snapshot| {
+    Arc::new(move |running: &Snapshot, reopened: Result<(), String>| {
         let path = path.as_deref().ok_or("there is no configuration file to read")?;
         let next = config::load(path).map_err(|problems| report(&problems))?;
         next.warnings.iter().for_each(|warning| log::warn!("{warning}"));
@@ -121,15 +124,19 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
             running.pipeline.authenticator.save();
             authenticator(&next, &metrics).map_err(describe)?
         };
-        // Opened anew in any case, so that a reload also picks up a rotated file.
-        let next_log = access_log(&next, &metrics).map_err(describe)?;
+        let next_log = if next.access_log == settings.access_log {
+            reopened?;
+            log.with_parameter(&next.rules.names.token)
+        } else {
+            access_log(&next, &metrics).map_err(describe)?
+        };
         let snapshot = snapshot(&next, authenticator, metrics, next_log.clone()).map_err(describe)?;
-        if next.server != started {
-            log::warn!("[server] and [admin] changed: addresses, threads and grace take a restart");
-        }
+        let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
+        let changed = settings.document.changes(&next.document).into_iter();
+        let report = Reloaded { applied: changed.filter(|key| !restart.contains(key)).collect(), restart };
         log::set_max_level(next.level);
         (*settings, *log, *authorities) = (next, next_log, next_authorities);
-        Ok(snapshot)
+        Ok(Rebuilt { snapshot, report })
     })
 }
 

@@ -167,7 +167,10 @@ fn a_blocked_log_loses_lines_and_counts_them_but_does_not_stall_requests() {
         slowest = slowest.max(sent.elapsed());
     }
     assert!(slowest < SECOND, "a request waited {slowest:?} for the log");
-    assert!(gateway.metric("tollgate_access_log_dropped_total") > 0.0, "nothing was dropped, so nothing was blocked");
+    assert!(
+        gateway.metric("tollgate_log_lines_dropped_total{log=\"access\"}") > 0.0,
+        "nothing was dropped, so nothing was blocked"
+    );
     // What is read then is whole lines.
     let mut piece = vec![0; 32 * 1024];
     let n = reader.read(&mut piece).unwrap();

@@ -45,14 +45,25 @@ impl Gateway {
     /// Starts with a file store that knows [`GOOD`] and [`OTHER`], in front of `upstream`; `more` is TOML that is added.
     /// A section in `more` takes the place of the harness's own section of that name.
     pub fn start(upstream: SocketAddr, more: &str) -> Self {
-        let tokens: String = [GOOD, OTHER]
-            .iter()
-            .map(|token| format!("[[token]]\nsha256 = \"{}\"\nuser = \"user-{}\"\n", sha256_hex(token), &token[11..]))
-            .collect();
-        Self::start_with_tokens(upstream, &tokens, more)
+        Self::start_with_tokens(upstream, &Self::known_tokens(), more)
+    }
+
+    fn known_tokens() -> String {
+        let entry =
+            |token: &&str| format!("[[token]]\nsha256 = \"{}\"\nuser = \"user-{}\"\n", sha256_hex(token), &token[11..]);
+        [GOOD, OTHER].iter().map(entry).collect()
+    }
+
+    /// With another environment or other standard streams.
+    pub fn start_with(upstream: SocketAddr, more: &str, change: impl FnOnce(&mut Command)) -> Self {
+        Self::started(upstream, &Self::known_tokens(), more, change)
     }
 
     pub fn start_with_tokens(upstream: SocketAddr, tokens: &str, more: &str) -> Self {
+        Self::started(upstream, tokens, more, |_| {})
+    }
+
+    fn started(upstream: SocketAddr, tokens: &str, more: &str, change: impl FnOnce(&mut Command)) -> Self {
         let folder = Folder::new("test");
         folder.write("tokens.toml", tokens);
         let (address, admin) = (
@@ -73,22 +84,18 @@ impl Gateway {
             .map(|(header, body)| format!("{header}\n{body}"))
             .collect();
         let config = folder.write("tollgate.toml", &format!("{own}{more}"));
-        let mut gateway = Self { address, admin, child: Self::spawn(&folder, &config), folder };
+        let mut gateway = Self { address, admin, child: Self::spawn(&folder, &config, change), folder };
         gateway.wait_ready();
         gateway
     }
 
-    fn spawn(folder: &Folder, config: &Path) -> Child {
+    fn spawn(folder: &Folder, config: &Path, change: impl FnOnce(&mut Command)) -> Child {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(folder.0.join("process.log")).unwrap();
         let stdout = std::fs::File::create(folder.0.join("stdout.log")).unwrap();
-        tollgate()
-            .args(["run", "--config"])
-            .arg(config)
-            .stdin(Stdio::null())
-            .stdout(stdout)
-            .stderr(log)
-            .spawn()
-            .unwrap()
+        let mut command = tollgate();
+        command.args(["run", "--config"]).arg(config).stdin(Stdio::null()).stdout(stdout).stderr(log);
+        change(&mut command);
+        command.spawn().unwrap()
     }
 
     fn wait_ready(&mut self) {

@@ -17,9 +17,10 @@ pyapi="pyapi-gitlab==7.8.5"
 # Both clients come as source only; pip builds them quietly if this is there first.
 wheel="wheel==0.45.1"
 # prometheus is here for promtool only; ca-certificates because pip needs it. PostgreSQL and Redis are started by the tests
-# themselves, with data of their own (PgBouncer between some of them); openssl makes the certificates for that.
+# themselves, with data of their own (PgBouncer between some of them); openssl makes the certificates for that. HAProxy
+# asks for health.
 packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus systemd
-  postgresql pgbouncer redis-server openssl)
+  postgresql pgbouncer redis-server openssl haproxy)
 # For tests/forwarding.rs: a proxy in front of the gateway, started by the test.
 packages+=(nginx-light)
 
@@ -73,7 +74,7 @@ install_packages() {
     || fail "apt-get install ${wanted[*]}: see the lines above; needs Debian 12 or something close to it"
   # Not now, and not at the next boot either.
   local package
-  for package in prometheus postgresql pgbouncer redis-server nginx-light; do
+  for package in prometheus postgresql pgbouncer redis-server haproxy nginx-light; do
     if [[ " ${wanted[*]} " == *" $package "* ]] && command -v systemctl >/dev/null; then
       as_root systemctl --quiet disable "${package%-light}.service" 2>/dev/null || say "note: $package.service could not be disabled"
     fi

@@ -12,6 +12,7 @@ mod harness;
 mod servers;
 mod support;
 
+mod admin;
 mod answers;
 mod architecture;
 mod attacks;
@@ -20,6 +21,7 @@ mod deadlines;
 mod deploy;
 mod forwarding;
 mod load;
+mod logs;
 mod operations;
 mod paging;
 mod rack;

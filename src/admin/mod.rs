@@ -2,14 +2,17 @@
 //! the API listeners.
 
 use crate::Now;
-use crate::identity::credential::Digest;
+use crate::identity::credential::DigestPrefix;
 use crate::identity::store::rfc3339;
 use crate::pipeline::Pipeline;
+use crate::request::head::HeadFault;
 use crate::request::view::{FieldKind, Method, RequestView};
 
 /// What the answers are made of.
 pub struct Operator<'a> {
     pub pipeline: &'a Pipeline,
+    /// Names that it answers to besides IP addresses and localhost, in lower case.
+    pub hosts: &'a [String],
     pub ready: bool,
     pub started_unix_ms: u64,
     pub now: Now,
@@ -17,15 +20,38 @@ pub struct Operator<'a> {
 
 pub enum Action {
     Answer(Answer),
-    /// Load the configuration anew and answer with [`reloaded`].
-    Reload,
+    /// Reload the configuration and answer with [`reloaded`].
+    Reload {
+        /// The answer is for a program.
+        json: bool,
+    },
+}
+
+/// What a reload did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reloaded {
+    /// Keys whose new values are in force.
+    pub applied: Vec<String>,
+    /// Keys whose new values take a restart.
+    pub restart: Vec<String>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 pub struct Answer {
     status: u16,
     content_type: &'static str,
+    /// What a 405 must say.
+    allow: Option<&'static str>,
     body: String,
+}
+
+/// Why a request was not read to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unread {
+    TooLarge,
+    TargetTooLong,
+    TooSlow,
+    Malformed(HeadFault),
 }
 
 const PAGES: &str = "\
@@ -33,42 +59,97 @@ GET  /metrics                   metrics for Prometheus
 GET  /healthz                   200 while the process serves
 GET  /readyz                    200 while requests are taken, 503 while draining
 GET  /status                    version, uptime, store and cache as JSON
-POST /reload                    load the configuration anew
+POST /reload                    reload the configuration
 POST /cache/forget              forget every token that was looked up
-POST /cache/forget?sha256=HEX   forget one token
+POST /cache/forget?sha256=HEX   forget the tokens whose SHA-256 begins with these 12 to 64 hex digits
 ";
 
 pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
     // A page in a browser can make it send requests here under a name that resolves to this machine.
-    if !is_local_name(view.host) {
-        return text(403, "This listener answers to an IP address or localhost only.\n").into();
+    if !is_own_name(view.host, operator.hosts) {
+        let why = "This listener answers to an IP address or localhost only. To ask it by another name, list that name in \
+                   [admin] hosts and reload.\n";
+        return text(403, why).into();
     }
-    if view.fields_of(FieldKind::Origin).next().is_some() {
-        return text(403, "This listener does not answer to web pages.\n").into();
+    if view.fields_of(FieldKind::Origin).any(|origin| !is_own_origin(origin.value, view.host)) {
+        let why = "This listener does not answer to web pages of another origin. A program sends no Origin header, or \
+                   http:// and the Host that it asks for.\n";
+        return text(403, why).into();
     }
     let reads = matches!(view.method, Method::Get | Method::Head);
     match (view.path(), view.method) {
         (b"/", _) if reads => text(200, PAGES).into(),
+        // HAProxy's `option httpchk` asks this if it is not told otherwise.
+        (b"/", Method::Options) => readiness(operator).allowing("GET, HEAD, OPTIONS").into(),
         (b"/metrics", _) if reads => metrics(operator).into(),
         (b"/healthz", _) if reads => text(200, "ok\n").into(),
-        (b"/readyz", _) if reads && operator.ready => text(200, "ready\n").into(),
-        (b"/readyz", _) if reads => text(503, "draining\n").into(),
+        (b"/readyz", _) if reads => readiness(operator).into(),
         (b"/status", _) if reads => status(operator).into(),
-        (b"/reload", Method::Post) => Action::Reload,
+        (b"/reload", Method::Post) => Action::Reload { json: wants_json(view) },
         (b"/cache/forget", Method::Post) => forget(view.query(), operator).into(),
-        (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/reload" | b"/cache/forget", _) => {
-            text(405, "Method not allowed; GET / lists what there is.\n").into()
-        }
+        (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status", _) => not_allowed("GET, HEAD"),
+        (b"/reload" | b"/cache/forget", _) => not_allowed("POST"),
         _ => text(404, "Not found; GET / lists what there is.\n").into(),
     }
 }
 
-/// The answer to a reload.
-pub fn reloaded(result: Result<(), String>) -> Answer {
-    match result {
-        Ok(()) => text(200, "reloaded\n"),
-        Err(why) => text(500, &format!("nothing changed: {why}\n")),
+/// The answer to what could not be read as a request.
+pub fn unreadable(why: Unread) -> Answer {
+    match why {
+        Unread::TooLarge => text(431, "The head of the request is larger than 16 KiB.\n"),
+        Unread::TargetTooLong => text(414, "The target of the request is longer than 4 KiB.\n"),
+        Unread::TooSlow => text(408, "The head of the request was not whole after 5 seconds.\n"),
+        Unread::Malformed(HeadFault::RequestLine) => {
+            text(400, "Not a request: send `GET /healthz HTTP/1.1` or HTTP/1.0, lines ended by CRLF, without TLS.\n")
+        }
+        Unread::Malformed(fault) => text(400, &format!("Not a request: {fault}.\n")),
     }
+}
+
+/// The answer to a reload.
+pub fn reloaded(result: Result<Reloaded, String>, json: bool) -> Answer {
+    let status = if result.is_ok() { 200 } else { 500 };
+    if json {
+        let word = match &result {
+            Ok(reloaded) if reloaded.restart.is_empty() => "reloaded",
+            Ok(_) => "restart_needed",
+            Err(_) => "failed",
+        };
+        let (errors, done) = match result {
+            Ok(done) => (Vec::new(), done),
+            Err(why) => (why.lines().map(str::to_owned).collect(), Reloaded::default()),
+        };
+        let body = serde_json::json!({
+            "result": word,
+            "applied": done.applied,
+            "restart_needed": done.restart,
+            "errors": errors,
+        });
+        return Answer { status, content_type: "application/json", allow: None, body: format!("{body:#}\n") };
+    }
+    match result {
+        Ok(Reloaded { restart, .. }) if restart.is_empty() => text(status, "reloaded\n"),
+        Ok(Reloaded { restart, .. }) => {
+            let keys = restart.join(", ");
+            text(status, &format!("reloaded, but these changes take a restart and are not in force: {keys}\n"))
+        }
+        Err(why) => text(status, &format!("nothing changed: {why}\n")),
+    }
+}
+
+fn wants_json(view: &RequestView<'_>) -> bool {
+    let mut accepted = view.fields.iter().filter(|field| field.name.eq_ignore_ascii_case(b"accept"));
+    accepted.any(|field| memchr::memmem::find(&field.value.to_ascii_lowercase(), b"application/json").is_some())
+}
+
+fn not_allowed(methods: &'static str) -> Action {
+    text(405, &format!("Method not allowed here, only {methods}; GET / lists what there is.\n"))
+        .allowing(methods)
+        .into()
+}
+
+fn readiness(operator: &Operator<'_>) -> Answer {
+    if operator.ready { text(200, "ready\n") } else { text(503, "draining\n") }
 }
 
 fn metrics(operator: &Operator<'_>) -> Answer {
@@ -76,8 +157,8 @@ fn metrics(operator: &Operator<'_>) -> Answer {
     operator.pipeline.metrics.cache_entries(valid, invalid);
     operator.pipeline.metrics.ready(operator.ready);
     match operator.pipeline.metrics.render() {
-        Ok(body) => Answer { status: 200, content_type: "text/plain; version=0.0.4; charset=utf-8", body },
-        Err(error) => text(500, &format!("metrics can't be rendered: {error}\n")),
+        Ok(body) => Answer { status: 200, content_type: "text/plain; version=0.0.4; charset=utf-8", allow: None, body },
+        Err(error) => text(500, &format!("the metrics cannot be rendered: {error}\n")),
     }
 }
 
@@ -94,37 +175,53 @@ fn status(operator: &Operator<'_>) -> Answer {
         "requests_in_flight": operator.pipeline.metrics.requests_in_flight(),
         "routes": operator.pipeline.rules.routes.iter().map(|route| &route.name).collect::<Vec<_>>(),
     });
-    Answer { status: 200, content_type: "application/json", body: format!("{body:#}\n") }
+    Answer { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
 }
 
 fn forget(query: Option<&[u8]>, operator: &Operator<'_>) -> Answer {
     let authenticator = &operator.pipeline.authenticator;
     let Some(query) = query else {
         authenticator.forget_all();
-        return text(200, "every token is looked up anew\n");
+        return text(200, "every token is looked up again with its next request\n");
     };
-    let hex = query.strip_prefix(b"sha256=").and_then(|hex| std::str::from_utf8(hex).ok());
-    match hex.and_then(Digest::from_hex) {
-        Some(digest) => {
-            authenticator.forget(&digest);
-            text(200, &format!("token {} is looked up anew\n", digest.id()))
-        }
-        None => text(400, "say ?sha256= and the 64 hex digits of the token's SHA-256\n"),
+    let value = [b"sha256=".as_slice(), b"id=", b"token="].into_iter().find_map(|key| query.strip_prefix(key));
+    let hex = value.and_then(|value| std::str::from_utf8(value).ok()).unwrap_or_default();
+    let Some(prefix) = DigestPrefix::from_hex(hex) else {
+        let why = "Say ?sha256= and hex digits of the token's SHA-256: the first 12, as the access log's field `token` has \
+                   them, or more, up to all 64. The token itself does not belong here.\n";
+        return text(400, why);
+    };
+    match authenticator.forget_prefix(&prefix) {
+        0 => text(200, "no such token was in the cache: its next request asks the store\n"),
+        1 => text(200, "1 token is looked up again with its next request\n"),
+        count => text(200, &format!("{count} tokens are looked up again with their next requests\n")),
     }
 }
 
-fn is_local_name(host: &[u8]) -> bool {
+/// Whether a Host is an address, localhost or one of the configured names, with any port.
+fn is_own_name(host: &[u8], hosts: &[String]) -> bool {
     let Ok(host) = std::str::from_utf8(host) else { return false };
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
         _ => host,
     };
     let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
-    name.eq_ignore_ascii_case("localhost") || name.parse::<std::net::IpAddr>().is_ok()
+    let plain = name.strip_suffix('.').unwrap_or(name);
+    name.eq_ignore_ascii_case("localhost")
+        || name.parse::<std::net::IpAddr>().is_ok()
+        || hosts.iter().any(|own| own.eq_ignore_ascii_case(plain))
+}
+
+/// Whether a page of this origin is one of this listener's own: its scheme, and the Host that was asked for.
+fn is_own_origin(origin: &[u8], host: &[u8]) -> bool {
+    let lower = |bytes: &[u8]| bytes.to_ascii_lowercase();
+    let (origin, host) = (lower(origin), lower(host));
+    let without_port = |host: &[u8]| host.strip_suffix(b":80").unwrap_or(host).to_vec();
+    origin.strip_prefix(b"http://").is_some_and(|own| !own.is_empty() && without_port(own) == without_port(&host))
 }
 
 fn text(status: u16, body: &str) -> Answer {
-    Answer { status, content_type: "text/plain; charset=utf-8", body: body.into() }
+    Answer { status, content_type: "text/plain; charset=utf-8", allow: None, body: body.into() }
 }
 
 impl From<Answer> for Action {
@@ -134,6 +231,10 @@ impl From<Answer> for Action {
 }
 
 impl Answer {
+    fn allowing(self, methods: &'static str) -> Self {
+        Self { allow: Some(methods), ..self }
+    }
+
     pub fn render(&self, head_only: bool, close: bool) -> Vec<u8> {
         let phrase = match self.status {
             200 => "OK",
@@ -141,16 +242,23 @@ impl Answer {
             403 => "Forbidden",
             404 => "Not Found",
             405 => "Method Not Allowed",
+            408 => "Request Timeout",
+            414 => "URI Too Long",
+            431 => "Request Header Fields Too Large",
             503 => "Service Unavailable",
             _ => "Internal Server Error",
         };
         let connection = if close { "close" } else { "keep-alive" };
         let mut out = format!(
-            "HTTP/1.1 {} {phrase}\r\nContent-Type: {}\r\nContent-Length: {}\r\nCache-Control: no-store\r\nConnection: {connection}\r\n\r\n",
+            "HTTP/1.1 {} {phrase}\r\nContent-Type: {}\r\nContent-Length: {}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nConnection: {connection}\r\n",
             self.status,
             self.content_type,
             self.body.len(),
         );
+        if let Some(methods) = self.allow {
+            out += &format!("Allow: {methods}\r\n");
+        }
+        out += "\r\n";
         if !head_only {
             out += &self.body;
         }
@@ -163,12 +271,86 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_local_names() {
-        for host in ["localhost", "LocalHost:9090", "127.0.0.1:9090", "[::1]:9090", "10.0.0.5"] {
-            assert!(is_local_name(host.as_bytes()), "{host}");
+    fn only_own_names() {
+        let hosts = ["tollgate.internal".to_owned(), "tollgate".to_owned()];
+        for host in [
+            "localhost",
+            "LocalHost:9090",
+            "127.0.0.1:9090",
+            "[::1]:9090",
+            "10.0.0.5",
+            "tollgate.internal:9090",
+            "TOLLGATE.internal",
+            "tollgate.internal.:9090",
+            "tollgate",
+        ] {
+            assert!(is_own_name(host.as_bytes(), &hosts), "{host}");
         }
-        for host in ["evil.example", "evil.example:9090", "127.0.0.1.evil.example", ""] {
-            assert!(!is_local_name(host.as_bytes()), "{host}");
+        for host in [
+            "evil.example",
+            "evil.example:9090",
+            "127.0.0.1.evil.example",
+            "",
+            ".",
+            ":9090",
+            "internal",
+            "x.tollgate.internal",
+            "tollgate.internal.evil.example",
+            "tollgate.internal:9090:1",
+        ] {
+            assert!(!is_own_name(host.as_bytes(), &hosts), "{host}");
+        }
+        assert!(!is_own_name(b"tollgate", &[]));
+    }
+
+    #[test]
+    fn an_origin_is_scheme_and_host() {
+        for (origin, host) in [
+            ("http://127.0.0.1:9090", "127.0.0.1:9090"),
+            ("HTTP://LOCALHOST:9090", "localhost:9090"),
+            ("http://[::1]:9090", "[::1]:9090"),
+            ("http://tollgate", "tollgate:80"),
+        ] {
+            assert!(is_own_origin(origin.as_bytes(), host.as_bytes()), "{origin} {host}");
+        }
+        for (origin, host) in [
+            ("https://127.0.0.1:9090", "127.0.0.1:9090"),
+            ("http://127.0.0.1:9091", "127.0.0.1:9090"),
+            ("http://127.0.0.1", "127.0.0.1:9090"),
+            ("http://localhost:9090", "127.0.0.1:9090"),
+            ("http://127.0.0.1:9090/", "127.0.0.1:9090"),
+            ("http://evil.example", "127.0.0.1:9090"),
+            ("http://", ""),
+            ("null", "127.0.0.1:9090"),
+            ("", "127.0.0.1:9090"),
+        ] {
+            assert!(!is_own_origin(origin.as_bytes(), host.as_bytes()), "{origin} {host}");
+        }
+    }
+
+    #[test]
+    fn a_reload_says_what_is_in_force_and_what_is_not() {
+        let keys = |keys: &[&str]| keys.iter().map(|key| (*key).to_owned()).collect::<Vec<_>>();
+        let done = |restart: &[&str]| Ok(Reloaded { applied: keys(&["upstream"]), restart: keys(restart) });
+        let broken = || Err("line 1: a\nline 2: b".to_owned());
+        let said = |result, json| {
+            let answer = reloaded(result, json);
+            (answer.status, answer.body)
+        };
+        assert_eq!(said(done(&[]), false), (200, "reloaded\n".into()));
+        let (status, body) = said(done(&["server.listen", "admin.listen"]), false);
+        assert!(status == 200 && body.contains("restart") && body.contains("server.listen, admin.listen"), "{body}");
+        assert_eq!(said(broken(), false), (500, "nothing changed: line 1: a\nline 2: b\n".into()));
+        for (result, status, word) in [
+            (done(&[]), 200, "reloaded"),
+            (done(&["server.threads"]), 200, "restart_needed"),
+            (broken(), 500, "failed"),
+        ] {
+            let (code, body) = said(result, true);
+            let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+            assert_eq!((code, body["result"].as_str()), (status, Some(word)));
+            assert_eq!(body["errors"].as_array().unwrap().len(), if status == 500 { 2 } else { 0 });
+            assert_eq!(body["applied"].as_array().unwrap().len(), if status == 500 { 0 } else { 1 });
         }
     }
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let settings = super::load(path)?;
+    crate::edge::check_places(&settings.server).map_err(Failure::Usage)?;
     say!("{}: ok", path.display())?;
     for warning in &settings.warnings {
         say!("warning: {warning}")?;

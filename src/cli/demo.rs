@@ -1,11 +1,12 @@
 //! `tollgate demo`: the whole thing at work, with a small backend of its own and a store that is gone afterwards.
 
-use super::{Failure, run::start_log, token::new_token};
+use super::{Failure, token::new_token};
 use crate::identity::credential::Digest;
 use crate::identity::store::TokenRecord;
 use crate::request::head;
 use crate::request::query::form_decode;
 use crate::request::view::{Framing, Method};
+use crate::telemetry::process_log;
 use crate::{assembly, config, edge};
 use anyhow::{Context as _, anyhow};
 use log::LevelFilter;
@@ -16,7 +17,7 @@ use std::sync::{Arc, Mutex};
 const PROJECTS: usize = 253;
 
 pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
-    start_log(LevelFilter::Warn);
+    process_log::start(LevelFilter::Warn)?;
     let probe = TcpListener::bind(listen)
         .map_err(|error| anyhow!("{listen} can't be used: {error}; say another one with --listen"))?;
     drop(probe);

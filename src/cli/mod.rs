@@ -1,4 +1,4 @@
-//! The command line. Exit codes: 0 done, 1 failed, 64 bad configuration or usage.
+//! The command line. Exit codes: 0 done, 1 failed, 2 done but for what takes a restart, 64 bad configuration or usage.
 #![allow(clippy::print_stdout, reason = "this is what a command line is for")]
 
 /// Prints a line. Who reads may have seen enough (`| head`): that is no error, and ends no command half-way.
@@ -8,6 +8,7 @@ macro_rules! say {
 
 mod check;
 mod demo;
+mod reload;
 mod run;
 mod store;
 mod token;
@@ -27,7 +28,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve, as a configuration file says.
+    /// Run the gateway with a configuration file.
     Run {
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
@@ -43,6 +44,10 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
     },
+    /// Have a running gateway reload its configuration, and say what is in force then.
+    ///
+    /// Exit codes: 0 all of it is, 2 all but what takes a restart, 1 nothing changed.
+    Reload(reload::Arguments),
     /// Create, list, show, rotate, revoke, block and import tokens.
     Token {
         #[command(subcommand)]
@@ -63,6 +68,8 @@ pub(crate) enum Failure {
     Usage(String),
     /// 1.
     Failed(anyhow::Error),
+    /// 2: what could be done was done and said.
+    Restart,
 }
 
 impl<E: Into<anyhow::Error>> From<E> for Failure {
@@ -72,6 +79,7 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 }
 
 const USAGE: u8 = 64;
+const RESTART: u8 = 2;
 
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -87,6 +95,7 @@ pub fn main() -> ExitCode {
         Command::Run { config } => run::run(&config),
         Command::Demo { listen } => demo::run(listen),
         Command::Check { config } => check::run(&config),
+        Command::Reload(arguments) => reload::run(&arguments),
         Command::Token { command } => block_on(token::run(command)),
         Command::Store { command } => block_on(store::run(command)),
         Command::ExampleConfig => say!("{}", crate::config::example().trim_end()).map_err(Failure::from),
@@ -97,6 +106,7 @@ pub fn main() -> ExitCode {
             eprintln!("{text}");
             ExitCode::from(USAGE)
         }
+        Err(Failure::Restart) => ExitCode::from(RESTART),
         Err(Failure::Failed(error)) => {
             eprintln!("tollgate: {error:#}");
             ExitCode::FAILURE

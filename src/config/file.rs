@@ -30,6 +30,9 @@ section! {
     Admin {
         /// One address, which must not be reachable from outside, or "none". There is no password.
         listen: Option<ListenAddress> = r#""127.0.0.1:9090""#,
+        /// Names by which it may be asked, besides IP addresses and localhost, like `"tollgate.internal"` where Prometheus
+        /// scrapes that name. Any other Host gets 403, so that no web page can reach it under a name of its own.
+        hosts: Vec<HostName> = "[]",
     }
 }
 
@@ -502,6 +505,14 @@ settings! {
             true if !["page", "per_page", "sudo"].contains(&text) => Ok(text.into()),
             true => Err(wrong(format!("{text} has a meaning of its own"), "like \"private_token\"")),
             false => Err(wrong("a parameter's name has letters, digits and `_` only", "like \"private_token\"")),
+        }
+    };
+    HostName(String) = |text| {
+        let name = text.strip_suffix('.').unwrap_or(text);
+        let plain = |label: &str| !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+        match name.split('.').all(plain) && name.len() <= 253 {
+            true => Ok(name.to_ascii_lowercase()),
+            false => Err(wrong(format!("\"{text}\" is no host name"), "a name alone, without scheme, port or `*`, like \"tollgate.internal\"")),
         }
     };
     Identifier(String) = |text| {

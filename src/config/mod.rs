@@ -1,12 +1,14 @@
 //! From a TOML file to the settings that each stage declares. The only folder that names TOML for the configuration.
 //! All problems are gathered, each with its place, why, and what to write instead.
 
+mod document;
 mod example;
 mod file;
 mod resolve;
 mod section;
 mod stores;
 
+pub use document::Document;
 pub use example::example;
 pub use resolve::{LogTarget, Settings};
 pub use section::Problem;
@@ -39,6 +41,19 @@ pub fn load(path: &Path) -> Result<Settings, Vec<Problem>> {
     parse(&text, path.parent().unwrap_or(Path::new("")))
 }
 
+/// The address of the admin listener that a file says, whatever else is wrong with it.
+pub fn admin_listener(path: &Path) -> Result<Option<crate::edge::Listen>, String> {
+    let failed = |why: String| format!("{}: {why}", path.display());
+    let text = std::fs::read_to_string(path).map_err(|error| failed(format!("can't be read: {error}")))?;
+    let root = DeTable::parse(&text).map_err(|error| failed(format!("is not TOML: {}", error.message())))?;
+    let (lines, mut problems) = (line_starts(&text), Vec::new());
+    let admin = Reader { lines: &lines, problems: &mut problems }.one(root.get_ref(), "admin", file::Admin::read);
+    match problems.iter().find(|problem| problem.key == "admin" || problem.key == "admin.listen") {
+        Some(problem) => Err(failed(problem.to_string())),
+        None => Ok(admin.listen.map(|address| address.0)),
+    }
+}
+
 /// Reads a configuration; relative paths in it start at `folder`.
 pub fn parse(text: &str, folder: &Path) -> Result<Settings, Vec<Problem>> {
     let lines = line_starts(text);
@@ -53,7 +68,8 @@ pub fn parse(text: &str, folder: &Path) -> Result<Settings, Vec<Problem>> {
     })?;
     let mut problems = Vec::new();
     let file = read(root.get_ref(), &lines, &mut problems);
-    let settings = resolve::resolve(&file, folder, &mut problems);
+    let document = Document::parse(text);
+    let settings = resolve::resolve(&file, document, folder, &mut problems);
     if problems.is_empty() {
         return Ok(settings);
     }

@@ -1,10 +1,10 @@
 //! From what the file says to the settings that the stages declare. Here is what one key says about another.
 
-use super::File;
 use super::file::{
     self, Auth as FileAuth, Beyond, BodyPolicy, Forward, QueryToken, ScopePreset, Strip, Switch, TrustedPeer,
 };
 use super::section::{Problem, closest};
+use super::{Document, File};
 use crate::edge::{ServerSettings, Timeouts, UpstreamSettings};
 use crate::forward::{Credential, ForwardRules};
 use crate::identity::CacheSettings;
@@ -29,6 +29,8 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub server: ServerSettings,
+    /// Names that the admin listener answers to, in lower case.
+    pub admin_hosts: Vec<String>,
     pub rules: Rules,
     pub policy: Policy,
     pub forward: ForwardRules,
@@ -43,6 +45,8 @@ pub struct Settings {
     pub level: LevelFilter,
     /// What is allowed and dangerous, for people: said at every start and reload, and by `check`.
     pub warnings: Vec<String>,
+    /// What the file says, to name what a reload changes.
+    pub document: Document,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +60,7 @@ pub enum LogTarget {
 const LARGEST_TARGET: u64 = 60 * 1024;
 const LARGEST_HEADER: u64 = 512 * 1024;
 
-pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -> Settings {
+pub(super) fn resolve(file: &File, document: Document, folder: &Path, problems: &mut Vec<Problem>) -> Settings {
     let mut check = Check { problems, warnings: Vec::new() };
     let switches = Switches {
         sudo: file.token.sudo == Switch::Allow,
@@ -82,6 +86,7 @@ pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -
     };
     Settings {
         server: check.server(file),
+        admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
         rules,
         forward: ForwardRules {
             credential: match file.token.forward {
@@ -113,6 +118,7 @@ pub(super) fn resolve(file: &File, folder: &Path, problems: &mut Vec<Problem>) -
             file::Level::Info => LevelFilter::Info,
         },
         warnings: check.warnings,
+        document,
     }
 }
 

@@ -2,11 +2,12 @@
 
 use super::client::{ClientStream, Head, HeadLimits};
 use super::{Lifecycle, Snapshot};
-use crate::admin::{self, Action, Operator};
+use crate::admin::{self, Action, Operator, Reloaded, Unread};
 use crate::request::head;
 use crate::request::view::{Framing, Method};
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
+use bytes::Bytes;
 use pingora::apps::ServerApp;
 use pingora::protocols::Stream;
 use pingora::server::ShutdownWatch;
@@ -22,7 +23,7 @@ const LIMITS: HeadLimits = HeadLimits {
 };
 
 /// Asks for a reload and says how it went.
-pub(super) type ReloadRequest = oneshot::Sender<Result<(), String>>;
+pub(super) type ReloadRequest = oneshot::Sender<Result<Reloaded, String>>;
 
 pub(super) struct AdminGate {
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
@@ -35,21 +36,36 @@ pub(super) struct AdminGate {
 impl ServerApp for AdminGate {
     async fn process_new(self: &Arc<Self>, socket: Stream, _shutdown: &ShutdownWatch) -> Option<Stream> {
         let mut client = ClientStream::new(socket);
-        while let Head::Complete(bytes) = client.read_head(|| LIMITS, std::future::pending()).await {
-            if LIMITS.judge(&bytes).is_some() {
-                break;
-            }
-            let Ok(view) = head::parse(&bytes) else { break };
+        loop {
+            let head = match client.read_head(|| LIMITS, std::future::pending()).await {
+                Head::Complete(bytes) => match LIMITS.judge(&bytes) {
+                    None => Ok(with_host(bytes)),
+                    Some(head) => Err(unread(&head)),
+                },
+                Head::Closed => break,
+                head => Err(unread(&head)),
+            };
+            let parsed =
+                head.as_ref().map_err(|why| *why).and_then(|bytes| head::parse(bytes).map_err(Unread::Malformed));
+            let view = match parsed {
+                Ok(view) => view,
+                Err(why) => {
+                    // Whoever sent it may be gone.
+                    drop(client.write(&admin::unreadable(why).render(false, true)).await);
+                    break;
+                }
+            };
             let snapshot = self.snapshot.load_full();
             let operator = Operator {
                 pipeline: &snapshot.pipeline,
+                hosts: &snapshot.admin_hosts,
                 ready: !self.lifecycle.is_draining(),
                 started_unix_ms: self.started_unix_ms,
                 now: super::now(),
             };
             let answer = match admin::respond(&view, &operator) {
                 Action::Answer(answer) => answer,
-                Action::Reload => admin::reloaded(self.reload().await),
+                Action::Reload { json } => admin::reloaded(self.reload().await, json),
             };
             let keep = view.keep_alive && view.body == Framing::Empty;
             let written = client.write(&answer.render(view.method == Method::Head, !keep)).await;
@@ -63,10 +79,52 @@ impl ServerApp for AdminGate {
 }
 
 impl AdminGate {
-    async fn reload(&self) -> Result<(), String> {
+    async fn reload(&self) -> Result<Reloaded, String> {
         let (reply, answer) = oneshot::channel();
         let gone = || "the reload service has ended".to_owned();
         self.reloads.send(reply).await.map_err(|_| gone())?;
         answer.await.unwrap_or_else(|_| Err(gone()))
+    }
+}
+
+/// Why a head was not taken.
+fn unread(head: &Head) -> Unread {
+    match head {
+        Head::TooLarge => Unread::TooLarge,
+        Head::TargetTooLong => Unread::TargetTooLong,
+        Head::TooSlow => Unread::TooSlow,
+        Head::Malformed(fault) => Unread::Malformed(*fault),
+        Head::Complete(_) | Head::Closed => Unread::Malformed(head::HeadFault::RequestLine),
+    }
+}
+
+/// Health checks speak HTTP/1.0 and may name no host, as HAProxy's `httpchk` does: they are taken to mean this machine.
+/// No browser speaks it, so no web page gets in by this.
+fn with_host(head: Bytes) -> Bytes {
+    let Some(line) = memchr::memmem::find(&head, b"\r\n") else { return head };
+    let (request_line, fields) = head.split_at(line + 2);
+    let names_host = |line: &[u8]| line.get(..5).is_some_and(|name| name.eq_ignore_ascii_case(b"host:"));
+    if !request_line.ends_with(b" HTTP/1.0\r\n") || fields.split(|b| *b == b'\n').any(names_host) {
+        return head;
+    }
+    [request_line, b"Host: localhost\r\n", fields].concat().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_http10_without_a_host_is_given_one() {
+        let given = |head: &'static str| String::from_utf8(with_host(head.into()).to_vec()).unwrap();
+        assert_eq!(given("OPTIONS / HTTP/1.0\r\n\r\n"), "OPTIONS / HTTP/1.0\r\nHost: localhost\r\n\r\n");
+        for unchanged in [
+            "GET / HTTP/1.1\r\n\r\n",
+            "GET / HTTP/1.0\r\nHost: evil.example\r\n\r\n",
+            "GET / HTTP/1.0\r\nA: b\r\nhOST:\r\n\r\n",
+            "\r\nGET / HTTP/1.0\r\n\r\n",
+        ] {
+            assert_eq!(given(unchanged), unchanged);
+        }
     }
 }

@@ -10,7 +10,7 @@ mod server;
 
 pub use crate::clock::now;
 pub use pool::{ServerAddress, UpstreamSettings};
-pub use server::{Listen, Rebuild, Running, ServerSettings, check_free, serve};
+pub use server::{Listen, Rebuild, Rebuilt, Running, ServerSettings, check_free, check_places, serve};
 
 use crate::pipeline::Pipeline;
 use crate::request::route::Route;
@@ -30,6 +30,8 @@ pub struct Snapshot {
     upstreams: Vec<Upstream>,
     timeouts: Timeouts,
     log: AccessLog,
+    /// Names that the admin listener answers to.
+    admin_hosts: Vec<String>,
     /// One for each route, and one for requests that got to none.
     metrics: Vec<RouteMetrics>,
     unrouted: RouteMetrics,
@@ -50,6 +52,7 @@ impl Snapshot {
         upstreams: &[UpstreamSettings],
         timeouts: Timeouts,
         log: AccessLog,
+        admin_hosts: Vec<String>,
     ) -> Result<Self, String> {
         let resolve = |settings: &UpstreamSettings| {
             let upstream = Upstream::resolve(settings, pipeline.metrics.upstream(&settings.name));
@@ -58,7 +61,7 @@ impl Snapshot {
         let upstreams = upstreams.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
         let metrics = pipeline.rules.routes.iter().map(|route| pipeline.metrics.route(&route.name)).collect();
         let unrouted = pipeline.metrics.route("none");
-        Ok(Self { upstreams, timeouts, log, metrics, unrouted, pipeline })
+        Ok(Self { upstreams, timeouts, log, admin_hosts, metrics, unrouted, pipeline })
     }
 
     fn head_limits(&self) -> HeadLimits {

@@ -1,11 +1,12 @@
 //! The servers behind an upstream, taken in turn. Addresses are resolved before a snapshot goes live, never on a
 //! request's way. The framework keeps the connections.
 
-use crate::telemetry::metrics::UpstreamMetrics;
+use crate::telemetry::metrics::{UpstreamError, UpstreamMetrics};
+use crate::telemetry::outage::Outage;
 use pingora::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// One `[[upstream]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +42,7 @@ pub(super) struct Upstream {
     pub(super) metrics: UpstreamMetrics,
     peers: Vec<HttpPeer>,
     next: AtomicUsize,
+    outage: Outage,
 }
 
 impl Upstream {
@@ -74,7 +76,7 @@ impl Upstream {
             // The head was written by `forward`, which has taken out all that ends here.
             options.http_upstream_request_policy = HttpUpstreamRequestPolicy::preserve();
         }
-        Ok(Self { name: settings.name.clone(), metrics, peers, next: AtomicUsize::new(0) })
+        Ok(Self { name: settings.name.clone(), metrics, peers, next: AtomicUsize::new(0), outage: Outage::default() })
     }
 
     /// The next server in turn. A tunnel may be silent for as long as it likes.
@@ -85,5 +87,26 @@ impl Upstream {
             peer.options.read_timeout = None;
         }
         Some(peer)
+    }
+
+    /// An exchange failed. Each one is counted and stands in the access log; here is a line as the trouble begins.
+    pub(super) fn failed(&self, kind: UpstreamError, request_id: &str) {
+        self.metrics.failed(kind);
+        if self.outage.failed(Instant::now()).is_some() {
+            let (name, kind) = (&self.name, kind.as_str());
+            log::warn!(
+                "upstream {name}: exchanges fail from now on, the first one with `{kind}`: request {request_id}"
+            );
+        }
+    }
+
+    /// A server that was asked at this time has answered.
+    pub(super) fn answered(&self, asked: Instant) {
+        let now = Instant::now();
+        self.metrics.answered(now.saturating_duration_since(asked));
+        if let Some(over) = self.outage.succeeded(asked, now) {
+            let (failures, lasted) = (over.failures, over.lasted);
+            log::warn!("upstream {}: answers again; {failures} exchanges failed in {lasted:.1?}", self.name);
+        }
     }
 }

@@ -256,7 +256,7 @@ impl ProxyHttp for MainLane {
         let ticket = ctx.ticket()?;
         let wants_tunnel = ticket.tunnel.is_some();
         if let (Some(upstream), Some(asked)) = (ticket.snapshot.upstream(ticket.route), asked) {
-            upstream.metrics.answered(asked.elapsed());
+            upstream.answered(asked);
         }
         let mut lengths = answer.headers.get_all(header::CONTENT_LENGTH).iter();
         let plain_length = lengths.next().is_none_or(|value| head::content_length(value.as_bytes()).is_ok());
@@ -351,8 +351,7 @@ impl ProxyHttp for MainLane {
                 ticket.snapshot.pipeline.metrics.auth(result, refusal.reason(), ticket.source);
             }
             if let (Cause::Upstream(_), Some(upstream)) = (cause, ticket.snapshot.upstream(ticket.route)) {
-                upstream.metrics.failed(kind_of(error));
-                log::warn!("request {}: upstream {}: {}", ticket.request_id, upstream.name, error.etype().as_str());
+                upstream.failed(kind_of(error), &ticket.request_id);
             }
         }
         // With a part of the answer out, only a broken connection tells the client that the rest is missing.

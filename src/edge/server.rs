@@ -5,6 +5,7 @@ use super::admin::{AdminGate, ReloadRequest};
 use super::connection::Gate;
 use super::proxy::{MAX_ATTEMPTS, MainLane};
 use super::{Lifecycle, Snapshot};
+use crate::admin::Reloaded;
 use crate::telemetry::metrics::Metrics;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -14,7 +15,7 @@ use pingora::server::configuration::ServerConf;
 use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
 use pingora::services::listening::Service;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -45,8 +46,15 @@ pub enum Listen {
     Unix(String, u32),
 }
 
-/// Builds the next snapshot from the configuration as it is now.
-pub type Rebuild = Box<dyn Fn(&Snapshot) -> Result<Snapshot, String> + Send + Sync>;
+/// Builds the next snapshot from the configuration as it is now. Told whether the log that is open could be reopened.
+/// Blocks: files are read and names resolved.
+pub type Rebuild = Arc<dyn Fn(&Snapshot, Result<(), String>) -> Result<Rebuilt, String> + Send + Sync>;
+
+/// What a reload puts in place, and what it says of it.
+pub struct Rebuilt {
+    pub snapshot: Snapshot,
+    pub report: Reloaded,
+}
 
 /// What is being served.
 pub struct Running {
@@ -55,21 +63,30 @@ pub struct Running {
     pub rebuild: Rebuild,
 }
 
-/// Says which address of these can't be listened on. The framework would try again for half a minute, and panic.
+impl ServerSettings {
+    /// The keys whose values differ.
+    pub fn changes(&self, other: &Self) -> Vec<&'static str> {
+        let all = [
+            ("server.listen", self.listen != other.listen),
+            ("server.threads", self.threads != other.threads),
+            ("server.shutdown_grace", self.grace != other.grace),
+            ("admin.listen", self.admin != other.admin),
+        ];
+        all.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
+    }
+}
+
+/// Says which address of these cannot be bound. The framework would try again for half a minute, and panic.
 pub fn check_free(settings: &ServerSettings) -> Result<(), String> {
+    check_places(settings)?;
     for listen in settings.listen.iter().chain(&settings.admin) {
         match listen {
             Listen::Tcp(address) => {
-                std::net::TcpListener::bind(address)
-                    .map_err(|error| format!("{address} can't be listened on: {error}"))?;
+                std::net::TcpListener::bind(address).map_err(|error| format!("{address} cannot be bound: {error}"))?;
             }
             Listen::Unix(path, _) => {
-                if std::os::unix::net::UnixStream::connect(path).is_ok() {
-                    return Err(format!("somebody listens on unix:{path} already"));
-                }
-                let folder = std::path::Path::new(path).parent().filter(|folder| !folder.is_dir());
-                if let Some(folder) = folder {
-                    return Err(format!("unix:{path}: there is no folder {}", folder.display()));
+                if let Place::Taken(how) = Place::of(path) {
+                    return Err(format!("unix:{path} cannot be bound: {how}"));
                 }
             }
         }
@@ -77,8 +94,61 @@ pub fn check_free(settings: &ServerSettings) -> Result<(), String> {
     Ok(())
 }
 
+/// Says which of these places can never hold a socket, whether or not the gateway runs at the moment.
+pub fn check_places(settings: &ServerSettings) -> Result<(), String> {
+    for listen in settings.listen.iter().chain(&settings.admin) {
+        if let Listen::Unix(path, _) = listen
+            && let Place::Unfit(why) = Place::of(path)
+        {
+            return Err(format!("unix:{path} cannot be bound: {why}"));
+        }
+    }
+    Ok(())
+}
+
+/// What stands where a socket file is to be made.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    Free,
+    /// A socket that nobody answers on: left behind by a process that was killed.
+    Stale,
+    Taken(String),
+    Unfit(String),
+}
+
+impl Place {
+    fn of(path: &str) -> Self {
+        let path = std::path::Path::new(path);
+        let kind = match std::fs::symlink_metadata(path) {
+            Ok(meta) => meta.file_type(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let missing = path.parent().filter(|folder| !folder.is_dir());
+                return missing
+                    .map_or(Self::Free, |folder| Self::Unfit(format!("there is no folder {}", folder.display())));
+            }
+            Err(error) => return Self::Unfit(error.to_string()),
+        };
+        if !kind.is_socket() {
+            let what = match () {
+                () if kind.is_file() => "a file",
+                () if kind.is_dir() => "a folder",
+                () if kind.is_symlink() => "a symbolic link",
+                () => "something that is no socket",
+            };
+            return Self::Unfit(format!("{what} stands there, and only a socket that nobody answers on is replaced"));
+        }
+        match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => Self::Taken("another process listens there".into()),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => Self::Stale,
+            // A queue that is full, or a socket of another kind or user: in use, as far as can be told.
+            Err(error) => Self::Taken(format!("a socket stands there that may be in use: {error}")),
+        }
+    }
+}
+
 /// Serves until a signal ends it.
 pub fn serve(running: Running) {
+    catch_early();
     let Running { settings, snapshot, rebuild } = running;
     let started_unix_ms = super::now().unix_ms;
     let metrics = Arc::clone(&snapshot.pipeline.metrics);
@@ -138,8 +208,20 @@ pub fn serve(running: Running) {
     last.log.flush(Duration::from_secs(2));
     for listen in settings.listen.iter().chain(&settings.admin) {
         if let Listen::Unix(path, _) = listen {
-            // Nobody listens there any more.
-            drop(std::fs::remove_file(path));
+            remove_socket(path);
+        }
+    }
+}
+
+/// Removes the socket file of a listener that is closing. One on which another process listens by now stays; one that
+/// answers longer than this is replaced by the next start.
+fn remove_socket(path: &str) {
+    let deadline = Instant::now() + Duration::from_secs(1);
+    loop {
+        match Place::of(path) {
+            Place::Stale => return drop(std::fs::remove_file(path)),
+            Place::Taken(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            _ => return,
         }
     }
 }
@@ -203,7 +285,27 @@ async fn next(terminate: &mut Signal, interrupt: &mut Signal) {
     }
 }
 
-/// Puts a new snapshot in place on SIGHUP or when the admin listener asks. A bad configuration changes nothing.
+/// From here on no signal of ours ends the process: until the services that wait for them are there, they do nothing.
+/// Neither does a file that has grown to the limit of its size: the log counts what it loses.
+fn catch_early() {
+    let caught = || -> std::io::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        let _entered = runtime.enter();
+        for kind in [SignalKind::hangup(), SignalKind::user_defined1(), SignalKind::from_raw(SIGXFSZ)] {
+            drop(signal(kind)?);
+        }
+        Ok(())
+    };
+    if let Err(error) = caught() {
+        log::error!("SIGHUP and SIGUSR1 cannot be caught and would end the process: {error}");
+    }
+}
+
+/// The number on Linux, on all but MIPS.
+const SIGXFSZ: i32 = 25;
+
+/// Puts a new snapshot in place on SIGHUP or when the admin listener asks, and reopens the log on SIGUSR1 as well. A bad
+/// configuration changes nothing.
 struct Reloader {
     snapshot: Arc<ArcSwap<Snapshot>>,
     rebuild: Rebuild,
@@ -217,43 +319,99 @@ struct Reloader {
 #[async_trait]
 impl BackgroundService for Reloader {
     async fn start(&self, mut shutdown: ShutdownWatch) {
-        let Ok(mut hangup) = signal(SignalKind::hangup()) else {
-            log::error!("SIGHUP can't be caught: reload through the admin listener only");
-            return;
-        };
+        // A log that is moved must not wait for names that a reload resolves.
+        tokio::select! {
+            () = self.reload_when_asked() => {}
+            () = self.reopen_when_asked() => {}
+            _ = shutdown.changed() => {}
+        }
+    }
+}
+
+impl Reloader {
+    async fn reload_when_asked(&self) {
+        let mut hangups = Signals::of(SignalKind::hangup(), "SIGHUP");
         let mut requests = self.requests.lock().await;
         loop {
             let reply = tokio::select! {
-                _ = hangup.recv() => None,
+                () = hangups.next() => None,
                 request = requests.recv() => request,
-                _ = shutdown.changed() => return,
             };
-            let result = self.reload();
+            let result = self.reload().await;
             if let Some(reply) = reply {
                 // Whoever asked may be gone.
                 drop(reply.send(result));
             }
         }
     }
-}
 
-impl Reloader {
-    fn reload(&self) -> Result<(), String> {
-        let current = self.snapshot.load_full();
-        // Names may have to be resolved, and files read: this runs on a thread of its own.
-        let result = (self.rebuild)(&current);
-        current.pipeline.metrics.reloaded(result.is_ok(), super::now().unix_ms / 1000);
+    async fn reopen_when_asked(&self) {
+        let mut asked = Signals::of(SignalKind::user_defined1(), "SIGUSR1");
+        loop {
+            asked.next().await;
+            if self.reopen().await.is_ok_and(|done| done) {
+                log::info!("the access log was reopened");
+            }
+        }
+    }
+
+    /// Whether the log has been reopened by now.
+    async fn reopen(&self) -> Result<bool, String> {
+        let log = self.snapshot.load().log.clone();
+        let result = blocking(move || log.reopen()).await?.map_err(|why| format!("log.access: {why}"));
+        match &result {
+            Ok(true) => {}
+            Ok(false) => log::warn!("the access log is stuck, as its reader takes nothing; it is reopened after that"),
+            Err(why) => log::error!("the access log goes on where it was: {why}"),
+        }
+        result
+    }
+
+    async fn reload(&self) -> Result<Reloaded, String> {
+        // Before anything that can fail: whoever has moved the log needs it under its name again in any case. One that
+        // is stuck keeps no rule from coming into force.
+        let reopened = self.reopen().await.map(drop);
+        let (current, rebuild) = (self.snapshot.load_full(), Arc::clone(&self.rebuild));
+        let metrics = Arc::clone(&current.pipeline.metrics);
+        let result = blocking(move || rebuild(&current, reopened)).await.and_then(|built| built);
+        metrics.reloaded(result.is_ok(), super::now().unix_ms / 1000);
         match result {
-            Ok(next) => {
-                self.snapshot.store(Arc::new(next));
+            Ok(Rebuilt { snapshot, report }) => {
+                self.snapshot.store(Arc::new(snapshot));
                 self.replaced.notify_one();
-                log::info!("the configuration was loaded anew");
-                Ok(())
+                log::info!("configuration reloaded");
+                if !report.restart.is_empty() {
+                    let keys = report.restart.join(", ");
+                    log::warn!("[server] or [admin] changed: {keys} take a restart and are not in force");
+                }
+                Ok(report)
             }
             Err(why) => {
                 log::error!("the configuration stays as it was: {why}");
                 Err(why)
             }
+        }
+    }
+}
+
+/// Runs what blocks on a thread that nobody else needs.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| format!("a fault of tollgate's own: {error}"))
+}
+
+/// A signal that may come again and again; one that cannot be caught never comes.
+struct Signals(Option<Signal>);
+
+impl Signals {
+    fn of(kind: SignalKind, name: &str) -> Self {
+        let caught = signal(kind).inspect_err(|error| log::error!("{name} cannot be caught: {error}"));
+        Self(caught.ok())
+    }
+
+    async fn next(&mut self) {
+        match &mut self.0 {
+            Some(signal) => drop(signal.recv().await),
+            None => std::future::pending().await,
         }
     }
 }
@@ -268,6 +426,7 @@ struct Tokens {
 impl BackgroundService for Tokens {
     async fn start(&self, mut shutdown: ShutdownWatch) {
         let mut flushed = super::now().unix_ms;
+        let mut flushing: Option<tokio::task::JoinHandle<()>> = None;
         let mut flush = tokio::time::interval_at(tokio::time::Instant::now() + USES_FLUSHED_EVERY, USES_FLUSHED_EVERY);
         loop {
             let authenticator = Arc::clone(&self.snapshot.load().pipeline.authenticator);
@@ -277,11 +436,12 @@ impl BackgroundService for Tokens {
                 tokio::select! {
                     () = &mut following => {}
                     () = self.replaced(&authenticator) => break,
-                    _ = flush.tick() => {
+                    // Slices take their time where there are many: never two at once.
+                    _ = flush.tick(), if flushing.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) => {
                         let since = std::mem::replace(&mut flushed, super::now().unix_ms);
                         let last = Arc::clone(&authenticator);
                         // Beside the following: neither may hold up the other.
-                        tokio::spawn(async move { last.flush_uses(since).await });
+                        flushing = Some(tokio::spawn(async move { last.flush_uses(since).await }));
                         let last = Arc::clone(&authenticator);
                         tokio::task::spawn_blocking(move || last.save());
                     }
@@ -298,5 +458,40 @@ impl Tokens {
         while Arc::ptr_eq(current, &self.snapshot.load().pipeline.authenticator) {
             self.replaced.notified().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::{UnixDatagram, UnixListener};
+
+    #[test]
+    fn only_a_socket_that_nobody_answers_on_is_replaced() {
+        let folder = std::env::temp_dir().join(format!("tollgate-places-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let at = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+        std::fs::write(at("file"), "precious").unwrap();
+        std::fs::write(at("empty"), "").unwrap();
+        std::fs::create_dir(at("folder")).unwrap();
+        std::os::unix::fs::symlink(at("file"), at("link")).unwrap();
+        std::os::unix::fs::symlink(at("nowhere"), at("dangling")).unwrap();
+        drop(UnixListener::bind(at("stale")).unwrap());
+        let _live = UnixListener::bind(at("live")).unwrap();
+        let _datagram = UnixDatagram::bind(at("datagram")).unwrap();
+        std::os::unix::fs::symlink(at("stale"), at("link-to-socket")).unwrap();
+        let mut seen = 0;
+        for name in ["file", "empty", "folder", "link", "dangling", "link-to-socket", "no/such/folder"] {
+            assert!(matches!(Place::of(&at(name)), Place::Unfit(_)), "{name}: {:?}", Place::of(&at(name)));
+            seen += 1;
+        }
+        for name in ["live", "datagram"] {
+            assert!(matches!(Place::of(&at(name)), Place::Taken(_)), "{name}: {:?}", Place::of(&at(name)));
+            seen += 1;
+        }
+        assert_eq!((Place::of(&at("stale")), Place::of(&at("free")), seen), (Place::Stale, Place::Free, 9));
+        assert_eq!(Place::of("/dev/null"), Place::of("/dev/zero"), "devices are no sockets either");
+        assert!(matches!(Place::of("/dev/null"), Place::Unfit(_)));
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }

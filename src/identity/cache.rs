@@ -1,7 +1,7 @@
 //! What was learned about tokens, and for how long it may be believed. Knows no store and no clock: time is an argument.
 //! Good and bad tokens have separate budgets, so that no flood of guesses can evict a valid caller.
 
-use super::credential::Digest;
+use super::credential::{Digest, DigestPrefix};
 use super::principal::{Invalid, Principal};
 use crate::Now;
 use foldhash::quality::RandomState;
@@ -189,8 +189,17 @@ impl Cache {
         }
     }
 
-    /// Lets nothing be believed before the store was asked, except while it can't be. Callers see to it that nothing is
-    /// put in meanwhile.
+    /// Forgets what begins so, and says how many entries that were. Goes through all of them.
+    pub(super) fn forget_prefix(&self, prefix: &DigestPrefix) -> usize {
+        let valid = self.positive.iter().map(|(digest, _)| *digest).filter(|digest| digest.begins_with(prefix));
+        let invalid = self.negative.iter().map(|(digest, _)| *digest).filter(|digest| digest.begins_with(prefix));
+        let found: HashSet<Digest> = valid.chain(invalid).collect();
+        found.iter().for_each(|digest| self.forget(digest));
+        found.len()
+    }
+
+    /// Lets nothing be believed before the store was asked, except while it can't be. What is put in meanwhile stays:
+    /// callers see to it that it is from behind whatever was missed.
     pub(super) fn doubt_all(&self) {
         for (_, entry) in &self.positive {
             entry.fresh_until.store(DOUBTFUL, Ordering::Relaxed);
@@ -270,15 +279,15 @@ impl Cache {
         }
     }
 
-    /// Does now what moka does in its own time: evict down to the capacity.
-    #[cfg(test)]
+    /// Does now what moka does in its own time: take in what was written, evict down to the capacity, and count.
     pub(super) fn run_pending(&self) {
         self.positive.run_pending_tasks();
         self.negative.run_pending_tasks();
     }
 
-    /// Valid and invalid entries.
+    /// Valid and invalid entries, as they are now.
     pub(super) fn sizes(&self) -> (u64, u64) {
+        self.run_pending();
         (self.positive.entry_count(), self.negative.entry_count())
     }
 }

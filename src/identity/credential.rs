@@ -46,9 +46,27 @@ impl Digest {
         TokenId(id)
     }
 
+    /// Whether its hex digits begin with these.
+    pub fn begins_with(&self, prefix: &DigestPrefix) -> bool {
+        let nibble = |index: usize| self.0[index / 2] >> (4 * (1 - index % 2)) & 15;
+        prefix.0.iter().enumerate().all(|(index, digit)| nibble(index) == *digit)
+    }
+
     /// Spreads digests over a power-of-two number of buckets.
     pub(crate) const fn bucket(&self, buckets: usize) -> usize {
         self.0[31] as usize & (buckets - 1)
+    }
+}
+
+/// The first hex digits of a digest, as the access log and the command line name tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DigestPrefix(Vec<u8>);
+
+impl DigestPrefix {
+    /// From 12 hex digits, which is what logs have, to all 64.
+    pub fn from_hex(hex: &str) -> Option<Self> {
+        let digits: Option<Vec<u8>> = hex.chars().map(|c| c.to_digit(16).map(|digit| digit as u8)).collect();
+        digits.filter(|digits| (12..=64).contains(&digits.len())).map(Self)
     }
 }
 
@@ -128,6 +146,17 @@ mod tests {
         let digest = Digest::of(b"good-token-0001");
         assert_eq!(Digest::from_hex(&digest.to_hex()), Some(digest));
         assert!(digest.to_hex().starts_with(digest.id().as_str()));
+        for length in 12..=64 {
+            let prefix = DigestPrefix::from_hex(&digest.to_hex().to_uppercase()[..length]).unwrap();
+            assert!(digest.begins_with(&prefix), "{length}");
+            let mut other = digest.to_hex().into_bytes();
+            other[length - 1] = if other[length - 1] == b'0' { b'1' } else { b'0' };
+            let prefix = DigestPrefix::from_hex(std::str::from_utf8(&other[..length]).unwrap()).unwrap();
+            assert!(!digest.begins_with(&prefix), "{length}");
+        }
+        for wrong in ["", "0123456789a", "0123456789ag", "+123456789ab", &"0".repeat(65)] {
+            assert_eq!(DigestPrefix::from_hex(wrong), None, "{wrong}");
+        }
         assert_eq!((Digest::from_hex("00"), Digest::from_hex(&"z".repeat(64))), (None, None));
     }
 

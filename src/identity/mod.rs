@@ -12,15 +12,16 @@ pub use principal::{Invalid, Principal};
 
 use crate::Now;
 use crate::telemetry::metrics::{CacheResult, Metrics, StoreMetrics};
+use crate::telemetry::outage::Seldom;
 use cache::{Cache, Cached, Learned, Stale};
-use credential::{Credential, Digest};
+use credential::{Credential, Digest, DigestPrefix};
 use parking_lot::Mutex;
 use principal::judge;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use store::chain::Chain;
 use store::{Event, Mark, Named, StoreError};
 use tokio::sync::Notify;
@@ -79,6 +80,8 @@ struct Inner {
     pulse: Pulse,
     /// The stores' marks from a snapshot that waits for them to vouch for it.
     unvouched: Mutex<Option<Vec<Option<Mark>>>>,
+    /// Look-ups that changes overtook again and again.
+    overtaken: Seldom,
     metrics: Arc<Metrics>,
     clock: fn() -> Now,
 }
@@ -160,7 +163,20 @@ pub enum Checked {
 pub struct Waiting {
     flight: Arc<Flight>,
     stale: Option<Stale>,
+    counted: Counted,
     inner: Arc<Inner>,
+}
+
+/// What the cache was worth to one caller: counted once, also when the caller goes away before the store answers.
+struct Counted {
+    metrics: Arc<Metrics>,
+    result: CacheResult,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.metrics.cache_lookup(self.result);
+    }
 }
 
 impl Authenticator {
@@ -178,6 +194,7 @@ impl Authenticator {
             hearing: Mutex::new(hearing),
             pulse: Pulse::default(),
             unvouched: Mutex::default(),
+            overtaken: Seldom::default(),
             metrics,
             clock,
         };
@@ -206,14 +223,14 @@ impl Authenticator {
                 Checked::Known(Answer::Valid(stale.principal))
             }
             stale_or_nothing => {
-                self.inner.metrics.cache_lookup(CacheResult::Miss);
                 let stale = match stale_or_nothing {
                     Cached::Stale(stale) => Some(stale),
                     _ => None,
                 };
                 let most = if stale.is_some() { MAX_LOOKUPS } else { MAX_STRANGERS };
                 let flight = self.inner.join(Credential::new(token, *digest), most);
-                Checked::Waiting(Waiting { flight, stale, inner: Arc::clone(&self.inner) })
+                let counted = Counted { metrics: Arc::clone(&self.inner.metrics), result: CacheResult::Miss };
+                Checked::Waiting(Waiting { flight, stale, counted, inner: Arc::clone(&self.inner) })
             }
         }
     }
@@ -223,8 +240,15 @@ impl Authenticator {
         self.inner.forget(digest);
     }
 
+    /// Forgets all tokens whose digest begins so, and says how many were known.
+    pub fn forget_prefix(&self, prefix: &DigestPrefix) -> usize {
+        self.inner.taint_flights(|digest, _| digest.begins_with(prefix));
+        self.inner.cache.forget_prefix(prefix)
+    }
+
     pub fn forget_all(&self) {
-        self.inner.with_flights_tainted(Cache::forget_all);
+        self.inner.taint_flights(|_, _| true);
+        self.inner.cache.forget_all();
     }
 
     /// Valid and invalid entries in the cache.
@@ -318,11 +342,11 @@ impl Authenticator {
 
 impl Waiting {
     /// The store's answer; the last known valid one when the store can't tell; else the caller must be refused.
-    pub async fn answer(self) -> Result<Answer, CannotTell> {
+    pub async fn answer(mut self) -> Result<Answer, CannotTell> {
         let outcome = self.flight.landing().await;
         match (outcome, self.stale) {
             (Err(why), Some(stale)) if self.inner.excuses(why, &stale) => {
-                self.inner.metrics.cache_lookup(CacheResult::Stale);
+                self.counted.result = CacheResult::Stale;
                 Ok(Answer::Valid(stale.principal))
             }
             (outcome, _) => outcome,
@@ -416,22 +440,21 @@ impl Inner {
         self.cache.forget(digest);
     }
 
-    /// Changes the whole cache while no look-up can put anything into it, and no answer from before counts.
-    fn with_flights_tainted(&self, change: impl FnOnce(&Cache)) {
-        let shards: Vec<_> = self.flights.iter().map(|shard| shard.lock()).collect();
-        for flight in shards.iter().flat_map(|shard| shard.values()) {
-            flight.tainted.store(true, Ordering::Relaxed);
+    /// Says of some look-ups under way that what they find may be from before now. One lock at a time: a look-up that
+    /// is not seen here because it has landed has put its result into the cache before its lock was taken, so that a
+    /// walk over the cache behind this finds it; one that is begun meanwhile asks the store behind the change.
+    fn taint_flights(&self, concerned: impl Fn(&Digest, &Flight) -> bool) {
+        for shard in &self.flights {
+            for (digest, flight) in shard.lock().iter() {
+                if concerned(digest, flight) {
+                    flight.tainted.store(true, Ordering::Relaxed);
+                }
+            }
         }
-        change(&self.cache);
     }
 
     fn forget_handles(&self, handles: &HashSet<Digest>) {
-        let shards: Vec<_> = self.flights.iter().map(|shard| shard.lock()).collect();
-        for flight in shards.iter().flat_map(|shard| shard.values()) {
-            if flight.handles.iter().any(|handle| handles.contains(handle)) {
-                flight.tainted.store(true, Ordering::Relaxed);
-            }
-        }
+        self.taint_flights(|_, flight| flight.handles.iter().any(|handle| handles.contains(handle)));
         self.cache.forget_handles(handles);
     }
 
@@ -499,11 +522,10 @@ impl Inner {
             self.ailing_until.store(0, Ordering::Relaxed);
         }
         // First the shorter lifetimes and then the doubt, so that nothing that lands between gets the longer ones.
-        self.with_flights_tainted(|cache| {
-            cache.set_deaf(all.iter().any(|hearing| matches!(hearing, Hearing::Lost)));
-            cache.hear_until(Hearing::until(&all));
-            cache.doubt_all();
-        });
+        self.cache.set_deaf(all.iter().any(|hearing| matches!(hearing, Hearing::Lost)));
+        self.cache.hear_until(Hearing::until(&all));
+        self.taint_flights(|_, _| true);
+        self.cache.doubt_all();
         metrics.subscribed(hears);
         metrics.rechecked();
     }
@@ -573,7 +595,13 @@ impl Pilot {
             self.flight.land(outcome);
             return;
         }
-        log::warn!("a token changed {MAX_ATTEMPTS} times while it was looked up; its callers get 503");
+        if let Some(more) = self.inner.overtaken.due(Instant::now()) {
+            let token = self.credential.digest().id();
+            log::warn!(
+                "token {token} changed {MAX_ATTEMPTS} times while it was looked up; its callers get 503 ({more} more \
+                 like it since this was said last)"
+            );
+        }
         self.flight.land(Err(CannotTell::Busy));
     }
 }

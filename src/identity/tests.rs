@@ -49,6 +49,8 @@ struct FakeStore {
     /// Behind which marks.
     marks: Mutex<Vec<String>>,
     tells_changes: bool,
+    /// How many uses it was told at once.
+    uses: Mutex<Vec<usize>>,
 }
 
 #[async_trait]
@@ -99,6 +101,11 @@ impl TokenStore for FakeStore {
         self.marks.lock().push(mark.into());
         Ok(self.changed.lock().clone())
     }
+
+    async fn note_uses(&self, uses: Vec<(Digest, u64)>) -> Result<(), StoreError> {
+        self.uses.lock().push(uses.len());
+        Ok(())
+    }
 }
 
 /// What the fake store calls a token.
@@ -132,6 +139,7 @@ fn bench_of(script: &[Says], tells_changes: bool) -> Bench {
         changed: Mutex::new(None),
         marks: Mutex::default(),
         tells_changes,
+        uses: Mutex::default(),
     });
     let settings = CacheSettings {
         positive_ttl: TTL,
@@ -141,11 +149,9 @@ fn bench_of(script: &[Says], tells_changes: bool) -> Bench {
         negative_capacity: 1_000,
     };
     let metrics = Arc::new(Metrics::new("test").unwrap());
-    let link = |store: &Arc<FakeStore>, name: &str| Link {
-        name: name.into(),
-        store: Arc::<FakeStore>::clone(store),
-        timeout: Duration::from_secs(2),
-        metrics: Arc::new(metrics.store(name)),
+    let link = |store: &Arc<FakeStore>, name: &str| {
+        let store = Arc::<FakeStore>::clone(store);
+        Link::new(name.into(), store, Duration::from_secs(2), Arc::new(metrics.store(name)))
     };
     let chain = Chain::new(vec![link(&store, "fake")]);
     Bench { authenticator: Arc::new(Authenticator::new(chain, settings, Arc::clone(&metrics), clock)), store }
@@ -875,11 +881,10 @@ async fn answers_count_for_a_moment_while_no_word_comes() {
 fn chain_of(scripts: &[&[Says]]) -> (Vec<Bench>, Bench) {
     let benches: Vec<Bench> = scripts.iter().map(|script| bench_of(script, true)).collect();
     let metrics = Arc::new(Metrics::new("test").unwrap());
-    let links = benches.iter().enumerate().map(|(index, bench)| Link {
-        name: format!("store{index}"),
-        store: Arc::<FakeStore>::clone(&bench.store),
-        timeout: Duration::from_secs(2),
-        metrics: Arc::new(metrics.store(&format!("store{index}"))),
+    let links = benches.iter().enumerate().map(|(index, bench)| {
+        let (name, store) = (format!("store{index}"), Arc::<FakeStore>::clone(&bench.store));
+        let metrics = Arc::new(metrics.store(&name));
+        Link::new(name, store, Duration::from_secs(2), metrics)
     });
     let settings = CacheSettings {
         positive_ttl: TTL,
@@ -1093,4 +1098,41 @@ async fn a_snapshot_that_is_not_ours_is_left_alone() {
         std::fs::metadata(&path).unwrap().permissions().mode()
     };
     assert_eq!(mode & 0o777, 0o600);
+}
+
+#[tokio::test(start_paused = true)]
+async fn uses_are_told_in_slices_with_pauses() {
+    let bench = bench(&[Says::User("a")]);
+    let uses: Vec<_> = (0..1_201_u32).map(|n| (Digest::of(&n.to_be_bytes()), 1)).collect();
+    let links = Link::new("fake".into(), Arc::<FakeStore>::clone(&bench.store), TTL, metrics_of("fake"));
+    let began = tokio::time::Instant::now();
+    Chain::new(vec![links]).note_uses(&uses).await;
+    assert_eq!(*bench.store.uses.lock(), [500, 500, 201]);
+    assert!(began.elapsed() >= Duration::from_millis(50), "no pause for whoever waits for the lock");
+}
+
+fn metrics_of(name: &str) -> Arc<StoreMetrics> {
+    Arc::new(Metrics::new("test").unwrap().store(name))
+}
+
+#[tokio::test]
+async fn forgetting_by_prefix_reaches_cache_and_flights() {
+    let bench = bench(&[Says::User("before"), Says::User("before"), Says::User("after")]);
+    assert_eq!(bench.user("one").await, "before");
+    let prefix = |token: &str| DigestPrefix::from_hex(Digest::of(token.as_bytes()).id().as_str()).unwrap();
+    assert_eq!(bench.authenticator.forget_prefix(&prefix("two")), 0);
+    assert_eq!(bench.user("one").await, "before");
+    assert_eq!(bench.asked(), 1, "another token's digits made it be asked again");
+    assert_eq!(bench.authenticator.forget_prefix(&prefix("one")), 1);
+    // A look-up that is under way may have an answer from before.
+    bench.shut();
+    let digest = Digest::of(b"one");
+    let Checked::Waiting(waiting) = bench.authenticator.check(b"one", &digest, clock()) else { panic!("known") };
+    while bench.asked() < 2 {
+        tokio::task::yield_now().await;
+    }
+    bench.authenticator.forget_prefix(&prefix("one"));
+    bench.open();
+    let Ok(Answer::Valid(principal)) = waiting.answer().await else { panic!("no answer") };
+    assert_eq!((principal.user(), bench.asked()), ("after", 3));
 }

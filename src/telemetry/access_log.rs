@@ -1,32 +1,16 @@
 //! One JSON object for each request. Lines are handed to a thread through a bounded queue: a log that stalls loses
 //! lines, which a metric counts, and never holds up a request. No token gets here, and what may hold one is cut out.
 
+use super::lines::{Destination, LineQueue};
 use super::metrics::Metrics;
-use std::io::Write;
 use std::net::IpAddr;
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
-/// Lines that may wait for the log's thread.
-const QUEUE: usize = 8_192;
 /// Client-chosen text beyond this is cut.
 const MAX_TEXT: usize = 1_024;
-
-/// Where lines go.
-pub enum Sink {
-    Stdout,
-    File(std::fs::File),
-}
-
-impl Sink {
-    /// Opens a file to append to.
-    pub fn file(path: &Path) -> Result<Self, String> {
-        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-        file.map(Self::File).map_err(|error| format!("{}: {error}", path.display()))
-    }
-}
+/// How long a reload waits for the file to be reopened.
+const REOPEN: Duration = Duration::from_secs(2);
 
 /// What is known of a request when it is over. Bytes are the client's own and are escaped on the way out.
 #[derive(Debug, Default)]
@@ -52,33 +36,25 @@ pub struct Entry<'a> {
     pub user_agent: &'a [u8],
 }
 
-enum Message {
-    Line(Vec<u8>),
-    /// Everything before this is written: say so.
-    Flush(SyncSender<()>),
-}
-
 #[derive(Clone)]
 pub struct AccessLog {
-    lines: Option<SyncSender<Message>>,
+    lines: Option<Arc<LineQueue>>,
     /// Words, in lower case, beside which a value is taken for a secret.
     secret_words: Arc<[String]>,
-    metrics: Arc<Metrics>,
 }
 
 impl AccessLog {
     /// Starts the thread that writes; `None` switches the log off. `token_parameter` is the query parameter that carries
     /// tokens.
-    pub fn start(sink: Option<Sink>, token_parameter: &str, metrics: Arc<Metrics>) -> std::io::Result<Self> {
-        let words = ["token", "password", "secret", "private"].map(str::to_owned).into_iter();
-        let secret_words = words.chain([token_parameter.to_ascii_lowercase()]).collect();
-        let Some(sink) = sink else { return Ok(Self { lines: None, secret_words, metrics }) };
-        let (lines, queue) = sync_channel(QUEUE);
-        std::thread::Builder::new().name("access-log".into()).spawn(move || match sink {
-            Sink::Stdout => write_lines(&queue, std::io::stdout()),
-            Sink::File(file) => write_lines(&queue, file),
-        })?;
-        Ok(Self { lines: Some(lines), secret_words, metrics })
+    pub fn start(to: Option<Destination>, token_parameter: &str, metrics: Arc<Metrics>) -> std::io::Result<Self> {
+        let queue = |to| LineQueue::start("access", to, move |lines| metrics.access_log_lost(lines));
+        Ok(Self { lines: to.map(queue).transpose()?.map(Arc::new), secret_words: secret_words(token_parameter) })
+    }
+
+    /// The same log for another token parameter.
+    #[must_use]
+    pub fn with_parameter(&self, token_parameter: &str) -> Self {
+        Self { lines: self.lines.clone(), secret_words: secret_words(token_parameter) }
     }
 
     pub fn is_on(&self) -> bool {
@@ -86,47 +62,28 @@ impl AccessLog {
     }
 
     pub fn write(&self, entry: &Entry<'_>) {
-        if let Some(lines) = &self.lines
-            && lines.try_send(Message::Line(format(entry, &self.secret_words))).is_err()
-        {
-            self.metrics.log_line_dropped();
+        if let Some(lines) = &self.lines {
+            lines.push(format(entry, &self.secret_words));
         }
     }
 
     /// Waits until what was logged so far is written, but no longer than this.
     pub fn flush(&self, patience: Duration) {
-        let Some(lines) = &self.lines else { return };
-        let (done, written) = sync_channel(1);
-        if lines.try_send(Message::Flush(done)).is_ok() {
-            // Too slow: the lines are lost, and the process ends all the same.
-            let _: Result<(), _> = written.recv_timeout(patience);
+        if let Some(lines) = &self.lines {
+            lines.flush(patience);
         }
+    }
+
+    /// Opens the file again, where somebody may have put another one. Blocks for a moment; `Ok(false)` when it is done
+    /// later, as the log is stuck.
+    pub fn reopen(&self) -> Result<bool, String> {
+        self.lines.as_ref().map_or(Ok(true), |lines| lines.reopen(REOPEN))
     }
 }
 
-/// Writes what is there in one go, and waits when nothing is.
-fn write_lines(queue: &Receiver<Message>, mut sink: impl Write) {
-    let mut batch = Vec::with_capacity(64 * 1024);
-    let mut waiting = Vec::new();
-    while let Ok(message) = queue.recv() {
-        batch.clear();
-        let mut next = Some(message);
-        while let Some(message) = next {
-            match message {
-                Message::Line(line) => batch.extend_from_slice(&line),
-                Message::Flush(done) => waiting.push(done),
-            }
-            next = if batch.len() < 64 * 1024 { queue.try_recv().ok() } else { None };
-        }
-        // A full disk or a closed pipe: there is nobody left to tell but the process log.
-        if let Err(error) = sink.write_all(&batch).and_then(|()| sink.flush()) {
-            log::error!("the access log can't be written: {error}");
-        }
-        for done in waiting.drain(..) {
-            // Whoever waited may have lost patience.
-            let _: Result<(), _> = done.send(());
-        }
-    }
+fn secret_words(token_parameter: &str) -> Arc<[String]> {
+    let words = ["token", "password", "secret", "private"].map(str::to_owned).into_iter();
+    words.chain([token_parameter.to_ascii_lowercase()]).collect()
 }
 
 fn format(entry: &Entry<'_>, secret_words: &[String]) -> Vec<u8> {
@@ -311,6 +268,20 @@ mod tests {
         let line = String::from_utf8(format(&entry, &words())).unwrap();
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!((line.lines().count(), value["user"].as_str()), (1, Some("a\"b")));
+        // The longest one: journald splits what is longer than 48 KiB.
+        let long = [0xff; 100_000];
+        let text = "\u{1}".repeat(50_000);
+        let entry = Entry {
+            request_id: &text[..128],
+            method: &long,
+            target: &[b"/".as_slice(), &long, b"?", &long].concat(),
+            route: &text,
+            user: Some(&text),
+            upstream: Some(&text),
+            user_agent: &long,
+            ..Entry::default()
+        };
+        assert!(format(&entry, &words()).len() < 48 * 1024);
         let path = Entry { target: b"/api;private_token=S3CRET/x?a=1", ..Entry::default() };
         assert!(!String::from_utf8(format(&path, &words())).unwrap().contains("S3CRET"));
     }

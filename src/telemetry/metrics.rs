@@ -92,7 +92,8 @@ pub struct Metrics {
     upstream_connects: IntCounterVec,
     upstream_errors: IntCounterVec,
     upstream_retries: IntCounterVec,
-    log_dropped: IntCounter,
+    /// Access log, process log.
+    log_dropped: [IntCounter; 2],
     reloads: IntCounterVec,
     config_loaded: IntGauge,
     ready: IntGauge,
@@ -179,6 +180,11 @@ impl Metrics {
         )?;
         let clamps =
             counters("tollgate_pagination_clamps_total", "Page parameters that were changed.", &["parameter"])?;
+        let log_dropped = counters(
+            "tollgate_log_lines_dropped_total",
+            "Lines lost because whoever reads the log was too slow, or its disk was full.",
+            &["log"],
+        )?;
         let build = gauges("tollgate_build_info", "1, with the version as label.", &["version"])?;
         build.with_label_values(&[version]).set(1);
 
@@ -272,10 +278,7 @@ impl Metrics {
                 &["upstream", "kind"],
             )?,
             upstream_retries: counters("tollgate_upstream_retries_total", "Exchanges tried again.", &["upstream"])?,
-            log_dropped: counter(
-                "tollgate_access_log_dropped_total",
-                "Access log lines lost because the log was too slow.",
-            )?,
+            log_dropped: ["access", "process"].map(|log| log_dropped.with_label_values(&[log])),
             reloads: counters("tollgate_config_reloads_total", "Reloads of the configuration by result.", &["result"])?,
             config_loaded: gauge(
                 "tollgate_config_loaded_timestamp_seconds",
@@ -388,8 +391,8 @@ impl Metrics {
         }
     }
 
-    pub fn log_line_dropped(&self) {
-        self.log_dropped.inc();
+    pub fn access_log_lost(&self, lines: u64) {
+        self.log_dropped[0].inc_by(lines);
     }
 
     pub fn reloaded(&self, ok: bool, at_unix_seconds: u64) {
@@ -405,6 +408,9 @@ impl Metrics {
 
     /// The text that Prometheus scrapes.
     pub fn render(&self) -> Result<String, prometheus::Error> {
+        // The process log is there before any metric is.
+        let process = &self.log_dropped[1];
+        process.inc_by(super::process_log::lost().saturating_sub(process.get()));
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 }

@@ -1,4 +1,8 @@
-//! What the operator sees of the traffic: metrics and the access log. Uses nothing of ours; everybody uses it.
+//! What the operator sees of the traffic: metrics, the access log and the process log. Uses nothing of ours; everybody
+//! uses it.
 
 pub mod access_log;
+pub mod lines;
 pub mod metrics;
+pub mod outage;
+pub mod process_log;

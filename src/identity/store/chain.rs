@@ -4,9 +4,10 @@
 use super::{Event, Mark, StoreError, TokenRecord, TokenStore};
 use crate::identity::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
+use crate::telemetry::outage::{Outage, Seldom};
 use futures_util::future::join_all;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub struct Link {
     /// Label of metrics and logs.
@@ -15,7 +16,22 @@ pub struct Link {
     /// How long a look-up may take.
     pub timeout: Duration,
     pub metrics: Arc<StoreMetrics>,
+    trouble: Trouble,
 }
+
+/// What was said about look-ups that failed.
+#[derive(Default)]
+struct Trouble {
+    /// The store fails, whichever token is asked for.
+    outage: Outage,
+    /// One record is no record: others may be.
+    garbage: Seldom,
+}
+
+/// Uses of tokens are told to a store so many at once, with a pause behind them, so that a revocation that waits for
+/// the store's lock is never kept waiting for all of them.
+const USES_AT_ONCE: usize = 500;
+const USES_PAUSE: Duration = Duration::from_millis(25);
 
 pub struct Chain {
     links: Vec<Link>,
@@ -76,26 +92,59 @@ impl Chain {
     /// Every store is told; those that don't know a token pass over it.
     pub(in crate::identity) async fn note_uses(&self, uses: &[(Digest, u64)]) {
         for link in &self.links {
-            if let Err(error) = link.store.note_uses(uses.to_vec()).await {
-                log::warn!("store {}: last uses of tokens were not recorded: {error}", link.name);
+            for (index, slice) in uses.chunks(USES_AT_ONCE).enumerate() {
+                if index > 0 {
+                    tokio::time::sleep(USES_PAUSE).await;
+                }
+                if let Err(error) = link.store.note_uses(slice.to_vec()).await {
+                    let lost = uses.len() - index * USES_AT_ONCE;
+                    log::warn!("store {}: last uses of {lost} tokens were not recorded: {error}", link.name);
+                    break;
+                }
             }
         }
     }
 }
 
 impl Link {
+    pub fn new(name: String, store: Arc<dyn TokenStore>, timeout: Duration, metrics: Arc<StoreMetrics>) -> Self {
+        Self { name, store, timeout, metrics, trouble: Trouble::default() }
+    }
+
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
-        let timer = self.metrics.lookup_started();
+        let (timer, began) = (self.metrics.lookup_started(), Instant::now());
         let lookup = tokio::time::timeout(self.timeout, self.store.lookup(credential)).await;
         let result = lookup.unwrap_or(Err(StoreError::Timeout));
         drop(timer);
         match &result {
-            Ok(found) => self.metrics.answered(found.is_some()),
+            Ok(found) => {
+                self.metrics.answered(found.is_some());
+                self.works(began);
+            }
             Err(error) => {
                 self.metrics.failed(error.kind());
-                log::warn!("store {}: token {}: {error}", self.name, credential.digest().id());
+                self.fails(error, credential);
             }
         }
         result
+    }
+
+    /// A line as an outage begins, and none for each token that somebody guesses meanwhile.
+    fn fails(&self, error: &StoreError, credential: &Credential) {
+        let (now, name, token) = (Instant::now(), &self.name, credential.digest().id());
+        if let StoreError::Garbage(_) = error {
+            if let Some(more) = self.trouble.garbage.due(now) {
+                log::warn!("store {name}: token {token}: {error} ({more} more like it since this was said last)");
+            }
+        } else if self.trouble.outage.failed(now).is_some() {
+            log::warn!("store {name}: look-ups fail from now on, the first one for token {token}: {error}");
+        }
+    }
+
+    fn works(&self, began: Instant) {
+        if let Some(over) = self.trouble.outage.succeeded(began, Instant::now()) {
+            let (failures, lasted) = (over.failures, over.lasted);
+            log::warn!("store {}: answers again; {failures} look-ups failed in {lasted:.1?}", self.name);
+        }
     }
 }

@@ -10,7 +10,7 @@ use crate::telemetry::metrics::StoreMetrics;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -125,26 +125,35 @@ impl FileStore {
     async fn look(&self) {
         let mut seen = self.seen.lock().await;
         let looked_ms = (self.clock)().mono_ms;
-        let stamp = Stamp::of(&self.path);
-        if stamp != *seen {
-            self.take_in(&mut seen, stamp);
+        let (path, before, old) = (self.path.clone(), *seen, self.table.load_full());
+        // A disk may take its time, and so do millions of lines.
+        let looked = tokio::task::spawn_blocking(move || {
+            let stamp = Stamp::of(&path);
+            let read = || {
+                let new = read(&path)?;
+                let changed = |digest: &&Digest| old.get(digest) != new.get(digest);
+                let digests: HashSet<_> = old.keys().chain(new.keys()).filter(changed).copied().collect();
+                Ok((new, digests))
+            };
+            (stamp != before).then(|| (stamp, read()))
+        });
+        // An error: the process is ending, and nobody looks any more.
+        let Ok(looked) = looked.await else { return };
+        if let Some((stamp, read)) = looked {
+            self.take_in(&mut seen, stamp, read);
         }
         // Only now: whoever asks meanwhile waits for the end.
         self.looked_ms.store(looked_ms, Ordering::Relaxed);
     }
 
-    fn take_in(&self, seen: &mut Option<Stamp>, stamp: Option<Stamp>) {
+    fn take_in(&self, seen: &mut Option<Stamp>, stamp: Option<Stamp>, read: Result<(Table, HashSet<Digest>), String>) {
         *seen = stamp;
-        let read = read(&self.path);
         self.metrics.file_current(read.is_ok());
         match read {
-            Ok(table) => {
+            Ok((new, digests)) => {
                 let now = (self.clock)().unix_ms;
-                let old = self.table.swap(Arc::new(table));
-                let new = self.table.load();
-                let changed = |digest: &&Digest| old.get(digest) != new.get(digest);
-                let digests: std::collections::HashSet<_> =
-                    old.keys().chain(new.keys()).filter(changed).copied().collect();
+                let new = Arc::new(new);
+                self.table.store(Arc::clone(&new));
                 log::info!("{} was read again: {} tokens, {} changed", self.path.display(), new.len(), digests.len());
                 let at_ms = changed_at(stamp, now);
                 let change = |digest| Change { token: Named::Token(digest), at_ms };
@@ -421,7 +430,7 @@ impl TokenAdmin for FileAdmin {
     }
 
     async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
-        let mut known: std::collections::HashSet<Digest> = self.table()?.into_keys().collect();
+        let mut known: HashSet<Digest> = self.table()?.into_keys().collect();
         let mut new = Vec::new();
         for record in records {
             let record = record?;

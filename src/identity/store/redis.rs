@@ -137,6 +137,7 @@ pub struct RedisStore {
     connector: Arc<Connector>,
     pool: Arc<Pool>,
     in_flight: Semaphore,
+    said: Arc<follow::Said>,
 }
 
 impl RedisStore {
@@ -155,6 +156,7 @@ impl RedisStore {
             connector,
             pool: Arc::new(pool),
             in_flight: Semaphore::new(IN_FLIGHT),
+            said: Arc::default(),
             settings,
         })
     }

@@ -19,6 +19,8 @@ use tokio::sync::{Mutex, Notify, mpsc, oneshot};
 const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
 /// Look-ups that may wait for a reader.
 const QUEUE: usize = 1_024;
+/// Writes that may wait: last uses in slices, and signs of life.
+const WRITE_QUEUE: usize = 16;
 /// SQLite reads of one row take microseconds; two threads keep one slow page from holding up the rest.
 const READERS: usize = 2;
 /// How often a running gateway asks whether anything changed; bounds the time that a revoked token still works.
@@ -160,6 +162,8 @@ fn record(row: &Row<'_>) -> rusqlite::Result<TokenRecord> {
 /// The store of a running gateway: a few threads of its own, because SQLite blocks.
 pub struct SqliteStore {
     questions: SyncSender<Question>,
+    /// What is written has a thread of its own: one that waits for the lock of a writer keeps no look-up waiting.
+    writes: SyncSender<Question>,
     changes: Mutex<mpsc::Receiver<Noticed>>,
     replica: Replica,
 }
@@ -188,17 +192,21 @@ impl SqliteStore {
     pub fn start(path: &Path) -> Result<Self, String> {
         let watched = open(path)?;
         let watcher = Watcher::new(path.into(), watched).map_err(|error| format!("{}: {error}", path.display()))?;
-        let (questions, inbox) = sync_channel(QUEUE);
-        let inbox = std::sync::Arc::new(parking_lot::Mutex::new(inbox));
-        for index in 0..READERS {
-            let reader = Reader { path: path.into(), db: None };
-            let inbox = std::sync::Arc::clone(&inbox);
-            spawn(&format!("sqlite-{index}"), move || reader.serve(&inbox))?;
-        }
+        let serving = |queue: usize, threads: std::ops::Range<usize>| -> Result<_, String> {
+            let (questions, inbox) = sync_channel(queue);
+            let inbox = std::sync::Arc::new(parking_lot::Mutex::new(inbox));
+            for index in threads {
+                let reader = Reader { path: path.into(), db: None };
+                let inbox = std::sync::Arc::clone(&inbox);
+                spawn(&format!("sqlite-{index}"), move || reader.serve(&inbox))?;
+            }
+            Ok(questions)
+        };
+        let (questions, writes) = (serving(QUEUE, 0..READERS)?, serving(WRITE_QUEUE, READERS..READERS + 1)?);
         let (told, changes) = mpsc::channel(16);
         spawn("sqlite-watch", move || watcher.watch(&told))?;
         let replica = Replica { id: format!("{:016x}", fastrand::u64(..)), name: replica_name() };
-        Ok(Self { questions, changes: Mutex::new(changes), replica })
+        Ok(Self { questions, writes, changes: Mutex::new(changes), replica })
     }
 
     async fn ask<T>(
@@ -206,7 +214,11 @@ impl SqliteStore {
         question: Question,
         answer: oneshot::Receiver<Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
-        self.questions.try_send(question).map_err(|error| match error {
+        let thread = match question {
+            Question::Lookup(..) | Question::ChangedSince(..) => &self.questions,
+            Question::NoteUses(..) | Question::Alive(..) | Question::Gone(..) => &self.writes,
+        };
+        thread.try_send(question).map_err(|error| match error {
             TrySendError::Full(_) => StoreError::Overloaded,
             TrySendError::Disconnected(_) => StoreError::Unavailable("its threads have ended".into()),
         })?;
@@ -351,7 +363,7 @@ fn lookup(db: &Connection, digest: &Digest) -> rusqlite::Result<Option<TokenReco
 }
 
 fn note_uses(db: &mut Connection, uses: &[(Digest, u64)]) -> rusqlite::Result<()> {
-    let transaction = db.transaction()?;
+    let transaction = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     {
         let mut update = transaction.prepare_cached("UPDATE token SET last_used = ?2 WHERE digest = ?1")?;
         for (digest, at) in uses {
@@ -413,7 +425,7 @@ struct SignedOff<'a>(&'a SqliteStore);
 impl Drop for SignedOff<'_> {
     fn drop(&mut self) {
         // A process that is killed can't say so either: it counts as gone after a while.
-        drop(self.0.questions.try_send(Question::Gone(self.0.replica.clone())));
+        drop(self.0.writes.try_send(Question::Gone(self.0.replica.clone())));
     }
 }
 

@@ -434,8 +434,7 @@ fn gateway(subject: &dyn Subject, clock: fn() -> crate::Now, snapshot: &std::pat
         negative_capacity: 100,
     };
     let metrics = Arc::new(crate::telemetry::metrics::Metrics::new("test").unwrap());
-    let link =
-        Link { name: "kept".into(), store: subject.open(), timeout: TIMEOUT, metrics: Arc::new(metrics.store("kept")) };
+    let link = Link::new("kept".into(), subject.open(), TIMEOUT, Arc::new(metrics.store("kept")));
     Arc::new(Authenticator::new(Chain::new(vec![link]), settings, metrics, clock).with_snapshot(snapshot, "here"))
 }
 

@@ -5,6 +5,7 @@ use super::super::{Change, Event, Heard, Named, REPLICA_GONE, StoreError, replic
 use super::link::{Address, Link, Pool, Pushes};
 use super::{Keys, RedisChanges, RedisStore, Topology};
 use crate::identity::credential::Digest;
+use parking_lot::Once;
 use redis::{PushInfo, PushKind, Value};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -19,6 +20,8 @@ const BEAT_ANSWER: Duration = Duration::from_millis(500);
 const SENTINEL_ANSWER: Duration = Duration::from_millis(300);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_MOST: Duration = Duration::from_millis(500);
+/// Confirmations that may wait to be written.
+const CONFIRMATIONS: usize = 1_024;
 const REGISTER: Duration = Duration::from_secs(1);
 /// Confirmations are kept, and waited for, no longer than this.
 pub(super) const WAIT_KEPT: Duration = Duration::from_secs(300);
@@ -95,7 +98,7 @@ impl Follower<'_> {
                 self.store.pool.renew();
                 self.master = Some(address.clone());
             }
-            hear_of_flushes(&mut link, &self.store.keys).await?;
+            hear_of_flushes(&mut link, self.store).await?;
             let channel = match &self.store.settings.changes {
                 RedisChanges::Channel(name) => {
                     // Whoever hears must be known to those who wait, so that comes first.
@@ -104,7 +107,7 @@ impl Follower<'_> {
                     true
                 }
                 _ => {
-                    check_notifications(&mut link).await?;
+                    check_notifications(&mut link, &self.store.said).await?;
                     let channel = format!("__keyspace@{}__:", self.store.settings.database);
                     bounded(link.subscribe(true, &(channel + &self.store.keys.pattern("")))).await?;
                     false
@@ -121,8 +124,8 @@ impl Follower<'_> {
         (self.heard)(Event::Hearing);
         self.hears = Some(true);
         self.logged = false;
-        let (confirm, confirmations) = mpsc::unbounded_channel();
-        let (beats, mut answered) = mpsc::unbounded_channel();
+        let (confirm, confirmations) = mpsc::channel(CONFIRMATIONS);
+        let (beats, mut answered) = mpsc::channel(1);
         let beating = async {
             let mut ticks = interval_at(Instant::now() + BEAT, BEAT);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -132,7 +135,7 @@ impl Follower<'_> {
                 if let Err(error) = beat.check().await {
                     return error;
                 }
-                if beats.send(asked_ms).is_err() {
+                if beats.send(asked_ms).await.is_err() {
                     return StoreError::Unavailable("nobody takes in what comes".into());
                 }
             }
@@ -171,7 +174,7 @@ impl Follower<'_> {
     }
 
     /// Takes in a message and all that came with it. Says whether the connection ended.
-    fn take(&self, first: PushInfo, pushes: &mut Pushes, confirm: &mpsc::UnboundedSender<String>) -> bool {
+    fn take(&self, first: PushInfo, pushes: &mut Pushes, confirm: &mpsc::Sender<String>) -> bool {
         let mut changes = Vec::new();
         let mut everything = false;
         let mut waits = Vec::new();
@@ -195,7 +198,8 @@ impl Follower<'_> {
         }
         // Only now, as everything before has taken effect.
         for id in waits {
-            drop(confirm.send(id));
+            // With a full queue somebody floods the channel: whoever waits is told that this gateway did not confirm.
+            drop(confirm.try_send(id));
         }
         ended
     }
@@ -268,13 +272,12 @@ fn is_denied(error: &StoreError) -> bool {
 
 /// Neither messages nor keyspace events tell of FLUSHALL and FLUSHDB, but the server tells every client whose keys it
 /// tracks. Those of a prefix that nobody uses are tracked, so that nothing else is told.
-async fn hear_of_flushes(link: &mut Link, keys: &Keys) -> Result<(), StoreError> {
+async fn hear_of_flushes(link: &mut Link, store: &RedisStore) -> Result<(), StoreError> {
     let mut track = redis::cmd("CLIENT");
-    track.arg("TRACKING").arg("ON").arg("BCAST").arg("PREFIX").arg(keys.unused());
+    track.arg("TRACKING").arg("ON").arg("BCAST").arg("PREFIX").arg(store.keys.unused());
     match bounded(link.ask::<Value>(&track)).await {
         Err(error) if is_denied(&error) => {
-            static SAID: std::sync::Once = std::sync::Once::new();
-            SAID.call_once(|| log::warn!("redis: FLUSHALL will not be heard of: {error}"));
+            store.said.flushes.call_once(|| log::warn!("redis: FLUSHALL will not be heard of: {error}"));
             Ok(())
         }
         answer => answer.map(drop),
@@ -282,13 +285,12 @@ async fn hear_of_flushes(link: &mut Link, keys: &Keys) -> Result<(), StoreError>
 }
 
 /// Without the right ones nothing would ever be heard.
-async fn check_notifications(link: &mut Link) -> Result<(), StoreError> {
+async fn check_notifications(link: &mut Link, said: &Said) -> Result<(), StoreError> {
     let question = redis::cmd("CONFIG").arg("GET").arg("notify-keyspace-events").take();
     let flags: Vec<(String, String)> = match bounded(link.ask(&question)).await {
         Ok(answer) => answer,
         Err(error) if is_denied(&error) => {
-            static SAID: std::sync::Once = std::sync::Once::new();
-            SAID.call_once(|| {
+            said.notifications.call_once(|| {
                 log::warn!("redis: whether notify-keyspace-events holds Kg$hx can't be seen (+config|get): make sure");
             });
             return Ok(());
@@ -330,7 +332,7 @@ impl Beat<'_> {
             bounded(self.link.ask::<Value>(&redis::cmd("PING"))).await?;
         }
         if self.keyspace {
-            check_notifications(&mut self.link).await?;
+            check_notifications(&mut self.link, &self.store.said).await?;
         }
         Ok(())
     }
@@ -375,6 +377,15 @@ struct Register {
     pool: Arc<Pool>,
     keys: Keys,
     name: String,
+    said: Arc<Said>,
+}
+
+/// What one store says once, as it stays so however often it is found out.
+#[derive(Default)]
+pub(super) struct Said {
+    flushes: Once,
+    notifications: Once,
+    register: Once,
 }
 
 impl Register {
@@ -382,7 +393,7 @@ impl Register {
         // Two generations of a configuration may follow at once: each confirms for itself.
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("{}/{}", replica_name(), COUNT.fetch_add(1, Ordering::Relaxed));
-        Self { pool: Arc::clone(&store.pool), keys: store.keys.clone(), name }
+        Self { pool: Arc::clone(&store.pool), keys: store.keys.clone(), name, said: Arc::clone(&store.said) }
     }
 
     async fn now(&self) -> Result<u64, StoreError> {
@@ -403,8 +414,7 @@ impl Register {
         match timeout(REGISTER, entered).await.unwrap_or(Err(StoreError::Timeout)) {
             Ok(_) => Ok(()),
             Err(error) if is_denied(&error) || error.to_string().contains("(READONLY)") => {
-                static SAID: std::sync::Once = std::sync::Once::new();
-                SAID.call_once(|| {
+                self.said.register.call_once(|| {
                     log::warn!("redis: this gateway can't register, so `--wait` won't wait for it: {error}")
                 });
                 Ok(())
@@ -414,7 +424,7 @@ impl Register {
     }
 
     /// Stays registered and confirms, and also what others began to wait for before it was listening.
-    async fn keep(&self, mut asked: mpsc::UnboundedReceiver<String>) {
+    async fn keep(&self, mut asked: mpsc::Receiver<String>) {
         let mut open = Vec::new();
         let mut outstanding = false;
         let mut tick = tokio::time::interval(REGISTER);

@@ -1,0 +1,170 @@
+//! What the process says of itself, on standard error. Lines go through a bounded queue, so that nothing that serves a
+//! request ever waits for whoever reads them; lost ones are counted.
+
+use super::lines::{Destination, LineQueue};
+use log::{LevelFilter, Metadata, Record};
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+/// Longer lines are cut.
+const MAX_LINE: usize = 8 * 1024;
+/// How long the end of the process waits for its last lines to be written.
+const FLUSH: Duration = Duration::from_secs(1);
+
+/// Lines lost. There is one standard error, and one logger of the process.
+static LOST: AtomicU64 = AtomicU64::new(0);
+
+/// Lines of the process log that were lost so far.
+pub fn lost() -> u64 {
+    LOST.load(Ordering::Relaxed)
+}
+
+/// The framework's own chatter is left out: what matters of it is told by us, and its error texts may quote requests.
+/// A pooled connection that the backend closed at the moment of its reuse is an error to it; the request is tried again,
+/// and failures of requests are counted and in the access log.
+const QUIETER: [(&str, LevelFilter); 6] = [
+    ("pingora_core::connectors", LevelFilter::Off),
+    ("pingora_proxy", LevelFilter::Off),
+    ("pingora_core", LevelFilter::Warn),
+    ("pingora_pool", LevelFilter::Warn),
+    ("pingora_cache", LevelFilter::Warn),
+    ("pingora_runtime", LevelFilter::Warn),
+];
+
+fn count_lost(lines: u64) {
+    LOST.fetch_add(lines, Ordering::Relaxed);
+}
+
+struct ProcessLog {
+    queue: LineQueue,
+    with_time: bool,
+}
+
+/// Starts the log, panics included: their usual way to standard error would wait for its reader.
+pub fn start(level: LevelFilter) -> std::io::Result<()> {
+    let stderr = Destination::stderr()?;
+    let with_time = !is_journal(&stderr, std::env::var("JOURNAL_STREAM").ok().as_deref());
+    let queue = LineQueue::start("process", stderr, count_lost)?;
+    if log::set_boxed_logger(Box::new(ProcessLog { queue, with_time })).is_ok() {
+        std::panic::set_hook(Box::new(|panic| {
+            log::error!("{panic}");
+            // Elsewhere a panic ends a request or a task; here it ends the process.
+            if std::thread::current().name() == Some("main") {
+                log::logger().flush();
+            }
+        }));
+    }
+    log::set_max_level(level);
+    Ok(())
+}
+
+/// Whether what is written there ends in systemd's journal, which keeps the time of each line itself: the variable
+/// names the device and inode of the stream, and is inherited by processes whose stream is another one.
+fn is_journal(stream: &Destination, variable: Option<&str>) -> bool {
+    let named = variable.and_then(|text| {
+        let (device, inode) = text.split_once(':')?;
+        Some((device.parse::<u64>().ok()?, inode.parse::<u64>().ok()?))
+    });
+    stream.metadata().is_ok_and(|meta| named == Some((meta.dev(), meta.ino())))
+}
+
+impl log::Log for ProcessLog {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        let target = metadata.target();
+        let within =
+            |module: &str| target.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
+        let most = QUIETER.iter().find(|(module, _)| within(module)).map_or(LevelFilter::Info, |(_, level)| *level);
+        metadata.level() <= most
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.enabled(record.metadata()) {
+            let time = self.with_time.then(SystemTime::now);
+            self.queue.push(format(time, record));
+        }
+    }
+
+    fn flush(&self) {
+        self.queue.flush(FLUSH);
+    }
+}
+
+/// One line, whatever the message holds: what stands on several lines is joined, and control bytes are escaped.
+fn format(time: Option<SystemTime>, record: &Record<'_>) -> Vec<u8> {
+    use std::fmt::Write as _;
+    let mut line = String::with_capacity(160);
+    let time = time.map(|time| format!("{} ", humantime::format_rfc3339_millis(time))).unwrap_or_default();
+    // A String takes everything.
+    let _: std::fmt::Result = write!(line, "[{time}{:<5} {}] ", record.level(), record.target());
+    let message = record.args().to_string();
+    for (index, part) in message.lines().enumerate() {
+        if index > 0 {
+            line.push_str("; ");
+        }
+        for character in part.chars() {
+            match character {
+                '\t' => line.push(' '),
+                _ if character.is_control() => line.extend(character.escape_default()),
+                _ => line.push(character),
+            }
+        }
+    }
+    if line.len() > MAX_LINE {
+        line.truncate((0..=MAX_LINE).rev().find(|at| line.is_char_boundary(*at)).unwrap_or(0));
+        line.push_str("… [cut]");
+    }
+    line.push('\n');
+    line.into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use log::{Level, Log as _};
+
+    fn line(time: Option<SystemTime>, message: &str) -> String {
+        let arguments = format_args!("{message}").to_string();
+        let bytes = format(
+            time,
+            &Record::builder().level(Level::Warn).target("tollgate::edge").args(format_args!("{arguments}")).build(),
+        );
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn a_message_is_one_bounded_line_with_its_time() {
+        assert_eq!(line(Some(SystemTime::UNIX_EPOCH), "x"), "[1970-01-01T00:00:00.000Z WARN  tollgate::edge] x\n");
+        assert_eq!(line(None, "x"), "[WARN  tollgate::edge] x\n");
+        assert_eq!(line(None, "a\nb\r\nc\u{1b}[31m\0"), "[WARN  tollgate::edge] a; b; c\\u{1b}[31m\\u{0}\n");
+        let long = line(None, &"é".repeat(10_000));
+        assert!(long.len() < MAX_LINE + 20 && long.ends_with("… [cut]\n") && long.lines().count() == 1);
+    }
+
+    #[test]
+    fn the_journal_is_known_by_device_and_inode() {
+        let path = std::env::temp_dir().join(format!("tollgate-journal-{}", std::process::id()));
+        let stream = Destination::file(&path).unwrap();
+        let meta = stream.metadata().unwrap();
+        let variable = format!("{}:{}", meta.dev(), meta.ino());
+        assert!(is_journal(&stream, Some(&variable)));
+        let other = format!("{}:{}", meta.dev(), meta.ino() + 1);
+        for variable in [None, Some(""), Some("nonsense"), Some("1:"), Some(other.as_str())] {
+            assert!(!is_journal(&stream, variable), "{variable:?}");
+        }
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn the_framework_is_quieter_than_tollgate() {
+        let queue = LineQueue::start("process", Destination::file("/dev/null".as_ref()).unwrap(), drop).unwrap();
+        let log = ProcessLog { queue, with_time: false };
+        let says = |target: &str, level| log.enabled(&Metadata::builder().target(target).level(level).build());
+        assert!(says("tollgate::edge", Level::Info) && says("redis", Level::Warn));
+        assert!(!says("pingora_core::server", Level::Info) && says("pingora_core::server", Level::Warn));
+        assert!(
+            !says("pingora_proxy::proxy_h1", Level::Error) && !says("pingora_core::connectors::http", Level::Error)
+        );
+        assert!(says("pingora_corelike", Level::Info) && !says("tollgate", Level::Debug));
+    }
+}
