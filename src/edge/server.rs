@@ -26,6 +26,8 @@ const UPSTREAM_POOL: usize = 1_024;
 /// Writes to a client are gathered up to one segment; reads have a buffer of our own.
 const WRITE_BUFFER: usize = 1460;
 const USES_FLUSHED_EVERY: Duration = Duration::from_secs(60);
+/// How long a stop may take longer for the sake of them.
+const USES_AT_STOP: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerSettings {
@@ -200,7 +202,8 @@ pub fn serve(running: Running) {
     server.add_service(background_service("reload", reloader));
     server.add_service(background_service("tokens", Tokens { snapshot: Arc::clone(&snapshot), replaced }));
 
-    let drain = Drain { lifecycle, metrics: Arc::clone(&metrics), grace: settings.grace };
+    let drain =
+        Drain { lifecycle, metrics: Arc::clone(&metrics), grace: settings.grace, snapshot: Arc::clone(&snapshot) };
     server.run(RunArgs { shutdown_signal: Box::new(drain) });
 
     let last = snapshot.load();
@@ -239,6 +242,7 @@ struct Drain {
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
     grace: Duration,
+    snapshot: Arc<ArcSwap<Snapshot>>,
 }
 
 #[async_trait]
@@ -255,7 +259,10 @@ impl ShutdownSignalWatch for Drain {
         // Last, so that it is true for whoever reads it.
         log::info!("stopping: requests in flight have {:?}, new ones get 503", self.grace);
         tokio::select! {
-            () = self.quiet() => {}
+            () = async {
+                self.quiet().await;
+                self.last_uses().await;
+            } => {}
             () = next(&mut terminate, &mut interrupt) => log::warn!("asked twice: stopping at once"),
         }
         // Not the fast one: it would not tell the accept loops to end, and they would spin on a runtime that is gone.
@@ -275,6 +282,16 @@ impl Drain {
         }
         // Answers that were just written are still on their way through the sockets' close.
         tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+impl Drain {
+    /// Nobody uses a token any more: what the store was not told yet is told now.
+    async fn last_uses(&self) {
+        let authenticator = Arc::clone(&self.snapshot.load().pipeline.authenticator);
+        if tokio::time::timeout(USES_AT_STOP, authenticator.flush_uses()).await.is_err() {
+            log::warn!("the last uses of tokens were not recorded: no answer within {USES_AT_STOP:?}");
+        }
     }
 }
 
@@ -425,7 +442,6 @@ struct Tokens {
 #[async_trait]
 impl BackgroundService for Tokens {
     async fn start(&self, mut shutdown: ShutdownWatch) {
-        let mut flushed = super::now().unix_ms;
         let mut flushing: Option<tokio::task::JoinHandle<()>> = None;
         let mut flush = tokio::time::interval_at(tokio::time::Instant::now() + USES_FLUSHED_EVERY, USES_FLUSHED_EVERY);
         loop {
@@ -435,13 +451,17 @@ impl BackgroundService for Tokens {
             loop {
                 tokio::select! {
                     () = &mut following => {}
-                    () = self.replaced(&authenticator) => break,
+                    () = self.replaced(&authenticator) => {
+                        // It knows of uses that the next one does not.
+                        let last = Arc::clone(&authenticator);
+                        tokio::spawn(async move { last.flush_uses().await });
+                        break;
+                    }
                     // Slices take their time where there are many: never two at once.
                     _ = flush.tick(), if flushing.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) => {
-                        let since = std::mem::replace(&mut flushed, super::now().unix_ms);
                         let last = Arc::clone(&authenticator);
                         // Beside the following: neither may hold up the other.
-                        flushing = Some(tokio::spawn(async move { last.flush_uses(since).await }));
+                        flushing = Some(tokio::spawn(async move { last.flush_uses().await }));
                         let last = Arc::clone(&authenticator);
                         tokio::task::spawn_blocking(move || last.save());
                     }

@@ -6,7 +6,8 @@ use super::principal::{Invalid, Principal};
 use crate::Now;
 use foldhash::quality::RandomState;
 use moka::sync::Cache as Bounded;
-use std::collections::HashSet;
+use parking_lot::Mutex;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -82,6 +83,33 @@ pub(super) struct Cache {
     heard_until: AtomicU64,
     /// Word of changes has stopped coming.
     deaf: AtomicBool,
+    uses: Uses,
+}
+
+/// Uses that no store was told of yet, beside those that stand with the entries of the cache.
+#[derive(Default)]
+struct Uses {
+    /// Later uses are still to be told, in unix milliseconds.
+    told_until: AtomicU64,
+    /// Of tokens whose entries are gone: their records changed, and they may never be used again.
+    left: Mutex<HashMap<Digest, u64>>,
+}
+
+/// Uses of tokens that left the cache; those of more are lost.
+const USES_LEFT: usize = 100_000;
+
+impl Uses {
+    fn is_untold(&self, at: u64) -> bool {
+        at > 0 && at >= self.told_until.load(Ordering::Relaxed)
+    }
+
+    fn keep(&self, digest: Digest, at: u64) {
+        let mut left = self.left.lock();
+        if left.len() < USES_LEFT || left.contains_key(&digest) {
+            let last = left.entry(digest).or_default();
+            *last = at.max(*last);
+        }
+    }
 }
 
 /// What a look-up found, and how long that may hold.
@@ -125,7 +153,7 @@ impl Cache {
         let negative =
             Bounded::builder().max_capacity(settings.negative_capacity).build_with_hasher(RandomState::default());
         let (heard_until, deaf) = (AtomicU64::new(u64::MAX), AtomicBool::new(false));
-        Self { settings, positive, negative, heard_until, deaf }
+        Self { settings, positive, negative, heard_until, deaf, uses: Uses::default() }
     }
 
     pub(super) fn get(&self, digest: &Digest, now: Now) -> Cached {
@@ -162,7 +190,7 @@ impl Cache {
                 self.negative.invalidate(&digest);
             }
             Answer::Invalid(why) => {
-                self.positive.invalidate(&digest);
+                self.drop_positive(&digest);
                 let ends = learned.until_unix_ms.map_or(u64::MAX, |end| end.saturating_sub(now.unix_ms));
                 let until = now.mono_ms + lifetime(self.settings.negative_ttl).min(ends);
                 self.negative.insert(digest, Negative { why: *why, until });
@@ -171,11 +199,24 @@ impl Cache {
     }
 
     pub(super) fn forget(&self, digest: &Digest) {
-        self.positive.invalidate(digest);
+        self.drop_positive(digest);
         self.negative.invalidate(digest);
     }
 
+    /// Takes a valid token's entry away, and not its use with it.
+    fn drop_positive(&self, digest: &Digest) {
+        if let Some(entry) = self.positive.remove(digest) {
+            let used = entry.last_used.load(Ordering::Relaxed);
+            if self.uses.is_untold(used) {
+                self.uses.keep(*digest, used);
+            }
+        }
+    }
+
     pub(super) fn forget_all(&self) {
+        for (digest, used) in self.untold() {
+            self.uses.keep(digest, used);
+        }
         self.positive.invalidate_all();
         self.negative.invalidate_all();
     }
@@ -184,7 +225,7 @@ impl Cache {
     pub(super) fn forget_handles(&self, handles: &HashSet<Digest>) {
         for (digest, entry) in &self.positive {
             if entry.handles.iter().any(|handle| handles.contains(handle)) {
-                self.positive.invalidate(digest.as_ref());
+                self.drop_positive(digest.as_ref());
             }
         }
     }
@@ -227,10 +268,26 @@ impl Cache {
         self.deaf.load(Ordering::Relaxed)
     }
 
-    /// Tokens used since a time, with the time of a recent use, both in unix milliseconds.
-    pub(super) fn used_since(&self, unix_ms: u64) -> Vec<(Digest, u64)> {
-        let recent = |entry: &Positive| Some(entry.last_used.load(Ordering::Relaxed)).filter(|at| *at >= unix_ms);
-        self.positive.iter().filter_map(|(digest, entry)| Some((*digest, recent(&entry)?))).collect()
+    fn untold(&self) -> Vec<(Digest, u64)> {
+        let used =
+            |entry: &Positive| Some(entry.last_used.load(Ordering::Relaxed)).filter(|at| self.uses.is_untold(*at));
+        self.positive.iter().filter_map(|(digest, entry)| Some((*digest, used(&entry)?))).collect()
+    }
+
+    /// Tokens that were used since this was asked before, with the time of a recent use, in unix milliseconds. Whoever
+    /// can't pass them on gives them back with [`Cache::untold_uses`].
+    pub(super) fn take_uses(&self, now: Now) -> Vec<(Digest, u64)> {
+        let mut uses = std::mem::take(&mut *self.uses.left.lock());
+        for (digest, used) in self.untold() {
+            let last = uses.entry(digest).or_default();
+            *last = used.max(*last);
+        }
+        self.uses.told_until.store(now.unix_ms, Ordering::Relaxed);
+        uses.into_iter().collect()
+    }
+
+    pub(super) fn untold_uses(&self, uses: Vec<(Digest, u64)>) {
+        uses.into_iter().for_each(|(digest, used)| self.uses.keep(digest, used));
     }
 
     /// The valid entries that may be worth something after a restart.

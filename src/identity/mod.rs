@@ -286,11 +286,11 @@ impl Authenticator {
         tokio::join!(self.inner.chain.follow(&heard), vouch, pulse);
     }
 
-    /// Tells the stores which tokens were used since a time in unix milliseconds.
-    pub async fn flush_uses(&self, since: u64) {
-        let uses = self.inner.cache.used_since(since);
-        if !uses.is_empty() {
-            self.inner.chain.note_uses(&uses).await;
+    /// Tells the stores which tokens were used since the last time. What a store could not take is told again then.
+    pub async fn flush_uses(&self) {
+        let uses = self.inner.cache.take_uses((self.inner.clock)());
+        if !uses.is_empty() && !self.inner.chain.note_uses(&uses).await {
+            self.inner.cache.untold_uses(uses);
         }
     }
 

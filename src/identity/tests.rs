@@ -51,6 +51,9 @@ struct FakeStore {
     tells_changes: bool,
     /// How many uses it was told at once.
     uses: Mutex<Vec<usize>>,
+    /// What it was told of uses, and whether it takes it.
+    noted: Mutex<Vec<(Digest, u64)>>,
+    takes_uses: AtomicBool,
 }
 
 #[async_trait]
@@ -103,7 +106,11 @@ impl TokenStore for FakeStore {
     }
 
     async fn note_uses(&self, uses: Vec<(Digest, u64)>) -> Result<(), StoreError> {
+        if !self.takes_uses.load(Ordering::SeqCst) {
+            return Err(StoreError::Unavailable("it is down".into()));
+        }
         self.uses.lock().push(uses.len());
+        self.noted.lock().extend(uses);
         Ok(())
     }
 }
@@ -140,6 +147,8 @@ fn bench_of(script: &[Says], tells_changes: bool) -> Bench {
         marks: Mutex::default(),
         tells_changes,
         uses: Mutex::default(),
+        noted: Mutex::default(),
+        takes_uses: AtomicBool::new(true),
     });
     let settings = CacheSettings {
         positive_ttl: TTL,
@@ -464,15 +473,83 @@ fn lifetimes_differ_by_chance() {
     assert!(alive(b"short", NEGATIVE_TTL * 85 / 100) && !alive(b"long", NEGATIVE_TTL));
 }
 
+impl Bench {
+    /// What the store is told of uses now.
+    async fn flushed(&self) -> Vec<(Digest, u64)> {
+        // A use of the very moment counts for the next time as well.
+        pass(Duration::from_millis(1));
+        self.authenticator.flush_uses().await;
+        let mut uses = std::mem::take(&mut *self.store.noted.lock());
+        uses.sort_by_key(|(digest, _)| *digest.as_bytes());
+        uses
+    }
+}
+
 #[tokio::test]
 async fn uses_are_noted_coarsely() {
     let bench = bench(&[Says::User("a")]);
     let start = clock().unix_ms;
     assert_eq!(bench.user("t").await, "a");
-    assert_eq!(bench.authenticator.inner.cache.used_since(start), [(Digest::of(b"t"), start)]);
+    assert_eq!(bench.flushed().await, [(Digest::of(b"t"), start)]);
     pass(Duration::from_secs(30));
     assert!(bench.known("t").is_some());
-    assert_eq!(bench.authenticator.inner.cache.used_since(start + 1), []);
+    assert_eq!(bench.flushed().await, [], "it was told");
+    pass(Duration::from_secs(31));
+    let again = clock().unix_ms;
+    assert_eq!(bench.user("t").await, "a");
+    assert_eq!(bench.flushed().await, [(Digest::of(b"t"), again)]);
+}
+
+#[tokio::test]
+async fn a_change_of_the_record_loses_no_use() {
+    let token = Digest::of(b"t");
+    type Step = (&'static str, fn(&Bench));
+    let steps: [Step; 5] = [
+        ("told of it", |bench| bench.authenticator.inner.apply(0, change(Named::Token(Digest::of(b"t"))))),
+        ("told of it by its other name", |bench| {
+            bench.authenticator.inner.apply(0, change(Named::Handle(handle_of(b"t"))));
+        }),
+        ("forgotten by the operator", |bench| bench.authenticator.forget(&Digest::of(b"t"))),
+        ("all forgotten", |bench| bench.authenticator.forget_all()),
+        ("everything asked anew", |bench| bench.authenticator.inner.apply(0, Event::Hearing)),
+    ];
+    for (how, step) in steps {
+        let bench = bench(&[Says::User("a")]);
+        let used = clock().unix_ms;
+        assert_eq!(bench.user("t").await, "a");
+        pass(Duration::from_secs(5));
+        step(&bench);
+        assert_eq!(bench.flushed().await, [(token, used)], "{how}");
+        assert_eq!(bench.flushed().await, [], "{how}: once");
+        // What was told before is not told again because of a change.
+        step(&bench);
+        assert_eq!(bench.flushed().await, [], "{how}");
+    }
+    // The record is revoked: the look-up says so, and the use before it stays one.
+    let bench = bench(&[Says::User("a"), Says::Revoked]);
+    let used = clock().unix_ms;
+    assert_eq!(bench.user("t").await, "a");
+    pass(TTL + STALE + TTL);
+    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert_eq!(bench.flushed().await, [(token, used)]);
+}
+
+#[tokio::test]
+async fn uses_that_a_store_could_not_take_are_told_later() {
+    let bench = bench(&[Says::User("a")]);
+    let start = clock().unix_ms;
+    assert_eq!((bench.user("t").await, bench.user("u").await), ("a".into(), "a".into()));
+    bench.store.takes_uses.store(false, Ordering::SeqCst);
+    assert_eq!(bench.flushed().await, []);
+    pass(Duration::from_secs(61));
+    let again = clock().unix_ms;
+    assert!(bench.ask("u").await.is_ok());
+    assert_eq!(bench.flushed().await, []);
+    bench.store.takes_uses.store(true, Ordering::SeqCst);
+    let mut expected = [(Digest::of(b"t"), start), (Digest::of(b"u"), again)];
+    expected.sort_by_key(|(digest, _)| *digest.as_bytes());
+    assert_eq!(bench.flushed().await, expected);
+    assert_eq!(bench.flushed().await, []);
 }
 
 // What a record says.

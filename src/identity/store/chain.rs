@@ -89,8 +89,9 @@ impl Chain {
         Ok(Some(changed))
     }
 
-    /// Every store is told; those that don't know a token pass over it.
-    pub(in crate::identity) async fn note_uses(&self, uses: &[(Digest, u64)]) {
+    /// Every store is told; those that don't know a token pass over it. Says whether all of them took it.
+    pub(in crate::identity) async fn note_uses(&self, uses: &[(Digest, u64)]) -> bool {
+        let mut all = true;
         for link in &self.links {
             for (index, slice) in uses.chunks(USES_AT_ONCE).enumerate() {
                 if index > 0 {
@@ -99,10 +100,12 @@ impl Chain {
                 if let Err(error) = link.store.note_uses(slice.to_vec()).await {
                     let lost = uses.len() - index * USES_AT_ONCE;
                     log::warn!("store {}: last uses of {lost} tokens were not recorded: {error}", link.name);
+                    all = false;
                     break;
                 }
             }
         }
+        all
     }
 }
 
