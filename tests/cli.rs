@@ -1,4 +1,7 @@
-//! The command line as a person or a script meets it: what is printed, what is not, and with which exit code.
+//! The command line as a person or a script meets it: what is printed, what is not, and with which exit code. What the
+//! token commands do is in `cli/tokens.rs`.
+
+mod tokens;
 
 use crate::harness::*;
 use crate::support::*;
@@ -18,9 +21,24 @@ struct Place {
 impl Place {
     fn new(kind: &'static str) -> Self {
         let folder = Folder::new("test");
-        let path = if kind == "sqlite" { "tokens.db" } else { "tokens.toml" };
-        folder.write("tollgate.toml", &format!("{UPSTREAM}[store]\nkind = \"{kind}\"\npath = \"{path}\"\n"));
-        Self { folder, kind }
+        let place = Self { folder, kind };
+        let (kind, path) = place.store();
+        place.folder.write("tollgate.toml", &format!("{UPSTREAM}[store]\nkind = \"{kind}\"\npath = \"{path}\"\n"));
+        place
+    }
+
+    /// The kind as a configuration calls it, and the file.
+    fn store(&self) -> (&'static str, &'static str) {
+        match self.kind {
+            "sqlite" => ("sqlite", "tokens.db"),
+            "json" => ("file", "tokens.json"),
+            _ => ("file", "tokens.toml"),
+        }
+    }
+
+    /// Every store that is a file.
+    fn all() -> [Self; 3] {
+        [Self::new("sqlite"), Self::new("file"), Self::new("json")]
     }
 
     fn both() -> [Self; 2] {
@@ -63,8 +81,8 @@ impl Place {
     }
 
     fn section(&self) -> String {
-        let path = if self.kind == "sqlite" { "tokens.db" } else { "tokens.toml" };
-        format!("[store]\nkind = \"{}\"\npath = \"{}\"\n", self.kind, self.folder.0.join(path).display())
+        let (kind, path) = self.store();
+        format!("[store]\nkind = \"{kind}\"\npath = \"{}\"\n", self.folder.0.join(path).display())
     }
 }
 
@@ -217,7 +235,7 @@ fn list_and_show_tell_all_but_the_token() {
         assert_eq!(place.json("list", &[]), serde_json::json!([]));
         let created = place.json(
             "create",
-            &["--user", "al\u{1b}[2Jice", "--scope", "api", "--scope", "read_user", "--description", "a\nb"],
+            &["--user", "alice", "--scope", "api", "--scope", "read_user", "--description", "a\u{1b}[2J\nb"],
         );
         let token = created["token"].as_str().unwrap();
         let listed = place.json("list", &[]);

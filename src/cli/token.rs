@@ -4,16 +4,18 @@ use super::Failure;
 use crate::config::Settings;
 use crate::identity::credential::Digest;
 use crate::identity::store::file::FileAdmin;
+use crate::identity::store::portable::{Reading, is_token};
 use crate::identity::store::postgres::{PostgresAdmin, Source};
 use crate::identity::store::redis::RedisAdmin;
 use crate::identity::store::sqlite::SqliteAdmin;
+use crate::identity::store::values::{LATEST, check_description, check_scope, check_user, is_unseen};
 use crate::identity::store::{
     AdminError, NamedStore, ShownRecord, StoreSettings, TokenAdmin, TokenRecord, parse_time, rfc3339,
 };
 use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
-use serde::Deserialize;
-use std::io::{BufRead, IsTerminal as _, Write as _};
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, IsTerminal as _, Read as _, Write as _};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -101,7 +103,8 @@ pub(super) enum Command {
         common: Common,
         user: String,
     },
-    /// Add tokens from JSON lines with `user`, `token` or `sha256`, and if wanted `scopes`, `description`, `expires`.
+    /// Add tokens from JSON: one object on a line with `user`, `token` or `sha256`, and if wanted `scopes`, `description`,
+    /// `expires` and what else a list says; or what `list --json` prints.
     Import {
         #[command(flatten)]
         common: Common,
@@ -133,26 +136,43 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
     }
 }
 
-async fn open(common: &Common) -> Result<(Settings, Box<dyn TokenAdmin>), Failure> {
+/// The writing side of a store, and where it stands.
+struct Opened {
+    settings: Settings,
+    /// The store's name.
+    store: String,
+    admin: Box<dyn TokenAdmin>,
+}
+
+async fn open(common: &Common) -> Result<Opened, Failure> {
     let settings = super::load(&common.config)?;
-    let admin = admin(&settings, common.store.as_deref()).await?;
-    Ok((settings, admin))
+    let store = chosen(&settings, common.store.as_deref())?;
+    let (name, admin) = (store.name.clone(), writer(store).await?);
+    Ok(Opened { settings, store: name, admin })
 }
 
 /// The writing side of a store: of the one with this name, or of the first that has one.
 pub(super) async fn admin(settings: &Settings, name: Option<&str>) -> anyhow::Result<Box<dyn TokenAdmin>> {
+    writer(chosen(settings, name)?).await
+}
+
+fn chosen<'a>(settings: &'a Settings, name: Option<&str>) -> anyhow::Result<&'a NamedStore> {
     let names = || settings.stores.iter().map(|store| store.name.as_str()).collect::<Vec<_>>().join(", ");
-    let store =
-        match name {
-            Some(name) => settings
-                .stores
-                .iter()
-                .find(|store| store.name == name)
-                .ok_or_else(|| anyhow!("there is no store \"{name}\"; there are: {}", names()))?,
-            None => settings.stores.iter().find(|store| is_ours(store)).ok_or_else(|| {
+    match name {
+        Some(name) => settings
+            .stores
+            .iter()
+            .find(|store| store.name == name)
+            .ok_or_else(|| anyhow!("there is no store \"{name}\"; there are: {}", names())),
+        None => {
+            settings.stores.iter().find(|store| is_ours(store)).ok_or_else(|| {
                 anyhow!("{}: not tollgate's own; make and end tokens where these stores belong", names())
-            })?,
-        };
+            })
+        }
+    }
+}
+
+async fn writer(store: &NamedStore) -> anyhow::Result<Box<dyn TokenAdmin>> {
     Ok(match &store.kind {
         StoreSettings::Sqlite(path) => Box::new(SqliteAdmin::open(path)?),
         StoreSettings::File(path) => Box::new(FileAdmin::new(path)),
@@ -162,6 +182,25 @@ pub(super) async fn admin(settings: &Settings, name: Option<&str>) -> anyhow::Re
             bail!("store {}: not tollgate's own; make and end tokens where they belong", store.name)
         }
     })
+}
+
+impl Opened {
+    /// Reads a token again: what is reported as done must be there.
+    async fn confirmed(&mut self, digest: &Digest, is: impl Fn(&TokenRecord) -> bool) -> anyhow::Result<TokenRecord> {
+        match self.admin.find(&digest.to_hex()).await?.into_iter().next() {
+            Some(record) if is(&record) => Ok(record),
+            _ => bail!("store {}: took the change of token {} and does not show it", self.store, digest.id()),
+        }
+    }
+
+    /// Says which stores a change did not reach.
+    fn note_others(&self) {
+        let others: Vec<_> =
+            self.settings.stores.iter().map(|store| store.name.as_str()).filter(|name| *name != self.store).collect();
+        if !others.is_empty() {
+            eprintln!("note: this is about store {} only; not asked: {}", self.store, others.join(", "));
+        }
+    }
 }
 
 /// Whether tollgate may write there.
@@ -210,14 +249,24 @@ async fn create(
     not_before: Option<u64>,
     expires: Option<u64>,
 ) -> Result<(), Failure> {
-    if let Some(scope) = scopes.iter().find(|scope| scope.is_empty() || scope.contains(char::is_whitespace)) {
-        return Err(Failure::Usage(format!("--scope: \"{scope}\" must be one word")));
+    let usage = |option: &str, why: &str| Failure::Usage(format!("{option}: {why}"));
+    check_user(&user).map_err(|why| usage("--user", why))?;
+    for scope in &scopes {
+        check_scope(scope).map_err(|why| usage("--scope", &format!("\"{}\" {why}", plain(scope))))?;
     }
+    check_description(&description).map_err(|why| usage("--description", why))?;
     if not_before.zip(expires).is_some_and(|(start, end)| start >= end) {
         return Err(Failure::Usage("--not-before comes after --expires".into()));
     }
-    let (settings, mut admin) = open(common).await?;
-    warn_of_scopes(&settings, &scopes);
+    let mut opened = open(common).await?;
+    warn_of_scopes(&opened.settings, &scopes);
+    let is_blocked = |records: &[TokenRecord]| records.iter().any(|record| record.blocked);
+    if is_blocked(&opened.admin.of_user(&user).await?) {
+        let name = plain(&user);
+        return Err(
+            anyhow!("{name} is blocked: no token was made. `tollgate token unblock` lets {name} in again").into()
+        );
+    }
     let token = new_token()?;
     let record = TokenRecord {
         scopes,
@@ -227,8 +276,15 @@ async fn create(
         expires,
         ..TokenRecord::new(Digest::of(token.as_bytes()), user)
     };
-    admin.create(&record).await?;
-    hand_over(common, &token, &record)
+    opened.admin.create(&record).await?;
+    let made = opened.confirmed(&record.digest, |made| made.user == record.user).await?;
+    // Somebody who blocks the user at the same time either finds the new token, or is found here.
+    if is_blocked(&opened.admin.of_user(&record.user).await?) {
+        opened.admin.revoke(&record.digest, now()).await?;
+        let (name, id) = (plain(&record.user), record.digest.id());
+        return Err(anyhow!("{name} was blocked at the same time: the new token {id} is revoked").into());
+    }
+    hand_over(common, &token, &made)
 }
 
 /// What a token would be refused for, said while it can still be made in another way.
@@ -255,34 +311,87 @@ fn hand_over(common: &Common, token: &str, record: &TokenRecord) -> Result<(), F
         writeln!(out, "{token}").with_context(lost)?;
         eprintln!("token {} for {}: keep it now, it is not shown again", record.digest.id(), plain(&record.user));
     }
+    if record.blocked {
+        eprintln!("note: it does not work yet: {} is blocked", plain(&record.user));
+    } else if let Some(start) = record.not_before.filter(|start| *start > now()) {
+        eprintln!("note: it works from {} on", rfc3339(start));
+    }
     Ok(())
 }
 
 async fn rotate(common: &Common, id: &str, overlap: Duration, expires: Option<u64>) -> Result<(), Failure> {
-    let (_, mut admin) = open(common).await?;
-    let old = find(admin.as_mut(), id).await?;
+    let mut opened = open(common).await?;
+    let old = find(&mut opened, id).await?;
     let (token, at) = (new_token()?, now());
-    let lifetime = old.expires.map(|end| end.saturating_sub(old.not_before.unwrap_or(old.created)));
+    let lifetime = match (expires, old.expires) {
+        (Some(_), _) | (None, None) => None,
+        (None, Some(_)) if old.created == 0 && old.not_before.is_none() => {
+            let why = format!("nobody knows when token {} was made: say --expires", old.digest.id());
+            return Err(Failure::Usage(why));
+        }
+        (None, Some(end)) => Some(end.saturating_sub(old.not_before.unwrap_or(old.created))),
+    };
     let next = TokenRecord {
         scopes: old.scopes.clone(),
         description: old.description.clone(),
         created: at,
-        expires: expires.or(lifetime.map(|span| at.saturating_add(span))),
+        expires: expires.or(lifetime.map(|span| at.saturating_add(span).min(LATEST))),
         replaces: Some(old.digest),
         blocked: old.blocked,
         ..TokenRecord::new(Digest::of(token.as_bytes()), old.user.clone())
     };
-    let end = at.saturating_add(overlap.as_secs());
-    admin.rotate(&old.digest, &next, at, end).await?;
-    let end = old.rotated_out(at, end)?;
-    eprintln!("token {} goes on working until {}", old.digest.id(), rfc3339(end));
+    match opened.admin.rotate(&old.digest, &next, at, at.saturating_add(overlap.as_secs())).await {
+        Err(AdminError::Ended) => return Err(nothing_to_rotate(&mut opened, &old.digest).await?.into()),
+        done => done?,
+    }
+    let old = opened.confirmed(&old.digest, |old| old.superseded.is_some()).await?;
+    if old.blocked && !next.blocked {
+        // Blocked between the look and the rotation: what came in its place is no way around it.
+        opened.admin.block(&old.user, true).await?;
+    }
+    let next =
+        opened.confirmed(&next.digest, |next| next.replaces == Some(old.digest) && next.blocked == old.blocked).await?;
+    let (id, end) = (old.digest.id(), old.expires.map_or_else(|| "never".into(), rfc3339));
+    match state(&old) {
+        "rotated" => eprintln!("token {id} goes on working until {end}"),
+        "expired" => eprintln!("token {id} works no more"),
+        other => eprintln!("token {id} is in state \"{other}\" and ends at {end}"),
+    }
     hand_over(common, &token, &next)
+}
+
+/// Why a token has nothing to hand on; for one that was rotated, which tokens came in its place.
+async fn nothing_to_rotate(opened: &mut Opened, digest: &Digest) -> anyhow::Result<anyhow::Error> {
+    let record = opened.confirmed(digest, |_| true).await?;
+    let id = digest.id();
+    let nothing = "there is nothing to rotate";
+    Ok(match (record.revoked, record.superseded) {
+        (Some(_), _) => anyhow!("token {id} is revoked: {nothing}"),
+        (None, Some(at)) => {
+            let all = opened.admin.of_user(&record.user).await?;
+            let (mut successors, mut last) = (Vec::new(), *digest);
+            while let Some(next) = all.iter().find(|next| next.replaces == Some(last))
+                && successors.len() < all.len()
+            {
+                successors.push(format!("{} ({})", next.digest.id(), state(next)));
+                last = next.digest;
+            }
+            let who = match successors.as_slice() {
+                [] => "the token in its place is not in this store any more".to_owned(),
+                list => format!("the token in its place is {}", list.join(", and in the place of that one ")),
+            };
+            anyhow!("token {id} was rotated already, at {}: {nothing}; {who}", rfc3339(at))
+        }
+        (None, None) => anyhow!("token {id} has expired: {nothing}; make a new one"),
+    })
 }
 
 /// A span like `24h`.
 fn span(option: &str, text: &str) -> Result<Duration, Failure> {
     humantime::parse_duration(text)
-        .map_err(|_| Failure::Usage(format!("{option} {text}: write a span like 24h or 30s")))
+        .ok()
+        .filter(|span| now().saturating_add(span.as_secs()) <= LATEST)
+        .ok_or_else(|| Failure::Usage(format!("{option} {text}: write a span like 24h or 30s")))
 }
 
 /// A point in time to come, or a span from now.
@@ -290,6 +399,7 @@ fn moment(option: &str, text: Option<&str>) -> Result<Option<u64>, Failure> {
     let Some(text) = text else { return Ok(None) };
     let span = || humantime::parse_duration(text).ok().map(|span| now().saturating_add(span.as_secs()));
     match parse_time(text).or_else(span) {
+        Some(at) if at > LATEST => Err(Failure::Usage(format!("{option} {text} comes after the year 9999"))),
         Some(at) if at > now() => Ok(Some(at)),
         Some(_) => Err(Failure::Usage(format!("{option} {text} is over already"))),
         None => Err(Failure::Usage(format!(
@@ -299,7 +409,8 @@ fn moment(option: &str, text: Option<&str>) -> Result<Option<u64>, Failure> {
 }
 
 async fn list(common: &Common) -> Result<(), Failure> {
-    let records = open(common).await?.1.list().await?;
+    let mut opened = open(common).await?;
+    let records = opened.admin.list().await?;
     if common.json {
         let shown: Vec<_> = records.iter().map(ShownRecord::from).collect();
         say!("{}", serde_json::to_string(&shown)?)?;
@@ -307,7 +418,7 @@ async fn list(common: &Common) -> Result<(), Failure> {
     }
     say!("{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  DESCRIPTION", "ID", "USER", "CREATED", "LAST USED", "STATE")?;
     for record in &records {
-        let last_used = record.last_used.map_or_else(|| "never".into(), rfc3339);
+        let last_used = last_used(&opened, record);
         say!(
             "{:<12}  {:<20}  {:<20}  {last_used:<20}  {:<8}  {}",
             record.digest.id().to_string(),
@@ -320,9 +431,15 @@ async fn list(common: &Common) -> Result<(), Failure> {
     Ok(())
 }
 
+/// A store in which nobody notes uses has nothing to say of a token without one.
+fn last_used(opened: &Opened, record: &TokenRecord) -> String {
+    let none = if opened.admin.notes_uses() { "never" } else { "not recorded" };
+    record.last_used.map_or_else(|| none.into(), rfc3339)
+}
+
 /// Text from a store on a terminal: control characters could rewrite what was printed before.
 fn plain(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    text.chars().map(|c| if is_unseen(c) { '\u{fffd}' } else { c }).collect()
 }
 
 fn state(record: &TokenRecord) -> &'static str {
@@ -337,11 +454,9 @@ fn state(record: &TokenRecord) -> &'static str {
 }
 
 /// The one token that an id, or standard input, stands for.
-async fn find(admin: &mut dyn TokenAdmin, id: &str) -> anyhow::Result<TokenRecord> {
+async fn find(opened: &mut Opened, id: &str) -> anyhow::Result<TokenRecord> {
     let prefix = if id == "-" {
-        let mut token = String::new();
-        std::io::stdin().lock().read_line(&mut token).context("standard input")?;
-        Digest::of(token.trim_end_matches(['\r', '\n']).as_bytes()).to_hex()
+        Digest::of(&token_on_input()?).to_hex()
     } else {
         let hex = id.to_ascii_lowercase();
         if hex.len() < 6 || hex.len() > 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
@@ -351,20 +466,47 @@ async fn find(admin: &mut dyn TokenAdmin, id: &str) -> anyhow::Result<TokenRecor
         }
         hex
     };
-    let mut found = admin.find(&prefix).await?;
+    let mut found = opened.admin.find(&prefix).await?;
     match (found.pop(), found.len()) {
         (Some(record), 0) => Ok(record),
-        (None, _) => bail!("no such token"),
+        (None, _) => bail!("no such token in store {}", opened.store),
         (Some(_), more) => bail!("{} tokens begin with {prefix}: give more digits", more + 1),
     }
 }
 
-async fn show(common: &Common, id: &str) -> Result<(), Failure> {
-    let record = find(open(common).await?.1.as_mut(), id).await?;
-    print_record(common, &record)
+/// The token that stands on standard input, and nothing beside it.
+fn token_on_input() -> anyhow::Result<Vec<u8>> {
+    let stdin = std::io::stdin();
+    let mut bytes = Vec::new();
+    // Whoever types ends a line, and not the input.
+    let read = if stdin.is_terminal() {
+        stdin.lock().read_until(b'\n', &mut bytes)
+    } else {
+        stdin.lock().take(64 * 1024).read_to_end(&mut bytes)
+    };
+    read.context("standard input")?;
+    while bytes.last().is_some_and(|last| matches!(last, b'\r' | b'\n')) {
+        bytes.pop();
+    }
+    if bytes.trim_ascii().is_empty() {
+        bail!("there is nothing on standard input: the token is expected there");
+    }
+    if bytes.contains(&b'\n') {
+        bail!("there is more than one line on standard input: one token is expected there");
+    }
+    if !is_token(&bytes) {
+        bail!("what stands on standard input is no token: 1 to 255 visible ASCII characters, without blanks");
+    }
+    Ok(bytes)
 }
 
-fn print_record(common: &Common, record: &TokenRecord) -> Result<(), Failure> {
+async fn show(common: &Common, id: &str) -> Result<(), Failure> {
+    let mut opened = open(common).await?;
+    let record = find(&mut opened, id).await?;
+    print_record(common, &opened, &record)
+}
+
+fn print_record(common: &Common, opened: &Opened, record: &TokenRecord) -> Result<(), Failure> {
     let shown = ShownRecord::from(record);
     if common.json {
         say!("{}", serde_json::to_string(&shown)?)?;
@@ -387,26 +529,40 @@ fn print_record(common: &Common, record: &TokenRecord) -> Result<(), Failure> {
     if let Some(old) = shown.replaces {
         say!("replaces     {old}")?;
     }
-    say!("revoked      {}", or(shown.revoked, "no"))?;
-    say!("last used    {}", or(shown.last_used, "never"))?;
+    say!(
+        "revoked      {}",
+        if record.revoked.is_some_and(is_unknown) { "yes".into() } else { or(shown.revoked, "no") }
+    )?;
+    say!("last used    {}", last_used(opened, record))?;
     say!("sha256       {}", shown.sha256)?;
     Ok(())
 }
 
+/// A file may say that a token is revoked, and not since when.
+const fn is_unknown(revoked: u64) -> bool {
+    revoked <= 1
+}
+
 async fn revoke(common: &Common, id: &str, wait: Option<Duration>) -> Result<(), Failure> {
-    let (_, mut admin) = open(common).await?;
-    let record = find(admin.as_mut(), id).await?;
-    let revoked = admin.revoke(&record.digest, now()).await?;
-    let record = find(admin.as_mut(), &record.digest.to_hex()).await?;
+    let mut opened = open(common).await?;
+    let record = find(&mut opened, id).await?;
+    let revoked = opened.admin.revoke(&record.digest, now()).await?;
+    let record = opened.confirmed(&record.digest, |record| record.revoked.is_some()).await?;
+    let id = record.digest.id();
     if common.json {
-        print_record(common, &record)?;
+        print_record(common, &opened, &record)?;
     } else {
-        let how = if revoked { "is revoked" } else { "was revoked before" };
-        say!("token {} of {} {how}", record.digest.id(), plain(&record.user))?;
+        let how = match record.revoked {
+            _ if revoked => "is revoked".into(),
+            Some(at) if !is_unknown(at) => format!("was revoked before, at {}", rfc3339(at)),
+            _ => "was revoked before".into(),
+        };
+        say!("token {id} of {} {how}", plain(&record.user))?;
     }
     let Some(timeout) = wait else { return Ok(()) };
     let started = Instant::now();
-    let confirmed = admin.wait(timeout).await?;
+    let confirmed = opened.admin.wait(timeout).await;
+    let confirmed = confirmed.with_context(|| format!("token {id} is revoked, but not confirmed by all gateways"))?;
     let took = started.elapsed().as_millis();
     match confirmed.len() {
         0 => eprintln!("no gateway is running on this store"),
@@ -416,91 +572,118 @@ async fn revoke(common: &Common, id: &str, wait: Option<Duration>) -> Result<(),
 }
 
 async fn block(common: &Common, user: &str, blocked: bool) -> Result<(), Failure> {
-    let changed = open(common).await?.1.block(user, blocked).await?;
-    let how = if blocked { "are blocked" } else { "work again" };
-    if common.json {
-        say!("{}", serde_json::json!({ "user": user, "blocked": blocked, "changed": changed }))?;
-    } else {
-        say!("{changed} tokens of {} {how}", plain(user))?;
+    let mut opened = open(common).await?;
+    let name = plain(user);
+    let were_blocked: BTreeSet<String> = match opened.admin.of_user(user).await? {
+        none if none.is_empty() => {
+            let how = if blocked { "blocked" } else { "unblocked" };
+            return Err(anyhow!("store {} has no token of \"{name}\": nobody was {how}", opened.store).into());
+        }
+        records => records.iter().filter(|record| record.blocked).map(|record| record.digest.to_hex()).collect(),
+    };
+    let changed = opened.admin.block(user, blocked).await?;
+    let records = opened.admin.of_user(user).await?;
+    if let Some(other) = records.iter().find(|record| record.blocked != blocked) {
+        let id = other.digest.id();
+        return Err(anyhow!("store {}: took the change and does not show it at token {id}", opened.store).into());
     }
+    let works = |record: &&TokenRecord| matches!(state(record), "active" | "rotated");
+    if common.json {
+        let in_force = records.iter().filter(works).count();
+        let tokens = records.len();
+        say!(
+            "{}",
+            serde_json::json!({
+                "user": user, "blocked": blocked, "changed": changed, "tokens": tokens, "in_force": in_force
+            })
+        )?;
+    } else if blocked {
+        let before = match (records.len() as u64).saturating_sub(changed) {
+            0 => String::new(),
+            _ if changed == 0 => ", as before".into(),
+            before => format!(", {before} of them as before"),
+        };
+        say!("{} of {name} {} blocked{before}", tokens(records.len()), if records.len() == 1 { "is" } else { "are" })?;
+    } else {
+        let freed: Vec<_> = records.iter().filter(|record| were_blocked.contains(&record.digest.to_hex())).collect();
+        let again = freed.iter().copied().filter(works).count();
+        let still = |what: &str| match freed.iter().filter(|record| state(record) == what).count() {
+            0 => String::new(),
+            count => format!("; {} {what}", if count == 1 { "1 is".into() } else { format!("{count} are") }),
+        };
+        let rest: String =
+            ["revoked", "expired", "not yet"].map(|what| still(what).replace("not yet", "not valid yet")).concat();
+        match (freed.len(), again) {
+            (0, _) => say!("no token of {name} was blocked")?,
+            (_, 0) => say!("no token of {name} works again{rest}")?,
+            (_, 1) => say!("1 token of {name} works again{rest}")?,
+            (_, again) => say!("{again} tokens of {name} work again{rest}")?,
+        }
+    }
+    opened.note_others();
     Ok(())
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ImportedLine {
-    token: Option<String>,
-    sha256: Option<String>,
-    user: String,
-    #[serde(default)]
-    scopes: Vec<String>,
-    #[serde(default)]
-    description: String,
-    not_before: Option<String>,
-    expires: Option<String>,
-    #[serde(default)]
-    blocked: bool,
+fn tokens(count: usize) -> String {
+    if count == 1 { "1 token".into() } else { format!("{count} tokens") }
 }
 
 async fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> {
-    let (_, mut admin) = open(common).await?;
+    let mut opened = open(common).await?;
     let input: Box<dyn BufRead + Send> = if file == std::path::Path::new("-") {
-        Box::new(std::io::BufReader::new(std::io::stdin()))
+        Box::new(BufReader::new(std::io::stdin()))
     } else {
-        Box::new(std::io::BufReader::new(std::fs::File::open(file).with_context(|| file.display().to_string())?))
+        Box::new(BufReader::new(std::fs::File::open(file).with_context(|| file.display().to_string())?))
     };
+    let blocked = opened.admin.blocked_users().await?;
     let started = Instant::now();
     let mut progress = Progress::new();
-    let mut read = 0;
-    let mut records =
-        input.lines().enumerate().filter(|(_, line)| !matches!(line, Ok(line) if line.trim().is_empty())).map(
-            |(index, line)| {
-                read += 1;
-                progress.tick(read);
-                let number = index as u64 + 1;
-                imported(line).map_err(|why| AdminError::Line(number, why))
-            },
-        );
-    // All or nothing: a broken line leaves the store as it was.
-    let new = admin.import(&mut records).await?;
-    drop(records);
+    let mut reading = Reading::new(input, now());
+    let mut held_back: BTreeSet<String> = BTreeSet::new();
+    // All or nothing: a broken entry leaves the store as it was.
+    let imported = {
+        let mut records = std::iter::from_fn(|| {
+            let mut next = reading.next()?;
+            progress.tick(reading.entries());
+            if let Ok(record) = &mut next
+                && !record.blocked
+                && blocked.contains(&record.user)
+            {
+                record.blocked = true;
+                held_back.insert(record.user.clone());
+            }
+            Some(next)
+        });
+        opened.admin.import(&mut records).await
+    };
     progress.end();
+    let (imported, read) = (imported?, reading.entries());
+    let (new, differing) = (imported.new, imported.differing);
     let seconds = started.elapsed().as_secs_f64();
     if common.json {
-        say!("{}", serde_json::json!({ "read": read, "imported": new, "known": read - new, "seconds": seconds }))?;
+        say!(
+            "{}",
+            serde_json::json!({
+                "read": read, "imported": new, "known": read - new, "differing": differing.count, "seconds": seconds
+            })
+        )?;
     } else {
         say!("{new} tokens imported, {} known before, in {seconds:.1} s", read - new)?;
     }
-    Ok(())
-}
-
-/// One line. Its text is never quoted back: it may hold a token.
-fn imported(line: std::io::Result<String>) -> Result<TokenRecord, String> {
-    let line = line.map_err(|error| error.to_string())?;
-    let line: ImportedLine = serde_json::from_str(&line).map_err(|error| {
-        format!("is not the JSON that is expected (column {}): give user, and token or sha256", error.column())
-    })?;
-    let digest = match (&line.token, &line.sha256) {
-        (Some(token), None) if (1..=255).contains(&token.len()) && token.bytes().all(|b| b.is_ascii_graphic()) => {
-            Digest::of(token.as_bytes())
+    if !held_back.is_empty() {
+        let users = held_back.iter().map(|user| plain(user)).collect::<Vec<_>>().join(", ");
+        eprintln!("note: users who are blocked here stay so, with their imported tokens: {users}");
+    }
+    match differing.count {
+        0 => Ok(()),
+        count => {
+            let more = count - differing.named.len() as u64;
+            let more = if more == 0 { String::new() } else { format!("\nand {more} more") };
+            let named = differing.named.join("\n");
+            Err(anyhow!("{count} of the known tokens differ from the input, and stay as they are:\n{named}{more}")
+                .into())
         }
-        (Some(_), None) => return Err("token must be 1 to 255 visible ASCII characters".into()),
-        (None, Some(hex)) => Digest::from_hex(hex).ok_or("sha256 must be 64 hex digits")?,
-        _ => return Err("give token or sha256, and not both".into()),
-    };
-    let time = |key: &str, text: &Option<String>| match text {
-        Some(text) => parse_time(text).map(Some).ok_or(format!("{key} must be a time like 2026-12-31T23:59:59Z")),
-        None => Ok(None),
-    };
-    Ok(TokenRecord {
-        scopes: line.scopes,
-        description: line.description,
-        created: now(),
-        not_before: time("not_before", &line.not_before)?,
-        expires: time("expires", &line.expires)?,
-        blocked: line.blocked,
-        ..TokenRecord::new(digest, line.user)
-    })
+    }
 }
 
 /// A line on a terminal that says how far it got.
@@ -538,25 +721,5 @@ mod tests {
         let tokens: std::collections::HashSet<_> = (0..1000).map(|_| new_token().unwrap()).collect();
         assert_eq!(tokens.len(), 1000);
         assert!(tokens.iter().all(|token| token.starts_with("tg-") && token.len() == 41 && token.is_ascii()));
-    }
-
-    #[test]
-    fn imported_lines_never_quote_a_token() {
-        let digest = Digest::of(b"S3CRET");
-        assert_eq!(imported(Ok("{\"user\":\"a\",\"token\":\"S3CRET\"}".into())).unwrap().digest, digest);
-        assert_eq!(
-            imported(Ok(format!("{{\"user\":\"a\",\"sha256\":\"{}\"}}", digest.to_hex()))).unwrap().digest,
-            digest
-        );
-        for line in [
-            "{\"user\":\"a\",\"token\":\"S3CRET x\"}",
-            "{\"token\":\"S3CRET\"}",
-            "S3CRET",
-            "{\"user\":\"a\",\"S3CRET\":1}",
-            "{\"user\":\"a\",\"token\":\"S3CRET\",\"sha256\":\"S3CRET\"}",
-        ] {
-            let why = imported(Ok(line.into())).unwrap_err();
-            assert!(!why.contains("S3CRET"), "{why}");
-        }
     }
 }

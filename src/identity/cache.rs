@@ -97,6 +97,8 @@ struct Uses {
 
 /// Uses of tokens that left the cache; those of more are lost.
 const USES_LEFT: usize = 100_000;
+/// Uses that are told again when a store could not take them. One that never takes any costs no more than this.
+const USES_RETRIED: usize = 10_000;
 
 impl Uses {
     fn is_untold(&self, at: u64) -> bool {
@@ -287,7 +289,7 @@ impl Cache {
     }
 
     pub(super) fn untold_uses(&self, uses: Vec<(Digest, u64)>) {
-        uses.into_iter().for_each(|(digest, used)| self.uses.keep(digest, used));
+        uses.into_iter().take(USES_RETRIED).for_each(|(digest, used)| self.uses.keep(digest, used));
     }
 
     /// The valid entries that may be worth something after a restart.

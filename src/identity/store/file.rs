@@ -1,18 +1,18 @@
 //! Tokens in a TOML or JSON file of digests that people edit by hand or programs write. Read again whenever it changes; a
 //! broken file changes nothing and says why. The file as a whole is swapped, never parts of it.
 
-use super::{
-    AdminError, Change, Event, Heard, Named, Records, StoreError, TokenAdmin, TokenRecord, TokenStore, parse_time,
-    rfc3339,
-};
+mod admin;
+
+pub use admin::FileAdmin;
+
+use super::{Change, Event, Heard, Named, StoreError, TokenRecord, TokenStore, parse_time, rfc3339};
 use crate::identity::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
-use std::io::Write as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -83,6 +83,9 @@ struct TokenShape {
     superseded: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     replaces: Option<String>,
+    /// As another store knew it; gateways write nothing here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_used: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -106,6 +109,7 @@ impl From<&TokenRecord> for TokenShape {
             blocked: record.blocked,
             superseded: record.superseded.map(rfc3339),
             replaces: record.replaces.map(Digest::to_hex),
+            last_used: record.last_used.map(rfc3339),
         }
     }
 }
@@ -275,7 +279,7 @@ fn parse(text: &str, format: Format) -> Result<Table, String> {
             blocked: token.blocked,
             superseded: time("superseded", &token.superseded)?,
             replaces: replaces.transpose()?,
-            last_used: None,
+            last_used: time("last_used", &token.last_used)?,
             user: token.user,
         };
         if table.insert(digest, record).is_some() {
@@ -283,200 +287,4 @@ fn parse(text: &str, format: Format) -> Result<Table, String> {
         }
     }
     Ok(table)
-}
-
-/// The file as the command line writes to it. In TOML text is added, and what people wrote stays as it is; JSON is
-/// written anew.
-pub struct FileAdmin {
-    path: PathBuf,
-    format: Format,
-}
-
-impl FileAdmin {
-    pub fn new(path: &Path) -> Self {
-        Self { path: path.into(), format: Format::of(path) }
-    }
-
-    fn failed(&self, why: impl std::fmt::Display) -> AdminError {
-        AdminError::Store(format!("{}: {why}", self.path.display()))
-    }
-
-    /// What the file says; a start for one that is not there or empty.
-    fn text(&self) -> Result<String, AdminError> {
-        let text = match std::fs::read_to_string(&self.path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            read => read.map_err(|error| self.failed(error))?,
-        };
-        if !text.trim().is_empty() {
-            return Ok(text);
-        }
-        Ok(match self.format {
-            Format::Toml => "# Tokens that tollgate knows, by their SHA-256.\n".into(),
-            Format::Json => "{}".into(),
-        })
-    }
-
-    fn table(&self) -> Result<Table, AdminError> {
-        parse(&self.text()?, self.format).map_err(|why| self.failed(why))
-    }
-
-    fn records(&self) -> Result<Vec<TokenRecord>, AdminError> {
-        let mut records: Vec<_> = self.table()?.into_values().collect();
-        records.sort_by(|a, b| b.created.cmp(&a.created).then_with(|| a.digest.as_bytes().cmp(b.digest.as_bytes())));
-        Ok(records)
-    }
-
-    /// Adds entries behind what is there.
-    fn add(&self, text: &str, records: &[TokenRecord]) -> Result<String, AdminError> {
-        match self.format {
-            Format::Toml => {
-                let mut text = text.to_owned();
-                for record in records {
-                    let file = FileShape { token: vec![record.into()] };
-                    text += "\n";
-                    text += &toml::to_string(&file).map_err(|error| self.failed(error))?;
-                }
-                Ok(text)
-            }
-            Format::Json => {
-                let mut file = self.format.shape(text).map_err(|why| self.failed(why))?;
-                file.token.extend(records.iter().map(TokenShape::from));
-                serde_json::to_string_pretty(&file).map_err(|error| self.failed(error))
-            }
-        }
-    }
-
-    /// Gives keys of some entries new values, in TOML's notation.
-    fn set(&self, text: &str, digests: &[Digest], keys: &[(&str, String)]) -> Result<String, AdminError> {
-        match self.format {
-            Format::Toml => Ok(digests.iter().fold(text.to_owned(), |text, digest| set_in_toml(&text, digest, keys))),
-            Format::Json => {
-                let mut file: serde_json::Value = serde_json::from_str(text).map_err(|error| self.failed(error))?;
-                let entries = file.get_mut("token").and_then(serde_json::Value::as_array_mut).into_iter().flatten();
-                for entry in entries {
-                    let digest = entry.get("sha256").and_then(|hex| hex.as_str()).and_then(Digest::from_hex);
-                    if digest.is_some_and(|digest| digests.contains(&digest)) {
-                        for (key, value) in keys {
-                            entry[*key] = serde_json::from_str(value).map_err(|error| self.failed(error))?;
-                        }
-                    }
-                }
-                serde_json::to_string_pretty(&file).map_err(|error| self.failed(error))
-            }
-        }
-    }
-
-    /// Puts the new text in place as a whole, after having checked that it can be read.
-    fn replace(&self, text: &str) -> Result<(), AdminError> {
-        parse(text, self.format).map_err(|why| self.failed(why))?;
-        let mode = std::fs::metadata(&self.path).map_or(0o600, |meta| meta.mode() & 0o777);
-        let temporary = self.path.with_extension(format!("new-{}", std::process::id()));
-        let mut file = std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(mode)
-            .open(&temporary)
-            .map_err(|error| self.failed(error))?;
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|error| self.failed(error))?;
-        std::fs::rename(&temporary, &self.path).map_err(|error| self.failed(error))
-    }
-}
-
-/// Replaces the lines of these keys in a token's entry, or adds them below its digest.
-fn set_in_toml(text: &str, digest: &Digest, keys: &[(&str, String)]) -> String {
-    let hex = digest.to_hex();
-    let key_of = |line: &str| line.split_once('=').map(|(key, _)| key.trim().to_owned());
-    let is_digest =
-        |line: &str| key_of(line).is_some_and(|key| key == "sha256") && line.to_ascii_lowercase().contains(&hex);
-    // Entries begin at their header; what stands before the first one is kept as it is.
-    let mut entries: Vec<Vec<&str>> = vec![Vec::new()];
-    for line in text.lines() {
-        if line.trim_start().starts_with('[') {
-            entries.push(Vec::new());
-        }
-        if let Some(entry) = entries.last_mut() {
-            entry.push(line);
-        }
-    }
-    let mut out = String::new();
-    for entry in entries {
-        let ours = entry.iter().any(|line| is_digest(line));
-        for line in entry {
-            if !ours || !keys.iter().any(|(key, _)| key_of(line).is_some_and(|found| found == *key)) {
-                out += line;
-                out.push('\n');
-            }
-            if ours && is_digest(line) {
-                keys.iter().for_each(|(key, value)| out += &format!("{key} = {value}\n"));
-            }
-        }
-    }
-    out
-}
-
-/// A time as both languages write it.
-fn quoted(time: u64) -> String {
-    format!("\"{}\"", rfc3339(time))
-}
-
-#[async_trait]
-impl TokenAdmin for FileAdmin {
-    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
-        if self.table()?.contains_key(&record.digest) {
-            return Err(AdminError::Exists);
-        }
-        self.replace(&self.add(&self.text()?, std::slice::from_ref(record))?)
-    }
-
-    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
-        let mut known: HashSet<Digest> = self.table()?.into_keys().collect();
-        let mut new = Vec::new();
-        for record in records {
-            let record = record?;
-            if known.insert(record.digest) {
-                new.push(record);
-            }
-        }
-        self.replace(&self.add(&self.text()?, &new)?).map(|()| new.len() as u64)
-    }
-
-    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
-        self.records()
-    }
-
-    async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
-        let records = self.records()?.into_iter();
-        Ok(records.filter(|record| record.digest.to_hex().starts_with(hex_prefix)).take(100).collect())
-    }
-
-    async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
-        let table = self.table()?;
-        if table.get(digest).ok_or(AdminError::Missing)?.revoked.is_some() {
-            return Ok(false);
-        }
-        self.replace(&self.set(&self.text()?, &[*digest], &[("revoked", quoted(at))])?).map(|()| true)
-    }
-
-    async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
-        let table = self.table()?;
-        let end = table.get(old).ok_or(AdminError::Missing)?.rotated_out(at, end)?;
-        if table.contains_key(&next.digest) {
-            return Err(AdminError::Exists);
-        }
-        let text = self.set(&self.text()?, &[*old], &[("superseded", quoted(at)), ("expires", quoted(end))])?;
-        self.replace(&self.add(&text, &[TokenRecord { replaces: Some(*old), ..next.clone() }])?)
-    }
-
-    async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
-        let differs = |record: &&TokenRecord| record.user == user && record.blocked != blocked;
-        let table = self.table()?;
-        let digests: Vec<_> = table.values().filter(differs).map(|record| record.digest).collect();
-        self.replace(&self.set(&self.text()?, &digests, &[("blocked", blocked.to_string())])?)?;
-        Ok(digests.len() as u64)
-    }
-
-    async fn wait(&mut self, _timeout: Duration) -> Result<Vec<String>, AdminError> {
-        Err(AdminError::NoRegister("a file"))
-    }
 }

@@ -3,10 +3,12 @@
 pub mod chain;
 pub mod file;
 pub mod introspect;
+pub mod portable;
 pub mod postgres;
 pub mod redis;
 pub mod sqlite;
 mod tls;
+pub mod values;
 
 #[cfg(test)]
 #[allow(clippy::print_stdout, reason = "figures, for whoever asks with --nocapture")]
@@ -16,7 +18,9 @@ mod contract;
 #[path = "../../../tests/servers/mod.rs"]
 pub(crate) mod servers;
 
+pub use portable::ShownRecord;
 pub use tls::{PemFile, Place, Secret, TlsMode, TlsSettings, system_authorities};
+pub use values::{parse_time, rfc3339};
 
 /// One store of a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,7 +56,7 @@ impl StoreSettings {
 use super::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
-use serde::Serialize;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -222,18 +226,30 @@ pub type Records<'a> = &'a mut (dyn Iterator<Item = Result<TokenRecord, AdminErr
 pub trait TokenAdmin: Send {
     /// Fails for a digest that is there already.
     async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError>;
-    /// Adds many at once and skips those that are there already. All or nothing. Returns how many were new.
-    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError>;
+    /// Adds many at once. Those that are there already stay as they are. All or nothing.
+    async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError>;
     /// Newest first.
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError>;
     /// All tokens whose digest begins with these hex digits, up to 100.
     async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError>;
+    /// All tokens of a user, newest first.
+    async fn of_user(&mut self, user: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        Ok(self.list().await?.into_iter().filter(|record| record.user == user).collect())
+    }
+    /// The users of whom a token is blocked.
+    async fn blocked_users(&mut self) -> Result<BTreeSet<String>, AdminError> {
+        Ok(self.list().await?.into_iter().filter(|record| record.blocked).map(|record| record.user).collect())
+    }
+    /// Whether gateways note in this store when a token was used. Where they don't, no time says nothing.
+    fn notes_uses(&self) -> bool {
+        false
+    }
     /// Ends a token. Returns false when it was revoked before.
     async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError>;
     /// Puts `next` in the place of another token, which is superseded `at` and expires at `end`, or at its own end if
     /// that comes first. Both or neither.
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError>;
-    /// Blocks a user, or no longer. Returns how many tokens changed.
+    /// Blocks a user's tokens, or no longer. Returns how many changed.
     async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError>;
     /// Waits until every gateway that runs on this store has taken in all that was written before. Returns the names of
     /// those that did; fails with the names of those that did not within the time.
@@ -252,10 +268,52 @@ pub enum AdminError {
     Unconfirmed { missing: Vec<String>, waited: Duration },
     #[error("{0} keeps no register of the gateways that use it: nothing can be waited for")]
     NoRegister(&'static str),
-    #[error("line {0}: {1}")]
-    Line(u64, String),
+    /// What was to be imported.
+    #[error("{0}")]
+    Input(String),
     #[error("{0}")]
     Store(String),
+}
+
+/// What an import did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Imported {
+    /// Tokens that were not there before.
+    pub new: u64,
+    /// Tokens that were there, and of which the input says something else that matters.
+    pub differing: Differing,
+}
+
+/// Known tokens that an import found to be other than it says: they stay as they are, and somebody must be told.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Differing {
+    /// The first of them, for people.
+    pub named: Vec<String>,
+    pub count: u64,
+}
+
+impl Differing {
+    const NAMED: usize = 20;
+
+    /// Notes a token that is another's here, or that works here and should not by what the input says.
+    pub fn compare(&mut self, known: &TokenRecord, given: &TokenRecord) {
+        let ends = |record: &TokenRecord| record.expires.unwrap_or(u64::MAX);
+        let how = if known.user != given.user {
+            format!("belongs to {:?} here, and to {:?} in the input", known.user, given.user)
+        } else if known.revoked.is_none() && given.revoked.is_some() {
+            "is revoked in the input, and not here".into()
+        } else if !known.blocked && given.blocked {
+            "is blocked in the input, and not here".into()
+        } else if ends(known) > ends(given) {
+            "ends sooner by the input than here".into()
+        } else {
+            return;
+        };
+        self.count += 1;
+        if self.named.len() < Self::NAMED {
+            self.named.push(format!("token {} {how}", known.digest.id()));
+        }
+    }
 }
 
 /// Waiting for gateways to confirm what was written.
@@ -287,61 +345,6 @@ impl Confirmations {
     }
 }
 
-/// A record as the command line shows it.
-#[derive(Serialize)]
-pub struct ShownRecord {
-    pub id: String,
-    pub sha256: String,
-    pub user: String,
-    pub scopes: Vec<String>,
-    pub description: String,
-    pub created: String,
-    pub not_before: Option<String>,
-    pub expires: Option<String>,
-    pub revoked: Option<String>,
-    pub blocked: bool,
-    pub superseded: Option<String>,
-    pub replaces: Option<String>,
-    pub last_used: Option<String>,
-}
-
-impl From<&TokenRecord> for ShownRecord {
-    fn from(record: &TokenRecord) -> Self {
-        Self {
-            id: record.digest.id().to_string(),
-            sha256: record.digest.to_hex(),
-            user: record.user.clone(),
-            scopes: record.scopes.clone(),
-            description: record.description.clone(),
-            created: rfc3339(record.created),
-            not_before: record.not_before.map(rfc3339),
-            expires: record.expires.map(rfc3339),
-            revoked: record.revoked.map(rfc3339),
-            blocked: record.blocked,
-            superseded: record.superseded.map(rfc3339),
-            replaces: record.replaces.map(|digest| digest.id().to_string()),
-            last_used: record.last_used.map(rfc3339),
-        }
-    }
-}
-
-/// `2026-01-31T12:00:00Z` for unix seconds.
-pub fn rfc3339(seconds: u64) -> String {
-    let time = std::time::UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
-    time.map_or_else(|| "out of range".into(), |time| humantime::format_rfc3339_seconds(time).to_string())
-}
-
-/// Unix seconds for `2026-01-31T12:00:00Z` or `2026-01-31`.
-pub fn parse_time(text: &str) -> Option<u64> {
-    // The parser drops what stands behind a fraction, an offset from UTC for one: nothing of the kind gets there.
-    let clock = text.get(10..).unwrap_or_default();
-    if !clock.bytes().all(|b| b.is_ascii_digit() || b"T :.Z".contains(&b)) {
-        return None;
-    }
-    let time = humantime::parse_rfc3339_weak(text).or_else(|_| humantime::parse_rfc3339(&format!("{text}T00:00:00Z")));
-    Some(time.ok()?.duration_since(std::time::UNIX_EPOCH).ok()?.as_secs())
-}
-
 /// What this process is called in a store's register of gateways: its machine and its number there.
 pub fn replica_name() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
@@ -350,27 +353,3 @@ pub fn replica_name() -> String {
 
 /// A gateway that a store has not seen for so long is gone: nobody waits for it.
 pub const REPLICA_GONE: Duration = Duration::from_secs(10);
-
-#[cfg(test)]
-mod times {
-    use super::*;
-
-    #[test]
-    fn only_utc_is_a_time() {
-        for (text, seconds) in [
-            ("1970-01-02", Some(86_400)),
-            ("1970-01-01T00:00:05Z", Some(5)),
-            ("1970-01-01T00:00:05.9Z", Some(5)),
-            ("1970-01-01 00:00:05", Some(5)),
-            ("1970-01-01T02:00:00.5+02:00", None),
-            ("1970-01-01T02:00:00+02:00", None),
-            ("1970-01-01T02:00:00-02:00", None),
-            ("1969-12-31", None),
-            ("tomorrow", None),
-            ("", None),
-        ] {
-            assert_eq!(parse_time(text), seconds, "{text}");
-            assert!(seconds.is_none_or(|seconds| parse_time(&rfc3339(seconds)) == Some(seconds)));
-        }
-    }
-}

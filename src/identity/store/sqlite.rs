@@ -2,12 +2,13 @@
 //! Every change of a record leaves a row in `change`, by trigger, so that a running gateway sees it whoever made it.
 
 use super::{
-    AdminError, Change, Confirmations, Event, Heard, Mark, Named, REPLICA_GONE, Records, StoreError, TokenAdmin,
-    TokenRecord, TokenStore, replica_name,
+    AdminError, Change, Confirmations, Event, Heard, Imported, Mark, Named, REPLICA_GONE, Records, StoreError,
+    TokenAdmin, TokenRecord, TokenStore, replica_name,
 };
 use crate::identity::credential::{Credential, Digest};
 use async_trait::async_trait;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, params};
+use std::collections::BTreeSet;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -365,7 +366,9 @@ fn lookup(db: &Connection, digest: &Digest) -> rusqlite::Result<Option<TokenReco
 fn note_uses(db: &mut Connection, uses: &[(Digest, u64)]) -> rusqlite::Result<()> {
     let transaction = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     {
-        let mut update = transaction.prepare_cached("UPDATE token SET last_used = ?2 WHERE digest = ?1")?;
+        let mut update = transaction.prepare_cached(
+            "UPDATE token SET last_used = ?2 WHERE digest = ?1 AND (last_used IS NULL OR last_used < ?2)",
+        )?;
         for (digest, at) in uses {
             update.execute(params![digest.as_bytes(), (at / 1000) as i64])?;
         }
@@ -564,7 +567,7 @@ impl From<rusqlite::Error> for AdminError {
 }
 
 const INSERT: &str = "INSERT INTO token (digest, user, scopes, description, created, expires, revoked, not_before,
-    blocked, superseded, replaces) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)";
+    blocked, superseded, replaces, last_used) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)";
 
 fn seconds(time: u64) -> i64 {
     i64::try_from(time).unwrap_or(i64::MAX)
@@ -583,6 +586,7 @@ fn insert(statement: &mut rusqlite::CachedStatement<'_>, record: &TokenRecord) -
         record.blocked,
         record.superseded.map(seconds),
         record.replaces.map(|digest| *digest.as_bytes()),
+        record.last_used.map(seconds),
     ])
 }
 
@@ -593,19 +597,26 @@ impl TokenAdmin for SqliteAdmin {
         Ok(())
     }
 
-    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
+    async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
         // Digests come in no order: what is written to stays in memory, or millions of rows would take hours.
         self.db.pragma_update(None, "cache_size", -IMPORT_CACHE_KIB)?;
         let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        let mut new = 0;
+        let mut imported = Imported::default();
         {
             let mut statement = transaction.prepare_cached(&format!("{INSERT} ON CONFLICT DO NOTHING"))?;
             for record in records {
-                new += insert(&mut statement, &record?)? as u64;
+                let record = record?;
+                let new = insert(&mut statement, &record)? as u64;
+                imported.new += new;
+                if new == 0
+                    && let Some(known) = lookup(&transaction, &record.digest)?
+                {
+                    imported.differing.compare(&known, &record);
+                }
             }
         }
         transaction.commit()?;
-        Ok(new)
+        Ok(imported)
     }
 
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
@@ -625,6 +636,22 @@ impl TokenAdmin for SqliteAdmin {
         let records =
             query.query_map([bound('0')?.as_bytes(), bound('f')?.as_bytes()], record)?.collect::<Result<_, _>>()?;
         Ok(records)
+    }
+
+    async fn of_user(&mut self, user: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        let sql = format!("SELECT {COLUMNS} FROM token WHERE user = ?1 ORDER BY created DESC, digest");
+        let records = self.db.prepare(&sql)?.query_map([user], record)?.collect::<Result<_, _>>()?;
+        Ok(records)
+    }
+
+    async fn blocked_users(&mut self) -> Result<BTreeSet<String>, AdminError> {
+        let mut query = self.db.prepare("SELECT DISTINCT user FROM token WHERE blocked = 1")?;
+        let users = query.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        Ok(users)
+    }
+
+    fn notes_uses(&self) -> bool {
+        true
     }
 
     async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {

@@ -149,6 +149,15 @@ fn spoil(path: &std::path::Path, token: &str) {
     assert_eq!(db.execute("UPDATE token SET user = x'ff00ff' WHERE digest = ?1", [digest.as_bytes()]).unwrap(), 1);
 }
 
+/// Each kind, empty.
+pub(super) fn kinds() -> Vec<(&'static str, Box<dyn Subject>)> {
+    vec![
+        ("toml", Box::new(FileSubject::new("tokens.toml"))),
+        ("json", Box::new(FileSubject::new("tokens.json"))),
+        ("sqlite", Box::new(SqliteSubject { folder: Folder::new("contract-sqlite") })),
+    ]
+}
+
 #[tokio::test]
 async fn file_holds_the_contract() {
     run(&FileSubject::new("tokens.toml")).await;

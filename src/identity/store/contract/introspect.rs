@@ -5,7 +5,7 @@ use super::super::servers::http::{Asked, HttpServer, Reply, Step};
 use super::super::servers::tls::Authority;
 use super::super::servers::{Folder, Process, Server as _, eventually, free_port, repository};
 use super::super::{
-    AdminError, Records, Secret, StoreError, TlsMode, TlsSettings, TokenAdmin, TokenRecord, TokenStore,
+    AdminError, Imported, Records, Secret, StoreError, TlsMode, TlsSettings, TokenAdmin, TokenRecord, TokenStore,
 };
 use super::{Fault, Features, Subject, TIMEOUT, run};
 use crate::identity::credential::{Credential, Digest};
@@ -81,14 +81,14 @@ impl TokenAdmin for Table {
         }
     }
 
-    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
+    async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
         let records = records.collect::<Result<Vec<_>, _>>()?;
         let mut table = self.tokens.lock();
         let before = table.len();
         for record in records {
             table.entry(record.digest).or_insert(record);
         }
-        Ok((table.len() - before) as u64)
+        Ok(Imported { new: (table.len() - before) as u64, ..Imported::default() })
     }
 
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {

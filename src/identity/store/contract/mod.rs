@@ -8,7 +8,7 @@ mod redis;
 
 use super::chain::{Chain, Link};
 use super::servers::{Fault, Folder, Server as _};
-use super::{AdminError, Change, Event, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
+use super::{AdminError, Change, Event, Imported, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
 use crate::identity::credential::{Credential, Digest};
 use crate::identity::principal::judge;
 use crate::identity::{Answer, Authenticator, CacheSettings, Checked, Invalid};
@@ -170,6 +170,9 @@ pub(super) async fn run(subject: &dyn Subject) {
     if subject.features().is_ours {
         writing(subject).await;
         rotation(subject).await;
+        users_are_blocked_as_they_are(subject).await;
+        known_tokens_stay_as_they_are(subject).await;
+        uses_outlive_a_change(subject).await;
     }
     if subject.features().hears {
         changes_are_heard(subject).await;
@@ -275,11 +278,11 @@ async fn writing(subject: &dyn Subject) {
     let before = admin.list().await.unwrap().len();
 
     // A broken import changes nothing; a good one skips what is known.
-    let mut broken = [Ok(record("new")), Err(AdminError::Line(2, "broken".into()))].into_iter();
-    assert!(matches!(admin.import(&mut broken).await, Err(AdminError::Line(2, _))));
+    let mut broken = [Ok(record("new")), Err(AdminError::Input("broken".into()))].into_iter();
+    assert!(matches!(admin.import(&mut broken).await, Err(AdminError::Input(_))));
     assert_eq!(admin.list().await.unwrap().len(), before, "{}", subject.name());
     let mut good = ["known", "new", "newer"].into_iter().map(|token| Ok(record(token)));
-    assert_eq!(admin.import(&mut good).await.unwrap(), 2);
+    assert_eq!(admin.import(&mut good).await.unwrap(), Imported { new: 2, ..Imported::default() });
 
     assert!(admin.revoke(&Digest::of(b"new"), 1_760_000_000).await.unwrap());
     assert!(!admin.revoke(&Digest::of(b"new"), 1_770_000_000).await.unwrap(), "the first one counts");
@@ -315,6 +318,174 @@ async fn rotation(subject: &dyn Subject) {
     assert_eq!(lookup(&*store, b"short").await.unwrap().expires, Some(now + 5));
     admin.revoke(&next.digest, now).await.unwrap();
     assert!(matches!(admin.rotate(&next.digest, &record("fourth"), now, now + 60).await, Err(AdminError::Ended)));
+}
+
+/// A user without a token, one who is blocked twice, and one of whose tokens some are over.
+async fn users_are_blocked_as_they_are(subject: &dyn Subject) {
+    let (mut admin, store) = (subject.admin().await, subject.open());
+    let now = crate::edge::now().unix_ms / 1000;
+    let of = |token: &str| TokenRecord { user: "leaver".into(), ..record(token) };
+    assert_eq!(admin.of_user("leaver").await.unwrap(), []);
+    assert_eq!(admin.block("leaver", true).await.unwrap(), 0);
+    assert!(!admin.blocked_users().await.unwrap().contains("leaver"), "{}", subject.name());
+    let revoked = TokenRecord { revoked: Some(now - 60), ..of("leaver-revoked") };
+    let expired = TokenRecord { expires: Some(now - 60), created: 1_700_000_001, ..of("leaver-expired") };
+    let working = TokenRecord { created: 1_700_000_002, ..of("leaver-working") };
+    // Names that are nearly the same are other people.
+    let others = ["Leaver", "leaver ", "leave", "leaver%", "*"];
+    for record in [&revoked, &expired, &working] {
+        admin.create(record).await.unwrap();
+    }
+    for (n, user) in others.into_iter().enumerate() {
+        admin.create(&TokenRecord { user: user.into(), ..record(&format!("not-leaver-{n}")) }).await.unwrap();
+    }
+    assert_eq!(admin.of_user("leaver").await.unwrap(), [working.clone(), expired.clone(), revoked.clone()]);
+    for (blocked, changed) in [(true, 3), (true, 0), (false, 3), (false, 0)] {
+        assert_eq!(admin.block("leaver", blocked).await.unwrap(), changed, "{}: {blocked}", subject.name());
+        let with = |record: &TokenRecord| TokenRecord { blocked, ..record.clone() };
+        // Nothing else of them changes: what was revoked or over stays so.
+        let expected = [with(&working), with(&expired), with(&revoked)];
+        assert_eq!(admin.of_user("leaver").await.unwrap(), expected, "{}", subject.name());
+        let users = admin.blocked_users().await.unwrap();
+        assert_eq!(users.contains("leaver"), blocked, "{}: {users:?}", subject.name());
+        assert!(!others.iter().any(|user| users.contains(*user)), "{}: {users:?}", subject.name());
+        let verdict = async |token: &str| verdict(lookup(&*store, token.as_bytes()).await.as_ref(), token);
+        assert_eq!(verdict("leaver-revoked").await, Err(Invalid::Revoked), "{}", subject.name());
+        assert_eq!(verdict("leaver-working").await.is_ok(), !blocked, "{}", subject.name());
+        assert!(verdict("leaver-expired").await.is_err(), "{}", subject.name());
+    }
+}
+
+/// An import changes no known token, and says where it should have.
+async fn known_tokens_stay_as_they_are(subject: &dyn Subject) {
+    let mut admin = subject.admin().await;
+    let known = TokenRecord { expires: Some(1_900_000_000), ..record("kept") };
+    admin.create(&known).await.unwrap();
+    let id = known.digest.id().to_string();
+    let same = TokenRecord { description: "other words".into(), expires: Some(1_950_000_000), ..known.clone() };
+    for (given, part) in [
+        (TokenRecord { user: "somebody else".into(), ..known.clone() }, "\"somebody else\" in the input"),
+        (TokenRecord { revoked: Some(1_750_000_000), ..known.clone() }, "is revoked in the input"),
+        (TokenRecord { blocked: true, ..known.clone() }, "is blocked in the input"),
+        (TokenRecord { expires: Some(1_800_000_000), ..known.clone() }, "ends sooner"),
+        (same.clone(), ""),
+    ] {
+        let new = record(&format!("beside-{part}"));
+        let mut records = [given, new].into_iter().map(Ok);
+        let Imported { new, differing } = admin.import(&mut records).await.unwrap();
+        assert_eq!((new, differing.count), (1, u64::from(!part.is_empty())), "{}: {part}", subject.name());
+        let named = differing.named.concat();
+        assert!(named.contains(part) && (part.is_empty() || named.contains(&id)), "{}: {named}", subject.name());
+        assert_eq!(
+            admin.find(&known.digest.to_hex()).await.unwrap(),
+            std::slice::from_ref(&known),
+            "{}: {part}",
+            subject.name()
+        );
+    }
+    // Twice in one input: the first counts, and the other is compared with it.
+    let twice = ["first", "second"].map(|user| Ok(TokenRecord { user: user.into(), ..record("twice") }));
+    let imported = admin.import(&mut twice.into_iter()).await.unwrap();
+    assert_eq!((imported.new, imported.differing.count), (1, 1), "{}", subject.name());
+    // More than are named are counted.
+    let known = (0..30).map(|n| record(&format!("many-known-{n}")));
+    admin.import(&mut known.clone().map(Ok)).await.unwrap();
+    let mut others = known.map(|record| Ok(TokenRecord { user: "thief".into(), ..record }));
+    let Imported { new, differing } = admin.import(&mut others).await.unwrap();
+    assert_eq!((new, differing.count, differing.named.len()), (0, 30, 20), "{}", subject.name());
+}
+
+/// What gateways noted of a token's use stays through every change of its record, and never goes back.
+async fn uses_outlive_a_change(subject: &dyn Subject) {
+    let (mut admin, store) = (subject.admin().await, subject.open());
+    if !admin.notes_uses() {
+        return;
+    }
+    let (token, now) = (Digest::of(b"in-use"), crate::edge::now().unix_ms / 1000);
+    admin.create(&TokenRecord { user: "user of in-use".into(), ..record("in-use") }).await.unwrap();
+    let note =
+        async |at: u64| store.note_uses(vec![(token, at * 1000), (Digest::of(b"nobody"), at * 1000)]).await.unwrap();
+    note(now).await;
+    // Another gateway, whose word comes later.
+    note(now - 600).await;
+    let last_used = async |admin: &mut Box<dyn TokenAdmin>| admin.find(&token.to_hex()).await.unwrap()[0].last_used;
+    assert_eq!(last_used(&mut admin).await, Some(now), "{}", subject.name());
+    admin
+        .import(&mut std::iter::once(Ok(TokenRecord { user: "user of in-use".into(), ..record("in-use") })))
+        .await
+        .unwrap();
+    assert_eq!(last_used(&mut admin).await, Some(now), "{}: import", subject.name());
+    admin.block("user of in-use", true).await.unwrap();
+    admin.block("user of in-use", false).await.unwrap();
+    assert_eq!(last_used(&mut admin).await, Some(now), "{}: block", subject.name());
+    admin.rotate(&token, &record("in-use-next"), now, now + 60).await.unwrap();
+    assert_eq!(last_used(&mut admin).await, Some(now), "{}: rotate", subject.name());
+    admin.revoke(&token, now).await.unwrap();
+    assert_eq!(last_used(&mut admin).await, Some(now), "{}: revoke", subject.name());
+    assert_eq!(lookup(&*store, b"in-use").await.unwrap().last_used, Some(now), "{}", subject.name());
+}
+
+/// A list of any store makes the same list in any other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_store_lists_every_other_imports() {
+    use super::portable::{Reading, ShownRecord};
+    let now = crate::edge::now().unix_ms / 1000;
+    let full = TokenRecord {
+        not_before: Some(1_700_000_100),
+        expires: Some(1_900_000_000),
+        revoked: Some(1_750_000_000),
+        blocked: true,
+        superseded: Some(1_740_000_000),
+        replaces: Some(Digest::of(b"long gone")),
+        last_used: Some(1_749_999_999),
+        ..record("full")
+    };
+    let only = |token: &str| TokenRecord { scopes: vec![], description: String::new(), ..record(token) };
+    let mut records = vec![
+        full,
+        only("bare"),
+        TokenRecord { created: 0, ..only("made-in-1970") },
+        TokenRecord { not_before: Some(now + 60), ..only("not-yet") },
+        TokenRecord { expires: Some(now - 60), ..only("expired") },
+        TokenRecord { revoked: Some(now - 60), ..only("revoked") },
+        TokenRecord { blocked: true, ..only("blocked") },
+        TokenRecord { superseded: Some(now), expires: Some(now + 60), ..only("rotated") },
+        TokenRecord { replaces: Some(Digest::of(b"rotated")), ..only("rotation") },
+        TokenRecord { last_used: Some(now), ..only("used") },
+        TokenRecord {
+            scopes: vec!["é:ü/x".into(), "api".into()],
+            user: "名前, \"x\" \\ 'y' ${z} #%".into(),
+            ..only("odd")
+        },
+        TokenRecord { description: "two\nlines\r\n\ttab \u{1b}[2J \u{7f} ]}] , \"".into(), ..only("described") },
+    ];
+    records.sort_by_key(|record| *record.digest.as_bytes());
+    let kinds = || embedded::kinds().into_iter().chain([postgres::kind(), redis::kind()]);
+    let mut lists = Vec::new();
+    for (kind, subject) in kinds() {
+        let mut admin = subject.admin().await;
+        let imported = admin.import(&mut records.iter().cloned().map(Ok)).await.unwrap();
+        assert_eq!(imported.new, records.len() as u64, "{kind}");
+        let shown: Vec<_> = admin.list().await.unwrap().iter().map(ShownRecord::from).collect();
+        lists.push((kind, serde_json::to_string(&shown).unwrap()));
+    }
+    assert_eq!(lists.len(), 5);
+    let mut pairs = 0;
+    for (from, list) in &lists {
+        for (to, subject) in kinds() {
+            let mut admin = subject.admin().await;
+            let imported = admin.import(&mut Reading::new(list.as_bytes(), now)).await.unwrap();
+            assert_eq!((imported.new, imported.differing.count), (records.len() as u64, 0), "{from} to {to}");
+            let mut listed = admin.list().await.unwrap();
+            listed.sort_by_key(|record| *record.digest.as_bytes());
+            assert_eq!(listed, records, "{from} to {to}");
+            // Again, everything is known, and nothing differs.
+            let again = admin.import(&mut Reading::new(list.as_bytes(), now)).await.unwrap();
+            assert_eq!(again, Imported::default(), "{from} to {to}");
+            pairs += 1;
+        }
+    }
+    assert_eq!(pairs, 25);
 }
 
 async fn changes_are_heard(subject: &dyn Subject) {
@@ -451,7 +622,7 @@ async fn many_rows(subject: &dyn Subject) {
     let (mut admin, store) = (subject.admin().await, subject.open());
     let mut records = (0..rows).map(|row| Ok(TokenRecord { user: "many".into(), ..record(&format!("row-{row}")) }));
     let before = Instant::now();
-    assert_eq!(admin.import(&mut records).await.unwrap(), rows as u64);
+    assert_eq!(admin.import(&mut records).await.unwrap().new, rows as u64);
     println!("{}: {rows} rows imported in {:?}", subject.name(), before.elapsed());
     for row in [0, rows / 2, rows - 1] {
         assert!(lookup(&*store, format!("row-{row}").as_bytes()).await.is_some());

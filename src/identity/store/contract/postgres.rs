@@ -6,7 +6,7 @@ use super::super::postgres::{
 use super::super::servers::pgbouncer::PgBouncer;
 use super::super::servers::postgres::Postgres;
 use super::super::servers::tls::Authority;
-use super::super::{Records, Secret, TlsMode, TlsSettings};
+use super::super::{Imported, Records, Secret, TlsMode, TlsSettings};
 use super::*;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -89,6 +89,11 @@ impl Subject for Own {
     async fn fault(&self, fault: Fault) {
         self.0.lock().befall(fault);
     }
+}
+
+/// Its own tables, empty.
+pub(super) fn kind() -> (&'static str, Box<dyn Subject>) {
+    ("postgres", Box::new(Own(Mutex::new(Postgres::start()))))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -292,7 +297,7 @@ impl TokenAdmin for ForeignAdmin {
         self.server.lock().psql("postgres", &self.kind.revoke(&token_of(digest)));
         Ok(true)
     }
-    async fn import(&mut self, _: Records<'_>) -> Result<u64, AdminError> {
+    async fn import(&mut self, _: Records<'_>) -> Result<Imported, AdminError> {
         unreachable!()
     }
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
@@ -821,7 +826,7 @@ async fn storms_and_losses_are_weathered() {
     let rows = 20_000;
     let mut records = (0..rows).map(|row| Ok(record(&format!("row-{row}"))));
     let before = Instant::now();
-    assert_eq!(admin.import(&mut records).await.unwrap(), rows);
+    assert_eq!(admin.import(&mut records).await.unwrap().new, rows);
     let took = before.elapsed();
     println!("{rows} rows imported in {took:?}");
     assert!(took < Duration::from_secs(20), "{took:?}");

@@ -1,10 +1,12 @@
 //! Writing tokens to tollgate's own tables. Used by the command line, never by a gateway.
 
-use super::super::{AdminError, Confirmations, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
+use super::super::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
 use super::connect::{self, EndsWith, Failure, Reached, Target};
 use super::{PostgresSettings, Source, schema};
 use crate::identity::credential::Digest;
 use async_trait::async_trait;
+use futures_util::StreamExt as _;
+use std::collections::BTreeSet;
 use std::pin::pin;
 use std::time::Duration;
 use tokio_postgres::binary_copy::BinaryCopyInWriter;
@@ -19,8 +21,8 @@ const STATEMENT: Duration = Duration::from_secs(30);
 const CHANGES_KEPT: Duration = Duration::from_secs(3_600);
 
 const INSERT: &str = "INSERT INTO {schema}.token (digest, \"user\", scopes, description, created, not_before, expires, \
-    revoked, blocked, superseded, replaces) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)";
-const TYPES: [Type; 11] = [
+    revoked, blocked, superseded, replaces, last_used) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)";
+const TYPES: [Type; 12] = [
     Type::BYTEA,
     Type::TEXT,
     Type::TEXT_ARRAY,
@@ -32,6 +34,7 @@ const TYPES: [Type; 11] = [
     Type::BOOL,
     Type::INT8,
     Type::BYTEA,
+    Type::INT8,
 ];
 
 /// A connection of the command line's own.
@@ -149,13 +152,14 @@ fn seconds(time: u64) -> i64 {
 struct Values<'a> {
     digest: &'a [u8],
     record: &'a TokenRecord,
-    times: [Option<i64>; 5],
+    times: [Option<i64>; 6],
     replaces: Option<&'a [u8]>,
 }
 
 impl<'a> Values<'a> {
     fn of(record: &'a TokenRecord) -> Self {
-        let times = [Some(record.created), record.not_before, record.expires, record.revoked, record.superseded];
+        let TokenRecord { not_before, expires, revoked, superseded, last_used, .. } = *record;
+        let times = [Some(record.created), not_before, expires, revoked, superseded, last_used];
         Self {
             digest: record.digest.as_bytes(),
             record,
@@ -164,8 +168,8 @@ impl<'a> Values<'a> {
         }
     }
 
-    fn list(&self) -> [&(dyn ToSql + Sync); 11] {
-        let [created, not_before, expires, revoked, superseded] = &self.times;
+    fn list(&self) -> [&(dyn ToSql + Sync); 12] {
+        let [created, not_before, expires, revoked, superseded, last_used] = &self.times;
         let record = self.record;
         [
             &self.digest,
@@ -179,6 +183,7 @@ impl<'a> Values<'a> {
             &record.blocked,
             superseded,
             &self.replaces,
+            last_used,
         ]
     }
 }
@@ -205,12 +210,20 @@ impl TokenAdmin for PostgresAdmin {
         insert(&self.session.client, &self.fill(INSERT), record, &self.session.place).await
     }
 
-    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
+    async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
         self.prune().await?;
         let insert = self.fill(
             "INSERT INTO {schema}.token (digest, \"user\", scopes, description, created, not_before, expires, revoked, \
-            blocked, superseded, replaces) SELECT * FROM pg_temp.tollgate_import ON CONFLICT DO NOTHING",
+            blocked, superseded, replaces, last_used) SELECT * FROM pg_temp.tollgate_import ON CONFLICT DO NOTHING",
         );
+        // Of those that were there: what matters, as the input and as the table say it.
+        let differ = self.fill(&format!(
+            "SELECT {}, {} FROM pg_temp.tollgate_import g JOIN {{schema}}.token k ON k.digest = g.digest \
+            WHERE g.\"user\" <> k.\"user\" OR g.revoked IS NOT NULL AND k.revoked IS NULL OR g.blocked AND NOT k.blocked \
+            OR g.expires IS NOT NULL AND (k.expires IS NULL OR k.expires > g.expires)",
+            schema::columns_of("k"),
+            schema::columns_of("g"),
+        ));
         let place = self.session.place.clone();
         let failed = |error: Error| failed(&place, &error);
         // Dropped, and so undone, on every way out but the last.
@@ -218,7 +231,7 @@ impl TokenAdmin for PostgresAdmin {
         let prepare = "SET LOCAL statement_timeout = 0; \
             CREATE TEMPORARY TABLE tollgate_import (digest bytea, \"user\" text, scopes text[], description text, \
             created bigint, not_before bigint, expires bigint, revoked bigint, blocked boolean, superseded bigint, \
-            replaces bytea) ON COMMIT DROP";
+            replaces bytea, last_used bigint) ON COMMIT DROP";
         transaction.batch_execute(prepare).await.map_err(failed)?;
         let copy = "COPY pg_temp.tollgate_import FROM STDIN (FORMAT binary)";
         let mut rows = pin!(BinaryCopyInWriter::new(transaction.copy_in(copy).await.map_err(failed)?, &TYPES));
@@ -228,9 +241,18 @@ impl TokenAdmin for PostgresAdmin {
             rows.as_mut().write(&Values::of(&record).list()).await.map_err(failed)?;
         }
         rows.finish().await.map_err(failed)?;
-        let new = transaction.execute(&insert, &[]).await.map_err(failed)?;
+        let mut imported =
+            Imported { new: transaction.execute(&insert, &[]).await.map_err(failed)?, ..Imported::default() };
+        let none: [&(dyn ToSql + Sync); 0] = [];
+        let mut rows = pin!(transaction.query_raw(&differ, none).await.map_err(failed)?);
+        while let Some(row) = rows.next().await {
+            let row = row.map_err(failed)?;
+            let [known, given] = [0, schema::COLUMNS_COUNT].map(|from| schema::record(&row, from));
+            let garbled = |failure: Failure| garbled(&place, &failure);
+            imported.differing.compare(&known.map_err(garbled)?, &given.map_err(garbled)?);
+        }
         transaction.commit().await.map_err(failed)?;
-        Ok(new)
+        Ok(imported)
     }
 
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
@@ -246,6 +268,21 @@ impl TokenAdmin for PostgresAdmin {
         let (first, last) = (bound('0')?, bound('f')?);
         let range = "WHERE digest BETWEEN $1 AND $2 ORDER BY digest LIMIT 100";
         self.records(range, &[&first.as_bytes().as_slice(), &last.as_bytes().as_slice()]).await
+    }
+
+    async fn of_user(&mut self, user: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        self.records("WHERE \"user\" = $1 ORDER BY created DESC, digest", &[&user]).await
+    }
+
+    async fn blocked_users(&mut self) -> Result<BTreeSet<String>, AdminError> {
+        let sql = self.fill("SELECT DISTINCT \"user\" FROM {schema}.token WHERE blocked");
+        let failed = |error: Error| self.session.failed(&error);
+        let rows = self.session.client.query(&sql, &[]).await.map_err(failed)?;
+        rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>().map_err(failed)
+    }
+
+    fn notes_uses(&self) -> bool {
+        true
     }
 
     async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {

@@ -25,6 +25,7 @@ pub(super) const LOOKUP: &str = "SELECT '{mark}'::text, v.version, v.readers_fro
 /// Of a whole record, in the order that `record` reads.
 pub(super) const COLUMNS: &str = "digest, \"user\", scopes, description, created, not_before, expires, revoked, blocked, \
     superseded, replaces, last_used";
+pub(super) const COLUMNS_COUNT: usize = 12;
 pub(super) const NOTE_USES: &str = "UPDATE {schema}.token t SET last_used = u.at \
     FROM ROWS FROM (pg_catalog.unnest($1::bytea[]), pg_catalog.unnest($2::bigint[])) AS u (digest, at) \
     WHERE t.digest OPERATOR(pg_catalog.=) u.digest \
@@ -74,6 +75,11 @@ pub(super) fn check_channel(channel: &str) -> Result<(), String> {
 
 pub(super) fn fill(sql: &str, schema: &str) -> String {
     sql.replace("{schema}", &format!("\"{schema}\""))
+}
+
+/// [`COLUMNS`] of a table that has a name of its own in a query.
+pub(super) fn columns_of(table: &str) -> String {
+    COLUMNS.split(", ").map(|column| format!("{table}.{column}")).collect::<Vec<_>>().join(", ")
 }
 
 /// Whether this version can read a schema.

@@ -2,7 +2,9 @@
 //! tells the gateways: after the value, never before. In a cluster a script reaches one slot only, so what concerns two
 //! tokens takes two steps there, in the order that loses nothing.
 
-use super::super::{AdminError, Confirmations, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord};
+use super::super::{
+    AdminError, Confirmations, Differing, Imported, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord,
+};
 use super::follow::WAIT_KEPT;
 use super::link::{Connector, Link, failed};
 use super::record::{Edit, Stored, edited, to_json};
@@ -193,6 +195,32 @@ impl RedisAdmin {
         Ok(found.into_values().take(most).collect())
     }
 
+    /// The records of some tokens, in their order.
+    async fn several(&mut self, tokens: &[&(Digest, String)]) -> Result<Vec<Option<TokenRecord>>, AdminError> {
+        let mut records = Vec::with_capacity(tokens.len());
+        if self.is_cluster() {
+            for (digest, _) in tokens {
+                records.push(self.get(digest).await?.map(|(_, record)| record));
+            }
+            return Ok(records);
+        }
+        if tokens.is_empty() {
+            return Ok(records);
+        }
+        let mut pipe = redis::Pipeline::new();
+        pipe.ignore_errors();
+        tokens.iter().for_each(|(digest, _)| read(&mut pipe, &self.keys.token(digest)));
+        let answers: Vec<Value> = pipe.query_async(&mut self.link).await.map_err(|error| broken(&error))?;
+        for ((digest, _), answers) in tokens.iter().zip(answers.chunks(2)) {
+            records.push(match stored(answers, *digest)? {
+                Found::Record(stored) => Some(self.parse(&stored, *digest)?),
+                Found::Nothing => None,
+                Found::Changing => self.get(digest).await?.map(|(_, record)| record),
+            });
+        }
+        Ok(records)
+    }
+
     async fn now_ms(&mut self) -> Result<u64, AdminError> {
         let (seconds, micros): (u64, u64) = self.link.ask(&redis::cmd("TIME")).await?;
         Ok(seconds * 1000 + micros / 1000)
@@ -243,13 +271,14 @@ impl TokenAdmin for RedisAdmin {
 
     /// Everything is read before the first record is written, so a broken input changes nothing. A server that fails in
     /// the middle leaves the first part written: no transaction holds millions. Importing again adds the rest.
-    async fn import(&mut self, records: Records<'_>) -> Result<u64, AdminError> {
+    async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
         let mut all = Vec::new();
         for record in records {
             let record = record?;
             all.push((record.digest, to_json(&record)));
         }
         let (mut new, mut count) = (Vec::new(), 0);
+        let mut differing = Differing::default();
         for batch in all.chunks(BATCH) {
             let added = self.add(batch).await.map_err(|error| {
                 AdminError::Store(format!(
@@ -257,6 +286,15 @@ impl TokenAdmin for RedisAdmin {
                 ))
             })?;
             count += added.len();
+            // One that stands in the input twice was added by its first entry.
+            let mut added_here: HashSet<Digest> = added.iter().copied().collect();
+            let known: Vec<_> = batch.iter().filter(|(digest, _)| !added_here.remove(digest)).collect();
+            for ((digest, given), known) in known.iter().zip(self.several(&known).await?) {
+                let given = self.parse(&Stored::Json(given.clone()), *digest)?;
+                if let Some(known) = known {
+                    differing.compare(&known, &given);
+                }
+            }
             if count <= NAMED {
                 new.extend(added);
             }
@@ -267,7 +305,7 @@ impl TokenAdmin for RedisAdmin {
             _ => vec![format!("* {at}")],
         };
         self.tell(&messages).await?;
-        Ok(count as u64)
+        Ok(Imported { new: count as u64, differing })
     }
 
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {

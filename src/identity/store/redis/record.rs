@@ -2,11 +2,9 @@
 //! sense is an error that names the token and the field, never what stands there.
 
 use super::super::TokenRecord;
+use super::super::values::LATEST;
 use crate::identity::credential::Digest;
 use serde_json::{Map, Number, Value as Json};
-
-/// 31 December 9999: what is later is meant in milliseconds, or is no time at all.
-const LATEST: u64 = 253_402_300_799;
 
 /// What stands under a key, as it was read: an edit says what it found, so that it can't undo somebody else's.
 pub(super) enum Stored {
@@ -161,10 +159,15 @@ pub(super) fn to_json(record: &TokenRecord) -> String {
         fields.insert("description".into(), record.description.clone().into());
     }
     fields.insert("created".into(), record.created.into());
+    // What may stand here leaves no doubt: a time of 0 or 1 could be a truth value.
+    match record.revoked {
+        None => {}
+        Some(0 | 1) => drop(fields.insert("revoked".into(), true.into())),
+        Some(at) => drop(fields.insert("revoked".into(), at.into())),
+    }
     for (name, value) in [
         ("not_before", record.not_before),
-        ("expires", record.expires),
-        ("revoked", record.revoked),
+        ("expires", record.expires.map(|end| end.max(1))),
         ("superseded", record.superseded),
         ("last_used", record.last_used),
     ] {
@@ -227,6 +230,10 @@ mod tests {
         assert_eq!(json(&to_json(&full)), Ok(full));
         let bare = TokenRecord::new(Digest::of(b"t"), "user");
         assert_eq!(json(&to_json(&bare)), Ok(bare), "no scopes are no default scopes");
+        // Times that other stores take for granted.
+        let ended = TokenRecord { revoked: Some(0), expires: Some(0), ..TokenRecord::new(Digest::of(b"t"), "user") };
+        let read = json(&to_json(&ended)).unwrap();
+        assert_eq!((read.revoked, read.expires), (Some(1), Some(1)), "ended, and readable");
     }
 
     #[test]

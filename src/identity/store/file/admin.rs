@@ -1,0 +1,666 @@
+//! The token file as the command line writes to it. An edit is made in the notation that the file has, so that what people
+//! wrote stays, comments included. The file is put in place as a whole, and no command says that it is done before the
+//! change was read from it again.
+
+use super::super::{AdminError, Differing, Imported, Records, TokenAdmin, TokenRecord, rfc3339};
+use super::{Format, Stamp, Table, TokenShape, parse};
+use crate::identity::credential::Digest;
+use async_trait::async_trait;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize as _;
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
+use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use toml_edit::{Array, ArrayOfTables, DocumentMut, InlineTable, Item, TableLike, Value};
+
+/// Another command that writes is done long before.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_POLL: Duration = Duration::from_millis(20);
+/// How often a change is made anew when an editor, which asks for no lock, wrote meanwhile.
+const ATTEMPTS: usize = 5;
+
+pub struct FileAdmin {
+    path: PathBuf,
+    format: Format,
+}
+
+/// One entry's part in a change.
+enum Edit {
+    Add(TokenRecord),
+    Set(Digest, Vec<Field>),
+}
+
+#[derive(Clone, Copy)]
+enum Field {
+    Revoked(u64),
+    Superseded(u64),
+    Expires(u64),
+    Blocked(bool),
+}
+
+impl Field {
+    const fn key(self) -> &'static str {
+        match self {
+            Self::Revoked(_) => "revoked",
+            Self::Superseded(_) => "superseded",
+            Self::Expires(_) => "expires",
+            Self::Blocked(_) => "blocked",
+        }
+    }
+
+    fn toml(self) -> Value {
+        match self {
+            Self::Revoked(time) | Self::Superseded(time) | Self::Expires(time) => rfc3339(time).into(),
+            Self::Blocked(blocked) => blocked.into(),
+        }
+    }
+
+    fn json(self) -> serde_json::Value {
+        match self {
+            Self::Revoked(time) | Self::Superseded(time) | Self::Expires(time) => rfc3339(time).into(),
+            Self::Blocked(blocked) => blocked.into(),
+        }
+    }
+
+    fn put(self, record: &mut TokenRecord) {
+        match self {
+            Self::Revoked(time) => record.revoked = Some(time),
+            Self::Superseded(time) => record.superseded = Some(time),
+            Self::Expires(time) => record.expires = Some(time),
+            Self::Blocked(blocked) => record.blocked = blocked,
+        }
+    }
+}
+
+impl Edit {
+    const fn digest(&self) -> &Digest {
+        match self {
+            Self::Add(record) => &record.digest,
+            Self::Set(digest, _) => digest,
+        }
+    }
+
+    fn put(&self, table: &mut Table) {
+        match self {
+            Self::Add(record) => drop(table.insert(record.digest, record.clone())),
+            Self::Set(digest, fields) => {
+                if let Some(record) = table.get_mut(digest) {
+                    fields.iter().for_each(|field| field.put(record));
+                }
+            }
+        }
+    }
+}
+
+/// The place to write to, and what keeps other commands from it meanwhile.
+struct Held {
+    /// Behind links.
+    target: PathBuf,
+    folder: File,
+    _lock: Option<Flock<File>>,
+}
+
+impl FileAdmin {
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.into(), format: Format::of(path) }
+    }
+
+    fn failed(&self, why: impl std::fmt::Display) -> AdminError {
+        AdminError::Store(format!("{}: {why}", self.path.display()))
+    }
+
+    /// What the file says; nothing for one that is not there.
+    fn read(&self, path: &Path) -> Result<String, AdminError> {
+        match std::fs::read_to_string(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
+            read => read.map_err(|error| self.failed(error)),
+        }
+    }
+
+    fn parse(&self, text: &str) -> Result<Table, AdminError> {
+        parse(self.begun(text), self.format).map_err(|why| self.failed(why))
+    }
+
+    /// The text to go on from; a start for one without a word.
+    fn begun<'a>(&self, text: &'a str) -> &'a str {
+        match self.format {
+            _ if !text.trim().is_empty() => text,
+            Format::Toml => "# Tokens that tollgate knows, by their SHA-256.\n",
+            Format::Json => "{}",
+        }
+    }
+
+    fn table(&self) -> Result<Table, AdminError> {
+        self.parse(&self.read(&self.path)?)
+    }
+
+    fn records(&self) -> Result<Vec<TokenRecord>, AdminError> {
+        let mut records: Vec<_> = self.table()?.into_values().collect();
+        records.sort_by(|a, b| b.created.cmp(&a.created).then_with(|| a.digest.as_bytes().cmp(b.digest.as_bytes())));
+        Ok(records)
+    }
+
+    /// A link stays one: what it leads to is written.
+    fn target(&self) -> Result<PathBuf, AdminError> {
+        match std::fs::canonicalize(&self.path) {
+            Ok(target) => Ok(target),
+            Err(error) if error.kind() == ErrorKind::NotFound => match std::fs::symlink_metadata(&self.path) {
+                Ok(_) => Err(self.failed("is a link to a file that is not there")),
+                Err(_) => Ok(self.path.clone()),
+            },
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// Waits until no other command writes in the file's folder. The file itself is no good for a lock, as each change
+    /// puts another one in its place.
+    async fn hold(&self) -> Result<Held, AdminError> {
+        let target = self.target()?;
+        let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = File::open(parent).map_err(|error| self.failed(format!("{}: {error}", parent.display())))?;
+        let mut ours = folder.try_clone().map_err(|error| self.failed(error))?;
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        let lock = loop {
+            match Flock::lock(ours, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => break Some(lock),
+                Err((file, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => ours = file,
+                Err((_, Errno::EWOULDBLOCK)) => {
+                    let why = format!("another command has been writing for {LOCK_PATIENCE:?}; nothing was changed");
+                    return Err(self.failed(why));
+                }
+                // Some network file systems lock no folders. The look before the file is put in place is left.
+                Err(_) => break None,
+            }
+            tokio::time::sleep(LOCK_POLL).await;
+        };
+        Ok(Held { target, folder, _lock: lock })
+    }
+
+    /// Changes the file as `plan` says, given what it holds.
+    async fn change<T>(&self, plan: impl Fn(&Table) -> Result<(Vec<Edit>, T), AdminError>) -> Result<T, AdminError> {
+        let held = self.hold().await?;
+        for _ in 0..ATTEMPTS {
+            let seen = Stamp::of(&held.target);
+            let text = self.read(&held.target)?;
+            let before = self.parse(&text)?;
+            let (edits, outcome) = plan(&before)?;
+            if edits.is_empty() && !text.trim().is_empty() {
+                return Ok(outcome);
+            }
+            let mut after = before;
+            edits.iter().for_each(|edit| edit.put(&mut after));
+            let new = self.edited(self.begun(&text), &edits)?;
+            if parse(&new, self.format).ok().as_ref() != Some(&after) {
+                let why =
+                    "it is written in a way that this change can't be made in; nothing was changed: edit it by hand";
+                return Err(self.failed(why));
+            }
+            if self.replace(&held, seen, &new)? {
+                self.check(&edits, &after)?;
+                return Ok(outcome);
+            }
+        }
+        Err(self.failed("somebody else writes to it all the time; nothing was changed"))
+    }
+
+    /// Reads the file again: what a gateway will read is what counts.
+    fn check(&self, edits: &[Edit], after: &Table) -> Result<(), AdminError> {
+        let now = self.table()?;
+        match edits.iter().find(|edit| now.get(edit.digest()) != after.get(edit.digest())) {
+            None => Ok(()),
+            Some(edit) => Err(self.failed(format!(
+                "was written, and does not say now what was written of token {}: does another program write to it?",
+                edit.digest().id()
+            ))),
+        }
+    }
+
+    fn edited(&self, text: &str, edits: &[Edit]) -> Result<String, AdminError> {
+        let edited = match self.format {
+            Format::Toml => edit_toml(text, edits),
+            Format::Json => edit_json(text, edits),
+        };
+        edited.map_err(|why| self.failed(why))
+    }
+
+    /// Puts the new text in place as a whole, for the same owner and with the same mode. Says no when the file is no
+    /// longer the one that was seen.
+    fn replace(&self, held: &Held, seen: Option<Stamp>, text: &str) -> Result<bool, AdminError> {
+        let failed = |error: std::io::Error| self.failed(error);
+        let was = match std::fs::metadata(&held.target) {
+            Ok(meta) => Some(meta),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) => return Err(failed(error)),
+        };
+        let name = held.target.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = held.target.with_file_name(format!(".{name}.{:016x}.new", fastrand::u64(..)));
+        let written = self.write(&temporary, was.as_ref(), text);
+        if let Err(error) = written {
+            drop(std::fs::remove_file(&temporary));
+            return Err(error);
+        }
+        if Stamp::of(&held.target) != seen {
+            drop(std::fs::remove_file(&temporary));
+            return Ok(false);
+        }
+        if let Err(error) = std::fs::rename(&temporary, &held.target) {
+            drop(std::fs::remove_file(&temporary));
+            return Err(failed(error));
+        }
+        // Without this a power cut may bring the old file back.
+        held.folder.sync_all().map_err(failed)?;
+        Ok(true)
+    }
+
+    fn write(&self, path: &Path, was: Option<&Metadata>, text: &str) -> Result<(), AdminError> {
+        let failed = |error: std::io::Error| self.failed(error);
+        // Nobody else may read it before it is known who may.
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
+        if let Some(was) = was {
+            let own = file.metadata().map_err(failed)?;
+            if (own.uid(), own.gid()) != (was.uid(), was.gid()) {
+                std::os::unix::fs::fchown(&file, Some(was.uid()), Some(was.gid())).map_err(|error| {
+                    self.failed(format!(
+                        "belongs to user {} and group {}, and would not any more ({error}); nothing was changed: run the \
+                         command as that user",
+                        was.uid(),
+                        was.gid()
+                    ))
+                })?;
+            }
+            file.set_permissions(Permissions::from_mode(was.mode() & 0o7777)).map_err(failed)?;
+        }
+        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)
+    }
+}
+
+/// Splits edits into what is set, by token, and what is added.
+fn sorted(edits: &[Edit]) -> (HashMap<Digest, &[Field]>, Vec<TokenShape>) {
+    let (mut set, mut add) = (HashMap::new(), Vec::new());
+    for edit in edits {
+        match edit {
+            Edit::Add(record) => add.push(TokenShape::from(record)),
+            Edit::Set(digest, fields) => drop(set.insert(*digest, fields.as_slice())),
+        }
+    }
+    (set, add)
+}
+
+fn edit_toml(text: &str, edits: &[Edit]) -> Result<String, String> {
+    // The library ends lines in its own way.
+    let lines = text.matches('\n').count();
+    let has_crlf = lines > 0 && text.matches("\r\n").count() == lines;
+    let text = if has_crlf { text.replace("\r\n", "\n") } else { text.to_owned() };
+    // The parser's own message may quote the text.
+    let mut file: DocumentMut = text.parse().map_err(|_| "is no TOML that can be edited".to_owned())?;
+    let (set, add) = sorted(edits);
+    let fields = |entry: &dyn TableLike| {
+        let digest = entry.get("sha256").and_then(Item::as_str).and_then(Digest::from_hex)?;
+        set.get(&digest).copied()
+    };
+    // Text behind the last table belongs before the one that is added.
+    let trailing = file.trailing().as_str().unwrap_or_default().to_owned();
+    let tokens = file.entry("token").or_insert_with(|| Item::ArrayOfTables(ArrayOfTables::new()));
+    match tokens {
+        Item::ArrayOfTables(tables) => {
+            for table in tables.iter_mut() {
+                if let Some(fields) = fields(table) {
+                    fields.iter().for_each(|field| set_in(table, *field));
+                }
+            }
+            let mut before = trailing;
+            let is_added = !add.is_empty();
+            for shape in add {
+                let mut table = inline(&shape)?.into_table();
+                table.decor_mut().set_prefix(std::mem::take(&mut before) + "\n");
+                tables.push(table);
+            }
+            if is_added {
+                file.set_trailing("");
+            }
+        }
+        Item::Value(Value::Array(array)) => {
+            for value in array.iter_mut() {
+                if let Some(table) = value.as_inline_table_mut()
+                    && let Some(fields) = fields(table)
+                {
+                    fields.iter().for_each(|field| set_inline(table, *field));
+                }
+            }
+            for shape in add {
+                push(array, inline(&shape)?);
+            }
+        }
+        _ => return Err("`token` is no list".into()),
+    }
+    let text = file.to_string();
+    Ok(if has_crlf { text.replace('\n', "\r\n") } else { text })
+}
+
+fn inline(shape: &TokenShape) -> Result<InlineTable, String> {
+    let why = || "a record can't be written as TOML".to_owned();
+    let Ok(Value::InlineTable(mut table)) = shape.serialize(toml_edit::ser::ValueSerializer::new()) else {
+        return Err(why());
+    };
+    for (_, value) in table.iter_mut() {
+        // In one line, whatever the text holds: the file's own line ends are no part of it.
+        if let Some(text) = value.as_str().filter(|text| text.contains(['\n', '\r'])) {
+            let escaped = serde_json::to_string(text).map_err(|_| why())?.replace('\u{7f}', "\\u007f");
+            *value = escaped.parse().map_err(|_| why())?;
+        }
+    }
+    table.fmt();
+    Ok(table)
+}
+
+/// Gives a key its value. What stands around an old one stays.
+fn set_in(table: &mut dyn TableLike, field: Field) {
+    let mut new = field.toml();
+    match table.get_mut(field.key()).and_then(Item::as_value_mut) {
+        Some(old) => {
+            *new.decor_mut() = old.decor().clone();
+            *old = new;
+        }
+        None => drop(table.insert(field.key(), Item::Value(new))),
+    }
+}
+
+fn set_inline(table: &mut InlineTable, field: Field) {
+    if table.contains_key(field.key()) {
+        return set_in(table, field);
+    }
+    // What stands behind the last value stands behind the new one then.
+    let last = table.iter_mut().last().map(|(_, value)| value);
+    let behind = last.and_then(|value| {
+        let behind = value.decor().suffix().and_then(|text| text.as_str()).map(str::to_owned);
+        value.decor_mut().set_suffix("");
+        behind
+    });
+    let mut new = field.toml();
+    new.decor_mut().set_prefix(" ");
+    new.decor_mut().set_suffix(behind.unwrap_or_default());
+    drop(table.insert(field.key(), new));
+}
+
+/// Adds an entry in the manner of those that are there: below them, or behind them in one line.
+fn push(array: &mut Array, table: InlineTable) {
+    let mut value = Value::InlineTable(table);
+    let of_last = array.iter().last().and_then(|last| last.decor().prefix()).and_then(|prefix| prefix.as_str());
+    let indent = match of_last {
+        Some(prefix) if !prefix.contains('\n') && array.trailing().as_str().is_none_or(|end| !end.contains('\n')) => {
+            None
+        }
+        Some(prefix) => {
+            prefix.rsplit('\n').next().map(|indent| indent.chars().take_while(|c| c.is_whitespace()).collect())
+        }
+        None => Some("  ".to_owned()),
+    };
+    // Comments behind the last entry stay behind it.
+    let (has_comma, trailing) = (array.trailing_comma(), array.trailing().as_str().unwrap_or_default().to_owned());
+    let mut before = String::new();
+    if !has_comma && let Some(last) = array.iter_mut().last() {
+        before = last.decor().suffix().and_then(|suffix| suffix.as_str()).unwrap_or_default().to_owned();
+        last.decor_mut().set_suffix("");
+    }
+    before += &trailing;
+    let before = before.trim_end();
+    match indent {
+        Some(indent) => {
+            value.decor_mut().set_prefix(format!("{before}\n{indent}"));
+            value.decor_mut().set_suffix("");
+            array.set_trailing_comma(true);
+            array.set_trailing("\n");
+        }
+        None => {
+            let first = array.is_empty();
+            value.decor_mut().set_prefix(if first { "" } else { " " });
+            value.decor_mut().set_suffix(trailing);
+            array.set_trailing_comma(false);
+            array.set_trailing("");
+        }
+    }
+    array.push_formatted(value);
+}
+
+fn edit_json(text: &str, edits: &[Edit]) -> Result<String, String> {
+    let malformed = |error: serde_json::Error| format!("line {}: is no JSON that can be edited", error.line());
+    let mut file: serde_json::Value = serde_json::from_str(text).map_err(malformed)?;
+    let (set, add) = sorted(edits);
+    let file_fields = file.as_object_mut().ok_or("is no JSON object")?;
+    let entries = file_fields.entry("token").or_insert_with(|| serde_json::Value::Array(Vec::new()));
+    let entries = entries.as_array_mut().ok_or("`token` is no list")?;
+    for entry in entries.iter_mut() {
+        let digest = entry.get("sha256").and_then(serde_json::Value::as_str).and_then(Digest::from_hex);
+        for field in digest.and_then(|digest| set.get(&digest).copied()).into_iter().flatten() {
+            entry[field.key()] = field.json();
+        }
+    }
+    for shape in add {
+        entries.push(serde_json::to_value(shape).map_err(malformed)?);
+    }
+    write_json(&file, &indent_of(text)).map_err(malformed)
+}
+
+/// What stands before the first key below the first line; two blanks where nothing does.
+fn indent_of(text: &str) -> String {
+    let line = text.lines().skip(1).find(|line| !line.trim().is_empty());
+    let indent: String = line.unwrap_or_default().chars().take_while(|c| matches!(c, ' ' | '\t')).collect();
+    if indent.is_empty() { "  ".into() } else { indent }
+}
+
+fn write_json(file: &serde_json::Value, indent: &str) -> Result<String, serde_json::Error> {
+    use serde::Serialize as _;
+    let mut bytes = Vec::new();
+    let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
+    file.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter))?;
+    bytes.push(b'\n');
+    String::from_utf8(bytes).map_err(serde::ser::Error::custom)
+}
+
+#[async_trait]
+impl TokenAdmin for FileAdmin {
+    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
+        self.change(|table| {
+            if table.contains_key(&record.digest) {
+                return Err(AdminError::Exists);
+            }
+            Ok((vec![Edit::Add(record.clone())], ()))
+        })
+        .await
+    }
+
+    async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
+        // All of it is read before the file is held: whoever writes into a pipe may take his time.
+        let records = records.collect::<Result<Vec<_>, _>>()?;
+        self.change(|table| {
+            let mut new: HashMap<Digest, &TokenRecord> = HashMap::new();
+            let mut differing = Differing::default();
+            let mut edits = Vec::new();
+            for record in &records {
+                match table.get(&record.digest).or_else(|| new.get(&record.digest).copied()) {
+                    Some(known) => differing.compare(known, record),
+                    None => {
+                        new.insert(record.digest, record);
+                        edits.push(Edit::Add(record.clone()));
+                    }
+                }
+            }
+            Ok((edits, Imported { new: new.len() as u64, differing }))
+        })
+        .await
+    }
+
+    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
+        self.records()
+    }
+
+    async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        let records = self.records()?.into_iter();
+        Ok(records.filter(|record| record.digest.to_hex().starts_with(hex_prefix)).take(100).collect())
+    }
+
+    async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
+        self.change(|table| match table.get(digest).ok_or(AdminError::Missing)?.revoked {
+            Some(_) => Ok((Vec::new(), false)),
+            None => Ok((vec![Edit::Set(*digest, vec![Field::Revoked(at)])], true)),
+        })
+        .await
+    }
+
+    async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
+        self.change(|table| {
+            let end = table.get(old).ok_or(AdminError::Missing)?.rotated_out(at, end)?;
+            if table.contains_key(&next.digest) {
+                return Err(AdminError::Exists);
+            }
+            let next = TokenRecord { replaces: Some(*old), ..next.clone() };
+            let old = Edit::Set(*old, vec![Field::Superseded(at), Field::Expires(end)]);
+            Ok((vec![old, Edit::Add(next)], ()))
+        })
+        .await
+    }
+
+    async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
+        self.change(|table| {
+            let differs = |record: &&TokenRecord| record.user == user && record.blocked != blocked;
+            let digests: HashSet<_> = table.values().filter(differs).map(|record| record.digest).collect();
+            let count = digests.len() as u64;
+            let edit = |digest| Edit::Set(digest, vec![Field::Blocked(blocked)]);
+            Ok((digests.into_iter().map(edit).collect(), count))
+        })
+        .await
+    }
+
+    async fn wait(&mut self, _timeout: Duration) -> Result<Vec<String>, AdminError> {
+        Err(AdminError::NoRegister("a file"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hex(token: &str) -> String {
+        Digest::of(token.as_bytes()).to_hex()
+    }
+
+    fn edited(format: Format, text: &str, edits: &[Edit]) -> String {
+        let mut after = parse(text, format).unwrap();
+        edits.iter().for_each(|edit| edit.put(&mut after));
+        let new = match format {
+            Format::Toml => edit_toml(text, edits),
+            Format::Json => edit_json(text, edits),
+        };
+        let new = new.unwrap();
+        assert_eq!(parse(&new, format).as_ref(), Ok(&after), "{text}\n=>\n{new}");
+        new
+    }
+
+    fn edits() -> Vec<Edit> {
+        let fields = vec![Field::Revoked(1_700_000_000), Field::Blocked(true)];
+        let added = TokenRecord { created: 5, ..TokenRecord::new(Digest::of(b"new"), "n \"q\" \\ é") };
+        let other = TokenRecord {
+            scopes: vec!["a".into()],
+            description: "x\ny\r\n\u{7f}\"".into(),
+            ..TokenRecord::new(Digest::of(b"other"), "o")
+        };
+        vec![Edit::Set(Digest::of(b"a"), fields), Edit::Add(added), Edit::Add(other)]
+    }
+
+    #[test]
+    fn every_way_to_write_toml_is_edited_and_kept() {
+        let (a, b) = (hex("a"), hex("b"));
+        let upper = a.to_uppercase();
+        for text in [
+            format!(
+                "# mine\n[[token]] # head\nsha256 = \"{a}\" # digest\nuser = \"alice\"\n\n# bob's\n[[token]]\nsha256 = \"{b}\"\nuser = \"bob\"\n# the end\n"
+            ),
+            format!("[[token]]\nuser = \"alice\"\nrevoked = false # kept\nblocked = false\n  sha256 = '{upper}'\n"),
+            format!("[[ \"token\" ]]\n\"sha256\" = \"{a}\"\n'user' = \"\"\"alice\"\"\"\n\"revoked\" = false # kept\n"),
+            format!("[['token']]\n\"\\u0073ha256\" = \"{a}\"\nuser=\"alice\""),
+            format!("token = [{{ sha256 = \"{a}\", user = \"alice\" }}] # kept\n"),
+            format!("token=[{{sha256=\"{a}\",user=\"alice\",revoked=false}},{{user='bob',sha256='{b}'}}]"),
+            format!(
+                "\"token\" = [ # kept\n  {{ sha256 = \"{a}\", user = \"alice\" }}, # first\n  {{ user = \"bob\", sha256 = \"{b}\" }}, # last\n  # the end\n]\n"
+            ),
+            format!(
+                "token = [\n\t{{ sha256 = \"{a}\", user = \"alice\" }},\n\t{{ user = \"bob\", sha256 = \"{b}\" }} # kept\n]\n"
+            ),
+            format!("token = [ {{ sha256 = \"{a}\", user = \"alice\", }}, ] # kept, TOML 1.1\n"),
+            format!("token = [\n  {{\n    sha256 = \"{a}\", # kept, TOML 1.1\n    user = \"alice\" # last\n  }}\n]\n"),
+            format!(
+                "token = [\n  {{\n    sha256 = \"{a}\", # kept, TOML 1.1\n    user = \"alice\", # last\n  }},\n]\n"
+            ),
+            format!("# dos\r\n[[token]]\r\nsha256 = \"{a}\" # kept\r\nuser = \"alice\"\r\n"),
+            format!("token = [{{ sha256 = \"\"\"{a}\"\"\", user = \"\\u0061lice\" }}]"),
+        ] {
+            let new = edited(Format::Toml, &text, &edits());
+            for comment in text.lines().filter_map(|line| line.split_once('#').map(|(_, comment)| comment.trim())) {
+                assert!(new.contains(comment), "{comment} is gone from\n{new}");
+            }
+            assert_eq!(new.contains('\r'), text.contains('\r'), "{new:?}");
+            assert_eq!(new.matches('\r').count(), if text.contains('\r') { new.matches('\n').count() } else { 0 });
+            // Again, and each by itself.
+            let blocked = edited(
+                Format::Toml,
+                &new,
+                &[Edit::Set(Digest::of(b"other"), vec![Field::Blocked(true), Field::Expires(7)])],
+            );
+            assert!(blocked.matches("blocked = true").count() == 2, "{blocked}");
+        }
+        for text in [
+            "",
+            "# nobody\n",
+            "token = []",
+            "token = [] # nobody\n",
+            "token = [\n  # nobody\n]\n",
+            "\"token\"=[ ]\n# the end",
+        ] {
+            let new = edited(Format::Toml, text, &edits()[1..]);
+            assert_eq!(text.contains('#'), new.contains('#'), "{new}");
+        }
+    }
+
+    #[test]
+    fn comments_stay_beside_what_they_speak_of() {
+        let a = hex("a");
+        let text = format!("[[token]]\nsha256 = \"{a}\"\nuser = \"alice\"\n# Bob left in May.\n");
+        let new = edited(Format::Toml, &text, &edits()[1..2]);
+        assert!(new.starts_with(&format!("{text}\n[[token]]\n")), "{new}");
+        let text = format!("token = [\n  {{ sha256 = \"{a}\", user = \"alice\" }} # Alice\n]\n");
+        let new = edited(Format::Toml, &text, &edits()[1..2]);
+        assert!(new.contains("user = \"alice\" }, # Alice\n  { sha256"), "{new}");
+        let text = format!("token = [{{ sha256 = \"{a}\", user = \"alice\" }}]");
+        let new = edited(Format::Toml, &text, &edits()[..1]);
+        assert_eq!(
+            new.trim_end(),
+            format!(
+                "token = [{{ sha256 = \"{a}\", user = \"alice\", revoked = \"2023-11-14T22:13:20Z\", blocked = true }}]"
+            )
+        );
+    }
+
+    #[test]
+    fn every_way_to_write_json_is_edited_and_kept() {
+        let a = hex("a");
+        for text in [
+            format!("{{\"token\":[{{\"user\":\"alice\",\"sha256\":\"{a}\",\"description\":\"d\"}}]}}"),
+            format!(
+                "{{\n\t\"token\": [\n\t\t{{\"user\": \"alice\", \"sha256\": \"{}\", \"revoked\": false}}\n\t]\n}}\n",
+                a.to_uppercase()
+            ),
+            format!("{{\"\\u0074oken\":[{{\"user\":\"alice\",\"\\u0073ha256\":\"{a}\"}}]}}"),
+        ] {
+            let new = edited(Format::Json, &text, &edits());
+            assert!(new.find("\"user\"") < new.find("\"sha256\""), "the order changed: {new}");
+            assert_eq!(new.contains("\n\t\"token\""), text.contains('\t'), "{new}");
+        }
+        for text in ["{}", "{\"token\":[]}"] {
+            edited(Format::Json, text, &edits()[1..]);
+        }
+    }
+}

@@ -1,0 +1,673 @@
+//! Records as text that goes from one store to another: what the command line shows as JSON, and what an import reads. All
+//! fields of a record go through, so that a list of one store makes the same list in another. What is read may hold tokens:
+//! errors say where and what for, and never quote.
+
+use super::values::{LATEST, check_description, check_scope, check_user, parse_time, rfc3339};
+use super::{AdminError, TokenRecord};
+use crate::identity::credential::Digest;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::value::RawValue;
+use std::io::BufRead;
+
+/// A record as the command line shows it.
+#[derive(Serialize)]
+pub struct ShownRecord {
+    pub id: String,
+    pub sha256: String,
+    pub user: String,
+    pub scopes: Vec<String>,
+    pub description: String,
+    pub created: String,
+    pub not_before: Option<String>,
+    pub expires: Option<String>,
+    pub revoked: Option<String>,
+    pub blocked: bool,
+    pub superseded: Option<String>,
+    /// The id of that token.
+    pub replaces: Option<String>,
+    /// All of its digest.
+    pub replaces_sha256: Option<String>,
+    pub last_used: Option<String>,
+}
+
+impl From<&TokenRecord> for ShownRecord {
+    fn from(record: &TokenRecord) -> Self {
+        Self {
+            id: record.digest.id().to_string(),
+            sha256: record.digest.to_hex(),
+            user: record.user.clone(),
+            scopes: record.scopes.clone(),
+            description: record.description.clone(),
+            created: rfc3339(record.created),
+            not_before: record.not_before.map(rfc3339),
+            expires: record.expires.map(rfc3339),
+            revoked: record.revoked.map(rfc3339),
+            blocked: record.blocked,
+            superseded: record.superseded.map(rfc3339),
+            replaces: record.replaces.map(|digest| digest.id().to_string()),
+            replaces_sha256: record.replaces.map(Digest::to_hex),
+            last_used: record.last_used.map(rfc3339),
+        }
+    }
+}
+
+/// Bad entries that are named; of the rest only the number is said.
+const NAMED: usize = 20;
+/// An entry that is longer is none.
+const LONGEST: usize = 1024 * 1024;
+
+/// Records out of an input: one JSON object on each line, or one array of objects over any lines. The first thing that is
+/// wrong makes it read on to the end, for the other things that are; then it says all of them as one error, and nothing more.
+pub struct Reading<R> {
+    source: Source<R>,
+    now: u64,
+    bad: Bad,
+    read: u64,
+    over: bool,
+}
+
+impl<R: BufRead> Reading<R> {
+    /// `now` is when tokens without a time of their making were made, in unix seconds.
+    pub fn new(input: R, now: u64) -> Self {
+        let source = Source { input, place: Place { line: 1, column: 1 }, shape: None };
+        Self { source, now, bad: Bad::default(), read: 0, over: false }
+    }
+
+    /// Entries so far, bad ones included.
+    pub fn entries(&self) -> u64 {
+        self.read
+    }
+
+    fn entry(&mut self) -> Result<Option<TokenRecord>, Stop> {
+        let Some(entry) = self.source.next()? else { return Ok(None) };
+        self.read += 1;
+        let text = std::str::from_utf8(&entry.bytes).map_err(|error| {
+            let place = entry.place.behind(&entry.bytes[..error.valid_up_to()]);
+            Stop::Bad(Wrong { place, key: None, why: "is no UTF-8".into() })
+        })?;
+        record(text, self.now).map(Some).map_err(|(offset, key, why)| {
+            let place = entry.place.behind(text.as_bytes().get(..offset).unwrap_or_default());
+            Stop::Bad(Wrong { place, key, why })
+        })
+    }
+}
+
+impl<R: BufRead> Iterator for Reading<R> {
+    type Item = Result<TokenRecord, AdminError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while !self.over {
+            match self.entry() {
+                Ok(Some(record)) if self.bad.count == 0 => return Some(Ok(record)),
+                Ok(Some(_)) => {}
+                Ok(None) => self.over = true,
+                Err(Stop::Bad(wrong)) => self.bad.note(&wrong),
+                Err(Stop::End(wrong)) => {
+                    self.bad.note(&wrong);
+                    self.over = true;
+                }
+                Err(Stop::Input(error)) => {
+                    self.over = true;
+                    return Some(Err(AdminError::Input(format!("the input can't be read: {error}"))));
+                }
+            }
+        }
+        let bad = std::mem::take(&mut self.bad);
+        (bad.count > 0).then(|| Err(AdminError::Input(bad.say())))
+    }
+}
+
+/// Why an entry gives no record.
+enum Stop {
+    /// The next one may.
+    Bad(Wrong),
+    /// Nobody can say where a next one begins.
+    End(Wrong),
+    Input(std::io::Error),
+}
+
+impl From<std::io::Error> for Stop {
+    fn from(error: std::io::Error) -> Self {
+        Self::Input(error)
+    }
+}
+
+struct Wrong {
+    place: Place,
+    key: Option<&'static str>,
+    why: String,
+}
+
+#[derive(Default)]
+struct Bad {
+    named: Vec<String>,
+    count: usize,
+}
+
+impl Bad {
+    fn note(&mut self, wrong: &Wrong) {
+        self.count += 1;
+        if self.named.len() < NAMED {
+            let Place { line, column } = wrong.place;
+            let key = wrong.key.map_or(String::new(), |key| format!("{key}: "));
+            self.named.push(format!("line {line}, column {column}: {key}{}", wrong.why));
+        }
+    }
+
+    fn say(&self) -> String {
+        let entries = if self.count == 1 { "one entry is wrong" } else { "entries are wrong" };
+        let count = if self.count == 1 { String::new() } else { format!("{} ", self.count) };
+        let mut text = format!("nothing was imported: {count}{entries}\n{}", self.named.join("\n"));
+        if self.count > self.named.len() {
+            text += &format!("\nand {} more", self.count - self.named.len());
+        }
+        text
+    }
+}
+
+/// Counted in characters, from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    line: u64,
+    column: u64,
+}
+
+impl Place {
+    fn step(&mut self, byte: u8) {
+        match byte {
+            b'\n' => *self = Self { line: self.line + 1, column: 1 },
+            // What goes on a character is no new one.
+            0x80..=0xbf => {}
+            _ => self.column += 1,
+        }
+    }
+
+    fn behind(mut self, bytes: &[u8]) -> Self {
+        bytes.iter().for_each(|byte| self.step(*byte));
+        self
+    }
+}
+
+/// Cuts an input into the texts of its entries.
+struct Source<R> {
+    input: R,
+    place: Place,
+    shape: Option<Shape>,
+}
+
+#[derive(Clone, Copy)]
+enum Shape {
+    Lines,
+    Array,
+    /// Behind the end of an array.
+    Done,
+}
+
+struct Entry {
+    bytes: Vec<u8>,
+    place: Place,
+}
+
+impl<R: BufRead> Source<R> {
+    fn next(&mut self) -> Result<Option<Entry>, Stop> {
+        let shape = match self.shape {
+            Some(shape) => shape,
+            None => {
+                for byte in b"\xef\xbb\xbf" {
+                    // A byte order mark, which some systems write before everything; half a one is no JSON either.
+                    if self.peek()? == Some(*byte) {
+                        self.input.consume(1);
+                    }
+                }
+                self.skip_blanks()?;
+                let shape = if self.peek()? == Some(b'[') { Shape::Array } else { Shape::Lines };
+                if matches!(shape, Shape::Array) {
+                    self.take()?;
+                }
+                *self.shape.insert(shape)
+            }
+        };
+        match shape {
+            Shape::Lines => self.line(),
+            Shape::Array => self.element(),
+            Shape::Done => {
+                self.skip_blanks()?;
+                match self.peek()? {
+                    None => Ok(None),
+                    Some(_) => Err(self.end("there is text behind the end of the array")),
+                }
+            }
+        }
+    }
+
+    fn line(&mut self) -> Result<Option<Entry>, Stop> {
+        self.skip_blanks()?;
+        let (mut bytes, place) = (Vec::new(), self.place);
+        let mut long = false;
+        while let Some(byte) = self.take()? {
+            match byte {
+                b'\n' => break,
+                _ if bytes.len() >= LONGEST => long = true,
+                _ => bytes.push(byte),
+            }
+        }
+        if long {
+            return Err(Stop::Bad(Wrong { place, key: None, why: "is longer than 1 MiB".into() }));
+        }
+        Ok((!bytes.is_empty()).then_some(Entry { bytes, place }))
+    }
+
+    fn element(&mut self) -> Result<Option<Entry>, Stop> {
+        loop {
+            self.skip_blanks()?;
+            match self.peek()? {
+                Some(b',') => drop(self.take()?),
+                _ => break,
+            }
+        }
+        if self.peek()? == Some(b']') {
+            self.take()?;
+            self.shape = Some(Shape::Done);
+            return self.next();
+        }
+        let (mut bytes, place) = (Vec::new(), self.place);
+        let (mut depth, mut in_text, mut escaped) = (0_usize, false, false);
+        loop {
+            let Some(byte) = self.peek()? else {
+                return Err(self.end("the array does not end: the input is cut off"));
+            };
+            match byte {
+                _ if escaped => escaped = false,
+                b'\\' if in_text => escaped = true,
+                b'"' => in_text = !in_text,
+                _ if in_text => {}
+                b',' | b']' if depth == 0 => return Ok(Some(Entry { bytes, place })),
+                b'{' | b'[' => depth += 1,
+                b'}' | b']' => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+            if bytes.len() >= LONGEST {
+                return Err(Stop::End(Wrong { place, key: None, why: "is longer than 1 MiB".into() }));
+            }
+            bytes.push(byte);
+            self.take()?;
+        }
+    }
+
+    fn end(&self, why: &str) -> Stop {
+        Stop::End(Wrong { place: self.place, key: None, why: why.into() })
+    }
+
+    fn skip_blanks(&mut self) -> Result<(), Stop> {
+        while self.peek()?.is_some_and(|byte| byte.is_ascii_whitespace()) {
+            self.take()?;
+        }
+        Ok(())
+    }
+
+    fn peek(&mut self) -> std::io::Result<Option<u8>> {
+        loop {
+            match self.input.fill_buf() {
+                Ok(buffer) => return Ok(buffer.first().copied()),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn take(&mut self) -> std::io::Result<Option<u8>> {
+        let byte = self.peek()?;
+        if let Some(byte) = byte {
+            self.place.step(byte);
+            self.input.consume(1);
+        }
+        Ok(byte)
+    }
+}
+
+/// What an entry may say: what a list says, and a token in place of its digest.
+const KEYS: [&str; 15] = [
+    "token",
+    "sha256",
+    "id",
+    "user",
+    "scopes",
+    "description",
+    "created",
+    "not_before",
+    "expires",
+    "revoked",
+    "blocked",
+    "superseded",
+    "replaces",
+    "replaces_sha256",
+    "last_used",
+];
+
+/// The fields of one object, each with the text of its value.
+struct Fields<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Fields<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = Fields<'de>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut fields = Vec::with_capacity(KEYS.len());
+                while let Some(field) = map.next_entry::<String, &'de RawValue>()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
+/// Where in the text, at which key, and what is wrong there.
+type Fault = (usize, Option<&'static str>, String);
+
+fn record(text: &str, now: u64) -> Result<TokenRecord, Fault> {
+    let Fields(fields) = serde_json::from_str(text).map_err(|error| match text.trim_start().starts_with('{') {
+        true => (offset(text, error.line(), error.column()), None, "the JSON breaks off or is malformed here".into()),
+        false => (0, None, "must be a JSON object, with user, and token or sha256".to_owned()),
+    })?;
+    let mut entry = Object { text, fields: [None; KEYS.len()] };
+    for (name, value) in fields {
+        let at = entry.offset(value);
+        let Some(index) = KEYS.iter().position(|key| *key == name) else {
+            return Err((at, None, format!("its key is not one of {}", KEYS.join(", "))));
+        };
+        if entry.fields[index].replace(value).is_some() {
+            return Err((at, Some(KEYS[index]), "stands there twice".into()));
+        }
+    }
+    entry.record(now)
+}
+
+/// The byte of a text that a parser means by a line and a column, both counted from 1.
+fn offset(text: &str, line: usize, column: usize) -> usize {
+    let begin: usize = text.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
+    let mut at = (begin + column.saturating_sub(1)).min(text.len());
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    at
+}
+
+struct Object<'a> {
+    text: &'a str,
+    fields: [Option<&'a RawValue>; KEYS.len()],
+}
+
+impl<'a> Object<'a> {
+    /// Where a value begins: it is a part of the text.
+    fn offset(&self, value: &RawValue) -> usize {
+        (value.get().as_ptr() as usize).saturating_sub(self.text.as_ptr() as usize).min(self.text.len())
+    }
+
+    /// `null` is what a list says of what is not there.
+    fn value(&self, key: &'static str) -> Option<&'a RawValue> {
+        let index = KEYS.iter().position(|known| *known == key)?;
+        self.fields[index].filter(|value| value.get() != "null")
+    }
+
+    fn wrong(&self, key: &'static str, why: impl Into<String>) -> Fault {
+        (self.value(key).map_or(0, |value| self.offset(value)), Some(key), why.into())
+    }
+
+    fn read<T: Deserialize<'a>>(&self, key: &'static str, what: &str) -> Result<Option<T>, Fault> {
+        let read = |value: &'a RawValue| serde_json::from_str(value.get());
+        self.value(key).map(read).transpose().map_err(|_| self.wrong(key, format!("must be {what}")))
+    }
+
+    fn text(&self, key: &'static str) -> Result<Option<String>, Fault> {
+        self.read(key, "a text")
+    }
+
+    fn time(&self, key: &'static str) -> Result<Option<u64>, Fault> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Time {
+            Seconds(u64),
+            Text(String),
+        }
+        let what = "a time like 2026-12-31T23:59:59Z";
+        let seconds = match self.read(key, what)? {
+            None => return Ok(None),
+            Some(Time::Seconds(seconds)) => Some(seconds).filter(|seconds| *seconds <= LATEST),
+            Some(Time::Text(text)) => parse_time(&text),
+        };
+        seconds.map(Some).ok_or_else(|| self.wrong(key, format!("must be {what}")))
+    }
+
+    fn digest(&self) -> Result<Digest, Fault> {
+        let token = self.text("token")?;
+        let hex = self.text("sha256")?;
+        let of_token = match &token {
+            Some(token) if !is_token(token.as_bytes()) => {
+                return Err(self.wrong("token", "must be 1 to 255 visible ASCII characters"));
+            }
+            token => token.as_ref().map(|token| Digest::of(token.as_bytes())),
+        };
+        let named = hex
+            .map(|hex| Digest::from_hex(&hex).ok_or_else(|| self.wrong("sha256", "must be 64 hex digits")))
+            .transpose()?;
+        match (of_token, named) {
+            (Some(token), Some(named)) if token != named => Err(self.wrong("sha256", "is not the one of token")),
+            (Some(digest), _) | (None, Some(digest)) => Ok(digest),
+            (None, None) => Err((0, None, "give token or sha256".into())),
+        }
+    }
+
+    fn replaces(&self) -> Result<Option<Digest>, Fault> {
+        let whole = |key, hex: &str| Digest::from_hex(hex).ok_or_else(|| self.wrong(key, "must be 64 hex digits"));
+        let short = self.text("replaces")?;
+        match (self.text("replaces_sha256")?, short) {
+            (Some(hex), short) => {
+                let digest = whole("replaces_sha256", &hex)?;
+                match short {
+                    Some(short) if !names(&short, &digest) => {
+                        Err(self.wrong("replaces", "is not the one of replaces_sha256"))
+                    }
+                    _ => Ok(Some(digest)),
+                }
+            }
+            (None, Some(hex)) => whole("replaces", &hex).map(Some),
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn record(&self, now: u64) -> Result<TokenRecord, Fault> {
+        let digest = self.digest()?;
+        if self.text("id")?.is_some_and(|id| !names(&id, &digest)) {
+            return Err(self.wrong("id", "is not the one of this token"));
+        }
+        let user = self.text("user")?.ok_or_else(|| (0, Some("user"), "is missing".to_owned()))?;
+        check_user(&user).map_err(|why| self.wrong("user", why))?;
+        let scopes: Vec<String> = self.read("scopes", "a list of texts")?.unwrap_or_default();
+        if let Some(why) = scopes.iter().find_map(|scope| check_scope(scope).err()) {
+            return Err(self.wrong("scopes", format!("each {why}")));
+        }
+        let description = self.text("description")?.unwrap_or_default();
+        check_description(&description).map_err(|why| self.wrong("description", why))?;
+        Ok(TokenRecord {
+            scopes,
+            description,
+            created: self.time("created")?.unwrap_or(now),
+            not_before: self.time("not_before")?,
+            expires: self.time("expires")?,
+            revoked: match self.value("revoked").map(RawValue::get) {
+                // Since when is not known; that it is, is from now on.
+                Some("true") => Some(now),
+                Some("false") => None,
+                _ => self.time("revoked")?,
+            },
+            blocked: self.read("blocked", "true or false")?.unwrap_or(false),
+            superseded: self.time("superseded")?,
+            replaces: self.replaces()?,
+            last_used: self.time("last_used")?,
+            ..TokenRecord::new(digest, user)
+        })
+    }
+}
+
+/// What a gateway would take for a token.
+pub fn is_token(bytes: &[u8]) -> bool {
+    (1..=255).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+}
+
+/// Whether an id, or more of a digest, is of this one.
+fn names(id: &str, digest: &Digest) -> bool {
+    id.len() >= 6 && digest.to_hex().starts_with(&id.to_ascii_lowercase())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: u64 = 1_700_000_000;
+
+    fn read(input: &str) -> Result<Vec<TokenRecord>, String> {
+        Reading::new(input.as_bytes(), NOW).collect::<Result<_, _>>().map_err(|error| error.to_string())
+    }
+
+    fn full() -> TokenRecord {
+        TokenRecord {
+            scopes: vec!["api".into(), "read_user".into()],
+            description: "two\nlines, \"quoted\" ] } \\ é".into(),
+            created: 1_600_000_000,
+            not_before: Some(1_600_000_001),
+            expires: Some(1_800_000_000),
+            revoked: Some(1_650_000_000),
+            blocked: true,
+            superseded: Some(1_640_000_000),
+            replaces: Some(Digest::of(b"old")),
+            last_used: Some(1_600_000_002),
+            ..TokenRecord::new(Digest::of(b"t"), "é, ü")
+        }
+    }
+
+    #[test]
+    fn what_is_shown_is_read_again() {
+        let records = vec![full(), TokenRecord::new(Digest::of(b"bare"), "user")];
+        let shown: Vec<_> = records.iter().map(ShownRecord::from).collect();
+        let lines: String = shown.iter().map(|shown| serde_json::to_string(shown).unwrap() + "\n").collect();
+        let array = serde_json::to_string(&shown).unwrap();
+        let pretty = serde_json::to_string_pretty(&shown).unwrap();
+        for text in [
+            &lines,
+            &array,
+            &pretty,
+            &format!("\u{feff}{array}"),
+            &format!("\r\n {pretty}\r\n"),
+            &lines.replace('\n', "\r\n\r\n"),
+        ] {
+            assert_eq!(read(text).as_ref(), Ok(&records), "{text}");
+        }
+        for empty in ["", "\n \n", "[]", " [ ] \n"] {
+            assert_eq!(read(empty), Ok(vec![]), "{empty:?}");
+        }
+    }
+
+    #[test]
+    fn people_write_less_and_otherwise() {
+        let digest = Digest::of(b"S3CRET");
+        for line in [
+            r#"{"user":"a","token":"S3CRET"}"#.to_owned(),
+            format!(r#"{{"user":"a","sha256":"{}"}}"#, digest.to_hex().to_uppercase()),
+            format!(r#"{{"sha256":"{}","token":"S3CRET","user":"a","expires":null}}"#, digest.to_hex()),
+            r#"{"\u0075ser":"\u0061","token":"S3CRET","scopes":[],"description":"","blocked":false,"revoked":false}"#
+                .to_owned(),
+        ] {
+            let expected = TokenRecord { created: NOW, ..TokenRecord::new(digest, "a") };
+            assert_eq!(read(&line), Ok(vec![expected]), "{line}");
+        }
+        let line = r#"{"user":"a","token":"t","expires":1800000000,"revoked":true,"created":"2020-01-01"}"#;
+        let record = read(line).unwrap().remove(0);
+        assert_eq!((record.expires, record.revoked, record.created), (Some(1_800_000_000), Some(NOW), 1_577_836_800));
+    }
+
+    #[test]
+    fn what_is_wrong_has_its_place_and_is_not_quoted() {
+        let good = "{\"user\":\"a\",\"token\":\"t\"}\n";
+        for (bad, place) in [
+            (r#"S3CRET"#, "column 1: must be a JSON object"),
+            (r#"["S3CRET"]"#, "column 1: must be a JSON object"),
+            (r#""S3CRET""#, "column 1: must be a JSON object"),
+            (r#"{"user":"a","token":"S3CRET x"}"#, "column 21: token: must be 1 to 255 visible"),
+            (r#"{"user":"a","token":""}"#, "column 21: token: must be 1 to 255 visible"),
+            (r#"{"token":"S3CRET"}"#, "column 1: user: is missing"),
+            (r#"{"token":"S3CRET","user":null}"#, "column 1: user: is missing"),
+            (r#"{"token":"S3CRET","user":7}"#, "column 26: user: must be a text"),
+            (r#"{"token":"S3CRET","user":""}"#, "column 26: user: must not be empty"),
+            (r#"{"token":"S3CRET","user":"a\u001bb"}"#, "column 26: user: must not hold control"),
+            (r#"{"token":"S3CRET","user":" a"}"#, "column 26: user: must not begin"),
+            (r#"{"user":"é","scopes":["a b"],"token":"t"}"#, "column 22: scopes: each must be one word"),
+            (r#"{"user":"a","scopes":"api","token":"t"}"#, "column 22: scopes: must be a list"),
+            (r#"{"user":"a","token":"t","description":"\u0000"}"#, "column 39: description: must not hold a NUL"),
+            (r#"{"user":"a","token":"t","S3CRET":1}"#, "column 34: its key is not one of"),
+            (r#"{"user":"a","token":"t","user":"b"}"#, "column 32: user: stands there twice"),
+            (r#"{"user":"a","sha256":"S3CRET"}"#, "column 22: sha256: must be 64 hex"),
+            (r#"{"user":"a","token":"S3CRET","sha256":"5f2b"}"#, "column 39: sha256: must be 64 hex"),
+            (r#"{"user":"a"}"#, "column 1: give token or sha256"),
+            (r#"{"user":"a","token":"t","expires":"S3CRET"}"#, "column 35: expires: must be a time"),
+            (r#"{"user":"a","token":"t","expires":"2026-01-01T00:00:00+02:00"}"#, "column 35: expires: must be a time"),
+            (r#"{"user":"a","token":"t","created":1800000000000}"#, "column 35: created: must be a time"),
+            (r#"{"user":"a","token":"t","last_used":-1}"#, "column 37: last_used: must be a time"),
+            (r#"{"user":"a","token":"t","revoked":"yes"}"#, "column 35: revoked: must be a time"),
+            (r#"{"user":"a","token":"t","blocked":"yes"}"#, "column 35: blocked: must be true or false"),
+            (r#"{"user":"a","token":"t","id":"S3CRET"}"#, "column 30: id: is not the one"),
+            (r#"{"user":"a","token":"t","replaces":"5f2b8c0e91aa"}"#, "column 36: replaces: must be 64 hex"),
+            (r#"{"user":"a","token":"t""#, "the JSON breaks off or is malformed here"),
+            (r#"{"user":"a","token":"t"} S3CRET"#, "column 26: the JSON breaks off"),
+        ] {
+            let unclosed = bad.starts_with('{') && !bad.contains('}');
+            for (text, line) in [(format!("{good}{bad}\n{good}"), 2), (format!("[{good},\n{bad},\n{good}]"), 3)] {
+                // In an array, nobody can say where such an entry ends.
+                if unclosed && line == 3 {
+                    continue;
+                }
+                let why = read(&text).unwrap_err();
+                assert!(why.contains(&format!("line {line}, ")) && why.contains(place), "{text}: {why}");
+                assert!(why.starts_with("nothing was imported: one entry") && !why.contains("S3CRET"), "{text}: {why}");
+            }
+        }
+        for (cut, place) in [
+            ("[", "line 1, column 2: the array does not end"),
+            ("[\n{\"user\":\"a\",\"token\":\"t\"},", "line 2, column 26: the array does not end"),
+            ("[{\"user\":\"a", "line 1, column 12: the array does not end"),
+            ("[] S3CRET", "line 1, column 4: there is text behind"),
+            ("[]\n{\"user\":\"a\",\"token\":\"t\"}", "line 2, column 1: there is text behind"),
+        ] {
+            let why = read(cut).unwrap_err();
+            assert!(why.contains(place) && !why.contains("S3CRET"), "{cut}: {why}");
+        }
+        assert!(Reading::new(&b"{\"user\":\"a\xff\",\"token\":\"t\"}"[..], NOW).next().unwrap().is_err());
+        let long = format!("{{\"user\":\"a\",\"token\":\"t\",\"description\":\"{}\"}}\n{good}", "x".repeat(LONGEST));
+        assert!(read(&long).unwrap_err().contains("line 1, column 1: is longer than 1 MiB"));
+        assert!(read(&format!("[{long}]")).unwrap_err().contains("line 1, column 2: is longer than 1 MiB"));
+    }
+
+    #[test]
+    fn twenty_are_named_and_the_rest_are_counted() {
+        let lines: String = (0..50)
+            .map(|n| {
+                format!("{{\"user\":\"u\",\"token\":\"t{n}\",\"expires\":{}}}\n", if n % 2 == 0 { "1" } else { "-1" })
+            })
+            .collect();
+        let why = read(&lines).unwrap_err();
+        assert_eq!(why.lines().filter(|line| line.starts_with("line ")).count(), 20, "{why}");
+        assert!(why.starts_with("nothing was imported: 25 entries are wrong\nline 2, column"), "{why}");
+        assert!(why.ends_with("\nand 5 more"), "{why}");
+        let mut reading = Reading::new(lines.as_bytes(), NOW);
+        assert!(reading.next().unwrap().is_ok() && reading.next().unwrap().is_err() && reading.next().is_none());
+        assert_eq!(reading.entries(), 50);
+    }
+}
