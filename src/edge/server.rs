@@ -87,7 +87,7 @@ pub fn check_free(settings: &ServerSettings) -> Result<(), String> {
                 std::net::TcpListener::bind(address).map_err(|error| format!("{address} cannot be bound: {error}"))?;
             }
             Listen::Unix(path, _) => {
-                if let Place::Taken(how) = Place::of(path) {
+                if let Place::Taken(how) | Place::NotYet(how) = Place::of(path) {
                     return Err(format!("unix:{path} cannot be bound: {how}"));
                 }
             }
@@ -115,6 +115,8 @@ enum Place {
     /// A socket that nobody answers on: left behind by a process that was killed.
     Stale,
     Taken(String),
+    /// No folder, which the service manager may make at the start.
+    NotYet(String),
     Unfit(String),
 }
 
@@ -126,7 +128,7 @@ impl Place {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let missing = path.parent().filter(|folder| !folder.is_dir());
                 return missing
-                    .map_or(Self::Free, |folder| Self::Unfit(format!("there is no folder {}", folder.display())));
+                    .map_or(Self::Free, |folder| Self::NotYet(format!("there is no folder {}", folder.display())));
             }
             Err(error) => return Self::Unfit(error.to_string()),
         };
@@ -501,7 +503,8 @@ mod tests {
         let _datagram = UnixDatagram::bind(at("datagram")).unwrap();
         std::os::unix::fs::symlink(at("stale"), at("link-to-socket")).unwrap();
         let mut seen = 0;
-        for name in ["file", "empty", "folder", "link", "dangling", "link-to-socket", "no/such/folder"] {
+        assert!(matches!(Place::of(&at("no/such/folder")), Place::NotYet(_)));
+        for name in ["file", "empty", "folder", "link", "dangling", "link-to-socket"] {
             assert!(matches!(Place::of(&at(name)), Place::Unfit(_)), "{name}: {:?}", Place::of(&at(name)));
             seen += 1;
         }
@@ -509,7 +512,7 @@ mod tests {
             assert!(matches!(Place::of(&at(name)), Place::Taken(_)), "{name}: {:?}", Place::of(&at(name)));
             seen += 1;
         }
-        assert_eq!((Place::of(&at("stale")), Place::of(&at("free")), seen), (Place::Stale, Place::Free, 9));
+        assert_eq!((Place::of(&at("stale")), Place::of(&at("free")), seen), (Place::Stale, Place::Free, 8));
         assert_eq!(Place::of("/dev/null"), Place::of("/dev/zero"), "devices are no sockets either");
         assert!(matches!(Place::of("/dev/null"), Place::Unfit(_)));
         std::fs::remove_dir_all(folder).unwrap();
