@@ -2,9 +2,11 @@
 //! cache hit. `make bench-micro`; figures in benches/README.md.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+use divan::counter::BytesCount;
 use divan::{AllocProfiler, Bencher, black_box};
 use tollgate::identity::credential::Digest;
 use tollgate::pipeline::{Admission, Pipeline, Verdict};
+use tollgate::request::body::{BodyHead, BodyRules, BodyScanner, Keys, UntypedBody};
 use tollgate::request::origin::Origin;
 use tollgate::request::{self, head, query};
 use tollgate::{Now, config, edge};
@@ -142,5 +144,55 @@ fn bytes_for_the_upstream(bencher: Bencher<'_, '_>) {
         out.clear();
         plan.write_head(&view, &pipeline.forward, &origin, "0123456789abcdef0123456789abcdef", &mut out);
         out.len()
+    });
+}
+
+/// Bodies of every shape that is read: ordinary ones, and those that are nothing but what costs most.
+const BODIES: [(&str, &str, &str, &str, &str); 18] = [
+    ("form", FORM, "", "title=hello+world&", ""),
+    ("form of &", FORM, "", "&", ""),
+    ("form of a&", FORM, "", "a&", ""),
+    ("form of escapes", FORM, "", "%70%61%67&", ""),
+    ("form of brackets", FORM, "", "abcd[x]&", ""),
+    ("form, one value", FORM, "a=", "x", ""),
+    ("JSON records", JSON, "{\"a\":[1", ",{\"id\":17,\"name\":\"issue\",\"ok\":true}", "]}"),
+    ("JSON of tiny keys", JSON, "{\"a\":1", ",\"a\":1", "}"),
+    ("JSON of escaped keys", JSON, "{\"a\":1", ",\"\\n\\u0070\":1", "}"),
+    ("JSON of digits", JSON, "[1", ",1", "]"),
+    ("JSON of brackets", JSON, "[1", ",[[[[]]]]", "]"),
+    ("JSON of comments", "", "{", "//\n", "}"),
+    ("JSON, one string", JSON, "\"", "x", "\""),
+    ("multipart, empty parts", PARTS, "", PART, "--B--\r\n"),
+    ("multipart, files", PARTS, "", FILE, "--B--\r\n"),
+    ("multipart, near delimiters", PARTS, CONTENT, "\r\n--", "\r\n--B--\r\n"),
+    ("multipart, odd file name", PARTS, ODD, " name=", "\"\r\n\r\n\r\n--B--\r\n"),
+    ("multipart, one file", PARTS, CONTENT, "x", "\r\n--B--\r\n"),
+];
+const FORM: &str = "application/x-www-form-urlencoded";
+const JSON: &str = "application/json";
+const PARTS: &str = "multipart/form-data; boundary=B";
+const PART: &str = "--B\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n\r\n";
+const FILE: &str = "--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a b.txt\"\r\n\
+                    Content-Type: text/plain\r\n\r\nhello world\r\n";
+const CONTENT: &str = "--B\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n";
+const ODD: &str = "--B\r\nContent-Disposition: form-data; name=\"a\"; filename=\"";
+
+/// A whole body of 4 MiB (a file name: 12 KiB) in pieces as they come from a socket.
+#[divan::bench(args = BODIES.iter().map(|(name, ..)| *name))]
+fn body(bencher: Bencher<'_, '_>, name: &str) {
+    let (_, content_type, begin, unit, end) = *BODIES.iter().find(|body| body.0 == name).unwrap();
+    let size = if begin == ODD { 12 << 10 } else { 4 << 20 };
+    let body = [begin, &unit.repeat(size / unit.len()), end].concat().into_bytes();
+    let forbidden = Keys::default().with(query::Key::Token).with(query::Key::Method).with(query::Key::Sudo);
+    let names = query::Names { token: "private_token".into() };
+    let rules = std::sync::Arc::new(BodyRules { names, forbidden, untyped: UntypedBody::Watch });
+    let content_type = Some(content_type.as_bytes()).filter(|value| !value.is_empty());
+    let head = BodyHead { content_type, coded: false, is_post: true, lists: false };
+    bencher.counter(BytesCount::of_slice(&body)).bench_local(|| {
+        let (mut scanner, _) = BodyScanner::new(&head, std::sync::Arc::clone(&rules));
+        for piece in body.chunks(16 << 10) {
+            scanner.feed(black_box(piece)).unwrap();
+        }
+        scanner.finish().unwrap();
     });
 }

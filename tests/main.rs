@@ -16,6 +16,7 @@ mod admin;
 mod answers;
 mod architecture;
 mod attacks;
+mod bodies;
 mod cli;
 mod deadlines;
 mod deploy;

@@ -32,6 +32,10 @@ impl Form {
                 self.place = Place::Name;
                 continue;
             }
+            if self.name.is_empty() && matches!(chunk[at], b'&' | b';') {
+                at += 1;
+                continue;
+            }
             let rest = &chunk[at..];
             let end = next(rest, |b| matches!(b, b'&' | b';' | b'='), |rest| memchr::memchr3(b'&', b';', b'=', rest));
             match end {

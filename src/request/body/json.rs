@@ -54,6 +54,8 @@ enum Place {
     Unicode(u8),
     Number(Number),
     Word,
+    /// Behind `true`, `false` or `null`.
+    WordEnd,
     /// Whatever stands for a number or a word where nobody has claimed JSON.
     Atom,
     /// Behind a `/`.
@@ -95,7 +97,7 @@ impl Json {
             encoding: Encoding::Unknown { first: [0; SNIFFED_BYTES], seen: 0 },
             place: Place::Start,
             behind_comment: Place::Start,
-            open: Open { depth: 0, bits: Vec::new() },
+            open: Open::default(),
             name: Vec::new(),
             word: Vec::new(),
             code: 0,
@@ -128,10 +130,12 @@ impl Json {
             self.sniff(&first[..seen], judge)?;
         }
         let whole = match self.place {
+            _ if self.claim == Claim::Unclaimed => true,
             Place::Start | Place::End => true,
             Place::Number(number) => self.open.depth == 0 && number.is_whole(),
             Place::Word => self.open.depth == 0 && is_known(&self.word),
-            _ => self.claim == Claim::Unclaimed,
+            Place::WordEnd => self.open.depth == 0,
+            _ => false,
         };
         if whole { Ok(()) } else { Err(BodyFault::Ambiguous) }
     }
@@ -163,10 +167,53 @@ impl Json {
         let mut place = self.place;
         let mut at = 0;
         while let Some(&byte) = bytes.get(at) {
-            let rest = &bytes[at..];
             at += 1;
-            place = match (place, byte) {
-                (Place::Text(Text::Name), _) => {
+            place = match place {
+                Place::Start | Place::Value | Place::FirstValue => match byte {
+                    b' ' | b'\t' | b'\r' | b'\n' => place,
+                    _ if lenient && place == Place::Start => self.start(byte)?,
+                    b'{' => self.begin(true)?,
+                    b'[' => self.begin(false)?,
+                    b'"' => Place::Text(Text::Value),
+                    b']' if lenient || place == Place::FirstValue => self.close(false)?,
+                    b',' if lenient => Place::Value,
+                    _ if lenient => match self.odd(place, byte)? {
+                        Some(place) => place,
+                        None if ends_atom(byte) => Place::Over,
+                        None => Place::Atom,
+                    },
+                    b'1'..=b'9' => Place::Number(Number::Digits),
+                    b'0' => Place::Number(Number::Zero),
+                    b'-' => Place::Number(Number::Minus),
+                    b't' if bytes[at..].starts_with(b"rue") => {
+                        at += 3;
+                        Place::WordEnd
+                    }
+                    b'f' if bytes[at..].starts_with(b"alse") => {
+                        at += 4;
+                        Place::WordEnd
+                    }
+                    b'n' if bytes[at..].starts_with(b"ull") => {
+                        at += 3;
+                        Place::WordEnd
+                    }
+                    b'a'..=b'z' | b'A'..=b'Z' => {
+                        self.word.clear();
+                        self.word.push(byte);
+                        Place::Word
+                    }
+                    _ => return Err(BodyFault::Ambiguous),
+                },
+                Place::FirstKey | Place::Key => match byte {
+                    b'"' if self.open.depth == 1 => Place::Text(Text::Name),
+                    b'"' => Place::Text(Text::Key),
+                    b' ' | b'\t' | b'\r' | b'\n' => place,
+                    b'}' if lenient || place == Place::FirstKey => self.close(true)?,
+                    b',' if lenient => Place::Key,
+                    _ => self.odd(place, byte)?.map_or_else(|| self.no_json(), Ok)?,
+                },
+                Place::Text(Text::Name) => {
+                    let rest = &bytes[at - 1..];
                     let Some(end) = end_of_text(rest) else {
                         self.keep(rest);
                         break;
@@ -188,25 +235,63 @@ impl Json {
                         Place::Colon
                     }
                 }
-                (Place::Text(text), _) => {
+                Place::Text(text) => {
+                    let rest = &bytes[at - 1..];
                     let Some(end) = end_of_text(rest) else { break };
                     at += end;
-                    match (rest[end], text) {
-                        (b'\\', text) => Place::Escape(text),
-                        (_, Text::Value) => self.behind_value(),
-                        _ => Place::Colon,
+                    match text {
+                        _ if rest[end] == b'\\' => Place::Escape(text),
+                        Text::Value => self.behind_value(),
+                        Text::Name | Text::Key => Place::Colon,
                     }
                 }
-                (Place::Escape(Text::Name), b'u') => {
+                Place::Colon => match byte {
+                    b':' => Place::Value,
+                    b' ' | b'\t' | b'\r' | b'\n' => place,
+                    _ => self.odd(place, byte)?.map_or_else(|| self.no_json(), Ok)?,
+                },
+                Place::Behind => self.behind(byte)?,
+                Place::Number(mut number) => {
+                    let mut byte = byte;
+                    loop {
+                        match number.next(byte) {
+                            Some(next) => number = next,
+                            None if number.is_whole() => break self.next_behind_value(byte)?,
+                            None if number == Number::Minus && byte == b'I' => {
+                                self.word.clear();
+                                self.word.extend_from_slice(b"-I");
+                                break Place::Word;
+                            }
+                            None => break self.no_json()?,
+                        }
+                        match bytes.get(at) {
+                            Some(next) => byte = *next,
+                            None => break Place::Number(number),
+                        }
+                        at += 1;
+                    }
+                }
+                Place::Word => match byte {
+                    b'a'..=b'z' | b'A'..=b'Z' if self.word.len() < LONGEST_WORD => {
+                        self.word.push(byte);
+                        Place::Word
+                    }
+                    _ if is_known(&self.word) => self.next_behind_value(byte)?,
+                    _ => self.no_json()?,
+                },
+                Place::WordEnd => self.next_behind_value(byte)?,
+                Place::Atom if !ends_atom(byte) => Place::Atom,
+                Place::Atom => self.next_behind_value(byte)?,
+                Place::Escape(Text::Name) if byte == b'u' => {
                     self.code = 0;
                     Place::Unicode(0)
                 }
-                (Place::Escape(Text::Name), _) => {
+                Place::Escape(Text::Name) => {
                     self.keep(&[unescaped(byte)]);
                     Place::Text(Text::Name)
                 }
-                (Place::Escape(text), _) => Place::Text(text),
-                (Place::Unicode(digits), _) => match char::from(byte).to_digit(16) {
+                Place::Escape(text) => Place::Text(text),
+                Place::Unicode(digits) => match hex(byte) {
                     Some(digit) => {
                         self.code = self.code << 4 | digit;
                         if digits == 3 { self.keep_code(self.code) } else { Place::Unicode(digits + 1) }
@@ -216,9 +301,14 @@ impl Json {
                         self.keep_code(u32::MAX)
                     }
                 },
-
+                Place::Slash => match byte {
+                    b'/' => Place::LineComment,
+                    b'*' => Place::BlockComment,
+                    _ => Place::Over,
+                },
                 // A line comment ends at LF; for Oj also at CR, form feed and NUL.
-                (Place::LineComment, _) => {
+                Place::LineComment => {
+                    let rest = &bytes[at - 1..];
                     let end = memchr::memchr3(b'\n', b'\r', 12, rest).unwrap_or(rest.len());
                     at += end;
                     match rest.get(end) {
@@ -229,89 +319,79 @@ impl Json {
                         None => break,
                     }
                 }
-                (Place::LineCommentReturn, b'\n') => self.behind_comment,
-                (Place::LineCommentReturn, _) => return Err(BodyFault::Ambiguous),
-                (Place::BlockComment, _) => {
-                    let Some(end) = memchr::memchr(b'*', rest) else { break };
+                Place::LineCommentReturn if byte == b'\n' => self.behind_comment,
+                Place::LineCommentReturn => return Err(BodyFault::Ambiguous),
+                Place::BlockComment => {
+                    let Some(end) = memchr::memchr(b'*', &bytes[at - 1..]) else { break };
                     at += end;
                     Place::BlockCommentStar
                 }
-                (Place::BlockCommentStar, b'/') => self.behind_comment,
-                (Place::BlockCommentStar, b'*') => Place::BlockCommentStar,
-                (Place::BlockCommentStar, _) => Place::BlockComment,
-                (Place::Slash, b'/') => Place::LineComment,
-                (Place::Slash, b'*') => Place::BlockComment,
-                (Place::Slash, _) => self.no_json()?,
-
-                (Place::Number(number), _) => match number.next(byte) {
-                    Some(next) => Place::Number(next),
-                    None if number == Number::Minus && byte == b'I' => {
-                        self.word = b"-I".to_vec();
-                        Place::Word
-                    }
-                    None if number.is_whole() => {
-                        at -= 1;
-                        self.behind_value()
-                    }
-                    None => self.no_json()?,
+                Place::BlockCommentStar => match byte {
+                    b'/' => self.behind_comment,
+                    b'*' => Place::BlockCommentStar,
+                    _ => Place::BlockComment,
                 },
-                (Place::Word, b'a'..=b'z' | b'A'..=b'Z') if self.word.len() < LONGEST_WORD => {
-                    self.word.push(byte);
-                    Place::Word
-                }
-                (Place::Word, _) if is_known(&self.word) => {
-                    at -= 1;
-                    self.behind_value()
-                }
-                (Place::Word, _) => self.no_json()?,
-                (Place::Atom, _) if !ends_atom(byte) => Place::Atom,
-                (Place::Atom, _) => {
-                    at -= 1;
-                    self.behind_value()
-                }
-                (Place::Over, _) => break,
-
-                (place, b' ' | b'\t' | b'\r' | b'\n') => place,
-                (place, 11 | 12) if lenient => place,
-                (place, b'/') if lenient => {
-                    self.behind_comment = place;
-                    Place::Slash
-                }
-                (Place::Start, b'{') => self.begin(true)?,
-                // Only an object has parameters.
-                (Place::Start, _) if lenient => Place::Over,
-                (Place::FirstValue, b']') => self.close(false)?,
-                (Place::Start | Place::Value | Place::FirstValue, _) => match byte {
-                    b'{' => self.begin(true)?,
-                    b'[' => self.begin(false)?,
-                    b'"' => Place::Text(Text::Value),
-                    b']' if lenient => self.close(false)?,
-                    b',' if lenient => Place::Value,
-                    _ if lenient && !ends_atom(byte) => Place::Atom,
-                    b'-' => Place::Number(Number::Minus),
-                    b'0' => Place::Number(Number::Zero),
-                    b'1'..=b'9' => Place::Number(Number::Digits),
-                    b'a'..=b'z' | b'A'..=b'Z' => {
-                        self.word = vec![byte];
-                        Place::Word
-                    }
-                    _ => self.no_json()?,
+                Place::End => match byte {
+                    b' ' | b'\t' | b'\r' | b'\n' => place,
+                    _ => return Err(BodyFault::Ambiguous),
                 },
-                (Place::FirstKey | Place::Key, b'"') if self.open.depth == 1 => Place::Text(Text::Name),
-                (Place::FirstKey | Place::Key, b'"') => Place::Text(Text::Key),
-                (Place::FirstKey, b'}') => self.close(true)?,
-                (Place::Key, b'}') if lenient => self.close(true)?,
-                (Place::FirstKey | Place::Key, b',') if lenient => Place::Key,
-                (Place::Colon, b':') => Place::Value,
-                (Place::Behind, b',') if self.open.in_object() => Place::Key,
-                (Place::Behind, b',') => Place::Value,
-                (Place::Behind, b'}') => self.close(true)?,
-                (Place::Behind, b']') => self.close(false)?,
-                (Place::FirstKey | Place::Key | Place::Colon | Place::Behind | Place::End, _) => self.no_json()?,
+                Place::Over => break,
             };
         }
         self.place = place;
         Ok(())
+    }
+
+    /// What may stand between two elements.
+    fn behind(&mut self, byte: u8) -> Result<Place, BodyFault> {
+        match byte {
+            b',' => Ok(if self.open.object { Place::Key } else { Place::Value }),
+            b'}' => self.close(true),
+            b']' => self.close(false),
+            b' ' | b'\t' | b'\r' | b'\n' => Ok(Place::Behind),
+            _ => self.odd(Place::Behind, byte)?.map_or_else(|| self.no_json(), Ok),
+        }
+    }
+
+    /// The same for the first byte behind a value that ends with the byte before.
+    fn next_behind_value(&mut self, byte: u8) -> Result<Place, BodyFault> {
+        match self.behind_value() {
+            Place::Behind => self.behind(byte),
+            Place::End if !matches!(byte, b' ' | b'\t' | b'\r' | b'\n') => Err(BodyFault::Ambiguous),
+            Place::Start => self.start(byte),
+            place => Ok(place),
+        }
+    }
+
+    /// Where nobody has claimed JSON, what stands before a document, or between two: yajl reads on, and the last one counts.
+    fn start(&mut self, byte: u8) -> Result<Place, BodyFault> {
+        Ok(match byte {
+            b'{' => self.begin(true)?,
+            b'[' => self.begin(false)?,
+            b'"' => Place::Text(Text::Value),
+            b'1'..=b'9' => Place::Number(Number::Digits),
+            b'0' => Place::Number(Number::Zero),
+            b'-' => Place::Number(Number::Minus),
+            b't' | b'f' | b'n' | b'N' | b'I' => {
+                self.word.clear();
+                self.word.push(byte);
+                Place::Word
+            }
+            _ => self.odd(Place::Start, byte)?.unwrap_or(Place::Over),
+        })
+    }
+
+    /// White space and comments that only some readers know, where nobody has claimed JSON.
+    fn odd(&mut self, place: Place, byte: u8) -> Result<Option<Place>, BodyFault> {
+        match byte {
+            _ if self.claim == Claim::Claimed => Err(BodyFault::Ambiguous),
+            b' ' | b'\t' | b'\r' | b'\n' | 11 | 12 => Ok(Some(place)),
+            b'/' => {
+                self.behind_comment = place;
+                Ok(Some(Place::Slash))
+            }
+            _ => Ok(None),
+        }
     }
 
     fn begin(&mut self, object: bool) -> Result<Place, BodyFault> {
@@ -320,10 +400,10 @@ impl Json {
     }
 
     fn close(&mut self, object: bool) -> Result<Place, BodyFault> {
-        if self.open.depth == 0 || self.open.in_object() != object {
+        if self.open.depth == 0 || self.open.object != object {
             return self.no_json();
         }
-        self.open.depth -= 1;
+        self.open.pop();
         Ok(self.behind_value())
     }
 
@@ -331,7 +411,7 @@ impl Json {
         match self.claim {
             _ if self.open.depth > 0 => Place::Behind,
             Claim::Claimed => Place::End,
-            Claim::Unclaimed => Place::Over,
+            Claim::Unclaimed => Place::Start,
         }
     }
 
@@ -407,10 +487,13 @@ impl Number {
 }
 
 /// The objects and arrays that are open, a bit each: set for an object.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Open {
     depth: usize,
-    bits: Vec<u64>,
+    /// What is open is an object.
+    object: bool,
+    /// What is open around it.
+    around: Vec<u64>,
 }
 
 impl Open {
@@ -419,16 +502,27 @@ impl Open {
             return Err(BodyFault::Ambiguous);
         }
         let (word, bit) = (self.depth / 64, self.depth % 64);
-        if word == self.bits.len() {
-            self.bits.push(0);
+        if word == self.around.len() {
+            self.around.push(0);
         }
-        self.bits[word] = self.bits[word] & !(1 << bit) | u64::from(object) << bit;
+        self.around[word] = self.around[word] & !(1 << bit) | u64::from(self.object) << bit;
+        self.object = object;
         self.depth += 1;
         Ok(())
     }
 
-    fn in_object(&self) -> bool {
-        self.depth.checked_sub(1).is_some_and(|top| self.bits[top / 64] >> (top % 64) & 1 == 1)
+    fn pop(&mut self) {
+        self.depth -= 1;
+        self.object = self.around[self.depth / 64] >> (self.depth % 64) & 1 == 1;
+    }
+}
+
+const fn hex(digit: u8) -> Option<u32> {
+    match digit {
+        b'0'..=b'9' => Some((digit - b'0') as u32),
+        b'a'..=b'f' => Some((digit - b'a') as u32 + 10),
+        b'A'..=b'F' => Some((digit - b'A') as u32 + 10),
+        _ => None,
     }
 }
 

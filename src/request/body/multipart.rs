@@ -5,11 +5,12 @@
 use super::super::head::is_token_byte;
 use super::super::query::form_decode;
 use super::{BodyFault, Judge};
-use memchr::memmem::{self, Finder};
+use memchr::memmem::Finder;
+use smallvec::SmallVec;
 
 /// The header block of one part.
 const MAX_PART_HEAD_BYTES: usize = 16 * 1024;
-const MAX_PART_FIELDS: usize = 32;
+const MAX_PART_FIELDS: usize = 16;
 /// How much of a chunk is joined to what was kept from the one before.
 const JOIN: usize = 256;
 
@@ -17,6 +18,7 @@ const JOIN: usize = 256;
 pub(super) struct Multipart {
     /// `--` and the boundary.
     delimiter: Finder<'static>,
+    words: Words,
     place: Place,
     /// Bytes that can't be judged before more have come: a part's head, or the end of a content.
     kept: Vec<u8>,
@@ -41,7 +43,7 @@ const AMBIGUOUS: Result<Option<usize>, BodyFault> = Err(BodyFault::Ambiguous);
 impl Multipart {
     pub(super) fn new(boundary: &[u8]) -> Self {
         let delimiter = Finder::new(&[b"--", boundary].concat()).into_owned();
-        Self { delimiter, place: Place::Start, kept: Vec::new(), searched: 0, has_begun: false }
+        Self { delimiter, words: Words::new(), place: Place::Start, kept: Vec::new(), searched: 0, has_begun: false }
     }
 
     pub(super) fn feed(&mut self, chunk: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
@@ -118,14 +120,14 @@ impl Multipart {
                 self.searched = 0;
                 Ok(Some(2))
             }
-            Place::PartHead => match memmem::find(&data[self.searched..], b"\r\n\r\n") {
+            Place::PartHead => match self.words.blank_line.find(&data[self.searched..]) {
                 Some(at) if self.searched + at <= MAX_PART_HEAD_BYTES => {
                     let end = self.searched + at;
                     let head = &data[..end];
                     if self.delimiter.find(head).is_some() {
                         return AMBIGUOUS;
                     }
-                    judge_head(head, judge)?;
+                    self.words.judge_head(head, judge)?;
                     self.place = Place::Content;
                     Ok(Some(end + 4))
                 }
@@ -154,71 +156,136 @@ impl Multipart {
     }
 }
 
-/// The fields of a part that readers take a name from.
-#[derive(Default)]
-struct PartHead<'a> {
-    disposition: Option<&'a [u8]>,
-    content_type: Option<&'a [u8]>,
+/// What is looked for in the head of a part, and room for the head in lower case.
+#[derive(Clone, Debug)]
+struct Words {
+    blank_line: Finder<'static>,
+    disposition: Finder<'static>,
+    id: Finder<'static>,
+    name: Finder<'static>,
+    lower: Vec<u8>,
 }
 
-/// Holds a part's head to the grammar and judges its name.
-fn judge_head(head: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
-    let mut part = PartHead::default();
-    let mut names: smallvec::SmallVec<[&[u8]; 8]> = smallvec::SmallVec::new();
-    let mut rest = Some(head);
-    while let Some(text) = rest {
-        let (line, later) = match memchr::memchr(b'\r', text) {
-            Some(at) => (&text[..at], Some(text[at + 1..].strip_prefix(b"\n").ok_or(BodyFault::Ambiguous)?)),
-            None => (text, None),
-        };
-        rest = later;
-        let colon = memchr::memchr(b':', line).ok_or(BodyFault::Ambiguous)?;
-        let (name, value) = (&line[..colon], &line[colon + 1..]);
-        let plain = value.iter().fold(true, |plain, b| plain & ((*b >= b' ' && *b != 0x7f) || *b == b'\t'));
-        let known = names.iter().any(|known| known.eq_ignore_ascii_case(name));
-        if name.is_empty()
-            || !name.iter().all(|b| is_token_byte(*b))
-            || !plain
-            || known
-            || names.len() == MAX_PART_FIELDS
-        {
+impl Words {
+    fn new() -> Self {
+        Self {
+            blank_line: Finder::new(b"\r\n\r\n"),
+            disposition: Finder::new(b"content-disposition"),
+            id: Finder::new(b"content-id:"),
+            name: Finder::new(b"name"),
+            lower: Vec::new(),
+        }
+    }
+
+    /// Holds a part's head to the grammar and judges its name.
+    fn judge_head(&mut self, head: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
+        let (mut value, mut content_type) = (None, &b""[..]);
+        let mut names: SmallVec<[&[u8]; MAX_PART_FIELDS]> = SmallVec::new();
+        let mut rest = Some(head);
+        while let Some(text) = rest {
+            let line;
+            (line, rest) = match memchr::memchr(b'\r', text) {
+                Some(at) => (&text[..at], Some(text[at + 1..].strip_prefix(b"\n").ok_or(BodyFault::Ambiguous)?)),
+                None => (text, None),
+            };
+            let field = field(line).filter(|_| names.len() < MAX_PART_FIELDS).ok_or(BodyFault::Ambiguous)?;
+            if names.iter().any(|known| known.eq_ignore_ascii_case(field.0)) {
+                return Err(BodyFault::Ambiguous);
+            }
+            names.push(field.0);
+            if field.0.eq_ignore_ascii_case(b"content-disposition") {
+                value = Some(field.1);
+            } else if field.0.eq_ignore_ascii_case(b"content-type") {
+                content_type = field.1.trim_ascii();
+            }
+        }
+        let value = value.ok_or(BodyFault::Ambiguous)?;
+        self.lower.clear();
+        self.lower.extend(value.iter().map(u8::to_ascii_lowercase));
+        let named_at = self.named_places(value);
+        let disposition = Disposition::parse(value).ok_or(BodyFault::Ambiguous)?;
+        if named_at.count != 1 {
             return Err(BodyFault::Ambiguous);
         }
-        names.push(name);
-        if name.eq_ignore_ascii_case(b"content-disposition") {
-            part.disposition = Some(value);
-        } else if name.eq_ignore_ascii_case(b"content-type") {
-            part.content_type = Some(value);
+        disposition.judge(judge)?;
+        for at in [named_at.last, named_at.last_with_value].into_iter().flatten() {
+            let name = old_value(&value[at..]);
+            judge.plain(name)?;
+            if name.contains(&b'\\') {
+                judge.plain(&without_backslashes(name))?;
+            }
         }
-    }
-    // Rack looks for that text anywhere in the head.
-    if texts(head, b"content-disposition").count() != 1 {
-        return Err(BodyFault::Ambiguous);
-    }
-    let value = part.disposition.ok_or(BodyFault::Ambiguous)?;
-    let disposition = Disposition::parse(value).ok_or(BodyFault::Ambiguous)?;
-    disposition.judge(value, judge)?;
-    if disposition.is_named_otherwise(value) {
-        // Rack then names the field after what it finds first of these.
-        for at in texts(head, b"content-id:") {
-            let value = &head[at + b"content-id:".len()..];
-            let value = value[..memchr::memchr(b'\r', value).unwrap_or(value.len())].trim_ascii();
-            judge.plain(value)?;
-            judge.plain(value.strip_prefix(b"<").and_then(|id| id.strip_suffix(b">")).unwrap_or(value))?;
+        // Rack looks for that text anywhere in the head.
+        self.lower.clear();
+        self.lower.extend(head.iter().map(u8::to_ascii_lowercase));
+        if self.disposition.find_iter(&self.lower).take(2).count() != 1 {
+            return Err(BodyFault::Ambiguous);
         }
-        disposition.judge_filenames(judge)?;
-        judge.plain(part.content_type.unwrap_or_default().trim_ascii())?;
+        if disposition.is_named_otherwise(value) {
+            // Rack then names the field after what it finds first of these.
+            for at in self.id.find_iter(&self.lower) {
+                let value = &head[at + b"content-id:".len()..];
+                let value = value[..memchr::memchr(b'\r', value).unwrap_or(value.len())].trim_ascii();
+                judge.plain(value)?;
+                judge.plain(value.strip_prefix(b"<").and_then(|id| id.strip_suffix(b">")).unwrap_or(value))?;
+            }
+            disposition.judge_filenames(judge)?;
+            judge.plain(content_type)?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Finds every `name=` in a disposition, which stands in `lower` in lower case.
+    fn named_places(&self, value: &[u8]) -> NamedPlaces {
+        let mut found = NamedPlaces::default();
+        for at in self.name.find_iter(&self.lower) {
+            let Some(before) = at.checked_sub(1).map(|before| value[before]) else { continue };
+            if !matches!(before, b' ' | b'\t' | b';') {
+                continue;
+            }
+            let behind = &value[at + b"name".len()..];
+            let loose = skip_blanks(behind);
+            let loose = skip_blanks(loose.strip_prefix(b"*").unwrap_or(loose));
+            if loose.first() == Some(&b'=') && ends_in_semicolon(&value[..at]) {
+                found.count += 1;
+            }
+            if before != b';' && behind.first() == Some(&b'=') {
+                let at = at + b"name=".len();
+                found.last = Some(at);
+                let token = value.get(at).is_some_and(|b| *b > b' ' && !br#"()<>,;:\"/[]?="#.contains(b));
+                let quoted = value.get(at) == Some(&b'"') && value[at + 1..].contains(&b'"');
+                if token || quoted {
+                    found.last_with_value = Some(at);
+                }
+            }
+        }
+        found
+    }
 }
 
-/// Where a text with a `-` in it stands, in any letter case.
-fn texts<'a>(haystack: &'a [u8], text: &'static [u8]) -> impl Iterator<Item = usize> + 'a {
-    let dash = memchr::memchr(b'-', text).unwrap_or_default();
-    memchr::memchr_iter(b'-', haystack).filter_map(move |at| {
-        let start = at.checked_sub(dash)?;
-        haystack.get(start..start + text.len()).filter(|found| found.eq_ignore_ascii_case(text)).map(|_| start)
-    })
+/// Where `name=` stands in a disposition.
+#[derive(Default)]
+struct NamedPlaces {
+    /// How often behind a `;`. Readers differ in where a quoted value ends, so more than one is one too many.
+    count: usize,
+    /// The last one behind a blank, and the last one of these with a value behind it: what Rack 1 and old 2 take for the
+    /// name, in a file name too.
+    last: Option<usize>,
+    last_with_value: Option<usize>,
+}
+
+/// The value behind `name=`, as Rack 1 ends it.
+fn old_value(text: &[u8]) -> &[u8] {
+    let text = text.strip_prefix(b"\"").unwrap_or(text);
+    &text[..memchr::memchr2(b'"', b';', text).unwrap_or(text.len())]
+}
+
+/// Name and value of one line.
+fn field(line: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (name, value) = line.split_at(memchr::memchr(b':', line)?);
+    let value = &value[1..];
+    let plain = value.iter().fold(true, |plain, b| plain & ((*b >= b' ' && *b != 0x7f) || *b == b'\t'));
+    (plain && !name.is_empty() && name.iter().all(|b| is_token_byte(*b))).then_some((name, value))
 }
 
 /// The value of a Content-Disposition, parsed.
@@ -280,26 +347,13 @@ impl<'a> Disposition<'a> {
             seen |= bit;
             rest = skip_spaces(rest);
         }
-        (!found.name.is_empty() && names_once(value)).then_some(found)
+        (!found.name.is_empty()).then_some(found)
     }
 
-    /// Judges the name, and what Rack 1 and old 2 would take for it: the last `name=` behind a blank, in a file name too.
-    fn judge(&self, value: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
+    fn judge(&self, judge: Judge<'_>) -> Result<(), BodyFault> {
         judge.plain(self.name)?;
         // Flask and multer decode escapes in a name.
-        if self.name.contains(&b'%') {
-            judge.encoded(self.name)?;
-        }
-        for equals in memchr::memchr_iter(b'=', value) {
-            let before = &value[..equals];
-            let is_name = before.len() > 4 && before[before.len() - 4..].eq_ignore_ascii_case(b"name");
-            if is_name && before[before.len() - 5].is_ascii_whitespace() {
-                let text = &value[equals + 1..];
-                let text = text.strip_prefix(b"\"").unwrap_or(text);
-                judge.plain(&text[..memchr::memchr2(b'"', b';', text).unwrap_or(text.len())])?;
-            }
-        }
-        Ok(())
+        if self.name.contains(&b'%') { judge.encoded(self.name) } else { Ok(()) }
     }
 
     /// Rack 2 finds no name behind a `:`, and Rack 1 none without a blank before it.
@@ -313,7 +367,7 @@ impl<'a> Disposition<'a> {
             judge.plain(filename)?;
             judge.encoded(filename)?;
             judge.plain(&filename[..memchr::memchr(b'"', filename).unwrap_or(filename.len())])?;
-            let unescaped: Vec<u8> = filename.iter().copied().filter(|b| *b != b'\\').collect();
+            let unescaped = without_backslashes(filename);
             judge.plain(&unescaped)?;
             judge.encoded(&unescaped)?;
         }
@@ -359,17 +413,19 @@ fn file_name(text: &[u8]) -> Option<(&[u8], &[u8])> {
     last.then_some((name, b""))
 }
 
-/// Whether `; name=` stands in the value only once: readers differ in where a quoted value ends.
-fn names_once(value: &[u8]) -> bool {
-    let mut count = 0;
-    for at in memchr::memchr_iter(b';', value) {
-        let text = value[at + 1..].trim_ascii_start();
-        let Some(behind) = text.get(4..).filter(|_| text[..4].eq_ignore_ascii_case(b"name")) else { continue };
-        let behind = behind.trim_ascii_start();
-        let behind = behind.strip_prefix(b"*").unwrap_or(behind).trim_ascii_start();
-        count += usize::from(behind.starts_with(b"="));
+fn without_backslashes(text: &[u8]) -> Vec<u8> {
+    text.iter().copied().filter(|b| *b != b'\\').collect()
+}
+
+fn ends_in_semicolon(text: &[u8]) -> bool {
+    text.iter().rev().find(|b| !matches!(b, b' ' | b'\t')) == Some(&b';')
+}
+
+fn skip_blanks(mut text: &[u8]) -> &[u8] {
+    while let [b' ' | b'\t', rest @ ..] = text {
+        text = rest;
     }
-    count == 1
+    text
 }
 
 fn skip_spaces(mut text: &[u8]) -> &[u8] {

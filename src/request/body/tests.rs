@@ -393,6 +393,9 @@ fn forms() {
         "private_token\n=B",
         "private_token\0=B",
         "private_token\0",
+        "private_token%00x",
+        "\u{feff}private_token=B",
+        "private.token=B",
         "private%5Ftoken%5B%5D=B",
         "&&;;=&==&private_token&",
         "{\"a\":1}&private_token=B",
@@ -504,7 +507,6 @@ fn json_that_is_none() {
         "{\"a\" 1}",
         "{\"a\":1 \"b\":2}",
         "{\"a\":1}}",
-        "{\"a\":1}{\"private_token\":1}",
         "{\"a\":1} x",
         "[1,2",
         "[1 2]",
@@ -536,6 +538,10 @@ fn json_that_is_none() {
         "{\"a\":1,,\"private_token\":1}",
         "{,\"private_token\":1}",
         "\u{b}{\u{c}\"private_token\":1}",
+        // yajl reads one document after the other, and the last one counts.
+        "{\"a\":1}{\"private_token\":1}",
+        "{}[1] 1-2 null\"x\"/**/true{\"private_token\":1}",
+        "[{\"a\":1}]\n{\"private_token\":1}",
         "{\"a\":[1,],\"b\":{\"c\":1,},\"private_token\":1}",
         "{\"a\":nan,\"b\":.5,\"c\":0x1F,\"private_token\":1}",
         "\u{feff}{\"private_token\":1}",
@@ -547,7 +553,7 @@ fn json_that_is_none() {
     }
     // Readers differ in where these comments end.
     for body in
-        ["{//\r\"private_token\":1}", "{//\u{c}\"private_token\":1}", "{//\0\"a\":1}", "{\"a\":1}//x", "//x\0\n{}"]
+        ["{//\r\"private_token\":1}", "{//\u{c}\"private_token\":1}", "{//\0\"a\":1}", "{\"a\":1}//x\r", "//x\0\n{}"]
     {
         let over = body.starts_with("{\"a\":1}");
         assert_eq!(verdict("application/json", body), AMBIGUOUS, "{body:?}");
@@ -693,6 +699,8 @@ fn names_of_parts() {
         // Old Rack's names: what stands behind a blank and `name=`, wherever.
         "Content-Disposition: form-data; name=\"a\"; filename=\"x name=private_token\"",
         "Content-Disposition: form-data; name=\"a\"; filename=\"x\" name=\"private_token\"",
+        "Content-Disposition: form-data; name=\"a\"; filename=\"x\" name=\"private\\_token\"",
+        "Content-Disposition: form-data; name=\"a\"; filename=\"x name=private_token name=\"",
         "Content-Disposition: form-data;name=\"a\"; filename=\"private_token\"",
         "Content-Disposition: form-data;name=\"a\"\r\nContent-ID: private_token",
         "Content-Disposition: form-data;name=\"a\"\r\nContent-ID: <private_token>",
