@@ -3,9 +3,10 @@
 //! keys and the elements of an array are nobody's parameters.
 
 use super::{BodyFault, Judge, MAX_NAME_BYTES};
+use smallvec::SmallVec;
 
-/// Deeper nesting is refused: some readers stop sooner, and what is open must be remembered.
-const MAX_DEPTH: usize = 1024;
+/// Deeper nesting is refused: readers stop sooner, most at 100 to 10,000, and what is open must be remembered.
+const MAX_DEPTH: usize = 16 * 1024;
 /// By these many bytes readers tell UTF-16 and UTF-32 from UTF-8.
 const SNIFFED_BYTES: usize = 4;
 
@@ -28,6 +29,8 @@ pub(super) struct Json {
     open: Open,
     /// The beginning of a parameter's name that escapes or chunks have cut.
     name: Vec<u8>,
+    /// A field that was found in an inner object. yajl gives the innermost open object of a document that is cut short.
+    inner: Option<BodyFault>,
     /// A word like `true`, so far.
     word: Vec<u8>,
     /// The value of the digits behind `\u`.
@@ -72,7 +75,7 @@ enum Place {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Text {
-    /// A key of the top-level object.
+    /// A key that is judged: of the top-level object, and where nobody has claimed JSON of inner ones as well.
     Name,
     Key,
     Value,
@@ -99,6 +102,7 @@ impl Json {
             behind_comment: Place::Start,
             open: Open::default(),
             name: Vec::new(),
+            inner: None,
             word: Vec::new(),
             code: 0,
         }
@@ -128,6 +132,9 @@ impl Json {
     pub(super) fn finish(&mut self, judge: Judge<'_>) -> Result<(), BodyFault> {
         if let Encoding::Unknown { first, seen } = self.encoding {
             self.sniff(&first[..seen], judge)?;
+        }
+        if let Some(fault) = self.inner.filter(|_| self.open.depth > 0 && !self.is_over()) {
+            return Err(fault);
         }
         let whole = match self.place {
             _ if self.claim == Claim::Unclaimed => true,
@@ -205,7 +212,7 @@ impl Json {
                     _ => return Err(BodyFault::Ambiguous),
                 },
                 Place::FirstKey | Place::Key => match byte {
-                    b'"' if self.open.depth == 1 => Place::Text(Text::Name),
+                    b'"' if lenient || self.open.depth == 1 => Place::Text(Text::Name),
                     b'"' => Place::Text(Text::Key),
                     b' ' | b'\t' | b'\r' | b'\n' => place,
                     b'}' if lenient || place == Place::FirstKey => self.close(true)?,
@@ -221,7 +228,7 @@ impl Json {
                     at += end;
                     let whole = self.name.is_empty() && rest[end] == b'"';
                     if whole {
-                        judge.plain(&rest[..end.min(MAX_NAME_BYTES)])?;
+                        self.found(judge_key(&rest[..end.min(MAX_NAME_BYTES)], judge))?;
                     } else {
                         self.keep(&rest[..end]);
                     }
@@ -229,7 +236,7 @@ impl Json {
                         Place::Escape(Text::Name)
                     } else {
                         if !whole {
-                            judge.plain(&self.name)?;
+                            self.found(judge_key(&self.name, judge))?;
                             self.name.clear();
                         }
                         Place::Colon
@@ -395,6 +402,9 @@ impl Json {
     }
 
     fn begin(&mut self, object: bool) -> Result<Place, BodyFault> {
+        if self.open.depth == 0 {
+            self.inner = None;
+        }
         self.open.push(object)?;
         Ok(if object { Place::FirstKey } else { Place::FirstValue })
     }
@@ -423,6 +433,16 @@ impl Json {
         }
     }
 
+    fn found(&mut self, verdict: Result<(), BodyFault>) -> Result<(), BodyFault> {
+        match verdict {
+            Err(fault) if self.open.depth > 1 => {
+                self.inner = Some(fault);
+                Ok(())
+            }
+            verdict => verdict,
+        }
+    }
+
     fn keep(&mut self, bytes: &[u8]) {
         let room = MAX_NAME_BYTES.saturating_sub(self.name.len());
         self.name.extend_from_slice(&bytes[..bytes.len().min(room)]);
@@ -433,6 +453,26 @@ impl Json {
         self.keep(letter.encode_utf8(&mut [0; 4]).as_bytes());
         Place::Text(Text::Name)
     }
+}
+
+/// Go takes a key for a field in any letter case, and two letters beyond ASCII for those that they fold to.
+fn judge_key(key: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
+    judge.plain(key)?;
+    if !key.iter().any(|b| b.is_ascii_uppercase() || !b.is_ascii()) {
+        return Ok(());
+    }
+    let mut folded = SmallVec::<[u8; 64]>::new();
+    let mut rest = key;
+    while let [first, later @ ..] = rest {
+        let letter;
+        (letter, rest) = match rest {
+            [0xc5, 0xbf, later @ ..] => (b's', later),
+            [0xe2, 0x84, 0xaa, later @ ..] => (b'k', later),
+            _ => (first.to_ascii_lowercase(), later),
+        };
+        folded.push(letter);
+    }
+    judge.plain(&folded)
 }
 
 /// Where a string ends or an escape begins. Many strings are short: the first bytes are looked at one by one.

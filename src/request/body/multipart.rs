@@ -209,7 +209,9 @@ impl Words {
         }
         disposition.judge(judge)?;
         for at in [named_at.last, named_at.last_with_value].into_iter().flatten() {
-            let name = old_value(&value[at..]);
+            let text = &value[at..];
+            judge.plain(&text[..text.iter().position(|b| !is_old_token_byte(*b)).unwrap_or(text.len())])?;
+            let name = old_value(text);
             judge.plain(name)?;
             if name.contains(&b'\\') {
                 judge.plain(&without_backslashes(name))?;
@@ -252,7 +254,7 @@ impl Words {
             if before != b';' && behind.first() == Some(&b'=') {
                 let at = at + b"name=".len();
                 found.last = Some(at);
-                let token = value.get(at).is_some_and(|b| *b > b' ' && !br#"()<>,;:\"/[]?="#.contains(b));
+                let token = value.get(at).is_some_and(|b| is_old_token_byte(*b));
                 let quoted = value.get(at) == Some(&b'"') && value[at + 1..].contains(&b'"');
                 if token || quoted {
                     found.last_with_value = Some(at);
@@ -274,7 +276,12 @@ struct NamedPlaces {
     last_with_value: Option<usize>,
 }
 
-/// The value behind `name=`, as Rack 1 ends it.
+/// A byte of what Rack 1 calls a token.
+fn is_old_token_byte(byte: u8) -> bool {
+    byte > b' ' && !br#"()<>,;:\"/[]?="#.contains(&byte)
+}
+
+/// The value behind `name=`, as Rack 1.4 ends it.
 fn old_value(text: &[u8]) -> &[u8] {
     let text = text.strip_prefix(b"\"").unwrap_or(text);
     &text[..memchr::memchr2(b'"', b';', text).unwrap_or(text.len())]
