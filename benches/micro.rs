@@ -165,7 +165,7 @@ const BODIES: [(&str, &str, &str, &str, &str); 18] = [
     ("multipart, empty parts", PARTS, "", PART, "--B--\r\n"),
     ("multipart, files", PARTS, "", FILE, "--B--\r\n"),
     ("multipart, near delimiters", PARTS, CONTENT, "\r\n--", "\r\n--B--\r\n"),
-    ("multipart, odd file name", PARTS, ODD, " name=", "\"\r\n\r\n\r\n--B--\r\n"),
+    ("multipart, odd file name", PARTS, ODD, " name;", "\"\r\n\r\n\r\n--B--\r\n"),
     ("multipart, one file", PARTS, CONTENT, "x", "\r\n--B--\r\n"),
 ];
 const FORM: &str = "application/x-www-form-urlencoded";

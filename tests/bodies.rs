@@ -66,8 +66,9 @@ fn what_real_clients_send_passes_byte_for_byte() {
             ["content-type", "content-encoding", "content-range", "accept", "user-agent"].contains(&name.as_str())
         };
         let fields: String = lines.filter(kept).map(|line| format!("{line}\r\n")).collect();
-        let answer = ask(&gateway, &request(method, &fields, body, name.len() % 2 == 0));
-        match answer.status {
+        let mut client = gateway.client();
+        let _ = std::io::Write::write_all(&mut client.socket, &request(method, &fields, body, name.len() % 2 == 0));
+        match client.answer_to(method).unwrap().status {
             200 if method == "HEAD" => passed += 1,
             200 => {
                 // The head of a body that was refused may come late.

@@ -11,6 +11,8 @@ use smallvec::SmallVec;
 /// The header block of one part.
 const MAX_PART_HEAD_BYTES: usize = 16 * 1024;
 const MAX_PART_FIELDS: usize = 16;
+/// The words `name` with a `=` behind them in one disposition: one, unless somebody plays with file names.
+const MAX_NAMES: usize = 4;
 /// How much of a chunk is joined to what was kept from the one before.
 const JOIN: usize = 256;
 
@@ -202,13 +204,10 @@ impl Words {
         let value = value.ok_or(BodyFault::Ambiguous)?;
         self.lower.clear();
         self.lower.extend(value.iter().map(u8::to_ascii_lowercase));
-        let named_at = self.named_places(value);
+        let places = self.named_places(value).ok_or(BodyFault::Ambiguous)?;
         let disposition = Disposition::parse(value).ok_or(BodyFault::Ambiguous)?;
-        if named_at.count != 1 {
-            return Err(BodyFault::Ambiguous);
-        }
         disposition.judge(judge)?;
-        for at in [named_at.last, named_at.last_with_value].into_iter().flatten() {
+        for at in places.into_iter().filter(|at| *at != disposition.name_at + b"name=".len()) {
             let text = &value[at..];
             judge.plain(&text[..text.iter().position(|b| !is_old_token_byte(*b)).unwrap_or(text.len())])?;
             let name = old_value(text);
@@ -237,43 +236,32 @@ impl Words {
         Ok(())
     }
 
-    /// Finds every `name=` in a disposition, which stands in `lower` in lower case.
-    fn named_places(&self, value: &[u8]) -> NamedPlaces {
-        let mut found = NamedPlaces::default();
+    /// Where a value stands behind a word `name` and `=` in a disposition, which stands in `lower` in lower case. Some
+    /// reader takes each of them for the name, in a file name too: Rack 1 the last one behind a blank, Rack 3 one behind
+    /// a raw quote, Formidable the first one. Readers differ most in where a quoted value ends, so behind a `;` there must
+    /// be one only.
+    fn named_places(&self, value: &[u8]) -> Option<SmallVec<[usize; MAX_NAMES]>> {
+        let mut found = SmallVec::new();
+        let mut parameters = 0;
         for at in self.name.find_iter(&self.lower) {
-            let Some(before) = at.checked_sub(1).map(|before| value[before]) else { continue };
-            if !matches!(before, b' ' | b'\t' | b';') {
+            let before = &value[..at];
+            if before.last().is_none_or(|b| b.is_ascii_alphanumeric() || *b == b'_') {
                 continue;
             }
             let behind = &value[at + b"name".len()..];
             let loose = skip_blanks(behind);
             let loose = skip_blanks(loose.strip_prefix(b"*").unwrap_or(loose));
-            if loose.first() == Some(&b'=') && ends_in_semicolon(&value[..at]) {
-                found.count += 1;
+            if loose.first() != Some(&b'=') {
+                continue;
             }
-            if before != b';' && behind.first() == Some(&b'=') {
-                let at = at + b"name=".len();
-                found.last = Some(at);
-                let token = value.get(at).is_some_and(|b| is_old_token_byte(*b));
-                let quoted = value.get(at) == Some(&b'"') && value[at + 1..].contains(&b'"');
-                if token || quoted {
-                    found.last_with_value = Some(at);
-                }
+            parameters += usize::from(ends_in_semicolon(before));
+            if found.len() == MAX_NAMES {
+                return None;
             }
+            found.push(value.len() - loose.len() + 1);
         }
-        found
+        (parameters == 1).then_some(found)
     }
-}
-
-/// Where `name=` stands in a disposition.
-#[derive(Default)]
-struct NamedPlaces {
-    /// How often behind a `;`. Readers differ in where a quoted value ends, so more than one is one too many.
-    count: usize,
-    /// The last one behind a blank, and the last one of these with a value behind it: what Rack 1 and old 2 take for the
-    /// name, in a file name too.
-    last: Option<usize>,
-    last_with_value: Option<usize>,
 }
 
 /// A byte of what Rack 1 calls a token.

@@ -709,6 +709,10 @@ fn names_of_parts() {
         "Content-Disposition: form-data; name=\" private_token\"",
         "Content-Disposition: form-data; name=\"private%5Ftoken\"",
         "Content-Type: text/plain\r\nContent-Disposition: form-data; name=\"private_token\"\r\nX-Y: \tz",
+        // Rack 3's, behind a raw quote, and Formidable's, the first one.
+        "Content-Disposition: form-data; name=\"a\"; filename=\"x\"name=\"private_token\"\"",
+        "Content-Disposition: form-data; filename=\"name=private_token\"; name=\"a\"",
+        "Content-Disposition: form-data; filename=\"x-name=private_token y\"; name=\"a\"",
         // Old Rack's names: what stands behind a blank and `name=`, wherever.
         "Content-Disposition: form-data; name=\"a\"; filename=\"x name=private_token\"",
         "Content-Disposition: form-data; name=\"a\"; filename=\"x\" name=\"private_token\"",
@@ -753,6 +757,8 @@ fn names_of_parts() {
         "filename=\"x.txt\"; modification-date=\"Fri, 27 Nov 2026 23:21:37 GMT\"; size=12; name=\"file\"",
         "name=\"file\"; filename=\"x\"; modification-date=\"23:21\"; read-date=\"23:21\"",
         "name=\"file\"; filename=\"its name=x.txt\"",
+        "name=\"file\"; filename=\"name=1, name=2, name=3\"",
+        "name=\"file\"; filename=\"filename=private_token, surname=private_token\"",
     ] {
         assert_eq!(verdict(PARTS, disposition(parameters)), Ok(()), "{parameters}");
     }
@@ -792,6 +798,7 @@ fn names_of_parts() {
         "name=\"a\"; filename=\"x",
         "name=\"a\"; filename=x y",
         "name=\"a\";; filename=x",
+        "name=\"file\"; filename=\"name=1, name=2, name=3, name=4\"",
         "\tname=\"a\"",
     ] {
         assert_eq!(verdict(PARTS, disposition(parameters)), AMBIGUOUS, "{parameters}");
