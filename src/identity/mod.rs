@@ -299,6 +299,12 @@ impl Authenticator {
         self.inner.chain.names()
     }
 
+    /// Whether an answer is at hand.
+    #[cfg(test)]
+    pub(crate) fn knows(&self, digest: &Digest) -> bool {
+        matches!(self.inner.cache.get(digest, (self.inner.clock)()), Cached::Answer { .. })
+    }
+
     /// How far each store had told of its changes.
     #[cfg(test)]
     pub(crate) fn marks(&self) -> Vec<Option<Mark>> {

@@ -4,7 +4,7 @@ use super::{BOUND, Backing, Caller, Embedded, PostgresOwn, RedisOwn};
 use crate::harness::*;
 use crate::servers::redis::{Options, Redis};
 use crate::servers::tls::Authority;
-use crate::support::status;
+use crate::support::{run, status, stderr, stdout};
 use std::time::Instant;
 
 /// What is learned from a store that has just been put in place is followed from the first answer on.
@@ -82,4 +82,30 @@ fn certificate_files_are_read_again() {
     eventually("the new store is followed", || followed() == 2);
     assert_eq!(gateway.admin_post("/reload").status, 200);
     assert_eq!((status(&gateway, "four"), followed()), (200, 2));
+}
+
+/// Tokens in plain text on the network: an error unless somebody wrote so, and then said again and again.
+#[test]
+fn tokens_in_plain_text_are_warned_of_at_every_start_and_reload() {
+    let upstream = Upstream::start();
+    let store = |more: &str| {
+        format!("[store]\nkind = \"introspection\"\nendpoint = \"http://192.0.2.1/api/v3/user?key=S3CRET\"\n{more}")
+    };
+    let folder = Folder::new("test");
+    let check = |more: &str| {
+        let text = format!("{}[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n", store(more));
+        run(tollgate().args(["check", "--config"]).arg(folder.write("tollgate.toml", &text)))
+    };
+    let refused = check("");
+    assert!(!refused.status.success() && stderr(&refused).contains("insecure_http = true"), "{}", stderr(&refused));
+    let warned = check("insecure_http = true\n");
+    let warning = "EVERY TOKEN TRAVELS IN PLAIN TEXT to 192.0.2.1:80";
+    assert!(warned.status.success());
+    let said = stdout(&warned);
+    assert!(said.contains("warning: ") && said.contains(warning) && !said.contains("S3CRET"), "{said}");
+    let gateway = Gateway::start(upstream.address, &store("insecure_http = true\n"));
+    let warnings = || gateway.process_log().matches(warning).count();
+    assert_eq!(warnings(), 1);
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    eventually("warned of again", || warnings() == 2);
 }

@@ -170,7 +170,7 @@ async fn json_file_holds_the_contract() {
 
 #[tokio::test]
 async fn sqlite_restores_by_any_clock() {
-    restored_by_any_clock(&SqliteSubject { folder: Folder::new("restored") }).await;
+    restored_by_any_clock(&SqliteSubject { folder: Folder::new("restored") }, || {}).await;
 }
 
 #[tokio::test]

@@ -998,6 +998,54 @@ async fn a_real_backend() {
     assert_eq!(ask("good-token-0001").await, Err("unavailable"));
 }
 
+/// nginx in front of the endpoint limits, and forbids, in its own way.
+#[tokio::test]
+async fn a_real_limiter_in_front_of_a_real_backend() {
+    let (_puma, backend) = puma();
+    let (folder, port) = (Folder::new("nginx"), free_port());
+    let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .iter()
+        .map(|kind| format!("{kind}_temp_path {};", folder.file(kind).display()))
+        .collect();
+    let limited = |name: &str, status: u16| {
+        format!(
+            "location /{name} {{ limit_req zone=z{status}; limit_req_status {status}; \
+             proxy_pass http://127.0.0.1:{backend}/api/v3/user; }}"
+        )
+    };
+    let config = format!(
+        "daemon off; master_process off; pid {pid}; error_log stderr crit; events {{}} http {{ access_log off; {temporary} \
+         limit_req_zone $binary_remote_addr zone=z403:1m rate=1r/m; \
+         limit_req_zone $binary_remote_addr zone=z429:1m rate=1r/m; \
+         server {{ listen 127.0.0.1:{port}; location /open {{ proxy_pass http://127.0.0.1:{backend}/api/v3/user; }} \
+         location /denied {{ deny all; }} {} {} }} }}",
+        limited("forbids", 403),
+        limited("limits", 429),
+        pid = folder.file("pid").display(),
+    );
+    let path = folder.write("nginx.conf", &config);
+    let _nginx = Process::start(Command::new("nginx").arg("-c").arg(&path).args(["-e", "stderr"]).stdin(Stdio::null()));
+    eventually("nginx listens", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    let ask = async |place: &str, token: &str| {
+        let metrics = Arc::new(Metrics::new("test").unwrap().store("asked"));
+        let settings = settings(format!("http://127.0.0.1:{port}/{place}"), false);
+        let store = IntrospectStore::new(settings, AMPLE, metrics).unwrap();
+        let answer = store.lookup(&Credential::new(token.as_bytes(), Digest::of(token.as_bytes()))).await;
+        answer.map(|record| record.map(|record| record.user)).map_err(|error| error.kind())
+    };
+    for _ in 0..3 {
+        assert_eq!(ask("open", "good-token-0001").await, valid());
+        assert_eq!(ask("open", "bad-token").await, Ok(None));
+    }
+    assert_eq!(ask("denied", "good-token-0001").await, Err("garbage"));
+    for (place, kind) in [("forbids", "garbage"), ("limits", "unavailable")] {
+        assert_eq!(ask(place, "good-token-0001").await, valid(), "{place}");
+        for token in ["good-token-0001", "bad-token"] {
+            assert_eq!(ask(place, token).await, Err(kind), "{place}: {token}");
+        }
+    }
+}
+
 /// Figures, not a test: `cargo test --release --lib introspect::figures -- --ignored --nocapture`.
 #[tokio::test]
 #[ignore = "prints figures"]

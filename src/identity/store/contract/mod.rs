@@ -547,8 +547,9 @@ async fn gateways_confirm(subject: &dyn Subject) {
 }
 
 /// A gateway's clock may be ahead of the store's, or behind it: a snapshot that was taken by it must not bring back what was
-/// revoked while it was stopped. For stores that keep a list of changes.
-pub(super) async fn restored_by_any_clock(subject: &dyn Subject) {
+/// revoked while it was stopped. For stores that keep a list of changes; `age` makes what was written so far older than what
+/// is looked at besides.
+pub(super) async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn()) {
     fn skewed(minutes: i64) -> crate::Now {
         let now = crate::edge::now();
         crate::Now { unix_ms: now.unix_ms.saturating_add_signed(minutes * 60_000), ..now }
@@ -560,6 +561,7 @@ pub(super) async fn restored_by_any_clock(subject: &dyn Subject) {
         let [steady, doomed] = ["steady", "doomed"].map(|token| format!("{token}-{name}"));
         admin.create(&record(&steady)).await.unwrap();
         admin.create(&record(&doomed)).await.unwrap();
+        age();
         let gateway = || gateway(subject, clock, &folder.file(name));
         let status = async |authenticator: &Authenticator, token: &str| match authenticator.check(
             token.as_bytes(),
@@ -585,8 +587,10 @@ pub(super) async fn restored_by_any_clock(subject: &dyn Subject) {
         let second = gateway();
         let following = follow(&second);
         let deadline = Instant::now() + PATIENCE;
-        while !matches!(status(&second, &steady).await, (true, Ok(Answer::Valid(_)))) {
+        // Without a look-up.
+        while !second.knows(&Digest::of(steady.as_bytes())) {
             assert!(Instant::now() < deadline, "{}, {name}: never restored", subject.name());
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
         for _ in 0..3 {
             let (_, answer) = status(&second, &doomed).await;
