@@ -10,7 +10,7 @@ use crate::request::query::Edits;
 use crate::request::route::{Auth, Route};
 use crate::request::token::{Presented, TokenRules, bearer, is_token_header};
 use crate::request::view::{Field, FieldKind, Framing, Method, RequestView, Version};
-use crate::request::{Examined, Switches};
+use crate::request::{Examined, METHOD_OVERRIDE, Switches};
 use smallvec::SmallVec;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -41,6 +41,10 @@ pub enum Credential {
 #[derive(Debug)]
 pub struct Plan<'r> {
     pub route: &'r Route,
+    /// The method that was judged.
+    pub method: Method,
+    /// It stands in X-HTTP-Method-Override.
+    pub overridden: bool,
     auth: Auth,
     pub permit: Permit,
     pub presented: Option<Presented<'r>>,
@@ -51,9 +55,20 @@ pub struct Plan<'r> {
 }
 
 pub fn plan<'r>(permit: Permit, examined: Examined<'r>) -> Plan<'r> {
-    let Examined { route, auth, presented, edits, clamped, asks_sudo: _, body, content_type, method: _, canonical: _ } =
-        examined;
-    Plan { route, auth, permit, presented, edits, clamped, body, content_type }
+    let Examined {
+        route,
+        method,
+        overridden,
+        auth,
+        presented,
+        edits,
+        clamped,
+        asks_sudo: _,
+        body,
+        content_type,
+        canonical: _,
+    } = examined;
+    Plan { route, method, overridden, auth, permit, presented, edits, clamped, body, content_type }
 }
 
 /// X-Request-Id as Rails takes it: letters, digits, `_` and `-`; longer ones are replaced.
@@ -116,6 +131,10 @@ impl Plan<'_> {
                 Passes::Yes | Passes::No => {}
             }
         }
+        if self.overridden {
+            // The backend must run the method that was judged.
+            put(out, METHOD_OVERRIDE, self.method.as_str().as_bytes());
+        }
         self.write_identity(rules, out);
         write_origin(origin, out);
         put(out, "X-Request-Id", request_id.as_bytes());
@@ -157,7 +176,7 @@ impl Plan<'_> {
             // On no route without the switch: an open one would let anybody choose.
             FieldKind::PathOrUser if !rules.switches.path_and_user_headers => return Passes::NoAndCounted,
             FieldKind::PathOrUser => true,
-            // Refused elsewhere; a web page's form may use it.
+            // Refused or judged elsewhere; a web page's form may use it.
             FieldKind::MethodOverride => web_page,
             FieldKind::Host
             | FieldKind::ContentLength

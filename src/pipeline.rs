@@ -11,7 +11,7 @@ use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
 use crate::request::route::Route;
 use crate::request::token::Source;
-use crate::request::view::RequestView;
+use crate::request::view::{Method, RequestView};
 use crate::request::{self, Examined};
 use crate::telemetry::metrics::{AuthResult, Clamp, Metrics, TokenSource};
 use std::sync::Arc;
@@ -37,6 +37,8 @@ pub enum Verdict<'r> {
 pub struct Refused<'r> {
     pub refusal: Refusal,
     pub route: Option<&'r Route>,
+    /// The method that was judged.
+    pub method: Method,
     pub token: Option<TokenId>,
     pub source: TokenSource,
 }
@@ -68,6 +70,7 @@ impl Pipeline {
                 return Admission::Decided(self.refuse(
                     Cause::Request(refused.fault).into(),
                     refused.route,
+                    refused.method,
                     None,
                     source,
                 ));
@@ -97,13 +100,14 @@ impl Pipeline {
             Ok(Answer::Invalid(why)) => Cause::Identity(why),
             Err(why) => Cause::CannotTell(why),
         };
-        self.refuse(cause.into(), Some(examined.route), Some(digest.id()), source(&examined))
+        self.refuse(cause.into(), Some(examined.route), examined.method, Some(digest.id()), source(&examined))
     }
 
     /// Asks the policy and plans what goes upstream.
     fn settle<'r>(&'r self, examined: Examined<'r>, principal: Option<Arc<Principal>>) -> Verdict<'r> {
         let result = if principal.is_some() { AuthResult::Valid } else { AuthResult::Anonymous };
         let token = principal.as_deref().map(Principal::token);
+        let method = examined.method;
         match self.policy.decide(&examined, principal) {
             Ok(permit) => {
                 self.metrics.auth(result, "ok", source(&examined));
@@ -116,9 +120,14 @@ impl Pipeline {
                 if examined.clamped.per_page {
                     self.metrics.clamped(Clamp::PerPage);
                 }
+                if examined.overridden {
+                    self.metrics.method_overridden();
+                }
                 Verdict::Forward(forward::plan(permit, examined))
             }
-            Err(fault) => self.refuse(Cause::Policy(fault).into(), Some(examined.route), token, source(&examined)),
+            Err(fault) => {
+                self.refuse(Cause::Policy(fault).into(), Some(examined.route), method, token, source(&examined))
+            }
         }
     }
 
@@ -126,13 +135,14 @@ impl Pipeline {
         &self,
         refusal: Refusal,
         route: Option<&'r Route>,
+        method: Method,
         token: Option<TokenId>,
         source: TokenSource,
     ) -> Verdict<'r> {
         if let Some(result) = refusal.auth_result() {
             self.metrics.auth(result, refusal.reason(), source);
         }
-        Verdict::Refuse(Refused { refusal, route, token, source })
+        Verdict::Refuse(Refused { refusal, route, method, token, source })
     }
 }
 

@@ -23,6 +23,8 @@ mod deploy;
 mod forwarding;
 mod load;
 mod logs;
+mod method_override;
+mod names;
 mod operations;
 mod paging;
 mod rack;

@@ -138,6 +138,46 @@ fn repeated_keys_collapse_to_the_last_and_structures_are_dropped() {
     );
 }
 
+/// Names that PHP folds into the key, or that stand before a blank: Rack reads another key, so they are dropped and not
+/// put in the place of what Rack reads.
+#[test]
+fn names_that_other_readers_fold_into_a_page_are_dropped() {
+    table(
+        "",
+        PATH,
+        &[
+            ("?per.page=5000", ""),
+            ("?per+page=5000&x=1", "?x=1"),
+            ("?per%5Bpage=5000", ""),
+            ("?per_page=5&per.page=5000", "?per_page=5"),
+            ("?page%20=5000&page=2", "?page=2"),
+            ("?+page=9&%20per_page=5000&a", "?a"),
+            ("?page%00abc=99999999999999999999", ""),
+            ("?page%00;x=5000", "?x=5000"),
+            // A `;` ends a number for Rack alone.
+            ("?per_page=5;x=1", "?per_page=5&x=1"),
+            ("?per_page=5000;page=0;x=1", "?per_page=100&page=1&x=1"),
+            ("?page.x=9&per_page.=5000&perpage=5000", "?page.x=9&per_page.=5000&perpage=5000"),
+        ],
+    );
+}
+
+#[test]
+fn no_page_is_above_the_integers_of_a_backend() {
+    let deep = "[pagination]\nmax_page = 9000000000000000000\nmax_per_page = \"none\"\n";
+    table(
+        deep,
+        PATH,
+        &[
+            ("?page=2147483647", "?page=2147483647"),
+            ("?page=2147483648", "?page=2147483647"),
+            ("?page=9223372036854775808&per_page=9223372036854775808", "?page=2147483647&per_page=2147483647"),
+        ],
+    );
+    table("", PATH, &[("?page=2147483648", "?page=2147483647"), ("?page=99999999999999999999", "?page=2147483647")]);
+    table("[pagination]\nmax_page = 7\n", PATH, &[("?page=2147483648", "?page=7")]);
+}
+
 #[test]
 fn absent_parameters_stay_absent_unless_injected() {
     let config = "[pagination]\ninject_defaults = true\n";

@@ -59,16 +59,20 @@ const TOKEN_KEYS: &[&str] = &[
     "%20private_token",
     "%09private_token",
     "private_token%0a",
+    // To PHP, not to Rack.
+    "private_token%00",
+    "private_token%00100abc",
+    "private.token",
+    "private+token",
+    "private[token",
 ];
 /// Names that only look like it: they are other parameters to everybody, and go on as they are.
 const OTHER_KEYS: &[&str] = &[
     "PRIVATE_TOKEN",
     "Private_Token",
     "private-token",
-    "private.token",
     "private_token.x",
-    // A name with a NUL byte is a name of its own to Ruby.
-    "private_token%00",
+    ".private_token",
     "private%255Ftoken",
     "?private_token",
     "private_token%3D",
@@ -104,6 +108,9 @@ const PAGE_KEYS: &[&str] = &[
     "+page",
     "per_page+",
     "per_page%00",
+    "per_page%00x",
+    "per.page",
+    "per+page[]",
     "Per_Page",
     "per-page",
     "PAGE",

@@ -88,6 +88,10 @@ section! {
         /// POST and as JSON, and it is forwarded as it came. "refuse": 400. "octet-stream": forwarded as
         /// `application/octet-stream`, which nobody takes for a form, and watched as JSON.
         untyped_body: Untyped = r#""watch""#,
+        /// A POST with X-HTTP-Method-Override: "refuse" (400), or "judge" it as the method that the header names (routes,
+        /// scopes, pages) and pass the header on. Only for a backend that obeys this header (Rack::MethodOverride, as in
+        /// Rails; Symfony): another one would run a POST where a GET was permitted. gitlab4j sends PATCH this way.
+        method_override: MethodOverride = r#""refuse""#,
         /// What tells the backend who asks: "token" (the token header), "identity" (X-Tollgate-User,
         /// X-Tollgate-Token-Id, X-Tollgate-Scopes), "both" or "none".
         forward: Forward = r#""token""#,
@@ -310,11 +314,11 @@ section! {
     Pagination {
         /// What stands for a `per_page` of zero, below zero, or that is no number.
         default_per_page: u64 = "20",
-        /// The highest `per_page`, or "none".
+        /// The highest `per_page`, or "none". Never above 2147483647.
         max_per_page: Option<u64> = "100",
         /// The lowest `page`.
         first_page: u64 = "1",
-        /// The highest `page`, or "none".
+        /// The highest `page`, or "none". Never above 2147483647.
         max_page: Option<u64> = r#""none""#,
         /// What happens to a `page` past it: "clamp" or "refuse" (400).
         beyond_max_page: Beyond = r#""clamp""#,
@@ -405,6 +409,7 @@ section! {
 words! { BodyPolicy { Refuse = "refuse", Ignore = "ignore" } }
 words! { Untyped { Watch = "watch", Refuse = "refuse", OctetStream = "octet-stream" } }
 words! { Forward { Token = "token", Identity = "identity", Both = "both", None = "none" } }
+words! { MethodOverride { Refuse = "refuse", Judge = "judge" } }
 words! { Switch { Refuse = "refuse", Allow = "allow" } }
 words! { Strip { Strip = "strip", Allow = "allow" } }
 words! { ScopePreset { None = "none", Gitlab = "gitlab" } }
@@ -502,7 +507,7 @@ settings! {
     ParameterName(String) = |text| {
         let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
         match plain {
-            true if !["page", "per_page", "sudo"].contains(&text) => Ok(text.into()),
+            true if !["page", "per_page", "sudo", "_method"].contains(&text) => Ok(text.into()),
             true => Err(wrong(format!("{text} has a meaning of its own"), "like \"private_token\"")),
             false => Err(wrong("a parameter's name has letters, digits and `_` only", "like \"private_token\"")),
         }

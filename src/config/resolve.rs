@@ -13,12 +13,12 @@ use crate::policy::{Policy, ScopeRule, Scopes};
 use crate::reply::cors::{Cors, wrong_origin};
 use crate::request::body::{BodyRules, Keys, UntypedBody};
 use crate::request::origin::TrustedProxies;
-use crate::request::page::{PageRules, Pagination, TooDeep};
+use crate::request::page::{HIGHEST, PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
 use crate::request::route::{Auth, Methods, Pattern, Route, Routes};
 use crate::request::token::TokenRules;
 use crate::request::view::Method;
-use crate::request::{Limits, Rules, Switches};
+use crate::request::{Limits, MethodOverride, Rules, Switches};
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::path::{Path, PathBuf};
@@ -79,6 +79,10 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, problems: 
         cors_preflight: file.api.cors_preflight,
         token: token.clone(),
         names: names.clone(),
+        method_override: match file.token.method_override {
+            file::MethodOverride::Refuse => MethodOverride::Refuse,
+            file::MethodOverride::Judge => MethodOverride::Judge,
+        },
         switches,
         pagination: check.pagination(file),
         body: (file.token.body == BodyPolicy::Refuse)
@@ -391,6 +395,15 @@ impl Check<'_> {
         if rules.default_per_page == 0 || rules.max_per_page.is_some_and(|max| max < rules.default_per_page) {
             let instead = "from 1 to max_per_page";
             self.problem(line, format!("{key}.default_per_page"), "is out of range", instead);
+        }
+        if rules.first_page > HIGHEST || rules.default_per_page > HIGHEST {
+            let key = format!("{key}.first_page, {key}.default_per_page");
+            self.problem(
+                line,
+                key,
+                "is out of range",
+                format!("at most {HIGHEST}, the highest number that is forwarded"),
+            );
         }
         if rules.max_page.is_some_and(|max| max < rules.first_page) {
             self.problem(line, format!("{key}.max_page"), "is below first_page", "no page would be left");

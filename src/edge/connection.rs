@@ -97,7 +97,13 @@ impl Gate {
 
         let verdict = if self.lifecycle.is_draining() {
             let refusal = Cause::Draining.into();
-            Verdict::Refuse(Refused { refusal, route: None, token: None, source: TokenSource::None })
+            Verdict::Refuse(Refused {
+                refusal,
+                route: None,
+                method: view.method,
+                token: None,
+                source: TokenSource::None,
+            })
         } else {
             match snapshot.pipeline.admit(&view, arrival.now) {
                 Admission::Decided(verdict) => verdict,
@@ -198,14 +204,16 @@ impl Arrival {
         let answer = render(refusal, view.method == Method::Head, close, id, snapshot, grant(view, snapshot));
         let written = client.write(&answer).await.is_ok();
         let took = self.started.elapsed();
-        snapshot.count(refused.route, view.method, refusal.status(), took);
+        snapshot.count(refused.route, refused.method, refusal.status(), took);
         if snapshot.log.is_on() {
+            let overridden = refused.method != view.method;
             let token = refused.token;
             snapshot.log.write(&Entry {
                 unix_ms: self.now.unix_ms,
                 request_id: id,
                 client: origin.client,
-                method: view.method_bytes,
+                method: if overridden { refused.method.as_str().as_bytes() } else { view.method_bytes },
+                overridden,
                 // A target that was refused for its form is not taken apart for the log.
                 target: if refusal.status() == 400 { view.path() } else { view.target },
                 route: refused.route.map_or("none", |route| &route.name),
@@ -251,7 +259,8 @@ impl Arrival {
             keep_alive: view.keep_alive,
             http10: view.version == Version::Http10,
             deprecated: from_query && snapshot.pipeline.forward.deprecate_query_token,
-            method: view.method,
+            method: plan.method,
+            overridden: plan.overridden,
             source,
             client: origin.client,
             log: snapshot.log.is_on().then(|| LogFacts {

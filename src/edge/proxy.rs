@@ -54,6 +54,8 @@ pub(super) struct Ticket {
     /// The token came in the query, and the client is to be told.
     pub(super) deprecated: bool,
     pub(super) method: Method,
+    /// The method stands in X-HTTP-Method-Override; the request line says POST.
+    pub(super) overridden: bool,
     pub(super) source: TokenSource,
     pub(super) client: Option<IpAddr>,
     /// The request's head as it came; the places below are in it.
@@ -379,6 +381,7 @@ impl ProxyHttp for MainLane {
             request_id: &ticket.request_id,
             client: ticket.client,
             method: ticket.method.as_str().as_bytes(),
+            overridden: ticket.overridden,
             target: facts.target.within(&ticket.head),
             route: snapshot.route_name(ticket.route),
             status,

@@ -167,6 +167,7 @@ impl Refusal {
             Cause::Request(R::MethodNotAllowed) => (405, "method"),
             Cause::Request(R::HeaderTimeout) => (408, "header_timeout"),
             Cause::Request(R::BodyTimeout) => (408, "body_timeout"),
+            Cause::Request(R::QueryCharset) => (415, "query_charset"),
             Cause::Request(R::BodyTooLarge) => (413, "body_size"),
             Cause::Request(R::TargetTooLong) => (414, "target_size"),
             Cause::Request(R::HeaderTooLarge) => (431, "header_size"),

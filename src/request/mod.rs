@@ -23,6 +23,9 @@ use target::TargetFault;
 use token::{Presented, TokenFault, TokenRules};
 use view::{Field, FieldKind, Framing, Method, RequestView};
 
+/// The one header whose word about the method is taken, where any is: the one that Rack reads.
+pub const METHOD_OVERRIDE: &str = "X-HTTP-Method-Override";
+
 /// Everything that is configured about judging a request by its own bytes.
 #[derive(Clone, Debug)]
 pub struct Rules {
@@ -32,6 +35,7 @@ pub struct Rules {
     pub cors_preflight: bool,
     pub token: TokenRules,
     pub names: Names,
+    pub method_override: MethodOverride,
     pub switches: Switches,
     pub pagination: Pagination,
     /// `None`: bodies are not looked at, because the backend trusts only the header that tollgate sets.
@@ -45,6 +49,14 @@ pub struct Limits {
     pub target_bytes: usize,
     /// `None`: any length.
     pub body_bytes: Option<u64>,
+}
+
+/// What becomes of a POST that asks to be run as another method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MethodOverride {
+    Refuse,
+    /// Judge it as that method, and tell the backend the same: for backends that obey X-HTTP-Method-Override.
+    Judge,
 }
 
 /// Credentials of other kinds, and impersonation. Off means refused or taken out, never passed by accident.
@@ -70,8 +82,10 @@ pub enum Fault {
     Head(HeadFault),
     Target(TargetFault),
     MethodNotAllowed,
-    /// X-HTTP-Method-Override and its kin.
+    /// X-HTTP-Method-Override and its kin, or `_method` in the query.
     MethodOverride,
+    /// A query beside a Content-Type whose charset changes what the query's bytes mean to Django.
+    QueryCharset,
     TargetTooLong,
     HeaderTooLarge,
     HeaderTimeout,
@@ -107,7 +121,10 @@ impl From<BodyFault> for Fault {
 pub struct Examined<'r> {
     /// The route, and its name for logs and metrics.
     pub route: &'r Route,
+    /// The method that is judged.
     pub method: Method,
+    /// It came as a POST with this method in X-HTTP-Method-Override, which must reach the backend.
+    pub overridden: bool,
     /// The path as routes and scopes are found by.
     pub canonical: Cow<'r, [u8]>,
     /// Whether a token is needed: the route's own answer, unless this is a preflight.
@@ -129,13 +146,17 @@ pub struct Examined<'r> {
 pub struct Refused<'r> {
     pub fault: Fault,
     pub route: Option<&'r Route>,
+    /// The method that was judged.
+    pub method: Method,
     /// A token stood in the query, in whatever spelling.
     pub query_token: bool,
 }
 
 /// Judges a request by its own bytes.
 pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<'r>, Refused<'r>> {
-    let early = |fault| Refused { fault, route: None, query_token: false };
+    let asked = rules.method_asked(view);
+    let method = asked.unwrap_or(view.method);
+    let early = |fault| Refused { fault, route: None, method, query_token: false };
     if view.method == Method::Other {
         return Err(early(Fault::MethodNotAllowed));
     }
@@ -144,34 +165,65 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
     }
     target::check(view.target).map_err(|fault| early(Fault::Target(fault)))?;
     let canonical = target::canonical(view.path());
-    let found = rules.routes.find(view.method, &canonical).and_then(|index| rules.routes.get(index));
+    let found = rules.routes.find(method, &canonical).and_then(|index| rules.routes.get(index));
     let route = found.ok_or_else(|| early(Fault::NoRoute))?;
-    rules.examine_on(route, view, canonical).map_err(|fault| {
+    rules.examine_on(route, view, asked, canonical).map_err(|fault| {
         let scan = query::scan(view.query().unwrap_or_default(), &rules.names);
         let query_token = scan.params.iter().any(|param| param.key == Key::Token);
-        Refused { fault, route: Some(route), query_token }
+        Refused { fault, route: Some(route), method, query_token }
     })
 }
 
 impl Rules {
+    /// The method to judge by: the request's own, or the one that its one override header names where that is taken.
+    /// HEAD is not taken: servers differ in whether an answer to such a POST has a body, so its end could not be told.
+    fn method_asked(&self, view: &RequestView<'_>) -> Result<Method, Fault> {
+        let mut overrides = view.fields_of(FieldKind::MethodOverride);
+        let Some(field) = overrides.next() else { return Ok(view.method) };
+        let takes = self.method_override == MethodOverride::Judge
+            && view.method == Method::Post
+            && overrides.next().is_none()
+            && field.name.eq_ignore_ascii_case(METHOD_OVERRIDE.as_bytes());
+        match Method::of(field.value) {
+            Method::Other | Method::Head => Err(Fault::MethodOverride),
+            method if takes => Ok(method),
+            _ => Err(Fault::MethodOverride),
+        }
+    }
+
     fn examine_on<'r>(
         &self,
         route: &'r Route,
         view: &RequestView<'r>,
+        asked: Result<Method, Fault>,
         canonical: Cow<'r, [u8]>,
     ) -> Result<Examined<'r>, Fault> {
         let web_page = route.is_web_page();
-        if !web_page && view.fields_of(FieldKind::MethodOverride).next().is_some() {
-            return Err(Fault::MethodOverride);
-        }
+        let query = view.query().unwrap_or_default();
+        let scan = query::scan(query, &self.names);
+        let overrides = view.fields_of(FieldKind::MethodOverride).next().is_some();
+        let in_query = scan.params.iter().any(|param| param.key == Key::Method);
+        let (method, overridden) = match web_page {
+            // Where another route holds for some methods of this path, that would be a way around it.
+            true if (overrides || in_query) && !self.is_web_page_for_all(&canonical) => {
+                return Err(Fault::MethodOverride);
+            }
+            true => (view.method, false),
+            false if in_query => return Err(Fault::MethodOverride),
+            false => (asked?, overrides),
+        };
         if let (Framing::Length(length), Some(limit)) = (view.body, self.limits.body_bytes)
             && length > limit
         {
             return Err(Fault::BodyTooLarge);
         }
 
-        let query = view.query().unwrap_or_default();
-        let scan = query::scan(query, &self.names);
+        if !web_page
+            && !query.is_empty()
+            && view.fields_of(FieldKind::ContentType).any(|field| !query::is_read_as_ascii(field.value))
+        {
+            return Err(Fault::QueryCharset);
+        }
         let auth =
             if self.cors_preflight && is_preflight(view) { Auth::None { pass_token: false } } else { route.auth };
         let passes_tokens = matches!(auth, Auth::None { pass_token: true });
@@ -198,7 +250,7 @@ impl Rules {
                 }
             }
         }
-        let lists = !web_page && matches!(view.method, Method::Get | Method::Head);
+        let lists = !web_page && matches!(method, Method::Get | Method::Head);
         let (mut clamped, mut append) = Default::default();
         let page_rules = if lists { self.pagination.rules_for(&canonical) } else { None };
         if let Some(rules) = page_rules {
@@ -228,7 +280,8 @@ impl Rules {
         };
         Ok(Examined {
             route,
-            method: view.method,
+            method,
+            overridden,
             canonical,
             auth,
             presented,
@@ -237,6 +290,14 @@ impl Rules {
             asks_sudo,
             body,
             content_type,
+        })
+    }
+
+    /// Whether the path is passed through as a web page whatever the method.
+    fn is_web_page_for_all(&self, canonical: &[u8]) -> bool {
+        Method::FORWARDED.into_iter().all(|method| {
+            let found = self.routes.find(method, canonical).and_then(|index| self.routes.get(index));
+            found.is_some_and(Route::is_web_page)
         })
     }
 

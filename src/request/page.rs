@@ -9,16 +9,17 @@ use smallvec::SmallVec;
 pub const DEFAULT_PER_PAGE: u64 = 20;
 pub const MAX_PER_PAGE: u64 = 100;
 
-/// Pages beyond this overflow a 64-bit OFFSET at 100 rows a page, which PostgreSQL answers with an error.
-const HIGHEST_PAGE: u64 = i32::MAX as u64;
+/// No `page` and no `per_page` above this is forwarded, whatever is configured: the product of two such numbers fits
+/// a 64-bit OFFSET, beyond which PostgreSQL answers with an error, and each fits the integers of every backend.
+pub const HIGHEST: u64 = i32::MAX as u64;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageRules {
     pub first_page: u64,
     pub default_per_page: u64,
-    /// `None`: no upper bound.
+    /// `None`: no upper bound but [`HIGHEST`].
     pub max_per_page: Option<u64>,
-    /// `None`: as deep as the number goes.
+    /// `None`: as deep as [`HIGHEST`].
     pub max_page: Option<u64>,
     pub too_deep: TooDeep,
     pub inject_defaults: bool,
@@ -75,15 +76,17 @@ pub fn settle(scan: &Scan<'_>, fates: &mut [Fate], rules: &PageRules) -> Result<
     Ok((Clamped { page: page == Some(true), per_page: per_page == Some(true) }, append))
 }
 
-/// The last scalar wins, as in Rack; every other one and every array or hash is dropped. Says whether anything of the
-/// key changed, and `None` when no scalar is left.
+/// The last scalar that Rack reads wins; every other one, every array or hash, and every spelling that only other readers
+/// fold into the key is dropped, so that all readers see one plain number or none. Says whether anything of the key
+/// changed, and `None` when no scalar is left.
 fn settle_key(
     scan: &Scan<'_>,
     fates: &mut [Fate],
     key: Key,
     bound: impl Fn(i64) -> Result<u64, PastDepth>,
 ) -> Result<Option<bool>, PastDepth> {
-    let last = scan.params.iter().rposition(|param| param.key == key && param.spelling != Spelling::Structured);
+    let read = |param: &Param<'_>| matches!(param.spelling, Spelling::Plain | Spelling::Variant);
+    let last = scan.params.iter().rposition(|param| param.key == key && read(param));
     let mut changed = false;
     for (index, (param, fate)) in
         scan.params.iter().zip(fates.iter_mut()).enumerate().filter(|(_, (p, _))| p.key == key)
@@ -101,29 +104,27 @@ fn settle_key(
     Ok(last.map(|_| changed))
 }
 
-/// Whether the parameter's own bytes are the number already, so that nothing needs to change.
+/// Whether the parameter's own bytes are the number already to every reader, so that nothing needs to change.
 fn says_plainly(param: &Param<'_>, number: u64) -> bool {
     let plain = |digits: &[u8]| {
         !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) && (digits.len() == 1 || digits[0] != b'0')
     };
     param.spelling == Spelling::Plain
+        && !param.ends_at_semicolon
         && param.value.is_some_and(|raw| plain(raw) && u64::try_from(to_i(raw)) == Ok(number))
 }
 
 impl PageRules {
     fn page(&self, asked: i64) -> Result<u64, PastDepth> {
         let page = u64::try_from(asked).unwrap_or(0).max(self.first_page);
-        match self.max_page {
-            Some(depth) if page > depth && self.too_deep == TooDeep::Refuse => Err(PastDepth),
-            Some(depth) => Ok(page.min(depth)),
-            None => Ok(page.min(HIGHEST_PAGE)),
-        }
+        let depth = self.max_page.unwrap_or(HIGHEST).min(HIGHEST);
+        if page > depth && self.too_deep == TooDeep::Refuse { Err(PastDepth) } else { Ok(page.min(depth)) }
     }
 
     fn per_page(&self, asked: i64) -> u64 {
         match u64::try_from(asked) {
             Ok(0) | Err(_) => self.default_per_page,
-            Ok(number) => number.min(self.max_per_page.unwrap_or(HIGHEST_PAGE)),
+            Ok(number) => number.min(self.max_per_page.unwrap_or(HIGHEST)).min(HIGHEST),
         }
     }
 }
@@ -252,6 +253,19 @@ mod tests {
             ("per%5Fpage=500", "?per_page=100"),
             ("x=1;per_page=500", "?x=1;per_page=100"),
             ("Per_Page=500&per-page=500", "?Per_Page=500&per-page=500"),
+            // A `;` behind the number is a part of it to readers that split at `&` alone.
+            ("per_page=5;x=1", "?per_page=5&x=1"),
+            ("per_page=500;page=3;x=1", "?per_page=100&page=3&x=1"),
+            // Other names to Rack: none of them may stand in for what it reads, nor reach those that fold them.
+            ("per.page=500", ""),
+            ("per_page=5&per.page=500", "?per_page=5"),
+            ("per+page=500&x=1", "?x=1"),
+            ("+page=7", ""),
+            ("page%20=7&page=3", "?page=3"),
+            ("page%00x=7", ""),
+            ("page%00;x=7", "?x=7"),
+            ("per%5bpage=500", ""),
+            ("page.x=7&perpage=500&page_=1", "?page.x=7&perpage=500&page_=1"),
         ] {
             assert_eq!(settled(query, &rules()).unwrap(), expected, "{query}");
         }
@@ -265,6 +279,14 @@ mod tests {
         let deep = PageRules { max_page: Some(50), ..rules() };
         assert_eq!(settled("page=51", &deep).unwrap(), "?page=50");
         assert_eq!(settled("page=51", &PageRules { too_deep: TooDeep::Refuse, ..deep }), Err(PastDepth));
+        // However deep the configuration goes, no number leaves the integers of every backend.
+        let deepest = PageRules { max_page: Some(u64::MAX), max_per_page: Some(u64::MAX), ..rules() };
+        for query in ["page=2147483648&per_page=2147483648", "page=9223372036854775807&per_page=99999999999999999999"] {
+            assert_eq!(settled(query, &deepest).unwrap(), "?page=2147483647&per_page=2147483647");
+            let refuse = PageRules { too_deep: TooDeep::Refuse, ..deepest.clone() };
+            assert_eq!(settled(query, &refuse), Err(PastDepth));
+        }
+        assert_eq!(settled("page=2147483647", &deepest).unwrap(), "?page=2147483647");
         let inject = PageRules { inject_defaults: true, ..rules() };
         assert_eq!(settled("x=1", &inject).unwrap(), "?x=1&page=1&per_page=20");
         assert_eq!(settled("per_page=7", &inject).unwrap(), "?per_page=7&page=1");

@@ -1,5 +1,6 @@
-//! Reads a query string as Rack would, in every version of Rack that a GitLab of the v3 era ran on, and edits it
-//! without touching a byte that needs no change. Pure. Knows which names matter and nothing about what they mean.
+//! Reads the names in a query string as the union of what backends make of them (Rack from 1.4 to 3, PHP, Django,
+//! Express and Go), and edits the query without touching a byte that needs no change. Pure. Knows which names matter and
+//! nothing about what they mean. `tests/names.tsv` holds what those parsers said of names at the border.
 
 use super::target::escape;
 use smallvec::SmallVec;
@@ -15,9 +16,11 @@ pub enum Key {
     /// `access_token`, `bearer_token`: OAuth's.
     AccessToken,
     JobToken,
-    /// `_method`, which Rack::MethodOverride obeys in a form body.
+    /// `_method`, which Rack::MethodOverride obeys in a form body, and Symfony and Laravel in a query too.
     Method,
 }
+
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// How a name was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +31,8 @@ pub enum Spelling {
     Variant,
     /// An array or a hash: `name[]`, `name[x]`.
     Structured,
+    /// Another name to Rack, and this one to some other reader.
+    Foreign,
 }
 
 /// One `name=value` of a query that carries a [`Key`].
@@ -37,8 +42,10 @@ pub struct Param<'a> {
     pub spelling: Spelling,
     /// The bytes behind `=`, still encoded; `None` without `=`, which Rack reads as nil.
     pub value: Option<&'a [u8]>,
-    /// A `;` stands on one side of it: Rack 1 and 2 split there, Rack 3 does not.
-    pub beside_semicolon: bool,
+    /// A `;` stands before it or behind it. Rack 1 and 2 split there; Rack 3 and the others do not, and take what follows
+    /// for a part of the value.
+    pub begins_at_semicolon: bool,
+    pub ends_at_semicolon: bool,
     /// Where it stands in the query, without separators.
     pub range: Range<usize>,
 }
@@ -51,10 +58,15 @@ pub struct Names {
     pub token: String,
 }
 
+/// Bytes that some parser strips, folds or cuts at, or that start an escape. A name without any is what it says.
+const fn is_odd(byte: u8) -> bool {
+    matches!(byte, 0..=b' ' | b'%' | b'+' | b'.' | b'[' | b']')
+}
+
 impl Names {
-    /// Which key a name stands for when Rack reads it, and how it was spelled. The name is still encoded.
+    /// Which key a name stands for to any of the readers, and how it was spelled. The name is still encoded.
     pub fn key_of(&self, name: &[u8]) -> Option<(Key, Spelling)> {
-        if !name.iter().any(|b| matches!(b, 0..=b' ' | b'%' | b'+' | b'[' | b']')) {
+        if !name.iter().any(|b| is_odd(*b)) && !name.starts_with(BYTE_ORDER_MARK) {
             return self.exact(name).map(|key| (key, Spelling::Plain));
         }
         self.key_of_decoded(&form_decode(name))
@@ -62,28 +74,57 @@ impl Names {
 
     /// The same for a name that is plain text already, as in a multipart body.
     pub fn key_of_decoded(&self, decoded: &[u8]) -> Option<(Key, Spelling)> {
+        // body-parser (Express) drops a byte order mark at the beginning of a form.
+        if let Some(rest) = decoded.strip_prefix(BYTE_ORDER_MARK) {
+            return self.key_of_decoded(rest).map(|(key, _)| (key, Spelling::Foreign));
+        }
+        self.as_rack_reads(decoded).or_else(|| Some((self.as_php_reads(decoded)?, Spelling::Foreign)))
+    }
+
+    /// Rack strips brackets before the name and ends it at the next one; Express (qs) and every flat reader find no name
+    /// that this does not. Blanks and NUL around a name are stripped or cut at by some parsers only.
+    fn as_rack_reads(&self, decoded: &[u8]) -> Option<(Key, Spelling)> {
         let is_bracket = |b: u8| matches!(b, b'[' | b']');
         let is_blank = |b: u8| matches!(b, 0 | b' ' | 9..=13);
         let start = decoded.iter().position(|b| !is_bracket(*b) && !is_blank(*b)).unwrap_or(decoded.len());
-        let end = decoded[start..].iter().position(|b| is_bracket(*b)).map_or(decoded.len(), |at| start + at);
+        let end =
+            decoded[start..].iter().position(|b| is_bracket(*b) || *b == 0).map_or(decoded.len(), |at| start + at);
         let blanks_behind = decoded[start..end].iter().rev().take_while(|b| is_blank(**b)).count();
         let (core, rest) = (&decoded[start..end - blanks_behind], &decoded[end..]);
-        let blanks = blanks_behind > 0 || decoded[..start].iter().any(|b| is_blank(*b));
+        let cut = rest.first() == Some(&0);
+        let blanks = cut || blanks_behind > 0 || decoded[..start].iter().any(|b| is_blank(*b));
         let spelling = match rest {
             [] if start == 0 && !blanks => Spelling::Plain,
-            _ if rest.iter().all(|b| *b == b']') => Spelling::Variant,
+            _ if cut || rest.iter().all(|b| *b == b']') => Spelling::Variant,
             _ => Spelling::Structured,
         };
-        // Blanks around a credential's name are read differently by different parsers; a page key with blanks is
-        // another key to all of them.
         match self.exact(core)? {
-            Key::Page | Key::PerPage if blanks => None,
+            // Another key to Rack, so its value must not stand in for one that Rack reads.
+            key @ (Key::Page | Key::PerPage) if blanks => Some((key, Spelling::Foreign)),
             key => Some((key, spelling)),
         }
     }
 
-    /// The key that goes by exactly this name.
+    /// PHP cuts a name at NUL, strips spaces before it, and writes `_` for a dot, a space and a `[` that nothing closes.
+    /// Whether a `]` follows is not asked: a long name in a body may have been cut before it.
+    fn as_php_reads(&self, decoded: &[u8]) -> Option<Key> {
+        let end = memchr::memchr(0, decoded).unwrap_or(decoded.len());
+        let start = decoded[..end].iter().take_while(|b| **b == b' ').count();
+        // It takes no name that begins with a bracket.
+        let name = Some(&decoded[start..end]).filter(|name| !name.starts_with(b"["))?;
+        let fold = |b: &u8| if matches!(b, b' ' | b'.' | b'[') { b'_' } else { *b };
+        let folded: SmallVec<[u8; 64]> = name.iter().map(fold).collect();
+        // In front of the first bracket stands the name of an array.
+        let root = memchr::memchr(b'[', name).unwrap_or(name.len());
+        self.exact(&folded[..root]).or_else(|| self.exact(&folded))
+    }
+
+    /// The key that goes by exactly this name. What is configured as the token's name is the token, whatever else goes
+    /// by that name elsewhere.
     pub fn exact(&self, name: &[u8]) -> Option<Key> {
+        if name == self.token.as_bytes() {
+            return Some(Key::Token);
+        }
         match name {
             b"page" => Some(Key::Page),
             b"per_page" => Some(Key::PerPage),
@@ -91,7 +132,6 @@ impl Names {
             b"access_token" | b"bearer_token" => Some(Key::AccessToken),
             b"job_token" => Some(Key::JobToken),
             b"_method" => Some(Key::Method),
-            _ if name == self.token.as_bytes() => Some(Key::Token),
             _ => None,
         }
     }
@@ -108,6 +148,9 @@ pub struct Scan<'a> {
 /// Splits a query at `&` and `;` and picks out the parameters with a [`Key`].
 pub fn scan<'a>(query: &'a [u8], names: &Names) -> Scan<'a> {
     let mut found = Scan { params: Params::new(), first_other: usize::MAX };
+    if query.is_empty() {
+        return found;
+    }
     let mut start = 0;
     loop {
         let end = memchr::memchr2(b'&', b';', &query[start..]).map_or(query.len(), |at| start + at);
@@ -121,8 +164,16 @@ pub fn scan<'a>(query: &'a [u8], names: &Names) -> Scan<'a> {
                 if spelling == Spelling::Plain && names.exact(name).is_none() {
                     spelling = Spelling::Variant;
                 }
-                let beside_semicolon = query.get(end) == Some(&b';') || (start > 0 && query[start - 1] == b';');
-                found.params.push(Param { key, spelling, value, beside_semicolon, range: start..end });
+                let ends_at_semicolon = query.get(end) == Some(&b';');
+                let begins_at_semicolon = start > 0 && query[start - 1] == b';';
+                found.params.push(Param {
+                    key,
+                    spelling,
+                    value,
+                    begins_at_semicolon,
+                    ends_at_semicolon,
+                    range: start..end,
+                });
             }
             None => found.first_other = found.first_other.min(start),
         }
@@ -138,7 +189,7 @@ pub fn scan<'a>(query: &'a [u8], names: &Names) -> Scan<'a> {
 pub enum Fate {
     Keep,
     Drop,
-    /// Write it as `page=N` or `per_page=N`.
+    /// Write it as `page=N` or `per_page=N`, and a `;` behind it as `&`, so that it is plain to every reader.
     Number(Key, u64),
 }
 
@@ -169,9 +220,16 @@ impl Edits {
                     first_kept = first_kept.min(start);
                     edits.changes.push(Edit { range: start..end, with: Some((*key, *number)) });
                 }
-                // A cut takes one separator along: the one before, or the one behind while nothing stands before.
+                // A cut takes one separator along: the one before, or the one behind while nothing stands before. Of a
+                // `&` and a `;` it takes the `;`, which not every reader would see between its two neighbours.
                 Fate::Drop => {
-                    let range = if first_kept < start { start - 1..end } else { start..(end + 1).min(query_len) };
+                    let stays_before = param.ends_at_semicolon && !param.begins_at_semicolon;
+                    let is_taken = edits.changes.last().is_some_and(|edit| edit.range.end == start);
+                    let range = if first_kept < start && !stays_before && !is_taken {
+                        start - 1..end
+                    } else {
+                        start..(end + 1).min(query_len)
+                    };
                     edits.changes.push(Edit { range, with: None });
                 }
             }
@@ -194,15 +252,18 @@ impl Edits {
         let question_mark = out.len();
         if let Some(query) = query {
             out.push(b'?');
-            let mut done = 0;
+            let (mut done, mut behind_number) = (0, false);
             for Edit { range, with } in &self.changes {
-                out.extend_from_slice(&query[done..range.start]);
+                let between = &query[done..range.start];
+                put_between(between, behind_number, out);
+                behind_number = behind_number && between.is_empty();
+                done = range.end;
                 if let Some((key, number)) = with {
                     write_number(*key, *number, out);
+                    behind_number = true;
                 }
-                done = range.end;
             }
-            out.extend_from_slice(&query[done..]);
+            put_between(&query[done..], behind_number, out);
             if out.len() == question_mark + 1 && !self.changes.is_empty() {
                 out.truncate(question_mark);
             }
@@ -211,6 +272,17 @@ impl Edits {
             out.push(if out.len() == question_mark { b'?' } else { b'&' });
             write_number(*key, *number, out);
         }
+    }
+}
+
+/// Copies what stands between two changes. A `;` behind a number that was written becomes `&`.
+fn put_between(bytes: &[u8], behind_number: bool, out: &mut Vec<u8>) {
+    match bytes {
+        [b';', rest @ ..] if behind_number => {
+            out.push(b'&');
+            out.extend_from_slice(rest);
+        }
+        _ => out.extend_from_slice(bytes),
     }
 }
 
@@ -247,6 +319,53 @@ pub fn form_decode(bytes: &[u8]) -> SmallVec<[u8; 64]> {
         });
     }
     out
+}
+
+/// Whether a query's ASCII bytes are ASCII to a reader that decodes it by the charset of this Content-Type, as Django
+/// does for every method and type: to UTF-7, `private+AF8-token` is the token. Charsets are named here that hold ASCII in
+/// its own bytes and nowhere else; whatever else is named is not known to.
+pub fn is_read_as_ascii(content_type: &[u8]) -> bool {
+    const WORD: &[u8] = b"charset";
+    let mut places = content_type.windows(WORD.len()).enumerate();
+    places.all(|(at, word)| {
+        !word.eq_ignore_ascii_case(WORD) || {
+            let value = match content_type[at + WORD.len()..].trim_ascii_start() {
+                [b'=', value @ ..] => value.trim_ascii_start(),
+                [] | [b'-' | b'_' | b'.' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z', ..] => return true,
+                // `charset*` is RFC 2231's, which Django reads too, and it strips more blanks than these.
+                _ => return false,
+            };
+            let value = value.strip_prefix(b"\"").unwrap_or(value);
+            let ends = |b: &u8| matches!(b, b'"' | b';' | b',' | b' ' | b'\t');
+            holds_ascii(&value[..value.iter().position(ends).unwrap_or(value.len())])
+        }
+    })
+}
+
+fn holds_ascii(charset: &[u8]) -> bool {
+    let charset: SmallVec<[u8; 16]> = charset.iter().map(u8::to_ascii_lowercase).collect();
+    let number_behind = |prefixes: &[&str]| {
+        let rest = prefixes.iter().find_map(|prefix| charset.strip_prefix(prefix.as_bytes()));
+        rest.is_some_and(|rest| (1..=4).contains(&rest.len()) && rest.iter().all(u8::is_ascii_digit))
+    };
+    matches!(
+        charset.as_slice(),
+        b"utf-8"
+            | b"utf8"
+            | b"us-ascii"
+            | b"ascii"
+            | b"latin1"
+            | b"latin-1"
+            | b"koi8-r"
+            | b"koi8-u"
+            | b"shift_jis"
+            | b"euc-jp"
+            | b"euc-kr"
+            | b"gbk"
+            | b"gb2312"
+            | b"gb18030"
+            | b"big5"
+    ) || number_behind(&["iso-8859-", "iso8859-", "windows-125", "cp125"])
 }
 
 #[cfg(test)]
@@ -292,7 +411,35 @@ mod tests {
             assert_eq!(names().key_of(name.as_bytes()), None, "{name}");
         }
         assert_eq!(names().key_of(b"per_page]"), Some((Key::PerPage, Variant)));
-        assert_eq!(names().key_of(b"per_page+"), None);
+    }
+
+    #[test]
+    fn names_that_only_other_readers_fold_into_ours() {
+        let mut seen = 0;
+        for (name, key) in [
+            ("private_token%00100abc", Key::Token),
+            ("private.token", Key::Token),
+            ("private+token", Key::Token),
+            ("private[token", Key::Token),
+            ("+private%2etoken%00[", Key::Token),
+            ("private.token[x]", Key::Token),
+            ("per.page", Key::PerPage),
+            ("per_page+", Key::PerPage),
+            ("%20page", Key::Page),
+            ("page%00x", Key::Page),
+            (".method", Key::Method),
+            ("access.token", Key::AccessToken),
+            ("\u{feff}sudo", Key::Sudo),
+        ] {
+            let (found, spelling) = names().key_of(name.as_bytes()).unwrap();
+            let expected = if name.starts_with("private_token%00") { Spelling::Variant } else { Spelling::Foreign };
+            assert_eq!((found, spelling), (key, expected), "{name}");
+            seen += 1;
+        }
+        assert_eq!(seen, 13);
+        for name in ["[private.token]", "private_token.", ".page", "page.", "page.size", "private..token", "[method"] {
+            assert_eq!(names().key_of(name.as_bytes()), None, "{name}");
+        }
     }
 
     /// Drops every token parameter and sets every `per_page` to 7.
@@ -323,7 +470,18 @@ mod tests {
             ("", "/p?"),
             ("private_token=x&per_page=9&private_token=y", "/p?per_page=7"),
             ("a=%41&&b=+;c", "/p?a=%41&&b=+;c"),
-            ("per_page=1;private_token=x;z=1", "/p?per_page=7;z=1"),
+            // A number is plain to readers that split at `&` alone, too.
+            ("per_page=1;private_token=x;z=1", "/p?per_page=7&z=1"),
+            ("per_page=1;z=1", "/p?per_page=7&z=1"),
+            ("per_page=1&private_token=x;z", "/p?per_page=7&z"),
+            ("a;per_page=1", "/p?a;per_page=7"),
+            // Cuts side by side each take one separator, whatever they are.
+            ("a=1&private_token=x;private_token=y;z", "/p?a=1&z"),
+            ("a;private_token=x;private_token=y;z", "/p?a;z"),
+            ("a&private_token=x;private_token=y&z", "/p?a&z"),
+            ("private_token=x;private_token=y;z", "/p?z"),
+            ("a&private_token=x;z", "/p?a&z"),
+            ("a;private_token=x&z", "/p?a&z"),
             ("&private_token=x", "/p"),
             ("page=3&private_token=x", "/p?page=3"),
         ] {

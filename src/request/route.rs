@@ -24,7 +24,8 @@ pub enum PatternError {
     #[error("`*` stands for the rest of the path and comes last")]
     StarInside,
     #[error(
-        "write the pattern in its canonical form: no `//`, no trailing `/`, no `.json`, no escapes of plain letters"
+        "write the pattern in its canonical form: no `//`, no trailing `/`, no `.json`, no escapes of plain letters, other \
+         escapes in capitals, and none of `[]|^`"
     )]
     NotCanonical,
 }
@@ -40,6 +41,7 @@ impl std::str::FromStr for Pattern {
         let (path, below) = path.strip_suffix("/*").map_or((path, false), |stem| (stem, true));
         if super::target::canonical(text.as_bytes()).as_ref() != text.as_bytes()
             || super::target::check(text.as_bytes()).is_err()
+            || super::target::has_two_forms(text.as_bytes())
         {
             return Err(PatternError::NotCanonical);
         }
@@ -223,7 +225,8 @@ mod tests {
 
     #[test]
     fn patterns_are_canonical() {
-        for bad in ["api", "/a/", "/a//b", "/a.json", "/%61", "/a/*/b", "/a/../b"] {
+        for bad in ["api", "/a/", "/a//b", "/a.json", "/%61", "/a/*/b", "/a/../b", "/a[b]", "/a|b", "/a%5Eb", "/a%2fb"]
+        {
             assert!(bad.parse::<Pattern>().is_err(), "{bad}");
         }
     }

@@ -107,35 +107,22 @@ fn check_query(query: &[u8]) -> Result<(), TargetFault> {
     Ok(())
 }
 
-/// RFC 3986 `pchar` and `/`.
+/// RFC 3986 `pchar` and `/`, and what browsers leave raw beyond that (the WHATWG URL standard): nginx, HAProxy and Puma
+/// take these, and none of them separates anything.
 const fn is_path_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric()
-        || matches!(
-            byte,
-            b'/' | b'-'
-                | b'.'
-                | b'_'
-                | b'~'
-                | b'!'
-                | b'$'
-                | b'&'
-                | b'\''
-                | b'('
-                | b')'
-                | b'*'
-                | b'+'
-                | b','
-                | b';'
-                | b'='
-                | b':'
-                | b'@'
-        )
+        || matches!(byte, b'!' | b'$' | b'&'..=b'/' | b':' | b';' | b'=' | b'@' | b'_' | b'~')
+        || is_raw_in_paths(byte)
 }
 
-/// What RFC 3986 allows in a query, and the brackets, braces, bars and carets that Ruby and curl users send raw
-/// (`labels[]=x`) and that Puma takes.
+/// The bytes of a path that browsers send raw and others encode.
+const fn is_raw_in_paths(byte: u8) -> bool {
+    matches!(byte, b'[' | b']' | b'|' | b'^')
+}
+
+/// The same for a query, where RFC 3986 allows `?` and browsers also leave these raw.
 const fn is_query_byte(byte: u8) -> bool {
-    is_path_byte(byte) || matches!(byte, b'?' | b'[' | b']' | b'{' | b'}' | b'|' | b'^')
+    is_path_byte(byte) || matches!(byte, b'?' | b'\\' | b'`' | b'{' | b'}')
 }
 
 /// The byte that two hex digits stand for.
@@ -147,8 +134,15 @@ pub(crate) fn escape(digits: &[u8]) -> Option<u8> {
     }
 }
 
-/// The form that routes are matched on: unreserved escapes decoded, slashes squeezed, trailing slash and `.json` cut.
-/// Backends read all these spellings as one endpoint.
+/// Whether a path holds a byte that backends read alike raw and encoded, and [`canonical`] does not: no pattern may hold
+/// one in either form.
+pub(super) fn has_two_forms(path: &[u8]) -> bool {
+    let encoded = |at: usize, byte: u8| byte == b'%' && escape(&path[at + 1..]).is_some_and(is_raw_in_paths);
+    path.iter().enumerate().any(|(at, byte)| is_raw_in_paths(*byte) || encoded(at, *byte))
+}
+
+/// The form that routes are matched on: unreserved escapes decoded and the others in capitals, slashes squeezed, trailing
+/// slash and `.json` cut. Backends read all these spellings as one endpoint.
 pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
     let plain = memchr::memchr(b'%', path).is_none() && memchr::memmem::find(path, b"//").is_none();
     let mut path = if plain { Cow::Borrowed(path) } else { Cow::Owned(decode_and_squeeze(path)) };
@@ -174,6 +168,11 @@ fn decode_and_squeeze(path: &[u8]) -> Vec<u8> {
         match (byte, escape(tail)) {
             (b'%', Some(decoded)) if decoded.is_ascii_alphanumeric() || b"-._~".contains(&decoded) => {
                 out.push(decoded);
+                rest = &tail[2..];
+            }
+            (b'%', Some(_)) => {
+                out.push(b'%');
+                out.extend(tail[..2].iter().map(u8::to_ascii_uppercase));
                 rest = &tail[2..];
             }
             (b'/', _) if out.last() == Some(&b'/') => {}
@@ -218,9 +217,13 @@ mod tests {
             ("/a<b>", IllegalByte),
             ("/\u{e9}", IllegalByte),
             ("/a?x=\"", IllegalByte),
-            ("/a?b\\c", IllegalByte),
             ("/%c0%ae%c0%ae/", IllegalByte),
-            ("/a[b]", IllegalByte),
+            ("/a`b", IllegalByte),
+            ("/a{b}", IllegalByte),
+            ("/a[b]\\c", Backslash),
+            ("/a?x=<b>", IllegalByte),
+            ("/a?x=\u{e9}", IllegalByte),
+            ("/a[/../b]", DotSegment),
             ("/%e0%80%ae", IllegalByte),
             ("/%f0%80%80%af", IllegalByte),
         ] {
@@ -238,8 +241,32 @@ mod tests {
             "/a%252e%252e",
             "/a?",
             "/projects/1/repository/files?file_path=a%2Fb",
+            "/a[b]/c|d^e",
+            "/a?x=[b]|c^d\\e`f{g}",
         ] {
             assert_eq!(check(target.as_bytes()), Ok(()), "{target}");
+        }
+    }
+
+    /// What Node 20's `new URL()` (the WHATWG URL standard) leaves of each byte when it writes a target: the table is its
+    /// output over 0x21 to 0x7e, without letters and digits. `\\` in a path becomes `/` there.
+    #[test]
+    fn what_browsers_send_raw_passes() {
+        const PATH: &[u8] = b"!$%&'()*+,-./:;=@[]^_|~";
+        const QUERY: &[u8] = b"!$%&()*+,-./:;=?@[\\]^_`{|}~";
+        let mut seen = 0;
+        for byte in (0x21..=0x7e).filter(|b: &u8| !b.is_ascii_alphanumeric() && !b"%?#".contains(b)) {
+            let passes = |before: &[u8]| check(&[before, b"a", &[byte], b"b"].concat()).is_ok();
+            assert_eq!(passes(b"/"), PATH.contains(&byte), "{} in a path", byte as char);
+            // Other clients than browsers send `'` raw in a query, as RFC 3986 allows.
+            assert_eq!(passes(b"/?"), QUERY.contains(&byte) || byte == b'\'', "{} in a query", byte as char);
+            seen += 1;
+        }
+        assert_eq!(seen, 29);
+        for byte in (0..=0x20).chain(0x7f..=0xff) {
+            for before in [&b"/a"[..], b"/a?"] {
+                assert!(check(&[before, &[byte]].concat()).is_err(), "{byte:#x}");
+            }
         }
     }
 
@@ -253,6 +280,8 @@ mod tests {
             ("/", "/"),
             ("///", "/"),
             ("/a%2Fb", "/a%2Fb"),
+            ("/a%2fb%c3%A4", "/a%2Fb%C3%A4"),
+            ("/a[b]|c^", "/a[b]|c^"),
             ("/a/.json", "/a/.json"),
             ("/a.json/", "/a"),
             ("/A", "/A"),

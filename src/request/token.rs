@@ -74,7 +74,7 @@ pub fn find<'a>(
         }
     }
     for param in scan.params.iter().filter(|param| param.key == Key::Token) {
-        if param.spelling != Spelling::Plain || param.beside_semicolon {
+        if param.spelling != Spelling::Plain || param.begins_at_semicolon || param.ends_at_semicolon {
             return Err(TokenFault::Spelling);
         }
         let raw = param.value.unwrap_or_default();

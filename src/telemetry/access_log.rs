@@ -18,7 +18,10 @@ pub struct Entry<'a> {
     pub unix_ms: u64,
     pub request_id: &'a str,
     pub client: Option<IpAddr>,
+    /// The method that was judged.
     pub method: &'a [u8],
+    /// It came as a POST with that method in X-HTTP-Method-Override.
+    pub overridden: bool,
     /// As it was sent, query included; what may be a secret is cut out here.
     pub target: &'a [u8],
     pub route: &'a str,
@@ -101,6 +104,9 @@ fn format(entry: &Entry<'_>, secret_words: &[String]) -> Vec<u8> {
         text(&mut line, "client", client.to_string().as_bytes());
     }
     text(&mut line, "method", entry.method);
+    if entry.overridden {
+        line.extend_from_slice(b",\"method_override\":true");
+    }
     text(&mut line, "path", &redacted_path(path, secret_words));
     if let Some(query) = query {
         text(&mut line, "query", &redacted(query, secret_words));
@@ -165,7 +171,9 @@ fn redacted_path(path: &[u8], secret_words: &[String]) -> Vec<u8> {
 }
 
 fn has_secret_word(piece: &[u8], secret_words: &[String]) -> bool {
-    let lower = decode(piece).to_ascii_lowercase();
+    let mut lower = decode(piece).to_ascii_lowercase();
+    // As PHP folds names: `api.key` is `api_key`.
+    lower.iter_mut().filter(|b| matches!(b, b'.' | b' ' | b'+' | b'[')).for_each(|b| *b = b'_');
     secret_words.iter().any(|word| memchr::memmem::find(&lower, word.as_bytes()).is_some())
 }
 
@@ -215,7 +223,7 @@ mod tests {
     use super::*;
 
     fn words() -> Vec<String> {
-        ["token", "password", "secret", "private", "apikey"].map(str::to_owned).to_vec()
+        ["token", "password", "secret", "private", "apikey", "api_key"].map(str::to_owned).to_vec()
     }
 
     #[test]
@@ -234,6 +242,10 @@ mod tests {
             "private_token%3DS3CRET=x",
             "private_token:S3CRET",
             "apikey=S3CRET",
+            "api.key=S3CRET",
+            "api%2Ekey=S3CRET",
+            "api+key=S3CRET",
+            "api%5bkey=S3CRET",
             "S3CRET=private_token",
         ] {
             let text = String::from_utf8(redacted(query.as_bytes(), &words())).unwrap();

@@ -87,6 +87,7 @@ pub struct Metrics {
     lookups_refused: IntCounter,
     clamps: Vec<IntCounter>,
     query_tokens: IntCounter,
+    method_overrides: IntCounter,
     dropped_fields: IntCounter,
     upstream_duration: HistogramVec,
     upstream_connects: IntCounterVec,
@@ -253,6 +254,10 @@ impl Metrics {
             )?,
             rotated: Generation::ALL.iter().map(|g| rotated.with_label_values(&[g.as_str()])).collect(),
             clamps: Clamp::ALL.iter().map(|c| clamps.with_label_values(&[c.as_str()])).collect(),
+            method_overrides: counter(
+                "tollgate_method_overrides_total",
+                "Permitted POSTs that were judged as the method in X-HTTP-Method-Override",
+            )?,
             query_tokens: counter(
                 "tollgate_query_tokens_total",
                 "Requests that carried their token in the query string.",
@@ -322,6 +327,10 @@ impl Metrics {
         } else {
             self.auth.with_label_values(&[result.as_str(), reason, source.as_str()]).inc();
         }
+    }
+
+    pub fn method_overridden(&self) {
+        self.method_overrides.inc();
     }
 
     pub fn query_token(&self) {

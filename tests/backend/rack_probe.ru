@@ -53,4 +53,6 @@ def report(env)
   )
 end
 
+# As Rails has it: on POST, X-HTTP-Method-Override and a form's `_method` say what is run.
+use Rack::MethodOverride
 run ->(env) { [200, { 'Content-Type' => 'application/json' }, [JSON.generate(report(env))]] }
