@@ -1,14 +1,15 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny deploy-check example bench bench-micro bench-instructions bench-cpu load flood rack faults revocations contract scale
+.PHONY: check test lint doc deny deploy-check example bench bench-micro bench-instructions bench-cpu load flood readers faults revocations contract scale
 
 check: lint doc test deploy-check
 
 # What is promised in seconds, or measured in bytes under load, is tested by itself: no other test takes time away from it.
 ALONE = deadlines:: load:: slow:: stores::faults:: stores::revocation::
 
-# Installs what the tests need from Debian and PyPI, then runs all of them: the runner's summary comes last.
+# Installs what the tests need from Debian, PyPI and npm, then runs all of them: the runner's summary comes last.
 test:
 	bash tests/install.sh
+	cargo build --locked --features seeded-faults --bin tollgate-seeded
 	cargo test --locked --lib
 	cargo test --locked --test main -- $(ALONE) --test-threads 1
 	cargo test --locked --test main -- $(ALONE:%=--skip %)
@@ -56,8 +57,11 @@ flood:
 	cargo build --locked --profile dist
 	benches/e2e/run.py flood --count 1000000 --threads 2
 
-rack:
-	TOLLGATE_RACK_CASES=200000 cargo test --locked --test main -- rack:: --nocapture
+# 200,000 odd requests to each of seven real frameworks, with a table; TOLLGATE_READER_SEED for others. 40 minutes.
+readers:
+	cargo build --locked --features seeded-faults --bin tollgate-seeded
+	TOLLGATE_READER_CASES=200000 cargo test --locked --test main -- readers:: --nocapture --test-threads 1 | tee target/readers.log
+	grep '^| ' target/readers.log
 
 # Store x fault -> what callers see, as a table. 3 minutes.
 faults:

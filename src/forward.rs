@@ -8,6 +8,7 @@ use crate::request::origin::{Origin, TrustedProxies};
 use crate::request::page::Clamped;
 use crate::request::query::Edits;
 use crate::request::route::{Auth, Route};
+use crate::request::seeded::{self, Rule};
 use crate::request::token::{Presented, TokenRules, bearer, is_token_header};
 use crate::request::view::{Field, FieldKind, Framing, Method, RequestView, Version};
 use crate::request::{Examined, METHOD_OVERRIDE, Switches};
@@ -177,7 +178,7 @@ impl Plan<'_> {
             FieldKind::PathOrUser if !rules.switches.path_and_user_headers => return Passes::NoAndCounted,
             FieldKind::PathOrUser => true,
             // Refused or judged elsewhere; a web page's form may use it.
-            FieldKind::MethodOverride => web_page,
+            FieldKind::MethodOverride => web_page || seeded::off(Rule::MethodOverride),
             FieldKind::Host
             | FieldKind::ContentLength
             | FieldKind::TransferEncoding

@@ -7,7 +7,7 @@ use crate::harness::*;
 
 const PATH: &str = "/api/v3/projects";
 
-fn captures() -> Vec<(&'static str, &'static [u8])> {
+pub fn captures() -> Vec<(&'static str, &'static [u8])> {
     let mut rest: &[u8] = include_bytes!("bodies/captures");
     let mut found = Vec::new();
     while !rest.is_empty() {

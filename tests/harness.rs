@@ -56,14 +56,25 @@ impl Gateway {
 
     /// With another environment or other standard streams.
     pub fn start_with(upstream: SocketAddr, more: &str, change: impl FnOnce(&mut Command)) -> Self {
-        Self::started(upstream, &Self::known_tokens(), more, change)
+        Self::started(tollgate(), upstream, &Self::known_tokens(), more, change)
     }
 
     pub fn start_with_tokens(upstream: SocketAddr, tokens: &str, more: &str) -> Self {
-        Self::started(upstream, tokens, more, |_| {})
+        Self::started(tollgate(), upstream, tokens, more, |_| {})
     }
 
-    fn started(upstream: SocketAddr, tokens: &str, more: &str, change: impl FnOnce(&mut Command)) -> Self {
+    /// Another build of the gateway, or one with more in its environment, as [`start`](Self::start) does it.
+    pub fn start_as(program: Command, upstream: SocketAddr) -> Self {
+        Self::started(program, upstream, &Self::known_tokens(), "", |_| {})
+    }
+
+    fn started(
+        program: Command,
+        upstream: SocketAddr,
+        tokens: &str,
+        more: &str,
+        change: impl FnOnce(&mut Command),
+    ) -> Self {
         let folder = Folder::new("test");
         folder.write("tokens.toml", tokens);
         let (address, admin) = (
@@ -84,18 +95,17 @@ impl Gateway {
             .map(|(header, body)| format!("{header}\n{body}"))
             .collect();
         let config = folder.write("tollgate.toml", &format!("{own}{more}"));
-        let mut gateway = Self { address, admin, child: Self::spawn(&folder, &config, change), folder };
+        let mut gateway = Self { address, admin, child: Self::spawn(program, &folder, &config, change), folder };
         gateway.wait_ready();
         gateway
     }
 
-    fn spawn(folder: &Folder, config: &Path, change: impl FnOnce(&mut Command)) -> Child {
+    fn spawn(mut program: Command, folder: &Folder, config: &Path, change: impl FnOnce(&mut Command)) -> Child {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(folder.0.join("process.log")).unwrap();
         let stdout = std::fs::File::create(folder.0.join("stdout.log")).unwrap();
-        let mut command = tollgate();
-        command.args(["run", "--config"]).arg(config).stdin(Stdio::null()).stdout(stdout).stderr(log);
-        change(&mut command);
-        command.spawn().unwrap()
+        program.args(["run", "--config"]).arg(config).stdin(Stdio::null()).stdout(stdout).stderr(log);
+        change(&mut program);
+        program.spawn().unwrap()
     }
 
     fn wait_ready(&mut self) {

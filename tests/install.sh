@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the end-to-end tests need beside Rust: a Ruby backend that behaves like GitLab's API v3
-# (tests/backend), the API clients of that era (tests/clients), promtool, and the token stores (PostgreSQL, Redis).
+# (tests/backend), the API clients of that era (tests/clients), applications on other frameworks that tell what they read
+# (tests/readers), promtool, and the token stores (PostgreSQL, Redis).
 #
 # Run it as root, through sudo, or as a user who may use sudo. A second run finds everything and is done in a moment.
 #   TOLLGATE_PY_VENV   where the Python clients go (default: target/py-clients below the repository root)
@@ -12,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=/usr/bin/python3
 venv=${TOLLGATE_PY_VENV:-target/py-clients}
 requirements=tests/clients/requirements.txt
+reader_requirements=tests/readers/requirements.txt
 # Apart from the rest, in a folder of its own: its package is called "gitlab", and so is python-gitlab's.
 pyapi="pyapi-gitlab==7.8.5"
 # Both clients come as source only; pip builds them quietly if this is there first.
@@ -21,8 +23,12 @@ wheel="wheel==0.45.1"
 # asks for health.
 packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus systemd
   postgresql pgbouncer redis-server openssl haproxy)
-# For tests/forwarding.rs: a proxy in front of the gateway, started by the test.
+# A proxy in front of the gateway (tests/forwarding.rs) and of PHP (tests/readers), started by the tests.
 packages+=(nginx-light)
+# For tests/readers: PHP, and a compiler for the reader in Go.
+packages+=(php-cgi golang-go)
+# Node and npm by whatever way they came; Debian's own otherwise.
+if ! command -v node >/dev/null || ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
 
 say() { echo "install: $*"; }
 fail() { echo "install: FAILED: $*" >&2; exit 1; }
@@ -110,20 +116,42 @@ try_client() {
     || fail "a client does not work under $("$python" --version): correct the pins in $requirements and in this script"
 }
 
-[[ -f $requirements ]] || fail "$requirements is missing: restore it from the repository"
+for file in "$requirements" "$reader_requirements"; do
+  [[ -f $file ]] || fail "$file is missing: restore it from the repository"
+done
 # Changing any of these makes a new environment.
 stamp=$venv/.tollgate-stamp
-wanted_stamp="$("$python" --version) $pyapi $wheel $(sha256sum <"$requirements")"
+wanted_stamp="$("$python" --version) $pyapi $wheel $(cat "$requirements" "$reader_requirements" | sha256sum)"
 if [[ -f $stamp && $(<"$stamp") == "$wanted_stamp" ]]; then
   say "Python clients are in $venv"
 else
   as_caller mkdir -p "$(dirname "$venv")" || fail "cannot write to $(dirname "$venv"): run as its owner, or set TOLLGATE_PY_VENV"
   as_caller "$python" -m venv --clear "$venv" || fail "$python -m venv $venv: remove $venv and try again"
   pip_install "$wheel"
-  pip_install --requirement "$requirements"
+  pip_install --requirement "$requirements" --requirement "$reader_requirements"
   pip_install --no-deps --target "$venv/pyapi-gitlab" "$pyapi"
   try_client 'gitlab.Gitlab("http://localhost", api_version="3").projects.list'
   try_client 'gitlab.Gitlab("http://localhost").getprojects' "$venv/pyapi-gitlab"
   echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null
   say "Python clients installed in $venv"
+fi
+
+# ---- Readers on Node and Go ----
+
+readers=target/readers
+apps=tests/readers
+stamp=$readers/.tollgate-stamp
+wanted_stamp="$(node --version) $(go version) $(cat $apps/package.json $apps/package-lock.json $apps/apps/reader.go | sha256sum)"
+if [[ -f $stamp && $(<"$stamp") == "$wanted_stamp" ]]; then
+  say "readers are in $readers"
+else
+  as_caller mkdir -p "$readers" || fail "cannot write to $readers: run as its owner"
+  as_caller cp "$apps/package.json" "$apps/package-lock.json" "$readers/"
+  # No scripts of packages: none of these needs one.
+  as_caller npm ci --prefix "$readers" --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null \
+    || fail "npm ci: see the lines above; is an npm registry reachable?"
+  as_caller env GO111MODULE=off go build -o "$readers/reader-go" "$apps/apps/reader.go" \
+    || fail "go build $apps/apps/reader.go: see the lines above"
+  echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null
+  say "readers installed in $readers"
 fi

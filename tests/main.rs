@@ -27,7 +27,7 @@ mod method_override;
 mod names;
 mod operations;
 mod paging;
-mod rack;
+mod readers;
 mod real_clients;
 mod reload;
 mod scopes;

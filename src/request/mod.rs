@@ -8,6 +8,7 @@ pub mod origin;
 pub mod page;
 pub mod query;
 pub mod route;
+pub(crate) mod seeded;
 pub mod target;
 pub mod token;
 pub mod view;
@@ -17,6 +18,7 @@ use head::HeadFault;
 use page::{Clamped, Pagination};
 use query::{Edits, Fate, Key, Names};
 use route::{Auth, Route, Routes};
+use seeded::Rule;
 use std::borrow::Cow;
 use std::sync::Arc;
 use target::TargetFault;
@@ -179,7 +181,9 @@ impl Rules {
     /// HEAD is not taken: servers differ in whether an answer to such a POST has a body, so its end could not be told.
     fn method_asked(&self, view: &RequestView<'_>) -> Result<Method, Fault> {
         let mut overrides = view.fields_of(FieldKind::MethodOverride);
-        let Some(field) = overrides.next() else { return Ok(view.method) };
+        let Some(field) = overrides.next().filter(|_| !seeded::off(Rule::MethodOverride)) else {
+            return Ok(view.method);
+        };
         let takes = self.method_override == MethodOverride::Judge
             && view.method == Method::Post
             && overrides.next().is_none()
@@ -209,8 +213,8 @@ impl Rules {
                 return Err(Fault::MethodOverride);
             }
             true => (view.method, false),
-            false if in_query => return Err(Fault::MethodOverride),
-            false => (asked?, overrides),
+            false if in_query && !seeded::off(Rule::QueryMethod) => return Err(Fault::MethodOverride),
+            false => (asked?, overrides && !seeded::off(Rule::MethodOverride)),
         };
         if let (Framing::Length(length), Some(limit)) = (view.body, self.limits.body_bytes)
             && length > limit
@@ -220,6 +224,7 @@ impl Rules {
 
         if !web_page
             && !query.is_empty()
+            && !seeded::off(Rule::QueryCharset)
             && view.fields_of(FieldKind::ContentType).any(|field| !query::is_read_as_ascii(field.value))
         {
             return Err(Fault::QueryCharset);
@@ -243,7 +248,7 @@ impl Rules {
         }
 
         let mut fates: smallvec::SmallVec<[Fate; 4]> = smallvec::smallvec![Fate::Keep; scan.params.len()];
-        if !passes_tokens {
+        if !passes_tokens && !seeded::off(Rule::QueryToken) {
             for (param, fate) in scan.params.iter().zip(&mut fates) {
                 if param.key == Key::Token || self.is_refused_credential(param.key) {
                     *fate = Fate::Drop;
@@ -253,7 +258,7 @@ impl Rules {
         let lists = !web_page && matches!(method, Method::Get | Method::Head);
         let (mut clamped, mut append) = Default::default();
         let page_rules = if lists { self.pagination.rules_for(&canonical) } else { None };
-        if let Some(rules) = page_rules {
+        if let Some(rules) = page_rules.filter(|_| !seeded::off(Rule::PageBounds)) {
             (clamped, append) = page::settle(&scan, &mut fates, rules).map_err(|_| Fault::PastDepth)?;
         }
         let mut edits = Edits::plan(&scan, &fates, query.len());

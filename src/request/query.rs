@@ -2,6 +2,7 @@
 //! Express and Go), and edits the query without touching a byte that needs no change. Pure. Knows which names matter and
 //! nothing about what they mean. `tests/names.tsv` holds what those parsers said of names at the border.
 
+use super::seeded::{self, Rule};
 use super::target::escape;
 use smallvec::SmallVec;
 use std::ops::Range;
@@ -108,6 +109,9 @@ impl Names {
     /// PHP cuts a name at NUL, strips spaces before it, and writes `_` for a dot, a space and a `[` that nothing closes.
     /// Whether a `]` follows is not asked: a long name in a body may have been cut before it.
     fn as_php_reads(&self, decoded: &[u8]) -> Option<Key> {
+        if seeded::off(Rule::PhpNames) {
+            return None;
+        }
         let end = memchr::memchr(0, decoded).unwrap_or(decoded.len());
         let start = decoded[..end].iter().take_while(|b| **b == b' ').count();
         // It takes no name that begins with a bracket.

@@ -2,6 +2,7 @@
 //! yajl's parsers skip them, UTF-16 and UTF-32 as Python and old Ruby find them out, escapes as Ruby reads them. Nested
 //! keys and the elements of an array are nobody's parameters.
 
+use super::super::seeded::{self, Rule};
 use super::{BodyFault, Judge, MAX_NAME_BYTES};
 use smallvec::SmallVec;
 
@@ -458,7 +459,7 @@ impl Json {
 /// Go takes a key for a field in any letter case, and two letters beyond ASCII for those that they fold to.
 fn judge_key(key: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
     judge.plain(key)?;
-    if !key.iter().any(|b| b.is_ascii_uppercase() || !b.is_ascii()) {
+    if !key.iter().any(|b| b.is_ascii_uppercase() || !b.is_ascii()) || seeded::off(Rule::JsonNames) {
         return Ok(());
     }
     let mut folded = SmallVec::<[u8; 64]>::new();

@@ -2,6 +2,7 @@
 //! written in one spelling, so that all of them see the same type and boundary that the body is judged by.
 
 use super::super::head::{is_token_byte, trim_blanks};
+use super::super::seeded::{self, Rule};
 use super::BodyFault;
 use smallvec::SmallVec;
 
@@ -43,9 +44,13 @@ pub(super) fn parse(value: &[u8]) -> Result<MediaType, BodyFault> {
     let claims = WORDS.iter().any(|word| contains(&lower, word));
     let Some(parsed) = Parsed::of(value) else {
         // Readers strip odd blanks, commas and whatever else from a type, or stop at them.
-        return if claims { Err(BodyFault::Type) } else { Ok(MediaType { kind: Kind::Unclear, canonical: None }) };
+        return if claims && !seeded::off(Rule::TypeGrammar) {
+            Err(BodyFault::Type)
+        } else {
+            Ok(MediaType { kind: Kind::Unclear, canonical: None })
+        };
     };
-    if contains(&lower, b"utf-7") {
+    if contains(&lower, b"utf-7") && !seeded::off(Rule::Charset) {
         return Err(BodyFault::Charset);
     }
     let essence = parsed.essence.to_ascii_lowercase();
@@ -135,7 +140,7 @@ impl<'a> Parsed<'a> {
             if strange || (!is_charset && matches!(kind, Kind::Multipart { .. })) {
                 return Err(BodyFault::Type);
             }
-            if is_charset && !holds_ascii(&value.to_ascii_lowercase()) {
+            if is_charset && !holds_ascii(&value.to_ascii_lowercase()) && !seeded::off(Rule::Charset) {
                 return Err(BodyFault::Charset);
             }
         }

@@ -12,6 +12,7 @@ mod media_type;
 mod multipart;
 
 use super::query::{Key, Names};
+use super::seeded::{self, Rule};
 use form::Form;
 use json::Json;
 use media_type::{Kind, MediaType};
@@ -105,10 +106,11 @@ impl BodyScanner {
     /// Chooses how to read a body. Also returns the type to forward, where it is not the client's own bytes.
     pub fn new(head: &BodyHead<'_>, rules: Arc<BodyRules>) -> (Self, Option<Vec<u8>>) {
         let mut forbidden = rules.forbidden;
-        if head.lists {
+        if head.lists && !seeded::off(Rule::BodyPages) {
             forbidden = forbidden.with(Key::Page).with(Key::PerPage);
         }
         let (watch, forwarded) = Watch::choose(head, rules.untyped);
+        let forwarded = forwarded.filter(|_| !seeded::off(Rule::CanonicalType));
         (Self { rules, forbidden, watch: Box::new(watch) }, forwarded)
     }
 
@@ -170,7 +172,8 @@ impl Watch {
                 if head.coded {
                     return refuse(BodyFault::Coding);
                 }
-                return (Self { form, json: lenient(), ..Self::default() }, forwarded);
+                let json = lenient().filter(|_| !seeded::off(Rule::UntypedJson));
+                return (Self { form, json, ..Self::default() }, forwarded);
             }
             Some(value) => match media_type::parse(value) {
                 Ok(media) => media,
@@ -179,7 +182,7 @@ impl Watch {
         };
         let MediaType { kind, canonical } = media;
         // A coded body of a type that nobody reads (git's packs, images) goes on: the names in it are nobody's parameters.
-        if head.coded && !matches!(kind, Kind::Opaque) {
+        if head.coded && !matches!(kind, Kind::Opaque) && !seeded::off(Rule::Coding) {
             return refuse(BodyFault::Coding);
         }
         let watch = match kind {

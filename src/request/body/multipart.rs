@@ -4,6 +4,7 @@
 
 use super::super::head::is_token_byte;
 use super::super::query::form_decode;
+use super::super::seeded::{self, Rule};
 use super::{BodyFault, Judge};
 use memchr::memmem::Finder;
 use smallvec::SmallVec;
@@ -104,6 +105,10 @@ impl Multipart {
                 };
                 let seen = &data[lead..];
                 if !seen.starts_with(&delimiter[..delimiter.len().min(seen.len())]) {
+                    if seeded::off(Rule::PartStart) {
+                        self.place = Place::Content;
+                        return Ok(Some(0));
+                    }
                     return AMBIGUOUS;
                 }
                 if seen.len() < delimiter.len() {
@@ -145,10 +150,14 @@ impl Multipart {
                     self.place = Place::BehindDelimiter;
                     Ok(Some(at + delimiter.len()))
                 }
+                Some(at) if seeded::off(Rule::Delimiter) => Ok(Some(at + delimiter.len())),
                 Some(_) => AMBIGUOUS,
                 None => Ok(data.len().checked_sub(delimiter.len() + 1).filter(|spent| *spent > 0)),
             },
             Place::End => {
+                if seeded::off(Rule::PartEnd) {
+                    return Ok(Some(data.len()).filter(|length| *length > 0));
+                }
                 if !b"\r\n\r\n".starts_with(data) {
                     return AMBIGUOUS;
                 }
@@ -208,6 +217,9 @@ impl Words {
         let disposition = Disposition::parse(value).ok_or(BodyFault::Ambiguous)?;
         disposition.judge(judge)?;
         for at in places.into_iter().filter(|at| *at != disposition.name_at + b"name=".len()) {
+            if seeded::off(Rule::PartName) {
+                break;
+            }
             let text = &value[at..];
             judge.plain(&text[..text.iter().position(|b| !is_old_token_byte(*b)).unwrap_or(text.len())])?;
             let name = old_value(text);
@@ -260,7 +272,7 @@ impl Words {
             }
             found.push(value.len() - loose.len() + 1);
         }
-        (parameters == 1).then_some(found)
+        (parameters == 1 || seeded::off(Rule::PartName)).then_some(found)
     }
 }
 
@@ -334,9 +346,10 @@ impl<'a> Disposition<'a> {
                 b"read-date" => (bit, (_, rest)) = (16, plain_value(text)?),
                 b"creation-date" => (bit, (_, rest)) = (32, plain_value(text)?),
                 b"size" => (bit, (_, rest)) = (64, plain_value(text)?),
+                _ if seeded::off(Rule::PartName) => (bit, (_, rest)) = (0, plain_value(text)?),
                 _ => return None,
             }
-            if seen & bit != 0 {
+            if seen & bit != 0 && !seeded::off(Rule::PartName) {
                 return None;
             }
             seen |= bit;
