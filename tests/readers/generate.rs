@@ -277,11 +277,11 @@ fn override_header(random: &mut Random) -> Vec<u8> {
 }
 
 fn body_case(id: usize, random: &mut Random, kind: Kind) -> Case {
-    let mut boundary = multipart::boundary(random);
+    let boundary = multipart::boundary(random);
     let mut body = match kind {
         Kind::Form => form(random),
         Kind::Json => json::document(random),
-        Kind::Multipart => multipart::body(&mut boundary, random),
+        Kind::Multipart => multipart::body(&boundary, random),
         Kind::Other => match random.below(4) {
             0 => form(random),
             1 => json::document(random),

@@ -97,8 +97,8 @@ pub fn content_type(boundary: &[u8], random: &mut Random) -> Vec<u8> {
 }
 
 /// A body for a boundary. Now and then the boundary itself is cut, as some reader would cut it.
-pub fn body(boundary: &mut Vec<u8>, random: &mut Random) -> Vec<u8> {
-    let mut used = boundary.clone();
+pub fn body(boundary: &[u8], random: &mut Random) -> Vec<u8> {
+    let mut used = boundary.to_vec();
     if random.odd() {
         let cut = |at: Option<usize>, used: &mut Vec<u8>| used.truncate(at.unwrap_or(used.len()));
         match random.below(6) {

@@ -31,7 +31,7 @@ const PIECES: &[&[u8]] = &[
     b"\x0b",
     b"\x0c",
     b"\0",
-    b"\0100abc",
+    b"\x00100abc",
     b"\x01",
     b"\x1f",
     b"\x7f",
