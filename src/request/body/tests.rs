@@ -80,8 +80,7 @@ fn captures() -> Vec<(String, Vec<u8>)> {
 /// Names of the real requests that are refused. `tests/bodies/refused.tsv` has the reasons; the clients' users chose these
 /// names by hand: with ordinary field and file names, none of these clients is refused.
 fn refused_knowingly() -> Vec<String> {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bodies/refused.tsv");
-    let text = std::fs::read_to_string(path).unwrap();
+    let text = include_str!("../../../tests/bodies/refused.tsv");
     text.lines().map(|line| line.split_once('\t').unwrap().0.to_owned()).collect()
 }
 
