@@ -221,7 +221,10 @@ impl Words {
                 break;
             }
             let text = &value[at..];
-            judge.plain(&text[..text.iter().position(|b| !is_old_token_byte(*b)).unwrap_or(text.len())])?;
+            let run = &text[..text.iter().position(|b| !is_old_token_byte(*b)).unwrap_or(text.len())];
+            judge.plain(run)?;
+            // Formidable ends it at these as well.
+            judge.plain(&run[..memchr::memchr3(b'@', b'{', b'}', run).unwrap_or(run.len())])?;
             let name = old_value(text);
             judge.plain(name)?;
             if name.contains(&b'\\') {
@@ -276,7 +279,7 @@ impl Words {
     }
 }
 
-/// A byte of what Rack 1 calls a token.
+/// A byte of what Rack calls a token.
 fn is_old_token_byte(byte: u8) -> bool {
     byte > b' ' && !br#"()<>,;:\"/[]?="#.contains(&byte)
 }

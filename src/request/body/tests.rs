@@ -642,6 +642,8 @@ fn names_of_parts() {
         // Rack 3's, behind a raw quote, and Formidable's, the first one.
         "Content-Disposition: form-data; name=\"a\"; filename=\"x\"name=\"private_token\"\"",
         "Content-Disposition: form-data; filename=\"name=private_token\"; name=\"a\"",
+        "Content-Disposition: form-data; filename=\"name=private_token{x\"; name=\"a\"",
+        "Content-Disposition: form-data; filename=\"name=private_token@x\"; name=\"a\"",
         "Content-Disposition: form-data; filename=\"x-name=private_token y\"; name=\"a\"",
         // Old Rack's names: what stands behind a blank and `name=`, wherever.
         "Content-Disposition: form-data; name=\"a\"; filename=\"x name=private_token\"",
