@@ -9,7 +9,7 @@ ALONE = deadlines:: load:: slow:: stores::faults:: stores::revocation::
 # Installs what the tests need from Debian, PyPI and npm, then runs all of them: the runner's summary comes last.
 test:
 	bash tests/install.sh
-	cargo build --locked --features seeded-faults --bin tollgate-seeded
+	cargo build --locked --features seeded-faults --bin tollgate-seeded --test unify
 	cargo test --locked --lib
 	cargo test --locked --test main -- $(ALONE) --test-threads 1
 	cargo test --locked --test main -- $(ALONE:%=--skip %)
@@ -59,7 +59,7 @@ flood:
 
 # 200,000 odd requests to each of seven real frameworks, with a table; TOLLGATE_READER_SEED for others. 40 minutes.
 readers:
-	cargo build --locked --features seeded-faults --bin tollgate-seeded
+	cargo build --locked --features seeded-faults --bin tollgate-seeded --test unify
 	TOLLGATE_READER_CASES=200000 cargo test --locked --test main -- readers:: --nocapture --test-threads 1 | tee target/readers.log
 	grep '^| ' target/readers.log
 
