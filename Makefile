@@ -57,7 +57,7 @@ flood:
 	cargo build --locked --profile dist
 	benches/e2e/run.py flood --count 1000000 --threads 2
 
-# 200,000 odd requests to each of seven real frameworks, with a table; TOLLGATE_READER_SEED for others. 40 minutes.
+# 200,000 odd requests to each of seven real frameworks, with a table; TOLLGATE_READER_SEED for others. 15 minutes.
 readers:
 	cargo build --locked --features seeded-faults --bin tollgate-seeded --test unify
 	TOLLGATE_READER_CASES=200000 cargo test --locked --test main -- readers:: --nocapture --test-threads 1 | tee target/readers.log
