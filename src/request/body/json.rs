@@ -459,6 +459,7 @@ impl Json {
 /// Go takes a key for a field in any letter case, and two letters beyond ASCII for those that they fold to.
 fn judge_key(key: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
     judge.plain(key)?;
+    judge.token_in_any_case(key)?;
     if !key.iter().any(|b| b.is_ascii_uppercase() || !b.is_ascii()) || seeded::off(Rule::JsonNames) {
         return Ok(());
     }
@@ -473,7 +474,8 @@ fn judge_key(key: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
         };
         folded.push(letter);
     }
-    judge.plain(&folded)
+    judge.plain(&folded)?;
+    judge.token_in_any_case(&folded)
 }
 
 /// Where a string ends or an escape begins. Many strings are short: the first bytes are looked at one by one.

@@ -220,6 +220,13 @@ impl Judge<'_> {
         self.refuse(self.names.key_of_decoded(name).map(|(key, _)| key))
     }
 
+    /// The configured name may have capitals itself, which a reader that ignores case folds as well.
+    fn token_in_any_case(self, name: &[u8]) -> Result<(), BodyFault> {
+        let token = self.names.token.as_bytes();
+        let same = name.len() == token.len() && name.eq_ignore_ascii_case(token);
+        if same && !seeded::off(Rule::JsonNames) { self.refuse(Some(Key::Token)) } else { Ok(()) }
+    }
+
     /// Every reader strips from a name or decodes it, and none makes it longer: `page` and `sudo` are the shortest.
     fn is_too_short(self, name: &[u8]) -> bool {
         name.len() < 4 && name.len() < self.names.token.len()

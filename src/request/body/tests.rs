@@ -415,6 +415,23 @@ fn json_objects() {
 
 /// No JSON as the standard has it. What no reader takes for JSON is let go where the type does not say JSON.
 #[test]
+fn a_configured_name_with_capitals_counts_in_any_letter_case() {
+    let rules = Arc::new(BodyRules {
+        names: Names { token: "Api_Key".into() },
+        forbidden: Keys::default().with(Key::Token),
+        untyped: UntypedBody::Watch,
+    });
+    let judged = |body: &str| {
+        let (scanner, _) = BodyScanner::new(&head(Some(b"application/json")), Arc::clone(&rules));
+        run(&scanner, std::iter::once(body.as_bytes()))
+    };
+    for key in ["Api_Key", "api_key", "API_KEY", r"api_\u004bey", "Api_\u{212a}ey"] {
+        assert_eq!(judged(&format!("{{\"{key}\":1}}")), Err(BodyFault::Field(Key::Token)), "{key}");
+    }
+    assert_eq!(judged(r#"{"api-key":1,"apikey":1}"#), Ok(()));
+}
+
+#[test]
 fn json_that_is_none() {
     for body in [
         "private_token=B",
