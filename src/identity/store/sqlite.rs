@@ -456,11 +456,8 @@ impl Watcher {
         if told.blocking_send((Event::Hearing, self.seq)).is_err() {
             return;
         }
+        // Looked at right away, so that a gateway that ends soon leaves a snapshot with a mark.
         loop {
-            std::thread::sleep(POLL);
-            if told.is_closed() {
-                return;
-            }
             let asked_ms = crate::clock::now().mono_ms;
             let changes = match &self.db {
                 // What is read from a file that was replaced is no longer the store.
@@ -483,6 +480,10 @@ impl Watcher {
             if looked {
                 // With no room for it the next one will do.
                 drop(told.try_send((Event::Alive { asked_ms, mark: Some(mark(self.seq, self.at_ms)) }, self.seq)));
+            }
+            std::thread::sleep(POLL);
+            if told.is_closed() {
+                return;
             }
         }
     }
