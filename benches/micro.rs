@@ -4,11 +4,11 @@
 
 use divan::counter::BytesCount;
 use divan::{AllocProfiler, Bencher, black_box};
-use tollgate::identity::credential::Digest;
 use tollgate::pipeline::{Admission, Pipeline, Verdict};
 use tollgate::request::body::{BodyHead, BodyRules, BodyScanner, Keys, UntypedBody};
 use tollgate::request::origin::Origin;
 use tollgate::request::{self, head, query};
+use tollgate::store::credential::Digest;
 use tollgate::{Now, config, edge};
 
 #[global_allocator]

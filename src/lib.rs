@@ -10,9 +10,13 @@
 
 pub mod clock;
 
+pub mod problem;
+
 pub mod telemetry;
 
 pub mod request;
+
+pub mod store;
 
 pub mod identity;
 

@@ -4,7 +4,6 @@
 
 use crate::Now;
 use crate::forward::{self, ForwardRules, Plan};
-use crate::identity::credential::{Digest, TokenId};
 use crate::identity::{Answer, Authenticator, CannotTell, Checked, Principal, Waiting};
 use crate::policy::Policy;
 use crate::reply::cors::Cors;
@@ -13,6 +12,7 @@ use crate::request::route::Route;
 use crate::request::token::Source;
 use crate::request::view::{Method, RequestView};
 use crate::request::{self, Examined};
+use crate::store::credential::{Digest, TokenId};
 use crate::telemetry::metrics::{AuthResult, Clamp, Metrics, TokenSource};
 use std::sync::Arc;
 

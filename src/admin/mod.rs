@@ -2,11 +2,11 @@
 //! the API listeners.
 
 use crate::Now;
-use crate::identity::credential::DigestPrefix;
-use crate::identity::store::rfc3339;
 use crate::pipeline::Pipeline;
 use crate::request::head::HeadFault;
 use crate::request::view::{FieldKind, Method, RequestView};
+use crate::store::credential::DigestPrefix;
+use crate::store::rfc3339;
 
 /// What the answers are made of.
 pub struct Operator<'a> {

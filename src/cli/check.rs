@@ -1,10 +1,10 @@
 //! `tollgate check`: every problem of a configuration, or where tokens are looked up and every way around them.
 
 use super::Failure;
-use crate::identity::store::StoreSettings;
-use crate::identity::store::postgres::Source;
-use crate::identity::store::redis::RedisChanges;
 use crate::request::route::{Auth, Methods, Route};
+use crate::store::StoreSettings;
+use crate::store::postgres::Source;
+use crate::store::redis::RedisChanges;
 use std::path::Path;
 
 pub(super) fn run(path: &Path) -> Result<(), Failure> {

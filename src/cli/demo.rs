@@ -1,11 +1,11 @@
 //! `tollgate demo`: the whole thing at work, with a small backend of its own and a store that is gone afterwards.
 
 use super::{Failure, token::new_token};
-use crate::identity::credential::Digest;
-use crate::identity::store::TokenRecord;
 use crate::request::head;
 use crate::request::query::form_decode;
 use crate::request::view::{Framing, Method};
+use crate::store::TokenRecord;
+use crate::store::credential::Digest;
 use crate::telemetry::process_log;
 use crate::{assembly, config, edge};
 use anyhow::{Context as _, anyhow};

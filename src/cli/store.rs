@@ -1,8 +1,8 @@
 //! `tollgate store`: what has to be in a database before a gateway can use it.
 
 use super::Failure;
-use crate::identity::store::postgres::{self, PostgresAdmin, PostgresSettings};
-use crate::identity::store::{NamedStore, StoreSettings};
+use crate::store::postgres::{self, PostgresAdmin, PostgresSettings};
+use crate::store::{NamedStore, StoreSettings};
 use anyhow::anyhow;
 use clap::Subcommand;
 use std::path::PathBuf;

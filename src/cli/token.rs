@@ -2,16 +2,14 @@
 
 use super::Failure;
 use crate::config::Settings;
-use crate::identity::credential::Digest;
-use crate::identity::store::file::FileAdmin;
-use crate::identity::store::portable::{Reading, is_token};
-use crate::identity::store::postgres::{PostgresAdmin, Source};
-use crate::identity::store::redis::RedisAdmin;
-use crate::identity::store::sqlite::SqliteAdmin;
-use crate::identity::store::values::{LATEST, check_description, check_scope, check_user, is_unseen};
-use crate::identity::store::{
-    AdminError, NamedStore, ShownRecord, StoreSettings, TokenAdmin, TokenRecord, parse_time, rfc3339,
-};
+use crate::store::credential::Digest;
+use crate::store::file::FileAdmin;
+use crate::store::portable::{Reading, is_token};
+use crate::store::postgres::{PostgresAdmin, Source};
+use crate::store::redis::RedisAdmin;
+use crate::store::sqlite::SqliteAdmin;
+use crate::store::values::{LATEST, check_description, check_scope, check_user, is_unseen};
+use crate::store::{AdminError, NamedStore, ShownRecord, StoreSettings, TokenAdmin, TokenRecord, parse_time, rfc3339};
 use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
 use std::collections::BTreeSet;

@@ -7,10 +7,10 @@ use super::file::{
 };
 use super::resolve::Check;
 use crate::edge::{ServerAddress, UpstreamSettings};
-use crate::identity::store::introspect::{self, IntrospectMode, IntrospectSettings};
-use crate::identity::store::postgres::{self, Bind, PostgresSettings, Source};
-use crate::identity::store::redis::{RedisChanges, RedisSettings, Topology};
-use crate::identity::store::{NamedStore, PemFile, Place, Secret, StoreSettings, TlsMode, TlsSettings};
+use crate::store::introspect::{self, IntrospectMode, IntrospectSettings};
+use crate::store::postgres::{self, Bind, PostgresSettings, Source};
+use crate::store::redis::{RedisChanges, RedisSettings, Topology};
+use crate::store::{NamedStore, PemFile, Place, Secret, StoreSettings, TlsMode, TlsSettings};
 use std::path::Path;
 use std::time::Duration;
 

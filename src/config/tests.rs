@@ -1,8 +1,8 @@
 //! What a configuration may say, and what is said about a bad one.
 
 use super::*;
-use crate::identity::store::servers::Folder;
-use crate::identity::store::{StoreSettings, TlsMode};
+use crate::store::servers::Folder;
+use crate::store::{StoreSettings, TlsMode};
 
 fn problems(text: &str) -> Vec<String> {
     parse(text, Path::new("/conf")).err().unwrap_or_default().iter().map(ToString::to_string).collect()

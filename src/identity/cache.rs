@@ -1,9 +1,9 @@
 //! What was learned about tokens, and for how long it may be believed. Knows no store and no clock: time is an argument.
 //! Good and bad tokens have separate budgets, so that no flood of guesses can evict a valid caller.
 
-use super::credential::{Digest, DigestPrefix};
 use super::principal::{Invalid, Principal};
 use crate::Now;
+use crate::store::credential::{Digest, DigestPrefix};
 use foldhash::quality::RandomState;
 use moka::sync::Cache as Bounded;
 use parking_lot::Mutex;

@@ -2,19 +2,19 @@
 //! Unknown and cannot-tell never merge, and a store that can't tell never opens the gate.
 
 mod cache;
-pub mod credential;
-mod principal;
+pub(crate) mod principal;
 mod snapshot;
-pub mod store;
 
 pub use cache::{Answer, CacheSettings};
 pub use principal::{Invalid, Principal};
 
 use crate::Now;
+use crate::store::chain::Chain;
+use crate::store::credential::{Credential, Digest, DigestPrefix};
+use crate::store::{Event, Mark, Named, StoreError};
 use crate::telemetry::metrics::{CacheResult, Metrics, StoreMetrics};
 use crate::telemetry::outage::Seldom;
 use cache::{Cache, Cached, Learned, Stale};
-use credential::{Credential, Digest, DigestPrefix};
 use parking_lot::Mutex;
 use principal::judge;
 use std::collections::{HashMap, HashSet};
@@ -22,8 +22,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
-use store::chain::Chain;
-use store::{Event, Mark, Named, StoreError};
 use tokio::sync::Notify;
 
 /// The store can't tell, and nothing is known from before.

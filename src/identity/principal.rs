@@ -2,9 +2,9 @@
 //! to hold one is to have been authenticated.
 
 use super::cache::Answer;
-use super::credential::{Digest, TokenId};
-use super::store::TokenRecord;
 use crate::Now;
+use crate::store::TokenRecord;
+use crate::store::credential::{Digest, TokenId};
 use crate::telemetry::metrics::Generation;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -41,7 +41,7 @@ pub(super) struct KeptPrincipal {
 }
 
 /// What a store's answer means now, and the unix millisecond when that changes by itself.
-pub(super) fn judge(record: Option<&TokenRecord>, digest: &Digest, now: Now) -> (Answer, Option<u64>) {
+pub(crate) fn judge(record: Option<&TokenRecord>, digest: &Digest, now: Now) -> (Answer, Option<u64>) {
     let Some(record) = record else { return (Answer::Invalid(Invalid::Unknown), None) };
     match Principal::from_record(record, digest, now) {
         Ok(principal) => (Answer::Valid(Arc::new(principal)), None),

@@ -3,9 +3,9 @@
 //! only from a file that nobody else can write, and only when it is whole and of the same stores.
 
 use super::cache::Kept;
-use super::credential::Digest;
 use super::principal::{KeptPrincipal, Principal};
-use super::store::Mark;
+use crate::store::Mark;
+use crate::store::credential::Digest;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::io::{BufRead as _, BufReader, BufWriter, Read as _, Write as _};

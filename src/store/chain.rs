@@ -2,7 +2,7 @@
 //! look-up. It never falls through to the next: who is unknown here because a store was down could be let in there.
 
 use super::{Event, Mark, StoreError, TokenRecord, TokenStore};
-use crate::identity::credential::{Credential, Digest};
+use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use crate::telemetry::outage::{Outage, Seldom};
 use futures_util::future::join_all;
@@ -51,7 +51,7 @@ impl Chain {
         self.links.iter().map(|link| link.name.as_str()).collect::<Vec<_>>().join(", ")
     }
 
-    pub(in crate::identity) async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
+    pub(crate) async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         for link in &self.links {
             if let Some(record) = link.lookup(credential).await? {
                 return Ok(Some(record));
@@ -61,12 +61,12 @@ impl Chain {
     }
 
     /// The handles that stores know a token by.
-    pub(in crate::identity) fn handles(&self, credential: &Credential) -> Vec<Digest> {
+    pub(crate) fn handles(&self, credential: &Credential) -> Vec<Digest> {
         self.links.iter().filter_map(|link| link.store.handle(credential)).collect()
     }
 
     /// Follows all stores. `heard` is told which link speaks.
-    pub(in crate::identity) async fn follow(&self, heard: &(dyn Fn(usize, Event) + Send + Sync)) {
+    pub(crate) async fn follow(&self, heard: &(dyn Fn(usize, Event) + Send + Sync)) {
         join_all(self.links.iter().enumerate().map(|(index, link)| async move {
             link.store.follow(&|event| heard(index, event)).await;
         }))
@@ -74,10 +74,7 @@ impl Chain {
     }
 
     /// `None` when one of the stores can't say.
-    pub(in crate::identity) async fn changed_since(
-        &self,
-        marks: &[Option<Mark>],
-    ) -> Result<Option<Vec<Digest>>, StoreError> {
+    pub(crate) async fn changed_since(&self, marks: &[Option<Mark>]) -> Result<Option<Vec<Digest>>, StoreError> {
         let mut changed = Vec::new();
         for (index, link) in self.links.iter().enumerate() {
             let Some(Some(mark)) = marks.get(index) else { return Ok(None) };
@@ -90,7 +87,7 @@ impl Chain {
     }
 
     /// Every store is told; those that don't know a token pass over it. Says whether all of them took it.
-    pub(in crate::identity) async fn note_uses(&self, uses: &[(Digest, u64)]) -> bool {
+    pub(crate) async fn note_uses(&self, uses: &[(Digest, u64)]) -> bool {
         let mut all = true;
         for link in &self.links {
             for (index, slice) in uses.chunks(USES_AT_ONCE).enumerate() {

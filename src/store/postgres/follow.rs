@@ -5,7 +5,7 @@ use super::super::{Change, Event, Heard, Mark, Named, replica_name};
 use super::connect::{ASTRAY, Driver, EndsWith, Failure, Home, POOLER, Reached, Target, drive, say};
 use super::presets::TriggerCheck;
 use super::{Source, presets, schema};
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use futures_util::future::join;
 use parking_lot::Mutex;
 use std::future::poll_fn;

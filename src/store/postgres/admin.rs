@@ -3,7 +3,7 @@
 use super::super::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
 use super::connect::{self, EndsWith, Failure, Reached, Target};
 use super::{PostgresSettings, Source, schema};
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
 use std::collections::BTreeSet;

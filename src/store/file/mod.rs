@@ -6,7 +6,7 @@ mod admin;
 pub use admin::FileAdmin;
 
 use super::{Change, Event, Heard, Named, StoreError, TokenRecord, TokenStore, parse_time, rfc3339};
-use crate::identity::credential::{Credential, Digest};
+use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;

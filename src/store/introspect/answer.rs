@@ -2,7 +2,7 @@
 //! places in the answer and never what stands there.
 
 use super::super::{StoreError, TokenRecord};
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use hyper::StatusCode;
 use hyper::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};

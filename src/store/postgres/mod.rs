@@ -13,7 +13,7 @@ pub use connect::{check_url, tls_auto};
 pub use presets::{install_triggers, triggers_sql};
 
 use super::{Heard, Secret, StoreError, TlsSettings, TokenRecord, TokenStore};
-use crate::identity::credential::{Credential, Digest};
+use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use base64::Engine as _;

@@ -5,7 +5,7 @@ use super::super::AdminError;
 use super::admin::Session;
 use super::connect::SEARCH_PATH;
 use super::{Bind, PostgresSettings, Source, schema};
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 
 /// Columns that change with every use of a token, or with every change anyway.
 const BUSY: &str = "{last_used_at,last_used,last_used_on,updated_at}";

@@ -3,7 +3,7 @@
 
 use super::super::TokenRecord;
 use super::connect::Failure;
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use std::error::Error;
 use tokio_postgres::types::{FromSql, Kind, Type};
 use tokio_postgres::{Column, Row};

@@ -1,14 +1,16 @@
 //! The embedded store: one SQLite file, made on first use, shared between the running gateway and the command line.
 //! Every change of a record leaves a row in `change`, by trigger, so that a running gateway sees it whoever made it.
 
-use super::{
-    AdminError, Change, Confirmations, Event, Heard, Imported, Mark, Named, REPLICA_GONE, Records, StoreError,
-    TokenAdmin, TokenRecord, TokenStore, replica_name,
-};
-use crate::identity::credential::{Credential, Digest};
+mod admin;
+mod follow;
+
+pub use admin::SqliteAdmin;
+
+use super::{Event, Heard, Mark, StoreError, TokenRecord, TokenStore, replica_name};
+use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
+use follow::Watcher;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, params};
-use std::collections::BTreeSet;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -24,15 +26,9 @@ const QUEUE: usize = 1_024;
 const WRITE_QUEUE: usize = 16;
 /// SQLite reads of one row take microseconds; two threads keep one slow page from holding up the rest.
 const READERS: usize = 2;
-/// How often a running gateway asks whether anything changed; bounds the time that a revoked token still works.
-const POLL: Duration = Duration::from_millis(100);
-/// Rows of `change` are kept this long. A gateway that was away longer forgets everything instead.
-const CHANGES_KEPT_MS: i64 = 3_600_000;
 /// Of more tokens than this it is not told which of them changed behind a mark: looking up all is no dearer then.
 const MOST_TOLD: usize = 100_000;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Memory that an import may take, at most; a third of a database of ten million tokens.
-const IMPORT_CACHE_KIB: i64 = 512 * 1024;
 /// How often a gateway says that it is there.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 
@@ -432,266 +428,8 @@ impl Drop for SignedOff<'_> {
     }
 }
 
-/// Notices what others write. `PRAGMA data_version` costs a read of shared memory while nothing happens.
-struct Watcher {
-    path: PathBuf,
-    db: Option<Connection>,
-    inode: Option<u64>,
-    data_version: i64,
-    seq: i64,
-    /// Of the change with this number, if it is still there.
-    at_ms: Option<i64>,
-}
-
-impl Watcher {
-    fn new(path: PathBuf, db: Connection) -> rusqlite::Result<Self> {
-        let (data_version, seq) = (data_version(&db)?, last_seq(&db)?);
-        let at_ms = time_of(&db, seq)?;
-        let inode = inode(&path);
-        Ok(Self { path, db: Some(db), inode, data_version, seq, at_ms })
-    }
-
-    fn watch(mut self, told: &mpsc::Sender<Noticed>) {
-        // The first look is for all that was written before, so that its number can be confirmed.
-        if told.blocking_send((Event::Hearing, self.seq)).is_err() {
-            return;
-        }
-        // Looked at right away, so that a gateway that ends soon leaves a snapshot with a mark.
-        loop {
-            let asked_ms = crate::clock::now().mono_ms;
-            let changes = match &self.db {
-                // What is read from a file that was replaced is no longer the store.
-                Some(_) if inode(&self.path) == self.inode => self.look(),
-                _ => self.reopen(),
-            };
-            let looked = changes.is_ok();
-            let event = changes.unwrap_or_else(|error| {
-                let lost = self.db.take().is_some();
-                if lost {
-                    log::error!("{}: changes can't be followed, trying again: {error}", self.path.display());
-                }
-                lost.then_some(Event::Deaf)
-            });
-            if let Some(event) = event
-                && told.blocking_send((event, self.seq)).is_err()
-            {
-                return;
-            }
-            if looked {
-                // With no room for it the next one will do.
-                drop(told.try_send((Event::Alive { asked_ms, mark: Some(mark(self.seq, self.at_ms)) }, self.seq)));
-            }
-            std::thread::sleep(POLL);
-            if told.is_closed() {
-                return;
-            }
-        }
-    }
-
-    fn look(&mut self) -> Result<Option<Event>, String> {
-        let Some(db) = &self.db else { return Ok(None) };
-        let text = |error: rusqlite::Error| error.to_string();
-        let version = data_version(db).map_err(text)?;
-        if version == self.data_version {
-            return Ok(None);
-        }
-        self.data_version = version;
-        let first: Option<i64> = db.query_row("SELECT min(seq) FROM change", [], |row| row.get(0)).map_err(text)?;
-        if first.is_some_and(|first| first > self.seq + 1) {
-            self.seq = last_seq(db).map_err(text)?;
-            self.at_ms = time_of(db, self.seq).map_err(text)?;
-            return Ok(Some(Event::Hearing));
-        }
-        let mut query =
-            db.prepare_cached("SELECT seq, digest, at_ms FROM change WHERE seq > ?1 ORDER BY seq").map_err(text)?;
-        let rows = query
-            .query_map([self.seq], |row| Ok((row.get::<_, i64>(0)?, row.get(1)?, row.get::<_, i64>(2)?)))
-            .map_err(text)?;
-        let mut tokens = Vec::new();
-        for row in rows {
-            let (seq, digest, at_ms) = row.map_err(text)?;
-            (self.seq, self.at_ms) = (seq, Some(at_ms));
-            let token = Named::Token(Digest::from_bytes(digest));
-            tokens.push(Change { token, at_ms: u64::try_from(at_ms).unwrap_or(0) });
-        }
-        Ok(if tokens.is_empty() { None } else { Some(Event::Changed(tokens)) })
-    }
-
-    /// Another file, or the same one after an error: whatever happened meanwhile was missed.
-    fn reopen(&mut self) -> Result<Option<Event>, String> {
-        let Some(inode) = inode(&self.path) else { return Err("the file is gone".into()) };
-        let db = open_existing(&self.path)?;
-        let fresh = Self::new(self.path.clone(), db).map_err(|error| error.to_string())?;
-        *self = Self { inode: Some(inode), ..fresh };
-        Ok(Some(Event::Hearing))
-    }
-}
-
-fn data_version(db: &Connection) -> rusqlite::Result<i64> {
-    db.pragma_query_value(None, "data_version", |row| row.get(0))
-}
-
 /// The highest number ever given, also when the rows are gone.
 fn last_seq(db: &Connection) -> rusqlite::Result<i64> {
     let seq = db.query_row("SELECT seq FROM sqlite_sequence WHERE name = 'change'", [], |row| row.get(0)).optional()?;
     Ok(seq.unwrap_or(0))
-}
-
-/// The store as the command line writes to it.
-pub struct SqliteAdmin {
-    db: Connection,
-}
-
-impl SqliteAdmin {
-    pub fn open(path: &Path) -> Result<Self, AdminError> {
-        let db = open(path).map_err(AdminError::Store)?;
-        let oldest = "DELETE FROM change WHERE at_ms < CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER) - ?1";
-        db.execute(oldest, [CHANGES_KEPT_MS])?;
-        Ok(Self { db })
-    }
-
-    /// The gateways that were seen lately, and whether they have taken in all changes up to a number.
-    fn replicas(&self, target: i64, gone: i64) -> rusqlite::Result<Vec<(String, bool)>> {
-        let sql = format!("SELECT name, applied >= ?1 FROM replica WHERE seen_ms >= {NOW_MS} - ?2 ORDER BY name");
-        let mut query = self.db.prepare_cached(&sql)?;
-        query.query_map([target, gone], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
-    }
-}
-
-impl From<rusqlite::Error> for AdminError {
-    fn from(error: rusqlite::Error) -> Self {
-        match error.sqlite_error_code() {
-            Some(rusqlite::ErrorCode::ConstraintViolation) => Self::Exists,
-            _ => Self::Store(error.to_string()),
-        }
-    }
-}
-
-const INSERT: &str = "INSERT INTO token (digest, user, scopes, description, created, expires, revoked, not_before,
-    blocked, superseded, replaces, last_used) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)";
-
-fn seconds(time: u64) -> i64 {
-    i64::try_from(time).unwrap_or(i64::MAX)
-}
-
-fn insert(statement: &mut rusqlite::CachedStatement<'_>, record: &TokenRecord) -> rusqlite::Result<usize> {
-    statement.execute(params![
-        record.digest.as_bytes(),
-        record.user,
-        record.scopes.join(" "),
-        record.description,
-        seconds(record.created),
-        record.expires.map(seconds),
-        record.revoked.map(seconds),
-        record.not_before.map(seconds),
-        record.blocked,
-        record.superseded.map(seconds),
-        record.replaces.map(|digest| *digest.as_bytes()),
-        record.last_used.map(seconds),
-    ])
-}
-
-#[async_trait]
-impl TokenAdmin for SqliteAdmin {
-    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
-        insert(&mut self.db.prepare_cached(INSERT)?, record)?;
-        Ok(())
-    }
-
-    async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
-        // Digests come in no order: what is written to stays in memory, or millions of rows would take hours.
-        self.db.pragma_update(None, "cache_size", -IMPORT_CACHE_KIB)?;
-        let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        let mut imported = Imported::default();
-        {
-            let mut statement = transaction.prepare_cached(&format!("{INSERT} ON CONFLICT DO NOTHING"))?;
-            for record in records {
-                let record = record?;
-                let new = insert(&mut statement, &record)? as u64;
-                imported.new += new;
-                if new == 0
-                    && let Some(known) = lookup(&transaction, &record.digest)?
-                {
-                    imported.differing.compare(&known, &record);
-                }
-            }
-        }
-        transaction.commit()?;
-        Ok(imported)
-    }
-
-    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
-        let mut query = self.db.prepare(&format!("SELECT {COLUMNS} FROM token ORDER BY created DESC, digest"))?;
-        let records = query.query_map([], record)?.collect::<Result<_, _>>()?;
-        Ok(records)
-    }
-
-    async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
-        // The digests that begin with the prefix are a range of the primary key.
-        let bound = |filler: char| {
-            let hex: String = hex_prefix.chars().chain(std::iter::repeat(filler)).take(64).collect();
-            Digest::from_hex(&hex).ok_or(AdminError::Missing)
-        };
-        let range = "WHERE digest BETWEEN ?1 AND ?2 LIMIT 100";
-        let mut query = self.db.prepare(&format!("SELECT {COLUMNS} FROM token {range}"))?;
-        let records =
-            query.query_map([bound('0')?.as_bytes(), bound('f')?.as_bytes()], record)?.collect::<Result<_, _>>()?;
-        Ok(records)
-    }
-
-    async fn of_user(&mut self, user: &str) -> Result<Vec<TokenRecord>, AdminError> {
-        let sql = format!("SELECT {COLUMNS} FROM token WHERE user = ?1 ORDER BY created DESC, digest");
-        let records = self.db.prepare(&sql)?.query_map([user], record)?.collect::<Result<_, _>>()?;
-        Ok(records)
-    }
-
-    async fn blocked_users(&mut self) -> Result<BTreeSet<String>, AdminError> {
-        let mut query = self.db.prepare("SELECT DISTINCT user FROM token WHERE blocked = 1")?;
-        let users = query.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
-        Ok(users)
-    }
-
-    fn notes_uses(&self) -> bool {
-        true
-    }
-
-    async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
-        let changed = self.db.execute(
-            "UPDATE token SET revoked = ?2 WHERE digest = ?1 AND revoked IS NULL",
-            params![digest.as_bytes(), i64::try_from(at).unwrap_or(i64::MAX)],
-        )?;
-        if changed == 0 && lookup(&self.db, digest)?.is_none() {
-            return Err(AdminError::Missing);
-        }
-        Ok(changed == 1)
-    }
-
-    async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
-        let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        let end = lookup(&transaction, old)?.ok_or(AdminError::Missing)?.rotated_out(at, end)?;
-        insert(&mut transaction.prepare_cached(INSERT)?, &TokenRecord { replaces: Some(*old), ..next.clone() })?;
-        transaction.execute(
-            "UPDATE token SET superseded = ?2, expires = ?3 WHERE digest = ?1",
-            params![old.as_bytes(), seconds(at), seconds(end)],
-        )?;
-        Ok(transaction.commit()?)
-    }
-
-    async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
-        let sql = "UPDATE token SET blocked = ?2 WHERE user = ?1 AND blocked <> ?2";
-        Ok(self.db.execute(sql, params![user, blocked])? as u64)
-    }
-
-    async fn wait(&mut self, timeout: Duration) -> Result<Vec<String>, AdminError> {
-        let target = last_seq(&self.db)?;
-        let gone = i64::try_from(REPLICA_GONE.as_millis()).unwrap_or(i64::MAX);
-        self.db.execute(&format!("DELETE FROM replica WHERE seen_ms < {NOW_MS} - 86400000"), [])?;
-        let waiting = Confirmations::within(timeout);
-        loop {
-            let replicas = self.replicas(target, gone)?;
-            if let Some(outcome) = waiting.outcome(replicas).await {
-                return outcome;
-            }
-        }
-    }
 }

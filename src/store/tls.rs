@@ -1,7 +1,7 @@
 //! What stores over a network share: secrets that print nothing, one rule for when plain text is allowed, and one way to
 //! check the other side's certificate. Knows no store.
 
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring};

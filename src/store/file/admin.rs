@@ -4,7 +4,7 @@
 
 use super::super::{AdminError, Differing, Imported, Records, TokenAdmin, TokenRecord, rfc3339};
 use super::{Format, Stamp, Table, TokenShape, parse};
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use async_trait::async_trait;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};

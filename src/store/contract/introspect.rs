@@ -8,7 +8,7 @@ use super::super::{
     AdminError, Imported, Records, Secret, StoreError, TlsMode, TlsSettings, TokenAdmin, TokenRecord, TokenStore,
 };
 use super::{Fault, Features, Subject, TIMEOUT, run};
-use crate::identity::credential::{Credential, Digest};
+use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::Metrics;
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};

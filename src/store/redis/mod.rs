@@ -27,7 +27,7 @@ mod record;
 pub use admin::RedisAdmin;
 
 use super::{Heard, Secret, StoreError, StoreMetrics, TlsSettings, TokenRecord, TokenStore};
-use crate::identity::credential::{Credential, Digest};
+use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
 use link::{Connector, Pool, server_failed};
 use record::Stored;

@@ -88,7 +88,7 @@ impl TokenStore for Prompt {
         open(&self.path).unwrap().lookup(credential).await
     }
 
-    async fn follow(&self, heard: crate::identity::store::Heard<'_>) {
+    async fn follow(&self, heard: crate::store::Heard<'_>) {
         self.store.follow(heard).await;
     }
 }

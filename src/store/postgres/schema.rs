@@ -2,7 +2,7 @@
 
 use super::super::TokenRecord;
 use super::connect::Failure;
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row};
 

@@ -4,7 +4,7 @@
 
 use super::values::{LATEST, check_description, check_scope, check_user, parse_time, rfc3339};
 use super::{AdminError, TokenRecord};
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;

@@ -3,7 +3,7 @@
 
 use super::super::TokenRecord;
 use super::super::values::LATEST;
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use serde_json::{Map, Number, Value as Json};
 
 /// What stands under a key, as it was read: an edit says what it found, so that it can't undo somebody else's.

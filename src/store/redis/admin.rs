@@ -9,7 +9,7 @@ use super::follow::WAIT_KEPT;
 use super::link::{Connector, Link, failed};
 use super::record::{Edit, Stored, edited, to_json};
 use super::{Found, Keys, RedisChanges, RedisSettings, Topology, is_open, questions, read, stored};
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, stream};
 use redis::{RedisError, Value};

@@ -4,7 +4,7 @@
 use super::super::{Change, Event, Heard, Named, REPLICA_GONE, StoreError, replica_name};
 use super::link::{Address, Link, Pool, Pushes};
 use super::{Keys, RedisChanges, RedisStore, Topology};
-use crate::identity::credential::Digest;
+use crate::store::credential::Digest;
 use parking_lot::Once;
 use redis::{PushInfo, PushKind, Value};
 use std::sync::Arc;

@@ -1,0 +1,174 @@
+//! The SQLite store as the command line writes to it.
+
+use super::{COLUMNS, NOW_MS, last_seq, lookup, open, record};
+use crate::store::credential::Digest;
+use crate::store::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
+use async_trait::async_trait;
+use rusqlite::{Connection, params};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+
+/// Rows of `change` are kept this long. A gateway that was away longer forgets everything instead.
+const CHANGES_KEPT_MS: i64 = 3_600_000;
+/// Memory that an import may take, at most; a third of a database of ten million tokens.
+const IMPORT_CACHE_KIB: i64 = 512 * 1024;
+
+/// The store as the command line writes to it.
+pub struct SqliteAdmin {
+    db: Connection,
+}
+
+impl SqliteAdmin {
+    pub fn open(path: &Path) -> Result<Self, AdminError> {
+        let db = open(path).map_err(AdminError::Store)?;
+        let oldest = "DELETE FROM change WHERE at_ms < CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER) - ?1";
+        db.execute(oldest, [CHANGES_KEPT_MS])?;
+        Ok(Self { db })
+    }
+
+    /// The gateways that were seen lately, and whether they have taken in all changes up to a number.
+    fn replicas(&self, target: i64, gone: i64) -> rusqlite::Result<Vec<(String, bool)>> {
+        let sql = format!("SELECT name, applied >= ?1 FROM replica WHERE seen_ms >= {NOW_MS} - ?2 ORDER BY name");
+        let mut query = self.db.prepare_cached(&sql)?;
+        query.query_map([target, gone], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+    }
+}
+
+impl From<rusqlite::Error> for AdminError {
+    fn from(error: rusqlite::Error) -> Self {
+        match error.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::ConstraintViolation) => Self::Exists,
+            _ => Self::Store(error.to_string()),
+        }
+    }
+}
+
+const INSERT: &str = "INSERT INTO token (digest, user, scopes, description, created, expires, revoked, not_before,
+    blocked, superseded, replaces, last_used) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)";
+
+fn seconds(time: u64) -> i64 {
+    i64::try_from(time).unwrap_or(i64::MAX)
+}
+
+fn insert(statement: &mut rusqlite::CachedStatement<'_>, record: &TokenRecord) -> rusqlite::Result<usize> {
+    statement.execute(params![
+        record.digest.as_bytes(),
+        record.user,
+        record.scopes.join(" "),
+        record.description,
+        seconds(record.created),
+        record.expires.map(seconds),
+        record.revoked.map(seconds),
+        record.not_before.map(seconds),
+        record.blocked,
+        record.superseded.map(seconds),
+        record.replaces.map(|digest| *digest.as_bytes()),
+        record.last_used.map(seconds),
+    ])
+}
+
+#[async_trait]
+impl TokenAdmin for SqliteAdmin {
+    async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
+        insert(&mut self.db.prepare_cached(INSERT)?, record)?;
+        Ok(())
+    }
+
+    async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
+        // Digests come in no order: what is written to stays in memory, or millions of rows would take hours.
+        self.db.pragma_update(None, "cache_size", -IMPORT_CACHE_KIB)?;
+        let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        let mut imported = Imported::default();
+        {
+            let mut statement = transaction.prepare_cached(&format!("{INSERT} ON CONFLICT DO NOTHING"))?;
+            for record in records {
+                let record = record?;
+                let new = insert(&mut statement, &record)? as u64;
+                imported.new += new;
+                if new == 0
+                    && let Some(known) = lookup(&transaction, &record.digest)?
+                {
+                    imported.differing.compare(&known, &record);
+                }
+            }
+        }
+        transaction.commit()?;
+        Ok(imported)
+    }
+
+    async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
+        let mut query = self.db.prepare(&format!("SELECT {COLUMNS} FROM token ORDER BY created DESC, digest"))?;
+        let records = query.query_map([], record)?.collect::<Result<_, _>>()?;
+        Ok(records)
+    }
+
+    async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        // The digests that begin with the prefix are a range of the primary key.
+        let bound = |filler: char| {
+            let hex: String = hex_prefix.chars().chain(std::iter::repeat(filler)).take(64).collect();
+            Digest::from_hex(&hex).ok_or(AdminError::Missing)
+        };
+        let range = "WHERE digest BETWEEN ?1 AND ?2 LIMIT 100";
+        let mut query = self.db.prepare(&format!("SELECT {COLUMNS} FROM token {range}"))?;
+        let records =
+            query.query_map([bound('0')?.as_bytes(), bound('f')?.as_bytes()], record)?.collect::<Result<_, _>>()?;
+        Ok(records)
+    }
+
+    async fn of_user(&mut self, user: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        let sql = format!("SELECT {COLUMNS} FROM token WHERE user = ?1 ORDER BY created DESC, digest");
+        let records = self.db.prepare(&sql)?.query_map([user], record)?.collect::<Result<_, _>>()?;
+        Ok(records)
+    }
+
+    async fn blocked_users(&mut self) -> Result<BTreeSet<String>, AdminError> {
+        let mut query = self.db.prepare("SELECT DISTINCT user FROM token WHERE blocked = 1")?;
+        let users = query.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+        Ok(users)
+    }
+
+    fn notes_uses(&self) -> bool {
+        true
+    }
+
+    async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
+        let changed = self.db.execute(
+            "UPDATE token SET revoked = ?2 WHERE digest = ?1 AND revoked IS NULL",
+            params![digest.as_bytes(), i64::try_from(at).unwrap_or(i64::MAX)],
+        )?;
+        if changed == 0 && lookup(&self.db, digest)?.is_none() {
+            return Err(AdminError::Missing);
+        }
+        Ok(changed == 1)
+    }
+
+    async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
+        let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        let end = lookup(&transaction, old)?.ok_or(AdminError::Missing)?.rotated_out(at, end)?;
+        insert(&mut transaction.prepare_cached(INSERT)?, &TokenRecord { replaces: Some(*old), ..next.clone() })?;
+        transaction.execute(
+            "UPDATE token SET superseded = ?2, expires = ?3 WHERE digest = ?1",
+            params![old.as_bytes(), seconds(at), seconds(end)],
+        )?;
+        Ok(transaction.commit()?)
+    }
+
+    async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
+        let sql = "UPDATE token SET blocked = ?2 WHERE user = ?1 AND blocked <> ?2";
+        Ok(self.db.execute(sql, params![user, blocked])? as u64)
+    }
+
+    async fn wait(&mut self, timeout: Duration) -> Result<Vec<String>, AdminError> {
+        let target = last_seq(&self.db)?;
+        let gone = i64::try_from(REPLICA_GONE.as_millis()).unwrap_or(i64::MAX);
+        self.db.execute(&format!("DELETE FROM replica WHERE seen_ms < {NOW_MS} - 86400000"), [])?;
+        let waiting = Confirmations::within(timeout);
+        loop {
+            let replicas = self.replicas(target, gone)?;
+            if let Some(outcome) = waiting.outcome(replicas).await {
+                return outcome;
+            }
+        }
+    }
+}
