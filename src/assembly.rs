@@ -27,7 +27,7 @@ pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Run
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).context("metrics")?);
     let authenticator = authenticator(&settings, &metrics)?;
     let log = access_log(&settings, &metrics)?;
-    let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), log.clone())?;
+    let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), log.clone(), None)?;
     Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, log) })
 }
 
@@ -36,6 +36,7 @@ fn snapshot(
     authenticator: Arc<Authenticator>,
     metrics: Arc<Metrics>,
     log: AccessLog,
+    running: Option<&Snapshot>,
 ) -> anyhow::Result<Snapshot> {
     let pipeline = Pipeline {
         rules: settings.rules.clone(),
@@ -46,7 +47,7 @@ fn snapshot(
         metrics,
     };
     let hosts = settings.admin_hosts.clone();
-    Snapshot::build(pipeline, &settings.upstreams, settings.timeouts, log, hosts).map_err(|why| anyhow!(why))
+    Ok(Snapshot::build(pipeline, &settings.upstreams, settings.timeouts, log, hosts, running)?)
 }
 
 fn authenticator(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<Authenticator>> {
@@ -130,7 +131,7 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         } else {
             access_log(&next, &metrics).map_err(describe)?
         };
-        let snapshot = snapshot(&next, authenticator, metrics, next_log.clone()).map_err(describe)?;
+        let snapshot = snapshot(&next, authenticator, metrics, next_log.clone(), Some(running)).map_err(describe)?;
         let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
         let changed = settings.document.changes(&next.document).into_iter();
         let report = Reloaded { applied: changed.filter(|key| !restart.contains(key)).collect(), restart };

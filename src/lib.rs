@@ -22,6 +22,8 @@ pub mod identity;
 
 pub mod policy;
 
+pub mod upstream;
+
 pub mod forward;
 
 pub mod reply;

@@ -230,7 +230,7 @@ fn an_upstream_outage_is_a_line_as_it_begins_and_one_as_it_ends() {
     broken.store(false, Ordering::SeqCst);
     load(&gateway, 2, 10, |_| (get(GOOD, "/api/v3/user"), 200));
     eventually("the end is told", || about(&gateway).len() == 2);
-    assert!(about(&gateway)[1].contains("400 exchanges failed"), "{}", gateway.process_log());
+    assert!(about(&gateway)[1].contains("400 requests failed"), "{}", gateway.process_log());
 }
 
 // ---- Times ----

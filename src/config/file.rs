@@ -2,9 +2,10 @@
 //! is generated from them.
 
 use super::section::{Bytes, Section, Setting, Wrong, section, words, wrong};
-use crate::edge::{Listen, ServerAddress};
+use crate::edge::Listen;
 use crate::request::route::Pattern;
 use crate::request::view::Method;
+use crate::upstream::ServerAddress;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;

@@ -5,7 +5,7 @@ use super::file::{
 };
 use super::section::{Problem, closest};
 use super::{Document, File};
-use crate::edge::{ServerSettings, Timeouts, UpstreamSettings};
+use crate::edge::{ServerSettings, Timeouts};
 use crate::forward::{Credential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{Policy, ScopeRule, Scopes};
@@ -19,6 +19,7 @@ use crate::request::token::TokenRules;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::store::NamedStore;
+use crate::upstream::UpstreamSettings;
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::path::{Path, PathBuf};
@@ -286,7 +287,8 @@ impl Check<'_> {
             if route.pass_token && route.auth != FileAuth::None {
                 self.problem(route.line, key("pass_token"), "goes with auth = \"none\" only", "take it out");
             }
-            if !route.upstream.is_empty() && !upstreams.iter().any(|upstream| upstream.name == route.upstream) {
+            let named = upstreams.iter().position(|upstream| upstream.name == route.upstream);
+            if !route.upstream.is_empty() && named.is_none() {
                 let instead = closest(&route.upstream, upstreams.iter().map(|upstream| upstream.name.as_str()));
                 self.problem(
                     route.line,
@@ -315,7 +317,9 @@ impl Check<'_> {
                 auth,
                 reason: route.reason.trim().into(),
                 refuse_query_token: route.query_token == QueryToken::Refuse,
-                upstream: Some(route.upstream.clone()).filter(|name| !name.is_empty()),
+                // Without a name, the first one.
+                upstream: named.unwrap_or(0),
+                index: 0,
             });
         }
         if file.api.prefixes.is_empty() && routes.is_empty() {
@@ -336,7 +340,8 @@ impl Check<'_> {
                 auth: Auth::Required,
                 reason: String::new(),
                 refuse_query_token: false,
-                upstream: None,
+                upstream: 0,
+                index: 0,
             });
         }
         // A [[route]] for a whole prefix comes first in the stable order, and so stands in the prefix's place.

@@ -6,11 +6,11 @@ use super::file::{
     self, BoundAs, IntrospectionMode, PostgresPreset, RedisChangesBy, RedisTopology, Store, Tls, UpstreamAddress,
 };
 use super::resolve::Check;
-use crate::edge::{ServerAddress, UpstreamSettings};
 use crate::store::introspect::{self, IntrospectMode, IntrospectSettings};
 use crate::store::postgres::{self, Bind, PostgresSettings, Source};
 use crate::store::redis::{RedisChanges, RedisSettings, Topology};
 use crate::store::{NamedStore, PemFile, Place, Secret, StoreSettings, TlsMode, TlsSettings};
+use crate::upstream::{ServerAddress, UpstreamSettings};
 use std::path::Path;
 use std::time::Duration;
 

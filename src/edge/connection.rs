@@ -246,7 +246,7 @@ impl Arrival {
         tunnel: Option<Arc<AtomicBool>>,
         snapshot: Arc<Snapshot>,
     ) -> Ticket {
-        let route = snapshot.route_index(plan.route);
+        let route = Some(plan.route.index);
         let from_query = plan.from_query();
         let source = source_label(plan.presented.as_ref().map(|presented| presented.source));
         let token = plan.presented.map(|presented| OwnToken::of(presented.value, head));

@@ -4,12 +4,12 @@
 mod admin;
 mod client;
 mod connection;
-mod pool;
+mod peers;
 mod proxy;
 mod server;
 
 pub use crate::clock::now;
-pub use pool::{ServerAddress, UpstreamSettings};
+pub use peers::{ResolveError, resolve};
 pub use server::{Listen, Rebuild, Rebuilt, Running, ServerSettings, check_free, check_places, serve};
 
 use crate::pipeline::Pipeline;
@@ -17,8 +17,9 @@ use crate::request::route::Route;
 use crate::request::view::Method;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::metrics::RouteMetrics;
+use crate::upstream::UpstreamSettings;
 use client::HeadLimits;
-use pool::Upstream;
+use peers::Peers;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -27,7 +28,8 @@ use tokio::sync::Notify;
 /// another in its place.
 pub struct Snapshot {
     pub pipeline: Pipeline,
-    upstreams: Vec<Upstream>,
+    /// In the configuration's order, by which routes name them.
+    upstreams: Vec<Peers>,
     timeouts: Timeouts,
     log: AccessLog,
     /// Names that the admin listener answers to.
@@ -46,19 +48,18 @@ pub struct Timeouts {
 }
 
 impl Snapshot {
-    /// Resolves the upstreams' addresses, which may block.
+    /// Resolves the upstreams' addresses, which may block. Pools of the running snapshot go on where they did not change.
     pub fn build(
         pipeline: Pipeline,
         upstreams: &[UpstreamSettings],
         timeouts: Timeouts,
         log: AccessLog,
         admin_hosts: Vec<String>,
-    ) -> Result<Self, String> {
-        let resolve = |settings: &UpstreamSettings| {
-            let upstream = Upstream::resolve(settings, pipeline.metrics.upstream(&settings.name));
-            upstream.map_err(|why| format!("upstream \"{}\": {why}", settings.name))
-        };
-        let upstreams = upstreams.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
+        running: Option<&Self>,
+    ) -> Result<Self, ResolveError> {
+        let running = running.map_or(&[][..], |running| &running.upstreams);
+        let build = |settings: &UpstreamSettings| Peers::build(settings, running, &pipeline.metrics);
+        let upstreams = upstreams.iter().map(build).collect::<Result<Vec<_>, _>>()?;
         let metrics = pipeline.rules.routes.iter().map(|route| pipeline.metrics.route(&route.name)).collect();
         let unrouted = pipeline.metrics.route("none");
         Ok(Self { upstreams, timeouts, log, admin_hosts, metrics, unrouted, pipeline })
@@ -74,26 +75,16 @@ impl Snapshot {
         }
     }
 
-    /// Where a route stands in the table.
-    fn route_index(&self, route: &Route) -> Option<usize> {
-        self.pipeline.rules.routes.iter().position(|known| std::ptr::eq(known, route))
-    }
-
     fn route_name(&self, index: Option<usize>) -> &str {
         index.and_then(|index| self.pipeline.rules.routes.get(index)).map_or("none", |route| &route.name)
     }
 
-    fn upstream(&self, route: Option<usize>) -> Option<&Upstream> {
-        let named =
-            route.and_then(|index| self.pipeline.rules.routes.get(index)).and_then(|route| route.upstream.as_deref());
-        match named {
-            Some(name) => self.upstreams.iter().find(|upstream| upstream.name == name),
-            None => self.upstreams.first(),
-        }
+    fn upstream(&self, route: Option<usize>) -> Option<&Peers> {
+        self.upstreams.get(self.pipeline.rules.routes.get(route?)?.upstream)
     }
 
     fn count(&self, route: Option<&Route>, method: Method, status: u16, took: Duration) {
-        self.count_index(route.and_then(|route| self.route_index(route)), method, status, took);
+        self.count_index(route.map(|route| route.index), method, status, took);
     }
 
     fn count_index(&self, route: Option<usize>, method: Method, status: u16, took: Duration) {

@@ -185,11 +185,11 @@ impl ProxyHttp for MainLane {
     async fn upstream_peer(&self, _session: &mut Session, ctx: &mut Exchange) -> Result<Box<HttpPeer>> {
         let ticket = ctx.ticket()?;
         let upstream = ticket.snapshot.upstream(ticket.route);
-        let peer = upstream.and_then(|upstream| upstream.next(ticket.tunnel.is_some()));
+        let peer = upstream.and_then(|peers| peers.peer(peers.upstream.next()?, ticket.tunnel.is_some()));
         if ctx.attempts > 0
             && let Some(upstream) = upstream
         {
-            upstream.metrics.retried();
+            upstream.upstream.retried();
         }
         ctx.scanner = ticket.body.clone();
         ctx.attempts += 1;
@@ -212,7 +212,7 @@ impl ProxyHttp for MainLane {
     ) -> Result<()> {
         let ticket = ctx.ticket()?;
         if let Some(upstream) = ticket.snapshot.upstream(ticket.route) {
-            upstream.metrics.connected(reused);
+            upstream.upstream.connected(reused);
         }
         Ok(())
     }
@@ -389,7 +389,7 @@ impl ProxyHttp for MainLane {
             source: ticket.source.as_str(),
             token: token.as_ref().map(|token| token.as_str()),
             user: principal.map(|principal| principal.user()),
-            upstream: snapshot.upstream(ticket.route).map(|upstream| upstream.name.as_str()),
+            upstream: snapshot.upstream(ticket.route).map(|peers| peers.upstream.name()),
             duration: took,
             bytes_received: session.body_bytes_read() as u64,
             bytes_sent: session.body_bytes_sent() as u64,

@@ -120,8 +120,10 @@ pub struct Route {
     pub reason: String,
     /// Refuse tokens in the query on this route.
     pub refuse_query_token: bool,
-    /// The upstream's name; `None` for the first one.
-    pub upstream: Option<String>,
+    /// Which `[[upstream]]` serves it, by its place in the configuration.
+    pub upstream: usize,
+    /// The route's own place in the table; [`Routes::new`] sets it.
+    pub index: usize,
 }
 
 impl Route {
@@ -165,6 +167,7 @@ pub struct Routes {
 impl Routes {
     pub fn new(mut routes: Vec<Route>) -> Self {
         routes.sort_by(|a, b| b.pattern.specificity().cmp(&a.pattern.specificity()));
+        routes.iter_mut().enumerate().for_each(|(index, route)| route.index = index);
         Self { routes }
     }
 
@@ -193,7 +196,8 @@ mod tests {
             auth,
             reason: String::new(),
             refuse_query_token: false,
-            upstream: None,
+            upstream: 0,
+            index: 0,
         }
     }
 

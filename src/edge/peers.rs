@@ -1,0 +1,110 @@
+//! From the servers of an upstream to what the framework connects to. Names are resolved here, before a snapshot goes live
+//! and never on a request's way. The framework keeps the connections.
+
+use crate::telemetry::metrics::{Metrics, UpstreamError};
+use crate::upstream::{Endpoint, ServerAddress, Upstream, UpstreamSettings};
+use pingora::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
+use std::net::ToSocketAddrs as _;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Why an upstream cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolveError {
+    #[error("upstream \"{upstream}\": {server}: {error}")]
+    Unresolved { upstream: String, server: String, error: std::io::Error },
+    #[error("upstream \"{upstream}\": {server} has no address")]
+    NoAddress { upstream: String, server: String },
+    #[error("upstream \"{upstream}\": {server}: {error}")]
+    Socket { upstream: String, server: String, error: Box<pingora::Error> },
+}
+
+/// An upstream as this snapshot reaches it: the pool may be older than the snapshot, the timeouts are the snapshot's own.
+pub(super) struct Peers {
+    pub(super) upstream: Arc<Upstream>,
+    /// One for each server of the pool, in its order.
+    templates: Vec<HttpPeer>,
+}
+
+/// Resolves the servers' names; a name with several addresses stands for several servers. May block.
+pub fn resolve(settings: &UpstreamSettings) -> Result<Vec<Endpoint>, ResolveError> {
+    let mut endpoints = Vec::new();
+    for server in &settings.servers {
+        match server {
+            ServerAddress::Tcp(address) => {
+                let (upstream, server) = (settings.name.clone(), address.clone());
+                let before = endpoints.len();
+                match address.to_socket_addrs() {
+                    Ok(addresses) => endpoints.extend(addresses.map(Endpoint::Tcp)),
+                    Err(error) => return Err(ResolveError::Unresolved { upstream, server, error }),
+                }
+                if endpoints.len() == before {
+                    return Err(ResolveError::NoAddress { upstream, server });
+                }
+            }
+            ServerAddress::Unix(path) => endpoints.push(Endpoint::Unix(path.clone())),
+        }
+    }
+    Ok(endpoints)
+}
+
+impl Peers {
+    /// Resolves the addresses. A pool that runs already goes on, if it is of the same name and servers.
+    pub(super) fn build(
+        settings: &UpstreamSettings,
+        running: &[Self],
+        metrics: &Metrics,
+    ) -> Result<Self, ResolveError> {
+        let endpoints = resolve(settings)?;
+        let known = running.iter().map(|peers| &peers.upstream).find(|known| known.is(&settings.name, &endpoints));
+        let upstream = known.map_or_else(
+            || Arc::new(Upstream::new(&settings.name, endpoints, metrics.upstream(&settings.name))),
+            Arc::clone,
+        );
+        let template = |endpoint: &Endpoint| {
+            let mut peer = match endpoint {
+                Endpoint::Tcp(address) => HttpPeer::new(*address, false, String::new()),
+                Endpoint::Unix(path) => HttpPeer::new_uds(path, false, String::new()).map_err(|error| {
+                    ResolveError::Socket { upstream: settings.name.clone(), server: endpoint.to_string(), error }
+                })?,
+            };
+            let options = &mut peer.options;
+            options.connection_timeout = Some(settings.connect_timeout);
+            options.total_connection_timeout = Some(settings.connect_timeout);
+            options.read_timeout = Some(settings.read_timeout);
+            options.write_timeout = Some(settings.read_timeout);
+            options.idle_timeout = Some(settings.idle_timeout);
+            // The head was written by `forward`, which has taken out all that ends here.
+            options.http_upstream_request_policy = HttpUpstreamRequestPolicy::preserve();
+            Ok(peer)
+        };
+        let templates =
+            upstream.servers().iter().map(|server| template(server.endpoint())).collect::<Result<_, _>>()?;
+        Ok(Self { upstream, templates })
+    }
+
+    /// An exchange failed. Each one is counted and stands in the access log; here is a line as an outage begins.
+    pub(super) fn failed(&self, kind: UpstreamError, request_id: &str) {
+        if self.upstream.failed(kind, Instant::now()).is_some() {
+            let (name, kind) = (self.upstream.name(), kind.as_str());
+            log::warn!("upstream {name}: requests fail from now on, the first one with `{kind}`: request {request_id}");
+        }
+    }
+
+    /// A server that was asked at this time has answered.
+    pub(super) fn answered(&self, asked: Instant) {
+        if let Some(over) = self.upstream.answered(asked, Instant::now()) {
+            let (name, failures, lasted) = (self.upstream.name(), over.failures, over.lasted);
+            log::warn!("upstream {name}: answers again; {failures} requests failed in {lasted:.1?}");
+        }
+    }
+
+    /// A server by its place in the pool. A tunnel may be silent for as long as it likes.
+    pub(super) fn peer(&self, server: usize, tunnel: bool) -> Option<HttpPeer> {
+        let mut peer = self.templates.get(server)?.clone();
+        if tunnel {
+            peer.options.read_timeout = None;
+        }
+        Some(peer)
+    }
+}
