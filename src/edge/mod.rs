@@ -4,13 +4,15 @@
 mod admin;
 mod client;
 mod connection;
+mod listen;
 mod peers;
 mod proxy;
 mod server;
 
 pub use crate::clock::now;
+pub use listen::{Listen, ServerSettings, check_free, check_places};
 pub use peers::{ResolveError, resolve};
-pub use server::{Listen, Rebuild, Rebuilt, Running, ServerSettings, check_free, check_places, serve};
+pub use server::{Rebuild, Rebuilt, Running, serve};
 
 use crate::pipeline::Pipeline;
 use crate::request::route::Route;
