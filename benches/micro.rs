@@ -5,7 +5,7 @@
 use divan::counter::BytesCount;
 use divan::{AllocProfiler, Bencher, black_box};
 use tollgate::pipeline::{Admission, Pipeline, Verdict};
-use tollgate::request::body::{BodyHead, BodyRules, BodyScanner, Keys, UntypedBody};
+use tollgate::request::body::{BodyHead, BodyRules, BodyScanner, KeySet, UntypedBody};
 use tollgate::request::origin::Origin;
 use tollgate::request::{self, head, query};
 use tollgate::store::credential::Digest;
@@ -183,7 +183,7 @@ fn body(bencher: Bencher<'_, '_>, name: &str) {
     let (_, content_type, begin, unit, end) = *BODIES.iter().find(|body| body.0 == name).unwrap();
     let size = if begin == ODD { 12 << 10 } else { 4 << 20 };
     let body = [begin, &unit.repeat(size / unit.len()), end].concat().into_bytes();
-    let forbidden = Keys::default().with(query::Key::Token).with(query::Key::Method).with(query::Key::Sudo);
+    let forbidden = KeySet::default().with(query::Key::Token).with(query::Key::Method).with(query::Key::Sudo);
     let names = query::Names { token: "private_token".into() };
     let rules = std::sync::Arc::new(BodyRules { names, forbidden, untyped: UntypedBody::Watch });
     let content_type = Some(content_type.as_bytes()).filter(|value| !value.is_empty());

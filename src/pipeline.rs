@@ -4,12 +4,12 @@
 
 use crate::Now;
 use crate::forward::{self, ForwardRules, Plan};
-use crate::identity::{Answer, Authenticator, CannotTell, Checked, Principal, Waiting};
+use crate::identity::{Authenticator, CannotTell, Checked, Principal, TokenStatus, Waiting};
 use crate::policy::Policy;
 use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
 use crate::request::route::Route;
-use crate::request::token::Source;
+use crate::request::token::TokenLocation;
 use crate::request::view::{Method, RequestView};
 use crate::request::{self, Examined};
 use crate::store::credential::{Digest, TokenId};
@@ -93,11 +93,11 @@ impl Pipeline {
         &'r self,
         examined: Examined<'r>,
         digest: &Digest,
-        answer: Result<Answer, CannotTell>,
+        answer: Result<TokenStatus, CannotTell>,
     ) -> Verdict<'r> {
         let cause = match answer {
-            Ok(Answer::Valid(principal)) => return self.settle(examined, Some(principal)),
-            Ok(Answer::Invalid(why)) => Cause::Identity(why),
+            Ok(TokenStatus::Valid(principal)) => return self.settle(examined, Some(principal)),
+            Ok(TokenStatus::Invalid(why)) => Cause::Identity(why),
             Err(why) => Cause::CannotTell(why),
         };
         self.refuse(cause.into(), Some(examined.route), examined.method, Some(digest.id()), source(&examined))
@@ -159,12 +159,12 @@ pub fn source(examined: &Examined<'_>) -> TokenSource {
     source_label(examined.presented.as_ref().map(|presented| presented.source))
 }
 
-pub fn source_label(source: Option<Source>) -> TokenSource {
+pub fn source_label(source: Option<TokenLocation>) -> TokenSource {
     match source {
         None => TokenSource::None,
-        Some(Source::Header) => TokenSource::Header,
-        Some(Source::Query) => TokenSource::Query,
-        Some(Source::Bearer) => TokenSource::Bearer,
-        Some(Source::Several) => TokenSource::Several,
+        Some(TokenLocation::Header) => TokenSource::Header,
+        Some(TokenLocation::Query) => TokenSource::Query,
+        Some(TokenLocation::Bearer) => TokenSource::Bearer,
+        Some(TokenLocation::Several) => TokenSource::Several,
     }
 }

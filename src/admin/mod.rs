@@ -19,7 +19,7 @@ pub struct Operator<'a> {
 }
 
 pub enum Action {
-    Answer(Answer),
+    Respond(AdminResponse),
     /// Reload the configuration and answer with [`reloaded`].
     Reload {
         /// The answer is for a program.
@@ -37,7 +37,7 @@ pub struct Reloaded {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct AdminResponse {
     status: u16,
     content_type: &'static str,
     /// What a 405 must say.
@@ -94,7 +94,7 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
 }
 
 /// The answer to what could not be read as a request.
-pub fn unreadable(why: Unread) -> Answer {
+pub fn unreadable(why: Unread) -> AdminResponse {
     match why {
         Unread::TooLarge => text(431, "The head of the request is larger than 16 KiB.\n"),
         Unread::TargetTooLong => text(414, "The target of the request is longer than 4 KiB.\n"),
@@ -107,7 +107,7 @@ pub fn unreadable(why: Unread) -> Answer {
 }
 
 /// The answer to a reload.
-pub fn reloaded(result: Result<Reloaded, String>, json: bool) -> Answer {
+pub fn reloaded(result: Result<Reloaded, String>, json: bool) -> AdminResponse {
     let status = if result.is_ok() { 200 } else { 500 };
     if json {
         let word = match &result {
@@ -125,7 +125,7 @@ pub fn reloaded(result: Result<Reloaded, String>, json: bool) -> Answer {
             "restart_needed": done.restart,
             "errors": errors,
         });
-        return Answer { status, content_type: "application/json", allow: None, body: format!("{body:#}\n") };
+        return AdminResponse { status, content_type: "application/json", allow: None, body: format!("{body:#}\n") };
     }
     match result {
         Ok(Reloaded { restart, .. }) if restart.is_empty() => text(status, "reloaded\n"),
@@ -148,21 +148,23 @@ fn not_allowed(methods: &'static str) -> Action {
         .into()
 }
 
-fn readiness(operator: &Operator<'_>) -> Answer {
+fn readiness(operator: &Operator<'_>) -> AdminResponse {
     if operator.ready { text(200, "ready\n") } else { text(503, "draining\n") }
 }
 
-fn metrics(operator: &Operator<'_>) -> Answer {
+fn metrics(operator: &Operator<'_>) -> AdminResponse {
     let (valid, invalid) = operator.pipeline.authenticator.cache_sizes();
     operator.pipeline.metrics.cache_entries(valid, invalid);
     operator.pipeline.metrics.ready(operator.ready);
     match operator.pipeline.metrics.render() {
-        Ok(body) => Answer { status: 200, content_type: "text/plain; version=0.0.4; charset=utf-8", allow: None, body },
+        Ok(body) => {
+            AdminResponse { status: 200, content_type: "text/plain; version=0.0.4; charset=utf-8", allow: None, body }
+        }
         Err(error) => text(500, &format!("the metrics cannot be rendered: {error}\n")),
     }
 }
 
-fn status(operator: &Operator<'_>) -> Answer {
+fn status(operator: &Operator<'_>) -> AdminResponse {
     let (valid, invalid) = operator.pipeline.authenticator.cache_sizes();
     let body = serde_json::json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -175,10 +177,10 @@ fn status(operator: &Operator<'_>) -> Answer {
         "requests_in_flight": operator.pipeline.metrics.requests_in_flight(),
         "routes": operator.pipeline.rules.routes.iter().map(|route| &route.name).collect::<Vec<_>>(),
     });
-    Answer { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
+    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
 }
 
-fn forget(query: Option<&[u8]>, operator: &Operator<'_>) -> Answer {
+fn forget(query: Option<&[u8]>, operator: &Operator<'_>) -> AdminResponse {
     let authenticator = &operator.pipeline.authenticator;
     let Some(query) = query else {
         authenticator.forget_all();
@@ -220,17 +222,17 @@ fn is_own_origin(origin: &[u8], host: &[u8]) -> bool {
     origin.strip_prefix(b"http://").is_some_and(|own| !own.is_empty() && without_port(own) == without_port(&host))
 }
 
-fn text(status: u16, body: &str) -> Answer {
-    Answer { status, content_type: "text/plain; charset=utf-8", allow: None, body: body.into() }
+fn text(status: u16, body: &str) -> AdminResponse {
+    AdminResponse { status, content_type: "text/plain; charset=utf-8", allow: None, body: body.into() }
 }
 
-impl From<Answer> for Action {
-    fn from(answer: Answer) -> Self {
-        Self::Answer(answer)
+impl From<AdminResponse> for Action {
+    fn from(answer: AdminResponse) -> Self {
+        Self::Respond(answer)
     }
 }
 
-impl Answer {
+impl AdminResponse {
     fn allowing(self, methods: &'static str) -> Self {
         Self { allow: Some(methods), ..self }
     }

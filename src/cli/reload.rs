@@ -27,14 +27,22 @@ pub(super) struct Arguments {
 /// Larger answers are not the gateway's.
 const MAX_ANSWER: u64 = 1024 * 1024;
 const CONNECT: Duration = Duration::from_secs(5);
+const NOT_REACHED: &str = "no gateway answers there, nothing changed. If [admin] listen was changed since the start, the old \
+                           address still holds: name it with --admin";
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let address = address(arguments)?;
+    // The shortest time there is: a read timeout of 0 would mean none.
+    let timeout = arguments.timeout.max(Duration::from_millis(1));
     let answer = match &address {
-        Address::Tcp(address) => {
-            ask(TcpStream::connect_timeout(address, CONNECT), arguments.timeout, &address.to_string())
-        }
-        Address::Unix(path) => ask(UnixStream::connect(path), arguments.timeout, "localhost"),
+        AdminAddress::Tcp(address) => TcpStream::connect_timeout(address, CONNECT)
+            .and_then(|stream| stream.set_read_timeout(Some(timeout)).map(|()| stream))
+            .context(NOT_REACHED)
+            .and_then(|stream| ask(stream, timeout, &address.to_string())),
+        AdminAddress::Unix(path) => UnixStream::connect(path)
+            .and_then(|stream| stream.set_read_timeout(Some(timeout)).map(|()| stream))
+            .context(NOT_REACHED)
+            .and_then(|stream| ask(stream, timeout, "localhost")),
     };
     let answer = answer.with_context(|| format!("the admin listener at {address}"))?;
     let keys = |name: &str| -> Vec<&str> {
@@ -59,12 +67,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Address {
+enum AdminAddress {
     Tcp(SocketAddr),
     Unix(PathBuf),
 }
 
-impl std::fmt::Display for Address {
+impl std::fmt::Display for AdminAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Tcp(address) => write!(f, "{address}"),
@@ -73,17 +81,17 @@ impl std::fmt::Display for Address {
     }
 }
 
-fn address(arguments: &Arguments) -> Result<Address, Failure> {
+fn address(arguments: &Arguments) -> Result<AdminAddress, Failure> {
     if let Some(text) = &arguments.admin {
         return parse(text).ok_or_else(|| Failure::Usage(format!("{text}: not `address:port` or `unix:/path`")));
     }
     let Some(path) = &arguments.config else {
-        return Ok(Address::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 9090))));
+        return Ok(AdminAddress::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 9090))));
     };
     let listen = config::admin_listener(path).map_err(|why| Failure::Usage(format!("nothing changed\n{why}")))?;
     let address = match listen {
         Some(Listen::Tcp(text)) => parse(&text),
-        Some(Listen::Unix(path, _)) => Some(Address::Unix(path.into())),
+        Some(Listen::Unix(path, _)) => Some(AdminAddress::Unix(path.into())),
         None => {
             let why = "admin.listen is \"none\": send SIGHUP to the gateway, its log says the result";
             return Err(Failure::Usage(format!("{}: {why}", path.display())));
@@ -93,9 +101,9 @@ fn address(arguments: &Arguments) -> Result<Address, Failure> {
 }
 
 /// An address to connect to: that of all interfaces is reached on this machine.
-fn parse(text: &str) -> Option<Address> {
+fn parse(text: &str) -> Option<AdminAddress> {
     if let Some(path) = text.strip_prefix("unix:") {
-        return path.starts_with('/').then(|| Address::Unix(Path::new(path).into()));
+        return path.starts_with('/').then(|| AdminAddress::Unix(Path::new(path).into()));
     }
     let mut address: SocketAddr = text.parse().ok()?;
     match address.ip() {
@@ -103,32 +111,11 @@ fn parse(text: &str) -> Option<Address> {
         IpAddr::V6(ip) if ip.is_unspecified() => address.set_ip(Ipv6Addr::LOCALHOST.into()),
         _ => {}
     }
-    Some(Address::Tcp(address))
+    Some(AdminAddress::Tcp(address))
 }
 
-/// Both kinds of stream.
-trait Stream: Read + Write {
-    fn patience(&self, timeout: Duration) -> std::io::Result<()>;
-}
-
-impl Stream for TcpStream {
-    fn patience(&self, timeout: Duration) -> std::io::Result<()> {
-        self.set_read_timeout(Some(timeout))
-    }
-}
-
-impl Stream for UnixStream {
-    fn patience(&self, timeout: Duration) -> std::io::Result<()> {
-        self.set_read_timeout(Some(timeout))
-    }
-}
-
-fn ask(stream: std::io::Result<impl Stream>, timeout: Duration, host: &str) -> anyhow::Result<serde_json::Value> {
-    let hint = "no gateway answers there, nothing changed. If [admin] listen was changed since the start, the old address \
-                still holds: name it with --admin";
-    let mut stream = stream.with_context(|| hint)?;
-    // The shortest there is: 0 would be none.
-    stream.patience(timeout.max(Duration::from_millis(1)))?;
+/// Sends the request and reads the whole answer. `timeout` is only for the message: the stream has it set.
+fn ask(mut stream: impl Read + Write, timeout: Duration, host: &str) -> anyhow::Result<serde_json::Value> {
     let request = format!(
         "POST /reload HTTP/1.1\r\nHost: {host}\r\nAccept: application/json\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     );

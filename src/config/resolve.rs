@@ -10,7 +10,7 @@ use crate::forward::{Credential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{Policy, ScopeRule, Scopes};
 use crate::reply::cors::{Cors, wrong_origin};
-use crate::request::body::{BodyRules, Keys, UntypedBody};
+use crate::request::body::{BodyRules, KeySet, UntypedBody};
 use crate::request::origin::TrustedProxies;
 use crate::request::page::{HIGHEST, PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
@@ -434,7 +434,7 @@ fn gitlab_scopes(prefixes: &[file::Prefix]) -> Vec<ScopeRule> {
 
 /// What a body must not hold: every credential that is not allowed, and another method than the one that was judged.
 fn body_rules(names: Names, switches: Switches, untyped: file::Untyped) -> BodyRules {
-    let always = Keys::default().with(Key::Token).with(Key::Method);
+    let always = KeySet::default().with(Key::Token).with(Key::Method);
     let off =
         [(switches.sudo, Key::Sudo), (switches.access_token, Key::AccessToken), (switches.job_token, Key::JobToken)];
     let forbidden =

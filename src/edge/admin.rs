@@ -64,7 +64,7 @@ impl ServerApp for AdminGate {
                 now: super::now(),
             };
             let answer = match admin::respond(&view, &operator) {
-                Action::Answer(answer) => answer,
+                Action::Respond(answer) => answer,
                 Action::Reload { json } => admin::reloaded(self.reload().await, json),
             };
             let keep = view.keep_alive && view.body == Framing::Empty;

@@ -25,15 +25,15 @@ pub struct CacheSettings {
 
 /// What is known about a token.
 #[derive(Clone, Debug)]
-pub enum Answer {
+pub enum TokenStatus {
     Valid(Arc<Principal>),
     Invalid(Invalid),
 }
 
 /// What the cache has to say.
 pub(super) enum Cached {
-    Answer {
-        answer: Answer,
+    Fresh {
+        answer: TokenStatus,
         /// It is time to ask the store again, in the background.
         refresh: bool,
     },
@@ -116,7 +116,7 @@ impl Uses {
 
 /// What a look-up found, and how long that may hold.
 pub(super) struct Learned<'a> {
-    pub(super) answer: &'a Answer,
+    pub(super) answer: &'a TokenStatus,
     /// When the answer changes by itself, in unix milliseconds: a token that is not valid yet.
     pub(super) until_unix_ms: Option<u64>,
     pub(super) handles: Vec<Digest>,
@@ -125,7 +125,7 @@ pub(super) struct Learned<'a> {
 }
 
 /// An entry as a snapshot keeps it. Times are unix milliseconds.
-pub(super) struct Kept {
+pub(super) struct SavedEntry {
     pub(super) digest: Digest,
     pub(super) principal: Arc<Principal>,
     pub(super) fresh_until: u64,
@@ -164,7 +164,7 @@ impl Cache {
         }
         match self.negative.get(digest) {
             Some(entry) if now.mono_ms < entry.until => {
-                Cached::Answer { answer: Answer::Invalid(entry.why), refresh: false }
+                Cached::Fresh { answer: TokenStatus::Invalid(entry.why), refresh: false }
             }
             _ => Cached::Nothing,
         }
@@ -175,7 +175,7 @@ impl Cache {
         let most = if self.hears(now) { Duration::MAX } else { DEAF_TTL };
         let lifetime = |ttl: Duration| (ttl.min(most).as_millis() as f64 * (1.0 - JITTER * random)) as u64;
         match learned.answer {
-            Answer::Valid(principal) => {
+            TokenStatus::Valid(principal) => {
                 let ttl = lifetime(self.settings.positive_ttl);
                 let fresh_until = now.mono_ms + ttl;
                 let entry = Positive {
@@ -191,7 +191,7 @@ impl Cache {
                 self.positive.insert(digest, Arc::new(entry));
                 self.negative.invalidate(&digest);
             }
-            Answer::Invalid(why) => {
+            TokenStatus::Invalid(why) => {
                 self.drop_positive(&digest);
                 let ends = learned.until_unix_ms.map_or(u64::MAX, |end| end.saturating_sub(now.unix_ms));
                 let until = now.mono_ms + lifetime(self.settings.negative_ttl).min(ends);
@@ -293,12 +293,12 @@ impl Cache {
     }
 
     /// The valid entries that may be worth something after a restart.
-    pub(super) fn kept(&self, now: Now) -> Vec<Kept> {
+    pub(super) fn kept(&self, now: Now) -> Vec<SavedEntry> {
         let unix = |mono: u64| now.unix_ms.saturating_sub(now.mono_ms).saturating_add(mono);
         let keep = |digest: Digest, entry: Arc<Positive>| {
             let useful = entry.principal.in_force(now) && now.mono_ms < entry.stale_until;
             let fresh_until = entry.fresh_until.load(Ordering::Relaxed);
-            useful.then(|| Kept {
+            useful.then(|| SavedEntry {
                 digest,
                 principal: Arc::clone(&entry.principal),
                 fresh_until: if fresh_until == DOUBTFUL { 0 } else { unix(fresh_until) },
@@ -310,7 +310,7 @@ impl Cache {
     }
 
     /// Takes an entry from a snapshot: doubtful, until [`Cache::vouch_all`].
-    pub(super) fn restore(&self, kept: Kept, now: Now) {
+    pub(super) fn restore(&self, kept: SavedEntry, now: Now) {
         // No entry lives longer than one that is learned now would.
         let longest = |ttl: Duration| now.mono_ms + ttl.as_millis() as u64;
         let mono = |unix: u64| now.mono_ms + unix.saturating_sub(now.unix_ms);
@@ -360,7 +360,7 @@ impl Positive {
         if !self.principal.in_force(now) {
             // Its own end came; the store is asked again in its time, as it may have been put off.
             return match fresh {
-                true => Cached::Answer { answer: Answer::Invalid(Invalid::Expired), refresh: false },
+                true => Cached::Fresh { answer: TokenStatus::Invalid(Invalid::Expired), refresh: false },
                 false => Cached::Nothing,
             };
         }
@@ -377,7 +377,7 @@ impl Positive {
             self.last_used.store(now.unix_ms, Ordering::Relaxed);
         }
         let refresh = self.claim_refresh(now, false);
-        Cached::Answer { answer: Answer::Valid(Arc::clone(&self.principal)), refresh }
+        Cached::Fresh { answer: TokenStatus::Valid(Arc::clone(&self.principal)), refresh }
     }
 
     /// Whether the store should be asked now. Says yes to one caller, and to the next one no sooner than after a pause.

@@ -2,10 +2,10 @@
 //! Unknown and cannot-tell never merge, and a store that can't tell never opens the gate.
 
 mod cache;
+mod cache_file;
 pub(crate) mod principal;
-mod snapshot;
 
-pub use cache::{Answer, CacheSettings};
+pub use cache::{CacheSettings, TokenStatus};
 pub use principal::{Invalid, Principal};
 
 use crate::Now;
@@ -13,7 +13,7 @@ use crate::store::chain::Chain;
 use crate::store::credential::{Credential, Digest, DigestPrefix};
 use crate::store::{Event, Mark, Named, StoreError};
 use crate::telemetry::metrics::{CacheResult, Metrics, StoreMetrics};
-use crate::telemetry::outage::Seldom;
+use crate::telemetry::outage::LogThrottle;
 use cache::{Cache, Cached, Learned, Stale};
 use parking_lot::Mutex;
 use principal::judge;
@@ -54,11 +54,11 @@ const PULSE: Duration = Duration::from_millis(200);
 /// Validates tokens. One for each chain of stores; lives across reloads as long as its settings do.
 pub struct Authenticator {
     inner: Arc<Inner>,
-    snapshot: Option<SnapshotFile>,
+    snapshot: Option<CacheFile>,
 }
 
 /// Where the cache is kept over a restart.
-struct SnapshotFile {
+struct CacheFile {
     path: PathBuf,
     /// Which stores it is of.
     origin: String,
@@ -79,7 +79,7 @@ struct Inner {
     /// The stores' marks from a snapshot that waits for them to vouch for it.
     unvouched: Mutex<Option<Vec<Option<Mark>>>>,
     /// Look-ups that changes overtook again and again.
-    overtaken: Seldom,
+    overtaken: LogThrottle,
     metrics: Arc<Metrics>,
     clock: fn() -> Now,
 }
@@ -146,13 +146,13 @@ struct Flight {
     tainted: AtomicBool,
     /// What stores call the token.
     handles: Vec<Digest>,
-    outcome: OnceLock<Result<Answer, CannotTell>>,
+    outcome: OnceLock<Result<TokenStatus, CannotTell>>,
     landed: Notify,
 }
 
 /// What can be said at once.
 pub enum Checked {
-    Known(Answer),
+    Known(TokenStatus),
     /// The store must be asked.
     Waiting(Waiting),
 }
@@ -192,7 +192,7 @@ impl Authenticator {
             hearing: Mutex::new(hearing),
             pulse: Pulse::default(),
             unvouched: Mutex::default(),
-            overtaken: Seldom::default(),
+            overtaken: LogThrottle::default(),
             metrics,
             clock,
         };
@@ -202,13 +202,13 @@ impl Authenticator {
     /// Synchronous for every token that is in the cache. The digest is the token's own.
     pub fn check(&self, token: &[u8], digest: &Digest, now: Now) -> Checked {
         match self.inner.cache.get(digest, now) {
-            Cached::Answer { answer, refresh } => {
+            Cached::Fresh { answer, refresh } => {
                 if refresh {
                     self.inner.join(Credential::new(token, *digest), MAX_REFRESHES);
                 }
                 self.inner.metrics.cache_lookup(match answer {
-                    Answer::Valid(_) => CacheResult::PositiveHit,
-                    Answer::Invalid(_) => CacheResult::NegativeHit,
+                    TokenStatus::Valid(_) => CacheResult::PositiveHit,
+                    TokenStatus::Invalid(_) => CacheResult::NegativeHit,
                 });
                 Checked::Known(answer)
             }
@@ -218,7 +218,7 @@ impl Authenticator {
                     self.inner.join(Credential::new(token, *digest), MAX_REFRESHES);
                 }
                 self.inner.metrics.cache_lookup(CacheResult::Stale);
-                Checked::Known(Answer::Valid(stale.principal))
+                Checked::Known(TokenStatus::Valid(stale.principal))
             }
             stale_or_nothing => {
                 let stale = match stale_or_nothing {
@@ -300,7 +300,7 @@ impl Authenticator {
     /// Whether an answer is at hand.
     #[cfg(test)]
     pub(crate) fn knows(&self, digest: &Digest) -> bool {
-        matches!(self.inner.cache.get(digest, (self.inner.clock)()), Cached::Answer { .. })
+        matches!(self.inner.cache.get(digest, (self.inner.clock)()), Cached::Fresh { .. })
     }
 
     /// How far each store had told of its changes.
@@ -320,7 +320,7 @@ impl Authenticator {
     #[must_use]
     pub fn with_snapshot(mut self, path: &Path, origin: &str) -> Self {
         let now = (self.inner.clock)();
-        match snapshot::read(path, origin, now.unix_ms) {
+        match cache_file::read(path, origin, now.unix_ms) {
             Ok((marks, kept)) => {
                 log::info!("{}: {} tokens are known from before", path.display(), kept.len());
                 kept.into_iter().for_each(|entry| self.inner.cache.restore(entry, now));
@@ -328,17 +328,17 @@ impl Authenticator {
             }
             Err(why) => log::warn!("no snapshot of the token cache: {why}"),
         }
-        self.snapshot = Some(SnapshotFile { path: path.into(), origin: origin.into() });
+        self.snapshot = Some(CacheFile { path: path.into(), origin: origin.into() });
         self
     }
 
     /// Writes the snapshot, if there is to be one. Blocks for as long as the disk takes.
     pub fn save(&self) {
-        let Some(SnapshotFile { path, origin }) = &self.snapshot else { return };
+        let Some(CacheFile { path, origin }) = &self.snapshot else { return };
         let now = (self.inner.clock)();
         // The marks first: whatever changes behind them is asked for at the start.
         let marks = self.inner.marks();
-        if let Err(why) = snapshot::write(path, origin, now.unix_ms, &marks, &self.inner.cache.kept(now)) {
+        if let Err(why) = cache_file::write(path, origin, now.unix_ms, &marks, &self.inner.cache.kept(now)) {
             log::error!("the snapshot of the token cache was not written: {why}");
         }
     }
@@ -346,12 +346,12 @@ impl Authenticator {
 
 impl Waiting {
     /// The store's answer; the last known valid one when the store can't tell; else the caller must be refused.
-    pub async fn answer(mut self) -> Result<Answer, CannotTell> {
+    pub async fn answer(mut self) -> Result<TokenStatus, CannotTell> {
         let outcome = self.flight.landing().await;
         match (outcome, self.stale) {
             (Err(why), Some(stale)) if self.inner.excuses(why, &stale) => {
                 self.counted.result = CacheResult::Stale;
-                Ok(Answer::Valid(stale.principal))
+                Ok(TokenStatus::Valid(stale.principal))
             }
             (outcome, _) => outcome,
         }
@@ -359,7 +359,7 @@ impl Waiting {
 }
 
 impl Flight {
-    async fn landing(&self) -> Result<Answer, CannotTell> {
+    async fn landing(&self) -> Result<TokenStatus, CannotTell> {
         loop {
             let landed = self.landed.notified();
             if let Some(outcome) = self.outcome.get() {
@@ -369,7 +369,7 @@ impl Flight {
         }
     }
 
-    fn land(&self, outcome: Result<Answer, CannotTell>) {
+    fn land(&self, outcome: Result<TokenStatus, CannotTell>) {
         // A second landing changes nothing: the first outcome stands.
         let _: Result<(), _> = self.outcome.set(outcome);
         self.landed.notify_waiters();

@@ -1,7 +1,7 @@
 //! Who a valid token belongs to. A [`Principal`] can only be made here, from a store's record that is in force:
 //! to hold one is to have been authenticated.
 
-use super::cache::Answer;
+use super::cache::TokenStatus;
 use crate::Now;
 use crate::store::TokenRecord;
 use crate::store::credential::{Digest, TokenId};
@@ -33,7 +33,7 @@ pub enum Invalid {
 /// A principal as a snapshot of the cache keeps it.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct KeptPrincipal {
+pub(super) struct SavedPrincipal {
     user: String,
     scopes: Vec<String>,
     expires: Option<u64>,
@@ -41,14 +41,14 @@ pub(super) struct KeptPrincipal {
 }
 
 /// What a store's answer means now, and the unix millisecond when that changes by itself.
-pub(crate) fn judge(record: Option<&TokenRecord>, digest: &Digest, now: Now) -> (Answer, Option<u64>) {
-    let Some(record) = record else { return (Answer::Invalid(Invalid::Unknown), None) };
+pub(crate) fn judge(record: Option<&TokenRecord>, digest: &Digest, now: Now) -> (TokenStatus, Option<u64>) {
+    let Some(record) = record else { return (TokenStatus::Invalid(Invalid::Unknown), None) };
     match Principal::from_record(record, digest, now) {
-        Ok(principal) => (Answer::Valid(Arc::new(principal)), None),
+        Ok(principal) => (TokenStatus::Valid(Arc::new(principal)), None),
         Err(Invalid::NotYetValid) => {
-            (Answer::Invalid(Invalid::NotYetValid), record.not_before.map(|start| start.saturating_mul(1000)))
+            (TokenStatus::Invalid(Invalid::NotYetValid), record.not_before.map(|start| start.saturating_mul(1000)))
         }
-        Err(why) => (Answer::Invalid(why), None),
+        Err(why) => (TokenStatus::Invalid(why), None),
     }
 }
 
@@ -101,8 +101,8 @@ impl Principal {
         self.generation
     }
 
-    pub(super) fn keep(&self) -> KeptPrincipal {
-        KeptPrincipal {
+    pub(super) fn keep(&self) -> SavedPrincipal {
+        SavedPrincipal {
             user: self.user.to_string(),
             scopes: self.scopes.to_vec(),
             expires: self.expires,
@@ -111,7 +111,7 @@ impl Principal {
     }
 
     /// Back from a snapshot that was checked to be our own. Believed only as the cache allows.
-    pub(super) fn from_kept(kept: KeptPrincipal, digest: &Digest) -> Self {
+    pub(super) fn from_kept(kept: SavedPrincipal, digest: &Digest) -> Self {
         Self {
             user: kept.user.into(),
             scopes: kept.scopes.into(),

@@ -180,7 +180,7 @@ impl Bench {
         self.store.gate.add_permits(1_000_000);
     }
 
-    async fn ask(&self, token: &str) -> Result<Answer, CannotTell> {
+    async fn ask(&self, token: &str) -> Result<TokenStatus, CannotTell> {
         match self.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock()) {
             Checked::Known(answer) => Ok(answer),
             Checked::Waiting(waiting) => waiting.answer().await,
@@ -189,13 +189,13 @@ impl Bench {
 
     async fn user(&self, token: &str) -> String {
         match self.ask(token).await {
-            Ok(Answer::Valid(principal)) => principal.user().to_owned(),
+            Ok(TokenStatus::Valid(principal)) => principal.user().to_owned(),
             other => format!("{other:?}"),
         }
     }
 
     /// What is known without asking the store.
-    fn known(&self, token: &str) -> Option<Answer> {
+    fn known(&self, token: &str) -> Option<TokenStatus> {
         match self.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock()) {
             Checked::Known(answer) => Some(answer),
             Checked::Waiting(_) => None,
@@ -226,7 +226,7 @@ async fn one_lookup_for_any_number_of_callers() {
     settle().await;
     bench.open();
     for caller in waiting {
-        assert!(matches!(caller.answer().await, Ok(Answer::Valid(_))));
+        assert!(matches!(caller.answer().await, Ok(TokenStatus::Valid(_))));
     }
     assert_eq!(bench.asked(), 1);
     assert!(bench.known("t").is_some());
@@ -242,16 +242,16 @@ async fn a_caller_that_goes_away_leaves_the_lookup_to_the_others() {
     drop(first);
     bench.open();
     let Checked::Waiting(second) = second else { panic!("nothing can be known") };
-    assert!(matches!(second.answer().await, Ok(Answer::Valid(_))));
+    assert!(matches!(second.answer().await, Ok(TokenStatus::Valid(_))));
     assert_eq!(bench.asked(), 1);
 }
 
 #[tokio::test]
 async fn unknown_is_remembered_for_a_time_of_its_own() {
     let bench = bench(&[Says::Nothing, Says::User("a")]);
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Unknown))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
     pass(NEGATIVE_TTL / 2);
-    assert!(matches!(bench.known("t"), Some(Answer::Invalid(Invalid::Unknown))));
+    assert!(matches!(bench.known("t"), Some(TokenStatus::Invalid(Invalid::Unknown))));
     assert_eq!(bench.asked(), 1);
     pass(NEGATIVE_TTL);
     assert_eq!(bench.user("t").await, "a");
@@ -260,12 +260,12 @@ async fn unknown_is_remembered_for_a_time_of_its_own() {
 #[tokio::test]
 async fn expired_and_revoked_records_are_invalid() {
     let bench = bench(&[Says::Revoked, Says::Expires(1), Says::Expires(CLOCK.get() / 1000 + 30)]);
-    assert!(matches!(bench.ask("r").await, Ok(Answer::Invalid(Invalid::Revoked))));
-    assert!(matches!(bench.ask("e").await, Ok(Answer::Invalid(Invalid::Expired))));
-    assert!(matches!(bench.ask("s").await, Ok(Answer::Valid(_))));
+    assert!(matches!(bench.ask("r").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("e").await, Ok(TokenStatus::Invalid(Invalid::Expired))));
+    assert!(matches!(bench.ask("s").await, Ok(TokenStatus::Valid(_))));
     // Its own end comes before the cache's.
     pass(Duration::from_secs(31));
-    assert!(matches!(bench.known("s"), Some(Answer::Invalid(Invalid::Expired))));
+    assert!(matches!(bench.known("s"), Some(TokenStatus::Invalid(Invalid::Expired))));
 }
 
 #[tokio::test]
@@ -273,7 +273,7 @@ async fn a_store_that_cannot_tell_never_opens_and_is_never_remembered() {
     let bench = bench(&[Says::CannotTell, Says::CannotTell, Says::Nothing]);
     assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
     assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Unknown))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
     assert_eq!(bench.asked(), 3);
 }
 
@@ -293,7 +293,7 @@ async fn a_stale_answer_does_not_outlive_a_no() {
     let bench = bench(&[Says::User("a"), Says::Revoked, Says::CannotTell]);
     assert_eq!(bench.user("t").await, "a");
     pass(TTL + Duration::from_secs(1));
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     pass(NEGATIVE_TTL);
     assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store), "the old yes must be gone");
 }
@@ -337,8 +337,8 @@ async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked() {
     // The store has read the record and has not told it yet; now it changes.
     bench.authenticator.forget(&Digest::of(b"t"));
     bench.open();
-    assert!(matches!(waiting.answer().await, Ok(Answer::Invalid(Invalid::Revoked))));
-    assert!(matches!(bench.known("t"), Some(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(waiting.answer().await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.known("t"), Some(TokenStatus::Invalid(Invalid::Revoked))));
     assert_eq!(bench.asked(), 2);
 }
 
@@ -350,7 +350,7 @@ async fn nor_when_everything_changed() {
     settle().await;
     bench.authenticator.forget_all();
     bench.open();
-    assert!(matches!(waiting.answer().await, Ok(Answer::Invalid(Invalid::Unknown))));
+    assert!(matches!(waiting.answer().await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
 }
 
 #[tokio::test]
@@ -364,7 +364,7 @@ async fn a_background_refresh_cannot_resurrect_either() {
     bench.authenticator.forget(&Digest::of(b"t"));
     bench.open();
     settle().await;
-    assert!(matches!(bench.known("t"), Some(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.known("t"), Some(TokenStatus::Invalid(Invalid::Revoked))));
 }
 
 #[tokio::test]
@@ -384,7 +384,7 @@ async fn a_token_that_changes_all_the_time_is_refused_and_not_believed() {
 #[tokio::test]
 async fn forgetting_takes_back_a_no_as_well() {
     let bench = bench(&[Says::Nothing, Says::User("a")]);
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(_))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(_))));
     bench.authenticator.forget(&Digest::of(b"t"));
     assert_eq!(bench.user("t").await, "a");
 }
@@ -408,9 +408,9 @@ async fn lookups_under_way_are_bounded() {
     bench.open();
     for caller in waiting {
         let Checked::Waiting(caller) = caller else { panic!("nothing can be known") };
-        assert!(matches!(caller.answer().await, Ok(Answer::Invalid(_))));
+        assert!(matches!(caller.answer().await, Ok(TokenStatus::Invalid(_))));
     }
-    assert!(matches!(bench.ask("one more").await, Ok(Answer::Invalid(_))), "and there is room again");
+    assert!(matches!(bench.ask("one more").await, Ok(TokenStatus::Invalid(_))), "and there is room again");
 }
 
 #[tokio::test]
@@ -427,7 +427,7 @@ async fn a_flood_of_guesses_leaves_room_for_known_callers() {
     settle().await;
     assert!(bench.asked() > before, "it is looked up");
     bench.open();
-    assert!(matches!(known.answer().await, Ok(Answer::Invalid(Invalid::Unknown))));
+    assert!(matches!(known.answer().await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
     drop(guesses);
 }
 
@@ -443,7 +443,7 @@ async fn garbage_does_not_evict_good_tokens() {
     let bench = bench(&[Says::User("a"), Says::Nothing]);
     assert_eq!(bench.user("good").await, "a");
     for n in 0..20_000 {
-        assert!(matches!(bench.ask(&format!("bad{n}")).await, Ok(Answer::Invalid(_))));
+        assert!(matches!(bench.ask(&format!("bad{n}")).await, Ok(TokenStatus::Invalid(_))));
     }
     assert!(bench.known("good").is_some());
     bench.authenticator.inner.cache.run_pending();
@@ -461,10 +461,10 @@ fn lifetimes_differ_by_chance() {
         negative_capacity: 10,
     };
     let cache = Cache::new(settings);
-    let answer = Answer::Invalid(Invalid::Unknown);
+    let answer = TokenStatus::Invalid(Invalid::Unknown);
     let alive = |token: &[u8], after: Duration| {
         let now = Now { mono_ms: after.as_millis() as u64, unix_ms: 0 };
-        matches!(cache.get(&Digest::of(token), now), Cached::Answer { .. })
+        matches!(cache.get(&Digest::of(token), now), Cached::Fresh { .. })
     };
     let learned = || Learned { answer: &answer, until_unix_ms: None, handles: Vec::new(), asked_ms: 0 };
     cache.put(Digest::of(b"long"), learned(), Now { mono_ms: 0, unix_ms: 0 }, 0.0);
@@ -530,7 +530,7 @@ async fn a_change_of_the_record_loses_no_use() {
     let used = clock().unix_ms;
     assert_eq!(bench.user("t").await, "a");
     pass(TTL + STALE + TTL);
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert_eq!(bench.flushed().await, [(token, used)]);
 }
 
@@ -558,11 +558,11 @@ async fn uses_that_a_store_could_not_take_are_told_later() {
 async fn blocked_users_and_tokens_of_tomorrow_are_invalid() {
     let start = CLOCK.get() / 1000 + 5;
     let bench = bench(&[Says::Blocked, Says::NotBefore(start), Says::User("a")]);
-    assert!(matches!(bench.ask("b").await, Ok(Answer::Invalid(Invalid::Blocked))));
-    assert!(matches!(bench.ask("n").await, Ok(Answer::Invalid(Invalid::NotYetValid))));
+    assert!(matches!(bench.ask("b").await, Ok(TokenStatus::Invalid(Invalid::Blocked))));
+    assert!(matches!(bench.ask("n").await, Ok(TokenStatus::Invalid(Invalid::NotYetValid))));
     // Its start comes before the end of the time that a no is remembered, and counts to the second.
     pass(Duration::from_millis(4_900));
-    assert!(matches!(bench.known("n"), Some(Answer::Invalid(Invalid::NotYetValid))));
+    assert!(matches!(bench.known("n"), Some(TokenStatus::Invalid(Invalid::NotYetValid))));
     pass(Duration::from_millis(200));
     assert_eq!(bench.user("n").await, "a");
 }
@@ -572,7 +572,7 @@ async fn an_end_that_was_put_off_is_learned() {
     let bench = bench(&[Says::Expires(CLOCK.get() / 1000 + 30), Says::User("a")]);
     assert_eq!(bench.user("t").await, "a");
     pass(Duration::from_secs(31));
-    assert!(matches!(bench.known("t"), Some(Answer::Invalid(Invalid::Expired))));
+    assert!(matches!(bench.known("t"), Some(TokenStatus::Invalid(Invalid::Expired))));
     pass(TTL);
     assert_eq!(bench.user("t").await, "a");
     assert_eq!(bench.asked(), 2);
@@ -595,13 +595,13 @@ async fn nobody_waits_to_see_a_store_fail_again() {
     pass(TTL + Duration::from_secs(1));
     assert_eq!(bench.user("t").await, "a", "the first caller waited and got the last known answer");
     // The others get theirs at once, while one look-up behind the scenes finds out how the store is.
-    assert!(matches!(bench.known("u"), Some(Answer::Valid(_))));
-    assert!(matches!(bench.known("u"), Some(Answer::Valid(_))));
+    assert!(matches!(bench.known("u"), Some(TokenStatus::Valid(_))));
+    assert!(matches!(bench.known("u"), Some(TokenStatus::Valid(_))));
     settle().await;
     assert_eq!(bench.asked(), 4);
     // It is back: asked and believed again.
     pass(Duration::from_millis(1_100));
-    assert!(matches!(bench.known("u"), Some(Answer::Valid(_))));
+    assert!(matches!(bench.known("u"), Some(TokenStatus::Valid(_))));
     settle().await;
     assert_eq!(bench.user("u").await, "b");
     assert!(bench.known("t").is_none(), "and callers wait for it again");
@@ -614,7 +614,7 @@ async fn a_failure_of_long_ago_is_no_excuse() {
     pass(TTL + Duration::from_secs(1));
     assert_eq!(bench.user("t").await, "a");
     pass(Duration::from_millis(AILING_MS));
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
 }
 
 #[tokio::test]
@@ -623,7 +623,7 @@ async fn one_bad_record_is_no_bad_store() {
     assert_eq!(bench.user("t").await, "a");
     assert_eq!(bench.ask("spoiled").await.err(), Some(CannotTell::Store));
     pass(TTL + Duration::from_secs(1));
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))), "asked, not taken for down");
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))), "asked, not taken for down");
 }
 
 #[tokio::test]
@@ -642,7 +642,7 @@ async fn refreshing_leaves_room_for_newcomers() {
     assert_eq!(bench.asked(), tokens + MAX_REFRESHES);
     let Checked::Waiting(newcomer) = check(&bench, "newcomer") else { panic!("nothing can be known") };
     bench.open();
-    assert!(matches!(newcomer.answer().await, Ok(Answer::Valid(_))));
+    assert!(matches!(newcomer.answer().await, Ok(TokenStatus::Valid(_))));
 }
 
 // Changes.
@@ -679,9 +679,9 @@ async fn a_change_is_forgotten_by_either_name() {
     let following = bench.follow();
     assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "a"));
     bench.tell(change(Named::Token(Digest::of(b"t")))).await;
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     bench.tell(change(Named::Handle(handle_of(b"u")))).await;
-    assert!(matches!(bench.ask("u").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("u").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     following.abort();
 }
 
@@ -695,7 +695,7 @@ async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked_by_its_other_name(
     bench.tell(change(Named::Handle(handle_of(b"other")))).await;
     bench.tell(change(Named::Handle(handle_of(b"t")))).await;
     bench.open();
-    assert!(matches!(waiting.answer().await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(waiting.answer().await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert_eq!(bench.asked(), 2);
     following.abort();
 }
@@ -705,9 +705,9 @@ async fn what_may_have_been_missed_is_asked_anew() {
     let bench = bench(&[Says::User("a"), Says::Nothing, Says::Revoked, Says::User("b")]);
     let following = bench.follow();
     assert_eq!(bench.user("t").await, "a");
-    assert!(matches!(bench.ask("n").await, Ok(Answer::Invalid(Invalid::Unknown))));
+    assert!(matches!(bench.ask("n").await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
     bench.tell(Event::Hearing).await;
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert_eq!(bench.user("n").await, "b", "a no is asked anew as well");
     following.abort();
 }
@@ -728,7 +728,7 @@ async fn before_a_store_has_said_that_it_tells_of_changes_answers_count_for_a_mo
     assert!(bench.known("t").is_some());
     // What was learned before the store spoke may have changed before it spoke.
     bench.tell(Event::Hearing).await;
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert_eq!(bench.user("u").await, "b");
     for _ in 0..20 {
         pass(MOMENT);
@@ -768,7 +768,7 @@ async fn what_is_known_counts_for_a_second_behind_the_last_sign_of_life() {
     // A sign that was under way when everything stood still says nothing of what came behind it.
     pass(MOMENT);
     bench.live_at(CLOCK.get() - 3_000, None).await;
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     following.abort();
 }
 
@@ -841,9 +841,9 @@ async fn a_doubted_answer_is_asked_for_soon_while_the_store_fails() {
     assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "b"));
     pass(Duration::from_secs(1));
     assert_eq!(bench.user("u").await, "b", "the store fails for one caller");
-    assert!(matches!(bench.known("t"), Some(Answer::Valid(_))), "another one does not wait");
+    assert!(matches!(bench.known("t"), Some(TokenStatus::Valid(_))), "another one does not wait");
     settle().await;
-    assert!(matches!(bench.known("t"), Some(Answer::Invalid(Invalid::Revoked))), "and its token was asked for");
+    assert!(matches!(bench.known("t"), Some(TokenStatus::Invalid(Invalid::Revoked))), "and its token was asked for");
     following.abort();
 }
 
@@ -862,7 +862,7 @@ async fn an_answer_from_before_a_standstill_is_asked_for_again() {
         settle().await;
         pass(Duration::from_secs(3));
         bench.open();
-        assert!(matches!(waiting.answer().await, Ok(Answer::Invalid(Invalid::Revoked))));
+        assert!(matches!(waiting.answer().await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
         assert_eq!(bench.asked(), 3);
         following.abort();
     }
@@ -880,7 +880,7 @@ async fn a_failure_from_before_a_standstill_is_no_excuse() {
     pass(Duration::from_secs(2));
     assert!(bench.known("t").is_none(), "but the failure is from another time");
     pulse.beat(clock());
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
 }
 
 #[test]
@@ -920,10 +920,10 @@ async fn a_doubtful_answer_asks_for_itself_while_the_store_fails() {
     bench.tell(Event::Deaf).await;
     assert_eq!(bench.user("u").await, "b", "the store fails for one caller");
     // Another one gets what is known at once, and its own look-up is under way.
-    assert!(matches!(bench.known("t"), Some(Answer::Valid(_))));
+    assert!(matches!(bench.known("t"), Some(TokenStatus::Valid(_))));
     settle().await;
     assert_eq!(bench.asked(), 4);
-    assert!(matches!(bench.known("t"), Some(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.known("t"), Some(TokenStatus::Invalid(Invalid::Revoked))));
     following.abort();
 }
 
@@ -944,7 +944,7 @@ async fn answers_count_for_a_moment_while_no_word_comes() {
     assert!(bench.known("t").is_some());
     // Well within the second that is promised: the look-up takes its time, too.
     pass(Duration::from_millis(700));
-    assert!(matches!(bench.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     bench.tell(Event::Hearing).await;
     assert_eq!(bench.user("t").await, "b");
     pass(Duration::from_secs(2));
@@ -985,7 +985,7 @@ async fn the_first_store_that_knows_a_token_wins() {
 #[tokio::test]
 async fn a_revoked_token_is_not_asked_for_elsewhere() {
     let (benches, chain) = chain_of(&[&[Says::Revoked], &[Says::User("second")]]);
-    assert!(matches!(chain.ask("t").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(chain.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert_eq!(benches[1].asked(), 0);
 }
 
@@ -1001,7 +1001,7 @@ async fn a_store_that_cannot_tell_ends_the_chain() {
 #[tokio::test]
 async fn nobody_knows_it() {
     let (benches, chain) = chain_of(&[&[Says::Nothing], &[Says::Nothing]]);
-    assert!(matches!(chain.ask("t").await, Ok(Answer::Invalid(Invalid::Unknown))));
+    assert!(matches!(chain.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
     assert_eq!(benches.iter().map(Bench::asked).collect::<Vec<_>>(), [1, 1]);
 }
 
@@ -1039,17 +1039,17 @@ async fn a_restart_asks_for_nothing_that_the_store_vouches_for() {
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
     assert!(
-        matches!(bench.known("a"), Some(Answer::Valid(principal)) if principal.user() == "a" && principal.scopes() == ["api"])
+        matches!(bench.known("a"), Some(TokenStatus::Valid(principal)) if principal.user() == "a" && principal.scopes() == ["api"])
     );
     assert!(bench.known("b").is_some());
     assert_eq!(bench.asked(), 0);
     assert_eq!(*bench.store.marks.lock(), ["the store's own"]);
     pass(Duration::from_secs(21));
     bench.live().await;
-    assert!(matches!(bench.known("b"), Some(Answer::Invalid(Invalid::Expired))), "its own end holds");
+    assert!(matches!(bench.known("b"), Some(TokenStatus::Invalid(Invalid::Expired))), "its own end holds");
     pass(TTL - Duration::from_secs(30));
     assert!(
-        matches!(bench.ask("a").await, Ok(Answer::Invalid(Invalid::Revoked))),
+        matches!(bench.ask("a").await, Ok(TokenStatus::Invalid(Invalid::Revoked))),
         "and the entry's own time is not begun anew"
     );
     following.abort();
@@ -1066,7 +1066,7 @@ async fn what_was_revoked_meanwhile_is_not_restored() {
     *second.store.changed.lock() = Some(vec![Digest::of(b"a")]);
     let following = second.follow();
     second.tell(Event::Hearing).await;
-    assert!(matches!(second.ask("a").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(second.ask("a").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert!(second.known("b").is_some());
     following.abort();
 }
@@ -1080,7 +1080,7 @@ async fn without_a_list_of_changes_a_snapshot_serves_only_while_the_store_is_dow
     bench.tell(Event::Hearing).await;
     assert_eq!(bench.user("a").await, "a", "the store is down");
     pass(Duration::from_millis(AILING_MS));
-    assert!(matches!(bench.ask("a").await, Ok(Answer::Invalid(Invalid::Revoked))), "the store is back");
+    assert!(matches!(bench.ask("a").await, Ok(TokenStatus::Invalid(Invalid::Revoked))), "the store is back");
     following.abort();
 }
 
@@ -1096,18 +1096,18 @@ async fn a_snapshot_goes_by_the_stores_marks_and_by_no_clock() {
     assert_eq!(bench.user("a").await, "a");
     bench.live_at(CLOCK.get(), Some("mark 2")).await;
     bench.authenticator.save();
-    assert_eq!(snapshot::read(&path, "here", CLOCK.get()).unwrap().0, [Some("mark 2".into())]);
+    assert_eq!(cache_file::read(&path, "here", CLOCK.get()).unwrap().0, [Some("mark 2".into())]);
     // What it said of another list, before it was lost and found again, says nothing of this one.
     bench.tell(Event::Hearing).await;
     bench.authenticator.save();
-    assert_eq!(snapshot::read(&path, "here", CLOCK.get()).unwrap().0, [None]);
+    assert_eq!(cache_file::read(&path, "here", CLOCK.get()).unwrap().0, [None]);
     following.abort();
     // Without a mark nothing is believed, whatever the store would say.
     let next = bench_of(&[Says::Revoked], true).with_snapshot(&path, "here");
     *next.store.changed.lock() = Some(vec![]);
     let following = next.follow();
     next.tell(Event::Hearing).await;
-    assert!(matches!(next.ask("a").await, Ok(Answer::Invalid(Invalid::Revoked))));
+    assert!(matches!(next.ask("a").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert!(next.store.marks.lock().is_empty());
     following.abort();
 }
@@ -1138,7 +1138,7 @@ async fn a_chain_is_asked_what_changed_once_it_is_heard_from_as_a_whole() {
     benches[1].tell(Event::Hearing).await;
     let asked: Vec<_> = benches.iter().map(|bench| bench.store.marks.lock().clone()).collect();
     assert_eq!(asked, [["first"], ["second"]]);
-    assert!(matches!(chain.known("a"), Some(Answer::Valid(_))));
+    assert!(matches!(chain.known("a"), Some(TokenStatus::Valid(_))));
     following.abort();
 }
 
@@ -1149,7 +1149,7 @@ async fn a_snapshot_that_is_not_ours_is_left_alone() {
     let path = folder.file("cache");
     left_behind(&path).await;
     let good = std::fs::read(&path).unwrap();
-    let read = |origin: &str| snapshot::read(&path, origin, CLOCK.get()).map(|(_, kept)| kept.len());
+    let read = |origin: &str| cache_file::read(&path, origin, CLOCK.get()).map(|(_, kept)| kept.len());
     assert_eq!(read("here"), Ok(2));
     assert!(read("elsewhere").unwrap_err().contains("other stores"));
     for at in 0..good.len() {
@@ -1210,6 +1210,6 @@ async fn forgetting_by_prefix_reaches_cache_and_flights() {
     }
     bench.authenticator.forget_prefix(&prefix("one"));
     bench.open();
-    let Ok(Answer::Valid(principal)) = waiting.answer().await else { panic!("no answer") };
+    let Ok(TokenStatus::Valid(principal)) = waiting.answer().await else { panic!("no answer") };
     assert_eq!((principal.user(), bench.asked()), ("after", 3));
 }

@@ -15,14 +15,14 @@ pub struct ChunkFault;
 /// Where in the body the walk has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkedBody {
-    state: State,
+    state: ChunkState,
     /// Digits, extension or trailer bytes seen in the current part.
     seen: usize,
     size: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum ChunkState {
     Size,
     Extension,
     SizeLf,
@@ -39,25 +39,25 @@ enum State {
 
 impl Default for ChunkedBody {
     fn default() -> Self {
-        Self { state: State::Size, seen: 0, size: 0 }
+        Self { state: ChunkState::Size, seen: 0, size: 0 }
     }
 }
 
 impl ChunkedBody {
     pub fn is_done(&self) -> bool {
-        self.state == State::Done
+        self.state == ChunkState::Done
     }
 
     /// Takes in the bytes that belong to the body and says how many those are; fewer than given once it is done.
     pub fn advance(&mut self, bytes: &[u8]) -> Result<usize, ChunkFault> {
         let mut at = 0;
-        while at < bytes.len() && self.state != State::Done {
-            if self.state == State::Data {
+        while at < bytes.len() && self.state != ChunkState::Done {
+            if self.state == ChunkState::Data {
                 let take = (bytes.len() - at).min(usize::try_from(self.size).unwrap_or(usize::MAX));
                 self.size -= take as u64;
                 at += take;
                 if self.size == 0 {
-                    self.state = State::DataCr;
+                    self.state = ChunkState::DataCr;
                 }
                 continue;
             }
@@ -70,34 +70,34 @@ impl ChunkedBody {
     fn step(&mut self, byte: u8) -> Result<(), ChunkFault> {
         self.seen += 1;
         self.state = match (self.state, byte) {
-            (State::Size, _) if byte.is_ascii_hexdigit() && self.seen <= MAX_SIZE_DIGITS => {
+            (ChunkState::Size, _) if byte.is_ascii_hexdigit() && self.seen <= MAX_SIZE_DIGITS => {
                 self.size = self.size * 16 + u64::from((byte as char).to_digit(16).unwrap_or(0));
                 return Ok(());
             }
             // At least one digit, then nothing, or an extension.
-            (State::Size, b'\r') if self.seen > 1 => State::SizeLf,
-            (State::Size, b';') if self.seen > 1 => State::Extension,
-            (State::Extension, b'\r') => State::SizeLf,
-            (State::Extension, b'\t' | 0x20..=0x7e) if self.seen <= MAX_EXTENSION_BYTES => return Ok(()),
-            (State::SizeLf, b'\n') if self.size > 0 => State::Data,
-            (State::SizeLf, b'\n') => {
+            (ChunkState::Size, b'\r') if self.seen > 1 => ChunkState::SizeLf,
+            (ChunkState::Size, b';') if self.seen > 1 => ChunkState::Extension,
+            (ChunkState::Extension, b'\r') => ChunkState::SizeLf,
+            (ChunkState::Extension, b'\t' | 0x20..=0x7e) if self.seen <= MAX_EXTENSION_BYTES => return Ok(()),
+            (ChunkState::SizeLf, b'\n') if self.size > 0 => ChunkState::Data,
+            (ChunkState::SizeLf, b'\n') => {
                 self.seen = 0;
-                State::TrailerStart
+                ChunkState::TrailerStart
             }
-            (State::DataCr, b'\r') => State::DataLf,
-            (State::DataLf, b'\n') => {
+            (ChunkState::DataCr, b'\r') => ChunkState::DataLf,
+            (ChunkState::DataLf, b'\n') => {
                 *self = Self::default();
                 return Ok(());
             }
-            (State::TrailerStart, b'\r') => State::LastLf,
-            (State::LastLf, b'\n') => State::Done,
+            (ChunkState::TrailerStart, b'\r') => ChunkState::LastLf,
+            (ChunkState::LastLf, b'\n') => ChunkState::Done,
             (_, _) if self.seen > MAX_TRAILER_BYTES => return Err(ChunkFault),
-            (State::TrailerStart, _) if super::head::is_token_byte(byte) => State::TrailerName,
-            (State::TrailerName, b':') => State::TrailerValue,
-            (State::TrailerName, _) if super::head::is_token_byte(byte) => State::TrailerName,
-            (State::TrailerValue, b'\r') => State::TrailerLf,
-            (State::TrailerValue, b'\t' | 0x20..=0x7e | 0x80..) => State::TrailerValue,
-            (State::TrailerLf, b'\n') => State::TrailerStart,
+            (ChunkState::TrailerStart, _) if super::head::is_token_byte(byte) => ChunkState::TrailerName,
+            (ChunkState::TrailerName, b':') => ChunkState::TrailerValue,
+            (ChunkState::TrailerName, _) if super::head::is_token_byte(byte) => ChunkState::TrailerName,
+            (ChunkState::TrailerValue, b'\r') => ChunkState::TrailerLf,
+            (ChunkState::TrailerValue, b'\t' | 0x20..=0x7e | 0x80..) => ChunkState::TrailerValue,
+            (ChunkState::TrailerLf, b'\n') => ChunkState::TrailerStart,
             _ => return Err(ChunkFault),
         };
         Ok(())

@@ -16,7 +16,7 @@ pub mod view;
 use body::{BodyFault, BodyHead, BodyRules, BodyScanner};
 use head::HeadFault;
 use page::{Clamped, Pagination};
-use query::{Edits, Fate, Key, Names};
+use query::{Edits, Key, Names, ParamAction};
 use route::{Auth, Route, Routes};
 use seeded::Rule;
 use std::borrow::Cow;
@@ -145,7 +145,7 @@ pub struct Examined<'r> {
 
 /// Where a request stood when it was refused, for the log and the metrics.
 #[derive(Debug)]
-pub struct Refused<'r> {
+pub struct RejectedRequest<'r> {
     pub fault: Fault,
     pub route: Option<&'r Route>,
     /// The method that was judged.
@@ -155,10 +155,10 @@ pub struct Refused<'r> {
 }
 
 /// Judges a request by its own bytes.
-pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<'r>, Refused<'r>> {
+pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<'r>, RejectedRequest<'r>> {
     let asked = rules.method_asked(view);
     let method = asked.unwrap_or(view.method);
-    let early = |fault| Refused { fault, route: None, method, query_token: false };
+    let early = |fault| RejectedRequest { fault, route: None, method, query_token: false };
     if view.method == Method::Other {
         return Err(early(Fault::MethodNotAllowed));
     }
@@ -172,7 +172,7 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
     rules.examine_on(route, view, asked, canonical).map_err(|fault| {
         let scan = query::scan(view.query().unwrap_or_default(), &rules.names);
         let query_token = scan.params.iter().any(|param| param.key == Key::Token);
-        Refused { fault, route: Some(route), method, query_token }
+        RejectedRequest { fault, route: Some(route), method, query_token }
     })
 }
 
@@ -247,11 +247,11 @@ impl Rules {
             _ => {}
         }
 
-        let mut fates: smallvec::SmallVec<[Fate; 4]> = smallvec::smallvec![Fate::Keep; scan.params.len()];
+        let mut fates: smallvec::SmallVec<[ParamAction; 4]> = smallvec::smallvec![ParamAction::Keep; scan.params.len()];
         if !passes_tokens && !seeded::off(Rule::QueryToken) {
             for (param, fate) in scan.params.iter().zip(&mut fates) {
                 if param.key == Key::Token || self.is_refused_credential(param.key) {
-                    *fate = Fate::Drop;
+                    *fate = ParamAction::Drop;
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Keeps `page` and `per_page` within bounds, reading them as the backend does (Ruby's `String#to_i`) so that both see
 //! one number. Pure: decides what becomes of each parameter, and leaves the writing to `query`.
 
-use super::query::{Fate, Key, Param, Scan, Spelling, form_decode};
+use super::query::{Key, Param, ParamAction, Scan, Spelling, form_decode};
 use super::route::Pattern;
 use smallvec::SmallVec;
 
@@ -61,7 +61,7 @@ pub struct PastDepth;
 pub type Appended = SmallVec<[(Key, u64); 2]>;
 
 /// Decides on every page parameter of a scan; the fates of the others are left alone. Also returns what to append.
-pub fn settle(scan: &Scan<'_>, fates: &mut [Fate], rules: &PageRules) -> Result<(Clamped, Appended), PastDepth> {
+pub fn settle(scan: &Scan<'_>, fates: &mut [ParamAction], rules: &PageRules) -> Result<(Clamped, Appended), PastDepth> {
     let mut append = SmallVec::new();
     let page = settle_key(scan, fates, Key::Page, |number| rules.page(number))?;
     let per_page = settle_key(scan, fates, Key::PerPage, |number| Ok(rules.per_page(number)))?;
@@ -81,7 +81,7 @@ pub fn settle(scan: &Scan<'_>, fates: &mut [Fate], rules: &PageRules) -> Result<
 /// changed, and `None` when no scalar is left.
 fn settle_key(
     scan: &Scan<'_>,
-    fates: &mut [Fate],
+    fates: &mut [ParamAction],
     key: Key,
     bound: impl Fn(i64) -> Result<u64, PastDepth>,
 ) -> Result<Option<bool>, PastDepth> {
@@ -94,12 +94,12 @@ fn settle_key(
         if Some(index) == last {
             let wanted = bound(param.value.map_or(0, |raw| to_i(&form_decode(raw))))?;
             if !says_plainly(param, wanted) {
-                *fate = Fate::Number(key, wanted);
+                *fate = ParamAction::Number(key, wanted);
             }
         } else {
-            *fate = Fate::Drop;
+            *fate = ParamAction::Drop;
         }
-        changed |= *fate != Fate::Keep;
+        changed |= *fate != ParamAction::Keep;
     }
     Ok(last.map(|_| changed))
 }
@@ -171,7 +171,7 @@ mod tests {
 
     fn settled(query: &str, rules: &PageRules) -> Result<String, PastDepth> {
         let scan = scan(query.as_bytes(), &Names { token: "private_token".into() });
-        let mut fates = vec![Fate::Keep; scan.params.len()];
+        let mut fates = vec![ParamAction::Keep; scan.params.len()];
         let (_, append) = settle(&scan, &mut fates, rules)?;
         let mut edits = Edits::plan(&scan, &fates, query.len());
         append.into_iter().for_each(|(key, number)| edits.append(key, number));

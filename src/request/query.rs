@@ -190,7 +190,7 @@ pub fn scan<'a>(query: &'a [u8], names: &Names) -> Scan<'a> {
 
 /// What becomes of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum ParamAction {
     Keep,
     Drop,
     /// Write it as `page=N` or `per_page=N`, and a `;` behind it as `&`, so that it is plain to every reader.
@@ -199,7 +199,7 @@ pub enum Fate {
 
 /// One change to a query: the bytes of `range` give way to `with`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Edit {
+pub struct QueryEdit {
     range: Range<usize>,
     with: Option<(Key, u64)>,
 }
@@ -207,26 +207,26 @@ pub struct Edit {
 /// All changes to one query, in order and apart from each other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Edits {
-    changes: SmallVec<[Edit; 4]>,
+    changes: SmallVec<[QueryEdit; 4]>,
     appended: SmallVec<[(Key, u64); 2]>,
 }
 
 impl Edits {
     /// Works out what to cut so that the separators stay right, given what becomes of each parameter of the scan.
-    pub fn plan(scan: &Scan<'_>, fates: &[Fate], query_len: usize) -> Self {
+    pub fn plan(scan: &Scan<'_>, fates: &[ParamAction], query_len: usize) -> Self {
         let mut edits = Self::default();
         let mut first_kept = scan.first_other;
         for (param, fate) in scan.params.iter().zip(fates) {
             let Range { start, end } = param.range;
             match fate {
-                Fate::Keep => first_kept = first_kept.min(start),
-                Fate::Number(key, number) => {
+                ParamAction::Keep => first_kept = first_kept.min(start),
+                ParamAction::Number(key, number) => {
                     first_kept = first_kept.min(start);
-                    edits.changes.push(Edit { range: start..end, with: Some((*key, *number)) });
+                    edits.changes.push(QueryEdit { range: start..end, with: Some((*key, *number)) });
                 }
                 // A cut takes one separator along: the one before, or the one behind while nothing stands before. Of a
                 // `&` and a `;` it takes the `;`, which not every reader would see between its two neighbours.
-                Fate::Drop => {
+                ParamAction::Drop => {
                     let stays_before = param.ends_at_semicolon && !param.begins_at_semicolon;
                     let is_taken = edits.changes.last().is_some_and(|edit| edit.range.end == start);
                     let range = if first_kept < start && !stays_before && !is_taken {
@@ -234,7 +234,7 @@ impl Edits {
                     } else {
                         start..(end + 1).min(query_len)
                     };
-                    edits.changes.push(Edit { range, with: None });
+                    edits.changes.push(QueryEdit { range, with: None });
                 }
             }
         }
@@ -257,7 +257,7 @@ impl Edits {
         if let Some(query) = query {
             out.push(b'?');
             let (mut done, mut behind_number) = (0, false);
-            for Edit { range, with } in &self.changes {
+            for QueryEdit { range, with } in &self.changes {
                 let between = &query[done..range.start];
                 put_between(between, behind_number, out);
                 behind_number = behind_number && between.is_empty();
@@ -449,13 +449,13 @@ mod tests {
     /// Drops every token parameter and sets every `per_page` to 7.
     fn edited(query: &str) -> String {
         let scan = scan(query.as_bytes(), &names());
-        let fates: Vec<Fate> = scan
+        let fates: Vec<ParamAction> = scan
             .params
             .iter()
             .map(|p| match p.key {
-                Key::Token => Fate::Drop,
-                Key::PerPage => Fate::Number(Key::PerPage, 7),
-                _ => Fate::Keep,
+                Key::Token => ParamAction::Drop,
+                Key::PerPage => ParamAction::Number(Key::PerPage, 7),
+                _ => ParamAction::Keep,
             })
             .collect();
         let mut out = Vec::new();

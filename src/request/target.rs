@@ -29,7 +29,7 @@ pub fn check(target: &[u8]) -> Result<(), TargetFault> {
 }
 
 fn check_path(path: &[u8]) -> Result<(), TargetFault> {
-    let mut segment = Segment::default();
+    let mut segment = DotCheck::default();
     let mut rest = path;
     while let [byte, tail @ ..] = rest {
         rest = tail;
@@ -66,12 +66,12 @@ fn is_overlong(lead: u8, rest: &[u8]) -> bool {
 
 /// Whether the segment so far is made of dots only. A parameter (`..;x`) does not make it something else.
 #[derive(Default)]
-struct Segment {
+struct DotCheck {
     dots: usize,
     other: bool,
 }
 
-impl Segment {
+impl DotCheck {
     fn push(&mut self, byte: u8) -> Result<(), TargetFault> {
         match byte {
             b'/' => {

@@ -19,7 +19,7 @@ pub struct TokenRules {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum TokenLocation {
     Header,
     Query,
     Bearer,
@@ -43,7 +43,7 @@ pub enum TokenFault {
 /// A well-formed token, not yet validated.
 pub struct Presented<'a> {
     pub value: Cow<'a, [u8]>,
-    pub source: Source,
+    pub source: TokenLocation,
     /// It stands in the query, where it leaks, and perhaps elsewhere as well.
     pub in_query: bool,
 }
@@ -65,11 +65,11 @@ pub fn find<'a>(
         match field.kind {
             FieldKind::Authorization if rules.bearer => {
                 if let Some(token) = bearer(field.value) {
-                    found.add(Cow::Borrowed(token), Source::Bearer)?;
+                    found.add(Cow::Borrowed(token), TokenLocation::Bearer)?;
                 }
             }
             FieldKind::Alias => {}
-            _ if is_token_header(field.name, rules) => found.add(Cow::Borrowed(field.value), Source::Header)?,
+            _ if is_token_header(field.name, rules) => found.add(Cow::Borrowed(field.value), TokenLocation::Header)?,
             _ => {}
         }
     }
@@ -82,7 +82,7 @@ pub fn find<'a>(
             Some(_) => Cow::Owned(form_decode(raw).into_vec()),
             None => Cow::Borrowed(raw),
         };
-        found.add(decoded, Source::Query)?;
+        found.add(decoded, TokenLocation::Query)?;
     }
     match found.presented {
         Some(presented) => well_formed(&presented.value).map(|()| Some(presented)),
@@ -119,14 +119,14 @@ struct Finder<'a> {
 }
 
 impl<'a> Finder<'a> {
-    fn add(&mut self, value: Cow<'a, [u8]>, source: Source) -> Result<(), TokenFault> {
-        let in_query = source == Source::Query;
+    fn add(&mut self, value: Cow<'a, [u8]>, source: TokenLocation) -> Result<(), TokenFault> {
+        let in_query = source == TokenLocation::Query;
         match &mut self.presented {
             None => self.presented = Some(Presented { value, source, in_query }),
             Some(known) if known.value == value => {
                 known.in_query |= in_query;
                 if known.source != source {
-                    known.source = Source::Several;
+                    known.source = TokenLocation::Several;
                 }
             }
             Some(_) => return Err(TokenFault::Conflict),
@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     /// The token and its source, for a query and header lines.
-    fn found(query: &str, lines: &str) -> Result<Option<(String, Source)>, TokenFault> {
+    fn found(query: &str, lines: &str) -> Result<Option<(String, TokenLocation)>, TokenFault> {
         let bytes = format!("GET /p?{query} HTTP/1.1\r\nHost: h\r\n{lines}\r\n").into_bytes();
         let view = head::parse(&bytes).unwrap();
         let names = query::Names { token: "private_token".into() };
@@ -151,22 +151,22 @@ mod tests {
         Ok(found.map(|p| (String::from_utf8_lossy(&p.value).into_owned(), p.source)))
     }
 
-    fn token(source: Source) -> Result<Option<(String, Source)>, TokenFault> {
+    fn token(source: TokenLocation) -> Result<Option<(String, TokenLocation)>, TokenFault> {
         Ok(Some(("A-1".into(), source)))
     }
 
     #[test]
     fn one_token_anywhere() {
         assert_eq!(found("", ""), Ok(None));
-        assert_eq!(found("", "PRIVATE-TOKEN: A-1\r\n"), token(Source::Header));
-        assert_eq!(found("", "private-Token:\tA-1 \r\n"), token(Source::Header));
-        assert_eq!(found("", "Authorization: bearer  A-1\r\n"), token(Source::Bearer));
-        assert_eq!(found("private_token=A%2D1", ""), token(Source::Query));
+        assert_eq!(found("", "PRIVATE-TOKEN: A-1\r\n"), token(TokenLocation::Header));
+        assert_eq!(found("", "private-Token:\tA-1 \r\n"), token(TokenLocation::Header));
+        assert_eq!(found("", "Authorization: bearer  A-1\r\n"), token(TokenLocation::Bearer));
+        assert_eq!(found("private_token=A%2D1", ""), token(TokenLocation::Query));
         assert_eq!(
             found("private_token=A-1", "PRIVATE-TOKEN: A-1\r\nAuthorization: Bearer A-1\r\n"),
-            token(Source::Several)
+            token(TokenLocation::Several)
         );
-        assert_eq!(found("private_token=A-1&private_token=A-1", ""), token(Source::Query));
+        assert_eq!(found("private_token=A-1&private_token=A-1", ""), token(TokenLocation::Query));
         assert_eq!(
             found("", "Authorization: Basic eDp5\r\nCookie: private_token=A\r\nX-PRIVATE-TOKEN: A\r\n"),
             Ok(None)

@@ -4,7 +4,7 @@
 use super::{Event, Mark, StoreError, TokenRecord, TokenStore};
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
-use crate::telemetry::outage::{Outage, Seldom};
+use crate::telemetry::outage::{LogThrottle, Outage};
 use futures_util::future::join_all;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ struct Trouble {
     /// The store fails, whichever token is asked for.
     outage: Outage,
     /// One record is no record: others may be.
-    garbage: Seldom,
+    garbage: LogThrottle,
 }
 
 /// Uses of tokens are told to a store so many at once, with a pause behind them, so that a revocation that waits for

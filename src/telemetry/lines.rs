@@ -141,7 +141,7 @@ fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-enum Message {
+enum QueueItem {
     Line(Vec<u8>),
     /// Something else than a line is asked for.
     Wake,
@@ -151,7 +151,7 @@ enum Message {
 
 /// Hands lines to a thread of its own.
 pub struct LineQueue {
-    messages: SyncSender<Message>,
+    messages: SyncSender<QueueItem>,
     shared: Arc<Shared>,
 }
 
@@ -205,7 +205,7 @@ impl LineQueue {
     pub fn push(&self, line: Vec<u8>) {
         let long = Shared::long(&line);
         let fits = long == 0 || self.shared.long_bytes.fetch_add(long, Ordering::Relaxed) + long <= LONG_LINES_BYTES;
-        if !fits || self.messages.try_send(Message::Line(line)).is_err() {
+        if !fits || self.messages.try_send(QueueItem::Line(line)).is_err() {
             if long > 0 {
                 self.shared.long_bytes.fetch_sub(long, Ordering::Relaxed);
             }
@@ -217,7 +217,7 @@ impl LineQueue {
     pub fn flush(&self, patience: Duration) {
         let deadline = Instant::now() + patience;
         let (done, written) = sync_channel(1);
-        let mut message = Message::Flush(done);
+        let mut message = QueueItem::Flush(done);
         loop {
             match self.messages.try_send(message) {
                 Ok(()) => break,
@@ -246,7 +246,7 @@ impl LineQueue {
             waiting.push(done);
         }
         // With a full queue the thread comes to it without being woken.
-        let _: Result<(), _> = self.messages.try_send(Message::Wake);
+        let _: Result<(), _> = self.messages.try_send(QueueItem::Wake);
         match reopened.recv_timeout(patience) {
             Ok(result) => result.map(|()| true),
             Err(_) => Ok(false),
@@ -263,7 +263,7 @@ struct Writer {
 
 impl Writer {
     /// Writes what is there in one go, and waits when nothing is.
-    fn run(mut self, queue: &Receiver<Message>) {
+    fn run(mut self, queue: &Receiver<QueueItem>) {
         let mut batch = Vec::with_capacity(BATCH_BYTES);
         let mut waiting = Vec::new();
         while let Ok(message) = queue.recv() {
@@ -271,12 +271,12 @@ impl Writer {
             let mut next = Some(message);
             while let Some(message) = next {
                 match message {
-                    Message::Line(line) => {
+                    QueueItem::Line(line) => {
                         self.shared.long_bytes.fetch_sub(Shared::long(&line), Ordering::Relaxed);
                         batch.extend_from_slice(&line);
                     }
-                    Message::Wake => {}
-                    Message::Flush(done) => waiting.push(done),
+                    QueueItem::Wake => {}
+                    QueueItem::Flush(done) => waiting.push(done),
                 }
                 next = if batch.len() < BATCH_BYTES { queue.try_recv().ok() } else { None };
             }

@@ -13,11 +13,11 @@ const TOLD_EVERY: Duration = Duration::from_secs(10);
 pub struct Outage {
     /// Read without the lock by everything that works.
     failing: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<OutageState>,
 }
 
 #[derive(Default)]
-struct State {
+struct OutageState {
     began: Option<Instant>,
     /// The beginning was said, so the end will be.
     told: bool,
@@ -28,7 +28,7 @@ struct State {
 
 /// An outage that is over.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Over {
+pub struct Recovery {
     pub failures: u64,
     pub lasted: Duration,
 }
@@ -50,7 +50,7 @@ impl Outage {
 
     /// Something that was begun at a time has worked. `Some`: say that it works again. What was begun before the outage
     /// proves nothing.
-    pub fn succeeded(&self, begun: Instant, now: Instant) -> Option<Over> {
+    pub fn succeeded(&self, begun: Instant, now: Instant) -> Option<Recovery> {
         if !self.failing.load(Ordering::Relaxed) {
             return None;
         }
@@ -63,15 +63,15 @@ impl Outage {
         }
         state.told_at = Some(now);
         let failures = std::mem::take(&mut state.failures);
-        Some(Over { failures, lasted: now.saturating_duration_since(began) })
+        Some(Recovery { failures, lasted: now.saturating_duration_since(began) })
     }
 }
 
 /// What may be said once a minute, with a count of how often it could have been.
 #[derive(Default)]
-pub struct Seldom(Mutex<(Option<Instant>, u64)>);
+pub struct LogThrottle(Mutex<(Option<Instant>, u64)>);
 
-impl Seldom {
+impl LogThrottle {
     const PAUSE: Duration = Duration::from_secs(60);
 
     /// `Some`: say it; so often it was not said since the last time.
@@ -104,14 +104,14 @@ mod tests {
         // An answer to a question from before.
         assert_eq!(outage.succeeded(start + MS, start + 6_000 * MS), None);
         let over = outage.succeeded(start + 6_001 * MS, start + 6_002 * MS);
-        assert_eq!(over, Some(Over { failures: 5_001, lasted: 6_000 * MS }));
+        assert_eq!(over, Some(Recovery { failures: 5_001, lasted: 6_000 * MS }));
         // Stragglers of the same outage say nothing.
         assert_eq!(outage.failed(start + 6_003 * MS), None);
         assert_eq!(outage.succeeded(start + 6_004 * MS, start + 6_005 * MS), None);
         // The next one does, and remembers them.
         assert_eq!(outage.failed(start + 60_000 * MS), Some(2));
         let over = outage.succeeded(start + 60_001 * MS, start + 60_002 * MS);
-        assert_eq!(over, Some(Over { failures: 2, lasted: 2 * MS }));
+        assert_eq!(over, Some(Recovery { failures: 2, lasted: 2 * MS }));
     }
 
     #[test]
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn seldom_counts_what_it_keeps_back() {
-        let (seldom, start) = (Seldom::default(), Instant::now());
+        let (seldom, start) = (LogThrottle::default(), Instant::now());
         assert_eq!(seldom.due(start), Some(0));
         assert_eq!((seldom.due(start + MS), seldom.due(start + 59_999 * MS)), (None, None));
         assert_eq!(seldom.due(start + 60_000 * MS), Some(2));

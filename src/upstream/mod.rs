@@ -3,7 +3,7 @@
 //! what is asked of a server, nor by which connection.
 
 use crate::telemetry::metrics::{UpstreamError, UpstreamMetrics};
-use crate::telemetry::outage::{Outage, Over};
+use crate::telemetry::outage::{Outage, Recovery};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -128,7 +128,7 @@ impl Upstream {
     }
 
     /// A server that was asked at a time has answered. `Some`: the log should say that the outage is over.
-    pub fn answered(&self, asked: Instant, now: Instant) -> Option<Over> {
+    pub fn answered(&self, asked: Instant, now: Instant) -> Option<Recovery> {
         self.metrics.answered(now.saturating_duration_since(asked));
         self.outage.succeeded(asked, now)
     }

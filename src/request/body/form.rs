@@ -7,13 +7,13 @@ use super::{BodyFault, Judge, MAX_NAME_BYTES};
 /// `name=value` split at `&` and, as Rack 1 does, at `;`.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Form {
-    place: Place,
+    state: FormState,
     /// The beginning of a name that the chunks have cut.
     name: Vec<u8>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Place {
+enum FormState {
     #[default]
     Name,
     /// In a value, or in what is too long to be one of our names.
@@ -24,12 +24,12 @@ impl Form {
     pub(super) fn feed(&mut self, chunk: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
         let mut at = 0;
         while at < chunk.len() {
-            if self.place == Place::Value {
+            if self.state == FormState::Value {
                 match next(&chunk[at..], |b| matches!(b, b'&' | b';'), |rest| memchr::memchr2(b'&', b';', rest)) {
                     Some(end) => at += end + 1,
                     None => return Ok(()),
                 }
-                self.place = Place::Name;
+                self.state = FormState::Name;
                 continue;
             }
             if self.name.is_empty() && matches!(chunk[at], b'&' | b';') {
@@ -42,14 +42,14 @@ impl Form {
                 Some(end) if self.name.is_empty() => {
                     check(&rest[..end], judge)?;
                     if rest[end] == b'=' {
-                        self.place = Place::Value;
+                        self.state = FormState::Value;
                     }
                     at += end + 1;
                 }
                 Some(end) => {
                     self.extend(&rest[..end], judge)?;
                     self.end_name(judge)?;
-                    self.place = if rest[end] == b'=' { Place::Value } else { Place::Name };
+                    self.state = if rest[end] == b'=' { FormState::Value } else { FormState::Name };
                     at += end + 1;
                 }
                 None => return self.extend(rest, judge),
@@ -64,7 +64,7 @@ impl Form {
 
     /// Keeps the beginning of a name, without what parsers strip before it.
     fn extend(&mut self, mut bytes: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
-        while !bytes.is_empty() && self.place == Place::Name {
+        while !bytes.is_empty() && self.state == FormState::Name {
             let room = MAX_NAME_BYTES - self.name.len();
             let (now, later) = bytes.split_at(room.min(bytes.len()));
             self.name.extend_from_slice(now);
@@ -73,7 +73,7 @@ impl Form {
                 self.name.drain(..padding(&self.name));
                 if self.name.len() == MAX_NAME_BYTES {
                     self.end_name(judge)?;
-                    self.place = Place::Value;
+                    self.state = FormState::Value;
                 }
             }
         }
@@ -81,7 +81,7 @@ impl Form {
     }
 
     fn end_name(&mut self, judge: Judge<'_>) -> Result<(), BodyFault> {
-        let verdict = if self.place == Place::Name { check(&self.name, judge) } else { Ok(()) };
+        let verdict = if self.state == FormState::Name { check(&self.name, judge) } else { Ok(()) };
         self.name.clear();
         verdict
     }

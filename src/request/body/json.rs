@@ -24,9 +24,9 @@ pub(super) enum Claim {
 pub(super) struct Json {
     claim: Claim,
     encoding: Encoding,
-    place: Place,
+    place: JsonState,
     /// Where a comment returns to.
-    behind_comment: Place,
+    behind_comment: JsonState,
     open: Open,
     /// The beginning of a parameter's name that escapes or chunks have cut.
     name: Vec<u8>,
@@ -39,7 +39,7 @@ pub(super) struct Json {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+enum JsonState {
     /// Before the document.
     Start,
     Value,
@@ -99,8 +99,8 @@ impl Json {
         Self {
             claim,
             encoding: Encoding::Unknown { first: [0; SNIFFED_BYTES], seen: 0 },
-            place: Place::Start,
-            behind_comment: Place::Start,
+            place: JsonState::Start,
+            behind_comment: JsonState::Start,
             open: Open::default(),
             name: Vec::new(),
             inner: None,
@@ -111,7 +111,7 @@ impl Json {
 
     /// Whether nothing that may still come can matter.
     pub(super) fn is_over(&self) -> bool {
-        self.place == Place::Over
+        self.place == JsonState::Over
     }
 
     pub(super) fn feed(&mut self, chunk: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
@@ -139,10 +139,10 @@ impl Json {
         }
         let whole = match self.place {
             _ if self.claim == Claim::Unclaimed => true,
-            Place::Start | Place::End => true,
-            Place::Number(number) => self.open.depth == 0 && number.is_whole(),
-            Place::Word => self.open.depth == 0 && is_known(&self.word),
-            Place::WordEnd => self.open.depth == 0,
+            JsonState::Start | JsonState::End => true,
+            JsonState::Number(number) => self.open.depth == 0 && number.is_whole(),
+            JsonState::Word => self.open.depth == 0 && is_known(&self.word),
+            JsonState::WordEnd => self.open.depth == 0,
             _ => false,
         };
         if whole { Ok(()) } else { Err(BodyFault::Ambiguous) }
@@ -177,50 +177,50 @@ impl Json {
         while let Some(&byte) = bytes.get(at) {
             at += 1;
             place = match place {
-                Place::Start | Place::Value | Place::FirstValue => match byte {
+                JsonState::Start | JsonState::Value | JsonState::FirstValue => match byte {
                     b' ' | b'\t' | b'\r' | b'\n' => place,
-                    _ if lenient && place == Place::Start => self.start(byte)?,
+                    _ if lenient && place == JsonState::Start => self.start(byte)?,
                     b'{' => self.begin(true)?,
                     b'[' => self.begin(false)?,
-                    b'"' => Place::Text(Text::Value),
-                    b']' if lenient || place == Place::FirstValue => self.close(false)?,
-                    b',' if lenient => Place::Value,
+                    b'"' => JsonState::Text(Text::Value),
+                    b']' if lenient || place == JsonState::FirstValue => self.close(false)?,
+                    b',' if lenient => JsonState::Value,
                     _ if lenient => match self.odd(place, byte)? {
                         Some(place) => place,
-                        None if ends_atom(byte) => Place::Over,
-                        None => Place::Atom,
+                        None if ends_atom(byte) => JsonState::Over,
+                        None => JsonState::Atom,
                     },
-                    b'1'..=b'9' => Place::Number(Number::Digits),
-                    b'0' => Place::Number(Number::Zero),
-                    b'-' => Place::Number(Number::Minus),
+                    b'1'..=b'9' => JsonState::Number(Number::Digits),
+                    b'0' => JsonState::Number(Number::Zero),
+                    b'-' => JsonState::Number(Number::Minus),
                     b't' if bytes[at..].starts_with(b"rue") => {
                         at += 3;
-                        Place::WordEnd
+                        JsonState::WordEnd
                     }
                     b'f' if bytes[at..].starts_with(b"alse") => {
                         at += 4;
-                        Place::WordEnd
+                        JsonState::WordEnd
                     }
                     b'n' if bytes[at..].starts_with(b"ull") => {
                         at += 3;
-                        Place::WordEnd
+                        JsonState::WordEnd
                     }
                     b'a'..=b'z' | b'A'..=b'Z' => {
                         self.word.clear();
                         self.word.push(byte);
-                        Place::Word
+                        JsonState::Word
                     }
                     _ => return Err(BodyFault::Ambiguous),
                 },
-                Place::FirstKey | Place::Key => match byte {
-                    b'"' if lenient || self.open.depth == 1 => Place::Text(Text::Name),
-                    b'"' => Place::Text(Text::Key),
+                JsonState::FirstKey | JsonState::Key => match byte {
+                    b'"' if lenient || self.open.depth == 1 => JsonState::Text(Text::Name),
+                    b'"' => JsonState::Text(Text::Key),
                     b' ' | b'\t' | b'\r' | b'\n' => place,
-                    b'}' if lenient || place == Place::FirstKey => self.close(true)?,
-                    b',' if lenient => Place::Key,
+                    b'}' if lenient || place == JsonState::FirstKey => self.close(true)?,
+                    b',' if lenient => JsonState::Key,
                     _ => self.odd(place, byte)?.map_or_else(|| self.no_json(), Ok)?,
                 },
-                Place::Text(Text::Name) => {
+                JsonState::Text(Text::Name) => {
                     let rest = &bytes[at - 1..];
                     let Some(end) = end_of_text(rest) else {
                         self.keep(rest);
@@ -234,32 +234,32 @@ impl Json {
                         self.keep(&rest[..end]);
                     }
                     if rest[end] == b'\\' {
-                        Place::Escape(Text::Name)
+                        JsonState::Escape(Text::Name)
                     } else {
                         if !whole {
                             self.found(judge_key(&self.name, judge))?;
                             self.name.clear();
                         }
-                        Place::Colon
+                        JsonState::Colon
                     }
                 }
-                Place::Text(text) => {
+                JsonState::Text(text) => {
                     let rest = &bytes[at - 1..];
                     let Some(end) = end_of_text(rest) else { break };
                     at += end;
                     match text {
-                        _ if rest[end] == b'\\' => Place::Escape(text),
+                        _ if rest[end] == b'\\' => JsonState::Escape(text),
                         Text::Value => self.behind_value(),
-                        Text::Name | Text::Key => Place::Colon,
+                        Text::Name | Text::Key => JsonState::Colon,
                     }
                 }
-                Place::Colon => match byte {
-                    b':' => Place::Value,
+                JsonState::Colon => match byte {
+                    b':' => JsonState::Value,
                     b' ' | b'\t' | b'\r' | b'\n' => place,
                     _ => self.odd(place, byte)?.map_or_else(|| self.no_json(), Ok)?,
                 },
-                Place::Behind => self.behind(byte)?,
-                Place::Number(mut number) => {
+                JsonState::Behind => self.behind(byte)?,
+                JsonState::Number(mut number) => {
                     let mut byte = byte;
                     loop {
                         match number.next(byte) {
@@ -268,82 +268,82 @@ impl Json {
                             None if number == Number::Minus && byte == b'I' => {
                                 self.word.clear();
                                 self.word.extend_from_slice(b"-I");
-                                break Place::Word;
+                                break JsonState::Word;
                             }
                             None => break self.no_json()?,
                         }
                         match bytes.get(at) {
                             Some(next) => byte = *next,
-                            None => break Place::Number(number),
+                            None => break JsonState::Number(number),
                         }
                         at += 1;
                     }
                 }
-                Place::Word => match byte {
+                JsonState::Word => match byte {
                     b'a'..=b'z' | b'A'..=b'Z' if self.word.len() < LONGEST_WORD => {
                         self.word.push(byte);
-                        Place::Word
+                        JsonState::Word
                     }
                     _ if is_known(&self.word) => self.next_behind_value(byte)?,
                     _ => self.no_json()?,
                 },
-                Place::WordEnd => self.next_behind_value(byte)?,
-                Place::Atom if !ends_atom(byte) => Place::Atom,
-                Place::Atom => self.next_behind_value(byte)?,
-                Place::Escape(Text::Name) if byte == b'u' => {
+                JsonState::WordEnd => self.next_behind_value(byte)?,
+                JsonState::Atom if !ends_atom(byte) => JsonState::Atom,
+                JsonState::Atom => self.next_behind_value(byte)?,
+                JsonState::Escape(Text::Name) if byte == b'u' => {
                     self.code = 0;
-                    Place::Unicode(0)
+                    JsonState::Unicode(0)
                 }
-                Place::Escape(Text::Name) => {
+                JsonState::Escape(Text::Name) => {
                     self.keep(&[unescaped(byte)]);
-                    Place::Text(Text::Name)
+                    JsonState::Text(Text::Name)
                 }
-                Place::Escape(text) => Place::Text(text),
-                Place::Unicode(digits) => match hex(byte) {
+                JsonState::Escape(text) => JsonState::Text(text),
+                JsonState::Unicode(digits) => match hex(byte) {
                     Some(digit) => {
                         self.code = self.code << 4 | digit;
-                        if digits == 3 { self.keep_code(self.code) } else { Place::Unicode(digits + 1) }
+                        if digits == 3 { self.keep_code(self.code) } else { JsonState::Unicode(digits + 1) }
                     }
                     None => {
                         at -= 1;
                         self.keep_code(u32::MAX)
                     }
                 },
-                Place::Slash => match byte {
-                    b'/' => Place::LineComment,
-                    b'*' => Place::BlockComment,
-                    _ => Place::Over,
+                JsonState::Slash => match byte {
+                    b'/' => JsonState::LineComment,
+                    b'*' => JsonState::BlockComment,
+                    _ => JsonState::Over,
                 },
                 // A line comment ends at LF; for Oj also at CR, form feed and NUL.
-                Place::LineComment => {
+                JsonState::LineComment => {
                     let rest = &bytes[at - 1..];
                     let end = memchr::memchr3(b'\n', b'\r', 12, rest).unwrap_or(rest.len());
                     at += end;
                     match rest.get(end) {
                         _ if rest[..end].contains(&0) => return Err(BodyFault::Ambiguous),
                         Some(b'\n') => self.behind_comment,
-                        Some(b'\r') => Place::LineCommentReturn,
+                        Some(b'\r') => JsonState::LineCommentReturn,
                         Some(_) => return Err(BodyFault::Ambiguous),
                         None => break,
                     }
                 }
-                Place::LineCommentReturn if byte == b'\n' => self.behind_comment,
-                Place::LineCommentReturn => return Err(BodyFault::Ambiguous),
-                Place::BlockComment => {
+                JsonState::LineCommentReturn if byte == b'\n' => self.behind_comment,
+                JsonState::LineCommentReturn => return Err(BodyFault::Ambiguous),
+                JsonState::BlockComment => {
                     let Some(end) = memchr::memchr(b'*', &bytes[at - 1..]) else { break };
                     at += end;
-                    Place::BlockCommentStar
+                    JsonState::BlockCommentStar
                 }
-                Place::BlockCommentStar => match byte {
+                JsonState::BlockCommentStar => match byte {
                     b'/' => self.behind_comment,
-                    b'*' => Place::BlockCommentStar,
-                    _ => Place::BlockComment,
+                    b'*' => JsonState::BlockCommentStar,
+                    _ => JsonState::BlockComment,
                 },
-                Place::End => match byte {
+                JsonState::End => match byte {
                     b' ' | b'\t' | b'\r' | b'\n' => place,
                     _ => return Err(BodyFault::Ambiguous),
                 },
-                Place::Over => break,
+                JsonState::Over => break,
             };
         }
         self.place = place;
@@ -351,66 +351,66 @@ impl Json {
     }
 
     /// What may stand between two elements.
-    fn behind(&mut self, byte: u8) -> Result<Place, BodyFault> {
+    fn behind(&mut self, byte: u8) -> Result<JsonState, BodyFault> {
         match byte {
-            b',' => Ok(if self.open.object { Place::Key } else { Place::Value }),
+            b',' => Ok(if self.open.object { JsonState::Key } else { JsonState::Value }),
             b'}' => self.close(true),
             b']' => self.close(false),
-            b' ' | b'\t' | b'\r' | b'\n' => Ok(Place::Behind),
-            _ => self.odd(Place::Behind, byte)?.map_or_else(|| self.no_json(), Ok),
+            b' ' | b'\t' | b'\r' | b'\n' => Ok(JsonState::Behind),
+            _ => self.odd(JsonState::Behind, byte)?.map_or_else(|| self.no_json(), Ok),
         }
     }
 
     /// The same for the first byte behind a value that ends with the byte before.
-    fn next_behind_value(&mut self, byte: u8) -> Result<Place, BodyFault> {
+    fn next_behind_value(&mut self, byte: u8) -> Result<JsonState, BodyFault> {
         match self.behind_value() {
-            Place::Behind => self.behind(byte),
-            Place::End if !matches!(byte, b' ' | b'\t' | b'\r' | b'\n') => Err(BodyFault::Ambiguous),
-            Place::Start => self.start(byte),
+            JsonState::Behind => self.behind(byte),
+            JsonState::End if !matches!(byte, b' ' | b'\t' | b'\r' | b'\n') => Err(BodyFault::Ambiguous),
+            JsonState::Start => self.start(byte),
             place => Ok(place),
         }
     }
 
     /// Where nobody has claimed JSON, what stands before a document, or between two: yajl reads on, and the last one counts.
-    fn start(&mut self, byte: u8) -> Result<Place, BodyFault> {
+    fn start(&mut self, byte: u8) -> Result<JsonState, BodyFault> {
         Ok(match byte {
             b'{' => self.begin(true)?,
             b'[' => self.begin(false)?,
-            b'"' => Place::Text(Text::Value),
-            b'1'..=b'9' => Place::Number(Number::Digits),
-            b'0' => Place::Number(Number::Zero),
-            b'-' => Place::Number(Number::Minus),
+            b'"' => JsonState::Text(Text::Value),
+            b'1'..=b'9' => JsonState::Number(Number::Digits),
+            b'0' => JsonState::Number(Number::Zero),
+            b'-' => JsonState::Number(Number::Minus),
             b't' | b'f' | b'n' | b'N' | b'I' => {
                 self.word.clear();
                 self.word.push(byte);
-                Place::Word
+                JsonState::Word
             }
-            _ => self.odd(Place::Start, byte)?.unwrap_or(Place::Over),
+            _ => self.odd(JsonState::Start, byte)?.unwrap_or(JsonState::Over),
         })
     }
 
     /// White space and comments that only some readers know, where nobody has claimed JSON.
-    fn odd(&mut self, place: Place, byte: u8) -> Result<Option<Place>, BodyFault> {
+    fn odd(&mut self, place: JsonState, byte: u8) -> Result<Option<JsonState>, BodyFault> {
         match byte {
             _ if self.claim == Claim::Claimed => Err(BodyFault::Ambiguous),
             b' ' | b'\t' | b'\r' | b'\n' | 11 | 12 => Ok(Some(place)),
             b'/' => {
                 self.behind_comment = place;
-                Ok(Some(Place::Slash))
+                Ok(Some(JsonState::Slash))
             }
             _ => Ok(None),
         }
     }
 
-    fn begin(&mut self, object: bool) -> Result<Place, BodyFault> {
+    fn begin(&mut self, object: bool) -> Result<JsonState, BodyFault> {
         if self.open.depth == 0 {
             self.inner = None;
         }
         self.open.push(object)?;
-        Ok(if object { Place::FirstKey } else { Place::FirstValue })
+        Ok(if object { JsonState::FirstKey } else { JsonState::FirstValue })
     }
 
-    fn close(&mut self, object: bool) -> Result<Place, BodyFault> {
+    fn close(&mut self, object: bool) -> Result<JsonState, BodyFault> {
         if self.open.depth == 0 || self.open.object != object {
             return self.no_json();
         }
@@ -418,19 +418,19 @@ impl Json {
         Ok(self.behind_value())
     }
 
-    fn behind_value(&self) -> Place {
+    fn behind_value(&self) -> JsonState {
         match self.claim {
-            _ if self.open.depth > 0 => Place::Behind,
-            Claim::Claimed => Place::End,
-            Claim::Unclaimed => Place::Start,
+            _ if self.open.depth > 0 => JsonState::Behind,
+            Claim::Claimed => JsonState::End,
+            Claim::Unclaimed => JsonState::Start,
         }
     }
 
     /// This is no JSON to any reader.
-    fn no_json(&self) -> Result<Place, BodyFault> {
+    fn no_json(&self) -> Result<JsonState, BodyFault> {
         match self.claim {
             Claim::Claimed => Err(BodyFault::Ambiguous),
-            Claim::Unclaimed => Ok(Place::Over),
+            Claim::Unclaimed => Ok(JsonState::Over),
         }
     }
 
@@ -449,10 +449,10 @@ impl Json {
         self.name.extend_from_slice(&bytes[..bytes.len().min(room)]);
     }
 
-    fn keep_code(&mut self, code: u32) -> Place {
+    fn keep_code(&mut self, code: u32) -> JsonState {
         let letter = char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER);
         self.keep(letter.encode_utf8(&mut [0; 4]).as_bytes());
-        Place::Text(Text::Name)
+        JsonState::Text(Text::Name)
     }
 }
 

@@ -26,15 +26,15 @@ const MAX_NAME_BYTES: usize = 256;
 #[derive(Clone, Debug)]
 pub struct BodyRules {
     pub names: Names,
-    pub forbidden: Keys,
+    pub forbidden: KeySet,
     pub untyped: UntypedBody,
 }
 
 /// A set of keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Keys(u16);
+pub struct KeySet(u16);
 
-impl Keys {
+impl KeySet {
     #[must_use]
     pub const fn with(self, key: Key) -> Self {
         Self(self.0 | 1 << key as u16)
@@ -88,13 +88,13 @@ pub struct BodyHead<'a> {
 #[derive(Clone, Debug)]
 pub struct BodyScanner {
     rules: Arc<BodyRules>,
-    forbidden: Keys,
+    forbidden: KeySet,
     /// Boxed: most requests have no body, and carry one pointer along.
-    watch: Box<Watch>,
+    readers: Box<Readers>,
 }
 
 #[derive(Clone, Debug, Default)]
-struct Watch {
+struct Readers {
     /// The head alone is reason enough to refuse the body, if there is one: many clients send a type with an empty body.
     fault: Option<BodyFault>,
     form: Option<Form>,
@@ -109,14 +109,14 @@ impl BodyScanner {
         if head.lists && !seeded::off(Rule::BodyPages) {
             forbidden = forbidden.with(Key::Page).with(Key::PerPage);
         }
-        let (watch, forwarded) = Watch::choose(head, rules.untyped);
+        let (readers, forwarded) = Readers::choose(head, rules.untyped);
         let forwarded = forwarded.filter(|_| !seeded::off(Rule::CanonicalType));
-        (Self { rules, forbidden, watch: Box::new(watch) }, forwarded)
+        (Self { rules, forbidden, readers: Box::new(readers) }, forwarded)
     }
 
     /// The fault of any body under this head, unless it is empty.
     pub fn fault(&self) -> Option<BodyFault> {
-        self.watch.fault
+        self.readers.fault
     }
 
     /// Reads the next bytes. After an error the request must not reach the backend whole.
@@ -125,7 +125,7 @@ impl BodyScanner {
             return Ok(());
         }
         let judge = Judge { names: &self.rules.names, forbidden: self.forbidden };
-        let Watch { fault, form, multipart, json } = &mut *self.watch;
+        let Readers { fault, form, multipart, json } = &mut *self.readers;
         if let Some(fault) = fault {
             return Err(*fault);
         }
@@ -147,7 +147,7 @@ impl BodyScanner {
     /// Must be called before the last byte goes on: a name may end with the body.
     pub fn finish(&mut self) -> Result<(), BodyFault> {
         let judge = Judge { names: &self.rules.names, forbidden: self.forbidden };
-        let Watch { fault: _, form, multipart, json } = &mut *self.watch;
+        let Readers { fault: _, form, multipart, json } = &mut *self.readers;
         if let Some(form) = form {
             form.finish(judge)?;
         }
@@ -158,7 +158,7 @@ impl BodyScanner {
     }
 }
 
-impl Watch {
+impl Readers {
     fn choose(head: &BodyHead<'_>, untyped: UntypedBody) -> (Self, Option<Vec<u8>>) {
         let refuse = |fault| (Self { fault: Some(fault), ..Self::default() }, None);
         let lenient = || Some(Json::new(json::Claim::Unclaimed));
@@ -185,14 +185,14 @@ impl Watch {
         if head.coded && !matches!(kind, Kind::Opaque) && !seeded::off(Rule::Coding) {
             return refuse(BodyFault::Coding);
         }
-        let watch = match kind {
+        let readers = match kind {
             Kind::Form => Self { form: Some(Form::default()), json: lenient(), ..Self::default() },
             Kind::Multipart { boundary } => Self { multipart: Some(Multipart::new(&boundary)), ..Self::default() },
             Kind::Json => Self { json: Some(Json::new(json::Claim::Claimed)), ..Self::default() },
             Kind::Unclear => Self { form: head.is_post.then(Form::default), json: lenient(), ..Self::default() },
             Kind::Text | Kind::Opaque => Self { json: lenient(), ..Self::default() },
         };
-        (watch, canonical)
+        (readers, canonical)
     }
 }
 
@@ -200,7 +200,7 @@ impl Watch {
 #[derive(Clone, Copy)]
 struct Judge<'r> {
     names: &'r Names,
-    forbidden: Keys,
+    forbidden: KeySet,
 }
 
 impl Judge<'_> {

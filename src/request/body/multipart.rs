@@ -22,7 +22,7 @@ pub(super) struct Multipart {
     /// `--` and the boundary.
     delimiter: Finder<'static>,
     words: Words,
-    place: Place,
+    place: MultipartState,
     /// Bytes that can't be judged before more have come: a part's head, or the end of a content.
     kept: Vec<u8>,
     /// How much of a head was searched for its end.
@@ -31,7 +31,7 @@ pub(super) struct Multipart {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+enum MultipartState {
     /// Before the first delimiter, which only one CRLF may precede.
     Start,
     BehindDelimiter,
@@ -46,7 +46,14 @@ const AMBIGUOUS: Result<Option<usize>, BodyFault> = Err(BodyFault::Ambiguous);
 impl Multipart {
     pub(super) fn new(boundary: &[u8]) -> Self {
         let delimiter = Finder::new(&[b"--", boundary].concat()).into_owned();
-        Self { delimiter, words: Words::new(), place: Place::Start, kept: Vec::new(), searched: 0, has_begun: false }
+        Self {
+            delimiter,
+            words: Words::new(),
+            place: MultipartState::Start,
+            kept: Vec::new(),
+            searched: 0,
+            has_begun: false,
+        }
     }
 
     pub(super) fn feed(&mut self, chunk: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
@@ -89,7 +96,7 @@ impl Multipart {
     }
 
     pub(super) fn finish(&self) -> Result<(), BodyFault> {
-        let ended = self.place == Place::End && matches!(self.kept.as_slice(), b"" | b"\r\n" | b"\r\n\r\n");
+        let ended = self.place == MultipartState::End && matches!(self.kept.as_slice(), b"" | b"\r\n" | b"\r\n\r\n");
         if ended || !self.has_begun { Ok(()) } else { Err(BodyFault::Ambiguous) }
     }
 
@@ -97,7 +104,7 @@ impl Multipart {
     fn step(&mut self, data: &[u8], judge: Judge<'_>) -> Result<Option<usize>, BodyFault> {
         let delimiter = self.delimiter.needle();
         match self.place {
-            Place::Start => {
+            MultipartState::Start => {
                 let lead = match data {
                     [] | [b'\r'] => return Ok(None),
                     [b'\r', b'\n', ..] => 2,
@@ -106,7 +113,7 @@ impl Multipart {
                 let seen = &data[lead..];
                 if !seen.starts_with(&delimiter[..delimiter.len().min(seen.len())]) {
                     if seeded::off(Rule::PartStart) {
-                        self.place = Place::Content;
+                        self.place = MultipartState::Content;
                         return Ok(Some(0));
                     }
                     return AMBIGUOUS;
@@ -114,20 +121,20 @@ impl Multipart {
                 if seen.len() < delimiter.len() {
                     return Ok(None);
                 }
-                self.place = Place::BehindDelimiter;
+                self.place = MultipartState::BehindDelimiter;
                 Ok(Some(lead + delimiter.len()))
             }
-            Place::BehindDelimiter => {
+            MultipartState::BehindDelimiter => {
                 self.place = match data {
                     [] | [b'\r'] | [b'-'] => return Ok(None),
-                    [b'\r', b'\n', ..] => Place::PartHead,
-                    [b'-', b'-', ..] => Place::End,
+                    [b'\r', b'\n', ..] => MultipartState::PartHead,
+                    [b'-', b'-', ..] => MultipartState::End,
                     _ => return AMBIGUOUS,
                 };
                 self.searched = 0;
                 Ok(Some(2))
             }
-            Place::PartHead => match self.words.blank_line.find(&data[self.searched..]) {
+            MultipartState::PartHead => match self.words.blank_line.find(&data[self.searched..]) {
                 Some(at) if self.searched + at <= MAX_PART_HEAD_BYTES => {
                     let end = self.searched + at;
                     let head = &data[..end];
@@ -135,7 +142,7 @@ impl Multipart {
                         return AMBIGUOUS;
                     }
                     self.words.judge_head(head, judge)?;
-                    self.place = Place::Content;
+                    self.place = MultipartState::Content;
                     Ok(Some(end + 4))
                 }
                 None if data.len() <= MAX_PART_HEAD_BYTES + 3 => {
@@ -144,17 +151,17 @@ impl Multipart {
                 }
                 _ => AMBIGUOUS,
             },
-            Place::Content => match self.delimiter.find(data) {
+            MultipartState::Content => match self.delimiter.find(data) {
                 // The CRLF in front is the content's end and never that of the part's head.
                 Some(at) if at >= 2 && &data[at - 2..at] == b"\r\n" => {
-                    self.place = Place::BehindDelimiter;
+                    self.place = MultipartState::BehindDelimiter;
                     Ok(Some(at + delimiter.len()))
                 }
                 Some(at) if seeded::off(Rule::Delimiter) => Ok(Some(at + delimiter.len())),
                 Some(_) => AMBIGUOUS,
                 None => Ok(data.len().checked_sub(delimiter.len() + 1).filter(|spent| *spent > 0)),
             },
-            Place::End => {
+            MultipartState::End => {
                 if seeded::off(Rule::PartEnd) {
                     return Ok(Some(data.len()).filter(|length| *length > 0));
                 }

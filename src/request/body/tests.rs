@@ -5,7 +5,7 @@ use super::*;
 fn rules(untyped: UntypedBody) -> Arc<BodyRules> {
     let forbidden = [Key::Token, Key::AccessToken, Key::JobToken, Key::Sudo, Key::Method]
         .into_iter()
-        .fold(Keys::default(), Keys::with);
+        .fold(KeySet::default(), KeySet::with);
     Arc::new(BodyRules { names: Names { token: "private_token".into() }, forbidden, untyped })
 }
 
@@ -418,7 +418,7 @@ fn json_objects() {
 fn a_configured_name_with_capitals_counts_in_any_letter_case() {
     let rules = Arc::new(BodyRules {
         names: Names { token: "Api_Key".into() },
-        forbidden: Keys::default().with(Key::Token),
+        forbidden: KeySet::default().with(Key::Token),
         untyped: UntypedBody::Watch,
     });
     let judged = |body: &str| {

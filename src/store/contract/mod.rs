@@ -10,7 +10,7 @@ use super::chain::{Chain, Link};
 use super::servers::{Fault, Folder, Server as _};
 use super::{AdminError, Change, Event, Imported, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
 use crate::identity::principal::judge;
-use crate::identity::{Answer, Authenticator, CacheSettings, Checked, Invalid};
+use crate::identity::{Authenticator, CacheSettings, Checked, Invalid, TokenStatus};
 use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -91,8 +91,8 @@ pub(super) async fn lookup(store: &dyn TokenStore, token: &[u8]) -> Option<Token
 fn verdict(record: Option<&TokenRecord>, token: &str) -> Result<String, Invalid> {
     let now = crate::edge::now();
     match judge(record, &Digest::of(token.as_bytes()), now).0 {
-        Answer::Valid(principal) => Ok(principal.user().to_owned()),
-        Answer::Invalid(why) => Err(why),
+        TokenStatus::Valid(principal) => Ok(principal.user().to_owned()),
+        TokenStatus::Invalid(why) => Err(why),
     }
 }
 
@@ -579,7 +579,7 @@ pub(super) async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn())
             assert!(Instant::now() < deadline, "{}, {name}: never followed", subject.name());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        assert!(matches!(status(&first, &doomed).await.1, Ok(Answer::Valid(_))));
+        assert!(matches!(status(&first, &doomed).await.1, Ok(TokenStatus::Valid(_))));
         first.save();
         following.abort();
         drop(following.await);
@@ -594,7 +594,11 @@ pub(super) async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn())
         }
         for _ in 0..3 {
             let (_, answer) = status(&second, &doomed).await;
-            assert!(matches!(answer, Ok(Answer::Invalid(Invalid::Revoked))), "{}, {name}: {answer:?}", subject.name());
+            assert!(
+                matches!(answer, Ok(TokenStatus::Invalid(Invalid::Revoked))),
+                "{}, {name}: {answer:?}",
+                subject.name()
+            );
         }
         following.abort();
     }

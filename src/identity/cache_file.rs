@@ -2,8 +2,8 @@
 //! digests and never a token. Whoever can write this file could let tokens in while the store is down, so it is read
 //! only from a file that nobody else can write, and only when it is whole and of the same stores.
 
-use super::cache::Kept;
-use super::principal::{KeptPrincipal, Principal};
+use super::cache::SavedEntry;
+use super::principal::{Principal, SavedPrincipal};
 use crate::store::Mark;
 use crate::store::credential::Digest;
 use serde::{Deserialize, Serialize};
@@ -32,13 +32,13 @@ struct Header {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Line {
+struct EntryLine {
     sha256: String,
     fresh_until: u64,
     stale_until: u64,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     handles: Vec<String>,
-    principal: KeptPrincipal,
+    principal: SavedPrincipal,
 }
 
 /// Puts a new file in the place of the old one, as a whole.
@@ -47,19 +47,19 @@ pub(super) fn write(
     origin: &str,
     taken_at: u64,
     marks: &[Option<Mark>],
-    entries: &[Kept],
+    entries: &[SavedEntry],
 ) -> Result<(), String> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let temporary = path.with_extension(format!("new-{}", std::process::id()));
     // Made anew, never written into: what stands there may be somebody else's link.
     drop(std::fs::remove_file(&temporary));
     let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
-    let mut out = Summed { inner: BufWriter::new(file.map_err(|error| failed(&error))?), hash: Sha256::new() };
+    let mut out = HashingWriter { inner: BufWriter::new(file.map_err(|error| failed(&error))?), hash: Sha256::new() };
     let (format, origin, marks) = (FORMAT.into(), origin.into(), marks.to_vec());
     let header = Header { format, origin, taken_at, marks, entries: entries.len() };
     out.line(&header).map_err(|error| failed(&error))?;
     for entry in entries {
-        let line = Line {
+        let line = EntryLine {
             sha256: entry.digest.to_hex(),
             fresh_until: entry.fresh_until,
             stale_until: entry.stale_until,
@@ -68,7 +68,7 @@ pub(super) fn write(
         };
         out.line(&line).map_err(|error| failed(&error))?;
     }
-    let Summed { mut inner, hash } = out;
+    let HashingWriter { mut inner, hash } = out;
     let end = writeln!(inner, "{}", Digest::from_bytes(hash.finalize().into()).to_hex());
     let file = end.and_then(|()| inner.into_inner().map_err(|error| error.into_error()));
     file.and_then(|file| file.sync_all())
@@ -77,7 +77,7 @@ pub(super) fn write(
 }
 
 /// A snapshot's marks, one for each store, and its entries.
-pub(super) type Read = (Vec<Option<Mark>>, Vec<Kept>);
+pub(super) type Read = (Vec<Option<Mark>>, Vec<SavedEntry>);
 
 /// Reads a file that [`write`] made. All or nothing.
 pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<Read, String> {
@@ -109,10 +109,10 @@ pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<Read, 
     }
     let mut entries = Vec::with_capacity(header.entries);
     while let Some(line) = next()? {
-        let line: Line = serde_json::from_str(&line).map_err(|error| failed(&error))?;
+        let line: EntryLine = serde_json::from_str(&line).map_err(|error| failed(&error))?;
         let digest = |hex: &str| Digest::from_hex(hex).ok_or_else(|| failed(&"holds a digest that is none"));
         let of = digest(&line.sha256)?;
-        entries.push(Kept {
+        entries.push(SavedEntry {
             digest: of,
             principal: Arc::new(Principal::from_kept(line.principal, &of)),
             fresh_until: line.fresh_until,
@@ -127,12 +127,12 @@ pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<Read, 
 }
 
 /// Writes lines and keeps their sum.
-struct Summed {
+struct HashingWriter {
     inner: BufWriter<std::fs::File>,
     hash: Sha256,
 }
 
-impl Summed {
+impl HashingWriter {
     fn line(&mut self, value: &impl Serialize) -> std::io::Result<()> {
         let mut line = serde_json::to_vec(value)?;
         line.push(b'\n');
