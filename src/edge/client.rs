@@ -150,7 +150,7 @@ impl ClientStream {
         if self.ahead.len() >= limits.header_bytes {
             return Some(limits.too_large(&self.ahead));
         }
-        head::is_hopeless(&self.ahead, scanned).then_some(Head::Malformed(HeadFault::RequestLine))
+        head::is_invalid_prefix(&self.ahead, scanned).then_some(Head::Malformed(HeadFault::RequestLine))
     }
 
     /// What was read of a head that was not taken.

@@ -1,18 +1,18 @@
-//! Walks over a chunked body and checks its framing to the byte. Pure. Laxer parsers disagree about bare LF, empty
-//! sizes and extensions; a body that is not plainly right here never reaches them.
+//! Checks the framing of a chunked body byte by byte. Pure. Lenient parsers disagree about bare LF, empty sizes and
+//! extensions, so a body that deviates from the grammar in any way is refused before it reaches one.
 
-/// A chunk of more than 2^56 bytes is nobody's; its size would fill sixteen digits.
+/// Chunks of 2^56 bytes and more are refused, so that the size cannot overflow 64 bits.
 const MAX_SIZE_DIGITS: usize = 14;
-/// Extensions of one chunk; they are not forwarded.
+/// Size digits and extensions of one chunk. Extensions are not forwarded.
 const MAX_EXTENSION_BYTES: usize = 256;
-/// The whole trailer section; it is not forwarded either.
+/// The whole trailer section, which is not forwarded either.
 const MAX_TRAILER_BYTES: usize = 8 * 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the chunked framing of the body is malformed")]
 pub struct ChunkFault;
 
-/// Where in the body the walk has come to.
+/// The parser's state within a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkedBody {
     state: ChunkState,
@@ -48,7 +48,7 @@ impl ChunkedBody {
         self.state == ChunkState::Done
     }
 
-    /// Takes in the bytes that belong to the body and says how many those are; fewer than given once it is done.
+    /// Consumes the bytes that belong to the body and returns their number, which is less than given when the body ends.
     pub fn advance(&mut self, bytes: &[u8]) -> Result<usize, ChunkFault> {
         let mut at = 0;
         while at < bytes.len() && self.state != ChunkState::Done {
@@ -74,7 +74,7 @@ impl ChunkedBody {
                 self.size = self.size * 16 + u64::from((byte as char).to_digit(16).unwrap_or(0));
                 return Ok(());
             }
-            // At least one digit, then nothing, or an extension.
+            // At least one digit, then the line end or an extension.
             (ChunkState::Size, b'\r') if self.seen > 1 => ChunkState::SizeLf,
             (ChunkState::Size, b';') if self.seen > 1 => ChunkState::Extension,
             (ChunkState::Extension, b'\r') => ChunkState::SizeLf,

@@ -1,32 +1,32 @@
-//! Reads the head of an HTTP/1 request from raw bytes, by a grammar so narrow that two parsers can't disagree on it.
-//! Pure: bytes in, a [`RequestView`] or the reason for a 400 out. It must never repair anything: what is not plainly
-//! right is refused, because the next parser might repair it differently.
+//! Parses the head of an HTTP/1 request by a grammar so strict that no two parsers can disagree on it.
+//! Pure: bytes in, a [`RequestView`] or the reason for a refusal out. It must never repair anything: whatever deviates
+//! from the grammar is refused, because the next parser might repair it differently.
 
 use super::view::{Field, FieldKind, Fields, Framing, Method, RequestView, Version};
 
-/// More fields than this in one request are refused with 431, as nginx and HAProxy do by default (they allow 100-101).
+/// Requests with more fields are refused with 431. HAProxy's default is 101.
 pub const MAX_FIELDS: usize = 128;
 
-/// Options in Connection beyond this many are refused: nobody needs them, and each costs a comparison per field.
+/// Requests with more options in Connection are refused: clients need few, and each costs a comparison per field.
 const MAX_CONNECTION_OPTIONS: usize = 16;
 
-/// Empty lines before a request line that are skipped; RFC 9112 2.2 asks for at least one.
+/// Empty lines to skip before a request line; RFC 9112 section 2.2 asks for at least one.
 const MAX_LEADING_EMPTY_LINES: usize = 2;
 
-/// Why a head can't be read in exactly one way. The names are log reasons.
+/// Why a head cannot be read in exactly one way. The names are log reasons.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeadFault {
-    #[error("request line is not METHOD SP TARGET SP HTTP/1.x")]
+    #[error("the request line is not METHOD SP TARGET SP HTTP/1.x")]
     RequestLine,
-    #[error("a header line is not NAME: VALUE ended by CRLF")]
+    #[error("a header line is not NAME: VALUE terminated by CRLF")]
     FieldLine,
     #[error("Host is missing, repeated or malformed")]
     Host,
-    #[error("Content-Length or Transfer-Encoding is in doubt")]
+    #[error("Content-Length or Transfer-Encoding is ambiguous or malformed")]
     Framing,
     #[error("Connection is malformed or has too many options")]
     Connection,
-    #[error("Expect asks for something else than 100-continue")]
+    #[error("Expect has a value other than 100-continue")]
     Expect,
     #[error("more than one Content-Type")]
     ContentType,
@@ -34,16 +34,17 @@ pub enum HeadFault {
     TooManyFields,
 }
 
-/// Where the head ends (behind its empty line), when all of it is there. `scanned` bytes are known not to hold the end.
+/// Where the head ends (after its empty line), if it is complete. The first `scanned` bytes are known not to contain the
+/// end.
 pub fn end_of_head(bytes: &[u8], scanned: usize) -> Option<usize> {
-    // Empty lines ahead of the request line are no end; `leading` is cheap, as there are few or the head is refused.
+    // Empty lines before the request line do not end the head. Counting them is cheap: there are few, or it is refused.
     let start = leading_empty_lines(bytes).max(scanned.saturating_sub(3));
     memchr::memmem::find(bytes.get(start..)?, b"\r\n\r\n").map(|at| start + at + 4)
 }
 
-/// Whether what has come so far can't become a request any more, so that nobody waits for the rest of it: it does not
-/// begin with a method, or a line ends without CR. `scanned` bytes were found to be hopeful before.
-pub fn is_hopeless(bytes: &[u8], scanned: usize) -> bool {
+/// Whether the bytes received so far cannot become a valid head, so that there is no point in waiting for more: they do
+/// not begin with a method, or a line ends without CR. The first `scanned` bytes have been checked before.
+pub fn is_invalid_prefix(bytes: &[u8], scanned: usize) -> bool {
     let leading = leading_empty_lines(bytes);
     let begins_well = match &bytes[leading..] {
         [] | [b'\r'] => true,
@@ -54,16 +55,15 @@ pub fn is_hopeless(bytes: &[u8], scanned: usize) -> bool {
     !begins_well || ends.any(|at| at == 0 || bytes[at - 1] != b'\r')
 }
 
-/// Whether what was read of a head that can't be parsed asks for HEAD, as far as that can be told: an answer then has no
-/// body, or the client would take it for the beginning of the next answer.
+/// Whether an unparsable head asks for HEAD, as far as its beginning tells. The response must then have no body, or the
+/// client would read the body as the beginning of the next response.
 pub fn asks_for_head(read: &[u8]) -> bool {
     let start = read.iter().position(|b| !matches!(b, b'\r' | b'\n')).unwrap_or(read.len());
     let method = read[start..].split(|b| !is_token_byte(*b)).next();
     method == Some(b"HEAD")
 }
 
-/// The values of Origin in what was read of a head that can't be parsed. Lines, as a browser writes them: others have no
-/// use for what they say.
+/// The values of Origin in an unparsable head. Only lines in the form that browsers write, since only browsers use CORS.
 pub fn origins_of_unparsed(read: &[u8]) -> impl Iterator<Item = &[u8]> {
     read.split(|b| *b == b'\n').skip(1).filter_map(|line| {
         let (line, at) = (line.strip_suffix(b"\r")?, memchr::memchr(b':', line)?);
@@ -79,7 +79,7 @@ fn leading_empty_lines(bytes: &[u8]) -> usize {
     at
 }
 
-/// Reads a whole head, its final empty line included.
+/// Parses a complete head, including its final empty line.
 pub fn parse(head: &[u8]) -> Result<RequestView<'_>, HeadFault> {
     let mut rest = &head[leading_empty_lines(head)..];
     let (method_bytes, target, version) = request_line(next_line(&mut rest).ok_or(HeadFault::RequestLine)?)?;
@@ -112,7 +112,7 @@ pub fn parse(head: &[u8]) -> Result<RequestView<'_>, HeadFault> {
         host,
         body: facts.body,
         keep_alive: match version {
-            // What follows a CONNECT was meant for a tunnel.
+            // The bytes after a CONNECT were meant for a tunnel.
             Version::Http11 => !facts.close_option && method_bytes != b"CONNECT",
             Version::Http10 => facts.keep_alive_option && !facts.close_option,
         },
@@ -122,7 +122,7 @@ pub fn parse(head: &[u8]) -> Result<RequestView<'_>, HeadFault> {
     })
 }
 
-/// Takes one line, which must end in CRLF and hold no other CR or LF.
+/// Takes one line, which must end in CRLF. A CR elsewhere is refused where the line is parsed.
 fn next_line<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
     let end = memchr::memchr(b'\n', rest)?;
     let line = rest[..end].strip_suffix(b"\r")?;
@@ -142,7 +142,7 @@ fn request_line(line: &[u8]) -> Result<(&[u8], &[u8], Version), HeadFault> {
         b"HTTP/1.0" => Version::Http10,
         _ => return Err(HeadFault::RequestLine),
     };
-    // Which bytes a target may have is the target's own rule; here it must only be one word.
+    // `target` checks the bytes of the target; here it only must not contain a blank or a CR.
     let one_word = !target.is_empty() && !target.contains(&b' ') && !target.contains(&b'\r');
     if method.is_empty() || !method.iter().all(|b| is_token_byte(*b)) || !one_word {
         return Err(HeadFault::RequestLine);
@@ -151,7 +151,7 @@ fn request_line(line: &[u8]) -> Result<(&[u8], &[u8], Version), HeadFault> {
 }
 
 fn field(line: &[u8]) -> Result<Field<'_>, HeadFault> {
-    // A line that begins with a blank (obs-fold) has no token byte first, and so is refused here as well.
+    // A line that begins with a blank (obs-fold) does not begin with a token byte, so it is refused here as well.
     let colon = memchr::memchr(b':', line).ok_or(HeadFault::FieldLine)?;
     let (name, value) = (&line[..colon], &line[colon + 1..]);
     if name.is_empty() || !name.iter().all(|b| is_token_byte(*b)) || !value.iter().all(|b| is_value_byte(*b)) {
@@ -160,7 +160,7 @@ fn field(line: &[u8]) -> Result<Field<'_>, HeadFault> {
     Ok(Field { name, value: trim_blanks(value), kind: FieldKind::of(name) })
 }
 
-/// What the fields say together about the message and the connection.
+/// What the fields together specify about the message and the connection.
 struct Facts<'a> {
     host: &'a [u8],
     body: Framing,
@@ -198,7 +198,7 @@ impl<'a> Facts<'a> {
                     }
                     chunked = true;
                 }
-                // Another spelling of a framing header: some server would take it for one.
+                // Another spelling of a framing header, which some servers accept as one.
                 FieldKind::Alias if is_framing_alias(field.name) => return Err(HeadFault::Framing),
                 FieldKind::Connection => {
                     for option in field.value.split(|b| *b == b',').map(trim_blanks) {
@@ -238,7 +238,7 @@ impl<'a> Facts<'a> {
     }
 }
 
-/// Digits without sign, list or leading zero, and few enough that no 63-bit counter overflows.
+/// Digits without sign, list or leading zero, and few enough not to overflow a 63-bit counter.
 pub(crate) fn content_length(value: &[u8]) -> Result<u64, HeadFault> {
     let plain =
         matches!(value, [b'0'] | [b'1'..=b'9', ..]) && value.len() <= 18 && value.iter().all(u8::is_ascii_digit);
@@ -259,7 +259,7 @@ fn is_framing_alias(name: &[u8]) -> bool {
     reads_as(b"content-length") || reads_as(b"transfer-encoding")
 }
 
-/// Turns absolute-form into origin-form, when its authority is the one that Host names.
+/// Turns absolute-form into origin-form if its authority equals Host.
 fn reduce_target<'a>(method: Method, target: &'a [u8], host: &'a [u8]) -> Result<(&'a [u8], &'a [u8]), HeadFault> {
     if target[0] == b'/' || method == Method::Other || (method == Method::Options && target == b"*") {
         return Ok((target, host));
@@ -270,7 +270,7 @@ fn reduce_target<'a>(method: Method, target: &'a [u8], host: &'a [u8]) -> Result
         return Err(HeadFault::RequestLine);
     }
     let rest = &target[scheme_end + 3..];
-    // An absolute target without a path (`http://host?x`) would have to be repaired: refused.
+    // An absolute target without a path (`http://host?x`) would have to be repaired, so it is refused.
     let path = memchr::memchr(b'/', rest).ok_or(HeadFault::RequestLine)?;
     if !rest[..path].eq_ignore_ascii_case(host) {
         return Err(HeadFault::Host);
@@ -278,7 +278,7 @@ fn reduce_target<'a>(method: Method, target: &'a [u8], host: &'a [u8]) -> Result
     Ok((&rest[path..], host))
 }
 
-/// A host name or address with an optional port. Narrower than RFC 3986: no escapes, no sub-delimiters, no userinfo.
+/// A host name or address with an optional port. Stricter than RFC 3986: no escapes, no sub-delimiters, no userinfo.
 fn is_host(value: &[u8]) -> bool {
     let (name, port) = if let Some(inner) = value.strip_prefix(b"[") {
         let Some(end) = memchr::memchr(b']', inner) else { return false };
@@ -301,7 +301,7 @@ fn is_host(value: &[u8]) -> bool {
     !name.is_empty() && plain && port_ok
 }
 
-/// Optional white space as RFC 9110 has it: space and tab, nothing else.
+/// Removes optional white space as defined by RFC 9110: space and tab only.
 pub(crate) fn trim_blanks(mut bytes: &[u8]) -> &[u8] {
     while let [b' ' | b'\t', rest @ ..] = bytes {
         bytes = rest;
@@ -320,7 +320,7 @@ pub(crate) const fn is_token_byte(byte: u8) -> bool {
         )
 }
 
-/// A field value's bytes: no control byte but tab. Bytes of 0x80 and above are legal, if opaque.
+/// A field value's bytes: no control byte except tab. Bytes of 0x80 and above are legal and opaque.
 const fn is_value_byte(byte: u8) -> bool {
     byte == b'\t' || (byte >= 0x20 && byte != 0x7f)
 }
@@ -483,7 +483,7 @@ mod tests {
         let origins = |read: &'static str| origins_of_unparsed(read.as_bytes()).collect::<Vec<_>>();
         assert_eq!(origins("GET / HTTP/1.1\r\nHost: h\r\nORIGIN: \thttps://a.test \r\nX"), [b"https://a.test"]);
         assert_eq!(origins("GET / HTTP/1.1\r\nOrigin: a\r\norigin:b\r\n\r\n"), [b"a", b"b"]);
-        // Not all of it came, or it is something else.
+        // Incomplete, or not an Origin field.
         for read in
             ["Origin: a\r\n", "GET / HTTP/1.1\r\nOrigin: https://a.te", "G\r\nX-Origin: a\r\n", "G\r\nOrigin : a\r\n"]
         {
@@ -497,10 +497,10 @@ mod tests {
         assert_eq!(end_of_head(b"GET / HTTP/1.1\r\n\r", 0), None);
         assert_eq!(end_of_head(b"\r\n\r\nGET / HTTP/1.1\r\n\r\n", 0), Some(22));
         for bytes in [&b"\x16\x03\x01"[..], b"GET / HTTP/1.1\nHost", b"\r\n\r\n\r\n", b"GET / HTTP/1.1\r\nX: y\n\r\n"] {
-            assert!(is_hopeless(bytes, 0), "{}", String::from_utf8_lossy(bytes));
+            assert!(is_invalid_prefix(bytes, 0), "{}", String::from_utf8_lossy(bytes));
         }
         for bytes in [&b""[..], b"\r", b"\r\nGET / HTTP/1.1\r\nHo", b"GET / HTTP/1.1\r\nHost: h\r"] {
-            assert!(!is_hopeless(bytes, 0), "{}", String::from_utf8_lossy(bytes));
+            assert!(!is_invalid_prefix(bytes, 0), "{}", String::from_utf8_lossy(bytes));
         }
     }
 }

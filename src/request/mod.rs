@@ -1,5 +1,5 @@
-//! 1 WHAT IS ASKED. Turns a request into what the later stages need to know of it, or into a [`Fault`].
-//! Pure: no clock, no I/O, no identity. It must not know who asks, nor what becomes of the answer.
+//! 1 WHAT IS ASKED. Turns a request into the facts that the later stages need, or into a [`Fault`].
+//! Pure: no clock, no I/O, no identity. It must not know who the caller is or how the response looks.
 
 pub mod body;
 pub mod chunked;
@@ -25,10 +25,10 @@ use target::TargetFault;
 use token::{Presented, TokenFault, TokenRules};
 use view::{Field, FieldKind, Framing, Method, RequestView};
 
-/// The one header whose word about the method is taken, where any is: the one that Rack reads.
+/// The only method override header that `method_override = "judge"` accepts: the one that Rack reads.
 pub const METHOD_OVERRIDE: &str = "X-HTTP-Method-Override";
 
-/// Everything that is configured about judging a request by its own bytes.
+/// All settings for judging a request by its own bytes.
 #[derive(Clone, Debug)]
 pub struct Rules {
     pub limits: Limits,
@@ -40,28 +40,28 @@ pub struct Rules {
     pub method_override: MethodOverride,
     pub switches: Switches,
     pub pagination: Pagination,
-    /// `None`: bodies are not looked at, because the backend trusts only the header that tollgate sets.
+    /// `None`: bodies are not checked, because the backend trusts only the header that tollgate sets.
     pub body: Option<Arc<BodyRules>>,
 }
 
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// The head of a request, its request line included.
+    /// The head of a request, including its request line.
     pub header_bytes: usize,
     pub target_bytes: usize,
-    /// `None`: any length.
+    /// `None`: no limit.
     pub body_bytes: Option<u64>,
 }
 
-/// What becomes of a POST that asks to be run as another method.
+/// What to do with a POST that asks to be run as another method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MethodOverride {
     Refuse,
-    /// Judge it as that method, and tell the backend the same: for backends that obey X-HTTP-Method-Override.
+    /// Judge it as that method and forward the override: for backends that obey X-HTTP-Method-Override.
     Judge,
 }
 
-/// Credentials of other kinds, and impersonation. Off means refused or taken out, never passed by accident.
+/// Credentials of other kinds, and impersonation. Off means refused or removed, never passed by accident.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Switches {
     /// `sudo` parameter and `SUDO` header.
@@ -72,34 +72,34 @@ pub struct Switches {
     pub job_token: bool,
     /// Cookie header: Rails may hold a session in it.
     pub cookies: bool,
-    /// Authorization with another scheme than Bearer.
+    /// Authorization with a scheme other than Bearer.
     pub authorization: bool,
     /// Headers by which some backends choose a path or a user.
     pub path_and_user_headers: bool,
 }
 
-/// Why a request can't be taken further, from its own bytes.
+/// Why a request is refused on account of its own bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     Head(HeadFault),
     Target(TargetFault),
     MethodNotAllowed,
-    /// X-HTTP-Method-Override and its kin, or `_method` in the query.
+    /// X-HTTP-Method-Override or a similar header, or `_method` in the query.
     MethodOverride,
-    /// A query beside a Content-Type whose charset changes what the query's bytes mean to Django.
+    /// A query together with a Content-Type whose charset makes Django decode the query differently.
     QueryCharset,
     TargetTooLong,
     HeaderTooLarge,
     HeaderTimeout,
-    /// The client made too long a pause within the body.
+    /// The client paused for too long within the body.
     BodyTimeout,
     BodyTooLarge,
     NoRoute,
     PastDepth,
-    /// A token is needed and none came.
+    /// The route needs a token and the request has none.
     TokenMissing,
     Token(TokenFault),
-    /// The route takes no token in the query.
+    /// The route does not accept a token in the query.
     QueryToken,
     /// `access_token`, `bearer_token` or `job_token` while their switch is off.
     OtherCredential,
@@ -118,39 +118,38 @@ impl From<BodyFault> for Fault {
     }
 }
 
-/// What is asked, as far as it can be told without asking who asks.
+/// What a request asks for, as far as its own bytes tell.
 #[derive(Debug)]
 pub struct Examined<'r> {
-    /// The route, and its name for logs and metrics.
     pub route: &'r Route,
     /// The method that is judged.
     pub method: Method,
-    /// It came as a POST with this method in X-HTTP-Method-Override, which must reach the backend.
+    /// The request is a POST with this method in X-HTTP-Method-Override, which must reach the backend.
     pub overridden: bool,
-    /// The path as routes and scopes are found by.
+    /// The path in the form that routes and scopes are matched on.
     pub canonical: Cow<'r, [u8]>,
-    /// Whether a token is needed: the route's own answer, unless this is a preflight.
+    /// Whether a token is needed: the route's setting, except for a CORS preflight.
     pub auth: Auth,
     /// The token to validate. `None` only where the route lets a request pass without one.
     pub presented: Option<Presented<'r>>,
-    /// How the query changes on the way upstream.
+    /// The changes to make to the query before it is forwarded.
     pub edits: Edits,
     pub clamped: Clamped,
-    /// The request asks to act as somebody else, which needs a permission of its own.
+    /// The request asks to act as another user, which needs its own permission.
     pub asks_sudo: bool,
     pub body: Option<BodyScanner>,
     /// The Content-Type to forward, where it is not the client's own.
     pub content_type: Option<Vec<u8>>,
 }
 
-/// Where a request stood when it was refused, for the log and the metrics.
+/// A fault, with what was known of the request by then, for the log and the metrics.
 #[derive(Debug)]
 pub struct RejectedRequest<'r> {
     pub fault: Fault,
     pub route: Option<&'r Route>,
     /// The method that was judged.
     pub method: Method,
-    /// A token stood in the query, in whatever spelling.
+    /// The query had a token parameter, in any spelling.
     pub query_token: bool,
 }
 
@@ -177,8 +176,8 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
 }
 
 impl Rules {
-    /// The method to judge by: the request's own, or the one that its one override header names where that is taken.
-    /// HEAD is not taken: servers differ in whether an answer to such a POST has a body, so its end could not be told.
+    /// The method to judge by: the request's own, or the one named by its override header where that is accepted.
+    /// HEAD is never accepted: servers differ in whether the response to such a POST has a body, so its end is ambiguous.
     fn method_asked(&self, view: &RequestView<'_>) -> Result<Method, Fault> {
         let mut overrides = view.fields_of(FieldKind::MethodOverride);
         let Some(field) = overrides.next().filter(|_| !seeded::off(Rule::MethodOverride)) else {
@@ -208,7 +207,7 @@ impl Rules {
         let overrides = view.fields_of(FieldKind::MethodOverride).next().is_some();
         let in_query = scan.params.iter().any(|param| param.key == Key::Method);
         let (method, overridden) = match web_page {
-            // Where another route holds for some methods of this path, that would be a way around it.
+            // If another route covers some methods of this path, the override would bypass that route.
             true if (overrides || in_query) && !self.is_web_page_for_all(&canonical) => {
                 return Err(Fault::MethodOverride);
             }
@@ -247,11 +246,12 @@ impl Rules {
             _ => {}
         }
 
-        let mut fates: smallvec::SmallVec<[ParamAction; 4]> = smallvec::smallvec![ParamAction::Keep; scan.params.len()];
+        let mut actions: smallvec::SmallVec<[ParamAction; 4]> =
+            smallvec::smallvec![ParamAction::Keep; scan.params.len()];
         if !passes_tokens && !seeded::off(Rule::QueryToken) {
-            for (param, fate) in scan.params.iter().zip(&mut fates) {
+            for (param, action) in scan.params.iter().zip(&mut actions) {
                 if param.key == Key::Token || self.is_refused_credential(param.key) {
-                    *fate = ParamAction::Drop;
+                    *action = ParamAction::Drop;
                 }
             }
         }
@@ -259,9 +259,9 @@ impl Rules {
         let (mut clamped, mut append) = Default::default();
         let page_rules = if lists { self.pagination.rules_for(&canonical) } else { None };
         if let Some(rules) = page_rules.filter(|_| !seeded::off(Rule::PageBounds)) {
-            (clamped, append) = page::settle(&scan, &mut fates, rules).map_err(|_| Fault::PastDepth)?;
+            (clamped, append) = page::settle(&scan, &mut actions, rules).map_err(|_| Fault::PastDepth)?;
         }
-        let mut edits = Edits::plan(&scan, &fates, query.len());
+        let mut edits = Edits::plan(&scan, &actions, query.len());
         append.into_iter().for_each(|(key, number)| edits.append(key, number));
 
         let asks_sudo =
@@ -275,7 +275,7 @@ impl Rules {
                     lists: page_rules.is_some(),
                 };
                 let (scanner, content_type) = BodyScanner::new(&head, Arc::clone(rules));
-                // Chunks may turn out to hold nothing: those are told when the first byte comes.
+                // A chunked body may turn out to be empty, so its fault is reported with the first byte.
                 if let (Framing::Length(_), Some(fault)) = (view.body, scanner.fault()) {
                     return Err(fault.into());
                 }
@@ -298,7 +298,7 @@ impl Rules {
         })
     }
 
-    /// Whether the path is passed through as a web page whatever the method.
+    /// Whether the path is passed through as a web page for every method.
     fn is_web_page_for_all(&self, canonical: &[u8]) -> bool {
         Method::FORWARDED.into_iter().all(|method| {
             let found = self.routes.find(method, canonical).and_then(|index| self.routes.get(index));
@@ -315,14 +315,14 @@ impl Rules {
     }
 }
 
-/// A Content-Encoding that changes the bytes.
+/// A Content-Encoding other than `identity`.
 fn is_coding(field: &Field<'_>) -> bool {
     field.name.eq_ignore_ascii_case(b"content-encoding")
         && !field.value.is_empty()
         && !field.value.eq_ignore_ascii_case(b"identity")
 }
 
-/// A CORS preflight: a browser sends it before the real request, and never with a credential.
+/// A CORS preflight: a browser sends it before the actual request, always without credentials.
 fn is_preflight(view: &RequestView<'_>) -> bool {
     view.method == Method::Options
         && view.body == Framing::Empty

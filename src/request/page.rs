@@ -1,25 +1,25 @@
-//! Keeps `page` and `per_page` within bounds, reading them as the backend does (Ruby's `String#to_i`) so that both see
-//! one number. Pure: decides what becomes of each parameter, and leaves the writing to `query`.
+//! Keeps `page` and `per_page` within bounds, parsing them as the backend does (Ruby's `String#to_i`) so that both see
+//! the same number. Pure: decides on an action for each parameter; `query` writes the result.
 
 use super::query::{Key, Param, ParamAction, Scan, Spelling, form_decode};
 use super::route::Pattern;
 use smallvec::SmallVec;
 
-/// GitLab's own bounds, as Kaminari is set up in every release with API v3.
+/// GitLab's own bounds: the configuration of Kaminari in every release with API v3.
 pub const DEFAULT_PER_PAGE: u64 = 20;
 pub const MAX_PER_PAGE: u64 = 100;
 
 /// No `page` and no `per_page` above this is forwarded, whatever is configured: the product of two such numbers fits
-/// a 64-bit OFFSET, beyond which PostgreSQL answers with an error, and each fits the integers of every backend.
+/// a 64-bit OFFSET (PostgreSQL returns an error for larger ones), and each fits a 32-bit signed integer.
 pub const HIGHEST: u64 = i32::MAX as u64;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageRules {
     pub first_page: u64,
     pub default_per_page: u64,
-    /// `None`: no upper bound but [`HIGHEST`].
+    /// `None`: bounded by [`HIGHEST`] only.
     pub max_per_page: Option<u64>,
-    /// `None`: as deep as [`HIGHEST`].
+    /// `None`: bounded by [`HIGHEST`] only.
     pub max_page: Option<u64>,
     pub too_deep: TooDeep,
     pub inject_defaults: bool,
@@ -31,11 +31,11 @@ pub enum TooDeep {
     Refuse,
 }
 
-/// Which rules hold where.
+/// The page rules for each path.
 #[derive(Clone, Debug)]
 pub struct Pagination {
     pub default: PageRules,
-    /// In the order of the file; the first match counts. `None` takes the route out of paging altogether.
+    /// In the order of the configuration; the first match applies. `None` turns the checks off for the path.
     pub overrides: Vec<(Pattern, Option<PageRules>)>,
 }
 
@@ -46,25 +46,29 @@ impl Pagination {
     }
 }
 
-/// How many parameters were changed, for the metric.
+/// Which parameters were changed, for the metric.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Clamped {
     pub page: bool,
     pub per_page: bool,
 }
 
-/// The page is past the configured depth, and the configuration says to refuse.
+/// The page is beyond `max_page`, with `beyond_max_page = "refuse"`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct PastDepth;
 
-/// Parameters to add behind the query.
+/// Parameters to append to the query.
 pub type Appended = SmallVec<[(Key, u64); 2]>;
 
-/// Decides on every page parameter of a scan; the fates of the others are left alone. Also returns what to append.
-pub fn settle(scan: &Scan<'_>, fates: &mut [ParamAction], rules: &PageRules) -> Result<(Clamped, Appended), PastDepth> {
+/// Decides on every page parameter of a scan and leaves the actions of the others unchanged. Also returns what to append.
+pub fn settle(
+    scan: &Scan<'_>,
+    actions: &mut [ParamAction],
+    rules: &PageRules,
+) -> Result<(Clamped, Appended), PastDepth> {
     let mut append = SmallVec::new();
-    let page = settle_key(scan, fates, Key::Page, |number| rules.page(number))?;
-    let per_page = settle_key(scan, fates, Key::PerPage, |number| Ok(rules.per_page(number)))?;
+    let page = settle_key(scan, actions, Key::Page, |number| rules.page(number))?;
+    let per_page = settle_key(scan, actions, Key::PerPage, |number| Ok(rules.per_page(number)))?;
     if rules.inject_defaults {
         if page.is_none() {
             append.push((Key::Page, rules.first_page));
@@ -76,36 +80,36 @@ pub fn settle(scan: &Scan<'_>, fates: &mut [ParamAction], rules: &PageRules) -> 
     Ok((Clamped { page: page == Some(true), per_page: per_page == Some(true) }, append))
 }
 
-/// The last scalar that Rack reads wins; every other one, every array or hash, and every spelling that only other readers
-/// fold into the key is dropped, so that all readers see one plain number or none. Says whether anything of the key
-/// changed, and `None` when no scalar is left.
+/// The last scalar that Rack reads is kept. Every other one, every array or hash, and every spelling that only other
+/// parsers read as this key is dropped, so that all parsers see one plain number or none. Returns whether a parameter of
+/// this key changed, or `None` if no scalar is left.
 fn settle_key(
     scan: &Scan<'_>,
-    fates: &mut [ParamAction],
+    actions: &mut [ParamAction],
     key: Key,
     bound: impl Fn(i64) -> Result<u64, PastDepth>,
 ) -> Result<Option<bool>, PastDepth> {
     let read = |param: &Param<'_>| matches!(param.spelling, Spelling::Plain | Spelling::Variant);
     let last = scan.params.iter().rposition(|param| param.key == key && read(param));
     let mut changed = false;
-    for (index, (param, fate)) in
-        scan.params.iter().zip(fates.iter_mut()).enumerate().filter(|(_, (p, _))| p.key == key)
+    for (index, (param, action)) in
+        scan.params.iter().zip(actions.iter_mut()).enumerate().filter(|(_, (p, _))| p.key == key)
     {
         if Some(index) == last {
             let wanted = bound(param.value.map_or(0, |raw| to_i(&form_decode(raw))))?;
-            if !says_plainly(param, wanted) {
-                *fate = ParamAction::Number(key, wanted);
+            if !is_plain_number(param, wanted) {
+                *action = ParamAction::Number(key, wanted);
             }
         } else {
-            *fate = ParamAction::Drop;
+            *action = ParamAction::Drop;
         }
-        changed |= *fate != ParamAction::Keep;
+        changed |= *action != ParamAction::Keep;
     }
     Ok(last.map(|_| changed))
 }
 
-/// Whether the parameter's own bytes are the number already to every reader, so that nothing needs to change.
-fn says_plainly(param: &Param<'_>, number: u64) -> bool {
+/// Whether every parser reads the parameter's bytes as this number, so that nothing needs to change.
+fn is_plain_number(param: &Param<'_>, number: u64) -> bool {
     let plain = |digits: &[u8]| {
         !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) && (digits.len() == 1 || digits[0] != b'0')
     };
@@ -129,8 +133,8 @@ impl PageRules {
     }
 }
 
-/// Ruby's `String#to_i`: leading white space, a sign, digits with single `_` between them; the rest is ignored, and no
-/// digits at all are 0. Numbers too large for 64 bits become the largest.
+/// Ruby's `String#to_i`: leading white space, a sign, digits with single `_` between them. The rest is ignored; without
+/// any digit the result is 0. Numbers that do not fit in 64 bits saturate.
 pub fn to_i(text: &[u8]) -> i64 {
     let start = text.iter().position(|b| !matches!(b, b' ' | 9..=13)).unwrap_or(text.len());
     let (negative, digits) = match &text[start..] {
@@ -171,9 +175,9 @@ mod tests {
 
     fn settled(query: &str, rules: &PageRules) -> Result<String, PastDepth> {
         let scan = scan(query.as_bytes(), &Names { token: "private_token".into() });
-        let mut fates = vec![ParamAction::Keep; scan.params.len()];
-        let (_, append) = settle(&scan, &mut fates, rules)?;
-        let mut edits = Edits::plan(&scan, &fates, query.len());
+        let mut actions = vec![ParamAction::Keep; scan.params.len()];
+        let (_, append) = settle(&scan, &mut actions, rules)?;
+        let mut edits = Edits::plan(&scan, &actions, query.len());
         append.into_iter().for_each(|(key, number)| edits.append(key, number));
         let mut out = Vec::new();
         edits.write_target(b"", Some(query.as_bytes()), &mut out);
@@ -253,10 +257,10 @@ mod tests {
             ("per%5Fpage=500", "?per_page=100"),
             ("x=1;per_page=500", "?x=1;per_page=100"),
             ("Per_Page=500&per-page=500", "?Per_Page=500&per-page=500"),
-            // A `;` behind the number is a part of it to readers that split at `&` alone.
+            // Parsers that split at `&` alone read a `;` after the number as a part of it.
             ("per_page=5;x=1", "?per_page=5&x=1"),
             ("per_page=500;page=3;x=1", "?per_page=100&page=3&x=1"),
-            // Other names to Rack: none of them may stand in for what it reads, nor reach those that fold them.
+            // Different names to Rack: none of them may replace what it reads, or reach parsers that fold them into the key.
             ("per.page=500", ""),
             ("per_page=5&per.page=500", "?per_page=5"),
             ("per+page=500&x=1", "?x=1"),
@@ -272,14 +276,14 @@ mod tests {
     }
 
     #[test]
-    fn what_routes_may_change() {
+    fn route_overrides() {
         let commits = PageRules { first_page: 0, max_per_page: None, ..rules() };
         assert_eq!(settled("page=0&per_page=5000", &commits).unwrap(), "?page=0&per_page=5000");
         assert_eq!(settled("page=-3", &commits).unwrap(), "?page=0");
         let deep = PageRules { max_page: Some(50), ..rules() };
         assert_eq!(settled("page=51", &deep).unwrap(), "?page=50");
         assert_eq!(settled("page=51", &PageRules { too_deep: TooDeep::Refuse, ..deep }), Err(PastDepth));
-        // However deep the configuration goes, no number leaves the integers of every backend.
+        // No configuration lets a number exceed a 32-bit signed integer.
         let deepest = PageRules { max_page: Some(u64::MAX), max_per_page: Some(u64::MAX), ..rules() };
         for query in ["page=2147483648&per_page=2147483648", "page=9223372036854775807&per_page=99999999999999999999"] {
             assert_eq!(settled(query, &deepest).unwrap(), "?page=2147483647&per_page=2147483647");

@@ -1,20 +1,20 @@
-//! Reads the names in a query string as the union of what backends make of them (Rack from 1.4 to 3, PHP, Django,
-//! Express and Go), and edits the query without touching a byte that needs no change. Pure. Knows which names matter and
-//! nothing about what they mean. `tests/names.tsv` holds what those parsers said of names at the border.
+//! Matches parameter names in a query string against the union of how backends parse them (Rack 1.4 to 3, PHP, Django,
+//! Express and Go), and edits the query without changing any other byte. Pure. Knows which names matter, not what they
+//! mean. `tests/names.tsv` records how those parsers read the edge cases.
 
 use super::seeded::{self, Rule};
 use super::target::escape;
 use smallvec::SmallVec;
 use std::ops::Range;
 
-/// The parameters that a gateway must see. All others are the backend's business.
+/// The parameters that the gateway must know. All others are left to the backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
     Token,
     Page,
     PerPage,
     Sudo,
-    /// `access_token`, `bearer_token`: OAuth's.
+    /// `access_token`, `bearer_token`: OAuth.
     AccessToken,
     JobToken,
     /// `_method`, which Rack::MethodOverride obeys in a form body, and Symfony and Laravel in a query too.
@@ -26,13 +26,13 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// How a name was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spelling {
-    /// The name's own bytes.
+    /// Exactly the name.
     Plain,
-    /// Other bytes that Rack reads as the name: escapes, brackets that it strips.
+    /// Different bytes that Rack reads as the name: escapes, brackets that it strips.
     Variant,
     /// An array or a hash: `name[]`, `name[x]`.
     Structured,
-    /// Another name to Rack, and this one to some other reader.
+    /// A different name to Rack, but this one to some other parser.
     Foreign,
 }
 
@@ -41,31 +41,32 @@ pub enum Spelling {
 pub struct Param<'a> {
     pub key: Key,
     pub spelling: Spelling,
-    /// The bytes behind `=`, still encoded; `None` without `=`, which Rack reads as nil.
+    /// The bytes after `=`, still encoded; `None` without `=`, which Rack reads as nil.
     pub value: Option<&'a [u8]>,
-    /// A `;` stands before it or behind it. Rack 1 and 2 split there; Rack 3 and the others do not, and take what follows
-    /// for a part of the value.
+    /// Preceded or followed by `;`. Rack 1 and 2 split there; Rack 3 and the other parsers take what follows as a part of
+    /// the value.
     pub begins_at_semicolon: bool,
     pub ends_at_semicolon: bool,
-    /// Where it stands in the query, without separators.
+    /// Its position in the query, without separators.
     pub range: Range<usize>,
 }
 
 pub type Params<'a> = SmallVec<[Param<'a>; 4]>;
 
-/// The names that [`Key`]s go by. Only the token's is a matter of configuration.
+/// The names of the [`Key`]s. Only the token's name is configurable.
 #[derive(Clone, Debug)]
 pub struct Names {
     pub token: String,
 }
 
-/// Bytes that some parser strips, folds or cuts at, or that start an escape. A name without any is what it says.
+/// Bytes that some parser strips, folds or cuts at, or that start an escape. Every parser reads a name without any of
+/// them literally.
 const fn is_odd(byte: u8) -> bool {
     matches!(byte, 0..=b' ' | b'%' | b'+' | b'.' | b'[' | b']')
 }
 
 impl Names {
-    /// Which key a name stands for to any of the readers, and how it was spelled. The name is still encoded.
+    /// The key that any of the parsers reads a name as, and its spelling. The name is still encoded.
     pub fn key_of(&self, name: &[u8]) -> Option<(Key, Spelling)> {
         if !name.iter().any(|b| is_odd(*b)) && !name.starts_with(BYTE_ORDER_MARK) {
             return self.exact(name).map(|key| (key, Spelling::Plain));
@@ -73,7 +74,7 @@ impl Names {
         self.key_of_decoded(&form_decode(name))
     }
 
-    /// The same for a name that is plain text already, as in a multipart body.
+    /// The same for a decoded name, as in a multipart body.
     pub fn key_of_decoded(&self, decoded: &[u8]) -> Option<(Key, Spelling)> {
         // body-parser (Express) drops a byte order mark at the beginning of a form.
         if let Some(rest) = decoded.strip_prefix(BYTE_ORDER_MARK) {
@@ -82,49 +83,48 @@ impl Names {
         self.as_rack_reads(decoded).or_else(|| Some((self.as_php_reads(decoded)?, Spelling::Foreign)))
     }
 
-    /// Rack strips brackets before the name and ends it at the next one; Express (qs) and every flat reader find no name
-    /// that this does not. Blanks and NUL around a name are stripped or cut at by some parsers only.
+    /// Rack strips brackets before the name and ends it at the next one. Express (qs) and parsers without nesting find no
+    /// name that this rule misses. Only some parsers strip blanks around a name or cut it at NUL.
     fn as_rack_reads(&self, decoded: &[u8]) -> Option<(Key, Spelling)> {
         let is_bracket = |b: u8| matches!(b, b'[' | b']');
         let is_blank = |b: u8| matches!(b, 0 | b' ' | 9..=13);
         let start = decoded.iter().position(|b| !is_bracket(*b) && !is_blank(*b)).unwrap_or(decoded.len());
         let end =
             decoded[start..].iter().position(|b| is_bracket(*b) || *b == 0).map_or(decoded.len(), |at| start + at);
-        let blanks_behind = decoded[start..end].iter().rev().take_while(|b| is_blank(**b)).count();
-        let (core, rest) = (&decoded[start..end - blanks_behind], &decoded[end..]);
+        let trailing_blanks = decoded[start..end].iter().rev().take_while(|b| is_blank(**b)).count();
+        let (core, rest) = (&decoded[start..end - trailing_blanks], &decoded[end..]);
         let cut = rest.first() == Some(&0);
-        let blanks = cut || blanks_behind > 0 || decoded[..start].iter().any(|b| is_blank(*b));
+        let blanks = cut || trailing_blanks > 0 || decoded[..start].iter().any(|b| is_blank(*b));
         let spelling = match rest {
             [] if start == 0 && !blanks => Spelling::Plain,
             _ if cut || rest.iter().all(|b| *b == b']') => Spelling::Variant,
             _ => Spelling::Structured,
         };
         match self.exact(core)? {
-            // Another key to Rack, so its value must not stand in for one that Rack reads.
+            // A different key to Rack, so its value must not replace one that Rack reads.
             key @ (Key::Page | Key::PerPage) if blanks => Some((key, Spelling::Foreign)),
             key => Some((key, spelling)),
         }
     }
 
-    /// PHP cuts a name at NUL, strips spaces before it, and writes `_` for a dot, a space and a `[` that nothing closes.
-    /// Whether a `]` follows is not asked: a long name in a body may have been cut before it.
+    /// PHP cuts a name at NUL, strips leading spaces, and replaces a dot, a space and an unclosed `[` by `_`. Whether a `]`
+    /// follows is not checked: a long name in a body may have been truncated before it.
     fn as_php_reads(&self, decoded: &[u8]) -> Option<Key> {
         if seeded::off(Rule::PhpNames) {
             return None;
         }
         let end = memchr::memchr(0, decoded).unwrap_or(decoded.len());
         let start = decoded[..end].iter().take_while(|b| **b == b' ').count();
-        // It takes no name that begins with a bracket.
+        // PHP ignores names that begin with a bracket.
         let name = Some(&decoded[start..end]).filter(|name| !name.starts_with(b"["))?;
         let fold = |b: &u8| if matches!(b, b' ' | b'.' | b'[') { b'_' } else { *b };
         let folded: SmallVec<[u8; 64]> = name.iter().map(fold).collect();
-        // In front of the first bracket stands the name of an array.
+        // The part before the first bracket is the name of an array.
         let root = memchr::memchr(b'[', name).unwrap_or(name.len());
         self.exact(&folded[..root]).or_else(|| self.exact(&folded))
     }
 
-    /// The key that goes by exactly this name. What is configured as the token's name is the token, whatever else goes
-    /// by that name elsewhere.
+    /// The key with exactly this name. The configured token name takes precedence over the fixed names.
     pub fn exact(&self, name: &[u8]) -> Option<Key> {
         if name == self.token.as_bytes() {
             return Some(Key::Token);
@@ -141,11 +141,11 @@ impl Names {
     }
 }
 
-/// What a query holds that matters here.
+/// The parameters of a query that matter here.
 #[derive(Debug, Default)]
 pub struct Scan<'a> {
     pub params: Params<'a>,
-    /// Where the first parameter stands that is none of ours; the query's end if there is none.
+    /// Position of the first parameter without a key; `usize::MAX` if there is none.
     first_other: usize,
 }
 
@@ -188,23 +188,23 @@ pub fn scan<'a>(query: &'a [u8], names: &Names) -> Scan<'a> {
     }
 }
 
-/// What becomes of a parameter.
+/// What to do with a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParamAction {
     Keep,
     Drop,
-    /// Write it as `page=N` or `per_page=N`, and a `;` behind it as `&`, so that it is plain to every reader.
+    /// Write it as `page=N` or `per_page=N`, with a following `;` written as `&`, so that every parser reads it in the same way.
     Number(Key, u64),
 }
 
-/// One change to a query: the bytes of `range` give way to `with`.
+/// One change to a query: replaces the bytes of `range` by `with`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueryEdit {
     range: Range<usize>,
     with: Option<(Key, u64)>,
 }
 
-/// All changes to one query, in order and apart from each other.
+/// All changes to one query, in order and without overlap.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Edits {
     changes: SmallVec<[QueryEdit; 4]>,
@@ -212,20 +212,20 @@ pub struct Edits {
 }
 
 impl Edits {
-    /// Works out what to cut so that the separators stay right, given what becomes of each parameter of the scan.
-    pub fn plan(scan: &Scan<'_>, fates: &[ParamAction], query_len: usize) -> Self {
+    /// Works out what to cut so that the separators stay correct, given the action for each parameter of the scan.
+    pub fn plan(scan: &Scan<'_>, actions: &[ParamAction], query_len: usize) -> Self {
         let mut edits = Self::default();
         let mut first_kept = scan.first_other;
-        for (param, fate) in scan.params.iter().zip(fates) {
+        for (param, action) in scan.params.iter().zip(actions) {
             let Range { start, end } = param.range;
-            match fate {
+            match action {
                 ParamAction::Keep => first_kept = first_kept.min(start),
                 ParamAction::Number(key, number) => {
                     first_kept = first_kept.min(start);
                     edits.changes.push(QueryEdit { range: start..end, with: Some((*key, *number)) });
                 }
-                // A cut takes one separator along: the one before, or the one behind while nothing stands before. Of a
-                // `&` and a `;` it takes the `;`, which not every reader would see between its two neighbours.
+                // A cut includes one separator: the one before, or the one after if nothing is kept before. Between a
+                // `&` and a `;` it takes the `;`, because not every parser splits there.
                 ParamAction::Drop => {
                     let stays_before = param.ends_at_semicolon && !param.begins_at_semicolon;
                     let is_taken = edits.changes.last().is_some_and(|edit| edit.range.end == start);
@@ -241,7 +241,7 @@ impl Edits {
         edits
     }
 
-    /// Adds a parameter at the end, also to a target that has no query.
+    /// Appends a parameter, also to a target without a query.
     pub fn append(&mut self, key: Key, number: u64) {
         self.appended.push((key, number));
     }
@@ -250,24 +250,24 @@ impl Edits {
         self.changes.is_empty() && self.appended.is_empty()
     }
 
-    /// Writes the target with the changes made. A query that the changes leave empty loses its `?`.
+    /// Writes the target with the changes applied. A query that the changes leave empty loses its `?`.
     pub fn write_target(&self, path: &[u8], query: Option<&[u8]>, out: &mut Vec<u8>) {
         out.extend_from_slice(path);
         let question_mark = out.len();
         if let Some(query) = query {
             out.push(b'?');
-            let (mut done, mut behind_number) = (0, false);
+            let (mut done, mut after_number) = (0, false);
             for QueryEdit { range, with } in &self.changes {
                 let between = &query[done..range.start];
-                put_between(between, behind_number, out);
-                behind_number = behind_number && between.is_empty();
+                put_between(between, after_number, out);
+                after_number = after_number && between.is_empty();
                 done = range.end;
                 if let Some((key, number)) = with {
                     write_number(*key, *number, out);
-                    behind_number = true;
+                    after_number = true;
                 }
             }
-            put_between(&query[done..], behind_number, out);
+            put_between(&query[done..], after_number, out);
             if out.len() == question_mark + 1 && !self.changes.is_empty() {
                 out.truncate(question_mark);
             }
@@ -279,10 +279,10 @@ impl Edits {
     }
 }
 
-/// Copies what stands between two changes. A `;` behind a number that was written becomes `&`.
-fn put_between(bytes: &[u8], behind_number: bool, out: &mut Vec<u8>) {
+/// Copies the bytes between two changes. A `;` after a rewritten number becomes `&`.
+fn put_between(bytes: &[u8], after_number: bool, out: &mut Vec<u8>) {
     match bytes {
-        [b';', rest @ ..] if behind_number => {
+        [b';', rest @ ..] if after_number => {
             out.push(b'&');
             out.extend_from_slice(rest);
         }
@@ -306,8 +306,8 @@ fn write_number(key: Key, number: u64, out: &mut Vec<u8>) {
     out.extend_from_slice(&digits[at..]);
 }
 
-/// `application/x-www-form-urlencoded` decoding: `+` is a space, `%hh` a byte. A bad escape stays as it is; the target
-/// check has refused those before anything is decided on a query.
+/// `application/x-www-form-urlencoded` decoding: `+` is a space, `%hh` a byte. An invalid escape is kept as it is; in a
+/// query the target check has refused those before.
 pub fn form_decode(bytes: &[u8]) -> SmallVec<[u8; 64]> {
     let mut out = SmallVec::new();
     let mut rest = bytes;
@@ -325,9 +325,9 @@ pub fn form_decode(bytes: &[u8]) -> SmallVec<[u8; 64]> {
     out
 }
 
-/// Whether a query's ASCII bytes are ASCII to a reader that decodes it by the charset of this Content-Type, as Django
-/// does for every method and type: to UTF-7, `private+AF8-token` is the token. Charsets are named here that hold ASCII in
-/// its own bytes and nowhere else; whatever else is named is not known to.
+/// Whether a query's ASCII bytes are still ASCII when decoded by the charset of this Content-Type, as Django does for
+/// every method and type: in UTF-7, `private+AF8-token` is the token. The charsets listed here encode ASCII as itself and
+/// nothing else as ASCII; any other charset counts as unsafe.
 pub fn is_read_as_ascii(content_type: &[u8]) -> bool {
     const WORD: &[u8] = b"charset";
     let mut places = content_type.windows(WORD.len()).enumerate();
@@ -336,7 +336,7 @@ pub fn is_read_as_ascii(content_type: &[u8]) -> bool {
             let value = match content_type[at + WORD.len()..].trim_ascii_start() {
                 [b'=', value @ ..] => value.trim_ascii_start(),
                 [] | [b'-' | b'_' | b'.' | b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z', ..] => return true,
-                // `charset*` is RFC 2231's, which Django reads too, and it strips more blanks than these.
+                // `charset*` (RFC 2231) is read by Django as well, and it strips more kinds of blanks than these.
                 _ => return false,
             };
             let value = value.strip_prefix(b"\"").unwrap_or(value);
@@ -348,7 +348,7 @@ pub fn is_read_as_ascii(content_type: &[u8]) -> bool {
 
 fn holds_ascii(charset: &[u8]) -> bool {
     let charset: SmallVec<[u8; 16]> = charset.iter().map(u8::to_ascii_lowercase).collect();
-    let number_behind = |prefixes: &[&str]| {
+    let number_after = |prefixes: &[&str]| {
         let rest = prefixes.iter().find_map(|prefix| charset.strip_prefix(prefix.as_bytes()));
         rest.is_some_and(|rest| (1..=4).contains(&rest.len()) && rest.iter().all(u8::is_ascii_digit))
     };
@@ -369,7 +369,7 @@ fn holds_ascii(charset: &[u8]) -> bool {
             | b"gb2312"
             | b"gb18030"
             | b"big5"
-    ) || number_behind(&["iso-8859-", "iso8859-", "windows-125", "cp125"])
+    ) || number_after(&["iso-8859-", "iso8859-", "windows-125", "cp125"])
 }
 
 #[cfg(test)]
@@ -449,7 +449,7 @@ mod tests {
     /// Drops every token parameter and sets every `per_page` to 7.
     fn edited(query: &str) -> String {
         let scan = scan(query.as_bytes(), &names());
-        let fates: Vec<ParamAction> = scan
+        let actions: Vec<ParamAction> = scan
             .params
             .iter()
             .map(|p| match p.key {
@@ -459,7 +459,7 @@ mod tests {
             })
             .collect();
         let mut out = Vec::new();
-        Edits::plan(&scan, &fates, query.len()).write_target(b"/p", Some(query.as_bytes()), &mut out);
+        Edits::plan(&scan, &actions, query.len()).write_target(b"/p", Some(query.as_bytes()), &mut out);
         String::from_utf8(out).unwrap()
     }
 

@@ -1,10 +1,10 @@
-//! Which rule a request falls under: path patterns, methods, and whether a token is needed. Pure, and blind to
-//! identities. Only the most specific pattern counts, so that adding a wide route never opens a narrower one.
+//! Finds the route of a request: path patterns, methods, and whether a token is needed. Pure; knows no identities.
+//! Only the most specific pattern applies, so that adding a wide route never opens a narrower one.
 
 use super::view::Method;
 
 /// A path pattern: literal segments, `:name` for any one segment, and a final `*` for everything below.
-/// `/` alone stands for every path, as `location /` does for nginx users.
+/// `/` alone matches every path, like nginx's `location /`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pattern {
     segments: Vec<Segment>,
@@ -21,7 +21,7 @@ enum Segment {
 pub enum PatternError {
     #[error("a pattern begins with `/`")]
     NoLeadingSlash,
-    #[error("`*` stands for the rest of the path and comes last")]
+    #[error("`*` matches the rest of the path and must come last")]
     StarInside,
     #[error(
         "write the pattern in its canonical form: no `//`, no trailing `/`, no `.json`, no escapes of plain letters, other \
@@ -58,19 +58,19 @@ impl std::str::FromStr for Pattern {
 }
 
 impl Pattern {
-    /// Every path there is.
+    /// Every path.
     pub const fn everything() -> Self {
         Self { segments: Vec::new(), below: true }
     }
 
-    /// Everything at and under a prefix, as `[api] prefixes` has it.
+    /// A prefix and everything below it, as in `[api] prefixes`.
     pub fn subtree(prefix: &str) -> Result<Self, PatternError> {
         let mut pattern: Self = prefix.parse()?;
         pattern.below = true;
         Ok(pattern)
     }
 
-    /// Takes the canonical form of a path. A `*` matches the path above it too: `/a/*` holds `/a`.
+    /// Expects the canonical form of a path. A `*` also matches the path above it: `/a/*` matches `/a`.
     pub fn matches(&self, canonical: &[u8]) -> bool {
         let mut rest = canonical;
         for segment in &self.segments {
@@ -101,11 +101,11 @@ impl Pattern {
 /// Whether a request needs a valid token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Auth {
-    /// Nobody passes without a valid token.
+    /// A valid token is needed.
     Required,
-    /// No token: forwarded without one. A token that is there is judged as everywhere.
+    /// A request without a token is forwarded without one. A token that is present is validated.
     Optional,
-    /// No look-up. Token sources are taken out, unless `pass_token`.
+    /// No lookup. Tokens are removed, unless `pass_token`.
     None { pass_token: bool },
 }
 
@@ -127,8 +127,9 @@ pub struct Route {
 }
 
 impl Route {
-    /// The pass-through for everything outside the API: what a browser sends to a web page goes on as it is, cookies
-    /// and forms included. Never where a token is judged: there all of a request must speak for that one identity.
+    /// The pass-through for everything outside the API: what a browser sends to a web page is forwarded unchanged,
+    /// including cookies and forms. Never true where a token is judged: there the whole request must act for that one
+    /// identity.
     pub fn is_web_page(&self) -> bool {
         self.pattern.is_everything() && matches!(self.auth, Auth::None { .. })
     }

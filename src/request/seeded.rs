@@ -1,43 +1,43 @@
-//! Rules of judging that can be switched off, one at a time, so that the differential suite can show that it sees what
-//! gets through without each. Only in the binary `tollgate-seeded` of the feature `seeded-faults`; in every other build
-//! [`off`] is the constant false, and the environment is never asked.
+//! Rules that can be switched off one at a time, so that the differential test suite can prove that it detects what each
+//! of them prevents. Only in the binary `tollgate-seeded` with the feature `seeded-faults`; in every other build [`off`]
+//! is the constant false and the environment is not read.
 
-/// What can be switched off, by the name of its variant in TOLLGATE_SEEDED_FAULT.
+/// The rules that can be switched off, by variant name in TOLLGATE_SEEDED_FAULT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rule {
-    /// Token parameters are cut out of the query.
+    /// Token parameters are removed from the query.
     QueryToken,
     /// Page parameters of the query are kept within bounds.
     PageBounds,
     /// Names that PHP folds or cuts are matched.
     PhpNames,
-    /// Names in JSON are matched in any case of letters.
+    /// Names in JSON are matched case-insensitively.
     JsonNames,
     /// `_method` in a query is refused.
     QueryMethod,
     /// X-HTTP-Method-Override is refused.
     MethodOverride,
-    /// A query is refused beside a charset in which it has other names.
+    /// A query is refused together with a charset that changes its names.
     QueryCharset,
     /// A GET's body must hold no page parameters.
     BodyPages,
     /// A body without a type is watched as JSON.
     UntypedJson,
-    /// What claims a readable type and is not of the grammar is refused.
+    /// A Content-Type that names a parsed type but does not follow the grammar is refused.
     TypeGrammar,
-    /// A readable type is forwarded in one spelling.
+    /// The Content-Type of a parsed type is forwarded in one spelling.
     CanonicalType,
-    /// Charsets in which names have other bytes are refused.
+    /// Charsets that change the bytes of names are refused.
     Charset,
-    /// Coded bodies of a readable type are refused.
+    /// Bodies of a parsed type with a Content-Encoding are refused.
     Coding,
-    /// A part has one name, said in one way.
+    /// A part has exactly one name, in one spelling.
     PartName,
-    /// The delimiter stands nowhere inside a part.
+    /// The delimiter does not occur inside a part.
     Delimiter,
-    /// Nothing stands before the first part.
+    /// Nothing precedes the first part.
     PartStart,
-    /// Nothing stands behind the last part.
+    /// Nothing follows the last part.
     PartEnd,
 }
 

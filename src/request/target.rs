@@ -1,10 +1,10 @@
-//! Which request targets are plain enough to judge, and the one form of a path that routes are matched on.
-//! Pure. The bytes that go upstream are always the client's own; the canonical form is for matching and never forwarded.
+//! Checks that a request target is unambiguous, and computes the canonical path that routes are matched on.
+//! Pure. The client's own bytes are forwarded; the canonical form is used for matching only.
 
 use super::view::split_target;
 use std::borrow::Cow;
 
-/// Why a target could mean one thing to us and another to the backend. The names are log reasons.
+/// Why the backend could read a target differently. The names are log reasons.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TargetFault {
     #[error("a byte that is illegal in a target")]
@@ -40,12 +40,12 @@ fn check_path(path: &[u8]) -> Result<(), TargetFault> {
                 match decoded {
                     b'\\' => return Err(TargetFault::Backslash),
                     0..=0x1f | 0x7f => return Err(TargetFault::ControlByte),
-                    // Bytes that no UTF-8 text has; an overlong `.` or `/` hides behind the first two, and behind longer
-                    // forms whose second byte is too low.
+                    // Bytes that never occur in UTF-8. The first two, and longer forms whose second byte is too low,
+                    // could be an overlong `.` or `/`.
                     0xc0 | 0xc1 | 0xf5..=0xff => return Err(TargetFault::IllegalByte),
                     0xe0 | 0xf0 if is_overlong(decoded, rest) => return Err(TargetFault::IllegalByte),
-                    // An encoded slash is legal inside a project path (`group%2Fproject`) and ends a segment here,
-                    // because some server will decode it before it resolves dots.
+                    // An encoded slash is legal inside a project path (`group%2Fproject`). It ends a segment here,
+                    // because some servers decode it before they resolve dot segments.
                     _ => segment.push(decoded)?,
                 }
             }
@@ -58,13 +58,13 @@ fn check_path(path: &[u8]) -> Result<(), TargetFault> {
     segment.end()
 }
 
-/// Whether an encoded byte of 0x80 and above begins a UTF-8 form that is longer than its letter needs.
+/// Whether an encoded lead byte begins an overlong UTF-8 sequence.
 fn is_overlong(lead: u8, rest: &[u8]) -> bool {
     let second = rest.strip_prefix(b"%").and_then(escape);
     second.is_some_and(|byte| (0x80..if lead == 0xe0 { 0xa0 } else { 0x90 }).contains(&byte))
 }
 
-/// Whether the segment so far is made of dots only. A parameter (`..;x`) does not make it something else.
+/// Finds segments that are `.` or `..`, also with a parameter after them (`..;x`).
 #[derive(Default)]
 struct DotCheck {
     dots: usize,
@@ -107,20 +107,20 @@ fn check_query(query: &[u8]) -> Result<(), TargetFault> {
     Ok(())
 }
 
-/// RFC 3986 `pchar` and `/`, and what browsers leave raw beyond that (the WHATWG URL standard): nginx, HAProxy and Puma
-/// take these, and none of them separates anything.
+/// RFC 3986 `pchar` and `/`, and the bytes that browsers leave unencoded besides (WHATWG URL standard): nginx, HAProxy and
+/// Puma accept them, and none of them is a separator.
 const fn is_path_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric()
         || matches!(byte, b'!' | b'$' | b'&'..=b'/' | b':' | b';' | b'=' | b'@' | b'_' | b'~')
         || is_raw_in_paths(byte)
 }
 
-/// The bytes of a path that browsers send raw and others encode.
+/// The bytes of a path that browsers send unencoded and other clients encode.
 const fn is_raw_in_paths(byte: u8) -> bool {
     matches!(byte, b'[' | b']' | b'|' | b'^')
 }
 
-/// The same for a query, where RFC 3986 allows `?` and browsers also leave these raw.
+/// The same for a query, where RFC 3986 allows `?` and browsers leave the others unencoded.
 const fn is_query_byte(byte: u8) -> bool {
     is_path_byte(byte) || matches!(byte, b'?' | b'\\' | b'`' | b'{' | b'}')
 }
@@ -134,15 +134,15 @@ pub(crate) fn escape(digits: &[u8]) -> Option<u8> {
     }
 }
 
-/// Whether a path holds a byte that backends read alike raw and encoded, and [`canonical`] does not: no pattern may hold
-/// one in either form.
+/// Whether a path holds a byte that backends treat the same raw and encoded while [`canonical`] does not. Patterns must
+/// not contain one in either form.
 pub(super) fn has_two_forms(path: &[u8]) -> bool {
     let encoded = |at: usize, byte: u8| byte == b'%' && escape(&path[at + 1..]).is_some_and(is_raw_in_paths);
     path.iter().enumerate().any(|(at, byte)| is_raw_in_paths(*byte) || encoded(at, *byte))
 }
 
-/// The form that routes are matched on: unreserved escapes decoded and the others in capitals, slashes squeezed, trailing
-/// slash and `.json` cut. Backends read all these spellings as one endpoint.
+/// The form that routes are matched on: escapes of unreserved characters decoded, other escapes in upper case, repeated
+/// slashes merged, trailing slash and `.json` removed. Backends treat all these spellings as one endpoint.
 pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
     let plain = memchr::memchr(b'%', path).is_none() && memchr::memmem::find(path, b"//").is_none();
     let mut path = if plain { Cow::Borrowed(path) } else { Cow::Owned(decode_and_squeeze(path)) };
@@ -248,8 +248,8 @@ mod tests {
         }
     }
 
-    /// What Node 20's `new URL()` (the WHATWG URL standard) leaves of each byte when it writes a target: the table is its
-    /// output over 0x21 to 0x7e, without letters and digits. `\\` in a path becomes `/` there.
+    /// The bytes from 0x21 to 0x7e, without letters and digits, that Node 20's `new URL()` (WHATWG URL standard) leaves
+    /// unencoded in a target. It turns `\\` in a path into `/`.
     #[test]
     fn what_browsers_send_raw_passes() {
         const PATH: &[u8] = b"!$%&'()*+,-./:;=@[]^_|~";
@@ -258,7 +258,7 @@ mod tests {
         for byte in (0x21..=0x7e).filter(|b: &u8| !b.is_ascii_alphanumeric() && !b"%?#".contains(b)) {
             let passes = |before: &[u8]| check(&[before, b"a", &[byte], b"b"].concat()).is_ok();
             assert_eq!(passes(b"/"), PATH.contains(&byte), "{} in a path", byte as char);
-            // Other clients than browsers send `'` raw in a query, as RFC 3986 allows.
+            // Clients other than browsers send `'` unencoded in a query, as RFC 3986 allows.
             assert_eq!(passes(b"/?"), QUERY.contains(&byte) || byte == b'\'', "{} in a query", byte as char);
             seen += 1;
         }

@@ -1,20 +1,20 @@
-//! Finds the one token of a request, or says why there is none to judge. Pure; never looks anything up.
-//! Two different tokens are never resolved by rank: the backend's rank may be another one.
+//! Finds the single token of a request, or the reason why it has no acceptable one. Pure; performs no lookups.
+//! Two different tokens are refused rather than ranked, because the backend's precedence may differ.
 
 use super::head::trim_blanks;
 use super::query::{Key, Scan, Spelling, form_decode};
 use super::view::{FieldKind, RequestView};
 use std::borrow::Cow;
 
-/// Longer values are no tokens. GitLab's are 20 to 64 bytes, the longest in use elsewhere a few more.
+/// Longer values are refused. GitLab's tokens have 20 to 64 bytes.
 pub const MAX_TOKEN_BYTES: usize = 255;
 
-/// Where tokens are looked for.
+/// Where tokens are accepted.
 #[derive(Clone, Debug)]
 pub struct TokenRules {
-    /// The header's name, compared without regard to case.
+    /// The header's name, compared case-insensitively.
     pub header: String,
-    /// Whether `Authorization: Bearer` carries a token as well.
+    /// Whether `Authorization: Bearer` is accepted as well.
     pub bearer: bool,
 }
 
@@ -27,7 +27,7 @@ pub enum TokenLocation {
     Several,
 }
 
-/// Why what was presented can't be judged as a token. To the client they all look the same.
+/// Why a presented token is not acceptable. All of these give the client the same response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TokenFault {
     Empty,
@@ -36,7 +36,7 @@ pub enum TokenFault {
     BadByte,
     /// Two different tokens.
     Conflict,
-    /// A query name that only some parsers read as the token.
+    /// A query parameter name that only some parsers read as the token's.
     Spelling,
 }
 
@@ -44,7 +44,7 @@ pub enum TokenFault {
 pub struct Presented<'a> {
     pub value: Cow<'a, [u8]>,
     pub source: TokenLocation,
-    /// It stands in the query, where it leaks, and perhaps elsewhere as well.
+    /// The query contains it, where it may leak into logs, perhaps beside another place.
     pub in_query: bool,
 }
 
@@ -54,7 +54,7 @@ impl std::fmt::Debug for Presented<'_> {
     }
 }
 
-/// `None`: the request carries no token at all.
+/// `None`: the request has no token.
 pub fn find<'a>(
     view: &RequestView<'a>,
     scan: &Scan<'a>,
@@ -90,12 +90,12 @@ pub fn find<'a>(
     }
 }
 
-/// Whether a field carries the token by its name.
+/// Whether a field name is the token header's.
 pub fn is_token_header(name: &[u8], rules: &TokenRules) -> bool {
     name.eq_ignore_ascii_case(rules.header.as_bytes())
 }
 
-/// What stands behind the scheme `Bearer`; `None` for another scheme.
+/// The credentials after the scheme `Bearer`; `None` for another scheme.
 pub fn bearer(value: &[u8]) -> Option<&[u8]> {
     let scheme = value.get(..6).filter(|scheme| scheme.eq_ignore_ascii_case(b"bearer"))?;
     match &value[scheme.len()..] {

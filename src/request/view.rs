@@ -1,22 +1,22 @@
-//! What a request is to every stage: borrowed bytes in the order they came. Knows no header map, no framework and no
-//! configuration, so that any lane can make one, from raw slices or from a parsed request alike.
+//! The request as every stage sees it: borrowed bytes in the order received. Knows no header map, no framework and no
+//! configuration, so that any lane can build one, from raw slices or from a parsed request.
 
 use smallvec::SmallVec;
 
-/// The request as the client sent it, checked for form and nothing else.
+/// The request as the client sent it, checked for its form only.
 #[derive(Debug)]
 pub struct RequestView<'a> {
     pub method: Method,
     /// The method's own spelling, for the request line and the log.
     pub method_bytes: &'a [u8],
-    /// Path and query in origin-form; `*` and an authority are left as they are for the stages to refuse.
+    /// Path and query in origin-form; `*` and authority-form are kept for the stages to refuse.
     pub target: &'a [u8],
     pub version: Version,
-    /// The value of Host, of legal form.
+    /// The value of Host, checked for its form.
     pub host: &'a [u8],
     pub fields: Fields<'a>,
     pub body: Framing,
-    /// Whether the client lets the connection live on after this exchange.
+    /// Whether the client allows the connection to be reused after this exchange.
     pub keep_alive: bool,
     /// The client waits for `100 Continue` before it sends the body.
     pub expects_continue: bool,
@@ -24,7 +24,7 @@ pub struct RequestView<'a> {
     pub websocket: bool,
 }
 
-/// A request seldom has more fields than this; the rest go to the heap.
+/// Few requests have more fields than this; longer lists move to the heap.
 pub type Fields<'a> = SmallVec<[Field<'a>; 24]>;
 
 #[derive(Clone, Copy)]
@@ -35,7 +35,7 @@ pub struct Field<'a> {
 }
 
 impl std::fmt::Debug for Field<'_> {
-    /// A value may be a credential: only the name and the kind are printed.
+    /// A value may be a credential, so only the name and the kind are printed.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} ({:?})", String::from_utf8_lossy(self.name), self.kind)
     }
@@ -93,7 +93,7 @@ impl Method {
         }
     }
 
-    /// The name, and `other` for what is not forwarded: a client must not be able to mint label values.
+    /// The name, or `other` for methods that are not forwarded: a client must not be able to create metric label values.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Get => "GET",
@@ -118,7 +118,7 @@ pub enum Version {
     Http11,
 }
 
-/// How the end of the request's body is known. There is no third way.
+/// How the end of the request's body is determined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
     Empty,
@@ -126,10 +126,10 @@ pub enum Framing {
     Chunked,
 }
 
-/// What a field is to a gateway, told from its name once.
+/// What a header field means to the gateway, classified once by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FieldKind {
-    /// The client's and the backend's own business: forwarded as it is.
+    /// Meant for the backend: forwarded unchanged.
     EndToEnd,
     Host,
     ContentLength,
@@ -144,31 +144,31 @@ pub enum FieldKind {
     ContentType,
     Origin,
     PreflightMethod,
-    /// X-Forwarded-For, the one that a trusted proxy may hand over as a list.
+    /// X-Forwarded-For: a list, which a trusted proxy may send in several lines.
     ForwardedFor,
     ForwardedProto,
     ForwardedHost,
     ForwardedPort,
-    /// Every other way to say where a request came from: Forwarded, X-Real-IP, other X-Forwarded-*.
+    /// Every other field that states where a request came from: Forwarded, X-Real-IP, other X-Forwarded-*.
     Forwarded,
     RequestId,
     Sudo,
     /// JOB-TOKEN, DEPLOY-TOKEN, BUILD-TOKEN: credentials of other kinds.
     OtherToken,
-    /// X-HTTP-Method-Override and its kin: another method than the one judged.
+    /// X-HTTP-Method-Override and similar: a method other than the one in the request line.
     MethodOverride,
-    /// X-Tollgate-*: ours to say, never the client's.
+    /// X-Tollgate-*: set by tollgate only, never accepted from a client.
     Identity,
-    /// Headers that only a server behind the gateway may say to another: X-Sendfile-Type, X-Accel-*, Gitlab-Workhorse*.
+    /// Headers used between servers behind the gateway: X-Sendfile-Type, X-Accel-*, Gitlab-Workhorse*.
     Internal,
-    /// By which some backends choose a path, a host, a method or a user: none that was judged here.
+    /// Some backends take a path, host, method or user from it, which would not be the one that was judged here.
     PathOrUser,
     /// A name with a byte other than a letter, a digit or `-`. CGI folds `_` (and some servers `.`) into `-`, so the
     /// backend could read it as any other header: never forwarded.
     Alias,
 }
 
-/// Letters, digits and `-`. A table, as every byte of every name is looked at.
+/// Letters, digits and `-`. A table, because every byte of every field name is looked up.
 const PLAIN: [bool; 256] = {
     let mut plain = [false; 256];
     let mut byte = 0;
@@ -186,7 +186,7 @@ impl FieldKind {
             return K::Alias;
         }
         let is = |known: &str| is(name, known);
-        // The first letter decides which few names are worth comparing.
+        // The first letter selects the few names to compare with.
         let kind = match name.first().map_or(0, u8::to_ascii_lowercase) {
             b'a' if is("authorization") => K::Authorization,
             b'a' if is("access-control-request-method") => K::PreflightMethod,
@@ -218,7 +218,7 @@ impl FieldKind {
         if kind == K::EndToEnd && chooses_path_or_user(name) { K::PathOrUser } else { kind }
     }
 
-    /// The same for names with `X-`, told apart by the letter behind it.
+    /// The same for names that begin with `X-`, selected by the letter after it.
     fn of_x(name: &[u8]) -> Self {
         use FieldKind as K;
         let is = |known: &str| is(name, known);
@@ -254,8 +254,7 @@ fn starts(name: &[u8], prefix: &str) -> bool {
     name.get(..prefix.len()).is_some_and(|head| head.eq_ignore_ascii_case(prefix.as_bytes()))
 }
 
-/// Whether some backend, framework or log-in proxy in the wild takes a path, a host, a method or a user from a field of this
-/// name.
+/// Whether some known backend, framework or login proxy takes a path, host, method or user from a field of this name.
 fn chooses_path_or_user(name: &[u8]) -> bool {
     let (rest, known) = match name {
         [b'x' | b'X', b'-', rest @ ..] => (rest, choosing_behind_x(rest)),
@@ -267,7 +266,7 @@ fn chooses_path_or_user(name: &[u8]) -> bool {
     })
 }
 
-/// The names that choose and have this one's first letter. A `*` stands for whatever follows.
+/// The known names with the same first letter as this one. A `*` at the end matches any suffix.
 const fn choosing(name: &[u8]) -> &'static [&'static str] {
     let [first, ..] = name else { return &[] };
     match first.to_ascii_lowercase() {
@@ -278,23 +277,23 @@ const fn choosing(name: &[u8]) -> &'static [&'static str] {
         b'c' => &["client-cert*", "cf-access-*"],
         // Shibboleth; Elasticsearch.
         b'e' => &["eppn", "es-security-runas-user"],
-        // Exchange, and what took it over.
+        // Exchange, and products that adopted it.
         b'f' => &["front-end-https"],
         b'h' => &["http-url"],
         // Kubernetes; IBM WebSEAL.
         b'i' => &["impersonate-*", "iv-user", "iv-groups", "iv-creds"],
-        // Oracle's log-in servers; mod_auth_openidc.
+        // Oracle's login servers; mod_auth_openidc.
         b'o' => &["oam-*", "osso-*", "oidc-*"],
-        // Authelia, and whatever sets REMOTE_USER from a field.
+        // Authelia, and software that sets REMOTE_USER from a field.
         b'r' => &["remote-*", "request-uri", "request-url"],
-        // Client certificates as TLS servers tell of them; SiteMinder, which Spring expects by default; Shibboleth.
+        // Client certificates as forwarded by TLS servers; SiteMinder, Spring's default; Shibboleth.
         b's' => &["ssl-*", "sm-*", "smuser", "shib-*", "script-name"],
         b't' => &["tailscale-*"],
         _ => &[],
     }
 }
 
-/// The same for what stands behind `X-`.
+/// The same for the part after `X-`.
 const fn choosing_behind_x(rest: &[u8]) -> &'static [&'static str] {
     let [first, ..] = rest else { return &[] };
     match first.to_ascii_lowercase() {
@@ -319,7 +318,7 @@ const fn choosing_behind_x(rest: &[u8]) -> &'static [&'static str] {
             "arr-ssl",
         ],
         b'b' => &["backend-host", "backend-url"],
-        // Kong; Puppet, and others that are told of a client's certificate.
+        // Kong; Puppet and others that read a client certificate from a field.
         b'c' => &[
             "consumer-*",
             "credential-*",
@@ -335,12 +334,12 @@ const fn choosing_behind_x(rest: &[u8]) -> &'static [&'static str] {
         b'e' => &["envoy-original-*", "endpoint-api-userinfo", "email"],
         // Google's Identity-Aware Proxy.
         b'g' => &["goog-authenticated-*", "goog-iap-jwt-assertion", "grafana-user"],
-        // IIS's rewriting modules and what took them over.
+        // IIS's rewriting modules, and products that adopted their names.
         b'h' => &["http-*", "host", "host-override"],
         b'i' => &["impersonate*", "invoke-*"],
         b'j' => &["jwt-assertion", "jwt-payload"],
         b'l' => &["login"],
-        // Next.js, where the second one skips the middleware; Azure's log-in.
+        // Next.js, where the second one skips the middleware; Azure's login.
         b'm' => &["matched-path", "middleware-*", "ms-client-principal*", "ms-token-*"],
         b'n' => &["now-route-matches"],
         // Symfony, Zend, IIS, Drupal, nginx's examples of auth_request: -URL, -URI, -Path, -Host, -Method.

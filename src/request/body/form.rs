@@ -1,5 +1,4 @@
-//! Splits a form into its names. Any bytes are a form: whatever else it may be, only names are looked at. Must not know
-//! what the values are.
+//! Extracts the names from a form. Any bytes are a valid form. Must not look at the values.
 
 use super::super::target::escape;
 use super::{BodyFault, Judge, MAX_NAME_BYTES};
@@ -8,7 +7,7 @@ use super::{BodyFault, Judge, MAX_NAME_BYTES};
 #[derive(Clone, Debug, Default)]
 pub(super) struct Form {
     state: FormState,
-    /// The beginning of a name that the chunks have cut.
+    /// The beginning of a name that is split by a chunk boundary.
     name: Vec<u8>,
 }
 
@@ -16,7 +15,7 @@ pub(super) struct Form {
 enum FormState {
     #[default]
     Name,
-    /// In a value, or in what is too long to be one of our names.
+    /// In a value, or in the rest of a name that is too long to match.
     Value,
 }
 
@@ -62,7 +61,7 @@ impl Form {
         self.end_name(judge)
     }
 
-    /// Keeps the beginning of a name, without what parsers strip before it.
+    /// Buffers the beginning of a name, without the leading bytes that parsers strip.
     fn extend(&mut self, mut bytes: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
         while !bytes.is_empty() && self.state == FormState::Name {
             let room = MAX_NAME_BYTES - self.name.len();
@@ -87,7 +86,7 @@ impl Form {
     }
 }
 
-/// Where the next byte of a kind stands. Most names and values are short: the first bytes are looked at one by one.
+/// The position of the next separator. Most names and values are short, so the first bytes are compared one by one.
 fn next(bytes: &[u8], is_end: impl Fn(u8) -> bool, find: impl Fn(&[u8]) -> Option<usize>) -> Option<usize> {
     const SHORT: usize = 12;
     let near = &bytes[..bytes.len().min(SHORT)];
@@ -102,8 +101,7 @@ fn check(name: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
     judge.encoded(&name[..name.len().min(MAX_NAME_BYTES)])
 }
 
-/// How many bytes at the beginning of an encoded name are stripped by one parser or another: brackets, blanks, NUL, a
-/// byte order mark.
+/// How many bytes at the beginning of an encoded name some parser strips: brackets, blanks, NUL, a byte order mark.
 fn padding(name: &[u8]) -> usize {
     let strips = |byte: u8| matches!(byte, b'[' | b']' | b' ' | 0 | 9..=13 | 0xef | 0xbb | 0xbf);
     let mut at = 0;

@@ -1,22 +1,22 @@
-//! Follows the keys of a top-level JSON object as every reader would: comments and odd white space as Ruby's, Oj's and
-//! yajl's parsers skip them, UTF-16 and UTF-32 as Python and old Ruby find them out, escapes as Ruby reads them. Nested
-//! keys and the elements of an array are nobody's parameters.
+//! Finds the keys of a top-level JSON object as any parser would: comments and non-standard white space as in Ruby's json,
+//! Oj and yajl, UTF-16 and UTF-32 as detected by Python and old Ruby, escapes as in Ruby. Backends do not use nested keys
+//! or array elements as parameters.
 
 use super::super::seeded::{self, Rule};
 use super::{BodyFault, Judge, MAX_NAME_BYTES};
 use smallvec::SmallVec;
 
-/// Deeper nesting is refused: readers stop sooner, most at 100 to 10,000, and what is open must be remembered.
+/// Deeper nesting is refused: every open level costs memory, and most parsers stop at 100 to 10,000 levels.
 const MAX_DEPTH: usize = 16 * 1024;
-/// By these many bytes readers tell UTF-16 and UTF-32 from UTF-8.
+/// The number of bytes by which parsers tell UTF-16 and UTF-32 from UTF-8.
 const SNIFFED_BYTES: usize = 4;
 
-/// Whether the body's type says JSON.
+/// Whether the body's Content-Type says JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Claim {
-    /// What is no JSON as the standard has it is refused.
+    /// The type says JSON: a body that is not standard JSON is refused.
     Claimed,
-    /// Some reader may take it for JSON. Watched until it is none to any of them, and then let go.
+    /// Some backend may parse it as JSON nevertheless. Scanned until no parser would accept it.
     Unclaimed,
 }
 
@@ -24,17 +24,17 @@ pub(super) enum Claim {
 pub(super) struct Json {
     claim: Claim,
     encoding: Encoding,
-    place: JsonState,
-    /// Where a comment returns to.
-    behind_comment: JsonState,
+    state: JsonState,
+    /// The state after the current comment.
+    after_comment: JsonState,
     open: Open,
-    /// The beginning of a parameter's name that escapes or chunks have cut.
+    /// The beginning of a name that is split by an escape or a chunk boundary.
     name: Vec<u8>,
-    /// A field that was found in an inner object. yajl gives the innermost open object of a document that is cut short.
+    /// A field found in an inner object. yajl returns the innermost open object of a truncated document.
     inner: Option<BodyFault>,
-    /// A word like `true`, so far.
+    /// The beginning of a word like `true`.
     word: Vec<u8>,
-    /// The value of the digits behind `\u`.
+    /// The value of the digits after `\u`.
     code: u32,
 }
 
@@ -43,40 +43,40 @@ enum JsonState {
     /// Before the document.
     Start,
     Value,
-    /// Behind `[`.
+    /// After `[`.
     FirstValue,
     Key,
-    /// Behind `{`.
+    /// After `{`.
     FirstKey,
     Colon,
-    /// Behind a value that is an element.
-    Behind,
+    /// After a value inside an object or array.
+    AfterValue,
     Text(Text),
-    /// Behind a backslash.
+    /// After a backslash.
     Escape(Text),
-    /// Behind `\u` and so many digits, in a name.
+    /// After `\u` and this many digits, in a name.
     Unicode(u8),
     Number(Number),
     Word,
-    /// Behind `true`, `false` or `null`.
+    /// After `true`, `false` or `null`.
     WordEnd,
-    /// Whatever stands for a number or a word where nobody has claimed JSON.
+    /// Any number or word in a body whose type is not JSON.
     Atom,
-    /// Behind a `/`.
+    /// After a `/`.
     Slash,
     LineComment,
     LineCommentReturn,
     BlockComment,
     BlockCommentStar,
-    /// Behind the document.
+    /// After the document.
     End,
-    /// No parameters can come any more.
+    /// No parser would find further parameters.
     Over,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Text {
-    /// A key that is judged: of the top-level object, and where nobody has claimed JSON of inner ones as well.
+    /// A key that is checked: of the top-level object and, if the type is not JSON, of inner objects too.
     Name,
     Key,
     Value,
@@ -99,8 +99,8 @@ impl Json {
         Self {
             claim,
             encoding: Encoding::Unknown { first: [0; SNIFFED_BYTES], seen: 0 },
-            place: JsonState::Start,
-            behind_comment: JsonState::Start,
+            state: JsonState::Start,
+            after_comment: JsonState::Start,
             open: Open::default(),
             name: Vec::new(),
             inner: None,
@@ -109,9 +109,9 @@ impl Json {
         }
     }
 
-    /// Whether nothing that may still come can matter.
+    /// Whether the rest of the body cannot matter.
     pub(super) fn is_over(&self) -> bool {
-        self.place == JsonState::Over
+        self.state == JsonState::Over
     }
 
     pub(super) fn feed(&mut self, chunk: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
@@ -137,7 +137,7 @@ impl Json {
         if let Some(fault) = self.inner.filter(|_| self.open.depth > 0 && !self.is_over()) {
             return Err(fault);
         }
-        let whole = match self.place {
+        let whole = match self.state {
             _ if self.claim == Claim::Unclaimed => true,
             JsonState::Start | JsonState::End => true,
             JsonState::Number(number) => self.open.depth == 0 && number.is_whole(),
@@ -148,11 +148,11 @@ impl Json {
         if whole { Ok(()) } else { Err(BodyFault::Ambiguous) }
     }
 
-    /// Tells the encoding from the first bytes, and reads them.
+    /// Detects the encoding from the first bytes, and scans them.
     fn sniff(&mut self, first: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
         let (encoding, mark) = Encoding::of(first);
         self.encoding = encoding;
-        // Readers differ in whether they take a mark, or another encoding than UTF-8, for JSON.
+        // Parsers differ in whether they accept a byte order mark, or an encoding other than UTF-8.
         if self.claim == Claim::Claimed && (mark > 0 || !matches!(self.encoding, Encoding::Utf8)) {
             return Err(BodyFault::Ambiguous);
         }
@@ -172,21 +172,21 @@ impl Json {
 
     fn follow(&mut self, bytes: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
         let lenient = self.claim == Claim::Unclaimed;
-        let mut place = self.place;
+        let mut state = self.state;
         let mut at = 0;
         while let Some(&byte) = bytes.get(at) {
             at += 1;
-            place = match place {
+            state = match state {
                 JsonState::Start | JsonState::Value | JsonState::FirstValue => match byte {
-                    b' ' | b'\t' | b'\r' | b'\n' => place,
-                    _ if lenient && place == JsonState::Start => self.start(byte)?,
+                    b' ' | b'\t' | b'\r' | b'\n' => state,
+                    _ if lenient && state == JsonState::Start => self.start(byte)?,
                     b'{' => self.begin(true)?,
                     b'[' => self.begin(false)?,
                     b'"' => JsonState::Text(Text::Value),
-                    b']' if lenient || place == JsonState::FirstValue => self.close(false)?,
+                    b']' if lenient || state == JsonState::FirstValue => self.close(false)?,
                     b',' if lenient => JsonState::Value,
-                    _ if lenient => match self.odd(place, byte)? {
-                        Some(place) => place,
+                    _ if lenient => match self.odd(state, byte)? {
+                        Some(state) => state,
                         None if ends_atom(byte) => JsonState::Over,
                         None => JsonState::Atom,
                     },
@@ -215,10 +215,10 @@ impl Json {
                 JsonState::FirstKey | JsonState::Key => match byte {
                     b'"' if lenient || self.open.depth == 1 => JsonState::Text(Text::Name),
                     b'"' => JsonState::Text(Text::Key),
-                    b' ' | b'\t' | b'\r' | b'\n' => place,
-                    b'}' if lenient || place == JsonState::FirstKey => self.close(true)?,
+                    b' ' | b'\t' | b'\r' | b'\n' => state,
+                    b'}' if lenient || state == JsonState::FirstKey => self.close(true)?,
                     b',' if lenient => JsonState::Key,
-                    _ => self.odd(place, byte)?.map_or_else(|| self.no_json(), Ok)?,
+                    _ => self.odd(state, byte)?.map_or_else(|| self.no_json(), Ok)?,
                 },
                 JsonState::Text(Text::Name) => {
                     let rest = &bytes[at - 1..];
@@ -249,22 +249,22 @@ impl Json {
                     at += end;
                     match text {
                         _ if rest[end] == b'\\' => JsonState::Escape(text),
-                        Text::Value => self.behind_value(),
+                        Text::Value => self.after_value(),
                         Text::Name | Text::Key => JsonState::Colon,
                     }
                 }
                 JsonState::Colon => match byte {
                     b':' => JsonState::Value,
-                    b' ' | b'\t' | b'\r' | b'\n' => place,
-                    _ => self.odd(place, byte)?.map_or_else(|| self.no_json(), Ok)?,
+                    b' ' | b'\t' | b'\r' | b'\n' => state,
+                    _ => self.odd(state, byte)?.map_or_else(|| self.no_json(), Ok)?,
                 },
-                JsonState::Behind => self.behind(byte)?,
+                JsonState::AfterValue => self.between_elements(byte)?,
                 JsonState::Number(mut number) => {
                     let mut byte = byte;
                     loop {
                         match number.next(byte) {
                             Some(next) => number = next,
-                            None if number.is_whole() => break self.next_behind_value(byte)?,
+                            None if number.is_whole() => break self.first_after_value(byte)?,
                             None if number == Number::Minus && byte == b'I' => {
                                 self.word.clear();
                                 self.word.extend_from_slice(b"-I");
@@ -284,12 +284,12 @@ impl Json {
                         self.word.push(byte);
                         JsonState::Word
                     }
-                    _ if is_known(&self.word) => self.next_behind_value(byte)?,
+                    _ if is_known(&self.word) => self.first_after_value(byte)?,
                     _ => self.no_json()?,
                 },
-                JsonState::WordEnd => self.next_behind_value(byte)?,
+                JsonState::WordEnd => self.first_after_value(byte)?,
                 JsonState::Atom if !ends_atom(byte) => JsonState::Atom,
-                JsonState::Atom => self.next_behind_value(byte)?,
+                JsonState::Atom => self.first_after_value(byte)?,
                 JsonState::Escape(Text::Name) if byte == b'u' => {
                     self.code = 0;
                     JsonState::Unicode(0)
@@ -321,13 +321,13 @@ impl Json {
                     at += end;
                     match rest.get(end) {
                         _ if rest[..end].contains(&0) => return Err(BodyFault::Ambiguous),
-                        Some(b'\n') => self.behind_comment,
+                        Some(b'\n') => self.after_comment,
                         Some(b'\r') => JsonState::LineCommentReturn,
                         Some(_) => return Err(BodyFault::Ambiguous),
                         None => break,
                     }
                 }
-                JsonState::LineCommentReturn if byte == b'\n' => self.behind_comment,
+                JsonState::LineCommentReturn if byte == b'\n' => self.after_comment,
                 JsonState::LineCommentReturn => return Err(BodyFault::Ambiguous),
                 JsonState::BlockComment => {
                     let Some(end) = memchr::memchr(b'*', &bytes[at - 1..]) else { break };
@@ -335,43 +335,44 @@ impl Json {
                     JsonState::BlockCommentStar
                 }
                 JsonState::BlockCommentStar => match byte {
-                    b'/' => self.behind_comment,
+                    b'/' => self.after_comment,
                     b'*' => JsonState::BlockCommentStar,
                     _ => JsonState::BlockComment,
                 },
                 JsonState::End => match byte {
-                    b' ' | b'\t' | b'\r' | b'\n' => place,
+                    b' ' | b'\t' | b'\r' | b'\n' => state,
                     _ => return Err(BodyFault::Ambiguous),
                 },
                 JsonState::Over => break,
             };
         }
-        self.place = place;
+        self.state = state;
         Ok(())
     }
 
-    /// What may stand between two elements.
-    fn behind(&mut self, byte: u8) -> Result<JsonState, BodyFault> {
+    /// Handles a byte between two elements.
+    fn between_elements(&mut self, byte: u8) -> Result<JsonState, BodyFault> {
         match byte {
             b',' => Ok(if self.open.object { JsonState::Key } else { JsonState::Value }),
             b'}' => self.close(true),
             b']' => self.close(false),
-            b' ' | b'\t' | b'\r' | b'\n' => Ok(JsonState::Behind),
-            _ => self.odd(JsonState::Behind, byte)?.map_or_else(|| self.no_json(), Ok),
+            b' ' | b'\t' | b'\r' | b'\n' => Ok(JsonState::AfterValue),
+            _ => self.odd(JsonState::AfterValue, byte)?.map_or_else(|| self.no_json(), Ok),
         }
     }
 
-    /// The same for the first byte behind a value that ends with the byte before.
-    fn next_behind_value(&mut self, byte: u8) -> Result<JsonState, BodyFault> {
-        match self.behind_value() {
-            JsonState::Behind => self.behind(byte),
+    /// Handles the first byte after a value that has no closing delimiter.
+    fn first_after_value(&mut self, byte: u8) -> Result<JsonState, BodyFault> {
+        match self.after_value() {
+            JsonState::AfterValue => self.between_elements(byte),
             JsonState::End if !matches!(byte, b' ' | b'\t' | b'\r' | b'\n') => Err(BodyFault::Ambiguous),
             JsonState::Start => self.start(byte),
-            place => Ok(place),
+            state => Ok(state),
         }
     }
 
-    /// Where nobody has claimed JSON, what stands before a document, or between two: yajl reads on, and the last one counts.
+    /// Handles a byte before a document or between two, where the type is not JSON: yajl continues after a document, and
+    /// the last one counts.
     fn start(&mut self, byte: u8) -> Result<JsonState, BodyFault> {
         Ok(match byte {
             b'{' => self.begin(true)?,
@@ -389,13 +390,13 @@ impl Json {
         })
     }
 
-    /// White space and comments that only some readers know, where nobody has claimed JSON.
-    fn odd(&mut self, place: JsonState, byte: u8) -> Result<Option<JsonState>, BodyFault> {
+    /// White space and comments that only some parsers skip, where the type is not JSON.
+    fn odd(&mut self, state: JsonState, byte: u8) -> Result<Option<JsonState>, BodyFault> {
         match byte {
             _ if self.claim == Claim::Claimed => Err(BodyFault::Ambiguous),
-            b' ' | b'\t' | b'\r' | b'\n' | 11 | 12 => Ok(Some(place)),
+            b' ' | b'\t' | b'\r' | b'\n' | 11 | 12 => Ok(Some(state)),
             b'/' => {
-                self.behind_comment = place;
+                self.after_comment = state;
                 Ok(Some(JsonState::Slash))
             }
             _ => Ok(None),
@@ -415,18 +416,18 @@ impl Json {
             return self.no_json();
         }
         self.open.pop();
-        Ok(self.behind_value())
+        Ok(self.after_value())
     }
 
-    fn behind_value(&self) -> JsonState {
+    fn after_value(&self) -> JsonState {
         match self.claim {
-            _ if self.open.depth > 0 => JsonState::Behind,
+            _ if self.open.depth > 0 => JsonState::AfterValue,
             Claim::Claimed => JsonState::End,
             Claim::Unclaimed => JsonState::Start,
         }
     }
 
-    /// This is no JSON to any reader.
+    /// The body is not JSON to any parser.
     fn no_json(&self) -> Result<JsonState, BodyFault> {
         match self.claim {
             Claim::Claimed => Err(BodyFault::Ambiguous),
@@ -456,7 +457,7 @@ impl Json {
     }
 }
 
-/// Go takes a key for a field in any letter case, and two letters beyond ASCII for those that they fold to.
+/// Go matches keys case-insensitively, and folds two non-ASCII letters (U+017F and U+212A) to `s` and `k`.
 fn judge_key(key: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
     judge.plain(key)?;
     judge.token_in_any_case(key)?;
@@ -478,7 +479,7 @@ fn judge_key(key: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
     judge.token_in_any_case(&folded)
 }
 
-/// Where a string ends or an escape begins. Many strings are short: the first bytes are looked at one by one.
+/// Where a string ends or an escape begins. Many strings are short, so the first bytes are compared one by one.
 fn end_of_text(bytes: &[u8]) -> Option<usize> {
     const SHORT: usize = 12;
     let near = &bytes[..bytes.len().min(SHORT)];
@@ -486,7 +487,7 @@ fn end_of_text(bytes: &[u8]) -> Option<usize> {
     near.iter().position(is_end).or_else(|| Some(near.len() + memchr::memchr2(b'"', b'\\', &bytes[near.len()..])?))
 }
 
-/// What an escape stands for. Ruby reads an unknown one as its own letter.
+/// The character of an escape. Ruby reads an unknown escape as the letter itself.
 const fn unescaped(letter: u8) -> u8 {
     match letter {
         b'b' => 8,
@@ -500,7 +501,7 @@ const fn unescaped(letter: u8) -> u8 {
 
 const LONGEST_WORD: usize = b"-Infinity".len();
 
-/// Python and Ruby also write the last three.
+/// The last three are extensions that Python and Ruby also write.
 fn is_known(word: &[u8]) -> bool {
     matches!(word, b"true" | b"false" | b"null" | b"NaN" | b"Infinity" | b"-Infinity")
 }
@@ -529,13 +530,13 @@ impl Number {
     }
 }
 
-/// The objects and arrays that are open, a bit each: set for an object.
+/// The open objects and arrays, one bit each: set for an object.
 #[derive(Clone, Debug, Default)]
 struct Open {
     depth: usize,
-    /// What is open is an object.
+    /// The innermost level is an object.
     object: bool,
-    /// What is open around it.
+    /// The levels around it.
     around: Vec<u64>,
 }
 
@@ -571,7 +572,7 @@ const fn hex(digit: u8) -> Option<u32> {
 
 #[derive(Clone, Copy, Debug)]
 enum Encoding {
-    /// Fewer bytes than it takes to tell.
+    /// Fewer bytes than needed for detection.
     Unknown {
         first: [u8; SNIFFED_BYTES],
         seen: usize,
@@ -581,7 +582,7 @@ enum Encoding {
 }
 
 impl Encoding {
-    /// As Python's json does it, which finds all that old Ruby finds. Also how long the byte order mark is.
+    /// Detects like Python's json, which covers what old Ruby detects. Also returns the length of the byte order mark.
     fn of(first: &[u8]) -> (Self, usize) {
         let wide = |size, big_endian| Self::Wide(Units { size, big_endian, value: 0, seen: 0 });
         match *first {
@@ -599,7 +600,7 @@ impl Encoding {
     }
 }
 
-/// The units of UTF-16 or UTF-32, put together from bytes.
+/// Assembles the code units of UTF-16 or UTF-32 from bytes.
 #[derive(Clone, Copy, Debug)]
 struct Units {
     size: u8,
@@ -609,7 +610,7 @@ struct Units {
 }
 
 impl Units {
-    /// Writes ASCII as it is and every other unit as a byte that is no ASCII. Returns how many.
+    /// Writes ASCII units as they are and every other unit as a non-ASCII byte. Returns the number of bytes written.
     fn narrow(&mut self, bytes: &[u8], out: &mut [u8]) -> usize {
         let mut length = 0;
         for byte in bytes {

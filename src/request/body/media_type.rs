@@ -1,5 +1,5 @@
-//! Parses a Content-Type strictly: one `type/subtype`, each parameter once. A type that any reader takes for parameters is
-//! written in one spelling, so that all of them see the same type and boundary that the body is judged by.
+//! Parses a Content-Type strictly: one `type/subtype`, each parameter once. A type that some backend parses into
+//! parameters is forwarded in one spelling, so that every backend sees the type and boundary that the body was judged by.
 
 use super::super::head::{is_token_byte, trim_blanks};
 use super::super::seeded::{self, Rule};
@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 /// RFC 2046.
 const MAX_BOUNDARY_BYTES: usize = 70;
 
-/// How a body is read by its type.
+/// How a body of this type is parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Form,
@@ -17,22 +17,22 @@ pub(super) enum Kind {
         boundary: Vec<u8>,
     },
     Json,
-    /// No parameters, but text, into which some readers look.
+    /// Text: without parameters, but some backends look for them in it.
     Text,
-    /// No parameters to anybody but early Grape, which reads everything as JSON.
+    /// No parameters to any backend except early Grape, which parses everything as JSON.
     Opaque,
-    /// Not of the grammar, and nothing that a reader could take for a type that it knows: as good as no type.
+    /// Does not follow the grammar, and no backend could read a known type from it: handled like no type.
     Unclear,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct MediaType {
     pub(super) kind: Kind,
-    /// What to forward; `None` for the client's own bytes.
+    /// The value to forward; `None` for the client's own bytes.
     pub(super) canonical: Option<Vec<u8>>,
 }
 
-/// Words by which readers know the types that they read. Some look for them anywhere in the value.
+/// The words by which backends recognise the types that they parse. Some search for them anywhere in the value.
 const FORM: &[u8] = b"urlencoded";
 const MULTIPART: &[u8] = b"multipart";
 const JSON: &[u8] = b"json";
@@ -43,7 +43,7 @@ pub(super) fn parse(value: &[u8]) -> Result<MediaType, BodyFault> {
     let lower = value.to_ascii_lowercase();
     let claims = WORDS.iter().any(|word| contains(&lower, word));
     let Some(parsed) = Parsed::of(value) else {
-        // Readers strip odd blanks, commas and whatever else from a type, or stop at them.
+        // Parsers strip or stop at unusual blanks, commas and other bytes.
         return if claims && !seeded::off(Rule::TypeGrammar) {
             Err(BodyFault::Type)
         } else {
@@ -59,7 +59,7 @@ pub(super) fn parse(value: &[u8]) -> Result<MediaType, BodyFault> {
         let kind = if essence.starts_with(b"text/") || is(b"xml") { Kind::Text } else { Kind::Opaque };
         return Ok(MediaType { kind, canonical: None });
     }
-    // A list of documents is no JSON document. Its first one is watched all the same.
+    // A list of documents is not one JSON document. Its first document is scanned all the same.
     let lists = is(b"ndjson") || is(b"json-seq") || is(b"jsonl");
     let kind = match (is(MULTIPART), is(FORM), is(JSON)) {
         (true, false, false) if essence.starts_with(b"multipart/") => {
@@ -78,7 +78,7 @@ fn contains(text: &[u8], word: &[u8]) -> bool {
     memchr::memmem::find(text, word).is_some()
 }
 
-/// A value of RFC 9110's grammar; boundaries also without the quotes that they need.
+/// A value that follows RFC 9110's grammar, except that a boundary may lack the quotes it needs.
 struct Parsed<'a> {
     essence: &'a [u8],
     params: SmallVec<[(&'a [u8], &'a [u8]); 2]>,
@@ -94,8 +94,8 @@ impl<'a> Parsed<'a> {
         }
         let mut params: SmallVec<[(&[u8], &[u8]); 2]> = SmallVec::new();
         // `rest` is empty or begins with `;`. A `;` without a parameter is legal.
-        while let [b';', behind @ ..] = rest {
-            rest = skip_blanks(behind);
+        while let [b';', after @ ..] = rest {
+            rest = skip_blanks(after);
             if matches!(rest, [] | [b';', ..]) {
                 continue;
             }
@@ -119,7 +119,7 @@ impl<'a> Parsed<'a> {
         (fits && !blank_at_end).then_some(boundary)
     }
 
-    /// Holds the parameters of a readable type to what all readers take in the same way.
+    /// Restricts the parameters of a parsed type to those that all parsers read in the same way.
     fn check(&self, kind: &Kind) -> Result<(), BodyFault> {
         let own: &[u8] = match kind {
             Kind::Json => JSON,
@@ -130,7 +130,7 @@ impl<'a> Parsed<'a> {
                 continue;
             }
             let is_charset = name.eq_ignore_ascii_case(b"charset");
-            // Rack cuts at `,` and `;` inside of quotes too, others read escapes and `name*`.
+            // Rack cuts at `,` and `;` inside quotes too; others decode escapes and `name*`.
             let plain = |byte: &u8| (b' '..0x7f).contains(byte) && !matches!(byte, b'"' | b'\\' | b',' | b';');
             let says = |word: &&[u8]| {
                 *word != own
@@ -165,7 +165,7 @@ impl<'a> Parsed<'a> {
     }
 }
 
-/// A parameter's value without its quotes, and what follows. Escapes inside of quotes stay as they are.
+/// A parameter's value without its quotes, and the rest of the text. Escapes inside quotes are not decoded.
 fn parameter_value<'a>(name: &[u8], text: &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
     if let Some(quoted) = text.strip_prefix(b"\"") {
         let mut at = 0;
@@ -182,7 +182,7 @@ fn parameter_value<'a>(name: &[u8], text: &'a [u8]) -> Option<(&'a [u8], &'a [u8
     while let [front @ .., b' ' | b'\t'] = value {
         value = front;
     }
-    // Old clients do not quote a boundary that needs it. What is forwarded has the quotes.
+    // Old clients do not quote a boundary that needs quotes. The forwarded value has them.
     let unquoted_boundary = name.eq_ignore_ascii_case(b"boundary") && value.iter().all(|b| is_boundary_byte(*b));
     (is_token(value) || (unquoted_boundary && !value.is_empty())).then_some((value, &text[end..]))
 }
@@ -198,20 +198,20 @@ fn is_token(text: &[u8]) -> bool {
     !text.is_empty() && text.iter().all(|b| is_token_byte(*b))
 }
 
-/// RFC 2046 without the comma, at which Rack cuts; with `*`, which a snippet for Android made common.
+/// RFC 2046 without the comma, at which Rack cuts, and with `*`, which a widely copied Android code snippet uses.
 const fn is_boundary_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric()
         || matches!(byte, b'\'' | b'(' | b')' | b'+' | b'_' | b'-' | b'.' | b'/' | b':' | b'=' | b'?' | b'*' | b' ')
 }
 
-/// Charsets in which ASCII is itself and nothing else is ASCII. The name is in lower case.
+/// Charsets that encode ASCII as itself and nothing else as ASCII. The name is in lower case.
 fn holds_ascii(charset: &[u8]) -> bool {
-    let digits_behind = |prefix: &str, most: usize| {
+    let digits_after = |prefix: &str, most: usize| {
         let digits = charset.strip_prefix(prefix.as_bytes()).unwrap_or_default();
         (1..=most).contains(&digits.len()) && digits.iter().all(u8::is_ascii_digit)
     };
     matches!(charset, b"utf-8" | b"utf8" | b"us-ascii" | b"ascii" | b"latin1")
-        || digits_behind("iso-8859-", 2)
-        || digits_behind("windows-125", 1)
-        || digits_behind("cp125", 1)
+        || digits_after("iso-8859-", 2)
+        || digits_after("windows-125", 1)
+        || digits_after("cp125", 1)
 }

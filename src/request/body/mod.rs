@@ -1,10 +1,10 @@
-//! Watches a request's body go by for fields that a backend would take for a credential, for another method or for page
-//! bounds: Rack and Grape let a body parameter outrank the query and the header. Pure, fed chunk by chunk, and of bounded
-//! memory: a name is kept, a value never. Where the chunks are cut never changes the verdict.
+//! Scans a request's body as it streams through for fields that a backend would read as a credential, a method override
+//! or page parameters: in Rack and Grape a body parameter takes precedence over the query and the header. Pure, fed chunk
+//! by chunk, with bounded memory: names are buffered, values never. Chunk boundaries never change the result.
 //!
-//! The type decides how a body is read. A type that some reader takes for parameters is parsed strictly, forwarded in one
-//! spelling, and its body is held to one grammar; what is not of it is refused. JSON is watched in every body, because
-//! early Grape reads any body so. `docs/security.md` says what passes and why.
+//! The Content-Type decides how a body is parsed. A type that some backend parses into parameters is checked strictly and
+//! forwarded in one spelling, and its body must follow one grammar or is refused. Every body is scanned as JSON, because
+//! early Grape parses any body as JSON. `docs/security.md` says what passes and why.
 
 mod form;
 mod json;
@@ -19,10 +19,10 @@ use media_type::{Kind, MediaType};
 use multipart::Multipart;
 use std::sync::Arc;
 
-/// Names longer than this are cut: what would make them ours stands at their beginning.
+/// Longer names are truncated: whether a name matters is decided by its beginning.
 const MAX_NAME_BYTES: usize = 256;
 
-/// What must not stand in a body.
+/// What a body must not contain.
 #[derive(Clone, Debug)]
 pub struct BodyRules {
     pub names: Names,
@@ -45,57 +45,57 @@ impl KeySet {
     }
 }
 
-/// What becomes of a body without a Content-Type.
+/// What to do with a body without a Content-Type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UntypedBody {
-    /// Watched by every reader that could take it, and forwarded as it came.
+    /// Scanned as every format that a backend could take it for, and forwarded unchanged.
     Watch,
     Refuse,
-    /// Forwarded as `application/octet-stream`, which RFC 9110 lets a recipient assume.
+    /// Forwarded as `application/octet-stream`, which RFC 9110 allows a recipient to assume.
     OctetStream,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BodyFault {
-    /// A field that the backend would read instead of what tollgate judged.
+    /// A field that the backend would use instead of what tollgate judged.
     Field(Key),
-    /// A type that only some readers would take for one of the types that they read.
+    /// A Content-Type that only some backends accept as form, multipart or JSON.
     Type,
-    /// No type, where one is asked for.
+    /// No Content-Type, where one is required.
     Untyped,
-    /// A body that is not of its type's grammar: readers make different things of it.
+    /// A body that does not follow the grammar of its type, so that backends parse it differently.
     Ambiguous,
-    /// A charset in which names have other bytes.
+    /// A charset that changes the bytes of names.
     Charset,
-    /// A Content-Encoding, under which the names can't be seen.
+    /// A Content-Encoding, which hides the names.
     Coding,
 }
 
-/// What a request's head says of its body.
+/// What a request's head says about its body.
 #[derive(Clone, Copy, Debug)]
 pub struct BodyHead<'a> {
     /// The value of Content-Type; `None` without one.
     pub content_type: Option<&'a [u8]>,
     /// A Content-Encoding other than `identity`.
     pub coded: bool,
-    /// Rack reads a POST without a type as a form. The method as it was sent: an override does not change this.
+    /// Rack parses a POST without a type as a form. The method as sent: an override does not change this.
     pub is_post: bool,
-    /// The request lists, and its page bounds have been judged: a body must not bring others.
+    /// Page parameters in the query have been checked, so the body must not contain others.
     pub lists: bool,
 }
 
-/// Follows one body.
+/// Scans one body.
 #[derive(Clone, Debug)]
 pub struct BodyScanner {
     rules: Arc<BodyRules>,
     forbidden: KeySet,
-    /// Boxed: most requests have no body, and carry one pointer along.
+    /// Boxed, because most requests have no body and then carry one pointer only.
     readers: Box<Readers>,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Readers {
-    /// The head alone is reason enough to refuse the body, if there is one: many clients send a type with an empty body.
+    /// A fault of the head, for which any non-empty body is refused. Many clients send a Content-Type with an empty body.
     fault: Option<BodyFault>,
     form: Option<Form>,
     multipart: Option<Multipart>,
@@ -103,7 +103,7 @@ struct Readers {
 }
 
 impl BodyScanner {
-    /// Chooses how to read a body. Also returns the type to forward, where it is not the client's own bytes.
+    /// Chooses the parsers for a body. Also returns the Content-Type to forward, if it differs from the client's bytes.
     pub fn new(head: &BodyHead<'_>, rules: Arc<BodyRules>) -> (Self, Option<Vec<u8>>) {
         let mut forbidden = rules.forbidden;
         if head.lists && !seeded::off(Rule::BodyPages) {
@@ -114,12 +114,12 @@ impl BodyScanner {
         (Self { rules, forbidden, readers: Box::new(readers) }, forwarded)
     }
 
-    /// The fault of any body under this head, unless it is empty.
+    /// The fault of every non-empty body with this head.
     pub fn fault(&self) -> Option<BodyFault> {
         self.readers.fault
     }
 
-    /// Reads the next bytes. After an error the request must not reach the backend whole.
+    /// Scans the next bytes. After an error the complete request must not reach the backend.
     pub fn feed(&mut self, chunk: &[u8]) -> Result<(), BodyFault> {
         if chunk.is_empty() {
             return Ok(());
@@ -144,7 +144,7 @@ impl BodyScanner {
         Ok(())
     }
 
-    /// Must be called before the last byte goes on: a name may end with the body.
+    /// Must be called before the last byte is forwarded: a name may end with the body.
     pub fn finish(&mut self) -> Result<(), BodyFault> {
         let judge = Judge { names: &self.rules.names, forbidden: self.forbidden };
         let Readers { fault: _, form, multipart, json } = &mut *self.readers;
@@ -181,7 +181,7 @@ impl Readers {
             },
         };
         let MediaType { kind, canonical } = media;
-        // A coded body of a type that nobody reads (git's packs, images) goes on: the names in it are nobody's parameters.
+        // A compressed body of a type that no backend parses into parameters (git's packs, images) passes.
         if head.coded && !matches!(kind, Kind::Opaque) && !seeded::off(Rule::Coding) {
             return refuse(BodyFault::Coding);
         }
@@ -196,7 +196,7 @@ impl Readers {
     }
 }
 
-/// Says whether a name may stand in the body.
+/// Decides whether a name may occur in the body.
 #[derive(Clone, Copy)]
 struct Judge<'r> {
     names: &'r Names,
@@ -204,7 +204,7 @@ struct Judge<'r> {
 }
 
 impl Judge<'_> {
-    /// A name as forms have it, with `%` escapes.
+    /// A form-encoded name, with `%` escapes.
     fn encoded(self, name: &[u8]) -> Result<(), BodyFault> {
         if self.is_too_short(name) {
             return Ok(());
@@ -212,7 +212,7 @@ impl Judge<'_> {
         self.refuse(self.names.key_of(name).map(|(key, _)| key))
     }
 
-    /// A name in plain text.
+    /// A decoded name.
     fn plain(self, name: &[u8]) -> Result<(), BodyFault> {
         if self.is_too_short(name) {
             return Ok(());
@@ -220,14 +220,14 @@ impl Judge<'_> {
         self.refuse(self.names.key_of_decoded(name).map(|(key, _)| key))
     }
 
-    /// The configured name may have capitals itself, which a reader that ignores case folds as well.
+    /// The configured name may contain upper-case letters itself, which a case-insensitive parser folds as well.
     fn token_in_any_case(self, name: &[u8]) -> Result<(), BodyFault> {
         let token = self.names.token.as_bytes();
         let same = name.len() == token.len() && name.eq_ignore_ascii_case(token);
         if same && !seeded::off(Rule::JsonNames) { self.refuse(Some(Key::Token)) } else { Ok(()) }
     }
 
-    /// Every reader strips from a name or decodes it, and none makes it longer: `page` and `sudo` are the shortest.
+    /// Parsers strip or decode a name but never make it longer, and `page` and `sudo` are the shortest fixed names.
     fn is_too_short(self, name: &[u8]) -> bool {
         name.len() < 4 && name.len() < self.names.token.len()
     }

@@ -1,6 +1,6 @@
-//! Holds a multipart body to one grammar: the one that the real clients use, and that all readers take in the same way.
-//! CRLF only; the delimiter stands nowhere but between parts; each part has one `Content-Disposition: form-data` with one
-//! `name`. Where readers still differ, every name that one of them would find is judged.
+//! Checks a multipart body against the grammar that real clients use and that all known parsers read in the same way:
+//! CRLF only, the delimiter only between parts, and in each part one `Content-Disposition: form-data` with one `name`.
+//! Where parsers still differ, every name that one of them would find is checked.
 
 use super::super::head::is_token_byte;
 use super::super::query::form_decode;
@@ -12,9 +12,9 @@ use smallvec::SmallVec;
 /// The header block of one part.
 const MAX_PART_HEAD_BYTES: usize = 16 * 1024;
 const MAX_PART_FIELDS: usize = 16;
-/// The words `name` with a `=` behind them in one disposition: one, unless somebody plays with file names.
+/// Occurrences of `name=` in one disposition. Ordinary clients have one; a file name may contain more.
 const MAX_NAMES: usize = 4;
-/// How much of a chunk is joined to what was kept from the one before.
+/// How much of a chunk is appended at a time to what was buffered from the chunk before.
 const JOIN: usize = 256;
 
 #[derive(Clone, Debug)]
@@ -22,10 +22,10 @@ pub(super) struct Multipart {
     /// `--` and the boundary.
     delimiter: Finder<'static>,
     words: Words,
-    place: MultipartState,
-    /// Bytes that can't be judged before more have come: a part's head, or the end of a content.
-    kept: Vec<u8>,
-    /// How much of a head was searched for its end.
+    state: MultipartState,
+    /// Bytes that cannot be judged before more arrive: the head of a part, or the end of its content.
+    pending: Vec<u8>,
+    /// How much of a part's head has been searched for its end.
     searched: usize,
     has_begun: bool,
 }
@@ -34,10 +34,10 @@ pub(super) struct Multipart {
 enum MultipartState {
     /// Before the first delimiter, which only one CRLF may precede.
     Start,
-    BehindDelimiter,
+    AfterDelimiter,
     PartHead,
     Content,
-    /// Behind the last delimiter, where one or two CRLF may follow.
+    /// After the last delimiter, where one or two CRLF may follow.
     End,
 }
 
@@ -49,8 +49,8 @@ impl Multipart {
         Self {
             delimiter,
             words: Words::new(),
-            place: MultipartState::Start,
-            kept: Vec::new(),
+            state: MultipartState::Start,
+            pending: Vec::new(),
             searched: 0,
             has_begun: false,
         }
@@ -59,28 +59,28 @@ impl Multipart {
     pub(super) fn feed(&mut self, chunk: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
         self.has_begun = true;
         let mut rest = chunk;
-        let mut kept = std::mem::take(&mut self.kept);
+        let mut pending = std::mem::take(&mut self.pending);
         loop {
-            if kept.is_empty() {
+            if pending.is_empty() {
                 match self.step(rest, judge)? {
                     Some(used) => rest = &rest[used..],
                     None => {
-                        kept.extend_from_slice(rest);
+                        pending.extend_from_slice(rest);
                         break;
                     }
                 }
                 continue;
             }
-            let old = kept.len();
+            let old = pending.len();
             let (now, later) = rest.split_at(rest.len().min(JOIN));
-            kept.extend_from_slice(now);
-            match self.step(&kept, judge)? {
+            pending.extend_from_slice(now);
+            match self.step(&pending, judge)? {
                 Some(used) if used >= old => {
-                    kept.clear();
+                    pending.clear();
                     rest = &rest[used - old..];
                 }
                 Some(used) => {
-                    kept.drain(..used);
+                    pending.drain(..used);
                     rest = later;
                 }
                 None => {
@@ -91,19 +91,19 @@ impl Multipart {
                 }
             }
         }
-        self.kept = kept;
+        self.pending = pending;
         Ok(())
     }
 
     pub(super) fn finish(&self) -> Result<(), BodyFault> {
-        let ended = self.place == MultipartState::End && matches!(self.kept.as_slice(), b"" | b"\r\n" | b"\r\n\r\n");
+        let ended = self.state == MultipartState::End && matches!(self.pending.as_slice(), b"" | b"\r\n" | b"\r\n\r\n");
         if ended || !self.has_begun { Ok(()) } else { Err(BodyFault::Ambiguous) }
     }
 
-    /// Reads on in `data` and says how many bytes are done with; `None` when more are needed first.
+    /// Processes `data` and returns how many bytes are done; `None` if more are needed first.
     fn step(&mut self, data: &[u8], judge: Judge<'_>) -> Result<Option<usize>, BodyFault> {
         let delimiter = self.delimiter.needle();
-        match self.place {
+        match self.state {
             MultipartState::Start => {
                 let lead = match data {
                     [] | [b'\r'] => return Ok(None),
@@ -113,7 +113,7 @@ impl Multipart {
                 let seen = &data[lead..];
                 if !seen.starts_with(&delimiter[..delimiter.len().min(seen.len())]) {
                     if seeded::off(Rule::PartStart) {
-                        self.place = MultipartState::Content;
+                        self.state = MultipartState::Content;
                         return Ok(Some(0));
                     }
                     return AMBIGUOUS;
@@ -121,11 +121,11 @@ impl Multipart {
                 if seen.len() < delimiter.len() {
                     return Ok(None);
                 }
-                self.place = MultipartState::BehindDelimiter;
+                self.state = MultipartState::AfterDelimiter;
                 Ok(Some(lead + delimiter.len()))
             }
-            MultipartState::BehindDelimiter => {
-                self.place = match data {
+            MultipartState::AfterDelimiter => {
+                self.state = match data {
                     [] | [b'\r'] | [b'-'] => return Ok(None),
                     [b'\r', b'\n', ..] => MultipartState::PartHead,
                     [b'-', b'-', ..] => MultipartState::End,
@@ -142,7 +142,7 @@ impl Multipart {
                         return AMBIGUOUS;
                     }
                     self.words.judge_head(head, judge)?;
-                    self.place = MultipartState::Content;
+                    self.state = MultipartState::Content;
                     Ok(Some(end + 4))
                 }
                 None if data.len() <= MAX_PART_HEAD_BYTES + 3 => {
@@ -152,9 +152,9 @@ impl Multipart {
                 _ => AMBIGUOUS,
             },
             MultipartState::Content => match self.delimiter.find(data) {
-                // The CRLF in front is the content's end and never that of the part's head.
+                // The CRLF before the delimiter ends the content, and is never the one that ends the part's head.
                 Some(at) if at >= 2 && &data[at - 2..at] == b"\r\n" => {
-                    self.place = MultipartState::BehindDelimiter;
+                    self.state = MultipartState::AfterDelimiter;
                     Ok(Some(at + delimiter.len()))
                 }
                 Some(at) if seeded::off(Rule::Delimiter) => Ok(Some(at + delimiter.len())),
@@ -174,7 +174,7 @@ impl Multipart {
     }
 }
 
-/// What is looked for in the head of a part, and room for the head in lower case.
+/// The search patterns for the head of a part, and a buffer for the head in lower case.
 #[derive(Clone, Debug)]
 struct Words {
     blank_line: Finder<'static>,
@@ -195,7 +195,7 @@ impl Words {
         }
     }
 
-    /// Holds a part's head to the grammar and judges its name.
+    /// Checks a part's head against the grammar, and its name.
     fn judge_head(&mut self, head: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
         let (mut value, mut content_type) = (None, &b""[..]);
         let mut names: SmallVec<[&[u8]; MAX_PART_FIELDS]> = SmallVec::new();
@@ -220,32 +220,32 @@ impl Words {
         let value = value.ok_or(BodyFault::Ambiguous)?;
         self.lower.clear();
         self.lower.extend(value.iter().map(u8::to_ascii_lowercase));
-        let places = self.named_places(value).ok_or(BodyFault::Ambiguous)?;
+        let positions = self.name_positions(value).ok_or(BodyFault::Ambiguous)?;
         let disposition = Disposition::parse(value).ok_or(BodyFault::Ambiguous)?;
         disposition.judge(judge)?;
-        for at in places.into_iter().filter(|at| *at != disposition.name_at + b"name=".len()) {
+        for at in positions.into_iter().filter(|at| *at != disposition.name_at + b"name=".len()) {
             if seeded::off(Rule::PartName) {
                 break;
             }
             let text = &value[at..];
-            let run = &text[..text.iter().position(|b| !is_old_token_byte(*b)).unwrap_or(text.len())];
+            let run = &text[..text.iter().position(|b| !is_rack_token_byte(*b)).unwrap_or(text.len())];
             judge.plain(run)?;
             // Formidable ends it at these as well.
             judge.plain(&run[..memchr::memchr3(b'@', b'{', b'}', run).unwrap_or(run.len())])?;
-            let name = old_value(text);
+            let name = rack1_value(text);
             judge.plain(name)?;
             if name.contains(&b'\\') {
                 judge.plain(&without_backslashes(name))?;
             }
         }
-        // Rack looks for that text anywhere in the head.
+        // Rack searches for this text anywhere in the head.
         self.lower.clear();
         self.lower.extend(head.iter().map(u8::to_ascii_lowercase));
         if self.disposition.find_iter(&self.lower).take(2).count() != 1 {
             return Err(BodyFault::Ambiguous);
         }
-        if disposition.is_named_otherwise(value) {
-            // Rack then names the field after what it finds first of these.
+        if disposition.is_unnamed_to_rack(value) {
+            // Rack then takes the first of these as the field's name.
             for at in self.id.find_iter(&self.lower) {
                 let value = &head[at + b"content-id:".len()..];
                 let value = value[..memchr::memchr(b'\r', value).unwrap_or(value.len())].trim_ascii();
@@ -258,11 +258,10 @@ impl Words {
         Ok(())
     }
 
-    /// Where a value stands behind a word `name` and `=` in a disposition, which stands in `lower` in lower case. Some
-    /// reader takes each of them for the name, in a file name too: Rack 1 the last one behind a blank, Rack 3 one behind
-    /// a raw quote, Formidable the first one. Readers differ most in where a quoted value ends, so behind a `;` there must
-    /// be one only.
-    fn named_places(&self, value: &[u8]) -> Option<SmallVec<[usize; MAX_NAMES]>> {
+    /// The positions of the values after `name=` in a disposition, whose lower-case copy is in `lower`. Some parser takes
+    /// each of them as the name, even within a file name: Rack 1 the last one after a blank, Rack 3 one after a raw quote,
+    /// Formidable the first one. Parsers differ most in where a quoted value ends, so exactly one may follow a `;`.
+    fn name_positions(&self, value: &[u8]) -> Option<SmallVec<[usize; MAX_NAMES]>> {
         let mut found = SmallVec::new();
         let mut parameters = 0;
         for at in self.name.find_iter(&self.lower) {
@@ -270,8 +269,8 @@ impl Words {
             if before.last().is_none_or(|b| b.is_ascii_alphanumeric() || *b == b'_') {
                 continue;
             }
-            let behind = &value[at + b"name".len()..];
-            let loose = skip_blanks(behind);
+            let after = &value[at + b"name".len()..];
+            let loose = skip_blanks(after);
             let loose = skip_blanks(loose.strip_prefix(b"*").unwrap_or(loose));
             if loose.first() != Some(&b'=') {
                 continue;
@@ -286,18 +285,18 @@ impl Words {
     }
 }
 
-/// A byte of what Rack calls a token.
-fn is_old_token_byte(byte: u8) -> bool {
+/// A token byte as Rack defines it.
+fn is_rack_token_byte(byte: u8) -> bool {
     byte > b' ' && !br#"()<>,;:\"/[]?="#.contains(&byte)
 }
 
-/// The value behind `name=`, as Rack 1.4 ends it.
-fn old_value(text: &[u8]) -> &[u8] {
+/// The value after `name=`, as Rack 1.4 delimits it.
+fn rack1_value(text: &[u8]) -> &[u8] {
     let text = text.strip_prefix(b"\"").unwrap_or(text);
     &text[..memchr::memchr2(b'"', b';', text).unwrap_or(text.len())]
 }
 
-/// Name and value of one line.
+/// The name and value of one header line.
 fn field(line: &[u8]) -> Option<(&[u8], &[u8])> {
     let (name, value) = line.split_at(memchr::memchr(b':', line)?);
     let value = &value[1..];
@@ -309,7 +308,7 @@ fn field(line: &[u8]) -> Option<(&[u8], &[u8])> {
 #[derive(Default)]
 struct Disposition<'a> {
     name: &'a [u8],
-    /// Where the parameter `name` stands in the value.
+    /// Position of the parameter `name` in the value.
     name_at: usize,
     filename: Option<&'a [u8]>,
     extended_filename: Option<&'a [u8]>,
@@ -374,8 +373,8 @@ impl<'a> Disposition<'a> {
         if self.name.contains(&b'%') { judge.encoded(self.name) } else { Ok(()) }
     }
 
-    /// Rack 2 finds no name behind a `:`, and Rack 1 none without a blank before it.
-    fn is_named_otherwise(&self, value: &[u8]) -> bool {
+    /// Whether Rack does not find the name: Rack 2 finds none after a `:`, Rack 1 none without a blank before it.
+    fn is_unnamed_to_rack(&self, value: &[u8]) -> bool {
         let before = &value[..self.name_at];
         before.contains(&b':') || !before.ends_with(b" ")
     }
@@ -398,7 +397,7 @@ impl<'a> Disposition<'a> {
     }
 }
 
-/// A parameter's value as a token or in quotes without escapes, and what follows.
+/// A parameter's value, a token or quoted without escapes, and the rest of the text.
 fn plain_value(text: &[u8]) -> Option<(&[u8], &[u8])> {
     if let Some(quoted) = text.strip_prefix(b"\"") {
         let end = memchr::memchr2(b'"', b'\\', quoted)?;
@@ -408,8 +407,8 @@ fn plain_value(text: &[u8]) -> Option<(&[u8], &[u8])> {
     (end > 0).then(|| text.split_at(end))
 }
 
-/// A file name: as above, or in quotes with escapes. Clients leave quotes and backslashes in it as they are: where no
-/// other parameter can follow, that is the same to all readers.
+/// A file name: as above, or quoted with escapes. Some clients do not escape quotes and backslashes in it; if no other
+/// parameter can follow, all parsers read it in the same way.
 fn file_name(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let Some(quoted) = text.strip_prefix(b"\"") else { return plain_value(text) };
     let mut at = 0;

@@ -1,4 +1,4 @@
-//! Bodies and types as tables: what passes, what is found, what is refused. Every body is cut into chunks in many ways.
+//! Tables of bodies and types: what passes, what is found, what is refused. Every body is split into chunks in many ways.
 
 use super::*;
 
@@ -21,7 +21,7 @@ fn run<'a>(scanner: &BodyScanner, chunks: impl Iterator<Item = &'a [u8]>) -> Res
     scanner.finish()
 }
 
-/// The verdict under this head, the same however the body is cut.
+/// The result under this head, which must not depend on how the body is split into chunks.
 fn judged(head: &BodyHead<'_>, body: &[u8]) -> Result<(), BodyFault> {
     let (scanner, _) = BodyScanner::new(head, rules(UntypedBody::Watch));
     let whole = run(&scanner, std::iter::once(body));
@@ -49,7 +49,7 @@ fn verdict(content_type: &str, body: impl AsRef<[u8]>) -> Result<(), BodyFault> 
     judged(&head(Some(content_type.as_bytes())), body.as_ref())
 }
 
-/// Xorshift: the same sequence at every run.
+/// Xorshift: the same sequence in every run.
 struct Random(u64);
 
 impl Random {
@@ -62,7 +62,7 @@ impl Random {
 const FOUND: Result<(), BodyFault> = Err(BodyFault::Field(Key::Token));
 const AMBIGUOUS: Result<(), BodyFault> = Err(BodyFault::Ambiguous);
 
-/// What real clients sent: the request's head and its body, chunks taken off.
+/// What real clients sent: the head of the request and its body without chunk framing.
 fn captures() -> Vec<(String, Vec<u8>)> {
     let mut rest: &[u8] = include_bytes!("../../../tests/bodies/captures");
     let mut found = Vec::new();
@@ -77,8 +77,8 @@ fn captures() -> Vec<(String, Vec<u8>)> {
     found
 }
 
-/// Names of the real requests that are refused. `tests/bodies/refused.tsv` has the reasons; the clients' users chose these
-/// names by hand: with ordinary field and file names, none of these clients is refused.
+/// Names of the real requests that are refused. `tests/bodies/refused.tsv` has the reasons. Their field and file names are
+/// unusual: with ordinary names, none of these clients is refused.
 fn refused_knowingly() -> Vec<String> {
     let text = include_str!("../../../tests/bodies/refused.tsv");
     text.lines().map(|line| line.split_once('\t').unwrap().0.to_owned()).collect()
@@ -157,14 +157,14 @@ fn readable_types_are_forwarded_in_one_spelling() {
             "multipart/form-data; boundary=\"Upload----11/27/2026 23:21:37\"",
         ),
         ("multipart/mixed; boundary=b", "multipart/mixed; boundary=b"),
-        // Nobody's parameters: byte for byte.
+        // Types that no backend parses into parameters are forwarded byte for byte.
         ("text/plain;charset=UTF-8", "text/plain;charset=UTF-8"),
         ("Text/HTML;Charset=x", "Text/HTML;Charset=x"),
         ("image/PNG", "image/PNG"),
         ("application/x-git-upload-pack-request", "application/x-git-upload-pack-request"),
         ("text/plain; charset=utf-16le", "text/plain; charset=utf-16le"),
         ("application/octet-stream; boundary=x", "application/octet-stream; boundary=x"),
-        // Nobody's type: watched as if there were none.
+        // Types that no backend recognises are scanned like a missing one.
         ("text", "text"),
         ("*/*, text/plain", "*/*, text/plain"),
         ("image/png;q", "image/png;q"),
@@ -352,7 +352,7 @@ fn forms() {
     }
     assert_eq!(verdict(form, "x".repeat(100_000)), Ok(()));
     assert_eq!(verdict(form, "&".repeat(100_000)), Ok(()));
-    // JSON by `curl -d`, which early Grape reads whatever the type says.
+    // JSON sent by `curl -d`, which early Grape parses whatever the type says.
     assert_eq!(verdict(form, "{\"a\":\"&\",\"private_token\":1}"), FOUND);
     for (body, key) in
         [("a=1&sudo=root", Key::Sudo), ("_method=delete", Key::Method), ("access_token=x", Key::AccessToken)]
@@ -413,7 +413,7 @@ fn json_objects() {
     }
 }
 
-/// No JSON as the standard has it. What no reader takes for JSON is let go where the type does not say JSON.
+/// Not standard JSON. Where the type does not say JSON, a body that no parser accepts as JSON passes.
 #[test]
 fn a_configured_name_with_capitals_counts_in_any_letter_case() {
     let rules = Arc::new(BodyRules {
@@ -473,7 +473,7 @@ fn json_that_is_none() {
         assert_eq!(verdict("application/json", body), AMBIGUOUS, "{body}");
         assert_eq!(verdict("text/plain", body), Ok(()), "{body}");
     }
-    // Some reader takes these for an object, so they are followed where nobody has claimed JSON.
+    // Some parser reads these as an object, so they are scanned even if the type does not say JSON.
     for body in [
         "{/*\"*/\"private_token\":1}",
         "{\"a\":1/*\"*/,\"private_token\":1}",
@@ -484,7 +484,7 @@ fn json_that_is_none() {
         "{\"a\":1,,\"private_token\":1}",
         "{,\"private_token\":1}",
         "\u{b}{\u{c}\"private_token\":1}",
-        // yajl reads one document after the other, and the last one counts.
+        // yajl parses one document after the other, and the last one counts.
         "{\"a\":1}{\"private_token\":1}",
         "{}[1] 1-2 null\"x\"/**/true{\"private_token\":1}",
         "[{\"a\":1}]\n{\"private_token\":1}",
@@ -497,7 +497,7 @@ fn json_that_is_none() {
         assert_eq!(verdict("text/plain", body), FOUND, "{body}");
         assert_eq!(judged(&head(None), body.as_bytes()), FOUND, "{body}");
     }
-    // yajl gives the innermost object that is open where a document is cut short.
+    // yajl returns the innermost open object of a truncated document.
     for body in [
         "{\"a\":{\"private_token\":1",
         "[{\"private\\u005ftoken\":1,\"b\":[1,",
@@ -507,7 +507,7 @@ fn json_that_is_none() {
         assert_eq!(verdict("application/json", body), AMBIGUOUS, "{body}");
         assert_eq!(verdict("text/plain", body), FOUND, "{body}");
     }
-    // Readers differ in where these comments end.
+    // Parsers differ in where these comments end.
     for body in
         ["{//\r\"private_token\":1}", "{//\u{c}\"private_token\":1}", "{//\0\"a\":1}", "{\"a\":1}//x\r", "//x\0\n{}"]
     {
@@ -656,13 +656,13 @@ fn names_of_parts() {
         "Content-Disposition: form-data; name=\"private token\"",
         "Content-Disposition: form-data; name=\"private%5Ftoken\"",
         "Content-Type: text/plain\r\nContent-Disposition: form-data; name=\"private_token\"\r\nX-Y: \tz",
-        // Rack 3's, behind a raw quote, and Formidable's, the first one.
+        // Rack 3 takes the one after a raw quote, Formidable the first one.
         "Content-Disposition: form-data; name=\"a\"; filename=\"x\"name=\"private_token\"\"",
         "Content-Disposition: form-data; filename=\"name=private_token\"; name=\"a\"",
         "Content-Disposition: form-data; filename=\"name=private_token{x\"; name=\"a\"",
         "Content-Disposition: form-data; filename=\"name=private_token@x\"; name=\"a\"",
         "Content-Disposition: form-data; filename=\"x-name=private_token y\"; name=\"a\"",
-        // Old Rack's names: what stands behind a blank and `name=`, wherever.
+        // Old Rack takes what follows a blank and `name=`, wherever it occurs.
         "Content-Disposition: form-data; name=\"a\"; filename=\"x name=private_token\"",
         "Content-Disposition: form-data; name=\"a\"; filename=\"x\" name=\"private_token\"",
         "Content-Disposition: form-data; name=\"a\"; filename=\"x\" name=\"private\\_token\"",
@@ -670,7 +670,7 @@ fn names_of_parts() {
         "Content-Disposition: form-data;name=\"a\"; filename=\"private_token\"",
         "Content-Disposition: form-data;name=\"a\"\r\nContent-ID: private_token",
         "Content-Disposition: form-data;name=\"a\"\r\nContent-ID: <private_token>",
-        // Rack 2's: the file's name, where a `:` stands before `name`.
+        // Rack 2 takes the file's name if a `:` precedes `name`.
         "Content-Disposition: form-data; filename=\"private_token\"; modification-date=\"Fri, 27 Nov 2026 23:21:37 GMT\"; size=12; name=\"file\"",
         "Content-Disposition: form-data; filename=\"private%5ftoken[]\"; modification-date=\"23:21\"; name=\"file\"",
         "Content-Disposition: form-data; filename=\"private\\_token\"; modification-date=\"23:21\"; name=\"file\"",
