@@ -1,22 +1,22 @@
-//! The time, and the one place that reads the clocks. Knows nothing else.
+//! The time. The only place that reads the clocks.
 
 use nix::time::{ClockId, clock_gettime};
 use std::time::{Duration, SystemTime};
 
-/// A moment, read once for each request. Stages take it as an argument, so that tests own the time.
+/// A point in time, read once per request. Stages take it as an argument, so that tests control it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Now {
-    /// Milliseconds of a clock that only goes forward, from an arbitrary start: for lifetimes. It goes on while the
-    /// process is stopped and while the machine is suspended.
+    /// Milliseconds of a monotonic clock, for lifetimes. It continues while the process is stopped and while the machine is
+    /// suspended.
     pub mono_ms: u64,
-    /// Unix milliseconds: for dates in records and logs.
+    /// Milliseconds since the Unix epoch, for dates in records and logs.
     pub unix_ms: u64,
 }
 
 /// Reads both clocks.
 pub fn now() -> Now {
-    // Not `Instant`, whose clock stands still while the machine is suspended: what was known before would seem young.
-    // Every Linux since 2.6.39 has this one.
+    // Not `Instant`: its clock (CLOCK_MONOTONIC) stops while the machine is suspended, so cache entries would live too long.
+    // CLOCK_BOOTTIME exists since Linux 2.6.39.
     let mono = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
     let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Now { mono_ms: mono.as_millis() as u64, unix_ms: unix.as_millis() as u64 }
@@ -27,12 +27,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_clock_counts_since_the_machine_was_started() {
+    fn the_clock_counts_from_the_boot_of_the_machine() {
         let before = now();
         let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
         let seconds: f64 = uptime.split(' ').next().unwrap().parse().unwrap();
         let after = now();
-        // /proc/uptime is the same clock, cut to hundredths.
+        // /proc/uptime shows the same clock, in hundredths of a second.
         let uptime = (seconds * 1000.0) as u64;
         assert!((before.mono_ms - 10..=after.mono_ms + 10).contains(&uptime), "{before:?} {uptime} {after:?}");
         assert!(before.mono_ms <= after.mono_ms && before.mono_ms > 0);

@@ -1,4 +1,4 @@
-//! The exit code, and the allocator that measured best (benches/README.md).
+//! The entry point: the exit code, and the allocator (chosen by measurement, benches/README.md).
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -263,7 +263,7 @@ fn forgetting_takes_the_logs_digits() {
     .enumerate()
     {
         let answer = gateway.admin_post(&format!("/cache/forget?{query}"));
-        assert_eq!((answer.status, answer.text().starts_with("1 token is")), (200, true), "{query}: {}", answer.text());
+        assert_eq!((answer.status, answer.text().starts_with("1 token removed")), (200, true), "{query}: {}", answer.text());
         assert_eq!((status(&gateway, GOOD), status(&gateway, OTHER)), (200, 200));
         assert_eq!(known(&gateway), 3.0 + index as f64, "{query}");
     }
@@ -301,7 +301,7 @@ fn a_reload_says_which_keys_take_a_restart() {
     let gateway = Gateway::start(upstream.address, more);
     assert_eq!(
         said(&reload(&gateway, &[])),
-        (Some(0), "reloaded; the file holds no other change that can be put in force\n".into())
+        (Some(0), "reloaded; no settings changed that can take effect without a restart\n".into())
     );
     let original = std::fs::read_to_string(gateway.folder.0.join("tollgate.toml")).unwrap();
     let elsewhere = format!("127.0.0.1:{}", free_port());
@@ -319,7 +319,7 @@ fn a_reload_says_which_keys_take_a_restart() {
         let address = gateway.admin.to_string();
         let (code, text) = said(&reload(&gateway, &["--admin", &address]));
         assert_eq!(code, Some(2), "{text}");
-        assert!(text.contains(&format!("not in force before a restart: {restart}\n")), "{text}");
+        assert!(text.contains(&format!("not in force until a restart: {restart}\n")), "{text}");
         eventually("the log says so too", || {
             let log = gateway.process_log();
             log.lines().last().is_some_and(|line| line.contains(restart) && line.contains("restart"))

@@ -1,5 +1,5 @@
-//! What the operator may ask on the admin listener, as plain functions. Knows no socket; nothing here is ever served on
-//! the API listeners.
+//! The requests that the admin listener serves, as plain functions. Knows no socket; nothing here is ever served on the
+//! API listeners.
 
 use crate::Now;
 use crate::pipeline::Pipeline;
@@ -8,10 +8,10 @@ use crate::request::view::{FieldKind, Method, RequestView};
 use crate::store::credential::DigestPrefix;
 use crate::store::rfc3339;
 
-/// What the answers are made of.
+/// What the responses are made from.
 pub struct Operator<'a> {
     pub pipeline: &'a Pipeline,
-    /// Names that it answers to besides IP addresses and localhost, in lower case.
+    /// Host names that the listener accepts besides IP addresses and localhost, in lower case.
     pub hosts: &'a [String],
     pub ready: bool,
     pub started_unix_ms: u64,
@@ -20,19 +20,19 @@ pub struct Operator<'a> {
 
 pub enum Action {
     Respond(AdminResponse),
-    /// Reload the configuration and answer with [`reloaded`].
+    /// Reload the configuration and respond with [`reloaded`].
     Reload {
-        /// The answer is for a program.
+        /// Respond with JSON.
         json: bool,
     },
 }
 
-/// What a reload did.
+/// The result of a reload.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reloaded {
     /// Keys whose new values are in force.
     pub applied: Vec<String>,
-    /// Keys whose new values take a restart.
+    /// Keys whose new values need a restart.
     pub restart: Vec<String>,
 }
 
@@ -40,12 +40,12 @@ pub struct Reloaded {
 pub struct AdminResponse {
     status: u16,
     content_type: &'static str,
-    /// What a 405 must say.
+    /// The value of Allow, which a 405 must have.
     allow: Option<&'static str>,
     body: String,
 }
 
-/// Why a request was not read to its end.
+/// Why a request could not be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unread {
     TooLarge,
@@ -60,26 +60,26 @@ GET  /healthz                   200 while the process serves
 GET  /readyz                    200 while requests are taken, 503 while draining
 GET  /status                    version, uptime, store and cache as JSON
 POST /reload                    reload the configuration
-POST /cache/forget              forget every token that was looked up
-POST /cache/forget?sha256=HEX   forget the tokens whose SHA-256 begins with these 12 to 64 hex digits
+POST /cache/forget              remove every token from the cache
+POST /cache/forget?sha256=HEX   remove the tokens whose SHA-256 begins with these 12 to 64 hex digits
 ";
 
 pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
-    // A page in a browser can make it send requests here under a name that resolves to this machine.
+    // DNS rebinding: a web page can make a browser send requests here under a host name that resolves to this machine.
     if !is_own_name(view.host, operator.hosts) {
-        let why = "This listener answers to an IP address or localhost only. To ask it by another name, list that name in \
-                   [admin] hosts and reload.\n";
+        let why = "This listener accepts an IP address or localhost as Host. To use another name, add it to [admin] hosts \
+                   and reload.\n";
         return text(403, why).into();
     }
     if view.fields_of(FieldKind::Origin).any(|origin| !is_own_origin(origin.value, view.host)) {
-        let why = "This listener does not answer to web pages of another origin. A program sends no Origin header, or \
-                   http:// and the Host that it asks for.\n";
+        let why = "This listener refuses requests of web pages from other origins. Send no Origin header, or http:// and \
+                   the value of Host.\n";
         return text(403, why).into();
     }
     let reads = matches!(view.method, Method::Get | Method::Head);
     match (view.path(), view.method) {
         (b"/", _) if reads => text(200, PAGES).into(),
-        // HAProxy's `option httpchk` asks this if it is not told otherwise.
+        // The default request of HAProxy's `option httpchk`.
         (b"/", Method::Options) => readiness(operator).allowing("GET, HEAD, OPTIONS").into(),
         (b"/metrics", _) if reads => metrics(operator).into(),
         (b"/healthz", _) if reads => text(200, "ok\n").into(),
@@ -89,24 +89,24 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
         (b"/cache/forget", Method::Post) => forget(view.query(), operator).into(),
         (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status", _) => not_allowed("GET, HEAD"),
         (b"/reload" | b"/cache/forget", _) => not_allowed("POST"),
-        _ => text(404, "Not found; GET / lists what there is.\n").into(),
+        _ => text(404, "Not found. GET / lists the available requests.\n").into(),
     }
 }
 
-/// The answer to what could not be read as a request.
+/// The response to bytes that could not be read as a request.
 pub fn unreadable(why: Unread) -> AdminResponse {
     match why {
-        Unread::TooLarge => text(431, "The head of the request is larger than 16 KiB.\n"),
-        Unread::TargetTooLong => text(414, "The target of the request is longer than 4 KiB.\n"),
-        Unread::TooSlow => text(408, "The head of the request was not whole after 5 seconds.\n"),
+        Unread::TooLarge => text(431, "The request head is larger than 16 KiB.\n"),
+        Unread::TargetTooLong => text(414, "The request target is longer than 4 KiB.\n"),
+        Unread::TooSlow => text(408, "The request head was not complete after 5 seconds.\n"),
         Unread::Malformed(HeadFault::RequestLine) => {
-            text(400, "Not a request: send `GET /healthz HTTP/1.1` or HTTP/1.0, lines ended by CRLF, without TLS.\n")
+            text(400, "Malformed request: expected `GET /healthz HTTP/1.1` or HTTP/1.0, CRLF line ends, no TLS.\n")
         }
-        Unread::Malformed(fault) => text(400, &format!("Not a request: {fault}.\n")),
+        Unread::Malformed(fault) => text(400, &format!("Malformed request: {fault}.\n")),
     }
 }
 
-/// The answer to a reload.
+/// The response to a reload.
 pub fn reloaded(result: Result<Reloaded, String>, json: bool) -> AdminResponse {
     let status = if result.is_ok() { 200 } else { 500 };
     if json {
@@ -131,7 +131,7 @@ pub fn reloaded(result: Result<Reloaded, String>, json: bool) -> AdminResponse {
         Ok(Reloaded { restart, .. }) if restart.is_empty() => text(status, "reloaded\n"),
         Ok(Reloaded { restart, .. }) => {
             let keys = restart.join(", ");
-            text(status, &format!("reloaded, but these changes take a restart and are not in force: {keys}\n"))
+            text(status, &format!("reloaded, but these changes need a restart and are not in force: {keys}\n"))
         }
         Err(why) => text(status, &format!("nothing changed: {why}\n")),
     }
@@ -143,7 +143,7 @@ fn wants_json(view: &RequestView<'_>) -> bool {
 }
 
 fn not_allowed(methods: &'static str) -> Action {
-    text(405, &format!("Method not allowed here, only {methods}; GET / lists what there is.\n"))
+    text(405, &format!("Method not allowed; use {methods}. GET / lists the available requests.\n"))
         .allowing(methods)
         .into()
 }
@@ -184,19 +184,19 @@ fn forget(query: Option<&[u8]>, operator: &Operator<'_>) -> AdminResponse {
     let authenticator = &operator.pipeline.authenticator;
     let Some(query) = query else {
         authenticator.forget_all();
-        return text(200, "every token is looked up again with its next request\n");
+        return text(200, "cache cleared; every token is looked up again on its next request\n");
     };
     let value = [b"sha256=".as_slice(), b"id=", b"token="].into_iter().find_map(|key| query.strip_prefix(key));
     let hex = value.and_then(|value| std::str::from_utf8(value).ok()).unwrap_or_default();
     let Some(prefix) = DigestPrefix::from_hex(hex) else {
-        let why = "Say ?sha256= and hex digits of the token's SHA-256: the first 12, as the access log's field `token` has \
-                   them, or more, up to all 64. The token itself does not belong here.\n";
+        let why = "Expected ?sha256= and the first 12 to 64 hex digits of the token's SHA-256; the access log's field \
+                   `token` has the first 12. Do not send the token itself.\n";
         return text(400, why);
     };
     match authenticator.forget_prefix(&prefix) {
-        0 => text(200, "no such token was in the cache: its next request asks the store\n"),
-        1 => text(200, "1 token is looked up again with its next request\n"),
-        count => text(200, &format!("{count} tokens are looked up again with their next requests\n")),
+        0 => text(200, "no such token in the cache; its next request asks the store\n"),
+        1 => text(200, "1 token removed; it is looked up again on its next request\n"),
+        count => text(200, &format!("{count} tokens removed; they are looked up again on their next request\n")),
     }
 }
 
@@ -214,7 +214,7 @@ fn is_own_name(host: &[u8], hosts: &[String]) -> bool {
         || hosts.iter().any(|own| own.eq_ignore_ascii_case(plain))
 }
 
-/// Whether a page of this origin is one of this listener's own: its scheme, and the Host that was asked for.
+/// Whether an origin is this listener's own: its scheme and the request's Host.
 fn is_own_origin(origin: &[u8], host: &[u8]) -> bool {
     let lower = |bytes: &[u8]| bytes.to_ascii_lowercase();
     let (origin, host) = (lower(origin), lower(host));

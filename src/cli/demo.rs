@@ -1,4 +1,4 @@
-//! `tollgate demo`: the whole thing at work, with a small backend of its own and a store that is gone afterwards.
+//! `tollgate demo`: runs the gateway with a small built-in backend and a temporary token store.
 
 use super::{Failure, token::new_token};
 use crate::request::head;
@@ -17,20 +17,20 @@ use std::sync::{Arc, Mutex};
 const PROJECTS: usize = 253;
 
 pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
-    process_log::start(LevelFilter::Warn)?;
+    process_log::start(LevelFilter::Warn, edge::FRAMEWORK_LOG_LEVELS)?;
     let probe = TcpListener::bind(listen)
-        .map_err(|error| anyhow!("{listen} can't be used: {error}; say another one with --listen"))?;
+        .map_err(|error| anyhow!("{listen} cannot be bound: {error}; choose another address with --listen"))?;
     drop(probe);
-    let backend = TcpListener::bind("127.0.0.1:0").context("a port for the backend")?;
-    let backend_address = backend.local_addr().context("the backend's address")?;
+    let backend = TcpListener::bind("127.0.0.1:0").context("cannot bind a port for the backend")?;
+    let backend_address = backend.local_addr().context("cannot read the backend's address")?;
     std::thread::Builder::new()
         .name("demo-backend".into())
         .spawn(move || serve(&backend))
-        .context("the backend's thread")?;
-    // Bound and let go again: free enough for a demo.
+        .context("cannot start the backend's thread")?;
+    // Bound and closed again: another process could take the port before the gateway does, which is good enough for a demo.
     let admin = TcpListener::bind("127.0.0.1:0")
         .and_then(|listener| listener.local_addr())
-        .context("a port for the admin listener")?;
+        .context("cannot bind a port for the admin listener")?;
 
     let folder = Folder::new()?;
     let text = format!(
@@ -41,7 +41,7 @@ pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
     let token = new_token()?;
     let record = TokenRecord {
         scopes: vec!["api".into()],
-        description: "made by tollgate demo".into(),
+        description: "created by tollgate demo".into(),
         created: edge::now().unix_ms / 1000,
         ..TokenRecord::new(Digest::of(token.as_bytes()), "demo")
     };
@@ -52,16 +52,16 @@ pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
     let running = assembly::assemble(settings, None)?;
 
     let url = format!("http://{listen}/api/v3");
-    println!("tollgate serves http://{listen} in front of a demo backend. Ctrl-C ends it. Try:\n");
-    println!("  with the token in the header");
+    println!("tollgate listens on http://{listen}, with a demo backend. Press Ctrl-C to stop. Try:\n");
+    println!("  a token in the header");
     println!("    curl -i -H 'PRIVATE-TOKEN: {token}' {url}/user\n");
-    println!("  with the token in the query, which never reaches the backend");
+    println!("  a token in the query, which is removed before the request is forwarded");
     println!("    curl -i '{url}/projects/group%2Fproject-7?private_token={token}'\n");
-    println!("  without a token: 401, and the backend is left alone");
+    println!("  no token: 401, and nothing is forwarded");
     println!("    curl -i {url}/projects\n");
-    println!("  asking for too much: the backend gets per_page=100");
+    println!("  per_page above the limit: the backend gets per_page=100");
     println!("    curl -sD- -o /dev/null -H 'PRIVATE-TOKEN: {token}' '{url}/projects?per_page=1000'\n");
-    println!("  creating an issue");
+    println!("  create an issue");
     println!("    curl -i -H 'PRIVATE-TOKEN: {token}' -d title=Hello {url}/projects/1/issues\n");
     println!("  metrics");
     println!("    curl -s http://{admin}/metrics\n");
@@ -70,7 +70,7 @@ pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A folder that is gone when the demo is over.
+/// A temporary folder, removed when the demo ends.
 struct Folder(std::path::PathBuf);
 
 impl Folder {
@@ -83,16 +83,20 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        drop(std::fs::remove_dir_all(&self.0));
+        // A folder that cannot be removed is left in the temporary directory.
+        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
-/// A backend like GitLab's, small enough to read: a thread for each connection is plenty.
+/// A minimal backend with an API like GitLab's, one thread per connection.
 fn serve(listener: &TcpListener) {
     let issues = Arc::new(Mutex::new(Vec::new()));
     for socket in listener.incoming().flatten() {
         let issues = Arc::clone(&issues);
-        std::thread::spawn(move || drop(serve_connection(socket, &issues)));
+        std::thread::spawn(move || {
+            // A connection that breaks ends its thread, and the demo goes on.
+            let _ = serve_connection(socket, &issues);
+        });
     }
 }
 
@@ -112,7 +116,7 @@ fn serve_connection(mut socket: TcpStream, issues: &Mutex<Vec<String>>) -> std::
         let length = match view.body {
             Framing::Length(length) => usize::try_from(length).unwrap_or(0),
             Framing::Empty => 0,
-            // Good enough for a demo: forms from curl have a length.
+            // Not supported: curl sends forms with Content-Length.
             Framing::Chunked => return Ok(()),
         };
         while buffer.len() < length {

@@ -1,5 +1,5 @@
-//! `tollgate reload`: ask the gateway that runs, wait, and say what is in force. Knows the configuration only for the
-//! address of the admin listener.
+//! `tollgate reload`: asks the running gateway to reload, waits, and reports what is in force. Reads the configuration only
+//! for the address of the admin listener.
 
 use super::Failure;
 use crate::config;
@@ -13,22 +13,22 @@ use std::time::Duration;
 
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The gateway's configuration, for the address of its admin listener. Without it: the default address.
+    /// Configuration of the gateway, for the address of its admin listener (default address if not given)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The admin listener, `address:port` or `unix:/path`, where the file does not say the one of the running gateway.
+    /// Address of the admin listener, `address:port` or `unix:/path`, if it differs from the one in the file
     #[arg(long, value_name = "ADDRESS")]
     admin: Option<String>,
-    /// How long to wait for the result.
+    /// How long to wait for the result
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     timeout: Duration,
 }
 
-/// Larger answers are not the gateway's.
+/// The gateway's responses are far smaller.
 const MAX_ANSWER: u64 = 1024 * 1024;
 const CONNECT: Duration = Duration::from_secs(5);
-const NOT_REACHED: &str = "no gateway answers there, nothing changed. If [admin] listen was changed since the start, the old \
-                           address still holds: name it with --admin";
+const NOT_REACHED: &str = "the gateway cannot be reached, nothing changed. If [admin] listen was changed since the start, \
+                           pass the old address with --admin";
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     let address = address(arguments)?;
@@ -52,17 +52,17 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
     match answer["result"].as_str() {
         Some("reloaded" | "restart_needed") => {
             match applied.as_slice() {
-                [] => say!("reloaded; the file holds no other change that can be put in force")?,
+                [] => say!("reloaded; no settings changed that can take effect without a restart")?,
                 applied => say!("reloaded; changed and in force: {}", applied.join(", "))?,
             }
             if restart.is_empty() {
                 return Ok(());
             }
-            say!("changed and not in force before a restart: {}", restart.join(", "))?;
+            say!("changed, not in force until a restart: {}", restart.join(", "))?;
             Err(Failure::Restart)
         }
         Some("failed") => Err(anyhow!("nothing changed\n{}", keys("errors").join("\n")).into()),
-        _ => Err(anyhow!("the admin listener at {address}: an answer that is not of this version").into()),
+        _ => Err(anyhow!("the admin listener at {address}: unknown response; is it another version?").into()),
     }
 }
 
@@ -93,14 +93,14 @@ fn address(arguments: &Arguments) -> Result<AdminAddress, Failure> {
         Some(Listen::Tcp(text)) => parse(&text),
         Some(Listen::Unix(path, _)) => Some(AdminAddress::Unix(path.into())),
         None => {
-            let why = "admin.listen is \"none\": send SIGHUP to the gateway, its log says the result";
+            let why = "admin.listen is \"none\": send SIGHUP to the gateway; its log has the result";
             return Err(Failure::Usage(format!("{}: {why}", path.display())));
         }
     };
-    address.ok_or_else(|| Failure::Usage(format!("{}: admin.listen is no address", path.display())))
+    address.ok_or_else(|| Failure::Usage(format!("{}: admin.listen is not an address", path.display())))
 }
 
-/// An address to connect to: that of all interfaces is reached on this machine.
+/// The address to connect to. A listener on all interfaces is reached through the loopback address.
 fn parse(text: &str) -> Option<AdminAddress> {
     if let Some(path) = text.strip_prefix("unix:") {
         return path.starts_with('/').then(|| AdminAddress::Unix(Path::new(path).into()));
@@ -123,11 +123,12 @@ fn ask(mut stream: impl Read + Write, timeout: Duration, host: &str) -> anyhow::
     let mut answer = Vec::new();
     stream.take(MAX_ANSWER).read_to_end(&mut answer).map_err(|error| match error.kind() {
         std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
-            anyhow!("no answer within {timeout:?}: the reload may still take effect, see the gateway's log")
+            let timeout = humantime::format_duration(timeout);
+            anyhow!("no response within {timeout}: the reload may still take effect, see the gateway's log")
         }
         _ => error.into(),
     })?;
-    let end = memchr::memmem::find(&answer, b"\r\n\r\n").context("no HTTP answer")?;
+    let end = memchr::memmem::find(&answer, b"\r\n\r\n").context("not an HTTP response")?;
     let (head, body) = (String::from_utf8_lossy(&answer[..end]), &answer[end + 4..]);
     match serde_json::from_slice::<serde_json::Value>(body) {
         Ok(body) if body["result"].is_string() => Ok(body),

@@ -8,7 +8,7 @@ use std::path::Path;
 
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
     let settings = super::load(path)?;
-    process_log::start(settings.level).context("the process log cannot be started")?;
+    process_log::start(settings.level, edge::FRAMEWORK_LOG_LEVELS).context("the process log cannot be started")?;
     settings.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let result = serve(settings, path);
     // Above all the lines that say why it ended.

@@ -5,12 +5,14 @@ mod admin;
 mod client;
 mod connection;
 mod listen;
+mod log_levels;
 mod peers;
 mod proxy;
 mod server;
 
 pub use crate::clock::now;
 pub use listen::{Listen, ServerSettings, check_free, check_places};
+pub use log_levels::FRAMEWORK_LOG_LEVELS;
 pub use peers::{ResolveError, resolve};
 pub use server::{Rebuild, Rebuilt, Running, serve};
 

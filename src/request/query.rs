@@ -193,7 +193,7 @@ pub fn scan<'a>(query: &'a [u8], names: &Names) -> Scan<'a> {
 pub enum ParamAction {
     Keep,
     Drop,
-    /// Write it as `page=N` or `per_page=N`, with a following `;` written as `&`, so that every parser reads it in the same way.
+    /// Write it as `page=N` or `per_page=N`, and a following `;` as `&`, so that every parser reads it in the same way.
     Number(Key, u64),
 }
 

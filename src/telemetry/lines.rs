@@ -1,5 +1,5 @@
-//! Lines of a log on their way to a file or a stream: a bounded queue, and a thread that writes. Whoever logs never
-//! waits. What the queue cannot take, or the disk does not, is lost as whole lines and counted.
+//! Writes log lines to a file or a stream through a bounded queue and a writer thread. Logging never blocks the caller.
+//! Lines that do not fit into the queue or cannot be written are dropped whole and counted.
 
 use super::outage::Outage;
 use parking_lot::Mutex;
@@ -13,25 +13,25 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
-/// Lines that may wait for the thread.
+/// Capacity of the queue.
 const QUEUE_LINES: usize = 8_192;
-/// Lines longer than this share a budget, so that a queue full of the longest ones stays small.
+/// Lines longer than this share a budget of bytes, which bounds the memory of a queue full of long lines.
 const LONG_LINE: usize = 1_024;
 const LONG_LINES_BYTES: usize = 8 * 1024 * 1024;
-/// What is written in one go.
+/// How much is written at once.
 const BATCH_BYTES: usize = 64 * 1024;
-/// A stream that somebody has set to non-blocking is tried again after this.
+/// Pause before the next attempt to write to a stream that another process has set to non-blocking.
 const BLOCKED_PAUSE: Duration = Duration::from_millis(10);
-/// Losses of a queue whose reader is too slow are told no more often than this.
-const LOSSES_TOLD_EVERY: Duration = Duration::from_secs(10);
+/// Shortest interval between two messages about dropped lines.
+const LOSS_REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Where lines go.
 pub struct Destination {
     file: File,
-    /// For one that can be reopened.
+    /// Set if the destination can be reopened.
     path: Option<PathBuf>,
-    /// The end of a line whose beginning is written and could not be taken back.
-    owed: Vec<u8>,
+    /// The rest of a line whose beginning has been written and could not be removed.
+    rest_of_line: Vec<u8>,
 }
 
 impl Destination {
@@ -44,49 +44,49 @@ impl Destination {
     }
 
     fn stream(stream: &impl AsFd) -> io::Result<Self> {
-        // A descriptor of its own: the lock of the standard library's stream would be held by a thread that is stuck.
+        // A separate descriptor: a blocked writer thread would hold the lock of the standard library's stream.
         let file = File::from(stream.as_fd().try_clone_to_owned()?);
-        Ok(Self { file, path: None, owed: Vec::new() })
+        Ok(Self { file, path: None, rest_of_line: Vec::new() })
     }
 
-    /// Opens a file to append to.
+    /// Opens a file for appending.
     pub fn file(path: &Path) -> Result<Self, String> {
         let file = open(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Self { file, path: Some(path.into()), owed: Vec::new() })
+        Ok(Self { file, path: Some(path.into()), rest_of_line: Vec::new() })
     }
 
     pub(super) fn metadata(&self) -> io::Result<std::fs::Metadata> {
         self.file.metadata()
     }
 
-    /// Opens the path again, where another file may stand by now. The old one stays when that fails.
+    /// Opens the path again, after the file was moved. If that fails, the old file stays open.
     fn reopen(&mut self) -> Result<(), String> {
         let Some(path) = &self.path else { return Ok(()) };
         self.file = open(path).map_err(|error| format!("{}: {error}", path.display()))?;
         Ok(())
     }
 
-    /// Writes whole lines, or says why not and how many are lost.
+    /// Writes whole lines, or returns the error and the number of lines lost.
     fn write(&mut self, lines: &[u8]) -> Result<(), (io::Error, u64)> {
-        let owed = std::mem::take(&mut self.owed);
-        let (sent, failed) = self.write_bytes(&owed);
+        let rest_of_line = std::mem::take(&mut self.rest_of_line);
+        let (sent, failed) = self.write_bytes(&rest_of_line);
         if let Some(error) = failed {
-            self.owed = owed[sent..].to_vec();
+            self.rest_of_line = rest_of_line[sent..].to_vec();
             return Err((error, count_lines(lines)));
         }
         let (sent, failed) = self.write_bytes(lines);
         let Some(error) = failed else { return Ok(()) };
         let whole = memchr::memrchr(b'\n', &lines[..sent]).map_or(0, |end| end + 1);
         let mut lost = count_lines(&lines[whole..]);
-        if sent > whole && !self.take_back(sent - whole) {
+        if sent > whole && !self.remove_last(sent - whole) {
             let end = memchr::memchr(b'\n', &lines[sent..]).map_or(lines.len(), |end| sent + end + 1);
-            self.owed = lines[sent..end].to_vec();
+            self.rest_of_line = lines[sent..end].to_vec();
             lost -= 1;
         }
         Err((error, lost))
     }
 
-    /// How many bytes could be written, and what ended it before the last one.
+    /// Returns how many bytes were written, and the error if not all were.
     fn write_bytes(&mut self, bytes: &[u8]) -> (usize, Option<io::Error>) {
         let mut sent = 0;
         while sent < bytes.len() {
@@ -101,12 +101,12 @@ impl Destination {
         (sent, None)
     }
 
-    /// Takes the last bytes out of a file again, as nobody can read half a line. A pipe does not give anything back.
-    fn take_back(&mut self, count: usize) -> bool {
+    /// Truncates a partially written line, which would not be valid JSON. Not possible for a pipe.
+    fn remove_last(&mut self, count: usize) -> bool {
         let taken = || -> io::Result<bool> {
             let mut file = &self.file;
             let (meta, end) = (self.file.metadata()?, file.stream_position()?);
-            // Somebody else may have appended.
+            // Another process may have appended.
             if !meta.is_file() || meta.len() != end {
                 return Ok(false);
             }
@@ -126,7 +126,7 @@ fn count_lines(bytes: &[u8]) -> u64 {
 fn open(path: &Path) -> io::Result<File> {
     let mut options = std::fs::OpenOptions::new();
     options.append(true).create(true);
-    // Open for reading as well: a FIFO then opens at once, whether or not somebody reads it.
+    // Opened for reading as well, so that opening a FIFO does not block until it has a reader.
     let mut file = match options.clone().read(true).open(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => options.open(path)?,
         opened => opened?,
@@ -134,54 +134,54 @@ fn open(path: &Path) -> io::Result<File> {
     let meta = file.metadata()?;
     let mut last = [b'\n'];
     if meta.is_file() && meta.len() > 0 && file.read_exact_at(&mut last, meta.len() - 1).is_ok() && last != *b"\n" {
-        // A process that was killed, or a full disk, left half a line: the next one begins on its own. A disk that is
-        // still full is told of by what is written next.
-        drop(file.write_all(b"\n"));
+        // A killed process or a full disk left a partial line: terminate it, so that the next line is a line of its own.
+        // If the disk is still full, the next write reports it.
+        let _ = file.write_all(b"\n");
     }
     Ok(file)
 }
 
 enum QueueItem {
     Line(Vec<u8>),
-    /// Something else than a line is asked for.
+    /// Wakes the thread up to reopen the file.
     Wake,
-    /// Everything before this is written: say so.
+    /// Sends a message when everything before it has been written.
     Flush(SyncSender<()>),
 }
 
-/// Hands lines to a thread of its own.
+/// A bounded queue of lines with a writer thread.
 pub struct LineQueue {
     messages: SyncSender<QueueItem>,
     shared: Arc<Shared>,
 }
 
 struct Shared {
-    /// Which log this is, for what is said about it.
+    /// The log's name, for messages about it.
     name: &'static str,
-    /// Bytes of long lines that wait.
+    /// Bytes of long lines in the queue.
     long_bytes: AtomicUsize,
-    /// Lines lost and not told of yet.
-    untold: AtomicU64,
+    /// Dropped lines that have not been reported yet.
+    unreported: AtomicU64,
     count_lost: Box<dyn Fn(u64) + Send + Sync>,
     has_path: bool,
-    /// Who waits for the file to be reopened.
+    /// The callers that wait for the file to be reopened.
     reopen: Mutex<Vec<SyncSender<Result<(), String>>>>,
 }
 
 impl Shared {
     fn lose(&self, lines: u64) {
-        self.untold.fetch_add(lines, Ordering::Relaxed);
+        self.unreported.fetch_add(lines, Ordering::Relaxed);
         (self.count_lost)(lines);
     }
 
-    /// The bytes that a line takes from the budget of long ones.
+    /// The bytes that a line takes from the budget of long lines.
     fn long(line: &[u8]) -> usize {
         if line.len() > LONG_LINE { line.len() } else { 0 }
     }
 }
 
 impl LineQueue {
-    /// Starts the thread that writes. `count_lost` is told of every line that is lost.
+    /// Starts the writer thread. `count_lost` is called with the number of dropped lines.
     pub fn start(
         name: &'static str,
         destination: Destination,
@@ -191,17 +191,17 @@ impl LineQueue {
         let shared = Arc::new(Shared {
             name,
             long_bytes: AtomicUsize::new(0),
-            untold: AtomicU64::new(0),
+            unreported: AtomicU64::new(0),
             count_lost: Box::new(count_lost),
             has_path: destination.path.is_some(),
             reopen: Mutex::default(),
         });
-        let writer = Writer { destination, shared: Arc::clone(&shared), outage: Outage::default(), told_at: None };
+        let writer = Writer { destination, shared: Arc::clone(&shared), outage: Outage::default(), reported_at: None };
         std::thread::Builder::new().name(format!("{name}-log")).spawn(move || writer.run(&queue))?;
         Ok(Self { messages, shared })
     }
 
-    /// Takes a line, which ends in `\n`. Never waits.
+    /// Enqueues a line, which must end in `\n`. Never blocks.
     pub fn push(&self, line: Vec<u8>) {
         let long = Shared::long(&line);
         let fits = long == 0 || self.shared.long_bytes.fetch_add(long, Ordering::Relaxed) + long <= LONG_LINES_BYTES;
@@ -213,9 +213,9 @@ impl LineQueue {
         }
     }
 
-    /// Waits until what was logged so far is written, but no longer than this.
-    pub fn flush(&self, patience: Duration) {
-        let deadline = Instant::now() + patience;
+    /// Waits until all lines pushed so far are written, at most for `timeout`.
+    pub fn flush(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
         let (done, written) = sync_channel(1);
         let mut message = QueueItem::Flush(done);
         loop {
@@ -228,26 +228,26 @@ impl LineQueue {
                 Err(_) => return,
             }
         }
-        // Too slow: the lines are lost, and the process ends all the same.
+        // On timeout the remaining lines are lost: the caller is about to exit and must not wait for longer.
         let _: Result<(), _> = written.recv_timeout(deadline.saturating_duration_since(Instant::now()));
     }
 
-    /// Opens the file again, behind the lines that are being written. `Ok(false)`: whoever reads what is open takes
-    /// nothing, so that it is done when the thread comes to it.
-    pub fn reopen(&self, patience: Duration) -> Result<bool, String> {
+    /// Opens the file again, after the lines that are being written. `Ok(false)`: not done within `timeout`, because the
+    /// thread is blocked by a stalled reader; it reopens the file as soon as it continues.
+    pub fn reopen(&self, timeout: Duration) -> Result<bool, String> {
         if !self.shared.has_path {
             return Ok(true);
         }
         let (done, reopened) = sync_channel(1);
         {
             let mut waiting = self.shared.reopen.lock();
-            // The first one is enough for the thread; who asks again and again of a log that is stuck need not pile up.
+            // One request is enough for the thread. Bounded, as repeated requests for a blocked log would accumulate.
             waiting.truncate(16);
             waiting.push(done);
         }
-        // With a full queue the thread comes to it without being woken.
+        // If the queue is full, the thread is going to run without being woken up.
         let _: Result<(), _> = self.messages.try_send(QueueItem::Wake);
-        match reopened.recv_timeout(patience) {
+        match reopened.recv_timeout(timeout) {
             Ok(result) => result.map(|()| true),
             Err(_) => Ok(false),
         }
@@ -258,11 +258,11 @@ struct Writer {
     destination: Destination,
     shared: Arc<Shared>,
     outage: Outage,
-    told_at: Option<Instant>,
+    reported_at: Option<Instant>,
 }
 
 impl Writer {
-    /// Writes what is there in one go, and waits when nothing is.
+    /// Writes queued lines in batches, and waits while the queue is empty.
     fn run(mut self, queue: &Receiver<QueueItem>) {
         let mut batch = Vec::with_capacity(BATCH_BYTES);
         let mut waiting = Vec::new();
@@ -285,7 +285,7 @@ impl Writer {
                 self.write(&batch);
             }
             for done in waiting.drain(..) {
-                // Whoever waited may have lost patience.
+                // Fails only if the caller has stopped waiting.
                 let _: Result<(), _> = done.send(());
             }
         }
@@ -297,12 +297,13 @@ impl Writer {
             return;
         }
         let result = self.destination.reopen();
-        if result.is_ok() && !self.destination.owed.is_empty() {
-            // The rest of a line belongs into the file that holds its beginning.
-            self.destination.owed.clear();
+        if result.is_ok() && !self.destination.rest_of_line.is_empty() {
+            // The rest of a partial line belongs into the old file.
+            self.destination.rest_of_line.clear();
             self.shared.lose(1);
         }
         for done in waiting {
+            // Fails only if the caller has stopped waiting.
             let _: Result<(), _> = done.send(result.clone());
         }
     }
@@ -314,21 +315,21 @@ impl Writer {
             Err((error, lost)) => {
                 self.shared.lose(lost);
                 if self.outage.failed(began).is_some() {
-                    log::error!("the {name} log cannot be written: {error}; its lines are lost until it can be");
+                    log::error!("the {name} log cannot be written: {error}; its lines are dropped");
                 }
             }
             Ok(()) => {
                 let now = Instant::now();
                 let over = self.outage.succeeded(began, now);
-                let due = self.told_at.is_none_or(|told| now.duration_since(told) >= LOSSES_TOLD_EVERY);
-                if over.is_none() && (!due || self.shared.untold.load(Ordering::Relaxed) == 0) {
+                let due = self.reported_at.is_none_or(|reported| now.duration_since(reported) >= LOSS_REPORT_INTERVAL);
+                if over.is_none() && (!due || self.shared.unreported.load(Ordering::Relaxed) == 0) {
                     return;
                 }
-                self.told_at = Some(now);
-                let lost = self.shared.untold.swap(0, Ordering::Relaxed);
+                self.reported_at = Some(now);
+                let lost = self.shared.unreported.swap(0, Ordering::Relaxed);
                 match over {
                     Some(_) => log::warn!("the {name} log is written again; {lost} lines were lost"),
-                    None => log::warn!("the {name} log lost {lost} lines: whoever reads it is too slow"),
+                    None => log::warn!("the {name} log lost {lost} lines: its reader is too slow"),
                 }
             }
         }
@@ -353,20 +354,20 @@ mod tests {
     }
 
     #[test]
-    fn half_a_line_is_taken_back_from_a_file() {
+    fn a_partial_line_is_removed_from_a_file() {
         let path = temporary("half");
         std::fs::write(&path, "one\ntw").unwrap();
         let mut destination = Destination::file(&path).unwrap();
-        // What a killed process left is ended, and what a full disk cut is taken back.
+        // A partial line of a killed process is terminated; one that a full disk cut off is removed.
         destination.write(b"three\n").unwrap();
         destination.file.write_all(b"fou").unwrap();
-        assert!(destination.take_back(3));
+        assert!(destination.remove_last(3));
         destination.write(b"five\n").unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "one\ntw\nthree\nfive\n");
-        // Not when somebody else has written behind it.
+        // But not if another process has appended to it.
         destination.file.write_all(b"six").unwrap();
         std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"x").unwrap();
-        assert!(!destination.take_back(3));
+        assert!(!destination.remove_last(3));
         std::fs::remove_file(path).unwrap();
     }
 
@@ -375,7 +376,7 @@ mod tests {
         let path = temporary("rest");
         let mut destination = Destination::file(&path).unwrap();
         destination.file.write_all(b"o").unwrap();
-        destination.owed = b"ne\n".to_vec();
+        destination.rest_of_line = b"ne\n".to_vec();
         destination.write(b"two\n").unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "one\ntwo\n");
         std::fs::remove_file(path).unwrap();
@@ -393,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_a_reader_that_takes_nothing() {
+    fn a_stalled_reader_blocks_no_caller() {
         let (reader, writer) = io::pipe().unwrap();
         let destination = Destination::stream(&writer).unwrap();
         let (lost, count) = counting();
@@ -402,10 +403,10 @@ mod tests {
         for _ in 0..50_000 {
             queue.push(line.clone());
         }
-        // The pipe's own buffer, one batch and the queue are all that can be on the way.
+        // Only the pipe's buffer, one batch and the queue can hold lines.
         let kept = 50_000 - lost.load(Ordering::Relaxed);
         assert!((QUEUE_LINES as u64..3 * QUEUE_LINES as u64).contains(&kept), "{kept}");
-        // The longest lines neither: memory is bounded by bytes.
+        // The same for the longest lines: memory is bounded by bytes.
         let long = vec![b'x'; 40_000].into_iter().chain(*b"\n").collect::<Vec<u8>>();
         let (other_reader, other_writer) = io::pipe().unwrap();
         let (long_lost, count) = counting();
@@ -437,6 +438,7 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&moved).unwrap(), "one\ntwo\n");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "three\n");
         assert_eq!(lost.load(Ordering::Relaxed), 0);
-        drop((std::fs::remove_file(path), std::fs::remove_file(moved)));
+        std::fs::remove_file(path).unwrap();
+        std::fs::remove_file(moved).unwrap();
     }
 }

@@ -1,17 +1,17 @@
-//! When to say that something fails: once as it begins and once as it ends, however many requests meet it. Time is an
-//! argument.
+//! Limits repeated log messages: an outage is logged once when it begins and once when it ends, however many requests
+//! fail meanwhile. Time is an argument.
 
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// What fails and works by turns is told no more often than this.
-const TOLD_EVERY: Duration = Duration::from_secs(10);
+/// Shortest interval between two outages that are logged, for something that fails intermittently.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Whether something fails at the moment.
+/// Tracks whether something is failing at the moment.
 #[derive(Default)]
 pub struct Outage {
-    /// Read without the lock by everything that works.
+    /// Read without the lock on every success.
     failing: AtomicBool,
     state: Mutex<OutageState>,
 }
@@ -19,14 +19,14 @@ pub struct Outage {
 #[derive(Default)]
 struct OutageState {
     began: Option<Instant>,
-    /// The beginning was said, so the end will be.
-    told: bool,
-    told_at: Option<Instant>,
-    /// Failures since the last end that was said.
+    /// The beginning was logged, so the end must be.
+    logged: bool,
+    logged_at: Option<Instant>,
+    /// Failures since the last end that was logged.
     failures: u64,
 }
 
-/// An outage that is over.
+/// The end of an outage.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Recovery {
     pub failures: u64,
@@ -34,22 +34,22 @@ pub struct Recovery {
 }
 
 impl Outage {
-    /// Something failed. `Some`: say so; it is the failure of this number that was not told of.
+    /// Records a failure. `Some`: log it; the number counts the failures since the last logged recovery.
     pub fn failed(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock();
         state.failures += 1;
         state.began.get_or_insert(now);
         self.failing.store(true, Ordering::Relaxed);
-        let quiet = state.told_at.is_none_or(|told| now.saturating_duration_since(told) >= TOLD_EVERY);
-        if state.told || !quiet {
+        let quiet = state.logged_at.is_none_or(|logged| now.saturating_duration_since(logged) >= LOG_INTERVAL);
+        if state.logged || !quiet {
             return None;
         }
-        (state.told, state.told_at) = (true, Some(now));
+        (state.logged, state.logged_at) = (true, Some(now));
         Some(state.failures)
     }
 
-    /// Something that was begun at a time has worked. `Some`: say that it works again. What was begun before the outage
-    /// proves nothing.
+    /// Records the success of an operation. `Some`: log the recovery. The success of an operation that was started before
+    /// the outage began does not end it.
     pub fn succeeded(&self, begun: Instant, now: Instant) -> Option<Recovery> {
         if !self.failing.load(Ordering::Relaxed) {
             return None;
@@ -58,32 +58,32 @@ impl Outage {
         let began = state.began.filter(|began| begun > *began)?;
         self.failing.store(false, Ordering::Relaxed);
         state.began = None;
-        if !std::mem::take(&mut state.told) {
+        if !std::mem::take(&mut state.logged) {
             return None;
         }
-        state.told_at = Some(now);
+        state.logged_at = Some(now);
         let failures = std::mem::take(&mut state.failures);
         Some(Recovery { failures, lasted: now.saturating_duration_since(began) })
     }
 }
 
-/// What may be said once a minute, with a count of how often it could have been.
+/// Allows a message once a minute, and counts how often it was suppressed.
 #[derive(Default)]
 pub struct LogThrottle(Mutex<(Option<Instant>, u64)>);
 
 impl LogThrottle {
     const PAUSE: Duration = Duration::from_secs(60);
 
-    /// `Some`: say it; so often it was not said since the last time.
+    /// `Some`: log the message; the number counts how often it was suppressed since the last time.
     pub fn due(&self, now: Instant) -> Option<u64> {
         let mut state = self.0.lock();
-        let (last, unsaid) = &mut *state;
+        let (last, suppressed) = &mut *state;
         if last.is_some_and(|last| now.saturating_duration_since(last) < Self::PAUSE) {
-            *unsaid += 1;
+            *suppressed += 1;
             return None;
         }
         *last = Some(now);
-        Some(std::mem::take(unsaid))
+        Some(std::mem::take(suppressed))
     }
 }
 
@@ -94,28 +94,28 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn an_outage_is_two_lines_however_many_meet_it() {
+    fn an_outage_is_two_lines_however_many_requests_fail() {
         let (outage, start) = (Outage::default(), Instant::now());
         assert_eq!(outage.succeeded(start, start + MS), None, "nothing failed yet");
         assert_eq!(outage.failed(start + 2 * MS), Some(1));
         for more in 0..5_000 {
             assert_eq!(outage.failed(start + (3 + more) * MS), None);
         }
-        // An answer to a question from before.
+        // The success of an operation from before.
         assert_eq!(outage.succeeded(start + MS, start + 6_000 * MS), None);
         let over = outage.succeeded(start + 6_001 * MS, start + 6_002 * MS);
         assert_eq!(over, Some(Recovery { failures: 5_001, lasted: 6_000 * MS }));
-        // Stragglers of the same outage say nothing.
+        // Failures shortly after the recovery are not logged.
         assert_eq!(outage.failed(start + 6_003 * MS), None);
         assert_eq!(outage.succeeded(start + 6_004 * MS, start + 6_005 * MS), None);
-        // The next one does, and remembers them.
+        // The next outage is, and its count includes them.
         assert_eq!(outage.failed(start + 60_000 * MS), Some(2));
         let over = outage.succeeded(start + 60_001 * MS, start + 60_002 * MS);
         assert_eq!(over, Some(Recovery { failures: 2, lasted: 2 * MS }));
     }
 
     #[test]
-    fn what_fails_by_turns_is_told_every_ten_seconds_at_most() {
+    fn intermittent_failures_are_logged_every_ten_seconds_at_most() {
         let (outage, start) = (Outage::default(), Instant::now());
         let mut lines = 0;
         for turn in 0..60_000 {
@@ -129,11 +129,11 @@ mod tests {
     }
 
     #[test]
-    fn seldom_counts_what_it_keeps_back() {
-        let (seldom, start) = (LogThrottle::default(), Instant::now());
-        assert_eq!(seldom.due(start), Some(0));
-        assert_eq!((seldom.due(start + MS), seldom.due(start + 59_999 * MS)), (None, None));
-        assert_eq!(seldom.due(start + 60_000 * MS), Some(2));
-        assert_eq!(seldom.due(start + 120_000 * MS), Some(0));
+    fn a_throttle_counts_what_it_suppresses() {
+        let (throttle, start) = (LogThrottle::default(), Instant::now());
+        assert_eq!(throttle.due(start), Some(0));
+        assert_eq!((throttle.due(start + MS), throttle.due(start + 59_999 * MS)), (None, None));
+        assert_eq!(throttle.due(start + 60_000 * MS), Some(2));
+        assert_eq!(throttle.due(start + 120_000 * MS), Some(0));
     }
 }

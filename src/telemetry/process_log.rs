@@ -1,5 +1,5 @@
-//! What the process says of itself, on standard error. Lines go through a bounded queue, so that nothing that serves a
-//! request ever waits for whoever reads them; lost ones are counted.
+//! The process log, on standard error. Lines go through a bounded queue, so that a slow reader never blocks a request;
+//! dropped lines are counted.
 
 use super::lines::{Destination, LineQueue};
 use log::{LevelFilter, Metadata, Record};
@@ -7,30 +7,18 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-/// Longer lines are cut.
+/// Longer lines are truncated.
 const MAX_LINE: usize = 8 * 1024;
-/// How long the end of the process waits for its last lines to be written.
+/// How long to wait at exit for the last lines to be written.
 const FLUSH: Duration = Duration::from_secs(1);
 
-/// Lines lost. There is one standard error, and one logger of the process.
+/// Dropped lines. A static, because a process has one logger.
 static LOST: AtomicU64 = AtomicU64::new(0);
 
-/// Lines of the process log that were lost so far.
+/// The number of dropped lines so far.
 pub fn lost() -> u64 {
     LOST.load(Ordering::Relaxed)
 }
-
-/// The framework's own chatter is left out: what matters of it is told by us, and its error texts may quote requests.
-/// A pooled connection that the backend closed at the moment of its reuse is an error to it; the request is tried again,
-/// and failures of requests are counted and in the access log.
-const QUIETER: [(&str, LevelFilter); 6] = [
-    ("pingora_core::connectors", LevelFilter::Off),
-    ("pingora_proxy", LevelFilter::Off),
-    ("pingora_core", LevelFilter::Warn),
-    ("pingora_pool", LevelFilter::Warn),
-    ("pingora_cache", LevelFilter::Warn),
-    ("pingora_runtime", LevelFilter::Warn),
-];
 
 fn count_lost(lines: u64) {
     LOST.fetch_add(lines, Ordering::Relaxed);
@@ -38,18 +26,21 @@ fn count_lost(lines: u64) {
 
 struct ProcessLog {
     queue: LineQueue,
+    /// The most verbose level of modules that differ from the default, the first match counts.
+    levels: &'static [(&'static str, LevelFilter)],
     with_time: bool,
 }
 
-/// Starts the log, panics included: their usual way to standard error would wait for its reader.
-pub fn start(level: LevelFilter) -> std::io::Result<()> {
+/// Starts the log. Panics are logged too, because the default hook writes to standard error and could block. `levels` are
+/// the most verbose levels of single modules; all others have `Info`.
+pub fn start(level: LevelFilter, levels: &'static [(&'static str, LevelFilter)]) -> std::io::Result<()> {
     let stderr = Destination::stderr()?;
     let with_time = !is_journal(&stderr, std::env::var("JOURNAL_STREAM").ok().as_deref());
     let queue = LineQueue::start("process", stderr, count_lost)?;
-    if log::set_boxed_logger(Box::new(ProcessLog { queue, with_time })).is_ok() {
+    if log::set_boxed_logger(Box::new(ProcessLog { queue, levels, with_time })).is_ok() {
         std::panic::set_hook(Box::new(|panic| {
             log::error!("{panic}");
-            // Elsewhere a panic ends a request or a task; here it ends the process.
+            // A panic of the main thread ends the process; elsewhere it ends a request or a task.
             if std::thread::current().name() == Some("main") {
                 log::logger().flush();
             }
@@ -59,8 +50,8 @@ pub fn start(level: LevelFilter) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether what is written there ends in systemd's journal, which keeps the time of each line itself: the variable
-/// names the device and inode of the stream, and is inherited by processes whose stream is another one.
+/// Whether the stream goes to systemd's journal, which records the time of each line itself. The variable holds the
+/// stream's device and inode, and is also inherited by processes with a different stream.
 fn is_journal(stream: &Destination, variable: Option<&str>) -> bool {
     let named = variable.and_then(|text| {
         let (device, inode) = text.split_once(':')?;
@@ -74,7 +65,7 @@ impl log::Log for ProcessLog {
         let target = metadata.target();
         let within =
             |module: &str| target.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
-        let most = QUIETER.iter().find(|(module, _)| within(module)).map_or(LevelFilter::Info, |(_, level)| *level);
+        let most = self.levels.iter().find(|(module, _)| within(module)).map_or(LevelFilter::Info, |(_, level)| *level);
         metadata.level() <= most
     }
 
@@ -90,12 +81,12 @@ impl log::Log for ProcessLog {
     }
 }
 
-/// One line, whatever the message holds: what stands on several lines is joined, and control bytes are escaped.
+/// Formats a message as one line: line breaks are replaced by `; ` and control characters are escaped.
 fn format(time: Option<SystemTime>, record: &Record<'_>) -> Vec<u8> {
     use std::fmt::Write as _;
     let mut line = String::with_capacity(160);
     let time = time.map(|time| format!("{} ", humantime::format_rfc3339_millis(time))).unwrap_or_default();
-    // A String takes everything.
+    // Writing to a String cannot fail.
     let _: std::fmt::Result = write!(line, "[{time}{:<5} {}] ", record.level(), record.target());
     let message = record.args().to_string();
     for (index, part) in message.lines().enumerate() {
@@ -156,15 +147,14 @@ mod tests {
     }
 
     #[test]
-    fn the_framework_is_quieter_than_tollgate() {
-        let queue = LineQueue::start("process", Destination::file("/dev/null".as_ref()).unwrap(), drop).unwrap();
-        let log = ProcessLog { queue, with_time: false };
+    fn levels_of_modules_override_the_default() {
+        let queue = LineQueue::start("process", Destination::file("/dev/null".as_ref()).unwrap(), |_| {}).unwrap();
+        let levels = &[("proxy::pool", LevelFilter::Off), ("proxy", LevelFilter::Warn)];
+        let log = ProcessLog { queue, levels, with_time: false };
         let says = |target: &str, level| log.enabled(&Metadata::builder().target(target).level(level).build());
         assert!(says("tollgate::edge", Level::Info) && says("redis", Level::Warn));
-        assert!(!says("pingora_core::server", Level::Info) && says("pingora_core::server", Level::Warn));
-        assert!(
-            !says("pingora_proxy::proxy_h1", Level::Error) && !says("pingora_core::connectors::http", Level::Error)
-        );
-        assert!(says("pingora_corelike", Level::Info) && !says("tollgate", Level::Debug));
+        assert!(!says("proxy::server", Level::Info) && says("proxy", Level::Warn));
+        assert!(!says("proxy::pool", Level::Error) && !says("proxy::pool::tcp", Level::Error));
+        assert!(says("proxylike", Level::Info) && !says("tollgate", Level::Debug));
     }
 }
