@@ -263,7 +263,12 @@ fn forgetting_takes_the_logs_digits() {
     .enumerate()
     {
         let answer = gateway.admin_post(&format!("/cache/forget?{query}"));
-        assert_eq!((answer.status, answer.text().starts_with("1 token removed")), (200, true), "{query}: {}", answer.text());
+        assert_eq!(
+            (answer.status, answer.text().starts_with("1 token removed")),
+            (200, true),
+            "{query}: {}",
+            answer.text()
+        );
         assert_eq!((status(&gateway, GOOD), status(&gateway, OTHER)), (200, 200));
         assert_eq!(known(&gateway), 3.0 + index as f64, "{query}");
     }
