@@ -4,9 +4,12 @@
 
 use divan::counter::BytesCount;
 use divan::{AllocProfiler, Bencher, black_box};
+use tollgate::forward::Http1Head;
+use tollgate::identity::Mode;
 use tollgate::pipeline::{Admission, Pipeline, Verdict};
 use tollgate::request::body::{BodyHead, BodyRules, BodyScanner, KeySet, UntypedBody};
-use tollgate::request::origin::Origin;
+use tollgate::request::origin::{Origin, TrustedProxies};
+use tollgate::request::view::RequestView;
 use tollgate::request::{self, head, query};
 use tollgate::store::credential::Digest;
 use tollgate::{Now, config, edge};
@@ -57,13 +60,18 @@ fn pipeline() -> &'static Pipeline {
         runtime.block_on(async {
             let bytes: &'static [u8] = bytes.leak();
             let view = head::parse(bytes).unwrap();
-            match pipeline.admit(&view, edge::now()) {
+            match pipeline.admit(&view, &origin(&view), edge::now(), Mode::Serve) {
                 Admission::Waiting(pending) => drop(pending.verdict().await),
-                Admission::Decided(_) => panic!("nothing can be known"),
+                Admission::Decided(..) => panic!("nothing can be known"),
             }
         });
     }
     pipeline
+}
+
+/// As a client on this machine sends it.
+fn origin<'a>(view: &RequestView<'a>) -> Origin<'a> {
+    Origin::of(view, Some(std::net::Ipv4Addr::LOCALHOST.into()), &TrustedProxies::default())
 }
 
 fn now() -> Now {
@@ -106,9 +114,9 @@ fn verdict(bencher: Bencher<'_, '_>, bytes: &'static [u8]) {
     let pipeline = pipeline();
     bencher.bench(|| {
         let view = head::parse(black_box(bytes)).unwrap();
-        match pipeline.admit(&view, now()) {
-            Admission::Decided(Verdict::Forward(plan)) => plan.principal().is_some(),
-            Admission::Decided(Verdict::Refuse(_)) => false,
+        match pipeline.admit(&view, &origin(&view), now(), Mode::Serve) {
+            Admission::Decided(Verdict::Forward(_), facts) => facts.principal.is_some(),
+            Admission::Decided(Verdict::Refuse(_), _) => false,
             Admission::Waiting(_) => panic!("it must be known"),
         }
     });
@@ -137,12 +145,13 @@ fn bytes_for_the_upstream(bencher: Bencher<'_, '_>) {
     let mut out = Vec::with_capacity(2048);
     bencher.bench_local(|| {
         let view = head::parse(black_box(&bytes)).unwrap();
-        let Admission::Decided(Verdict::Forward(plan)) = pipeline.admit(&view, now()) else {
+        let origin = origin(&view);
+        let Admission::Decided(Verdict::Forward(plan), _) = pipeline.admit(&view, &origin, now(), Mode::Serve) else {
             panic!("it must be known")
         };
-        let origin = Origin::of(&view, Some(std::net::Ipv4Addr::LOCALHOST.into()), &pipeline.forward.trusted);
         out.clear();
-        plan.write_head(&view, &pipeline.forward, &origin, "0123456789abcdef0123456789abcdef", &mut out);
+        let id = "0123456789abcdef0123456789abcdef";
+        plan.write_head(&view, &pipeline.forward, &origin, id, &mut Http1Head(&mut out));
         out.len()
     });
 }

@@ -44,10 +44,9 @@ fn snapshot(
         forward: settings.forward.clone(),
         cors: settings.cors.clone(),
         authenticator,
-        metrics,
     };
     let hosts = settings.admin_hosts.clone();
-    Ok(Snapshot::build(pipeline, &settings.upstreams, settings.timeouts, log, hosts, running)?)
+    Ok(Snapshot::build(pipeline, metrics, &settings.upstreams, settings.timeouts, log, hosts, running)?)
 }
 
 fn authenticator(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<Authenticator>> {
@@ -114,7 +113,7 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         let (settings, log, authorities) = &mut *current;
         let next_authorities = system_authorities(&next.stores);
         let describe = |error: anyhow::Error| format!("{error:#}");
-        let metrics = Arc::clone(&running.pipeline.metrics);
+        let metrics = Arc::clone(&running.metrics);
         let authenticator = if (&next.stores, &next.cache, &next.snapshot)
             == (&settings.stores, &settings.cache, &settings.snapshot)
             && next_authorities == *authorities

@@ -1,19 +1,20 @@
 //! THE PATH. Every request goes through [`Pipeline::admit`], whichever lane it came on: what is asked, who asks, may
-//! they, where to. Returns a decision and writes to nothing but counters. With a token that is in the cache it is
-//! synchronous from end to end.
+//! they, where to. Returns a decision and what was learned on the way; it counts nothing and writes nothing. With a token
+//! that is in the cache it is synchronous from end to end.
 
 use crate::Now;
 use crate::forward::{self, ForwardRules, Plan};
-use crate::identity::{Authenticator, CannotTell, Checked, Principal, TokenStatus, Waiting};
+use crate::identity::{Authenticator, CannotTell, Checked, Mode, Principal, TokenStatus, Waiting};
 use crate::policy::Policy;
 use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
-use crate::request::route::Route;
-use crate::request::token::TokenLocation;
+use crate::request::origin::Origin;
+use crate::request::page::Clamped;
 use crate::request::view::{Method, RequestView};
 use crate::request::{self, Examined};
 use crate::store::credential::{Digest, TokenId};
-use crate::telemetry::metrics::{AuthResult, Clamp, Metrics, TokenSource};
+use crate::telemetry::metrics::{CacheResult, TokenSource};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// Everything that decides on requests, built from one configuration and never changed.
@@ -23,29 +24,70 @@ pub struct Pipeline {
     pub forward: ForwardRules,
     pub cors: Cors,
     pub authenticator: Arc<Authenticator>,
-    pub metrics: Arc<Metrics>,
 }
 
 #[expect(clippy::large_enum_variant, reason = "a box would cost the common case an allocation")]
 pub enum Verdict<'r> {
     Forward(Plan<'r>),
-    Refuse(Refused<'r>),
+    Refuse(Refusal),
 }
 
-/// A no, with what the log wants to know.
-#[derive(Debug)]
-pub struct Refused<'r> {
-    pub refusal: Refusal,
-    pub route: Option<&'r Route>,
+/// What was learned of a request on its way to the verdict, for the log and the metrics. Decides nothing.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Whom the log and limits call the client; `None` behind a Unix socket.
+    pub client: Option<IpAddr>,
+    /// The route's place in the table; `None`: the request got to none.
+    pub route: Option<usize>,
     /// The method that was judged.
     pub method: Method,
-    pub token: Option<TokenId>,
+    /// It stands in X-HTTP-Method-Override; the request line says POST.
+    pub overridden: bool,
+    /// Where tokens stand in the request.
     pub source: TokenSource,
+    pub query_token: bool,
+    /// The one token that was presented; nobody may have validated it.
+    pub token: Option<TokenId>,
+    pub principal: Option<Arc<Principal>>,
+    /// What the cache knew of the token, where it was asked.
+    pub cache: Option<CacheResult>,
+    pub clamped: Clamped,
 }
 
-/// A verdict, or the need to ask the store for one.
+impl Facts {
+    /// Of a request that no stage has looked at.
+    pub fn none(method: Method, client: Option<IpAddr>) -> Self {
+        Self {
+            client,
+            route: None,
+            method,
+            overridden: false,
+            source: TokenSource::None,
+            query_token: false,
+            token: None,
+            principal: None,
+            cache: None,
+            clamped: Clamped::default(),
+        }
+    }
+
+    fn of(examined: &Examined<'_>, origin: &Origin<'_>) -> Self {
+        let presented = examined.presented.as_ref();
+        Self {
+            route: Some(examined.route.index),
+            overridden: examined.overridden,
+            source: presented.map_or(TokenSource::None, |presented| presented.source),
+            query_token: presented.is_some_and(|presented| presented.in_query),
+            clamped: examined.clamped,
+            ..Self::none(examined.method, origin.client)
+        }
+    }
+}
+
+/// A verdict, or the need to wait for the store.
 pub enum Admission<'r> {
-    Decided(Verdict<'r>),
+    Decided(Verdict<'r>, Facts),
+    /// Never with [`Mode::Observe`].
     Waiting(Pending<'r>),
 }
 
@@ -53,118 +95,86 @@ pub enum Admission<'r> {
 pub struct Pending<'r> {
     pipeline: &'r Pipeline,
     examined: Examined<'r>,
-    digest: Digest,
+    facts: Facts,
     waiting: Waiting,
 }
 
 impl Pipeline {
-    /// Judges a request.
-    pub fn admit<'r>(&'r self, view: &RequestView<'r>, now: Now) -> Admission<'r> {
+    /// Judges a request that came from an origin.
+    pub fn admit<'r>(&'r self, view: &RequestView<'r>, origin: &Origin<'_>, now: Now, mode: Mode) -> Admission<'r> {
         let examined = match request::examine(view, &self.rules) {
             Ok(examined) => examined,
             Err(refused) => {
-                let source = if refused.query_token { TokenSource::Query } else { TokenSource::None };
-                if refused.query_token {
-                    self.metrics.query_token();
-                }
-                return Admission::Decided(self.refuse(
-                    Cause::Request(refused.fault).into(),
-                    refused.route,
-                    refused.method,
-                    None,
-                    source,
-                ));
+                let facts = Facts {
+                    route: refused.route.map(|route| route.index),
+                    source: refused.source,
+                    query_token: refused.query_token,
+                    token: refused.presented.map(|presented| Digest::of(&presented.value).id()),
+                    overridden: refused.method != view.method,
+                    ..Facts::none(refused.method, origin.client)
+                };
+                return Admission::Decided(Verdict::Refuse(Cause::Request(refused.fault).into()), facts);
             }
         };
+        let mut facts = Facts::of(&examined, origin);
         let Some(presented) = &examined.presented else {
-            return Admission::Decided(self.settle(examined, None));
+            return Admission::Decided(self.settle(examined, None), facts);
         };
-        if presented.in_query {
-            self.metrics.query_token();
-        }
         let digest = Digest::of(&presented.value);
-        match self.authenticator.check(&presented.value, &digest, now) {
-            Checked::Known(answer) => Admission::Decided(self.answered(examined, &digest, Ok(answer))),
-            Checked::Waiting(waiting) => Admission::Waiting(Pending { pipeline: self, examined, digest, waiting }),
-        }
+        facts.token = Some(digest.id());
+        let checked = self.authenticator.check(&presented.value, &digest, now, mode);
+        let answer = match checked {
+            Checked::Known(answer, result) => {
+                facts.cache = Some(result);
+                Ok(answer)
+            }
+            Checked::Waiting(waiting) => {
+                facts.cache = Some(CacheResult::Miss);
+                return Admission::Waiting(Pending { pipeline: self, examined, facts, waiting });
+            }
+            Checked::NotAsked => Err(CannotTell::NotAsked),
+        };
+        let verdict = self.answered(examined, answer, &mut facts);
+        Admission::Decided(verdict, facts)
     }
 
     fn answered<'r>(
         &'r self,
         examined: Examined<'r>,
-        digest: &Digest,
         answer: Result<TokenStatus, CannotTell>,
+        facts: &mut Facts,
     ) -> Verdict<'r> {
-        let cause = match answer {
-            Ok(TokenStatus::Valid(principal)) => return self.settle(examined, Some(principal)),
-            Ok(TokenStatus::Invalid(why)) => Cause::Identity(why),
-            Err(why) => Cause::CannotTell(why),
-        };
-        self.refuse(cause.into(), Some(examined.route), examined.method, Some(digest.id()), source(&examined))
+        match answer {
+            Ok(TokenStatus::Valid(principal)) => {
+                facts.principal = Some(Arc::clone(&principal));
+                self.settle(examined, Some(principal))
+            }
+            Ok(TokenStatus::Invalid(why)) => Verdict::Refuse(Cause::Identity(why).into()),
+            Err(why) => Verdict::Refuse(Cause::CannotTell(why).into()),
+        }
     }
 
     /// Asks the policy and plans what goes upstream.
     fn settle<'r>(&'r self, examined: Examined<'r>, principal: Option<Arc<Principal>>) -> Verdict<'r> {
-        let result = if principal.is_some() { AuthResult::Valid } else { AuthResult::Anonymous };
-        let token = principal.as_deref().map(Principal::token);
-        let method = examined.method;
         match self.policy.decide(&examined, principal) {
-            Ok(permit) => {
-                self.metrics.auth(result, "ok", source(&examined));
-                if let Some(generation) = permit.principal().and_then(|principal| principal.generation()) {
-                    self.metrics.rotated(generation);
-                }
-                if examined.clamped.page {
-                    self.metrics.clamped(Clamp::Page);
-                }
-                if examined.clamped.per_page {
-                    self.metrics.clamped(Clamp::PerPage);
-                }
-                if examined.overridden {
-                    self.metrics.method_overridden();
-                }
-                Verdict::Forward(forward::plan(permit, examined))
-            }
-            Err(fault) => {
-                self.refuse(Cause::Policy(fault).into(), Some(examined.route), method, token, source(&examined))
-            }
+            Ok(permit) => Verdict::Forward(forward::plan(permit, examined)),
+            Err(fault) => Verdict::Refuse(Cause::Policy(fault).into()),
         }
-    }
-
-    fn refuse<'r>(
-        &self,
-        refusal: Refusal,
-        route: Option<&'r Route>,
-        method: Method,
-        token: Option<TokenId>,
-        source: TokenSource,
-    ) -> Verdict<'r> {
-        if let Some(result) = refusal.auth_result() {
-            self.metrics.auth(result, refusal.reason(), source);
-        }
-        Verdict::Refuse(Refused { refusal, route, method, token, source })
     }
 }
 
 impl<'r> Pending<'r> {
-    /// Waits for the store and goes on from there.
-    pub async fn verdict(self) -> Verdict<'r> {
-        let answer = self.waiting.answer().await;
-        self.pipeline.answered(self.examined, &self.digest, answer)
+    /// What is known before the store has answered: for a client that does not wait so long.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
     }
-}
 
-/// The source as metrics and logs name it.
-pub fn source(examined: &Examined<'_>) -> TokenSource {
-    source_label(examined.presented.as_ref().map(|presented| presented.source))
-}
-
-pub fn source_label(source: Option<TokenLocation>) -> TokenSource {
-    match source {
-        None => TokenSource::None,
-        Some(TokenLocation::Header) => TokenSource::Header,
-        Some(TokenLocation::Query) => TokenSource::Query,
-        Some(TokenLocation::Bearer) => TokenSource::Bearer,
-        Some(TokenLocation::Several) => TokenSource::Several,
+    /// Waits for the store and goes on from there.
+    pub async fn verdict(self) -> (Verdict<'r>, Facts) {
+        let Self { pipeline, examined, mut facts, waiting } = self;
+        let (answer, result) = waiting.answer().await;
+        facts.cache = Some(result);
+        let verdict = pipeline.answered(examined, answer, &mut facts);
+        (verdict, facts)
     }
 }

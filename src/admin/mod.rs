@@ -7,10 +7,12 @@ use crate::request::head::HeadFault;
 use crate::request::view::{FieldKind, Method, RequestView};
 use crate::store::credential::DigestPrefix;
 use crate::store::rfc3339;
+use crate::telemetry::metrics::Metrics;
 
 /// What the responses are made from.
 pub struct Operator<'a> {
     pub pipeline: &'a Pipeline,
+    pub metrics: &'a Metrics,
     /// Host names that the listener accepts besides IP addresses and localhost, in lower case.
     pub hosts: &'a [String],
     pub ready: bool,
@@ -154,9 +156,9 @@ fn readiness(operator: &Operator<'_>) -> AdminResponse {
 
 fn metrics(operator: &Operator<'_>) -> AdminResponse {
     let (valid, invalid) = operator.pipeline.authenticator.cache_sizes();
-    operator.pipeline.metrics.cache_entries(valid, invalid);
-    operator.pipeline.metrics.ready(operator.ready);
-    match operator.pipeline.metrics.render() {
+    operator.metrics.cache_entries(valid, invalid);
+    operator.metrics.ready(operator.ready);
+    match operator.metrics.render() {
         Ok(body) => {
             AdminResponse { status: 200, content_type: "text/plain; version=0.0.4; charset=utf-8", allow: None, body }
         }
@@ -174,7 +176,7 @@ fn status(operator: &Operator<'_>) -> AdminResponse {
         "store": operator.pipeline.authenticator.store_names(),
         "hears_of_changes": operator.pipeline.authenticator.hears(operator.now),
         "cache": { "valid": valid, "invalid": invalid },
-        "requests_in_flight": operator.pipeline.metrics.requests_in_flight(),
+        "requests_in_flight": operator.metrics.requests_in_flight(),
         "routes": operator.pipeline.rules.routes.iter().map(|route| &route.name).collect::<Vec<_>>(),
     });
     AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }

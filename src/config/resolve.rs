@@ -6,7 +6,7 @@ use super::file::{
 use super::section::{Problem, closest};
 use super::{Document, File};
 use crate::edge::{ServerSettings, Timeouts};
-use crate::forward::{Credential, ForwardRules};
+use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{Policy, ScopeRule, Scopes};
 use crate::reply::cors::{Cors, wrong_origin};
@@ -85,6 +85,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, problems: 
             file::MethodOverride::Judge => MethodOverride::Judge,
         },
         switches,
+        trusted_proxies: trusted(&file.server.trusted_proxies),
         pagination: check.pagination(file),
         body: (file.token.body == BodyPolicy::Refuse)
             .then(|| Arc::new(body_rules(names, switches, file.token.untyped_body))),
@@ -95,14 +96,13 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, problems: 
         rules,
         forward: ForwardRules {
             credential: match file.token.forward {
-                Forward::Token => Credential::Token,
-                Forward::Identity => Credential::Identity,
-                Forward::Both => Credential::Both,
-                Forward::None => Credential::None,
+                Forward::Token => BackendCredential::Token,
+                Forward::Identity => BackendCredential::Identity,
+                Forward::Both => BackendCredential::Both,
+                Forward::None => BackendCredential::None,
             },
             token,
             switches,
-            trusted: trusted(&file.server.trusted_proxies),
             deprecate_query_token: file.token.query_deprecation,
         },
         cors: check.cors(&file.api),

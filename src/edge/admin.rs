@@ -58,6 +58,7 @@ impl ServerApp for AdminGate {
             let snapshot = self.snapshot.load_full();
             let operator = Operator {
                 pipeline: &snapshot.pipeline,
+                metrics: &snapshot.metrics,
                 hosts: &snapshot.admin_hosts,
                 ready: !self.lifecycle.is_draining(),
                 started_unix_ms: self.started_unix_ms,

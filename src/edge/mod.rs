@@ -4,10 +4,11 @@
 mod admin;
 mod client;
 mod connection;
+mod exchange;
 mod listen;
 mod log_levels;
 mod peers;
-mod proxy;
+mod proxied;
 mod server;
 
 pub use crate::clock::now;
@@ -17,13 +18,13 @@ pub use peers::{ResolveError, resolve};
 pub use server::{Rebuild, Rebuilt, Running, serve};
 
 use crate::pipeline::Pipeline;
-use crate::request::route::Route;
 use crate::request::view::Method;
 use crate::telemetry::access_log::AccessLog;
-use crate::telemetry::metrics::RouteMetrics;
+use crate::telemetry::metrics::{Metrics, RouteMetrics};
 use crate::upstream::UpstreamSettings;
 use client::HeadLimits;
 use peers::Peers;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -32,6 +33,7 @@ use tokio::sync::Notify;
 /// another in its place.
 pub struct Snapshot {
     pub pipeline: Pipeline,
+    pub metrics: Arc<Metrics>,
     /// In the configuration's order, by which routes name them.
     upstreams: Vec<Peers>,
     timeouts: Timeouts,
@@ -39,7 +41,7 @@ pub struct Snapshot {
     /// Names that the admin listener answers to.
     admin_hosts: Vec<String>,
     /// One for each route, and one for requests that got to none.
-    metrics: Vec<RouteMetrics>,
+    route_metrics: Vec<RouteMetrics>,
     unrouted: RouteMetrics,
 }
 
@@ -55,6 +57,7 @@ impl Snapshot {
     /// Resolves the upstreams' addresses, which may block. Pools of the running snapshot go on where they did not change.
     pub fn build(
         pipeline: Pipeline,
+        metrics: Arc<Metrics>,
         upstreams: &[UpstreamSettings],
         timeouts: Timeouts,
         log: AccessLog,
@@ -62,11 +65,11 @@ impl Snapshot {
         running: Option<&Self>,
     ) -> Result<Self, ResolveError> {
         let running = running.map_or(&[][..], |running| &running.upstreams);
-        let build = |settings: &UpstreamSettings| Peers::build(settings, running, &pipeline.metrics);
+        let build = |settings: &UpstreamSettings| Peers::build(settings, running, &metrics);
         let upstreams = upstreams.iter().map(build).collect::<Result<Vec<_>, _>>()?;
-        let metrics = pipeline.rules.routes.iter().map(|route| pipeline.metrics.route(&route.name)).collect();
-        let unrouted = pipeline.metrics.route("none");
-        Ok(Self { upstreams, timeouts, log, admin_hosts, metrics, unrouted, pipeline })
+        let route_metrics = pipeline.rules.routes.iter().map(|route| metrics.route(&route.name)).collect();
+        let unrouted = metrics.route("none");
+        Ok(Self { pipeline, metrics, upstreams, timeouts, log, admin_hosts, route_metrics, unrouted })
     }
 
     fn head_limits(&self) -> HeadLimits {
@@ -87,14 +90,9 @@ impl Snapshot {
         self.upstreams.get(self.pipeline.rules.routes.get(route?)?.upstream)
     }
 
-    fn count(&self, route: Option<&Route>, method: Method, status: u16, took: Duration) {
-        self.count_index(route.map(|route| route.index), method, status, took);
-    }
-
-    fn count_index(&self, route: Option<usize>, method: Method, status: u16, took: Duration) {
-        let series = route.and_then(|index| self.metrics.get(index)).unwrap_or(&self.unrouted);
-        series.count(method.index(), status);
-        self.pipeline.metrics.request_finished(took);
+    fn count(&self, route: Option<usize>, method: Method, status: u16, took: Duration) {
+        let series = route.and_then(|index| self.route_metrics.get(index)).unwrap_or(&self.unrouted);
+        series.count(method.index(), status, took);
     }
 }
 

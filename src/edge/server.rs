@@ -4,7 +4,7 @@
 use super::admin::{AdminGate, ReloadRequest};
 use super::connection::Gate;
 use super::listen::{Listen, Place, ServerSettings};
-use super::proxy::{MAX_ATTEMPTS, MainLane};
+use super::proxied::{MAX_ATTEMPTS, ProxiedLane};
 use super::{Lifecycle, Snapshot};
 use crate::admin::Reloaded;
 use crate::telemetry::metrics::Metrics;
@@ -52,7 +52,7 @@ pub fn serve(running: Running) {
     catch_early();
     let Running { settings, snapshot, rebuild } = running;
     let started_unix_ms = super::now().unix_ms;
-    let metrics = Arc::clone(&snapshot.pipeline.metrics);
+    let metrics = Arc::clone(&snapshot.metrics);
     metrics.reloaded(true, started_unix_ms / 1000);
     let snapshot = Arc::new(ArcSwap::from_pointee(snapshot));
     let lifecycle = Arc::new(Lifecycle::default());
@@ -71,7 +71,7 @@ pub fn serve(running: Running) {
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
 
-    let lane = Arc::new(http_proxy(&server.configuration, MainLane { lifecycle: Arc::clone(&lifecycle) }));
+    let lane = Arc::new(http_proxy(&server.configuration, ProxiedLane { lifecycle: Arc::clone(&lifecycle) }));
     let gate = Gate { snapshot: Arc::clone(&snapshot), lane, lifecycle: Arc::clone(&lifecycle) };
     let mut api = Service::new("api".into(), gate);
     settings.listen.iter().for_each(|listen| api.add_listener(listener(listen)));
@@ -288,7 +288,7 @@ impl Reloader {
         // is stuck keeps no rule from coming into force.
         let reopened = self.reopen().await.map(drop);
         let (current, rebuild) = (self.snapshot.load_full(), Arc::clone(&self.rebuild));
-        let metrics = Arc::clone(&current.pipeline.metrics);
+        let metrics = Arc::clone(&current.metrics);
         let result = blocking(move || rebuild(&current, reopened)).await.and_then(|built| built);
         metrics.reloaded(result.is_ok(), super::now().unix_ms / 1000);
         match result {

@@ -1,6 +1,7 @@
 //! What was learned about tokens, and for how long it may be believed. Knows no store and no clock: time is an argument.
 //! Good and bad tokens have separate budgets, so that no flood of guesses can evict a valid caller.
 
+use super::Mode;
 use super::principal::{Invalid, Principal};
 use crate::Now;
 use crate::store::credential::{Digest, DigestPrefix};
@@ -158,9 +159,10 @@ impl Cache {
         Self { settings, positive, negative, heard_until, deaf, uses: Uses::default() }
     }
 
-    pub(super) fn get(&self, digest: &Digest, now: Now) -> Cached {
+    /// What is known of a token. With [`Mode::Observe`], asking leaves no trace.
+    pub(super) fn get(&self, digest: &Digest, now: Now, mode: Mode) -> Cached {
         if let Some(entry) = self.positive.get(digest) {
-            return entry.say(now, self.hears(now));
+            return entry.say(now, self.hears(now), mode);
         }
         match self.negative.get(digest) {
             Some(entry) if now.mono_ms < entry.until => {
@@ -353,7 +355,8 @@ impl Cache {
 
 impl Positive {
     /// `hears`: no change can have been missed.
-    fn say(&self, now: Now, hears: bool) -> Cached {
+    fn say(&self, now: Now, hears: bool, mode: Mode) -> Cached {
+        let serves = mode == Mode::Serve;
         let fresh_until = self.fresh_until.load(Ordering::Relaxed);
         let certain = hears || now.mono_ms < self.sure_until;
         let fresh = certain && now.mono_ms < fresh_until;
@@ -369,14 +372,14 @@ impl Positive {
                 return Cached::Nothing;
             }
             let doubtful = !certain || fresh_until == DOUBTFUL;
-            let refresh = self.claim_refresh(now, doubtful);
+            let refresh = serves && self.claim_refresh(now, doubtful);
             return Cached::Stale(Stale { principal: Arc::clone(&self.principal), doubtful, refresh });
         }
         // A plain load in nearly all cases: nobody writes to a shared line for each request.
-        if now.unix_ms >= self.last_used.load(Ordering::Relaxed) + LAST_USED_STEP_MS {
+        if serves && now.unix_ms >= self.last_used.load(Ordering::Relaxed) + LAST_USED_STEP_MS {
             self.last_used.store(now.unix_ms, Ordering::Relaxed);
         }
-        let refresh = self.claim_refresh(now, false);
+        let refresh = serves && self.claim_refresh(now, false);
         Cached::Fresh { answer: TokenStatus::Valid(Arc::clone(&self.principal)), refresh }
     }
 

@@ -24,6 +24,15 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
+/// Whether asking for a verdict may change anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// A request is served: a look-up may be started, a refresh claimed, a use noted.
+    Serve,
+    /// Somebody asks what would happen: only what is known at this moment is looked at, and nothing changes.
+    Observe,
+}
+
 /// The store can't tell, and nothing is known from before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CannotTell {
@@ -31,6 +40,8 @@ pub enum CannotTell {
     Store,
     /// More look-ups are under way than there may be, or a token changes faster than it can be looked up.
     Busy,
+    /// [`Mode::Observe`] asks no store.
+    NotAsked,
 }
 
 /// Look-ups under way at once; beyond them callers get 503 at once instead of a place in a queue without end.
@@ -152,29 +163,18 @@ struct Flight {
 
 /// What can be said at once.
 pub enum Checked {
-    Known(TokenStatus),
+    Known(TokenStatus, CacheResult),
     /// The store must be asked.
     Waiting(Waiting),
+    /// The store would have to be asked, which [`Mode::Observe`] does not do.
+    NotAsked,
 }
 
 /// A caller that waits for a look-up.
 pub struct Waiting {
     flight: Arc<Flight>,
     stale: Option<Stale>,
-    counted: Counted,
     inner: Arc<Inner>,
-}
-
-/// What the cache was worth to one caller: counted once, also when the caller goes away before the store answers.
-struct Counted {
-    metrics: Arc<Metrics>,
-    result: CacheResult,
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.metrics.cache_lookup(self.result);
-    }
 }
 
 impl Authenticator {
@@ -200,26 +200,26 @@ impl Authenticator {
     }
 
     /// Synchronous for every token that is in the cache. The digest is the token's own.
-    pub fn check(&self, token: &[u8], digest: &Digest, now: Now) -> Checked {
-        match self.inner.cache.get(digest, now) {
+    pub fn check(&self, token: &[u8], digest: &Digest, now: Now, mode: Mode) -> Checked {
+        match self.inner.cache.get(digest, now, mode) {
             Cached::Fresh { answer, refresh } => {
                 if refresh {
                     self.inner.join(Credential::new(token, *digest), MAX_REFRESHES);
                 }
-                self.inner.metrics.cache_lookup(match answer {
+                let result = match answer {
                     TokenStatus::Valid(_) => CacheResult::PositiveHit,
                     TokenStatus::Invalid(_) => CacheResult::NegativeHit,
-                });
-                Checked::Known(answer)
+                };
+                Checked::Known(answer, result)
             }
             // The store has just failed: nobody waits to see it fail again, and somebody finds out when it is back.
             Cached::Stale(stale) if self.inner.is_ailing(now) => {
                 if stale.refresh {
                     self.inner.join(Credential::new(token, *digest), MAX_REFRESHES);
                 }
-                self.inner.metrics.cache_lookup(CacheResult::Stale);
-                Checked::Known(TokenStatus::Valid(stale.principal))
+                Checked::Known(TokenStatus::Valid(stale.principal), CacheResult::Stale)
             }
+            _ if mode == Mode::Observe => Checked::NotAsked,
             stale_or_nothing => {
                 let stale = match stale_or_nothing {
                     Cached::Stale(stale) => Some(stale),
@@ -227,8 +227,7 @@ impl Authenticator {
                 };
                 let most = if stale.is_some() { MAX_LOOKUPS } else { MAX_STRANGERS };
                 let flight = self.inner.join(Credential::new(token, *digest), most);
-                let counted = Counted { metrics: Arc::clone(&self.inner.metrics), result: CacheResult::Miss };
-                Checked::Waiting(Waiting { flight, stale, counted, inner: Arc::clone(&self.inner) })
+                Checked::Waiting(Waiting { flight, stale, inner: Arc::clone(&self.inner) })
             }
         }
     }
@@ -300,7 +299,7 @@ impl Authenticator {
     /// Whether an answer is at hand.
     #[cfg(test)]
     pub(crate) fn knows(&self, digest: &Digest) -> bool {
-        matches!(self.inner.cache.get(digest, (self.inner.clock)()), Cached::Fresh { .. })
+        matches!(self.inner.cache.get(digest, (self.inner.clock)(), Mode::Observe), Cached::Fresh { .. })
     }
 
     /// How far each store had told of its changes.
@@ -346,14 +345,13 @@ impl Authenticator {
 
 impl Waiting {
     /// The store's answer; the last known valid one when the store can't tell; else the caller must be refused.
-    pub async fn answer(mut self) -> Result<TokenStatus, CannotTell> {
+    pub async fn answer(self) -> (Result<TokenStatus, CannotTell>, CacheResult) {
         let outcome = self.flight.landing().await;
         match (outcome, self.stale) {
             (Err(why), Some(stale)) if self.inner.excuses(why, &stale) => {
-                self.counted.result = CacheResult::Stale;
-                Ok(TokenStatus::Valid(stale.principal))
+                (Ok(TokenStatus::Valid(stale.principal)), CacheResult::Stale)
             }
-            (outcome, _) => outcome,
+            (outcome, _) => (outcome, CacheResult::Miss),
         }
     }
 }
@@ -408,6 +406,7 @@ impl Inner {
     fn excuses(&self, why: CannotTell, stale: &Stale) -> bool {
         match why {
             CannotTell::Store => true,
+            CannotTell::NotAsked => false,
             CannotTell::Busy => !stale.doubtful || self.cache.is_deaf(),
         }
     }

@@ -181,9 +181,10 @@ impl Bench {
     }
 
     async fn ask(&self, token: &str) -> Result<TokenStatus, CannotTell> {
-        match self.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock()) {
-            Checked::Known(answer) => Ok(answer),
-            Checked::Waiting(waiting) => waiting.answer().await,
+        match self.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock(), Mode::Serve) {
+            Checked::Known(answer, _) => Ok(answer),
+            Checked::Waiting(waiting) => waiting.answer().await.0,
+            Checked::NotAsked => Err(CannotTell::NotAsked),
         }
     }
 
@@ -196,15 +197,15 @@ impl Bench {
 
     /// What is known without asking the store.
     fn known(&self, token: &str) -> Option<TokenStatus> {
-        match self.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock()) {
-            Checked::Known(answer) => Some(answer),
-            Checked::Waiting(_) => None,
+        match self.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock(), Mode::Serve) {
+            Checked::Known(answer, _) => Some(answer),
+            Checked::Waiting(_) | Checked::NotAsked => None,
         }
     }
 }
 
 fn check(bench: &Bench, token: &str) -> Checked {
-    bench.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock())
+    bench.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock(), Mode::Serve)
 }
 
 async fn settle() {
@@ -220,13 +221,13 @@ async fn one_lookup_for_any_number_of_callers() {
     let waiting: Vec<_> = (0..100)
         .map(|_| match check(&bench, "t") {
             Checked::Waiting(waiting) => waiting,
-            Checked::Known(_) => panic!("nothing can be known"),
+            Checked::Known(..) | Checked::NotAsked => panic!("nothing can be known"),
         })
         .collect();
     settle().await;
     bench.open();
     for caller in waiting {
-        assert!(matches!(caller.answer().await, Ok(TokenStatus::Valid(_))));
+        assert!(matches!(caller.answer().await.0, Ok(TokenStatus::Valid(_))));
     }
     assert_eq!(bench.asked(), 1);
     assert!(bench.known("t").is_some());
@@ -242,7 +243,7 @@ async fn a_caller_that_goes_away_leaves_the_lookup_to_the_others() {
     drop(first);
     bench.open();
     let Checked::Waiting(second) = second else { panic!("nothing can be known") };
-    assert!(matches!(second.answer().await, Ok(TokenStatus::Valid(_))));
+    assert!(matches!(second.answer().await.0, Ok(TokenStatus::Valid(_))));
     assert_eq!(bench.asked(), 1);
 }
 
@@ -337,7 +338,7 @@ async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked() {
     // The store has read the record and has not told it yet; now it changes.
     bench.authenticator.forget(&Digest::of(b"t"));
     bench.open();
-    assert!(matches!(waiting.answer().await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
+    assert!(matches!(waiting.answer().await.0, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert!(matches!(bench.known("t"), Some(TokenStatus::Invalid(Invalid::Revoked))));
     assert_eq!(bench.asked(), 2);
 }
@@ -350,7 +351,7 @@ async fn nor_when_everything_changed() {
     settle().await;
     bench.authenticator.forget_all();
     bench.open();
-    assert!(matches!(waiting.answer().await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
+    assert!(matches!(waiting.answer().await.0, Ok(TokenStatus::Invalid(Invalid::Unknown))));
 }
 
 #[tokio::test]
@@ -377,7 +378,7 @@ async fn a_token_that_changes_all_the_time_is_refused_and_not_believed() {
         bench.authenticator.forget(&Digest::of(b"t"));
         bench.store.gate.add_permits(1);
     }
-    assert_eq!(waiting.answer().await.err(), Some(CannotTell::Busy));
+    assert_eq!(waiting.answer().await.0.err(), Some(CannotTell::Busy));
     assert_eq!(bench.asked(), MAX_ATTEMPTS);
 }
 
@@ -404,11 +405,11 @@ async fn lookups_under_way_are_bounded() {
     bench.shut();
     let waiting: Vec<_> = (0..MAX_STRANGERS).map(|n| check(&bench, &format!("t{n}"))).collect();
     let Checked::Waiting(excess) = check(&bench, "one more") else { panic!("nothing can be known") };
-    assert_eq!(excess.answer().await.err(), Some(CannotTell::Busy));
+    assert_eq!(excess.answer().await.0.err(), Some(CannotTell::Busy));
     bench.open();
     for caller in waiting {
         let Checked::Waiting(caller) = caller else { panic!("nothing can be known") };
-        assert!(matches!(caller.answer().await, Ok(TokenStatus::Invalid(_))));
+        assert!(matches!(caller.answer().await.0, Ok(TokenStatus::Invalid(_))));
     }
     assert!(matches!(bench.ask("one more").await, Ok(TokenStatus::Invalid(_))), "and there is room again");
 }
@@ -421,13 +422,13 @@ async fn a_flood_of_guesses_leaves_room_for_known_callers() {
     bench.shut();
     let guesses: Vec<_> = (0..MAX_STRANGERS).map(|n| check(&bench, &format!("guess{n}"))).collect();
     let Checked::Waiting(stranger) = check(&bench, "one more") else { panic!("nothing can be known") };
-    assert_eq!(stranger.answer().await.err(), Some(CannotTell::Busy));
+    assert_eq!(stranger.answer().await.0.err(), Some(CannotTell::Busy));
     let before = bench.asked();
     let Checked::Waiting(known) = check(&bench, "known") else { panic!("too old to be believed") };
     settle().await;
     assert!(bench.asked() > before, "it is looked up");
     bench.open();
-    assert!(matches!(known.answer().await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
+    assert!(matches!(known.answer().await.0, Ok(TokenStatus::Invalid(Invalid::Unknown))));
     drop(guesses);
 }
 
@@ -464,7 +465,7 @@ fn lifetimes_differ_by_chance() {
     let answer = TokenStatus::Invalid(Invalid::Unknown);
     let alive = |token: &[u8], after: Duration| {
         let now = Now { mono_ms: after.as_millis() as u64, unix_ms: 0 };
-        matches!(cache.get(&Digest::of(token), now), Cached::Fresh { .. })
+        matches!(cache.get(&Digest::of(token), now, Mode::Serve), Cached::Fresh { .. })
     };
     let learned = || Learned { answer: &answer, until_unix_ms: None, handles: Vec::new(), asked_ms: 0 };
     cache.put(Digest::of(b"long"), learned(), Now { mono_ms: 0, unix_ms: 0 }, 0.0);
@@ -642,7 +643,7 @@ async fn refreshing_leaves_room_for_newcomers() {
     assert_eq!(bench.asked(), tokens + MAX_REFRESHES);
     let Checked::Waiting(newcomer) = check(&bench, "newcomer") else { panic!("nothing can be known") };
     bench.open();
-    assert!(matches!(newcomer.answer().await, Ok(TokenStatus::Valid(_))));
+    assert!(matches!(newcomer.answer().await.0, Ok(TokenStatus::Valid(_))));
 }
 
 // Changes.
@@ -695,7 +696,7 @@ async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked_by_its_other_name(
     bench.tell(change(Named::Handle(handle_of(b"other")))).await;
     bench.tell(change(Named::Handle(handle_of(b"t")))).await;
     bench.open();
-    assert!(matches!(waiting.answer().await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
+    assert!(matches!(waiting.answer().await.0, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert_eq!(bench.asked(), 2);
     following.abort();
 }
@@ -862,7 +863,7 @@ async fn an_answer_from_before_a_standstill_is_asked_for_again() {
         settle().await;
         pass(Duration::from_secs(3));
         bench.open();
-        assert!(matches!(waiting.answer().await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
+        assert!(matches!(waiting.answer().await.0, Ok(TokenStatus::Invalid(Invalid::Revoked))));
         assert_eq!(bench.asked(), 3);
         following.abort();
     }
@@ -1204,12 +1205,14 @@ async fn forgetting_by_prefix_reaches_cache_and_flights() {
     // A look-up that is under way may have an answer from before.
     bench.shut();
     let digest = Digest::of(b"one");
-    let Checked::Waiting(waiting) = bench.authenticator.check(b"one", &digest, clock()) else { panic!("known") };
+    let Checked::Waiting(waiting) = bench.authenticator.check(b"one", &digest, clock(), Mode::Serve) else {
+        panic!("known")
+    };
     while bench.asked() < 2 {
         tokio::task::yield_now().await;
     }
     bench.authenticator.forget_prefix(&prefix("one"));
     bench.open();
-    let Ok(TokenStatus::Valid(principal)) = waiting.answer().await else { panic!("no answer") };
+    let Ok(TokenStatus::Valid(principal)) = waiting.answer().await.0 else { panic!("no answer") };
     assert_eq!((principal.user(), bench.asked()), ("after", 3));
 }

@@ -1,10 +1,106 @@
 //! The hygiene of any backend's answer, interim ones included: which fields end here, and which URLs lose credentials.
 //! Pure. A token of the request must never leave in a field of an answer that tollgate looks at.
 
+use super::UpstreamFault;
+use crate::request::head::content_length;
 use crate::request::query::{Key, Names};
 use crate::request::target::escape;
 use smallvec::SmallVec;
+use std::borrow::Cow;
 use std::ops::Range;
+
+/// Interim answers to one request. A backend that sends more keeps a client busy and never answers.
+const MAX_INTERIM_ANSWERS: usize = 64;
+
+/// The head of a backend's answer, whoever read it.
+pub trait AnswerView {
+    fn status(&self) -> u16;
+
+    /// HTTP/1.1, which brought chunks; false for the versions before it.
+    fn knows_chunks(&self) -> bool;
+
+    /// Names, in lower case, and values.
+    fn fields(&self) -> impl Iterator<Item = (&str, &[u8])>;
+}
+
+/// Whether an answer can be passed on: its end must be read in one way by everybody, nobody switches protocols unasked, and
+/// `interim`, how many interim answers came before it, has a bound.
+pub fn judge(view: &impl AnswerView, asked_to_switch: bool, interim: usize) -> Result<AnswerKind, UpstreamFault> {
+    let (mut lengths, mut codings, mut in_doubt) = (0, 0, false);
+    for (name, value) in view.fields() {
+        match name {
+            "content-length" => {
+                lengths += 1;
+                in_doubt |= content_length(value).is_err();
+            }
+            "transfer-encoding" => {
+                codings += 1;
+                in_doubt |= !value.eq_ignore_ascii_case(b"chunked");
+            }
+            _ => {}
+        }
+    }
+    // Who sends chunks under a version that does not know them may mean something else.
+    let in_doubt = in_doubt || lengths > 1 || codings > 1 || (codings > 0 && !view.knows_chunks());
+    let kind = AnswerKind::of(view.status());
+    let unasked = kind == AnswerKind::Switching && !asked_to_switch;
+    let too_many = kind == AnswerKind::Interim && interim >= MAX_INTERIM_ANSWERS;
+    if in_doubt || unasked || too_many { Err(UpstreamFault::Malformed) } else { Ok(kind) }
+}
+
+/// A change of an answer's head.
+#[derive(Debug, PartialEq, Eq)]
+pub enum AnswerEdit<'v> {
+    /// All fields of the name.
+    Remove(Cow<'v, str>),
+    /// All fields of the name get other values.
+    Replace(&'static str, Vec<Vec<u8>>),
+}
+
+/// What must change in an answer before a client gets it: fields that end here, fields that servers behind the gateway say to
+/// each other, and credentials in URLs. Looks at every field once: most answers need no change.
+pub fn edits<'v>(
+    view: &'v impl AnswerView,
+    kind: AnswerKind,
+    credentials: &Credentials<'_>,
+) -> SmallVec<[AnswerEdit<'v>; 4]> {
+    let mut edits: SmallVec<[AnswerEdit<'v>; 4]> = SmallVec::new();
+    let mut urls: SmallVec<[UrlField; 4]> = SmallVec::new();
+    for (name, value) in view.fields() {
+        match fate(name, kind) {
+            Fate::Keep => {}
+            Fate::Drop => edits.push(AnswerEdit::Remove(Cow::Borrowed(name))),
+            Fate::Clean(field) if urls.contains(&field) => {}
+            Fate::Clean(field) => urls.push(field),
+            Fate::Nominates if kind == AnswerKind::Switching => {}
+            Fate::Nominates => {
+                let options = value.split(|b| *b == b',').filter_map(|option| std::str::from_utf8(option).ok());
+                let names = options.map(|option| option.trim_ascii().to_ascii_lowercase());
+                let taken = names.filter(|name| !name.is_empty() && may_nominate(name));
+                edits.extend(taken.map(|name| AnswerEdit::Remove(Cow::Owned(name))));
+                // The lane writes its own.
+                edits.push(AnswerEdit::Remove(Cow::Borrowed(name)));
+            }
+        }
+    }
+    for field in urls {
+        let name = field.name();
+        let values = || view.fields().filter(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value);
+        let cleaned: SmallVec<[Option<Vec<u8>>; 2]> =
+            values().map(|value| without_credentials(value, field, credentials)).collect();
+        if cleaned.iter().any(Option::is_some) {
+            let values = values().zip(cleaned).map(|(value, clean)| clean.unwrap_or_else(|| value.to_vec()));
+            edits.push(AnswerEdit::Replace(name, values.collect()));
+        }
+    }
+    edits
+}
+
+/// What tollgate says in every final answer of a backend.
+pub fn own_fields(request_id: &str, query_token_deprecated: bool) -> impl Iterator<Item = (&'static str, &str)> {
+    let deprecation = query_token_deprecated.then_some(("Deprecation", "true"));
+    std::iter::once(("X-Request-Id", request_id)).chain(deprecation)
+}
 
 /// What sort of answer a head belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +124,7 @@ impl AnswerKind {
 
 /// What becomes of a field of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+enum Fate {
     Keep,
     Drop,
     /// It holds URLs.
@@ -39,7 +135,7 @@ pub enum Fate {
 
 /// A field that holds URLs, and in which form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UrlField {
+enum UrlField {
     /// `<URL>; rel="next", <URL>; …`
     Link,
     /// One URL.
@@ -51,7 +147,7 @@ pub enum UrlField {
 }
 
 impl UrlField {
-    pub const fn name(self) -> &'static str {
+    const fn name(self) -> &'static str {
         match self {
             Self::Link => "Link",
             Self::Location => "Location",
@@ -62,7 +158,7 @@ impl UrlField {
 }
 
 /// Tells a field's fate from its name, which is in lower case.
-pub fn fate(name: &str, kind: AnswerKind) -> Fate {
+fn fate(name: &str, kind: AnswerKind) -> Fate {
     let interim = kind == AnswerKind::Interim;
     // The first letter decides which few names are worth comparing: most fields have nothing to do with any of this.
     let drop = match name.as_bytes().first() {
@@ -100,7 +196,7 @@ pub fn fate(name: &str, kind: AnswerKind) -> Fate {
 }
 
 /// Whether a name in Connection takes a field away. It can't take what frames the answer.
-pub fn may_nominate(name: &str) -> bool {
+fn may_nominate(name: &str) -> bool {
     !matches!(name, "content-length" | "transfer-encoding" | "date")
 }
 
@@ -131,7 +227,7 @@ const IN_ITS_PLACE: &[u8] = b"redacted";
 /// Takes credentials out of a field's URLs, into which GitLab 8.5 and later copy every parameter of the request, and in
 /// which a redirect to a log-in page carries the whole target. What is left is as well-formed as it was. `None`: nothing
 /// to take out.
-pub fn without_credentials(value: &[u8], field: UrlField, credentials: &Credentials<'_>) -> Option<Vec<u8>> {
+fn without_credentials(value: &[u8], field: UrlField, credentials: &Credentials<'_>) -> Option<Vec<u8>> {
     let mut cleaner = Cleaner::new(credentials);
     match field {
         UrlField::Link => cleaner.link(value),

@@ -4,4 +4,4 @@ pub mod answer;
 pub mod cors;
 mod refusal;
 
-pub use refusal::{Cause, Envelope, Refusal, UpstreamFault};
+pub use refusal::{AnswerSink, Cause, Envelope, Http1Answer, Refusal, UpstreamFault};

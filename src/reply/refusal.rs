@@ -2,6 +2,7 @@
 //! One match without a wildcard, so that a new fault anywhere does not compile until it has an answer here.
 
 use super::cors::{Cors, CorsGrant};
+use crate::forward::{FieldSink, Http1Head};
 use crate::identity::{CannotTell, Invalid};
 use crate::policy;
 use crate::request::body::BodyFault;
@@ -51,13 +52,9 @@ impl From<Cause> for Refusal {
     }
 }
 
-/// What differs between the answers of one connection.
+/// What an answer says beside the refusal itself.
 #[derive(Clone, Copy, Debug)]
 pub struct Envelope<'a> {
-    /// HEAD: the head of the answer only.
-    pub head_only: bool,
-    /// The connection ends behind the answer.
-    pub close: bool,
     /// `Date`, as RFC 9110 has it.
     pub date: &'a str,
     pub request_id: &'a str,
@@ -177,6 +174,7 @@ impl Refusal {
             Cause::Upstream(UpstreamFault::Absent) => (503, "upstream_absent"),
             Cause::CannotTell(CannotTell::Store) => (503, "store"),
             Cause::CannotTell(CannotTell::Busy) => (503, "store_busy"),
+            Cause::CannotTell(CannotTell::NotAsked) => (503, "store_not_asked"),
             Cause::Draining => (503, "draining"),
             Cause::Upstream(UpstreamFault::TimedOut) => (504, "upstream_timeout"),
         }
@@ -184,7 +182,7 @@ impl Refusal {
 
     /// The fields that say more than the status, those of the framing included. The same for every refusal of a
     /// credential.
-    pub fn fields(&self) -> impl Iterator<Item = (&'static str, String)> {
+    fn fields(&self) -> impl Iterator<Item = (&'static str, String)> {
         let status = self.status();
         let more = match status {
             401 => Some(("WWW-Authenticate", "Bearer realm=\"api\"".to_owned())),
@@ -201,32 +199,65 @@ impl Refusal {
         .chain(more)
     }
 
-    pub fn body(&self) -> String {
+    fn body(&self) -> String {
         format!("{{\"message\":\"{} {}\"}}", self.status(), phrase(self.status()))
     }
 
-    /// Writes the whole answer.
-    pub fn write(&self, envelope: &Envelope<'_>, out: &mut Vec<u8>) {
-        let mut put = |parts: &[&str]| parts.iter().for_each(|part| out.extend_from_slice(part.as_bytes()));
-        put(&[
-            "HTTP/1.1 ",
-            &self.status().to_string(),
-            " ",
-            phrase(self.status()),
-            "\r\nDate: ",
-            envelope.date,
-            "\r\n",
-        ]);
+    /// Says the whole answer, in the same order on every lane: the order of fields must not tell which rule was hit.
+    pub fn render(&self, envelope: &Envelope<'_>, sink: &mut impl AnswerSink) {
+        sink.status(self.status(), phrase(self.status()));
+        sink.field(b"Date", envelope.date.as_bytes());
         for (name, value) in self.fields() {
-            put(&[name, ": ", &value, "\r\n"]);
+            sink.field(name.as_bytes(), value.as_bytes());
         }
         for (name, value) in envelope.cors.fields(envelope.grant) {
-            put(&[name, ": ", value, "\r\n"]);
+            sink.field(name.as_bytes(), value.as_bytes());
         }
-        let connection = if envelope.close { "close" } else { "keep-alive" };
-        put(&["X-Request-Id: ", envelope.request_id, "\r\nConnection: ", connection, "\r\n\r\n"]);
-        if !envelope.head_only {
-            put(&[&self.body()]);
+        sink.field(b"X-Request-Id", envelope.request_id.as_bytes());
+        sink.body(self.body().as_bytes());
+    }
+}
+
+/// Takes an answer of tollgate's own.
+pub trait AnswerSink: FieldSink {
+    /// Comes first.
+    fn status(&mut self, status: u16, phrase: &'static str);
+
+    /// Comes last.
+    fn body(&mut self, body: &[u8]);
+}
+
+/// Writes an answer in HTTP/1.1.
+pub struct Http1Answer<'o> {
+    pub out: &'o mut Vec<u8>,
+    /// HEAD: the head of the answer only.
+    pub head_only: bool,
+    /// The connection ends behind the answer.
+    pub close: bool,
+}
+
+impl FieldSink for Http1Answer<'_> {
+    fn field(&mut self, name: &[u8], value: &[u8]) {
+        Http1Head(self.out).field(name, value);
+    }
+
+    fn connection_field(&mut self, name: &[u8], value: &[u8]) {
+        self.field(name, value);
+    }
+}
+
+impl AnswerSink for Http1Answer<'_> {
+    fn status(&mut self, status: u16, phrase: &'static str) {
+        for part in ["HTTP/1.1 ", &status.to_string(), " ", phrase, "\r\n"] {
+            self.out.extend_from_slice(part.as_bytes());
+        }
+    }
+
+    fn body(&mut self, body: &[u8]) {
+        self.connection_field(b"Connection", if self.close { b"close" } else { b"keep-alive" });
+        self.out.extend_from_slice(b"\r\n");
+        if !self.head_only {
+            self.out.extend_from_slice(body);
         }
     }
 }
@@ -258,8 +289,8 @@ mod tests {
     fn written(cause: Cause, head_only: bool, close: bool) -> String {
         let mut out = Vec::new();
         let (cors, grant) = (&Cors::Off, CorsGrant::Off);
-        let envelope = Envelope { head_only, close, date: "D", request_id: "id", cors, grant };
-        Refusal::from(cause).write(&envelope, &mut out);
+        let envelope = Envelope { date: "D", request_id: "id", cors, grant };
+        Refusal::from(cause).render(&envelope, &mut Http1Answer { out: &mut out, head_only, close });
         String::from_utf8(out).unwrap()
     }
 

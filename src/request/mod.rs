@@ -13,8 +13,10 @@ pub mod target;
 pub mod token;
 pub mod view;
 
+use crate::telemetry::metrics::TokenSource;
 use body::{BodyFault, BodyHead, BodyRules, BodyScanner};
 use head::HeadFault;
+use origin::TrustedProxies;
 use page::{Clamped, Pagination};
 use query::{Edits, Key, Names, ParamAction};
 use route::{Auth, Route, Routes};
@@ -39,6 +41,8 @@ pub struct Rules {
     pub names: Names,
     pub method_override: MethodOverride,
     pub switches: Switches,
+    /// Peers whose X-Forwarded-* are believed.
+    pub trusted_proxies: TrustedProxies,
     pub pagination: Pagination,
     /// `None`: bodies are not checked, because the backend trusts only the header that tollgate sets.
     pub body: Option<Arc<BodyRules>>,
@@ -149,15 +153,19 @@ pub struct RejectedRequest<'r> {
     pub route: Option<&'r Route>,
     /// The method that was judged.
     pub method: Method,
+    /// Where tokens were found, well-formed or not.
+    pub source: TokenSource,
     /// The query had a token parameter, in any spelling.
     pub query_token: bool,
+    /// The one token, if there is exactly one and it is well-formed. Not validated.
+    pub presented: Option<Presented<'r>>,
 }
 
 /// Judges a request by its own bytes.
 pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<'r>, RejectedRequest<'r>> {
     let asked = rules.method_asked(view);
     let method = asked.unwrap_or(view.method);
-    let early = |fault| RejectedRequest { fault, route: None, method, query_token: false };
+    let early = |fault| rules.refused(fault, view, None, method);
     if view.method == Method::Other {
         return Err(early(Fault::MethodNotAllowed));
     }
@@ -168,14 +176,24 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
     let canonical = target::canonical(view.path());
     let found = rules.routes.find(method, &canonical).and_then(|index| rules.routes.get(index));
     let route = found.ok_or_else(|| early(Fault::NoRoute))?;
-    rules.examine_on(route, view, asked, canonical).map_err(|fault| {
-        let scan = query::scan(view.query().unwrap_or_default(), &rules.names);
-        let query_token = scan.params.iter().any(|param| param.key == Key::Token);
-        RejectedRequest { fault, route: Some(route), method, query_token }
-    })
+    rules.examine_on(route, view, asked, canonical).map_err(|fault| rules.refused(fault, view, Some(route), method))
 }
 
 impl Rules {
+    /// Adds what the log wants to know of a refused request. Computed only here: most requests are not refused.
+    fn refused<'r>(
+        &self,
+        fault: Fault,
+        view: &RequestView<'r>,
+        route: Option<&'r Route>,
+        method: Method,
+    ) -> RejectedRequest<'r> {
+        let scan = query::scan(view.query().unwrap_or_default(), &self.names);
+        let (source, query_token) = token::sources(view, &scan, &self.token);
+        let presented = token::find(view, &scan, &self.token).ok().flatten();
+        RejectedRequest { fault, route, method, source, query_token, presented }
+    }
+
     /// The method to judge by: the request's own, or the one named by its override header where that is accepted.
     /// HEAD is never accepted: servers differ in whether the response to such a POST has a body, so its end is ambiguous.
     fn method_asked(&self, view: &RequestView<'_>) -> Result<Method, Fault> {

@@ -4,6 +4,7 @@
 use super::head::trim_blanks;
 use super::query::{Key, Scan, Spelling, form_decode};
 use super::view::{FieldKind, RequestView};
+use crate::telemetry::metrics::TokenSource;
 use std::borrow::Cow;
 
 /// Longer values are refused. GitLab's tokens have 20 to 64 bytes.
@@ -16,15 +17,6 @@ pub struct TokenRules {
     pub header: String,
     /// Whether `Authorization: Bearer` is accepted as well.
     pub bearer: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TokenLocation {
-    Header,
-    Query,
-    Bearer,
-    /// The same token in more than one place.
-    Several,
 }
 
 /// Why a presented token is not acceptable. All of these give the client the same response.
@@ -43,7 +35,8 @@ pub enum TokenFault {
 /// A well-formed token, not yet validated.
 pub struct Presented<'a> {
     pub value: Cow<'a, [u8]>,
-    pub source: TokenLocation,
+    /// Never [`TokenSource::None`].
+    pub source: TokenSource,
     /// The query contains it, where it may leak into logs, perhaps beside another place.
     pub in_query: bool,
 }
@@ -65,11 +58,11 @@ pub fn find<'a>(
         match field.kind {
             FieldKind::Authorization if rules.bearer => {
                 if let Some(token) = bearer(field.value) {
-                    found.add(Cow::Borrowed(token), TokenLocation::Bearer)?;
+                    found.add(Cow::Borrowed(token), TokenSource::Bearer)?;
                 }
             }
             FieldKind::Alias => {}
-            _ if is_token_header(field.name, rules) => found.add(Cow::Borrowed(field.value), TokenLocation::Header)?,
+            _ if is_token_header(field.name, rules) => found.add(Cow::Borrowed(field.value), TokenSource::Header)?,
             _ => {}
         }
     }
@@ -82,12 +75,27 @@ pub fn find<'a>(
             Some(_) => Cow::Owned(form_decode(raw).into_vec()),
             None => Cow::Borrowed(raw),
         };
-        found.add(decoded, TokenLocation::Query)?;
+        found.add(decoded, TokenSource::Query)?;
     }
     match found.presented {
         Some(presented) => well_formed(&presented.value).map(|()| Some(presented)),
         None => Ok(None),
     }
+}
+
+/// Where a request carries tokens, well-formed or not, and whether the query is one of these places.
+pub fn sources(view: &RequestView<'_>, scan: &Scan<'_>, rules: &TokenRules) -> (TokenSource, bool) {
+    let header = view.fields.iter().any(|f| f.kind != FieldKind::Alias && is_token_header(f.name, rules));
+    let bearer = rules.bearer && view.fields_of(FieldKind::Authorization).any(|field| bearer(field.value).is_some());
+    let query = scan.params.iter().any(|param| param.key == Key::Token);
+    let source = match (header, bearer, query) {
+        (false, false, false) => TokenSource::None,
+        (true, false, false) => TokenSource::Header,
+        (false, true, false) => TokenSource::Bearer,
+        (false, false, true) => TokenSource::Query,
+        _ => TokenSource::Several,
+    };
+    (source, query)
 }
 
 /// Whether a field name is the token header's.
@@ -119,14 +127,14 @@ struct Finder<'a> {
 }
 
 impl<'a> Finder<'a> {
-    fn add(&mut self, value: Cow<'a, [u8]>, source: TokenLocation) -> Result<(), TokenFault> {
-        let in_query = source == TokenLocation::Query;
+    fn add(&mut self, value: Cow<'a, [u8]>, source: TokenSource) -> Result<(), TokenFault> {
+        let in_query = source == TokenSource::Query;
         match &mut self.presented {
             None => self.presented = Some(Presented { value, source, in_query }),
             Some(known) if known.value == value => {
                 known.in_query |= in_query;
                 if known.source != source {
-                    known.source = TokenLocation::Several;
+                    known.source = TokenSource::Several;
                 }
             }
             Some(_) => return Err(TokenFault::Conflict),
@@ -141,7 +149,7 @@ mod tests {
     use super::*;
 
     /// The token and its source, for a query and header lines.
-    fn found(query: &str, lines: &str) -> Result<Option<(String, TokenLocation)>, TokenFault> {
+    fn found(query: &str, lines: &str) -> Result<Option<(String, TokenSource)>, TokenFault> {
         let bytes = format!("GET /p?{query} HTTP/1.1\r\nHost: h\r\n{lines}\r\n").into_bytes();
         let view = head::parse(&bytes).unwrap();
         let names = query::Names { token: "private_token".into() };
@@ -151,22 +159,22 @@ mod tests {
         Ok(found.map(|p| (String::from_utf8_lossy(&p.value).into_owned(), p.source)))
     }
 
-    fn token(source: TokenLocation) -> Result<Option<(String, TokenLocation)>, TokenFault> {
+    fn token(source: TokenSource) -> Result<Option<(String, TokenSource)>, TokenFault> {
         Ok(Some(("A-1".into(), source)))
     }
 
     #[test]
     fn one_token_anywhere() {
         assert_eq!(found("", ""), Ok(None));
-        assert_eq!(found("", "PRIVATE-TOKEN: A-1\r\n"), token(TokenLocation::Header));
-        assert_eq!(found("", "private-Token:\tA-1 \r\n"), token(TokenLocation::Header));
-        assert_eq!(found("", "Authorization: bearer  A-1\r\n"), token(TokenLocation::Bearer));
-        assert_eq!(found("private_token=A%2D1", ""), token(TokenLocation::Query));
+        assert_eq!(found("", "PRIVATE-TOKEN: A-1\r\n"), token(TokenSource::Header));
+        assert_eq!(found("", "private-Token:\tA-1 \r\n"), token(TokenSource::Header));
+        assert_eq!(found("", "Authorization: bearer  A-1\r\n"), token(TokenSource::Bearer));
+        assert_eq!(found("private_token=A%2D1", ""), token(TokenSource::Query));
         assert_eq!(
             found("private_token=A-1", "PRIVATE-TOKEN: A-1\r\nAuthorization: Bearer A-1\r\n"),
-            token(TokenLocation::Several)
+            token(TokenSource::Several)
         );
-        assert_eq!(found("private_token=A-1&private_token=A-1", ""), token(TokenLocation::Query));
+        assert_eq!(found("private_token=A-1&private_token=A-1", ""), token(TokenSource::Query));
         assert_eq!(
             found("", "Authorization: Basic eDp5\r\nCookie: private_token=A\r\nX-PRIVATE-TOKEN: A\r\n"),
             Ok(None)

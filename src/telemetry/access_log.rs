@@ -3,6 +3,7 @@
 
 use super::lines::{Destination, LineQueue};
 use super::metrics::Metrics;
+use std::io::Write as _;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,17 +27,49 @@ pub struct Entry<'a> {
     pub target: &'a [u8],
     pub route: &'a str,
     pub status: u16,
+    /// Whose answer the client got.
+    pub by: Option<By>,
     /// Why it was refused or failed; `ok` otherwise.
     pub reason: &'static str,
     pub source: &'static str,
     /// The first 12 hex digits of the token's digest.
     pub token: Option<&'a str>,
     pub user: Option<&'a str>,
-    pub upstream: Option<&'a str>,
+    pub upstream: Option<Upstreamed<'a>>,
     pub duration: Duration,
     pub bytes_received: u64,
     pub bytes_sent: u64,
     pub user_agent: &'a [u8],
+}
+
+/// Who answered a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// tollgate itself.
+    Gate,
+    Backend,
+}
+
+impl By {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Gate => "gate",
+            Self::Backend => "backend",
+        }
+    }
+}
+
+/// What came of asking a backend.
+#[derive(Debug)]
+pub struct Upstreamed<'a> {
+    pub name: &'a str,
+    /// The last one that was asked.
+    pub server: Option<&'a str>,
+    /// Its own status, whatever the client got.
+    pub status: Option<u16>,
+    /// From the choice of the server to the head of its answer.
+    pub took: Option<Duration>,
+    pub attempts: usize,
 }
 
 #[derive(Clone)]
@@ -113,14 +146,30 @@ fn format(entry: &Entry<'_>, secret_words: &[String]) -> Vec<u8> {
     }
     text(&mut line, "route", entry.route.as_bytes());
     number(&mut line, "status", entry.status.into());
+    if let Some(by) = entry.by {
+        text(&mut line, "by", by.as_str().as_bytes());
+    }
     text(&mut line, "reason", entry.reason.as_bytes());
     text(&mut line, "source", entry.source.as_bytes());
-    for (key, value) in [("token", entry.token), ("user", entry.user), ("upstream", entry.upstream)] {
+    for (key, value) in [("token", entry.token), ("user", entry.user)] {
         if let Some(value) = value {
             text(&mut line, key, value.as_bytes());
         }
     }
-    line.extend_from_slice(format!(",\"duration_ms\":{:.3}", entry.duration.as_secs_f64() * 1000.0).as_bytes());
+    if let Some(upstream) = &entry.upstream {
+        text(&mut line, "upstream", upstream.name.as_bytes());
+        if let Some(server) = upstream.server {
+            text(&mut line, "upstream_server", server.as_bytes());
+        }
+        if let Some(status) = upstream.status {
+            number(&mut line, "upstream_status", status.into());
+        }
+        if let Some(took) = upstream.took {
+            milliseconds(&mut line, "upstream_duration_ms", took);
+        }
+        number(&mut line, "attempts", upstream.attempts as u64);
+    }
+    milliseconds(&mut line, "duration_ms", entry.duration);
     number(&mut line, "bytes_received", entry.bytes_received);
     number(&mut line, "bytes_sent", entry.bytes_sent);
     text(&mut line, "user_agent", entry.user_agent);
@@ -195,8 +244,14 @@ fn decode(bytes: &[u8]) -> Vec<u8> {
     once(&once(bytes))
 }
 
+fn milliseconds(line: &mut Vec<u8>, key: &str, time: Duration) {
+    // Writing to memory cannot fail.
+    let _ = write!(line, ",\"{key}\":{:.3}", time.as_secs_f64() * 1000.0);
+}
+
 fn number(line: &mut Vec<u8>, key: &str, value: u64) {
-    line.extend_from_slice(format!(",\"{key}\":{value}").as_bytes());
+    // Writing to memory cannot fail.
+    let _ = write!(line, ",\"{key}\":{value}");
 }
 
 /// A JSON string of bytes that nobody has checked: what is not visible ASCII is escaped.
@@ -289,7 +344,13 @@ mod tests {
             target: &[b"/".as_slice(), &long, b"?", &long].concat(),
             route: &text,
             user: Some(&text),
-            upstream: Some(&text),
+            upstream: Some(Upstreamed {
+                name: &text,
+                server: Some(&text[..108]),
+                status: None,
+                took: None,
+                attempts: 3,
+            }),
             user_agent: &long,
             ..Entry::default()
         };

@@ -58,7 +58,7 @@ labels! {
     /// How an exchange with an upstream ended when it did not end well.
     UpstreamError {
         Connect = "connect", ConnectTimeout = "connect_timeout", Timeout = "timeout", Closed = "closed",
-        Malformed = "malformed", Other = "other",
+        Malformed = "malformed", NoServer = "no_server", Other = "other",
     }
 }
 
@@ -66,7 +66,7 @@ labels! {
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
-    duration: Histogram,
+    duration: HistogramVec,
     in_flight: IntGauge,
     connections: IntGauge,
     auth: IntCounterVec,
@@ -104,14 +104,16 @@ pub struct Metrics {
 pub struct RouteMetrics {
     /// By method and status class.
     requests: Vec<IntCounter>,
+    duration: Histogram,
 }
 
 impl RouteMetrics {
-    pub fn count(&self, method: usize, status: u16) {
+    pub fn count(&self, method: usize, status: u16, took: Duration) {
         let class = usize::from(status / 100).min(STATUS_CLASSES.len() - 1);
         if let Some(counter) = self.requests.get(method * STATUS_CLASSES.len() + class) {
             counter.inc();
         }
+        self.duration.observe(took.as_secs_f64());
     }
 }
 
@@ -160,14 +162,6 @@ impl Metrics {
             "Requests by route, method and class of the status that the client got (none: gone before an answer).",
             &["route", "method", "status"],
         )?;
-        let duration = Histogram::with_opts(
-            HistogramOpts::new(
-                "tollgate_request_duration_seconds",
-                "Time from a request's head to the end of its answer.",
-            )
-            .buckets(LATENCY_SECONDS.to_vec()),
-        )?;
-        registry.register(Box::new(duration.clone()))?;
         let auth = counters(
             "tollgate_auth_total",
             "Verdicts by result, reason and the token's source. The reason is `ok` for valid tokens.",
@@ -190,7 +184,12 @@ impl Metrics {
         build.with_label_values(&[version]).set(1);
 
         Ok(Self {
-            duration,
+            duration: histograms(
+                "tollgate_request_duration_seconds",
+                "Time from a request's head to the end of its answer, by route.",
+                &["route"],
+                LATENCY_SECONDS,
+            )?,
             in_flight: gauge("tollgate_requests_in_flight", "Requests that are being served.")?,
             connections: gauge("tollgate_connections", "Client connections that are open.")?,
             auth_valid_header: auth.with_label_values(&["valid", "ok", "header"]),
@@ -300,7 +299,7 @@ impl Metrics {
         let series = METHODS.iter().flat_map(|method| {
             STATUS_CLASSES.iter().map(|class| self.requests.with_label_values(&[name, method, class]))
         });
-        RouteMetrics { requests: series.collect() }
+        RouteMetrics { requests: series.collect(), duration: self.duration.with_label_values(&[name]) }
     }
 
     pub fn request_started(&self) -> Guard {
@@ -315,10 +314,6 @@ impl Metrics {
     pub fn connection_opened(&self) -> Guard {
         self.connections.inc();
         Guard(self.connections.clone())
-    }
-
-    pub fn request_finished(&self, took: Duration) {
-        self.duration.observe(took.as_secs_f64());
     }
 
     pub fn auth(&self, result: AuthResult, reason: &'static str, source: TokenSource) {
@@ -525,7 +520,7 @@ mod tests {
     #[test]
     fn every_metric_has_its_own_name_and_help() {
         let metrics = Metrics::new("test").unwrap();
-        metrics.route("/api/v3/*").count(0, 200);
+        metrics.route("/api/v3/*").count(0, 200, Duration::ZERO);
         metrics.auth(AuthResult::Refused, "unknown", TokenSource::Query);
         let text = metrics.render().unwrap();
         assert!(

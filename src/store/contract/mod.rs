@@ -10,7 +10,7 @@ use super::chain::{Chain, Link};
 use super::servers::{Fault, Folder, Server as _};
 use super::{AdminError, Change, Event, Imported, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
 use crate::identity::principal::judge;
-use crate::identity::{Authenticator, CacheSettings, Checked, Invalid, TokenStatus};
+use crate::identity::{Authenticator, CacheSettings, Checked, Invalid, Mode, TokenStatus};
 use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -567,9 +567,11 @@ pub(super) async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn())
             token.as_bytes(),
             &Digest::of(token.as_bytes()),
             clock(),
+            Mode::Serve,
         ) {
-            Checked::Known(answer) => (true, Ok(answer)),
-            Checked::Waiting(waiting) => (false, waiting.answer().await),
+            Checked::NotAsked => unreachable!(),
+            Checked::Known(answer, _) => (true, Ok(answer)),
+            Checked::Waiting(waiting) => (false, waiting.answer().await.0),
         };
         let first = gateway();
         let following = follow(&first);

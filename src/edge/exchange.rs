@@ -1,0 +1,303 @@
+//! The ledger of one exchange: what was asked, what became of it, who answered. Counted and logged in one place, once, when
+//! it is dropped, whatever ended it: an answer, a refusal, a client that went away, a task that was cancelled. It decides
+//! nothing and writes to no socket.
+
+use super::Snapshot;
+use crate::Now;
+use crate::pipeline::Facts;
+use crate::reply::Refusal;
+use crate::request::view::{Method, RequestView};
+use crate::telemetry::access_log::{By, Entry, Upstreamed};
+use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
+use bytes::Bytes;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub(super) struct Exchange {
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) now: Now,
+    pub(super) request_id: String,
+    pub(super) facts: Facts,
+    /// The request's head as it came; the places below are in it. Empty when it could not be read.
+    pub(super) head: Bytes,
+    started: Instant,
+    logged: Option<LogPlaces>,
+    /// The policy has let it pass.
+    permitted: bool,
+    ending: Ending,
+    upstream: UpstreamSide,
+    _in_flight: Guard,
+}
+
+/// How it ended.
+#[derive(Default)]
+struct Ending {
+    refusal: Option<Refusal>,
+    /// Why it failed behind the verdict, where no refusal says so.
+    reason: Option<&'static str>,
+    /// `None`: it was broken off, by the end of the process or a fault of ours.
+    end: Option<End>,
+}
+
+/// What a client got.
+pub(super) struct End {
+    /// Of the final answer; 0: none.
+    pub(super) status: u16,
+    /// Whose answer it was.
+    pub(super) by: Option<By>,
+    /// Of the request's body, or of its head where nobody read the body.
+    pub(super) bytes_received: u64,
+    pub(super) bytes_sent: u64,
+    /// Something failed on the way.
+    pub(super) failed: bool,
+}
+
+/// What came of asking a backend.
+#[derive(Default)]
+struct UpstreamSide {
+    attempts: usize,
+    /// The place of the last server that was asked.
+    server: Option<usize>,
+    asked: Option<Instant>,
+    status: Option<u16>,
+    took: Option<Duration>,
+    fields_dropped: usize,
+}
+
+/// What of the request's head only the log needs.
+struct LogPlaces {
+    method: Place,
+    target: Place,
+    user_agent: Place,
+}
+
+/// Where in the request's head something stands: cheaper than a slice that keeps the head alive by itself.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    start: u32,
+    length: u32,
+}
+
+impl Place {
+    /// Takes a part of the head.
+    pub(super) fn of(part: &[u8], head: &[u8]) -> Self {
+        let start = part.as_ptr().addr().wrapping_sub(head.as_ptr().addr());
+        // What is no part of a head, which the configuration keeps below 1 MiB, is nowhere.
+        Self { start: u32::try_from(start).unwrap_or(u32::MAX), length: u32::try_from(part.len()).unwrap_or(u32::MAX) }
+    }
+
+    pub(super) fn within(self, head: &[u8]) -> &[u8] {
+        head.get(self.start as usize..).and_then(|rest| rest.get(..self.length as usize)).unwrap_or_default()
+    }
+}
+
+impl Exchange {
+    /// An exchange whose request has just come, or has come as far as it ever will.
+    pub(super) fn begin(snapshot: Arc<Snapshot>, peer: Option<IpAddr>, head: Bytes) -> Self {
+        let in_flight = snapshot.metrics.request_started();
+        Self {
+            snapshot,
+            now: super::now(),
+            request_id: String::new(),
+            facts: Facts::none(Method::Other, peer),
+            head,
+            started: Instant::now(),
+            logged: None,
+            permitted: false,
+            ending: Ending::default(),
+            upstream: UpstreamSide::default(),
+            _in_flight: in_flight,
+        }
+    }
+
+    /// The head was read as a request of this client.
+    pub(super) fn is_asked(&mut self, view: &RequestView<'_>, client: Option<IpAddr>, request_id: String) {
+        self.request_id = request_id;
+        self.facts = Facts::none(view.method, client);
+        self.logged = self.snapshot.log.is_on().then(|| LogPlaces {
+            method: Place::of(view.method_bytes, &self.head),
+            target: Place::of(view.target, &self.head),
+            user_agent: Place::of(user_agent(view), &self.head),
+        });
+    }
+
+    /// The pipeline has learned this much.
+    pub(super) fn learned(&mut self, facts: Facts) {
+        self.facts = facts;
+    }
+
+    /// The pipeline has let it pass. `fields_dropped`: header fields that were not forwarded for their name.
+    pub(super) fn permitted(&mut self, fields_dropped: usize) {
+        self.permitted = true;
+        self.upstream.fields_dropped = fields_dropped;
+    }
+
+    /// The request goes to a server.
+    pub(super) fn asks(&mut self, server: Option<usize>) {
+        if self.upstream.attempts > 0
+            && let Some(peers) = self.snapshot.upstream(self.facts.route)
+        {
+            peers.upstream.retried();
+        }
+        self.upstream = UpstreamSide {
+            attempts: self.upstream.attempts + 1,
+            server,
+            asked: Some(Instant::now()),
+            status: None,
+            took: None,
+            fields_dropped: self.upstream.fields_dropped,
+        };
+    }
+
+    /// A connection to the server is there.
+    pub(super) fn connected(&self, reused: bool) {
+        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+            peers.upstream.connected(reused);
+        }
+    }
+
+    /// The server has sent the head of an answer; an interim one is none of its own.
+    pub(super) fn answered(&mut self, status: u16) {
+        if let Some(asked) = self.upstream.asked.take() {
+            self.upstream.took = Some(asked.elapsed());
+            if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+                peers.answered(asked);
+            }
+        }
+        self.upstream.status = Some(status);
+    }
+
+    /// An attempt failed; another one may follow.
+    pub(super) fn attempt_failed(&mut self, kind: UpstreamError) {
+        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+            peers.failed(kind, &self.request_id);
+        }
+    }
+
+    pub(super) fn attempts(&self) -> usize {
+        self.upstream.attempts
+    }
+
+    /// Refused by tollgate, at whatever stage. Whether the client gets to read it is said by [`Self::over`].
+    pub(super) fn refused(&mut self, refusal: Refusal) {
+        self.ending.refusal = Some(refusal);
+    }
+
+    /// The client has gone before its answer was whole.
+    pub(super) fn client_gone(&mut self) {
+        self.ending.reason = Some("client_gone");
+    }
+
+    /// The exchange is over, and this is what the client got.
+    pub(super) fn over(&mut self, end: End) {
+        if end.failed && self.ending.refusal.is_none() {
+            self.ending.reason = self.ending.reason.or(Some("failed"));
+        }
+        self.ending.end = Some(end);
+    }
+
+    fn reason(&self) -> &'static str {
+        match (self.ending.reason, self.ending.refusal) {
+            (Some(reason), _) => reason,
+            (None, Some(refusal)) => refusal.reason(),
+            (None, None) if self.ending.end.is_some() => "ok",
+            (None, None) => "aborted",
+        }
+    }
+
+    /// One verdict for each request that a stage has judged.
+    fn count(&self, took: Duration) {
+        let (metrics, facts) = (&self.snapshot.metrics, &self.facts);
+        self.snapshot.count(facts.route, facts.method, self.ending.end.as_ref().map_or(0, |end| end.status), took);
+        if let Some(result) = facts.cache {
+            metrics.cache_lookup(result);
+        }
+        if facts.query_token {
+            metrics.query_token();
+        }
+        let refused = self.ending.refusal.and_then(|refusal| Some((refusal.auth_result()?, refusal.reason())));
+        match refused {
+            Some((result, reason)) => metrics.auth(result, reason, facts.source),
+            None if self.permitted => {
+                let result = if facts.principal.is_some() { AuthResult::Valid } else { AuthResult::Anonymous };
+                metrics.auth(result, "ok", facts.source);
+            }
+            None => {}
+        }
+        if !self.permitted {
+            return;
+        }
+        if let Some(generation) = facts.principal.as_ref().and_then(|principal| principal.generation()) {
+            metrics.rotated(generation);
+        }
+        if facts.clamped.page {
+            metrics.clamped(Clamp::Page);
+        }
+        if facts.clamped.per_page {
+            metrics.clamped(Clamp::PerPage);
+        }
+        if facts.overridden {
+            metrics.method_overridden();
+        }
+        metrics.fields_dropped(self.upstream.fields_dropped);
+    }
+
+    fn log(&self, took: Duration) {
+        let snapshot = &self.snapshot;
+        let (facts, ending, head) = (&self.facts, &self.ending, &self.head);
+        let target = self.logged.as_ref().map_or(&b""[..], |places| places.target.within(head));
+        let end = ending.end.as_ref();
+        // A target that was refused for its form is not taken apart for the log.
+        let path_only = ending.refusal.is_some_and(|refusal| refusal.status() == 400) && !self.permitted;
+        let path = memchr::memchr(b'?', target).map_or(target, |at| &target[..at]);
+        let method = match &self.logged {
+            None => b"-",
+            Some(_) if facts.overridden || facts.method != Method::Other => facts.method.as_str().as_bytes(),
+            Some(places) => places.method.within(head),
+        };
+        let peers = snapshot.upstream(facts.route).filter(|_| self.permitted);
+        snapshot.log.write(&Entry {
+            unix_ms: self.now.unix_ms,
+            request_id: &self.request_id,
+            client: facts.client,
+            method,
+            overridden: facts.overridden,
+            target: if path_only { path } else { target },
+            route: snapshot.route_name(facts.route),
+            status: end.map_or(0, |end| end.status),
+            by: end.and_then(|end| end.by),
+            reason: self.reason(),
+            source: facts.source.as_str(),
+            token: facts.token.as_ref().map(|token| token.as_str()),
+            user: facts.principal.as_ref().map(|principal| principal.user()),
+            upstream: peers.map(|peers| Upstreamed {
+                name: peers.upstream.name(),
+                server: self.upstream.server.and_then(|place| peers.upstream.servers().get(place)).map(|s| s.label()),
+                status: self.upstream.status,
+                took: self.upstream.took,
+                attempts: self.upstream.attempts,
+            }),
+            duration: took,
+            bytes_received: end.map_or(0, |end| end.bytes_received),
+            bytes_sent: end.map_or(0, |end| end.bytes_sent),
+            user_agent: self.logged.as_ref().map_or(b"", |places| places.user_agent.within(head)),
+        });
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        let took = self.started.elapsed();
+        self.count(took);
+        if self.snapshot.log.is_on() {
+            self.log(took);
+        }
+    }
+}
+
+/// The client's own name for itself; empty when it has none.
+fn user_agent<'a>(view: &RequestView<'a>) -> &'a [u8] {
+    let named = view.fields.iter().find(|field| field.name.eq_ignore_ascii_case(b"user-agent"));
+    named.map_or(&view.target[..0], |field| field.value)
+}

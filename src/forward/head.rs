@@ -1,0 +1,225 @@
+//! Writes the head of a permitted request, field by field, into a sink: the bytes of HTTP/1 or the fields of HTTP/2. One
+//! request line, clean fields, one framing, one credential. It must never write a field that `plan` does not let pass.
+
+use super::plan::{Passes, Plan};
+use super::{BackendCredential, ForwardRules};
+use crate::request::METHOD_OVERRIDE;
+use crate::request::origin::Origin;
+use crate::request::view::{FieldKind, Framing, Method, RequestView, Version};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use smallvec::SmallVec;
+use std::io::Write as _;
+
+/// Takes the fields of a head in their order.
+pub trait FieldSink {
+    /// A field that goes from end to end.
+    fn field(&mut self, name: &[u8], value: &[u8]);
+
+    /// The same, with a value that is not at hand as a whole.
+    fn field_by(&mut self, name: &[u8], write_value: impl FnOnce(&mut Vec<u8>)) {
+        let mut value = Vec::with_capacity(64);
+        write_value(&mut value);
+        self.field(name, &value);
+    }
+
+    /// A field about this connection or its framing, which HTTP/2 says in another way.
+    fn connection_field(&mut self, name: &[u8], value: &[u8]);
+}
+
+/// Takes a request.
+pub trait RequestSink: FieldSink {
+    /// Comes first. The target is written by the caller.
+    fn request(&mut self, method: &[u8], version: Version, write_target: impl FnOnce(&mut Vec<u8>));
+
+    /// Comes last.
+    fn end(&mut self);
+}
+
+/// Writes HTTP/1.
+pub struct Http1Head<'o>(pub &'o mut Vec<u8>);
+
+impl FieldSink for Http1Head<'_> {
+    fn field(&mut self, name: &[u8], value: &[u8]) {
+        self.0.extend_from_slice(name);
+        self.0.extend_from_slice(b": ");
+        self.0.extend_from_slice(value);
+        self.0.extend_from_slice(b"\r\n");
+    }
+
+    fn field_by(&mut self, name: &[u8], write_value: impl FnOnce(&mut Vec<u8>)) {
+        self.0.extend_from_slice(name);
+        self.0.extend_from_slice(b": ");
+        write_value(self.0);
+        self.0.extend_from_slice(b"\r\n");
+    }
+
+    fn connection_field(&mut self, name: &[u8], value: &[u8]) {
+        self.field(name, value);
+    }
+}
+
+impl RequestSink for Http1Head<'_> {
+    fn request(&mut self, method: &[u8], version: Version, write_target: impl FnOnce(&mut Vec<u8>)) {
+        self.0.extend_from_slice(method);
+        self.0.push(b' ');
+        write_target(self.0);
+        let version: &[u8] = if version == Version::Http10 { b" HTTP/1.0\r\n" } else { b" HTTP/1.1\r\n" };
+        self.0.extend_from_slice(version);
+    }
+
+    fn end(&mut self) {
+        self.0.extend_from_slice(b"\r\n");
+    }
+}
+
+/// Collects what HTTP/2 sends: pseudo fields beside a map of fields with names in lower case.
+#[derive(Debug, Default)]
+pub struct Http2Head {
+    pub method: Vec<u8>,
+    pub path: Vec<u8>,
+    pub fields: HeaderMap,
+    /// A field that the map cannot hold: the request must not be sent without it.
+    pub incomplete: bool,
+}
+
+impl FieldSink for Http2Head {
+    fn field(&mut self, name: &[u8], value: &[u8]) {
+        match (HeaderName::from_bytes(name), HeaderValue::from_bytes(value)) {
+            (Ok(name), Ok(value)) => self.incomplete |= self.fields.try_append(name, value).is_err(),
+            _ => self.incomplete = true,
+        }
+    }
+
+    fn connection_field(&mut self, _name: &[u8], _value: &[u8]) {}
+}
+
+impl RequestSink for Http2Head {
+    fn request(&mut self, method: &[u8], _version: Version, write_target: impl FnOnce(&mut Vec<u8>)) {
+        self.method = method.to_vec();
+        write_target(&mut self.path);
+    }
+
+    fn end(&mut self) {}
+}
+
+impl Plan<'_> {
+    /// Writes the request's head as the upstream gets it. Returns how many fields were dropped for their name.
+    pub fn write_head(
+        &self,
+        view: &RequestView<'_>,
+        rules: &ForwardRules,
+        origin: &Origin<'_>,
+        request_id: &str,
+        sink: &mut impl RequestSink,
+    ) -> usize {
+        sink.request(view.method_bytes, view.version, |target| match self.edits.is_empty() {
+            true => target.extend_from_slice(view.target),
+            false => self.edits.write_target(view.path(), view.query(), target),
+        });
+        sink.field(b"Host", view.host);
+
+        let nominated = nominated(view);
+        let mut dropped = 0;
+        // The type by which the body is judged, where the client spelled it in another way or gave none.
+        if let Some(content_type) = &self.content_type {
+            sink.field(b"Content-Type", content_type);
+        }
+        for field in &view.fields {
+            if field.kind == FieldKind::ContentType && self.content_type.is_some() {
+                continue;
+            }
+            // Connection can only take away what no stage has judged and tollgate does not write: without its
+            // Content-Type, for one, a body would be read in another way than it was watched.
+            let ends_here =
+                field.kind == FieldKind::EndToEnd && nominated.iter().any(|name| name.eq_ignore_ascii_case(field.name));
+            match self.passes(field, rules) {
+                Passes::Yes if !ends_here => sink.field(field.name, field.value),
+                Passes::NoAndCounted => dropped += 1,
+                Passes::Yes | Passes::No => {}
+            }
+        }
+        if self.overridden {
+            // The backend must run the method that was judged.
+            sink.field(METHOD_OVERRIDE.as_bytes(), self.method.as_str().as_bytes());
+        }
+        self.write_identity(rules, sink);
+        write_origin(origin, sink);
+        sink.field(b"X-Request-Id", request_id.as_bytes());
+        match view.body {
+            // A method that usually has a body says that it has none; other requests say nothing, as they came.
+            Framing::Empty if matches!(view.method, Method::Post | Method::Put | Method::Patch) => {
+                sink.field(b"Content-Length", b"0")
+            }
+            Framing::Empty => {}
+            Framing::Length(length) => sink.field(b"Content-Length", length.to_string().as_bytes()),
+            Framing::Chunked => sink.connection_field(b"Transfer-Encoding", b"chunked"),
+        }
+        if view.expects_continue {
+            sink.connection_field(b"Expect", b"100-continue");
+        }
+        if view.websocket {
+            sink.connection_field(b"Connection", b"Upgrade");
+            sink.connection_field(b"Upgrade", b"websocket");
+        }
+        sink.end();
+        dropped
+    }
+
+    fn write_identity(&self, rules: &ForwardRules, sink: &mut impl FieldSink) {
+        if let Some(presented) = &self.presented
+            && matches!(rules.credential, BackendCredential::Token | BackendCredential::Both)
+        {
+            sink.field(rules.token.header.as_bytes(), &presented.value);
+        }
+        if let Some(principal) = self.permit.principal()
+            && matches!(rules.credential, BackendCredential::Identity | BackendCredential::Both)
+        {
+            text(sink, b"X-Tollgate-User", principal.user());
+            sink.field(b"X-Tollgate-Token-Id", principal.token().as_str().as_bytes());
+            if !principal.scopes().is_empty() {
+                text(sink, b"X-Tollgate-Scopes", &principal.scopes().join(" "));
+            }
+        }
+    }
+}
+
+/// The fields that Connection names, which end here. What tollgate writes itself is written anyway.
+fn nominated<'a>(view: &RequestView<'a>) -> SmallVec<[&'a [u8]; 4]> {
+    let is_field = |option: &&[u8]| {
+        !option.is_empty() && !option.eq_ignore_ascii_case(b"close") && !option.eq_ignore_ascii_case(b"keep-alive")
+    };
+    view.fields_of(FieldKind::Connection)
+        .flat_map(|field| field.value.split(|b| *b == b','))
+        .map(<[u8]>::trim_ascii)
+        .filter(is_field)
+        .collect()
+}
+
+fn write_origin(origin: &Origin<'_>, sink: &mut impl FieldSink) {
+    let mut chain = origin.chain().peekable();
+    if chain.peek().is_some() {
+        sink.field_by(b"X-Forwarded-For", |out| {
+            let mut separator = "";
+            for ip in chain {
+                // Writing to memory cannot fail.
+                let _ = write!(out, "{separator}{ip}");
+                separator = ", ";
+            }
+        });
+    }
+    sink.field(b"X-Forwarded-Proto", origin.scheme().as_bytes());
+    sink.field(b"X-Forwarded-Host", origin.host());
+    sink.field(b"X-Forwarded-Port", origin.port());
+}
+
+/// Text from a store, which may hold anything: what is not visible ASCII is percent-encoded.
+fn text(sink: &mut impl FieldSink, name: &[u8], text: &str) {
+    let mut value = Vec::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'%' | 0..=0x1f | 0x7f.. => value.extend_from_slice(format!("%{byte:02X}").as_bytes()),
+            _ => value.push(byte),
+        }
+    }
+    sink.field(name, value.trim_ascii());
+}
