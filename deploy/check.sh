@@ -1,5 +1,5 @@
 #!/bin/sh
-# Checks the files that no compiler sees: presets, unit file, Dockerfile, Prometheus files and the tables of docs/.
+# Checks the files that are not compiled: presets, unit file, Dockerfile, Prometheus files and the tables in docs/.
 # Usage: deploy/check.sh [PATH OF THE tollgate BINARY]        (default: target/debug/tollgate, or $TOLLGATE)
 # Needs promtool (Debian: prometheus), systemd-analyze (systemd), ca-certificates and awk, cmp, grep, sed, sort, comm. A missing tool is a failure.
 set -eu
@@ -16,7 +16,7 @@ fail() {
     exit 1
 }
 
-# run FILE COMMAND...: says what the command said only if it fails.
+# run FILE COMMAND...: prints the command's output only if it fails.
 run() {
     file=$1
     shift
@@ -37,7 +37,7 @@ done
 # --- Presets -----------------------------------------------------------------
 run config/minimal.toml "$tollgate" check --config config/minimal.toml
 run config/gitlab-v3.toml "$tollgate" check --config config/gitlab-v3.toml
-# Once more with every commented entry switched on; a key that then stands there twice keeps its second value.
+# Again with every commented entry enabled; of a key that then occurs twice, the second value is used.
 awk '
     /^#(\[\[|[a-z_]+ = )/ { sub(/^#/, "") }
     /^\[/ { section = $0 NR }
@@ -51,7 +51,7 @@ doors=$(grep -c '^#\[\[route\]\]' config/gitlab-v3.toml)
 files=$((files - 1))
 
 # --- Stores --------------------------------------------------------------------
-# The secrets that a store's configuration names are the user's own; here something stands in their place.
+# The secret files named in a store's configuration are the user's; placeholders are used here.
 mkdir "$work/stores"
 cp config/stores/*.toml "$work/stores/"
 sed -n 's/^[a-z_]*_file = "\([a-z._-]*\)"$/\1/p' config/stores/*.toml | sort -u >"$work/secrets"
@@ -59,7 +59,7 @@ while read -r secret; do printf '%064d\n' 0 >"$work/stores/$secret"; done <"$wor
 for file in config/stores/*.toml; do
     run "$file" "$tollgate" check --config "$work/stores/${file##*/}"
 done
-# Each ```toml and ```json block of docs/stores.md, in a file of its own.
+# Writes each ```toml and ```json block of docs/stores.md to its own file, and compares it with config/stores/.
 stores() {
     mkdir "$work/blocks"
     awk -v to="$work/blocks/" '
@@ -70,11 +70,11 @@ stores() {
         case $(head -n 1 "$block") in
         "# config/stores/"*)
             named=$(head -n 1 "$block" | cut -c3-)
-            cmp "$named" "$block" || { echo "a block of docs/stores.md is not $named"; return 1; }
+            cmp "$named" "$block" || { echo "a block of docs/stores.md differs from $named"; return 1; }
             ;;
         "# tokens.toml") cp "$block" "$work/stores/tokens.toml" ;;
         "{"*) cp "$block" "$work/stores/tokens.json" ;;
-        *) echo "a block of docs/stores.md is neither a file of config/stores/ nor one of tokens:"; cat "$block"; return 1 ;;
+        *) echo "a block of docs/stores.md is neither a file of config/stores/ nor a token file:"; cat "$block"; return 1 ;;
         esac
     done
     for example in config/stores/*.toml; do
@@ -89,7 +89,7 @@ stores() {
 run docs/stores.md stores
 
 # --- systemd -----------------------------------------------------------------
-# The binary need not be installed for the unit to be right.
+# systemd-analyze checks that the binary exists, and tollgate need not be installed.
 sed 's#/usr/bin/tollgate#/bin/true#' deploy/systemd/tollgate.service >"$work/tollgate.service"
 unit() {
     said=$(systemd-analyze verify --man=no "$work/tollgate.service" 2>&1) && [ -z "$said" ] || { echo "$said"; return 1; }
@@ -100,7 +100,7 @@ sysusers() { grep -Eq '^u tollgate - "[^"]*" /var/lib/tollgate$' deploy/systemd/
 run deploy/systemd/tollgate.sysusers.conf sysusers
 
 # --- Docker ------------------------------------------------------------------
-# No daemon is asked: what is copied must exist and be let through by the ignore file.
+# Without a Docker daemon: the copied paths must exist and must not be excluded by the ignore file.
 dockerfile() {
     awk '$1 == "COPY" && $2 !~ /^--from/ { for (i = 2; i < NF; i++) print $i }' deploy/docker/Dockerfile >"$work/copied"
     grep -q . "$work/copied" || { echo "nothing is copied"; return 1; }
@@ -121,9 +121,9 @@ run deploy/prometheus/alerts.test.yml promtool test rules deploy/prometheus/aler
 # --- Names, against the source -------------------------------------------------
 grep -o '"tollgate_[a-z_]*"' src/telemetry/metrics.rs | tr -d '"' | sort -u >"$work/metrics"
 sed -n '/const fn terms/,/^    }/p' src/reply/refusal.rs | grep -o '"[a-z_]*"' | tr -d '"' | sort -u >"$work/reasons"
-[ "$(wc -l <"$work/metrics")" -ge 20 ] && [ "$(wc -l <"$work/reasons")" -ge 40 ] || fail "names can't be read from the source any more"
+[ "$(wc -l <"$work/metrics")" -ge 20 ] && [ "$(wc -l <"$work/reasons")" -ge 40 ] || fail "cannot extract the names from the source"
 
-# same FILE WHAT: the lists `$work/known` (source) and `$work/said` (document) are equal.
+# same WHAT: the lists `$work/known` (source) and `$work/said` (document) must be equal.
 same() {
     comm -3 "$work/known" "$work/said" >"$work/differ"
     [ ! -s "$work/differ" ] || { echo "$1 differ (left: source only, right: document only)"; cat "$work/differ"; return 1; }
@@ -138,9 +138,9 @@ operations() {
     sed -n 's/^ *- alert: //p' deploy/prometheus/alerts.yml | sort >"$work/known"
     sed -n '/^### Alerts/,/^## /p' docs/operations.md | grep '^| Tollgate' | cut -d'|' -f2 | grep -o 'Tollgate[A-Za-z0-9]*' | sort >"$work/said"
     same alerts || return 1
-    # Each alert is tested both ways: it fires somewhere and stays silent somewhere.
+    # Each alert must be tested both ways: that it fires and that it does not.
     while read -r alert; do
-        grep -q "alertname: $alert}" deploy/prometheus/alerts.test.yml || { echo "$alert: no test that it stays silent"; return 1; }
+        grep -q "alertname: $alert}" deploy/prometheus/alerts.test.yml || { echo "$alert: no test that it does not fire"; return 1; }
         grep -q "alertname: $alert\$" deploy/prometheus/alerts.test.yml || { echo "$alert: no test that it fires"; return 1; }
     done <"$work/known"
 }
@@ -151,25 +151,25 @@ known_names() {
     [ ! -s "$work/differ" ] || { echo "no such metrics:"; cat "$work/differ"; return 1; }
 }
 known_names || fail "metrics that do not exist"
-# Every query of docs/monitoring.md is one that Prometheus reads.
+# Every query of docs/monitoring.md must be valid PromQL.
 queries() {
     awk '
         BEGIN { print "groups:"; print "- name: docs"; print "  rules:" }
         /^```/ { open = $0 == "```promql"; next }
         open && /^[^#]/ { gsub(/"/, "\\\""); printf "  - record: docs:query%d\n    expr: \"%s\"\n", ++count, $0 }
     ' docs/monitoring.md >"$work/queries.yml"
-    [ "$(grep -c 'expr:' "$work/queries.yml")" -ge 10 ] || { echo "fewer than 10 queries were found"; return 1; }
+    [ "$(grep -c 'expr:' "$work/queries.yml")" -ge 10 ] || { echo "fewer than 10 queries found"; return 1; }
     promtool check rules "$work/queries.yml"
 }
 run docs/monitoring.md queries
 
-# --- Links and places in docs/ --------------------------------------------------
+# --- Links and paths in docs/ ---------------------------------------------------
 places() {
     grep -oE '`(src|tests|deploy|config)/[A-Za-z0-9_./-]+`?' "$1" | tr -d '`' | sort -u >"$work/places"
     while read -r place; do [ -e "$place" ] || { echo "$place does not exist"; return 1; }; done <"$work/places"
     grep -oE '\]\([a-z-]+\.md' "$1" | sed 's/](//' | sort -u >"$work/links" || true
     while read -r link; do [ -e "docs/$link" ] || { echo "docs/$link does not exist"; return 1; }; done <"$work/links"
-    # module::test must be a test: the function stands in that module's file.
+    # module::test must name a test function in that module's file.
     grep -oE '(attacks::)?[a-z_]+::[a-z0-9_]{9,}' "$1" | sort -u >"$work/tests" || true
     while read -r test; do
         module=tests/$(echo "${test%::*}" | sed 's#::#/#').rs
