@@ -83,9 +83,9 @@ fn down_and_back(make: fn() -> Box<dyn Backing>) {
     let p99 = percentile(&mut times, 0.99);
     row(
         &*store,
-        "gone",
+        "stopped",
         &format!(
-            "{}/{} requests of cached callers 200 (p99 {p99:.1?}); unknown token {}; valid but not cached {}",
+            "{}/{} requests with cached tokens 200 (p99 {p99:.1?}); unknown token {}; valid but uncached token {}",
             times.len(),
             times.len(),
             unknown.status,
@@ -114,9 +114,9 @@ fn down_and_back(make: fn() -> Box<dyn Backing>) {
     assert!(recovered < BOUND, "{}: {recovered:?}", store.name());
     row(
         &*store,
-        "back",
+        "started again",
         &format!(
-            "new callers 200 after {recovered:.0?}; {rush} look-ups in the first second for {CALLERS} callers with {asked} requests"
+            "uncached token 200 after {recovered:.0?}; {rush} lookups in the first second for {asked} requests with {CALLERS} tokens"
         ),
     );
 }
@@ -171,15 +171,15 @@ fn silent(make: fn() -> Box<dyn Backing>) {
     );
     row(
         &*store,
-        "silent",
+        "unresponsive",
         &format!(
-            "{requests} requests of cached callers 200, p99 {slow:.1?} ({quiet:.1?} before); {crowd} unknown tokens at once: all 503 within {took:.1?}"
+            "{requests} requests with cached tokens 200, p99 {slow:.1?} ({quiet:.1?} before); {crowd} unknown tokens at once: all 503 within {took:.1?}"
         ),
     );
     store.befall(Fault::Thaw);
     let back = Instant::now();
     eventually("the store answers again", || Caller::of(&gateway).status("cold") == 200);
-    row(&*store, "awake", &format!("new callers 200 after {:.0?}", back.elapsed()));
+    row(&*store, "responsive again", &format!("uncached token 200 after {:.0?}", back.elapsed()));
 }
 
 /// Cut off: a revocation right behind the cut is not lost.
@@ -206,7 +206,7 @@ fn cut(make: fn() -> Box<dyn Backing>) {
     row(
         &*store,
         "connections cut",
-        &format!("a revocation right behind it works after {worst:.0?} at worst of {rounds}"),
+        &format!("a revocation immediately afterwards takes effect within {worst:.0?} (worst of {rounds})"),
     );
 }
 
@@ -228,7 +228,11 @@ fn restarted(make: fn() -> Box<dyn Backing>) {
     let lag = revoked.elapsed();
     assert!(lag < bound(&*store), "{}: {lag:?}", store.name());
     assert_eq!(caller.status("known-0001"), 200);
-    row(&*store, "restarted", &format!("a revocation before the gateway is back on the line works after {lag:.0?}"));
+    row(
+        &*store,
+        "restarted",
+        &format!("a revocation before the gateway has reconnected takes effect within {lag:.0?}"),
+    );
 }
 
 #[test]
@@ -302,7 +306,7 @@ fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
         &*store,
         "gateway restarted",
         &format!(
-            "{CALLERS} callers: {} look-ups without a snapshot, {} with one; a token revoked meanwhile 401",
+            "{CALLERS} tokens: {} lookups without a snapshot, {} with one; a token revoked meanwhile 401",
             observed[0], observed[1]
         ),
     );
