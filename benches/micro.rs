@@ -52,7 +52,7 @@ fn pipeline() -> &'static Pipeline {
         .unwrap();
     let text = "[store]\nkind = \"file\"\npath = \"tokens.toml\"\n[cache]\npositive_ttl = \"1day\"\nnegative_ttl = \"1day\"\n\
                 [log]\naccess = \"off\"\n[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:9\"]\n";
-    let settings = config::parse(text, &folder).unwrap();
+    let settings = config::parse(text, &folder.join("tollgate.toml"), config::Probe::Settings).unwrap();
     let running = tollgate::assembly::assemble(settings, None).unwrap();
     let pipeline: &'static Pipeline = &Box::leak(Box::new(running.snapshot)).pipeline;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

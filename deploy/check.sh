@@ -34,9 +34,15 @@ for tool in promtool systemd-analyze awk cmp grep sed sort comm; do
 done
 [ -x "$tollgate" ] || fail "$tollgate is missing (cargo build)"
 
+# Folders of the machine that a configuration is for; here others stand in their place.
+mkdir -p "$work/lib" "$work/log" "$work/run"
+here() { sed "s#/var/lib/tollgate#$work/lib#; s#/var/log/tollgate#$work/log#; s#/run/tollgate#$work/run#" "$1"; }
+
 # --- Presets -----------------------------------------------------------------
-run config/minimal.toml "$tollgate" check --config config/minimal.toml
-run config/gitlab-v3.toml "$tollgate" check --config config/gitlab-v3.toml
+for preset in minimal gitlab-v3; do
+    here "config/$preset.toml" >"$work/$preset.toml"
+    run "config/$preset.toml" "$tollgate" check --offline --config "$work/$preset.toml"
+done
 # Again with every commented entry enabled; of a key that then occurs twice, the second value is used.
 awk '
     /^#(\[\[|[a-z_]+ = )/ { sub(/^#/, "") }
@@ -44,8 +50,8 @@ awk '
     /^[a-z_]+ = / { key = section SUBSEP $1; if (key in at) delete line[at[key]]; at[key] = NR }
     { line[NR] = $0 }
     END { for (i = 1; i <= NR; i++) if (i in line) print line[i] }
-' config/gitlab-v3.toml >"$work/all.toml"
-run config/gitlab-v3.toml "$tollgate" check --config "$work/all.toml"
+' "$work/gitlab-v3.toml" >"$work/all.toml"
+run config/gitlab-v3.toml "$tollgate" check --offline --config "$work/all.toml"
 doors=$(grep -c '^#\[\[route\]\]' config/gitlab-v3.toml)
 [ "$(grep -c '^  /.*): ' "$work/out")" -eq "$doors" ] || fail "not all $doors routes of gitlab-v3.toml are listed as open"
 files=$((files - 1))
@@ -53,11 +59,13 @@ files=$((files - 1))
 # --- Stores --------------------------------------------------------------------
 # The secret files named in a store's configuration are the user's; placeholders are used here.
 mkdir "$work/stores"
-cp config/stores/*.toml "$work/stores/"
+for file in config/stores/*.toml; do here "$file" >"$work/stores/${file##*/}"; done
+printf 'token = []\n' >"$work/stores/tokens.toml"
+printf '{"token": []}\n' >"$work/stores/tokens.json"
 sed -n 's/^[a-z_]*_file = "\([a-z._-]*\)"$/\1/p' config/stores/*.toml | sort -u >"$work/secrets"
 while read -r secret; do printf '%064d\n' 0 >"$work/stores/$secret"; done <"$work/secrets"
 for file in config/stores/*.toml; do
-    run "$file" "$tollgate" check --config "$work/stores/${file##*/}"
+    run "$file" "$tollgate" check --offline --config "$work/stores/${file##*/}"
 done
 # Writes each ```toml and ```json block of docs/stores.md to its own file, and compares it with config/stores/.
 stores() {

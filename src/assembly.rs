@@ -2,7 +2,7 @@
 //! long as their settings did not change.
 
 use crate::admin::Reloaded;
-use crate::config::{self, LogTarget, Problem, Settings};
+use crate::config::{self, Diagnostic, Probe, Settings};
 use crate::edge::{self, Rebuild, Rebuilt, Running, Snapshot};
 use crate::identity::Authenticator;
 use crate::pipeline::Pipeline;
@@ -15,7 +15,7 @@ use crate::store::redis::RedisStore;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{self, NamedStore, StoreSettings, TlsSettings, TokenStore};
 use crate::telemetry::access_log::AccessLog;
-use crate::telemetry::lines::Destination;
+use crate::telemetry::lines::{Destination, LogTarget};
 use crate::telemetry::metrics::Metrics;
 use anyhow::{Context as _, anyhow};
 use parking_lot::Mutex;
@@ -107,9 +107,9 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
     let current = Mutex::new((settings, log, authorities));
     Arc::new(move |running: &Snapshot, reopened: Result<(), String>| {
         let path = path.as_deref().ok_or("there is no configuration file to read")?;
-        let next = config::load(path).map_err(|problems| report(&problems))?;
-        next.warnings.iter().for_each(|warning| log::warn!("{warning}"));
         let mut current = current.lock();
+        let next = config::load(path, Probe::Reload(&current.0)).map_err(|problems| report(&problems))?;
+        next.warnings.iter().for_each(|warning| log::warn!("{warning}"));
         let (settings, log, authorities) = &mut *current;
         let next_authorities = system_authorities(&next.stores);
         let describe = |error: anyhow::Error| format!("{error:#}");
@@ -140,7 +140,7 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
     })
 }
 
-/// All problems, one a line.
-pub fn report(problems: &[Problem]) -> String {
-    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+/// All errors, one a line.
+pub fn report(problems: &[Diagnostic]) -> String {
+    problems.iter().filter(|found| found.is_error()).map(ToString::to_string).collect::<Vec<_>>().join("\n")
 }

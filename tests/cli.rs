@@ -137,34 +137,39 @@ fn check_names_every_problem_with_its_key_and_its_line() {
                 path = \"/b\"\n\
                 auth = \"none\"\n\
                 upstream = \"nobody\"\n";
-    let output = check(text);
+    let folder = Folder::new("test");
+    let file = folder.write("tollgate.toml", text);
+    let output = run(tollgate().args(["check", "--config"]).arg(&file));
     assert_eq!(output.status.code(), Some(USAGE), "{}", all(&output));
     assert_eq!(stdout(&output), "");
     let said = stderr(&output);
-    for (key, line) in [
-        ("server.listen", 2),
-        ("server.thread", 3),
-        ("token.forward", 5),
-        ("token.header", 6),
-        ("cache.positive_ttl", 8),
-        ("cache.positive_capacity", 7),
-        ("pagination.default_per_page", 10),
-        ("limits.target_bytes", 12),
-        ("colour", 15),
-        ("upstream[0].name", 16),
-        ("upstream[0].servers", 16),
-        ("route[0].path", 19),
-        ("route[1].reason", 20),
-        ("route[1].upstream", 20),
+    for (line, key) in [
+        ("2:11", "server.listen: is not an address to listen on, found \"nonsense\"; write it like \"127.0.0.1:8080\""),
+        ("3:1", "server.thread: is not a known key; did you mean `threads`?"),
+        (
+            "5:11",
+            "token.forward: is not allowed here, found \"maybe\"; use one of: \"token\", \"identity\", \"both\", \"none\"",
+        ),
+        ("6:10", "token.header: is a header with another meaning"),
+        ("8:16", "cache.positive_ttl: must be a time with its unit, found 60"),
+        ("9:21", "cache.positive_capacity: must not be 0"),
+        ("11:16", "pagination.max_per_page: is less than default_per_page"),
+        ("14:16", "limits.target_bytes: is more than header_bytes (see"),
+        ("15:2", "colour: is not a known section; use one of: server, admin"),
+        ("16:1", "upstream[0].name: is missing"),
+        ("17:11", "upstream[0].servers: is empty, found []"),
+        ("19:8", "route[0].path: "),
+        ("20:1", "route[1].reason: is missing"),
     ] {
-        let place = format!("line {line}: {key}");
+        let place = format!("{}:{line}: {key}", file.display());
         assert!(said.lines().any(|said| said.starts_with(&place)), "{place} is not among\n{said}");
     }
-    assert!(said.contains("did you mean `threads`?"), "{said}");
+    // With the name of the upstream missing, it cannot be told whether the route's is right.
+    assert!(said.ends_with("\n13 errors\n"), "{said}");
     // One problem is one problem.
     let output = check(&format!("{UPSTREAM}[store]\nkind = \"stone\"\n"));
     assert_eq!(output.status.code(), Some(USAGE));
-    assert!(stderr(&output).contains("one problem") && stderr(&output).contains("\"sqlite\""), "{}", all(&output));
+    assert!(stderr(&output).ends_with("\n1 error\n") && stderr(&output).contains("\"sqlite\""), "{}", all(&output));
     for text in ["", "this is = not = toml", "[server"] {
         let output = check(text);
         assert_eq!(output.status.code(), Some(USAGE), "{text:?}: {}", all(&output));
@@ -172,6 +177,244 @@ fn check_names_every_problem_with_its_key_and_its_line() {
     let nowhere = run(tollgate().args(["check", "--config", "/nowhere/tollgate.toml"]));
     assert_eq!(nowhere.status.code(), Some(USAGE), "{}", all(&nowhere));
     assert!(stderr(&nowhere).contains("/nowhere/tollgate.toml"));
+}
+
+/// A folder with a bit of everything that a configuration can name.
+fn surroundings() -> Folder {
+    let folder = Folder::new("test");
+    for (name, text) in [("broken.toml", "broken"), ("broken.json", "{"), ("good.toml", "token = []\n"), ("empty", "")]
+    {
+        folder.write(name, text);
+    }
+    folder.write("word", "S3CRET-word\n");
+    std::fs::create_dir(folder.0.join("folder")).unwrap();
+    std::os::unix::fs::symlink(folder.0.join("nowhere"), folder.0.join("dangling")).unwrap();
+    folder
+}
+
+/// Whether a gateway starts with a configuration: its API listener answers, or it ends. And what it said.
+fn starts(config: &std::path::Path, listen: &str) -> (bool, String) {
+    let log = config.with_file_name("stderr");
+    let mut command = tollgate();
+    command.args(["run", "--config"]).arg(config).stdin(Stdio::null()).stdout(Stdio::null());
+    let mut child = command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let started = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            assert_ne!(status.code(), Some(0), "it ended by itself");
+            break false;
+        }
+        if std::net::TcpStream::connect(listen).is_ok() {
+            break true;
+        }
+        assert!(Instant::now() < deadline, "neither started nor ended: {}", std::fs::read_to_string(&log).unwrap());
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    // It may have ended already.
+    let _: std::io::Result<()> = child.kill();
+    child.wait().unwrap();
+    (started, std::fs::read_to_string(&log).unwrap())
+}
+
+/// `check` fails exactly where a start fails. `@` is the folder; the second column is a part of what `check` says, the third
+/// whether a gateway starts.
+#[test]
+fn check_and_run_agree() {
+    let rows = [
+        ("", "ok", true),
+        // The log.
+        (
+            "[log]\naccess = \"nowhere/access.log\"\n",
+            "log.access: @/nowhere/access.log cannot be written: there is no folder",
+            false,
+        ),
+        ("[log]\naccess = \"good.toml/access.log\"\n", "log.access", false),
+        ("[log]\naccess = \"folder\"\n", "log.access", false),
+        ("[log]\naccess = \"\"\n", "log.access: is empty", false),
+        ("[log]\naccess = \"dangling/access.log\"\n", "log.access", false),
+        ("[log]\naccess = \"folder/access.log\"\n", "ok", true),
+        ("[log]\naccess = \"dangling\"\n", "ok", true),
+        ("[log]\naccess = \"empty\"\n", "ok", true),
+        ("[log]\naccess = \"/dev/null\"\n", "ok", true),
+        ("[log]\naccess = \"off\"\n", "ok", true),
+        // The snapshot: without one, a gateway starts.
+        ("[cache]\nsnapshot = \"nowhere/cache\"\n", "warning: cache.snapshot: cannot be written", true),
+        ("[cache]\nsnapshot = \"folder\"\n", "warning: cache.snapshot", true),
+        ("[cache]\nsnapshot = \"cache\"\n", "ok", true),
+        // Listeners.
+        (
+            "[server]\nlisten = [\"LISTEN\", \"192.0.2.1:8080\"]\n",
+            "server.listen: 192.0.2.1:8080 cannot be bound",
+            false,
+        ),
+        ("[server]\nlisten = [\"[2001:db8::1]:8080\"]\n", "server.listen", false),
+        ("[admin]\nlisten = \"192.0.2.1:9090\"\n", "admin.listen: 192.0.2.1:9090 cannot be bound", false),
+        ("[server]\nlisten = [\"127.0.0.1:0\"]\n", "server.listen: has port 0", false),
+        ("[admin]\nlisten = \"[::1]:0\"\n", "admin.listen: has port 0", false),
+        ("[server]\nlisten = [\"LISTEN\", \"0.0.0.0:PORT\"]\n", "server.listen: 0.0.0.0:PORT cannot be bound", false),
+        ("[server]\nlisten = [\"[::]:PORT\", \"LISTEN\"]\n", "server.listen: LISTEN cannot be bound", false),
+        ("[admin]\nlisten = \"0.0.0.0:PORT\"\n", "admin.listen: 0.0.0.0:PORT cannot be bound", false),
+        ("[admin]\nlisten = \"LISTEN\"\n", "admin.listen: is an address that is listed before", false),
+        ("[server]\nlisten = []\n", "server.listen: is empty", false),
+        ("[server]\nlisten = [\"unix:@/nowhere/api.sock\"]\n", "cannot be bound: there is no folder @/nowhere", false),
+        ("[server]\nlisten = [\"unix:@/good.toml/api.sock\"]\n", "cannot be bound", false),
+        ("[server]\nlisten = [\"unix:@/good.toml\"]\n", "cannot be bound: a file stands there", false),
+        ("[server]\nlisten = [\"unix:@/LONG\"]\n", "is the path of a socket with more than 107 bytes", false),
+        ("[server]\nlisten = [\"LISTEN\", \"unix:@/api.sock\"]\n", "ok", true),
+        ("[server]\nthreads = 513\n", "server.threads: is out of range", false),
+        // Upstreams.
+        (
+            "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\", \"no-such-name.invalid:80\"]\n",
+            "upstream[0].servers: no-such-name.invalid:80 cannot be resolved",
+            false,
+        ),
+        ("[[upstream]]\nname = \"api\"\nservers = [\"unix:/LONG\"]\n", "upstream[0].servers", false),
+        ("[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:0\"]\n", "upstream[0].servers", false),
+        ("[[upstream]]\nname = \"api\"\nservers = [\"localhost:1\", \"[::1]:1\", \"unix:/nowhere\"]\n", "ok", true),
+        // Rules.
+        (
+            "[token]\nbody = \"ignore\"\nmethod_override = \"judge\"\n",
+            "token.method_override: does not go with body",
+            false,
+        ),
+        ("[token]\nbody = \"ignore\"\n", "warning: token.body", true),
+        ("[token]\nmethod_override = \"judge\"\n", "ok", true),
+        ("[api]\nprefixes = [\"/a\", \"/a\"]\n", "warning: api.prefixes: is in the list twice", true),
+        ("[limits]\nheader_bytes = \"1KiB\"\nheader_bytes = \"2KiB\"\n", "`header_bytes` is in the file twice", false),
+    ];
+    let mut read = 0;
+    for (text, part, starting) in rows {
+        read += 1;
+        let folder = surroundings();
+        let port = free_port();
+        let listen = format!("127.0.0.1:{port}");
+        let at = folder.0.display().to_string();
+        let fill = |text: &str| {
+            let text = text.replace('@', &at).replace("LISTEN", &listen).replace("PORT", &port.to_string());
+            text.replace("LONG", &"x".repeat(120))
+        };
+        let sections = [
+            ("[server]", format!("listen = [\"{listen}\"]\nthreads = 1\n")),
+            ("[admin]", "listen = \"none\"\n".into()),
+            ("[[upstream]]", "name = \"api\"\nservers = [\"127.0.0.1:1\"]\n".into()),
+        ];
+        let own = sections
+            .iter()
+            .filter(|(header, _)| !text.contains(header))
+            .map(|(header, body)| format!("{header}\n{body}"));
+        let config = folder.write("tollgate.toml", &(own.collect::<String>() + &fill(text)));
+        let before = listing(&folder);
+        let checked = run(tollgate().args(["check", "--config"]).arg(&config));
+        let said = all(&checked);
+        assert_eq!(listing(&folder), before, "{text}: a check makes nothing");
+        assert_eq!(checked.status.code(), Some(if starting { 0 } else { USAGE }), "{text}: {said}");
+        assert!(said.contains(&fill(part)), "{text}: {said}");
+        assert!(!said.contains("S3CRET"), "{text}: {said}");
+        let (started, log) = starts(&config, &listen);
+        assert_eq!(started, starting, "{text}: {log}");
+        // What keeps it from starting is said by both in the same words, name resolution aside.
+        if !started && !part.contains("resolved") {
+            assert!(log.contains(&fill(part)), "{text}: {log}");
+        }
+    }
+    assert_eq!(read, rows.len());
+}
+
+fn listing(folder: &Folder) -> Vec<String> {
+    let entries = std::fs::read_dir(&folder.0).unwrap().map(|entry| entry.unwrap());
+    let mut names: Vec<_> =
+        entries.map(|entry| format!("{:?} {:?}", entry.file_name(), entry.metadata().unwrap().len())).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn check_beside_a_running_gateway_and_without_the_network() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let config = gateway.folder.0.join("tollgate.toml");
+    // Its own addresses are in use, as they should be; its token file and log are in use as well.
+    let checked = run(tollgate().args(["check", "--config"]).arg(&config));
+    assert_eq!(checked.status.code(), Some(0), "{}", all(&checked));
+    assert_eq!(
+        stdout(&checked).matches("that is as it should be while the gateway runs").count(),
+        2,
+        "{}",
+        all(&checked)
+    );
+    let second = run(tollgate().args(["run", "--config"]).arg(&config));
+    assert_eq!(second.status.code(), Some(1), "{}", all(&second));
+    assert!(stderr(&second).contains(&format!("{} cannot be bound", gateway.address)), "{}", all(&second));
+    assert_eq!(gateway.get("/api/v3/user").status, 200);
+    // Names are left alone without the network.
+    let text = "[[upstream]]\nname = \"api\"\nservers = [\"no-such-name.invalid:80\"]\n";
+    let folder = Folder::new("test");
+    let config = folder.write("tollgate.toml", text);
+    let online = run(tollgate().args(["check", "--config"]).arg(&config));
+    let offline = run(tollgate().args(["check", "--offline", "--config"]).arg(&config));
+    assert_eq!(
+        (online.status.code(), offline.status.code()),
+        (Some(USAGE), Some(0)),
+        "{}{}",
+        all(&online),
+        all(&offline)
+    );
+}
+
+#[test]
+fn check_in_json_is_one_object_a_problem() {
+    let folder = Folder::new("test");
+    let check = |text: &str| {
+        let output = run(tollgate().args(["check", "--json", "--config"]).arg(folder.write("tollgate.toml", text)));
+        let lines =
+            stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<serde_json::Value>>();
+        assert_eq!(stderr(&output), "");
+        (output.status.code(), lines)
+    };
+    assert_eq!(check(UPSTREAM), (Some(0), Vec::new()));
+    let (code, found) = check(&format!("{UPSTREAM}[token]\nbody = \"ignore\"\n"));
+    assert_eq!((code, found.len(), found[0]["severity"].as_str()), (Some(0), 1, Some("warning")));
+    let (code, found) =
+        check(&format!("{UPSTREAM}[token]\nbody = \"ignore\"\nmethod_override = \"judge\"\nforward = 1\n"));
+    let keys: Vec<_> = found
+        .iter()
+        .map(|found| (found["line"].as_u64(), found["column"].as_u64(), found["key"].as_str().unwrap()))
+        .collect();
+    assert_eq!(
+        (code, keys),
+        (
+            Some(USAGE),
+            vec![
+                (Some(5), Some(8), "token.body"),
+                (Some(6), Some(19), "token.method_override"),
+                (Some(7), Some(11), "token.forward")
+            ]
+        )
+    );
+    assert_eq!(found[1]["related"], serde_json::json!({ "line": 5, "column": 8 }));
+    let fields: Vec<_> = found[2].as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(fields, ["file", "line", "column", "key", "severity", "message", "found", "instead", "related"]);
+}
+
+#[test]
+fn run_says_what_it_serves() {
+    let upstream = Upstream::start();
+    let open = "[[route]]\npath = \"/api/v3/session\"\nmethods = [\"POST\"]\nauth = \"none\"\nreason = \"log in\"\n[api]\ncors_preflight = true\n";
+    let gateway = Gateway::start(upstream.address, open);
+    let log = gateway.process_log();
+    for line in [
+        format!(
+            "] tollgate {}, configuration {}",
+            env!("CARGO_PKG_VERSION"),
+            gateway.folder.0.join("tollgate.toml").display()
+        ),
+        format!("] listeners: {}; admin listener: {}\n", gateway.address, gateway.admin),
+        format!("] upstreams: api ({})\n", upstream.address),
+        "] token stores: file\n".to_owned(),
+        "] paths without a token: /api/v3/session (POST), every path (CORS preflights)\n".to_owned(),
+    ] {
+        assert!(log.contains(&line), "{line}: {log}");
+    }
 }
 
 #[test]
@@ -187,7 +430,7 @@ fn the_example_is_generated_and_right() {
     let kept = repository("config/tollgate.example.toml");
     if kept.exists() {
         let kept_text = std::fs::read_to_string(&kept).unwrap();
-        assert_eq!(kept_text, example, "make {} anew with `tollgate example-config`", kept.display());
+        assert_eq!(kept_text, example, "make {} again with `tollgate example-config`", kept.display());
     }
 }
 

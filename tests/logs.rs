@@ -250,7 +250,7 @@ fn lines_have_a_time_unless_they_go_to_the_journal() {
                 None => command.env_remove("JOURNAL_STREAM"),
             };
         });
-        eventually("a line", || gateway.process_log().contains("serves"));
+        eventually("a line", || gateway.process_log().contains("paths without a token"));
         gateway.process_log()
     };
     let plain = log(&|_| None);

@@ -267,7 +267,7 @@ fn every_part_that_can_break_leaves_a_reload_without_effect() {
         ("a store", ("path = \"tokens.toml\"", "path = \"nowhere.toml\""), "nowhere.toml"),
         ("an upstream", ("servers = [\"", "servers = [\"does-not-exist.invalid:1\", \""), "does-not-exist.invalid"),
         ("a log", ("access = \"access.log\"", "access = \"no/such/folder/x.log\""), "log.access"),
-        ("TOML", ("[[upstream]]", "[[upstream"), "line"),
+        ("TOML", ("[[upstream]]", "[[upstream"), "tollgate.toml:11:11: is not TOML"),
     ] {
         rewrite(&gateway, |text| text.replace(change.0, change.1));
         let answer = gateway.admin_post("/reload");

@@ -1,19 +1,45 @@
-//! `tollgate check`: every problem of a configuration, or where tokens are looked up and every way around them.
+//! `tollgate check`: every problem of a configuration and of what it names; or where tokens are looked up, and every way
+//! around them.
 
 use super::Failure;
+use crate::config::{self, Diagnostic, Probe, Settings};
 use crate::request::route::{Auth, Methods, Route};
 use crate::store::StoreSettings;
 use crate::store::postgres::Source;
 use crate::store::redis::RedisChanges;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-pub(super) fn run(path: &Path) -> Result<(), Failure> {
-    let settings = super::load(path)?;
-    crate::edge::check_places(&settings.server).map_err(Failure::Usage)?;
-    say!("{}: ok", path.display())?;
-    for warning in &settings.warnings {
-        say!("warning: {warning}")?;
+#[derive(clap::Args)]
+pub(super) struct Arguments {
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Do not use the network: resolve no names and connect to no store.
+    #[arg(long)]
+    offline: bool,
+    /// Print one JSON object for each problem, and nothing else.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
+    let loaded = config::load(&arguments.config, Probe::Check { network: !arguments.offline });
+    if arguments.json {
+        let found = match &loaded {
+            Ok(settings) => &settings.warnings,
+            Err(found) => found,
+        };
+        found.iter().map(Diagnostic::json).try_for_each(|object| say!("{object}"))?;
+        return loaded.map(drop).map_err(|_| Failure::Reported);
     }
+    let settings = loaded.map_err(|found| Failure::Usage(super::report(&found)))?;
+    said(&settings, &arguments.config)
+}
+
+fn said(settings: &Settings, path: &Path) -> Result<(), Failure> {
+    for warning in &settings.warnings {
+        say!("{warning}")?;
+    }
+    say!("{}: ok", path.display())?;
     say!("tokens are looked up in:")?;
     for store in &settings.stores {
         let bound = match &store.kind {
@@ -29,9 +55,8 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
         let bound = bound.map_or_else(|| format!("after up to {ttl} ([cache] positive_ttl)"), str::to_owned);
         say!("  {}  (a revoked token stops working {bound})", store.name)?;
     }
-    let open: Vec<&Route> = settings.rules.routes.iter().filter(|route| route.auth != Auth::Required).collect();
     let preflights = settings.rules.cors_preflight;
-    if open.is_empty() && !preflights {
+    if open_routes(settings).next().is_none() && !preflights {
         say!("nothing can be reached without a token")?;
     } else {
         say!("can be reached without a token:")?;
@@ -41,20 +66,26 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
             "  every path  (CORS preflights only; no token): [api] cors_preflight, as browsers send no token with them"
         )?;
     }
-    for route in open {
+    for route in open_routes(settings) {
         let how = match route.auth {
             Auth::Required => "token required",
             Auth::Optional => "token optional",
             Auth::None { pass_token: false } => "no token",
             Auth::None { pass_token: true } => "the backend checks tokens itself",
         };
-        let methods = if route.methods == Methods::ALL {
-            "any method".to_owned()
-        } else {
-            route.methods.names().collect::<Vec<_>>().join(" ")
-        };
-        let path = &route.name;
-        say!("  {path}  ({methods}; {how}): {}", route.reason)?;
+        say!("  {}  ({}; {how}): {}", route.name, methods(route), route.reason)?;
     }
     Ok(())
+}
+
+/// Every route that can be reached without a token.
+pub(super) fn open_routes(settings: &Settings) -> impl Iterator<Item = &Route> {
+    settings.rules.routes.iter().filter(|route| route.auth != Auth::Required)
+}
+
+pub(super) fn methods(route: &Route) -> String {
+    match route.methods {
+        Methods::ALL => "any method".to_owned(),
+        some => some.names().collect::<Vec<_>>().join(" "),
+    }
 }

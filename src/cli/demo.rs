@@ -1,6 +1,7 @@
 //! `tollgate demo`: runs the gateway with a small built-in backend and a temporary token store.
 
 use super::{Failure, token::new_token};
+use crate::config::Probe;
 use crate::request::head;
 use crate::request::query::form_decode;
 use crate::request::view::{Framing, Method};
@@ -37,7 +38,8 @@ pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
         "[server]\nlisten = [\"{listen}\"]\n[admin]\nlisten = \"{admin}\"\n[log]\naccess = \"off\"\nlevel = \"warn\"\n\
          [[upstream]]\nname = \"demo\"\nservers = [\"{backend_address}\"]\n"
     );
-    let settings = config::parse(&text, &folder.0).map_err(|problems| anyhow!(assembly::report(&problems)))?;
+    let settings = config::parse(&text, &folder.0.join("demo.toml"), Probe::Settings)
+        .map_err(|problems| anyhow!(assembly::report(&problems)))?;
     let token = new_token()?;
     let record = TokenRecord {
         scopes: vec!["api".into()],

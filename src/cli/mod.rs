@@ -13,6 +13,7 @@ mod run;
 mod store;
 mod token;
 
+use crate::config::{self, Diagnostic, Probe, Settings};
 use clap::{Parser, Subcommand};
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -30,30 +31,31 @@ struct Cli {
 enum Command {
     /// Run the gateway with a configuration file.
     Run {
+        /// The configuration file.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
     },
-    /// Show everything at work without a file or a backend: backend, token, gateway and metrics.
+    /// Run a gateway with a small backend and a token of its own, to try tollgate without a configuration file.
     Demo {
-        /// Where the gateway listens; the backend and the admin listener take free ports.
+        /// The gateway's address. The backend and the admin listener take free ports.
         #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
         listen: std::net::SocketAddr,
     },
-    /// Say everything that is wrong with a configuration file, and what can be reached without a token.
-    Check {
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
-    },
-    /// Have a running gateway reload its configuration, and say what is in force then.
+    /// Check a configuration file and everything it names, and list what can be reached without a token.
     ///
-    /// Exit codes: 0 all of it is, 2 all but what takes a restart, 1 nothing changed.
+    /// Finds what would keep `tollgate run` or a reload from succeeding. Run it as the user that the gateway runs as.
+    /// Exit codes: 0 no errors (there may be warnings), 64 errors.
+    Check(check::Arguments),
+    /// Reload the configuration of a running gateway, and show which changes are in force.
+    ///
+    /// Exit codes: 0 all changes are in force, 2 some need a restart, 1 nothing changed.
     Reload(reload::Arguments),
     /// Create, list, show, rotate, revoke, block and import tokens.
     Token {
         #[command(subcommand)]
         command: token::Command,
     },
-    /// Make a store's tables, and what tells of changes in tables that are not tollgate's.
+    /// Prepare a PostgreSQL store: make tollgate's tables, or install change triggers on other tables.
     Store {
         #[command(subcommand)]
         command: store::Command,
@@ -66,6 +68,8 @@ enum Command {
 pub(crate) enum Failure {
     /// 64: nothing was tried.
     Usage(String),
+    /// 64: the errors are printed already.
+    Reported,
     /// 1.
     Failed(anyhow::Error),
     /// 2: what could be done was done and said.
@@ -87,18 +91,19 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Help and version are no errors.
             let code = if error.use_stderr() { USAGE } else { 0 };
-            drop(error.print());
+            // Whoever reads may be gone.
+            let _: std::io::Result<()> = error.print();
             return ExitCode::from(code);
         }
     };
     let result = match cli.command {
         Command::Run { config } => run::run(&config),
         Command::Demo { listen } => demo::run(listen),
-        Command::Check { config } => check::run(&config),
+        Command::Check(arguments) => check::run(&arguments),
         Command::Reload(arguments) => reload::run(&arguments),
         Command::Token { command } => block_on(token::run(command)),
         Command::Store { command } => block_on(store::run(command)),
-        Command::ExampleConfig => say!("{}", crate::config::example().trim_end()).map_err(Failure::from),
+        Command::ExampleConfig => say!("{}", config::example().trim_end()).map_err(Failure::from),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -106,6 +111,7 @@ pub fn main() -> ExitCode {
             eprintln!("{text}");
             ExitCode::from(USAGE)
         }
+        Err(Failure::Reported) => ExitCode::from(USAGE),
         Err(Failure::Restart) => ExitCode::from(RESTART),
         Err(Failure::Failed(error)) => {
             eprintln!("tollgate: {error:#}");
@@ -126,11 +132,18 @@ fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Fail
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
-/// Loads a configuration, or says all that is wrong with it.
-fn load(path: &std::path::Path) -> Result<crate::config::Settings, Failure> {
-    crate::config::load(path).map_err(|problems| {
-        let count = problems.len();
-        let what = if count == 1 { "one problem".to_owned() } else { format!("{count} problems") };
-        Failure::Usage(format!("{}: {what}\n{}", path.display(), crate::assembly::report(&problems)))
-    })
+/// Loads a configuration for a command that opens what it needs itself.
+fn load(path: &std::path::Path) -> Result<Settings, Failure> {
+    config::load(path, Probe::Settings).map_err(|found| Failure::Usage(report(&found)))
+}
+
+/// Everything that was found, one a line, and how much it is.
+fn report(found: &[Diagnostic]) -> String {
+    let count = |errors: bool, name: &str| match found.iter().filter(|found| found.is_error() == errors).count() {
+        0 => None,
+        1 => Some(format!("1 {name}")),
+        many => Some(format!("{many} {name}s")),
+    };
+    let counts = [count(true, "error"), count(false, "warning")].into_iter().flatten().collect::<Vec<_>>().join(", ");
+    found.iter().map(ToString::to_string).chain([counts]).collect::<Vec<_>>().join("\n")
 }

@@ -1,13 +1,24 @@
 //! `tollgate run`: serve until a signal ends it.
 
-use super::Failure;
+use super::{Failure, check};
+use crate::config::{self, Probe, Settings};
 use crate::telemetry::process_log;
 use crate::{assembly, edge};
 use anyhow::Context as _;
 use std::path::Path;
 
+/// Open routes that the log names at the start.
+const NAMED: usize = 10;
+
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
-    let settings = super::load(path)?;
+    let settings = config::load(path, Probe::Start).map_err(|found| {
+        let report = super::report(&found);
+        // With a file that is right, the next start may succeed: the service manager should try again.
+        match found.iter().filter(|found| found.is_error()).all(|found| found.surroundings) {
+            true => Failure::Failed(anyhow::Error::msg(report)),
+            false => Failure::Usage(report),
+        }
+    })?;
     process_log::start(settings.level, edge::FRAMEWORK_LOG_LEVELS).context("the process log cannot be started")?;
     settings.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let result = serve(settings, path);
@@ -16,12 +27,39 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
     result
 }
 
-fn serve(settings: crate::config::Settings, path: &Path) -> Result<(), Failure> {
-    let listen = settings.server.listen.clone();
-    edge::check_free(&settings.server).map_err(anyhow::Error::msg)?;
+fn serve(settings: Settings, path: &Path) -> Result<(), Failure> {
+    let lines = summary(&settings, path);
     let running = assembly::assemble(settings, Some(path.to_owned()))?;
-    log::info!("tollgate {} serves {listen:?}", env!("CARGO_PKG_VERSION"));
+    lines.iter().for_each(|line| log::info!("{line}"));
     edge::serve(running);
     log::info!("stopped");
     Ok(())
+}
+
+/// What is being served, in a few lines.
+fn summary(settings: &Settings, path: &Path) -> [String; 5] {
+    let list = |all: Vec<String>| if all.is_empty() { "none".to_owned() } else { all.join(", ") };
+    let listeners = settings.server.listen.iter().map(ToString::to_string).collect();
+    let admin = settings.server.admin.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
+    let upstreams = settings.upstreams.iter().map(|upstream| {
+        let servers = upstream.servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        format!("{} ({servers})", upstream.name)
+    });
+    let mut open: Vec<String> =
+        check::open_routes(settings).map(|route| format!("{} ({})", route.name, check::methods(route))).collect();
+    let more = open.len().saturating_sub(NAMED);
+    open.truncate(NAMED);
+    if more > 0 {
+        open.push(format!("and {more} more, see `tollgate check`"));
+    }
+    if settings.rules.cors_preflight {
+        open.push("every path (CORS preflights)".into());
+    }
+    [
+        format!("tollgate {}, configuration {}", env!("CARGO_PKG_VERSION"), path.display()),
+        format!("listeners: {}; admin listener: {admin}", list(listeners)),
+        format!("upstreams: {}", list(upstreams.collect())),
+        format!("token stores: {}", list(settings.stores.iter().map(|store| store.name.clone()).collect())),
+        format!("paths without a token: {}", list(open)),
+    ]
 }

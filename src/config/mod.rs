@@ -1,19 +1,25 @@
-//! From a TOML file to the settings that each stage declares. The only folder that names TOML for the configuration.
-//! All problems are gathered, each with its place, why, and what to write instead.
+//! From a TOML file to the settings that each stage declares. The only folder that names TOML for the configuration. What
+//! is right is each stage's to say, beside its settings; here every problem gets its place, and echoes of it are left out.
 
+mod diagnostic;
 mod document;
 mod example;
 mod file;
+mod places;
+mod probe;
 mod resolve;
 mod section;
 mod stores;
 
+pub use diagnostic::{Diagnostic, Place};
 pub use document::Document;
 pub use example::example;
-pub use resolve::{LogTarget, Settings};
-pub use section::Problem;
+pub use probe::Probe;
+pub use resolve::Settings;
 
-use section::{Field, Section, closest};
+use crate::edge::Listen;
+use places::Places;
+use section::{Field, Section, nearest, suggestion};
 use std::path::Path;
 use toml::de::{DeTable, DeValue};
 
@@ -34,147 +40,146 @@ struct File {
     log: file::Log,
 }
 
-/// Reads a configuration file.
-pub fn load(path: &Path) -> Result<Settings, Vec<Problem>> {
-    let failed = |why: String| vec![Problem { line: 0, key: path.display().to_string(), why, instead: String::new() }];
-    let text = std::fs::read_to_string(path).map_err(|error| failed(format!("can't be read: {error}")))?;
-    parse(&text, path.parent().unwrap_or(Path::new("")))
+/// Reads a configuration file, and looks at what it names as far as `probe` says. `check`, `run`, a reload and the other
+/// commands all ask this one function. With any error, everything that was found is returned, warnings too.
+pub fn load(path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<Diagnostic>> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) => {
+            let mut places = Places::new(path, "");
+            places.syntax(None, format!("cannot be read: {error}"), None);
+            return Err(places.into_found());
+        }
+    };
+    parse(&text, path, probe)
+}
+
+/// The same for a text that is, or could be, in the file `path`: relative paths in it start at its folder.
+pub fn parse(text: &str, path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<Diagnostic>> {
+    let mut places = Places::new(path, text);
+    let (root, errors) = DeTable::parse_recoverable(text);
+    places.note(root.get_ref());
+    if !errors.is_empty() {
+        // What could be read of it says little about what was meant.
+        for error in errors {
+            let at = error.span().map(|span| span.start);
+            let name = error.span().and_then(|span| text.get(span)).unwrap_or_default();
+            match at.filter(|_| error.message() == "duplicate key") {
+                Some(offset) => {
+                    let what = format!("`{name}` is in the file twice");
+                    places.syntax(at, what, places.first(name.trim_matches(['"', '\'']), offset));
+                }
+                None => places.syntax(at, format!("is not TOML: {}", error.message()), None),
+            }
+        }
+        return Err(places.into_found());
+    }
+    let file = read(root.get_ref(), &mut places);
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let mut settings = resolve::resolve(&file, Document::parse(text), folder, &mut places);
+    places.surroundings = true;
+    probe::look(&settings, &file, probe, &mut places);
+    if places.any_error() {
+        return Err(places.into_found());
+    }
+    settings.warnings = places.into_found();
+    Ok(settings)
 }
 
 /// The address of the admin listener that a file says, whatever else is wrong with it.
-pub fn admin_listener(path: &Path) -> Result<Option<crate::edge::Listen>, String> {
+pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
     let failed = |why: String| format!("{}: {why}", path.display());
-    let text = std::fs::read_to_string(path).map_err(|error| failed(format!("can't be read: {error}")))?;
+    let text = std::fs::read_to_string(path).map_err(|error| failed(format!("cannot be read: {error}")))?;
     let root = DeTable::parse(&text).map_err(|error| failed(format!("is not TOML: {}", error.message())))?;
-    let (lines, mut problems) = (line_starts(&text), Vec::new());
-    let admin = Reader { lines: &lines, problems: &mut problems }.one(root.get_ref(), "admin", file::Admin::read);
-    match problems.iter().find(|problem| problem.key == "admin" || problem.key == "admin.listen") {
-        Some(problem) => Err(failed(problem.to_string())),
+    let mut places = Places::new(path, &text);
+    places.note(root.get_ref());
+    let admin = one(&mut places, root.get_ref(), "admin", file::Admin::read);
+    match places.into_found().iter().find(|found| found.key == "admin" || found.key == "admin.listen") {
+        Some(problem) => Err(problem.to_string()),
         None => Ok(admin.listen.map(|address| address.0)),
     }
-}
-
-/// Reads a configuration; relative paths in it start at `folder`.
-pub fn parse(text: &str, folder: &Path) -> Result<Settings, Vec<Problem>> {
-    let lines = line_starts(text);
-    let root = DeTable::parse(text).map_err(|error| {
-        let line = error.span().map_or(0, |span| lines.partition_point(|start| *start <= span.start));
-        vec![Problem {
-            line,
-            key: "the file".into(),
-            why: format!("is not TOML: {}", error.message()),
-            instead: String::new(),
-        }]
-    })?;
-    let mut problems = Vec::new();
-    let file = read(root.get_ref(), &lines, &mut problems);
-    let document = Document::parse(text);
-    let settings = resolve::resolve(&file, document, folder, &mut problems);
-    if problems.is_empty() {
-        return Ok(settings);
-    }
-    problems.sort_by(|a, b| (a.line, &a.key).cmp(&(b.line, &b.key)));
-    problems.dedup();
-    Err(problems)
-}
-
-fn line_starts(text: &str) -> Vec<usize> {
-    std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect()
 }
 
 /// The tables that can stand at the top of the file.
 const SECTIONS: [&str; 12] =
     ["server", "admin", "api", "scope", "token", "store", "cache", "pagination", "limits", "upstream", "route", "log"];
 
-fn read(root: &DeTable<'_>, lines: &[usize], problems: &mut Vec<Problem>) -> File {
-    for (name, _) in root.iter() {
-        let known = SECTIONS.iter().copied();
-        if !known.clone().any(|section| section == name.get_ref()) {
-            let line = lines.partition_point(|start| *start <= name.span().start);
-            problems.push(Problem {
-                line,
-                key: name.get_ref().to_string(),
-                why: "is not a section that tollgate knows".into(),
-                instead: closest(name.get_ref(), known),
-            });
+fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
+    for (name, _) in root.iter().filter(|(name, _)| !SECTIONS.contains(&name.get_ref().as_ref())) {
+        let near = nearest(name.get_ref(), SECTIONS.into_iter());
+        places.unknown(name.get_ref(), "is not a known section", suggestion(near, SECTIONS.into_iter()));
+        if let Some(near) = near.filter(|near| !places.has(near)) {
+            places.spoil(near);
         }
     }
-    let mut reader = Reader { lines, problems };
     let paging =
         root.iter().find(|(key, _)| key.get_ref() == "pagination").and_then(|(_, value)| value.get_ref().as_table());
     File {
-        server: reader.one(root, "server", file::Server::read),
-        admin: reader.one(root, "admin", file::Admin::read),
-        api: reader.one(root, "api", file::Api::read),
-        token: reader.one(root, "token", file::Token::read),
-        stores: reader.one_or_many(root, "store", file::Store::read),
-        scopes: reader.many(root, "scope", "scope", file::Scope::read),
-        cache: reader.one(root, "cache", file::Cache::read),
-        limits: reader.one(root, "limits", file::Limits::read),
-        log: reader.one(root, "log", file::Log::read),
-        upstreams: reader.many(root, "upstream", "upstream", file::Upstream::read),
-        routes: reader.many(root, "route", "route", file::Route::read),
-        pagination: reader.one(root, "pagination", file::Pagination::read),
+        server: one(places, root, "server", file::Server::read),
+        admin: one(places, root, "admin", file::Admin::read),
+        api: one(places, root, "api", file::Api::read),
+        token: one(places, root, "token", file::Token::read),
+        stores: one_or_many(places, root, "store", file::Store::read),
+        scopes: many(places, root, "scope", "scope", file::Scope::read),
+        cache: one(places, root, "cache", file::Cache::read),
+        limits: one(places, root, "limits", file::Limits::read),
+        log: one(places, root, "log", file::Log::read),
+        upstreams: many(places, root, "upstream", "upstream", file::Upstream::read),
+        routes: many(places, root, "route", "route", file::Route::read),
+        pagination: one(places, root, "pagination", file::Pagination::read),
         pagination_routes: paging
-            .map(|table| reader.many(table, "route", "pagination.route", file::PaginationRoute::read))
+            .map(|table| many(places, table, "route", "pagination.route", file::PaginationRoute::read))
             .unwrap_or_default(),
     }
 }
 
-struct Reader<'p> {
-    lines: &'p [usize],
-    problems: &'p mut Vec<Problem>,
+type Read<T> = fn(&mut Section<'_, '_>) -> T;
+
+/// `[name]`; one that is not there is read as an empty one.
+fn one<T>(places: &mut Places<'_>, root: &DeTable<'_>, name: &str, read: Read<T>) -> T {
+    let found = root.iter().find(|(key, _)| key.get_ref() == name);
+    let table = found.and_then(|(_, value)| value.get_ref().as_table());
+    if found.is_some() && table.is_none() {
+        places.unreadable(name, None, "must be a table".into(), format!("write [{name}] on a line of its own"));
+    }
+    let nested: &[&str] = if name == "pagination" { &["route"] } else { &[] };
+    read(&mut Section { name: name.into(), table, nested, places, missing: Vec::new() })
 }
 
-impl Reader<'_> {
-    fn problem(&mut self, offset: usize, key: &str, why: &str, instead: String) {
-        let line = self.lines.partition_point(|start| *start <= offset);
-        self.problems.push(Problem { line, key: key.into(), why: why.into(), instead });
+/// `[name]`, or any number of `[[name]]`, or none, which is read as an empty one.
+fn one_or_many<T>(places: &mut Places<'_>, root: &DeTable<'_>, name: &str, read: Read<T>) -> Vec<T> {
+    let found = root.iter().find(|(key, _)| key.get_ref() == name);
+    match found.and_then(|(_, value)| value.get_ref().as_array()) {
+        Some(array) if !array.is_empty() => many(places, root, name, name, read),
+        _ => vec![one(places, root, name, read)],
     }
+}
 
-    fn one<T>(&mut self, root: &DeTable<'_>, name: &str, read: fn(&mut Section<'_>) -> T) -> T {
-        let found = root.iter().find(|(key, _)| key.get_ref() == name);
-        let table = found.and_then(|(_, value)| value.get_ref().as_table());
-        if let (Some((key, _)), None) = (found, table) {
-            self.problem(key.span().start, name, "must be a table", format!("write [{name}] on a line of its own"));
-        }
-        let line = found.map_or(0, |(key, _)| self.lines.partition_point(|start| *start <= key.span().start));
-        let nested: &[&str] = if name == "pagination" { &["route"] } else { &[] };
-        read(&mut Section { name: name.into(), table, line, nested, lines: self.lines, problems: self.problems })
-    }
-
-    /// `[name]`, or any number of `[[name]]`, or none, which is read as an empty one.
-    fn one_or_many<T>(&mut self, root: &DeTable<'_>, name: &str, read: fn(&mut Section<'_>) -> T) -> Vec<T> {
-        let found = root.iter().find(|(key, _)| key.get_ref() == name);
-        match found.and_then(|(_, value)| value.get_ref().as_array()) {
-            Some(array) if !array.is_empty() => self.many(root, name, name, read),
-            _ => vec![self.one(root, name, read)],
-        }
-    }
-
-    fn many<T>(&mut self, parent: &DeTable<'_>, key: &str, name: &str, read: fn(&mut Section<'_>) -> T) -> Vec<T> {
-        let Some((found, value)) = parent.iter().find(|(found, _)| found.get_ref() == key) else { return Vec::new() };
-        let Some(array) = value.get_ref().as_array() else {
-            self.problem(found.span().start, name, "is a list of tables", format!("write [[{name}]]"));
-            return Vec::new();
-        };
-        let mut read_all = Vec::new();
-        for (index, item) in array.iter().enumerate() {
-            let line = self.lines.partition_point(|start| *start <= item.span().start);
-            match item.get_ref() {
-                DeValue::Table(table) => read_all.push(read(&mut Section {
-                    name: format!("{name}[{index}]"),
+/// Any number of `[[name]]`, which is `key` in its parent.
+fn many<T>(places: &mut Places<'_>, parent: &DeTable<'_>, key: &str, name: &str, read: Read<T>) -> Vec<T> {
+    let Some((_, value)) = parent.iter().find(|(found, _)| found.get_ref() == key) else { return Vec::new() };
+    let (what, instead) = ("must be a list of tables", format!("write [[{name}]] on a line of its own"));
+    let Some(array) = value.get_ref().as_array() else {
+        places.unreadable(name, None, what.into(), instead);
+        return Vec::new();
+    };
+    let mut read_all = Vec::new();
+    for (index, item) in array.iter().enumerate() {
+        let name = format!("{name}[{index}]");
+        match item.get_ref() {
+            DeValue::Table(table) => {
+                read_all.push(read(&mut Section {
+                    name,
                     table: Some(table),
-                    line,
                     nested: &[],
-                    lines: self.lines,
-                    problems: self.problems,
-                })),
-                _ => self.problem(item.span().start, name, "is a list of tables", format!("write [[{name}]]")),
+                    places,
+                    missing: Vec::new(),
+                }));
             }
+            _ => places.unreadable(&name, None, what.into(), instead.clone()),
         }
-        read_all
     }
+    read_all
 }
 
 /// A section for the reference.

@@ -1,30 +1,33 @@
-//! From what the file says to the settings that the stages declare. Here is what one key says about another.
+//! From what the file says to the settings that the stages declare. Each stage says what is wrong with its own; here is
+//! what one section says about another.
 
 use super::file::{
     self, Auth as FileAuth, Beyond, BodyPolicy, Forward, QueryToken, ScopePreset, Strip, Switch, TrustedPeer,
 };
-use super::section::{Problem, closest};
-use super::{Document, File};
+use super::places::Places;
+use super::section::{nearest, suggestion};
+use super::{Diagnostic, Document, File};
 use crate::edge::{ServerSettings, Timeouts};
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{Policy, ScopeRule, Scopes};
-use crate::reply::cors::{Cors, wrong_origin};
+use crate::problem::Problem;
+use crate::reply::cors::Cors;
 use crate::request::body::{BodyRules, KeySet, UntypedBody};
 use crate::request::origin::TrustedProxies;
-use crate::request::page::{HIGHEST, PageRules, Pagination, TooDeep};
+use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
 use crate::request::route::{Auth, Methods, Pattern, Route, Routes};
 use crate::request::token::TokenRules;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::store::NamedStore;
+use crate::telemetry::lines::LogTarget;
 use crate::upstream::UpstreamSettings;
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Everything that is configured, checked.
 #[derive(Clone, Debug)]
@@ -45,24 +48,12 @@ pub struct Settings {
     pub access_log: LogTarget,
     pub level: LevelFilter,
     /// What is allowed and dangerous, for people: said at every start and reload, and by `check`.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Diagnostic>,
     /// What the file says, to name what a reload changes.
     pub document: Document,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LogTarget {
-    Off,
-    Stdout,
-    File(PathBuf),
-}
-
-/// pingora and the http crate can't take a longer target.
-const LARGEST_TARGET: u64 = 60 * 1024;
-const LARGEST_HEADER: u64 = 512 * 1024;
-
-pub(super) fn resolve(file: &File, document: Document, folder: &Path, problems: &mut Vec<Problem>) -> Settings {
-    let mut check = Check { problems, warnings: Vec::new() };
+pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &mut Places<'_>) -> Settings {
     let switches = Switches {
         sudo: file.token.sudo == Switch::Allow,
         access_token: file.token.access_token == Switch::Allow,
@@ -73,10 +64,15 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, problems: 
     };
     let token = TokenRules { header: file.token.header.0.clone(), bearer: file.token.bearer };
     let names = Names { token: file.token.query.0.clone() };
-    let upstreams = check.upstreams(&file.upstreams);
+    let mut gather = Gather { places };
+    let upstreams = gather.upstreams(&file.upstreams);
     let rules = Rules {
-        limits: check.limits(&file.limits),
-        routes: check.routes(file, &upstreams),
+        limits: Limits {
+            header_bytes: usize::try_from(file.limits.header_bytes.0).unwrap_or(usize::MAX),
+            target_bytes: usize::try_from(file.limits.target_bytes.0).unwrap_or(usize::MAX),
+            body_bytes: file.limits.body_bytes.map(|size| size.0),
+        },
+        routes: gather.routes(file, &upstreams),
         cors_preflight: file.api.cors_preflight,
         token: token.clone(),
         names: names.clone(),
@@ -86,12 +82,32 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, problems: 
         },
         switches,
         trusted_proxies: trusted(&file.server.trusted_proxies),
-        pagination: check.pagination(file),
+        pagination: gather.pagination(file),
         body: (file.token.body == BodyPolicy::Refuse)
             .then(|| Arc::new(body_rules(names, switches, file.token.untyped_body))),
     };
+    gather.all("limits", rules.limits.problems());
+    gather.all("token", rules.problems());
+    let server = gather.server(file);
+    let timeouts = Timeouts { header: file.limits.header_timeout, idle: file.limits.idle_timeout };
+    gather.all("limits", timeouts.problems());
+    gather.all("server", rules.trusted_proxies.problems());
+    let cache = CacheSettings {
+        positive_ttl: file.cache.positive_ttl,
+        negative_ttl: file.cache.negative_ttl,
+        stale_if_error: file.cache.stale_if_error,
+        positive_capacity: file.cache.positive_capacity,
+        negative_capacity: file.cache.negative_capacity,
+    };
+    gather.all("cache", cache.problems());
+    let cors = Cors::new(&file.api.cors_origins);
+    gather.all("api", cors.problems());
+    if file.log.access.is_empty() {
+        let instead = "write \"stdout\", \"off\" or the path of a file";
+        gather.places.add("log", Problem::error("access", "is empty", instead));
+    }
     Settings {
-        server: check.server(file),
+        server,
         admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
         rules,
         forward: ForwardRules {
@@ -105,13 +121,13 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, problems: 
             switches,
             deprecate_query_token: file.token.query_deprecation,
         },
-        cors: check.cors(&file.api),
-        policy: Policy { switches, scopes: check.scopes(file) },
-        stores: check.stores(file, folder, &upstreams),
+        cors,
+        policy: Policy { switches, scopes: gather.scopes(file) },
+        stores: gather.stores(file, folder, &upstreams),
         snapshot: Some(&file.cache.snapshot).filter(|path| !path.is_empty()).map(|path| folder.join(path)),
-        cache: check.cache(&file.cache),
+        cache,
         upstreams,
-        timeouts: Timeouts { header: file.limits.header_timeout, idle: file.limits.idle_timeout },
+        timeouts,
         access_log: match file.log.access.as_str() {
             "off" => LogTarget::Off,
             "stdout" => LogTarget::Stdout,
@@ -122,220 +138,115 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, problems: 
             file::Level::Warn => LevelFilter::Warn,
             file::Level::Info => LevelFilter::Info,
         },
-        warnings: check.warnings,
+        warnings: Vec::new(),
         document,
     }
 }
 
-pub(super) struct Check<'p> {
-    problems: &'p mut Vec<Problem>,
-    warnings: Vec<String>,
+pub(super) struct Gather<'g, 't> {
+    pub(super) places: &'g mut Places<'t>,
 }
 
-impl Check<'_> {
-    pub(super) fn warning(&mut self, what: String) {
-        self.warnings.push(what);
-    }
-
-    pub(super) fn problem(
-        &mut self,
-        line: usize,
-        key: impl Into<String>,
-        why: impl Into<String>,
-        instead: impl Into<String>,
-    ) {
-        self.problems.push(Problem { line, key: key.into(), why: why.into(), instead: instead.into() });
-    }
-
-    pub(super) fn at_least(&mut self, value: Duration, least: Duration, line: usize, key: &str) -> Duration {
-        if value < least {
-            self.problem(line, key, format!("{value:?} is too short"), format!("at least {least:?}"));
-        }
-        value
+impl Gather<'_, '_> {
+    pub(super) fn all(&mut self, section: &str, problems: Vec<Problem>) {
+        problems.into_iter().for_each(|problem| self.places.add(section, problem));
     }
 
     fn server(&mut self, file: &File) -> ServerSettings {
-        if file.server.listen.is_empty() {
-            self.problem(
-                file.server.line,
-                "server.listen",
-                "is empty: nobody could reach the API",
-                "like [\"127.0.0.1:8080\"]",
-            );
-        }
-        let listen: Vec<_> = file.server.listen.iter().map(|address| address.0.clone()).collect();
-        let admin = file.admin.listen.as_ref().map(|address| address.0.clone());
-        for (index, address) in listen.iter().enumerate() {
-            if listen[..index].contains(address) || admin.as_ref() == Some(address) {
-                self.problem(
-                    file.server.line,
-                    "server.listen",
-                    "an address stands there twice",
-                    "also counting admin.listen",
-                );
-            }
-        }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        if file.server.threads > 512 {
-            self.problem(file.server.line, "server.threads", "is more than 512", "0 means one for each core");
-        }
         let threads =
             if file.server.threads == 0 { cores } else { usize::try_from(file.server.threads).unwrap_or(cores) };
-        ServerSettings { listen, admin, threads, grace: file.server.shutdown_grace }
-    }
-
-    fn cors(&mut self, api: &file::Api) -> Cors {
-        match api.cors_origins.as_slice() {
-            [] => Cors::Off,
-            [all] if all == "*" => Cors::Anybody,
-            origins => {
-                let mut wrong = |why: String, instead| self.problem(api.line, "api.cors_origins", why, instead);
-                for (index, origin) in origins.iter().enumerate() {
-                    if origin == "*" {
-                        wrong(
-                            "has \"*\" beside other origins".into(),
-                            "\"*\" alone lets every page read, or name each origin",
-                        );
-                    } else if let Some((why, instead)) = wrong_origin(origin) {
-                        wrong(why, instead);
-                    } else if origins[..index].contains(origin) {
-                        wrong(format!("\"{origin}\" stands there twice"), "once is enough");
-                    }
-                }
-                Cors::Origins(origins.iter().map(|origin| origin.as_str().into()).collect())
-            }
-        }
-    }
-
-    fn limits(&mut self, limits: &file::Limits) -> Limits {
-        let mut size = |key: &str, value: u64, largest: u64| {
-            if value < 256 || value > largest {
-                self.problem(limits.line, key, "is out of range", format!("from 256B to {}KiB", largest / 1024));
-            }
-            usize::try_from(value.clamp(256, largest)).unwrap_or(256)
+        let server = ServerSettings {
+            listen: file.server.listen.iter().map(|address| address.0.clone()).collect(),
+            admin: file.admin.listen.as_ref().map(|address| address.0.clone()),
+            threads,
+            grace: file.server.shutdown_grace,
         };
-        let header_bytes = size("limits.header_bytes", limits.header_bytes.0, LARGEST_HEADER);
-        let target_bytes = size("limits.target_bytes", limits.target_bytes.0, LARGEST_TARGET);
-        if target_bytes > header_bytes {
-            self.problem(
-                limits.line,
-                "limits.target_bytes",
-                "is more than limits.header_bytes",
-                "the target is a part of the head",
-            );
-        }
-        self.at_least(limits.header_timeout, Duration::from_millis(100), limits.line, "limits.header_timeout");
-        self.at_least(limits.idle_timeout, Duration::from_millis(100), limits.line, "limits.idle_timeout");
-        Limits { header_bytes, target_bytes, body_bytes: limits.body_bytes.map(|size| size.0) }
-    }
-
-    fn cache(&mut self, cache: &file::Cache) -> CacheSettings {
-        if cache.positive_capacity == 0 || cache.negative_capacity == 0 {
-            let why = "0 would ask the store for every single request";
-            self.problem(cache.line, "cache.positive_capacity, cache.negative_capacity", why, "like 100000");
-        }
-        self.at_least(cache.positive_ttl, Duration::from_secs(1), cache.line, "cache.positive_ttl");
-        self.at_least(cache.negative_ttl, Duration::from_millis(100), cache.line, "cache.negative_ttl");
-        CacheSettings {
-            positive_ttl: cache.positive_ttl,
-            negative_ttl: cache.negative_ttl,
-            stale_if_error: cache.stale_if_error,
-            positive_capacity: cache.positive_capacity,
-            negative_capacity: cache.negative_capacity,
-        }
+        self.all("", server.problems());
+        server
     }
 
     fn upstreams(&mut self, upstreams: &[file::Upstream]) -> Vec<UpstreamSettings> {
         if upstreams.is_empty() {
             let instead = "write [[upstream]] with name = \"api\" and servers = [\"127.0.0.1:3000\"]";
-            self.problem(0, "upstream", "is missing: there is no backend to forward to", instead);
+            self.places.add("", Problem::error("upstream", "is missing: there is no backend to forward to", instead));
         }
-        for (index, upstream) in upstreams.iter().enumerate() {
-            let key = |name: &str| format!("upstream[{index}].{name}");
-            if upstream.servers.is_empty() {
-                self.problem(upstream.line, key("servers"), "is empty", "like [\"127.0.0.1:3000\"]");
+        let mut all: Vec<UpstreamSettings> = Vec::new();
+        for upstream in upstreams {
+            let settings = UpstreamSettings {
+                name: upstream.name.clone(),
+                servers: upstream.servers.iter().map(|server| server.0.clone()).collect(),
+                connect_timeout: upstream.connect_timeout,
+                read_timeout: upstream.read_timeout,
+                idle_timeout: upstream.idle_timeout,
+            };
+            self.all(&upstream.at, settings.problems());
+            if let Some(first) = all.iter().position(|other| other.name == upstream.name) {
+                let problem =
+                    Problem::error("name", "is the name of an earlier [[upstream]]", "give each its own name");
+                self.places.report(&upstream.at, problem, Some(format!("{}.name", upstreams[first].at)));
             }
-            if upstream.name.is_empty() || upstreams[..index].iter().any(|other| other.name == upstream.name) {
-                self.problem(upstream.line, key("name"), "must be there, and only once", "like \"api\"");
-            }
-            self.at_least(upstream.connect_timeout, Duration::from_millis(1), upstream.line, &key("connect_timeout"));
-            self.at_least(upstream.read_timeout, Duration::from_millis(1), upstream.line, &key("read_timeout"));
+            all.push(settings);
         }
-        let settings = |upstream: &file::Upstream| UpstreamSettings {
-            name: upstream.name.clone(),
-            servers: upstream.servers.iter().map(|server| server.0.clone()).collect(),
-            connect_timeout: upstream.connect_timeout,
-            read_timeout: upstream.read_timeout,
-            idle_timeout: upstream.idle_timeout,
-        };
-        upstreams.iter().map(settings).collect()
+        all
     }
 
     fn routes(&mut self, file: &File, upstreams: &[UpstreamSettings]) -> Routes {
         let mut routes: Vec<Route> = Vec::new();
-        for (index, route) in file.routes.iter().enumerate() {
-            let key = |name: &str| format!("route[{index}].{name}");
-            let auth = match route.auth {
-                FileAuth::Required => Auth::Required,
-                FileAuth::Optional => Auth::Optional,
-                FileAuth::None => Auth::None { pass_token: route.pass_token },
-            };
-            if auth != Auth::Required && route.reason.trim().is_empty() {
-                let why = "is missing: this route can be reached without a token";
-                self.problem(route.line, key("reason"), why, "write why, for whoever reads `tollgate check` in a year");
-            }
-            if route.pass_token && route.auth != FileAuth::None {
-                self.problem(route.line, key("pass_token"), "goes with auth = \"none\" only", "take it out");
-            }
+        for route in &file.routes {
             let named = upstreams.iter().position(|upstream| upstream.name == route.upstream);
             if !route.upstream.is_empty() && named.is_none() {
-                let instead = closest(&route.upstream, upstreams.iter().map(|upstream| upstream.name.as_str()));
-                self.problem(
-                    route.line,
-                    key("upstream"),
-                    format!("there is no upstream \"{}\"", route.upstream),
-                    instead,
-                );
+                let names = || upstreams.iter().map(|upstream| upstream.name.as_str());
+                let instead = suggestion(nearest(&route.upstream, names()), names());
+                let problem = Problem::error("upstream", "is not the name of an [[upstream]]", instead);
+                // One of them may have a name that could not be read.
+                let unread = file.upstreams.iter().map(|upstream| format!("{}.name", upstream.at));
+                let echo = unread.chain(["upstream".to_owned()]).find(|path| self.places.is_broken(path));
+                self.places.report(&route.at, problem, echo);
             }
-            let methods = Methods::only(route.methods.iter().map(|method| method.0));
-            if route.methods.is_empty() {
-                self.problem(
-                    route.line,
-                    key("methods"),
-                    "is empty: the route would match nothing",
-                    "leave it out for all",
-                );
-            }
-            let pattern = route.path.0.pattern.clone();
-            if routes.iter().any(|other| other.pattern == pattern && other.methods.overlaps(methods)) {
-                self.problem(route.line, key("path"), "stands in another route for the same method", "join the two");
-            }
-            routes.push(Route {
-                pattern,
+            let settings = Route {
+                pattern: route.path.0.pattern.clone(),
                 name: route.path.0.text.clone(),
-                methods,
-                auth,
+                methods: Methods::only(route.methods.iter().map(|method| method.0)),
+                auth: match route.auth {
+                    FileAuth::Required => Auth::Required,
+                    FileAuth::Optional => Auth::Optional,
+                    FileAuth::None => Auth::None { pass_token: route.pass_token },
+                },
                 reason: route.reason.trim().into(),
                 refuse_query_token: route.query_token == QueryToken::Refuse,
                 // Without a name, the first one.
                 upstream: named.unwrap_or(0),
                 index: 0,
-            });
+            };
+            self.all(&route.at, settings.problems());
+            if route.pass_token && route.auth != FileAuth::None {
+                let problem = Problem::error("pass_token", "goes with auth = \"none\" only", "remove it");
+                self.places.add(&route.at, problem.with("auth"));
+            }
+            let first = routes.iter().position(|other| other.answers_the_same(&settings));
+            if let Some(first) = first {
+                let what = "is in an earlier [[route]] for the same method";
+                let first = format!("{}.path", file.routes[first].at);
+                self.places.report(&route.at, Problem::error("path", what, "join the two"), Some(first));
+            }
+            routes.push(settings);
         }
         if file.api.prefixes.is_empty() && routes.is_empty() {
-            self.problem(
-                file.api.line,
-                "api.prefixes",
-                "is empty, and there is no [[route]]: everything would be 404",
-                "like [\"/api/v3\"]",
-            );
+            let what = "is empty, and there is no [[route]]: everything would be 404";
+            self.places.add("api", Problem::error("prefixes", what, "write it like [\"/api/v3\"]"));
         }
-        for prefix in &file.api.prefixes {
+        for (index, prefix) in file.api.prefixes.iter().enumerate() {
             let Ok(pattern) = Pattern::subtree(&prefix.0) else { continue };
-            let name = format!("{}/*", prefix.0.trim_end_matches('/'));
+            let plain = |prefix: &str| prefix.trim_end_matches('/').to_owned();
+            let first = file.api.prefixes[..index].iter().position(|other| plain(&other.0) == plain(&prefix.0));
+            if let Some(first) = first {
+                let problem = Problem::warning("prefixes", "is in the list twice", "remove one of them");
+                self.places.add("api", problem.element(index).repeats("prefixes", first));
+            }
             routes.push(Route {
                 pattern,
-                name,
+                name: format!("{}/*", plain(&prefix.0)),
                 methods: Methods::ALL,
                 auth: Auth::Required,
                 reason: String::new(),
@@ -354,16 +265,15 @@ impl Check<'_> {
         if file.api.scopes == ScopePreset::Gitlab {
             rules.extend(gitlab_scopes(&file.api.prefixes));
         }
-        for (index, scope) in file.scopes.iter().enumerate() {
-            if scope.name.is_empty() || scope.name.contains(char::is_whitespace) {
-                self.problem(scope.line, format!("scope[{index}].name"), "must be one word", "like \"read_api\"");
-            }
-            rules.push(ScopeRule {
+        for scope in &file.scopes {
+            let rule = ScopeRule {
                 scope: scope.name.clone(),
                 methods: Methods::only(scope.methods.iter().map(|method| method.0)),
                 paths: scope.paths.iter().map(|path| path.0.pattern.clone()).collect(),
                 sudo: scope.sudo,
-            });
+            };
+            self.all(&scope.at, rule.problems());
+            rules.push(rule);
         }
         (!rules.is_empty()).then(|| Scopes::new(rules))
     }
@@ -381,38 +291,22 @@ impl Check<'_> {
             },
             inject_defaults: section.inject_defaults,
         };
-        self.page_rules(&default, section.line, "pagination");
+        let general = default.problems();
         let mut overrides = Vec::new();
-        for (index, route) in file.pagination_routes.iter().enumerate() {
+        for route in &file.pagination_routes {
             let rules = PageRules {
                 first_page: route.first_page.0.unwrap_or(default.first_page),
                 default_per_page: route.default_per_page.0.unwrap_or(default.default_per_page),
                 max_per_page: route.max_per_page.0.unwrap_or(default.max_per_page),
                 ..default.clone()
             };
-            self.page_rules(&rules, route.line, &format!("pagination.route[{index}]"));
+            // What it has from the section above is that section's to say.
+            let own = rules.problems().into_iter().filter(|problem| !general.contains(problem));
+            self.all(&route.at, own.collect());
             overrides.push((route.path.0.pattern.clone(), route.enabled.then_some(rules)));
         }
+        self.all(&section.at, general);
         Pagination { default, overrides }
-    }
-
-    fn page_rules(&mut self, rules: &PageRules, line: usize, key: &str) {
-        if rules.default_per_page == 0 || rules.max_per_page.is_some_and(|max| max < rules.default_per_page) {
-            let instead = "from 1 to max_per_page";
-            self.problem(line, format!("{key}.default_per_page"), "is out of range", instead);
-        }
-        if rules.first_page > HIGHEST || rules.default_per_page > HIGHEST {
-            let key = format!("{key}.first_page, {key}.default_per_page");
-            self.problem(
-                line,
-                key,
-                "is out of range",
-                format!("at most {HIGHEST}, the highest number that is forwarded"),
-            );
-        }
-        if rules.max_page.is_some_and(|max| max < rules.first_page) {
-            self.problem(line, format!("{key}.max_page"), "is below first_page", "no page would be left");
-        }
     }
 }
 

@@ -1,96 +1,83 @@
 //! How a table of the file becomes a struct. One declaration gives the struct, its defaults, its documentation and its
 //! reader; the reader gathers every error instead of stopping at the first, each with its key, why, and what to write.
 
-use std::fmt;
+use super::places::Places;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-/// One thing wrong with a configuration.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// Where in the file; 0 when it is about something that is not there.
-    pub line: usize,
-    pub key: String,
-    pub why: String,
-    pub instead: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.line > 0 {
-            write!(f, "line {}: ", self.line)?;
-        }
-        write!(f, "{}: {}", self.key, self.why)?;
-        if self.instead.is_empty() { Ok(()) } else { write!(f, " ({})", self.instead) }
-    }
-}
-
-/// Why a value can't be used, and what could stand there.
+/// Why a value cannot be used, and what to write instead.
 pub(crate) struct Wrong {
-    pub why: String,
-    pub instead: &'static str,
+    pub what: String,
+    pub instead: String,
+    /// Which element of a list.
+    pub element: Option<usize>,
 }
 
-pub(crate) fn wrong(why: impl Into<String>, instead: &'static str) -> Wrong {
-    Wrong { why: why.into(), instead }
+pub(crate) fn wrong(what: impl Into<String>, instead: impl Into<String>) -> Wrong {
+    Wrong { what: what.into(), instead: instead.into(), element: None }
 }
 
 /// A type that a value of the file can be read as.
 pub(crate) trait Setting: Sized {
-    fn read(value: &DeValue<'_>) -> Result<Self, Wrong>;
+    /// The value, or all that is wrong with it.
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>>;
 }
 
 /// A table of the file, as far as it has been read.
-pub(crate) struct Section<'t> {
+pub(crate) struct Section<'t, 'p> {
     pub(crate) name: String,
     pub table: Option<&'t DeTable<'t>>,
-    /// Where the table begins; 0 when the file does not have it.
-    pub line: usize,
     /// Keys that are sections themselves.
     pub nested: &'static [&'static str],
-    /// Where each line of the file begins.
-    pub lines: &'t [usize],
-    pub problems: &'t mut Vec<Problem>,
+    pub places: &'t mut Places<'p>,
+    /// Keys that have no default and are not there.
+    pub(super) missing: Vec<&'static str>,
 }
 
-impl Section<'_> {
-    pub(crate) fn line_of(&self, offset: usize) -> usize {
-        self.lines.partition_point(|start| *start <= offset)
-    }
-
+impl Section<'_, '_> {
     /// Reads a key, or its default when the key is absent or wrong.
-    pub(crate) fn field<T: Setting>(&mut self, key: &str, default: &str) -> T {
+    pub(crate) fn field<T: Setting>(&mut self, key: &'static str, default: &str) -> T {
         let found = self.table.and_then(|table| table.iter().find(|(name, _)| name.get_ref() == key));
-        if let Some((name, value)) = found {
+        if let Some((_, value)) = found {
             match T::read(value.get_ref()) {
                 Ok(value) => return value,
-                Err(Wrong { why, instead }) => {
-                    let line = self.line_of(name.span().start);
-                    self.problem(line, key, why, instead);
+                Err(all) => {
+                    let path = self.path(key);
+                    for Wrong { what, instead, element } in all {
+                        self.places.unreadable(&path, element, what, instead);
+                    }
                 }
             }
         } else if default.starts_with(REQUIRED) {
-            self.problem(self.line, key, "is missing", "it has no default");
+            self.missing.push(key);
         }
         read_default(default)
     }
 
-    /// Reports the keys that nobody asked for.
+    /// Reports the keys that nobody asked for, and those that are missing.
     pub(crate) fn finish(&mut self, known: &[Field]) {
-        let Some(table) = self.table else { return };
-        for (name, _) in table.iter() {
+        for (name, _) in self.table.into_iter().flat_map(|table| table.iter()) {
             let key = name.get_ref().as_ref();
-            if !known.iter().any(|field| field.key == key) && !self.nested.contains(&key) {
-                let instead = closest(key, known.iter().map(|field| field.key));
-                let line = self.line_of(name.span().start);
-                self.problem(line, key, "is not a key that tollgate knows", &instead);
+            if known.iter().any(|field| field.key == key) || self.nested.contains(&key) {
+                continue;
             }
+            let path = self.path(key);
+            let near = nearest(key, known.iter().map(|field| field.key));
+            self.places.unknown(&path, "is not a known key", suggestion(near, known.iter().map(|field| field.key)));
+            if let Some(near) = near.map(|near| self.path(near)).filter(|near| !self.places.has(near)) {
+                // This is the key that was meant: that it is missing, or what its default leads to, is the same fault.
+                self.missing.retain(|missing| !near.ends_with(&format!(".{missing}")));
+                self.places.spoil(near);
+            }
+        }
+        for key in std::mem::take(&mut self.missing) {
+            let path = self.path(key);
+            self.places.unreadable(&path, None, "is missing".into(), "it has no default".into());
         }
     }
 
-    pub(crate) fn problem(&mut self, line: usize, key: &str, why: impl Into<String>, instead: &str) {
-        let key = if self.name.is_empty() { key.to_owned() } else { format!("{}.{key}", self.name) };
-        self.problems.push(Problem { line, key, why: why.into(), instead: instead.into() });
+    fn path(&self, key: &str) -> String {
+        format!("{}.{key}", self.name)
     }
 }
 
@@ -119,28 +106,18 @@ pub(crate) struct Field {
     pub default: &'static str,
 }
 
-/// `did you mean …`, or the list of what there is.
-pub(crate) fn closest<'a>(key: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
-    let near = known.clone().map(|name| (distance(key, name), name)).min().filter(|(distance, _)| *distance <= 2);
-    match near {
-        Some((_, name)) => format!("did you mean `{name}`?"),
-        None => format!("there are: {}", known.collect::<Vec<_>>().join(", ")),
-    }
+/// The known name that was most likely meant.
+pub(crate) fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let far = |name: &str| strsim::osa_distance(key, name);
+    known.map(|name| (far(name), name)).min().filter(|(far, _)| *far <= 2).map(|(_, name)| name)
 }
 
-/// How many letters differ.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let cost = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = cost.min(row[j] + 1).min(diagonal + 1);
-        }
+/// `did you mean …`, or the list of what there is.
+pub(crate) fn suggestion<'a>(near: Option<&str>, known: impl Iterator<Item = &'a str>) -> String {
+    match near {
+        Some(name) => format!("did you mean `{name}`?"),
+        None => format!("use one of: {}", known.collect::<Vec<_>>().join(", ")),
     }
-    row[b.len()]
 }
 
 /// Declares a section of the file.
@@ -156,8 +133,8 @@ macro_rules! section {
         #[allow(dead_code, reason = "one shape for all sections")]
         pub(crate) struct $name {
             $($(#[doc = $field_doc])* pub(crate) $field: $type,)*
-            /// Where the section begins in the file; 0 when it is not there.
-            pub(crate) line: usize,
+            /// What the section is called in problems.
+            pub(crate) at: String,
         }
 
         impl $name {
@@ -170,8 +147,8 @@ macro_rules! section {
                 },)*
             ];
 
-            pub(crate) fn read(section: &mut $crate::config::section::Section<'_>) -> Self {
-                let read = Self { line: section.line, $($field: section.field(stringify!($field), $default),)* };
+            pub(crate) fn read(section: &mut $crate::config::section::Section<'_, '_>) -> Self {
+                let read = Self { at: section.name.clone(), $($field: section.field(stringify!($field), $default),)* };
                 section.finish(Self::FIELDS);
                 read
             }
@@ -183,46 +160,60 @@ pub(crate) use section;
 // What values may be.
 
 impl Setting for bool {
-    fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {
-        value.as_bool().ok_or_else(|| wrong("must be true or false", ""))
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
+        value.as_bool().ok_or_else(|| vec![wrong("must be true or false", "write it without quotes")])
     }
 }
 
 impl Setting for String {
-    fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {
-        value.as_str().map(str::to_owned).ok_or_else(|| wrong("must be a text in quotes", ""))
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
+        text(value).map(str::to_owned).map_err(|wrong| vec![wrong])
     }
 }
 
+pub(crate) fn text<'v>(value: &'v DeValue<'_>) -> Result<&'v str, Wrong> {
+    value.as_str().ok_or_else(|| wrong("must be a string", "put it in quotes"))
+}
+
 impl Setting for u64 {
-    fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
         let number = value.as_integer().and_then(|n| Self::from_str_radix(n.as_str(), n.radix()).ok());
-        number.ok_or_else(|| wrong("must be a whole number of 0 or more", ""))
+        number.ok_or_else(|| vec![wrong("must be a whole number, 0 or more", "write it without quotes")])
     }
 }
 
 impl<T: Setting> Setting for Vec<T> {
-    fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {
-        let array =
-            value.as_array().ok_or_else(|| wrong("must be a list", "put it in square brackets, like [\"…\"]"))?;
-        array.iter().map(|item: &Spanned<DeValue<'_>>| T::read(item.get_ref())).collect()
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
+        let Some(array) = value.as_array() else {
+            return Err(vec![wrong("must be a list", "put it in square brackets, like [\"…\"]")]);
+        };
+        let (mut read, mut all) = (Self::new(), Vec::new());
+        for (index, item) in array.iter().enumerate() {
+            match T::read(Spanned::get_ref(item)) {
+                Ok(item) => read.push(item),
+                Err(found) => all.extend(found.into_iter().map(|wrong| Wrong { element: Some(index), ..wrong })),
+            }
+        }
+        if all.is_empty() { Ok(read) } else { Err(all) }
     }
 }
 
 /// `"none"` for no bound.
 impl<T: Setting> Setting for Option<T> {
-    fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
         if value.as_str() == Some("none") {
             return Ok(None);
         }
-        T::read(value).map(Some).map_err(|wrong| Wrong { why: format!("{}, or \"none\"", wrong.why), ..wrong })
+        let or_none = |wrong: Wrong| Wrong { what: format!("{}, or \"none\"", wrong.what), ..wrong };
+        T::read(value).map(Some).map_err(|all| all.into_iter().map(or_none).collect())
     }
 }
 
 impl Setting for std::time::Duration {
-    fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
         let duration = value.as_str().and_then(|text| humantime::parse_duration(text).ok());
-        duration.ok_or_else(|| wrong("must be a time with its unit", "like \"60s\", \"10m\" or \"250ms\""))
+        duration
+            .ok_or_else(|| vec![wrong("must be a time with its unit", "write it like \"60s\", \"10m\" or \"250ms\"")])
     }
 }
 
@@ -231,7 +222,7 @@ impl Setting for std::time::Duration {
 pub(crate) struct Bytes(pub u64);
 
 impl Setting for Bytes {
-    fn read(value: &DeValue<'_>) -> Result<Self, Wrong> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
         let parse = |text: &str| {
             let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
             let unit: u64 = match text[digits..].trim_start() {
@@ -246,7 +237,7 @@ impl Setting for Bytes {
         value
             .as_str()
             .and_then(parse)
-            .ok_or_else(|| wrong("must be a size with its unit", "like \"32KiB\" or \"10MiB\""))
+            .ok_or_else(|| vec![wrong("must be a size with its unit", "write it like \"32KiB\" or \"10MiB\"")])
     }
 }
 
@@ -259,10 +250,13 @@ macro_rules! words {
         pub enum $name { $($variant),* }
 
         impl $crate::config::section::Setting for $name {
-            fn read(value: &toml::de::DeValue<'_>) -> Result<Self, $crate::config::section::Wrong> {
+            fn read(value: &toml::de::DeValue<'_>) -> Result<Self, Vec<$crate::config::section::Wrong>> {
                 match value.as_str() {
                     $(Some($word) => Ok(Self::$variant),)*
-                    _ => Err($crate::config::section::wrong("is none of the words that can stand here", concat!("write one of:" $(, " \"", $word, "\"")*))),
+                    _ => {
+                        let words = [$(concat!("\"", $word, "\"")),*].join(", ");
+                        Err(vec![$crate::config::section::wrong("is not allowed here", format!("use one of: {words}"))])
+                    }
                 }
             }
         }

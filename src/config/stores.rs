@@ -5,7 +5,8 @@ use super::File;
 use super::file::{
     self, BoundAs, IntrospectionMode, PostgresPreset, RedisChangesBy, RedisTopology, Store, Tls, UpstreamAddress,
 };
-use super::resolve::Check;
+use super::resolve::Gather;
+use crate::problem::Problem;
 use crate::store::introspect::{self, IntrospectMode, IntrospectSettings};
 use crate::store::postgres::{self, Bind, PostgresSettings, Source};
 use crate::store::redis::{RedisChanges, RedisSettings, Topology};
@@ -14,37 +15,33 @@ use crate::upstream::{ServerAddress, UpstreamSettings};
 use std::path::Path;
 use std::time::Duration;
 
-impl Check<'_> {
+impl Gather<'_, '_> {
     pub(super) fn stores(&mut self, file: &File, folder: &Path, upstreams: &[UpstreamSettings]) -> Vec<NamedStore> {
         let mut stores: Vec<NamedStore> = Vec::new();
-        for (index, store) in file.stores.iter().enumerate() {
-            let mut at = Entry { index, only: file.stores.len() == 1, line: 0, folder };
-            let (kind_name, name, line, timeout, kind) = match store {
-                Store::Sqlite(s) => {
-                    ("sqlite", &s.name, s.line, s.timeout, StoreSettings::Sqlite(folder.join(&s.path.0)))
-                }
-                Store::File(s) => ("file", &s.name, s.line, s.timeout, StoreSettings::File(folder.join(&s.path.0))),
+        for store in &file.stores {
+            let at = Entry { section: store.at(), folder };
+            let (kind_name, name, timeout, kind) = match store {
+                Store::Sqlite(s) => ("sqlite", &s.name, s.timeout, StoreSettings::Sqlite(folder.join(&s.path.0))),
+                Store::File(s) => ("file", &s.name, s.timeout, StoreSettings::File(folder.join(&s.path.0))),
                 Store::Postgres(s) => {
-                    at.line = s.line;
-                    ("postgres", &s.name, s.line, s.timeout, StoreSettings::Postgres(Box::new(self.postgres(s, &at))))
+                    ("postgres", &s.name, s.timeout, StoreSettings::Postgres(Box::new(self.postgres(s, &at))))
                 }
-                Store::Redis(s) => {
-                    at.line = s.line;
-                    ("redis", &s.name, s.line, s.timeout, StoreSettings::Redis(Box::new(self.redis(s, &at))))
-                }
+                Store::Redis(s) => ("redis", &s.name, s.timeout, StoreSettings::Redis(Box::new(self.redis(s, &at)))),
                 Store::Introspection(s) => {
-                    at.line = s.line;
                     let settings = Box::new(self.introspection(s, &at, file, upstreams));
-                    ("introspection", &s.name, s.line, s.timeout, StoreSettings::Introspection(settings))
+                    ("introspection", &s.name, s.timeout, StoreSettings::Introspection(settings))
                 }
             };
-            at.line = line;
             let name = if name.is_empty() { kind_name.to_owned() } else { name.clone() };
-            if stores.iter().any(|other| other.name == name) {
-                let why = format!("\"{name}\" stands there twice: metrics could not tell them apart");
-                self.problem(line, at.key("name"), why, "give each [[store]] a name");
+            if let Some(first) = stores.iter().position(|other| other.name == name) {
+                let what = format!("\"{name}\" is the name of an earlier store: metrics could not tell them apart");
+                let problem = Problem::error("name", what, "give each [[store]] a name");
+                self.places.report(at.section, problem, Some(format!("{}.name", file.stores[first].at())));
             }
-            self.at_least(timeout, Duration::from_millis(1), line, &at.key("timeout"));
+            self.all(
+                at.section,
+                Problem::too_short("timeout", timeout, Duration::from_millis(1)).into_iter().collect(),
+            );
             stores.push(NamedStore { name, timeout, kind });
         }
         stores
@@ -56,26 +53,34 @@ impl Check<'_> {
         let needs_secret = s.preset == PostgresPreset::GitlabPatDigest
             || s.preset == PostgresPreset::Custom && s.digest == BoundAs::Gitlab;
         if needs_secret && gitlab_secret.is_none() && s.db_key_base_file.is_empty() {
-            let instead = "the secret stands in GitLab's config/secrets.yml, or /etc/gitlab/gitlab-secrets.json";
-            self.problem(at.line, at.key("db_key_base_file"), "is missing: the digests hold a part of it", instead);
+            let instead =
+                "name a file with the secret from GitLab's config/secrets.yml or /etc/gitlab/gitlab-secrets.json";
+            self.store_problem(at, "db_key_base_file", "is missing: the digests hold a part of it", instead);
         }
         if needs_secret && gitlab_secret.as_ref().is_some_and(|secret| secret.expose().chars().count() < 32) {
-            let why = "holds fewer than 32 characters: that is no db_key_base";
-            self.problem(at.line, at.key("db_key_base_file"), why, "the value alone, without its name or quotes");
+            let why = "names a file with fewer than 32 characters, which is not a db_key_base";
+            self.store_problem(
+                at,
+                "db_key_base_file",
+                why,
+                "write the value alone into it, without its name or quotes",
+            );
         }
         let secret = gitlab_secret.unwrap_or_default();
         if (s.preset == PostgresPreset::Custom) == s.lookup.trim().is_empty() {
             let (why, instead) = match s.preset {
-                PostgresPreset::Custom => ("is missing", "like \"SELECT login AS user FROM people WHERE token = $1\""),
-                _ => ("goes with preset = \"custom\" only", "take it out, or write preset = \"custom\""),
+                PostgresPreset::Custom => {
+                    ("is missing", "write it like \"SELECT login AS user FROM people WHERE token = $1\"")
+                }
+                _ => ("goes with preset = \"custom\" only", "remove it, or use preset = \"custom\""),
             };
-            self.problem(at.line, at.key("lookup"), why, instead);
+            self.store_problem(at, "lookup", why, instead);
         } else if s.preset == PostgresPreset::Custom && !s.lookup.contains("$1") {
-            self.problem(
-                at.line,
-                at.key("lookup"),
+            self.store_problem(
+                at,
+                "lookup",
                 "has no $1: it would find a row for whatever token",
-                "… WHERE token = $1",
+                "write it like \"… WHERE token = $1\"",
             );
         }
         let source = match s.preset {
@@ -104,8 +109,8 @@ impl Check<'_> {
             timeout: s.timeout,
         };
         if let Err(why) = postgres::check_url(&settings) {
-            let instead = "like \"postgres://user@host:5432/database\", with the password in password_file";
-            self.problem(at.line, at.key("url"), why, instead);
+            let instead = "write it like \"postgres://user@host:5432/database\", with the password in password_file";
+            self.store_problem(at, "url", why, instead);
         }
         settings
     }
@@ -113,23 +118,23 @@ impl Check<'_> {
     fn redis(&mut self, s: &file::RedisStore, at: &Entry<'_>) -> RedisSettings {
         let servers: Vec<String> = s.servers.iter().map(|UpstreamAddress(server)| server.to_string()).collect();
         if servers.is_empty() {
-            self.problem(at.line, at.key("servers"), "is empty", "like [\"127.0.0.1:6379\"]");
+            self.store_problem(at, "servers", "is empty", "write it like [\"127.0.0.1:6379\"]");
         }
         if servers.iter().any(|server| server.contains('@')) {
-            let instead = "username and password_file are settings of their own";
-            self.problem(at.line, at.key("servers"), "must not hold a user or a password", instead);
+            let instead = "use username and password_file";
+            self.store_problem(at, "servers", "must not hold a user or a password", instead);
         }
         if s.topology == RedisTopology::Single && servers.len() > 1 {
-            let instead = "topology = \"sentinel\" or \"cluster\" take several";
-            self.problem(at.line, at.key("servers"), "are several where one is asked", instead);
+            let instead = "name one, or use topology = \"sentinel\" or \"cluster\"";
+            self.store_problem(at, "servers", "names several servers for topology = \"single\"", instead);
         }
         if s.topology == RedisTopology::Cluster && (s.database != 0 || s.changes == RedisChangesBy::Keyspace) {
-            let why = "a cluster has database 0 only, and no keyspace notifications that one subscriber could hear";
-            self.problem(at.line, at.key("topology"), why, "database = 0, changes = \"channel\"");
+            let why = "does not go with these: a cluster has database 0 only, and no keyspace notifications that one subscriber gets";
+            self.store_problem(at, "topology", why, "use database = 0 and changes = \"channel\"");
         }
         if s.prefix.is_empty() || s.prefix.contains(|c: char| !c.is_ascii_graphic() || "*?[]\\{}".contains(c)) {
-            let why = "must be there, of visible characters other than *?[]\\{}";
-            self.problem(at.line, at.key("prefix"), why, "like \"tollgate:token:\"");
+            let why = "must have visible characters other than *?[]\\{} only";
+            self.store_problem(at, "prefix", why, "write it like \"tollgate:token:\"");
         }
         let auto = TlsMode::auto(s.servers.iter().map(|UpstreamAddress(server)| match server {
             ServerAddress::Unix(_) => Place::Socket,
@@ -171,31 +176,35 @@ impl Check<'_> {
             ("", Some(ServerAddress::Unix(path))) => format!("unix:{path}:{prefix}/user"),
             (endpoint, _) => endpoint.to_owned(),
         };
-        // Without an upstream there is no default; that it is missing is said elsewhere.
-        let unasked = url.is_empty() && upstreams.is_empty();
+        // Without a server of an upstream there is no default; that it is missing is reported elsewhere.
+        let unasked = url.is_empty();
         let known = ["http://", "https://", "unix:/"].iter().any(|scheme| url.starts_with(scheme));
         if !unasked && !known {
-            let instead = "like \"http://127.0.0.1:3000/api/v3/user\"";
-            self.problem(at.line, at.key("endpoint"), "is no address that can be asked", instead);
+            let instead = "write it like \"http://127.0.0.1:3000/api/v3/user\"";
+            self.store_problem(at, "endpoint", "is not an address that can be asked", instead);
         }
         let client_secret = self.secret(at, "client_secret_file", &s.client_secret_file).unwrap_or_default();
         if s.mode == IntrospectionMode::Rfc7662 && (s.endpoint.is_empty() || s.client_id.is_empty()) {
-            self.problem(
-                at.line,
-                at.key("mode"),
+            self.store_problem(
+                at,
+                "mode",
                 "\"rfc7662\" needs endpoint and client_id",
-                "as the server gave them",
+                "set them as the server gave them",
             );
         }
-        for pointer in s.user.iter().chain([&s.scopes_at]) {
-            if !pointer.is_empty() && !pointer.starts_with('/') {
-                let why = format!("\"{pointer}\" is no JSON pointer");
-                self.problem(at.line, at.key("user"), why, "like \"/username\"");
-            }
+        let pointer = |text: &str| text.is_empty() || text.starts_with('/');
+        for (index, _) in s.user.iter().enumerate().filter(|(_, text)| !pointer(text)) {
+            let problem = Problem::error("user", "is not a JSON pointer", "write it like \"/username\"");
+            self.places.add(at.section, problem.element(index));
         }
-        if s.user.is_empty() || s.breaker_failures == 0 || s.breaker_failures > 1_000 {
-            let why = "user must name a field, and breaker_failures be from 1 to 1000";
-            self.problem(at.line, at.key("user"), why, "leave them out for the defaults");
+        if !pointer(&s.scopes_at) {
+            self.store_problem(at, "scopes_at", "is not a JSON pointer", "write it like \"/scope\"");
+        }
+        if s.user.is_empty() {
+            self.store_problem(at, "user", "is empty", "remove it for the default");
+        }
+        if s.breaker_failures == 0 || s.breaker_failures > 1_000 {
+            self.store_problem(at, "breaker_failures", "is out of range", "use a number from 1 to 1000");
         }
         let auto = match url.starts_with("https://") {
             true => TlsMode::VerifyFull,
@@ -223,18 +232,20 @@ impl Check<'_> {
         if !unasked && known {
             match introspect::check_url(&settings) {
                 Ok(None) => {}
-                Ok(Some(place)) => self.warning(format!(
-                    "{}: EVERY TOKEN TRAVELS IN PLAIN TEXT to {place}, as insecure_http says; whoever listens on the way \
-                     can use them",
-                    at.key("endpoint")
-                )),
+                Ok(Some(place)) => {
+                    let what = format!(
+                        "EVERY TOKEN TRAVELS IN PLAIN TEXT to {place}, as insecure_http says; whoever listens on the way can \
+                         use them"
+                    );
+                    self.places.add(at.section, Problem::warning("endpoint", what, "use https://"));
+                }
                 Err(why) => {
                     let (key, why) = match why.split_once(": ") {
                         Some(("unknown_statuses", why)) => ("unknown_statuses", why),
                         Some(("url", why)) => ("endpoint", why),
                         _ => ("endpoint", why.as_str()),
                     };
-                    self.problem(at.line, at.key(key), why, "");
+                    self.store_problem(at, key, why, "");
                 }
             }
         }
@@ -243,13 +254,23 @@ impl Check<'_> {
 
     fn connections(&mut self, at: &Entry<'_>, count: u64) -> usize {
         if count == 0 || count > 1_000 {
-            self.problem(at.line, at.key("connections"), "is out of range", "from 1 to 1000");
+            self.store_problem(at, "connections", "is out of range", "use a number from 1 to 1000");
         }
         usize::try_from(count.clamp(1, 1_000)).unwrap_or(1)
     }
 
+    fn store_problem(
+        &mut self,
+        at: &Entry<'_>,
+        key: &'static str,
+        what: impl Into<String>,
+        instead: impl Into<String>,
+    ) {
+        self.places.add(at.section, Problem::error(key, what, instead));
+    }
+
     /// The first line of a file; `None` when no file is named.
-    fn secret(&mut self, at: &Entry<'_>, key: &str, path: &str) -> Option<Secret> {
+    fn secret(&mut self, at: &Entry<'_>, key: &'static str, path: &str) -> Option<Secret> {
         if path.is_empty() {
             return None;
         }
@@ -258,11 +279,16 @@ impl Check<'_> {
                 Some(Secret::new(text.lines().next().unwrap_or_default()))
             }
             Ok(_) => {
-                self.problem(at.line, at.key(key), "names an empty file", "its first line is the secret");
+                self.store_problem(at, key, "names an empty file", "its first line must be the secret");
                 None
             }
             Err(error) => {
-                self.problem(at.line, at.key(key), format!("can't be read: {error}"), "its first line is the secret");
+                self.store_problem(
+                    at,
+                    key,
+                    format!("cannot be read: {error}"),
+                    "name a file whose first line is the secret",
+                );
                 None
             }
         }
@@ -272,7 +298,7 @@ impl Check<'_> {
         let file =
             |text: &String| Some(text).filter(|text| !text.is_empty()).map(|text| PemFile::from(at.folder.join(text)));
         if cert.is_empty() != key.is_empty() {
-            self.problem(at.line, at.key("tls_cert"), "and tls_key go together", "name both files, or none");
+            self.store_problem(at, "tls_cert", "and tls_key go together", "name both files, or neither");
         }
         let settings = TlsSettings {
             mode: match mode {
@@ -286,22 +312,17 @@ impl Check<'_> {
             client: file(cert).zip(file(key)),
         };
         if let Err(why) = settings.client_config() {
-            self.problem(at.line, at.key("tls"), why, "PEM files that tollgate may read");
+            let named = |text: &String| !text.is_empty() && why.starts_with(&*at.folder.join(text).to_string_lossy());
+            let files = [("tls_ca", ca), ("tls_cert", cert), ("tls_key", key)];
+            let key = files.into_iter().find(|(_, text)| named(text)).map_or("tls", |(key, _)| key);
+            self.store_problem(at, key, why, "name PEM files that tollgate may read");
         }
         settings
     }
 }
 
-/// Where a problem stands.
+/// The section that is read.
 struct Entry<'a> {
-    index: usize,
-    only: bool,
-    line: usize,
+    section: &'a str,
     folder: &'a Path,
-}
-
-impl Entry<'_> {
-    fn key(&self, key: &str) -> String {
-        if self.only { format!("store.{key}") } else { format!("store[{}].{key}", self.index) }
-    }
 }

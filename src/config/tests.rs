@@ -4,26 +4,38 @@ use super::*;
 use crate::store::servers::Folder;
 use crate::store::{StoreSettings, TlsMode};
 
+/// The settings of a file in `folder`.
+fn load(text: &str, folder: &Path) -> Result<Settings, Vec<Diagnostic>> {
+    parse(text, &folder.join("c.toml"), Probe::Settings)
+}
+
+/// What is said of a text, errors and warnings, without the name of the file in front.
+fn said(text: &str, folder: &Path) -> Vec<String> {
+    let found = load(text, folder).map_or_else(|found| found, |settings| settings.warnings);
+    let file = format!("{}:", folder.join("c.toml").display());
+    found.iter().map(|found| found.to_string().strip_prefix(&file).unwrap().trim_start().to_owned()).collect()
+}
+
 fn problems(text: &str) -> Vec<String> {
-    parse(text, Path::new("/conf")).err().unwrap_or_default().iter().map(ToString::to_string).collect()
+    said(text, Path::new("/conf"))
 }
 
 const MINIMAL: &str = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:3000\"]\n";
 
 #[test]
 fn every_default_reads() {
-    let settings = parse(MINIMAL, Path::new("/conf")).unwrap();
+    let settings = load(MINIMAL, Path::new("/conf")).unwrap();
     assert_eq!(settings.stores.len(), 1);
     assert_eq!(settings.stores[0].kind, StoreSettings::Sqlite(Path::new("/conf/tollgate.db").into()));
     assert_eq!(settings.rules.routes.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["/api/v3/*"]);
     // A missing key makes the reader take every stand-in.
-    assert_eq!(problems("[[upstream]]\n[[route]]\n[[pagination.route]]\n").len(), 5);
+    assert_eq!(problems("[[upstream]]\n[[route]]\n[[pagination.route]]\n").len(), 4);
 }
 
 #[test]
 fn the_example_says_all_and_is_right() {
     let example = example();
-    parse(&example, Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
+    load(&example, Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
     let with_headers = example.replace("\n# [[", "\n[[");
     let everything = with_headers.lines().map(|line| {
         let key = line
@@ -31,7 +43,7 @@ fn the_example_says_all_and_is_right() {
             .filter(|rest| rest.split(" = ").next().is_some_and(|k| !k.contains(' ')) && rest.contains(" = "));
         key.unwrap_or(line).to_owned() + "\n"
     });
-    parse(&everything.collect::<String>(), Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
+    load(&everything.collect::<String>(), Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
     let keys: usize = REFERENCE.iter().map(|section| section.fields.len()).sum();
     assert_eq!(keys, 127, "the reference lost or gained keys: update this number on purpose");
     assert!(
@@ -66,21 +78,21 @@ name = \"api\"
 servers = [\"127.0.0.1\"]
 ";
     let expected = [
-        "line 2: server.listen: must be a list (put it in square brackets, like [\"…\"])",
-        "line 3: server.treads: is not a key that tollgate knows (did you mean `threads`?)",
-        "line 4: tokens: is not a section that tollgate knows (did you mean `token`?)",
-        "line 6: token.body: is none of the words that can stand here (write one of: \"refuse\" \"ignore\")",
-        "line 7: token.query: a parameter's name has letters, digits and `_` only (like \"private_token\")",
-        "line 9: cache.positive_ttl: must be a time with its unit (like \"60s\", \"10m\" or \"250ms\")",
-        "line 11: limits.header_bytes: must be a size with its unit (like \"32KiB\" or \"10MiB\")",
-        "line 13: route[0].path: write the pattern in its canonical form: no `//`, no trailing `/`, no `.json`, no escapes of \
-         plain letters, other escapes in capitals, and none of `[]|^` (like \"/api/v3/projects/:id/issues\" or \"/api/v3/templates/*\")",
-        "line 14: route[1].reason: is missing: this route can be reached without a token (write why, for whoever reads \
-         `tollgate check` in a year)",
-        "line 14: route[1].upstream: there is no upstream \"apu\" (did you mean `api`?)",
-        "line 18: upstream[0].servers: is empty (like [\"127.0.0.1:3000\"])",
-        "line 20: upstream[0].servers: \"127.0.0.1\" is no address of a server (like \"127.0.0.1:3000\", \"backend:3000\" or \
-         \"unix:/path\")",
+        "2:10: server.listen: must be a list, found \"127.0.0.1:8080\"; put it in square brackets, like [\"…\"]",
+        "3:1: server.treads: is not a known key; did you mean `threads`?",
+        "4:2: tokens: is not a known section; did you mean `token`?",
+        "6:8: token.body: is not allowed here, found \"maybe\"; use one of: \"refuse\", \"ignore\"",
+        "7:9: token.query: must have letters, digits and `_` only, found \"private token\"; write it like \"private_token\"",
+        "9:16: cache.positive_ttl: must be a time with its unit, found 60; write it like \"60s\", \"10m\" or \"250ms\"",
+        "11:16: limits.header_bytes: must be a size with its unit, found \"32KB\"; write it like \"32KiB\" or \"10MiB\"",
+        "13:8: route[0].path: write the pattern in its canonical form: no `//`, no trailing `/`, no `.json`, no escapes of \
+         plain letters, other escapes in capitals, and none of `[]|^`, found \"/api/v3/session/\"; write it like \
+         \"/api/v3/projects/:id/issues\" or \"/api/v3/templates/*\"",
+        "14:1: route[1].reason: is missing: these paths can be reached without a token; write why, for whoever reads \
+         `tollgate check` in a year",
+        "17:12: route[1].upstream: is not the name of an [[upstream]], found \"apu\"; did you mean `api`?",
+        "20:12: upstream[0].servers: is not the address of a server, found \"127.0.0.1\"; write it like \
+         \"127.0.0.1:3000\", \"backend:3000\" or \"unix:/path\"",
     ];
     assert_eq!(problems(text), expected);
 }
@@ -90,37 +102,37 @@ fn what_contradicts_itself() {
     for (text, part) in [
         ("", "upstream: is missing"),
         ("[server]\nlisten = []\n", "server.listen: is empty"),
-        ("[admin]\nlisten = \"127.0.0.1:8080\"\n", "an address stands there twice"),
+        ("[admin]\nlisten = \"127.0.0.1:8080\"\n", "admin.listen: is an address that is listed before"),
         ("[api]\nprefixes = []\n", "everything would be 404"),
-        ("[pagination]\nmax_per_page = 10\n", "pagination.default_per_page: is out of range"),
+        ("[pagination]\nmax_per_page = 10\n", "pagination.max_per_page: is less than default_per_page"),
         ("[pagination]\nmax_page = 0\n", "pagination.max_page: is below first_page"),
-        (
-            "[pagination]\nfirst_page = 2147483648\n",
-            "pagination.first_page, pagination.default_per_page: is out of range",
-        ),
-        ("[token]\nquery = \"_method\"\n", "_method has a meaning of its own"),
+        ("[pagination]\nfirst_page = 2147483648\n", "pagination.first_page: is out of range"),
+        ("[token]\nquery = \"_method\"\n", "token.query: is a parameter with another meaning"),
         ("[limits]\ntarget_bytes = \"64KiB\"\n", "limits.target_bytes"),
-        ("[cache]\npositive_capacity = 0\n", "ask the store for every single request"),
+        ("[cache]\npositive_capacity = 0\n", "cache.positive_capacity: must not be 0"),
         ("[[route]]\npath = \"/x\"\nauth = \"optional\"\n", "route[0].reason: is missing"),
-        ("[[route]]\npath = \"/x\"\npass_token = true\n", "goes with auth = \"none\" only"),
-        ("[[route]]\npath = \"/x\"\n[[route]]\npath = \"/x\"\n", "stands in another route"),
-        ("[token]\nheader = \"Host\"\n", "has a meaning of its own"),
-        ("[api]\ncors_origins = [\"null\"]\n", "api.cors_origins: \"null\" is the origin of every sandboxed page"),
-        ("[api]\ncors_origins = [\"*\", \"https://a.test\"]\n", "api.cors_origins: has \"*\" beside other origins"),
+        ("[[route]]\npath = \"/x\"\npass_token = true\n", "route[0].pass_token: goes with auth = \"none\" only"),
         (
-            "[api]\ncors_origins = [\"https://a.test/\"]\n",
-            "api.cors_origins: \"https://a.test/\" has more than scheme, host and port",
+            "[[route]]\npath = \"/x\"\n[[route]]\npath = \"/x\"\n",
+            "route[1].path: is in an earlier [[route]] for the same method",
         ),
+        ("[token]\nheader = \"Host\"\n", "token.header: is a header with another meaning"),
+        (
+            "[api]\ncors_origins = [\"null\"]\n",
+            "api.cors_origins: is the origin of every sandboxed page and local file, found \"null\"",
+        ),
+        ("[api]\ncors_origins = [\"*\", \"https://a.test\"]\n", "api.cors_origins: does not go with other origins"),
+        ("[api]\ncors_origins = [\"https://a.test/\"]\n", "api.cors_origins: has more than scheme, host and port"),
         ("[api]\ncors_origins = [\"https://a.test:443\"]\n", "which browsers leave out"),
         (
             "[api]\ncors_origins = [\"https://a.test\", \"https://a.test\"]\n",
-            "api.cors_origins: \"https://a.test\" stands there twice",
+            "2:35: api.cors_origins: is in the list twice (see /conf/c.toml:2:17)",
         ),
         ("[api]\ncors_origins = \"*\"\n", "api.cors_origins: must be a list"),
-        ("[token]\npath_and_user_headers = \"drop\"\n", "token.path_and_user_headers: is none of the words"),
-        ("[token\n", "the file: is not TOML"),
+        ("[token]\npath_and_user_headers = \"drop\"\n", "token.path_and_user_headers: is not allowed here"),
+        ("[token\n", "is not TOML: "),
         ("store = 1\n", "store: must be a table"),
-        ("route = 1\n", "route: is a list of tables"),
+        ("route = 1\n", "route: must be a list of tables"),
     ] {
         let found =
             problems(&format!("{text}{}", if text.is_empty() || text.contains("[token\n") { "" } else { MINIMAL }));
@@ -131,7 +143,7 @@ fn what_contradicts_itself() {
 #[test]
 fn a_route_for_a_whole_prefix_takes_its_place() {
     let text = format!("{MINIMAL}[[route]]\npath = \"/api/v3/*\"\nauth = \"optional\"\nreason = \"public mirror\"\n");
-    let settings = parse(&text, Path::new("")).unwrap();
+    let settings = load(&text, Path::new("")).unwrap();
     let index = settings.rules.routes.find(crate::request::view::Method::Get, b"/api/v3/projects").unwrap();
     assert_eq!(settings.rules.routes.get(index).unwrap().reason, "public mirror");
 }
@@ -160,7 +172,7 @@ fn every_kind_of_store_in_a_chain() {
          [[store]]\nkind = \"introspection\"\n"
     );
     let folder = folder();
-    let settings = parse(&text, &folder.0).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let settings = load(&text, &folder.0).unwrap_or_else(|problems| panic!("{problems:?}"));
     let names: Vec<_> = settings.stores.iter().map(|store| store.name.as_str()).collect();
     assert_eq!(names, ["sqlite", "file", "postgres", "gitlab", "mine", "redis", "introspection"]);
     let tls: Vec<_> = settings
@@ -207,20 +219,21 @@ fn plain_text_to_this_machine_only() {
     ] {
         read += 1;
         let text = format!("{MINIMAL}[store]\nkind = \"redis\"\nservers = [{servers}]\n{more}\n");
-        let settings = parse(&text, &folder.0).unwrap_or_else(|problems| panic!("{text}: {problems:?}"));
+        let settings = load(&text, &folder.0).unwrap_or_else(|problems| panic!("{text}: {problems:?}"));
         let StoreSettings::Redis(redis) = &settings.stores[0].kind else { panic!("redis") };
         assert_eq!(redis.tls.mode, mode, "{text}");
-        assert_eq!(settings.warnings, Vec::<String>::new());
+        assert_eq!(settings.warnings, []);
     }
     assert_eq!(read, 12);
     let elsewhere = "kind = \"introspection\"\nendpoint = \"http://10.0.0.1/user?k=S3CRET\"\ninsecure_http = true\n";
-    let settings = parse(&format!("{MINIMAL}[store]\n{elsewhere}"), &folder.0).unwrap();
+    let settings = load(&format!("{MINIMAL}[store]\n{elsewhere}"), &folder.0).unwrap();
     let [warning] = settings.warnings.as_slice() else { panic!("{:?}", settings.warnings) };
+    let warning = warning.to_string();
     assert!(warning.contains("IN PLAIN TEXT to 10.0.0.1:80") && !warning.contains("S3CRET"), "{warning}");
     // Where nobody named an endpoint it is the upstream.
     let upstream = MINIMAL.replace("127.0.0.1:3000", "10.0.0.1:3000");
     assert_ne!(upstream, MINIMAL);
-    let found = parse(&format!("{upstream}[store]\nkind = \"introspection\"\n"), &folder.0).unwrap_err();
+    let found = load(&format!("{upstream}[store]\nkind = \"introspection\"\n"), &folder.0).unwrap_err();
     assert!(found.iter().any(|problem| problem.to_string().contains("insecure_http = true")), "{found:?}");
 }
 
@@ -228,7 +241,7 @@ fn plain_text_to_this_machine_only() {
 fn tls_auto_looks_at_every_way_to_name_a_place() {
     let mode = |url: &str| {
         let text = format!("{MINIMAL}[store]\nkind = \"postgres\"\nurl = \"{url}\"\n");
-        match &parse(&text, &folder().0).unwrap_or_else(|problems| panic!("{url}: {problems:?}")).stores[0].kind {
+        match &load(&text, &folder().0).unwrap_or_else(|problems| panic!("{url}: {problems:?}")).stores[0].kind {
             StoreSettings::Postgres(store) => store.tls.mode,
             other => panic!("{other:?}"),
         }
@@ -290,13 +303,12 @@ fn tls_auto_looks_at_every_way_to_name_a_place() {
     }
     for url in refused {
         let text = format!("{MINIMAL}[store]\nkind = \"postgres\"\nurl = \"{url}\"\n");
-        let found: Vec<_> =
-            parse(&text, &folder().0).err().unwrap_or_default().iter().map(ToString::to_string).collect();
+        let found = said(&text, &folder().0);
         assert!(found.iter().any(|problem| problem.contains("store.url: ")), "{url}: {found:?}");
     }
     let redis = |servers: &str| {
         let text = format!("{MINIMAL}[store]\nkind = \"redis\"\ntopology = \"sentinel\"\nservers = [{servers}]\n");
-        match &parse(&text, &folder().0).unwrap_or_else(|problems| panic!("{servers}: {problems:?}")).stores[0].kind {
+        match &load(&text, &folder().0).unwrap_or_else(|problems| panic!("{servers}: {problems:?}")).stores[0].kind {
             StoreSettings::Redis(store) => store.tls.mode,
             other => panic!("{other:?}"),
         }
@@ -309,8 +321,8 @@ fn tls_auto_looks_at_every_way_to_name_a_place() {
 fn what_is_wrong_with_a_store() {
     let folder = folder();
     for (text, part) in [
-        ("kind = \"stone\"", "store.kind: is none of the words"),
-        ("kind = \"file\"\nurl = \"x\"", "store.url: is not a key that tollgate knows"),
+        ("kind = \"stone\"", "store.kind: is not allowed here, found \"stone\""),
+        ("kind = \"file\"\nurl = \"x\"", "store.url: is not a known key"),
         ("kind = \"postgres\"", "store.url: is missing"),
         ("kind = \"postgres\"\nurl = \"postgres://u:S3CRET@h:port/x\"", "store.url: is no PostgreSQL URL"),
         ("kind = \"postgres\"\nurl = \"host=h\"\nlookup = \"SELECT\"", "goes with preset = \"custom\" only"),
@@ -321,17 +333,17 @@ fn what_is_wrong_with_a_store() {
             "kind = \"postgres\"\nurl = \"host=h\"\npreset = \"gitlab-pat-digest\"\ndb_key_base_file = \"short\"",
             "fewer than 32 characters",
         ),
-        ("kind = \"postgres\"\nurl = \"host=h\"\npassword_file = \"nowhere\"", "store.password_file: can't be read"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\npassword_file = \"nowhere\"", "store.password_file: cannot be read"),
         ("kind = \"postgres\"\nurl = \"host=h\"\npassword_file = \"empty\"", "names an empty file"),
-        ("kind = \"postgres\"\nurl = \"host=h\"\nschema = \"a; DROP\"", "store.schema: has lower-case letters"),
+        ("kind = \"postgres\"\nurl = \"host=h\"\nschema = \"a; DROP\"", "store.schema: must have lower-case letters"),
         ("kind = \"postgres\"\nurl = \"host=h\"\nconnections = 0", "store.connections: is out of range"),
         ("kind = \"postgres\"\nurl = \"host=h\"\ntls_cert = \"a\"", "and tls_key go together"),
-        ("kind = \"postgres\"\nurl = \"host=h\"\ntls_ca = \"nowhere\"", "store.tls: "),
+        ("kind = \"postgres\"\nurl = \"host=h\"\ntls_ca = \"nowhere\"", "store.tls_ca: "),
         ("kind = \"redis\"\nservers = []", "store.servers: is empty"),
-        ("kind = \"redis\"\nservers = [\"a:1\", \"b:1\"]\ntls = \"disable\"", "are several where one is asked"),
+        ("kind = \"redis\"\nservers = [\"a:1\", \"b:1\"]\ntls = \"disable\"", "names several servers"),
         ("kind = \"redis\"\ntopology = \"cluster\"\nchanges = \"keyspace\"", "no keyspace notifications"),
-        ("kind = \"redis\"\nprefix = \"a*\"", "store.prefix: must be there"),
-        ("kind = \"introspection\"\nendpoint = \"ftp://x\"", "store.endpoint: is no address that can be asked"),
+        ("kind = \"redis\"\nprefix = \"a*\"", "store.prefix: must have visible characters"),
+        ("kind = \"introspection\"\nendpoint = \"ftp://x\"", "store.endpoint: is not an address that can be asked"),
         ("kind = \"introspection\"\nendpoint = \"http://10.0.0.1/user\"", "store.endpoint: http:// to 10.0.0.1 would"),
         ("kind = \"introspection\"\nendpoint = \"http://[2001:db8::1]:80/user\"", "insecure_http = true"),
         ("kind = \"introspection\"\nendpoint = \"http://u:S3CRET@127.0.0.1/\"", "must not hold a user"),
@@ -339,16 +351,198 @@ fn what_is_wrong_with_a_store() {
         ("kind = \"introspection\"\nunknown_statuses = []", "store.unknown_statuses: must be statuses"),
         ("kind = \"redis\"\nservers = [\"u:S3CRET@127.0.0.1:6379\"]", "store.servers: must not hold a user"),
         ("kind = \"introspection\"\nmode = \"rfc7662\"", "needs endpoint and client_id"),
-        ("kind = \"introspection\"\nuser = [\"name\"]", "is no JSON pointer"),
+        ("kind = \"introspection\"\nuser = [\"name\"]", "store.user: is not a JSON pointer"),
         ("timeout = \"0s\"", "store.timeout: "),
     ] {
         let text = format!("{MINIMAL}[store]\n{text}\n");
-        let found: Vec<_> = parse(&text, &folder.0).err().unwrap_or_default().iter().map(ToString::to_string).collect();
+        let found = said(&text, &folder.0);
         assert!(found.iter().any(|problem| problem.contains(part)), "{text}: {found:?}");
         assert!(!found.iter().any(|problem| problem.contains("S3CRET")), "{found:?}");
     }
     let twice = format!("{MINIMAL}[[store]]\n[[store]]\npath = \"other\"\n");
-    assert!(problems(&twice).iter().any(|problem| problem.contains("store[1].name: \"sqlite\" stands there twice")));
+    assert!(
+        problems(&twice)
+            .iter()
+            .any(|problem| problem.contains("store[1].name: \"sqlite\" is the name of an earlier store"))
+    );
     let scope = format!("{MINIMAL}[[scope]]\nname = \"two words\"\n");
     assert!(problems(&scope).iter().any(|problem| problem.contains("scope[0].name: must be one word")));
+}
+
+// What is said, and what is not.
+
+/// One fault is one problem: what follows from it, and what was meant by a mistyped name, is not said as well.
+#[test]
+fn no_echoes() {
+    for (text, only) in [
+        ("[[upstream]]\nname = \"api\"\nserver = [\"127.0.0.1:1\"]\n", "3:1: upstream[0].server: "),
+        ("[[upstreams]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n", "1:3: upstreams: "),
+        ("upstream = 1\n[[route]]\npath = \"/x\"\nupstream = \"api\"\n", "1:12: upstream: "),
+        (
+            "[[upstream]]\nname = 1\nservers = [\"127.0.0.1:1\"]\n[[route]]\npath = \"/x\"\nupstream = \"api2\"\n",
+            "2:8: upstream[0].name: ",
+        ),
+        (
+            "[[upstream]]\nname = \"api\"\nservers = \"127.0.0.1:1\"\n[store]\nkind = \"introspection\"\n",
+            "3:11: upstream[0].servers: ",
+        ),
+        ("@[store]\nkind = \"postgre\"\nurl = \"host=h\"\nlookup = 1\n", "5:8: store.kind: "),
+        ("@[limits]\nheader_bytes = 1\ntarget_bytes = \"60KiB\"\n", "5:16: limits.header_bytes: "),
+        ("@[limits]\nheader_byte = \"64KiB\"\ntarget_bytes = \"60KiB\"\n", "5:1: limits.header_byte: "),
+        (
+            "@[pagination]\ndefault_per_page = 0\n[[pagination.route]]\npath = \"/x\"\n",
+            "5:20: pagination.default_per_page: ",
+        ),
+        ("@[server]\nlisten = [\"nowhere\"]\n[admin]\nlisten = \"127.0.0.1:8080\"\n", "5:11: server.listen: "),
+        (
+            "@[[store]]\n[[store]]\nname = \"sqlite\"\n[[store]]\nkind = 1\n",
+            "6:8: store[1].name: |8:8: store[2].kind: ",
+        ),
+    ] {
+        let found = problems(&text.replace('@', MINIMAL));
+        let wanted: Vec<_> = only.split('|').collect();
+        assert!(
+            found.len() == wanted.len() && found.iter().zip(&wanted).all(|(found, wanted)| found.starts_with(wanted)),
+            "{text}: {found:#?}"
+        );
+    }
+}
+
+#[test]
+fn every_element_of_a_list_and_every_fault_of_the_text_is_reported() {
+    let found = problems(
+        "[server]\nlisten = [\"a\", \"127.0.0.1:1\",\n  \"b\"]\ntrusted_proxies = [\"x\"]\n[[upstream]]\nname = \"a\"\nservers = [\"u:S3CRET@h\", \"h\"]\n",
+    );
+    let places: Vec<_> = found.iter().map(|found| found.split(": ").take(2).collect::<Vec<_>>().join(" ")).collect();
+    let expected = [
+        "2:11 server.listen",
+        "3:3 server.listen",
+        "4:20 server.trusted_proxies",
+        "7:12 upstream[0].servers",
+        "7:26 upstream[0].servers",
+    ];
+    assert_eq!(places, expected);
+    assert!(!found.iter().any(|found| found.contains("S3CRET")), "{found:?}");
+    let found = problems("[server]\nthreads = = 1\nlisten = [\"a\"\n[log]\nlevel = S3CRET\n");
+    assert!(found.len() >= 2 && found.iter().all(|found| found.contains("is not TOML: ")), "{found:?}");
+    assert!(!found.iter().any(|found| found.contains("S3CRET")), "{found:?}");
+}
+
+#[test]
+fn a_duplicate_names_both_places() {
+    for (text, part) in [
+        (
+            "@[limits]\nbody_bytes = \"1MiB\"\nbody_bytes = \"2MiB\"\n",
+            "6:1: `body_bytes` is in the file twice (see /conf/c.toml:5:1)",
+        ),
+        ("@[limits]\n[log]\n[limits]\n", "6:2: `limits` is in the file twice (see /conf/c.toml:4:2)"),
+        (
+            "@[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n",
+            "5:8: upstream[1].name: is the name of an earlier [[upstream]] (see /conf/c.toml:2:8)",
+        ),
+        (
+            "@[[store]]\nname = \"a\"\n[[store]]\nname = \"a\"\n",
+            "7:8: store[1].name: \"a\" is the name of an earlier store: metrics could not tell them apart (see /conf/c.toml:5:8)",
+        ),
+        (
+            "@[[route]]\npath = \"/x\"\n[[route]]\npath = \"/x\"\n",
+            "7:8: route[1].path: is in an earlier [[route]] for the same method (see /conf/c.toml:5:8)",
+        ),
+        (
+            "@[server]\nlisten = [\"127.0.0.1:1\", \"127.0.0.1:1\"]\n",
+            "5:26: server.listen: is an address that is listed before (see /conf/c.toml:5:11)",
+        ),
+        (
+            "@[server]\nlisten = [\"127.0.0.1:1\"]\n[admin]\nlisten = \"127.0.0.1:1\"\n",
+            "7:10: admin.listen: is an address that is listed before (see /conf/c.toml:5:11)",
+        ),
+        (
+            "@[api]\nprefixes = [\"/a\", \"/b\", \"/a\"]\n",
+            "5:25: warning: api.prefixes: is in the list twice (see /conf/c.toml:5:13)",
+        ),
+        ("@[token]\nbody = \"ignore\"\nmethod_override = \"judge\"\n", "(see /conf/c.toml:5:8), found \"judge\""),
+    ] {
+        let found = problems(&text.replace('@', MINIMAL));
+        assert!(found.iter().any(|found| found.contains(part)), "{text}: {found:#?}");
+    }
+}
+
+#[test]
+fn what_is_dangerous_is_a_warning() {
+    for (text, part) in [
+        ("[admin]\nlisten = \"0.0.0.0:9090\"\n", "5:10: warning: admin.listen: can be reached from other networks"),
+        ("[admin]\nlisten = \"[::]:9090\"\n", "admin.listen"),
+        ("[admin]\nlisten = \"8.8.8.8:9090\"\n", "admin.listen"),
+        (
+            "[server]\ntrusted_proxies = [\"10.0.0.0/8\", \"0.0.0.0/0\"]\n",
+            "server.trusted_proxies: trusts everybody (0.0.0.0/0)",
+        ),
+        ("[server]\ntrusted_proxies = [\"::/0\"]\n", "trusts everybody (::/0)"),
+        ("[server]\ntrusted_proxies = [\"::ffff:0.0.0.0/96\"]\n", "trusts everybody (0.0.0.0/0)"),
+        ("[server]\ntrusted_proxies = [\"128.0.0.0/1\"]\n", "a large part of the Internet"),
+        ("[token]\nbody = \"ignore\"\n", "token.body"),
+        ("[cache]\npositive_ttl = \"1day\"\n", "cache.positive_ttl: is a day or more"),
+        ("[cache]\nnegative_ttl = \"2days\"\n", "cache.negative_ttl"),
+        ("[cache]\nstale_if_error = \"7days\"\n", "cache.stale_if_error"),
+    ] {
+        let settings =
+            load(&format!("{MINIMAL}{text}"), Path::new("/conf")).unwrap_or_else(|found| panic!("{text}: {found:?}"));
+        let [warning] = settings.warnings.as_slice() else { panic!("{text}: {:?}", settings.warnings) };
+        let warning = warning.to_string();
+        assert!(warning.contains(" warning: ") && warning.contains(part), "{text}: {warning}");
+    }
+    for text in [
+        "[admin]\nlisten = \"10.1.2.3:9090\"\n",
+        "[admin]\nlisten = \"[fd00::1]:9090\"\n",
+        "[admin]\nlisten = \"none\"\n",
+        "[admin]\nlisten = \"unix:/run/x\"\n",
+        "[server]\ntrusted_proxies = [\"10.0.0.0/8\", \"fd00::/8\", \"192.0.2.1\", \"unix\"]\n",
+        "[cache]\npositive_ttl = \"23h\"\nnegative_ttl = \"23h\"\nstale_if_error = \"23h\"\n",
+    ] {
+        assert_eq!(problems(&format!("{MINIMAL}{text}")), Vec::<String>::new(), "{text}");
+    }
+}
+
+/// Whatever somebody writes in a store's section by mistake may be a password.
+#[test]
+fn no_value_that_may_be_a_secret_is_shown() {
+    let folder = folder();
+    let mut read = 0;
+    for (text, faults) in [
+        ("kind = \"postgres\"\nurl = \"S3CRET\"", 1),
+        ("kind = \"postgres\"\nurl = 7\npassword_file = [\"S3CRET\"]", 2),
+        ("kind = \"postgres\"\nurl = \"host=h\"\npassword_file = \"S3CRET\"", 1),
+        ("kind = \"postgres\"\nurl = \"host=h\"\npassword = \"S3CRET\"", 1),
+        ("kind = \"redis\"\nservers = [\"redis://u:S3CRET\"]", 1),
+        ("kind = \"redis\"\nusername = [\"S3CRET\"]", 1),
+        ("kind = \"introspection\"\nendpoint = \"S3CRET\"\nclient_secret = \"S3CRET\"", 2),
+        ("kind = \"introspection\"\nclient_id = [\"S3CRET\"]", 1),
+    ] {
+        read += 1;
+        let found = said(&format!("{MINIMAL}[store]\n{text}\n"), &folder.0);
+        // A path that does not exist is named by the system's own message, never by the value.
+        assert!(found.len() == faults && !found.iter().any(|found| found.contains("S3CRET")), "{text}: {found:#?}");
+    }
+    assert_eq!(read, 8);
+}
+
+#[test]
+fn json_has_one_shape() {
+    let found = load("[server]\nthreads = \"é\" # x\n", Path::new("/conf")).unwrap_err();
+    let json: Vec<_> = found.iter().map(Diagnostic::json).collect();
+    assert_eq!(
+        json,
+        [
+            serde_json::json!({
+                "file": "/conf/c.toml", "line": null, "column": null, "key": "upstream", "severity": "error",
+                "message": "is missing: there is no backend to forward to", "found": null,
+                "instead": "write [[upstream]] with name = \"api\" and servers = [\"127.0.0.1:3000\"]", "related": null,
+            }),
+            serde_json::json!({
+                "file": "/conf/c.toml", "line": 2, "column": 11, "key": "server.threads", "severity": "error",
+                "message": "must be a whole number, 0 or more", "found": "\"é\"", "instead": "write it without quotes",
+                "related": null,
+            }),
+        ]
+    );
 }

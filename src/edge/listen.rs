@@ -1,7 +1,12 @@
 //! Where the gateway listens, and what would keep it from that: an address that is taken, or something in the place of a
 //! socket file. Looks, and makes nothing.
 
+use crate::problem::{Problem, Severity, no_new_file, socket_path_too_long};
+use std::fmt;
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::unix::fs::FileTypeExt as _;
+use std::path::Path;
 use std::time::Duration;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,34 +41,161 @@ impl ServerSettings {
     }
 }
 
-/// Says which address of these cannot be bound. The framework would try again for half a minute, and panic.
-pub fn check_free(settings: &ServerSettings) -> Result<(), String> {
-    check_places(settings)?;
-    for listen in settings.listen.iter().chain(&settings.admin) {
-        match listen {
-            Listen::Tcp(address) => {
-                std::net::TcpListener::bind(address).map_err(|error| format!("{address} cannot be bound: {error}"))?;
-            }
-            Listen::Unix(path, _) => {
-                if let Place::Taken(how) | Place::NotYet(how) = Place::of(path) {
-                    return Err(format!("unix:{path} cannot be bound: {how}"));
-                }
-            }
-        }
-    }
-    Ok(())
+/// What it means that somebody listens there already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InUse {
+    /// This process cannot start.
+    Error,
+    /// It may be the gateway that runs with this configuration.
+    Warning,
 }
 
-/// Says which of these places can never hold a socket, whether or not the gateway runs at the moment.
-pub fn check_places(settings: &ServerSettings) -> Result<(), String> {
-    for listen in settings.listen.iter().chain(&settings.admin) {
-        if let Listen::Unix(path, _) = listen
-            && let Place::Unfit(why) = Place::of(path)
+impl ServerSettings {
+    const MOST_THREADS: usize = 512;
+
+    /// What can be said without trying. Keys of `[server]` and `[admin]`, with their section.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if self.listen.is_empty() {
+            let what = "is empty: nobody could reach the API";
+            problems.push(Problem::error("server.listen", what, "write it like [\"127.0.0.1:8080\"]"));
+        }
+        let all: Vec<_> = self.places().collect();
+        for (number, (listen, key, index)) in all.iter().enumerate() {
+            let problem = |what: &str, instead: &str| {
+                let problem = Problem::error(key, what, instead);
+                index.map_or(problem.clone(), |index| problem.element(index))
+            };
+            match listen {
+                Listen::Tcp(address) => {
+                    if address.parse().is_ok_and(|address: SocketAddr| address.port() == 0) {
+                        let what = "has port 0: nobody would know which one it gets";
+                        problems.push(problem(what, "use a port from 1 to 65535"));
+                    }
+                }
+                Listen::Unix(path, _) => {
+                    if let Some(what) = socket_path_too_long(path) {
+                        problems.push(problem(&what, "use a shorter path"));
+                    }
+                }
+            }
+            if let Some((_, first, at)) = all[..number].iter().find(|(other, ..)| other == listen) {
+                let problem = problem("is an address that is listed before", "remove one of them");
+                problems.push(Problem { related: Some((first, *at)), ..problem });
+            }
+        }
+        if let Some(Listen::Tcp(address)) = &self.admin
+            && address.parse().is_ok_and(|address: SocketAddr| !is_inside(address.ip()))
         {
-            return Err(format!("unix:{path} cannot be bound: {why}"));
+            let what = "can be reached from other networks, and there is no password";
+            let instead = "use a loopback or private address, or let a firewall keep everybody else away";
+            problems.push(Problem::warning("admin.listen", what, instead));
+        }
+        if self.threads > Self::MOST_THREADS {
+            let instead = format!("use at most {}; 0 means one for each core", Self::MOST_THREADS);
+            problems.push(Problem::error("server.threads", "is out of range", instead));
+        }
+        problems
+    }
+
+    /// Says which addresses cannot be bound, by binding all of them for a moment. The framework would try again for half a
+    /// minute, and panic.
+    pub fn unbound(&self, in_use: InUse) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        // All are kept to the end: two of them may be in each other's way.
+        let mut held: Vec<(TcpListener, SocketAddr, &'static str, Option<usize>)> = Vec::new();
+        for (listen, key, index) in self.places() {
+            let (severity, why, related, instead) = match listen {
+                Listen::Tcp(text) => {
+                    let Ok(address) = text.parse::<SocketAddr>() else { continue };
+                    match TcpListener::bind(address) {
+                        Ok(listener) => {
+                            held.push((listener, address, key, index));
+                            continue;
+                        }
+                        Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                            let other = held.iter().find(|(_, other, ..)| other.port() == address.port());
+                            match other {
+                                Some((_, _, key, index)) => {
+                                    let why = "another listener here has this port on all addresses".to_owned();
+                                    (Severity::Error, why, Some((*key, *index)), "remove one of them")
+                                }
+                                None => (in_use.severity(), taken(in_use, error.to_string()), None, FREE),
+                            }
+                        }
+                        Err(error) => {
+                            let instead = match error.kind() {
+                                ErrorKind::AddrNotAvailable => "use an address of this machine",
+                                ErrorKind::PermissionDenied => {
+                                    "use a port from 1024 on, or give tollgate CAP_NET_BIND_SERVICE"
+                                }
+                                _ => "use another address",
+                            };
+                            (Severity::Error, error.to_string(), None, instead)
+                        }
+                    }
+                }
+                Listen::Unix(path, _) => match Place::of(path) {
+                    Place::Free | Place::Stale => match no_new_file(Path::new(path)) {
+                        Some(why) => (Severity::Error, why, None, "use a folder that tollgate may write to"),
+                        None => continue,
+                    },
+                    Place::Taken(why) => (in_use.severity(), taken(in_use, why), None, FREE),
+                    // systemd makes RuntimeDirectory= at the start, and removes it at the end.
+                    Place::NotYet(why) if in_use == InUse::Warning && path.starts_with("/run/") => {
+                        (Severity::Warning, why, None, "leave it to the service manager, or make the folder")
+                    }
+                    Place::NotYet(why) => (Severity::Error, why, None, "make the folder"),
+                    Place::Unfit(why) => (Severity::Error, why, None, "use another path, or remove what is there"),
+                },
+            };
+            let what = format!("{listen} cannot be bound: {why}");
+            problems.push(Problem { severity, element: index, related, ..Problem::error(key, what, instead) });
+        }
+        problems
+    }
+
+    /// Every listener, with its key and its place in that key's list.
+    fn places(&self) -> impl Iterator<Item = (&Listen, &'static str, Option<usize>)> {
+        let api = self.listen.iter().enumerate().map(|(index, listen)| (listen, "server.listen", Some(index)));
+        api.chain(self.admin.iter().map(|listen| (listen, "admin.listen", None)))
+    }
+}
+
+const FREE: &str = "end the other process, or use another address";
+
+impl InUse {
+    const fn severity(self) -> Severity {
+        match self {
+            Self::Error => Severity::Error,
+            Self::Warning => Severity::Warning,
         }
     }
-    Ok(())
+}
+
+fn taken(in_use: InUse, why: String) -> String {
+    match in_use {
+        InUse::Error => why,
+        InUse::Warning => format!("{why}; that is as it should be while the gateway runs"),
+    }
+}
+
+/// Loopback and private addresses.
+fn is_inside(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
+    }
+}
+
+impl fmt::Display for Listen {
+    /// As the configuration writes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => f.write_str(address),
+            Self::Unix(path, _) => write!(f, "unix:{path}"),
+        }
+    }
 }
 
 /// What stands where a socket file is to be made.
@@ -80,10 +212,10 @@ pub(super) enum Place {
 
 impl Place {
     pub(super) fn of(path: &str) -> Self {
-        let path = std::path::Path::new(path);
+        let path = Path::new(path);
         let kind = match std::fs::symlink_metadata(path) {
             Ok(meta) => meta.file_type(),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
                 let missing = path.parent().filter(|folder| !folder.is_dir());
                 return missing
                     .map_or(Self::Free, |folder| Self::NotYet(format!("there is no folder {}", folder.display())));
@@ -101,7 +233,7 @@ impl Place {
         }
         match std::os::unix::net::UnixStream::connect(path) {
             Ok(_) => Self::Taken("another process listens there".into()),
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => Self::Stale,
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => Self::Stale,
             // A queue that is full, or a socket of another kind or user: in use, as far as can be told.
             Err(error) => Self::Taken(format!("a socket stands there that may be in use: {error}")),
         }

@@ -12,12 +12,13 @@ mod proxied;
 mod server;
 
 pub use crate::clock::now;
-pub use listen::{Listen, ServerSettings, check_free, check_places};
+pub use listen::{InUse, Listen, ServerSettings};
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
-pub use peers::{ResolveError, resolve};
+pub use peers::{ResolveError, resolve, unresolved};
 pub use server::{Rebuild, Rebuilt, Running, serve};
 
 use crate::pipeline::Pipeline;
+use crate::problem::Problem;
 use crate::request::view::Method;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::metrics::{Metrics, RouteMetrics};
@@ -51,6 +52,15 @@ pub struct Timeouts {
     pub header: Duration,
     /// Between two requests on one connection.
     pub idle: Duration,
+}
+
+impl Timeouts {
+    /// Keys of `[limits]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let least = Duration::from_millis(100);
+        let all = [("header_timeout", self.header), ("idle_timeout", self.idle)];
+        all.into_iter().filter_map(|(key, time)| Problem::too_short(key, time, least)).collect()
+    }
 }
 
 impl Snapshot {

@@ -1,6 +1,7 @@
 //! From the servers of an upstream to what the framework connects to. Names are resolved here, before a snapshot goes live
 //! and never on a request's way. The framework keeps the connections.
 
+use crate::problem::Problem;
 use crate::telemetry::metrics::{Metrics, UpstreamError};
 use crate::upstream::{Endpoint, ServerAddress, Upstream, UpstreamSettings};
 use pingora::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
@@ -46,6 +47,25 @@ pub fn resolve(settings: &UpstreamSettings) -> Result<Vec<Endpoint>, ResolveErro
         }
     }
     Ok(endpoints)
+}
+
+/// The servers whose names cannot be resolved. May block for as long as resolving takes. Keys of an `[[upstream]]`.
+pub fn unresolved(settings: &UpstreamSettings) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (index, server) in settings.servers.iter().enumerate() {
+        let only = UpstreamSettings { servers: vec![server.clone()], ..settings.clone() };
+        let why = match resolve(&only) {
+            Ok(_) | Err(ResolveError::Socket { .. }) => continue,
+            Err(ResolveError::Unresolved { error, .. }) => error.to_string(),
+            Err(ResolveError::NoAddress { .. }) => "it has no address".into(),
+        };
+        let what = format!("{server} cannot be resolved: {why}");
+        problems.push(
+            Problem::error("servers", what, "use a name that this machine can resolve, or an IP address")
+                .element(index),
+        );
+    }
+    problems
 }
 
 impl Peers {

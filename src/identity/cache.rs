@@ -4,6 +4,7 @@
 use super::Mode;
 use super::principal::{Invalid, Principal};
 use crate::Now;
+use crate::problem::Problem;
 use crate::store::credential::{Digest, DigestPrefix};
 use foldhash::quality::RandomState;
 use moka::sync::Cache as Bounded;
@@ -22,6 +23,45 @@ pub struct CacheSettings {
     pub positive_capacity: u64,
     /// Entries, about 200 bytes each.
     pub negative_capacity: u64,
+}
+
+impl CacheSettings {
+    /// What is believed for longer deserves a second look.
+    const LONG: Duration = Duration::from_secs(24 * 3600);
+
+    /// Keys of `[cache]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        for (key, capacity) in
+            [("positive_capacity", self.positive_capacity), ("negative_capacity", self.negative_capacity)]
+        {
+            if capacity == 0 {
+                let what = "must not be 0: the store would be asked for every single request";
+                problems.push(Problem::error(key, what, "use a number like 100000"));
+            }
+        }
+        problems.extend(Problem::too_short("positive_ttl", self.positive_ttl, Duration::from_secs(1)));
+        problems.extend(Problem::too_short("negative_ttl", self.negative_ttl, Duration::from_millis(100)));
+        for (key, time, what) in [
+            (
+                "positive_ttl",
+                self.positive_ttl,
+                "a revoked token works for as long, where the store tells of no changes",
+            ),
+            (
+                "negative_ttl",
+                self.negative_ttl,
+                "a new token is refused for as long, where the store tells of no changes",
+            ),
+            ("stale_if_error", self.stale_if_error, "a revoked token works for as long, while the store is down"),
+        ] {
+            if time >= Self::LONG {
+                let what = format!("is a day or more: {what}");
+                problems.push(Problem::warning(key, what, "use seconds, minutes or hours"));
+            }
+        }
+        problems
+    }
 }
 
 /// What is known about a token.

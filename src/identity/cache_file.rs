@@ -4,6 +4,7 @@
 
 use super::cache::SavedEntry;
 use super::principal::{Principal, SavedPrincipal};
+use crate::problem::{Problem, no_new_file};
 use crate::store::Mark;
 use crate::store::credential::Digest;
 use serde::{Deserialize, Serialize};
@@ -74,6 +75,16 @@ pub(super) fn write(
     file.and_then(|file| file.sync_all())
         .and_then(|()| std::fs::rename(&temporary, path))
         .map_err(|error| failed(&error))
+}
+
+/// What keeps a snapshot from being written there. The gateway runs without one.
+pub fn problems(path: &Path) -> Vec<Problem> {
+    let why = if path.is_dir() { Some("is a folder".to_owned()) } else { no_new_file(path) };
+    let warning = |why| {
+        let what = format!("cannot be written, so that nothing is kept over a restart: {why}");
+        Problem::warning("snapshot", what, "name a file in a folder that tollgate may write to")
+    };
+    why.map(warning).into_iter().collect()
 }
 
 /// A snapshot's marks, one for each store, and its entries.

@@ -6,6 +6,7 @@ mod cache_file;
 pub(crate) mod principal;
 
 pub use cache::{CacheSettings, TokenStatus};
+pub use cache_file::problems as snapshot_problems;
 pub use principal::{Invalid, Principal};
 
 use crate::Now;

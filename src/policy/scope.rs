@@ -1,6 +1,7 @@
 //! What a token's scopes allow: methods on paths. Pure. Asked about the canonical path, the same one that routes are found
 //! by, so that no spelling of a path gets around a scope.
 
+use crate::problem::Problem;
 use crate::request::route::{Methods, Pattern};
 use crate::request::view::Method;
 
@@ -12,6 +13,15 @@ pub struct ScopeRule {
     pub paths: Vec<Pattern>,
     /// Lets its holder act as another user, where that is switched on at all. Says nothing about paths.
     pub sudo: bool,
+}
+
+impl ScopeRule {
+    /// Keys of a `[[scope]]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let word = !self.scope.is_empty() && !self.scope.contains(char::is_whitespace);
+        let problem = || Problem::error("name", "must be one word", "write it like \"read_api\"");
+        if word { Vec::new() } else { vec![problem()] }
+    }
 }
 
 /// All rights of all scopes.

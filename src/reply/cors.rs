@@ -1,6 +1,8 @@
 //! Lets pages of configured origins read tollgate's own answers, as GitLab's API lets them read its own. Pure. It never
 //! says that credentials may be sent along, and it adds nothing to an answer of the backend.
 
+use crate::problem::Problem;
+
 /// Whose pages may read tollgate's own answers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Cors {
@@ -29,6 +31,33 @@ const EXPOSED: &str = "Link, X-Total, X-Total-Pages, X-Per-Page, X-Page, X-Next-
                        Retry-After, WWW-Authenticate, Allow, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset";
 
 impl Cors {
+    /// As `[api] cors_origins` lists them: none, `"*"` alone, or whole origins.
+    pub fn new(origins: &[String]) -> Self {
+        match origins {
+            [] => Self::Off,
+            [all] if all == "*" => Self::Anybody,
+            origins => Self::Origins(origins.iter().map(|origin| origin.as_str().into()).collect()),
+        }
+    }
+
+    /// Keys of `[api]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let Self::Origins(origins) = self else { return Vec::new() };
+        let mut problems = Vec::new();
+        for (index, origin) in origins.iter().enumerate() {
+            let problem = |what: &str, instead| Problem::error("cors_origins", what, instead).element(index);
+            if &**origin == "*" {
+                let instead = "use \"*\" alone to let every page read, or name each origin";
+                problems.push(problem("does not go with other origins", instead));
+            } else if let Some((what, instead)) = wrong_origin(origin) {
+                problems.push(problem(what, instead));
+            } else if let Some(first) = origins[..index].iter().position(|other| other == origin) {
+                problems.push(problem("is in the list twice", "remove one of them").repeats("cors_origins", first));
+            }
+        }
+        problems
+    }
+
     /// Takes the values of the request's Origin fields. Two of them are no origin.
     pub fn grant<'a>(&self, mut origins: impl Iterator<Item = &'a [u8]>) -> CorsGrant {
         match self {
@@ -60,20 +89,20 @@ impl Cors {
 }
 
 /// Why a text is no origin that a browser would send. `None`: it is one.
-pub fn wrong_origin(text: &str) -> Option<(String, &'static str)> {
-    const LIKE: &str = "like \"https://app.example\" or \"http://localhost:3000\"";
-    let wrong = |why: &str| Some((format!("\"{text}\" {why}"), LIKE));
+fn wrong_origin(text: &str) -> Option<(&'static str, &'static str)> {
+    const LIKE: &str = "write it like \"https://app.example\" or \"http://localhost:3000\"";
+    let wrong = |what| Some((what, LIKE));
     if text.eq_ignore_ascii_case("null") {
         return Some((
-            "\"null\" is the origin of every sandboxed page and local file".into(),
-            "name the pages' own origins, or \"*\" alone",
+            "is the origin of every sandboxed page and local file",
+            "name the pages' own origins, or use \"*\" alone",
         ));
     }
-    let Some((scheme, authority)) = text.split_once("://") else { return wrong("is no origin") };
+    let Some((scheme, authority)) = text.split_once("://") else { return wrong("is not an origin") };
     let scheme_ok = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
         && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
     if !scheme_ok {
-        return wrong("is no origin");
+        return wrong("is not an origin");
     }
     if authority.contains(['/', '?', '#', '@']) {
         return wrong("has more than scheme, host and port: a browser sends no path and no `/` at the end");

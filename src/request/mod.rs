@@ -13,6 +13,7 @@ pub mod target;
 pub mod token;
 pub mod view;
 
+use crate::problem::Problem;
 use crate::telemetry::metrics::TokenSource;
 use body::{BodyFault, BodyHead, BodyRules, BodyScanner};
 use head::HeadFault;
@@ -55,6 +56,52 @@ pub struct Limits {
     pub target_bytes: usize,
     /// `None`: no limit.
     pub body_bytes: Option<u64>,
+}
+
+impl Limits {
+    /// The HTTP libraries behind tollgate take no longer target.
+    const LARGEST_TARGET: usize = 60 * 1024;
+    const LARGEST_HEADER: usize = 512 * 1024;
+    const SMALLEST: usize = 256;
+
+    /// Keys of `[limits]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        for (key, value, largest) in [
+            ("header_bytes", self.header_bytes, Self::LARGEST_HEADER),
+            ("target_bytes", self.target_bytes, Self::LARGEST_TARGET),
+        ] {
+            if !(Self::SMALLEST..=largest).contains(&value) {
+                let instead = format!("use a size from \"{}B\" to \"{}KiB\"", Self::SMALLEST, largest / 1024);
+                problems.push(Problem::error(key, "is out of range", instead));
+            }
+        }
+        if self.target_bytes > self.header_bytes {
+            let (what, instead) =
+                ("is more than header_bytes", "the target is a part of the head: use less here or more there");
+            problems.push(Problem::error("target_bytes", what, instead).with("header_bytes"));
+        }
+        problems
+    }
+}
+
+impl Rules {
+    /// Keys of `[token]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if self.body.is_none() {
+            let what = "lets a body carry another token than the one that is judged, to a backend that reads it there";
+            let instead = "use \"refuse\", unless the backend reads the token from the header alone";
+            problems.push(Problem::warning("body", what, instead));
+            if self.method_override == MethodOverride::Judge {
+                let what =
+                    "does not go with body = \"ignore\": a field _method in a body would name another method unseen";
+                let instead = "use method_override = \"refuse\" or body = \"refuse\"";
+                problems.push(Problem::error("method_override", what, instead).with("body"));
+            }
+        }
+        problems
+    }
 }
 
 /// What to do with a POST that asks to be run as another method.

@@ -2,6 +2,7 @@
 //! trusted proxies tell. Pure. It must never believe a word of somebody who is no trusted proxy.
 
 use super::view::{Field, FieldKind, RequestView};
+use crate::problem::Problem;
 use ipnet::IpNet;
 use smallvec::SmallVec;
 use std::net::{IpAddr, SocketAddr};
@@ -18,6 +19,24 @@ pub struct TrustedProxies {
 }
 
 impl TrustedProxies {
+    /// Wider networks hold a large part of the Internet.
+    const WIDEST_V4: u8 = 8;
+    const WIDEST_V6: u8 = 7;
+
+    /// Keys of `[server]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let wide = |network: &&IpNet| match network {
+            IpNet::V4(network) => network.prefix_len() < Self::WIDEST_V4,
+            IpNet::V6(network) => network.prefix_len() < Self::WIDEST_V6,
+        };
+        let warning = |network: &IpNet| {
+            let everybody = if network.prefix_len() == 0 { "everybody" } else { "a large part of the Internet" };
+            let what = format!("trusts {everybody} ({network}): clients can claim any address in X-Forwarded-For");
+            Problem::warning("trusted_proxies", what, "list the networks of your own proxies alone")
+        };
+        self.networks.iter().filter(wide).map(warning).collect()
+    }
+
     fn trusts(&self, peer: Option<IpAddr>) -> bool {
         match peer {
             Some(ip) => self.networks.iter().any(|network| network.contains(&ip)),

@@ -3,6 +3,7 @@
 
 use super::query::{Key, Param, ParamAction, Scan, Spelling, form_decode};
 use super::route::Pattern;
+use crate::problem::Problem;
 use smallvec::SmallVec;
 
 /// GitLab's own bounds: the configuration of Kaminari in every release with API v3.
@@ -23,6 +24,32 @@ pub struct PageRules {
     pub max_page: Option<u64>,
     pub too_deep: TooDeep,
     pub inject_defaults: bool,
+}
+
+impl PageRules {
+    /// Keys of `[pagination]` and of `[[pagination.route]]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let highest = format!("use at most {HIGHEST}, the highest number that is forwarded");
+        for (key, value) in [("first_page", self.first_page), ("default_per_page", self.default_per_page)] {
+            if value > HIGHEST {
+                problems.push(Problem::error(key, "is out of range", highest.clone()));
+            }
+        }
+        if self.default_per_page == 0 {
+            problems.push(Problem::error("default_per_page", "is out of range", "use 1 or more"));
+        }
+        if self.max_per_page.is_some_and(|max| max < self.default_per_page) {
+            let what = "is less than default_per_page";
+            let instead = format!("use {} or more, or a lower default_per_page", self.default_per_page);
+            problems.push(Problem::error("max_per_page", what, instead).with("default_per_page"));
+        }
+        if self.max_page.is_some_and(|max| max < self.first_page) {
+            let instead = format!("use {} or more: no page would be left", self.first_page);
+            problems.push(Problem::error("max_page", "is below first_page", instead).with("first_page"));
+        }
+        problems
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

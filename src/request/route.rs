@@ -2,6 +2,7 @@
 //! Only the most specific pattern applies, so that adding a wide route never opens a narrower one.
 
 use super::view::Method;
+use crate::problem::Problem;
 
 /// A path pattern: literal segments, `:name` for any one segment, and a final `*` for everything below.
 /// `/` alone matches every path, like nginx's `location /`.
@@ -127,6 +128,26 @@ pub struct Route {
 }
 
 impl Route {
+    /// Keys of a `[[route]]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if self.auth != Auth::Required && self.reason.is_empty() {
+            let what = "is missing: these paths can be reached without a token";
+            let instead = "write why, for whoever reads `tollgate check` in a year";
+            problems.push(Problem::error("reason", what, instead));
+        }
+        if self.methods == Methods::only([]) {
+            let instead = "remove it for all methods";
+            problems.push(Problem::error("methods", "is empty: the route would match nothing", instead));
+        }
+        problems
+    }
+
+    /// Whether a request could fall under both, neither being the narrower one.
+    pub fn answers_the_same(&self, other: &Self) -> bool {
+        self.pattern == other.pattern && self.methods.overlaps(other.methods)
+    }
+
     /// The pass-through for everything outside the API: what a browser sends to a web page is forwarded unchanged,
     /// including cookies and forms. Never true where a token is judged: there the whole request must act for that one
     /// identity.

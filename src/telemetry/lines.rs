@@ -2,6 +2,7 @@
 //! Lines that do not fit into the queue or cannot be written are dropped whole and counted.
 
 use super::outage::Outage;
+use crate::problem::{Problem, no_new_file, not_writable};
 use parking_lot::Mutex;
 use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom, Write as _};
@@ -24,6 +25,33 @@ const BATCH_BYTES: usize = 64 * 1024;
 const BLOCKED_PAUSE: Duration = Duration::from_millis(10);
 /// Shortest interval between two messages about dropped lines.
 const LOSS_REPORT_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Where lines of requests go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LogTarget {
+    Off,
+    Stdout,
+    File(PathBuf),
+}
+
+impl LogTarget {
+    /// What keeps the log from being written, looked for without making a file. Keys of `[log]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let Self::File(path) = self else { return Vec::new() };
+        // Never opened: the reader of a pipe would take the end of that for the end of the log.
+        let why = match std::fs::metadata(path) {
+            Ok(meta) if meta.is_dir() => Some("it is a folder".to_owned()),
+            Ok(_) => not_writable(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => no_new_file(path),
+            Err(error) => Some(error.to_string()),
+        };
+        let problem = |why| {
+            let what = format!("{} cannot be written: {why}", path.display());
+            Problem::error("access", what, "name a file in a folder that tollgate may write to")
+        };
+        why.map(problem).into_iter().collect()
+    }
+}
 
 /// Where lines go.
 pub struct Destination {

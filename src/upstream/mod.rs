@@ -2,6 +2,7 @@
 //! name resolution, no clock of its own. A pool outlives every reload that does not change its servers. It must not know
 //! what is asked of a server, nor by which connection.
 
+use crate::problem::{Problem, socket_path_too_long};
 use crate::telemetry::metrics::{UpstreamError, UpstreamMetrics};
 use crate::telemetry::outage::{Outage, Recovery};
 use std::fmt;
@@ -18,6 +19,30 @@ pub struct UpstreamSettings {
     pub read_timeout: Duration,
     /// How long an unused connection is kept; below the backend's own keep-alive time.
     pub idle_timeout: Duration,
+}
+
+impl UpstreamSettings {
+    /// Keys of an `[[upstream]]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if self.name.is_empty() {
+            problems.push(Problem::error("name", "is empty", "write it like \"api\""));
+        }
+        if self.servers.is_empty() {
+            problems.push(Problem::error("servers", "is empty", "write it like [\"127.0.0.1:3000\"]"));
+        }
+        for (index, server) in self.servers.iter().enumerate() {
+            if let ServerAddress::Unix(path) = server
+                && let Some(what) = socket_path_too_long(path)
+            {
+                problems.push(Problem::error("servers", what, "use a shorter path").element(index));
+            }
+        }
+        let least = Duration::from_millis(1);
+        problems.extend(Problem::too_short("connect_timeout", self.connect_timeout, least));
+        problems.extend(Problem::too_short("read_timeout", self.read_timeout, least));
+        problems
+    }
 }
 
 /// A server as the configuration names it.

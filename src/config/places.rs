@@ -1,0 +1,234 @@
+//! Where each key stands in a file and what is written there, so that a problem that is found later, or elsewhere, can be
+//! shown at its place.
+
+use super::diagnostic::{Diagnostic, Place};
+use crate::problem::{Problem, Severity};
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+/// Longer values are cut where they are shown.
+const SHOWN: usize = 60;
+/// Keys of a `[[store]]` whose value cannot hold a secret, not even by mistake. All others are never shown.
+const PLAIN: [&str; 23] = [
+    "kind",
+    "name",
+    "path",
+    "tls",
+    "preset",
+    "schema",
+    "digest",
+    "scopes",
+    "notify",
+    "channel",
+    "connections",
+    "timeout",
+    "topology",
+    "master",
+    "database",
+    "changes",
+    "mode",
+    "insecure_http",
+    "unknown_statuses",
+    "scopes_at",
+    "breaker_failures",
+    "breaker_pause",
+    "user",
+];
+
+/// All that was found wrong so far, and where everything stands.
+pub(crate) struct Places<'t> {
+    file: PathBuf,
+    text: &'t str,
+    /// Where each line begins.
+    lines: Vec<usize>,
+    spots: HashMap<String, Spot>,
+    found: Vec<Diagnostic>,
+    /// What was found wrong: what follows from it would only be an echo.
+    broken: BTreeSet<String>,
+    /// What is found from now on is not about the file, but about what it names.
+    pub(super) surroundings: bool,
+}
+
+struct Spot {
+    key: Range<usize>,
+    value: Range<usize>,
+    /// A table's text is all that is in it.
+    table: bool,
+}
+
+impl<'t> Places<'t> {
+    pub(super) fn new(file: &Path, text: &'t str) -> Self {
+        let lines = std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
+        let (spots, found, broken) = (HashMap::new(), Vec::new(), BTreeSet::new());
+        Self { file: file.into(), text, lines, spots, found, broken, surroundings: false }
+    }
+
+    pub(super) fn note(&mut self, root: &DeTable<'_>) {
+        self.note_table(root, "");
+    }
+
+    fn note_table(&mut self, table: &DeTable<'_>, above: &str) {
+        for (key, value) in table.iter() {
+            self.note_value(join(above, key.get_ref()), key.span(), value);
+        }
+    }
+
+    fn note_value(&mut self, path: String, key: Range<usize>, value: &Spanned<DeValue<'_>>) {
+        match value.get_ref() {
+            DeValue::Table(table) => self.note_table(table, &path),
+            DeValue::Array(array) => {
+                for (index, item) in array.iter().enumerate() {
+                    self.note_value(format!("{path}[{index}]"), item.span(), item);
+                }
+            }
+            _ => {}
+        }
+        let table = matches!(value.get_ref(), DeValue::Table(_));
+        self.spots.insert(path, Spot { key, value: value.span(), table });
+    }
+
+    pub(super) fn place(&self, offset: usize) -> Place {
+        let line = self.lines.partition_point(|start| *start <= offset).max(1);
+        let before = self.text.get(self.lines[line - 1]..offset).unwrap_or_default();
+        Place { line, column: before.chars().count() + 1 }
+    }
+
+    /// Where a key's value is; of one that is not there, where its section begins.
+    fn place_of(&self, path: &str) -> Option<Place> {
+        if let Some(spot) = self.spots.get(path) {
+            return Some(self.place(if spot.table { spot.key.start } else { spot.value.start }));
+        }
+        let above = path.rfind(['.', '['])?;
+        let above = &path[..above];
+        self.spots.get(above).map(|spot| self.place(spot.key.start)).or_else(|| self.place_of(above))
+    }
+
+    /// The value as it is written, where it can be shown.
+    fn written(&self, path: &str) -> Option<String> {
+        let spot = self.spots.get(path).filter(|spot| !spot.table)?;
+        let text = self.text.get(spot.value.clone())?;
+        let last = path.rsplit('.').next().unwrap_or_default().split('[').next().unwrap_or_default();
+        if path.starts_with("store") && !PLAIN.contains(&last) || text.contains('@') {
+            return None;
+        }
+        let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        Some(match line.char_indices().nth(SHOWN) {
+            Some((cut, _)) => format!("{}…", &line[..cut]),
+            None => line,
+        })
+    }
+
+    /// Whether a key, or what it is in, was found wrong before.
+    pub(super) fn is_broken(&self, path: &str) -> bool {
+        let mut path = path;
+        loop {
+            if self.broken.contains(path) {
+                return true;
+            }
+            let Some(end) = path.rfind(['.', '[']) else { return false };
+            path = &path[..end];
+        }
+    }
+
+    /// Nothing more is said about this key and what is in it.
+    pub(super) fn spoil(&mut self, path: impl Into<String>) {
+        self.broken.insert(path.into());
+    }
+
+    pub(super) fn has(&self, path: &str) -> bool {
+        self.spots.contains_key(path)
+    }
+
+    /// A value that cannot be read: all of its key is out of use.
+    pub(super) fn unreadable(&mut self, path: &str, element: Option<usize>, what: String, instead: String) {
+        let exact = element.map_or_else(|| path.to_owned(), |index| format!("{path}[{index}]"));
+        let (place, found) = (self.place_of(&exact), self.written(&exact));
+        self.push(path, place, Severity::Error, what, found, instead, None);
+        self.spoil(path);
+    }
+
+    /// A key or a section that is not known. Its value is not shown: who knows what it is.
+    pub(super) fn unknown(&mut self, path: &str, what: &str, instead: String) {
+        let place = self.spots.get(path).map(|spot| self.place(spot.key.start));
+        self.push(path, place, Severity::Error, what.into(), None, instead, None);
+    }
+
+    /// What is wrong with the text itself.
+    pub(super) fn syntax(&mut self, offset: Option<usize>, what: String, related: Option<usize>) {
+        let place = offset.map(|offset| self.place(offset));
+        let related = related.map(|offset| self.place(offset));
+        self.push("", place, Severity::Error, what, None, String::new(), related);
+    }
+
+    /// Where a key or a table that is defined again at an offset was defined first.
+    pub(super) fn first(&self, name: &str, again: usize) -> Option<usize> {
+        let same = |path: &str| path.rsplit('.').next() == Some(name);
+        let spots = self.spots.iter().filter(|(path, _)| same(path)).map(|(_, spot)| spot.key.start);
+        spots.filter(|start| *start < again).max().or_else(|| {
+            // A table's header: the parser keeps the last one only.
+            let line = self.lines[self.lines.partition_point(|start| *start <= again).max(1) - 1];
+            let header = self.text[line..].lines().next()?.trim();
+            let mut before = self.text[..line].match_indices(header).map(|(at, _)| at);
+            before.find(|at| self.lines.contains(at)).map(|at| at + (again - line))
+        })
+    }
+
+    /// What a stage says about the settings of a section; of several sections when `section` is empty.
+    pub(super) fn add(&mut self, section: &str, problem: Problem) {
+        let related = problem.related.map(|(key, element)| element_path(&join(section, key), element));
+        self.report(section, problem, related);
+    }
+
+    /// The same, where the other place is in another section.
+    pub(super) fn report(&mut self, section: &str, problem: Problem, related: Option<String>) {
+        let path = join(section, problem.key);
+        let exact = element_path(&path, problem.element);
+        if self.is_broken(&exact) || related.as_ref().is_some_and(|related| self.is_broken(related)) {
+            return;
+        }
+        let (place, found) = (self.place_of(&exact), self.written(&exact));
+        let related = related.and_then(|related| self.place_of(&related)).filter(|related| Some(*related) != place);
+        self.push(&path, place, problem.severity, problem.what, found, problem.instead, related);
+        if problem.severity == Severity::Error {
+            self.spoil(exact);
+        }
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the one place that makes a diagnostic")]
+    fn push(
+        &mut self,
+        key: &str,
+        place: Option<Place>,
+        severity: Severity,
+        what: String,
+        found: Option<String>,
+        instead: String,
+        related: Option<Place>,
+    ) {
+        let (file, key, surroundings) = (self.file.clone(), key.to_owned(), self.surroundings);
+        self.found.push(Diagnostic { file, place, key, severity, what, found, instead, related, surroundings });
+    }
+
+    pub(super) fn any_error(&self) -> bool {
+        self.found.iter().any(Diagnostic::is_error)
+    }
+
+    /// Everything, in the order of the file.
+    pub(super) fn into_found(self) -> Vec<Diagnostic> {
+        let mut found = self.found;
+        found.sort_by(|a, b| (a.place, &a.key, &a.what).cmp(&(b.place, &b.key, &b.what)));
+        found.dedup();
+        found
+    }
+}
+
+fn join(section: &str, key: &str) -> String {
+    if section.is_empty() { key.to_owned() } else { format!("{section}.{key}") }
+}
+
+fn element_path(path: &str, element: Option<usize>) -> String {
+    element.map_or_else(|| path.to_owned(), |index| format!("{path}[{index}]"))
+}

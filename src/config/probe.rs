@@ -1,0 +1,78 @@
+//! What is looked at besides the file: what it names on this machine and in the network. Nothing is written or made.
+
+use super::places::Places;
+use super::{File, Settings};
+use crate::edge::{self, InUse};
+use crate::identity;
+use crate::problem::{Problem, Severity};
+use crate::store::NamedStore;
+use std::time::Duration;
+
+/// How far to look.
+#[derive(Clone, Copy, Debug)]
+pub enum Probe<'a> {
+    /// At the file, and at the secrets and certificates that it names.
+    Settings,
+    /// At what a start opens: listeners that nobody else has, the log, files of stores. Nothing that could wait for the
+    /// network: a gateway starts while a store is down.
+    Start,
+    /// At what a reload opens when these settings run: the same, but for what did not change, and the listeners, which stay.
+    Reload(&'a Settings),
+    /// At everything that a start opens, with listeners that may be the running gateway's. With `network`, names are resolved
+    /// and stores are asked.
+    Check { network: bool },
+}
+
+/// A store that does not answer within this time, over its own time-outs, is not waited for.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(super) fn look(settings: &Settings, file: &File, probe: Probe<'_>, places: &mut Places<'_>) {
+    let mut add =
+        |section: &str, problems: Vec<Problem>| problems.into_iter().for_each(|found| places.add(section, found));
+    let (running, network) = match probe {
+        Probe::Settings => return,
+        Probe::Start => (None, false),
+        Probe::Reload(running) => (Some(running), false),
+        Probe::Check { network } => (None, network),
+    };
+    match probe {
+        Probe::Start => add("", settings.server.unbound(InUse::Error)),
+        Probe::Check { .. } => add("", settings.server.unbound(InUse::Warning)),
+        Probe::Settings | Probe::Reload(_) => {}
+    }
+    if running.is_none_or(|running| running.access_log != settings.access_log) {
+        add("log", settings.access_log.problems());
+    }
+    if let Some(path) = &settings.snapshot
+        && running.is_none_or(|running| running.snapshot != settings.snapshot)
+    {
+        add("cache", identity::snapshot_problems(path));
+    }
+    if network {
+        for (upstream, section) in settings.upstreams.iter().zip(&file.upstreams) {
+            add(&section.at, edge::unresolved(upstream));
+        }
+    }
+    let changed = |store: &NamedStore| running.is_none_or(|running| !running.stores.contains(store));
+    let stores = || settings.stores.iter().zip(&file.stores).filter(|(store, _)| changed(store));
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+    let found = runtime.block_on(futures_util::future::join_all(stores().map(|(store, _)| problems(store, network))));
+    stores().zip(found).for_each(|((_, section), found)| add(section.at(), found));
+}
+
+/// What is wrong with a store. What only the network tells is a warning: the gateway starts all the same, and answers 503
+/// until it is right.
+async fn problems(store: &NamedStore, network: bool) -> Vec<Problem> {
+    let mut found = store.kind.problems(true).await;
+    if network {
+        match tokio::time::timeout(PATIENCE, store.kind.problems(false)).await {
+            Ok(all) => {
+                let new = all.into_iter().filter(|problem| !found.contains(problem));
+                let new: Vec<_> = new.map(|problem| Problem { severity: Severity::Warning, ..problem }).collect();
+                found.extend(new);
+            }
+            Err(_) => found.push(Problem::warning("kind", "did not answer in time", "see whether the server is well")),
+        }
+    }
+    found
+}
