@@ -4,7 +4,7 @@
 //! declared above it. `tests/architecture.rs` holds this.
 //!
 //! ```text
-//! socket -> edge/connection -> pipeline::admit - request -> identity -> policy -> forward -> edge/proxy -> upstream
+//! socket -> edge/connection -> pipeline::admit - request -> identity -> policy -> forward -> edge/proxied -> upstream
 //!                                   `----------- any Fault -> reply::Refusal -> edge/connection -> socket
 //! ```
 

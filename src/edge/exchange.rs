@@ -168,10 +168,12 @@ impl Exchange {
         self.upstream.status = Some(status);
     }
 
-    /// An attempt failed; another one may follow.
-    pub(super) fn attempt_failed(&mut self, kind: UpstreamError) {
-        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
-            peers.failed(kind, &self.request_id);
+    /// An attempt failed. `last`: and with it the request.
+    pub(super) fn attempt_failed(&mut self, kind: UpstreamError, last: bool) {
+        let Some(peers) = self.snapshot.upstream(self.facts.route) else { return };
+        peers.upstream.attempt_failed(kind);
+        if last {
+            peers.request_failed(kind, &self.request_id);
         }
     }
 

@@ -103,9 +103,9 @@ impl Peers {
         Ok(Self { upstream, templates })
     }
 
-    /// An exchange failed. Each one is counted and stands in the access log; here is a line as an outage begins.
-    pub(super) fn failed(&self, kind: UpstreamError, request_id: &str) {
-        if self.upstream.failed(kind, Instant::now()).is_some() {
+    /// A request failed with its last attempt. Each stands in the access log; this is the line as an outage begins.
+    pub(super) fn request_failed(&self, kind: UpstreamError, request_id: &str) {
+        if self.upstream.request_failed(Instant::now()).is_some() {
             let (name, kind) = (self.upstream.name(), kind.as_str());
             log::warn!("upstream {name}: requests fail from now on, the first one with `{kind}`: request {request_id}");
         }

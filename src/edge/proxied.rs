@@ -322,7 +322,10 @@ impl ProxyHttp for ProxiedLane {
             exchange.refused(refusal);
         }
         if let Cause::Upstream(fault) = cause {
-            note_failed(ctx, if fault == UpstreamFault::Absent { UpstreamError::NoServer } else { kind_of(error) });
+            let kind = if fault == UpstreamFault::Absent { UpstreamError::NoServer } else { kind_of(error) };
+            if let Ok(exchange) = ctx.exchange() {
+                exchange.attempt_failed(kind, true);
+            }
         }
         // With a part of the answer out, only a broken connection tells the client that the rest is missing.
         if session.response_written().is_some_and(|answer| !answer.status.is_informational()) {
@@ -454,14 +457,10 @@ async fn write_refusal(session: &mut Session, refusal: Refusal, ticket: Option<&
 
 /// An attempt failed for what the framework says; another one follows.
 fn note_failure(ctx: &mut Transit, error: &Error) {
-    if matches!(cause_of(error), Some(Cause::Upstream(_))) {
-        note_failed(ctx, kind_of(error));
-    }
-}
-
-fn note_failed(ctx: &mut Transit, kind: UpstreamError) {
-    if let Ok(exchange) = ctx.exchange() {
-        exchange.attempt_failed(kind);
+    if matches!(cause_of(error), Some(Cause::Upstream(_)))
+        && let Ok(exchange) = ctx.exchange()
+    {
+        exchange.attempt_failed(kind_of(error), false);
     }
 }
 

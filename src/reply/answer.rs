@@ -537,6 +537,87 @@ mod tests {
         clean.map_or(value.to_owned(), |clean| String::from_utf8(clean).unwrap())
     }
 
+    /// A head that nobody framed.
+    struct Head(u16, bool, Vec<(&'static str, &'static str)>);
+
+    impl AnswerView for Head {
+        fn status(&self) -> u16 {
+            self.0
+        }
+
+        fn knows_chunks(&self) -> bool {
+            self.1
+        }
+
+        fn fields(&self) -> impl Iterator<Item = (&str, &[u8])> {
+            self.2.iter().map(|(name, value)| (*name, value.as_bytes()))
+        }
+    }
+
+    #[test]
+    fn an_answer_is_framed_in_one_way() {
+        let (length, chunked) = (("content-length", "5"), ("transfer-encoding", "chunked"));
+        let judged = |status, http11, fields: &[(&'static str, &'static str)]| {
+            judge(&Head(status, http11, fields.to_vec()), false, 0)
+        };
+        let refused = Err(UpstreamFault::Malformed);
+        for (http11, fields, expected) in [
+            (true, vec![], Ok(AnswerKind::Final)),
+            (true, vec![length], Ok(AnswerKind::Final)),
+            (true, vec![chunked], Ok(AnswerKind::Final)),
+            (true, vec![("transfer-encoding", "CHUNKED")], Ok(AnswerKind::Final)),
+            (false, vec![length], Ok(AnswerKind::Final)),
+            (false, vec![chunked], refused),
+            (true, vec![length, length], refused),
+            (true, vec![chunked, chunked], refused),
+            (true, vec![("content-length", "+5")], refused),
+            (true, vec![("content-length", "5, 5")], refused),
+            (true, vec![("content-length", "")], refused),
+            (true, vec![("transfer-encoding", "gzip, chunked")], refused),
+            (true, vec![("transfer-encoding", "identity")], refused),
+        ] {
+            assert_eq!(judged(200, http11, &fields), expected, "{http11} {fields:?}");
+        }
+    }
+
+    #[test]
+    fn interim_answers_are_bounded_and_nobody_switches_unasked() {
+        let judged = |status, asked, interim| judge(&Head(status, true, vec![]), asked, interim);
+        assert_eq!(judged(103, false, MAX_INTERIM_ANSWERS - 1), Ok(AnswerKind::Interim));
+        assert_eq!(judged(103, false, MAX_INTERIM_ANSWERS), Err(UpstreamFault::Malformed));
+        assert_eq!(judged(200, false, MAX_INTERIM_ANSWERS), Ok(AnswerKind::Final), "the final one still comes");
+        assert_eq!(judged(101, true, 0), Ok(AnswerKind::Switching));
+        assert_eq!(judged(101, false, 0), Err(UpstreamFault::Malformed));
+    }
+
+    #[test]
+    fn what_changes_in_a_head() {
+        let names = Names { token: "private_token".into() };
+        let credentials = Credentials { names: &names, token: Some(b"glpat-0001-0001"), fragments_pass: false };
+        let fields = vec![
+            ("server", "x"),
+            ("connection", "keep-alive, X-Own,  Date"),
+            ("x-own", "1"),
+            ("date", "D"),
+            ("x-sendfile", "/etc/passwd"),
+            ("link", "</a?private_token=glpat-0001-0001&page=2>; rel=\"next\""),
+            ("link", "</b>; rel=\"first\""),
+            ("location", "/plain"),
+        ];
+        let head = Head(200, true, fields);
+        let removed = |name: &'static str| AnswerEdit::Remove(Cow::Borrowed(name));
+        let expected = [
+            removed("keep-alive"),
+            removed("x-own"),
+            removed("connection"),
+            removed("x-sendfile"),
+            AnswerEdit::Replace("Link", vec![b"</a?page=2>; rel=\"next\"".to_vec(), b"</b>; rel=\"first\"".to_vec()]),
+        ];
+        assert_eq!(edits(&head, AnswerKind::Final, &credentials).into_vec(), expected);
+        let switching = edits(&head, AnswerKind::Switching, &credentials);
+        assert!(!switching.contains(&removed("connection")), "{switching:?}");
+    }
+
     #[test]
     fn parameters_named_like_a_credential_go() {
         for (value, expected) in [

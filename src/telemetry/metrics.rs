@@ -278,7 +278,7 @@ impl Metrics {
             )?,
             upstream_errors: counters(
                 "tollgate_upstream_errors_total",
-                "Exchanges with an upstream that failed.",
+                "Attempts to get an answer from an upstream that failed, also when a retry succeeded.",
                 &["upstream", "kind"],
             )?,
             upstream_retries: counters("tollgate_upstream_retries_total", "Exchanges tried again.", &["upstream"])?,

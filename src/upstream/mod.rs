@@ -146,9 +146,13 @@ impl Upstream {
         self.metrics.retried();
     }
 
-    /// One attempt failed. `Some`: the log should say that an outage begins.
-    pub fn failed(&self, kind: UpstreamError, now: Instant) -> Option<u64> {
+    /// One attempt failed. Another one may follow, so that the client notices nothing.
+    pub fn attempt_failed(&self, kind: UpstreamError) {
         self.metrics.failed(kind);
+    }
+
+    /// A request failed with its last attempt. `Some`: the log should say that an outage begins.
+    pub fn request_failed(&self, now: Instant) -> Option<u64> {
         self.outage.failed(now)
     }
 
