@@ -1,5 +1,5 @@
-//! What the gate itself costs, without a socket: nanoseconds and allocations of each step and of the whole verdict on a
-//! cache hit. `make bench-micro`; figures in benches/README.md.
+//! Micro-benchmarks without a socket: time and allocations of each stage, and of the whole decision on a cache hit.
+//! `make bench-micro`; figures in benches/README.md.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 use divan::counter::BytesCount;
@@ -43,7 +43,7 @@ fn bad_request() -> Vec<u8> {
     String::from_utf8(header_request()).unwrap().replace(GOOD, "bad-token-999999999999").into_bytes()
 }
 
-/// A pipeline over a file store, with the good and the bad token looked up before.
+/// A pipeline with a file store, with the good and the bad token in its cache.
 fn pipeline() -> &'static Pipeline {
     let folder = std::env::temp_dir().join(format!("tollgate-micro-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
@@ -138,7 +138,7 @@ fn verdict_on_a_bad_token(bencher: Bencher<'_, '_>) {
     verdict(bencher, bad_request().leak());
 }
 
-/// From raw bytes to the bytes that go upstream: strip, clamp, one credential, X-Forwarded-*.
+/// From raw bytes to the bytes for the upstream: strip, clamp, one credential, X-Forwarded-*.
 #[divan::bench]
 fn bytes_for_the_upstream(bencher: Bencher<'_, '_>) {
     let (bytes, pipeline) = (query_request(), pipeline());
@@ -156,7 +156,7 @@ fn bytes_for_the_upstream(bencher: Bencher<'_, '_>) {
     });
 }
 
-/// Bodies of every shape that is read: ordinary ones, and those that are nothing but what costs most.
+/// Bodies of every parsed format: ordinary ones, and worst cases that repeat the most expensive construct.
 const BODIES: [(&str, &str, &str, &str, &str); 18] = [
     ("form", FORM, "", "title=hello+world&", ""),
     ("form of &", FORM, "", "&", ""),
@@ -186,7 +186,7 @@ const FILE: &str = "--B\r\nContent-Disposition: form-data; name=\"file\"; filena
 const CONTENT: &str = "--B\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n";
 const ODD: &str = "--B\r\nContent-Disposition: form-data; name=\"a\"; filename=\"";
 
-/// A whole body of 4 MiB (a file name: 12 KiB) in pieces as they come from a socket.
+/// A body of 4 MiB (12 KiB for a file name) in pieces of the size that a socket delivers.
 #[divan::bench(args = BODIES.iter().map(|(name, ..)| *name))]
 fn body(bencher: Bencher<'_, '_>, name: &str) {
     let (_, content_type, begin, unit, end) = *BODIES.iter().find(|body| body.0 == name).unwrap();

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""How import, look-ups and memory grow with the number of tokens, from 10^4 to 10^7, in SQLite and in PostgreSQL.
+"""Measures import, lookups and memory by the number of tokens, from 10^4 to 10^7, in SQLite and PostgreSQL.
 
-Needs the binary of the dist profile and Debian's postgresql. Prints a table; everything it starts and writes is gone afterwards.
+Needs the binary of the dist profile and Debian's postgresql. Prints a table, and removes everything it starts and writes.
 Usage: benches/scale.py [--counts 10000,100000] [--stores sqlite,postgres] [--cached 100000]
 """
 import argparse, glob, json, os, random, re, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.request
@@ -23,13 +23,13 @@ def free_port():
 
 
 class Postgres:
-    """A server with Debian's defaults but for its memory."""
+    """A server with Debian's defaults except for its memory."""
 
     def __init__(self, folder):
         self.port, self.data = free_port(), folder / "pg"
         bins = sorted(glob.glob("/usr/lib/postgresql/*/bin"))
         if not bins:
-            sys.exit("PostgreSQL is not there: apt-get install postgresql")
+            sys.exit("PostgreSQL is missing: apt-get install postgresql")
         self.user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []
         self.data.mkdir()
         if self.user:
@@ -41,7 +41,7 @@ class Postgres:
             if subprocess.run([f"{bins[-1]}/pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]).returncode == 0:
                 return
             time.sleep(0.1)
-        sys.exit("PostgreSQL does not come up")
+        sys.exit("PostgreSQL does not start")
 
     def stop(self):
         self.process.send_signal(signal.SIGQUIT)
@@ -71,7 +71,7 @@ class Gateway:
         return float(found[1]) if found else 0.0
 
     def ask(self, tokens):
-        """All at once; the tokens have no scope, so that the gateway answers itself, after it has judged them: 403."""
+        """Pipelined. The tokens have no scope, so the gateway responds itself, after validating them: 403."""
         self.socket.sendall(b"".join(f"GET /api/v3/user HTTP/1.1\r\nHost: h\r\nPRIVATE-TOKEN: {t}\r\n\r\n".encode() for t in tokens))
         for t in tokens:
             status = self.file.readline()
@@ -128,7 +128,7 @@ def measure(kind, count, cached):
             lookup = gateway.metric(name % "sum") / gateway.metric(name % "count") * 1e6
             hot = gateway.times([token(n) for n in numbers])
             many = random.sample(range(count), min(cached, count))
-            # The allocator's and the cache's own first steps are taken before.
+            # Warm up the allocator and the cache before measuring.
             gateway.ask([token(n) for n in many[:64]])
             before, known = gateway.rss(), gateway.metric('tollgate_store_lookups_total{result="found",store="%s"}' % kind)
             for begin in range(0, len(many), 64):
@@ -151,7 +151,7 @@ def main():
     parser.add_argument("--stores", default="sqlite,postgres")
     parser.add_argument("--cached", type=int, default=100000, help="tokens to fill the cache with")
     options = parser.parse_args()
-    print("| store | tokens | import | disk a token | look-up, mean | cold request p50 / p99 | cached request p50 / p99 | memory a cached token (of) |")
+    print("| store | tokens | import | disk per token | lookup, mean | uncached request p50 / p99 | cached request p50 / p99 | memory per cached token (cached tokens) |")
     print("|---|---|---|---|---|---|---|---|")
     for store in options.stores.split(","):
         for count in options.counts.split(","):

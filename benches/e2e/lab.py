@@ -1,4 +1,4 @@
-"""What the commands of run.py share: tokens, the compiled wire, the gateways as processes, and clean ends for all of them."""
+"""Shared by the commands of run.py: tokens, the compiled wire, gateway processes, and their clean-up."""
 import contextlib, ctypes, fcntl, hashlib, json, os, random, re, resource, selectors, shutil, signal, socket, string
 import subprocess, sys, threading, time
 from pathlib import Path
@@ -15,7 +15,7 @@ class Problem(Exception):
 
 
 def free_port(_next=[20000 + os.getpid() % 10000]):
-    """A loopback port nobody listens on. Below the ephemeral range, so that no outgoing connection takes it meanwhile."""
+    """A free loopback port, below the ephemeral range so that no outgoing connection uses it meanwhile."""
     while _next[0] < 32000:
         _next[0] += 1
         with socket.socket() as s:
@@ -37,7 +37,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def child_setup(cpu):
-    """Runs in the child: it dies with us, and stays on its CPU where it has one."""
+    """Runs in the child: it is killed when this process ends, and is pinned to its CPU if it has one."""
     def setup():
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if cpu is not None:
@@ -95,7 +95,7 @@ class RssWatch:
 
 
 class Wire:
-    """wire.c as a process: the upstream for as long as it lives, and load when run() asks for it."""
+    """wire.c as a process: the upstream while it runs, and load during run()."""
 
     def __init__(self, lab, tokens, busy=False, mirror=False, upstream=None):
         self.upstream = free_port() if upstream is None else upstream
@@ -118,7 +118,7 @@ class Wire:
         return text
 
     def run(self, *groups, limit=None, **settings):
-        """One run as described at the top of wire.c. `limit`: seconds after which a run that only counts is given up."""
+        """One run as described at the top of wire.c. `limit`: seconds after which a run without a duration is aborted."""
         words = lambda pairs: " ".join(f"{key}={value}" for key, value in pairs.items() if value is not None)
         self.process.stdin.write(" | ".join([words(settings), *map(words, groups)]) + "\n")
         self.process.stdin.flush()
@@ -164,7 +164,7 @@ def haproxy(lab, tokens, port, upstream):
 
 def nginx(lab, tokens, port, upstream):
     known = lab.derived(tokens, "nginx", lambda token: f'"{token}" "{token}";\n')
-    # nginx looks for the smallest table without an overfull bucket: four slots a token is room enough
+    # nginx searches for the smallest table without an overfull bucket; four slots per token are enough
     size = max(2048, 1 << (4 * len(lab.read_tokens(tokens))).bit_length())
     config = lab.fill("nginx.conf", PORT=port, UPSTREAM=upstream, TOKENS=known, HASH_SIZE=size, WORK=lab.work)
     return [lab.program("nginx"), "-e", "stderr", "-p", str(lab.work), "-c", str(config)]
@@ -176,11 +176,11 @@ GATEWAYS = {"tollgate": tollgate, "haproxy": haproxy, "nginx": nginx}
 class Running(NamedTuple):
     name: str
     port: int
-    pid: int | None  # None: it was there before us, and we were not told
+    pid: int | None  # None: not started by us, and --pid not given
 
 
 class Lab:
-    """The work folder, and everything that is made in it when it is first needed."""
+    """The work folder and the files in it, created on first use."""
 
     def __init__(self, work, tollgate, known, threads=1, extra=None):
         self.work, self.tollgate, self.known, self.threads = Path(work).resolve(), Path(tollgate).resolve(), known, threads
@@ -191,7 +191,7 @@ class Lab:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Problem(f"another run.py works in {self.work}: wait for it, or give --work another folder") from None
-        # The gateway alone on CPU 0, all else on CPU 1. Several workers can't share one CPU fairly: then nothing is pinned.
+        # The gateway alone on CPU 0, everything else on CPU 1. With several workers nothing is pinned.
         cpus = sorted(os.sched_getaffinity(0))
         pinned = threads == 1 and len(cpus) > 1
         self.gateway_cpu, self.load_cpu = cpus[:2] if pinned else (None, None)
@@ -207,7 +207,7 @@ class Lab:
         return found
 
     def why_not(self, name):
-        """Why a gateway can't be started here; None where it can."""
+        """Why a gateway cannot be started here; None if it can."""
         if name == "tollgate":
             return None if os.access(self.tollgate, os.X_OK) else \
                 f"no binary at {self.tollgate}: cargo build --profile dist, or give --tollgate PATH"
@@ -241,7 +241,7 @@ class Lab:
     # -- tokens
 
     def tokens(self):
-        """The file of our own known tokens: 20 characters each, the same ones every time."""
+        """The file with the known tokens: 20 characters each, the same ones every time."""
         file = self.work / f"tokens-{self.known}.txt"
         if not file.exists():
             rng, alphabet = random.Random("tollgate"), string.ascii_letters + string.digits + "-_"
@@ -253,14 +253,14 @@ class Lab:
             found = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
         except OSError as error:
             raise Problem(f"cannot read the tokens: {error}") from None
-        # the peers' table formats know no quoting, and the request line none either
+        # the peers' table formats and the request line have no quoting
         odd = [n for n, token in enumerate(found, 1) if not re.fullmatch(r"[\w.~-]{1,255}", token, re.ASCII)]
         if odd or not found:
             raise Problem(f"{file}: " + (f"token {odd[0]} has other characters than A-Z a-z 0-9 - _ . ~ or more than 255" if odd else "no tokens in it"))
         return found
 
     def derived(self, tokens, kind, entry):
-        """The store of one gateway, made from the token file; made again when that is newer."""
+        """The store of one gateway, created from the token file, and again if that is newer."""
         tokens = Path(tokens).resolve()
         name = hashlib.sha256(str(tokens).encode()).hexdigest()[:8]
         file = self.work / f"known-{name}.{kind}"
@@ -288,7 +288,7 @@ class Lab:
 
     @contextlib.contextmanager
     def gateway(self, name, tokens, upstream, under=(), patience=30):
-        """A gateway that answers. Needs its upstream up. `under`: a command to run it with, such as valgrind."""
+        """A running gateway. Its upstream must be running. `under`: a command to run it with, such as valgrind."""
         port, log = free_port(), self.work / f"{name}.log"
         command = [*under, *GATEWAYS[name](self, tokens, port, upstream)]
         with open(log, "w") as out:
@@ -326,7 +326,7 @@ def end_of(log):
 
 
 def write(file, lines):
-    """All or nothing, so that an interrupted run leaves no half table behind. Private: a store may insist on that."""
+    """Atomic, so that an interrupted run leaves no partial file. Mode 0600, which a store may require."""
     part = file.with_name(file.name + ".part")
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
         out.writelines(lines)
@@ -343,7 +343,7 @@ class Answer:
 
 
 class Client:
-    """One connection; what http.client would tidy up stays as it is."""
+    """One connection with raw responses, which http.client would normalise."""
 
     def __init__(self, port, timeout=30):
         self.socket = socket.create_connection(("127.0.0.1", port), timeout)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Measures tollgate beside nginx and HAProxy, each doing the same job: token in, token checked, query cleaned, forwarded.
+"""Compares tollgate with nginx and HAProxy, each doing the same job: read and check the token, clean the query, forward.
 
-    verify         do they really do the same job? raw requests against an echoing upstream
+    verify         checks that they do the same job, with raw requests and an echoing upstream
     cpu            CPU time per request, throughput and latency; one worker on CPU 0, everything else on CPU 1
     instructions   instructions in user space per request under callgrind: exact where the clock is noisy
     load           known and unknown tokens mixed: are all answers right, how long do they take, does memory grow?
     flood          a flood of distinct unknown tokens: do known ones still get through, does memory stay bounded?
 
 Needs gcc; for the peers `apt-get install haproxy nginx`; for instructions `apt-get install valgrind`.
-README.md beside this file explains how to read the tables."""
+README.md in this folder explains the tables."""
 import argparse, contextlib, os, platform, re, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
@@ -40,8 +40,8 @@ def main():
 def arguments():
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--tollgate", default=TARGET / "dist/tollgate", help="the binary (default: %(default)s)")
-    common.add_argument("--work", default=TARGET / "bench-e2e", help="folder for all that is made (default: %(default)s)")
-    common.add_argument("--known", type=positive, default=100_000, help="how many tokens are known (default: %(default)s)")
+    common.add_argument("--work", default=TARGET / "bench-e2e", help="folder for generated files (default: %(default)s)")
+    common.add_argument("--known", type=positive, default=100_000, help="number of known tokens (default: %(default)s)")
     common.add_argument("--extra", metavar="FILE", help="TOML to append to tollgate's configuration")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -73,17 +73,17 @@ def arguments():
         p.add_argument("--threads", type=positive, default=1, help="tollgate's workers (default: %(default)s)")
         p.add_argument("--connections", type=positive, default=64, help="(default: %(default)s)")
         p.add_argument("--tokens" if function is load else "--good", dest="tokens", metavar="FILE",
-                       help="known tokens, one a line (default: our own); a gateway that run.py starts is given them")
-        p.add_argument("--port", type=positive, help="load what listens on 127.0.0.1:PORT already, and start no gateway")
+                       help="known tokens, one per line (default: generated); given to a gateway that run.py starts")
+        p.add_argument("--port", type=positive, help="use the gateway on 127.0.0.1:PORT, and start none")
         p.add_argument("--pid", type=positive, help="with --port: its process, for memory and CPU")
         p.add_argument("--upstream-port", type=positive, help="with --port: be its upstream, on this port")
-        p.add_argument("--path", default="/api/v3/projects", help="what to ask for (default: %(default)s)")
+        p.add_argument("--path", default="/api/v3/projects", help="path to request (default: %(default)s)")
         if function is load:
             p.add_argument("--seconds", type=positive, default=60, help="(default: %(default)s)")
             p.add_argument("--bad", type=percent, metavar="PERCENT", default=20, help="unknown tokens (default: %(default)s)")
         else:
             p.add_argument("--count", type=positive, default=1_000_000, help="unknown tokens (default: %(default)s)")
-            p.add_argument("--rate", type=positive, default=50, help="known tokens a second (default: %(default)s)")
+            p.add_argument("--rate", type=positive, default=50, help="requests with known tokens per second (default: %(default)s)")
             p.add_argument("--alone", type=positive, default=5, help="seconds of known tokens alone, to compare (default: %(default)s)")
     return parser.parse_args()
 
@@ -132,9 +132,9 @@ def wrong(group):
 
 
 def faults(group):
-    """What went wrong in a group of requests, in words; empty where nothing did."""
+    """A description of the errors in a group of requests; empty if there are none."""
     words = {"known_wrong": "known tokens not answered 200", "unknown_wrong": "unknown tokens not answered 401",
-             "mixed_up": "answers to another token than the one sent", "errors": "broken, garbled or missing answers"}
+             "mixed_up": "responses for a token other than the one sent", "errors": "malformed, truncated or missing responses"}
     found = [f"{group[key]} {text}" for key, text in words.items() if group[key]]
     return "; ".join(found) + (f" (statuses: {group['statuses']})" if found else "")
 
@@ -158,7 +158,7 @@ def verify(args):
 
 
 def outcome(check):
-    """What was seen instead; None where the check holds."""
+    """What was seen instead; None if the check passes."""
     try:
         return check()
     except (OSError, ValueError, IndexError) as error:
@@ -166,7 +166,7 @@ def outcome(check):
 
 
 def checks(port, tokens):
-    """Pairs of (what is checked, a function that tells what it saw instead, or None)."""
+    """Pairs of (what is checked, a function that returns what it saw instead, or None)."""
     token, other, path = tokens[0], tokens[-1], "/api/v3/echo"
     known = set(tokens)
     in_header, unknown = {"PRIVATE-TOKEN": token}, "unknown--AAAAAAAAAAA"
@@ -182,7 +182,7 @@ def checks(port, tokens):
         seen = {}
         for key, _, value in (line.partition(":") for line in lines[1:]):
             seen.setdefault(key.lower(), []).append(value.strip())
-        # a lone "?" left behind asks for the same thing
+        # a remaining "?" means the same target
         if lines[0].replace("? HTTP", " HTTP") != f"GET {expect} HTTP/1.1":
             return f"upstream saw {lines[0]!r}", seen
         if seen.get("private-token") != [token] or answer.body.count(token.encode()) != 1:
@@ -251,7 +251,7 @@ def cpu(args):
     print_machine(lab, gateways)
     samples = {(name, work): [] for name in gateways for work in args.workloads}
     # The gateways are all up (the idle ones cost nothing) and take turns every few seconds, each round in another order:
-    # a noisy minute hits all of them. They start anew each round, as luck with the memory layout is part of the figures.
+    # a noisy minute affects all of them. They are restarted each round, because the memory layout influences the figures.
     with lab.wire(tokens, busy=True) as wire:
         for n in range(args.rounds):
             tell(f"round {n + 1} of {args.rounds}")
@@ -291,7 +291,7 @@ def sample(wire, running, work, args):
 
 
 def ratio(ours, theirs):
-    """Median of the ratios within each round; '-' where the peer was not measured."""
+    """Median of the ratios within each round; '-' if the peer was not measured."""
     if not theirs:
         return "-"
     return f"{median(a['cpu'] / b['cpu'] for a, b in zip(ours, theirs)):.2f}"
@@ -310,7 +310,7 @@ def instructions(args):
             tell(f"{name} under callgrind (it starts slowly)")
             for old in lab.work.glob("callgrind.*"):
                 old.unlink()
-            # Instrumentation is off until start-up and the first requests are over; that is also much faster.
+            # Instrumentation is off during start-up and the first requests, which is also much faster.
             under = [valgrind, "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={lab.work}/callgrind"]
             with lab.gateway(name, tokens, wire.upstream, under, patience=300) as running:
                 for work in args.workloads:
@@ -321,7 +321,7 @@ def instructions(args):
 
 
 def per_request(lab, wire, vgdb, running, work, requests):
-    """Two runs, and what the longer one took more: connecting, and whatever else a run costs once, cancels out."""
+    """The difference of two runs, in which connecting and other fixed costs cancel out."""
     def ask(what):
         done = subprocess.run([vgdb, f"--pid={running.pid}", *what.split()], text=True, capture_output=True, timeout=120)
         if done.returncode:
@@ -353,9 +353,9 @@ def per_request(lab, wire, vgdb, running, work, requests):
 
 @contextlib.contextmanager
 def under_test(args):
-    """The wire, and the gateway that it is to load: started here, or running already (--port)."""
+    """The wire, and the gateway to load: started here, or already running (--port)."""
     if (args.pid or args.upstream_port) and not args.port:
-        raise Problem("--pid and --upstream-port belong to a gateway that runs already: give its --port")
+        raise Problem("--pid and --upstream-port are for a running gateway: give its --port")
     if args.port and not args.tokens:
         raise Problem("with --port, a file of tokens that this gateway knows is needed (--tokens or --good)")
     lab = open_lab(args)
@@ -416,7 +416,7 @@ def flood(args):
 
 
 def seed():
-    """Other unknown tokens than in any run before: a gateway that runs already may remember those."""
+    """Unknown tokens that differ from those of earlier runs, which a running gateway may have cached."""
     return time.time_ns() // 1_000_000 % (1 << 31)
 
 

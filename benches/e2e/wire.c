@@ -1,13 +1,13 @@
-// Both ends of a gateway under test in one single-threaded process: the upstream behind it and the clients before it.
+// The upstream and the clients of a gateway under test, in one single-threaded process.
 //
 //   wire [-U PORT] [-m] [-b] -t TOKENS
 //     -U PORT    be an upstream on 127.0.0.1:PORT: 1 KiB of JSON for every GET; under /api/v3/echo the request head as received
-//     -m         the upstream names the token it saw by a hash, and the clients check that it is the one they sent
-//     -b         never sleep during a run, so that the gateway never pays for waking us (the fairest CPU comparison)
-//     -t TOKENS  the known tokens, one a line
+//     -m         the upstream returns a hash of the token it saw, and the clients check that it is the one they sent
+//     -b         never sleep during a run, so that the gateway never has to wake this process (the fairest comparison)
+//     -t TOKENS  the known tokens, one per line
 //
-// After "ready" a line on standard input is one run, answered with one line of JSON; the next may come after that. The end
-// of standard input ends the process, in the middle of a run too, so that nothing outlives run.py.
+// After "ready", each line on standard input starts a run, whose result is one line of JSON; then the next line may follow.
+// The process exits at the end of standard input, also during a run, so that it never outlives run.py.
 //
 //   port=N [pid=N] [secs=S] [warm=S] [stall=S] [seed=N] [path=P] | GROUP [| GROUP]
 //   GROUP: kind=K [conns=N] [count=N] [rate=R] [bad=PERCENT] [spread=N]
@@ -16,13 +16,13 @@
 //              m  h and q in turn
 //              i  unknown token, header and query in turn; half of them from a set of 16, half never seen before
 //              x  unknown token, header and query in turn; never seen before
-//     count    end after that many answers; without a count the run ends after secs
-//     rate     requests a second over all connections of the group, latency taken from the intended time of sending;
-//              without it the loop is closed: each connection sends again once it has its answer
-//     bad      that share of h, q and m becomes i
+//     count    end after this many responses; without a count the run ends after secs
+//     rate     requests per second over all connections of the group, latency measured from the intended time of sending;
+//              without it the loop is closed: each connection sends again when it has its response
+//     bad      this share of h, q and m becomes i
 //     spread   how many of the known tokens are used, each in turn
 //
-// It speaks only what the benchmark needs: GET without a body, answers with a Content-Length.
+// It supports only what the benchmark needs: GET without a body, responses with a Content-Length.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -84,7 +84,7 @@ static void no_delay(int fd)
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 }
 
-// FNV-1a: a name for a token that isn't the token.
+// FNV-1a: identifies a token without revealing it.
 static u64 fingerprint(const char *s, size_t n)
 {
     u64 h = 0xcbf29ce484222325ull;
@@ -93,7 +93,7 @@ static u64 fingerprint(const char *s, size_t n)
     return h;
 }
 
-// The value of a header in a head that ends at `end`, without the blanks before it; NULL where there is none.
+// The value of a header in a head that ends at `end`, without leading blanks; NULL if there is none.
 static const char *header(const char *head, const char *end, const char *name, size_t *length)
 {
     size_t n = strlen(name);
@@ -181,7 +181,7 @@ static void upstream_answer(struct upstream *u, size_t length)
                           BODY, seen, json);
 }
 
-// Sends what is left of the answer. False where the connection is broken.
+// Sends the rest of the response. False if the connection is broken.
 static bool upstream_flush(struct upstream *u)
 {
     while (u->out_at < u->out_have) {
@@ -261,7 +261,7 @@ static u64 random_u64(void) // xorshift
     return random_state ^= random_state << 17;
 }
 
-// A token nobody knows, as long as a real one; n distinct numbers give n distinct tokens (the factor is odd).
+// An unknown token of the usual length; n distinct numbers give n distinct tokens (the factor is odd).
 static void unknown_token(char out[21], u64 n)
 {
     static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
@@ -372,7 +372,7 @@ static char next_token(struct group *g, struct client *c, char out[256])
         kind = 'i';
     c->known = kind != 'i' && kind != 'x';
     if (c->known) {
-        // A step that shares no factor with the spread visits every token once before it comes round.
+        // A step that shares no factor with the spread visits every token once before it repeats.
         u64 at = n * (g->spread % 7919 ? 7919 : 1) % g->spread;
         strcpy(out, tokens[at * (token_count / g->spread)]);
         return kind == 'm' ? "hq"[n & 1] : kind;
@@ -399,7 +399,7 @@ static void fire(struct client *c, u64 due)
     c->group->sent++;
     if (send(c->fd, request, n, MSG_NOSIGNAL) == n)
         return;
-    redial(c); // it had been closed while it rested: a client would try again on a new one
+    redial(c); // it was closed while idle: a client would retry on a new one
     if (send(c->fd, request, n, MSG_NOSIGNAL) != n) {
         c->group->errors++;
         rest(c);
@@ -439,7 +439,7 @@ static void broken(struct client *c)
     redial(c);
 }
 
-// Reads the head in `in[..have]`. 1: read, 0: not complete, -1: not an answer we understand.
+// Parses the head in `in[..have]`. 1: done, 0: incomplete, -1: unsupported response.
 static int read_head(struct client *c)
 {
     char *end = memmem(c->in, c->have, "\r\n\r\n", 4);
@@ -457,7 +457,7 @@ static int read_head(struct client *c)
     const char *seen = mirror ? header(c->in, end, "x-seen", &n) : NULL;
     c->seen = seen ? strtoull(seen, NULL, 16) : 0;
     c->body_left = atol(length) - (long)(c->have - (end + 4 - c->in));
-    return c->body_left < 0 ? -1 : 1; // bytes beyond the answer: nobody asked for them
+    return c->body_left < 0 ? -1 : 1; // surplus bytes after the response
 }
 
 static void client_event(struct client *c)
@@ -474,7 +474,7 @@ static void client_event(struct client *c)
     ssize_t n = recv(c->fd, in_head ? c->in + c->have : sink, room, 0);
     if (n < 0 && errno == EAGAIN)
         return;
-    if (n > 0 && !c->busy) // an answer to no request
+    if (n > 0 && !c->busy) // a response without a request
         c->group->errors++;
     if (n <= 0 || !c->busy) {
         broken(c);
@@ -521,7 +521,7 @@ static u64 cpu_ns(int pid)
     }
     closedir(tasks);
     if (!sum)
-        fatal("/proc/PID/task/*/schedstat", "is not there: this kernel was built without CONFIG_SCHED_INFO");
+        fatal("/proc/PID/task/*/schedstat", "is missing: the kernel was built without CONFIG_SCHED_INFO");
     return sum;
 }
 
@@ -600,7 +600,7 @@ static void fire_what_is_due(u64 t)
 {
     for (int i = 0; i < run.group_count; i++) {
         struct group *g = &run.groups[i];
-        // As many as rest now: one that fails and rests again waits for the next turn.
+        // As many as are idle now: one that fails and becomes idle again waits for the next turn.
         for (int n = g->idle_have; n > 0; n--) {
             if ((g->count && g->sent >= g->count) || (g->rate > 0 && next_due(g) > t))
                 break;
@@ -698,7 +698,7 @@ static void do_run(void)
             secs = (t - measured_from) / 1e9;
             for (int i = 0; i < run.group_count; i++)
                 run.groups[i].done_in_time = run.groups[i].done;
-            drain_until = t + (u64)(run.stall * 1e9); // what is on its way is judged as well, just not timed
+            drain_until = t + (u64)(run.stall * 1e9); // responses in flight are checked as well, but not timed
         }
         bool stalled = in_flight && t > last_progress + (u64)(run.stall * 1e9);
         if (over ? !in_flight || t >= drain_until : stalled)
@@ -718,7 +718,7 @@ static void do_run(void)
         }
         wait_for_events(busy_poll || wake < t ? 0 : wake - t);
     }
-    if (!over) { // stalled: the gateway answers no more
+    if (!over) { // stalled: the gateway does not respond
         secs = (t - measured_from) / 1e9;
         cpu = cpu_ns(run.pid) - cpu_from;
         for (int i = 0; i < run.group_count; i++)

@@ -1,5 +1,5 @@
-//! Real applications, each on a free port, that tell what they read of a request. What they need is installed by
-//! tests/install.sh; a program that is not there fails the test and says so.
+//! Real applications, each on a free port, that report what they read from a request. tests/install.sh installs their
+//! dependencies; a missing program fails the test with a message.
 
 use crate::harness::*;
 use crate::servers::Process;
@@ -28,14 +28,14 @@ impl Kind {
 pub struct Reader {
     pub kind: Kind,
     pub address: SocketAddr,
-    /// Before the folder, so that they end before it is gone.
+    /// Declared before the folder, so that they are stopped before it is removed.
     processes: Vec<Process>,
     folder: Folder,
 }
 
 fn installed(name: &str) -> PathBuf {
     let path = repository("target/readers").join(name);
-    assert!(path.exists(), "{} is not there: {HINT}", path.display());
+    assert!(path.exists(), "{} is missing: {HINT}", path.display());
     path
 }
 
@@ -69,7 +69,7 @@ impl Reader {
         self.spawn(Command::new("puma").args(arguments).arg(app(script)));
     }
 
-    /// nginx in front of a few PHP processes that speak FastCGI, each a process of its own so that each can be ended.
+    /// nginx in front of a few FastCGI processes of PHP, started separately so that each can be stopped.
     fn php(&mut self) {
         let workers: Vec<_> = (0..3).map(|_| SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()))).collect();
         for worker in &workers {
@@ -130,12 +130,12 @@ impl Reader {
         std::fs::read_to_string(self.folder.file("process.log")).unwrap_or_default()
     }
 
-    /// Forgets the reports so far.
+    /// Clears the reports so far.
     pub fn forget(&self) {
         drop(std::fs::File::create(self.folder.file("reports.jsonl")));
     }
 
-    /// The reports so far of requests in which the application saw anything, answered or not.
+    /// The reports so far of requests in which the application read anything, whether or not it responded.
     pub fn reports(&self) -> Vec<serde_json::Value> {
         let text = std::fs::read_to_string(self.folder.file("reports.jsonl")).unwrap_or_default();
         text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
@@ -154,7 +154,7 @@ impl Drop for Reader {
 fn python(script: &str) -> Command {
     let venv = std::env::var_os("TOLLGATE_PY_VENV").map_or_else(|| repository("target/py-clients"), Into::into);
     let python = venv.join("bin/python");
-    assert!(python.exists(), "{} is not there: {HINT}", python.display());
+    assert!(python.exists(), "{} is missing: {HINT}", python.display());
     let mut command = Command::new(python);
     command.arg("-B").arg(app(script));
     command

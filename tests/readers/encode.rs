@@ -1,9 +1,9 @@
-//! Bodies in the charsets and codings that some reader undoes: enough of each for names, JSON and forms in ASCII.
+//! Bodies in the charsets and codings that some application decodes: as much of each as ASCII names, JSON and forms need.
 
 use super::random::Random;
 use base64::Engine as _;
 
-/// Charsets with which to claim a body, by weight; not all of them change its bytes.
+/// Charsets to declare for a body, by weight; not all of them change its bytes.
 pub const CHARSETS: &[&str] = &[
     "utf-7",
     "utf-7",
@@ -39,7 +39,7 @@ pub const CHARSETS: &[&str] = &[
     "",
 ];
 
-/// A text in a charset: itself where the charset is a superset of ASCII.
+/// A text in a charset; unchanged if the charset is a superset of ASCII.
 pub fn in_charset(text: &[u8], charset: &str, random: &mut Random) -> Vec<u8> {
     let wide =
         |unit: fn(u8) -> Vec<u8>, mark: &[u8]| [mark.to_vec(), text.iter().flat_map(|b| unit(*b)).collect()].concat();

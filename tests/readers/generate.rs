@@ -1,5 +1,5 @@
-//! Makes requests by grammar and by mutation. It knows how readers read, and nothing of how tollgate judges: whatever some
-//! parser takes for a form, JSON or a multipart body may come, in any combination of method, type, charset and framing.
+//! Generates requests by grammar and by mutation. It knows how applications parse, and nothing about tollgate's rules: any
+//! form, JSON or multipart body that some parser accepts may occur, with any combination of method, type, charset and framing.
 
 use super::encode;
 use super::names;
@@ -7,7 +7,7 @@ use super::random::Random;
 use super::{json, multipart};
 use crate::harness::{BAD, GOOD, OTHER};
 
-/// One request, in pieces so that it can be made smaller.
+/// One request, in pieces so that it can be reduced.
 #[derive(Clone)]
 pub struct Case {
     pub id: usize,
@@ -19,7 +19,7 @@ pub struct Case {
     pub body: Option<Vec<u8>>,
     /// Sizes of the chunks; `None` for a Content-Length.
     pub chunks: Option<Vec<usize>>,
-    /// A name that is no token's holds no token either, so its bytes can't be in the forwarded query at all.
+    /// No parameter with another name has a token as its value, so the forwarded query must not contain one at all.
     pub no_token_may_stay: bool,
 }
 
@@ -44,7 +44,7 @@ impl Case {
             (Some(body), Some(sizes)) => {
                 out.extend(b"Transfer-Encoding: chunked\r\n\r\n");
                 let mut rest = body.as_slice();
-                // What is left goes into one chunk: Puma refuses large bodies in small chunks.
+                // The rest goes into one chunk, because Puma refuses large bodies in small chunks.
                 for size in sizes.iter().chain([&usize::MAX]).filter(|size| **size > 0) {
                     let (piece, later) = rest.split_at(rest.len().min(*size));
                     rest = later;
@@ -66,7 +66,7 @@ impl Case {
     }
 }
 
-/// Names of headers that are the token to somebody.
+/// Names of headers that some application reads as the token.
 const HEADERS: &[&str] =
     &["PRIVATE-TOKEN", "PRIVATE-TOKEN", "private-token", "Private-Token", "pRIVATE-tOKEN", "PRIVATE-TOKEN"];
 const ALIASES: &[&str] = &[
@@ -152,7 +152,7 @@ enum Kind {
     Other,
 }
 
-/// Mostly without a body: what counts is the query and the headers.
+/// Mostly without a body: these cases are about the query and the headers.
 fn query_case(id: usize, random: &mut Random) -> Case {
     let mut no_token_may_stay = true;
     let mut query = Vec::new();
@@ -219,7 +219,7 @@ fn token_value(random: &mut Random) -> &'static str {
     }
 }
 
-/// A parameter of a query, and whether it may bring token bytes along that tollgate has no business with.
+/// A query parameter, and whether it may contain token bytes that tollgate need not remove.
 fn parameter(random: &mut Random, no_token_may_stay: &mut bool) -> Vec<u8> {
     let text = match random.below(24) {
         0..=3 => {
@@ -228,7 +228,7 @@ fn parameter(random: &mut Random, no_token_may_stay: &mut bool) -> Vec<u8> {
                 key = random.pick(names::TOKEN_KEYS).to_owned();
             }
             if random.one_in(12) {
-                // A piece of another alphabet anywhere in the name: nobody knows beforehand what that is to Rack.
+                // A fragment at a random place in the name: what Rack makes of it is not predicted here.
                 let at = random.below(key.len() + 1);
                 let piece =
                     random.pick(&["[", "]", "%5B", "%5d", "%20", "+", "%00", "%5f", ".", "_", "%26", "%3b", "[]"]);
@@ -252,7 +252,7 @@ fn parameter(random: &mut Random, no_token_may_stay: &mut bool) -> Vec<u8> {
         }
         15..=17 if random.one_in(2) => {
             let name = names::decoded(random);
-            // The value is no token of ours: a name that is nobody's may stay, with it.
+            // The value is not a token: a parameter that no application reads may stay.
             let value = if name.to_ascii_lowercase().ends_with(b"page") { "9999" } else { "decoy" };
             return [names::form_encoded(&name, true, random), format!("={value}").into_bytes()].concat();
         }
@@ -374,7 +374,7 @@ fn content_type_line(value: &[u8], random: &mut Random) -> Vec<u8> {
     [name.as_bytes(), b":", blank.as_bytes(), value].concat()
 }
 
-/// Another spelling of a type: the same to some reader, and something else to another.
+/// Another spelling of a type: the same to some parsers, and a different type to others.
 fn spell(text: &mut Vec<u8>, random: &mut Random) {
     if random.odd() {
         match random.below(3) {
@@ -462,7 +462,7 @@ fn spell(text: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
-/// A body in a coding, or one that is said to be.
+/// A body with a Content-Encoding that is or is not applied.
 fn code(case: &mut Case, random: &mut Random) {
     let coding = random.pick(&[
         "gzip",
@@ -481,7 +481,7 @@ fn code(case: &mut Case, random: &mut Random) {
     ]);
     let body = case.body.clone().unwrap_or_default();
     if random.one_in(4) {
-        // Said, and not so.
+        // Declared but not applied.
     } else if coding.to_ascii_lowercase().contains("gzip") {
         case.body = Some(encode::gzip(&body));
     } else if coding == "deflate" {
@@ -494,7 +494,7 @@ fn code(case: &mut Case, random: &mut Random) {
     }
 }
 
-/// A charset that is claimed, in the type of a body or of none, with the watched names written in it.
+/// A declared charset, with or without a body, with the watched names encoded in it.
 fn charset_case(id: usize, random: &mut Random) -> Case {
     let charset = random.pick(encode::CHARSETS);
     let name = names::watched(random);
@@ -515,7 +515,7 @@ fn charset_case(id: usize, random: &mut Random) -> Case {
     let mut query = None;
     if random.one_in(2) {
         let name = coded(name, random);
-        // Everything that is no letter in escapes: what counts is what they are decoded to.
+        // Everything except letters as escapes: parsers decode them first.
         let escaped: String = name
             .iter()
             .map(|b| if b.is_ascii_alphanumeric() { char::from(*b).to_string() } else { format!("%{b:02X}") })
@@ -538,7 +538,7 @@ fn charset_case(id: usize, random: &mut Random) -> Case {
     Case { id, method, path: "/api/v3/projects", query, headers, body, chunks: None, no_token_may_stay: true }
 }
 
-/// What a real client sent, with some bytes of it made into something else.
+/// A recorded request of a real client, with some bytes changed.
 fn captured_case(id: usize, random: &mut Random, captured: &[(Vec<u8>, Vec<u8>)]) -> Case {
     let (content_type, body) = &captured[random.below(captured.len())];
     let (mut content_type, mut body) = (content_type.clone(), body.clone());
@@ -546,7 +546,7 @@ fn captured_case(id: usize, random: &mut Random, captured: &[(Vec<u8>, Vec<u8>)]
         mutate(&mut body, random);
     }
     if random.one_in(2) {
-        // A name in quotes becomes a watched one.
+        // Replaces a quoted name by a watched one.
         let name = names::decoded(random);
         let places: Vec<usize> = memchr::memmem::find_iter(&body, b"name=\"").map(|at| at + 6).collect();
         if !places.is_empty() {
@@ -573,7 +573,7 @@ fn captured_case(id: usize, random: &mut Random, captured: &[(Vec<u8>, Vec<u8>)]
     }
 }
 
-/// Pairs as a form has them.
+/// The pairs of a form.
 fn form(random: &mut Random) -> Vec<u8> {
     if random.one_in(20) {
         return json::document(random);
@@ -622,7 +622,7 @@ fn form(random: &mut Random) -> Vec<u8> {
     out
 }
 
-/// Pieces that mean something to some parser.
+/// Fragments that are special to some parser.
 const DICTIONARY: &[&[u8]] = &[
     b"\r\n",
     b"\n",

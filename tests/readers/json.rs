@@ -1,5 +1,5 @@
-//! JSON, and what some parser takes for it: comments, marks of byte order, names without quotes, several documents,
-//! duplicates, wide characters.
+//! JSON, and what some parser accepts as JSON: comments, byte order marks, unquoted names, several documents, duplicates,
+//! wide characters.
 
 use super::encode;
 use super::names;
@@ -90,7 +90,7 @@ pub fn document(random: &mut Random) -> Vec<u8> {
     out
 }
 
-/// Blanks between tokens, and comments where this document has them.
+/// Blanks between tokens, and comments if this document has any.
 struct Gap {
     comments: bool,
 }
@@ -170,7 +170,7 @@ fn object(out: &mut Vec<u8>, gap: &mut Gap, random: &mut Random) {
     out.push(b'}');
 }
 
-/// A name as a string of JSON, or of what some parser takes for it.
+/// A name as a JSON string, or as something that some parser accepts as one.
 fn key(out: &mut Vec<u8>, name: &[u8], random: &mut Random) {
     let quote: &[u8] = random.usually(b"\"", &[b"'", b"", b"`", b"\\\""]);
     out.extend(quote);

@@ -1,10 +1,10 @@
-//! What tollgate judges against what real readers read: thousands of odd requests go through the gateway to applications on
-//! Rack, Grape, PHP, Django, Flask, Express and Go that tell what they made of them. Not one may read a token, another
-//! user, a method or a page that tollgate has not judged.
+//! Compares what tollgate judges with what real applications read: thousands of unusual requests go through the gateway to
+//! applications on Rack, Grape, PHP, Django, Flask, Express and Go, which report what they parsed. None of them may read a
+//! token, another user, a method or a page that tollgate has not judged.
 //!
-//! TOLLGATE_READER_CASES   how many for each reader
-//! TOLLGATE_READER_SEED    printed with each run; the same seed makes the same cases
-//! TOLLGATE_READER_CASE    runs this one alone and tells what became of it
+//! TOLLGATE_READER_CASES   number of cases for each application
+//! TOLLGATE_READER_SEED    printed with each run; the same seed generates the same cases
+//! TOLLGATE_READER_CASE    runs this case only, and prints its result
 
 mod backends;
 mod encode;
@@ -27,26 +27,26 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 const CONNECTIONS: usize = 4;
 const SEED: u64 = 20_261_128;
-/// For each reader, in CI.
+/// Cases for each application, in CI.
 const CASES: u64 = 40_000;
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-/// What became of one request.
+/// The result of one request.
 enum Outcome {
-    /// The reader's report.
+    /// Forwarded, with the application's report.
     Forwarded(serde_json::Value),
-    /// By tollgate.
+    /// Refused by tollgate.
     Refused(u16),
-    /// By the server or the framework of the reader, before its application could report.
+    /// Refused by the application's server or framework, before it could report.
     ReaderError(u16),
-    /// The connection ended without an answer, which a refusal may do to a client that still sends.
+    /// The connection was closed without a response, as a refusal may do while the client is still sending.
     Closed,
 }
 
-/// A connection to the gateway that is made again where it ended.
+/// A connection to the gateway that is reopened when it was closed.
 struct Sender {
     address: SocketAddr,
     client: Client,
@@ -59,7 +59,7 @@ impl Sender {
 
     fn send(&mut self, case: &Case) -> Outcome {
         for attempt in 0..2 {
-            // A refusal may come, and the connection end, before the last byte is sent: the answer counts.
+            // A refusal may arrive, and the connection be closed, before the last byte is sent: the response counts.
             drop(self.client.socket.write_all(&case.bytes()));
             let answer = self.client.answer_to(case.method);
             let ends = answer.as_ref().is_none_or(|answer| {
@@ -82,7 +82,7 @@ impl Sender {
             let ours = |body: &serde_json::Value| {
                 body["message"].as_str().is_some_and(|text| text.starts_with(&answer.status.to_string()))
             };
-            // Without a body nothing tells whose answer it is; a 500 is the framework's.
+            // Without a body the sender of the response is unknown; a 500 is the framework's.
             let by_tollgate = (case.method == "HEAD" && answer.status != 500) || body.as_ref().is_some_and(ours);
             return if by_tollgate { Outcome::Refused(answer.status) } else { Outcome::ReaderError(answer.status) };
         }
@@ -90,7 +90,7 @@ impl Sender {
     }
 }
 
-/// What the reader saw that it must not see; `None` when all is well. The same words for the same kind of thing.
+/// What the application read and must not read; `None` if there is nothing. The same text for the same kind of fault.
 fn wrong(case: &Case, report: &serde_json::Value) -> Option<String> {
     let header = report["h"].as_str();
     if !matches!(header, Some(GOOD | OTHER)) {
@@ -106,14 +106,14 @@ fn wrong(case: &Case, report: &serde_json::Value) -> Option<String> {
             "page" | "per_page" if !case.is_listing() => {}
             "page" | "per_page" if matches!(source, "query" | "params" | "request" | "values" | "value") => {
                 let bound = if name == "page" { u64::from(i32::MAX.unsigned_abs()) } else { 100 };
-                // Where a reader does not split at `;`, the number stands before it, and so does what Ruby or PHP makes of it.
+                // An application that does not split at `;` sees the number before it, as do Ruby's and PHP's conversions.
                 let text = value.as_str().unwrap_or_default().split(';').next().unwrap_or_default();
                 let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
                 if !plain || !text.parse::<u64>().is_ok_and(|n| (1..=bound).contains(&n)) {
                     return Some(format!("{name} out of bounds in {source}"));
                 }
             }
-            // A method that is not obeyed is a parameter like others.
+            // A method override that the application does not obey is an ordinary parameter.
             "_method" if report["m"] == case.method => {}
             _ => return Some(format!("{name} in {source}")),
         }
@@ -125,11 +125,11 @@ fn wrong(case: &Case, report: &serde_json::Value) -> Option<String> {
 struct Tally {
     forwarded: HashMap<usize, String>,
     refused: BTreeMap<u16, usize>,
-    /// By the application's own report, and by its server.
+    /// Forwarded, by what the application or its server reported.
     errors: usize,
     server_errors: BTreeMap<u16, usize>,
     closed: usize,
-    /// By what was wrong: how many, and the first ones.
+    /// Faults by kind: their number and the first ones.
     wrong: BTreeMap<String, (usize, Vec<(Case, String)>)>,
 }
 
@@ -162,7 +162,7 @@ impl Tally {
     }
 }
 
-/// Sends the cases of a seed through a gateway to its reader.
+/// Sends the cases of a seed through a gateway to its application.
 fn run(reader: &Reader, gateway: &Gateway, seed: u64, count: usize, stop_at_first: bool) -> Tally {
     let (address, kind) = (gateway.address, reader.kind);
     reader.forget();
@@ -178,7 +178,7 @@ fn run(reader: &Reader, gateway: &Gateway, seed: u64, count: usize, stop_at_firs
                 if id >= count || (stop_at_first && found.load(Ordering::Relaxed)) {
                     return tally;
                 }
-                // Each case has a seed of its own, so that it does not matter which connection sends it.
+                // Each case has its own seed, so that the connection that sends it does not matter.
                 let case = generate::case(seed, id, &captured);
                 match sender.send(&case) {
                     Outcome::Forwarded(report) => {
@@ -193,7 +193,7 @@ fn run(reader: &Reader, gateway: &Gateway, seed: u64, count: usize, stop_at_firs
                     }
                     Outcome::Refused(500) => tally.add_wrong("tollgate answers 500".into(), case, String::new()),
                     Outcome::Refused(status) => *tally.refused.entry(status).or_insert(0) += 1,
-                    // That was Puma, which could not read the head or the framing that it got.
+                    // Puma's own response: it could not parse the head or the framing.
                     Outcome::ReaderError(400) if kind == Kind::Rack => {
                         tally.add_wrong("Puma answers 400".into(), case, String::new());
                     }
@@ -208,7 +208,7 @@ fn run(reader: &Reader, gateway: &Gateway, seed: u64, count: usize, stop_at_firs
     for worker in workers {
         tally.merge(worker.join().unwrap());
     }
-    // Requests that tollgate broke off: whatever of them came to the application must be harmless, too.
+    // Requests that tollgate aborted: what reached the application must be harmless, too.
     for line in reader.reports() {
         let id = line["id"].as_str().and_then(|id| id.strip_prefix("case-")).and_then(|id| id.parse::<usize>().ok());
         let Some(id) = id.filter(|id| *id < count && !tally.forwarded.contains_key(id)) else { continue };
@@ -220,7 +220,7 @@ fn run(reader: &Reader, gateway: &Gateway, seed: u64, count: usize, stop_at_firs
     tally
 }
 
-/// The smallest request that is still wrong in the same way.
+/// Reduces a request to the smallest one with the same fault.
 fn shrunk(case: &Case, what: &str, address: SocketAddr) -> Case {
     let mut sender = Sender::new(address);
     let mut attempts = 0;
@@ -250,7 +250,7 @@ fn shrunk(case: &Case, what: &str, address: SocketAddr) -> Case {
             best = smaller;
         }
     }
-    // Which bytes, in halves, quarters and so on, of the query, the body and each header are not needed.
+    // Removes halves, quarters and so on of the query, the body and each header, as long as the fault remains.
     let places = 2 + best.headers.len();
     for place in 0..places {
         fn field(case: &mut Case, place: usize) -> Option<&mut Vec<u8>> {
@@ -282,7 +282,7 @@ fn told(case: &Case) -> String {
     if text.len() > 3000 { format!("    {} … {} bytes", &text[..3000], bytes.len()) } else { format!("    {text}") }
 }
 
-/// Bodies of real clients with their types, which mutation starts from.
+/// Bodies of real clients with their types, the input of mutation.
 fn captured() -> Vec<(Vec<u8>, Vec<u8>)> {
     let captures = replay::captures().into_iter().filter(|capture| !capture.body.is_empty());
     captures.map(|capture| (capture.content_type.unwrap_or_default(), capture.body)).collect()
@@ -308,7 +308,7 @@ fn differ(kind: Kind) {
     let started = std::time::Instant::now();
     let mut tally = run(&reader, &gateway, seed, count, false);
 
-    // What tollgate validated is in its log, as the digest's first digits: the same token as the reader's.
+    // The token that tollgate validated is in its log, as the first digits of the digest, and must be the application's.
     let log = gateway.folder.0.join("access.log");
     eventually("every forwarded request is in the log", || {
         std::fs::read(&log).unwrap().split(|b| *b == b'\n').count() > tally.forwarded.len()
@@ -342,8 +342,8 @@ fn differ(kind: Kind) {
     }
     assert!(tally.wrong.is_empty(), "{text}");
     assert_eq!(tally.cases(), count);
-    assert!(tally.closed * 1000 <= count, "{} connections ended without an answer", tally.closed);
-    // Otherwise the generator has degenerated and the test says little.
+    assert!(tally.closed * 1000 <= count, "{} connections were closed without a response", tally.closed);
+    // Otherwise the generator has degenerated and the test proves little.
     assert!(tally.forwarded.len() >= count / 10 && refusals >= count / 10, "{} and {refusals}", tally.forwarded.len());
 }
 

@@ -1,5 +1,5 @@
-//! Multipart bodies: parts that name a field in every way that some parser follows, and boundaries that parsers cut
-//! differently out of the type.
+//! Multipart bodies: parts that name a field in every way that some parser accepts, and boundaries that parsers extract
+//! differently from the type.
 
 use super::names;
 use super::random::Random;
@@ -43,7 +43,7 @@ pub fn boundary(random: &mut Random) -> Vec<u8> {
     random.usually(usual, odd).to_vec()
 }
 
-/// The type that goes with a boundary, or nearly.
+/// The Content-Type for a boundary, or a variation of it.
 pub fn content_type(boundary: &[u8], random: &mut Random) -> Vec<u8> {
     let kind = random.usually(
         "multipart/form-data",
@@ -96,7 +96,7 @@ pub fn content_type(boundary: &[u8], random: &mut Random) -> Vec<u8> {
     [kind.as_bytes(), parameter.as_bytes()].concat()
 }
 
-/// A body for a boundary. Now and then the boundary itself is cut, as some reader would cut it.
+/// A body for a boundary. Sometimes the boundary itself is truncated, as some parser would do.
 pub fn body(boundary: &[u8], random: &mut Random) -> Vec<u8> {
     let mut used = boundary.to_vec();
     if random.odd() {
@@ -125,7 +125,7 @@ pub fn body(boundary: &[u8], random: &mut Random) -> Vec<u8> {
         ]);
         out.extend(front);
     }
-    // Parts that show only to who cuts the boundary shorter.
+    // Parts that only a parser that truncates the boundary finds.
     let cut = used.iter().position(|b| b" ;,\"\t()/:=?".contains(b)).filter(|at| *at > 0).map(|at| used[..at].to_vec());
     let mut hidden = cut.filter(|_| random.one_in(2)).map(|cut| {
         let part = b"\r\nContent-Disposition: form-data; name=\"private_token\"\r\n\r\nbad-token-9999\r\n--";
@@ -174,7 +174,7 @@ fn delimiter(out: &mut Vec<u8>, boundary: &[u8], random: &mut Random) {
     ));
 }
 
-/// How a part's lines end, mostly.
+/// The usual line end of a part.
 struct Line {
     usual: &'static [u8],
 }
@@ -231,7 +231,7 @@ fn part(out: &mut Vec<u8>, name: &[u8], line: &Line, boundary: &[u8], hidden: Op
     out.extend(line.end(random));
 }
 
-/// Lines that name the field in place of the disposition, or beside it.
+/// Lines that name the field instead of the disposition, or in addition to it.
 fn extra_line(name: &[u8], random: &mut Random) -> Vec<u8> {
     let name = String::from_utf8_lossy(name).into_owned();
     let text = match random.below(18) {

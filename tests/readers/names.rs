@@ -1,10 +1,10 @@
-//! Names of watched parameters as somebody might spell them to be read by one parser and missed by another. Names are made
-//! decoded and then written for the place where they stand, so that an oddity reaches every place.
+//! Spellings of watched parameter names that one parser may read and another may miss. Names are generated in decoded form
+//! and then encoded for their place, so that every variation occurs in every place.
 
 use super::random::Random;
 use crate::harness::{BAD, OTHER};
 
-/// By weight.
+/// The watched names, by weight.
 const WATCHED: &[&str] = &[
     "private_token",
     "private_token",
@@ -22,7 +22,7 @@ const WATCHED: &[&str] = &[
     "per_page",
 ];
 
-/// What somebody strips, cuts at, folds or takes for a separator.
+/// Bytes that some parser strips, cuts at, folds or uses as a separator.
 const PIECES: &[&[u8]] = &[
     b" ",
     b"\t",
@@ -76,7 +76,7 @@ pub fn watched(random: &mut Random) -> &'static str {
     random.pick(WATCHED)
 }
 
-/// A watched name, or nearly.
+/// A watched name, or a variation of it.
 pub fn decoded(random: &mut Random) -> Vec<u8> {
     let mut name = watched(random).as_bytes().to_vec();
     let changes = [0, 0, 0, 0, 1, 1, 1, 1, 1, 2][random.below(10)];
@@ -129,7 +129,7 @@ fn change(name: &mut Vec<u8>, random: &mut Random) {
             };
             *name = wrapped.into_bytes();
         }
-        // Letters that fold to these: U+017F and U+212A.
+        // U+017F and U+212A fold to these letters.
         9 => {
             let text = String::from_utf8_lossy(name).replacen('s', "\u{17f}", 1).replacen('k', "\u{212a}", 1);
             *name = text.into_bytes();
@@ -139,7 +139,7 @@ fn change(name: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
-/// A value for it.
+/// A value for a watched name.
 pub fn value(name: &[u8], random: &mut Random) -> String {
     let lower = String::from_utf8_lossy(name).to_ascii_lowercase();
     if lower.contains("page") {
@@ -153,7 +153,7 @@ pub fn value(name: &[u8], random: &mut Random) -> String {
     }
 }
 
-/// Writes a name or a value for a query or a form.
+/// Encodes a name or a value for a query or a form.
 pub fn form_encoded(bytes: &[u8], in_query: bool, random: &mut Random) -> Vec<u8> {
     let mut out = Vec::new();
     let raw_brackets = random.one_in(2);
@@ -186,7 +186,7 @@ pub fn form_encoded(bytes: &[u8], in_query: bool, random: &mut Random) -> Vec<u8
     out
 }
 
-/// Names in a query that are the token to Rack, or nearly.
+/// Names in a query that Rack reads as the token, or variations of them.
 pub const TOKEN_KEYS: &[&str] = &[
     "private_token",
     "private_token",
@@ -217,7 +217,7 @@ pub const TOKEN_KEYS: &[&str] = &[
     "private[token",
 ];
 
-/// Names that only look like it: they are other parameters to everybody, and go on as they are.
+/// Similar names: different parameters to every parser, forwarded unchanged.
 pub const OTHER_KEYS: &[&str] = &[
     "PRIVATE_TOKEN",
     "Private_Token",

@@ -1,19 +1,19 @@
-//! Numbers from a seed that is printed, so that a failure can be had again (SplitMix64), and the decision where a request
-//! is odd.
+//! Random numbers from a printed seed (SplitMix64), so that a failure can be reproduced, and the decision where a request
+//! is unusual.
 
 #[derive(Clone)]
 pub struct Random {
     state: u64,
     oddity: Oddity,
-    /// Places so far where the request could have been odd.
+    /// Number of places so far where the request could have been unusual.
     asked: usize,
 }
 
 #[derive(Clone, Copy)]
 enum Oddity {
-    /// So often in a thousand places.
+    /// With this frequency, per thousand places.
     Often(usize),
-    /// In this place alone.
+    /// In this place only.
     At(usize),
 }
 
@@ -24,15 +24,15 @@ impl Random {
         random
     }
 
-    /// Makes something. Every other time it is odd in exactly one place: two oddities tend to hide each other, because one
-    /// of them is refused.
+    /// Generates a value. Half of the values are unusual in exactly one place: of two unusual places, one tends to hide the
+    /// other because it is refused.
     pub fn make<T>(&mut self, make: impl Fn(&mut Self) -> T) -> T {
         if self.one_in(2) {
             let start = self.state;
             let mut trial = Self { oddity: Oddity::At(usize::MAX), asked: 0, ..self.clone() };
             drop(make(&mut trial));
             let place = self.below(trial.asked.max(1));
-            // From where the trial began, so that it goes the same way up to that place.
+            // From the state at the start of the trial, so that it is repeated identically up to that place.
             (self.state, self.oddity) = (start, Oddity::At(place));
         }
         make(self)
@@ -54,7 +54,7 @@ impl Random {
         self.below(n) == 0
     }
 
-    /// Whether to be odd here.
+    /// Whether to be unusual in this place.
     pub fn odd(&mut self) -> bool {
         self.asked += 1;
         match self.oddity {
@@ -67,7 +67,7 @@ impl Random {
         of[self.below(of.len())]
     }
 
-    /// The usual one, unless this is an odd place.
+    /// The usual value, unless this place is to be unusual.
     pub fn usually<T: Copy>(&mut self, usual: T, odd: &[T]) -> T {
         if self.odd() { self.pick(odd) } else { usual }
     }

@@ -1,5 +1,5 @@
-//! What real clients sent (tests/bodies/captures), through the gateway to every reader: whoever understands a body without
-//! tollgate must get it with tollgate, apart from a list with reasons.
+//! Sends recorded requests of real clients (tests/bodies/captures) through the gateway to every application: one that
+//! understands a body without tollgate must get it with tollgate, except for a list with reasons.
 
 use super::backends::{Kind, Reader};
 use super::generate::Case;
@@ -9,12 +9,12 @@ use crate::support::repository;
 
 pub struct Capture {
     pub name: String,
-    /// The request's method, type and coding, and its body with the chunks taken off.
+    /// The request's method, type and coding, and its body without chunk framing.
     pub method: String,
     pub content_type: Option<Vec<u8>>,
     pub content_encoding: Option<Vec<u8>>,
     pub body: Vec<u8>,
-    /// The body is cut: it was stored with its beginning only.
+    /// Only the beginning of the body was recorded.
     cut: bool,
 }
 
@@ -70,7 +70,7 @@ impl Capture {
     }
 }
 
-/// Refused knowingly: a line is a name, a tab, and the reason.
+/// Requests that are refused deliberately, one per line: name, tab, reason.
 fn refused_knowingly() -> Vec<String> {
     let text = std::fs::read_to_string(repository("tests/bodies/refused.tsv")).unwrap();
     let names = text.lines().map(|line| line.split_once('\t').unwrap().0.to_owned());
@@ -108,7 +108,7 @@ fn no_real_client_is_refused_that_a_reader_understands() {
                 _ => None,
             };
             match reads(outcome) {
-                // More than without: a boundary that needs quotes is forwarded with them.
+                // Better than without: a boundary that needs quotes is forwarded with them.
                 with if with >= without => passed += 1,
                 _ if knowingly.contains(&capture.name) => known += 1,
                 with => {

@@ -1,4 +1,4 @@
-//! The gateway as the tests build it to show that they see faults: `src/request/seeded.rs` says how.
+//! The gateway with switchable rules, which the tests use to prove that they detect faults: see `src/request/seeded.rs`.
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -1,5 +1,5 @@
-//! Shows that the suite sees: with one rule of tollgate's switched off, in a build made for that, the same cases must find
-//! what gets through. `make test` builds `tollgate-seeded`.
+//! Proves that the suite detects faults: with one of tollgate's rules switched off, in a special build, the same cases must
+//! find what gets through. `make test` builds `tollgate-seeded`.
 
 use super::backends::{Kind, Reader};
 use super::{CASES, SEED, run};
@@ -9,7 +9,7 @@ use std::process::Command;
 
 const VARIABLE: &str = "TOLLGATE_SEEDED_FAULT";
 
-/// Each rule as `src/request/seeded.rs` names it, and the reader that needs it most.
+/// Each rule of `src/request/seeded.rs`, and the application that depends on it most.
 const FAULTS: &[(&str, Kind)] = &[
     ("QueryToken", Kind::Rack),
     ("PageBounds", Kind::Flask),
@@ -43,7 +43,7 @@ fn seeded_binary() -> PathBuf {
 #[test]
 fn every_seeded_fault_is_caught() {
     let binary = seeded_binary();
-    // Each run ends at the first catch.
+    // Each run ends with the first fault found.
     let most = 4 * CASES as usize;
     let mut missed = Vec::new();
     println!("| rule switched off | reader | cases to the first catch | what it read |");
@@ -61,17 +61,17 @@ fn every_seeded_fault_is_caught() {
             }
         }
     }
-    assert!(missed.is_empty(), "not caught in {most} cases each: {missed:?}");
+    assert!(missed.is_empty(), "not found in {most} cases each: {missed:?}");
 }
 
 #[test]
 fn a_normal_build_has_no_seeded_faults() {
     let normal = std::fs::read(env!("CARGO_BIN_EXE_tollgate")).unwrap();
-    assert_eq!(memchr::memmem::find(&normal, VARIABLE.as_bytes()), None, "the binary knows the variable");
+    assert_eq!(memchr::memmem::find(&normal, VARIABLE.as_bytes()), None, "the binary contains the variable's name");
     let seeded = std::fs::read(seeded_binary()).unwrap();
-    assert!(memchr::memmem::find(&seeded, VARIABLE.as_bytes()).is_some(), "is the search right?");
+    assert!(memchr::memmem::find(&seeded, VARIABLE.as_bytes()).is_some(), "the search is broken");
 
-    // With the rule off, the second token of the query would go on.
+    // With the rule off, the second token of the query is forwarded.
     let upstream = Upstream::start();
     let target = "/api/v3/user?private_token=good-token-0001";
     for (program, passes) in [(tollgate(), false), (Command::new(seeded_binary()), true)] {
