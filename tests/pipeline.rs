@@ -15,7 +15,8 @@ fn pipeline(folder: &Folder) -> tollgate::edge::Snapshot {
     folder.write("tokens.toml", &format!("[[token]]\nsha256 = \"{sha256}\"\nuser = \"ann\"\n"));
     let text = "[store]\nkind = \"file\"\npath = \"tokens.toml\"\n[log]\naccess = \"off\"\n[[upstream]]\nname = \"api\"\n\
                 servers = [\"127.0.0.1:9\"]\n";
-    let settings = config::parse(text, &folder.0).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let settings = config::parse(text, &folder.0.join("tollgate.toml"), config::Probe::Settings)
+        .unwrap_or_else(|problems| panic!("{problems:?}"));
     assembly::assemble(settings, None).unwrap().snapshot
 }
 
