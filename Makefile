@@ -74,7 +74,7 @@ revocations:
 
 # The contract suite with a million rows in each store of our own. 10 minutes.
 contract:
-	TOLLGATE_CONTRACT_ROWS=1000000 cargo test --locked --lib -- contract --nocapture --test-threads 1
+	TOLLGATE_CONTRACT_ROWS=1000000 cargo test --locked --test main -- stores::contract:: --nocapture --test-threads 1
 
 # Cold and cached look-ups, memory and import time from 10^4 to 10^7 tokens. 40 minutes and 12 GB of disk.
 scale:

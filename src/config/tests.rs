@@ -1,7 +1,6 @@
 //! What a configuration may say, and what is said about a bad one.
 
 use super::*;
-use crate::store::servers::Folder;
 use crate::store::{StoreSettings, TlsMode};
 
 /// The settings of a file in `folder`.
@@ -150,12 +149,13 @@ fn a_route_for_a_whole_prefix_takes_its_place() {
 
 // Stores.
 
-fn folder() -> Folder {
-    let folder = Folder::new("config");
-    folder.write("password", "S3CRET-pass\nsecond line\n");
-    folder.write("short", "too short\n");
-    folder.write("key_base", &"k".repeat(64));
-    folder.write("empty", "\n");
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write("password", "S3CRET-pass\nsecond line\n");
+    write("short", "too short\n");
+    write("key_base", &"k".repeat(64));
+    write("empty", "\n");
     folder
 }
 
@@ -172,7 +172,7 @@ fn every_kind_of_store_in_a_chain() {
          [[store]]\nkind = \"introspection\"\n"
     );
     let folder = folder();
-    let settings = load(&text, &folder.0).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let settings = load(&text, folder.path()).unwrap_or_else(|problems| panic!("{problems:?}"));
     let names: Vec<_> = settings.stores.iter().map(|store| store.name.as_str()).collect();
     assert_eq!(names, ["sqlite", "file", "postgres", "gitlab", "mine", "redis", "introspection"]);
     let tls: Vec<_> = settings
@@ -219,21 +219,21 @@ fn plain_text_to_this_machine_only() {
     ] {
         read += 1;
         let text = format!("{MINIMAL}[store]\nkind = \"redis\"\nservers = [{servers}]\n{more}\n");
-        let settings = load(&text, &folder.0).unwrap_or_else(|problems| panic!("{text}: {problems:?}"));
+        let settings = load(&text, folder.path()).unwrap_or_else(|problems| panic!("{text}: {problems:?}"));
         let StoreSettings::Redis(redis) = &settings.stores[0].kind else { panic!("redis") };
         assert_eq!(redis.tls.mode, mode, "{text}");
         assert_eq!(settings.warnings, []);
     }
     assert_eq!(read, 12);
     let elsewhere = "kind = \"introspection\"\nendpoint = \"http://10.0.0.1/user?k=S3CRET\"\ninsecure_http = true\n";
-    let settings = load(&format!("{MINIMAL}[store]\n{elsewhere}"), &folder.0).unwrap();
+    let settings = load(&format!("{MINIMAL}[store]\n{elsewhere}"), folder.path()).unwrap();
     let [warning] = settings.warnings.as_slice() else { panic!("{:?}", settings.warnings) };
     let warning = warning.to_string();
     assert!(warning.contains("IN PLAIN TEXT to 10.0.0.1:80") && !warning.contains("S3CRET"), "{warning}");
     // Where nobody named an endpoint it is the upstream.
     let upstream = MINIMAL.replace("127.0.0.1:3000", "10.0.0.1:3000");
     assert_ne!(upstream, MINIMAL);
-    let found = load(&format!("{upstream}[store]\nkind = \"introspection\"\n"), &folder.0).unwrap_err();
+    let found = load(&format!("{upstream}[store]\nkind = \"introspection\"\n"), folder.path()).unwrap_err();
     assert!(found.iter().any(|problem| problem.to_string().contains("insecure_http = true")), "{found:?}");
 }
 
@@ -241,7 +241,7 @@ fn plain_text_to_this_machine_only() {
 fn tls_auto_looks_at_every_way_to_name_a_place() {
     let mode = |url: &str| {
         let text = format!("{MINIMAL}[store]\nkind = \"postgres\"\nurl = \"{url}\"\n");
-        match &load(&text, &folder().0).unwrap_or_else(|problems| panic!("{url}: {problems:?}")).stores[0].kind {
+        match &load(&text, folder().path()).unwrap_or_else(|problems| panic!("{url}: {problems:?}")).stores[0].kind {
             StoreSettings::Postgres(store) => store.tls.mode,
             other => panic!("{other:?}"),
         }
@@ -303,12 +303,13 @@ fn tls_auto_looks_at_every_way_to_name_a_place() {
     }
     for url in refused {
         let text = format!("{MINIMAL}[store]\nkind = \"postgres\"\nurl = \"{url}\"\n");
-        let found = said(&text, &folder().0);
+        let found = said(&text, folder().path());
         assert!(found.iter().any(|problem| problem.contains("store.url: ")), "{url}: {found:?}");
     }
     let redis = |servers: &str| {
         let text = format!("{MINIMAL}[store]\nkind = \"redis\"\ntopology = \"sentinel\"\nservers = [{servers}]\n");
-        match &load(&text, &folder().0).unwrap_or_else(|problems| panic!("{servers}: {problems:?}")).stores[0].kind {
+        match &load(&text, folder().path()).unwrap_or_else(|problems| panic!("{servers}: {problems:?}")).stores[0].kind
+        {
             StoreSettings::Redis(store) => store.tls.mode,
             other => panic!("{other:?}"),
         }
@@ -355,7 +356,7 @@ fn what_is_wrong_with_a_store() {
         ("timeout = \"0s\"", "store.timeout: "),
     ] {
         let text = format!("{MINIMAL}[store]\n{text}\n");
-        let found = said(&text, &folder.0);
+        let found = said(&text, folder.path());
         assert!(found.iter().any(|problem| problem.contains(part)), "{text}: {found:?}");
         assert!(!found.iter().any(|problem| problem.contains("S3CRET")), "{found:?}");
     }
@@ -519,7 +520,7 @@ fn no_value_that_may_be_a_secret_is_shown() {
         ("kind = \"introspection\"\nclient_id = [\"S3CRET\"]", 1),
     ] {
         read += 1;
-        let found = said(&format!("{MINIMAL}[store]\n{text}\n"), &folder.0);
+        let found = said(&format!("{MINIMAL}[store]\n{text}\n"), folder.path());
         // A path that does not exist is named by the system's own message, never by the value.
         assert!(found.len() == faults && !found.iter().any(|found| found.contains("S3CRET")), "{text}: {found:#?}");
     }

@@ -3,11 +3,11 @@
 
 mod cache;
 mod cache_file;
-pub(crate) mod principal;
+mod principal;
 
 pub use cache::{CacheSettings, TokenStatus};
 pub use cache_file::problems as snapshot_problems;
-pub use principal::{Invalid, Principal};
+pub use principal::{Invalid, Principal, judge};
 
 use crate::Now;
 use crate::store::chain::Chain;
@@ -17,7 +17,6 @@ use crate::telemetry::metrics::{CacheResult, Metrics, StoreMetrics};
 use crate::telemetry::outage::LogThrottle;
 use cache::{Cache, Cached, Learned, Stale};
 use parking_lot::Mutex;
-use principal::judge;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -297,15 +296,8 @@ impl Authenticator {
         self.inner.chain.names()
     }
 
-    /// Whether an answer is at hand.
-    #[cfg(test)]
-    pub(crate) fn knows(&self, digest: &Digest) -> bool {
-        matches!(self.inner.cache.get(digest, (self.inner.clock)(), Mode::Observe), Cached::Fresh { .. })
-    }
-
     /// How far each store had told of its changes.
-    #[cfg(test)]
-    pub(crate) fn marks(&self) -> Vec<Option<Mark>> {
+    pub fn marks(&self) -> Vec<Option<Mark>> {
         self.inner.marks()
     }
 

@@ -41,7 +41,7 @@ pub(super) struct SavedPrincipal {
 }
 
 /// What a store's answer means now, and the unix millisecond when that changes by itself.
-pub(crate) fn judge(record: Option<&TokenRecord>, digest: &Digest, now: Now) -> (TokenStatus, Option<u64>) {
+pub fn judge(record: Option<&TokenRecord>, digest: &Digest, now: Now) -> (TokenStatus, Option<u64>) {
     let Some(record) = record else { return (TokenStatus::Invalid(Invalid::Unknown), None) };
     match Principal::from_record(record, digest, now) {
         Ok(principal) => (TokenStatus::Valid(Arc::new(principal)), None),

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::store::chain::Link;
-use crate::store::servers::Folder;
 use crate::store::{Change, Heard, TokenRecord, TokenStore};
 use async_trait::async_trait;
 use std::cell::Cell;
@@ -1030,12 +1029,12 @@ async fn left_behind(path: &Path) {
 
 #[tokio::test]
 async fn a_restart_asks_for_nothing_that_the_store_vouches_for() {
-    let folder = Folder::new("vouched");
-    left_behind(&folder.file("cache")).await;
-    let text = std::fs::read_to_string(folder.file("cache")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    left_behind(&folder.path().join("cache")).await;
+    let text = std::fs::read_to_string(folder.path().join("cache")).unwrap();
     assert_eq!(text.lines().count(), 4, "{text}");
     pass(Duration::from_secs(10));
-    let bench = bench(&[Says::Revoked]).with_snapshot(&folder.file("cache"), "here");
+    let bench = bench(&[Says::Revoked]).with_snapshot(&folder.path().join("cache"), "here");
     *bench.store.changed.lock() = Some(vec![Digest::of(b"c")]);
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
@@ -1058,12 +1057,12 @@ async fn a_restart_asks_for_nothing_that_the_store_vouches_for() {
 
 #[tokio::test]
 async fn what_was_revoked_meanwhile_is_not_restored() {
-    let folder = Folder::new("revoked");
-    left_behind(&folder.file("cache")).await;
-    let first = bench(&[Says::Revoked]).with_snapshot(&folder.file("cache"), "here");
+    let folder = tempfile::tempdir().unwrap();
+    left_behind(&folder.path().join("cache")).await;
+    let first = bench(&[Says::Revoked]).with_snapshot(&folder.path().join("cache"), "here");
     assert!(first.known("a").is_none(), "nothing counts before the store has spoken");
     settle().await;
-    let second = bench(&[Says::Revoked]).with_snapshot(&folder.file("cache"), "here");
+    let second = bench(&[Says::Revoked]).with_snapshot(&folder.path().join("cache"), "here");
     *second.store.changed.lock() = Some(vec![Digest::of(b"a")]);
     let following = second.follow();
     second.tell(Event::Hearing).await;
@@ -1074,9 +1073,9 @@ async fn what_was_revoked_meanwhile_is_not_restored() {
 
 #[tokio::test]
 async fn without_a_list_of_changes_a_snapshot_serves_only_while_the_store_is_down() {
-    let folder = Folder::new("unvouched");
-    left_behind(&folder.file("cache")).await;
-    let bench = bench(&[Says::CannotTell, Says::Revoked]).with_snapshot(&folder.file("cache"), "here");
+    let folder = tempfile::tempdir().unwrap();
+    left_behind(&folder.path().join("cache")).await;
+    let bench = bench(&[Says::CannotTell, Says::Revoked]).with_snapshot(&folder.path().join("cache"), "here");
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
     assert_eq!(bench.user("a").await, "a", "the store is down");
@@ -1088,8 +1087,8 @@ async fn without_a_list_of_changes_a_snapshot_serves_only_while_the_store_is_dow
 /// A gateway whose clock is ahead, or behind, asks for what changed behind the store's mark and not its own time.
 #[tokio::test]
 async fn a_snapshot_goes_by_the_stores_marks_and_by_no_clock() {
-    let folder = Folder::new("marks");
-    let path = folder.file("cache");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cache");
     let bench = bench_of(&[Says::User("a")], true).with_snapshot(&path, "here");
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
@@ -1116,8 +1115,8 @@ async fn a_snapshot_goes_by_the_stores_marks_and_by_no_clock() {
 /// All stores of a chain must tell of changes before one of them is asked what changed.
 #[tokio::test]
 async fn a_chain_is_asked_what_changed_once_it_is_heard_from_as_a_whole() {
-    let folder = Folder::new("chained");
-    let path = folder.file("cache");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cache");
     let (benches, chain) = chain_of(&[&[Says::User("a")], &[Says::Nothing]]);
     let chain = chain.with_snapshot(&path, "here");
     let following = chain.follow();
@@ -1146,8 +1145,8 @@ async fn a_chain_is_asked_what_changed_once_it_is_heard_from_as_a_whole() {
 #[tokio::test]
 async fn a_snapshot_that_is_not_ours_is_left_alone() {
     use std::os::unix::fs::PermissionsExt as _;
-    let folder = Folder::new("foreign");
-    let path = folder.file("cache");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cache");
     left_behind(&path).await;
     let good = std::fs::read(&path).unwrap();
     let read = |origin: &str| cache_file::read(&path, origin, CLOCK.get()).map(|(_, kept)| kept.len());

@@ -11,14 +11,6 @@ pub mod sqlite;
 mod tls;
 pub mod values;
 
-#[cfg(test)]
-#[allow(clippy::print_stdout, reason = "figures, for whoever asks with --nocapture")]
-mod contract;
-#[cfg(test)]
-#[allow(unreachable_pub, reason = "shared with the tests outside the process")]
-#[path = "../../tests/servers/mod.rs"]
-pub(crate) mod servers;
-
 pub use portable::ShownRecord;
 pub use tls::{PemFile, Place, Secret, TlsMode, TlsSettings, system_authorities};
 pub use values::{parse_time, rfc3339};

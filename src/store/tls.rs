@@ -268,7 +268,6 @@ impl ServerCertVerifier for Verifier {
 
 #[cfg(test)]
 mod tests {
-    use super::super::servers::Folder;
     use super::*;
 
     #[test]
@@ -329,18 +328,21 @@ mod tests {
     #[test]
     fn nothing_prints_a_secret() {
         assert!(!format!("{:?} {:#?}", Secret::new("S3CRET"), Some(Secret::new("S3CRET"))).contains("S3CRET"));
-        let folder = Folder::new("pem");
-        let key = PemFile::from(folder.write("key.pem", "S3CRET"));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key.pem");
+        std::fs::write(&path, "S3CRET").unwrap();
+        let key = PemFile::from(path);
         assert!(!format!("{key:?}").contains("S3CRET") && !key.key().unwrap_err().contains("S3CRET"));
     }
 
     #[test]
     fn a_file_that_was_replaced_in_its_place_is_another_one() {
-        let folder = Folder::new("pem");
-        let path = folder.write("ca.pem", "one");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ca.pem");
+        std::fs::write(&path, "one").unwrap();
         let [before, again] = [(); 2].map(|()| PemFile::from(path.clone()));
         assert_eq!(before, again);
-        folder.write("ca.pem", "two");
+        std::fs::write(&path, "two").unwrap();
         assert_ne!(before, PemFile::from(path.clone()));
         assert_eq!(before.content().unwrap(), b"one", "what was checked is what is used");
         std::fs::remove_file(&path).unwrap();

@@ -1,5 +1,5 @@
 //! Real token stores for the tests, from Debian's packages, each on a free port in a folder of its own, ended by its pid
-//! when it is dropped. Used by the tests outside the process and, by path, by the contract suite inside.
+//! when it is dropped. Used by the tests with real gateways and by the contract suite.
 #![allow(dead_code, reason = "not every test uses every fault")]
 
 pub mod http;

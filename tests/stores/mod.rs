@@ -1,6 +1,8 @@
 //! Gateways on real token stores: what callers see when a store fails, and how long a revoked token works. `make faults`
-//! and `make revocations` run the long forms and print tables; CI runs the short ones.
+//! and `make revocations` run the long forms and print tables; CI runs the short ones. `contract/` is the suite that every
+//! store passes in this process, against its real server.
 
+mod contract;
 mod faults;
 mod frozen;
 mod places;

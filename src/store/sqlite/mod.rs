@@ -35,7 +35,7 @@ const HEARTBEAT: Duration = Duration::from_secs(3);
 /// Each takes a database from the version of its place to the next.
 const MIGRATIONS: [&str; 2] = [SCHEMA, ROTATION_AND_REPLICAS];
 
-pub(super) const SCHEMA: &str = "
+const SCHEMA: &str = "
     CREATE TABLE token (
         digest      BLOB PRIMARY KEY CHECK (length(digest) = 32),
         user        TEXT NOT NULL,

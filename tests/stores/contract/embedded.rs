@@ -1,14 +1,14 @@
 //! The embedded stores, file and SQLite, and what only they have.
 
-use super::super::StoreError;
-use super::super::file::{FileAdmin, FileStore};
-use super::super::sqlite::{SqliteAdmin, SqliteStore};
 use super::*;
-use crate::telemetry::metrics::Metrics;
 use std::path::PathBuf;
+use tollgate::store::StoreError;
+use tollgate::store::file::{FileAdmin, FileStore};
+use tollgate::store::sqlite::{SqliteAdmin, SqliteStore};
+use tollgate::telemetry::metrics::Metrics;
 
-fn clock() -> crate::Now {
-    crate::edge::now()
+fn clock() -> tollgate::Now {
+    tollgate::edge::now()
 }
 
 fn open(path: &std::path::Path) -> Result<FileStore, String> {
@@ -88,7 +88,7 @@ impl TokenStore for Prompt {
         open(&self.path).unwrap().lookup(credential).await
     }
 
-    async fn follow(&self, heard: crate::store::Heard<'_>) {
+    async fn follow(&self, heard: tollgate::store::Heard<'_>) {
         self.store.follow(heard).await;
     }
 }
@@ -150,7 +150,7 @@ fn spoil(path: &std::path::Path, token: &str) {
 }
 
 /// Each kind, empty.
-pub(super) fn kinds() -> Vec<(&'static str, Box<dyn Subject>)> {
+pub fn kinds() -> Vec<(&'static str, Box<dyn Subject>)> {
     vec![
         ("toml", Box::new(FileSubject::new("tokens.toml"))),
         ("json", Box::new(FileSubject::new("tokens.json"))),
@@ -275,18 +275,43 @@ async fn no_database_is_no_answer() {
     std::fs::write(&path, "this is no database, but long enough to be looked at".repeat(50)).unwrap();
     assert!(SqliteStore::start(&path).err().unwrap().contains("not a database"));
     let newer = folder.file("newer");
-    super::super::sqlite::open(&newer).unwrap().pragma_update(None, "user_version", 99).unwrap();
+    tollgate::store::sqlite::open(&newer).unwrap().pragma_update(None, "user_version", 99).unwrap();
     assert!(SqliteStore::start(&newer).err().unwrap().contains("made by a newer tollgate"));
     let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&newer).unwrap()) & 0o777;
     assert_eq!(mode, 0o600, "nobody else may read the digests");
 }
+
+/// What the first release made.
+const FIRST_SCHEMA: &str = "
+    CREATE TABLE token (
+        digest      BLOB PRIMARY KEY CHECK (length(digest) = 32),
+        user        TEXT NOT NULL,
+        scopes      TEXT NOT NULL DEFAULT '',
+        description TEXT NOT NULL DEFAULT '',
+        created     INTEGER NOT NULL,
+        expires     INTEGER,
+        revoked     INTEGER,
+        last_used   INTEGER
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE change (
+        seq    INTEGER PRIMARY KEY AUTOINCREMENT,
+        digest BLOB NOT NULL,
+        at_ms  INTEGER NOT NULL DEFAULT (CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER))
+    ) STRICT;
+    CREATE TRIGGER token_added AFTER INSERT ON token BEGIN INSERT INTO change (digest) VALUES (new.digest); END;
+    CREATE TRIGGER token_removed AFTER DELETE ON token BEGIN INSERT INTO change (digest) VALUES (old.digest); END;
+    CREATE TRIGGER token_altered AFTER UPDATE OF digest, user, scopes, expires, revoked ON token BEGIN
+        INSERT INTO change (digest) VALUES (old.digest);
+        INSERT INTO change (digest) SELECT new.digest WHERE new.digest <> old.digest;
+    END;
+";
 
 #[tokio::test]
 async fn an_older_database_is_brought_up_to_date() {
     let folder = Folder::new("older");
     let path = folder.file("tokens");
     let db = rusqlite::Connection::open(&path).unwrap();
-    db.execute_batch(super::super::sqlite::SCHEMA).unwrap();
+    db.execute_batch(FIRST_SCHEMA).unwrap();
     db.pragma_update(None, "user_version", 1).unwrap();
     let known = Digest::of(b"known");
     db.execute("INSERT INTO token (digest, user, created) VALUES (?1, 'a', 5)", [known.as_bytes()]).unwrap();

@@ -1,21 +1,21 @@
 //! HTTP introspection against a scripted server, and against a real backend.
 
-use super::super::introspect::{self, IntrospectMode, IntrospectSettings, IntrospectStore};
-use super::super::servers::http::{Asked, HttpServer, Reply, Step};
-use super::super::servers::tls::Authority;
-use super::super::servers::{Folder, Process, Server as _, eventually, free_port, repository};
-use super::super::{
-    AdminError, Imported, Records, Secret, StoreError, TlsMode, TlsSettings, TokenAdmin, TokenRecord, TokenStore,
-};
 use super::{Fault, Features, Subject, TIMEOUT, run};
-use crate::store::credential::{Credential, Digest};
-use crate::telemetry::metrics::Metrics;
+use crate::servers::http::{Asked, HttpServer, Reply, Step};
+use crate::servers::tls::Authority;
+use crate::servers::{Folder, Process, Server as _, eventually, free_port, repository};
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tollgate::store::credential::{Credential, Digest};
+use tollgate::store::introspect::{self, IntrospectMode, IntrospectSettings, IntrospectStore};
+use tollgate::store::{
+    AdminError, Imported, Records, Secret, StoreError, TlsMode, TlsSettings, TokenAdmin, TokenRecord, TokenStore,
+};
+use tollgate::telemetry::metrics::Metrics;
 
 /// Long enough for a machine that is busy.
 const AMPLE: Duration = Duration::from_secs(20);
@@ -44,7 +44,7 @@ impl Table {
         if self.spoiled.lock().contains(&digest) {
             return Reply::json("<html>");
         }
-        let now = crate::edge::now().unix_ms / 1000;
+        let now = tollgate::edge::now().unix_ms / 1000;
         let record = self.tokens.lock().get(&digest).filter(|record| record.revoked.is_none()).cloned();
         // RFC 7662 tells of these times, and then who asks may judge.
         let in_time = |record: &TokenRecord| {

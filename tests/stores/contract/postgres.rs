@@ -1,15 +1,15 @@
 //! PostgreSQL: tollgate's own tables, GitLab's, and anybody's; and what only they have.
 
-use super::super::postgres::{
-    Bind, PostgresAdmin, PostgresSettings, PostgresStore, Source, install_triggers, triggers_sql,
-};
-use super::super::servers::pgbouncer::PgBouncer;
-use super::super::servers::postgres::Postgres;
-use super::super::servers::tls::Authority;
-use super::super::{Imported, Records, Secret, TlsMode, TlsSettings};
 use super::*;
+use crate::servers::pgbouncer::PgBouncer;
+use crate::servers::postgres::Postgres;
+use crate::servers::tls::Authority;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use tollgate::store::postgres::{
+    Bind, PostgresAdmin, PostgresSettings, PostgresStore, Source, install_triggers, triggers_sql,
+};
+use tollgate::store::{Imported, Records, Secret, TlsMode, TlsSettings};
 
 const PLAIN: TlsSettings = TlsSettings { mode: TlsMode::Disable, ca: None, client: None };
 
@@ -41,12 +41,12 @@ async fn writer(settings: &PostgresSettings) -> PostgresAdmin {
 }
 
 fn open(settings: PostgresSettings) -> Arc<dyn TokenStore> {
-    let metrics = Arc::new(crate::telemetry::metrics::Metrics::new("test").unwrap().store("postgres"));
+    let metrics = Arc::new(tollgate::telemetry::metrics::Metrics::new("test").unwrap().store("postgres"));
     Arc::new(PostgresStore::new(settings, metrics).unwrap())
 }
 
 fn refused(settings: PostgresSettings) -> String {
-    let metrics = Arc::new(crate::telemetry::metrics::Metrics::new("test").unwrap().store("postgres"));
+    let metrics = Arc::new(tollgate::telemetry::metrics::Metrics::new("test").unwrap().store("postgres"));
     PostgresStore::new(settings, metrics).err().unwrap()
 }
 
@@ -92,7 +92,7 @@ impl Subject for Own {
 }
 
 /// Its own tables, empty.
-pub(super) fn kind() -> (&'static str, Box<dyn Subject>) {
+pub fn kind() -> (&'static str, Box<dyn Subject>) {
     ("postgres", Box::new(Own(Mutex::new(Postgres::start()))))
 }
 

@@ -1,11 +1,11 @@
 //! Redis, with records as JSON and as hashes, and what only it has.
 
-use super::super::redis::{RedisAdmin, RedisChanges, RedisSettings, RedisStore, Topology};
-use super::super::servers::redis::{Cluster, Options, Redis, Watched};
-use super::super::servers::tls::Authority;
-use super::super::{Imported, Records, Secret, TlsMode, TlsSettings};
 use super::*;
-use crate::telemetry::metrics::{Metrics, StoreMetrics};
+use crate::servers::redis::{Cluster, Options, Redis, Watched};
+use crate::servers::tls::Authority;
+use tollgate::store::redis::{RedisAdmin, RedisChanges, RedisSettings, RedisStore, Topology};
+use tollgate::store::{Imported, Records, Secret, TlsMode, TlsSettings};
+use tollgate::telemetry::metrics::{Metrics, StoreMetrics};
 
 const CHANNEL: &str = "tollgate:changes";
 
@@ -185,7 +185,7 @@ impl TokenAdmin for HashAdmin {
 }
 
 /// With records as tollgate writes them, empty.
-pub(super) fn kind() -> (&'static str, Box<dyn Subject>) {
+pub fn kind() -> (&'static str, Box<dyn Subject>) {
     ("redis", Box::new(RedisSubject::new(false)))
 }
 
@@ -547,7 +547,7 @@ async fn sentinels_lead_to_the_new_master() {
     let ear = Ear::on(&store);
     ear.hearing(begin).await;
     assert!(lookup(&*store, b"known").await.is_some());
-    crate::store::servers::eventually("the replica has it", || watched.replica.cli(&["EXISTS", &key("known")]) == "1");
+    crate::servers::eventually("the replica has it", || watched.replica.cli(&["EXISTS", &key("known")]) == "1");
 
     let before = Instant::now();
     watched.master.stop();

@@ -6,16 +6,16 @@ mod introspect;
 mod postgres;
 mod redis;
 
-use super::chain::{Chain, Link};
-use super::servers::{Fault, Folder, Server as _};
-use super::{AdminError, Change, Event, Imported, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
-use crate::identity::principal::judge;
-use crate::identity::{Authenticator, CacheSettings, Checked, Invalid, Mode, TokenStatus};
-use crate::store::credential::{Credential, Digest};
+use crate::servers::{Fault, Folder, Server as _};
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tollgate::identity::{Authenticator, CacheSettings, Checked, Invalid, Mode, TokenStatus, judge};
+use tollgate::store::chain::{Chain, Link};
+use tollgate::store::credential::{Credential, Digest};
+use tollgate::store::{AdminError, Change, Event, Imported, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
+use tollgate::telemetry::metrics::CacheResult;
 
 /// What a gateway gives a look-up.
 const TIMEOUT: Duration = Duration::from_secs(1);
@@ -28,26 +28,26 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What a kind of store can do, so that the table knows what to ask for.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Features {
+pub struct Features {
     /// Tells of changes.
-    pub(super) hears: bool,
+    pub hears: bool,
     /// Keeps every field of a record; else only the user and whether the token is in force.
-    pub(super) keeps_all: bool,
+    pub keeps_all: bool,
     /// `TokenAdmin` is all there, and not only what the tests need to fill a table that is not ours.
-    pub(super) is_ours: bool,
+    pub is_ours: bool,
     /// Keeps a register of gateways.
-    pub(super) waits: bool,
+    pub waits: bool,
     /// Runs on a server that faults can befall.
-    pub(super) has_server: bool,
+    pub has_server: bool,
     /// One record can be nonsense while the rest is not.
-    pub(super) spoils: bool,
+    pub spoils: bool,
     /// Can tell these apart from unknown: expired, revoked, not yet valid, blocked.
-    pub(super) tells_why: bool,
+    pub tells_why: bool,
 }
 
 /// A kind of store, ready to be filled.
 #[async_trait]
-pub(super) trait Subject: Send + Sync {
+pub trait Subject: Send + Sync {
     fn name(&self) -> &'static str;
     fn features(&self) -> Features;
     /// The writing side; for tables that are not ours, one of the tests' own.
@@ -58,7 +58,7 @@ pub(super) trait Subject: Send + Sync {
     async fn fault(&self, fault: Fault);
 }
 
-pub(super) fn record(token: &str) -> TokenRecord {
+pub fn record(token: &str) -> TokenRecord {
     TokenRecord {
         scopes: vec!["api".into(), "read_user".into()],
         description: "quote \" backslash \\ newline-free é".into(),
@@ -67,17 +67,17 @@ pub(super) fn record(token: &str) -> TokenRecord {
     }
 }
 
-pub(super) fn credential(token: &[u8]) -> Credential {
+pub fn credential(token: &[u8]) -> Credential {
     Credential::new(token, Digest::of(token))
 }
 
 /// A look-up as a gateway makes it, given up after its time.
-pub(super) async fn ask(store: &dyn TokenStore, token: &[u8]) -> Result<Option<TokenRecord>, StoreError> {
+pub async fn ask(store: &dyn TokenStore, token: &[u8]) -> Result<Option<TokenRecord>, StoreError> {
     tokio::time::timeout(TIMEOUT, store.lookup(&credential(token))).await.unwrap_or(Err(StoreError::Timeout))
 }
 
 /// What a store that is well says; on a busy machine one answer in many is late.
-pub(super) async fn lookup(store: &dyn TokenStore, token: &[u8]) -> Option<TokenRecord> {
+pub async fn lookup(store: &dyn TokenStore, token: &[u8]) -> Option<TokenRecord> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match ask(store, token).await {
@@ -89,7 +89,7 @@ pub(super) async fn lookup(store: &dyn TokenStore, token: &[u8]) -> Option<Token
 }
 
 fn verdict(record: Option<&TokenRecord>, token: &str) -> Result<String, Invalid> {
-    let now = crate::edge::now();
+    let now = tollgate::edge::now();
     match judge(record, &Digest::of(token.as_bytes()), now).0 {
         TokenStatus::Valid(principal) => Ok(principal.user().to_owned()),
         TokenStatus::Invalid(why) => Err(why),
@@ -97,13 +97,13 @@ fn verdict(record: Option<&TokenRecord>, token: &str) -> Result<String, Invalid>
 }
 
 /// Listens to a store for as long as it lives.
-pub(super) struct Ear {
+pub struct Ear {
     events: Arc<Mutex<Vec<(Instant, Event)>>>,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl Ear {
-    pub(super) fn on(store: &Arc<dyn TokenStore>) -> Self {
+    pub fn on(store: &Arc<dyn TokenStore>) -> Self {
         let events: Arc<Mutex<Vec<(Instant, Event)>>> = Arc::default();
         let (heard, store) = (Arc::clone(&events), Arc::clone(store));
         let task = tokio::spawn(async move {
@@ -119,12 +119,12 @@ impl Ear {
         Self { events, task }
     }
 
-    pub(super) fn events(&self) -> Vec<Event> {
+    pub fn events(&self) -> Vec<Event> {
         self.events.lock().iter().map(|(_, event)| event.clone()).collect()
     }
 
     /// Waits until something was heard since `from`, and tells when.
-    pub(super) async fn heard(&self, from: Instant, what: &str, is: impl Fn(&Event) -> bool) -> Instant {
+    pub async fn heard(&self, from: Instant, what: &str, is: impl Fn(&Event) -> bool) -> Instant {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let found = self.events.lock().iter().find(|(at, event)| *at >= from && is(event)).map(|(at, _)| *at);
@@ -136,12 +136,12 @@ impl Ear {
         }
     }
 
-    pub(super) async fn hearing(&self, from: Instant) -> Instant {
+    pub async fn hearing(&self, from: Instant) -> Instant {
         self.heard(from, "hearing", |event| *event == Event::Hearing).await
     }
 
     /// Waits for word of a token, by its own name or the store's, or of everything.
-    pub(super) async fn change_of(&self, from: Instant, store: &dyn TokenStore, token: &str) -> Instant {
+    pub async fn change_of(&self, from: Instant, store: &dyn TokenStore, token: &str) -> Instant {
         let (digest, handle) = (Digest::of(token.as_bytes()), store.handle(&credential(token.as_bytes())));
         let names = |change: &Change| match change.token {
             Named::Token(named) => named == digest,
@@ -163,7 +163,7 @@ impl Drop for Ear {
 }
 
 /// Runs the whole table against one store.
-pub(super) async fn run(subject: &dyn Subject) {
+pub async fn run(subject: &dyn Subject) {
     records_come_out_as_they_went_in(subject).await;
     only_the_very_token_is_found(subject).await;
     records_are_judged(subject).await;
@@ -235,7 +235,7 @@ async fn only_the_very_token_is_found(subject: &dyn Subject) {
 
 async fn records_are_judged(subject: &dyn Subject) {
     let (mut admin, store) = (subject.admin().await, subject.open());
-    let (now, hour) = (crate::edge::now().unix_ms / 1000, 3600);
+    let (now, hour) = (tollgate::edge::now().unix_ms / 1000, 3600);
     let of = |token: &str| TokenRecord { user: "judged".into(), ..record(token) };
     let table = [
         (of("in-force"), Ok(())),
@@ -267,7 +267,7 @@ async fn records_are_judged(subject: &dyn Subject) {
 }
 
 /// What a test-only writing side says of a record that its table can't hold.
-pub(super) const NO_PLACE: &str = "no place for it";
+pub const NO_PLACE: &str = "no place for it";
 
 async fn writing(subject: &dyn Subject) {
     let (mut admin, store) = (subject.admin().await, subject.open());
@@ -300,7 +300,7 @@ async fn writing(subject: &dyn Subject) {
 
 async fn rotation(subject: &dyn Subject) {
     let (mut admin, store) = (subject.admin().await, subject.open());
-    let now = crate::edge::now().unix_ms / 1000;
+    let now = tollgate::edge::now().unix_ms / 1000;
     let (old, next) = (record("old-one"), record("next-one"));
     admin.create(&old).await.unwrap();
     assert!(matches!(admin.rotate(&Digest::of(b"nobody"), &next, now, now + 60).await, Err(AdminError::Missing)));
@@ -323,7 +323,7 @@ async fn rotation(subject: &dyn Subject) {
 /// A user without a token, one who is blocked twice, and one of whose tokens some are over.
 async fn users_are_blocked_as_they_are(subject: &dyn Subject) {
     let (mut admin, store) = (subject.admin().await, subject.open());
-    let now = crate::edge::now().unix_ms / 1000;
+    let now = tollgate::edge::now().unix_ms / 1000;
     let of = |token: &str| TokenRecord { user: "leaver".into(), ..record(token) };
     assert_eq!(admin.of_user("leaver").await.unwrap(), []);
     assert_eq!(admin.block("leaver", true).await.unwrap(), 0);
@@ -401,7 +401,7 @@ async fn uses_outlive_a_change(subject: &dyn Subject) {
     if !admin.notes_uses() {
         return;
     }
-    let (token, now) = (Digest::of(b"in-use"), crate::edge::now().unix_ms / 1000);
+    let (token, now) = (Digest::of(b"in-use"), tollgate::edge::now().unix_ms / 1000);
     admin.create(&TokenRecord { user: "user of in-use".into(), ..record("in-use") }).await.unwrap();
     let note =
         async |at: u64| store.note_uses(vec![(token, at * 1000), (Digest::of(b"nobody"), at * 1000)]).await.unwrap();
@@ -428,8 +428,8 @@ async fn uses_outlive_a_change(subject: &dyn Subject) {
 /// A list of any store makes the same list in any other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_one_store_lists_every_other_imports() {
-    use super::portable::{Reading, ShownRecord};
-    let now = crate::edge::now().unix_ms / 1000;
+    use tollgate::store::portable::{Reading, ShownRecord};
+    let now = tollgate::edge::now().unix_ms / 1000;
     let full = TokenRecord {
         not_before: Some(1_700_000_100),
         expires: Some(1_900_000_000),
@@ -549,12 +549,12 @@ async fn gateways_confirm(subject: &dyn Subject) {
 /// A gateway's clock may be ahead of the store's, or behind it: a snapshot that was taken by it must not bring back what was
 /// revoked while it was stopped. For stores that keep a list of changes; `age` makes what was written so far older than what
 /// is looked at besides.
-pub(super) async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn()) {
-    fn skewed(minutes: i64) -> crate::Now {
-        let now = crate::edge::now();
-        crate::Now { unix_ms: now.unix_ms.saturating_add_signed(minutes * 60_000), ..now }
+pub async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn()) {
+    fn skewed(minutes: i64) -> tollgate::Now {
+        let now = tollgate::edge::now();
+        tollgate::Now { unix_ms: now.unix_ms.saturating_add_signed(minutes * 60_000), ..now }
     }
-    let clocks: [fn() -> crate::Now; 3] = [|| skewed(0), || skewed(30), || skewed(-30)];
+    let clocks: [fn() -> tollgate::Now; 3] = [|| skewed(0), || skewed(30), || skewed(-30)];
     let mut admin = subject.admin().await;
     let folder = Folder::new("restored");
     for (name, clock) in ["right", "ahead", "behind"].into_iter().zip(clocks) {
@@ -590,7 +590,11 @@ pub(super) async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn())
         let following = follow(&second);
         let deadline = Instant::now() + PATIENCE;
         // Without a look-up.
-        while !second.knows(&Digest::of(steady.as_bytes())) {
+        let digest = Digest::of(steady.as_bytes());
+        while !matches!(
+            second.check(steady.as_bytes(), &digest, clock(), Mode::Observe),
+            Checked::Known(_, CacheResult::PositiveHit)
+        ) {
             assert!(Instant::now() < deadline, "{}, {name}: never restored", subject.name());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -606,7 +610,7 @@ pub(super) async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn())
     }
 }
 
-fn gateway(subject: &dyn Subject, clock: fn() -> crate::Now, snapshot: &std::path::Path) -> Arc<Authenticator> {
+fn gateway(subject: &dyn Subject, clock: fn() -> tollgate::Now, snapshot: &std::path::Path) -> Arc<Authenticator> {
     let settings = CacheSettings {
         positive_ttl: Duration::from_secs(600),
         negative_ttl: Duration::from_secs(10),
@@ -614,7 +618,7 @@ fn gateway(subject: &dyn Subject, clock: fn() -> crate::Now, snapshot: &std::pat
         positive_capacity: 100,
         negative_capacity: 100,
     };
-    let metrics = Arc::new(crate::telemetry::metrics::Metrics::new("test").unwrap());
+    let metrics = Arc::new(tollgate::telemetry::metrics::Metrics::new("test").unwrap());
     let link = Link::new("kept".into(), subject.open(), TIMEOUT, Arc::new(metrics.store("kept")));
     Arc::new(Authenticator::new(Chain::new(vec![link]), settings, metrics, clock).with_snapshot(snapshot, "here"))
 }
@@ -758,7 +762,7 @@ async fn a_server_that_is_gone_cannot_tell(subject: &dyn Subject) {
 }
 
 /// Asks until the store answers again, and never takes a no for an answer.
-pub(super) async fn recovers(store: &dyn TokenStore, name: &str) {
+pub async fn recovers(store: &dyn TokenStore, name: &str) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match ask(store, b"known").await {
