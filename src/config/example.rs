@@ -17,8 +17,8 @@ const SAMPLES: [(&str, &str, &str); 7] = [
 /// A whole configuration with every key, its default and its meaning.
 pub fn example() -> String {
     let mut out = String::from(
-        "# Every key of tollgate's configuration, with its default. Only [[upstream]] is needed.\n\
-         # Made by `tollgate example-config`; `tollgate check --config FILE` says what is wrong with a file.\n",
+        "# Every key of tollgate's configuration, with its default. Only [[upstream]] is required.\n\
+         # Made by `tollgate example-config`; `tollgate check --config FILE` reports what is wrong with a file.\n",
     );
     for Reference { header, doc, fields, commented } in REFERENCE {
         out += "\n";

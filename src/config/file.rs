@@ -12,27 +12,28 @@ use std::time::Duration;
 use toml::de::DeValue;
 
 section! {
-    /// Where tollgate serves the API.
+    /// Where tollgate accepts API requests.
     Server {
         /// Addresses to listen on: `"address:port"`, or `"unix:/path"` for a socket file (mode 0660).
         listen: Vec<ListenAddress> = r#"["127.0.0.1:8080"]"#,
-        /// Worker threads. 0 means one for each core.
+        /// Worker threads. 0: one for each core.
         threads: u64 = "0",
-        /// Networks of proxies in front of tollgate whose X-Forwarded-* headers are believed, like `"10.0.0.0/8"`, and
-        /// `"unix"` for peers on a Unix socket. From everybody else these headers are dropped.
+        /// Networks of the proxies in front of tollgate whose X-Forwarded-* headers are believed, like `"10.0.0.0/8"`,
+        /// and `"unix"` for peers on a Unix socket. These headers are removed from all other requests.
         trusted_proxies: Vec<Proxy> = "[]",
-        /// How long requests in flight may take after SIGTERM. New ones get 503 meanwhile.
+        /// How long requests in flight may continue after SIGTERM. New requests get 503 meanwhile.
         shutdown_grace: Duration = r#""25s""#,
     }
 }
 
 section! {
-    /// Metrics, health and reload, for the operator only.
+    /// Metrics, health and reload, for operators only.
     Admin {
-        /// One address, which must not be reachable from outside, or "none". There is no password.
+        /// One address, or "none". It must not be reachable from outside: there is no password.
         listen: Option<ListenAddress> = r#""127.0.0.1:9090""#,
-        /// Names by which it may be asked, besides IP addresses and localhost, like `"tollgate.internal"` where Prometheus
-        /// scrapes that name. Any other Host gets 403, so that no web page can reach it under a name of its own.
+        /// Host names that the admin listener answers to, besides IP addresses and localhost; for example
+        /// `"tollgate.internal"` if Prometheus scrapes that name. Requests with any other Host get 403, so that a web
+        /// page cannot reach the listener through a name of its own.
         hosts: Vec<HostName> = "[]",
     }
 }
@@ -40,272 +41,281 @@ section! {
 section! {
     /// What tollgate is responsible for.
     Api {
-        /// Everything at and under these paths needs a valid token; everything else is 404, unless a [[route]] says
+        /// Everything at and below these paths needs a valid token. Everything else is 404, unless a [[route]] says
         /// otherwise.
         prefixes: Vec<Prefix> = r#"["/api/v3"]"#,
-        /// Let CORS preflights (OPTIONS with Origin and Access-Control-Request-Method) pass without a token, as
-        /// browsers never send one with them.
+        /// Let CORS preflights (OPTIONS with Origin and Access-Control-Request-Method) pass without a token: browsers
+        /// never send one with them.
         cors_preflight: bool = "false",
-        /// Origins whose pages may read the answers that tollgate gives itself (401, 404, 502 …), like
-        /// `"https://app.example"`, exactly as a browser writes them; or `"*"` alone for every page. They get
-        /// Access-Control-Allow-Origin and the exposed headers, never a permission to send credentials along. For its own
-        /// answers the backend says so itself.
+        /// Origins whose pages may read the responses that tollgate itself generates (401, 404, 502 …), like
+        /// `"https://app.example"`, exactly as a browser sends them; or `"*"` alone for every page. Such responses get
+        /// Access-Control-Allow-Origin and the exposed headers, but never a permission to send credentials. Responses
+        /// of the backend are not changed.
         cors_origins: Vec<String> = "[]",
-        /// What scopes mean: "none" (a valid token may do everything, unless there are [[scope]] entries) or "gitlab" (`api`
-        /// everything, `read_api` GET and HEAD, `read_user` GET under `/user` and `/users`, `sudo` acting as others).
+        /// The meaning of scopes: "none" (a valid token may do everything, unless there are [[scope]] entries) or
+        /// "gitlab" (`api` everything, `read_api` GET and HEAD, `read_user` GET under `/user` and `/users`, `sudo`
+        /// acting as other users).
         scopes: ScopePreset = r#""none""#,
     }
 }
 
 section! {
-    /// What a scope allows, in addition to what [api] scopes says. With any of these, a token needs a scope for all it does.
+    /// What a scope allows, in addition to [api] scopes. If there are any of these, a token needs a scope for every
+    /// request.
     Scope {
-        /// The scope, as tokens carry it. May stand in several entries.
+        /// The name of the scope, as tokens carry it. It may be in several entries.
         name: String = r#"!"api""#,
-        /// These methods …
+        /// The methods that it allows …
         methods: Vec<MethodName> = r#"["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]"#,
-        /// … on paths of these patterns: `:name` is any one segment, a final `*` everything below, `/` alone every path.
+        /// … on paths that match these patterns: `:name` is any one segment, a final `*` everything below, `/` alone
+        /// every path.
         paths: Vec<RoutePattern> = r#"["/"]"#,
-        /// Lets act as another user, where [token] sudo allows it at all.
+        /// Allows acting as another user, if [token] sudo = "allow".
         sudo: bool = "false",
     }
 }
 
 section! {
-    /// How a token comes in, and what the backend gets instead.
+    /// How clients send their token, and what the backend receives instead.
     Token {
-        /// The header that carries the token; letter case does not matter.
+        /// The header that carries the token. Letter case does not matter.
         header: HeaderName = r#""PRIVATE-TOKEN""#,
-        /// The query parameter that carries it.
+        /// The query parameter that carries the token.
         query: ParameterName = r#""private_token""#,
-        /// Take `Authorization: Bearer TOKEN` as well. The Ruby client sends longer tokens this way.
+        /// Also accept `Authorization: Bearer TOKEN`. The Ruby client sends tokens of more than 20 characters this way.
         bearer: bool = "true",
-        /// What happens to a request whose body has a field that Rack would take for a credential. There a body
-        /// outranks query and header, so the backend would act for somebody that tollgate never checked. "refuse"
-        /// reads form, multipart and JSON bodies as they pass, and refuses those that backends read in different ways.
-        /// "ignore" is for backends that read the token from the header alone.
+        /// Requests whose body has a field that Rack would take for a credential. In Rack, the body takes precedence
+        /// over query and header, so the backend would act for a user whom tollgate did not check. "refuse" reads form,
+        /// multipart and JSON bodies while they pass, and refuses those that backends could read in different ways.
+        /// "ignore" is for backends that read the token from the header only.
         body: BodyPolicy = r#""refuse""#,
-        /// A body without a Content-Type. "watch": every backend's reading of it is watched, as a form where it is a
-        /// POST and as JSON, and it is forwarded as it came. "refuse": 400. "octet-stream": forwarded as
-        /// `application/octet-stream`, which nobody takes for a form, and watched as JSON.
+        /// Bodies without a Content-Type. "watch": forward unchanged, and check in every way that a backend could read
+        /// them (as a form if it is a POST, and as JSON). "refuse": 400. "octet-stream": forward as
+        /// `application/octet-stream`, which no backend reads as a form, and check as JSON.
         untyped_body: Untyped = r#""watch""#,
-        /// A POST with X-HTTP-Method-Override: "refuse" (400), or "judge" it as the method that the header names (routes,
-        /// scopes, pages) and pass the header on. Only for a backend that obeys this header (Rack::MethodOverride, as in
-        /// Rails; Symfony): another one would run a POST where a GET was permitted. gitlab4j sends PATCH this way.
+        /// POST requests with X-HTTP-Method-Override. "refuse": 400. "judge": treat the request as the method in the
+        /// header (routes, scopes, pages), and forward the header. Use "judge" only if the backend obeys this header
+        /// (Rack::MethodOverride in Rails, Symfony): another backend would run a POST where a GET was permitted.
+        /// gitlab4j sends PATCH this way. Needs body = "refuse".
         method_override: MethodOverride = r#""refuse""#,
-        /// What tells the backend who asks: "token" (the token header), "identity" (X-Tollgate-User,
+        /// How the backend learns who the user is: "token" (the token header), "identity" (X-Tollgate-User,
         /// X-Tollgate-Token-Id, X-Tollgate-Scopes), "both" or "none".
         forward: Forward = r#""token""#,
-        /// Acting as another user through `sudo` or SUDO: "refuse" (403) or "allow".
+        /// Acting as another user with `sudo` or SUDO: "refuse" (403) or "allow".
         sudo: Switch = r#""refuse""#,
         /// `access_token` and `bearer_token` parameters: "refuse" (401) or "allow".
         access_token: Switch = r#""refuse""#,
         /// `job_token` parameters: "refuse" (401) or "allow". With "refuse", JOB-TOKEN, DEPLOY-TOKEN and BUILD-TOKEN
-        /// headers are taken out.
+        /// headers are removed.
         job_token: Switch = r#""refuse""#,
-        /// The Cookie header, in which a Rails session may hide: "strip" or "allow".
+        /// The Cookie header, which may carry a Rails session: "strip" or "allow".
         cookies: Strip = r#""strip""#,
-        /// Authorization headers that carry no token: "strip" or "allow".
+        /// Authorization headers without a token: "strip" or "allow".
         authorization: Strip = r#""strip""#,
-        /// Headers by which some backends choose another path or user than the one that was judged, like X-Original-URL,
-        /// X-Rewrite-URL, Remote-User, X-WebAuth-User or X-SSL-Client-Cert: "strip" or "allow". docs/security.md has the list.
+        /// Headers that make some backends use another path or user than the one that tollgate checked, like
+        /// X-Original-URL, X-Rewrite-URL, Remote-User, X-WebAuth-User or X-SSL-Client-Cert: "strip" or "allow".
+        /// docs/security.md has the list.
         path_and_user_headers: Strip = r#""strip""#,
-        /// Answer requests that carry their token in the query with a `Deprecation` header.
+        /// Add a `Deprecation` header to responses if the token was in the query.
         query_deprecation: bool = "false",
     }
 }
 
 section! {
-    /// Where tokens are looked up. Several [[store]] are asked in their order: the first that knows a token wins, and one
-    /// that can't tell ends the look-up with 503. Without any, SQLite. `tollgate token` writes to the first one that can
-    /// be written, or to the one that `--store` names.
+    /// Where tokens are looked up. If there are several [[store]], they are asked in order: the first that knows the
+    /// token decides. A store that fails ends the lookup with 503. Without any [[store]], SQLite is used. `tollgate
+    /// token` writes to the first writable store, or to the one named with `--store`.
     SqliteStore {
-        /// Embedded, made on first use.
+        /// An embedded database, created on first use.
         kind: StoreKind = r#""sqlite""#,
-        /// Its name in metrics, logs and `--store`; empty for its kind.
+        /// Name in metrics, logs and `--store`; empty for the kind.
         name: String = r#""""#,
-        /// The file, relative to this configuration's folder.
+        /// Path of the file, relative to the folder of this configuration.
         path: FilePath = r#""tollgate.db""#,
-        /// How long a look-up may take.
+        /// Timeout of a lookup.
         timeout: Duration = r#""2s""#,
     }
 }
 
 section! {
-    /// A file of SHA-256 digests, TOML or (when its name ends in .json) JSON, read again when it changes.
+    /// A file of SHA-256 digests: TOML, or JSON if its name ends in .json. It is read again when it changes.
     FileStore {
-        /// For people and configuration management.
+        /// Edited by hand or written by configuration management.
         kind: StoreKind = r#""file""#,
-        /// Its name in metrics, logs and `--store`; empty for its kind.
+        /// Name in metrics, logs and `--store`; empty for the kind.
         name: String = r#""""#,
-        /// The file, relative to this configuration's folder.
+        /// Path of the file, relative to the folder of this configuration.
         path: FilePath = r#""tokens.toml""#,
-        /// How long a look-up may take.
+        /// Timeout of a lookup.
         timeout: Duration = r#""2s""#,
     }
 }
 
 section! {
-    /// PostgreSQL: tollgate's own schema (`tollgate store migrate` makes it), GitLab's tables, or any other.
+    /// PostgreSQL: tollgate's own schema (created by `tollgate store migrate`), GitLab's tables, or any other table.
     PostgresStore {
-        /// Also for several gateways that share their tokens.
+        /// Can be shared by several gateways.
         kind: StoreKind = r#""postgres""#,
-        /// Its name in metrics, logs and `--store`; empty for its kind.
+        /// Name in metrics, logs and `--store`; empty for the kind.
         name: String = r#""""#,
-        /// `postgres://user@host/database`, or keywords like `host=/run/postgresql dbname=gitlab user=tollgate`. Of several
-        /// hosts, look-ups go to the primary server. No environment variables (PGHOST) and no .pgpass.
+        /// `postgres://user@host/database`, or keywords like `host=/run/postgresql dbname=gitlab user=tollgate`. If
+        /// there are several hosts, lookups use the primary server. Environment variables (PGHOST) and .pgpass are not
+        /// read.
         url: String = r#"!"host=/run/postgresql""#,
-        /// A file with the password; empty for none, or one in the URL.
+        /// File with the password; empty for none, or if it is in the URL.
         password_file: String = r#""""#,
-        /// "auto" (plain text if every host and hostaddr of `url` is a loopback address, localhost or a Unix socket, else
-        /// "verify-full"), "disable", "require" (encrypted, to whomever), "verify-ca" or "verify-full". Never falls back to
-        /// plain text.
+        /// "auto" (plain text if every host and hostaddr in `url` is a loopback address, localhost or a Unix socket,
+        /// otherwise "verify-full"), "disable", "require" (encrypted, certificate not verified), "verify-ca" or
+        /// "verify-full". Never falls back to plain text.
         tls: Tls = r#""auto""#,
-        /// The authorities to trust, a PEM file; empty for the system's.
+        /// Trusted certificate authorities, a PEM file; empty for those of the system.
         tls_ca: String = r#""""#,
-        /// A certificate of tollgate's own, if the other side asks for one: a PEM file.
+        /// Client certificate, a PEM file, if the server asks for one.
         tls_cert: String = r#""""#,
-        /// The key of `tls_cert`.
+        /// Private key of `tls_cert`.
         tls_key: String = r#""""#,
-        /// Where the tokens are: "tollgate" (its own tables), "gitlab-legacy" (users.authentication_token), "gitlab-pat"
-        /// (personal_access_tokens.token), "gitlab-pat-digest" (personal_access_tokens.token_digest) or "custom".
+        /// Where the tokens are: "tollgate" (its own tables), "gitlab-legacy" (users.authentication_token),
+        /// "gitlab-pat" (personal_access_tokens.token), "gitlab-pat-digest" (personal_access_tokens.token_digest) or
+        /// "custom".
         preset: PostgresPreset = r#""tollgate""#,
         /// The schema of tollgate's own tables.
         schema: Identifier = r#""tollgate""#,
-        /// With "custom": a query with $1 for the token. Columns by name: `user`, and if wanted `scopes`, `expires_at`,
-        /// `not_before`, `revoked`, `blocked`. It runs with search_path = pg_catalog, pg_temp: write tables and functions
-        /// with their schema, like `public.people`.
+        /// With "custom": a query with $1 for the token. Columns by name: `user`, and optionally `scopes`,
+        /// `expires_at`, `not_before`, `revoked`, `blocked`. It runs with search_path = pg_catalog, pg_temp: qualify
+        /// tables and functions with their schema, like `public.people`.
         lookup: String = r#""""#,
-        /// With "custom": what $1 is. "plain", "sha256-hex", "sha256-base64", or "gitlab" (base64 of the SHA-256 over the
-        /// token and the first 32 characters of db_key_base).
+        /// With "custom": what $1 is. "plain", "sha256-hex", "sha256-base64", or "gitlab" (base64 of the SHA-256 of the
+        /// token followed by the first 32 characters of db_key_base).
         digest: BoundAs = r#""sha256-hex""#,
-        /// A file with GitLab's db_key_base, for "gitlab-pat-digest" and for digest = "gitlab".
+        /// File with GitLab's db_key_base, for "gitlab-pat-digest" and for digest = "gitlab".
         db_key_base_file: String = r#""""#,
-        /// Scopes of tokens whose row names none.
+        /// Scopes of tokens whose row has none.
         scopes: Vec<String> = "[]",
-        /// Hear of changes through LISTEN/NOTIFY. Tables that are not tollgate's own need triggers for that
-        /// (`tollgate store install-triggers`); without them a revoked token works for up to [cache] positive_ttl.
+        /// Receive change notifications through LISTEN/NOTIFY. Tables other than tollgate's own need triggers for them
+        /// (`tollgate store install-triggers`); without triggers a revoked token works for up to [cache] positive_ttl.
         notify: bool = "true",
-        /// The channel that triggers tell on. In tollgate's own tables it is changed for all by `tollgate store migrate`
-        /// alone, and gateways listen where the triggers tell.
+        /// The channel of the notifications. For tollgate's own tables, only `tollgate store migrate` changes it, for
+        /// all gateways: they listen on the channel that the triggers use.
         channel: Identifier = r#""tollgate_change""#,
-        /// Connections for look-ups. One more hears of changes.
+        /// Connections for lookups. One more receives notifications.
         connections: u64 = "8",
-        /// How long a look-up may take.
+        /// Timeout of a lookup.
         timeout: Duration = r#""2s""#,
     }
 }
 
 section! {
-    /// Redis or Valkey: a key for each token, the prefix and its SHA-256 in hex; the value is JSON or a hash.
+    /// Redis or Valkey. Each token has a key: the prefix and the SHA-256 of the token in hex. The value is JSON or a
+    /// hash.
     RedisStore {
-        /// Also for several gateways that share their tokens.
+        /// Can be shared by several gateways.
         kind: StoreKind = r#""redis""#,
-        /// Its name in metrics, logs and `--store`; empty for its kind.
+        /// Name in metrics, logs and `--store`; empty for the kind.
         name: String = r#""""#,
-        /// `"host:port"` or `"unix:/path"`: the server, or the sentinels, or some nodes of the cluster.
+        /// `"host:port"` or `"unix:/path"`: the server, the sentinels, or some nodes of the cluster.
         servers: Vec<UpstreamAddress> = r#"["127.0.0.1:6379"]"#,
         /// "single", "sentinel" or "cluster".
         topology: RedisTopology = r#""single""#,
-        /// The name of the master that the sentinels watch.
+        /// The name of the master that the sentinels monitor.
         master: String = r#""mymaster""#,
         /// The number of the database.
         database: u64 = "0",
-        /// An ACL user; empty for the default one.
+        /// An ACL user; empty for the default user.
         username: String = r#""""#,
-        /// A file with the password; empty for none.
+        /// File with the password; empty for none.
         password_file: String = r#""""#,
-        /// "auto" (nothing to loopback addresses and Unix sockets, "verify-full" to everywhere else), "disable",
-        /// "require" (encrypted, to whomever), "verify-ca" or "verify-full". Never falls back to plain text.
+        /// "auto" (plain text to loopback addresses and Unix sockets, otherwise "verify-full"), "disable", "require"
+        /// (encrypted, certificate not verified), "verify-ca" or "verify-full". Never falls back to plain text.
         tls: Tls = r#""auto""#,
-        /// The authorities to trust, a PEM file; empty for the system's.
+        /// Trusted certificate authorities, a PEM file; empty for those of the system.
         tls_ca: String = r#""""#,
-        /// A certificate of tollgate's own, if the other side asks for one: a PEM file.
+        /// Client certificate, a PEM file, if the server asks for one.
         tls_cert: String = r#""""#,
-        /// The key of `tls_cert`.
+        /// Private key of `tls_cert`.
         tls_key: String = r#""""#,
-        /// Before the 64 hex digits.
+        /// The part of the key before the 64 hex digits.
         prefix: String = r#""tollgate:token:""#,
-        /// Scopes of tokens whose value names none.
+        /// Scopes of tokens whose value has none.
         scopes: Vec<String> = "[]",
-        /// How changes become known: "channel" (messages that `tollgate token` sends), "keyspace" (notifications of the
+        /// Source of change notifications: "channel" (messages from `tollgate token`), "keyspace" (notifications of the
         /// server, whoever made the change; needs notify-keyspace-events with K, g, $, h and x) or "none".
         changes: RedisChangesBy = r#""channel""#,
-        /// The channel.
+        /// The channel of the messages.
         channel: String = r#""tollgate:change""#,
-        /// Connections for look-ups. One more hears of changes.
+        /// Connections for lookups. One more receives notifications.
         connections: u64 = "4",
-        /// How long a look-up may take.
+        /// Timeout of a lookup.
         timeout: Duration = r#""2s""#,
     }
 }
 
 section! {
-    /// HTTP introspection: the backend itself is asked who a token belongs to. Needs no migration; a revoked token works
+    /// HTTP introspection: ask the backend itself whom a token belongs to. Needs no migration. A revoked token works
     /// for up to [cache] positive_ttl.
     IntrospectionStore {
-        /// Where nothing else can be read.
+        /// For backends whose tokens cannot be read in another way.
         kind: StoreKind = r#""introspection""#,
-        /// Its name in metrics, logs and `--store`; empty for its kind.
+        /// Name in metrics, logs and `--store`; empty for the kind.
         name: String = r#""""#,
-        /// `http://`, `https://`, or `unix:/path/of/socket:/path`; empty for `/user` below the first prefix on the first
-        /// upstream.
+        /// `http://`, `https://`, or `unix:/path/of/socket:/path`; empty for `/user` below the first prefix on the
+        /// first upstream.
         endpoint: String = r#""""#,
-        /// true: `http://` may lead to another machine. Every token, valid or not, then travels over the network in plain
-        /// text, for whoever listens there to use; each start says so.
+        /// true: allow `http://` to another machine. Every token, valid or not, is then sent over the network in plain
+        /// text. A warning is logged at each start.
         insecure_http: bool = "false",
-        /// "user" (GET with the token: 200 is valid) or "rfc7662" (OAuth 2.0 token introspection).
+        /// "user" (GET with the token: 200 means valid) or "rfc7662" (OAuth 2.0 token introspection).
         mode: IntrospectionMode = r#""user""#,
-        /// With "user": the statuses that mean that there is no such token. Other than 401 they must come with an object
-        /// in JSON, and none with Retry-After: what a firewall or a rate limiter says is no word of the endpoint's.
+        /// With "user": statuses that mean that the token does not exist. All but 401 count only with a JSON object as
+        /// body and without Retry-After, so that a response of a firewall or rate limiter is not mistaken for one of
+        /// the endpoint.
         unknown_statuses: Vec<u64> = "[401, 403]",
-        /// Where the answer names the user: JSON pointers, the first that finds a text or number.
+        /// Where the response has the user name: JSON pointers. The first that finds a string or a number is used.
         user: Vec<String> = r#"["/username", "/login", "/sub", "/email"]"#,
-        /// Where the answer names scopes: a JSON pointer.
+        /// Where the response has the scopes: a JSON pointer.
         scopes_at: String = r#""/scope""#,
-        /// Scopes when the answer names none.
+        /// Scopes if the response has none.
         scopes: Vec<String> = "[]",
-        /// With "rfc7662": who tollgate is to the endpoint.
+        /// With "rfc7662": the client id of tollgate at the endpoint.
         client_id: String = r#""""#,
-        /// A file with its secret.
+        /// File with the client secret.
         client_secret_file: String = r#""""#,
-        /// "auto" (nothing to loopback addresses and Unix sockets, "verify-full" to everywhere else), "disable",
-        /// "require" (encrypted, to whomever), "verify-ca" or "verify-full". Never falls back to plain text.
+        /// "auto" (plain text to loopback addresses and Unix sockets, otherwise "verify-full"), "disable", "require"
+        /// (encrypted, certificate not verified), "verify-ca" or "verify-full". Never falls back to plain text.
         tls: Tls = r#""auto""#,
-        /// The authorities to trust, a PEM file; empty for the system's.
+        /// Trusted certificate authorities, a PEM file; empty for those of the system.
         tls_ca: String = r#""""#,
-        /// A certificate of tollgate's own, if the other side asks for one: a PEM file.
+        /// Client certificate, a PEM file, if the server asks for one.
         tls_cert: String = r#""""#,
-        /// The key of `tls_cert`.
+        /// Private key of `tls_cert`.
         tls_key: String = r#""""#,
-        /// Requests under way at once.
+        /// Concurrent requests.
         connections: u64 = "32",
-        /// So many failures in a row, and the endpoint is left alone.
+        /// After this many consecutive failures, no more requests are sent for a while.
         breaker_failures: u64 = "5",
-        /// For so long; then one request tries. So long callers that are not cached wait, at most, for an endpoint that
-        /// is back.
+        /// How long; then one request tries again. Callers whose token is not cached wait at most this long for an
+        /// endpoint that has recovered.
         breaker_pause: Duration = r#""500ms""#,
-        /// How long a look-up may take.
+        /// Timeout of a lookup.
         timeout: Duration = r#""2s""#,
     }
 }
 
 section! {
-    /// How long an answer of the store is believed. Changes in the store take effect at once all the same.
+    /// How long results of lookups are used. Changes that a store notifies take effect at once nevertheless.
     Cache {
-        /// For valid tokens. Those in use are looked up anew in the background before their time is over.
+        /// Valid tokens. Those in use are looked up again in the background before they expire.
         positive_ttl: Duration = r#""60s""#,
-        /// For everything else.
+        /// All others.
         negative_ttl: Duration = r#""10s""#,
-        /// How much longer a valid token is believed while the store can't be asked.
+        /// How much longer a valid token is accepted while the store cannot be asked.
         stale_if_error: Duration = r#""10m""#,
         /// Valid tokens in memory, about 550 bytes each.
         positive_capacity: u64 = "100000",
-        /// Invalid ones, in a space of their own, about 200 bytes each.
+        /// Invalid tokens in memory, counted separately, about 200 bytes each.
         negative_capacity: u64 = "100000",
-        /// A file that keeps what is known of valid tokens (digests only) over a restart, relative to this
-        /// configuration's folder; empty for none. Believed once the stores have said what changed meanwhile, which
-        /// SQLite and tollgate's own tables can; else only while a store is down.
+        /// File that keeps the valid tokens (digests only) over a restart, relative to the folder of this
+        /// configuration; empty for none. Its entries are used once the stores have reported what changed since, which
+        /// SQLite and tollgate's own tables can do; otherwise only while a store is down.
         snapshot: String = r#""""#,
     }
 }
@@ -313,7 +323,7 @@ section! {
 section! {
     /// Bounds for `page` and `per_page`, on GET and HEAD under the prefixes.
     Pagination {
-        /// What stands for a `per_page` of zero, below zero, or that is no number.
+        /// Replaces a `per_page` that is zero, negative or not a number.
         default_per_page: u64 = "20",
         /// The highest `per_page`, or "none". Never above 2147483647.
         max_per_page: Option<u64> = "100",
@@ -321,7 +331,7 @@ section! {
         first_page: u64 = "1",
         /// The highest `page`, or "none". Never above 2147483647.
         max_page: Option<u64> = r#""none""#,
-        /// What happens to a `page` past it: "clamp" or "refuse" (400).
+        /// A `page` above max_page: "clamp" (use max_page) or "refuse" (400).
         beyond_max_page: Beyond = r#""clamp""#,
         /// Add `page` and `per_page` to requests that have none.
         inject_defaults: bool = "false",
@@ -329,15 +339,15 @@ section! {
 }
 
 section! {
-    /// Other bounds for some paths; the first entry that matches counts. What is not said is as in [pagination].
+    /// Other bounds for some paths. The first entry that matches is used. What is not set is as in [pagination].
     PaginationRoute {
         /// A path pattern: `:name` is any one segment, a final `*` everything below.
         path: RoutePattern = r#"!"/""#,
-        /// false: these paths have no pages, and nothing of theirs is changed.
+        /// false: these paths have no pages, and their queries are not changed.
         enabled: bool = "true",
         /// The lowest `page`.
         first_page: Inherited<u64> = r#""inherit""#,
-        /// What stands for a `per_page` that is no good.
+        /// Replaces a `per_page` that is zero, negative or not a number.
         default_per_page: Inherited<u64> = r#""inherit""#,
         /// The highest `per_page`, or "none".
         max_per_page: Inherited<Option<u64>> = r#""inherit""#,
@@ -345,64 +355,68 @@ section! {
 }
 
 section! {
-    /// What a client may take up.
+    /// Limits for clients.
     Limits {
-        /// The head of a request; more is 431.
+        /// The request head. A larger one gets 431.
         header_bytes: Bytes = r#""32KiB""#,
-        /// Path and query; more is 414.
+        /// Path and query. Longer ones get 414.
         target_bytes: Bytes = r#""8KiB""#,
-        /// A body, or "none"; more is 413.
+        /// The request body, or "none". A larger one gets 413.
         body_bytes: Option<Bytes> = r#""none""#,
-        /// For the whole head of a request, from its first byte; longer is 408.
+        /// Time for the whole request head, from its first byte. A slower one gets 408.
         header_timeout: Duration = r#""10s""#,
-        /// For a connection without a request.
+        /// How long a connection may stay open without a request.
         idle_timeout: Duration = r#""75s""#,
     }
 }
 
 section! {
-    /// A backend. Its servers are taken in turn. Requests go to the first one, unless their [[route]] names another.
+    /// A backend. Requests are distributed to its servers in turn. Requests go to the first [[upstream]], unless their
+    /// [[route]] names another.
     Upstream {
-        /// Its name in metrics, logs and routes.
+        /// Name in metrics, logs and routes.
         name: String = r#"!"api""#,
         /// `"host:port"` or `"unix:/path"`. Names are resolved at start and at each reload.
         servers: Vec<UpstreamAddress> = "![]",
-        /// For the connection. After that it is tried again, three times in all, on whichever server is next; then 504.
+        /// Timeout of a connection attempt. There are up to three attempts, each on the next server; then the client
+        /// gets 504.
         connect_timeout: Duration = r#""2s""#,
-        /// Between two pieces of an answer; longer is 504.
+        /// The longest pause between two parts of a response. After that the client gets 504.
         read_timeout: Duration = r#""60s""#,
-        /// How long an unused connection is kept. Must be below the backend's own keep-alive time (Puma's is 20s).
+        /// How long an unused connection is kept. It must be shorter than the backend's own keep-alive time (20s in
+        /// Puma).
         idle_timeout: Duration = r#""15s""#,
     }
 }
 
 section! {
-    /// A path with rules of its own. The narrowest pattern counts, wherever it stands in the file.
+    /// A path with rules of its own. The most specific pattern applies, wherever it is in the file.
     Route {
         /// A path pattern: `:name` is any one segment, a final `*` everything below, `/` alone every path.
         path: RoutePattern = r#"!"/""#,
-        /// For these methods only.
+        /// The methods that the rules apply to.
         methods: Vec<MethodName> = r#"["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]"#,
-        /// "required", "optional" (no token: forwarded without one; a token that is there must be valid) or "none"
-        /// (nothing is looked up, and tokens are taken out).
+        /// "required", "optional" (requests without a token are forwarded; a token that is present must be valid) or
+        /// "none" (no lookup, and tokens are removed).
         auth: Auth = r#""required""#,
-        /// Why these paths may be reached without a token. Needed for "optional" and "none"; `tollgate check` lists it.
+        /// Why these paths can be reached without a token. Needed for "optional" and "none"; `tollgate check` lists it.
         reason: String = r#""""#,
         /// Tokens in the query: "accept" or "refuse" (401).
         query_token: QueryToken = r#""accept""#,
-        /// With auth = "none": leave tokens in, for a backend that checks them itself.
+        /// With auth = "none": do not remove tokens, for a backend that checks them itself.
         pass_token: bool = "false",
-        /// The [[upstream]] that serves it; empty for the first one.
+        /// The name of the [[upstream]] for these requests; empty for the first one.
         upstream: String = r#""""#,
     }
 }
 
 section! {
-    /// What is written down. Tokens never are.
+    /// Logs. They never contain tokens.
     Log {
-        /// One JSON object a request: "stdout", "off", or a file (relative to this configuration's folder).
+        /// Access log, one JSON object for each request: "stdout", "off", or a file (relative to the folder of this
+        /// configuration).
         access: String = r#""stdout""#,
-        /// What tollgate says of itself, on stderr: "error", "warn" or "info".
+        /// Level of the process log on stderr: "error", "warn" or "info".
         level: Level = r#""info""#,
     }
 }

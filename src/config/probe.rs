@@ -13,13 +13,14 @@ use std::time::Duration;
 pub enum Probe<'a> {
     /// At the file, and at the secrets and certificates that it names.
     Settings,
-    /// At what a start opens: listeners that nobody else has, the log, files of stores. Nothing that could wait for the
-    /// network: a gateway starts while a store is down.
+    /// At what a start needs: listeners that nobody else has, the log, files of stores, names of upstreams. No store is
+    /// connected to: a gateway starts while one is down.
     Start,
-    /// At what a reload opens when these settings run: the same, but for what did not change, and the listeners, which stay.
+    /// At what a reload needs while these settings run: the same, but for files that did not change, and the listeners, which
+    /// stay.
     Reload(&'a Settings),
-    /// At everything that a start opens, with listeners that may be the running gateway's. With `network`, names are resolved
-    /// and stores are asked.
+    /// At everything that a start needs, with listeners that may be the running gateway's. With `network`, stores are
+    /// connected to as well; without it, not even names are resolved.
     Check { network: bool },
 }
 
@@ -29,11 +30,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(super) fn look(settings: &Settings, file: &File, probe: Probe<'_>, places: &mut Places<'_>) {
     let mut add =
         |section: &str, problems: Vec<Problem>| problems.into_iter().for_each(|found| places.add(section, found));
-    let (running, network) = match probe {
+    let (running, names, stores_too) = match probe {
         Probe::Settings => return,
-        Probe::Start => (None, false),
-        Probe::Reload(running) => (Some(running), false),
-        Probe::Check { network } => (None, network),
+        Probe::Start => (None, true, false),
+        Probe::Reload(running) => (Some(running), true, false),
+        Probe::Check { network } => (None, network, network),
     };
     match probe {
         Probe::Start => add("", settings.server.unbound(InUse::Error)),
@@ -48,7 +49,7 @@ pub(super) fn look(settings: &Settings, file: &File, probe: Probe<'_>, places: &
     {
         add("cache", identity::snapshot_problems(path));
     }
-    if network {
+    if names {
         for (upstream, section) in settings.upstreams.iter().zip(&file.upstreams) {
             add(&section.at, edge::unresolved(upstream));
         }
@@ -56,7 +57,8 @@ pub(super) fn look(settings: &Settings, file: &File, probe: Probe<'_>, places: &
     let changed = |store: &NamedStore| running.is_none_or(|running| !running.stores.contains(store));
     let stores = || settings.stores.iter().zip(&file.stores).filter(|(store, _)| changed(store));
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-    let found = runtime.block_on(futures_util::future::join_all(stores().map(|(store, _)| problems(store, network))));
+    let found =
+        runtime.block_on(futures_util::future::join_all(stores().map(|(store, _)| problems(store, stores_too))));
     stores().zip(found).for_each(|((_, section), found)| add(section.at(), found));
 }
 
