@@ -4,6 +4,7 @@
 
 use divan::counter::BytesCount;
 use divan::{AllocProfiler, Bencher, black_box};
+use tollgate::clock::Now;
 use tollgate::forward::Http1Head;
 use tollgate::identity::Mode;
 use tollgate::pipeline::{Admission, Pipeline, Verdict};
@@ -12,7 +13,7 @@ use tollgate::request::origin::{Origin, TrustedProxies};
 use tollgate::request::view::RequestView;
 use tollgate::request::{self, head, query};
 use tollgate::store::credential::Digest;
-use tollgate::{Now, config, edge};
+use tollgate::{config, edge};
 
 #[global_allocator]
 static ALLOCATOR: AllocProfiler = AllocProfiler::system();

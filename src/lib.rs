@@ -39,5 +39,3 @@ pub mod config;
 pub mod assembly;
 
 pub mod cli;
-
-pub use clock::Now;

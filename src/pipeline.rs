@@ -2,7 +2,7 @@
 //! they, where to. Returns a decision and what was learned on the way; it counts nothing and writes nothing. With a token
 //! that is in the cache it is synchronous from end to end.
 
-use crate::Now;
+use crate::clock::Now;
 use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::{Authenticator, CannotTell, Checked, Mode, Principal, TokenStatus, Waiting};
 use crate::policy::Policy;

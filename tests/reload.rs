@@ -254,3 +254,19 @@ fn reloads_hold_under_load() {
         assert_eq!(found, "");
     });
 }
+
+/// What is known of servers outlives a reload: the turns go on where they were, and an outage that began before a reload ends
+/// behind it.
+#[test]
+fn pools_go_on_behind_a_reload() {
+    let upstreams = [Upstream::start(), Upstream::start()];
+    let servers = upstreams.each_ref().map(|upstream| format!("\"{}\"", upstream.address)).join(", ");
+    let pool = |idle: &str| format!("[[upstream]]\nname = \"api\"\nservers = [{servers}]\nidle_timeout = \"{idle}\"\n");
+    let gateway = Gateway::start(upstreams[0].address, &pool("4s"));
+    let timeouts = ["4s", "5s"];
+    for turn in 0..6 {
+        assert_eq!(gateway.get("/api/v3/user").status, 200);
+        reload(&gateway, &pool(timeouts[turn % 2]), &pool(timeouts[(turn + 1) % 2]));
+    }
+    assert_eq!(upstreams.each_ref().map(|upstream| upstream.seen().len()), [3, 3]);
+}

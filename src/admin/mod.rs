@@ -1,7 +1,7 @@
 //! The requests that the admin listener serves, as plain functions. Knows no socket; nothing here is ever served on the
 //! API listeners.
 
-use crate::Now;
+use crate::clock::Now;
 use crate::pipeline::Pipeline;
 use crate::request::head::HeadFault;
 use crate::request::view::{FieldKind, Method, RequestView};

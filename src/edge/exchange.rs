@@ -3,7 +3,7 @@
 //! nothing and writes to no socket.
 
 use super::Snapshot;
-use crate::Now;
+use crate::clock::Now;
 use crate::pipeline::Facts;
 use crate::reply::Refusal;
 use crate::request::view::{Method, RequestView};

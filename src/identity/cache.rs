@@ -2,8 +2,8 @@
 //! Good and bad tokens have separate budgets, so that no flood of guesses can evict a valid caller.
 
 use super::Mode;
-use super::principal::{Invalid, Principal};
-use crate::Now;
+use super::principal::{Invalid, Principal, TokenStatus};
+use crate::clock::Now;
 use crate::problem::Problem;
 use crate::store::credential::{Digest, DigestPrefix};
 use foldhash::quality::RandomState;
@@ -62,13 +62,6 @@ impl CacheSettings {
         }
         problems
     }
-}
-
-/// What is known about a token.
-#[derive(Clone, Debug)]
-pub enum TokenStatus {
-    Valid(Arc<Principal>),
-    Invalid(Invalid),
 }
 
 /// What the cache has to say.

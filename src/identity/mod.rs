@@ -5,11 +5,11 @@ mod cache;
 mod cache_file;
 mod principal;
 
-pub use cache::{CacheSettings, TokenStatus};
+pub use cache::CacheSettings;
 pub use cache_file::problems as snapshot_problems;
-pub use principal::{Invalid, Principal, judge};
+pub use principal::{Invalid, Principal, TokenStatus, judge};
 
-use crate::Now;
+use crate::clock::Now;
 use crate::store::chain::Chain;
 use crate::store::credential::{Credential, Digest, DigestPrefix};
 use crate::store::{Event, Mark, Named, StoreError};

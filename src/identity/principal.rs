@@ -1,13 +1,19 @@
 //! Who a valid token belongs to. A [`Principal`] can only be made here, from a store's record that is in force:
 //! to hold one is to have been authenticated.
 
-use super::cache::TokenStatus;
-use crate::Now;
+use crate::clock::Now;
 use crate::store::TokenRecord;
 use crate::store::credential::{Digest, TokenId};
 use crate::telemetry::metrics::Generation;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+
+/// What is known about a token.
+#[derive(Clone, Debug)]
+pub enum TokenStatus {
+    Valid(Arc<Principal>),
+    Invalid(Invalid),
+}
 
 #[derive(Debug)]
 pub struct Principal {

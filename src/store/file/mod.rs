@@ -32,7 +32,7 @@ pub struct FileStore {
     /// What was found changed and nobody has been told yet.
     untold: parking_lot::Mutex<Vec<Event>>,
     metrics: Arc<StoreMetrics>,
-    clock: fn() -> crate::Now,
+    clock: fn() -> crate::clock::Now,
 }
 
 type Table = HashMap<Digest, TokenRecord>;
@@ -116,7 +116,7 @@ impl From<&TokenRecord> for TokenShape {
 
 impl FileStore {
     /// Reads the file; it must be there and right.
-    pub fn open(path: &Path, metrics: Arc<StoreMetrics>, clock: fn() -> crate::Now) -> Result<Self, String> {
+    pub fn open(path: &Path, metrics: Arc<StoreMetrics>, clock: fn() -> crate::clock::Now) -> Result<Self, String> {
         let seen = Stamp::of(path);
         let table = ArcSwap::from_pointee(read(path)?);
         metrics.file_current(true);

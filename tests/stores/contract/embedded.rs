@@ -7,7 +7,7 @@ use tollgate::store::file::{FileAdmin, FileStore};
 use tollgate::store::sqlite::{SqliteAdmin, SqliteStore};
 use tollgate::telemetry::metrics::Metrics;
 
-fn clock() -> tollgate::Now {
+fn clock() -> tollgate::clock::Now {
     tollgate::edge::now()
 }
 

@@ -550,11 +550,11 @@ async fn gateways_confirm(subject: &dyn Subject) {
 /// revoked while it was stopped. For stores that keep a list of changes; `age` makes what was written so far older than what
 /// is looked at besides.
 pub async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn()) {
-    fn skewed(minutes: i64) -> tollgate::Now {
+    fn skewed(minutes: i64) -> tollgate::clock::Now {
         let now = tollgate::edge::now();
-        tollgate::Now { unix_ms: now.unix_ms.saturating_add_signed(minutes * 60_000), ..now }
+        tollgate::clock::Now { unix_ms: now.unix_ms.saturating_add_signed(minutes * 60_000), ..now }
     }
-    let clocks: [fn() -> tollgate::Now; 3] = [|| skewed(0), || skewed(30), || skewed(-30)];
+    let clocks: [fn() -> tollgate::clock::Now; 3] = [|| skewed(0), || skewed(30), || skewed(-30)];
     let mut admin = subject.admin().await;
     let folder = Folder::new("restored");
     for (name, clock) in ["right", "ahead", "behind"].into_iter().zip(clocks) {
@@ -610,7 +610,7 @@ pub async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn()) {
     }
 }
 
-fn gateway(subject: &dyn Subject, clock: fn() -> tollgate::Now, snapshot: &std::path::Path) -> Arc<Authenticator> {
+fn gateway(subject: &dyn Subject, clock: fn() -> tollgate::clock::Now, snapshot: &std::path::Path) -> Arc<Authenticator> {
     let settings = CacheSettings {
         positive_ttl: Duration::from_secs(600),
         negative_ttl: Duration::from_secs(10),
