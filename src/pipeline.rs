@@ -46,7 +46,7 @@ pub struct Facts {
     /// Where tokens stand in the request.
     pub source: TokenSource,
     pub query_token: bool,
-    /// The one token that was presented; nobody may have validated it.
+    /// The one token that was presented. It may not have been validated.
     pub token: Option<TokenId>,
     pub principal: Option<Arc<Principal>>,
     /// What the cache knew of the token, where it was asked.

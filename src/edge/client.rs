@@ -26,7 +26,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Re
 const READ_BYTES: usize = 4 * 1024;
 /// Bytes of a next request that may pile up while the current one is served.
 const MAX_AHEAD_BYTES: usize = 64 * 1024;
-/// A body that nobody wants is read to its end up to this size, so that the connection can go on.
+/// Unread bodies up to this size are skipped, so that the connection can be reused.
 const MAX_DRAIN_BYTES: u64 = 64 * 1024;
 const DRAIN_TIME: Duration = Duration::from_secs(5);
 /// How long, and how much, a connection is still read after the last answer, so that a client that is still sending
@@ -83,7 +83,7 @@ pub(super) enum Head {
     TargetTooLong,
     TooSlow,
     Malformed(HeadFault),
-    /// The client has gone, or said nothing for too long: there is nobody to answer.
+    /// The client closed the connection or was idle for too long. No response is sent.
     Closed,
 }
 
@@ -173,7 +173,7 @@ impl ClientStream {
         };
     }
 
-    /// Whether a body that nobody reads can be skipped for the next request's sake.
+    /// Whether an unread body can be skipped so that the next request can be read.
     pub(super) fn can_skip(framing: Framing, expects_continue: bool) -> bool {
         match framing {
             Framing::Empty => true,

@@ -141,14 +141,14 @@ impl Gate {
     }
 }
 
-/// Answers a request whose head could not be read, and ends the connection. Whoever sent it may not get to see the answer.
+/// Answers a request whose head could not be read, and closes the connection. The response may not reach the client.
 async fn refuse_unread(mut client: ClientStream, mut exchange: Exchange, fault: request::Fault) {
     exchange.request_id = new_request_id();
     let refusal = Refusal::from(Cause::Request(fault));
     let read = if exchange.head.is_empty() { client.unread() } else { &exchange.head };
     let grant = exchange.snapshot.pipeline.cors.grant(head::origins_of_unparsed(read));
     let bytes = render(refusal, head::asks_for_head(read), true, &exchange, grant);
-    // A client that is gone reads nothing; the ledger says all that is left to say.
+    // The client may have closed the connection; the request is logged either way.
     let _ = client.write(&bytes).await;
     exchange.refused(refusal);
     exchange.over(End {

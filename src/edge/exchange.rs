@@ -23,7 +23,7 @@ pub(super) struct Exchange {
     pub(super) head: Bytes,
     started: Instant,
     logged: Option<LogPlaces>,
-    /// The policy has let it pass.
+    /// The pipeline has permitted it.
     permitted: bool,
     ending: Ending,
     upstream: UpstreamSide,
@@ -36,17 +36,17 @@ struct Ending {
     refusal: Option<Refusal>,
     /// Why it failed behind the verdict, where no refusal says so.
     reason: Option<&'static str>,
-    /// `None`: it was broken off, by the end of the process or a fault of ours.
+    /// `None`: aborted, by the end of the process or by an internal error.
     end: Option<End>,
 }
 
 /// What a client got.
 pub(super) struct End {
-    /// Of the final answer; 0: none.
+    /// Of the final response; 0: none was sent.
     pub(super) status: u16,
-    /// Whose answer it was.
+    /// Who sent it.
     pub(super) by: Option<By>,
-    /// Of the request's body, or of its head where nobody read the body.
+    /// Of the request's body; of its head if the request was refused and the body not read.
     pub(super) bytes_received: u64,
     pub(super) bytes_sent: u64,
     /// Something failed on the way.
@@ -122,12 +122,12 @@ impl Exchange {
         });
     }
 
-    /// The pipeline has learned this much.
+    /// Takes over what the pipeline knows so far.
     pub(super) fn learned(&mut self, facts: Facts) {
         self.facts = facts;
     }
 
-    /// The pipeline has let it pass. `fields_dropped`: header fields that were not forwarded for their name.
+    /// The pipeline has permitted it. `fields_dropped`: header fields that were not forwarded for their name.
     pub(super) fn permitted(&mut self, fields_dropped: usize) {
         self.permitted = true;
         self.upstream.fields_dropped = fields_dropped;
@@ -150,14 +150,14 @@ impl Exchange {
         };
     }
 
-    /// A connection to the server is there.
+    /// A connection to the server is established.
     pub(super) fn connected(&self, reused: bool) {
         if let Some(peers) = self.snapshot.upstream(self.facts.route) {
             peers.upstream.connected(reused);
         }
     }
 
-    /// The server has sent the head of an answer; an interim one is none of its own.
+    /// The server has sent the head of a response, interim or final.
     pub(super) fn answered(&mut self, status: u16) {
         if let Some(asked) = self.upstream.asked.take() {
             self.upstream.took = Some(asked.elapsed());
@@ -191,7 +191,7 @@ impl Exchange {
         self.ending.reason = Some("client_gone");
     }
 
-    /// The exchange is over, and this is what the client got.
+    /// The exchange is complete; this is what the client got.
     pub(super) fn over(&mut self, end: End) {
         if end.failed && self.ending.refusal.is_none() {
             self.ending.reason = self.ending.reason.or(Some("failed"));

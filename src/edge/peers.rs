@@ -27,7 +27,7 @@ pub(super) struct Peers {
     templates: Vec<HttpPeer>,
 }
 
-/// Resolves the servers' names; a name with several addresses stands for several servers. May block.
+/// Resolves the servers' names; each address of a name is a server. May block.
 pub fn resolve(settings: &UpstreamSettings) -> Result<Vec<Endpoint>, ResolveError> {
     let mut endpoints = Vec::new();
     for server in &settings.servers {
@@ -119,7 +119,7 @@ impl Peers {
         }
     }
 
-    /// A server by its place in the pool. A tunnel may be silent for as long as it likes.
+    /// A server by its place in the pool. A tunnel has no read timeout.
     pub(super) fn peer(&self, server: usize, tunnel: bool) -> Option<HttpPeer> {
         let mut peer = self.templates.get(server)?.clone();
         if tunnel {

@@ -9,10 +9,10 @@ use smallvec::SmallVec;
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// Interim answers to one request. A backend that sends more keeps a client busy and never answers.
+/// Interim responses to one request. A backend that sends more never answers.
 const MAX_INTERIM_ANSWERS: usize = 64;
 
-/// The head of a backend's answer, whoever read it.
+/// The head of a backend's response, independent of the lane that read it.
 pub trait AnswerView {
     fn status(&self) -> u16;
 
@@ -23,8 +23,8 @@ pub trait AnswerView {
     fn fields(&self) -> impl Iterator<Item = (&str, &[u8])>;
 }
 
-/// Whether an answer can be passed on: its end must be read in one way by everybody, nobody switches protocols unasked, and
-/// `interim`, how many interim answers came before it, has a bound.
+/// Whether a response can be forwarded: its framing must be unambiguous, it must not switch protocols unless the client asked
+/// for it, and `interim`, the number of interim responses before it, is bounded.
 pub fn judge(view: &impl AnswerView, asked_to_switch: bool, interim: usize) -> Result<AnswerKind, UpstreamFault> {
     let (mut lengths, mut codings, mut in_doubt) = (0, 0, false);
     for (name, value) in view.fields() {
@@ -537,7 +537,7 @@ mod tests {
         clean.map_or(value.to_owned(), |clean| String::from_utf8(clean).unwrap())
     }
 
-    /// A head that nobody framed.
+    /// Status, whether chunks are known, and fields.
     struct Head(u16, bool, Vec<(&'static str, &'static str)>);
 
     impl AnswerView for Head {

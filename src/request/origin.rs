@@ -1,5 +1,5 @@
 //! Where a request came from: the client's address, the scheme, host and port that it used, as the socket shows and as
-//! trusted proxies tell. Pure. It must never believe a word of somebody who is no trusted proxy.
+//! trusted proxies tell. Pure. Headers of a peer that is not a trusted proxy are never used.
 
 use super::view::{Field, FieldKind, RequestView};
 use crate::problem::Problem;

@@ -159,25 +159,25 @@ impl Metrics {
 
         let requests = counters(
             "tollgate_requests_total",
-            "Requests by route, method and class of the status that the client got (none: gone before an answer).",
+            "Requests by route, method and status class (none: the client left before a response).",
             &["route", "method", "status"],
         )?;
         let auth = counters(
             "tollgate_auth_total",
-            "Verdicts by result, reason and the token's source. The reason is `ok` for valid tokens.",
+            "Authentication results by reason and token source. The reason is `ok` for valid tokens.",
             &["result", "reason", "source"],
         )?;
-        let cache = counters("tollgate_cache_lookups_total", "Look-ups in the token cache by result.", &["result"])?;
+        let cache = counters("tollgate_cache_lookups_total", "Lookups in the token cache by result.", &["result"])?;
         let rotated = counters(
             "tollgate_rotated_token_requests_total",
-            "Requests with a token that a rotation ended (old) or made (new).",
+            "Requests with a token that was replaced (old) or created (new) by a rotation.",
             &["generation"],
         )?;
         let clamps =
-            counters("tollgate_pagination_clamps_total", "Page parameters that were changed.", &["parameter"])?;
+            counters("tollgate_pagination_clamps_total", "Page parameters that were clamped.", &["parameter"])?;
         let log_dropped = counters(
             "tollgate_log_lines_dropped_total",
-            "Lines lost because whoever reads the log was too slow, or its disk was full.",
+            "Log lines dropped because the reader was too slow or the disk was full.",
             &["log"],
         )?;
         let build = gauges("tollgate_build_info", "1, with the version as label.", &["version"])?;
@@ -186,109 +186,110 @@ impl Metrics {
         Ok(Self {
             duration: histograms(
                 "tollgate_request_duration_seconds",
-                "Time from a request's head to the end of its answer, by route.",
+                "Time from the request head to the end of the response, by route.",
                 &["route"],
                 LATENCY_SECONDS,
             )?,
-            in_flight: gauge("tollgate_requests_in_flight", "Requests that are being served.")?,
-            connections: gauge("tollgate_connections", "Client connections that are open.")?,
+            in_flight: gauge("tollgate_requests_in_flight", "Requests in progress.")?,
+            connections: gauge("tollgate_connections", "Open client connections.")?,
             auth_valid_header: auth.with_label_values(&["valid", "ok", "header"]),
             cache_lookups: CacheResult::ALL.iter().map(|r| cache.with_label_values(&[r.as_str()])).collect(),
             cache_entries: gauges("tollgate_cache_entries", "Tokens in the cache.", &["kind"])?,
             store_duration: histograms(
                 "tollgate_store_lookup_duration_seconds",
-                "Time of a look-up in the token store.",
+                "Duration of token store lookups.",
                 &["store"],
                 STORE_SECONDS,
             )?,
             store_lookups: counters(
                 "tollgate_store_lookups_total",
-                "Look-ups that the token store answered, by whether it knew the token.",
+                "Lookups answered by the token store, by whether the token was found.",
                 &["store", "result"],
             )?,
             store_connections: gauges(
                 "tollgate_store_connections",
-                "Connections to the token store: open ones, those in use, and the most there may be.",
+                "Connections to the token store: open, in use, and the maximum.",
                 &["store", "state"],
             )?,
             store_subscribed: gauges(
                 "tollgate_store_subscribed",
-                "1 while the token store tells of changes, 0 while word of them does not come.",
+                "1 while change notifications arrive from the token store, 0 while they do not.",
                 &["store"],
             )?,
             store_subscription_losses: counters(
                 "tollgate_store_subscription_losses_total",
-                "Times that word of changes stopped coming.",
+                "Times that change notifications stopped arriving.",
                 &["store"],
             )?,
             store_breaker_open: gauges(
                 "tollgate_store_breaker_open",
-                "1 while the token store is left alone after failures in a row.",
+                "1 while the circuit breaker of the token store is open.",
                 &["store"],
             )?,
             store_file_current: gauges(
                 "tollgate_store_file_current",
-                "1 while the token file holds as it stands, 0 while it is broken or missing and an earlier one holds.",
+                "1 while the current token file is in use, 0 while it is invalid or missing and an earlier one is.",
                 &["store"],
             )?,
             store_rechecks: counters(
                 "tollgate_store_rechecks_total",
-                "Times that everything learned from a store had to be asked anew, because changes may have been missed.",
+                "Times that all cached tokens of a store had to be looked up again because changes may have been missed.",
                 &["store"],
             )?,
             store_errors: counters(
                 "tollgate_store_errors_total",
-                "Look-ups that the token store could not answer.",
+                "Lookups that the token store failed to answer.",
                 &["store", "kind"],
             )?,
             revocation_lag: histograms(
                 "tollgate_revocation_lag_seconds",
-                "Time from a change of a token in the store to its effect here.",
+                "Time from a token's change in the store to its effect in this gateway.",
                 &["store"],
                 LAG_SECONDS,
             )?,
             lookups_refused: counter(
                 "tollgate_lookups_refused_total",
-                "Look-ups that were not begun because too many were under way.",
+                "Lookups refused because too many were in progress.",
             )?,
             rotated: Generation::ALL.iter().map(|g| rotated.with_label_values(&[g.as_str()])).collect(),
             clamps: Clamp::ALL.iter().map(|c| clamps.with_label_values(&[c.as_str()])).collect(),
             method_overrides: counter(
                 "tollgate_method_overrides_total",
-                "Permitted POSTs that were judged as the method in X-HTTP-Method-Override",
+                "Permitted POST requests that were judged as the method in X-HTTP-Method-Override.",
             )?,
-            query_tokens: counter(
-                "tollgate_query_tokens_total",
-                "Requests that carried their token in the query string.",
-            )?,
+            query_tokens: counter("tollgate_query_tokens_total", "Requests with a token in the query string.")?,
             dropped_fields: counter(
                 "tollgate_dropped_headers_total",
-                "Request headers not forwarded because their name could be read as another one, or chooses a path or a user.",
+                "Request headers that were not forwarded because their name is ambiguous or selects a path or a user.",
             )?,
             upstream_duration: histograms(
                 "tollgate_upstream_duration_seconds",
-                "Time from choosing an upstream server to the head of its answer.",
+                "Time from choosing an upstream server to the head of its response.",
                 &["upstream"],
                 LATENCY_SECONDS,
             )?,
             upstream_connects: counters(
                 "tollgate_upstream_connects_total",
-                "Exchanges with an upstream by whether the connection was new.",
+                "Upstream connections used, by whether they were new.",
                 &["upstream", "connection"],
             )?,
             upstream_errors: counters(
                 "tollgate_upstream_errors_total",
-                "Attempts to get an answer from an upstream that failed, also when a retry succeeded.",
+                "Failed attempts to get a response from an upstream, also if a retry succeeded.",
                 &["upstream", "kind"],
             )?,
-            upstream_retries: counters("tollgate_upstream_retries_total", "Exchanges tried again.", &["upstream"])?,
+            upstream_retries: counters(
+                "tollgate_upstream_retries_total",
+                "Attempts after the first one.",
+                &["upstream"],
+            )?,
             log_dropped: ["access", "process"].map(|log| log_dropped.with_label_values(&[log])),
-            reloads: counters("tollgate_config_reloads_total", "Reloads of the configuration by result.", &["result"])?,
+            reloads: counters("tollgate_config_reloads_total", "Configuration reloads by result.", &["result"])?,
             config_loaded: gauge(
                 "tollgate_config_loaded_timestamp_seconds",
-                "When the running configuration was loaded.",
+                "Time at which the running configuration was loaded.",
             )?,
-            ready: gauge("tollgate_ready", "1 while requests are taken, 0 while draining.")?,
+            ready: gauge("tollgate_ready", "1 while requests are accepted, 0 while draining.")?,
             requests,
             auth,
             registry,

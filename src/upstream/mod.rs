@@ -126,7 +126,7 @@ impl Upstream {
         &self.servers
     }
 
-    /// Whether a pool of this name and these servers is this one, so that its state goes on behind a reload.
+    /// Whether a pool of this name and these servers is this one, so that its state is kept across a reload.
     pub fn is(&self, name: &str, endpoints: &[Endpoint]) -> bool {
         self.name == name && self.servers.iter().map(Server::endpoint).eq(endpoints)
     }
@@ -136,7 +136,7 @@ impl Upstream {
         self.turn.fetch_add(1, Ordering::Relaxed).checked_rem(self.servers.len())
     }
 
-    /// A connection to a server is there.
+    /// A connection to a server is established.
     pub fn connected(&self, reused: bool) {
         self.metrics.connected(reused);
     }

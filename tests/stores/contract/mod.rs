@@ -610,7 +610,11 @@ pub async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn()) {
     }
 }
 
-fn gateway(subject: &dyn Subject, clock: fn() -> tollgate::clock::Now, snapshot: &std::path::Path) -> Arc<Authenticator> {
+fn gateway(
+    subject: &dyn Subject,
+    clock: fn() -> tollgate::clock::Now,
+    snapshot: &std::path::Path,
+) -> Arc<Authenticator> {
     let settings = CacheSettings {
         positive_ttl: Duration::from_secs(600),
         negative_ttl: Duration::from_secs(10),
