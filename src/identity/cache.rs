@@ -1,5 +1,5 @@
-//! What was learned about tokens, and for how long it may be believed. Knows no store and no clock: time is an argument.
-//! Good and bad tokens have separate budgets, so that no flood of guesses can evict a valid caller.
+//! The cache of lookup results, and how long each may be used. Knows no store and no clock: time is an argument.
+//! Valid and invalid tokens have separate capacities, so that a flood of guesses cannot evict valid tokens.
 
 use super::Mode;
 use super::principal::{Invalid, Principal, TokenStatus};
@@ -19,9 +19,9 @@ pub struct CacheSettings {
     pub positive_ttl: Duration,
     pub negative_ttl: Duration,
     pub stale_if_error: Duration,
-    /// Entries, about 550 bytes each (measured by benches/scale.py).
+    /// In entries, of about 550 bytes each (measured by benches/scale.py).
     pub positive_capacity: u64,
-    /// Entries, about 200 bytes each.
+    /// In entries, of about 200 bytes each.
     pub negative_capacity: u64,
 }
 
@@ -64,42 +64,42 @@ impl CacheSettings {
     }
 }
 
-/// What the cache has to say.
+/// The result of a cache lookup.
 pub(super) enum Cached {
     Fresh {
         answer: TokenStatus,
-        /// It is time to ask the store again, in the background.
+        /// The caller must start a lookup in the background.
         refresh: bool,
     },
-    /// Must not be believed while the store can be asked; good enough while it can't.
+    /// Must not be used unless the store fails.
     Stale(Stale),
     Nothing,
 }
 
-/// A valid answer of an earlier time.
+/// An earlier valid result.
 #[derive(Clone)]
 pub(super) struct Stale {
     pub(super) principal: Arc<Principal>,
-    /// A change of this token may have been missed: only a store that is down excuses believing it, not a busy one.
+    /// A change of this token may have been missed: it may be used if the store is down, but not if it is only busy.
     pub(super) doubtful: bool,
-    /// It is time to ask the store again.
+    /// The caller must start a lookup.
     pub(super) refresh: bool,
 }
 
-/// A valid token. Times are milliseconds of [`Now::mono_ms`].
+/// The entry of a valid token. Times are milliseconds of [`Now::mono_ms`].
 struct Positive {
     principal: Arc<Principal>,
     refresh_at: AtomicU64,
-    /// [`DOUBTFUL`]: not to be believed before the store was asked.
+    /// [`DOUBTFUL`]: not to be used before a new lookup.
     fresh_until: AtomicU64,
     stale_until: u64,
     last_used: AtomicU64,
-    /// What stores call this token; empty for nearly all of them.
+    /// The stores' own identifiers of this token; empty for most stores.
     handles: Box<[Digest]>,
-    /// Believed until then even if changes may have been missed: the store was asked just before.
-    sure_until: u64,
-    /// From a snapshot: fresh for so long, once the store has said that the token did not change meanwhile.
-    vouchable_until: u64,
+    /// Usable until then even if changes may have been missed, because of a recent lookup.
+    certain_until: u64,
+    /// From the cache file: fresh until then, once the store has confirmed that the token did not change meanwhile.
+    confirmable_until: u64,
 }
 
 #[derive(Clone)]
@@ -112,53 +112,54 @@ pub(super) struct Cache {
     settings: CacheSettings,
     positive: Bounded<Digest, Arc<Positive>, RandomState>,
     negative: Bounded<Digest, Negative, RandomState>,
-    /// Until this monotonic millisecond no change can have been missed, as the stores have shown that they still tell of
-    /// them. Past it, and at 0, answers are good for a moment only. [`u64::MAX`]: no store tells of changes.
+    /// Until this monotonic millisecond no change can have been missed, because the subscriptions to all stores were
+    /// confirmed. After it, and at 0, results are cached for a moment only. [`u64::MAX`]: no store has notifications.
     heard_until: AtomicU64,
-    /// Word of changes has stopped coming.
+    /// The subscription to a store is lost.
     deaf: AtomicBool,
     uses: Uses,
 }
 
-/// Uses that no store was told of yet, beside those that stand with the entries of the cache.
+/// Token uses that are not yet written to a store, besides those recorded in the cache's entries.
 #[derive(Default)]
 struct Uses {
-    /// Later uses are still to be told, in unix milliseconds.
-    told_until: AtomicU64,
-    /// Of tokens whose entries are gone: their records changed, and they may never be used again.
+    /// Uses up to this Unix millisecond have been taken for writing.
+    taken_until: AtomicU64,
+    /// Last uses of tokens whose entries were removed.
     left: Mutex<HashMap<Digest, u64>>,
 }
 
-/// Uses of tokens that left the cache; those of more are lost.
-const USES_LEFT: usize = 100_000;
-/// Uses that are told again when a store could not take them. One that never takes any costs no more than this.
-const USES_RETRIED: usize = 10_000;
+/// Maximum number of removed tokens whose last use is kept; further ones are lost.
+const MAX_REMOVED_USES: usize = 100_000;
+/// Maximum number of uses that are kept for a retry when a store could not write them. Bounds the cost of a store that never
+/// can.
+const MAX_RETRIED_USES: usize = 10_000;
 
 impl Uses {
-    fn is_untold(&self, at: u64) -> bool {
-        at > 0 && at >= self.told_until.load(Ordering::Relaxed)
+    fn is_pending(&self, at: u64) -> bool {
+        at > 0 && at >= self.taken_until.load(Ordering::Relaxed)
     }
 
     fn keep(&self, digest: Digest, at: u64) {
         let mut left = self.left.lock();
-        if left.len() < USES_LEFT || left.contains_key(&digest) {
+        if left.len() < MAX_REMOVED_USES || left.contains_key(&digest) {
             let last = left.entry(digest).or_default();
             *last = at.max(*last);
         }
     }
 }
 
-/// What a look-up found, and how long that may hold.
+/// The result of a lookup, and how long it may be used.
 pub(super) struct Learned<'a> {
     pub(super) answer: &'a TokenStatus,
-    /// When the answer changes by itself, in unix milliseconds: a token that is not valid yet.
+    /// When the status changes by itself, in Unix milliseconds: for a token that is not valid yet.
     pub(super) until_unix_ms: Option<u64>,
     pub(super) handles: Vec<Digest>,
-    /// When the store was asked, in monotonic milliseconds.
+    /// When the lookup began, in monotonic milliseconds.
     pub(super) asked_ms: u64,
 }
 
-/// An entry as a snapshot keeps it. Times are unix milliseconds.
+/// An entry in the cache file. Times are Unix milliseconds.
 pub(super) struct SavedEntry {
     pub(super) digest: Digest,
     pub(super) principal: Arc<Principal>,
@@ -167,15 +168,15 @@ pub(super) struct SavedEntry {
     pub(super) handles: Vec<Digest>,
 }
 
-/// After this share of its lifetime an entry that is in use is looked up anew in the background.
+/// After this share of its lifetime, an entry in use is refreshed in the background.
 const REFRESH_AFTER: f64 = 0.75;
-/// Lifetimes are shortened at random by up to this share, so that entries of one moment don't end in one moment.
+/// Lifetimes are shortened at random by up to this share, so that entries created together do not expire together.
 const JITTER: f64 = 0.10;
-/// A background look-up that failed, or has not come back, is tried again after this.
+/// A background lookup that failed or has not completed is repeated after this.
 const REFRESH_RETRY_MS: u64 = 1_000;
-/// Uses are recorded no finer than this.
+/// Resolution of recorded uses.
 const LAST_USED_STEP_MS: u64 = 60_000;
-/// No time at all, where the end of one stands: a change of the token may have been missed.
+/// A value of `fresh_until`: a change of the token may have been missed.
 const DOUBTFUL: u64 = 0;
 /// How long an answer is believed while word of changes does not come. A revocation is promised to hold within a second
 /// then, too: what is left of it goes to the look-up.
@@ -183,7 +184,7 @@ const DEAF_TTL: Duration = Duration::from_millis(700);
 
 impl Cache {
     pub(super) fn new(settings: CacheSettings) -> Self {
-        // The hasher is keyed at random, as tokens that collide can be computed for a fixed one.
+        // The hasher has a random key, because colliding tokens could be computed for a fixed one.
         let positive =
             Bounded::builder().max_capacity(settings.positive_capacity).build_with_hasher(RandomState::default());
         let negative =
@@ -195,7 +196,7 @@ impl Cache {
     /// What is known of a token. With [`Mode::Observe`], asking leaves no trace.
     pub(super) fn get(&self, digest: &Digest, now: Now, mode: Mode) -> Cached {
         if let Some(entry) = self.positive.get(digest) {
-            return entry.say(now, self.hears(now), mode);
+            return entry.get(now, self.hears(now), mode);
         }
         match self.negative.get(digest) {
             Some(entry) if now.mono_ms < entry.until => {
@@ -205,7 +206,7 @@ impl Cache {
         }
     }
 
-    /// Believes an answer from now on. `random` is a number in 0..1 that sets the jitter.
+    /// Stores a result. `random` is a number in 0..1 that sets the jitter.
     pub(super) fn put(&self, digest: Digest, learned: Learned<'_>, now: Now, random: f64) {
         let most = if self.hears(now) { Duration::MAX } else { DEAF_TTL };
         let lifetime = |ttl: Duration| (ttl.min(most).as_millis() as f64 * (1.0 - JITTER * random)) as u64;
@@ -220,8 +221,8 @@ impl Cache {
                     stale_until: fresh_until + self.settings.stale_if_error.as_millis() as u64,
                     last_used: AtomicU64::new(now.unix_ms),
                     handles: learned.handles.into(),
-                    sure_until: learned.asked_ms + DEAF_TTL.as_millis() as u64,
-                    vouchable_until: 0,
+                    certain_until: learned.asked_ms + DEAF_TTL.as_millis() as u64,
+                    confirmable_until: 0,
                 };
                 self.positive.insert(digest, Arc::new(entry));
                 self.negative.invalidate(&digest);
@@ -240,25 +241,25 @@ impl Cache {
         self.negative.invalidate(digest);
     }
 
-    /// Takes a valid token's entry away, and not its use with it.
+    /// Removes a valid token's entry, but keeps its last use.
     fn drop_positive(&self, digest: &Digest) {
         if let Some(entry) = self.positive.remove(digest) {
             let used = entry.last_used.load(Ordering::Relaxed);
-            if self.uses.is_untold(used) {
+            if self.uses.is_pending(used) {
                 self.uses.keep(*digest, used);
             }
         }
     }
 
     pub(super) fn forget_all(&self) {
-        for (digest, used) in self.untold() {
+        for (digest, used) in self.pending_uses() {
             self.uses.keep(digest, used);
         }
         self.positive.invalidate_all();
         self.negative.invalidate_all();
     }
 
-    /// Forgets valid tokens by what stores call them. Goes through all entries, once for any number of handles.
+    /// Removes valid tokens by the stores' identifiers. Iterates over all entries once, for any number of handles.
     pub(super) fn forget_handles(&self, handles: &HashSet<Digest>) {
         for (digest, entry) in &self.positive {
             if entry.handles.iter().any(|handle| handles.contains(handle)) {
@@ -267,7 +268,7 @@ impl Cache {
         }
     }
 
-    /// Forgets what begins so, and says how many entries that were. Goes through all of them.
+    /// Removes the entries whose digest has this prefix, and returns their number. Iterates over all entries.
     pub(super) fn forget_prefix(&self, prefix: &DigestPrefix) -> usize {
         let valid = self.positive.iter().map(|(digest, _)| *digest).filter(|digest| digest.begins_with(prefix));
         let invalid = self.negative.iter().map(|(digest, _)| *digest).filter(|digest| digest.begins_with(prefix));
@@ -276,12 +277,12 @@ impl Cache {
         found.len()
     }
 
-    /// Lets nothing be believed before the store was asked, except while it can't be. What is put in meanwhile stays:
-    /// callers see to it that it is from behind whatever was missed.
+    /// Marks all entries as not to be used before a new lookup, unless the store fails. Entries inserted meanwhile are not
+    /// marked: the caller must ensure that they are from lookups after whatever was missed.
     pub(super) fn doubt_all(&self) {
         for (_, entry) in &self.positive {
             entry.fresh_until.store(DOUBTFUL, Ordering::Relaxed);
-            // While the store fails, each entry in use goes on asking for itself.
+            // Due immediately: while the store fails, each entry in use continues to request its own refresh.
             entry.refresh_at.store(0, Ordering::Relaxed);
         }
         self.negative.invalidate_all();
@@ -305,30 +306,30 @@ impl Cache {
         self.deaf.load(Ordering::Relaxed)
     }
 
-    fn untold(&self) -> Vec<(Digest, u64)> {
+    fn pending_uses(&self) -> Vec<(Digest, u64)> {
         let used =
-            |entry: &Positive| Some(entry.last_used.load(Ordering::Relaxed)).filter(|at| self.uses.is_untold(*at));
+            |entry: &Positive| Some(entry.last_used.load(Ordering::Relaxed)).filter(|at| self.uses.is_pending(*at));
         self.positive.iter().filter_map(|(digest, entry)| Some((*digest, used(&entry)?))).collect()
     }
 
-    /// Tokens that were used since this was asked before, with the time of a recent use, in unix milliseconds. Whoever
-    /// can't pass them on gives them back with [`Cache::untold_uses`].
+    /// Takes the tokens used since the last call, with the time of a recent use in Unix milliseconds. If they cannot be
+    /// written, give them back with [`Cache::return_uses`].
     pub(super) fn take_uses(&self, now: Now) -> Vec<(Digest, u64)> {
         let mut uses = std::mem::take(&mut *self.uses.left.lock());
-        for (digest, used) in self.untold() {
+        for (digest, used) in self.pending_uses() {
             let last = uses.entry(digest).or_default();
             *last = used.max(*last);
         }
-        self.uses.told_until.store(now.unix_ms, Ordering::Relaxed);
+        self.uses.taken_until.store(now.unix_ms, Ordering::Relaxed);
         uses.into_iter().collect()
     }
 
-    pub(super) fn untold_uses(&self, uses: Vec<(Digest, u64)>) {
-        uses.into_iter().take(USES_RETRIED).for_each(|(digest, used)| self.uses.keep(digest, used));
+    pub(super) fn return_uses(&self, uses: Vec<(Digest, u64)>) {
+        uses.into_iter().take(MAX_RETRIED_USES).for_each(|(digest, used)| self.uses.keep(digest, used));
     }
 
-    /// The valid entries that may be worth something after a restart.
-    pub(super) fn kept(&self, now: Now) -> Vec<SavedEntry> {
+    /// The valid entries that may be useful after a restart.
+    pub(super) fn saved_entries(&self, now: Now) -> Vec<SavedEntry> {
         let unix = |mono: u64| now.unix_ms.saturating_sub(now.mono_ms).saturating_add(mono);
         let keep = |digest: Digest, entry: Arc<Positive>| {
             let useful = entry.principal.in_force(now) && now.mono_ms < entry.stale_until;
@@ -344,9 +345,9 @@ impl Cache {
         self.positive.iter().filter_map(|(digest, entry)| keep(*digest, entry)).collect()
     }
 
-    /// Takes an entry from a snapshot: doubtful, until [`Cache::vouch_all`].
+    /// Inserts an entry from the cache file: doubtful until [`Cache::confirm_all`].
     pub(super) fn restore(&self, kept: SavedEntry, now: Now) {
-        // No entry lives longer than one that is learned now would.
+        // No entry may live longer than one that is looked up now.
         let longest = |ttl: Duration| now.mono_ms + ttl.as_millis() as u64;
         let mono = |unix: u64| now.mono_ms + unix.saturating_sub(now.unix_ms);
         let entry = Positive {
@@ -357,29 +358,30 @@ impl Cache {
                 .min(longest(self.settings.positive_ttl.saturating_add(self.settings.stale_if_error))),
             last_used: AtomicU64::new(0),
             handles: kept.handles.into(),
-            sure_until: 0,
-            vouchable_until: mono(kept.fresh_until).min(longest(self.settings.positive_ttl)),
+            certain_until: 0,
+            confirmable_until: mono(kept.fresh_until).min(longest(self.settings.positive_ttl)),
         };
         self.positive.insert(kept.digest, Arc::new(entry));
     }
 
-    /// Believes what came from a snapshot and is still there: the store has named all that changed, and those are gone.
-    pub(super) fn vouch_all(&self, now: Now) {
+    /// Makes the remaining entries from the cache file fresh. The store has listed all changes since, and the caller has
+    /// removed those tokens.
+    pub(super) fn confirm_all(&self, now: Now) {
         for (_, entry) in &self.positive {
-            if entry.vouchable_until > now.mono_ms {
-                entry.refresh_at.store(entry.vouchable_until, Ordering::Relaxed);
-                entry.fresh_until.store(entry.vouchable_until, Ordering::Relaxed);
+            if entry.confirmable_until > now.mono_ms {
+                entry.refresh_at.store(entry.confirmable_until, Ordering::Relaxed);
+                entry.fresh_until.store(entry.confirmable_until, Ordering::Relaxed);
             }
         }
     }
 
-    /// Does now what moka does in its own time: take in what was written, evict down to the capacity, and count.
+    /// Runs moka's pending maintenance: applies writes, evicts down to the capacity, and updates the counts.
     pub(super) fn run_pending(&self) {
         self.positive.run_pending_tasks();
         self.negative.run_pending_tasks();
     }
 
-    /// Valid and invalid entries, as they are now.
+    /// The current numbers of valid and invalid entries.
     pub(super) fn sizes(&self) -> (u64, u64) {
         self.run_pending();
         (self.positive.entry_count(), self.negative.entry_count())
@@ -388,13 +390,13 @@ impl Cache {
 
 impl Positive {
     /// `hears`: no change can have been missed.
-    fn say(&self, now: Now, hears: bool, mode: Mode) -> Cached {
+    fn get(&self, now: Now, hears: bool, mode: Mode) -> Cached {
         let serves = mode == Mode::Serve;
         let fresh_until = self.fresh_until.load(Ordering::Relaxed);
-        let certain = hears || now.mono_ms < self.sure_until;
+        let certain = hears || now.mono_ms < self.certain_until;
         let fresh = certain && now.mono_ms < fresh_until;
         if !self.principal.in_force(now) {
-            // Its own end came; the store is asked again in its time, as it may have been put off.
+            // The token has expired. It is looked up again when the entry expires, because its expiry may have been extended.
             return match fresh {
                 true => Cached::Fresh { answer: TokenStatus::Invalid(Invalid::Expired), refresh: false },
                 false => Cached::Nothing,
@@ -408,7 +410,7 @@ impl Positive {
             let refresh = serves && self.claim_refresh(now, doubtful);
             return Cached::Stale(Stale { principal: Arc::clone(&self.principal), doubtful, refresh });
         }
-        // A plain load in nearly all cases: nobody writes to a shared line for each request.
+        // Only a load in nearly all cases, so that requests do not contend for the cache line.
         if serves && now.unix_ms >= self.last_used.load(Ordering::Relaxed) + LAST_USED_STEP_MS {
             self.last_used.store(now.unix_ms, Ordering::Relaxed);
         }
@@ -416,8 +418,8 @@ impl Positive {
         Cached::Fresh { answer: TokenStatus::Valid(Arc::clone(&self.principal)), refresh }
     }
 
-    /// Whether the store should be asked now. Says yes to one caller, and to the next one no sooner than after a pause.
-    /// `early`: its time need not have come.
+    /// Whether the caller must start a refresh. True for one caller, and for the next one only after a pause. `early`: also
+    /// before the refresh is due.
     fn claim_refresh(&self, now: Now, early: bool) -> bool {
         let due = self.refresh_at.load(Ordering::Relaxed);
         let next = now.mono_ms + REFRESH_RETRY_MS;

@@ -1,6 +1,6 @@
-//! The valid entries of a cache in a file, so that a restart under load does not send every caller to the store. Holds
-//! digests and never a token. Whoever can write this file could let tokens in while the store is down, so it is read
-//! only from a file that nobody else can write, and only when it is whole and of the same stores.
+//! Saves the cache's valid entries to a file, so that a restart does not cause a lookup for every token in use. The file
+//! contains digests but no tokens. Write access to it would allow letting tokens in while the store is down, so it is read
+//! only if no other user can write it, and only if it is complete and from the same stores.
 
 use super::cache::SavedEntry;
 use super::principal::{Principal, SavedPrincipal};
@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 const FORMAT: &str = "tollgate cache 2";
-/// Older ones are not worth reading: what they hold is over.
+/// Older files are ignored, because their entries have expired.
 const OLDEST_MS: u64 = 24 * 3_600_000;
 
 #[derive(Serialize, Deserialize)]
@@ -24,9 +24,9 @@ struct Header {
     format: String,
     /// The stores that the entries are from.
     origin: String,
-    /// By this machine's clock: says whether it is worth reading, and nothing else.
+    /// By this machine's clock; used only to detect old files.
     taken_at: u64,
-    /// How far each store had told of its changes, in its own terms.
+    /// The position in each store's list of changes, in the store's own terms.
     marks: Vec<Option<Mark>>,
     entries: usize,
 }
@@ -42,7 +42,7 @@ struct EntryLine {
     principal: SavedPrincipal,
 }
 
-/// Puts a new file in the place of the old one, as a whole.
+/// Replaces the file atomically.
 pub(super) fn write(
     path: &Path,
     origin: &str,
@@ -52,8 +52,8 @@ pub(super) fn write(
 ) -> Result<(), String> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let temporary = path.with_extension(format!("new-{}", std::process::id()));
-    // Made anew, never written into: what stands there may be somebody else's link.
-    drop(std::fs::remove_file(&temporary));
+    // Never write into an existing file, which could be another user's link. A failure shows when the file is created.
+    let _ = std::fs::remove_file(&temporary);
     let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
     let mut out = HashingWriter { inner: BufWriter::new(file.map_err(|error| failed(&error))?), hash: Sha256::new() };
     let (format, origin, marks) = (FORMAT.into(), origin.into(), marks.to_vec());
@@ -87,7 +87,7 @@ pub fn problems(path: &Path) -> Vec<Problem> {
     why.map(warning).into_iter().collect()
 }
 
-/// A snapshot's marks, one for each store, and its entries.
+/// The marks in a file, one for each store, and its entries.
 pub(super) type Read = (Vec<Option<Mark>>, Vec<SavedEntry>);
 
 /// Reads a file that [`write`] made. All or nothing.
@@ -97,14 +97,16 @@ pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<Read, 
     let meta = file.metadata().map_err(|error| failed(&error))?;
     let own = std::fs::metadata("/proc/self").map_or(0, |me| me.uid());
     if meta.mode() & 0o022 != 0 || meta.uid() != own || !meta.is_file() {
-        return Err(failed(&"somebody else could have written it (it must be a file of mode 0600 and one's own)"));
+        return Err(failed(
+            &"may have been written by another user (it must be a file of the service's user, mode 0600)",
+        ));
     }
     let mut text = String::new();
     file.read_to_string(&mut text).map_err(|error| failed(&error))?;
     let body = text.trim_end_matches('\n').rfind('\n').map_or("", |end| &text[..=end]);
     let sum = text[body.len()..].trim_end_matches('\n');
     if Digest::from_hex(sum) != Some(Digest::of(body.as_bytes())) {
-        return Err(failed(&"is damaged or was cut off"));
+        return Err(failed(&"is damaged or truncated"));
     }
     let mut lines = BufReader::new(body.as_bytes()).lines();
     let mut next = || lines.next().transpose().map_err(|error| failed(&error));
@@ -116,12 +118,12 @@ pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<Read, 
         return Err(failed(&"is from other stores or another version"));
     }
     if header.taken_at > now_unix_ms || now_unix_ms - header.taken_at > OLDEST_MS {
-        return Err(failed(&"is too old, or from the future"));
+        return Err(failed(&"is older than 24 hours, or its time is in the future"));
     }
     let mut entries = Vec::with_capacity(header.entries);
     while let Some(line) = next()? {
         let line: EntryLine = serde_json::from_str(&line).map_err(|error| failed(&error))?;
-        let digest = |hex: &str| Digest::from_hex(hex).ok_or_else(|| failed(&"holds a digest that is none"));
+        let digest = |hex: &str| Digest::from_hex(hex).ok_or_else(|| failed(&"contains an invalid digest"));
         let of = digest(&line.sha256)?;
         entries.push(SavedEntry {
             digest: of,
@@ -132,12 +134,12 @@ pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<Read, 
         });
     }
     if entries.len() != header.entries {
-        return Err(failed(&"has other entries than it says"));
+        return Err(failed(&"does not have the number of entries in its header"));
     }
     Ok((header.marks, entries))
 }
 
-/// Writes lines and keeps their sum.
+/// Writes lines and hashes them.
 struct HashingWriter {
     inner: BufWriter<std::fs::File>,
     hash: Sha256,

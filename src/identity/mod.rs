@@ -1,5 +1,5 @@
-//! 2 WHO ASKS. Cache, then one look-up per token at a time, then the store. A cache hit is synchronous.
-//! Unknown and cannot-tell never merge, and a store that can't tell never opens the gate.
+//! 2 WHO ASKS. Validates tokens: from the cache, else by a lookup in the store, one at a time per token. A cache hit is
+//! synchronous. "Unknown token" and "the store failed" never merge, and a failing store never lets a request pass.
 
 mod cache;
 mod cache_file;
@@ -24,72 +24,72 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
-/// Whether asking for a verdict may change anything.
+/// Whether a check may change any state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// A request is served: a look-up may be started, a refresh claimed, a use noted.
+    /// A request is served: a lookup or a refresh may be started, and the use is recorded.
     Serve,
-    /// Somebody asks what would happen: only what is known at this moment is looked at, and nothing changes.
+    /// The result is only reported: reads the cache as it is, and changes nothing.
     Observe,
 }
 
-/// The store can't tell, and nothing is known from before.
+/// The token could not be checked: the store failed, and the cache has no usable entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CannotTell {
-    /// It is down, too slow, or answered nonsense.
+    /// The store is down, too slow, or returned an invalid record.
     Store,
-    /// More look-ups are under way than there may be, or a token changes faster than it can be looked up.
+    /// Too many lookups are in progress, or the token changes faster than it can be looked up.
     Busy,
-    /// [`Mode::Observe`] asks no store.
+    /// A lookup would be needed, which [`Mode::Observe`] does not start.
     NotAsked,
 }
 
-/// Look-ups under way at once; beyond them callers get 503 at once instead of a place in a queue without end.
+/// Lookups in progress at once. Beyond this limit callers get 503 immediately instead of waiting in an unbounded queue.
 const MAX_LOOKUPS: usize = 1_024;
-/// Of these, what nobody waits for may take up so many: refreshing what is known never keeps newcomers out.
+/// The limit for background refreshes, so that they never block lookups of new tokens.
 const MAX_REFRESHES: usize = MAX_LOOKUPS / 2;
-/// And tokens of which nothing is known so many: a flood of guesses never keeps known callers out.
-const MAX_STRANGERS: usize = MAX_LOOKUPS / 4 * 3;
-/// A look-up that was overtaken by a change is repeated this often.
+/// The limit for tokens without a cache entry, so that a flood of guesses never blocks lookups of cached tokens.
+const MAX_UNCACHED: usize = MAX_LOOKUPS / 4 * 3;
+/// How often a lookup is attempted if the token changes meanwhile.
 const MAX_ATTEMPTS: usize = 4;
-/// A power of two: flights of different tokens seldom share a lock.
+/// A power of two. Many, so that lookups of different tokens rarely share a lock.
 const FLIGHT_SHARDS: usize = 64;
-/// For so long behind a failed look-up, callers with a known identity don't wait to see the store fail again.
+/// For this long after a failed lookup, callers with a stale cache entry do not wait for another lookup to fail.
 const AILING_MS: u64 = 5_000;
-/// A change takes effect within this time where the store tells of changes: what is known counts for no longer behind the
-/// last sign that it does.
+/// The bound on the effect of a change, for stores with change notifications: cache entries may be used for this long after
+/// the last confirmation of the subscription.
 const PROMISE_MS: u64 = 1_000;
-/// How often this process notes that it runs.
+/// How often this process records that it is running.
 const PULSE: Duration = Duration::from_millis(200);
 
-/// Validates tokens. One for each chain of stores; lives across reloads as long as its settings do.
+/// Validates tokens. One per chain of stores; kept across reloads while its settings do not change.
 pub struct Authenticator {
     inner: Arc<Inner>,
     snapshot: Option<CacheFile>,
 }
 
-/// Where the cache is kept over a restart.
+/// Where the cache is saved across a restart.
 struct CacheFile {
     path: PathBuf,
-    /// Which stores it is of.
+    /// Identifies the stores that the entries are from.
     origin: String,
 }
 
 struct Inner {
     chain: Chain,
     cache: Cache,
-    /// Look-ups under way. A change of a token takes the same lock as the end of its look-up, so that either the
-    /// change sees the flight and taints it, or the look-up's result is in the cache for the change to remove.
+    /// Lookups in progress. A change of a token takes the same lock as the end of its lookup, so that either the change
+    /// finds the flight and invalidates it, or the lookup's result is in the cache and the change removes it.
     flights: [Mutex<HashMap<Digest, Arc<Flight>>>; FLIGHT_SHARDS],
     lookups: AtomicUsize,
-    /// Until this monotonic millisecond the store is taken to be failing; 0 behind any answer of it.
+    /// Until this monotonic millisecond the store counts as failing; 0 after any successful lookup.
     ailing_until: AtomicU64,
     /// What each store has said of its changes.
     hearing: Mutex<Vec<Hearing>>,
     pulse: Pulse,
-    /// The stores' marks from a snapshot that waits for them to vouch for it.
-    unvouched: Mutex<Option<Vec<Option<Mark>>>>,
-    /// Look-ups that changes overtook again and again.
+    /// The stores' marks from the cache file, until the stores have reported what changed since.
+    unconfirmed: Mutex<Option<Vec<Option<Mark>>>>,
+    /// For the message about lookups that were repeatedly overtaken by changes.
     overtaken: LogThrottle,
     metrics: Arc<Metrics>,
     clock: fn() -> Now,
@@ -121,17 +121,18 @@ impl Hearing {
     }
 }
 
-/// Whether this process ran all the time, or was stopped, or its machine was. What was under way then is old.
+/// Detects that this process, or its machine, was stopped for a while. Results of lookups that were in progress are then
+/// outdated.
 #[derive(Default)]
 struct Pulse {
-    /// Monotonic milliseconds; 0: nobody has begun to note.
+    /// Monotonic milliseconds; 0: not started.
     last: AtomicU64,
-    /// The end of the last standstill.
+    /// The end of the last interruption.
     woke: AtomicU64,
 }
 
 impl Pulse {
-    /// Notes that it runs. Returns how long it did not, if that is too long.
+    /// Records that the process is running. Returns the duration of an interruption, if it was too long.
     fn beat(&self, now: Now) -> Option<Duration> {
         let last = self.last.swap(now.mono_ms, Ordering::Relaxed);
         let gap = now.mono_ms.saturating_sub(last);
@@ -142,35 +143,35 @@ impl Pulse {
         Some(Duration::from_millis(gap))
     }
 
-    /// Whether it stood still since a monotonic millisecond, as far as that matters.
-    fn stood_still_since(&self, mono_ms: u64, now: Now) -> bool {
+    /// Whether the process was interrupted for too long since a monotonic millisecond.
+    fn was_interrupted_since(&self, mono_ms: u64, now: Now) -> bool {
         let too_long = |since: u64| now.mono_ms.saturating_sub(since) > PROMISE_MS;
         let last = self.last.load(Ordering::Relaxed);
         last != 0 && too_long(mono_ms) && (too_long(last) || self.woke.load(Ordering::Relaxed) > mono_ms)
     }
 }
 
-/// One look-up that any number of callers wait for.
+/// A single flight: one lookup that any number of callers wait for.
 #[derive(Default)]
 struct Flight {
-    /// The token changed while the store was asked: what it answered may be from before.
-    tainted: AtomicBool,
-    /// What stores call the token.
+    /// The token changed during the lookup, so the result may be outdated.
+    invalidated: AtomicBool,
+    /// The stores' own identifiers of the token.
     handles: Vec<Digest>,
     outcome: OnceLock<Result<TokenStatus, CannotTell>>,
-    landed: Notify,
+    completed: Notify,
 }
 
-/// What can be said at once.
+/// The result of a check, without waiting.
 pub enum Checked {
     Known(TokenStatus, CacheResult),
-    /// The store must be asked.
+    /// A lookup is in progress.
     Waiting(Waiting),
-    /// The store would have to be asked, which [`Mode::Observe`] does not do.
+    /// A lookup would be needed, which [`Mode::Observe`] does not start.
     NotAsked,
 }
 
-/// A caller that waits for a look-up.
+/// A caller that waits for a lookup.
 pub struct Waiting {
     flight: Arc<Flight>,
     stale: Option<Stale>,
@@ -191,7 +192,7 @@ impl Authenticator {
             ailing_until: AtomicU64::new(0),
             hearing: Mutex::new(hearing),
             pulse: Pulse::default(),
-            unvouched: Mutex::default(),
+            unconfirmed: Mutex::default(),
             overtaken: LogThrottle::default(),
             metrics,
             clock,
@@ -212,7 +213,7 @@ impl Authenticator {
                 };
                 Checked::Known(answer, result)
             }
-            // The store has just failed: nobody waits to see it fail again, and somebody finds out when it is back.
+            // The store has just failed: callers do not wait for it to fail again, and a background lookup probes it.
             Cached::Stale(stale) if self.inner.is_ailing(now) => {
                 if stale.refresh {
                     self.inner.join(Credential::new(token, *digest), MAX_REFRESHES);
@@ -225,26 +226,26 @@ impl Authenticator {
                     Cached::Stale(stale) => Some(stale),
                     _ => None,
                 };
-                let most = if stale.is_some() { MAX_LOOKUPS } else { MAX_STRANGERS };
+                let most = if stale.is_some() { MAX_LOOKUPS } else { MAX_UNCACHED };
                 let flight = self.inner.join(Credential::new(token, *digest), most);
                 Checked::Waiting(Waiting { flight, stale, inner: Arc::clone(&self.inner) })
             }
         }
     }
 
-    /// Forgets what is known about a token, a look-up under way included.
+    /// Removes a token from the cache, and invalidates a lookup in progress.
     pub fn forget(&self, digest: &Digest) {
         self.inner.forget(digest);
     }
 
-    /// Forgets all tokens whose digest begins so, and says how many were known.
+    /// Removes all tokens whose digest has this prefix, and returns how many were in the cache.
     pub fn forget_prefix(&self, prefix: &DigestPrefix) -> usize {
-        self.inner.taint_flights(|digest, _| digest.begins_with(prefix));
+        self.inner.invalidate_flights(|digest, _| digest.begins_with(prefix));
         self.inner.cache.forget_prefix(prefix)
     }
 
     pub fn forget_all(&self) {
-        self.inner.taint_flights(|_, _| true);
+        self.inner.invalidate_flights(|_, _| true);
         self.inner.cache.forget_all();
     }
 
@@ -253,7 +254,7 @@ impl Authenticator {
         self.inner.cache.sizes()
     }
 
-    /// Follows the stores' changes until it is dropped.
+    /// Applies the stores' changes to the cache until the future is dropped.
     pub async fn follow_changes(&self) {
         let hears = Notify::new();
         let heard = |link: usize, event: Event| {
@@ -275,7 +276,8 @@ impl Authenticator {
                 ticks.tick().await;
                 if let Some(gap) = self.inner.pulse.beat((self.inner.clock)()) {
                     log::warn!(
-                        "nothing was done for {gap:?}: was the process stopped, or the machine suspended or overloaded?"
+                        "the process was not running for {}: it was stopped, or the machine was suspended or overloaded",
+                        humantime::format_duration(gap)
                     );
                 }
             }
@@ -283,15 +285,15 @@ impl Authenticator {
         tokio::join!(self.inner.chain.follow(&heard), vouch, pulse);
     }
 
-    /// Tells the stores which tokens were used since the last time. What a store could not take is told again then.
+    /// Writes the last uses of tokens to the stores. Uses that could not be written are retried with the next call.
     pub async fn flush_uses(&self) {
         let uses = self.inner.cache.take_uses((self.inner.clock)());
         if !uses.is_empty() && !self.inner.chain.note_uses(&uses).await {
-            self.inner.cache.untold_uses(uses);
+            self.inner.cache.return_uses(uses);
         }
     }
 
-    /// The stores' names, in their order.
+    /// The names of the stores, in their order.
     pub fn store_names(&self) -> String {
         self.inner.chain.names()
     }
@@ -306,40 +308,40 @@ impl Authenticator {
         self.inner.cache.hears(now)
     }
 
-    /// Keeps what is known of valid tokens in a file, and begins with what stands there: believed once the stores have
-    /// named all that changed since, and otherwise only while a store can't be asked. A file that is missing, damaged,
-    /// of other stores, or that somebody else could have written is left alone.
+    /// Saves the cache's valid entries to a file, and loads those that are there. They are used once the stores have
+    /// reported all changes since, and until then only while a store fails. A file that is missing, damaged, from other
+    /// stores, or writable for other users is ignored.
     #[must_use]
     pub fn with_snapshot(mut self, path: &Path, origin: &str) -> Self {
         let now = (self.inner.clock)();
         match cache_file::read(path, origin, now.unix_ms) {
             Ok((marks, kept)) => {
-                log::info!("{}: {} tokens are known from before", path.display(), kept.len());
+                log::info!("{}: {} tokens restored from the cache snapshot", path.display(), kept.len());
                 kept.into_iter().for_each(|entry| self.inner.cache.restore(entry, now));
-                *self.inner.unvouched.lock() = Some(marks);
+                *self.inner.unconfirmed.lock() = Some(marks);
             }
-            Err(why) => log::warn!("no snapshot of the token cache: {why}"),
+            Err(why) => log::warn!("starting without a cache snapshot: {why}"),
         }
         self.snapshot = Some(CacheFile { path: path.into(), origin: origin.into() });
         self
     }
 
-    /// Writes the snapshot, if there is to be one. Blocks for as long as the disk takes.
+    /// Writes the cache file, if one is configured. Blocks on the disk.
     pub fn save(&self) {
         let Some(CacheFile { path, origin }) = &self.snapshot else { return };
         let now = (self.inner.clock)();
-        // The marks first: whatever changes behind them is asked for at the start.
+        // The marks first: changes after them are requested at the next start.
         let marks = self.inner.marks();
-        if let Err(why) = cache_file::write(path, origin, now.unix_ms, &marks, &self.inner.cache.kept(now)) {
-            log::error!("the snapshot of the token cache was not written: {why}");
+        if let Err(why) = cache_file::write(path, origin, now.unix_ms, &marks, &self.inner.cache.saved_entries(now)) {
+            log::error!("the cache snapshot was not written: {why}");
         }
     }
 }
 
 impl Waiting {
-    /// The store's answer; the last known valid one when the store can't tell; else the caller must be refused.
+    /// The result of the lookup; if it fails, the stale cache entry if it may be used; else the caller must be refused.
     pub async fn answer(self) -> (Result<TokenStatus, CannotTell>, CacheResult) {
-        let outcome = self.flight.landing().await;
+        let outcome = self.flight.outcome().await;
         match (outcome, self.stale) {
             (Err(why), Some(stale)) if self.inner.excuses(why, &stale) => {
                 (Ok(TokenStatus::Valid(stale.principal)), CacheResult::Stale)
@@ -350,20 +352,20 @@ impl Waiting {
 }
 
 impl Flight {
-    async fn landing(&self) -> Result<TokenStatus, CannotTell> {
+    async fn outcome(&self) -> Result<TokenStatus, CannotTell> {
         loop {
-            let landed = self.landed.notified();
+            let completed = self.completed.notified();
             if let Some(outcome) = self.outcome.get() {
                 return outcome.clone();
             }
-            landed.await;
+            completed.await;
         }
     }
 
-    fn land(&self, outcome: Result<TokenStatus, CannotTell>) {
-        // A second landing changes nothing: the first outcome stands.
+    fn complete(&self, outcome: Result<TokenStatus, CannotTell>) {
+        // Fails if there is an outcome already, which then stands.
         let _: Result<(), _> = self.outcome.set(outcome);
-        self.landed.notify_waiters();
+        self.completed.notify_waiters();
     }
 }
 
@@ -372,7 +374,7 @@ impl Inner {
         &self.flights[digest.bucket(FLIGHT_SHARDS)]
     }
 
-    /// Joins the look-up that is under way for this token, or starts one if fewer than `most` are.
+    /// Joins the lookup in progress for this token, or starts one if fewer than `most` are in progress.
     fn join(self: &Arc<Self>, credential: Credential, most: usize) -> Arc<Flight> {
         let mut shard = self.shard(credential.digest()).lock();
         if let Some(flight) = shard.get(credential.digest()) {
@@ -382,20 +384,20 @@ impl Inner {
         if self.lookups.fetch_add(1, Ordering::Relaxed) >= most {
             self.lookups.fetch_sub(1, Ordering::Relaxed);
             self.metrics.lookup_refused();
-            flight.land(Err(CannotTell::Busy));
+            flight.complete(Err(CannotTell::Busy));
             return flight;
         }
         shard.insert(*credential.digest(), Arc::clone(&flight));
         drop(shard);
-        // A task of its own: the caller that started it may go away while others wait.
-        let pilot = Pilot { inner: Arc::clone(self), credential, flight: Arc::clone(&flight) };
-        tokio::spawn(pilot.fly());
+        // A separate task, because the caller that started it may disconnect while others wait.
+        let task = LookupTask { inner: Arc::clone(self), credential, flight: Arc::clone(&flight) };
+        tokio::spawn(task.run());
         flight
     }
 
-    /// Whether what was known may be believed although the store was not heard. A store that is busy is no excuse where
-    /// a change may have been missed; unless word of changes does not come either, which is what a store that is down
-    /// looks like before the first look-up has failed.
+    /// Whether a stale entry may be used although the lookup failed. If the store is only busy and a change may have been
+    /// missed, it may not, unless the subscription is lost as well: then the store is probably down, even if no lookup has
+    /// failed yet.
     fn excuses(&self, why: CannotTell, stale: &Stale) -> bool {
         match why {
             CannotTell::Store => true,
@@ -404,7 +406,7 @@ impl Inner {
         }
     }
 
-    /// Remembers whether the store answers. One that is busy, or has one bad record, is not down.
+    /// Records whether the store works. A store that is busy, or has one invalid record, is not down.
     fn note_health(&self, error: Option<&StoreError>, now: Now) {
         let until = match error {
             None => 0,
@@ -416,7 +418,7 @@ impl Inner {
 
     fn is_ailing(&self, now: Now) -> bool {
         let until = self.ailing_until.load(Ordering::Relaxed);
-        now.mono_ms < until && !self.pulse.stood_still_since(until.saturating_sub(AILING_MS), now)
+        now.mono_ms < until && !self.pulse.was_interrupted_since(until.saturating_sub(AILING_MS), now)
     }
 
     /// How far each store had told of its changes.
@@ -431,26 +433,26 @@ impl Inner {
     fn forget(&self, digest: &Digest) {
         let shard = self.shard(digest).lock();
         if let Some(flight) = shard.get(digest) {
-            flight.tainted.store(true, Ordering::Relaxed);
+            flight.invalidated.store(true, Ordering::Relaxed);
         }
         self.cache.forget(digest);
     }
 
-    /// Says of some look-ups under way that what they find may be from before now. One lock at a time: a look-up that
-    /// is not seen here because it has landed has put its result into the cache before its lock was taken, so that a
-    /// walk over the cache behind this finds it; one that is begun meanwhile asks the store behind the change.
-    fn taint_flights(&self, concerned: impl Fn(&Digest, &Flight) -> bool) {
+    /// Invalidates some of the lookups in progress. One lock at a time: a lookup that completed before its lock was taken
+    /// here has put its result into the cache, so a subsequent iteration over the cache finds it; a lookup that starts
+    /// meanwhile reads the store after the change.
+    fn invalidate_flights(&self, concerned: impl Fn(&Digest, &Flight) -> bool) {
         for shard in &self.flights {
             for (digest, flight) in shard.lock().iter() {
                 if concerned(digest, flight) {
-                    flight.tainted.store(true, Ordering::Relaxed);
+                    flight.invalidated.store(true, Ordering::Relaxed);
                 }
             }
         }
     }
 
     fn forget_handles(&self, handles: &HashSet<Digest>) {
-        self.taint_flights(|_, flight| flight.handles.iter().any(|handle| handles.contains(handle)));
+        self.invalidate_flights(|_, flight| flight.handles.iter().any(|handle| handles.contains(handle)));
         self.cache.forget_handles(handles);
     }
 
@@ -464,7 +466,9 @@ impl Inner {
                 for change in &changes {
                     match change.token {
                         Named::Token(digest) => self.forget(&digest),
-                        Named::Handle(handle) => drop(handles.insert(handle)),
+                        Named::Handle(handle) => {
+                            handles.insert(handle);
+                        }
                     }
                 }
                 if !handles.is_empty() {
@@ -520,7 +524,7 @@ impl Inner {
         // First the shorter lifetimes and then the doubt, so that nothing that lands between gets the longer ones.
         self.cache.set_deaf(all.iter().any(|hearing| matches!(hearing, Hearing::Lost)));
         self.cache.hear_until(Hearing::until(&all));
-        self.taint_flights(|_, _| true);
+        self.invalidate_flights(|_, _| true);
         self.cache.doubt_all();
         metrics.subscribed(hears);
         metrics.rechecked();
@@ -533,11 +537,11 @@ impl Inner {
         if Hearing::until(&self.hearing.lock()) == 0 {
             return;
         }
-        let Some(marks) = self.unvouched.lock().take() else { return };
+        let Some(marks) = self.unconfirmed.lock().take() else { return };
         match self.chain.changed_since(&marks).await {
             Ok(Some(changed)) => {
                 changed.iter().for_each(|digest| self.forget(digest));
-                self.cache.vouch_all((self.clock)());
+                self.cache.confirm_all((self.clock)());
                 log::info!(
                     "the snapshot of the token cache holds, but for {} tokens that changed since",
                     changed.len()
@@ -551,27 +555,27 @@ impl Inner {
     }
 }
 
-/// Carries one look-up through. Dropped early (a panic, the runtime's end), it lands as cannot-tell.
-struct Pilot {
+/// Performs one lookup. If it is dropped early (by a panic, or a shutdown of the runtime), the lookup fails.
+struct LookupTask {
     inner: Arc<Inner>,
     credential: Credential,
     flight: Arc<Flight>,
 }
 
-impl Pilot {
-    async fn fly(self) {
-        let mut stood_still = false;
+impl LookupTask {
+    async fn run(self) {
+        let mut was_interrupted = false;
         for _ in 0..MAX_ATTEMPTS {
             let asked_ms = (self.inner.clock)().mono_ms;
             let result = self.inner.chain.lookup(&self.credential).await;
             let mut shard = self.inner.shard(self.credential.digest()).lock();
-            if self.flight.tainted.swap(false, Ordering::Relaxed) {
+            if self.flight.invalidated.swap(false, Ordering::Relaxed) {
                 continue;
             }
             let now = (self.inner.clock)();
-            // The answer, or that there was none, is from before.
-            if !stood_still && self.inner.pulse.stood_still_since(asked_ms, now) {
-                stood_still = true;
+            // The result, or the failure, is outdated.
+            if !was_interrupted && self.inner.pulse.was_interrupted_since(asked_ms, now) {
+                was_interrupted = true;
                 continue;
             }
             self.inner.note_health(result.as_ref().err(), now);
@@ -588,21 +592,21 @@ impl Pilot {
             };
             shard.remove(self.credential.digest());
             drop(shard);
-            self.flight.land(outcome);
+            self.flight.complete(outcome);
             return;
         }
         if let Some(more) = self.inner.overtaken.due(Instant::now()) {
             let token = self.credential.digest().id();
             log::warn!(
-                "token {token} changed {MAX_ATTEMPTS} times while it was looked up; its callers get 503 ({more} more \
-                 like it since this was said last)"
+                "token {token} changed {MAX_ATTEMPTS} times while it was looked up; its callers get 503 ({more} similar \
+                 messages suppressed)"
             );
         }
-        self.flight.land(Err(CannotTell::Busy));
+        self.flight.complete(Err(CannotTell::Busy));
     }
 }
 
-impl Drop for Pilot {
+impl Drop for LookupTask {
     fn drop(&mut self) {
         self.inner.lookups.fetch_sub(1, Ordering::Relaxed);
         let mut shard = self.inner.shard(self.credential.digest()).lock();
@@ -610,7 +614,7 @@ impl Drop for Pilot {
             shard.remove(self.credential.digest());
         }
         drop(shard);
-        self.flight.land(Err(CannotTell::Store));
+        self.flight.complete(Err(CannotTell::Store));
     }
 }
 

@@ -1,5 +1,5 @@
-//! Who a valid token belongs to. A [`Principal`] can only be made here, from a store's record that is in force:
-//! to hold one is to have been authenticated.
+//! The identity of a valid token. A [`Principal`] can only be created here, from a store's record that is in force, so
+//! holding one proves authentication.
 
 use crate::clock::Now;
 use crate::store::TokenRecord;
@@ -25,18 +25,18 @@ pub struct Principal {
     generation: Option<Generation>,
 }
 
-/// Why a token that a store answered for is not valid.
+/// Why a token is not valid, according to a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Invalid {
     Unknown,
     NotYetValid,
     Expired,
     Revoked,
-    /// Its user is.
+    /// Its user is blocked.
     Blocked,
 }
 
-/// A principal as a snapshot of the cache keeps it.
+/// A principal in the cache file.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SavedPrincipal {
@@ -46,7 +46,7 @@ pub(super) struct SavedPrincipal {
     rotated: Option<bool>,
 }
 
-/// What a store's answer means now, and the unix millisecond when that changes by itself.
+/// The status of a token by its record, and the Unix millisecond at which it changes by itself.
 pub fn judge(record: Option<&TokenRecord>, digest: &Digest, now: Now) -> (TokenStatus, Option<u64>) {
     let Some(record) = record else { return (TokenStatus::Invalid(Invalid::Unknown), None) };
     match Principal::from_record(record, digest, now) {
@@ -59,7 +59,7 @@ pub fn judge(record: Option<&TokenRecord>, digest: &Digest, now: Now) -> (TokenS
 }
 
 impl Principal {
-    /// Checks a store's answer. The digest is the one that was asked for, whatever the store says.
+    /// Checks a store's record. The digest is that of the looked-up token, not one from the record.
     fn from_record(record: &TokenRecord, digest: &Digest, now: Now) -> Result<Self, Invalid> {
         if record.revoked.is_some() {
             return Err(Invalid::Revoked);
@@ -85,7 +85,7 @@ impl Principal {
         principal.in_force(now).then_some(principal).ok_or(Invalid::Expired)
     }
 
-    /// Whether the token's own end has not come yet. Asked again on every cache hit.
+    /// Whether the token has not expired. Checked again on every cache hit.
     pub(super) fn in_force(&self, now: Now) -> bool {
         self.expires.is_none_or(|end| now.unix_ms < end)
     }
@@ -102,7 +102,7 @@ impl Principal {
         self.token
     }
 
-    /// Which side of a rotation the token stands on.
+    /// Whether the token is the old or the new one of a rotation.
     pub fn generation(&self) -> Option<Generation> {
         self.generation
     }
@@ -116,7 +116,7 @@ impl Principal {
         }
     }
 
-    /// Back from a snapshot that was checked to be our own. Believed only as the cache allows.
+    /// Restored from a cache file whose owner, mode and checksum were verified. Used only as the cache allows.
     pub(super) fn from_kept(kept: SavedPrincipal, digest: &Digest) -> Self {
         Self {
             user: kept.user.into(),

@@ -1,4 +1,4 @@
-//! The promises of the cache, against a store whose every answer the test decides and a clock that it turns.
+//! Tests of the cache and of lookups, with a scripted store and a clock that the test controls.
 
 use super::*;
 use crate::store::chain::Link;
@@ -36,21 +36,21 @@ enum Says {
     Panics,
 }
 
-/// Answers from a script, the last line of which stands for all that follow; each answer waits for a permit.
+/// A store that answers by a script, whose last entry is repeated. Each answer waits for a permit.
 struct FakeStore {
     script: Mutex<VecDeque<Says>>,
     asked: AtomicUsize,
     gate: Semaphore,
-    /// What it tells of its own accord.
+    /// Its change notifications.
     events: (mpsc::UnboundedSender<Event>, tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>),
-    /// What it says when it is asked what changed.
+    /// Its answer to the question what changed.
     changed: Mutex<Option<Vec<Digest>>>,
-    /// Behind which marks.
+    /// The marks with which it was asked.
     marks: Mutex<Vec<String>>,
     tells_changes: bool,
-    /// How many uses it was told at once.
+    /// The number of uses in each batch.
     uses: Mutex<Vec<usize>>,
-    /// What it was told of uses, and whether it takes it.
+    /// The uses it received, and whether it accepts them.
     noted: Mutex<Vec<(Digest, u64)>>,
     takes_uses: AtomicBool,
 }
@@ -59,7 +59,7 @@ struct FakeStore {
 impl TokenStore for FakeStore {
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        // What the store knows is fixed when it is asked, as with a real query, and told when the gate opens.
+        // The answer is determined when the query begins, as in a real store, and returned when the gate opens.
         let says = {
             let mut script = self.script.lock();
             if script.len() > 1 { script.pop_front() } else { script.front().cloned() }
@@ -114,7 +114,7 @@ impl TokenStore for FakeStore {
     }
 }
 
-/// What the fake store calls a token.
+/// The fake store's identifier of a token.
 fn handle_of(token: &[u8]) -> Digest {
     Digest::of(&[token, b"salt"].concat())
 }
@@ -128,7 +128,7 @@ const TTL: Duration = Duration::from_secs(60);
 const NEGATIVE_TTL: Duration = Duration::from_secs(10);
 const STALE: Duration = Duration::from_secs(600);
 
-/// With a store that never says anything of its own accord, unless a test makes it.
+/// With a store that sends no notifications, unless a test makes it.
 fn bench(script: &[Says]) -> Bench {
     bench_of(script, false)
 }
@@ -170,7 +170,7 @@ impl Bench {
         self.store.asked.load(Ordering::SeqCst)
     }
 
-    /// Keeps answers back until [`Self::open`].
+    /// Delays answers until [`Self::open`].
     fn shut(&self) {
         self.store.gate.forget_permits(usize::MAX >> 4);
     }
@@ -194,7 +194,7 @@ impl Bench {
         }
     }
 
-    /// What is known without asking the store.
+    /// The status in the cache, without a lookup.
     fn known(&self, token: &str) -> Option<TokenStatus> {
         match self.authenticator.check(token.as_bytes(), &Digest::of(token.as_bytes()), clock(), Mode::Serve) {
             Checked::Known(answer, _) => Some(answer),
@@ -233,7 +233,7 @@ async fn one_lookup_for_any_number_of_callers() {
 }
 
 #[tokio::test]
-async fn a_caller_that_goes_away_leaves_the_lookup_to_the_others() {
+async fn a_caller_that_disconnects_does_not_end_the_lookup() {
     let bench = bench(&[Says::User("a")]);
     bench.shut();
     let first = check(&bench, "t");
@@ -247,7 +247,7 @@ async fn a_caller_that_goes_away_leaves_the_lookup_to_the_others() {
 }
 
 #[tokio::test]
-async fn unknown_is_remembered_for_a_time_of_its_own() {
+async fn unknown_tokens_are_cached_for_negative_ttl() {
     let bench = bench(&[Says::Nothing, Says::User("a")]);
     assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
     pass(NEGATIVE_TTL / 2);
@@ -263,13 +263,13 @@ async fn expired_and_revoked_records_are_invalid() {
     assert!(matches!(bench.ask("r").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert!(matches!(bench.ask("e").await, Ok(TokenStatus::Invalid(Invalid::Expired))));
     assert!(matches!(bench.ask("s").await, Ok(TokenStatus::Valid(_))));
-    // Its own end comes before the cache's.
+    // The token expires before its cache entry does.
     pass(Duration::from_secs(31));
     assert!(matches!(bench.known("s"), Some(TokenStatus::Invalid(Invalid::Expired))));
 }
 
 #[tokio::test]
-async fn a_store_that_cannot_tell_never_opens_and_is_never_remembered() {
+async fn a_failing_store_lets_nothing_pass_and_is_not_cached() {
     let bench = bench(&[Says::CannotTell, Says::CannotTell, Says::Nothing]);
     assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
     assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
@@ -278,7 +278,7 @@ async fn a_store_that_cannot_tell_never_opens_and_is_never_remembered() {
 }
 
 #[tokio::test]
-async fn the_last_known_answer_stands_in_for_a_while() {
+async fn a_stale_entry_is_used_while_the_store_fails() {
     let bench = bench(&[Says::User("a"), Says::CannotTell]);
     assert_eq!(bench.user("t").await, "a");
     pass(TTL + Duration::from_secs(1));
@@ -289,7 +289,7 @@ async fn the_last_known_answer_stands_in_for_a_while() {
 }
 
 #[tokio::test]
-async fn a_stale_answer_does_not_outlive_a_no() {
+async fn a_stale_entry_does_not_outlive_a_negative_result() {
     let bench = bench(&[Says::User("a"), Says::Revoked, Says::CannotTell]);
     assert_eq!(bench.user("t").await, "a");
     pass(TTL + Duration::from_secs(1));
@@ -299,11 +299,11 @@ async fn a_stale_answer_does_not_outlive_a_no() {
 }
 
 #[tokio::test]
-async fn entries_in_use_are_refreshed_without_a_wait() {
+async fn entries_in_use_are_refreshed_in_the_background() {
     let bench = bench(&[Says::User("a"), Says::User("b")]);
     assert_eq!(bench.user("t").await, "a");
     pass(TTL * 8 / 10);
-    // Answered at once with what is known, and asked again behind the scenes, once.
+    // Served from the cache at once, with one refresh in the background.
     assert!(bench.known("t").is_some() && bench.known("t").is_some());
     settle().await;
     assert_eq!(bench.asked(), 2);
@@ -334,7 +334,7 @@ async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked() {
     bench.shut();
     let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("nothing can be known") };
     settle().await;
-    // The store has read the record and has not told it yet; now it changes.
+    // The store has read the record but not returned it; now it changes.
     bench.authenticator.forget(&Digest::of(b"t"));
     bench.open();
     assert!(matches!(waiting.answer().await.0, Ok(TokenStatus::Invalid(Invalid::Revoked))));
@@ -343,7 +343,7 @@ async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked() {
 }
 
 #[tokio::test]
-async fn nor_when_everything_changed() {
+async fn a_lookup_in_flight_cannot_resurrect_when_everything_changed() {
     let bench = bench(&[Says::User("a"), Says::Nothing]);
     bench.shut();
     let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("nothing can be known") };
@@ -368,7 +368,7 @@ async fn a_background_refresh_cannot_resurrect_either() {
 }
 
 #[tokio::test]
-async fn a_token_that_changes_all_the_time_is_refused_and_not_believed() {
+async fn a_token_that_changes_all_the_time_is_refused() {
     let bench = bench(&[Says::User("a")]);
     bench.shut();
     let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("nothing can be known") };
@@ -382,7 +382,7 @@ async fn a_token_that_changes_all_the_time_is_refused_and_not_believed() {
 }
 
 #[tokio::test]
-async fn forgetting_takes_back_a_no_as_well() {
+async fn forgetting_removes_negative_entries_as_well() {
     let bench = bench(&[Says::Nothing, Says::User("a")]);
     assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(_))));
     bench.authenticator.forget(&Digest::of(b"t"));
@@ -390,7 +390,7 @@ async fn forgetting_takes_back_a_no_as_well() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_store_is_cut_off() {
+async fn a_slow_store_times_out() {
     let bench = bench(&[Says::User("a")]);
     bench.shut();
     let before = tokio::time::Instant::now();
@@ -399,10 +399,10 @@ async fn a_slow_store_is_cut_off() {
 }
 
 #[tokio::test]
-async fn lookups_under_way_are_bounded() {
+async fn lookups_in_progress_are_bounded() {
     let bench = bench(&[Says::Nothing]);
     bench.shut();
-    let waiting: Vec<_> = (0..MAX_STRANGERS).map(|n| check(&bench, &format!("t{n}"))).collect();
+    let waiting: Vec<_> = (0..MAX_UNCACHED).map(|n| check(&bench, &format!("t{n}"))).collect();
     let Checked::Waiting(excess) = check(&bench, "one more") else { panic!("nothing can be known") };
     assert_eq!(excess.answer().await.0.err(), Some(CannotTell::Busy));
     bench.open();
@@ -414,12 +414,12 @@ async fn lookups_under_way_are_bounded() {
 }
 
 #[tokio::test]
-async fn a_flood_of_guesses_leaves_room_for_known_callers() {
+async fn a_flood_of_guesses_leaves_room_for_cached_tokens() {
     let bench = bench(&[Says::User("a"), Says::Nothing]);
     assert_eq!(bench.user("known").await, "a");
     pass(TTL + Duration::from_secs(1));
     bench.shut();
-    let guesses: Vec<_> = (0..MAX_STRANGERS).map(|n| check(&bench, &format!("guess{n}"))).collect();
+    let guesses: Vec<_> = (0..MAX_UNCACHED).map(|n| check(&bench, &format!("guess{n}"))).collect();
     let Checked::Waiting(stranger) = check(&bench, "one more") else { panic!("nothing can be known") };
     assert_eq!(stranger.answer().await.0.err(), Some(CannotTell::Busy));
     let before = bench.asked();
@@ -452,7 +452,7 @@ async fn garbage_does_not_evict_good_tokens() {
 }
 
 #[test]
-fn lifetimes_differ_by_chance() {
+fn lifetimes_have_jitter() {
     let settings = CacheSettings {
         positive_ttl: TTL,
         negative_ttl: NEGATIVE_TTL,
@@ -474,9 +474,9 @@ fn lifetimes_differ_by_chance() {
 }
 
 impl Bench {
-    /// What the store is told of uses now.
+    /// Writes the uses, and returns what the store received.
     async fn flushed(&self) -> Vec<(Digest, u64)> {
-        // A use of the very moment counts for the next time as well.
+        // A use in this very millisecond is also reported the next time.
         pass(Duration::from_millis(1));
         self.authenticator.flush_uses().await;
         let mut uses = std::mem::take(&mut *self.store.noted.lock());
@@ -486,7 +486,7 @@ impl Bench {
 }
 
 #[tokio::test]
-async fn uses_are_noted_coarsely() {
+async fn uses_are_recorded_coarsely() {
     let bench = bench(&[Says::User("a")]);
     let start = clock().unix_ms;
     assert_eq!(bench.user("t").await, "a");
@@ -521,11 +521,11 @@ async fn a_change_of_the_record_loses_no_use() {
         step(&bench);
         assert_eq!(bench.flushed().await, [(token, used)], "{how}");
         assert_eq!(bench.flushed().await, [], "{how}: once");
-        // What was told before is not told again because of a change.
+        // A use that was written is not written again because of a change.
         step(&bench);
         assert_eq!(bench.flushed().await, [], "{how}");
     }
-    // The record is revoked: the look-up says so, and the use before it stays one.
+    // The record is revoked: the lookup says so, and the use before it is kept.
     let bench = bench(&[Says::User("a"), Says::Revoked]);
     let used = clock().unix_ms;
     assert_eq!(bench.user("t").await, "a");
@@ -535,7 +535,7 @@ async fn a_change_of_the_record_loses_no_use() {
 }
 
 #[tokio::test]
-async fn uses_that_a_store_could_not_take_are_told_later() {
+async fn uses_that_a_store_could_not_write_are_retried() {
     let bench = bench(&[Says::User("a")]);
     let start = clock().unix_ms;
     assert_eq!((bench.user("t").await, bench.user("u").await), ("a".into(), "a".into()));
@@ -552,15 +552,15 @@ async fn uses_that_a_store_could_not_take_are_told_later() {
     assert_eq!(bench.flushed().await, []);
 }
 
-// What a record says.
+// The fields of a record.
 
 #[tokio::test]
-async fn blocked_users_and_tokens_of_tomorrow_are_invalid() {
+async fn blocked_users_and_future_tokens_are_invalid() {
     let start = CLOCK.get() / 1000 + 5;
     let bench = bench(&[Says::Blocked, Says::NotBefore(start), Says::User("a")]);
     assert!(matches!(bench.ask("b").await, Ok(TokenStatus::Invalid(Invalid::Blocked))));
     assert!(matches!(bench.ask("n").await, Ok(TokenStatus::Invalid(Invalid::NotYetValid))));
-    // Its start comes before the end of the time that a no is remembered, and counts to the second.
+    // Its start is before the expiry of the negative entry, and takes effect to the second.
     pass(Duration::from_millis(4_900));
     assert!(matches!(bench.known("n"), Some(TokenStatus::Invalid(Invalid::NotYetValid))));
     pass(Duration::from_millis(200));
@@ -568,7 +568,7 @@ async fn blocked_users_and_tokens_of_tomorrow_are_invalid() {
 }
 
 #[tokio::test]
-async fn an_end_that_was_put_off_is_learned() {
+async fn an_extended_expiry_is_noticed() {
     let bench = bench(&[Says::Expires(CLOCK.get() / 1000 + 30), Says::User("a")]);
     assert_eq!(bench.user("t").await, "a");
     pass(Duration::from_secs(31));
@@ -586,20 +586,20 @@ async fn an_expired_token_is_never_served_stale() {
     assert_eq!(bench.ask("t").await.err(), Some(CannotTell::Store));
 }
 
-// A store that fails, and comes back.
+// A store that fails and recovers.
 
 #[tokio::test]
-async fn nobody_waits_to_see_a_store_fail_again() {
+async fn callers_do_not_wait_for_a_failing_store_to_fail_again() {
     let bench = bench(&[Says::User("a"), Says::User("a"), Says::CannotTell, Says::CannotTell, Says::User("b")]);
     assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "a"));
     pass(TTL + Duration::from_secs(1));
     assert_eq!(bench.user("t").await, "a", "the first caller waited and got the last known answer");
-    // The others get theirs at once, while one look-up behind the scenes finds out how the store is.
+    // The others are served from the cache at once, while one background lookup probes the store.
     assert!(matches!(bench.known("u"), Some(TokenStatus::Valid(_))));
     assert!(matches!(bench.known("u"), Some(TokenStatus::Valid(_))));
     settle().await;
     assert_eq!(bench.asked(), 4);
-    // It is back: asked and believed again.
+    // The store has recovered.
     pass(Duration::from_millis(1_100));
     assert!(matches!(bench.known("u"), Some(TokenStatus::Valid(_))));
     settle().await;
@@ -608,7 +608,7 @@ async fn nobody_waits_to_see_a_store_fail_again() {
 }
 
 #[tokio::test]
-async fn a_failure_of_long_ago_is_no_excuse() {
+async fn an_old_failure_does_not_allow_stale_entries() {
     let bench = bench(&[Says::User("a"), Says::CannotTell, Says::Revoked]);
     assert_eq!(bench.user("t").await, "a");
     pass(TTL + Duration::from_secs(1));
@@ -618,7 +618,7 @@ async fn a_failure_of_long_ago_is_no_excuse() {
 }
 
 #[tokio::test]
-async fn one_bad_record_is_no_bad_store() {
+async fn one_invalid_record_is_not_a_failing_store() {
     let bench = bench(&[Says::User("a"), Says::Garbage, Says::Revoked]);
     assert_eq!(bench.user("t").await, "a");
     assert_eq!(bench.ask("spoiled").await.err(), Some(CannotTell::Store));
@@ -627,7 +627,7 @@ async fn one_bad_record_is_no_bad_store() {
 }
 
 #[tokio::test]
-async fn refreshing_leaves_room_for_newcomers() {
+async fn refreshes_leave_room_for_new_tokens() {
     let bench = bench(&[Says::User("a")]);
     let tokens = MAX_REFRESHES + 100;
     for n in 0..tokens {
@@ -645,10 +645,10 @@ async fn refreshing_leaves_room_for_newcomers() {
     assert!(matches!(newcomer.answer().await.0, Ok(TokenStatus::Valid(_))));
 }
 
-// Changes.
+// Change notifications.
 
 impl Bench {
-    /// Begins to follow the store.
+    /// Subscribes to the store.
     fn follow(&self) -> tokio::task::JoinHandle<()> {
         let authenticator = Arc::clone(&self.authenticator);
         tokio::spawn(async move { authenticator.follow_changes().await })
@@ -659,7 +659,7 @@ impl Bench {
         settle().await;
     }
 
-    /// A sign of life from now.
+    /// A confirmation of the subscription as of now.
     async fn live(&self) {
         self.live_at(CLOCK.get(), None).await;
     }
@@ -674,7 +674,7 @@ fn change(token: Named) -> Event {
 }
 
 #[tokio::test]
-async fn a_change_is_forgotten_by_either_name() {
+async fn a_change_removes_the_entry_by_digest_or_handle() {
     let bench = bench(&[Says::User("a"), Says::User("a"), Says::Revoked]);
     let following = bench.follow();
     assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "a"));
@@ -686,7 +686,7 @@ async fn a_change_is_forgotten_by_either_name() {
 }
 
 #[tokio::test]
-async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked_by_its_other_name() {
+async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked_by_handle() {
     let bench = bench(&[Says::User("a"), Says::Revoked]);
     let following = bench.follow();
     bench.shut();
@@ -701,7 +701,7 @@ async fn a_lookup_in_flight_cannot_resurrect_what_was_revoked_by_its_other_name(
 }
 
 #[tokio::test]
-async fn what_may_have_been_missed_is_asked_anew() {
+async fn tokens_are_looked_up_again_after_a_lost_subscription() {
     let bench = bench(&[Says::User("a"), Says::Nothing, Says::Revoked, Says::User("b")]);
     let following = bench.follow();
     assert_eq!(bench.user("t").await, "a");
@@ -712,12 +712,12 @@ async fn what_may_have_been_missed_is_asked_anew() {
     following.abort();
 }
 
-// A store must have said that it tells of changes, and go on showing it, or answers count for a moment only.
+// Without a confirmed subscription, results are cached for a moment only.
 
 const MOMENT: Duration = Duration::from_millis(700);
 
 #[tokio::test]
-async fn before_a_store_has_said_that_it_tells_of_changes_answers_count_for_a_moment() {
+async fn before_the_subscription_results_are_cached_for_a_moment() {
     let bench = bench_of(&[Says::User("a"), Says::User("a"), Says::Revoked, Says::User("b")], true);
     let following = bench.follow();
     assert_eq!(bench.user("t").await, "a");
@@ -726,7 +726,7 @@ async fn before_a_store_has_said_that_it_tells_of_changes_answers_count_for_a_mo
     assert!(bench.known("t").is_none(), "nobody has told what changed");
     settle().await;
     assert!(bench.known("t").is_some());
-    // What was learned before the store spoke may have changed before it spoke.
+    // Tokens looked up before the subscription was established may have changed before it was.
     bench.tell(Event::Hearing).await;
     assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert_eq!(bench.user("u").await, "b");
@@ -740,7 +740,7 @@ async fn before_a_store_has_said_that_it_tells_of_changes_answers_count_for_a_mo
 }
 
 #[tokio::test]
-async fn a_store_of_which_nobody_tells_promises_nothing() {
+async fn a_store_without_notifications_has_no_bound() {
     let bench = bench_of(&[Says::User("a")], true);
     let following = bench.follow();
     bench.tell(Event::Untold).await;
@@ -751,9 +751,9 @@ async fn a_store_of_which_nobody_tells_promises_nothing() {
     following.abort();
 }
 
-/// SIGSTOP, a paused machine, a laptop's lid: on waking the cache is asked before anybody could notice anything.
+/// SIGSTOP, or a paused or suspended machine: afterwards the cache is used before the interruption can be noticed.
 #[tokio::test]
-async fn what_is_known_counts_for_a_second_behind_the_last_sign_of_life() {
+async fn entries_are_used_for_a_second_after_the_last_confirmation() {
     let bench = bench_of(&[Says::User("a"), Says::User("a"), Says::Revoked], true);
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
@@ -765,7 +765,7 @@ async fn what_is_known_counts_for_a_second_behind_the_last_sign_of_life() {
     }
     settle().await;
     assert_eq!(bench.asked(), 2, "the store was asked");
-    // A sign that was under way when everything stood still says nothing of what came behind it.
+    // A confirmation that was sent before the interruption says nothing about later changes.
     pass(MOMENT);
     bench.live_at(CLOCK.get() - 3_000, None).await;
     assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
@@ -773,13 +773,13 @@ async fn what_is_known_counts_for_a_second_behind_the_last_sign_of_life() {
 }
 
 #[tokio::test]
-async fn a_late_sign_of_life_makes_all_good_again() {
+async fn a_late_confirmation_makes_entries_fresh_again() {
     let bench = bench_of(&[Says::User("a")], true);
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
     assert_eq!(bench.user("t").await, "a");
     pass(Duration::from_secs(3));
-    // The subscription held: what had changed would have been told before.
+    // The subscription was not lost: changes would have been reported before.
     bench.live().await;
     assert!(bench.known("t").is_some());
     assert_eq!(bench.asked(), 1);
@@ -787,7 +787,7 @@ async fn a_late_sign_of_life_makes_all_good_again() {
 }
 
 #[tokio::test]
-async fn without_signs_of_life_each_answer_counts_for_a_moment_behind_its_question() {
+async fn without_confirmation_each_result_is_used_for_a_moment_after_its_lookup() {
     let bench = bench_of(&[Says::User("a")], true);
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
@@ -798,13 +798,13 @@ async fn without_signs_of_life_each_answer_counts_for_a_moment_behind_its_questi
         pass(Duration::from_millis(100));
         settle().await;
     }
-    // Those in use are refreshed a little before.
+    // Entries in use are refreshed shortly before.
     assert!((14..=25).contains(&bench.asked()), "{}", bench.asked());
     following.abort();
 }
 
 #[tokio::test]
-async fn one_silent_store_is_enough_for_doubt() {
+async fn one_unconfirmed_store_makes_all_entries_doubtful() {
     let (benches, chain) = chain_of(&[&[Says::Nothing], &[Says::User("a")]]);
     let following = chain.follow();
     for bench in &benches {
@@ -821,7 +821,7 @@ async fn one_silent_store_is_enough_for_doubt() {
 }
 
 #[tokio::test]
-async fn doubt_is_no_reason_to_refuse_while_the_store_is_down_but_while_it_is_busy() {
+async fn doubtful_entries_are_used_while_the_store_is_down_but_not_while_it_is_busy() {
     let bench = bench_of(&[Says::User("a"), Says::CannotTell, Says::Busy], true);
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
@@ -834,7 +834,7 @@ async fn doubt_is_no_reason_to_refuse_while_the_store_is_down_but_while_it_is_bu
 }
 
 #[tokio::test]
-async fn a_doubted_answer_is_asked_for_soon_while_the_store_fails() {
+async fn a_doubtful_entry_is_refreshed_soon_while_the_store_fails() {
     let bench = bench_of(&[Says::User("a"), Says::User("b"), Says::CannotTell, Says::Revoked], true);
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
@@ -847,9 +847,9 @@ async fn a_doubted_answer_is_asked_for_soon_while_the_store_fails() {
     following.abort();
 }
 
-/// What was asked before a standstill and is read behind it.
+/// A lookup that begins before an interruption and completes after it.
 #[tokio::test]
-async fn an_answer_from_before_a_standstill_is_asked_for_again() {
+async fn a_lookup_is_repeated_after_an_interruption() {
     for before in [Says::User("a"), Says::CannotTell] {
         let bench = bench_of(&[Says::User("a"), before, Says::Revoked], true);
         let following = bench.follow();
@@ -869,7 +869,7 @@ async fn an_answer_from_before_a_standstill_is_asked_for_again() {
 }
 
 #[tokio::test]
-async fn a_failure_from_before_a_standstill_is_no_excuse() {
+async fn a_failure_before_an_interruption_does_not_allow_stale_entries() {
     let bench = bench(&[Says::User("a"), Says::CannotTell, Says::Revoked]);
     let pulse = &bench.authenticator.inner.pulse;
     assert_eq!(bench.user("t").await, "a");
@@ -884,21 +884,21 @@ async fn a_failure_from_before_a_standstill_is_no_excuse() {
 }
 
 #[test]
-fn standstills() {
+fn interruptions() {
     let at = |mono_ms| Now { mono_ms, unix_ms: 0 };
     let pulse = Pulse::default();
-    assert!(!pulse.stood_still_since(0, at(1_000_000)), "nobody has begun to note");
+    assert!(!pulse.was_interrupted_since(0, at(1_000_000)), "nobody has begun to note");
     assert_eq!(pulse.beat(at(5_000)), None, "the first one ends nothing");
     assert_eq!(pulse.beat(at(6_000)), None);
-    assert!(!pulse.stood_still_since(0, at(7_000)));
-    assert!(pulse.stood_still_since(0, at(7_001)), "before it is noted itself");
+    assert!(!pulse.was_interrupted_since(0, at(7_000)));
+    assert!(pulse.was_interrupted_since(0, at(7_001)), "before it is noted itself");
     assert_eq!(pulse.beat(at(9_500)), Some(Duration::from_millis(3_500)));
-    assert!(pulse.stood_still_since(9_499, at(10_500)) && !pulse.stood_still_since(9_500, at(10_500)));
-    assert!(!pulse.stood_still_since(13_000, at(13_500)), "not in so short a time");
+    assert!(pulse.was_interrupted_since(9_499, at(10_500)) && !pulse.was_interrupted_since(9_500, at(10_500)));
+    assert!(!pulse.was_interrupted_since(13_000, at(13_500)), "not in so short a time");
 }
 
 #[tokio::test]
-async fn doubtful_answers_serve_while_the_store_is_down_and_not_while_it_is_busy() {
+async fn after_a_lost_subscription_entries_are_used_while_the_store_is_down_only() {
     let bench = bench(&[Says::User("a"), Says::Busy, Says::CannotTell, Says::Busy]);
     let following = bench.follow();
     assert_eq!(bench.user("t").await, "a");
@@ -913,13 +913,13 @@ async fn doubtful_answers_serve_while_the_store_is_down_and_not_while_it_is_busy
 }
 
 #[tokio::test]
-async fn a_doubtful_answer_asks_for_itself_while_the_store_fails() {
+async fn a_doubtful_entry_requests_its_own_refresh_while_the_store_fails() {
     let bench = bench(&[Says::User("a"), Says::User("b"), Says::CannotTell, Says::Revoked]);
     let following = bench.follow();
     assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "b"));
     bench.tell(Event::Deaf).await;
     assert_eq!(bench.user("u").await, "b", "the store fails for one caller");
-    // Another one gets what is known at once, and its own look-up is under way.
+    // The other one is served from the cache at once, and its lookup is in progress.
     assert!(matches!(bench.known("t"), Some(TokenStatus::Valid(_))));
     settle().await;
     assert_eq!(bench.asked(), 4);
@@ -928,7 +928,7 @@ async fn a_doubtful_answer_asks_for_itself_while_the_store_fails() {
 }
 
 #[tokio::test]
-async fn a_busy_store_is_an_excuse_where_nothing_was_missed() {
+async fn stale_entries_are_used_while_the_store_is_busy_if_nothing_was_missed() {
     let bench = bench(&[Says::User("a"), Says::Busy]);
     assert_eq!(bench.user("t").await, "a");
     pass(TTL + Duration::from_secs(1));
@@ -936,13 +936,13 @@ async fn a_busy_store_is_an_excuse_where_nothing_was_missed() {
 }
 
 #[tokio::test]
-async fn answers_count_for_a_moment_while_no_word_comes() {
+async fn results_are_cached_for_a_moment_while_the_subscription_is_lost() {
     let bench = bench(&[Says::User("a"), Says::Revoked, Says::User("b")]);
     let following = bench.follow();
     bench.tell(Event::Deaf).await;
     assert_eq!(bench.user("t").await, "a");
     assert!(bench.known("t").is_some());
-    // Well within the second that is promised: the look-up takes its time, too.
+    // Well within the bound of a second, which includes the lookup.
     pass(Duration::from_millis(700));
     assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     bench.tell(Event::Hearing).await;
@@ -983,14 +983,14 @@ async fn the_first_store_that_knows_a_token_wins() {
 }
 
 #[tokio::test]
-async fn a_revoked_token_is_not_asked_for_elsewhere() {
+async fn a_revoked_token_is_not_looked_up_in_the_next_store() {
     let (benches, chain) = chain_of(&[&[Says::Revoked], &[Says::User("second")]]);
     assert!(matches!(chain.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
     assert_eq!(benches[1].asked(), 0);
 }
 
 #[tokio::test]
-async fn a_store_that_cannot_tell_ends_the_chain() {
+async fn a_failing_store_ends_the_chain() {
     for trouble in [Says::CannotTell, Says::Busy, Says::Garbage] {
         let (benches, chain) = chain_of(&[&[Says::Nothing], &[trouble], &[Says::User("third")]]);
         assert!(chain.ask("t").await.is_err());
@@ -999,13 +999,13 @@ async fn a_store_that_cannot_tell_ends_the_chain() {
 }
 
 #[tokio::test]
-async fn nobody_knows_it() {
+async fn no_store_knows_the_token() {
     let (benches, chain) = chain_of(&[&[Says::Nothing], &[Says::Nothing]]);
     assert!(matches!(chain.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
     assert_eq!(benches.iter().map(Bench::asked).collect::<Vec<_>>(), [1, 1]);
 }
 
-// Snapshots.
+// The cache file.
 
 impl Bench {
     fn with_snapshot(self, path: &Path, origin: &str) -> Self {
@@ -1014,8 +1014,8 @@ impl Bench {
     }
 }
 
-/// What a process leaves behind that knew `a` and `b`, the second one for 30 seconds more.
-async fn left_behind(path: &Path) {
+/// Writes the file of a process that has cached `a` and `b`, the latter for 30 seconds more.
+async fn write_cache_file(path: &Path) {
     let bench =
         bench(&[Says::User("a"), Says::Expires(CLOCK.get() / 1000 + 30), Says::Nothing]).with_snapshot(path, "here");
     let following = bench.follow();
@@ -1028,9 +1028,9 @@ async fn left_behind(path: &Path) {
 }
 
 #[tokio::test]
-async fn a_restart_asks_for_nothing_that_the_store_vouches_for() {
+async fn a_restart_needs_no_lookups_for_unchanged_tokens() {
     let folder = tempfile::tempdir().unwrap();
-    left_behind(&folder.path().join("cache")).await;
+    write_cache_file(&folder.path().join("cache")).await;
     let text = std::fs::read_to_string(folder.path().join("cache")).unwrap();
     assert_eq!(text.lines().count(), 4, "{text}");
     pass(Duration::from_secs(10));
@@ -1058,7 +1058,7 @@ async fn a_restart_asks_for_nothing_that_the_store_vouches_for() {
 #[tokio::test]
 async fn what_was_revoked_meanwhile_is_not_restored() {
     let folder = tempfile::tempdir().unwrap();
-    left_behind(&folder.path().join("cache")).await;
+    write_cache_file(&folder.path().join("cache")).await;
     let first = bench(&[Says::Revoked]).with_snapshot(&folder.path().join("cache"), "here");
     assert!(first.known("a").is_none(), "nothing counts before the store has spoken");
     settle().await;
@@ -1072,9 +1072,9 @@ async fn what_was_revoked_meanwhile_is_not_restored() {
 }
 
 #[tokio::test]
-async fn without_a_list_of_changes_a_snapshot_serves_only_while_the_store_is_down() {
+async fn without_a_list_of_changes_restored_entries_are_used_only_while_the_store_is_down() {
     let folder = tempfile::tempdir().unwrap();
-    left_behind(&folder.path().join("cache")).await;
+    write_cache_file(&folder.path().join("cache")).await;
     let bench = bench(&[Says::CannotTell, Says::Revoked]).with_snapshot(&folder.path().join("cache"), "here");
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
@@ -1084,9 +1084,9 @@ async fn without_a_list_of_changes_a_snapshot_serves_only_while_the_store_is_dow
     following.abort();
 }
 
-/// A gateway whose clock is ahead, or behind, asks for what changed behind the store's mark and not its own time.
+/// A gateway whose clock is ahead or behind asks for the changes after the store's mark, not after its own time.
 #[tokio::test]
-async fn a_snapshot_goes_by_the_stores_marks_and_by_no_clock() {
+async fn the_cache_file_depends_on_the_stores_marks_and_not_on_clocks() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("cache");
     let bench = bench_of(&[Says::User("a")], true).with_snapshot(&path, "here");
@@ -1097,12 +1097,12 @@ async fn a_snapshot_goes_by_the_stores_marks_and_by_no_clock() {
     bench.live_at(CLOCK.get(), Some("mark 2")).await;
     bench.authenticator.save();
     assert_eq!(cache_file::read(&path, "here", CLOCK.get()).unwrap().0, [Some("mark 2".into())]);
-    // What it said of another list, before it was lost and found again, says nothing of this one.
+    // A mark of the list before the loss of the subscription does not apply to the list after it.
     bench.tell(Event::Hearing).await;
     bench.authenticator.save();
     assert_eq!(cache_file::read(&path, "here", CLOCK.get()).unwrap().0, [None]);
     following.abort();
-    // Without a mark nothing is believed, whatever the store would say.
+    // Without a mark no entry is used, whatever the store would report.
     let next = bench_of(&[Says::Revoked], true).with_snapshot(&path, "here");
     *next.store.changed.lock() = Some(vec![]);
     let following = next.follow();
@@ -1112,9 +1112,9 @@ async fn a_snapshot_goes_by_the_stores_marks_and_by_no_clock() {
     following.abort();
 }
 
-/// All stores of a chain must tell of changes before one of them is asked what changed.
+/// All stores of a chain must be subscribed to before one of them is asked what changed.
 #[tokio::test]
-async fn a_chain_is_asked_what_changed_once_it_is_heard_from_as_a_whole() {
+async fn a_chain_is_asked_what_changed_when_all_its_stores_are_subscribed_to() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("cache");
     let (benches, chain) = chain_of(&[&[Says::User("a")], &[Says::Nothing]]);
@@ -1143,11 +1143,11 @@ async fn a_chain_is_asked_what_changed_once_it_is_heard_from_as_a_whole() {
 }
 
 #[tokio::test]
-async fn a_snapshot_that_is_not_ours_is_left_alone() {
+async fn a_cache_file_that_cannot_be_trusted_is_ignored() {
     use std::os::unix::fs::PermissionsExt as _;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("cache");
-    left_behind(&path).await;
+    write_cache_file(&path).await;
     let good = std::fs::read(&path).unwrap();
     let read = |origin: &str| cache_file::read(&path, origin, CLOCK.get()).map(|(_, kept)| kept.len());
     assert_eq!(read("here"), Ok(2));
@@ -1156,7 +1156,7 @@ async fn a_snapshot_that_is_not_ours_is_left_alone() {
         let mut bad = good.clone();
         bad[at] ^= 1;
         std::fs::write(&path, &bad).unwrap();
-        // A changed newline at the very end is all that may go unnoticed.
+        // Only a change of the final newline may go unnoticed.
         assert!(read("here").is_err() || at == good.len() - 1, "byte {at}");
         std::fs::write(&path, &good[..at]).unwrap();
         assert!(read("here").is_err() || at == good.len() - 1, "cut at {at}");
@@ -1171,14 +1171,14 @@ async fn a_snapshot_that_is_not_ours_is_left_alone() {
     std::fs::remove_file(&path).unwrap();
     assert!(read("here").unwrap_err().contains("No such file"));
     let mode = {
-        left_behind(&path).await;
+        write_cache_file(&path).await;
         std::fs::metadata(&path).unwrap().permissions().mode()
     };
     assert_eq!(mode & 0o777, 0o600);
 }
 
 #[tokio::test(start_paused = true)]
-async fn uses_are_told_in_slices_with_pauses() {
+async fn uses_are_written_in_batches_with_pauses() {
     let bench = bench(&[Says::User("a")]);
     let uses: Vec<_> = (0..1_201_u32).map(|n| (Digest::of(&n.to_be_bytes()), 1)).collect();
     let links = Link::new("fake".into(), Arc::<FakeStore>::clone(&bench.store), TTL, metrics_of("fake"));
@@ -1201,7 +1201,7 @@ async fn forgetting_by_prefix_reaches_cache_and_flights() {
     assert_eq!(bench.user("one").await, "before");
     assert_eq!(bench.asked(), 1, "another token's digits made it be asked again");
     assert_eq!(bench.authenticator.forget_prefix(&prefix("one")), 1);
-    // A look-up that is under way may have an answer from before.
+    // A lookup in progress may have an outdated result.
     bench.shut();
     let digest = Digest::of(b"one");
     let Checked::Waiting(waiting) = bench.authenticator.check(b"one", &digest, clock(), Mode::Serve) else {
