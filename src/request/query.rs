@@ -21,6 +21,8 @@ pub enum Key {
     Method,
 }
 
+/// No other name than the token's is longer.
+const LONGEST_FIXED_NAME: usize = b"access_token".len();
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// How a name was written.
@@ -71,6 +73,10 @@ impl Names {
         if !name.iter().any(|b| is_odd(*b)) && !name.starts_with(BYTE_ORDER_MARK) {
             return self.exact(name).map(|key| (key, Spelling::Plain));
         }
+        // Most names with odd bytes are arrays or hashes and need no decoding.
+        if memchr::memchr2(b'%', b'+', name).is_none() {
+            return self.key_of_decoded(name);
+        }
         self.key_of_decoded(&form_decode(name))
     }
 
@@ -117,11 +123,20 @@ impl Names {
         let start = decoded[..end].iter().take_while(|b| **b == b' ').count();
         // PHP ignores names that begin with a bracket.
         let name = Some(&decoded[start..end]).filter(|name| !name.starts_with(b"["))?;
-        let fold = |b: &u8| if matches!(b, b' ' | b'.' | b'[') { b'_' } else { *b };
-        let folded: SmallVec<[u8; 64]> = name.iter().map(fold).collect();
         // The part before the first bracket is the name of an array.
         let root = memchr::memchr(b'[', name).unwrap_or(name.len());
-        self.exact(&folded[..root]).or_else(|| self.exact(&folded))
+        self.folded(&name[..root]).or_else(|| self.folded(name))
+    }
+
+    /// The key whose name this is once PHP has replaced bytes by `_`.
+    fn folded(&self, name: &[u8]) -> Option<Key> {
+        // Most names are too long to match, and need no copy.
+        if name.len() > LONGEST_FIXED_NAME && name.len() != self.token.len() {
+            return None;
+        }
+        let fold = |b: &u8| if matches!(b, b' ' | b'.' | b'[') { b'_' } else { *b };
+        let folded: SmallVec<[u8; 64]> = name.iter().map(fold).collect();
+        self.exact(&folded)
     }
 
     /// The key with exactly this name. The configured token name takes precedence over the fixed names.
@@ -309,7 +324,7 @@ fn write_number(key: Key, number: u64, out: &mut Vec<u8>) {
 /// `application/x-www-form-urlencoded` decoding: `+` is a space, `%hh` a byte. An invalid escape is kept as it is; in a
 /// query the target check has refused those before.
 pub fn form_decode(bytes: &[u8]) -> SmallVec<[u8; 64]> {
-    let mut out = SmallVec::new();
+    let mut out = SmallVec::with_capacity(bytes.len());
     let mut rest = bytes;
     while let [byte, tail @ ..] = rest {
         rest = tail;
