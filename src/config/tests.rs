@@ -87,8 +87,8 @@ servers = [\"127.0.0.1\"]
         "13:8: route[0].path: write the pattern in its canonical form: no `//`, no trailing `/`, no `.json`, no escapes of \
          plain letters, other escapes in capitals, and none of `[]|^`, found \"/api/v3/session/\"; write it like \
          \"/api/v3/projects/:id/issues\" or \"/api/v3/templates/*\"",
-        "14:1: route[1].reason: is missing: these paths can be reached without a token; write why, for whoever reads \
-         `tollgate check` in a year",
+        "14:1: route[1].reason: is missing: these paths can be reached without a token; write the reason; \
+         `tollgate check` lists it with the path",
         "17:12: route[1].upstream: is not the name of an [[upstream]], found \"apu\"; did you mean `api`?",
         "20:12: upstream[0].servers: is not the address of a server, found \"127.0.0.1\"; write it like \
          \"127.0.0.1:3000\", \"backend:3000\" or \"unix:/path\"",

@@ -26,7 +26,7 @@ pub struct CacheSettings {
 }
 
 impl CacheSettings {
-    /// What is believed for longer deserves a second look.
+    /// Longer times get a warning.
     const LONG: Duration = Duration::from_secs(24 * 3600);
 
     /// Keys of `[cache]`.
@@ -46,14 +46,14 @@ impl CacheSettings {
             (
                 "positive_ttl",
                 self.positive_ttl,
-                "a revoked token works for as long, where the store tells of no changes",
+                "a revoked token works for as long if the store sends no change notifications",
             ),
             (
                 "negative_ttl",
                 self.negative_ttl,
-                "a new token is refused for as long, where the store tells of no changes",
+                "a new token is refused for as long if the store sends no change notifications",
             ),
-            ("stale_if_error", self.stale_if_error, "a revoked token works for as long, while the store is down"),
+            ("stale_if_error", self.stale_if_error, "a revoked token works for as long while the store is down"),
         ] {
             if time >= Self::LONG {
                 let what = format!("is a day or more: {what}");
@@ -178,8 +178,8 @@ const REFRESH_RETRY_MS: u64 = 1_000;
 const LAST_USED_STEP_MS: u64 = 60_000;
 /// A value of `fresh_until`: a change of the token may have been missed.
 const DOUBTFUL: u64 = 0;
-/// How long an answer is believed while word of changes does not come. A revocation is promised to hold within a second
-/// then, too: what is left of it goes to the look-up.
+/// How long a result is used while the subscription is lost. The bound on revocations of one second holds then, too; the
+/// remainder is for the lookup.
 const DEAF_TTL: Duration = Duration::from_millis(700);
 
 impl Cache {

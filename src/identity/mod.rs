@@ -95,22 +95,22 @@ struct Inner {
     clock: fn() -> Now,
 }
 
-/// Whether a store tells of its changes.
+/// The state of the subscription to a store's changes.
 enum Hearing {
-    /// It has not said yet; nothing counts for longer than while it doesn't.
+    /// Not established yet; results are cached for a moment only.
     NotYet,
-    /// All that changed before `since`, in monotonic milliseconds, was told.
+    /// All changes before `since`, in monotonic milliseconds, have been received.
     Yes {
         since: u64,
         mark: Option<Mark>,
     },
     Lost,
-    /// Nobody tells of changes, and nothing is promised.
+    /// The store has no change notifications, and there is no bound on revocations.
     Never,
 }
 
 impl Hearing {
-    /// Until when no change of any of these stores can have been missed.
+    /// Until when no change in any of these stores can have been missed.
     fn until(all: &[Self]) -> u64 {
         let until = |hearing: &Self| match hearing {
             Self::NotYet | Self::Lost => 0,
@@ -264,10 +264,10 @@ impl Authenticator {
                 hears.notify_one();
             }
         };
-        let vouch = async {
+        let confirm = async {
             loop {
                 hears.notified().await;
-                self.inner.vouch_for_snapshot().await;
+                self.inner.confirm_restored().await;
             }
         };
         let pulse = async {
@@ -282,7 +282,7 @@ impl Authenticator {
                 }
             }
         };
-        tokio::join!(self.inner.chain.follow(&heard), vouch, pulse);
+        tokio::join!(self.inner.chain.follow(&heard), confirm, pulse);
     }
 
     /// Writes the last uses of tokens to the stores. Uses that could not be written are retried with the next call.
@@ -298,12 +298,12 @@ impl Authenticator {
         self.inner.chain.names()
     }
 
-    /// How far each store had told of its changes.
+    /// The position in each store's list of changes.
     pub fn marks(&self) -> Vec<Option<Mark>> {
         self.inner.marks()
     }
 
-    /// Whether no change can have been missed, of the stores that tell of them.
+    /// Whether no change can have been missed, in the stores that have notifications.
     pub fn hears(&self, now: Now) -> bool {
         self.inner.cache.hears(now)
     }
@@ -421,7 +421,7 @@ impl Inner {
         now.mono_ms < until && !self.pulse.was_interrupted_since(until.saturating_sub(AILING_MS), now)
     }
 
-    /// How far each store had told of its changes.
+    /// The position in each store's list of changes.
     fn marks(&self) -> Vec<Option<Mark>> {
         let mark = |hearing: &Hearing| match hearing {
             Hearing::Yes { mark, .. } => mark.clone(),
@@ -501,7 +501,7 @@ impl Inner {
         }
     }
 
-    /// All that changed before was told, so that what is known counts for a while longer.
+    /// The subscription was confirmed: cache entries may be used for a while longer.
     fn alive(&self, link: usize, asked_ms: u64, told: Option<Mark>) {
         let mut all = self.hearing.lock();
         if let Some(Hearing::Yes { since, mark }) = all.get_mut(link) {
@@ -518,10 +518,10 @@ impl Inner {
             *hearing = now;
         }
         if hears {
-            // It can be reached: whatever failed before is no excuse any more.
+            // The store can be reached, so earlier failures do not count any more.
             self.ailing_until.store(0, Ordering::Relaxed);
         }
-        // First the shorter lifetimes and then the doubt, so that nothing that lands between gets the longer ones.
+        // Shorten the lifetimes before marking the entries, so that no lookup that completes in between gets a longer one.
         self.cache.set_deaf(all.iter().any(|hearing| matches!(hearing, Hearing::Lost)));
         self.cache.hear_until(Hearing::until(&all));
         self.invalidate_flights(|_, _| true);
@@ -532,8 +532,8 @@ impl Inner {
 
     /// Believes a snapshot as far as the stores can say what changed since it was taken. Word of changes comes by now,
     /// so that nothing slips through between.
-    async fn vouch_for_snapshot(&self) {
-        // Before all stores tell of changes, one could slip through between.
+    async fn confirm_restored(&self) {
+        // Until the subscriptions to all stores are established, a change could be missed.
         if Hearing::until(&self.hearing.lock()) == 0 {
             return;
         }
@@ -542,15 +542,14 @@ impl Inner {
             Ok(Some(changed)) => {
                 changed.iter().for_each(|digest| self.forget(digest));
                 self.cache.confirm_all((self.clock)());
-                log::info!(
-                    "the snapshot of the token cache holds, but for {} tokens that changed since",
-                    changed.len()
-                );
+                log::info!("the cache snapshot was restored, except for {} tokens that changed since", changed.len());
             }
             Ok(None) => {
-                log::info!("no store says what changed since the snapshot: it serves only while a store is down")
+                log::info!(
+                    "the stores cannot report what changed since the cache snapshot: it is used only while a store is down"
+                )
             }
-            Err(error) => log::warn!("the snapshot serves only while a store is down: {error}"),
+            Err(error) => log::warn!("the cache snapshot is used only while a store is down: {error}"),
         }
     }
 }

@@ -423,7 +423,7 @@ async fn a_flood_of_guesses_leaves_room_for_cached_tokens() {
     let Checked::Waiting(stranger) = check(&bench, "one more") else { panic!("nothing can be known") };
     assert_eq!(stranger.answer().await.0.err(), Some(CannotTell::Busy));
     let before = bench.asked();
-    let Checked::Waiting(known) = check(&bench, "known") else { panic!("too old to be believed") };
+    let Checked::Waiting(known) = check(&bench, "known") else { panic!("the entry is too old to be used") };
     settle().await;
     assert!(bench.asked() > before, "it is looked up");
     bench.open();
@@ -505,13 +505,13 @@ async fn a_change_of_the_record_loses_no_use() {
     let token = Digest::of(b"t");
     type Step = (&'static str, fn(&Bench));
     let steps: [Step; 5] = [
-        ("told of it", |bench| bench.authenticator.inner.apply(0, change(Named::Token(Digest::of(b"t"))))),
-        ("told of it by its other name", |bench| {
+        ("notification by digest", |bench| bench.authenticator.inner.apply(0, change(Named::Token(Digest::of(b"t"))))),
+        ("notification by handle", |bench| {
             bench.authenticator.inner.apply(0, change(Named::Handle(handle_of(b"t"))));
         }),
         ("forgotten by the operator", |bench| bench.authenticator.forget(&Digest::of(b"t"))),
         ("all forgotten", |bench| bench.authenticator.forget_all()),
-        ("everything asked anew", |bench| bench.authenticator.inner.apply(0, Event::Hearing)),
+        ("subscription established", |bench| bench.authenticator.inner.apply(0, Event::Hearing)),
     ];
     for (how, step) in steps {
         let bench = bench(&[Says::User("a")]);
@@ -708,7 +708,7 @@ async fn tokens_are_looked_up_again_after_a_lost_subscription() {
     assert!(matches!(bench.ask("n").await, Ok(TokenStatus::Invalid(Invalid::Unknown))));
     bench.tell(Event::Hearing).await;
     assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))));
-    assert_eq!(bench.user("n").await, "b", "a no is asked anew as well");
+    assert_eq!(bench.user("n").await, "b", "a negative entry is looked up again as well");
     following.abort();
 }
 
@@ -723,7 +723,7 @@ async fn before_the_subscription_results_are_cached_for_a_moment() {
     assert_eq!(bench.user("t").await, "a");
     assert!(bench.known("t").is_some());
     pass(MOMENT);
-    assert!(bench.known("t").is_none(), "nobody has told what changed");
+    assert!(bench.known("t").is_none(), "the changes since are not known");
     settle().await;
     assert!(bench.known("t").is_some());
     // Tokens looked up before the subscription was established may have changed before it was.
@@ -876,7 +876,7 @@ async fn a_failure_before_an_interruption_does_not_allow_stale_entries() {
     pass(TTL + Duration::from_secs(1));
     pulse.beat(clock());
     assert_eq!(bench.user("t").await, "a");
-    assert!(bench.known("t").is_some(), "nobody waits to see it fail again");
+    assert!(bench.known("t").is_some(), "callers do not wait for it to fail again");
     pass(Duration::from_secs(2));
     assert!(bench.known("t").is_none(), "but the failure is from another time");
     pulse.beat(clock());
@@ -887,7 +887,7 @@ async fn a_failure_before_an_interruption_does_not_allow_stale_entries() {
 fn interruptions() {
     let at = |mono_ms| Now { mono_ms, unix_ms: 0 };
     let pulse = Pulse::default();
-    assert!(!pulse.was_interrupted_since(0, at(1_000_000)), "nobody has begun to note");
+    assert!(!pulse.was_interrupted_since(0, at(1_000_000)), "the pulse has not started");
     assert_eq!(pulse.beat(at(5_000)), None, "the first one ends nothing");
     assert_eq!(pulse.beat(at(6_000)), None);
     assert!(!pulse.was_interrupted_since(0, at(7_000)));
@@ -1050,7 +1050,7 @@ async fn a_restart_needs_no_lookups_for_unchanged_tokens() {
     pass(TTL - Duration::from_secs(30));
     assert!(
         matches!(bench.ask("a").await, Ok(TokenStatus::Invalid(Invalid::Revoked))),
-        "and the entry's own time is not begun anew"
+        "and the entry's lifetime does not start again"
     );
     following.abort();
 }
@@ -1163,11 +1163,11 @@ async fn a_cache_file_that_cannot_be_trusted_is_ignored() {
     }
     std::fs::write(&path, &good).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o620)).unwrap();
-    assert!(read("here").unwrap_err().contains("somebody else could have written it"));
+    assert!(read("here").unwrap_err().contains("may have been written by another user"));
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     assert_eq!(read("here"), Ok(2));
     pass(Duration::from_secs(25 * 3600));
-    assert!(read("here").unwrap_err().contains("too old"));
+    assert!(read("here").unwrap_err().contains("older than 24 hours"));
     std::fs::remove_file(&path).unwrap();
     assert!(read("here").unwrap_err().contains("No such file"));
     let mode = {
@@ -1185,7 +1185,7 @@ async fn uses_are_written_in_batches_with_pauses() {
     let began = tokio::time::Instant::now();
     Chain::new(vec![links]).note_uses(&uses).await;
     assert_eq!(*bench.store.uses.lock(), [500, 500, 201]);
-    assert!(began.elapsed() >= Duration::from_millis(50), "no pause for whoever waits for the lock");
+    assert!(began.elapsed() >= Duration::from_millis(50), "no pause for other users of the lock");
 }
 
 fn metrics_of(name: &str) -> Arc<StoreMetrics> {

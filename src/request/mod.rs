@@ -42,7 +42,7 @@ pub struct Rules {
     pub names: Names,
     pub method_override: MethodOverride,
     pub switches: Switches,
-    /// Peers whose X-Forwarded-* are believed.
+    /// Peers whose X-Forwarded-* fields are accepted.
     pub trusted_proxies: TrustedProxies,
     pub pagination: Pagination,
     /// `None`: bodies are not checked, because the backend trusts only the header that tollgate sets.
@@ -59,7 +59,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The HTTP libraries behind tollgate take no longer target.
+    /// The framework does not support longer targets.
     const LARGEST_TARGET: usize = 60 * 1024;
     const LARGEST_HEADER: usize = 512 * 1024;
     const SMALLEST: usize = 256;

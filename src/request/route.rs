@@ -133,7 +133,7 @@ impl Route {
         let mut problems = Vec::new();
         if self.auth != Auth::Required && self.reason.is_empty() {
             let what = "is missing: these paths can be reached without a token";
-            let instead = "write why, for whoever reads `tollgate check` in a year";
+            let instead = "write the reason; `tollgate check` lists it with the path";
             problems.push(Problem::error("reason", what, instead));
         }
         if self.methods == Methods::only([]) {
@@ -143,7 +143,7 @@ impl Route {
         problems
     }
 
-    /// Whether a request could fall under both, neither being the narrower one.
+    /// Whether a request could match both with the same precedence.
     pub fn answers_the_same(&self, other: &Self) -> bool {
         self.pattern == other.pattern && self.methods.overlaps(other.methods)
     }
