@@ -371,8 +371,8 @@ section! {
 }
 
 section! {
-    /// A backend. Requests are distributed to its servers in turn. Requests go to the first [[upstream]], unless their
-    /// [[route]] names another.
+    /// A backend. Requests are distributed to its servers in turn. A request goes to the first [[upstream]] unless its
+    /// route names another one.
     Upstream {
         /// Name in metrics, logs and routes.
         name: String = r#"!"api""#,
