@@ -12,7 +12,7 @@ use crate::request::origin::Origin;
 use crate::request::page::Clamped;
 use crate::request::view::{Method, RequestView};
 use crate::request::{self, Examined};
-use crate::store::credential::{Digest, TokenId};
+use crate::store::credential::Digest;
 use crate::telemetry::metrics::{CacheResult, TokenSource};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -47,7 +47,7 @@ pub struct Facts {
     pub source: TokenSource,
     pub query_token: bool,
     /// The one token that was presented. It may not have been validated.
-    pub token: Option<TokenId>,
+    pub token: Option<Digest>,
     pub principal: Option<Arc<Principal>>,
     /// What the cache knew of the token, where it was asked.
     pub cache: Option<CacheResult>,
@@ -109,7 +109,7 @@ impl Pipeline {
                     route: refused.route.map(|route| route.index),
                     source: refused.source,
                     query_token: refused.query_token,
-                    token: refused.presented.map(|presented| Digest::of(&presented.value).id()),
+                    token: refused.presented.map(|presented| Digest::of(&presented.value)),
                     overridden: refused.method != view.method,
                     ..Facts::none(refused.method, origin.client)
                 };
@@ -121,7 +121,7 @@ impl Pipeline {
             return Admission::Decided(self.settle(examined, None), facts);
         };
         let digest = Digest::of(&presented.value);
-        facts.token = Some(digest.id());
+        facts.token = Some(digest);
         let checked = self.authenticator.check(&presented.value, &digest, now, mode);
         let answer = match checked {
             Checked::Known(answer, result) => {

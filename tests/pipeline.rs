@@ -54,7 +54,7 @@ fn observing_changes_nothing() {
         for token in ["known", "unknown"] {
             let (said, facts) = admit(pipeline, token, Mode::Observe).await;
             assert_eq!((said.as_str(), facts.cache), ("store_not_asked", None), "{token}");
-            assert_eq!(facts.token.unwrap().as_str(), &crate::harness::sha256_hex(token)[..12]);
+            assert_eq!(facts.token.unwrap().id().as_str(), &crate::harness::sha256_hex(token)[..12]);
         }
         // Whatever was started would run now.
         for _ in 0..100 {

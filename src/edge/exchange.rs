@@ -258,6 +258,7 @@ impl Exchange {
             Some(_) if facts.overridden || facts.method != Method::Other => facts.method.as_str().as_bytes(),
             Some(places) => places.method.within(head),
         };
+        let token = facts.token.map(|digest| digest.id());
         let peers = snapshot.upstream(facts.route).filter(|_| self.permitted);
         snapshot.log.write(&Entry {
             unix_ms: self.now.unix_ms,
@@ -271,7 +272,7 @@ impl Exchange {
             by: end.and_then(|end| end.by),
             reason: self.reason(),
             source: facts.source.as_str(),
-            token: facts.token.as_ref().map(|token| token.as_str()),
+            token: token.as_ref().map(|token| token.as_str()),
             user: facts.principal.as_ref().map(|principal| principal.user()),
             upstream: peers.map(|peers| Upstreamed {
                 name: peers.upstream.name(),

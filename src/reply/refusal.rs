@@ -180,41 +180,28 @@ impl Refusal {
         }
     }
 
-    /// The fields that say more than the status, those of the framing included. The same for every refusal of a
-    /// credential.
-    fn fields(&self) -> impl Iterator<Item = (&'static str, String)> {
-        let status = self.status();
-        let more = match status {
-            401 => Some(("WWW-Authenticate", "Bearer realm=\"api\"".to_owned())),
-            405 => Some(("Allow", Methods::ALL.names().collect::<Vec<_>>().join(", "))),
-            503 => Some(("Retry-After", "1".to_owned())),
-            _ => None,
-        };
-        [
-            ("Content-Type", "application/json".to_owned()),
-            ("Content-Length", self.body().len().to_string()),
-            ("Cache-Control", "no-store".to_owned()),
-        ]
-        .into_iter()
-        .chain(more)
-    }
-
-    fn body(&self) -> String {
-        format!("{{\"message\":\"{} {}\"}}", self.status(), phrase(self.status()))
-    }
-
     /// Says the whole answer, in the same order on every lane: the order of fields must not tell which rule was hit.
     pub fn render(&self, envelope: &Envelope<'_>, sink: &mut impl AnswerSink) {
-        sink.status(self.status(), phrase(self.status()));
+        let (status, body) = (self.status(), body(self.status()));
+        sink.status(status, phrase(status));
         sink.field(b"Date", envelope.date.as_bytes());
-        for (name, value) in self.fields() {
-            sink.field(name.as_bytes(), value.as_bytes());
+        sink.field(b"Content-Type", b"application/json");
+        sink.field_by(b"Content-Length", |out| decimal(body.len(), out));
+        sink.field(b"Cache-Control", b"no-store");
+        match status {
+            401 => sink.field(b"WWW-Authenticate", b"Bearer realm=\"api\""),
+            405 => {
+                let methods: Vec<_> = Methods::ALL.names().collect();
+                sink.field(b"Allow", methods.join(", ").as_bytes());
+            }
+            503 => sink.field(b"Retry-After", b"1"),
+            _ => {}
         }
         for (name, value) in envelope.cors.fields(envelope.grant) {
             sink.field(name.as_bytes(), value.as_bytes());
         }
         sink.field(b"X-Request-Id", envelope.request_id.as_bytes());
-        sink.body(self.body().as_bytes());
+        sink.body(body.as_bytes());
     }
 }
 
@@ -241,6 +228,10 @@ impl FieldSink for Http1Answer<'_> {
         Http1Head(self.out).field(name, value);
     }
 
+    fn field_by(&mut self, name: &[u8], write_value: impl FnOnce(&mut Vec<u8>)) {
+        Http1Head(self.out).field_by(name, write_value);
+    }
+
     fn connection_field(&mut self, name: &[u8], value: &[u8]) {
         self.field(name, value);
     }
@@ -248,7 +239,9 @@ impl FieldSink for Http1Answer<'_> {
 
 impl AnswerSink for Http1Answer<'_> {
     fn status(&mut self, status: u16, phrase: &'static str) {
-        for part in ["HTTP/1.1 ", &status.to_string(), " ", phrase, "\r\n"] {
+        self.out.extend_from_slice(b"HTTP/1.1 ");
+        decimal(status.into(), self.out);
+        for part in [" ", phrase, "\r\n"] {
             self.out.extend_from_slice(part.as_bytes());
         }
     }
@@ -262,24 +255,52 @@ impl AnswerSink for Http1Answer<'_> {
     }
 }
 
-/// The reason phrase of each status that tollgate answers itself.
-const fn phrase(status: u16) -> &'static str {
-    match status {
-        400 => "Bad Request",
-        401 => "Unauthorized",
-        403 => "Forbidden",
-        404 => "Not Found",
-        405 => "Method Not Allowed",
-        408 => "Request Timeout",
-        413 => "Request Entity Too Large",
-        414 => "URI Too Long",
-        415 => "Unsupported Media Type",
-        431 => "Request Header Fields Too Large",
-        502 => "Bad Gateway",
-        503 => "Service Unavailable",
-        504 => "Gateway Timeout",
-        _ => "Internal Server Error",
+/// Writes a number without a string of its own.
+fn decimal(mut number: usize, out: &mut Vec<u8>) {
+    let begin = out.len();
+    loop {
+        out.push(b'0' + (number % 10) as u8);
+        number /= 10;
+        if number == 0 {
+            break;
+        }
     }
+    out[begin..].reverse();
+}
+
+/// Declares the reason phrase and the body of each status that tollgate answers itself; the last one stands for the others.
+macro_rules! answers {
+    ($($status:literal $phrase:literal),* ; $other:literal $other_phrase:literal) => {
+        const fn phrase(status: u16) -> &'static str {
+            match status {
+                $($status => $phrase,)*
+                _ => $other_phrase,
+            }
+        }
+
+        const fn body(status: u16) -> &'static str {
+            match status {
+                $($status => concat!("{\"message\":\"", $status, " ", $phrase, "\"}"),)*
+                _ => concat!("{\"message\":\"", $other, " ", $other_phrase, "\"}"),
+            }
+        }
+    };
+}
+answers! {
+    400 "Bad Request",
+    401 "Unauthorized",
+    403 "Forbidden",
+    404 "Not Found",
+    405 "Method Not Allowed",
+    408 "Request Timeout",
+    413 "Request Entity Too Large",
+    414 "URI Too Long",
+    415 "Unsupported Media Type",
+    431 "Request Header Fields Too Large",
+    502 "Bad Gateway",
+    503 "Service Unavailable",
+    504 "Gateway Timeout";
+    500 "Internal Server Error"
 }
 
 #[cfg(test)]
