@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 /// A point in time, read once per request. Stages take it as an argument, so that tests control it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Now {
-    /// Milliseconds of a monotonic clock, for lifetimes. It continues while the process is stopped and while the machine is
-    /// suspended.
+    /// Milliseconds of a monotonic clock, for lifetimes. It continues while the process is stopped and while the
+    /// machine is suspended.
     pub mono_ms: u64,
     /// Milliseconds since the Unix epoch, for dates in records and logs.
     pub unix_ms: u64,
@@ -15,8 +15,8 @@ pub struct Now {
 
 /// Reads both clocks.
 pub fn now() -> Now {
-    // Not `Instant`: its clock (CLOCK_MONOTONIC) stops while the machine is suspended, so cache entries would live too long.
-    // CLOCK_BOOTTIME exists since Linux 2.6.39.
+    // Not `Instant`: its clock (CLOCK_MONOTONIC) stops while the machine is suspended, so cache entries would live too
+    // long. CLOCK_BOOTTIME exists since Linux 2.6.39.
     let mono = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
     let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Now { mono_ms: mono.as_millis() as u64, unix_ms: unix.as_millis() as u64 }

@@ -28,7 +28,8 @@ pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
         .name("demo-backend".into())
         .spawn(move || serve(&backend))
         .context("cannot start the backend's thread")?;
-    // Bound and closed again: another process could take the port before the gateway does, which is good enough for a demo.
+    // Bound and closed again: another process could take the port before the gateway does, which is good enough for a
+    // demo.
     let admin = TcpListener::bind("127.0.0.1:0")
         .and_then(|listener| listener.local_addr())
         .context("cannot bind a port for the admin listener")?;

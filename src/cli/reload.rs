@@ -1,5 +1,5 @@
-//! `tollgate reload`: asks the running gateway to reload, waits, and reports what is in force. Reads the configuration only
-//! for the address of the admin listener.
+//! `tollgate reload`: asks the running gateway to reload, waits, and reports what is in force. Reads the configuration
+//! only for the address of the admin listener.
 
 use super::Failure;
 use crate::config;

@@ -699,13 +699,15 @@ impl Progress {
             && shown.elapsed() > Duration::from_millis(200)
         {
             *shown = Instant::now();
-            drop(write!(std::io::stderr(), "\r{count} lines"));
+            // The progress display is optional.
+            let _ = write!(std::io::stderr(), "\r{count} lines");
         }
     }
 
     fn end(&self) {
         if self.shown.is_some() {
-            drop(write!(std::io::stderr(), "\r\x1b[K"));
+            // As above.
+            let _ = write!(std::io::stderr(), "\r\x1b[K");
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use log::LevelFilter;
 
-/// The most verbose level for each module of the framework. Its messages may quote requests, and tollgate logs and counts
-/// the failures itself. Connection and proxy errors are off entirely: to the framework, a pooled connection that the
-/// backend closed just before its reuse is an error, although the request is then retried.
+/// The most verbose level for each module of the framework. Its messages may quote requests, and tollgate logs and
+/// counts the failures itself. Connection and proxy errors are off entirely: to the framework, a pooled connection that
+/// the backend closed just before its reuse is an error, although the request is then retried.
 pub const FRAMEWORK_LOG_LEVELS: &[(&str, LevelFilter)] = &[
     ("pingora_core::connectors", LevelFilter::Off),
     ("pingora_proxy", LevelFilter::Off),

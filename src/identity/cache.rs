@@ -131,8 +131,8 @@ struct Uses {
 
 /// Maximum number of removed tokens whose last use is kept; further ones are lost.
 const MAX_REMOVED_USES: usize = 100_000;
-/// Maximum number of uses that are kept for a retry when a store could not write them. Bounds the cost of a store that never
-/// can.
+/// Maximum number of uses that are kept for a retry when a store could not write them. Bounds the cost of a store that
+/// never can.
 const MAX_RETRIED_USES: usize = 10_000;
 
 impl Uses {
@@ -178,8 +178,8 @@ const REFRESH_RETRY_MS: u64 = 1_000;
 const LAST_USED_STEP_MS: u64 = 60_000;
 /// A value of `fresh_until`: a change of the token may have been missed.
 const DOUBTFUL: u64 = 0;
-/// How long a result is used while the subscription is lost. The bound on revocations of one second holds then, too; the
-/// remainder is for the lookup.
+/// How long a result is used while the subscription is lost. The bound on revocations of one second holds then, too;
+/// the remainder is for the lookup.
 const DEAF_TTL: Duration = Duration::from_millis(700);
 
 impl Cache {
@@ -277,8 +277,8 @@ impl Cache {
         found.len()
     }
 
-    /// Marks all entries as not to be used before a new lookup, unless the store fails. Entries inserted meanwhile are not
-    /// marked: the caller must ensure that they are from lookups after whatever was missed.
+    /// Marks all entries as not to be used before a new lookup, unless the store fails. Entries inserted meanwhile are
+    /// not marked: the caller must ensure that they are from lookups after whatever was missed.
     pub(super) fn doubt_all(&self) {
         for (_, entry) in &self.positive {
             entry.fresh_until.store(DOUBTFUL, Ordering::Relaxed);
@@ -364,8 +364,8 @@ impl Cache {
         self.positive.insert(kept.digest, Arc::new(entry));
     }
 
-    /// Makes the remaining entries from the cache file fresh. The store has listed all changes since, and the caller has
-    /// removed those tokens.
+    /// Makes the remaining entries from the cache file fresh. The store has listed all changes since, and the caller
+    /// has removed those tokens.
     pub(super) fn confirm_all(&self, now: Now) {
         for (_, entry) in &self.positive {
             if entry.confirmable_until > now.mono_ms {
@@ -396,7 +396,8 @@ impl Positive {
         let certain = hears || now.mono_ms < self.certain_until;
         let fresh = certain && now.mono_ms < fresh_until;
         if !self.principal.in_force(now) {
-            // The token has expired. It is looked up again when the entry expires, because its expiry may have been extended.
+            // The token has expired. It is looked up again when the entry expires, because its expiry may have been
+            // extended.
             return match fresh {
                 true => Cached::Fresh { answer: TokenStatus::Invalid(Invalid::Expired), refresh: false },
                 false => Cached::Nothing,
@@ -418,8 +419,8 @@ impl Positive {
         Cached::Fresh { answer: TokenStatus::Valid(Arc::clone(&self.principal)), refresh }
     }
 
-    /// Whether the caller must start a refresh. True for one caller, and for the next one only after a pause. `early`: also
-    /// before the refresh is due.
+    /// Whether the caller must start a refresh. True for one caller, and for the next one only after a pause. `early`:
+    /// also before the refresh is due.
     fn claim_refresh(&self, now: Now, early: bool) -> bool {
         let due = self.refresh_at.load(Ordering::Relaxed);
         let next = now.mono_ms + REFRESH_RETRY_MS;

@@ -1,6 +1,6 @@
-//! Saves the cache's valid entries to a file, so that a restart does not cause a lookup for every token in use. The file
-//! contains digests but no tokens. Write access to it would allow letting tokens in while the store is down, so it is read
-//! only if no other user can write it, and only if it is complete and from the same stores.
+//! Saves the cache's valid entries to a file, so that a restart does not cause a lookup for every token in use. The
+//! file contains digests but no tokens. Write access to it would allow letting tokens in while the store is down, so it
+//! is read only if no other user can write it, and only if it is complete and from the same stores.
 
 use super::cache::SavedEntry;
 use super::principal::{Principal, SavedPrincipal};

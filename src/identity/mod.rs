@@ -56,8 +56,8 @@ const MAX_ATTEMPTS: usize = 4;
 const FLIGHT_SHARDS: usize = 64;
 /// For this long after a failed lookup, callers with a stale cache entry do not wait for another lookup to fail.
 const AILING_MS: u64 = 5_000;
-/// The bound on the effect of a change, for stores with change notifications: cache entries may be used for this long after
-/// the last confirmation of the subscription.
+/// The bound on the effect of a change, for stores with change notifications: cache entries may be used for this long
+/// after the last confirmation of the subscription.
 const PROMISE_MS: u64 = 1_000;
 /// How often this process records that it is running.
 const PULSE: Duration = Duration::from_millis(200);
@@ -121,8 +121,8 @@ impl Hearing {
     }
 }
 
-/// Detects that this process, or its machine, was stopped for a while. Results of lookups that were in progress are then
-/// outdated.
+/// Detects that this process, or its machine, was stopped for a while. Results of lookups that were in progress are
+/// then outdated.
 #[derive(Default)]
 struct Pulse {
     /// Monotonic milliseconds; 0: not started.
@@ -395,9 +395,9 @@ impl Inner {
         flight
     }
 
-    /// Whether a stale entry may be used although the lookup failed. If the store is only busy and a change may have been
-    /// missed, it may not, unless the subscription is lost as well: then the store is probably down, even if no lookup has
-    /// failed yet.
+    /// Whether a stale entry may be used although the lookup failed. If the store is only busy and a change may have
+    /// been missed, it may not, unless the subscription is lost as well: then the store is probably down, even if no
+    /// lookup has failed yet.
     fn excuses(&self, why: CannotTell, stale: &Stale) -> bool {
         match why {
             CannotTell::Store => true,
@@ -438,9 +438,9 @@ impl Inner {
         self.cache.forget(digest);
     }
 
-    /// Invalidates some of the lookups in progress. One lock at a time: a lookup that completed before its lock was taken
-    /// here has put its result into the cache, so a subsequent iteration over the cache finds it; a lookup that starts
-    /// meanwhile reads the store after the change.
+    /// Invalidates some of the lookups in progress. One lock at a time: a lookup that completed before its lock was
+    /// taken here has put its result into the cache, so a subsequent iteration over the cache finds it; a lookup that
+    /// starts meanwhile reads the store after the change.
     fn invalidate_flights(&self, concerned: impl Fn(&Digest, &Flight) -> bool) {
         for shard in &self.flights {
             for (digest, flight) in shard.lock().iter() {
@@ -521,7 +521,8 @@ impl Inner {
             // The store can be reached, so earlier failures do not count any more.
             self.ailing_until.store(0, Ordering::Relaxed);
         }
-        // Shorten the lifetimes before marking the entries, so that no lookup that completes in between gets a longer one.
+        // Shorten the lifetimes before marking the entries, so that no lookup that completes in between gets a longer
+        // one.
         self.cache.set_deaf(all.iter().any(|hearing| matches!(hearing, Hearing::Lost)));
         self.cache.hear_until(Hearing::until(&all));
         self.invalidate_flights(|_, _| true);

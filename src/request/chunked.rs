@@ -48,7 +48,8 @@ impl ChunkedBody {
         self.state == ChunkState::Done
     }
 
-    /// Consumes the bytes that belong to the body and returns their number, which is less than given when the body ends.
+    /// Consumes the bytes that belong to the body and returns their number, which is less than given when the body
+    /// ends.
     pub fn advance(&mut self, bytes: &[u8]) -> Result<usize, ChunkFault> {
         let mut at = 0;
         while at < bytes.len() && self.state != ChunkState::Done {

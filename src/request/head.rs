@@ -34,8 +34,8 @@ pub enum HeadFault {
     TooManyFields,
 }
 
-/// Where the head ends (after its empty line), if it is complete. The first `scanned` bytes are known not to contain the
-/// end.
+/// Where the head ends (after its empty line), if it is complete. The first `scanned` bytes are known not to contain
+/// the end.
 pub fn end_of_head(bytes: &[u8], scanned: usize) -> Option<usize> {
     // Empty lines before the request line do not end the head. Counting them is cheap: there are few, or it is refused.
     let start = leading_empty_lines(bytes).max(scanned.saturating_sub(3));
@@ -63,7 +63,8 @@ pub fn asks_for_head(read: &[u8]) -> bool {
     method == Some(b"HEAD")
 }
 
-/// The values of Origin in an unparsable head. Only lines in the form that browsers write, since only browsers use CORS.
+/// The values of Origin in an unparsable head. Only lines in the form that browsers write, since only browsers use
+/// CORS.
 pub fn origins_of_unparsed(read: &[u8]) -> impl Iterator<Item = &[u8]> {
     read.split(|b| *b == b'\n').skip(1).filter_map(|line| {
         let (line, at) = (line.strip_suffix(b"\r")?, memchr::memchr(b':', line)?);

@@ -241,8 +241,8 @@ impl Rules {
         RejectedRequest { fault, route, method, source, query_token, presented }
     }
 
-    /// The method to judge by: the request's own, or the one named by its override header where that is accepted.
-    /// HEAD is never accepted: servers differ in whether the response to such a POST has a body, so its end is ambiguous.
+    /// The method to judge by: the request's own, or the one named by its override header where that is accepted. HEAD
+    /// is never accepted: servers differ in whether the response to such a POST has a body, so its end is ambiguous.
     fn method_asked(&self, view: &RequestView<'_>) -> Result<Method, Fault> {
         let mut overrides = view.fields_of(FieldKind::MethodOverride);
         let Some(field) = overrides.next().filter(|_| !seeded::off(Rule::MethodOverride)) else {

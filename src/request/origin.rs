@@ -71,8 +71,8 @@ impl<'a> Origin<'a> {
         origin
     }
 
-    /// Reads X-Forwarded-For from the right, where the nearest proxy wrote: over trusted addresses to the first one that
-    /// is not, which is the client. What stands to the left of the client is only hearsay, and goes on as such. An
+    /// Reads X-Forwarded-For from the right, where the nearest proxy wrote: over trusted addresses to the first one
+    /// that is not, which is the client. What stands to the left of the client is only hearsay, and goes on as such. An
     /// element that is no address ends the reading: whoever wrote it wrote what stands to the left of it as well.
     fn take_chain(&mut self, view: &RequestView<'a>, proxies: &TrustedProxies) {
         let lines = view.fields.iter().rev().filter(|field| field.kind == FieldKind::ForwardedFor);

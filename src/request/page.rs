@@ -87,7 +87,8 @@ pub struct PastDepth;
 /// Parameters to append to the query.
 pub type Appended = SmallVec<[(Key, u64); 2]>;
 
-/// Decides on every page parameter of a scan and leaves the actions of the others unchanged. Also returns what to append.
+/// Decides on every page parameter of a scan and leaves the actions of the others unchanged. Also returns what to
+/// append.
 pub fn settle(
     scan: &Scan<'_>,
     actions: &mut [ParamAction],
@@ -108,8 +109,8 @@ pub fn settle(
 }
 
 /// The last scalar that Rack reads is kept. Every other one, every array or hash, and every spelling that only other
-/// parsers read as this key is dropped, so that all parsers see one plain number or none. Returns whether a parameter of
-/// this key changed, or `None` if no scalar is left.
+/// parsers read as this key is dropped, so that all parsers see one plain number or none. Returns whether a parameter
+/// of this key changed, or `None` if no scalar is left.
 fn settle_key(
     scan: &Scan<'_>,
     actions: &mut [ParamAction],
@@ -287,7 +288,8 @@ mod tests {
             // Parsers that split at `&` alone read a `;` after the number as a part of it.
             ("per_page=5;x=1", "?per_page=5&x=1"),
             ("per_page=500;page=3;x=1", "?per_page=100&page=3&x=1"),
-            // Different names to Rack: none of them may replace what it reads, or reach parsers that fold them into the key.
+            // Different names to Rack: none of them may replace what it reads, or reach parsers that fold them into the
+            // key.
             ("per.page=500", ""),
             ("per_page=5&per.page=500", "?per_page=5"),
             ("per+page=500&x=1", "?x=1"),

@@ -45,8 +45,8 @@ pub struct Param<'a> {
     pub spelling: Spelling,
     /// The bytes after `=`, still encoded; `None` without `=`, which Rack reads as nil.
     pub value: Option<&'a [u8]>,
-    /// Preceded or followed by `;`. Rack 1 and 2 split there; Rack 3 and the other parsers take what follows as a part of
-    /// the value.
+    /// Preceded or followed by `;`. Rack 1 and 2 split there; Rack 3 and the other parsers take what follows as a part
+    /// of the value.
     pub begins_at_semicolon: bool,
     pub ends_at_semicolon: bool,
     /// Its position in the query, without separators.
@@ -89,8 +89,8 @@ impl Names {
         self.as_rack_reads(decoded).or_else(|| Some((self.as_php_reads(decoded)?, Spelling::Foreign)))
     }
 
-    /// Rack strips brackets before the name and ends it at the next one. Express (qs) and parsers without nesting find no
-    /// name that this rule misses. Only some parsers strip blanks around a name or cut it at NUL.
+    /// Rack strips brackets before the name and ends it at the next one. Express (qs) and parsers without nesting find
+    /// no name that this rule misses. Only some parsers strip blanks around a name or cut it at NUL.
     fn as_rack_reads(&self, decoded: &[u8]) -> Option<(Key, Spelling)> {
         let is_bracket = |b: u8| matches!(b, b'[' | b']');
         let is_blank = |b: u8| matches!(b, 0 | b' ' | 9..=13);
@@ -113,8 +113,8 @@ impl Names {
         }
     }
 
-    /// PHP cuts a name at NUL, strips leading spaces, and replaces a dot, a space and an unclosed `[` by `_`. Whether a `]`
-    /// follows is not checked: a long name in a body may have been truncated before it.
+    /// PHP cuts a name at NUL, strips leading spaces, and replaces a dot, a space and an unclosed `[` by `_`. Whether a
+    /// `]` follows is not checked: a long name in a body may have been truncated before it.
     fn as_php_reads(&self, decoded: &[u8]) -> Option<Key> {
         if seeded::off(Rule::PhpNames) {
             return None;
@@ -341,8 +341,8 @@ pub fn form_decode(bytes: &[u8]) -> SmallVec<[u8; 64]> {
 }
 
 /// Whether a query's ASCII bytes are still ASCII when decoded by the charset of this Content-Type, as Django does for
-/// every method and type: in UTF-7, `private+AF8-token` is the token. The charsets listed here encode ASCII as itself and
-/// nothing else as ASCII; any other charset counts as unsafe.
+/// every method and type: in UTF-7, `private+AF8-token` is the token. The charsets listed here encode ASCII as itself
+/// and nothing else as ASCII; any other charset counts as unsafe.
 pub fn is_read_as_ascii(content_type: &[u8]) -> bool {
     const WORD: &[u8] = b"charset";
     let mut places = content_type.windows(WORD.len()).enumerate();

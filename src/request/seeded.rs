@@ -1,6 +1,6 @@
-//! Rules that can be switched off one at a time, so that the differential test suite can prove that it detects what each
-//! of them prevents. Only in the binary `tollgate-seeded` with the feature `seeded-faults`; in every other build [`off`]
-//! is the constant false and the environment is not read.
+//! Rules that can be switched off one at a time, so that the differential test suite can prove that it detects what
+//! each of them prevents. Only in the binary `tollgate-seeded` with the feature `seeded-faults`; in every other build
+//! [`off`] is the constant false and the environment is not read.
 
 /// The rules that can be switched off, by variant name in TOLLGATE_SEEDED_FAULT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -107,8 +107,8 @@ fn check_query(query: &[u8]) -> Result<(), TargetFault> {
     Ok(())
 }
 
-/// RFC 3986 `pchar` and `/`, and the bytes that browsers leave unencoded besides (WHATWG URL standard): nginx, HAProxy and
-/// Puma accept them, and none of them is a separator.
+/// RFC 3986 `pchar` and `/`, and the bytes that browsers leave unencoded besides (WHATWG URL standard): nginx, HAProxy
+/// and Puma accept them, and none of them is a separator.
 const fn is_path_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric()
         || matches!(byte, b'!' | b'$' | b'&'..=b'/' | b':' | b';' | b'=' | b'@' | b'_' | b'~')

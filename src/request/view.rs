@@ -93,7 +93,8 @@ impl Method {
         }
     }
 
-    /// The name, or `other` for methods that are not forwarded: a client must not be able to create metric label values.
+    /// The name, or `other` for methods that are not forwarded: a client must not be able to create metric label
+    /// values.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Get => "GET",

@@ -1,5 +1,6 @@
-//! The stores of a configuration, in their order: the first that knows a token wins, and one that can't tell ends the
-//! look-up. It never falls through to the next: who is unknown here because a store was down could be let in there.
+//! The configured stores, in their order: the first that knows a token decides, and one that fails ends the lookup. A
+//! failure never falls through to the next store, because a token that is revoked in the failed one could be valid
+//! there.
 
 use super::{Event, Mark, StoreError, TokenRecord, TokenStore};
 use crate::store::credential::{Credential, Digest};
@@ -13,23 +14,23 @@ pub struct Link {
     /// Label of metrics and logs.
     pub name: String,
     pub store: Arc<dyn TokenStore>,
-    /// How long a look-up may take.
+    /// Limit for the duration of a lookup.
     pub timeout: Duration,
     pub metrics: Arc<StoreMetrics>,
     trouble: Trouble,
 }
 
-/// What was said about look-ups that failed.
+/// Limits the messages about failed lookups.
 #[derive(Default)]
 struct Trouble {
-    /// The store fails, whichever token is asked for.
+    /// The store itself fails, for every token.
     outage: Outage,
-    /// One record is no record: others may be.
+    /// A single record is invalid.
     garbage: LogThrottle,
 }
 
-/// Uses of tokens are told to a store so many at once, with a pause behind them, so that a revocation that waits for
-/// the store's lock is never kept waiting for all of them.
+/// Uses of tokens are written to a store in batches of this size with a pause after each, so that a revocation waiting
+/// for the store's lock never has to wait for all of them.
 const USES_AT_ONCE: usize = 500;
 const USES_PAUSE: Duration = Duration::from_millis(25);
 
@@ -60,7 +61,7 @@ impl Chain {
         Ok(None)
     }
 
-    /// The handles that stores know a token by.
+    /// The stores' own identifiers of a token.
     pub(crate) fn handles(&self, credential: &Credential) -> Vec<Digest> {
         self.links.iter().filter_map(|link| link.store.handle(credential)).collect()
     }
@@ -73,7 +74,7 @@ impl Chain {
         .await;
     }
 
-    /// `None` when one of the stores can't say.
+    /// `None` if one of the stores cannot report its changes.
     pub(crate) async fn changed_since(&self, marks: &[Option<Mark>]) -> Result<Option<Vec<Digest>>, StoreError> {
         let mut changed = Vec::new();
         for (index, link) in self.links.iter().enumerate() {
@@ -86,7 +87,8 @@ impl Chain {
         Ok(Some(changed))
     }
 
-    /// Every store is told; those that don't know a token pass over it. Says whether all of them took it.
+    /// Passes the uses to every store; a store ignores tokens that it does not have. Returns whether all stores wrote
+    /// them.
     pub(crate) async fn note_uses(&self, uses: &[(Digest, u64)]) -> bool {
         let mut all = true;
         for link in &self.links {
@@ -129,12 +131,12 @@ impl Link {
         result
     }
 
-    /// A line as an outage begins, and none for each token that somebody guesses meanwhile.
+    /// Logs the beginning of an outage once, not for each token that is presented meanwhile.
     fn fails(&self, error: &StoreError, credential: &Credential) {
         let (now, name, token) = (Instant::now(), &self.name, credential.digest().id());
         if let StoreError::Garbage(_) = error {
             if let Some(more) = self.trouble.garbage.due(now) {
-                log::warn!("store {name}: token {token}: {error} ({more} more like it since this was said last)");
+                log::warn!("store {name}: token {token}: {error} ({more} similar messages suppressed)");
             }
         } else if self.trouble.outage.failed(now).is_some() {
             log::warn!("store {name}: look-ups fail from now on, the first one for token {token}: {error}");

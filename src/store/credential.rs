@@ -1,9 +1,9 @@
-//! A token as the stages behind the request see it: its digest, and the secret only where a store must send it on.
+//! A token as the stages after `request` see it: its digest, and the secret only for stores that must send it on.
 //! Nothing here prints a token.
 
 use sha2::{Digest as _, Sha256};
 
-/// SHA-256 of a token: what tokens rest as, and what caches are keyed by.
+/// SHA-256 of a token: the form in which tokens are stored, and the cache's key.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Digest([u8; 32]);
 
@@ -36,7 +36,7 @@ impl Digest {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The name a token goes by in logs and on the command line: the first 12 hex digits.
+    /// The token's id in logs and on the command line: the first 12 hex digits.
     pub fn id(&self) -> TokenId {
         let mut id = [0; 12];
         for (pair, byte) in id.chunks_mut(2).zip(self.0) {
@@ -46,13 +46,13 @@ impl Digest {
         TokenId(id)
     }
 
-    /// Whether its hex digits begin with these.
+    /// Whether its hex digits begin with this prefix.
     pub fn begins_with(&self, prefix: &DigestPrefix) -> bool {
         let nibble = |index: usize| self.0[index / 2] >> (4 * (1 - index % 2)) & 15;
         prefix.0.iter().enumerate().all(|(index, digit)| nibble(index) == *digit)
     }
 
-    /// Spreads digests over a power-of-two number of buckets.
+    /// Distributes digests over a power-of-two number of buckets.
     pub(crate) const fn bucket(&self, buckets: usize) -> usize {
         self.0[31] as usize & (buckets - 1)
     }
@@ -73,7 +73,7 @@ impl DigestPrefix {
 const HEX: &[u8; 16] = b"0123456789abcdef";
 
 impl std::hash::Hash for Digest {
-    /// Eight bytes of a digest are as good as all of it; the map's own keyed hasher keeps collisions from being chosen.
+    /// Eight bytes of a digest are sufficient; the map's keyed hasher prevents chosen collisions.
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         let [a, b, c, d, e, f, g, h, ..] = self.0;
         state.write_u64(u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
@@ -102,7 +102,7 @@ impl std::fmt::Display for TokenId {
     }
 }
 
-/// A token on its way to a store. Lives as long as one look-up.
+/// A token to be looked up. Lives as long as one lookup.
 pub struct Credential {
     secret: Box<[u8]>,
     digest: Digest,
@@ -130,7 +130,7 @@ impl std::fmt::Debug for Credential {
 }
 
 impl Drop for Credential {
-    /// Wipes the secret; `black_box` keeps the writes from being optimised away.
+    /// Overwrites the secret; `black_box` prevents the writes from being optimised away.
     fn drop(&mut self) {
         self.secret.fill(0);
         std::hint::black_box(&self.secret);

@@ -1,6 +1,6 @@
-//! Records as text that goes from one store to another: what the command line shows as JSON, and what an import reads. All
-//! fields of a record go through, so that a list of one store makes the same list in another. What is read may hold tokens:
-//! errors say where and what for, and never quote.
+//! Records as text for moving them between stores: the command line's JSON output, and the input of an import. All
+//! fields of a record are included, so that a list of one store can be imported into another without loss. The input
+//! may contain tokens: errors name the place and the reason, and never quote it.
 
 use super::values::{LATEST, check_description, check_scope, check_user, parse_time, rfc3339};
 use super::{AdminError, TokenRecord};
@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use std::io::BufRead;
 
-/// A record as the command line shows it.
+/// A record as printed by the command line.
 #[derive(Serialize)]
 pub struct ShownRecord {
     pub id: String,
@@ -26,7 +26,7 @@ pub struct ShownRecord {
     pub superseded: Option<String>,
     /// The id of that token.
     pub replaces: Option<String>,
-    /// All of its digest.
+    /// The complete digest.
     pub replaces_sha256: Option<String>,
     pub last_used: Option<String>,
 }
@@ -52,13 +52,13 @@ impl From<&TokenRecord> for ShownRecord {
     }
 }
 
-/// Bad entries that are named; of the rest only the number is said.
+/// Maximum number of errors that are listed; of the rest only the number is reported.
 const NAMED: usize = 20;
-/// An entry that is longer is none.
+/// Longer entries are errors.
 const LONGEST: usize = 1024 * 1024;
 
-/// Records out of an input: one JSON object on each line, or one array of objects over any lines. The first thing that is
-/// wrong makes it read on to the end, for the other things that are; then it says all of them as one error, and nothing more.
+/// Reads records from an input: one JSON object per line, or one array of objects over any number of lines. After the
+/// first error it reads to the end to find all others, returns them as one error, and then no more records.
 pub struct Reading<R> {
     source: Source<R>,
     now: u64,
@@ -68,13 +68,13 @@ pub struct Reading<R> {
 }
 
 impl<R: BufRead> Reading<R> {
-    /// `now` is when tokens without a time of their making were made, in unix seconds.
+    /// `now` is the creation time for tokens without one, in Unix seconds.
     pub fn new(input: R, now: u64) -> Self {
         let source = Source { input, place: Place { line: 1, column: 1 }, shape: None };
         Self { source, now, bad: Bad::default(), read: 0, over: false }
     }
 
-    /// Entries so far, bad ones included.
+    /// The number of entries so far, including invalid ones.
     pub fn entries(&self) -> u64 {
         self.read
     }
@@ -118,11 +118,11 @@ impl<R: BufRead> Iterator for Reading<R> {
     }
 }
 
-/// Why an entry gives no record.
+/// Why an entry is not a valid record.
 enum Stop {
-    /// The next one may.
+    /// The next entry can be read.
     Bad(Wrong),
-    /// Nobody can say where a next one begins.
+    /// The beginning of the next entry is unknown.
     End(Wrong),
     Input(std::io::Error),
 }
@@ -177,7 +177,7 @@ impl Place {
     fn step(&mut self, byte: u8) {
         match byte {
             b'\n' => *self = Self { line: self.line + 1, column: 1 },
-            // What goes on a character is no new one.
+            // A UTF-8 continuation byte is not a new character.
             0x80..=0xbf => {}
             _ => self.column += 1,
         }
@@ -189,7 +189,7 @@ impl Place {
     }
 }
 
-/// Cuts an input into the texts of its entries.
+/// Splits an input into the texts of its entries.
 struct Source<R> {
     input: R,
     place: Place,
@@ -200,7 +200,7 @@ struct Source<R> {
 enum Shape {
     Lines,
     Array,
-    /// Behind the end of an array.
+    /// After the end of an array.
     Done,
 }
 
@@ -215,7 +215,7 @@ impl<R: BufRead> Source<R> {
             Some(shape) => shape,
             None => {
                 for byte in b"\xef\xbb\xbf" {
-                    // A byte order mark, which some systems write before everything; half a one is no JSON either.
+                    // A byte order mark, which some systems write first; a partial one is not JSON either.
                     if self.peek()? == Some(*byte) {
                         self.input.consume(1);
                     }
@@ -262,7 +262,9 @@ impl<R: BufRead> Source<R> {
         loop {
             self.skip_blanks()?;
             match self.peek()? {
-                Some(b',') => drop(self.take()?),
+                Some(b',') => {
+                    self.take()?;
+                }
                 _ => break,
             }
         }
@@ -326,7 +328,7 @@ impl<R: BufRead> Source<R> {
     }
 }
 
-/// What an entry may say: what a list says, and a token in place of its digest.
+/// The fields of an entry: those of a list, and a token instead of its digest.
 const KEYS: [&str; 15] = [
     "token",
     "sha256",
@@ -370,7 +372,7 @@ impl<'de> Deserialize<'de> for Fields<'de> {
     }
 }
 
-/// Where in the text, at which key, and what is wrong there.
+/// The position in the text, the key, and the error.
 type Fault = (usize, Option<&'static str>, String);
 
 fn record(text: &str, now: u64) -> Result<TokenRecord, Fault> {
@@ -391,7 +393,7 @@ fn record(text: &str, now: u64) -> Result<TokenRecord, Fault> {
     entry.record(now)
 }
 
-/// The byte of a text that a parser means by a line and a column, both counted from 1.
+/// The byte offset for a parser's line and column, both counted from 1.
 fn offset(text: &str, line: usize, column: usize) -> usize {
     let begin: usize = text.split_inclusive('\n').take(line.saturating_sub(1)).map(str::len).sum();
     let mut at = (begin + column.saturating_sub(1)).min(text.len());
@@ -407,12 +409,12 @@ struct Object<'a> {
 }
 
 impl<'a> Object<'a> {
-    /// Where a value begins: it is a part of the text.
+    /// The offset of a value, which is a slice of the text.
     fn offset(&self, value: &RawValue) -> usize {
         (value.get().as_ptr() as usize).saturating_sub(self.text.as_ptr() as usize).min(self.text.len())
     }
 
-    /// `null` is what a list says of what is not there.
+    /// A list contains `null` for absent values.
     fn value(&self, key: &'static str) -> Option<&'a RawValue> {
         let index = KEYS.iter().position(|known| *known == key)?;
         self.fields[index].filter(|value| value.get() != "null")
@@ -504,7 +506,7 @@ impl<'a> Object<'a> {
             not_before: self.time("not_before")?,
             expires: self.time("expires")?,
             revoked: match self.value("revoked").map(RawValue::get) {
-                // Since when is not known; that it is, is from now on.
+                // The time of the revocation is unknown, so the current time is used.
                 Some("true") => Some(now),
                 Some("false") => None,
                 _ => self.time("revoked")?,
@@ -518,12 +520,12 @@ impl<'a> Object<'a> {
     }
 }
 
-/// What a gateway would take for a token.
+/// Whether a gateway would accept this as a token.
 pub fn is_token(bytes: &[u8]) -> bool {
     (1..=255).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
 }
 
-/// Whether an id, or more of a digest, is of this one.
+/// Whether an id, or a longer prefix, matches this digest.
 fn names(id: &str, digest: &Digest) -> bool {
     id.len() >= 6 && digest.to_hex().starts_with(&id.to_ascii_lowercase())
 }
@@ -630,7 +632,7 @@ mod tests {
         ] {
             let unclosed = bad.starts_with('{') && !bad.contains('}');
             for (text, line) in [(format!("{good}{bad}\n{good}"), 2), (format!("[{good},\n{bad},\n{good}]"), 3)] {
-                // In an array, nobody can say where such an entry ends.
+                // In an array, the end of such an entry is unknown.
                 if unclosed && line == 3 {
                     continue;
                 }

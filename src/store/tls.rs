@@ -1,5 +1,5 @@
-//! What stores over a network share: secrets that print nothing, one rule for when plain text is allowed, and one way to
-//! check the other side's certificate. Knows no store.
+//! Shared by the stores with network connections: secrets that cannot be printed, one rule for when plain text is
+//! allowed, and one way to verify the server's certificate. Knows no store.
 
 use crate::store::credential::Digest;
 use rustls::client::WebPkiServerVerifier;
@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// A password or the like. Prints nothing and is compared only to see whether a configuration changed.
+/// A password or similar secret. Cannot be printed, and is compared only to detect configuration changes.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -36,25 +36,25 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// A place that a store may be reached at, as far as its settings say where that is.
+/// An address of a store, as far as its settings specify it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place<'a> {
     /// A Unix socket.
     Socket,
     Address(IpAddr),
-    /// Where a name leads is known only once it was resolved.
+    /// A host name, not yet resolved.
     Name(&'a str),
 }
 
 impl<'a> Place<'a> {
-    /// What stands before `:PORT`, with or without the brackets of an IPv6 address.
+    /// Parses the part before `:PORT`, with or without the brackets of an IPv6 address.
     pub fn of_host(host: &'a str) -> Self {
         let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
         bare.parse().map_or(Self::Name(bare), Self::Address)
     }
 
-    /// Whether nothing leaves this machine on the way there. Of names, only `localhost` is known to be here (RFC 6761);
-    /// what it resolves to is looked at again before anything is sent ([`TlsSettings::admits`]).
+    /// Whether connections do not leave this machine. Of names, only `localhost` is local (RFC 6761); its addresses are
+    /// checked again before anything is sent ([`TlsSettings::admits`]).
     pub fn is_local(self) -> bool {
         match self {
             Self::Socket => true,
@@ -68,24 +68,24 @@ fn is_loopback(address: IpAddr) -> bool {
     address.to_canonical().is_loopback()
 }
 
-/// How much is asked of the other side; the words are libpq's.
+/// How the server is verified; the names are libpq's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TlsMode {
-    /// Plain text, wherever the other side is: somebody wrote so.
+    /// Plain text, also to other machines: configured explicitly.
     Disable,
-    /// Plain text, and only to this machine: what "auto" means where every place is local.
+    /// Plain text, to this machine only: the meaning of "auto" if every address is local.
     Local,
-    /// Encrypted, to whomever: keeps out listeners, not impostors.
+    /// Encrypted without verification: protects against eavesdropping, not against impersonation.
     Require,
-    /// The certificate must come from a known authority, for whatever name.
+    /// The certificate must be from a trusted CA, for any name.
     VerifyCa,
-    /// And be for the name that was asked for.
+    /// The certificate must also be for the configured name.
     VerifyFull,
 }
 
 impl TlsMode {
-    /// What "auto" means: plain text only if every place that a connection may go to is on this machine. Of no place at
-    /// all nothing is known.
+    /// The meaning of "auto": plain text only if every address that a connection may use is on this machine. An empty
+    /// list is not local.
     pub fn auto<'a>(places: impl IntoIterator<Item = Place<'a>>) -> Self {
         let mut places = places.into_iter().peekable();
         if places.peek().is_some() && places.all(Place::is_local) { Self::Local } else { Self::VerifyFull }
@@ -95,14 +95,14 @@ impl TlsMode {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsSettings {
     pub mode: TlsMode,
-    /// PEM; `None`: the system's authorities.
+    /// PEM; `None`: the system's CA certificates.
     pub ca: Option<PemFile>,
     /// PEM files of a client certificate and its key.
     pub client: Option<(PemFile, PemFile)>,
 }
 
-/// A file as it was when it was named: two are equal when their contents are, so that a file that was replaced in its
-/// place makes other settings, and what was checked is what is used. Prints its path only, as it may be a key.
+/// The contents of a file when the configuration was read. Two are equal if their contents are, so that a replaced file
+/// changes the settings, and what was checked is what is used. Prints its path only, because it may be a key.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PemFile {
     path: PathBuf,
@@ -110,7 +110,7 @@ pub struct PemFile {
 }
 
 impl From<PathBuf> for PemFile {
-    /// Reads the file. That it can't be read is said by whoever uses it.
+    /// Reads the file. An error is reported by its user.
     fn from(path: PathBuf) -> Self {
         let content = std::fs::read(&path).map(Into::into).map_err(|error| error.to_string());
         Self { path, content }
@@ -141,7 +141,7 @@ impl PemFile {
     }
 }
 
-/// What authorities the system trusts at this moment.
+/// The system's current CA certificates.
 pub fn system_authorities() -> Digest {
     let mut found: Vec<_> = rustls_native_certs::load_native_certs().certs.iter().map(|cert| cert.to_vec()).collect();
     found.sort_unstable();
@@ -153,8 +153,8 @@ impl TlsSettings {
         matches!(self.mode, TlsMode::Disable | TlsMode::Local)
     }
 
-    /// Whether a connection may be opened to this address, which a name was resolved to, or which another server named. To
-    /// be asked before the first byte is sent, for each address.
+    /// Whether a connection may be opened to this address, which a name was resolved to or another server reported.
+    /// Must be checked for each address before the first byte is sent.
     pub fn admits(&self, address: IpAddr) -> Result<(), String> {
         if self.mode == TlsMode::Local && !is_loopback(address) {
             return Err(format!(
@@ -193,7 +193,7 @@ impl TlsSettings {
         Ok(Some(config))
     }
 
-    /// Whether the system says whom to trust.
+    /// Whether the system's CA certificates are used.
     pub fn trusts_the_system(&self) -> bool {
         matches!(self.mode, TlsMode::VerifyCa | TlsMode::VerifyFull) && self.ca.is_none()
     }
@@ -204,7 +204,7 @@ impl TlsSettings {
             Some(file) => file.certificates()?,
             None => rustls_native_certs::load_native_certs().certs,
         };
-        // Old authorities in a system's store may not parse; one of our own must.
+        // Old certificates in a system's store may not parse; a configured one must.
         let (added, ignored) = roots.add_parsable_certificates(found);
         match (&self.ca, added, ignored) {
             (Some(file), _, 1..) | (Some(file), 0, _) => Err(file.wrong("holds no certificate that can be used")),
@@ -216,7 +216,7 @@ impl TlsSettings {
     }
 }
 
-/// Leaves out of the usual checks what the mode leaves out, and nothing else.
+/// Omits exactly those of the usual checks that the mode omits.
 #[derive(Debug)]
 struct Verifier {
     /// `None`: any certificate.
@@ -278,7 +278,7 @@ mod tests {
             (vec![here, socket, Place::of_host("localhost")], TlsMode::Local),
             (vec![Place::of_host("[::1]"), Place::of_host("::1"), Place::of_host("LocalHost")], TlsMode::Local),
             (vec![Place::of_host("127.9.9.9"), Place::of_host("[::ffff:127.0.0.1]")], TlsMode::Local),
-            // Each of several places counts, wherever it stands.
+            // Each of several addresses counts, at any position.
             (vec![socket, far], TlsMode::VerifyFull),
             (vec![here, far], TlsMode::VerifyFull),
             (vec![far, here], TlsMode::VerifyFull),
@@ -286,7 +286,7 @@ mod tests {
         ] {
             assert_eq!(TlsMode::auto(places.clone()), mode, "{places:?}");
         }
-        // Names that only look like this machine, and addresses that are every machine or none.
+        // Names that only look local, and addresses of all machines or none.
         for host in [
             "",
             "localhost.",

@@ -1,15 +1,16 @@
-//! What may stand in a record, whoever writes it: one rule for each kind of text, one way to write and read a time. Says
-//! what is wrong and never quotes it.
+//! The values allowed in a record: one rule for each kind of text, one way to write and parse a time. Errors say what
+//! is wrong and never quote the value.
 
 use std::time::Duration;
 
 /// 31 December 9999, 23:59:59: the last second that RFC 3339 can write.
 pub const LATEST: u64 = 253_402_300_799;
 
-/// Longer names fit no field of a head, and are no names.
+/// Longer names do not fit into a header field.
 const LONGEST_NAME: usize = 255;
 
-/// The name of a user. It goes to backends in a field of its own, which loses blanks at its ends, and to terminals.
+/// The name of a user. It is sent to backends in a header field, which loses leading and trailing blanks, and to
+/// terminals.
 pub fn check_user(user: &str) -> Result<(), &'static str> {
     if user.trim().is_empty() {
         return Err("must not be empty");
@@ -26,7 +27,7 @@ pub fn check_user(user: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// A scope is one word: some stores keep all of them in one text.
+/// A scope is one word, because some stores keep all scopes in one text.
 pub fn check_scope(scope: &str) -> Result<(), &'static str> {
     if scope.is_empty() || scope.contains(char::is_whitespace) {
         return Err("must be one word");
@@ -40,19 +41,19 @@ pub fn check_scope(scope: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Text for people, of any lines; a NUL byte is what PostgreSQL can't keep.
+/// Text for people, of any number of lines. PostgreSQL cannot store NUL bytes.
 pub fn check_description(text: &str) -> Result<(), &'static str> {
     if text.contains('\0') { Err("must not hold a NUL byte") } else { Ok(()) }
 }
 
-/// What a terminal obeys in place of showing it, or what makes two names look like one: control characters, separators of
-/// lines, what turns the direction of writing, and the byte order mark.
+/// Characters that a terminal interprets, or that make two names look the same: control characters, line separators,
+/// changes of the writing direction, and the byte order mark.
 pub fn is_unseen(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{061c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }
 
-/// `2026-01-31T12:00:00Z` for unix seconds.
+/// Formats Unix seconds like `2026-01-31T12:00:00Z`.
 pub fn rfc3339(seconds: u64) -> String {
     if seconds > LATEST {
         return "out of range".into();
@@ -61,9 +62,10 @@ pub fn rfc3339(seconds: u64) -> String {
     time.map_or_else(|| "out of range".into(), |time| humantime::format_rfc3339_seconds(time).to_string())
 }
 
-/// Unix seconds for `2026-01-31T12:00:00Z` or `2026-01-31`.
+/// Parses `2026-01-31T12:00:00Z` or `2026-01-31` into Unix seconds.
 pub fn parse_time(text: &str) -> Option<u64> {
-    // The parser drops what stands behind a fraction, an offset from UTC for one: nothing of the kind gets there.
+    // The parser ignores anything after a fraction, for example an offset from UTC, so nothing of the kind may reach
+    // it.
     let clock = text.get(10..).unwrap_or_default();
     if !clock.bytes().all(|b| b.is_ascii_digit() || b"T :.Z".contains(&b)) {
         return None;

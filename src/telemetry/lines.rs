@@ -162,8 +162,8 @@ fn open(path: &Path) -> io::Result<File> {
     let meta = file.metadata()?;
     let mut last = [b'\n'];
     if meta.is_file() && meta.len() > 0 && file.read_exact_at(&mut last, meta.len() - 1).is_ok() && last != *b"\n" {
-        // A killed process or a full disk left a partial line: terminate it, so that the next line is a line of its own.
-        // If the disk is still full, the next write reports it.
+        // A killed process or a full disk left a partial line: terminate it, so that the next line is a line of its
+        // own. If the disk is still full, the next write reports it.
         let _ = file.write_all(b"\n");
     }
     Ok(file)
@@ -260,8 +260,8 @@ impl LineQueue {
         let _: Result<(), _> = written.recv_timeout(deadline.saturating_duration_since(Instant::now()));
     }
 
-    /// Opens the file again, after the lines that are being written. `Ok(false)`: not done within `timeout`, because the
-    /// thread is blocked by a stalled reader; it reopens the file as soon as it continues.
+    /// Opens the file again, after the lines that are being written. `Ok(false)`: not done within `timeout`, because
+    /// the thread is blocked by a stalled reader; it reopens the file as soon as it continues.
     pub fn reopen(&self, timeout: Duration) -> Result<bool, String> {
         if !self.shared.has_path {
             return Ok(true);

@@ -48,8 +48,8 @@ impl Outage {
         Some(state.failures)
     }
 
-    /// Records the success of an operation. `Some`: log the recovery. The success of an operation that was started before
-    /// the outage began does not end it.
+    /// Records the success of an operation. `Some`: log the recovery. The success of an operation that was started
+    /// before the outage began does not end it.
     pub fn succeeded(&self, begun: Instant, now: Instant) -> Option<Recovery> {
         if !self.failing.load(Ordering::Relaxed) {
             return None;

@@ -31,8 +31,8 @@ struct ProcessLog {
     with_time: bool,
 }
 
-/// Starts the log. Panics are logged too, because the default hook writes to standard error and could block. `levels` are
-/// the most verbose levels of single modules; all others have `Info`.
+/// Starts the log. Panics are logged too, because the default hook writes to standard error and could block. `levels`
+/// are the most verbose levels of single modules; all others have `Info`.
 pub fn start(level: LevelFilter, levels: &'static [(&'static str, LevelFilter)]) -> std::io::Result<()> {
     let stderr = Destination::stderr()?;
     let with_time = !is_journal(&stderr, std::env::var("JOURNAL_STREAM").ok().as_deref());

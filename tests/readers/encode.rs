@@ -1,4 +1,5 @@
-//! Bodies in the charsets and codings that some application decodes: as much of each as ASCII names, JSON and forms need.
+//! Bodies in the charsets and codings that some application decodes: as much of each as ASCII names, JSON and forms
+//! need.
 
 use super::random::Random;
 use base64::Engine as _;

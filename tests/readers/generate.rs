@@ -1,5 +1,6 @@
-//! Generates requests by grammar and by mutation. It knows how applications parse, and nothing about tollgate's rules: any
-//! form, JSON or multipart body that some parser accepts may occur, with any combination of method, type, charset and framing.
+//! Generates requests by grammar and by mutation. It knows how applications parse, and nothing about tollgate's rules:
+//! any form, JSON or multipart body that some parser accepts may occur, with any combination of method, type, charset
+//! and framing.
 
 use super::encode;
 use super::names;

@@ -1,5 +1,5 @@
-//! JSON, and what some parser accepts as JSON: comments, byte order marks, unquoted names, several documents, duplicates,
-//! wide characters.
+//! JSON, and what some parser accepts as JSON: comments, byte order marks, unquoted names, several documents,
+//! duplicates, wide characters.
 
 use super::encode;
 use super::names;

@@ -106,7 +106,8 @@ fn wrong(case: &Case, report: &serde_json::Value) -> Option<String> {
             "page" | "per_page" if !case.is_listing() => {}
             "page" | "per_page" if matches!(source, "query" | "params" | "request" | "values" | "value") => {
                 let bound = if name == "page" { u64::from(i32::MAX.unsigned_abs()) } else { 100 };
-                // An application that does not split at `;` sees the number before it, as do Ruby's and PHP's conversions.
+                // An application that does not split at `;` sees the number before it, as do Ruby's and PHP's
+                // conversions.
                 let text = value.as_str().unwrap_or_default().split(';').next().unwrap_or_default();
                 let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
                 if !plain || !text.parse::<u64>().is_ok_and(|n| (1..=bound).contains(&n)) {
@@ -308,7 +309,8 @@ fn differ(kind: Kind) {
     let started = std::time::Instant::now();
     let mut tally = run(&reader, &gateway, seed, count, false);
 
-    // The token that tollgate validated is in its log, as the first digits of the digest, and must be the application's.
+    // The token that tollgate validated is in its log, as the first digits of the digest, and must be the
+    // application's.
     let log = gateway.folder.0.join("access.log");
     eventually("every forwarded request is in the log", || {
         std::fs::read(&log).unwrap().split(|b| *b == b'\n').count() > tally.forwarded.len()

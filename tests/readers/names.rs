@@ -1,5 +1,5 @@
-//! Spellings of watched parameter names that one parser may read and another may miss. Names are generated in decoded form
-//! and then encoded for their place, so that every variation occurs in every place.
+//! Spellings of watched parameter names that one parser may read and another may miss. Names are generated in decoded
+//! form and then encoded for their place, so that every variation occurs in every place.
 
 use super::random::Random;
 use crate::harness::{BAD, OTHER};

@@ -1,5 +1,5 @@
-//! Random numbers from a printed seed (SplitMix64), so that a failure can be reproduced, and the decision where a request
-//! is unusual.
+//! Random numbers from a printed seed (SplitMix64), so that a failure can be reproduced, and the decision where a
+//! request is unusual.
 
 #[derive(Clone)]
 pub struct Random {
@@ -24,8 +24,8 @@ impl Random {
         random
     }
 
-    /// Generates a value. Half of the values are unusual in exactly one place: of two unusual places, one tends to hide the
-    /// other because it is refused.
+    /// Generates a value. Half of the values are unusual in exactly one place: of two unusual places, one tends to hide
+    /// the other because it is refused.
     pub fn make<T>(&mut self, make: impl Fn(&mut Self) -> T) -> T {
         if self.one_in(2) {
             let start = self.state;

@@ -1,4 +1,5 @@
-//! The gateway with switchable rules, which the tests use to prove that they detect faults: see `src/request/seeded.rs`.
+//! The gateway with switchable rules, which the tests use to prove that they detect faults: see
+//! `src/request/seeded.rs`.
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

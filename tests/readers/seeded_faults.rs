@@ -1,5 +1,5 @@
-//! Proves that the suite detects faults: with one of tollgate's rules switched off, in a special build, the same cases must
-//! find what gets through. `make test` builds `tollgate-seeded`.
+//! Proves that the suite detects faults: with one of tollgate's rules switched off, in a special build, the same cases
+//! must find what gets through. `make test` builds `tollgate-seeded`.
 
 use super::backends::{Kind, Reader};
 use super::{CASES, SEED, run};

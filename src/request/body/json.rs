@@ -1,6 +1,6 @@
-//! Finds the keys of a top-level JSON object as any parser would: comments and non-standard white space as in Ruby's json,
-//! Oj and yajl, UTF-16 and UTF-32 as detected by Python and old Ruby, escapes as in Ruby. Backends do not use nested keys
-//! or array elements as parameters.
+//! Finds the keys of a top-level JSON object as any parser would: comments and non-standard white space as in Ruby's
+//! json, Oj and yajl, UTF-16 and UTF-32 as detected by Python and old Ruby, escapes as in Ruby. Backends do not use
+//! nested keys or array elements as parameters.
 
 use super::super::seeded::{self, Rule};
 use super::{BodyFault, Judge, MAX_NAME_BYTES};
@@ -371,8 +371,8 @@ impl Json {
         }
     }
 
-    /// Handles a byte before a document or between two, where the type is not JSON: yajl continues after a document, and
-    /// the last one counts.
+    /// Handles a byte before a document or between two, where the type is not JSON: yajl continues after a document,
+    /// and the last one counts.
     fn start(&mut self, byte: u8) -> Result<JsonState, BodyFault> {
         Ok(match byte {
             b'{' => self.begin(true)?,

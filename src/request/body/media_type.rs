@@ -1,5 +1,6 @@
 //! Parses a Content-Type strictly: one `type/subtype`, each parameter once. A type that some backend parses into
-//! parameters is forwarded in one spelling, so that every backend sees the type and boundary that the body was judged by.
+//! parameters is forwarded in one spelling, so that every backend sees the type and boundary that the body was judged
+//! by.
 
 use super::super::head::{is_token_byte, trim_blanks};
 use super::super::seeded::{self, Rule};

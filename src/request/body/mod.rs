@@ -1,10 +1,10 @@
 //! Scans a request's body as it streams through for fields that a backend would read as a credential, a method override
-//! or page parameters: in Rack and Grape a body parameter takes precedence over the query and the header. Pure, fed chunk
-//! by chunk, with bounded memory: names are buffered, values never. Chunk boundaries never change the result.
+//! or page parameters: in Rack and Grape a body parameter takes precedence over the query and the header. Pure, fed
+//! chunk by chunk, with bounded memory: names are buffered, values never. Chunk boundaries never change the result.
 //!
-//! The Content-Type decides how a body is parsed. A type that some backend parses into parameters is checked strictly and
-//! forwarded in one spelling, and its body must follow one grammar or is refused. Every body is scanned as JSON, because
-//! early Grape parses any body as JSON. `docs/security.md` says what passes and why.
+//! The Content-Type decides how a body is parsed. A type that some backend parses into parameters is checked strictly
+//! and forwarded in one spelling, and its body must follow one grammar or is refused. Every body is scanned as JSON,
+//! because early Grape parses any body as JSON. `docs/security.md` says what passes and why.
 
 mod form;
 mod json;
@@ -95,7 +95,8 @@ pub struct BodyScanner {
 
 #[derive(Clone, Debug, Default)]
 struct Readers {
-    /// A fault of the head, for which any non-empty body is refused. Many clients send a Content-Type with an empty body.
+    /// A fault of the head, for which any non-empty body is refused. Many clients send a Content-Type with an empty
+    /// body.
     fault: Option<BodyFault>,
     form: Option<Form>,
     multipart: Option<Multipart>,

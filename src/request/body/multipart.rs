@@ -258,9 +258,10 @@ impl Words {
         Ok(())
     }
 
-    /// The positions of the values after `name=` in a disposition, whose lower-case copy is in `lower`. Some parser takes
-    /// each of them as the name, even within a file name: Rack 1 the last one after a blank, Rack 3 one after a raw quote,
-    /// Formidable the first one. Parsers differ most in where a quoted value ends, so exactly one may follow a `;`.
+    /// The positions of the values after `name=` in a disposition, whose lower-case copy is in `lower`. Some parser
+    /// takes each of them as the name, even within a file name: Rack 1 the last one after a blank, Rack 3 one after a
+    /// raw quote, Formidable the first one. Parsers differ most in where a quoted value ends, so exactly one may follow
+    /// a `;`.
     fn name_positions(&self, value: &[u8]) -> Option<SmallVec<[usize; MAX_NAMES]>> {
         let mut found = SmallVec::new();
         let mut parameters = 0;

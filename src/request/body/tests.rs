@@ -1,4 +1,5 @@
-//! Tables of bodies and types: what passes, what is found, what is refused. Every body is split into chunks in many ways.
+//! Tables of bodies and types: what passes, what is found, what is refused. Every body is split into chunks in many
+//! ways.
 
 use super::*;
 
@@ -77,8 +78,8 @@ fn captures() -> Vec<(String, Vec<u8>)> {
     found
 }
 
-/// Names of the real requests that are refused. `tests/bodies/refused.tsv` has the reasons. Their field and file names are
-/// unusual: with ordinary names, none of these clients is refused.
+/// Names of the real requests that are refused. `tests/bodies/refused.tsv` has the reasons. Their field and file names
+/// are unusual: with ordinary names, none of these clients is refused.
 fn refused_knowingly() -> Vec<String> {
     let text = include_str!("../../../tests/bodies/refused.tsv");
     text.lines().map(|line| line.split_once('\t').unwrap().0.to_owned()).collect()

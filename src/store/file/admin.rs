@@ -1,6 +1,5 @@
-//! The token file as the command line writes to it. An edit is made in the notation that the file has, so that what people
-//! wrote stays, comments included. The file is put in place as a whole, and no command says that it is done before the
-//! change was read from it again.
+//! Writing to the token file. An edit keeps the notation of the file, including comments. The file is replaced
+//! atomically, and a command reports success only after it has read the change from the file again.
 
 use super::super::{AdminError, Differing, Imported, Records, TokenAdmin, TokenRecord, rfc3339};
 use super::{Format, Stamp, Table, TokenShape, parse};
@@ -17,10 +16,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use toml_edit::{Array, ArrayOfTables, DocumentMut, InlineTable, Item, TableLike, Value};
 
-/// Another command that writes is done long before.
+/// Timeout for the lock; other commands hold it far shorter.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 const LOCK_POLL: Duration = Duration::from_millis(20);
-/// How often a change is made anew when an editor, which asks for no lock, wrote meanwhile.
+/// How often a change is retried if an editor, which takes no lock, wrote meanwhile.
 const ATTEMPTS: usize = 5;
 
 pub struct FileAdmin {
@@ -28,7 +27,7 @@ pub struct FileAdmin {
     format: Format,
 }
 
-/// One entry's part in a change.
+/// The change of one entry.
 enum Edit {
     Add(TokenRecord),
     Set(Digest, Vec<Field>),
@@ -86,7 +85,9 @@ impl Edit {
 
     fn put(&self, table: &mut Table) {
         match self {
-            Self::Add(record) => drop(table.insert(record.digest, record.clone())),
+            Self::Add(record) => {
+                table.insert(record.digest, record.clone());
+            }
             Self::Set(digest, fields) => {
                 if let Some(record) = table.get_mut(digest) {
                     fields.iter().for_each(|field| field.put(record));
@@ -96,9 +97,9 @@ impl Edit {
     }
 }
 
-/// The place to write to, and what keeps other commands from it meanwhile.
+/// The file to write to, and the lock against other commands.
 struct Held {
-    /// Behind links.
+    /// With links resolved.
     target: PathBuf,
     folder: File,
     _lock: Option<Flock<File>>,
@@ -113,7 +114,7 @@ impl FileAdmin {
         AdminError::Store(format!("{}: {why}", self.path.display()))
     }
 
-    /// What the file says; nothing for one that is not there.
+    /// The contents of the file; empty if it does not exist.
     fn read(&self, path: &Path) -> Result<String, AdminError> {
         match std::fs::read_to_string(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
@@ -125,7 +126,7 @@ impl FileAdmin {
         parse(self.begun(text), self.format).map_err(|why| self.failed(why))
     }
 
-    /// The text to go on from; a start for one without a word.
+    /// The text to edit; a minimal one if the file is empty.
     fn begun<'a>(&self, text: &'a str) -> &'a str {
         match self.format {
             _ if !text.trim().is_empty() => text,
@@ -144,7 +145,7 @@ impl FileAdmin {
         Ok(records)
     }
 
-    /// A link stays one: what it leads to is written.
+    /// A link is preserved: its target is written.
     fn target(&self) -> Result<PathBuf, AdminError> {
         match std::fs::canonicalize(&self.path) {
             Ok(target) => Ok(target),
@@ -156,8 +157,8 @@ impl FileAdmin {
         }
     }
 
-    /// Waits until no other command writes in the file's folder. The file itself is no good for a lock, as each change
-    /// puts another one in its place.
+    /// Waits until no other command writes in the file's folder. The file itself cannot be locked, because each change
+    /// replaces it.
     async fn hold(&self) -> Result<Held, AdminError> {
         let target = self.target()?;
         let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -172,7 +173,7 @@ impl FileAdmin {
                     let why = format!("another command has been writing for {LOCK_PATIENCE:?}; nothing was changed");
                     return Err(self.failed(why));
                 }
-                // Some network file systems lock no folders. The look before the file is put in place is left.
+                // Some network file systems cannot lock folders. The check before the file is replaced remains.
                 Err(_) => break None,
             }
             tokio::time::sleep(LOCK_POLL).await;
@@ -180,7 +181,7 @@ impl FileAdmin {
         Ok(Held { target, folder, _lock: lock })
     }
 
-    /// Changes the file as `plan` says, given what it holds.
+    /// Applies the edits that `plan` returns for the current contents.
     async fn change<T>(&self, plan: impl Fn(&Table) -> Result<(Vec<Edit>, T), AdminError>) -> Result<T, AdminError> {
         let held = self.hold().await?;
         for _ in 0..ATTEMPTS {
@@ -207,7 +208,7 @@ impl FileAdmin {
         Err(self.failed("somebody else writes to it all the time; nothing was changed"))
     }
 
-    /// Reads the file again: what a gateway will read is what counts.
+    /// Reads the file again, as a gateway will.
     fn check(&self, edits: &[Edit], after: &Table) -> Result<(), AdminError> {
         let now = self.table()?;
         match edits.iter().find(|edit| now.get(edit.digest()) != after.get(edit.digest())) {
@@ -227,8 +228,8 @@ impl FileAdmin {
         edited.map_err(|why| self.failed(why))
     }
 
-    /// Puts the new text in place as a whole, for the same owner and with the same mode. Says no when the file is no
-    /// longer the one that was seen.
+    /// Replaces the file atomically, with the same owner and mode. Returns false if the file has changed since it was
+    /// read.
     fn replace(&self, held: &Held, seen: Option<Stamp>, text: &str) -> Result<bool, AdminError> {
         let failed = |error: std::io::Error| self.failed(error);
         let was = match std::fs::metadata(&held.target) {
@@ -240,25 +241,28 @@ impl FileAdmin {
         let temporary = held.target.with_file_name(format!(".{name}.{:016x}.new", fastrand::u64(..)));
         let written = self.write(&temporary, was.as_ref(), text);
         if let Err(error) = written {
-            drop(std::fs::remove_file(&temporary));
+            // A temporary file that cannot be removed is left behind; no program reads it.
+            let _ = std::fs::remove_file(&temporary);
             return Err(error);
         }
         if Stamp::of(&held.target) != seen {
-            drop(std::fs::remove_file(&temporary));
+            // A temporary file that cannot be removed is left behind; no program reads it.
+            let _ = std::fs::remove_file(&temporary);
             return Ok(false);
         }
         if let Err(error) = std::fs::rename(&temporary, &held.target) {
-            drop(std::fs::remove_file(&temporary));
+            // A temporary file that cannot be removed is left behind; no program reads it.
+            let _ = std::fs::remove_file(&temporary);
             return Err(failed(error));
         }
-        // Without this a power cut may bring the old file back.
+        // Without this, a power failure may restore the old file.
         held.folder.sync_all().map_err(failed)?;
         Ok(true)
     }
 
     fn write(&self, path: &Path, was: Option<&Metadata>, text: &str) -> Result<(), AdminError> {
         let failed = |error: std::io::Error| self.failed(error);
-        // Nobody else may read it before it is known who may.
+        // Readable for the owner only until its final owner and mode are set.
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
         if let Some(was) = was {
             let own = file.metadata().map_err(failed)?;
@@ -278,20 +282,22 @@ impl FileAdmin {
     }
 }
 
-/// Splits edits into what is set, by token, and what is added.
+/// Splits edits into changes, by token, and additions.
 fn sorted(edits: &[Edit]) -> (HashMap<Digest, &[Field]>, Vec<TokenShape>) {
     let (mut set, mut add) = (HashMap::new(), Vec::new());
     for edit in edits {
         match edit {
             Edit::Add(record) => add.push(TokenShape::from(record)),
-            Edit::Set(digest, fields) => drop(set.insert(*digest, fields.as_slice())),
+            Edit::Set(digest, fields) => {
+                set.insert(*digest, fields.as_slice());
+            }
         }
     }
     (set, add)
 }
 
 fn edit_toml(text: &str, edits: &[Edit]) -> Result<String, String> {
-    // The library ends lines in its own way.
+    // The library uses its own line ends.
     let lines = text.matches('\n').count();
     let has_crlf = lines > 0 && text.matches("\r\n").count() == lines;
     let text = if has_crlf { text.replace("\r\n", "\n") } else { text.to_owned() };
@@ -302,7 +308,7 @@ fn edit_toml(text: &str, edits: &[Edit]) -> Result<String, String> {
         let digest = entry.get("sha256").and_then(Item::as_str).and_then(Digest::from_hex)?;
         set.get(&digest).copied()
     };
-    // Text behind the last table belongs before the one that is added.
+    // Text after the last table belongs before the added one.
     let trailing = file.trailing().as_str().unwrap_or_default().to_owned();
     let tokens = file.entry("token").or_insert_with(|| Item::ArrayOfTables(ArrayOfTables::new()));
     match tokens {
@@ -347,7 +353,7 @@ fn inline(shape: &TokenShape) -> Result<InlineTable, String> {
         return Err(why());
     };
     for (_, value) in table.iter_mut() {
-        // In one line, whatever the text holds: the file's own line ends are no part of it.
+        // On one line, whatever the text contains: the file's line ends are not part of it.
         if let Some(text) = value.as_str().filter(|text| text.contains(['\n', '\r'])) {
             let escaped = serde_json::to_string(text).map_err(|_| why())?.replace('\u{7f}', "\\u007f");
             *value = escaped.parse().map_err(|_| why())?;
@@ -357,7 +363,7 @@ fn inline(shape: &TokenShape) -> Result<InlineTable, String> {
     Ok(table)
 }
 
-/// Gives a key its value. What stands around an old one stays.
+/// Sets a key's value. White space and comments around the old value are preserved.
 fn set_in(table: &mut dyn TableLike, field: Field) {
     let mut new = field.toml();
     match table.get_mut(field.key()).and_then(Item::as_value_mut) {
@@ -365,7 +371,9 @@ fn set_in(table: &mut dyn TableLike, field: Field) {
             *new.decor_mut() = old.decor().clone();
             *old = new;
         }
-        None => drop(table.insert(field.key(), Item::Value(new))),
+        None => {
+            table.insert(field.key(), Item::Value(new));
+        }
     }
 }
 
@@ -373,7 +381,7 @@ fn set_inline(table: &mut InlineTable, field: Field) {
     if table.contains_key(field.key()) {
         return set_in(table, field);
     }
-    // What stands behind the last value stands behind the new one then.
+    // A comment after the last value is moved to the new one.
     let last = table.iter_mut().last().map(|(_, value)| value);
     let behind = last.and_then(|value| {
         let behind = value.decor().suffix().and_then(|text| text.as_str()).map(str::to_owned);
@@ -383,10 +391,10 @@ fn set_inline(table: &mut InlineTable, field: Field) {
     let mut new = field.toml();
     new.decor_mut().set_prefix(" ");
     new.decor_mut().set_suffix(behind.unwrap_or_default());
-    drop(table.insert(field.key(), new));
+    table.insert(field.key(), new);
 }
 
-/// Adds an entry in the manner of those that are there: below them, or behind them in one line.
+/// Adds an entry in the style of the existing ones: below them, or after them on one line.
 fn push(array: &mut Array, table: InlineTable) {
     let mut value = Value::InlineTable(table);
     let of_last = array.iter().last().and_then(|last| last.decor().prefix()).and_then(|prefix| prefix.as_str());
@@ -399,7 +407,7 @@ fn push(array: &mut Array, table: InlineTable) {
         }
         None => Some("  ".to_owned()),
     };
-    // Comments behind the last entry stay behind it.
+    // Comments after the last entry stay there.
     let (has_comma, trailing) = (array.trailing_comma(), array.trailing().as_str().unwrap_or_default().to_owned());
     let mut before = String::new();
     if !has_comma && let Some(last) = array.iter_mut().last() {
@@ -445,7 +453,7 @@ fn edit_json(text: &str, edits: &[Edit]) -> Result<String, String> {
     write_json(&file, &indent_of(text)).map_err(malformed)
 }
 
-/// What stands before the first key below the first line; two blanks where nothing does.
+/// The indentation of the first key after the first line; two blanks if there is none.
 fn indent_of(text: &str) -> String {
     let line = text.lines().skip(1).find(|line| !line.trim().is_empty());
     let indent: String = line.unwrap_or_default().chars().take_while(|c| matches!(c, ' ' | '\t')).collect();
@@ -474,7 +482,7 @@ impl TokenAdmin for FileAdmin {
     }
 
     async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
-        // All of it is read before the file is held: whoever writes into a pipe may take his time.
+        // Everything is read before the lock is taken, because a pipe may be slow.
         let records = records.collect::<Result<Vec<_>, _>>()?;
         self.change(|table| {
             let mut new: HashMap<Digest, &TokenRecord> = HashMap::new();

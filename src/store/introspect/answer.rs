@@ -1,5 +1,5 @@
-//! What the body of an answer means. Pure: bytes in, a record or the reason why there is none out. The reasons name
-//! places in the answer and never what stands there.
+//! Interprets the body of a response. Pure: bytes in, a record or an error out. Errors name places in the response and
+//! never its values.
 
 use super::super::{StoreError, TokenRecord};
 use crate::store::credential::Digest;
@@ -9,22 +9,22 @@ use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 use std::fmt;
 
-/// Longest name of a user, in bytes: it becomes a header field.
+/// Maximum length of a user's name in bytes, as it becomes a header field.
 const USER_BYTES: usize = 255;
 
-/// Where things stand in an answer.
+/// Where the values are in a response.
 pub(super) struct Shape {
-    /// RFC 7662: `active` says whether the token is one. Otherwise the status has said so.
+    /// RFC 7662: `active` says whether the token is valid. Otherwise the status does.
     pub(super) rfc7662: bool,
-    /// JSON pointers; the first that finds a text or a number counts.
+    /// JSON pointers; the first that finds a string or a number is used.
     pub(super) user: Vec<String>,
-    /// A JSON pointer; `None`: answers name no scopes.
+    /// A JSON pointer; `None`: responses have no scopes.
     pub(super) scopes: Option<String>,
     pub(super) default_scopes: Vec<String>,
 }
 
 impl Shape {
-    /// `Ok(None)`: not a token, says the endpoint.
+    /// `Ok(None)`: the endpoint does not know the token.
     pub(super) fn read(&self, body: &[u8], digest: Digest) -> Result<Option<TokenRecord>, StoreError> {
         let value = parse(body)?;
         if self.rfc7662 {
@@ -84,9 +84,9 @@ pub(super) fn garbage(why: impl Into<String>) -> StoreError {
     StoreError::Garbage(why.into())
 }
 
-/// Why a status that says "no such token" may have been given for another reason, or by something in front of the endpoint:
-/// a rate limiter, a firewall. `None`: it is the endpoint's own. 401 is HTTP's word for it and needs nothing else; the
-/// others say much, and must come as the endpoint says things, in JSON.
+/// Why a status for "no such token" may have another reason, or come from a rate limiter or firewall in front of the
+/// endpoint. `None`: it is the endpoint's own. 401 has this meaning in HTTP and needs no further evidence; the other
+/// statuses are less specific, and must have a JSON body like the endpoint's other responses.
 pub(super) fn doubt(status: StatusCode, headers: &HeaderMap, body: Option<&[u8]>) -> Option<&'static str> {
     if headers.contains_key(RETRY_AFTER) {
         return Some(
@@ -118,7 +118,7 @@ pub(super) fn is_json(content_type: &[u8]) -> bool {
         .is_some_and(|subtype| subtype == b"json" || (subtype.ends_with(b"+json") && subtype.len() > b"+json".len()))
 }
 
-/// Whole unix seconds. A `null` is as good as nothing; a fraction or a time before 1970 is not a time we know.
+/// Integer Unix seconds. `null` counts as absent; a fraction or a time before 1970 is an error.
 fn time(value: &Value, key: &str) -> Result<Option<u64>, StoreError> {
     match value.get(key) {
         None | Some(Value::Null) => Ok(None),
@@ -129,14 +129,14 @@ fn time(value: &Value, key: &str) -> Result<Option<u64>, StoreError> {
 }
 
 fn parse(body: &[u8]) -> Result<Value, StoreError> {
-    // The parser's own words may quote the answer.
+    // The parser's message may quote the response.
     let Unambiguous(value) = serde_json::from_slice(body).map_err(|error| {
         garbage(format!("no JSON without doubt (line {}, column {})", error.line(), error.column()))
     })?;
     if value.is_object() { Ok(value) } else { Err(garbage("JSON, but no object")) }
 }
 
-/// JSON in which no object has a key twice: of two users, or of two `active`, nobody can say which one is meant.
+/// JSON without repeated keys: of two users, or two values of `active`, it is not clear which one applies.
 struct Unambiguous(Value);
 
 impl<'de> Deserialize<'de> for Unambiguous {

@@ -1,5 +1,5 @@
-//! A circuit breaker: after so many failures in a row the other side is left alone for a while, then one look-up tries.
-//! Pure: the time is an argument.
+//! A circuit breaker: after a number of consecutive failures the endpoint gets no requests for a while, then one lookup
+//! probes it. Pure: the time is an argument.
 
 use std::time::{Duration, Instant};
 
@@ -8,22 +8,22 @@ pub(super) struct Breaker {
     most: u32,
     pause: Duration,
     state: State,
-    /// Counts the changes of `state`. What was let through before the last one says nothing about now.
+    /// Counts the changes of `state`. Outcomes of requests admitted before the last change are ignored.
     era: u64,
 }
 
 #[derive(Debug)]
 enum State {
-    /// With the failures since the last success.
+    /// With the number of failures since the last success.
     Closed(u32),
     Open {
         until: Instant,
     },
-    /// One look-up is trying.
+    /// One lookup is probing the endpoint.
     Trial,
 }
 
-/// Leave to ask. Whoever holds it says how it ended.
+/// Permission for a request. Its holder must report the outcome.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Pass {
     era: u64,
@@ -31,14 +31,14 @@ pub(super) struct Pass {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// The other side is there, whatever it said.
+    /// The endpoint responded, whatever the response was.
     Answered,
     Failed,
-    /// Given up before anything could be known.
+    /// Cancelled before a result.
     Abandoned,
 }
 
-/// What an outcome changed.
+/// How an outcome changed the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
     None,
@@ -51,7 +51,7 @@ impl Breaker {
         Self { most, pause, state: State::Closed(0), era: 0 }
     }
 
-    /// Whether [`Self::admit`] would say yes, without taking the place of the one that may try.
+    /// Whether [`Self::admit`] would admit a request, without using up the probe.
     pub(super) fn is_open(&self, now: Instant) -> bool {
         match self.state {
             State::Closed(_) => false,
@@ -60,7 +60,7 @@ impl Breaker {
         }
     }
 
-    /// `None`: don't ask.
+    /// `None`: do not send a request.
     pub(super) fn admit(&mut self, now: Instant) -> Option<Pass> {
         if self.is_open(now) {
             return None;
@@ -90,7 +90,7 @@ impl Breaker {
                 return Turn::Closed;
             }
             (State::Trial, Outcome::Failed) => self.turn(State::Open { until: now + self.pause }),
-            // The next one may try at once.
+            // The next request may probe immediately.
             (State::Trial, Outcome::Abandoned) => self.turn(State::Open { until: now }),
             (State::Closed(_), Outcome::Abandoned) | (State::Open { .. }, _) => {}
         }

@@ -1,5 +1,5 @@
-//! Where an endpoint is: reads the URL of the configuration and opens connections to it. Knows nothing of HTTP beyond
-//! the URL and the Host field.
+//! The endpoint's address: parses the configured URL and opens connections to it. Knows nothing of HTTP except the URL
+//! and the Host field.
 
 use super::super::{Place, TlsSettings};
 use hyper::http::HeaderValue;
@@ -15,12 +15,12 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 pub(super) struct Endpoint {
     address: Address,
-    /// What goes into the request line.
+    /// The request target.
     pub(super) path: PathAndQuery,
     pub(super) host: HeaderValue,
-    /// For people: host and port, or the socket. Not the URL, whose query may hold a key.
+    /// For messages: host and port, or the socket. Not the URL, whose query may contain a key.
     pub(super) place: String,
-    /// Whatever is sent there goes to another machine in plain text.
+    /// Requests go to another machine in plain text.
     pub(super) leaks: bool,
 }
 
@@ -29,7 +29,7 @@ enum Address {
         host: String,
         port: u16,
         tls: Option<(TlsConnector, ServerName<'static>)>,
-        /// Otherwise a name must lead to this machine.
+        /// If false, the name must resolve to this machine.
         anywhere: bool,
     },
     Unix(PathBuf),
@@ -40,8 +40,8 @@ pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 impl Endpoint {
-    /// The error names what is wrong with the URL and never the URL. `insecure_http`: tokens may go to another machine in
-    /// plain text.
+    /// The error names what is wrong with the URL and never the URL. `insecure_http`: tokens may go to another machine
+    /// in plain text.
     pub(super) fn new(url: &str, insecure_http: bool, tls: &TlsSettings) -> Result<Self, String> {
         if let Some(rest) = url.strip_prefix("unix:") {
             return Self::unix(rest);
@@ -64,7 +64,7 @@ impl Endpoint {
         if name.is_empty() {
             return Err("url: has no host".into());
         }
-        // The parser takes any digits for a port, and then has none.
+        // The parser accepts any digits as a port, and then returns none.
         let port = match authority.strip_prefix(name).unwrap_or_default() {
             "" if secure => 443,
             "" => 80,
@@ -73,7 +73,7 @@ impl Endpoint {
                 Ok(port) => port,
             },
         };
-        // An IPv6 address stands in brackets in URLs, and nowhere else.
+        // An IPv6 address is in brackets in URLs only.
         let host = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name).to_owned();
         let elsewhere = !Place::of_host(&host).is_local();
         if !secure && !insecure_http && elsewhere {
@@ -118,13 +118,13 @@ impl Endpoint {
         })
     }
 
-    /// `patience` bounds the wait for each address of a name but the last, which the caller's own deadline bounds.
+    /// `patience` limits the wait for each address of a name except the last one, which the caller's deadline limits.
     pub(super) async fn connect(&self, patience: Duration) -> io::Result<Box<dyn Stream>> {
         match &self.address {
             Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
             Address::Tcp { host, port, tls, anywhere } => {
                 let stream = connect(host, *port, *anywhere, patience).await?;
-                // A request is one write; waiting to fill a packet would only delay it.
+                // A request is one write; Nagle's algorithm would only delay it.
                 stream.set_nodelay(true)?;
                 match tls {
                     None => Ok(Box::new(stream)),
@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     fn endpoint(url: &str, mode: TlsMode) -> Result<Endpoint, String> {
-        // An authority of the tests' own would need a file; without verification none is read.
+        // A CA certificate for tests would need a file; without verification none is read.
         Endpoint::new(url, true, &TlsSettings { mode, ca: None, client: None })
     }
 

@@ -1,5 +1,5 @@
-//! HTTP introspection: an endpoint is asked with the token itself, or about it (RFC 7662). Knows nothing of the gateway's
-//! own requests. The token is sent to the configured address and nowhere else: no redirects, no proxies, no cookies.
+//! HTTP introspection: looks a token up by a request with the token, or about it (RFC 7662). Knows nothing of client
+//! requests. The token is sent to the configured address only: no redirects, no proxies, no cookies.
 
 mod answer;
 mod breaker;
@@ -29,26 +29,26 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 pub struct IntrospectSettings {
     /// `http://` or `https://`, or `unix:/path/to/socket:/path`.
     pub url: String,
-    /// `http://` may lead to another machine: every token then travels in plain text.
+    /// Allows `http://` to another machine: every token is then sent in plain text.
     pub insecure_http: bool,
     pub mode: IntrospectMode,
-    /// JSON pointers (RFC 6901), the first that finds a text or a number counts.
+    /// JSON pointers (RFC 6901); the first that finds a string or a number is used.
     pub user: Vec<String>,
-    /// A JSON pointer to a list of texts, or to one text with blanks between. Empty: answers name no scopes.
+    /// A JSON pointer to a list of strings, or to one string of words. Empty: responses have no scopes.
     pub scopes: String,
-    /// For answers that name no scopes of their own.
+    /// For responses without scopes.
     pub default_scopes: Vec<String>,
     pub tls: TlsSettings,
-    /// Requests under way at once; also the most connections there may be.
+    /// Maximum number of concurrent requests, and of connections.
     pub connections: usize,
-    /// Failures in a row that open the circuit breaker.
+    /// Consecutive failures that open the circuit breaker.
     pub breaker_failures: u32,
     /// How long it stays open before one request may try again.
     pub breaker_pause: Duration,
 }
 
 impl fmt::Debug for IntrospectSettings {
-    /// Without the URL, whose query may hold a key.
+    /// Without the URL, whose query may contain a key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IntrospectSettings").field("mode", &self.mode).field("tls", &self.tls).finish_non_exhaustive()
     }
@@ -56,15 +56,15 @@ impl fmt::Debug for IntrospectSettings {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IntrospectMode {
-    /// GET with the token in this header: 200 is valid, and these statuses mean that there is no such token, where the
-    /// endpoint itself gives them.
+    /// GET with the token in this header: 200 means valid, and these statuses mean "no such token" if they are the
+    /// endpoint's own.
     User { header: String, unknown: Vec<u16> },
     /// RFC 7662: POST of a form; `active` says.
     Rfc7662 { client_id: String, client_secret: Secret },
 }
 
 pub struct IntrospectStore {
-    /// All of a request but the token.
+    /// The request without the token.
     request: Request<()>,
     /// The header for the token; `None`: in the body.
     header: Option<HeaderName>,
@@ -78,7 +78,7 @@ pub struct IntrospectStore {
 }
 
 impl IntrospectStore {
-    /// Connects to nothing yet. `timeout` is the one after which the caller gives up.
+    /// Does not connect yet. `timeout` is the caller's.
     pub fn new(settings: IntrospectSettings, timeout: Duration, metrics: Arc<StoreMetrics>) -> Result<Self, String> {
         let endpoint = Endpoint::new(&settings.url, settings.insecure_http, &settings.tls)?;
         for pointer in &settings.user {
@@ -199,12 +199,12 @@ impl IntrospectStore {
         }
     }
 
-    /// A server that can't serve is left alone. One that answers is there, be it nonsense: a page for people or one
-    /// broken user must not shut out everybody else, and costs no waiting.
+    /// Failures to respond open the breaker. An invalid response does not: an HTML page or one malformed user must not
+    /// affect other callers, and causes no delay.
     fn outcome(answered: &Result<Answer, String>) -> Outcome {
         match answered {
             Ok(answer) if answer.status.is_server_error() => Outcome::Failed,
-            // It asks for less.
+            // A rate limit.
             Ok(answer) if answer.status.is_client_error() && answer.headers.contains_key(RETRY_AFTER) => {
                 Outcome::Failed
             }
@@ -227,11 +227,11 @@ impl TokenStore for IntrospectStore {
             return Err(StoreError::CircuitOpen);
         }
         let permit = self.permit().await?;
-        // Others may have failed while this one waited.
+        // Other requests may have failed while this one waited.
         let pass = self.breaker.lock().admit(Instant::now()).ok_or(StoreError::CircuitOpen)?;
         let attempt = Attempt { store: self, pass: Some(pass), begun };
         let request = self.request_for(credential.expose_secret()).map_err(StoreError::Unavailable)?;
-        // A 401 says all with its status.
+        // For a 401 the status is sufficient.
         let wanted =
             |status| status == StatusCode::OK || status != StatusCode::UNAUTHORIZED && self.unknown.contains(&status);
         let exchange = self.pool.exchange(request, self.timeout / 8, wanted);
@@ -246,8 +246,8 @@ impl TokenStore for IntrospectStore {
         self.judge(&answered.map_err(StoreError::Unavailable)?, credential)
     }
 
-    /// Nothing can be heard of changes; a revocation takes effect when the cache asks again. The time is used to close
-    /// connections that nobody needs.
+    /// There are no change notifications; a revocation takes effect with the next lookup. This task only closes idle
+    /// connections.
     async fn follow(&self, _heard: Heard<'_>) {
         loop {
             tokio::time::sleep(Duration::from_secs(5)).await;
@@ -256,7 +256,7 @@ impl TokenStore for IntrospectStore {
     }
 }
 
-/// A look-up that the breaker has let through. Dropped before its end, it still tells the breaker.
+/// A lookup admitted by the breaker. If it is dropped early, it still reports to the breaker.
 struct Attempt<'s> {
     store: &'s IntrospectStore,
     pass: Option<Pass>,
@@ -272,7 +272,7 @@ impl Attempt<'_> {
         let Some(pass) = self.pass.take() else { return };
         let mut breaker = self.store.breaker.lock();
         let turn = breaker.ended(pass, outcome, Instant::now());
-        // Still under the lock, so that the gauge ends as the breaker did.
+        // Under the lock, so that the gauge has the breaker's final state.
         match turn {
             Turn::None => {}
             Turn::Opened | Turn::Closed => self.store.metrics.breaker_open(turn == Turn::Opened),
@@ -287,8 +287,8 @@ impl Attempt<'_> {
 }
 
 impl Drop for Attempt<'_> {
-    /// The caller's timer and ours end at about the same time. Given up much earlier (a runtime's end), a look-up says
-    /// nothing about the endpoint.
+    /// The caller's timeout and this one expire at about the same time. A lookup that is cancelled much earlier (by a
+    /// shutdown of the runtime) says nothing about the endpoint.
     fn drop(&mut self) {
         let late = self.begun.elapsed() >= self.store.timeout * 3 / 4;
         self.tell(if late { Outcome::Failed } else { Outcome::Abandoned });
@@ -305,7 +305,7 @@ pub fn check_url(settings: &IntrospectSettings) -> Result<Option<String>, String
     Ok(endpoint.leaks.then_some(endpoint.place))
 }
 
-/// Statuses that can say that there is no such token. The others have another meaning, for everybody.
+/// The statuses that can mean "no such token". All others have a fixed meaning in HTTP.
 fn unknown_statuses(statuses: &[u16]) -> Result<Vec<StatusCode>, String> {
     let fits = |status: &u16| (400..500).contains(status) && ![407, 408, 421, 425, 429].contains(status);
     if statuses.is_empty() || !statuses.iter().all(fits) {
@@ -316,7 +316,7 @@ fn unknown_statuses(statuses: &[u16]) -> Result<Vec<StatusCode>, String> {
     statuses.iter().map(|status| StatusCode::from_u16(*status).map_err(|error| error.to_string())).collect()
 }
 
-/// Other bytes can't be a token, as they can't be sent as they are.
+/// Other bytes cannot be part of a token, because they cannot be sent unchanged.
 fn is_sendable(token: &[u8]) -> bool {
     (1..=MAX_TOKEN_BYTES).contains(&token.len()) && token.iter().all(u8::is_ascii_graphic)
 }
@@ -338,7 +338,7 @@ fn token_header(name: &str) -> Result<HeaderName, String> {
     if TAKEN.contains(&header.as_str()) { Err(format!("{name} can't hold a token")) } else { Ok(header) }
 }
 
-/// RFC 6749, 2.3.1: both are form-encoded before they are put together.
+/// RFC 6749, 2.3.1: both are form-encoded before they are concatenated.
 fn basic(client_id: &str, client_secret: &Secret) -> Result<HeaderValue, String> {
     let mut pair = String::new();
     form_encode(client_id.as_bytes(), &mut pair);

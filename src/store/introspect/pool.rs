@@ -1,8 +1,8 @@
-//! Kept connections to one endpoint, and one exchange over one of them. Knows HTTP and no tokens.
+//! Pooled connections to one endpoint, and one exchange over a connection. Knows HTTP and no tokens.
 //!
-//! No task drives a connection: whoever asks polls it along with its own request, so a request that is given up takes
-//! its half-used connection with it, and nothing outlives the pool. A connection is used on the runtime that it was
-//! made on, as another one may not poll its socket, or be gone.
+//! No task drives a connection: the request polls it, so a cancelled request drops its partially used connection, and
+//! nothing outlives the pool. A connection is used on the runtime that opened it, because another one may not poll its
+//! socket, or may have been shut down.
 
 use super::endpoint::{Endpoint, Stream};
 use crate::telemetry::metrics::StoreMetrics;
@@ -18,11 +18,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::{Handle, Id};
 
-/// Less than the 20 s after which Puma closes: a connection that is closed under a request costs a second attempt.
+/// Less than the 20 s after which Puma closes a connection: one that is closed during a request costs a second attempt.
 const IDLE: Duration = Duration::from_secs(15);
-/// Longest body that is read.
+/// Maximum length of a body.
 pub(super) const BODY_BYTES: usize = 64 * 1024;
-/// Head of an answer.
+/// Maximum size of a response head.
 const HEAD_BYTES: usize = 32 * 1024;
 
 pub(super) struct Pool {
@@ -35,7 +35,7 @@ pub(super) struct Pool {
 
 #[derive(Default)]
 struct Kept {
-    /// The one given back last is the last.
+    /// The most recently returned one is the last.
     idle: Vec<Idle>,
     in_use: usize,
 }
@@ -61,11 +61,11 @@ pub(super) enum Body {
     Unread,
 }
 
-/// Why there is no answer, for people.
+/// Why there is no response, as a message.
 pub(super) type Trouble = String;
 
 impl Pool {
-    /// The caller sees to it that there are no more than `most` exchanges at once.
+    /// The caller must ensure that there are at most `most` exchanges at once.
     pub(super) fn new(endpoint: Endpoint, most: usize, metrics: Arc<StoreMetrics>) -> Self {
         let mut http = http1::Builder::new();
         http.max_buf_size(HEAD_BYTES).max_headers(100);
@@ -73,9 +73,9 @@ impl Pool {
         Self { endpoint, http, most, kept: Mutex::default(), metrics }
     }
 
-    /// Sends a request, which must be one that may arrive twice: over a kept connection that turns out closed it is
-    /// sent again over a new one. The body is read where the status makes it `wanted`. `patience` is for what is not worth
-    /// the whole time that the caller has.
+    /// Sends a request, which must be idempotent: if a pooled connection turns out to be closed, it is sent again over
+    /// a new one. The body is read if the status makes it `wanted`. `patience` limits steps that must not use up the
+    /// caller's whole timeout.
     pub(super) async fn exchange(
         &self,
         request: Request<Full<Bytes>>,
@@ -114,7 +114,7 @@ impl Pool {
     }
 }
 
-/// A place for one connection. Given up, it takes its connection with it.
+/// A slot for one connection. If it is dropped, its connection is closed.
 struct Lease<'p> {
     pool: &'p Pool,
     runtime: Id,
@@ -123,7 +123,7 @@ struct Lease<'p> {
 }
 
 impl Lease<'_> {
-    /// Takes a kept connection that still lives; the others that are found dead are closed.
+    /// Takes a pooled connection that is still open, and closes those that are not.
     async fn reuse(&mut self) -> Option<&mut Connection> {
         loop {
             let taken = self.take();
@@ -135,7 +135,7 @@ impl Lease<'_> {
         None
     }
 
-    /// Takes a kept connection of this runtime, and makes room for a new one when there is none.
+    /// Takes a pooled connection of this runtime; if there is none, makes room for a new one.
     fn take(&mut self) -> Option<Connection> {
         let now = Instant::now();
         let mut kept = self.pool.kept.lock();
@@ -154,7 +154,7 @@ impl Lease<'_> {
         found
     }
 
-    /// Reads the rest of an answer and gives the connection back if nothing is in doubt.
+    /// Reads the rest of a response, and returns the connection to the pool if its framing is unambiguous.
     async fn finish(
         mut self,
         response: Response<Incoming>,
@@ -168,7 +168,7 @@ impl Lease<'_> {
         let body = if wanted(head.status) {
             connection.read(body).await
         } else {
-            // Only so that the connection can be kept.
+            // Only so that the connection can be reused.
             match tokio::time::timeout(patience, connection.read(body)).await {
                 Ok(Body::Whole(_)) => Body::Whole(Vec::new()),
                 _ => Body::Unread,
@@ -193,7 +193,7 @@ impl Lease<'_> {
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
-        // Closed before its place is free.
+        // Closed before its slot is released.
         self.connection = None;
         if self.counted {
             let mut kept = self.pool.kept.lock();
@@ -234,7 +234,7 @@ impl Connection {
             let mut whole = Vec::new();
             while let Some(frame) = body.frame().await {
                 let Ok(frame) = frame else { return Body::Cut };
-                // Trailers say nothing that we ask for.
+                // Trailers are ignored.
                 let Some(data) = frame.data_ref() else { continue };
                 if whole.len() + data.len() > BODY_BYTES {
                     return Body::TooLong;
@@ -246,16 +246,16 @@ impl Connection {
         .await
     }
 
-    /// Whether it can take a request as far as is known: not closed, and nothing came that nobody asked for.
+    /// Whether it can be used, as far as known: not closed, and no unexpected bytes received.
     async fn is_alive(&mut self) -> bool {
         drive(&mut self.driver, std::future::ready(())).await;
         self.driver.is_some() && self.sender.is_ready()
     }
 
-    /// The same, after a look at the socket. What lies there now could otherwise pass for the next request's answer; what
-    /// comes later can't be told from it, which is in the nature of kept connections.
+    /// The same, after checking the socket. Bytes that are there now could otherwise be taken as the response to the
+    /// next request; bytes that arrive later cannot be distinguished from it, as with any reused connection.
     async fn is_usable(&mut self) -> bool {
-        // The runtime learns which sockets have something to read while its tasks are at rest.
+        // The runtime polls sockets for readiness while its tasks yield.
         self.is_alive().await && {
             tokio::task::yield_now().await;
             self.is_alive().await
@@ -263,7 +263,7 @@ impl Connection {
     }
 }
 
-/// Does some work on a connection while keeping the connection itself going.
+/// Runs a future on a connection while driving the connection.
 async fn drive<T>(driver: &mut Option<Driver>, work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
     std::future::poll_fn(|cx| {
@@ -273,7 +273,7 @@ async fn drive<T>(driver: &mut Option<Driver>, work: impl Future<Output = T>) ->
             *driver = None;
         }
         let done = work.as_mut().poll(cx);
-        // What the work asked for begins at once.
+        // Requests made by the future are sent immediately.
         if done.is_pending()
             && let Some(running) = driver
             && Pin::new(running).poll(cx).is_ready()
@@ -286,7 +286,7 @@ async fn drive<T>(driver: &mut Option<Driver>, work: impl Future<Output = T>) ->
     .await
 }
 
-/// What went wrong in the end; the layers around it add nothing.
+/// The innermost error; the outer ones add nothing.
 fn innermost(error: &hyper::Error) -> String {
     let mut innermost: &dyn std::error::Error = error;
     while let Some(source) = innermost.source() {

@@ -15,9 +15,9 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Error, GenericClient};
 
 const CONNECT: Duration = Duration::from_secs(10);
-/// How long a command may take; an import's own may take for ever.
+/// Timeout of a command; the statements of an import have none.
 const STATEMENT: Duration = Duration::from_secs(30);
-/// Rows of `change` are kept this long: longer than a gateway that was away asks for.
+/// How long rows of `change` are kept: longer than a gateway after a restart asks for.
 const CHANGES_KEPT: Duration = Duration::from_secs(3_600);
 
 const INSERT: &str = "INSERT INTO {schema}.token (digest, \"user\", scopes, description, created, not_before, expires, \
@@ -37,7 +37,7 @@ const TYPES: [Type; 12] = [
     Type::INT8,
 ];
 
-/// A connection of the command line's own.
+/// A connection of the command line.
 pub(super) struct Session {
     pub(super) client: Client,
     pub(super) place: String,
@@ -49,7 +49,7 @@ impl Session {
         let target = Target::new(settings).map_err(AdminError::Store)?;
         let place = target.to_string();
         let failed = |why: String| AdminError::Store(format!("{place}: {why}"));
-        // What was reported as done must survive a power cut.
+        // A change that was reported as done must survive a power failure.
         let sql = format!("SET statement_timeout = {}; SET synchronous_commit = on", STATEMENT.as_millis());
         let reached = tokio::time::timeout(CONNECT, target.reach(&sql)).await;
         let reached = reached.map_err(|_| failed(format!("no connection within {CONNECT:?}")))?;
@@ -78,15 +78,15 @@ pub struct PostgresAdmin {
     schema: String,
 }
 
-/// What a migration left.
+/// The result of a migration.
 pub struct Migrated {
     pub version: u32,
-    /// The channel on which changes were told before, and the one on which they are told now, where they differ.
+    /// The notification channel before and after, if it changed.
     pub moved: Option<(String, String)>,
 }
 
 impl PostgresAdmin {
-    /// Changes nothing: who lists tokens needs no right but to read them, and may do so on a standby.
+    /// Read-only: listing tokens needs only SELECT, and works on a standby.
     pub async fn open(settings: &PostgresSettings) -> Result<Self, AdminError> {
         let schema = own_schema(settings)?;
         schema::check_name(schema).map_err(AdminError::Store)?;
@@ -95,7 +95,7 @@ impl PostgresAdmin {
         Ok(Self { session, schema: schema.to_owned() })
     }
 
-    /// Makes tollgate's own tables, or brings them up to date, and makes the configured channel that of all gateways.
+    /// Creates or migrates tollgate's own tables, and sets the configured channel for all gateways.
     pub async fn migrate(settings: &PostgresSettings) -> Result<Migrated, AdminError> {
         let schema = own_schema(settings)?;
         let mut session = Session::open(settings).await?;
@@ -104,8 +104,8 @@ impl PostgresAdmin {
         Ok(Migrated { version: u32::try_from(tables.version).unwrap_or(0), moved: tables.moved })
     }
 
-    /// Forgets changes that no gateway asks for any more. Before a change, so that one that was made is reported as made;
-    /// who may not do it leaves it to others.
+    /// Deletes changes that no gateway asks for any more. Done before a change, so that a failure here does not affect
+    /// the result of the change; without the privilege, it is left to other users.
     async fn prune(&self) -> Result<(), AdminError> {
         let sql = self.fill(
             "DELETE FROM {schema}.change WHERE at_ms < (extract(epoch FROM clock_timestamp()) * 1000)::bigint - $1::bigint",
@@ -148,7 +148,7 @@ fn seconds(time: u64) -> i64 {
     i64::try_from(time).unwrap_or(i64::MAX)
 }
 
-/// A record as the parameters of [`INSERT`].
+/// A record as parameters of [`INSERT`].
 struct Values<'a> {
     digest: &'a [u8],
     record: &'a TokenRecord,
@@ -188,7 +188,7 @@ impl<'a> Values<'a> {
     }
 }
 
-/// Text that PostgreSQL can't keep.
+/// Text that PostgreSQL cannot store.
 fn check(record: &TokenRecord) -> Result<(), AdminError> {
     let texts = [&record.user, &record.description];
     if texts.into_iter().chain(&record.scopes).any(|text| text.contains('\0')) {
@@ -216,7 +216,7 @@ impl TokenAdmin for PostgresAdmin {
             "INSERT INTO {schema}.token (digest, \"user\", scopes, description, created, not_before, expires, revoked, \
             blocked, superseded, replaces, last_used) SELECT * FROM pg_temp.tollgate_import ON CONFLICT DO NOTHING",
         );
-        // Of those that were there: what matters, as the input and as the table say it.
+        // Of existing tokens: the fields that matter, in the input and in the table.
         let differ = self.fill(&format!(
             "SELECT {}, {} FROM pg_temp.tollgate_import g JOIN {{schema}}.token k ON k.digest = g.digest \
             WHERE g.\"user\" <> k.\"user\" OR g.revoked IS NOT NULL AND k.revoked IS NULL OR g.blocked AND NOT k.blocked \
@@ -226,7 +226,7 @@ impl TokenAdmin for PostgresAdmin {
         ));
         let place = self.session.place.clone();
         let failed = |error: Error| failed(&place, &error);
-        // Dropped, and so undone, on every way out but the last.
+        // Dropped, and so rolled back, on every return except the last.
         let transaction = self.session.client.transaction().await.map_err(failed)?;
         let prepare = "SET LOCAL statement_timeout = 0; \
             CREATE TEMPORARY TABLE tollgate_import (digest bytea, \"user\" text, scopes text[], description text, \
@@ -308,7 +308,7 @@ impl TokenAdmin for PostgresAdmin {
         let failed = |error: Error| failed(&place, &error);
         let transaction = self.session.client.transaction().await.map_err(failed)?;
         let row = transaction.query_opt(&find, &[&key]).await.map_err(failed)?.ok_or(AdminError::Missing)?;
-        // The tables take no time before 1970; one that got in all the same is over.
+        // The tables allow no time before 1970; a record that has one nevertheless has expired.
         let time = |at: usize| -> Result<Option<u64>, AdminError> {
             let seconds: Option<i64> = row.try_get(at).map_err(failed)?;
             Ok(seconds.map(|seconds| u64::try_from(seconds).unwrap_or(0)))
@@ -330,7 +330,7 @@ impl TokenAdmin for PostgresAdmin {
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(|error| AdminError::Store(format!("no random numbers: {error}")))?;
         let id: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-        // One statement: the word goes out when the row is there, behind all that was told before.
+        // One statement: the notification is sent when the row is visible, after all earlier ones.
         let ask = self.fill(
             "WITH w AS (INSERT INTO {schema}.wait (id) VALUES ($1) RETURNING id) \
             SELECT pg_catalog.pg_notify(v.channel, 'wait '::text || w.id) FROM w, {schema}.version v",

@@ -1,5 +1,5 @@
-//! Reaching a PostgreSQL server: where, how safely, which of several, and what may be said of it when it fails. Knows no
-//! tokens, except that an error text must not repeat one.
+//! Connections to PostgreSQL: addresses, TLS, selection of one of several servers, and error messages. Knows no tokens,
+//! except that an error message must not contain one.
 
 use super::super::{Place, StoreError, TlsMode, TlsSettings};
 use super::{PostgresSettings, Source};
@@ -22,28 +22,28 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, Connection as Wire, Error, SimpleQueryMessage, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-/// How long the network may take to open a connection.
+/// Timeout for opening a connection.
 const CONNECT: Duration = Duration::from_secs(1);
-/// How long a connection to a standby serves look-ups, while there may be a primary elsewhere.
+/// How long a connection to a standby serves lookups before a primary is searched for again.
 const STANDBY_KEPT: Duration = Duration::from_secs(5);
-/// How often a place is tried that answers with another server than the wanted one.
+/// How often an address is tried that leads to a server other than the wanted one.
 const ATTEMPTS: u32 = 3;
-/// Where each of our statements looks for the names that stand in it without a schema, operators among them: whoever may
-/// create things in another schema must not decide what our statements mean. The session's temporary objects would come
-/// first if they were not named last.
+/// The search path for unqualified names in tollgate's statements, including operators: users who may create objects in
+/// other schemas must not be able to change the meaning of a statement. Temporary objects would be searched first if
+/// pg_temp were not listed last.
 pub(super) const SEARCH_PATH: &str = "pg_catalog, pg_temp";
-/// Said first on each connection. What comes last says which server it is: no two start in the same microsecond, and one
-/// that restarts has closed its connections.
+/// The first statement on each connection. The last column identifies the server process by its start time, in
+/// microseconds; a server that restarts has closed its connections.
 const WHO: &str = "SELECT (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint, \
     pg_catalog.pg_is_in_recovery()";
 
 pub(super) type Driver = Wire<Socket, <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream>;
 
-/// A place that the URL names.
+/// A host in the URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Listed {
     at: Listing,
-    /// What its certificate must be for.
+    /// The name that its certificate must have.
     name: String,
     port: u16,
 }
@@ -55,27 +55,27 @@ enum Listing {
     Name,
 }
 
-/// A place whose address is known.
+/// A host with its resolved address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Spot {
-    /// `None`: the socket in the folder that is its name.
+    /// `None`: a Unix socket in the folder given as the name.
     address: Option<IpAddr>,
     name: String,
     port: u16,
 }
 
-/// What the URL says.
+/// The parsed URL.
 struct Url {
-    /// All but the places.
+    /// Everything except the hosts.
     common: Config,
     places: Vec<Listed>,
-    /// What "auto" means here.
+    /// The meaning of "auto" for this URL.
     auto: TlsMode,
 }
 
 impl Url {
     fn parse(url: &str) -> Result<Self, String> {
-        // What the parser says may repeat a part of a password.
+        // The parser's message may contain a part of a password.
         let config: Config = url.parse().map_err(|_: Error| {
             "is no PostgreSQL URL: neither postgres://USER@HOST:PORT/DATABASE nor a list of libpq's keywords. Special \
              characters of a password must be percent-encoded, or given in a setting of their own; sslmode verify-ca and \
@@ -95,7 +95,7 @@ impl Url {
         }
         let place = |index: usize| {
             let port = ports.get(index).or(ports.first()).copied().unwrap_or(5432);
-            // As libpq: an address is where to go, and the name beside it what the certificate is for.
+            // As in libpq: hostaddr is the address, and host is the name in the certificate.
             match (hosts.get(index), addresses.get(index)) {
                 (Some(Host::Tcp(name)), Some(address)) => {
                     Listed { at: Listing::Address(*address), name: name.clone(), port }
@@ -113,7 +113,7 @@ impl Url {
                 (None, None) => Listed { at: Listing::Name, name: String::new(), port },
             }
         };
-        // A name beside an address counts as well: where somebody else is asked for, the certificate is to say so.
+        // A host next to a hostaddr counts as well: if it is another machine's, the certificate must be for it.
         let named = hosts.iter().map(|host| match host {
             Host::Unix(_) => Place::Socket,
             Host::Tcp(name) => Place::of_host(name),
@@ -137,7 +137,7 @@ impl Url {
     }
 }
 
-/// What "auto" means for a URL.
+/// The meaning of "auto" for a URL.
 pub fn tls_auto(url: &str) -> Result<TlsMode, String> {
     Url::parse(url).map(|url| url.auto)
 }
@@ -147,7 +147,7 @@ pub fn check_url(settings: &PostgresSettings) -> Result<(), String> {
     Url::parse(settings.url.expose())?.encrypted(&settings.tls).map(drop)
 }
 
-/// The type can't forget its hosts.
+/// The parser's type cannot remove its hosts.
 fn without_places(from: &Config) -> Config {
     let mut config = Config::new();
     if let Some(user) = from.get_user() {
@@ -182,23 +182,23 @@ fn without_places(from: &Config) -> Config {
     config
 }
 
-/// A server, or several that stand in for each other, and how to speak with them.
+/// A server or several replicas of one, and how to connect to them.
 pub(super) struct Target {
     common: Config,
     places: Vec<Listed>,
     attributes: TargetSessionAttrs,
     tls: MakeRustlsConnect,
     settings: TlsSettings,
-    /// What a connection for look-ups begins with.
+    /// The first statement on a connection for lookups.
     session: String,
-    /// The server that changes are heard from. While there is one, look-ups go there and nowhere else: behind a
-    /// notification, another one may still have the row of before.
+    /// The server that change notifications come from. While there is one, lookups go to that server only: after a
+    /// notification, another one may still have the old row.
     home: Mutex<Option<Home>>,
-    /// Look-ups could not get there.
+    /// Lookups could not reach that server.
     astray: Notify,
 }
 
-/// One server, from one of its starts on.
+/// One run of a server, from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Server {
     started: i64,
@@ -221,7 +221,7 @@ impl Home {
     }
 }
 
-/// A new connection, which nobody drives yet.
+/// A new connection that no task is driving yet.
 pub(super) struct Reached {
     pub(super) client: Client,
     pub(super) driver: Driver,
@@ -268,13 +268,13 @@ impl Target {
             common.password(password.expose());
         }
         let attributes = common.get_target_session_attrs();
-        // Asked by ourselves, together with what else a connection begins with.
+        // Checked by tollgate itself, in the first statement of a connection.
         common.target_session_attrs(TargetSessionAttrs::Any);
         let read_only = match settings.source {
             Source::Own { .. } => "",
             _ => "SET default_transaction_read_only = on;",
         };
-        // Only the last use of a token is written here, which may be lost.
+        // Only last uses are written on these connections, and they may be lost.
         let session = format!(
             "SET statement_timeout = {}; SET synchronous_commit = off; SET TimeZone = 'UTC'; {read_only}",
             settings.timeout.as_millis().max(1)
@@ -291,14 +291,14 @@ impl Target {
         })
     }
 
-    /// Opens a connection, to the server that changes are heard from if that can be reached, else to a primary, else to
-    /// what there is. The caller looks at which it was.
+    /// Opens a connection: to the server that notifications come from if it can be reached, else to a primary, else to
+    /// any server. The caller must check which one it is.
     pub(super) async fn reach(&self, session: &str) -> Result<Reached, Unreachable> {
         let home = self.home();
         self.reach_from(home.as_ref(), session).await
     }
 
-    /// As if changes were heard from there.
+    /// As if notifications came from that server.
     pub(super) async fn reach_from(&self, home: Option<&Home>, session: &str) -> Result<Reached, Unreachable> {
         let mut next_best: Option<Reached> = None;
         let mut failed = None;
@@ -306,10 +306,10 @@ impl Target {
         if self.common.get_load_balance_hosts() == LoadBalanceHosts::Random {
             fastrand::shuffle(&mut places);
         }
-        // Where it was last goes first.
+        // The host where the server was last found is tried first.
         let mut spots: Vec<Spot> = home.map(|home| home.spot.clone()).into_iter().collect();
         let mut unresolved = places.into_iter();
-        // Of a load balancer the next connection may get to another server.
+        // Behind a load balancer, the next connection may reach another server.
         let mut again: Vec<Spot> = Vec::new();
         let mut tried: Vec<Spot> = Vec::new();
         let mut attempts = if home.is_some() { ATTEMPTS } else { 1 };
@@ -351,11 +351,11 @@ impl Target {
         }
     }
 
-    /// Whether there is nothing better to look for.
+    /// Whether no better server is to be searched for.
     fn suits(&self, server: &Server, home: Option<&Home>) -> bool {
         match home {
             Some(home) => server.started == home.server.started,
-            // Somebody asked for just that.
+            // Configured so.
             None => !server.in_recovery || self.attributes == TargetSessionAttrs::ReadOnly,
         }
     }
@@ -419,22 +419,22 @@ impl Target {
         self.home.lock().clone()
     }
 
-    /// From now on look-ups go to this server only; `None`: to any.
+    /// From now on lookups go to this server only; `None`: to any.
     pub(super) fn settle(&self, home: Option<Home>) {
         *self.home.lock() = home;
     }
 
-    /// Comes back when look-ups can't get to where changes are heard from.
+    /// Completes when lookups cannot reach the server that notifications come from.
     pub(super) async fn look_ups_go_astray(&self) {
         self.astray.notified().await;
     }
 
-    /// Forgets what was said of look-ups before.
+    /// Resets what [`Self::look_ups_go_astray`] waits for.
     pub(super) fn forget_astray(&self) {
         let _: Option<()> = self.astray.notified().now_or_never();
     }
 
-    /// Whether a standby was taken for want of a primary, and it is time to look for one.
+    /// Whether a standby was used for lack of a primary, and it is time to search for one.
     fn is_makeshift(&self, connection: &Connection) -> bool {
         let choice = self.places.len() > 1 || self.places.iter().any(|place| place.at == Listing::Name);
         connection.server.in_recovery
@@ -443,12 +443,12 @@ impl Target {
             && connection.made.elapsed() > STANDBY_KEPT
     }
 
-    /// Whether answers from this connection may be given; what to do if not.
+    /// Whether results from this connection may be used; else what to do.
     pub(super) fn judge(&self, connection: &Connection) -> Judgement {
         let home = self.home.lock();
         match &*home {
             Some(home) if home.server.started != connection.server.started => {
-                // It was made to go there.
+                // It was opened to that server.
                 let astray = connection.wanted == Some(home.server.started);
                 if astray { Judgement::Astray } else { Judgement::Another }
             }
@@ -456,27 +456,27 @@ impl Target {
         }
     }
 
-    /// Tells who follows changes that look-ups don't get to the same server.
+    /// Tells the subscriber that lookups do not reach the same server.
     pub(super) fn say_astray(&self) -> StoreError {
         self.astray.notify_one();
         StoreError::Unavailable(format!("{self}: {ASTRAY}"))
     }
 }
 
-/// What a pooled connection is good for.
+/// How a pooled connection may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Judgement {
     Good,
-    /// To another server than changes are heard from by now.
+    /// To a server other than the one that notifications now come from.
     Another,
-    /// And no other can be had.
+    /// The same, and no other connection can be opened.
     Astray,
 }
 
 pub(super) const ASTRAY: &str = "look-ups get to another server than the one that changes are heard from: does something \
     between (a load balancer, a name with several addresses) send each connection somewhere else? Name the primary in url";
 
-/// Waits for an answer on a connection that nobody drives yet.
+/// Waits for a result on a connection that no task is driving yet.
 async fn attended<T>(driver: &mut Driver, answer: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let mut answer = pin!(answer);
     loop {
@@ -486,7 +486,7 @@ async fn attended<T>(driver: &mut Driver, answer: impl Future<Output = Result<T,
             message = poll_fn(|cx| driver.poll_message(cx)) => match message {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(error),
-                // The answer knows why.
+                // The result contains the reason.
                 None => return answer.await,
             },
         }
@@ -494,7 +494,7 @@ async fn attended<T>(driver: &mut Driver, answer: impl Future<Output = Result<T,
 }
 
 impl std::fmt::Display for Target {
-    /// For people; without user and password.
+    /// For messages: without user and password.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("PostgreSQL at ")?;
         for (index, place) in self.places.iter().enumerate() {
@@ -505,7 +505,7 @@ impl std::fmt::Display for Target {
     }
 }
 
-/// For connections that are plain text: trusts nobody.
+/// For plain-text connections: accepts no certificate.
 fn never() -> Result<ClientConfig, String> {
     let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()
@@ -513,7 +513,7 @@ fn never() -> Result<ClientConfig, String> {
     Ok(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
 }
 
-/// Ends a task when it is dropped.
+/// Aborts a task when it is dropped.
 pub(super) struct EndsWith(Option<AbortHandle>);
 
 impl EndsWith {
@@ -530,7 +530,7 @@ impl Drop for EndsWith {
     }
 }
 
-/// Runs a connection. What the server remarks on is dropped: it may repeat a token.
+/// Drives a connection. Notices of the server are dropped, because they may contain a token.
 pub(super) fn drive(mut driver: Driver) -> JoinHandle<()> {
     tokio::spawn(async move { while let Some(Ok(_)) = poll_fn(|cx| driver.poll_message(cx)).await {} })
 }
@@ -539,7 +539,7 @@ pub(super) fn drive(mut driver: Driver) -> JoinHandle<()> {
 pub(super) struct Connection {
     client: ClientWrapper,
     server: Server,
-    /// The server that it was to go to.
+    /// The server that it was meant for.
     wanted: Option<i64>,
     made: Instant,
 }
@@ -555,7 +555,7 @@ impl Deref for Connection {
 pub(super) type Pool = managed::Pool<Connections>;
 pub(super) type Object = managed::Object<Connections>;
 
-/// Makes the connections of a pool.
+/// Opens the connections of a pool.
 pub(super) struct Connections(Arc<Target>);
 
 impl Manager for Connections {
@@ -579,7 +579,7 @@ impl Manager for Connections {
     }
 }
 
-/// Callers wait for a connection for half of their time at most, so that they are told what they waited for.
+/// Callers wait for a connection for at most half of their timeout, so that the error can name the cause.
 pub(super) fn pool(target: &Arc<Target>, connections: usize, timeout: Duration) -> Result<Pool, String> {
     Pool::builder(Connections(Arc::clone(target)))
         .max_size(connections.max(1))
@@ -603,22 +603,22 @@ pub(super) fn no_connection(error: managed::PoolError<Unreachable>, target: &Tar
     }
 }
 
-/// What to do about answers that belong to others.
+/// The error for results that belong to another client's query.
 pub(super) const POOLER: &str = "is there a pooler between that gives each transaction another connection? Let tollgate \
     have its own: pool_mode = session, or PostgreSQL's own port";
 
-/// A question that was not answered.
+/// A query without a result.
 pub(super) struct Failure {
     pub(super) error: StoreError,
     pub(super) connection: Verdict,
 }
 
-/// What becomes of a connection after a failure.
+/// What to do with a connection after a failure.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     Keep,
     Drop,
-    /// It was lost, or is out of date; another one may do better.
+    /// It was lost or is outdated; another connection may succeed.
     Replace,
 }
 
@@ -627,13 +627,13 @@ impl Failure {
         Self { error: StoreError::Garbage(text.into()), connection: Verdict::Drop }
     }
 
-    /// A pooler may put our question on a connection where it means another's.
+    /// A connection pooler may run the query on a connection where the prepared statement is another client's.
     pub(super) fn anothers_answer() -> Self {
         let text = format!("an answer to another question came back: {POOLER}");
         Self { error: StoreError::Unavailable(text), connection: Verdict::Drop }
     }
 
-    /// Of a query that people wrote.
+    /// For a query written by the operator.
     pub(super) fn lookup(error: Error) -> Self {
         let unknown = [SqlState::UNDEFINED_TABLE, SqlState::UNDEFINED_FUNCTION, SqlState::UNDEFINED_OBJECT];
         if error.code().is_some_and(|code| unknown.contains(code)) {
@@ -646,7 +646,7 @@ impl Failure {
         Self::of(&error, "correct the look-up query, or grant what it needs")
     }
 
-    /// Of a query on our own tables.
+    /// For a query on tollgate's own tables.
     pub(super) fn own(error: Error) -> Self {
         Self::of(&error, super::schema::MIGRATE)
     }
@@ -657,7 +657,7 @@ impl Failure {
         };
         let class = &code.code()[..2];
         let text = say(error);
-        // A plan that no longer fits its table, or that a pooler lost: only for this connection.
+        // A prepared plan that no longer fits its table, or that a pooler lost: affects only this connection.
         let stale = *code == SqlState::FEATURE_NOT_SUPPORTED || *code == SqlState::INVALID_SQL_STATEMENT_NAME;
         let lost = stale || class == "08" || (class == "57" && *code != SqlState::QUERY_CANCELED);
         let error = match class {
@@ -671,7 +671,7 @@ impl Failure {
         Self { error, connection: if lost { Verdict::Replace } else { Verdict::Keep } }
     }
 
-    /// What to tell, without a text that must not be told.
+    /// The message, without text that must not be shown.
     pub(super) fn without(self, hidden: &str) -> StoreError {
         match self.error {
             StoreError::Garbage(text) if !hidden.is_empty() => StoreError::Garbage(text.replace(hidden, "…")),
@@ -681,7 +681,7 @@ impl Failure {
     }
 }
 
-/// What happened, for people. A server's own words are repeated only where they can't hold a value of the query.
+/// The message for a failure. The server's own message is included only if it cannot contain a value of the query.
 pub(super) fn say(error: &Error) -> String {
     if let Some(said) = error.as_db_error() {
         let code = said.code().code();

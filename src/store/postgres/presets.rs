@@ -1,5 +1,5 @@
-//! GitLab's tables: the queries that read them, and the triggers that tell of changes in them or in anybody's. What a
-//! trigger tells never holds a token: a channel is open to every user of the database.
+//! GitLab's tables: the queries that read them, and the triggers that send notifications of changes in them or in other
+//! tables. A notification never contains a token, because every user of the database can listen on a channel.
 
 use super::super::AdminError;
 use super::admin::Session;
@@ -7,25 +7,25 @@ use super::connect::SEARCH_PATH;
 use super::{Bind, PostgresSettings, Source, schema};
 use crate::store::credential::Digest;
 
-/// Columns that change with every use of a token, or with every change anyway.
+/// Columns that change with every use of a token, or with every change of a row.
 const BUSY: &str = "{last_used_at,last_used,last_used_on,updated_at}";
 
 const TOKENS: &str = "personal_access_tokens";
 
-/// GitLab's tables are in this schema, and so is a table that is named without one.
+/// The schema of GitLab's tables, and of tables named without a schema.
 const SCHEMA: &str = "public";
 
-// Each name of these queries says its schema, operators among them: where others may create operators, one of theirs that
-// fits the types better would be taken. IS DISTINCT FROM looks for an operator, too, and can't be told where. The casts to
-// text are none to an index.
+// Every name in these queries is qualified with its schema, including operators: if other users may create operators,
+// one of theirs that fits the types better would be used. IS DISTINCT FROM searches for an operator as well, and cannot
+// be qualified. The casts to text do not prevent the use of an index.
 
-/// The one token that each user has. Who is not active may not come in.
+/// The private token of each user. A user that is not active is blocked.
 pub(super) const GITLAB_LEGACY: &str = "SELECT u.username::text AS \"user\", \
     coalesce(NOT u.state::text OPERATOR(pg_catalog.=) 'active'::text, true) AS blocked \
     FROM public.users u WHERE u.authentication_token::text OPERATOR(pg_catalog.=) $1::text";
 
-/// Personal access tokens, by one of their columns. GitLab takes one only when it says that it is not revoked; the column
-/// of scopes came later than the table.
+/// Personal access tokens, by one of their columns. GitLab accepts a token only if `revoked` is false; the column of
+/// scopes was added later than the table.
 pub(super) fn gitlab_pat(column: &str) -> String {
     format!(
         "SELECT u.username::text AS \"user\", \
@@ -37,8 +37,8 @@ pub(super) fn gitlab_pat(column: &str) -> String {
     )
 }
 
-/// SQL that makes the triggers, over and over if need be: for GitLab's tables, or for the table and column that a query
-/// of one's own compares with `$1`.
+/// SQL that creates the triggers, and can be repeated: for GitLab's tables, or for the table and column that a custom
+/// query compares with `$1`.
 pub fn triggers_sql(settings: &PostgresSettings, table: Option<&(String, String)>) -> Result<String, String> {
     let Some(channel) = &settings.channel else {
         return Err("notify = false: triggers would tell nobody".into());
@@ -73,18 +73,19 @@ pub fn triggers_sql(settings: &PostgresSettings, table: Option<&(String, String)
     ))
 }
 
-/// Makes the triggers.
+/// Creates the triggers.
 pub async fn install_triggers(settings: &PostgresSettings, sql: &str) -> Result<(), AdminError> {
     let session = Session::open(settings).await?;
     session.client.batch_execute(sql).await.map_err(|error| session.failed(&error))
 }
 
-/// A query whose one row says whether the triggers are there and tell on the channel, whether some of them are of an older
-/// making, whose functions look for names where whoever changes a table does, and on which other channels tollgate's
-/// triggers tell.
+/// A query with one row: whether the triggers exist and notify on the channel, whether some of them are of an older
+/// version, whose functions use the search path of the session that changes the table, and the other channels on which
+/// tollgate's triggers notify.
 pub(super) struct TriggerCheck(pub(super) String);
 
-/// `None`: ours are part of the schema. Where the tables are unknown, any that tells on the channel counts.
+/// `None`: tollgate's own triggers are part of its schema. If the tables are unknown, any trigger on the channel
+/// counts.
 pub(super) fn trigger_check(source: &Source, channel: &str) -> Option<TriggerCheck> {
     let column = match source {
         Source::Own { .. } => return None,
@@ -125,13 +126,14 @@ pub(super) fn trigger_check(source: &Source, channel: &str) -> Option<TriggerChe
     )))
 }
 
-/// Keeps apart what several stores or gateways put into one database.
+/// Distinguishes the triggers of several stores or gateways in one database.
 fn tag(table: &str, column: &str, channel: &str) -> String {
     let table = table.strip_prefix("public.").unwrap_or(table);
     Digest::of(format!("{table}\n{column}\n{channel}").as_bytes()).to_hex()[..8].to_owned()
 }
 
-/// For the tokens that stand in a column. `watched`: the columns whose change matters; `None`: all but the busy ones.
+/// For the tokens in a column. `watched`: the columns whose changes matter; `None`: all except the frequently changing
+/// ones.
 fn for_column(
     table: &str,
     column: &str,
@@ -167,14 +169,14 @@ fn for_column(
     .concat())
 }
 
-/// Before the functions, which are made anew and not replaced: one that somebody else made under that name would stay theirs
-/// to change.
+/// Before the functions, which are dropped and created, not replaced: a function of that name made by another user
+/// would remain theirs to change.
 fn drop_triggers(names: &[&str], tag: &str, table: &str) -> String {
     names.iter().map(|name| format!("DROP TRIGGER IF EXISTS tollgate_{name}_{tag} ON {table};\n")).collect()
 }
 
-/// A trigger's function. It runs for whoever changes the table, who may own it: where it looks for names is not theirs, nor
-/// anybody's who may create things in a schema of the database.
+/// A trigger function. It runs with the rights of the user who changes the table, possibly its owner; its search path
+/// must not be controlled by that user or by users who may create objects in some schema.
 fn function(name: &str, body: &str) -> String {
     format!(
         "DROP FUNCTION IF EXISTS {name}();\n\
@@ -190,10 +192,10 @@ fn trigger(name: &str, tag: &str, event: &str, table: &str, each: &str, function
     )
 }
 
-/// For the personal access tokens of a user who is blocked, renamed or gone.
+/// For the personal access tokens of a user who is blocked, renamed or removed.
 fn for_owners(column: &str, bind: &Bind, channel: &str) -> String {
     let tag = tag(TOKENS, column, channel);
-    // The tables are in one schema, whatever the search path is then.
+    // The tables are in one schema, whatever the search path.
     let tokens = format!(
         "IN EXECUTE format('SELECT {column}::text FROM %I.{TOKENS} WHERE user_id = $1', TG_TABLE_SCHEMA) USING OLD.id"
     );
@@ -208,10 +210,10 @@ fn for_owners(column: &str, bind: &Bind, channel: &str) -> String {
     .concat()
 }
 
-/// A trigger's function that tells of tokens by their digests. After a thousand in one transaction it says `*`:
-/// everything. The server sends equal messages of a transaction once.
+/// A trigger function that notifies of tokens by their digests. After a thousand in one transaction it sends `*` for
+/// all tokens. The server sends equal messages of a transaction once.
 fn function_that_tells(name_of_function: &str, tokens: &str, bind: &Bind, channel: &str) -> String {
-    // A digest that is none can't be asked for either.
+    // A value that is not a digest cannot be looked up either.
     let name = match bind {
         Bind::Plain => "encode(sha256(convert_to(token, 'UTF8')), 'hex')",
         Bind::Sha256Hex => "substring(lower(token) FROM '^(?:\\\\x)?([0-9a-f]{64})$')",

@@ -1,5 +1,5 @@
-//! What the row of somebody else's table says of a token. Columns are found by their names and judged by their types;
-//! what can't be understood is an error and never a guess.
+//! Interprets a row of a table that tollgate does not own. Columns are found by name and checked by type; a value that
+//! cannot be interpreted is an error, never a guess.
 
 use super::super::TokenRecord;
 use super::connect::Failure;
@@ -12,12 +12,12 @@ use tokio_postgres::{Column, Row};
 const EPOCH_SECONDS: i64 = 946_684_800;
 const MICROS: i64 = 1_000_000;
 const DAY: i64 = 86_400;
-/// Seconds beyond this are milliseconds by mistake, and would keep a token valid for ages.
+/// Larger values are probably milliseconds, and would keep a token valid for centuries.
 const LAST_SECOND: i64 = 100_000_000_000;
 /// A revocation without a time.
 const SOME_TIME: u64 = 0;
 
-/// Where in a row things stand.
+/// The positions of the columns in a row.
 pub(super) struct Columns {
     user: usize,
     scopes: Option<usize>,
@@ -28,7 +28,7 @@ pub(super) struct Columns {
 }
 
 impl Columns {
-    /// Checks names and types, which are known before there is a row.
+    /// Checks names and types, which are known without a row.
     pub(super) fn of(columns: &[Column]) -> Result<Self, Failure> {
         let find = |names: &[&str], fits: fn(&Type) -> bool, kinds: &str| -> Result<Option<usize>, Failure> {
             let mut found = (0..columns.len()).filter(|at| names.contains(&columns[*at].name()));
@@ -75,7 +75,7 @@ impl Columns {
             (_, Some(cell)) if *base(&cell.kind) == Type::BOOL => cell.truth()?.then_some(SOME_TIME),
             (_, cell) => cell.map(|cell| cell.time()).transpose()?.map(Time::started),
         };
-        // Nobody said that the user may come in.
+        // NULL does not say that the user is not blocked.
         let blocked = match (self.blocked, cell(self.blocked)?) {
             (None, _) => false,
             (Some(_), None) => true,
@@ -92,7 +92,7 @@ impl Columns {
     }
 }
 
-/// The type under a domain.
+/// The base type of a domain.
 fn base(kind: &Type) -> &Type {
     match kind.kind() {
         Kind::Domain(inner) => base(inner),
@@ -118,7 +118,7 @@ fn is_time(kind: &Type) -> bool {
     [Type::TIMESTAMPTZ, Type::TIMESTAMP, Type::DATE, Type::INT8, Type::INT4].contains(kind)
 }
 
-/// A value as it came.
+/// A raw value.
 struct Cell<'a> {
     kind: Type,
     raw: &'a [u8],
@@ -138,7 +138,7 @@ fn cell(row: &Row, at: usize) -> Result<Option<Cell<'_>>, Failure> {
     row.try_get(at).map_err(|_| Failure::garbage("a value of the look-up's row can't be read"))
 }
 
-/// Micros since 2000 with its two infinities, down to the second.
+/// Microseconds since 2000, with two infinities.
 #[derive(Clone, Copy)]
 enum Time {
     Never,
@@ -147,7 +147,7 @@ enum Time {
 }
 
 impl Time {
-    /// The last second at which something still holds: never later than it was meant.
+    /// Rounded down to seconds, for an end: never later than specified.
     const fn ends(self) -> Option<u64> {
         match self {
             Self::Never => None,
@@ -156,7 +156,7 @@ impl Time {
         }
     }
 
-    /// The first second: never earlier than it was meant.
+    /// Rounded up to seconds, for a start: never earlier than specified.
     const fn begins(self) -> u64 {
         match self {
             Self::Never => i64::MAX as u64,
@@ -200,7 +200,7 @@ impl Cell<'_> {
                 i64::MIN => Time::Always,
                 micros => since_2000(micros),
             },
-            // As a database compares it with a time: the day's first second, in UTC.
+            // As PostgreSQL compares a date with a time: the first second of the day, in UTC.
             Type::DATE => match narrow()? {
                 i32::MAX => Time::Never,
                 i32::MIN => Time::Always,
@@ -233,7 +233,7 @@ impl Cell<'_> {
     }
 }
 
-/// Words, a JSON array, or a list as YAML writes it.
+/// Words, a JSON array, or a YAML list.
 fn scopes(text: &str) -> Option<Vec<String>> {
     let text = text.trim();
     if text.starts_with('[') {

@@ -1,4 +1,4 @@
-//! tollgate's own tables in PostgreSQL: how they are made and brought up to date, and the questions put to them.
+//! tollgate's own tables in PostgreSQL: creation and migration, and the queries on them.
 
 use super::super::TokenRecord;
 use super::connect::Failure;
@@ -8,21 +8,21 @@ use tokio_postgres::{Client, Row};
 
 /// Numbered from 1, and never changed once released.
 const MIGRATIONS: &[&str] = &[include_str!("1.sql"), include_str!("2.sql")];
-/// The schema that this version makes.
+/// The schema version that this version creates.
 const VERSION: i32 = MIGRATIONS.len() as i32;
-/// The oldest schema that this version can read.
+/// The oldest schema version that this version can read.
 const OLDEST: i32 = 1;
 /// Keeps two migrations from running at once: "tollgate" in hex digits that fit.
 const LOCK: i64 = 0x746f_6c6c_6761_7465;
 pub(super) const MIGRATE: &str = "run `tollgate store migrate --config FILE`";
 
-/// One row whenever the schema is there, so that an answer without rows is no "no such token". Here as in all that a
-/// gateway asks, each name says its schema, operators among them: on top of the connection's search_path, which a pooler
-/// may lose.
+/// Returns one row whenever the schema exists, so that an empty result never means "no such token". As in all queries
+/// of a gateway, every name is qualified with its schema, including operators, in addition to the connection's
+/// search_path, which a pooler may lose.
 pub(super) const LOOKUP: &str = "SELECT '{mark}'::text, v.version, v.readers_from, t.digest, t.\"user\", t.scopes, \
     t.description, t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used \
     FROM {schema}.version v LEFT JOIN {schema}.token t ON t.digest OPERATOR(pg_catalog.=) $1::bytea";
-/// Of a whole record, in the order that `record` reads.
+/// The columns of a record, in the order that `record` reads.
 pub(super) const COLUMNS: &str = "digest, \"user\", scopes, description, created, not_before, expires, revoked, blocked, \
     superseded, replaces, last_used";
 pub(super) const COLUMNS_COUNT: usize = 12;
@@ -30,13 +30,15 @@ pub(super) const NOTE_USES: &str = "UPDATE {schema}.token t SET last_used = u.at
     FROM ROWS FROM (pg_catalog.unnest($1::bytea[]), pg_catalog.unnest($2::bigint[])) AS u (digest, at) \
     WHERE t.digest OPERATOR(pg_catalog.=) u.digest \
     AND (t.last_used IS NULL OR t.last_used OPERATOR(pg_catalog.<) u.at)";
-/// A mark is the server's time, and the oldest transaction that had not ended then: whatever was not to be seen at that
-/// moment was written by this or a later one. (Transactions are numbered in a circle; only half of it lies ahead.)
+/// A mark is the server's time and the oldest transaction in progress at that time: everything not visible at that
+/// moment was written by this or a later transaction. (Transaction numbers wrap around; half of the range counts as
+/// later.)
 pub(super) const MARK: &str = "(extract(epoch FROM pg_catalog.clock_timestamp())::float8 OPERATOR(pg_catalog.*) \
     1000::float8)::bigint::text OPERATOR(pg_catalog.||) ' '::text OPERATOR(pg_catalog.||) \
     (pg_catalog.txid_snapshot_xmin(pg_catalog.txid_current_snapshot()) OPERATOR(pg_catalog.&) 4294967295::bigint)::text";
-/// A change is noted when it is made and seen when its transaction ends: the minute more, and the transactions that had not
-/// ended, are for what lies between. The first row says whether the list goes back so far.
+/// A change is recorded when it is made and becomes visible when its transaction ends: the additional minute, and the
+/// transactions that were in progress, cover the time between. The first row says whether the list reaches back far
+/// enough.
 pub(super) const CHANGED: &str = "SELECT '{mark}'::text, NULL::bytea, v.version, v.readers_from, \
     $1::bigint OPERATOR(pg_catalog.>=) v.since_ms \
     AND ($1::bigint OPERATOR(pg_catalog.-) 60000::bigint) OPERATOR(pg_catalog.>=) \
@@ -49,13 +51,13 @@ pub(super) const CHANGED: &str = "SELECT '{mark}'::text, NULL::bytea, v.version,
     OR ((c.xmin::text::bigint OPERATOR(pg_catalog.-) $2::bigint OPERATOR(pg_catalog.+) 4294967296::bigint) \
     OPERATOR(pg_catalog.%) 4294967296::bigint) OPERATOR(pg_catalog.<) 2147483648::bigint)";
 
-/// What [`MARK`] says.
+/// The result of [`MARK`].
 pub(super) fn read_mark(mark: &str) -> Option<(i64, i64)> {
     let (at_ms, oldest) = mark.split_once(' ')?;
     Some((at_ms.parse().ok()?, oldest.parse().ok()?))
 }
 
-/// Names are put into SQL: only what needs no quoting anywhere.
+/// Names are inserted into SQL: only names that never need quoting are allowed.
 pub(super) fn check_name(schema: &str) -> Result<(), String> {
     let fine = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
     let starts = schema.starts_with(|c: char| c.is_ascii_lowercase() || c == '_');
@@ -77,12 +79,12 @@ pub(super) fn fill(sql: &str, schema: &str) -> String {
     sql.replace("{schema}", &format!("\"{schema}\""))
 }
 
-/// [`COLUMNS`] of a table that has a name of its own in a query.
+/// [`COLUMNS`] of a table with an alias in a query.
 pub(super) fn columns_of(table: &str) -> String {
     COLUMNS.split(", ").map(|column| format!("{table}.{column}")).collect::<Vec<_>>().join(", ")
 }
 
-/// Whether this version can read a schema.
+/// Whether this version can read a schema version.
 pub(super) fn check_version(version: i32, readers_from: i32) -> Result<(), Failure> {
     if version < OLDEST {
         return Err(Failure::garbage(format!("the tables are of version {version} and too old: {MIGRATE}")));
@@ -116,7 +118,7 @@ pub(super) fn changed(rows: &[Row]) -> Result<Option<Vec<Digest>>, Failure> {
     };
     check_version(first.try_get(2).map_err(misread)?, first.try_get(3).map_err(misread)?)?;
     for row in rows {
-        // The list doesn't go back so far, or names a change of everything.
+        // The list does not reach back far enough, or contains a change of everything.
         if !row.try_get::<_, bool>(4).map_err(misread)? {
             return Ok(None);
         }
@@ -134,7 +136,7 @@ fn digest(row: &Row, at: usize) -> Result<Digest, Failure> {
     Ok(Digest::from_bytes(bytes))
 }
 
-/// Reads [`COLUMNS`], the first of which is at a place.
+/// Reads [`COLUMNS`], beginning at a column.
 pub(super) fn record(row: &Row, from: usize) -> Result<TokenRecord, Failure> {
     let time = |at: usize| -> Result<Option<u64>, Failure> {
         let seconds: Option<i64> = row.try_get(from + at).map_err(misread)?;
@@ -162,17 +164,17 @@ pub(super) fn record(row: &Row, from: usize) -> Result<TokenRecord, Failure> {
     })
 }
 
-/// What a migration left.
+/// The result of a migration.
 pub(super) struct Tables {
     pub(super) version: i32,
-    /// The channel before and now, where they differ.
+    /// The channel before and after, if it changed.
     pub(super) moved: Option<(String, String)>,
 }
 
-/// Makes tollgate's own tables, or brings them up to date. The one place that changes the channel.
+/// Creates or migrates tollgate's own tables. The only place that changes the channel.
 pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&str>) -> Result<Tables, Failure> {
     check_name(schema).and_then(|()| channel.map_or(Ok(()), check_channel)).map_err(Failure::garbage)?;
-    // Who may only write tokens need not be allowed to make tables.
+    // A user who may only write tokens need not be allowed to create tables.
     let before = version(client, schema).await?;
     if let Some((version, told)) = &before
         && *version >= VERSION
@@ -199,11 +201,11 @@ pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&
         transaction.batch_execute(&fill(migration, schema)).await.map_err(Failure::own)?;
     }
     if moved.is_some() {
-        // Who is changing a token now would tell of it on the channel that gateways are about to leave.
+        // A change made now would be notified on the channel that gateways are about to leave.
         let lock = fill("LOCK TABLE {schema}.token IN SHARE ROW EXCLUSIVE MODE", schema);
         transaction.batch_execute(&lock).await.map_err(Failure::own)?;
     }
-    // A newer schema stays as it is.
+    // A newer schema is not changed.
     let sql =
         fill("UPDATE {schema}.version SET channel = coalesce($1, channel), version = greatest(version, $2)", schema);
     transaction.execute(&sql, &[&channel, &VERSION]).await.map_err(Failure::own)?;
@@ -211,7 +213,7 @@ pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&
     Ok(Tables { version: current.max(VERSION), moved })
 }
 
-/// Whether somebody who reads and writes tokens may go on with these tables.
+/// Checks that this version can read and write these tables.
 pub(super) async fn check(client: &Client, schema: &str) -> Result<(), Failure> {
     match version(client, schema).await? {
         Some((version, _)) => check_version(version, 0),
@@ -219,7 +221,7 @@ pub(super) async fn check(client: &Client, schema: &str) -> Result<(), Failure> 
     }
 }
 
-/// The schema's version and channel; `None`: it is not there.
+/// The schema's version and channel; `None`: it does not exist.
 pub(super) async fn version(client: &Client, schema: &str) -> Result<Option<(i32, String)>, Failure> {
     let sql = fill("SELECT version, readers_from, channel FROM {schema}.version", schema);
     let rows = match client.query(&sql, &[]).await {

@@ -1,6 +1,6 @@
-//! The writing side. One change is one script, which checks that nobody changed the record meanwhile, writes, and then
-//! tells the gateways: after the value, never before. In a cluster a script reaches one slot only, so what concerns two
-//! tokens takes two steps there, in the order that loses nothing.
+//! Writing tokens to Redis. One change is one script, which checks that the record has not changed meanwhile, writes
+//! it, and then publishes the notification, never before the value. In a cluster a script reaches one slot only, so a
+//! change of two tokens takes two steps there, in an order that loses nothing.
 
 use super::super::{
     AdminError, Confirmations, Differing, Imported, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord,
@@ -18,17 +18,17 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 const ANSWER: Duration = Duration::from_secs(10);
-/// How often a change is tried again when somebody else was quicker.
+/// How often a change is retried after a concurrent change.
 const ATTEMPTS: usize = 10;
 /// Records in one round trip.
 const BATCH: usize = 1_000;
-/// With more new tokens than this, gateways are told to ask everything anew instead of each by name.
+/// With more new tokens than this, one notification for all tokens is sent instead of one for each.
 const NAMED: usize = 10_000;
 const FOUND_MOST: usize = 100;
 const WAIT_REPEAT: Duration = Duration::from_secs(1);
 
-/// All or nothing: `ARGV[1]` is the channel, or empty; then for each key what must be there and what takes its place, as
-/// JSON. A text is compared as a whole, a hash by the fields that are set. KEEPTTL: who gave a key an end meant it.
+/// Atomic. `ARGV[1]` is the channel, or empty; then for each key its expected and its new value, as JSON. A string is
+/// compared as a whole, a hash by the fields that are set. KEEPTTL preserves the TTL of a key.
 const CHANGE: &str = r"
 local ops = cjson.decode(ARGV[2])
 for i, op in ipairs(ops) do
@@ -64,7 +64,7 @@ pub struct RedisAdmin {
     default_scopes: Vec<String>,
 }
 
-/// One key's part in a change.
+/// The change of one key.
 struct Step {
     digest: Digest,
     what: Json,
@@ -123,7 +123,7 @@ impl RedisAdmin {
         *self.connector.topology() == Topology::Cluster
     }
 
-    /// Says whether everything was still as it had been found.
+    /// Returns whether all keys still had their expected values.
     async fn change(&mut self, steps: &[Step]) -> Result<bool, AdminError> {
         let mut command = redis::cmd("EVAL");
         command.arg(CHANGE).arg(steps.len());
@@ -162,11 +162,11 @@ impl RedisAdmin {
         Ok(stored.parse(digest, &self.default_scopes).map_err(StoreError::Garbage)?)
     }
 
-    /// All records whose digest begins with these digits, up to a number of them.
+    /// The records whose digest begins with these digits, up to a maximum number.
     async fn scan(&mut self, hex: &str, most: usize) -> Result<Vec<TokenRecord>, AdminError> {
         let pattern = self.keys.pattern(hex);
         let nodes = if self.is_cluster() { self.connector.masters().await? } else { vec![self.link.clone()] };
-        // A scan may name a key twice.
+        // A scan may return a key twice.
         let mut found = BTreeMap::new();
         for mut node in nodes {
             let mut cursor = 0_u64;
@@ -226,13 +226,13 @@ impl RedisAdmin {
         Ok(seconds * 1000 + micros / 1000)
     }
 
-    /// Returns which were new.
+    /// Returns which tokens were new.
     async fn add(&mut self, batch: &[(Digest, String)]) -> Result<Vec<Digest>, AdminError> {
         let is_new = |value: &Value| !matches!(value, Value::Nil);
         let set =
             |digest: &Digest, text: &str| redis::cmd("SET").arg(self.keys.token(digest)).arg(text).arg("NX").take();
         let answers: Vec<Value> = if self.is_cluster() {
-            // Each to its own node; many are under way at once.
+            // Each to its own node, many at once.
             let commands: Vec<_> = batch.iter().map(|(digest, text)| (self.link.clone(), set(digest, text))).collect();
             let sets = commands.into_iter().map(|(mut link, set)| async move { link.ask::<Value>(&set).await });
             stream::iter(sets).buffered(256).collect::<Vec<_>>().await.into_iter().collect::<Result<_, _>>()?
@@ -269,8 +269,9 @@ impl TokenAdmin for RedisAdmin {
         if self.change(&[Step::add(record)]).await? { Ok(()) } else { Err(AdminError::Exists) }
     }
 
-    /// Everything is read before the first record is written, so a broken input changes nothing. A server that fails in
-    /// the middle leaves the first part written: no transaction holds millions. Importing again adds the rest.
+    /// Everything is read before the first record is written, so an invalid input changes nothing. If the server fails
+    /// in the middle, the first part remains written, because a transaction cannot hold millions. Importing again adds
+    /// the rest.
     async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
         let mut all = Vec::new();
         for record in records {
@@ -286,7 +287,7 @@ impl TokenAdmin for RedisAdmin {
                 ))
             })?;
             count += added.len();
-            // One that stands in the input twice was added by its first entry.
+            // A token that is in the input twice was added by its first entry.
             let mut added_here: HashSet<Digest> = added.iter().copied().collect();
             let known: Vec<_> = batch.iter().filter(|(digest, _)| !added_here.remove(digest)).collect();
             for ((digest, given), known) in known.iter().zip(self.several(&known).await?) {
@@ -338,8 +339,8 @@ impl TokenAdmin for RedisAdmin {
         Err(contended(*digest))
     }
 
-    /// In a cluster the new token comes first: if the second step fails, it is taken back, and at worst a token that nobody
-    /// was told stays behind.
+    /// In a cluster the new token is written first. If the second step fails it is removed again; at worst a token
+    /// remains that was never printed.
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
         let next = TokenRecord { replaces: Some(*old), ..next.clone() };
         for _ in 0..ATTEMPTS {
@@ -367,7 +368,7 @@ impl TokenAdmin for RedisAdmin {
         Err(contended(*old))
     }
 
-    /// One token after the other; a failure on the way leaves the others as they were, and doing it again goes on.
+    /// One token after the other. After a failure the others are unchanged, and repeating the command continues.
     async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
         let mut changed = 0;
         for record in self.scan("", usize::MAX).await? {
@@ -396,7 +397,7 @@ impl TokenAdmin for RedisAdmin {
         let id = format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
         let (begun, kept) = (self.now_ms().await?, WAIT_KEPT.as_secs());
         let waits = self.keys.waits();
-        // Written down for those that are just connecting, then said to those that listen.
+        // Stored for gateways that are just connecting, then published to those that are subscribed.
         self.link.ask::<Value>(redis::cmd("ZADD").arg(&waits).arg(begun).arg(&id)).await?;
         self.link.ask::<Value>(redis::cmd("EXPIRE").arg(&waits).arg(kept)).await?;
         let over = begun.saturating_sub(kept * 1000);

@@ -1,12 +1,12 @@
-//! A record as it stands under a key: a JSON object or a hash with the same fields. Knows no connection. What makes no
-//! sense is an error that names the token and the field, never what stands there.
+//! A record as the value of a key: a JSON object or a hash with the same fields. Knows no connection. An invalid record
+//! is an error that names the token and the field, never the value.
 
 use super::super::TokenRecord;
 use super::super::values::LATEST;
 use crate::store::credential::Digest;
 use serde_json::{Map, Number, Value as Json};
 
-/// What stands under a key, as it was read: an edit says what it found, so that it can't undo somebody else's.
+/// The value of a key as it was read: an edit includes it, so that it cannot overwrite a concurrent change.
 pub(super) enum Stored {
     Json(String),
     Hash(Vec<(String, String)>),
@@ -16,7 +16,7 @@ impl Stored {
     pub(super) fn parse(&self, digest: Digest, default_scopes: &[String]) -> Result<TokenRecord, String> {
         let fields = match self {
             Self::Json(text) => object(text).map_err(|what| format!("token {}: {what}", digest.id()))?,
-            // The last one counts, as the server keeps only one of a name.
+            // The last one counts, because the server keeps only one field of a name.
             Self::Hash(fields) => {
                 fields.iter().map(|(name, value)| (name.clone(), Json::from(value.as_str()))).collect()
             }
@@ -43,7 +43,7 @@ fn record(
     digest: Digest,
     defaults: &[String],
 ) -> Result<TokenRecord, Wrong> {
-    // An empty text is all that a hash has for "not there".
+    // In a hash, an empty string means that the field is absent.
     let get = |name| match fields.get(name) {
         None | Some(Json::Null) => None,
         Some(Json::String(text)) if is_hash && text.is_empty() => None,
@@ -62,7 +62,7 @@ fn record(
         description: text("description")?.unwrap_or_default(),
         created: time("created")?.unwrap_or_default(),
         not_before: time("not_before")?,
-        // Zero means "never" to some and "long ago" to others.
+        // Zero is ambiguous: "never" or 1970.
         expires: match time("expires")? {
             Some(0) => return Err(("expires", "0 is no time: leave the field out for a token that does not expire")),
             expires => expires,
@@ -91,7 +91,7 @@ fn unix_seconds(value: &Json) -> Option<u64> {
     (seconds <= LATEST).then_some(seconds)
 }
 
-/// Some languages know only floating point.
+/// Some languages have floating-point numbers only.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bounded right before")]
 fn whole(number: &Number) -> Option<u64> {
     let float = || number.as_f64().filter(|float| (0.0..1e12).contains(float)).map(|float| float as u64);
@@ -110,7 +110,7 @@ fn rfc3339(text: &str) -> Option<u64> {
     if sign == '+' { seconds.checked_sub(offset) } else { seconds.checked_add(offset) }
 }
 
-/// What follows the last sign behind the hour, if there is one.
+/// The part after the last sign that follows the hour, if there is one.
 fn offset(text: &str) -> Option<(&str, char, &str)> {
     let clock = text.find(['T', 't', ' '])?;
     let at = text.rfind(['+', '-']).filter(|at| *at > clock)?;
@@ -118,14 +118,14 @@ fn offset(text: &str) -> Option<(&str, char, &str)> {
     Some((text.get(..at)?, sign, text.get(at + 1..)?))
 }
 
-/// `Some(None)`: it says that it is not. A revocation without a time happened at second 1; nobody compares it.
+/// `Some(None)`: explicitly not revoked. A revocation without a time gets second 1, which is never compared.
 fn revoked(value: &Json) -> Option<Option<u64>> {
     match value {
         Json::Bool(false) => Some(None),
         Json::Bool(true) => Some(Some(1)),
         Json::String(text) if text == "false" => Some(None),
         Json::String(text) if text == "true" => Some(Some(1)),
-        // 0 and 1 may be truth values as well as times; that is doubt.
+        // 0 and 1 are ambiguous: booleans or times.
         other => unix_seconds(other).filter(|seconds| *seconds > 1).map(Some),
     }
 }
@@ -150,7 +150,7 @@ fn scopes(value: &Json) -> Option<Vec<String>> {
     }
 }
 
-/// The JSON text of a record, as tollgate writes it.
+/// The JSON text of a record as written by tollgate.
 pub(super) fn to_json(record: &TokenRecord) -> String {
     let mut fields = Map::new();
     fields.insert("user".into(), record.user.clone().into());
@@ -159,7 +159,7 @@ pub(super) fn to_json(record: &TokenRecord) -> String {
         fields.insert("description".into(), record.description.clone().into());
     }
     fields.insert("created".into(), record.created.into());
-    // What may stand here leaves no doubt: a time of 0 or 1 could be a truth value.
+    // Must not be ambiguous: a time of 0 or 1 could be a boolean.
     match record.revoked {
         None => {}
         Some(0 | 1) => drop(fields.insert("revoked".into(), true.into())),
@@ -184,10 +184,10 @@ pub(super) fn to_json(record: &TokenRecord) -> String {
     Json::Object(fields).to_string()
 }
 
-/// What an edit sets.
+/// The fields that an edit sets.
 pub(super) type Edit<'a> = &'a [(&'a str, Json)];
 
-/// The same JSON object with some fields set; fields of other programs stay.
+/// The same JSON object with some fields set; fields of other programs are preserved.
 pub(super) fn edited(text: &str, edit: Edit<'_>) -> Result<String, String> {
     let mut fields = object(text)?;
     for (name, value) in edit {
@@ -230,7 +230,7 @@ mod tests {
         assert_eq!(json(&to_json(&full)), Ok(full));
         let bare = TokenRecord::new(Digest::of(b"t"), "user");
         assert_eq!(json(&to_json(&bare)), Ok(bare), "no scopes are no default scopes");
-        // Times that other stores take for granted.
+        // Times that other stores accept.
         let ended = TokenRecord { revoked: Some(0), expires: Some(0), ..TokenRecord::new(Digest::of(b"t"), "user") };
         let read = json(&to_json(&ended)).unwrap();
         assert_eq!((read.revoked, read.expires), (Some(1), Some(1)), "ended, and readable");
