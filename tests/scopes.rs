@@ -130,7 +130,7 @@ fn a_rotation_lets_both_work_and_ends_the_old_one_by_itself() {
     assert!(output.status.success(), "{}", stderr(&output));
     let new = stdout(&output).trim().to_owned();
     assert!(new != old && new.starts_with("tg-"), "{new}");
-    assert!(stderr(&output).contains("goes on working until"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("remains valid until"), "{}", stderr(&output));
     let again = store.token(&["rotate"], &[&id[..12]]);
     assert!(!again.status.success() && stderr(&again).contains("nothing to rotate"), "{}", stderr(&again));
     eventually("the old one counts as old", || {
@@ -196,7 +196,7 @@ fn scopes_that_mean_nothing_are_said_when_a_token_is_made() {
         command.args(["token", "create", "--user", "a", "--config"]).arg(&config).args(more);
         stderr(&crate::support::run(&mut command))
     };
-    assert!(create(&[]).contains("a token without a scope may do nothing"));
-    assert!(create(&["--scope", "apu"]).contains("no [[scope]] says what \"apu\" allows"));
+    assert!(create(&[]).contains("a token without a scope is allowed nothing"));
+    assert!(create(&["--scope", "apu"]).contains("no [[scope]] defines what \"apu\" allows"));
     assert!(!create(&["--scope", "api"]).contains("note:"));
 }

@@ -9,32 +9,32 @@ use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub(super) struct Common {
-    /// The configuration whose store is meant.
+    /// Configuration file with the store
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// The name of the [[store]]; without it, the only one of kind "postgres".
+    /// Name of the [[store]] (default: the only one of kind "postgres")
     #[arg(long, value_name = "NAME")]
     store: Option<String>,
 }
 
 #[derive(Subcommand)]
 pub(super) enum Command {
-    /// Make tollgate's own tables in PostgreSQL, or bring them up to this version.
+    /// Create or migrate tollgate's own tables in PostgreSQL.
     Migrate {
         #[command(flatten)]
         common: Common,
     },
-    /// Make the triggers that tell of changes in GitLab's tables, or in any other with --table and --column.
+    /// Create the triggers for change notifications in GitLab's tables, or in another one with --table and --column.
     InstallTriggers {
         #[command(flatten)]
         common: Common,
-        /// Print the SQL instead, for whoever may run it.
+        /// Print the SQL instead of running it
         #[arg(long)]
         print: bool,
-        /// For preset = "custom": the table that holds the tokens, like `people` or `auth.tokens`.
+        /// For preset = "custom": the table with the tokens, like `people` or `auth.tokens`
         #[arg(long, requires = "column")]
         table: Option<String>,
-        /// The column of that table that `lookup` compares with $1.
+        /// The column of that table that `lookup` compares with $1
         #[arg(long, requires = "table")]
         column: Option<String>,
     },
@@ -45,7 +45,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
         Command::Migrate { common } => {
             let (name, settings) = postgres_store(&common)?;
             let migrated = PostgresAdmin::migrate(&settings).await?;
-            say!("store {name}: the schema is at version {}", migrated.version)?;
+            say!("store {name}: the schema has version {}", migrated.version)?;
             if let Some((was, now)) = migrated.moved {
                 say!(
                     "store {name}: THE CHANNEL CHANGED for every gateway of this schema: \"{was}\" before, \"{now}\" now. \

@@ -1,4 +1,4 @@
-//! `tollgate token`: what people do with tokens in a store of tollgate's own. A token is printed once, when it is made.
+//! `tollgate token`: manages the tokens in a writable store. A token is printed only once, when it is created.
 
 use super::Failure;
 use crate::config::Settings;
@@ -19,94 +19,95 @@ use std::time::{Duration, Instant, SystemTime};
 
 #[derive(clap::Args)]
 pub(super) struct Common {
-    /// The configuration whose store is meant.
+    /// Configuration file with the store
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// The name of the [[store]]; without it, the first one that tollgate can write to.
+    /// Name of the [[store]] (default: the first writable one)
     #[arg(long, value_name = "NAME")]
     store: Option<String>,
-    /// Print JSON.
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Subcommand)]
 pub(super) enum Command {
-    /// Make a token and print it, once.
+    /// Create a token and print it; it is not shown again.
     Create {
         #[command(flatten)]
         common: Common,
-        /// Who the token belongs to.
+        /// User that the token belongs to
         #[arg(long)]
         user: String,
-        /// Once for each scope.
+        /// A scope; may be repeated
         #[arg(long = "scope", value_name = "SCOPE")]
         scopes: Vec<String>,
         #[arg(long, default_value = "")]
         description: String,
-        /// When it begins: a time like 2026-12-31T08:00:00Z, or from now on like 2h. At once without it.
+        /// Start of validity: a time like 2026-12-31T08:00:00Z, or a duration from now like 2h (default: now)
         #[arg(long, value_name = "TIME")]
         not_before: Option<String>,
-        /// When it ends: a time like 2026-12-31T23:59:59Z, or from now on like 90days.
+        /// Expiry: a time like 2026-12-31T23:59:59Z, or a duration from now like 90days (default: never)
         #[arg(long, value_name = "TIME")]
         expires: Option<String>,
     },
-    /// All tokens, newest first.
+    /// List all tokens, newest first.
     List {
         #[command(flatten)]
         common: Common,
     },
-    /// One token: by its id (or more of its SHA-256), or by the token itself on standard input.
+    /// Show one token, by its id (or a longer prefix of its SHA-256), or by the token itself on standard input.
     Show {
         #[command(flatten)]
         common: Common,
         /// The id from the access log or the list; `-` reads the token from standard input.
         id: String,
     },
-    /// Put a new token in the place of another, for the same user and scopes. Both work for a while, then the old one ends.
+    /// Replace a token by a new one for the same user and scopes. Both are valid for the overlap; then the old one
+    /// expires.
     Rotate {
         #[command(flatten)]
         common: Common,
         /// The id from the access log or the list; `-` reads the token from standard input.
         id: String,
-        /// How long the old one goes on working.
+        /// How long the old token remains valid
         #[arg(long, default_value = "24h", value_name = "SPAN")]
         overlap: String,
-        /// When the new one ends; without it, as far from now as the old one was from its making.
+        /// Expiry of the new token (default: the old token's lifetime, from now)
         #[arg(long, value_name = "TIME")]
         expires: Option<String>,
     },
-    /// End a token. A running gateway knows within a second.
+    /// Revoke a token. Running gateways refuse it within a second.
     Revoke {
         #[command(flatten)]
         common: Common,
         /// The id from the access log or the list; `-` reads the token from standard input.
         id: String,
-        /// Come back only when every running gateway on this store has confirmed it.
+        /// Wait until every running gateway on this store has confirmed the revocation
         #[arg(long)]
         wait: bool,
-        /// How long to wait for them. Afterwards the exit code is 1, and those that did not confirm are named.
+        /// How long to wait; then the exit code is 1, and the gateways that did not confirm are named
         #[arg(long, default_value = "30s", value_name = "SPAN")]
         timeout: String,
     },
-    /// Refuse all tokens of a user, until `unblock`.
+    /// Block a user: all of the user's tokens are refused until `unblock`.
     Block {
         #[command(flatten)]
         common: Common,
         user: String,
     },
-    /// Take a user's tokens again.
+    /// Unblock a user.
     Unblock {
         #[command(flatten)]
         common: Common,
         user: String,
     },
-    /// Add tokens from JSON: one object on a line with `user`, `token` or `sha256`, and if wanted `scopes`, `description`,
-    /// `expires` and what else a list says; or what `list --json` prints.
+    /// Import tokens from JSON: one object per line with `user`, `token` or `sha256`, and optionally `scopes`,
+    /// `description`, `expires` and the other fields of a list; or the output of `list --json`.
     Import {
         #[command(flatten)]
         common: Common,
-        /// The file; `-` reads standard input.
+        /// File to import; `-` reads standard input
         file: PathBuf,
     },
 }
@@ -134,7 +135,7 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
     }
 }
 
-/// The writing side of a store, and where it stands.
+/// A store opened for writing.
 struct Opened {
     settings: Settings,
     /// The store's name.
@@ -149,7 +150,7 @@ async fn open(common: &Common) -> Result<Opened, Failure> {
     Ok(Opened { settings, store: name, admin })
 }
 
-/// The writing side of a store: of the one with this name, or of the first that has one.
+/// Opens the store with this name for writing, or the first writable one.
 pub(super) async fn admin(settings: &Settings, name: Option<&str>) -> anyhow::Result<Box<dyn TokenAdmin>> {
     writer(chosen(settings, name)?).await
 }
@@ -161,12 +162,13 @@ fn chosen<'a>(settings: &'a Settings, name: Option<&str>) -> anyhow::Result<&'a 
             .stores
             .iter()
             .find(|store| store.name == name)
-            .ok_or_else(|| anyhow!("there is no store \"{name}\"; there are: {}", names())),
-        None => {
-            settings.stores.iter().find(|store| is_ours(store)).ok_or_else(|| {
-                anyhow!("{}: not tollgate's own; make and end tokens where these stores belong", names())
-            })
-        }
+            .ok_or_else(|| anyhow!("there is no store \"{name}\"; configured stores: {}", names())),
+        None => settings.stores.iter().find(|store| is_ours(store)).ok_or_else(|| {
+            anyhow!(
+                "{}: read-only for tollgate; create and revoke tokens in the systems that own these stores",
+                names()
+            )
+        }),
     }
 }
 
@@ -177,21 +179,21 @@ async fn writer(store: &NamedStore) -> anyhow::Result<Box<dyn TokenAdmin>> {
         StoreSettings::Postgres(settings) if is_ours(store) => Box::new(PostgresAdmin::open(settings).await?),
         StoreSettings::Redis(settings) => Box::new(RedisAdmin::open(settings).await?),
         StoreSettings::Postgres(_) | StoreSettings::Introspection(_) => {
-            bail!("store {}: not tollgate's own; make and end tokens where they belong", store.name)
+            bail!("store {}: read-only for tollgate; create and revoke tokens in the system that owns it", store.name)
         }
     })
 }
 
 impl Opened {
-    /// Reads a token again: what is reported as done must be there.
+    /// Reads a token again, to verify a change before it is reported.
     async fn confirmed(&mut self, digest: &Digest, is: impl Fn(&TokenRecord) -> bool) -> anyhow::Result<TokenRecord> {
         match self.admin.find(&digest.to_hex()).await?.into_iter().next() {
             Some(record) if is(&record) => Ok(record),
-            _ => bail!("store {}: took the change of token {} and does not show it", self.store, digest.id()),
+            _ => bail!("store {}: accepted the change of token {} but does not return it", self.store, digest.id()),
         }
     }
 
-    /// Says which stores a change did not reach.
+    /// Names the stores that a change does not affect.
     fn note_others(&self) {
         let others: Vec<_> =
             self.settings.stores.iter().map(|store| store.name.as_str()).filter(|name| *name != self.store).collect();
@@ -201,7 +203,7 @@ impl Opened {
     }
 }
 
-/// Whether tollgate may write there.
+/// Whether tollgate can write to a store.
 fn is_ours(store: &NamedStore) -> bool {
     match &store.kind {
         StoreSettings::Sqlite(_) | StoreSettings::File(_) | StoreSettings::Redis(_) => true,
@@ -214,10 +216,11 @@ fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
-/// `tg-`, 32 letters and digits that hold 160 random bits, and 6 that check them: a scanner can tell it from noise.
+/// `tg-`, 32 letters and digits with 160 random bits, and 6 check digits, by which secret scanners can recognise
+/// tokens.
 pub(super) fn new_token() -> anyhow::Result<String> {
     let mut random = [0; 20];
-    getrandom::fill(&mut random).map_err(|error| anyhow!("the system has no random numbers: {error}"))?;
+    getrandom::fill(&mut random).map_err(|error| anyhow!("cannot get random numbers from the system: {error}"))?;
     let body = base32(&random);
     let check = base32(&Digest::of(body.as_bytes()).as_bytes()[..5]);
     Ok(format!("tg-{body}{}", &check[..6]))
@@ -276,7 +279,7 @@ async fn create(
     };
     opened.admin.create(&record).await?;
     let made = opened.confirmed(&record.digest, |made| made.user == record.user).await?;
-    // Somebody who blocks the user at the same time either finds the new token, or is found here.
+    // A concurrent `block` of the user either finds the new token, or is found here.
     if is_blocked(&opened.admin.of_user(&record.user).await?) {
         opened.admin.revoke(&record.digest, now()).await?;
         let (name, id) = (plain(&record.user), record.digest.id());
@@ -285,19 +288,19 @@ async fn create(
     hand_over(common, &token, &made)
 }
 
-/// What a token would be refused for, said while it can still be made in another way.
+/// Warns of reasons for which the new token would be refused.
 fn warn_of_scopes(settings: &Settings, scopes: &[String]) {
     let Some(known) = &settings.policy.scopes else { return };
     let unknown = |scope: &&String| !known.rules().iter().any(|rule| rule.scope == **scope);
     if scopes.is_empty() {
-        eprintln!("note: [[scope]] is in force, and a token without a scope may do nothing");
+        eprintln!("note: [[scope]] is configured, so a token without a scope is allowed nothing");
     }
     for scope in scopes.iter().filter(unknown) {
-        eprintln!("note: no [[scope]] says what \"{}\" allows", plain(scope));
+        eprintln!("note: no [[scope]] defines what \"{}\" allows", plain(scope));
     }
 }
 
-/// Prints a new token, the one time: here it does matter that it is read.
+/// Prints a new token. The only output whose failure matters, because the token cannot be shown again.
 fn hand_over(common: &Common, token: &str, record: &TokenRecord) -> Result<(), Failure> {
     let lost = || format!("token {} works, but it could not be printed: revoke it", record.digest.id());
     let mut out = std::io::stdout().lock();
@@ -324,7 +327,7 @@ async fn rotate(common: &Common, id: &str, overlap: Duration, expires: Option<u6
     let lifetime = match (expires, old.expires) {
         (Some(_), _) | (None, None) => None,
         (None, Some(_)) if old.created == 0 && old.not_before.is_none() => {
-            let why = format!("nobody knows when token {} was made: say --expires", old.digest.id());
+            let why = format!("the creation time of token {} is not known: specify --expires", old.digest.id());
             return Err(Failure::Usage(why));
         }
         (None, Some(end)) => Some(end.saturating_sub(old.not_before.unwrap_or(old.created))),
@@ -344,21 +347,21 @@ async fn rotate(common: &Common, id: &str, overlap: Duration, expires: Option<u6
     }
     let old = opened.confirmed(&old.digest, |old| old.superseded.is_some()).await?;
     if old.blocked && !next.blocked {
-        // Blocked between the look and the rotation: what came in its place is no way around it.
+        // Blocked between the check and the rotation: the successor must not be a way around it.
         opened.admin.block(&old.user, true).await?;
     }
     let next =
         opened.confirmed(&next.digest, |next| next.replaces == Some(old.digest) && next.blocked == old.blocked).await?;
     let (id, end) = (old.digest.id(), old.expires.map_or_else(|| "never".into(), rfc3339));
     match state(&old) {
-        "rotated" => eprintln!("token {id} goes on working until {end}"),
-        "expired" => eprintln!("token {id} works no more"),
+        "rotated" => eprintln!("token {id} remains valid until {end}"),
+        "expired" => eprintln!("token {id} is no longer valid"),
         other => eprintln!("token {id} is in state \"{other}\" and ends at {end}"),
     }
     hand_over(common, &token, &next)
 }
 
-/// Why a token has nothing to hand on; for one that was rotated, which tokens came in its place.
+/// Why a token cannot be rotated; for one that was rotated before, its successors.
 async fn nothing_to_rotate(opened: &mut Opened, digest: &Digest) -> anyhow::Result<anyhow::Error> {
     let record = opened.confirmed(digest, |_| true).await?;
     let id = digest.id();
@@ -378,30 +381,30 @@ async fn nothing_to_rotate(opened: &mut Opened, digest: &Digest) -> anyhow::Resu
                 [] => "the token in its place is not in this store any more".to_owned(),
                 list => format!("the token in its place is {}", list.join(", and in the place of that one ")),
             };
-            anyhow!("token {id} was rotated already, at {}: {nothing}; {who}", rfc3339(at))
+            anyhow!("token {id} was rotated before, at {}: {nothing}; {who}", rfc3339(at))
         }
         (None, None) => anyhow!("token {id} has expired: {nothing}; make a new one"),
     })
 }
 
-/// A span like `24h`.
+/// A duration like `24h`.
 fn span(option: &str, text: &str) -> Result<Duration, Failure> {
     humantime::parse_duration(text)
         .ok()
         .filter(|span| now().saturating_add(span.as_secs()) <= LATEST)
-        .ok_or_else(|| Failure::Usage(format!("{option} {text}: write a span like 24h or 30s")))
+        .ok_or_else(|| Failure::Usage(format!("{option} {text}: use a duration like 24h or 30s")))
 }
 
-/// A point in time to come, or a span from now.
+/// A future time, or a duration from now.
 fn moment(option: &str, text: Option<&str>) -> Result<Option<u64>, Failure> {
     let Some(text) = text else { return Ok(None) };
     let span = || humantime::parse_duration(text).ok().map(|span| now().saturating_add(span.as_secs()));
     match parse_time(text).or_else(span) {
-        Some(at) if at > LATEST => Err(Failure::Usage(format!("{option} {text} comes after the year 9999"))),
+        Some(at) if at > LATEST => Err(Failure::Usage(format!("{option} {text} is after the year 9999"))),
         Some(at) if at > now() => Ok(Some(at)),
-        Some(_) => Err(Failure::Usage(format!("{option} {text} is over already"))),
+        Some(_) => Err(Failure::Usage(format!("{option} {text} is in the past"))),
         None => Err(Failure::Usage(format!(
-            "{option} {text}: write a time like 2026-12-31T23:59:59Z, or a span like 90days"
+            "{option} {text}: use a time like 2026-12-31T23:59:59Z, or a duration like 90days"
         ))),
     }
 }
@@ -429,13 +432,13 @@ async fn list(common: &Common) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A store in which nobody notes uses has nothing to say of a token without one.
+/// In a store without recorded uses, the last use of a token is unknown.
 fn last_used(opened: &Opened, record: &TokenRecord) -> String {
     let none = if opened.admin.notes_uses() { "never" } else { "not recorded" };
     record.last_used.map_or_else(|| none.into(), rfc3339)
 }
 
-/// Text from a store on a terminal: control characters could rewrite what was printed before.
+/// Text from a store for a terminal, without control characters, which could change earlier output.
 fn plain(text: &str) -> String {
     text.chars().map(|c| if is_unseen(c) { '\u{fffd}' } else { c }).collect()
 }
@@ -451,7 +454,7 @@ fn state(record: &TokenRecord) -> &'static str {
     }
 }
 
-/// The one token that an id, or standard input, stands for.
+/// The token with an id, or the one on standard input.
 async fn find(opened: &mut Opened, id: &str) -> anyhow::Result<TokenRecord> {
     let prefix = if id == "-" {
         Digest::of(&token_on_input()?).to_hex()
@@ -459,7 +462,7 @@ async fn find(opened: &mut Opened, id: &str) -> anyhow::Result<TokenRecord> {
         let hex = id.to_ascii_lowercase();
         if hex.len() < 6 || hex.len() > 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
             bail!(
-                "an id is 6 to 64 hex digits of the token's SHA-256; to say the token itself, write - and give it on standard input"
+                "an id is 6 to 64 hex digits of the token's SHA-256; to use the token itself, pass - and write it to standard input"
             );
         }
         hex
@@ -472,11 +475,11 @@ async fn find(opened: &mut Opened, id: &str) -> anyhow::Result<TokenRecord> {
     }
 }
 
-/// The token that stands on standard input, and nothing beside it.
+/// Reads standard input, which must contain exactly one token.
 fn token_on_input() -> anyhow::Result<Vec<u8>> {
     let stdin = std::io::stdin();
     let mut bytes = Vec::new();
-    // Whoever types ends a line, and not the input.
+    // On a terminal, a line end is sufficient.
     let read = if stdin.is_terminal() {
         stdin.lock().read_until(b'\n', &mut bytes)
     } else {
@@ -487,13 +490,13 @@ fn token_on_input() -> anyhow::Result<Vec<u8>> {
         bytes.pop();
     }
     if bytes.trim_ascii().is_empty() {
-        bail!("there is nothing on standard input: the token is expected there");
+        bail!("standard input is empty; expected one token");
     }
     if bytes.contains(&b'\n') {
-        bail!("there is more than one line on standard input: one token is expected there");
+        bail!("standard input has more than one line; expected one token");
     }
     if !is_token(&bytes) {
-        bail!("what stands on standard input is no token: 1 to 255 visible ASCII characters, without blanks");
+        bail!("standard input is not a token: expected 1 to 255 visible ASCII characters, without blanks");
     }
     Ok(bytes)
 }
@@ -536,7 +539,7 @@ fn print_record(common: &Common, opened: &Opened, record: &TokenRecord) -> Resul
     Ok(())
 }
 
-/// A file may say that a token is revoked, and not since when.
+/// In a token file, a revocation may have no time.
 const fn is_unknown(revoked: u64) -> bool {
     revoked <= 1
 }
@@ -583,7 +586,7 @@ async fn block(common: &Common, user: &str, blocked: bool) -> Result<(), Failure
     let records = opened.admin.of_user(user).await?;
     if let Some(other) = records.iter().find(|record| record.blocked != blocked) {
         let id = other.digest.id();
-        return Err(anyhow!("store {}: took the change and does not show it at token {id}", opened.store).into());
+        return Err(anyhow!("store {}: accepted the change but does not return it for token {id}", opened.store).into());
     }
     let works = |record: &&TokenRecord| matches!(state(record), "active" | "rotated");
     if common.json {
@@ -638,7 +641,7 @@ async fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> 
     let mut progress = Progress::new();
     let mut reading = Reading::new(input, now());
     let mut held_back: BTreeSet<String> = BTreeSet::new();
-    // All or nothing: a broken entry leaves the store as it was.
+    // Atomic: an invalid entry leaves the store unchanged.
     let imported = {
         let mut records = std::iter::from_fn(|| {
             let mut next = reading.next()?;
@@ -684,7 +687,7 @@ async fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> 
     }
 }
 
-/// A line on a terminal that says how far it got.
+/// A progress display on a terminal.
 struct Progress {
     shown: Option<Instant>,
 }

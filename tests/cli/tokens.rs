@@ -350,7 +350,7 @@ fn a_blocked_user_gets_no_token_that_works() {
         assert_eq!(output.status.code(), Some(0), "{}", all(&output));
         let next = stdout(&output).trim().to_owned();
         assert!(stderr(&output).contains("does not work yet: alice is blocked"), "{}", stderr(&output));
-        assert!(!stderr(&output).contains("goes on working"), "{}", stderr(&output));
+        assert!(!stderr(&output).contains("remains valid"), "{}", stderr(&output));
         assert_eq!(place.state(&next), "blocked");
         // An import is no way around it.
         let lines = "{\"token\":\"a2\",\"user\":\"alice\"}\n{\"token\":\"b2\",\"user\":\"bob\"}\n";
@@ -430,7 +430,7 @@ fn a_rotated_token_names_its_successor() {
         let second = place.json("rotate", &[&id("first")])["id"].as_str().unwrap().to_owned();
         let said = place.fails("rotate", &[&id("first")]);
         assert!(
-            said.contains("was rotated already") && said.contains(&format!("in its place is {second} (active)")),
+            said.contains("was rotated before") && said.contains(&format!("in its place is {second} (active)")),
             "{said}"
         );
         let third = place.json("rotate", &[&second, "--overlap", "1h"])["id"].as_str().unwrap().to_owned();
@@ -447,10 +447,10 @@ fn a_rotated_token_names_its_successor() {
             assert!(said.contains(part) && said.contains("nothing to rotate") && said.contains(&id(token)), "{said}");
         }
         assert_eq!(place.json("list", &[]).as_array().unwrap().len(), 6, "{}", place.kind);
-        // No overlap: the old one is over, and nobody says that it goes on.
+        // No overlap: the old one ends at once, and the output says so.
         let output = place.token("rotate", &[&third, "--overlap", "0s"]);
         assert_eq!(output.status.code(), Some(0), "{}", all(&output));
-        assert!(stderr(&output).contains(&format!("token {third} works no more")), "{}", stderr(&output));
+        assert!(stderr(&output).contains(&format!("token {third} is no longer valid")), "{}", stderr(&output));
     }
 }
 
@@ -463,15 +463,15 @@ fn a_token_on_standard_input_is_one_token() {
             assert_eq!(output.status.code(), Some(0), "{input:?}: {}", all(&output));
         }
         for (input, part) in [
-            ("", "there is nothing on standard input"),
-            ("\n", "there is nothing on standard input"),
-            (" \n", "there is nothing on standard input"),
+            ("", "standard input is empty"),
+            ("\n", "standard input is empty"),
+            (" \n", "standard input is empty"),
             ("a\nb\n", "more than one line"),
-            ("a b", "is no token"),
-            (" a", "is no token"),
-            ("a\t", "is no token"),
-            ("S3CRET\u{e9}", "is no token"),
-            (&"x".repeat(256), "is no token"),
+            ("a b", "is not a token"),
+            (" a", "is not a token"),
+            ("a\t", "is not a token"),
+            ("S3CRET\u{e9}", "is not a token"),
+            (&"x".repeat(256), "is not a token"),
             ("unknown", "no such token"),
         ] {
             for command in ["show", "revoke", "rotate"] {
@@ -481,7 +481,7 @@ fn a_token_on_standard_input_is_one_token() {
         }
         assert_eq!(place.state("a"), "active");
         let mut nothing = place.command(&["token", "show"], &["-"]);
-        assert!(place.failed("show", &run(&mut nothing)).contains("there is nothing on standard input"));
+        assert!(place.failed("show", &run(&mut nothing)).contains("standard input is empty"));
     }
 }
 
