@@ -1,5 +1,5 @@
-//! Where a request came from: the client's address, the scheme, host and port that it used, as the socket shows and as
-//! trusted proxies tell. Pure. Headers of a peer that is not a trusted proxy are never used.
+//! The origin of a request: the client's address and the scheme, host and port that it used, from the socket and from
+//! trusted proxies. Pure. Headers of a peer that is not a trusted proxy are never used.
 
 use super::view::{Field, FieldKind, RequestView};
 use crate::problem::Problem;
@@ -7,14 +7,15 @@ use ipnet::IpNet;
 use smallvec::SmallVec;
 use std::net::{IpAddr, SocketAddr};
 
-/// Addresses of X-Forwarded-For that are read, from the right. Real chains have a handful; a longer list is a client's.
+/// Maximum number of addresses read from X-Forwarded-For, from the right. Real chains have a handful; a longer list is
+/// forged.
 const MAX_HOPS: usize = 64;
 
-/// Peers whose X-Forwarded-* are believed. Nobody by default.
+/// Peers whose X-Forwarded-* fields are accepted. None by default.
 #[derive(Clone, Debug, Default)]
 pub struct TrustedProxies {
     pub networks: Vec<IpNet>,
-    /// Peers that come through a Unix socket of ours.
+    /// Peers on a Unix socket.
     pub unix_peers: bool,
 }
 
@@ -50,9 +51,9 @@ impl TrustedProxies {
 pub struct Origin<'a> {
     /// The socket's other end; `None` for a Unix socket.
     pub peer: Option<IpAddr>,
-    /// Whom to call the client in logs and limits.
+    /// The client's address in logs and limits.
     pub client: Option<IpAddr>,
-    /// What trusted proxies told of the way before the peer, the nearest hop first.
+    /// The hops before the peer, as reported by trusted proxies, the nearest first.
     told: SmallVec<[IpAddr; 4]>,
     https: bool,
     host: &'a [u8],
@@ -62,7 +63,7 @@ pub struct Origin<'a> {
 impl<'a> Origin<'a> {
     pub fn of(view: &RequestView<'a>, peer: Option<IpAddr>, proxies: &TrustedProxies) -> Self {
         let peer = peer.map(|ip| ip.to_canonical());
-        // tollgate speaks no TLS: without a proxy that says otherwise, the scheme is http.
+        // tollgate does not support TLS: unless a trusted proxy reports another scheme, it is http.
         let mut origin = Self { peer, client: peer, told: SmallVec::new(), https: false, host: view.host, port: None };
         if proxies.trusts(peer) {
             origin.take_chain(view, proxies);
@@ -71,9 +72,9 @@ impl<'a> Origin<'a> {
         origin
     }
 
-    /// Reads X-Forwarded-For from the right, where the nearest proxy wrote: over trusted addresses to the first one
-    /// that is not, which is the client. What stands to the left of the client is only hearsay, and goes on as such. An
-    /// element that is no address ends the reading: whoever wrote it wrote what stands to the left of it as well.
+    /// Reads X-Forwarded-For from the right, where the nearest proxy appends: skips trusted addresses up to the first
+    /// untrusted one, which is the client. Addresses to the left of it are unverified, and forwarded as such. Reading
+    /// stops at an element that is not an address: the same party wrote everything to the left of it as well.
     fn take_chain(&mut self, view: &RequestView<'a>, proxies: &TrustedProxies) {
         let lines = view.fields.iter().rev().filter(|field| field.kind == FieldKind::ForwardedFor);
         let elements = lines.flat_map(|field| field.value.rsplit(|b| *b == b',')).map(<[u8]>::trim_ascii);
@@ -108,8 +109,8 @@ impl<'a> Origin<'a> {
     }
 }
 
-/// What all elements of all lines of a field agree on. Proxies in a row write a list or a line each. Where they differ,
-/// nothing is believed: the element that a client wrote can't be told from the others.
+/// The value that all elements of all lines of a field have in common. Consecutive proxies write a list or a line each.
+/// If they differ, none is used, because an element written by the client cannot be distinguished from the others.
 fn agreed<'a, T: Copy + PartialEq>(
     view: &RequestView<'a>,
     kind: FieldKind,
@@ -141,14 +142,14 @@ fn port(text: &[u8]) -> Option<&[u8]> {
     ((1..=5).contains(&text.len()) && text.iter().all(u8::is_ascii_digit)).then_some(text)
 }
 
-/// The port that a client put behind the host, which is the port that it uses, whatever is mapped in between.
+/// The port after the client's host, which is the port that the client uses, regardless of mappings in between.
 fn port_of(host: &[u8]) -> Option<&[u8]> {
     let at = memchr::memrchr(b':', host)?;
     let port = &host[at + 1..];
     (!port.is_empty() && port.iter().all(u8::is_ascii_digit)).then_some(port)
 }
 
-/// One element of X-Forwarded-For: an address, also with a port or in brackets. The port says nothing and goes.
+/// One element of X-Forwarded-For: an address, also with a port or in brackets. The port is dropped.
 fn address(element: &[u8]) -> Option<IpAddr> {
     let text = std::str::from_utf8(element).ok()?;
     let bracketed = || text.strip_prefix('[')?.strip_suffix(']')?.parse::<std::net::Ipv6Addr>().ok().map(IpAddr::from);
@@ -187,7 +188,7 @@ mod tests {
         let cases = [
             ("192.0.2.7", "192.0.2.7", "192.0.2.7"),
             ("6.6.6.6, 192.0.2.7, 10.1.2.3", "192.0.2.7", "6.6.6.6, 192.0.2.7, 10.1.2.3"),
-            // What a client wrote first and a proxy appended to.
+            // Written by the client, then appended to by a proxy.
             ("unknown, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
             ("6.6.6.6, _hidden, 192.0.2.7, 10.1.2.3", "192.0.2.7", "192.0.2.7, 10.1.2.3"),
             (", 192.0.2.7", "192.0.2.7", "192.0.2.7"),
@@ -198,12 +199,12 @@ mod tests {
             ("6.6.6.6, fe80::1%eth0, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
             ("1.2.3.4/8, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
             ("for=6.6.6.6, 192.0.2.7", "192.0.2.7", "192.0.2.7"),
-            // The nearest element is no address: the list says nothing.
+            // The nearest element is not an address: the list is not used.
             ("192.0.2.7, unknown", "127.0.0.1", ""),
             ("192.0.2.7,", "127.0.0.1", ""),
             ("", "127.0.0.1", ""),
             ("192.0.2.7, 10.1.2.3, unknown, 10.1.2.4", "10.1.2.4", "10.1.2.4"),
-            // Nobody but proxies: the farthest of them.
+            // Only proxies: the farthest of them.
             ("10.9.9.9, 10.1.2.3", "10.9.9.9", "10.9.9.9, 10.1.2.3"),
             // Addresses with ports, brackets, and IPv4 in IPv6.
             ("192.0.2.7:4711, 10.1.2.3:80", "192.0.2.7", "192.0.2.7, 10.1.2.3"),

@@ -1,23 +1,23 @@
-//! Redis and Valkey: one key for each token, `<prefix><64 hex digits of its SHA-256>`, which holds a JSON object or a hash.
-//! A key that is not there, or whose own TTL ran out, is an unknown token; a key that can't be read is an error. Knows
+//! Redis and Valkey: one key per token, `<prefix><64 hex digits of its SHA-256>`, with a JSON object or a hash as its value.
+//! A key that is missing, or whose TTL has expired, is an unknown token; a value that cannot be parsed is an error. Knows
 //! nothing of HTTP.
 //!
-//! What the user of an ACL needs, for `prefix = "tollgate:"` and channel `tollgate:changes`:
+//! The permissions of an ACL user, for `prefix = "tollgate:"` and channel `tollgate:changes`:
 //!
-//! | who | rights |
+//! | for | permissions |
 //! |---|---|
-//! | look-ups | `~tollgate:* +get +hgetall` |
-//! | following a channel | `&tollgate:changes +subscribe +ping +role +time +zadd +zrem +zrangebyscore +sadd +expire` |
-//! | following the keyspace | `&__keyspace@0__:* +psubscribe +ping +role +config\|get` |
-//! | following either | `+client\|tracking`, to be told of FLUSHALL and FLUSHDB |
+//! | lookups | `~tollgate:* +get +hgetall` |
+//! | subscription to a channel | `&tollgate:changes +subscribe +ping +role +time +zadd +zrem +zrangebyscore +sadd +expire` |
+//! | keyspace notifications | `&__keyspace@0__:* +psubscribe +ping +role +config\|get` |
+//! | either of them | `+client\|tracking`, for notifications of FLUSHALL and FLUSHDB |
 //! | sentinels, cluster | `+role`; `+cluster\|slots +cluster\|info`; `+select` for another database than 0 |
 //! | the command line | the above and `+eval +set +hset +hget +scan +exists +publish +smembers +zremrangebyscore +del` |
 //!
-//! What can't be known is left to whoever runs the server: a database that was flushed or restored empty truthfully says of
-//! every token that there is no such token, and of SWAPDB, or a FLUSHALL on a node of a cluster that is not followed, nobody
-//! tells (publish `*`). A replica goes on answering from old data while its master is gone unless `replica-serve-stale-data` is `no`; a follower
-//! notices the lost link and says that it is deaf, look-ups alone don't. A gateway that may not write (a read-only
-//! replica, missing rights) can't be registered, so nobody waits for it; it says so in its log.
+//! Some conditions cannot be detected and are left to the operator: a database that was flushed or restored empty reports every
+//! token as unknown, and there are no notifications of SWAPDB, or of FLUSHALL on a cluster node that is not subscribed to (publish
+//! `*`). A replica serves old data while its master is gone unless `replica-serve-stale-data` is `no`; a subscription detects the
+//! lost link, lookups alone do not. A gateway without write access (a read-only replica, missing permissions) cannot be
+//! registered, so `revoke --wait` does not wait for it; its log says so.
 
 mod admin;
 mod follow;
@@ -35,9 +35,9 @@ use redis::Value;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
-/// Look-ups that may be under way at once.
+/// Maximum number of lookups in progress at once.
 const IN_FLIGHT: usize = 1_024;
-/// How often a key that changes its type while it is read is read again.
+/// How often a key is read again if its type changes meanwhile.
 const ATTEMPTS: usize = 3;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,14 +49,14 @@ pub struct RedisSettings {
     /// An ACL user; `None`: the default one.
     pub username: Option<String>,
     pub password: Option<Secret>,
-    /// Of no effect on a unix socket. A cluster knows `Disable` and `VerifyFull` only.
+    /// No effect on a Unix socket. A cluster supports `Disable` and `VerifyFull` only.
     pub tls: TlsSettings,
     /// Before the 64 hex digits of a token's SHA-256.
     pub prefix: String,
     pub changes: RedisChanges,
-    /// Connections for look-ups; one more follows changes.
+    /// Connections for lookups; one more is for change notifications.
     pub connections: usize,
-    /// For records that name no scopes of their own.
+    /// For records without scopes.
     pub default_scopes: Vec<String>,
 }
 
@@ -70,18 +70,19 @@ pub enum Topology {
     Cluster,
 }
 
-/// How changes become known.
+/// The kind of change notifications.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RedisChanges {
-    /// Messages on this channel, which `tollgate token` sends: `<64 hex digits> <unix milliseconds>`, or `*` for everything.
+    /// Messages on this channel, sent by `tollgate token`: `<64 hex digits> <Unix milliseconds>`, or `*` for all
+    /// tokens.
     Channel(String),
-    /// Keyspace notifications, which the server sends whoever made the change. Not for clusters.
+    /// Keyspace notifications, which the server sends for every writer. Not for clusters.
     Keyspace,
-    /// Not at all.
+    /// No notifications.
     None,
 }
 
-/// The names of keys. Those that hold no token end in a word, which is no 64 hex digits, so neither is taken for the other.
+/// The names of keys. Those without a token end in a word, which cannot be confused with 64 hex digits.
 #[derive(Clone)]
 struct Keys {
     prefix: String,
@@ -94,7 +95,7 @@ impl Keys {
 
     fn digest(&self, key: &str) -> Option<Digest> {
         let hex = key.strip_prefix(&self.prefix)?;
-        // An upper-case spelling is another key, which no look-up asks for.
+        // An upper-case spelling is a different key, which lookups never use.
         Digest::from_hex(hex).filter(|digest| digest.to_hex() == hex)
     }
 
@@ -110,17 +111,17 @@ impl Keys {
         pattern + hex + "*"
     }
 
-    /// A sorted set: the gateways that run, by when they were last seen.
+    /// A sorted set: the running gateways, by their last heartbeat.
     fn replicas(&self) -> String {
         format!("{}replicas", self.prefix)
     }
 
-    /// A sorted set: the confirmations that somebody waits for, by when they began.
+    /// A sorted set: the pending confirmations, by their start.
     fn waits(&self) -> String {
         format!("{}waits", self.prefix)
     }
 
-    /// The beginning of keys that nobody has.
+    /// A prefix without keys.
     fn unused(&self) -> String {
         format!("{}unused:", self.prefix)
     }
@@ -141,7 +142,7 @@ pub struct RedisStore {
 }
 
 impl RedisStore {
-    /// Checks the settings and connects to nothing.
+    /// Checks the settings. Does not connect.
     pub fn new(settings: RedisSettings, metrics: Arc<StoreMetrics>) -> Result<Self, String> {
         let connector = Arc::new(Connector::new(&settings)?);
         if settings.topology == Topology::Cluster && settings.changes == RedisChanges::Keyspace {
@@ -184,10 +185,7 @@ impl TokenStore for RedisStore {
                 Found::Changing => {}
             }
         }
-        Err(StoreError::Unavailable(format!(
-            "token {}: the key changed again and again while it was read",
-            digest.id()
-        )))
+        Err(StoreError::Unavailable(format!("token {}: the key changed repeatedly while it was read", digest.id())))
     }
 
     fn tells_changes(&self) -> bool {
@@ -198,12 +196,12 @@ impl TokenStore for RedisStore {
         follow::follow(self, heard).await;
     }
 
-    // `changed_since` stays unanswered: other programs write here too, keys run out by themselves, and a failover may take
-    // back what was written. Only asking everything anew is safe.
+    // `changed_since` is not implemented: other programs write here too, keys expire, and a failover may lose writes.
+    // Only looking everything up again is safe.
 }
 
-/// What to ask for a key: as text and as hash in one round trip, one of which fails with WRONGTYPE. In a cluster one after
-/// the other, and the second only when [`is_open`]: while a slot moves, a node lets through one command at a time.
+/// The commands for a key: GET and HGETALL in one round trip, one of which fails with WRONGTYPE. In a cluster one after
+/// the other, and the second only if [`is_open`]: while a slot is migrated, a node accepts one command at a time.
 fn questions(topology: &Topology, key: &str) -> Vec<redis::Pipeline> {
     let mut both = redis::Pipeline::new();
     both.ignore_errors();
@@ -237,7 +235,7 @@ enum Found {
     Changing,
 }
 
-/// Makes sense of the answers to the [`questions`]. Nothing is found only where the server says so.
+/// Interprets the replies to the [`questions`]. The result is "no such token" only if the server says so.
 fn stored(answers: &[Value], digest: Digest) -> Result<Found, StoreError> {
     let garbage = |what: &str| Err(StoreError::Garbage(format!("token {}: {what}", digest.id())));
     match answers {
@@ -258,7 +256,7 @@ fn stored(answers: &[Value], digest: Digest) -> Result<Found, StoreError> {
                 return Ok(Found::Nothing);
             }
             let text = |bytes: Vec<u8>| String::from_utf8(bytes).ok();
-            // Fields of other programs may hold anything; only ours must be text.
+            // Fields of other programs may have any bytes; only tollgate's must be text.
             let fields = fields
                 .into_iter()
                 .filter_map(|(name, value)| Some((text(name)?, text(value).unwrap_or(NO_TEXT.into()))));
@@ -268,5 +266,5 @@ fn stored(answers: &[Value], digest: Digest) -> Result<Found, StoreError> {
     }
 }
 
-/// Stands for bytes that are no text; no field of ours takes it.
+/// Replaces bytes that are not text; not valid in any of tollgate's fields.
 const NO_TEXT: &str = "\u{fffd}";
