@@ -9,50 +9,50 @@
 //!              `------- edge/exchange: one ledger, counted and logged once --------+- reply::answer '
 //! ```
 
-/// The time, and the one place that reads a clock.
+// The time, and the one place that reads a clock.
 pub mod clock;
 
-/// What can be wrong with a setting.
+// What can be wrong with a setting.
 pub mod problem;
 
-/// What the operator sees: metrics, access log, process log.
+// What the operator sees: metrics, access log, process log.
 pub mod telemetry;
 
-/// 1 What is asked. Pure.
+// 1 What is asked. Pure.
 pub mod request;
 
-/// Where tokens are kept.
+// Where tokens are kept.
 pub mod store;
 
-/// 2 Who asks: cache, one lookup at a time for a token, principal.
+// 2 Who asks: cache, one lookup at a time for a token, principal.
 pub mod identity;
 
-/// 3 May they. Pure.
+// 3 May they. Pure.
 pub mod policy;
 
-/// Who serves: the servers behind the gateway and their state. No socket.
+// Who serves: the servers behind the gateway and their state. No socket.
 pub mod upstream;
 
-/// 4 Where and how: what goes upstream. Pure.
+// 4 Where and how: what goes upstream. Pure.
 pub mod forward;
 
-/// 5 What we say: refusals, and the hygiene of a backend's responses. Pure.
+// 5 What we say: refusals, and the hygiene of a backend's responses. Pure.
 pub mod reply;
 
-/// The path: a request's verdict.
+// The path: a request's verdict.
 pub mod pipeline;
 
-/// The operator's requests.
+// The operator's requests.
 pub mod admin;
 
-/// Where sockets are. The only module that names pingora.
+// Where sockets are. The only module that names pingora.
 pub mod edge;
 
-/// From a TOML file to settings.
+// From a TOML file to settings.
 pub mod config;
 
-/// From settings to running parts.
+// From settings to running parts.
 pub mod assembly;
 
-/// The command line.
+// The command line.
 pub mod cli;
