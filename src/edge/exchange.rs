@@ -160,9 +160,10 @@ impl Exchange {
     /// The server has sent the head of a response, interim or final.
     pub(super) fn answered(&mut self, status: u16) {
         if let Some(asked) = self.upstream.asked.take() {
-            self.upstream.took = Some(asked.elapsed());
+            let now = Instant::now();
+            self.upstream.took = Some(now.saturating_duration_since(asked));
             if let Some(peers) = self.snapshot.upstream(self.facts.route) {
-                peers.answered(asked);
+                peers.answered(asked, now);
             }
         }
         self.upstream.status = Some(status);

@@ -112,8 +112,8 @@ impl Peers {
     }
 
     /// A server that was asked at this time has answered.
-    pub(super) fn answered(&self, asked: Instant) {
-        if let Some(over) = self.upstream.answered(asked, Instant::now()) {
+    pub(super) fn answered(&self, asked: Instant, now: Instant) {
+        if let Some(over) = self.upstream.answered(asked, now) {
             let (name, failures, lasted) = (self.upstream.name(), over.failures, over.lasted);
             log::warn!("upstream {name}: answers again; {failures} requests failed in {lasted:.1?}");
         }

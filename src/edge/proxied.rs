@@ -392,7 +392,7 @@ fn clean(answer: &mut ResponseHeader, kind: AnswerKind, ticket: &Ticket) -> Resu
     for edit in edits {
         match edit {
             // What is no name is no field of this head either.
-            AnswerEdit::Remove(name) => removed.extend(HeaderName::from_bytes(name.as_bytes()).ok()),
+            AnswerEdit::Remove(name) => removed.extend(HeaderName::from_bytes(name).ok()),
             AnswerEdit::Replace(name, values) => replaced.push((name, values)),
         }
     }

@@ -199,11 +199,12 @@ fn write_origin(origin: &Origin<'_>, sink: &mut impl FieldSink) {
     let mut chain = origin.chain().peekable();
     if chain.peek().is_some() {
         sink.field_by(b"X-Forwarded-For", |out| {
-            let mut separator = "";
+            let mut separator: &[u8] = b"";
             for ip in chain {
+                out.extend_from_slice(separator);
                 // Writing to memory cannot fail.
-                let _ = write!(out, "{separator}{ip}");
-                separator = ", ";
+                let _ = write!(out, "{ip}");
+                separator = b", ";
             }
         });
     }

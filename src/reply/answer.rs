@@ -6,7 +6,6 @@ use crate::request::head::content_length;
 use crate::request::query::{Key, Names};
 use crate::request::target::escape;
 use smallvec::SmallVec;
-use std::borrow::Cow;
 use std::ops::Range;
 
 /// Interim responses to one request. A backend that sends more never answers.
@@ -51,8 +50,8 @@ pub fn judge(view: &impl AnswerView, asked_to_switch: bool, interim: usize) -> R
 /// A change of an answer's head.
 #[derive(Debug, PartialEq, Eq)]
 pub enum AnswerEdit<'v> {
-    /// All fields of the name.
-    Remove(Cow<'v, str>),
+    /// All fields of the name, in any letter case.
+    Remove(&'v [u8]),
     /// All fields of the name get other values.
     Replace(&'static str, Vec<Vec<u8>>),
 }
@@ -69,17 +68,15 @@ pub fn edits<'v>(
     for (name, value) in view.fields() {
         match fate(name, kind) {
             Fate::Keep => {}
-            Fate::Drop => edits.push(AnswerEdit::Remove(Cow::Borrowed(name))),
+            Fate::Drop => edits.push(AnswerEdit::Remove(name.as_bytes())),
             Fate::Clean(field) if urls.contains(&field) => {}
             Fate::Clean(field) => urls.push(field),
             Fate::Nominates if kind == AnswerKind::Switching => {}
             Fate::Nominates => {
-                let options = value.split(|b| *b == b',').filter_map(|option| std::str::from_utf8(option).ok());
-                let names = options.map(|option| option.trim_ascii().to_ascii_lowercase());
-                let taken = names.filter(|name| !name.is_empty() && may_nominate(name));
-                edits.extend(taken.map(|name| AnswerEdit::Remove(Cow::Owned(name))));
+                let options = value.split(|b| *b == b',').map(<[u8]>::trim_ascii);
+                edits.extend(options.filter(|name| may_nominate(name)).map(AnswerEdit::Remove));
                 // The lane writes its own.
-                edits.push(AnswerEdit::Remove(Cow::Borrowed(name)));
+                edits.push(AnswerEdit::Remove(name.as_bytes()));
             }
         }
     }
@@ -195,9 +192,10 @@ fn fate(name: &str, kind: AnswerKind) -> Fate {
     if drop { Fate::Drop } else { Fate::Keep }
 }
 
-/// Whether a name in Connection takes a field away. It can't take what frames the answer.
-fn may_nominate(name: &str) -> bool {
-    !matches!(name, "content-length" | "transfer-encoding" | "date")
+/// Whether an option of Connection takes a field away. It can't take what frames the response.
+fn may_nominate(option: &[u8]) -> bool {
+    let is_framing = |name: &str| option.eq_ignore_ascii_case(name.as_bytes());
+    !option.is_empty() && !["content-length", "transfer-encoding", "date"].into_iter().any(is_framing)
 }
 
 /// What is a credential in the URLs of one answer.
@@ -605,10 +603,10 @@ mod tests {
             ("location", "/plain"),
         ];
         let head = Head(200, true, fields);
-        let removed = |name: &'static str| AnswerEdit::Remove(Cow::Borrowed(name));
+        let removed = |name: &'static str| AnswerEdit::Remove(name.as_bytes());
         let expected = [
             removed("keep-alive"),
-            removed("x-own"),
+            removed("X-Own"),
             removed("connection"),
             removed("x-sendfile"),
             AnswerEdit::Replace("Link", vec![b"</a?page=2>; rel=\"next\"".to_vec(), b"</b>; rel=\"first\"".to_vec()]),
