@@ -39,7 +39,9 @@ pub trait RequestSink: FieldSink {
 pub struct Http1Head<'o>(pub &'o mut Vec<u8>);
 
 impl FieldSink for Http1Head<'_> {
+    #[inline]
     fn field(&mut self, name: &[u8], value: &[u8]) {
+        self.0.reserve(name.len() + value.len() + 4);
         self.0.extend_from_slice(name);
         self.0.extend_from_slice(b": ");
         self.0.extend_from_slice(value);

@@ -313,7 +313,14 @@ pub(crate) fn trim_blanks(mut bytes: &[u8]) -> &[u8] {
     bytes
 }
 
-pub(crate) const fn is_token_byte(byte: u8) -> bool {
+#[inline]
+pub(crate) fn is_token_byte(byte: u8) -> bool {
+    static TOKEN: [bool; 256] = byte_set!(is_tchar);
+    TOKEN[usize::from(byte)]
+}
+
+/// RFC 9110 `tchar`.
+const fn is_tchar(byte: u8) -> bool {
     byte.is_ascii_alphanumeric()
         || matches!(
             byte,

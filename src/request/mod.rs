@@ -1,6 +1,19 @@
 //! 1 WHAT IS ASKED. Turns a request into the facts that the later stages need, or into a [`Fault`].
 //! Pure: no clock, no I/O, no identity. It must not know who the caller is or how the response looks.
 
+/// A table of the bytes for which a `const fn` holds: one load for each byte of a head.
+macro_rules! byte_set {
+    ($holds:ident) => {{
+        let mut set = [false; 256];
+        let mut byte = 0;
+        while byte < set.len() {
+            set[byte] = $holds(byte as u8);
+            byte += 1;
+        }
+        set
+    }};
+}
+
 pub mod body;
 pub mod chunked;
 pub mod head;

@@ -34,6 +34,7 @@ fn check_path(path: &[u8]) -> Result<(), TargetFault> {
     while let [byte, tail @ ..] = rest {
         rest = tail;
         match byte {
+            _ if PLAIN_IN_PATH[usize::from(*byte)] => segment.other = true,
             b'%' => {
                 let decoded = escape(tail).ok_or(TargetFault::BadEscape)?;
                 rest = &tail[2..];
@@ -100,11 +101,19 @@ fn check_query(query: &[u8]) -> Result<(), TargetFault> {
                 rest = &tail[2..];
             }
             b'#' => return Err(TargetFault::Fragment),
-            _ if is_query_byte(*byte) => {}
+            _ if QUERY[usize::from(*byte)] => {}
             _ => return Err(TargetFault::IllegalByte),
         }
     }
     Ok(())
+}
+
+static PLAIN_IN_PATH: [bool; 256] = byte_set!(is_plain_in_path);
+static QUERY: [bool; 256] = byte_set!(is_query_byte);
+
+/// The bytes of a path that stand for themselves and neither end a segment nor make a dot segment.
+const fn is_plain_in_path(byte: u8) -> bool {
+    is_path_byte(byte) && !matches!(byte, b'/' | b'.' | b';')
 }
 
 /// RFC 3986 `pchar` and `/`, and the bytes that browsers leave unencoded besides (WHATWG URL standard): nginx, HAProxy
