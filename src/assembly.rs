@@ -8,12 +8,7 @@ use crate::identity::Authenticator;
 use crate::pipeline::Pipeline;
 use crate::store::chain::{Chain, Link};
 use crate::store::credential::Digest;
-use crate::store::file::FileStore;
-use crate::store::introspect::IntrospectStore;
-use crate::store::postgres::PostgresStore;
-use crate::store::redis::RedisStore;
-use crate::store::sqlite::SqliteStore;
-use crate::store::{self, NamedStore, StoreSettings, TlsSettings, TokenStore};
+use crate::store::{self, NamedStore, TlsSettings};
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::lines::{Destination, LogTarget};
 use crate::telemetry::metrics::Metrics;
@@ -60,22 +55,8 @@ fn authenticator(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<
 
 fn link(store: &NamedStore, metrics: &Metrics) -> anyhow::Result<Link> {
     let metrics = Arc::new(metrics.store(&store.name));
-    let opened: Result<Arc<dyn TokenStore>, String> = match store.kind.clone() {
-        StoreSettings::Sqlite(path) => SqliteStore::start(&path).map(|store| Arc::new(store) as _),
-        StoreSettings::File(path) => {
-            FileStore::open(&path, Arc::clone(&metrics), edge::now).map(|store| Arc::new(store) as _)
-        }
-        StoreSettings::Postgres(settings) => {
-            PostgresStore::new(*settings, Arc::clone(&metrics)).map(|store| Arc::new(store) as _)
-        }
-        StoreSettings::Redis(settings) => {
-            RedisStore::new(*settings, Arc::clone(&metrics)).map(|store| Arc::new(store) as _)
-        }
-        StoreSettings::Introspection(settings) => {
-            IntrospectStore::new(*settings, store.timeout, Arc::clone(&metrics)).map(|store| Arc::new(store) as _)
-        }
-    };
-    let opened = opened.map_err(|why| anyhow!("store {}: {why}", store.name))?;
+    let opened = store.kind.open(store.timeout, Arc::clone(&metrics), edge::now);
+    let opened = opened.with_context(|| format!("store {}", store.name))?;
     Ok(Link::new(store.name.clone(), opened, store.timeout, metrics))
 }
 

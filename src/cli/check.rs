@@ -4,9 +4,7 @@
 use super::Failure;
 use crate::config::{self, Diagnostic, Probe, Settings};
 use crate::request::route::{Auth, Methods, Route};
-use crate::store::StoreSettings;
-use crate::store::postgres::Source;
-use crate::store::redis::RedisChanges;
+use crate::store::Bound;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
@@ -42,17 +40,16 @@ fn said(settings: &Settings, path: &Path) -> Result<(), Failure> {
     say!("{}: ok", path.display())?;
     say!("tokens are looked up in:")?;
     for store in &settings.stores {
-        let bound = match &store.kind {
-            StoreSettings::Introspection(_) => None,
-            StoreSettings::Postgres(postgres) => postgres.channel.as_ref().map(|_| match &postgres.source {
-                Source::Own { .. } => "within a second",
-                _ => "within a second, once `tollgate store install-triggers` has been run",
-            }),
-            StoreSettings::Redis(redis) => (redis.changes != RedisChanges::None).then_some("within a second"),
-            StoreSettings::Sqlite(_) | StoreSettings::File(_) => Some("within a second"),
+        let bound = match store.kind.bound() {
+            Bound::Notified => "within a second".to_owned(),
+            Bound::NotifiedWithTriggers => {
+                "within a second, once `tollgate store install-triggers` has been run".to_owned()
+            }
+            Bound::CacheLifetime => {
+                let ttl = humantime::format_duration(settings.cache.positive_ttl);
+                format!("after up to {ttl} ([cache] positive_ttl)")
+            }
         };
-        let ttl = humantime::format_duration(settings.cache.positive_ttl);
-        let bound = bound.map_or_else(|| format!("after up to {ttl} ([cache] positive_ttl)"), str::to_owned);
         say!("  {}  (a revoked token stops working {bound})", store.name)?;
     }
     let preflights = settings.rules.cors_preflight;

@@ -3,13 +3,9 @@
 use super::Failure;
 use crate::config::Settings;
 use crate::store::credential::Digest;
-use crate::store::file::FileAdmin;
 use crate::store::portable::{Reading, is_token};
-use crate::store::postgres::{PostgresAdmin, Source};
-use crate::store::redis::RedisAdmin;
-use crate::store::sqlite::SqliteAdmin;
 use crate::store::values::{LATEST, check_description, check_scope, check_user, is_unseen};
-use crate::store::{AdminError, NamedStore, ShownRecord, StoreSettings, TokenAdmin, TokenRecord, parse_time, rfc3339};
+use crate::store::{AdminError, MissingStore, NamedStore, ShownRecord, TokenAdmin, TokenRecord, parse_time, rfc3339};
 use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
 use std::collections::BTreeSet;
@@ -143,16 +139,21 @@ struct Opened {
     admin: Box<dyn TokenAdmin>,
 }
 
+/// Opens the store that is meant, to read from it or to change what is in it.
 async fn open(common: &Common) -> Result<Opened, Failure> {
+    open_with(common, MissingStore::ReadEmpty).await
+}
+
+async fn open_with(common: &Common, missing: MissingStore) -> Result<Opened, Failure> {
     let settings = super::load(&common.config)?;
     let store = chosen(&settings, common.store.as_deref())?;
-    let (name, admin) = (store.name.clone(), writer(store).await?);
+    let (name, admin) = (store.name.clone(), writer(store, missing).await?);
     Ok(Opened { settings, store: name, admin })
 }
 
 /// Opens the store with this name for writing, or the first writable one.
 pub(super) async fn admin(settings: &Settings, name: Option<&str>) -> anyhow::Result<Box<dyn TokenAdmin>> {
-    writer(chosen(settings, name)?).await
+    writer(chosen(settings, name)?, MissingStore::Create).await
 }
 
 fn chosen<'a>(settings: &'a Settings, name: Option<&str>) -> anyhow::Result<&'a NamedStore> {
@@ -163,7 +164,7 @@ fn chosen<'a>(settings: &'a Settings, name: Option<&str>) -> anyhow::Result<&'a 
             .iter()
             .find(|store| store.name == name)
             .ok_or_else(|| anyhow!("there is no store \"{name}\"; configured stores: {}", names())),
-        None => settings.stores.iter().find(|store| is_ours(store)).ok_or_else(|| {
+        None => settings.stores.iter().find(|store| store.kind.is_writable()).ok_or_else(|| {
             anyhow!(
                 "{}: read-only for tollgate; create and revoke tokens in the systems that own these stores",
                 names()
@@ -172,15 +173,9 @@ fn chosen<'a>(settings: &'a Settings, name: Option<&str>) -> anyhow::Result<&'a 
     }
 }
 
-async fn writer(store: &NamedStore) -> anyhow::Result<Box<dyn TokenAdmin>> {
-    Ok(match &store.kind {
-        StoreSettings::Sqlite(path) => Box::new(SqliteAdmin::open(path)?),
-        StoreSettings::File(path) => Box::new(FileAdmin::new(path)),
-        StoreSettings::Postgres(settings) if is_ours(store) => Box::new(PostgresAdmin::open(settings).await?),
-        StoreSettings::Redis(settings) => Box::new(RedisAdmin::open(settings).await?),
-        StoreSettings::Postgres(_) | StoreSettings::Introspection(_) => {
-            bail!("store {}: read-only for tollgate; create and revoke tokens in the system that owns it", store.name)
-        }
+async fn writer(store: &NamedStore, missing: MissingStore) -> anyhow::Result<Box<dyn TokenAdmin>> {
+    store.kind.admin(missing).await?.ok_or_else(|| {
+        anyhow!("store {}: read-only for tollgate; create and revoke tokens in the system that owns it", store.name)
     })
 }
 
@@ -200,15 +195,6 @@ impl Opened {
         if !others.is_empty() {
             eprintln!("note: this is about store {} only; not asked: {}", self.store, others.join(", "));
         }
-    }
-}
-
-/// Whether tollgate can write to a store.
-fn is_ours(store: &NamedStore) -> bool {
-    match &store.kind {
-        StoreSettings::Sqlite(_) | StoreSettings::File(_) | StoreSettings::Redis(_) => true,
-        StoreSettings::Postgres(settings) => matches!(settings.source, Source::Own { .. }),
-        StoreSettings::Introspection(_) => false,
     }
 }
 
@@ -259,7 +245,7 @@ async fn create(
     if not_before.zip(expires).is_some_and(|(start, end)| start >= end) {
         return Err(Failure::Usage("--not-before comes after --expires".into()));
     }
-    let mut opened = open(common).await?;
+    let mut opened = open_with(common, MissingStore::Create).await?;
     warn_of_scopes(&opened.settings, &scopes);
     let is_blocked = |records: &[TokenRecord]| records.iter().any(|record| record.blocked);
     if is_blocked(&opened.admin.of_user(&user).await?) {
@@ -630,7 +616,7 @@ fn tokens(count: usize) -> String {
 }
 
 async fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> {
-    let mut opened = open(common).await?;
+    let mut opened = open_with(common, MissingStore::Create).await?;
     let input: Box<dyn BufRead + Send> = if file == std::path::Path::new("-") {
         Box::new(BufReader::new(std::io::stdin()))
     } else {

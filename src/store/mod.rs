@@ -7,57 +7,20 @@ pub mod introspect;
 pub mod portable;
 pub mod postgres;
 pub mod redis;
+mod settings;
 pub mod sqlite;
 mod tls;
 pub mod values;
 
 pub use portable::ShownRecord;
+pub use settings::{Bound, MissingStore, NamedStore, OpenError, StoreSettings};
 pub use tls::{PemFile, Place, Secret, TlsMode, TlsSettings, system_authorities};
 pub use values::{parse_time, rfc3339};
 
-/// One store of a configuration.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamedStore {
-    /// Label of metrics and logs.
-    pub name: String,
-    /// How long a look-up may take.
-    pub timeout: Duration,
-    pub kind: StoreSettings,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StoreSettings {
-    Sqlite(PathBuf),
-    File(PathBuf),
-    Postgres(Box<postgres::PostgresSettings>),
-    Redis(Box<redis::RedisSettings>),
-    Introspection(Box<introspect::IntrospectSettings>),
-}
-
-impl StoreSettings {
-    /// All that is wrong with these settings and with what they name, warnings included. `offline` leaves out what needs the
-    /// network. Nothing is written or made.
-    pub async fn problems(&self, _offline: bool) -> Vec<Problem> {
-        Vec::new()
-    }
-
-    /// How the other side is checked, where there is one.
-    pub fn tls(&self) -> Option<&TlsSettings> {
-        match self {
-            Self::Sqlite(_) | Self::File(_) => None,
-            Self::Postgres(settings) => Some(&settings.tls),
-            Self::Redis(settings) => Some(&settings.tls),
-            Self::Introspection(settings) => Some(&settings.tls),
-        }
-    }
-}
-
-use crate::problem::Problem;
 use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use credential::{Credential, Digest};
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// What a store keeps about a token. Times are unix seconds.

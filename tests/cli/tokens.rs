@@ -698,3 +698,19 @@ fn a_store_without_uses_does_not_say_never() {
     assert!(list.contains("not recorded") && !list.contains("never"), "{list}");
     assert!(Place::new("sqlite").ok("list", &[]).lines().count() == 1);
 }
+
+/// An empty database that a reading command leaves behind would let the next gateway start over it.
+#[test]
+fn a_command_that_creates_no_token_creates_no_database() {
+    let folder = Folder::new("test");
+    let config = folder.write("tollgate.toml", "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n");
+    let token = |args: &[&str]| run(tollgate().arg("token").args(args).arg("--config").arg(&config));
+    let commands =
+        [(&["list"][..], 0), (&["show", "0123456789ab"], 1), (&["revoke", "0123456789ab"], 1), (&["block", "ann"], 1)];
+    for (command, code) in commands {
+        assert_eq!(token(command).status.code(), Some(code), "{command:?}");
+        assert!(!folder.0.join("tollgate.db").exists(), "{command:?} made a database");
+    }
+    assert!(token(&["create", "--user", "ann"]).status.success());
+    assert!(stdout(&token(&["list"])).contains("ann"));
+}

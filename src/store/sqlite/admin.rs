@@ -27,6 +27,13 @@ impl SqliteAdmin {
         Ok(Self { db })
     }
 
+    /// A database without tokens that is on no disk.
+    pub fn empty() -> Result<Self, AdminError> {
+        let mut db = Connection::open_in_memory()?;
+        super::prepare(&mut db).map_err(|error| AdminError::Store(error.to_string()))?;
+        Ok(Self { db })
+    }
+
     /// The gateways that were seen lately, and whether they have taken in all changes up to a number.
     fn replicas(&self, target: i64, gone: i64) -> rusqlite::Result<Vec<(String, bool)>> {
         let sql = format!("SELECT name, applied >= ?1 FROM replica WHERE seen_ms >= {NOW_MS} - ?2 ORDER BY name");

@@ -1,0 +1,133 @@
+//! The kinds of stores: the one place that says how each is opened for reading and for writing, and what it promises. It must
+//! not know what a gateway makes of a record, nor what a command prints.
+
+use super::file::{FileAdmin, FileStore};
+use super::introspect::{IntrospectSettings, IntrospectStore};
+use super::postgres::{PostgresAdmin, PostgresSettings, PostgresStore, Source};
+use super::redis::{RedisAdmin, RedisChanges, RedisSettings, RedisStore};
+use super::sqlite::{SqliteAdmin, SqliteStore};
+use super::{AdminError, TlsSettings, TokenAdmin, TokenStore};
+use crate::clock::Now;
+use crate::problem::Problem;
+use crate::telemetry::metrics::StoreMetrics;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// One store of a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedStore {
+    /// Label of metrics and logs.
+    pub name: String,
+    /// How long a lookup may take.
+    pub timeout: Duration,
+    pub kind: StoreSettings,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreSettings {
+    Sqlite(PathBuf),
+    File(PathBuf),
+    Postgres(Box<PostgresSettings>),
+    Redis(Box<RedisSettings>),
+    Introspection(Box<IntrospectSettings>),
+}
+
+/// Why a store cannot be opened. It says where and why.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct OpenError(String);
+
+/// How long a token that was revoked in the store can still be accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// The store sends change notifications: within a second.
+    Notified,
+    /// It does once `tollgate store install-triggers` has been run.
+    NotifiedWithTriggers,
+    /// It sends none: as long as a cached answer is used.
+    CacheLifetime,
+}
+
+/// What becomes of an embedded database that does not exist yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissingStore {
+    Create,
+    /// It reads as empty. A command that only reads, or changes what exists, must not leave one behind.
+    ReadEmpty,
+}
+
+impl StoreSettings {
+    /// Opens the store as a running gateway uses it. A remote one connects with its first lookup.
+    pub fn open(
+        &self,
+        timeout: Duration,
+        metrics: Arc<StoreMetrics>,
+        clock: fn() -> Now,
+    ) -> Result<Arc<dyn TokenStore>, OpenError> {
+        let opened: Result<Arc<dyn TokenStore>, String> = match self.clone() {
+            Self::Sqlite(path) => SqliteStore::start(&path).map(|store| Arc::new(store) as _),
+            Self::File(path) => FileStore::open(&path, metrics, clock).map(|store| Arc::new(store) as _),
+            Self::Postgres(settings) => PostgresStore::new(*settings, metrics).map(|store| Arc::new(store) as _),
+            Self::Redis(settings) => RedisStore::new(*settings, metrics).map(|store| Arc::new(store) as _),
+            Self::Introspection(settings) => {
+                IntrospectStore::new(*settings, timeout, metrics).map(|store| Arc::new(store) as _)
+            }
+        };
+        opened.map_err(OpenError)
+    }
+
+    /// Whether tollgate writes to this kind of store; tokens of the others are made and ended where they come from.
+    pub fn is_writable(&self) -> bool {
+        match self {
+            Self::Sqlite(_) | Self::File(_) | Self::Redis(_) => true,
+            Self::Postgres(settings) => matches!(settings.source, Source::Own { .. }),
+            Self::Introspection(_) => false,
+        }
+    }
+
+    /// Opens the store for the command line. `None`: it is read-only for tollgate.
+    pub async fn admin(&self, missing: MissingStore) -> Result<Option<Box<dyn TokenAdmin>>, AdminError> {
+        if !self.is_writable() {
+            return Ok(None);
+        }
+        Ok(match self {
+            Self::Sqlite(path) if missing == MissingStore::ReadEmpty && !path.exists() => {
+                Some(Box::new(SqliteAdmin::empty()?))
+            }
+            Self::Sqlite(path) => Some(Box::new(SqliteAdmin::open(path)?)),
+            Self::File(path) => Some(Box::new(FileAdmin::new(path))),
+            Self::Postgres(settings) => Some(Box::new(PostgresAdmin::open(settings).await?)),
+            Self::Redis(settings) => Some(Box::new(RedisAdmin::open(settings).await?)),
+            Self::Introspection(_) => None,
+        })
+    }
+
+    pub fn bound(&self) -> Bound {
+        match self {
+            Self::Sqlite(_) | Self::File(_) => Bound::Notified,
+            Self::Postgres(settings) if settings.channel.is_none() => Bound::CacheLifetime,
+            Self::Postgres(settings) if matches!(settings.source, Source::Own { .. }) => Bound::Notified,
+            Self::Postgres(_) => Bound::NotifiedWithTriggers,
+            Self::Redis(settings) if settings.changes == RedisChanges::None => Bound::CacheLifetime,
+            Self::Redis(_) => Bound::Notified,
+            Self::Introspection(_) => Bound::CacheLifetime,
+        }
+    }
+
+    /// All that is wrong with these settings and with what they name, warnings included. `offline` leaves out what needs the
+    /// network. Nothing is written or made.
+    pub async fn problems(&self, _offline: bool) -> Vec<Problem> {
+        Vec::new()
+    }
+
+    /// How the other side is checked, where there is one.
+    pub fn tls(&self) -> Option<&TlsSettings> {
+        match self {
+            Self::Sqlite(_) | Self::File(_) => None,
+            Self::Postgres(settings) => Some(&settings.tls),
+            Self::Redis(settings) => Some(&settings.tls),
+            Self::Introspection(settings) => Some(&settings.tls),
+        }
+    }
+}
