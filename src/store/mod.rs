@@ -6,6 +6,7 @@ pub mod file;
 pub mod introspect;
 pub mod portable;
 pub mod postgres;
+mod problems;
 pub mod redis;
 mod settings;
 pub mod sqlite;

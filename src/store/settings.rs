@@ -8,7 +8,6 @@ use super::redis::{RedisAdmin, RedisChanges, RedisSettings, RedisStore};
 use super::sqlite::{SqliteAdmin, SqliteStore};
 use super::{AdminError, TlsSettings, TokenAdmin, TokenStore};
 use crate::clock::Now;
-use crate::problem::Problem;
 use crate::telemetry::metrics::StoreMetrics;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -113,12 +112,6 @@ impl StoreSettings {
             Self::Redis(_) => Bound::Notified,
             Self::Introspection(_) => Bound::CacheLifetime,
         }
-    }
-
-    /// All that is wrong with these settings and with what they name, warnings included. `offline` leaves out what needs the
-    /// network. Nothing is written or made.
-    pub async fn problems(&self, _offline: bool) -> Vec<Problem> {
-        Vec::new()
     }
 
     /// How the other side is checked, where there is one.

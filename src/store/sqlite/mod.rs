@@ -3,8 +3,10 @@
 
 mod admin;
 mod follow;
+mod look;
 
 pub use admin::SqliteAdmin;
+pub use look::unusable;
 
 use super::{Event, Heard, Mark, StoreError, TokenRecord, TokenStore, replica_name};
 use crate::store::credential::{Credential, Digest};
