@@ -4,6 +4,8 @@
 mod tokens;
 
 use crate::harness::*;
+use crate::servers::postgres::Postgres;
+use crate::stores::{Backing, PostgresOwn, RedisOwn};
 use crate::support::*;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Output, Stdio};
@@ -428,6 +430,32 @@ fn check_beside_a_running_gateway_and_without_the_network() {
         all(&online),
         all(&offline)
     );
+}
+
+/// A server that is well is asked without a word of it; one that refuses is a warning, as a gateway would start.
+#[test]
+fn check_asks_the_servers_of_stores() {
+    let folder = Folder::new("test");
+    let check = |section: &str, more: &[&str]| {
+        let file = folder.write("tollgate.toml", &format!("{UPSTREAM}{section}"));
+        let output = run(tollgate().args(["check", "--config"]).arg(file).args(more));
+        assert_eq!(output.status.code(), Some(0), "{}", all(&output));
+        stdout(&output)
+    };
+    let stores: [Box<dyn Backing>; 2] = [Box::new(PostgresOwn::new()), Box::new(RedisOwn::new())];
+    for store in stores {
+        let said = check(&store.section(), &[]);
+        assert!(!said.contains("warning") && said.contains(": ok\n"), "{}: {said}", store.name());
+    }
+    let bare = Postgres::start();
+    let section = |url: &str| format!("[store]\nkind = \"postgres\"\nurl = \"{url}\"\n");
+    for (what, url) in
+        [("tables that were never made", bare.url("postgres")), ("no such database", bare.url("nowhere"))]
+    {
+        let said = check(&section(&url), &[]);
+        assert!(said.contains("warning: store.url: cannot be used now: "), "{what}: {said}");
+        assert!(!check(&section(&url), &["--offline"]).contains("warning"), "{what}: it was asked without the network");
+    }
 }
 
 #[test]
