@@ -481,12 +481,13 @@ impl Inner {
             }
             Event::Deaf => {
                 log::error!(
-                    "store {name}: word of changes does not come; answers count for less than a second until it does"
+                    "store {name}: change notifications are not arriving; cached answers are trusted for less than a \
+                     second until they do"
                 );
                 self.hearing_changed(link, metrics, Hearing::Lost);
             }
             Event::Hearing => {
-                log::info!("store {name}: word of changes comes; all tokens are looked up anew");
+                log::info!("store {name}: change notifications are arriving; all tokens are looked up again");
                 let since = (self.clock)().mono_ms;
                 self.hearing_changed(link, metrics, Hearing::Yes { since, mark: None });
             }
@@ -531,8 +532,8 @@ impl Inner {
         metrics.rechecked();
     }
 
-    /// Believes a snapshot as far as the stores can say what changed since it was taken. Word of changes comes by now,
-    /// so that nothing slips through between.
+    /// Trusts the restored entries as far as the stores can list what changed since they were saved. The subscriptions are
+    /// established by now, so that no change is missed in between.
     async fn confirm_restored(&self) {
         // Until the subscriptions to all stores are established, a change could be missed.
         if Hearing::until(&self.hearing.lock()) == 0 {

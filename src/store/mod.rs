@@ -2,6 +2,7 @@
 
 pub mod chain;
 pub mod credential;
+mod feed;
 pub mod file;
 pub mod introspect;
 pub mod portable;
@@ -118,10 +119,10 @@ pub enum Event {
     },
     /// Nobody tells of changes here, so that nothing is promised.
     Untold,
-    /// Word of changes no longer comes: an answer is good for a moment only.
+    /// Change notifications no longer arrive: an answer is good for a moment only.
     Deaf,
-    /// Word of changes comes from now on. What happened before is unknown, so everything must be asked anew. Also said
-    /// when a store changed as a whole.
+    /// Change notifications arrive from now on. What happened before is unknown, so everything must be looked up again.
+    /// Also said when a store changed as a whole.
     Hearing,
 }
 

@@ -107,7 +107,7 @@ fn down_and_back(make: fn() -> Box<dyn Backing>) {
         }
     }
     let rush = lookups(&gateway, &*store) - before;
-    // Each caller may be looked up once when the store answers, once when word of changes comes again, and else as often
+    // Each caller may be looked up once when the store answers, once when change notifications arrive again, and else as often
     // as answers ask for that count for less than a second: the number of requests does not matter.
     assert!(rush <= 4.0 * CALLERS as f64, "{}: {rush} look-ups for {CALLERS} callers", store.name());
     assert_eq!(caller.status("nobody"), 401);
@@ -273,8 +273,8 @@ fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
                 store.section()
             );
             let gateway = Gateway::start(upstream.address, &more);
-            // All that was learned before is looked up anew then.
-            let follows = || !store.hears() || gateway.process_log().contains("word of changes comes");
+            // All that was learned before is looked up again then.
+            let follows = || !store.hears() || gateway.process_log().contains("change notifications are arriving");
             eventually("the store is followed", follows);
             gateway
         };

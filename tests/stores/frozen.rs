@@ -24,7 +24,7 @@ fn wakes_with_care(make: fn() -> Box<dyn Backing>) {
         store.section()
     );
     let gateway = Gateway::start(upstream.address, &more);
-    eventually("the store is followed", || gateway.process_log().contains("word of changes comes"));
+    eventually("the store is followed", || gateway.process_log().contains("change notifications are arriving"));
     for (round, doomed) in rounds.iter().zip(doomed.chunks(CLIENTS)) {
         let mut clients: Vec<Client> = (0..CLIENTS).map(|_| Client::connect(gateway.address)).collect();
         for (client, token) in clients.iter_mut().zip(doomed) {

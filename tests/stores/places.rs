@@ -88,9 +88,9 @@ fn the_log_names_channels_that_differ_and_triggers_of_an_older_making() {
     said(
         &own.section(),
         "other",
-        &["on channel \"tollgate_change\"", "configuration says \"other\"", "word of changes comes"],
+        &["on channel \"tollgate_change\"", "configuration says \"other\"", "change notifications are arriving"],
     );
-    said(&gitlab.section, "tollgate_change", &["of an older version", "word of changes comes"]);
+    said(&gitlab.section, "tollgate_change", &["of an older version", "change notifications are arriving"]);
     said(
         &gitlab.section,
         "other",

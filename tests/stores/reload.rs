@@ -78,7 +78,7 @@ fn certificate_files_are_read_again() {
     assert_eq!(answer.status, 200, "{}", answer.text());
     assert_eq!(status(&gateway, "four"), 200);
     // Nothing changed: the store and what is known of it stay.
-    let followed = || gateway.process_log().matches("word of changes comes").count();
+    let followed = || gateway.process_log().matches("change notifications are arriving").count();
     eventually("the new store is followed", || followed() == 2);
     assert_eq!(gateway.admin_post("/reload").status, 200);
     assert_eq!((status(&gateway, "four"), followed()), (200, 2));

@@ -2,10 +2,11 @@
 //! broken file changes nothing and says why. The file as a whole is swapped, never parts of it.
 
 mod admin;
+mod follow;
 
 pub use admin::FileAdmin;
 
-use super::{Change, Event, Heard, Named, StoreError, TokenRecord, TokenStore, parse_time, rfc3339};
+use super::{Change, Heard, Named, StoreError, TokenRecord, TokenStore, feed, parse_time, rfc3339};
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use arc_swap::ArcSwap;
@@ -30,7 +31,7 @@ pub struct FileStore {
     /// When it was last looked at, in monotonic milliseconds.
     looked_ms: AtomicU64,
     /// What was found changed and nobody has been told yet.
-    untold: parking_lot::Mutex<Vec<Event>>,
+    untold: parking_lot::Mutex<Vec<Change>>,
     metrics: Arc<StoreMetrics>,
     clock: fn() -> crate::clock::Now,
 }
@@ -161,7 +162,7 @@ impl FileStore {
                 log::info!("{} was read again: {} tokens, {} changed", self.path.display(), new.len(), digests.len());
                 let at_ms = changed_at(stamp, now);
                 let change = |digest| Change { token: Named::Token(digest), at_ms };
-                self.untold.lock().push(Event::Changed(digests.into_iter().map(change).collect()));
+                self.untold.lock().extend(digests.into_iter().map(change));
             }
             Err(why) => {
                 log::error!("{} is kept as it was before, because the new one is broken: {why}", self.path.display());
@@ -192,15 +193,7 @@ impl TokenStore for FileStore {
     }
 
     async fn follow(&self, heard: Heard<'_>) {
-        heard(Event::Hearing);
-        loop {
-            tokio::time::sleep(POLL).await;
-            let asked_ms = (self.clock)().mono_ms;
-            self.look().await;
-            let untold = std::mem::take(&mut *self.untold.lock());
-            untold.into_iter().for_each(heard);
-            heard(Event::Alive { asked_ms, mark: None });
-        }
+        feed::follow(follow::FileChanges(self), self.clock, heard).await;
     }
 }
 

@@ -12,7 +12,7 @@ pub use admin::{Migrated, PostgresAdmin};
 pub use connect::{check_url, tls_auto};
 pub use presets::{install_triggers, triggers_sql};
 
-use super::{Heard, Secret, StoreError, TlsSettings, TokenRecord, TokenStore};
+use super::{Heard, Secret, StoreError, TlsSettings, TokenRecord, TokenStore, feed};
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
@@ -360,7 +360,10 @@ impl TokenStore for PostgresStore {
 
     async fn follow(&self, heard: Heard<'_>) {
         match &self.settings.channel {
-            Some(channel) => follow::follow(&self.target, &self.settings.source, channel, heard).await,
+            Some(channel) => {
+                let changes = follow::PostgresChanges::new(&self.target, &self.settings.source, channel);
+                feed::follow(changes, crate::clock::now, heard).await;
+            }
             None => std::future::pending().await,
         }
     }

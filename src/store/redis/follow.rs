@@ -1,49 +1,38 @@
-//! Hearing of changes: one connection of its own, whose silence is noticed within a second, and the register of gateways
-//! that confirm what they heard.
+//! Changes of a Redis server: one connection of its own, which subscribes and is asked over and over, and the register of
+//! gateways that confirm what they took in.
 
-use super::super::{Change, Event, Heard, Named, REPLICA_GONE, StoreError, replica_name};
-use super::link::{Address, Link, Pool, Pushes};
+use super::super::feed::{self, Begun, ChangeSource, Coverage, Inbox, Pace, Subscription};
+use super::super::{Change, Heard, Mark, Named, REPLICA_GONE, StoreError, replica_name};
+use super::link::{Address, Link, Pool};
 use super::{Keys, RedisChanges, RedisStore, Topology};
 use crate::store::credential::Digest;
+use async_trait::async_trait;
 use parking_lot::Once;
 use redis::{PushInfo, PushKind, Value};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
-use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
+use tokio::time::{sleep, timeout};
 
 /// A lost connection is noticed within a beat and the time for its answer.
 const BEAT: Duration = Duration::from_millis(500);
 const BEAT_ANSWER: Duration = Duration::from_millis(500);
 /// Sentinels are asked beside the beat. They must not hold it up for so long that what is known would be doubted.
 const SENTINEL_ANSWER: Duration = Duration::from_millis(300);
-const RETRY_FIRST: Duration = Duration::from_millis(100);
-const RETRY_MOST: Duration = Duration::from_millis(500);
-/// Confirmations that may wait to be written.
-const CONFIRMATIONS: usize = 1_024;
+/// How often the gateway's entry in the register is renewed, and how long that may take.
 const REGISTER: Duration = Duration::from_secs(1);
 /// Confirmations are kept, and waited for, no longer than this.
 pub(super) const WAIT_KEPT: Duration = Duration::from_secs(300);
 
 pub(super) async fn follow(store: &RedisStore, heard: Heard<'_>) {
-    if store.settings.changes == RedisChanges::None {
-        return match store.connector.topology() {
-            // Without messages, one thing is still to be noticed: that look-ups ask a server that is the master no more.
-            Topology::Sentinel { .. } => watch_master(store).await,
-            Topology::Single | Topology::Cluster => std::future::pending().await,
-        };
+    if store.settings.changes != RedisChanges::None {
+        let register = Arc::new(Register::new(store));
+        return feed::follow(RedisFeed { store, register, master: None }, crate::clock::now, heard).await;
     }
-    let register = Register::new(store);
-    let mut follower = Follower { store, heard, register: &register, hears: None, logged: false, master: None };
-    let mut pause = Duration::ZERO;
-    loop {
-        let started = Instant::now();
-        let error = follower.subscribe_and_listen().await;
-        follower.lost(&error);
-        // At once after a connection that had held, and then ever slower.
-        pause = if started.elapsed() > BEAT { Duration::ZERO } else { (pause * 2).clamp(RETRY_FIRST, RETRY_MOST) };
-        sleep(pause).await;
+    match store.connector.topology() {
+        // Without messages, one thing is still to be noticed: that look-ups ask a server that is the master no more.
+        Topology::Sentinel { .. } => watch_master(store).await,
+        Topology::Single | Topology::Cluster => std::future::pending().await,
     }
 }
 
@@ -61,181 +50,118 @@ async fn watch_master(store: &RedisStore) {
     }
 }
 
-struct Follower<'a> {
+struct RedisFeed<'a> {
     store: &'a RedisStore,
-    heard: Heard<'a>,
-    register: &'a Register,
-    /// What was said last.
-    hears: Option<bool>,
-    logged: bool,
+    register: Arc<Register>,
     /// The one that was followed last.
     master: Option<Address>,
 }
 
-impl Follower<'_> {
-    fn lost(&mut self, error: &StoreError) {
-        if !std::mem::replace(&mut self.logged, true) {
-            log::warn!("redis: changes are not heard of: {error}");
-        }
-        if self.hears != Some(false) {
-            (self.heard)(Event::Deaf);
-            self.hears = Some(false);
-            if self.is_sentinel() {
-                self.store.pool.renew();
-            }
-        }
-    }
+type Message = feed::Message<String>;
 
+impl RedisFeed<'_> {
     fn is_sentinel(&self) -> bool {
         matches!(self.store.connector.topology(), Topology::Sentinel { .. })
     }
+}
 
-    async fn subscribe_and_listen(&mut self) -> StoreError {
-        let listened = async {
-            let (mut link, pushes, address) = self.store.connector.subscriber().await?;
-            if self.is_sentinel() && self.master.as_ref() != Some(&address) {
-                // Look-ups may have come back to the old one in between.
-                self.store.pool.renew();
-                self.master = Some(address.clone());
-            }
-            hear_of_flushes(&mut link, self.store).await?;
-            let channel = match &self.store.settings.changes {
-                RedisChanges::Channel(name) => {
-                    // Whoever hears must be known to those who wait, so that comes first.
-                    self.register.note().await?;
-                    bounded(link.subscribe(false, name)).await?;
-                    true
-                }
-                _ => {
-                    check_notifications(&mut link, &self.store.said).await?;
-                    let channel = format!("__keyspace@{}__:", self.store.settings.database);
-                    bounded(link.subscribe(true, &(channel + &self.store.keys.pattern("")))).await?;
-                    false
-                }
-            };
-            let mut beat = Beat { store: self.store, link, address, may_ask_role: true, keyspace: !channel };
-            beat.check().await?;
-            Ok((beat, pushes, channel))
-        };
-        let (mut beat, mut pushes, channel) = match listened.await {
-            Ok(subscribed) => subscribed,
-            Err(error) => return error,
-        };
-        (self.heard)(Event::Hearing);
-        self.hears = Some(true);
-        self.logged = false;
-        let (confirm, confirmations) = mpsc::channel(CONFIRMATIONS);
-        let (beats, mut answered) = mpsc::channel(1);
-        let beating = async {
-            let mut ticks = interval_at(Instant::now() + BEAT, BEAT);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                ticks.tick().await;
-                let asked_ms = crate::clock::now().mono_ms;
-                if let Err(error) = beat.check().await {
-                    return error;
-                }
-                if beats.send(asked_ms).await.is_err() {
-                    return StoreError::Unavailable("nobody takes in what comes".into());
-                }
-            }
-        };
-        let reading = async {
-            loop {
-                let (first, alive) = tokio::select! {
-                    biased;
-                    first = pushes.next() => match first {
-                        Some(first) => (Some(first), None),
-                        None => break,
-                    },
-                    // What came before the answer to a beat lies in the queue by now, and comes first.
-                    Some(asked_ms) = answered.recv() => (pushes.more(), Some(asked_ms)),
-                };
-                if first.is_some_and(|first| self.take(first, &mut pushes, &confirm)) {
-                    return StoreError::Unavailable("the connection was closed".into());
-                }
-                if let Some(asked_ms) = alive {
-                    (self.heard)(Event::Alive { asked_ms, mark: None });
-                }
-            }
-            StoreError::Unavailable("the connection was closed, or brought more than could be taken in".into())
-        };
-        let registering = async {
-            if channel {
-                self.register.keep(confirmations).await;
-            }
-            std::future::pending::<StoreError>().await
-        };
-        tokio::select! {
-            error = reading => error,
-            error = beating => error,
-            error = registering => error,
+#[async_trait]
+impl<'a> ChangeSource for RedisFeed<'a> {
+    type Subscription = Subscribed<'a>;
+
+    fn label(&self) -> String {
+        "redis".into()
+    }
+
+    fn pace(&self) -> Pace {
+        let is_channel = matches!(self.store.settings.changes, RedisChanges::Channel(_));
+        Pace { beat: BEAT, silence: Some(BEAT_ANSWER), upkeep: is_channel.then_some(REGISTER) }
+    }
+
+    async fn begin(&mut self, inbox: Inbox<String>) -> Result<Begun<Subscribed<'a>>, String> {
+        self.subscribe(inbox).await.map(Begun::new).map_err(|error| error.to_string())
+    }
+
+    fn on_lost(&mut self) {
+        if self.is_sentinel() {
+            self.store.pool.renew();
         }
     }
 
-    /// Takes in a message and all that came with it. Says whether the connection ended.
-    fn take(&self, first: PushInfo, pushes: &mut Pushes, confirm: &mpsc::Sender<String>) -> bool {
-        let mut changes = Vec::new();
-        let mut everything = false;
+    fn sign_off(&mut self) {
+        self.register.sign_off();
+    }
+}
+
+impl<'a> RedisFeed<'a> {
+    async fn subscribe(&mut self, inbox: Inbox<String>) -> Result<Subscribed<'a>, StoreError> {
+        let inbox = Arc::new(inbox);
+        let (keys, arrived) = (self.store.keys.clone(), Arc::clone(&inbox));
+        let push = move |info| {
+            if let Some(message) = message(info, &keys) {
+                arrived.put(message);
+            }
+            Ok(())
+        };
+        let (mut link, address) = self.store.connector.subscriber(Arc::new(push)).await?;
+        if self.is_sentinel() && self.master.as_ref() != Some(&address) {
+            // Look-ups may have come back to the old one in between.
+            self.store.pool.renew();
+            self.master = Some(address.clone());
+        }
+        hear_of_flushes(&mut link, self.store).await?;
         let mut waits = Vec::new();
-        let mut ended = false;
-        let mut next = Some(first);
-        while let Some(push) = next {
-            match message(push, &self.store.keys) {
-                Message::Changed(change) => changes.push(change),
-                Message::Everything => everything = true,
-                Message::Wait(id) => waits.push(id),
-                Message::Ended => ended = true,
-                Message::Other => {}
+        let keyspace = match &self.store.settings.changes {
+            RedisChanges::Channel(name) => {
+                // Whoever hears must be known to those who wait, so that comes first.
+                self.register.note().await?;
+                bounded(link.subscribe(false, name)).await?;
+                // Also what others began to wait for before this was listening.
+                waits = self.register.outstanding().await?;
+                false
             }
-            next = if ended { None } else { pushes.more() };
-        }
-        if !changes.is_empty() {
-            (self.heard)(Event::Changed(changes));
-        }
-        if everything {
-            (self.heard)(Event::Hearing);
-        }
-        // Only now, as everything before has taken effect.
-        for id in waits {
-            // With a full queue somebody floods the channel: whoever waits is told that this gateway did not confirm.
-            drop(confirm.try_send(id));
-        }
-        ended
+            _ => {
+                check_notifications(&mut link, &self.store.said).await?;
+                let channel = format!("__keyspace@{}__:", self.store.settings.database);
+                bounded(link.subscribe(true, &(channel + &self.store.keys.pattern("")))).await?;
+                true
+            }
+        };
+        let register = Arc::clone(&self.register);
+        let may_ask_role = AtomicBool::new(true);
+        let subscribed = Subscribed { store: self.store, register, link, address, may_ask_role, keyspace };
+        bounded(subscribed.check()).await?;
+        // What was told before they began to wait has arrived before the answer to the check.
+        waits.into_iter().for_each(|id| inbox.put(Message::Wait(id)));
+        Ok(subscribed)
     }
 }
 
-#[derive(Debug, PartialEq, Eq)]
-enum Message {
-    Changed(Change),
-    Everything,
-    Wait(String),
-    Ended,
-    Other,
-}
-
-fn message(push: PushInfo, keys: &Keys) -> Message {
+/// `None`: it says nothing of tokens.
+fn message(push: PushInfo, keys: &Keys) -> Option<Message> {
     let text = |value: &Value| match value {
         Value::BulkString(bytes) => String::from_utf8_lossy(bytes).into_owned(),
         _ => String::new(),
     };
     match (push.kind, push.data.as_slice()) {
-        (PushKind::Disconnection, _) => Message::Ended,
-        (PushKind::Message, [_, payload]) => channel_message(&text(payload)),
+        (PushKind::Disconnection, _) => Some(Message::Ended("the connection was closed".into())),
+        (PushKind::Message, [_, payload]) => Some(channel_message(&text(payload))),
         (PushKind::PMessage, [_, channel, _]) => {
             let channel = text(channel);
             let key = channel.split_once("__:").map_or("", |(_, key)| key);
             // The register's keys lie under the same prefix.
-            keys.digest(key).map_or(Message::Other, |digest| changed(digest, now_ms()))
+            keys.digest(key).map(|digest| changed(digest, now_ms()))
         }
         // No keys: all of them.
-        (PushKind::Invalidate, data) if !data.iter().any(|keys| matches!(keys, Value::Array(_))) => Message::Everything,
-        _ => Message::Other,
+        (PushKind::Invalidate, data) if !data.iter().any(|keys| matches!(keys, Value::Array(_))) => {
+            Some(Message::Everything)
+        }
+        _ => None,
     }
 }
 
 fn changed(digest: Digest, at_ms: u64) -> Message {
-    Message::Changed(Change { token: Named::Token(digest), at_ms })
+    Message::Changed(vec![Change { token: Named::Token(digest), at_ms }])
 }
 
 fn channel_message(payload: &str) -> Message {
@@ -246,7 +172,9 @@ fn channel_message(payload: &str) -> Message {
         (_, Some(digest)) => changed(digest, rest.trim().parse().unwrap_or_else(|_| now_ms())),
         _ => {
             // Somebody wants to tell something. Asking too much is the safe side.
-            log::warn!("redis: a message on the channel of changes can't be understood; all tokens are looked up anew");
+            log::warn!(
+                "redis: a message on the channel of changes can't be understood; all tokens are looked up again"
+            );
             Message::Everything
         }
     }
@@ -306,38 +234,67 @@ async fn check_notifications(link: &mut Link, said: &Said) -> Result<(), StoreEr
     Err(StoreError::Unavailable(what.into()))
 }
 
-/// What is asked over and over on the connection that messages come by.
-struct Beat<'a> {
+/// The connection that messages arrive by.
+struct Subscribed<'a> {
     store: &'a RedisStore,
+    register: Arc<Register>,
     link: Link,
     address: Address,
-    may_ask_role: bool,
+    may_ask_role: AtomicBool,
     keyspace: bool,
 }
 
-impl Beat<'_> {
-    async fn check(&mut self) -> Result<(), StoreError> {
-        if self.may_ask_role {
+#[async_trait]
+impl Subscription for Subscribed<'_> {
+    /// The name of a wait.
+    type Wait = String;
+
+    async fn beat(&self) -> Result<Option<Mark>, String> {
+        self.check().await.map(|()| None).map_err(|error| error.to_string())
+    }
+
+    async fn upkeep(&self) -> Result<Option<Coverage>, String> {
+        // The register lies where look-ups are answered: that it can't be written says nothing of this connection.
+        let _ = self.register.note().await;
+        Ok(None)
+    }
+
+    async fn confirm(&self, waits: &mut Vec<String>) -> Result<(), String> {
+        let mut again = Vec::new();
+        for id in waits.drain(..) {
+            if !self.register.confirm(&id).await {
+                again.push(id);
+            }
+        }
+        *waits = again;
+        Ok(())
+    }
+}
+
+impl Subscribed<'_> {
+    async fn check(&self) -> Result<(), StoreError> {
+        let mut link = self.link.clone();
+        if self.may_ask_role.load(Ordering::Relaxed) {
             let asked = match self.store.connector.topology() {
-                Topology::Cluster => self.cluster().await,
-                Topology::Single | Topology::Sentinel { .. } => self.role().await,
+                Topology::Cluster => Self::cluster(&mut link).await,
+                Topology::Single | Topology::Sentinel { .. } => self.role(&mut link).await,
             };
             match asked {
-                Err(error) if is_denied(&error) => self.may_ask_role = false,
+                Err(error) if is_denied(&error) => self.may_ask_role.store(false, Ordering::Relaxed),
                 Err(error) => return Err(error),
                 Ok(()) => {}
             }
         }
-        if !self.may_ask_role {
-            bounded(self.link.ask::<Value>(&redis::cmd("PING"))).await?;
+        if !self.may_ask_role.load(Ordering::Relaxed) {
+            link.ask::<Value>(&redis::cmd("PING")).await?;
         }
         if self.keyspace {
-            check_notifications(&mut self.link, &self.store.said).await?;
+            check_notifications(&mut link, &self.store.said).await?;
         }
         Ok(())
     }
 
-    async fn role(&mut self) -> Result<(), StoreError> {
+    async fn role(&self, link: &mut Link) -> Result<(), StoreError> {
         let command = redis::cmd("ROLE");
         let sentinel = matches!(self.store.connector.topology(), Topology::Sentinel { .. });
         let named = async {
@@ -345,7 +302,7 @@ impl Beat<'_> {
             let asked = timeout(SENTINEL_ANSWER, self.store.connector.master());
             if sentinel { asked.await.ok().and_then(Result::ok) } else { None }
         };
-        let (role, named) = tokio::join!(bounded(self.link.ask::<Vec<Value>>(&command)), named);
+        let (role, named) = tokio::join!(link.ask::<Vec<Value>>(&command), named);
         let role = role?;
         if named.is_some_and(|named| named != self.address) {
             return Err(StoreError::Unavailable("the sentinels name another master".into()));
@@ -363,8 +320,8 @@ impl Beat<'_> {
         }
     }
 
-    async fn cluster(&mut self) -> Result<(), StoreError> {
-        let info: String = bounded(self.link.ask(redis::cmd("CLUSTER").arg("INFO"))).await?;
+    async fn cluster(link: &mut Link) -> Result<(), StoreError> {
+        let info: String = link.ask(redis::cmd("CLUSTER").arg("INFO")).await?;
         match info.lines().any(|line| line.trim() == "cluster_state:ok") {
             true => Ok(()),
             false => Err(StoreError::Unavailable("this node says that the cluster is down: see CLUSTER INFO".into())),
@@ -423,55 +380,35 @@ impl Register {
         }
     }
 
-    /// Stays registered and confirms, and also what others began to wait for before it was listening.
-    async fn keep(&self, mut asked: mpsc::Receiver<String>) {
-        let mut open = Vec::new();
-        let mut outstanding = false;
-        let mut tick = tokio::time::interval(REGISTER);
-        loop {
-            tokio::select! {
-                _ = tick.tick() => {
-                    drop(self.note().await);
-                    if !outstanding && let Ok(waits) = self.outstanding().await {
-                        open.extend(waits);
-                        outstanding = true;
-                    }
-                }
-                id = asked.recv() => match id {
-                    Some(id) => open.push(id),
-                    None => return,
-                },
-            }
-            while let Ok(id) = asked.try_recv() {
-                open.push(id);
-            }
-            // What fails is tried again with the next tick.
-            for id in std::mem::take(&mut open) {
-                let key = self.keys.confirmed(&id);
-                let mut pipe = redis::Pipeline::new();
-                pipe.cmd("SADD").arg(&key).arg(&self.name).cmd("EXPIRE").arg(&key).arg(WAIT_KEPT.as_secs());
-                match timeout(REGISTER, self.pool.ask::<Value>(&pipe)).await {
-                    Err(_) | Ok(Err(StoreError::Timeout | StoreError::Overloaded)) => open.push(id),
-                    Ok(Err(error)) if !is_denied(&error) && open.len() < 1_000 => open.push(id),
-                    Ok(_) => {}
-                }
-            }
+    /// Says that this gateway has taken in all that was told before. `false`: to be tried again.
+    async fn confirm(&self, wait: &str) -> bool {
+        let key = self.keys.confirmed(wait);
+        let mut pipe = redis::Pipeline::new();
+        pipe.cmd("SADD").arg(&key).arg(&self.name).cmd("EXPIRE").arg(&key).arg(WAIT_KEPT.as_secs());
+        match timeout(REGISTER, self.pool.ask::<Value>(&pipe)).await {
+            Err(_) => false,
+            Ok(Err(error)) => is_denied(&error),
+            Ok(Ok(_)) => true,
         }
     }
 
+    /// What others wait for. One that may not know goes on without.
     async fn outstanding(&self) -> Result<Vec<String>, StoreError> {
-        let since = self.now().await?.saturating_sub(u64::try_from(WAIT_KEPT.as_millis()).unwrap_or(u64::MAX));
-        let mut pipe = redis::Pipeline::new();
-        pipe.cmd("ZRANGEBYSCORE").arg(self.keys.waits()).arg(since).arg("+inf");
-        let (waits,): (Vec<String>,) =
-            timeout(REGISTER, self.pool.ask(&pipe)).await.unwrap_or(Err(StoreError::Timeout))?;
-        Ok(waits.into_iter().filter(|id| is_wait(id)).collect())
+        let asked = async {
+            let since = self.now().await?.saturating_sub(u64::try_from(WAIT_KEPT.as_millis()).unwrap_or(u64::MAX));
+            let mut pipe = redis::Pipeline::new();
+            pipe.cmd("ZRANGEBYSCORE").arg(self.keys.waits()).arg(since).arg("+inf");
+            self.pool.ask::<(Vec<String>,)>(&pipe).await
+        };
+        match timeout(REGISTER, asked).await.unwrap_or(Err(StoreError::Timeout)) {
+            Ok((waits,)) => Ok(waits.into_iter().filter(|id| is_wait(id)).collect()),
+            Err(error) if is_denied(&error) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
     }
-}
 
-impl Drop for Register {
     /// Takes its leave, so that nobody waits [`REPLICA_GONE`] for a gateway that has been told to go.
-    fn drop(&mut self) {
+    fn sign_off(&self) {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let mut pipe = redis::Pipeline::new();
         pipe.cmd("ZREM").arg(self.keys.replicas()).arg(&self.name);
@@ -489,7 +426,7 @@ mod tests {
         let digest = Digest::of(b"t");
         let hex = digest.to_hex();
         assert_eq!(channel_message(&format!("{hex} 1700000000000")), changed(digest, 1_700_000_000_000));
-        assert!(matches!(channel_message(&hex), Message::Changed(change) if change.token == Named::Token(digest)));
+        assert!(matches!(channel_message(&hex), Message::Changed(changes) if changes[0].token == Named::Token(digest)));
         assert_eq!(channel_message("*"), Message::Everything);
         assert_eq!(channel_message("wait abc123"), Message::Wait("abc123".into()));
         for doubtful in ["", "wait ", "wait a:b", "revoked!", &hex[1..]] {
@@ -507,11 +444,11 @@ mod tests {
                 .into(),
         };
         let digest = Digest::of(b"t");
-        assert!(matches!(message(push(&keys.token(&digest)), &keys), Message::Changed(_)));
+        assert!(matches!(message(push(&keys.token(&digest)), &keys), Some(Message::Changed(_))));
         for other in
             [keys.replicas(), keys.waits(), keys.confirmed("a"), keys.token(&digest).to_uppercase(), digest.to_hex()]
         {
-            assert_eq!(message(push(&other), &keys), Message::Other, "{other}");
+            assert_eq!(message(push(&other), &keys), None, "{other}");
         }
         assert_eq!(keys.pattern("ab"), r"a\[\*\]:ab*");
     }

@@ -15,11 +15,11 @@ use rustls::pki_types::ServerName;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::{Mutex as AsyncMutex, mpsc};
+use tokio::sync::Mutex as AsyncMutex;
 use tokio::task::AbortHandle;
 
 /// Name resolution, TCP, TLS and greeting together.
@@ -30,8 +30,6 @@ const ANSWER: Duration = Duration::from_secs(2);
 const SILENCE: Duration = Duration::from_millis(200);
 /// Requests that may wait inside one connection.
 const QUEUE: usize = 1_024;
-/// Messages that may wait for a follower. One that falls further behind starts anew.
-const PUSHES: usize = 65_536;
 
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -214,27 +212,6 @@ impl ConnectionLike for Link {
     }
 }
 
-/// What a subscribed connection receives.
-pub(super) struct Pushes {
-    receiver: mpsc::Receiver<PushInfo>,
-    overrun: Arc<AtomicBool>,
-}
-
-impl Pushes {
-    /// `None`: the connection is lost, or messages are.
-    pub(super) async fn next(&mut self) -> Option<PushInfo> {
-        if self.overrun.load(Ordering::Relaxed) {
-            return None;
-        }
-        self.receiver.recv().await
-    }
-
-    /// What is there already.
-    pub(super) fn more(&mut self) -> Option<PushInfo> {
-        self.receiver.try_recv().ok()
-    }
-}
-
 /// Makes connections. Holds everything that was to be checked at the start.
 pub(super) struct Connector {
     addresses: Vec<Address>,
@@ -304,16 +281,9 @@ impl Connector {
         }
     }
 
-    /// A connection that receives messages: to the server, to the master, or to any node of the cluster.
-    pub(super) async fn subscriber(&self) -> Result<(Link, Pushes, Address), StoreError> {
-        let (sender, receiver) = mpsc::channel(PUSHES);
-        let overrun = Arc::new(AtomicBool::new(false));
-        let full = Arc::clone(&overrun);
-        let push = move |info: PushInfo| {
-            sender.try_send(info).inspect_err(|_| full.store(true, Ordering::Relaxed)).map_err(drop)
-        };
-        let (link, address) = self.server(Some(Arc::new(push))).await?;
-        Ok((link, Pushes { receiver, overrun }, address))
+    /// A connection that receives messages, which `push` takes: to the server, to the master, or to any node of the cluster.
+    pub(super) async fn subscriber(&self, push: Push) -> Result<(Link, Address), StoreError> {
+        self.server(Some(push)).await
     }
 
     async fn server(&self, push: Option<Push>) -> Result<(Link, Address), StoreError> {
@@ -461,7 +431,7 @@ impl redis::io::AsyncDNSResolver for Resolver {
     }
 }
 
-type Push = Arc<dyn Fn(PushInfo) -> Result<(), ()> + Send + Sync>;
+pub(super) type Push = Arc<dyn Fn(PushInfo) -> Result<(), ()> + Send + Sync>;
 
 async fn bounded<T>(future: impl Future<Output = T>) -> Result<T, StoreError> {
     tokio::time::timeout(CONNECT, future)

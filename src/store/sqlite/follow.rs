@@ -1,21 +1,154 @@
-//! Notices changes of a SQLite database, whoever makes them, and a file that was replaced.
+//! Notices changes of a SQLite database, whoever makes them, and a file that was replaced; keeps this gateway in the
+//! database's register.
 
-use super::{Noticed, inode, last_seq, mark, open_existing, time_of};
+use super::super::feed::{Begun, ChangeSource, Coverage, Inbox, Message, Pace, Subscription};
+use super::super::{Change, Mark, Named, replica_name};
+use super::{Question, Replica, SqliteStore, inode, last_seq, mark, open_existing, time_of};
 use crate::store::credential::Digest;
-use crate::store::{Change, Event, Named};
+use async_trait::async_trait;
+use parking_lot::Mutex;
 use rusqlite::Connection;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::oneshot;
 
 /// How often a running gateway asks whether anything changed; bounds the time that a revoked token still works.
 const POLL: Duration = Duration::from_millis(100);
+/// How often a gateway says that it is there.
+const HEARTBEAT: Duration = Duration::from_secs(3);
+
+pub(super) struct SqliteChanges<'a> {
+    store: &'a SqliteStore,
+    watcher: Arc<Mutex<Watcher>>,
+    replica: Replica,
+}
+
+impl<'a> SqliteChanges<'a> {
+    pub(super) fn of(store: &'a SqliteStore) -> Self {
+        let replica = Replica { id: format!("{:016x}", fastrand::u64(..)), name: replica_name() };
+        let watcher = Watcher { path: store.path.clone(), opened: None };
+        Self { store, watcher: Arc::new(Mutex::new(watcher)), replica }
+    }
+}
+
+#[async_trait]
+impl<'a> ChangeSource for SqliteChanges<'a> {
+    type Subscription = Watched<'a>;
+
+    fn label(&self) -> String {
+        self.store.path.display().to_string()
+    }
+
+    fn pace(&self) -> Pace {
+        // A look waits for a disk, or for a lock.
+        Pace { beat: POLL, silence: None, upkeep: Some(HEARTBEAT) }
+    }
+
+    async fn begin(&mut self, inbox: Inbox<i64>) -> Result<Begun<Watched<'a>>, String> {
+        let seq = on_watcher(&self.watcher, Watcher::begin).await?;
+        // All that was written before counts as taken in.
+        inbox.put(Message::Wait(seq));
+        Ok(Begun::new(Watched {
+            store: self.store,
+            watcher: Arc::clone(&self.watcher),
+            replica: self.replica.clone(),
+            inbox,
+            applied: AtomicI64::new(0),
+            registered: AtomicBool::new(true),
+        }))
+    }
+
+    fn sign_off(&mut self) {
+        // With a full queue it counts as gone after a while, as a process does that is killed.
+        let _ = self.store.writes.try_send(Question::Gone(self.replica.clone()));
+    }
+}
+
+pub(super) struct Watched<'a> {
+    store: &'a SqliteStore,
+    watcher: Arc<Mutex<Watcher>>,
+    replica: Replica,
+    inbox: Inbox<i64>,
+    /// The number of the last change that has taken effect.
+    applied: AtomicI64,
+    /// Whether the register took the last entry.
+    registered: AtomicBool,
+}
+
+impl Watched<'_> {
+    /// Says in the register that this gateway is there, and how far it has taken in changes.
+    async fn register(&self) {
+        let (reply, answer) = oneshot::channel();
+        let applied = self.applied.load(Ordering::Relaxed);
+        let entered = self.store.ask(Question::Alive(self.replica.clone(), applied, reply), answer).await;
+        let before = self.registered.swap(entered.is_ok(), Ordering::Relaxed);
+        if let Err(error) = entered
+            && before
+        {
+            log::warn!("`token revoke --wait` can't see this gateway: {error}");
+        }
+    }
+}
+
+#[async_trait]
+impl Subscription for Watched<'_> {
+    /// The number of a change.
+    type Wait = i64;
+
+    async fn beat(&self) -> Result<Option<Mark>, String> {
+        let Looked { everything, changes, seq, mark } = on_watcher(&self.watcher, Watcher::look).await?;
+        if everything || !changes.is_empty() {
+            self.inbox.put(if everything { Message::Everything } else { Message::Changed(changes) });
+            self.inbox.put(Message::Wait(seq));
+        }
+        Ok(Some(mark))
+    }
+
+    async fn upkeep(&self) -> Result<Option<Coverage>, String> {
+        self.register().await;
+        Ok(None)
+    }
+
+    async fn confirm(&self, waits: &mut Vec<i64>) -> Result<(), String> {
+        if let Some(last) = waits.drain(..).max() {
+            self.applied.fetch_max(last, Ordering::Relaxed);
+        }
+        // What the register does not take now, it is told with the next heartbeat.
+        self.register().await;
+        Ok(())
+    }
+}
+
+/// SQLite blocks, and so may the disk.
+async fn on_watcher<T: Send + 'static>(
+    watcher: &Arc<Mutex<Watcher>>,
+    work: fn(&mut Watcher) -> Result<T, String>,
+) -> Result<T, String> {
+    let watcher = Arc::clone(watcher);
+    let done = tokio::task::spawn_blocking(move || work(&mut watcher.lock())).await;
+    done.unwrap_or_else(|error| Err(format!("it was not looked at: {error}")))
+}
 
 /// Notices what others write. `PRAGMA data_version` costs a read of shared memory while nothing happens.
-pub(super) struct Watcher {
+struct Watcher {
     path: PathBuf,
-    db: Option<Connection>,
-    inode: Option<u64>,
+    opened: Option<Opened>,
+}
+
+/// What a look found.
+struct Looked {
+    everything: bool,
+    changes: Vec<Change>,
+    /// The number of the last change, and its mark.
+    seq: i64,
+    mark: Mark,
+}
+
+struct Opened {
+    db: Connection,
+    inode: u64,
     data_version: i64,
     seq: i64,
     /// Of the change with this number, if it is still there.
@@ -23,86 +156,61 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    pub(super) fn new(path: PathBuf, db: Connection) -> rusqlite::Result<Self> {
-        let (data_version, seq) = (data_version(&db)?, last_seq(&db)?);
-        let at_ms = time_of(&db, seq)?;
-        let inode = inode(&path);
-        Ok(Self { path, db: Some(db), inode, data_version, seq, at_ms })
-    }
-
-    pub(super) fn watch(mut self, told: &mpsc::Sender<Noticed>) {
-        // The first look is for all that was written before, so that its number can be confirmed.
-        if told.blocking_send((Event::Hearing, self.seq)).is_err() {
-            return;
-        }
-        // Looked at right away, so that a gateway that ends soon leaves a snapshot with a mark.
-        loop {
-            let asked_ms = crate::clock::now().mono_ms;
-            let changes = match &self.db {
-                // What is read from a file that was replaced is no longer the store.
-                Some(_) if inode(&self.path) == self.inode => self.look(),
-                _ => self.reopen(),
-            };
-            let looked = changes.is_ok();
-            let event = changes.unwrap_or_else(|error| {
-                let lost = self.db.take().is_some();
-                if lost {
-                    log::error!("{}: changes can't be followed, trying again: {error}", self.path.display());
-                }
-                lost.then_some(Event::Deaf)
-            });
-            if let Some(event) = event
-                && told.blocking_send((event, self.seq)).is_err()
-            {
-                return;
-            }
-            if looked {
-                // With no room for it the next one will do.
-                drop(told.try_send((Event::Alive { asked_ms, mark: Some(mark(self.seq, self.at_ms)) }, self.seq)));
-            }
-            std::thread::sleep(POLL);
-            if told.is_closed() {
-                return;
-            }
-        }
-    }
-
-    fn look(&mut self) -> Result<Option<Event>, String> {
-        let Some(db) = &self.db else { return Ok(None) };
-        let text = |error: rusqlite::Error| error.to_string();
-        let version = data_version(db).map_err(text)?;
-        if version == self.data_version {
-            return Ok(None);
-        }
-        self.data_version = version;
-        let first: Option<i64> = db.query_row("SELECT min(seq) FROM change", [], |row| row.get(0)).map_err(text)?;
-        if first.is_some_and(|first| first > self.seq + 1) {
-            self.seq = last_seq(db).map_err(text)?;
-            self.at_ms = time_of(db, self.seq).map_err(text)?;
-            return Ok(Some(Event::Hearing));
-        }
-        let mut query =
-            db.prepare_cached("SELECT seq, digest, at_ms FROM change WHERE seq > ?1 ORDER BY seq").map_err(text)?;
-        let rows = query
-            .query_map([self.seq], |row| Ok((row.get::<_, i64>(0)?, row.get(1)?, row.get::<_, i64>(2)?)))
-            .map_err(text)?;
-        let mut tokens = Vec::new();
-        for row in rows {
-            let (seq, digest, at_ms) = row.map_err(text)?;
-            (self.seq, self.at_ms) = (seq, Some(at_ms));
-            let token = Named::Token(Digest::from_bytes(digest));
-            tokens.push(Change { token, at_ms: u64::try_from(at_ms).unwrap_or(0) });
-        }
-        Ok(if tokens.is_empty() { None } else { Some(Event::Changed(tokens)) })
-    }
-
-    /// Another file, or the same one after an error: whatever happened meanwhile was missed.
-    fn reopen(&mut self) -> Result<Option<Event>, String> {
+    /// Opens the file that is there now. Returns the number of its last change: what happened before is unknown.
+    fn begin(&mut self) -> Result<i64, String> {
+        self.opened = None;
         let Some(inode) = inode(&self.path) else { return Err("the file is gone".into()) };
         let db = open_existing(&self.path)?;
-        let fresh = Self::new(self.path.clone(), db).map_err(|error| error.to_string())?;
-        *self = Self { inode: Some(inode), ..fresh };
-        Ok(Some(Event::Hearing))
+        let opened = Opened::at_end(db, inode).map_err(|error| error.to_string())?;
+        Ok(self.opened.insert(opened).seq)
+    }
+
+    fn look(&mut self) -> Result<Looked, String> {
+        let (everything, changes) = match &mut self.opened {
+            // What is read from a file that was replaced is no longer the store.
+            Some(opened) if inode(&self.path) == Some(opened.inode) => match opened.look() {
+                Ok(Some(changes)) => (false, changes),
+                Ok(None) => (true, Vec::new()),
+                Err(error) => return Err(error.to_string()),
+            },
+            _ => self.begin().map(|_| (true, Vec::new()))?,
+        };
+        let opened = self.opened.as_ref().ok_or("the file is not open")?;
+        Ok(Looked { everything, changes, seq: opened.seq, mark: mark(opened.seq, opened.at_ms) })
+    }
+}
+
+impl Opened {
+    fn at_end(db: Connection, inode: u64) -> rusqlite::Result<Self> {
+        let (data_version, seq) = (data_version(&db)?, last_seq(&db)?);
+        let at_ms = time_of(&db, seq)?;
+        Ok(Self { db, inode, data_version, seq, at_ms })
+    }
+
+    /// What changed since the last look. `None`: that is unknown, because the list of changes does not go back so far.
+    fn look(&mut self) -> rusqlite::Result<Option<Vec<Change>>> {
+        let version = data_version(&self.db)?;
+        if version == self.data_version {
+            return Ok(Some(Vec::new()));
+        }
+        self.data_version = version;
+        let first: Option<i64> = self.db.query_row("SELECT min(seq) FROM change", [], |row| row.get(0))?;
+        if first.is_some_and(|first| first > self.seq + 1) {
+            self.seq = last_seq(&self.db)?;
+            self.at_ms = time_of(&self.db, self.seq)?;
+            return Ok(None);
+        }
+        let mut query = self.db.prepare_cached("SELECT seq, digest, at_ms FROM change WHERE seq > ?1 ORDER BY seq")?;
+        let rows =
+            query.query_map([self.seq], |row| Ok((row.get::<_, i64>(0)?, row.get(1)?, row.get::<_, i64>(2)?)))?;
+        let mut changes = Vec::new();
+        for row in rows {
+            let (seq, digest, at_ms) = row?;
+            (self.seq, self.at_ms) = (seq, Some(at_ms));
+            let token = Named::Token(Digest::from_bytes(digest));
+            changes.push(Change { token, at_ms: u64::try_from(at_ms).unwrap_or(0) });
+        }
+        Ok(Some(changes))
     }
 }
 

@@ -8,17 +8,15 @@ mod look;
 pub use admin::SqliteAdmin;
 pub use look::unusable;
 
-use super::{Event, Heard, Mark, StoreError, TokenRecord, TokenStore, replica_name};
+use super::{Heard, Mark, StoreError, TokenRecord, TokenStore, feed};
 use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
-use follow::Watcher;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, params};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
-use tokio::sync::{Mutex, Notify, mpsc, oneshot};
+use tokio::sync::oneshot;
 
 /// What `PRAGMA user_version` says of a database that this version made.
 const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
@@ -31,8 +29,6 @@ const READERS: usize = 2;
 /// Of more tokens than this it is not told which of them changed behind a mark: looking up all is no dearer then.
 const MOST_TOLD: usize = 100_000;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often a gateway says that it is there.
-const HEARTBEAT: Duration = Duration::from_secs(3);
 
 /// Each takes a database from the version of its place to the next.
 const MIGRATIONS: [&str; 2] = [SCHEMA, ROTATION_AND_REPLICAS];
@@ -160,15 +156,11 @@ fn record(row: &Row<'_>) -> rusqlite::Result<TokenRecord> {
 
 /// The store of a running gateway: a few threads of its own, because SQLite blocks.
 pub struct SqliteStore {
+    path: PathBuf,
     questions: SyncSender<Question>,
     /// What is written has a thread of its own: one that waits for the lock of a writer keeps no look-up waiting.
     writes: SyncSender<Question>,
-    changes: Mutex<mpsc::Receiver<Noticed>>,
-    replica: Replica,
 }
-
-/// An event, and how far in the list of changes it reaches.
-type Noticed = (Event, i64);
 
 /// This process in the register of gateways.
 #[derive(Clone)]
@@ -189,8 +181,8 @@ enum Question {
 
 impl SqliteStore {
     pub fn start(path: &Path) -> Result<Self, String> {
-        let watched = open(path)?;
-        let watcher = Watcher::new(path.into(), watched).map_err(|error| format!("{}: {error}", path.display()))?;
+        // Made or brought up to date here, where somebody sees what is wrong: whoever opens it later wants it to be there.
+        open(path)?;
         let serving = |queue: usize, threads: std::ops::Range<usize>| -> Result<_, String> {
             let (questions, inbox) = sync_channel(queue);
             let inbox = std::sync::Arc::new(parking_lot::Mutex::new(inbox));
@@ -202,10 +194,7 @@ impl SqliteStore {
             Ok(questions)
         };
         let (questions, writes) = (serving(QUEUE, 0..READERS)?, serving(WRITE_QUEUE, READERS..READERS + 1)?);
-        let (told, changes) = mpsc::channel(16);
-        spawn("sqlite-watch", move || watcher.watch(&told))?;
-        let replica = Replica { id: format!("{:016x}", fastrand::u64(..)), name: replica_name() };
-        Ok(Self { questions, writes, changes: Mutex::new(changes), replica })
+        Ok(Self { path: path.into(), questions, writes })
     }
 
     async fn ask<T>(
@@ -223,33 +212,6 @@ impl SqliteStore {
         })?;
         answer.await.unwrap_or_else(|_| Err(StoreError::Unavailable("its thread gave up".into())))
     }
-
-    /// Says in the register that this gateway is there, and how far it has taken in changes.
-    async fn register(&self, applied: &Applied) {
-        let mut heartbeat = tokio::time::interval(HEARTBEAT);
-        let mut said = true;
-        loop {
-            tokio::select! {
-                () = applied.more.notified() => {}
-                _ = heartbeat.tick() => {}
-            }
-            let (reply, answer) = oneshot::channel();
-            let seq = applied.seq.load(Ordering::Relaxed);
-            let alive = self.ask(Question::Alive(self.replica.clone(), seq, reply), answer).await;
-            if let Err(error) = &alive
-                && said
-            {
-                log::warn!("`token revoke --wait` can't see this gateway: {error}");
-            }
-            said = alive.is_ok();
-        }
-    }
-}
-
-/// How far changes have taken effect.
-struct Applied {
-    seq: AtomicI64,
-    more: Notify,
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), String> {
@@ -272,22 +234,7 @@ impl TokenStore for SqliteStore {
     }
 
     async fn follow(&self, heard: Heard<'_>) {
-        let _signed_off = SignedOff(self);
-        let mut changes = self.changes.lock().await;
-        // Beside the listening: a database that somebody writes to for long must not keep changes back.
-        let applied = Applied { seq: AtomicI64::new(0), more: Notify::new() };
-        let listening = async {
-            while let Some((event, seq)) = changes.recv().await {
-                let is_news = !matches!(event, Event::Alive { .. });
-                heard(event);
-                if is_news {
-                    applied.seq.store(seq, Ordering::Relaxed);
-                    applied.more.notify_one();
-                }
-            }
-            std::future::pending::<()>().await
-        };
-        tokio::join!(listening, self.register(&applied));
+        feed::follow(follow::SqliteChanges::of(self), crate::clock::now, heard).await;
     }
 
     async fn changed_since(&self, mark: &str) -> Result<Option<Vec<Digest>>, StoreError> {
@@ -418,16 +365,6 @@ fn alive(db: &mut Connection, replica: &Replica, applied: i64) -> rusqlite::Resu
 
 fn gone(db: &mut Connection, replica: &Replica) -> rusqlite::Result<()> {
     db.prepare_cached("DELETE FROM replica WHERE id = ?1")?.execute([&replica.id]).map(drop)
-}
-
-/// Takes a gateway off the register when it ends.
-struct SignedOff<'a>(&'a SqliteStore);
-
-impl Drop for SignedOff<'_> {
-    fn drop(&mut self) {
-        // A process that is killed can't say so either: it counts as gone after a while.
-        drop(self.0.writes.try_send(Question::Gone(self.0.replica.clone())));
-    }
 }
 
 /// The highest number ever given, also when the rows are gone.
