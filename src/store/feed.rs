@@ -9,7 +9,7 @@
 //! * Every loss is said once, and logged once for each reason; every new session begins with [`Event::Hearing`].
 
 use super::{Change, Event, Heard, Mark};
-use crate::Now;
+use crate::clock::Now;
 use async_trait::async_trait;
 use futures_util::future::{BoxFuture, pending};
 use parking_lot::Mutex;
