@@ -290,7 +290,9 @@ fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
         let second = start();
         // The store is asked once what changed, right at the start.
         let asked = with_snapshot && store.hears();
-        eventually("the store is asked", || !asked || second.process_log().contains("the snapshot"));
+        let told = ["the cache snapshot was restored", "since the cache snapshot"];
+        let is_told = || told.iter().any(|line| second.process_log().contains(line));
+        eventually("the store is asked", || !asked || is_told());
         let mut caller = Caller::of(&second);
         for (index, token) in known.iter().enumerate() {
             let expected = if index <= revoked { 401 } else { 200 };

@@ -1,3 +1,5 @@
+//! The feed, over a scripted store and a paused clock: what is said when, whatever the store does.
+
 use super::*;
 use crate::store::Named;
 use crate::store::credential::Digest;
