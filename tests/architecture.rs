@@ -133,3 +133,79 @@ fn the_example_is_the_reference() {
     let committed = std::fs::read_to_string(path).unwrap();
     assert_eq!(committed, tollgate::config::example(), "stale: run `make example`");
 }
+
+/// Names of types that stand for two things still, each private to its file. The list may only become shorter.
+const SHARED: [&str; 29] = [
+    "Address",
+    "Arguments",
+    "Body",
+    "Command",
+    "Common",
+    "Edit",
+    "Endpoint",
+    "Entry",
+    "Fault",
+    "Field",
+    "Fields",
+    "InUse",
+    "Lease",
+    "Mark",
+    "Message",
+    "Object",
+    "Opened",
+    "Place",
+    "Question",
+    "Read",
+    "Reader",
+    "Said",
+    "Server",
+    "Shape",
+    "Spot",
+    "State",
+    "Trouble",
+    "Waiting",
+    "Wrong",
+];
+
+#[test]
+fn one_type_name_stands_for_one_thing() {
+    let mut seen: std::collections::BTreeMap<String, usize> = Default::default();
+    for (_, text) in sources().iter().filter(|(path, _)| !is_test(path)) {
+        for line in code(text).lines() {
+            let line = line.strip_prefix("pub").map_or(line, |rest| rest.split_once(' ').map_or("", |(_, rest)| rest));
+            let kinds = ["struct ", "enum ", "trait ", "type "];
+            let Some(rest) = kinds.into_iter().find_map(|kind| line.strip_prefix(kind)) else { continue };
+            let name: String = rest.chars().take_while(|c| c.is_ascii_alphanumeric()).collect();
+            *seen.entry(name).or_default() += 1;
+        }
+    }
+    assert!(seen.len() > 250, "only {} types were read: is the scan right?", seen.len());
+    let shared: Vec<_> = seen.iter().filter(|(_, count)| **count > 1).map(|(name, _)| name.as_str()).collect();
+    let new: Vec<_> = shared.iter().filter(|name| !SHARED.contains(name)).collect();
+    assert!(new.is_empty(), "two types of one name: {new:?}");
+    let gone: Vec<_> = SHARED.iter().filter(|name| !shared.contains(name)).collect();
+    assert!(gone.is_empty(), "take these from the list: {gone:?}");
+}
+
+#[test]
+fn who_serves_is_decided_without_a_socket() {
+    let read: Vec<_> = sources().into_iter().filter(|(path, _)| path.starts_with("upstream")).collect();
+    assert!(!read.is_empty());
+    for (path, text) in read {
+        for forbidden in ["tokio", "pingora", "TcpStream", "UnixStream", "ToSocketAddrs", "Instant::now", "log::"] {
+            assert!(!code(&text).contains(forbidden), "{} names {forbidden}", path.display());
+        }
+    }
+}
+
+/// A second TLS stack would be a second set of faults to follow.
+#[test]
+fn there_is_one_tls_stack() {
+    let lock = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock")).unwrap();
+    let packages: Vec<_> = lock.lines().filter_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"')).collect();
+    assert!(packages.len() > 200, "only {} packages were read: is the scan right?", packages.len());
+    let count = |name: &str| packages.iter().filter(|known| **known == name).count();
+    assert_eq!((count("rustls"), count("ring")), (1, 1));
+    let others = ["openssl", "openssl-sys", "native-tls", "boring", "boring-sys", "aws-lc-sys", "aws-lc-rs", "s2n-tls"];
+    assert!(others.iter().all(|name| count(name) == 0), "{packages:?}");
+}

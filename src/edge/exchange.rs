@@ -67,19 +67,19 @@ struct UpstreamSide {
 
 /// What of the request's head only the log needs.
 struct LogPlaces {
-    method: Place,
-    target: Place,
-    user_agent: Place,
+    method: HeadSlice,
+    target: HeadSlice,
+    user_agent: HeadSlice,
 }
 
 /// Where in the request's head something stands: cheaper than a slice that keeps the head alive by itself.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct HeadSlice {
     start: u32,
     length: u32,
 }
 
-impl Place {
+impl HeadSlice {
     /// Takes a part of the head.
     pub(super) fn of(part: &[u8], head: &[u8]) -> Self {
         let start = part.as_ptr().addr().wrapping_sub(head.as_ptr().addr());
@@ -116,9 +116,9 @@ impl Exchange {
         self.request_id = request_id;
         self.facts = Facts::none(view.method, client);
         self.logged = self.snapshot.log.is_on().then(|| LogPlaces {
-            method: Place::of(view.method_bytes, &self.head),
-            target: Place::of(view.target, &self.head),
-            user_agent: Place::of(user_agent(view), &self.head),
+            method: HeadSlice::of(view.method_bytes, &self.head),
+            target: HeadSlice::of(view.target, &self.head),
+            user_agent: HeadSlice::of(user_agent(view), &self.head),
         });
     }
 

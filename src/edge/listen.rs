@@ -135,18 +135,20 @@ impl ServerSettings {
                         }
                     }
                 }
-                Listen::Unix(path, _) => match Place::of(path) {
-                    Place::Free | Place::Stale => match no_new_file(Path::new(path)) {
+                Listen::Unix(path, _) => match SocketPlace::of(path) {
+                    SocketPlace::Free | SocketPlace::Stale => match no_new_file(Path::new(path)) {
                         Some(why) => (Severity::Error, why, None, "use a folder that tollgate may write to"),
                         None => continue,
                     },
-                    Place::Taken(why) => (in_use.severity(), taken(in_use, why), None, FREE),
+                    SocketPlace::Taken(why) => (in_use.severity(), taken(in_use, why), None, FREE),
                     // systemd makes RuntimeDirectory= at the start, and removes it at the end.
-                    Place::NotYet(why) if in_use == InUse::Warning && path.starts_with("/run/") => {
+                    SocketPlace::NotYet(why) if in_use == InUse::Warning && path.starts_with("/run/") => {
                         (Severity::Warning, why, None, "leave it to the service manager, or make the folder")
                     }
-                    Place::NotYet(why) => (Severity::Error, why, None, "make the folder"),
-                    Place::Unfit(why) => (Severity::Error, why, None, "use another path, or remove what is there"),
+                    SocketPlace::NotYet(why) => (Severity::Error, why, None, "make the folder"),
+                    SocketPlace::Unfit(why) => {
+                        (Severity::Error, why, None, "use another path, or remove what is there")
+                    }
                 },
             };
             let what = format!("{listen} cannot be bound: {why}");
@@ -200,7 +202,7 @@ impl fmt::Display for Listen {
 
 /// What stands where a socket file is to be made.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum SocketPlace {
     Free,
     /// A socket that nobody answers on: left behind by a process that was killed.
     Stale,
@@ -210,7 +212,7 @@ pub(super) enum Place {
     Unfit(String),
 }
 
-impl Place {
+impl SocketPlace {
     pub(super) fn of(path: &str) -> Self {
         let path = Path::new(path);
         let kind = match std::fs::symlink_metadata(path) {
@@ -260,18 +262,29 @@ mod tests {
         let _datagram = UnixDatagram::bind(at("datagram")).unwrap();
         std::os::unix::fs::symlink(at("stale"), at("link-to-socket")).unwrap();
         let mut seen = 0;
-        assert!(matches!(Place::of(&at("no/such/folder")), Place::NotYet(_)));
+        assert!(matches!(SocketPlace::of(&at("no/such/folder")), SocketPlace::NotYet(_)));
         for name in ["file", "empty", "folder", "link", "dangling", "link-to-socket"] {
-            assert!(matches!(Place::of(&at(name)), Place::Unfit(_)), "{name}: {:?}", Place::of(&at(name)));
+            assert!(
+                matches!(SocketPlace::of(&at(name)), SocketPlace::Unfit(_)),
+                "{name}: {:?}",
+                SocketPlace::of(&at(name))
+            );
             seen += 1;
         }
         for name in ["live", "datagram"] {
-            assert!(matches!(Place::of(&at(name)), Place::Taken(_)), "{name}: {:?}", Place::of(&at(name)));
+            assert!(
+                matches!(SocketPlace::of(&at(name)), SocketPlace::Taken(_)),
+                "{name}: {:?}",
+                SocketPlace::of(&at(name))
+            );
             seen += 1;
         }
-        assert_eq!((Place::of(&at("stale")), Place::of(&at("free")), seen), (Place::Stale, Place::Free, 8));
-        assert_eq!(Place::of("/dev/null"), Place::of("/dev/zero"), "devices are no sockets either");
-        assert!(matches!(Place::of("/dev/null"), Place::Unfit(_)));
+        assert_eq!(
+            (SocketPlace::of(&at("stale")), SocketPlace::of(&at("free")), seen),
+            (SocketPlace::Stale, SocketPlace::Free, 8)
+        );
+        assert_eq!(SocketPlace::of("/dev/null"), SocketPlace::of("/dev/zero"), "devices are no sockets either");
+        assert!(matches!(SocketPlace::of("/dev/null"), SocketPlace::Unfit(_)));
         std::fs::remove_dir_all(folder).unwrap();
     }
 }

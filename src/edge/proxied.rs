@@ -3,7 +3,7 @@
 //! said when the backend fails. What must not leave in an answer is said by `reply::answer`.
 
 use super::Lifecycle;
-use super::exchange::{End, Exchange, Place};
+use super::exchange::{End, Exchange, HeadSlice};
 use crate::forward::FieldSink;
 use crate::policy::Permit;
 use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerView, Credentials};
@@ -61,7 +61,7 @@ pub(super) struct Ticket {
 
 /// The token of a request. Its type prints nothing, and it lives as long as the exchange.
 pub(super) enum OwnToken {
-    InHead(Place),
+    InHead(HeadSlice),
     /// It was written with escapes.
     Decoded(Box<[u8]>),
 }
@@ -69,7 +69,7 @@ pub(super) enum OwnToken {
 impl OwnToken {
     pub(super) fn of(token: Cow<'_, [u8]>, head: &[u8]) -> Self {
         match token {
-            Cow::Borrowed(token) => Self::InHead(Place::of(token, head)),
+            Cow::Borrowed(token) => Self::InHead(HeadSlice::of(token, head)),
             Cow::Owned(token) => Self::Decoded(token.into()),
         }
     }

@@ -3,7 +3,7 @@
 
 use super::admin::{AdminGate, ReloadRequest};
 use super::connection::Gate;
-use super::listen::{Listen, Place, ServerSettings};
+use super::listen::{Listen, ServerSettings, SocketPlace};
 use super::proxied::{MAX_ATTEMPTS, ProxiedLane};
 use super::{Lifecycle, Snapshot};
 use crate::admin::Reloaded;
@@ -120,9 +120,9 @@ pub fn serve(running: Running) {
 fn remove_socket(path: &str) {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {
-        match Place::of(path) {
-            Place::Stale => return drop(std::fs::remove_file(path)),
-            Place::Taken(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+        match SocketPlace::of(path) {
+            SocketPlace::Stale => return drop(std::fs::remove_file(path)),
+            SocketPlace::Taken(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
             _ => return,
         }
     }

@@ -97,7 +97,7 @@ pub fn parse(head: &[u8]) -> Result<RequestView<'_>, HeadFault> {
         fields.push(field(line)?);
     }
 
-    let facts = Facts::gather(&fields, version)?;
+    let facts = Gathered::gather(&fields, version)?;
     let method = Method::of(method_bytes);
     let (target, host) = reduce_target(method, target, facts.host)?;
     let websocket = facts.upgrade_option
@@ -162,7 +162,7 @@ fn field(line: &[u8]) -> Result<Field<'_>, HeadFault> {
 }
 
 /// What the fields together specify about the message and the connection.
-struct Facts<'a> {
+struct Gathered<'a> {
     host: &'a [u8],
     body: Framing,
     close_option: bool,
@@ -172,11 +172,11 @@ struct Facts<'a> {
     expects_continue: bool,
 }
 
-impl<'a> Facts<'a> {
+impl<'a> Gathered<'a> {
     fn gather(fields: &Fields<'a>, version: Version) -> Result<Self, HeadFault> {
         let (mut host, mut length, mut chunked) = (None, None, false);
         let (mut content_type, mut options, mut expect) = (false, 0, None);
-        let mut facts = Facts {
+        let mut facts = Gathered {
             host: b"",
             body: Framing::Empty,
             close_option: false,

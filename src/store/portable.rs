@@ -60,7 +60,7 @@ const LONGEST: usize = 1024 * 1024;
 /// Reads records from an input: one JSON object per line, or one array of objects over any number of lines. After the
 /// first error it reads to the end to find all others, returns them as one error, and then no more records.
 pub struct Reading<R> {
-    source: Source<R>,
+    source: RecordLines<R>,
     now: u64,
     bad: Bad,
     read: u64,
@@ -70,7 +70,7 @@ pub struct Reading<R> {
 impl<R: BufRead> Reading<R> {
     /// `now` is the creation time for tokens without one, in Unix seconds.
     pub fn new(input: R, now: u64) -> Self {
-        let source = Source { input, place: Place { line: 1, column: 1 }, shape: None };
+        let source = RecordLines { input, place: LinePlace { line: 1, column: 1 }, shape: None };
         Self { source, now, bad: Bad::default(), read: 0, over: false }
     }
 
@@ -134,7 +134,7 @@ impl From<std::io::Error> for Stop {
 }
 
 struct Wrong {
-    place: Place,
+    place: LinePlace,
     key: Option<&'static str>,
     why: String,
 }
@@ -149,7 +149,7 @@ impl Bad {
     fn note(&mut self, wrong: &Wrong) {
         self.count += 1;
         if self.named.len() < NAMED {
-            let Place { line, column } = wrong.place;
+            let LinePlace { line, column } = wrong.place;
             let key = wrong.key.map_or(String::new(), |key| format!("{key}: "));
             self.named.push(format!("line {line}, column {column}: {key}{}", wrong.why));
         }
@@ -168,12 +168,12 @@ impl Bad {
 
 /// Counted in characters, from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
+struct LinePlace {
     line: u64,
     column: u64,
 }
 
-impl Place {
+impl LinePlace {
     fn step(&mut self, byte: u8) {
         match byte {
             b'\n' => *self = Self { line: self.line + 1, column: 1 },
@@ -190,9 +190,9 @@ impl Place {
 }
 
 /// Splits an input into the texts of its entries.
-struct Source<R> {
+struct RecordLines<R> {
     input: R,
-    place: Place,
+    place: LinePlace,
     shape: Option<Shape>,
 }
 
@@ -206,10 +206,10 @@ enum Shape {
 
 struct Entry {
     bytes: Vec<u8>,
-    place: Place,
+    place: LinePlace,
 }
 
-impl<R: BufRead> Source<R> {
+impl<R: BufRead> RecordLines<R> {
     fn next(&mut self) -> Result<Option<Entry>, Stop> {
         let shape = match self.shape {
             Some(shape) => shape,

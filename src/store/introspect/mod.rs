@@ -19,7 +19,7 @@ use hyper::body::Bytes;
 use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER, USER_AGENT};
 use hyper::{Method, Request, StatusCode};
 use parking_lot::Mutex;
-use pool::{Answer, BODY_BYTES, Body, Pool};
+use pool::{Answer, BODY_BYTES, Body, HttpPool};
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -70,7 +70,7 @@ pub struct IntrospectStore {
     header: Option<HeaderName>,
     shape: Shape,
     unknown: Vec<StatusCode>,
-    pool: Pool,
+    pool: HttpPool,
     permits: Semaphore,
     timeout: Duration,
     breaker: Mutex<Breaker>,
@@ -122,7 +122,7 @@ impl IntrospectStore {
             },
             header,
             unknown,
-            pool: Pool::new(endpoint, settings.connections, Arc::clone(&metrics)),
+            pool: HttpPool::new(endpoint, settings.connections, Arc::clone(&metrics)),
             permits: Semaphore::new(settings.connections.min(Semaphore::MAX_PERMITS)),
             timeout,
             breaker: Mutex::new(Breaker::new(settings.breaker_failures, settings.breaker_pause)),

@@ -25,7 +25,7 @@ pub(super) const BODY_BYTES: usize = 64 * 1024;
 /// Maximum size of a response head.
 const HEAD_BYTES: usize = 32 * 1024;
 
-pub(super) struct Pool {
+pub(super) struct HttpPool {
     endpoint: Endpoint,
     http: http1::Builder,
     most: usize,
@@ -41,7 +41,7 @@ struct Kept {
 }
 
 struct Idle {
-    connection: Connection,
+    connection: HttpConnection,
     runtime: Id,
     since: Instant,
 }
@@ -64,7 +64,7 @@ pub(super) enum Body {
 /// Why there is no response, as a message.
 pub(super) type Trouble = String;
 
-impl Pool {
+impl HttpPool {
     /// The caller must ensure that there are at most `most` exchanges at once.
     pub(super) fn new(endpoint: Endpoint, most: usize, metrics: Arc<StoreMetrics>) -> Self {
         let mut http = http1::Builder::new();
@@ -94,7 +94,7 @@ impl Pool {
         let stream =
             self.endpoint.connect(patience).await.map_err(|error| format!("connecting to {place}: {error}"))?;
         let failed = |error: hyper::Error| format!("{place} gave no answer in HTTP: {}", innermost(&error));
-        let connection = lease.connection.insert(Connection::new(&self.http, stream).await.map_err(failed)?);
+        let connection = lease.connection.insert(HttpConnection::new(&self.http, stream).await.map_err(failed)?);
         let response = connection.send(request).await.map_err(failed)?;
         Ok(lease.finish(response, patience, wanted).await)
     }
@@ -116,15 +116,15 @@ impl Pool {
 
 /// A slot for one connection. If it is dropped, its connection is closed.
 struct Lease<'p> {
-    pool: &'p Pool,
+    pool: &'p HttpPool,
     runtime: Id,
-    connection: Option<Connection>,
+    connection: Option<HttpConnection>,
     counted: bool,
 }
 
 impl Lease<'_> {
     /// Takes a pooled connection that is still open, and closes those that are not.
-    async fn reuse(&mut self) -> Option<&mut Connection> {
+    async fn reuse(&mut self) -> Option<&mut HttpConnection> {
         loop {
             let taken = self.take();
             let Some(mut connection) = taken else { break };
@@ -136,7 +136,7 @@ impl Lease<'_> {
     }
 
     /// Takes a pooled connection of this runtime; if there is none, makes room for a new one.
-    fn take(&mut self) -> Option<Connection> {
+    fn take(&mut self) -> Option<HttpConnection> {
         let now = Instant::now();
         let mut kept = self.pool.kept.lock();
         if !self.counted {
@@ -203,15 +203,15 @@ impl Drop for Lease<'_> {
     }
 }
 
-type Driver = http1::Connection<TokioIo<Box<dyn Stream>>, Full<Bytes>>;
+type HttpDriver = http1::Connection<TokioIo<Box<dyn Stream>>, Full<Bytes>>;
 
-struct Connection {
+struct HttpConnection {
     sender: http1::SendRequest<Full<Bytes>>,
     /// `None`: closed.
-    driver: Option<Driver>,
+    driver: Option<HttpDriver>,
 }
 
-impl Connection {
+impl HttpConnection {
     async fn new(http: &http1::Builder, stream: Box<dyn Stream>) -> Result<Self, hyper::Error> {
         let (sender, driver) = http.handshake(TokioIo::new(stream)).await?;
         Ok(Self { sender, driver: Some(driver) })
@@ -264,7 +264,7 @@ impl Connection {
 }
 
 /// Runs a future on a connection while driving the connection.
-async fn drive<T>(driver: &mut Option<Driver>, work: impl Future<Output = T>) -> T {
+async fn drive<T>(driver: &mut Option<HttpDriver>, work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
     std::future::poll_fn(|cx| {
         if let Some(running) = driver

@@ -1,7 +1,7 @@
 //! Writing tokens to tollgate's own tables. Used by the command line, never by a gateway.
 
 use super::super::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
-use super::connect::{self, EndsWith, Failure, Reached, Target};
+use super::connect::{self, EndsWith, QueryFailure, Reached, Target};
 use super::{PostgresSettings, Source, schema};
 use crate::store::credential::Digest;
 use async_trait::async_trait;
@@ -140,7 +140,7 @@ fn own_schema(settings: &PostgresSettings) -> Result<&str, AdminError> {
     }
 }
 
-fn garbled(place: &str, failure: &Failure) -> AdminError {
+fn garbled(place: &str, failure: &QueryFailure) -> AdminError {
     AdminError::Store(format!("{place}: {}", failure.error))
 }
 
@@ -248,7 +248,7 @@ impl TokenAdmin for PostgresAdmin {
         while let Some(row) = rows.next().await {
             let row = row.map_err(failed)?;
             let [known, given] = [0, schema::COLUMNS_COUNT].map(|from| schema::record(&row, from));
-            let garbled = |failure: Failure| garbled(&place, &failure);
+            let garbled = |failure: QueryFailure| garbled(&place, &failure);
             imported.differing.compare(&known.map_err(garbled)?, &given.map_err(garbled)?);
         }
         transaction.commit().await.map_err(failed)?;

@@ -37,7 +37,8 @@ pub(super) const SEARCH_PATH: &str = "pg_catalog, pg_temp";
 const WHO: &str = "SELECT (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint, \
     pg_catalog.pg_is_in_recovery()";
 
-pub(super) type Driver = Wire<Socket, <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream>;
+pub(super) type ConnectionDriver =
+    Wire<Socket, <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream>;
 
 /// A host in the URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -224,7 +225,7 @@ impl Home {
 /// A new connection that no task is driving yet.
 pub(super) struct Reached {
     pub(super) client: Client,
-    pub(super) driver: Driver,
+    pub(super) driver: ConnectionDriver,
     pub(super) home: Home,
 }
 
@@ -477,7 +478,10 @@ pub(super) const ASTRAY: &str = "look-ups get to another server than the one tha
     between (a load balancer, a name with several addresses) send each connection somewhere else? Name the primary in url";
 
 /// Waits for a result on a connection that no task is driving yet.
-async fn attended<T>(driver: &mut Driver, answer: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+async fn attended<T>(
+    driver: &mut ConnectionDriver,
+    answer: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
     let mut answer = pin!(answer);
     loop {
         tokio::select! {
@@ -531,7 +535,7 @@ impl Drop for EndsWith {
 }
 
 /// Drives a connection. Notices of the server are dropped, because they may contain a token.
-pub(super) fn drive(mut driver: Driver) -> JoinHandle<()> {
+pub(super) fn drive(mut driver: ConnectionDriver) -> JoinHandle<()> {
     tokio::spawn(async move { while let Some(Ok(_)) = poll_fn(|cx| driver.poll_message(cx)).await {} })
 }
 
@@ -552,7 +556,7 @@ impl Deref for Connection {
     }
 }
 
-pub(super) type Pool = managed::Pool<Connections>;
+pub(super) type PostgresPool = managed::Pool<Connections>;
 pub(super) type Object = managed::Object<Connections>;
 
 /// Opens the connections of a pool.
@@ -580,8 +584,8 @@ impl Manager for Connections {
 }
 
 /// Callers wait for a connection for at most half of their timeout, so that the error can name the cause.
-pub(super) fn pool(target: &Arc<Target>, connections: usize, timeout: Duration) -> Result<Pool, String> {
-    Pool::builder(Connections(Arc::clone(target)))
+pub(super) fn pool(target: &Arc<Target>, connections: usize, timeout: Duration) -> Result<PostgresPool, String> {
+    PostgresPool::builder(Connections(Arc::clone(target)))
         .max_size(connections.max(1))
         .wait_timeout(Some(timeout / 2))
         .create_timeout(Some(timeout.max(CONNECT)))
@@ -608,29 +612,29 @@ pub(super) const POOLER: &str = "is there a pooler between that gives each trans
     have its own: pool_mode = session, or PostgreSQL's own port";
 
 /// A query without a result.
-pub(super) struct Failure {
+pub(super) struct QueryFailure {
     pub(super) error: StoreError,
-    pub(super) connection: Verdict,
+    pub(super) connection: Reuse,
 }
 
 /// What to do with a connection after a failure.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum Reuse {
     Keep,
     Drop,
     /// It was lost or is outdated; another connection may succeed.
     Replace,
 }
 
-impl Failure {
+impl QueryFailure {
     pub(super) fn garbage(text: impl Into<String>) -> Self {
-        Self { error: StoreError::Garbage(text.into()), connection: Verdict::Drop }
+        Self { error: StoreError::Garbage(text.into()), connection: Reuse::Drop }
     }
 
     /// A connection pooler may run the query on a connection where the prepared statement is another client's.
     pub(super) fn anothers_answer() -> Self {
         let text = format!("an answer to another question came back: {POOLER}");
-        Self { error: StoreError::Unavailable(text), connection: Verdict::Drop }
+        Self { error: StoreError::Unavailable(text), connection: Reuse::Drop }
     }
 
     /// For a query written by the operator.
@@ -653,7 +657,7 @@ impl Failure {
 
     fn of(error: &Error, advice: &str) -> Self {
         let Some(code) = error.code() else {
-            return Self { error: StoreError::Unavailable(say(error)), connection: Verdict::Replace };
+            return Self { error: StoreError::Unavailable(say(error)), connection: Reuse::Replace };
         };
         let class = &code.code()[..2];
         let text = say(error);
@@ -668,7 +672,7 @@ impl Failure {
             "42" | "22" | "21" | "3F" | "0A" | "P0" => StoreError::Garbage(format!("{text}: {advice}")),
             _ => StoreError::Unavailable(text),
         };
-        Self { error, connection: if lost { Verdict::Replace } else { Verdict::Keep } }
+        Self { error, connection: if lost { Reuse::Replace } else { Reuse::Keep } }
     }
 
     /// The message, without text that must not be shown.

@@ -3,7 +3,7 @@
 
 use super::super::feed::{Begun, ChangeSource, Coverage, Inbox, Message, Pace, Subscription};
 use super::super::{Change, Mark, Named, replica_name};
-use super::connect::{ASTRAY, Driver, EndsWith, Failure, Home, POOLER, Reached, Target, drive, say};
+use super::connect::{ASTRAY, ConnectionDriver, EndsWith, Home, POOLER, QueryFailure, Reached, Target, drive, say};
 use super::presets::TriggerCheck;
 use super::{Source, presets, schema};
 use crate::store::credential::Digest;
@@ -229,7 +229,7 @@ impl Listener {
             Some(schema) => match schema::version(&self.client, schema).await {
                 Ok(Some((_, channel))) => channel,
                 Ok(None) => return Err(format!("the schema {schema} has no tables of tollgate: {}", schema::MIGRATE)),
-                Err(Failure { error, .. }) => return Err(error.to_string()),
+                Err(QueryFailure { error, .. }) => return Err(error.to_string()),
             },
             None => self.channel.clone(),
         };
@@ -383,7 +383,7 @@ struct Reader {
 
 impl Reader {
     /// Returns what ended the connection.
-    async fn read(self, mut driver: Driver) -> String {
+    async fn read(self, mut driver: ConnectionDriver) -> String {
         let messages = async {
             loop {
                 let ended = match poll_fn(|cx| driver.poll_message(cx)).await {

@@ -18,7 +18,7 @@ use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use connect::{Failure, Judgement, Object, Pool, Target, Verdict};
+use connect::{Judgement, Object, PostgresPool, QueryFailure, Reuse, Target};
 use futures_util::TryStreamExt as _;
 use sha2::{Digest as _, Sha256};
 use std::pin::pin;
@@ -116,7 +116,7 @@ impl Bind {
 }
 
 pub struct PostgresStore {
-    pool: Pool,
+    pool: PostgresPool,
     target: Arc<Target>,
     query: Query,
     mark: Mark,
@@ -146,10 +146,10 @@ impl Mark {
         )
     }
 
-    fn check(&self, row: &Row) -> Result<(), Failure> {
+    fn check(&self, row: &Row) -> Result<(), QueryFailure> {
         match row.try_get::<_, &str>(0) {
             Ok(mark) if mark == self.0 => Ok(()),
-            _ => Err(Failure::anothers_answer()),
+            _ => Err(QueryFailure::anothers_answer()),
         }
     }
 }
@@ -206,10 +206,10 @@ impl PostgresStore {
                     lease.give_back();
                     return Ok(rows);
                 }
-                Err(failure) if failure.connection == Verdict::Replace && reused => {}
+                Err(failure) if failure.connection == Reuse::Replace && reused => {}
                 Err(failure) => {
                     // A new connection counts as tried once it has answered something.
-                    if failure.connection == Verdict::Keep && reused {
+                    if failure.connection == Reuse::Keep && reused {
                         lease.give_back();
                     }
                     return Err(failure.without(question.hidden()));
@@ -257,21 +257,22 @@ impl Question<'_> {
         }
     }
 
-    async fn put(&self, connection: &Object, mark: &Mark) -> Result<Vec<Row>, Failure> {
+    async fn put(&self, connection: &Object, mark: &Mark) -> Result<Vec<Row>, QueryFailure> {
         match self {
             Self::Own { sql, parameters } => {
-                let statement = connection.prepare_cached(sql).await.map_err(Failure::own)?;
-                let rows = connection.query(&statement, parameters).await.map_err(Failure::own)?;
+                let statement = connection.prepare_cached(sql).await.map_err(QueryFailure::own)?;
+                let rows = connection.query(&statement, parameters).await.map_err(QueryFailure::own)?;
                 rows.iter().try_for_each(|row| mark.check(row)).map(|()| rows)
             }
             Self::Lookup { sql, key } => {
-                let statement = connection.prepare_typed_cached(sql, &[Type::TEXT]).await.map_err(Failure::lookup)?;
+                let statement =
+                    connection.prepare_typed_cached(sql, &[Type::TEXT]).await.map_err(QueryFailure::lookup)?;
                 // Also before there is a row: a query that can't answer is not one that finds nobody.
                 rows::Columns::of(statement.columns())?;
                 if Object::metrics(connection).recycle_count == 0 {
                     // A query that finds somebody for a token that nobody has would let everybody in.
                     if !one(connection, &statement, &nobody()?, mark).await?.is_empty() {
-                        return Err(Failure::garbage(
+                        return Err(QueryFailure::garbage(
                             "the look-up query finds a row for a token that nobody has: compare a column with $1 in its \
                              WHERE",
                         ));
@@ -284,30 +285,30 @@ impl Question<'_> {
 }
 
 /// The one row of an answer, or none. Two are no answer: which one holds?
-async fn one(connection: &Object, statement: &Statement, key: &str, mark: &Mark) -> Result<Vec<Row>, Failure> {
-    let mut rows = pin!(connection.query_raw(statement, [key]).await.map_err(Failure::lookup)?);
+async fn one(connection: &Object, statement: &Statement, key: &str, mark: &Mark) -> Result<Vec<Row>, QueryFailure> {
+    let mut rows = pin!(connection.query_raw(statement, [key]).await.map_err(QueryFailure::lookup)?);
     let mut found = Vec::new();
-    while let Some(row) = rows.try_next().await.map_err(Failure::lookup)? {
+    while let Some(row) = rows.try_next().await.map_err(QueryFailure::lookup)? {
         mark.check(&row)?;
         if !found.is_empty() {
             // More may be on their way: the connection is not used again.
-            return Err(Failure::garbage(
+            return Err(QueryFailure::garbage(
                 "two rows for one token, and no telling which one holds: make the column unique",
             ));
         }
         found.push(row);
     }
     if found.is_empty() {
-        return Err(Failure::anothers_answer());
+        return Err(QueryFailure::anothers_answer());
     }
     found.retain(|row| row.try_get::<_, bool>(1).is_ok());
     Ok(found)
 }
 
 /// Text that no table holds.
-fn nobody() -> Result<String, Failure> {
+fn nobody() -> Result<String, QueryFailure> {
     let mut random = [0; 32];
-    getrandom::fill(&mut random).map_err(|_| Failure::garbage("the operating system gives no random numbers"))?;
+    getrandom::fill(&mut random).map_err(|_| QueryFailure::garbage("the operating system gives no random numbers"))?;
     Ok(Digest::from_bytes(random).to_hex())
 }
 

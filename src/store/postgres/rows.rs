@@ -2,7 +2,7 @@
 //! cannot be interpreted is an error, never a guess.
 
 use super::super::TokenRecord;
-use super::connect::Failure;
+use super::connect::QueryFailure;
 use crate::store::credential::Digest;
 use std::error::Error;
 use tokio_postgres::types::{FromSql, Kind, Type};
@@ -29,18 +29,18 @@ pub(super) struct Columns {
 
 impl Columns {
     /// Checks names and types, which are known without a row.
-    pub(super) fn of(columns: &[Column]) -> Result<Self, Failure> {
-        let find = |names: &[&str], fits: fn(&Type) -> bool, kinds: &str| -> Result<Option<usize>, Failure> {
+    pub(super) fn of(columns: &[Column]) -> Result<Self, QueryFailure> {
+        let find = |names: &[&str], fits: fn(&Type) -> bool, kinds: &str| -> Result<Option<usize>, QueryFailure> {
             let mut found = (0..columns.len()).filter(|at| names.contains(&columns[*at].name()));
             let (first, second) = (found.next(), found.next());
             let name = names.join(" or ");
             if second.is_some() {
-                return Err(Failure::garbage(format!(
+                return Err(QueryFailure::garbage(format!(
                     "the look-up query has several columns {name}: name only one so"
                 )));
             }
             match first {
-                Some(at) if !fits(base(columns[at].type_())) => Err(Failure::garbage(format!(
+                Some(at) if !fits(base(columns[at].type_())) => Err(QueryFailure::garbage(format!(
                     "column {name} of the look-up query is of type {}, where {kinds} is needed: cast it in the query",
                     columns[at].type_()
                 ))),
@@ -49,7 +49,8 @@ impl Columns {
         };
         let user = find(&["user", "username"], is_text, "text")?;
         Ok(Self {
-            user: user.ok_or_else(|| Failure::garbage("the look-up query has no column user: name one AS \"user\""))?,
+            user: user
+                .ok_or_else(|| QueryFailure::garbage("the look-up query has no column user: name one AS \"user\""))?,
             scopes: find(&["scopes"], |of| is_text(of) || is_list(of) || is_json(of), "text[], text or json")?,
             not_before: find(&["not_before"], is_time, "a time or bigint")?,
             expires: find(&["expires_at", "expires"], is_time, "a time or bigint")?,
@@ -62,11 +63,16 @@ impl Columns {
         })
     }
 
-    pub(super) fn record(&self, row: &Row, digest: Digest, default_scopes: &[String]) -> Result<TokenRecord, Failure> {
+    pub(super) fn record(
+        &self,
+        row: &Row,
+        digest: Digest,
+        default_scopes: &[String],
+    ) -> Result<TokenRecord, QueryFailure> {
         let cell = |at: Option<usize>| at.map_or(Ok(None), |at| cell(row, at));
         let user = cell(Some(self.user))?.map(|user| user.text()).transpose()?.unwrap_or_default();
         if user.is_empty() {
-            return Err(Failure::garbage("a token without a user: column user is NULL or empty"));
+            return Err(QueryFailure::garbage("a token without a user: column user is NULL or empty"));
         }
         let expires = cell(self.expires)?.map(|cell| cell.time()).transpose()?;
         let not_before = cell(self.not_before)?.map(|cell| cell.time()).transpose()?;
@@ -134,8 +140,8 @@ impl<'a> FromSql<'a> for Cell<'a> {
     }
 }
 
-fn cell(row: &Row, at: usize) -> Result<Option<Cell<'_>>, Failure> {
-    row.try_get(at).map_err(|_| Failure::garbage("a value of the look-up's row can't be read"))
+fn cell(row: &Row, at: usize) -> Result<Option<Cell<'_>>, QueryFailure> {
+    row.try_get(at).map_err(|_| QueryFailure::garbage("a value of the look-up's row can't be read"))
 }
 
 /// Microseconds since 2000, with two infinities.
@@ -175,20 +181,20 @@ impl Time {
 }
 
 impl Cell<'_> {
-    fn garbage(&self) -> Failure {
-        Failure::garbage(format!("a value of type {} in the look-up's row makes no sense", self.kind))
+    fn garbage(&self) -> QueryFailure {
+        QueryFailure::garbage(format!("a value of type {} in the look-up's row makes no sense", self.kind))
     }
 
-    fn text(&self) -> Result<String, Failure> {
+    fn text(&self) -> Result<String, QueryFailure> {
         let text = std::str::from_utf8(self.raw).map_err(|_| self.garbage())?;
         Ok(if self.kind == Type::BPCHAR { text.trim_end_matches(' ') } else { text }.to_owned())
     }
 
-    fn truth(&self) -> Result<bool, Failure> {
+    fn truth(&self) -> Result<bool, QueryFailure> {
         bool::from_sql(&Type::BOOL, self.raw).map_err(|_| self.garbage())
     }
 
-    fn time(&self) -> Result<Time, Failure> {
+    fn time(&self) -> Result<Time, QueryFailure> {
         let wide = || <[u8; 8]>::try_from(self.raw).map(i64::from_be_bytes).map_err(|_| self.garbage());
         let narrow = || <[u8; 4]>::try_from(self.raw).map(i32::from_be_bytes).map_err(|_| self.garbage());
         let at = |seconds: i64, exact| Time::At { seconds: u64::try_from(seconds).unwrap_or(0), exact };
@@ -209,7 +215,7 @@ impl Cell<'_> {
             _ => {
                 let seconds = if self.kind == Type::INT4 { i64::from(narrow()?) } else { wide()? };
                 if seconds > LAST_SECOND {
-                    return Err(Failure::garbage(
+                    return Err(QueryFailure::garbage(
                         "a time of the look-up's row is beyond the year 5000: are these milliseconds? Divide by 1000",
                     ));
                 }
@@ -218,7 +224,7 @@ impl Cell<'_> {
         })
     }
 
-    fn scopes(&self) -> Result<Vec<String>, Failure> {
+    fn scopes(&self) -> Result<Vec<String>, QueryFailure> {
         let text = match self.kind {
             Type::JSONB => self.raw.get(1..),
             _ => Some(self.raw),
@@ -228,7 +234,7 @@ impl Cell<'_> {
         }
         let text = text.and_then(|text| std::str::from_utf8(text).ok()).ok_or_else(|| self.garbage())?;
         scopes(text).ok_or_else(|| {
-            Failure::garbage("scopes are neither words, nor a JSON array of strings, nor a YAML list: give text[]")
+            QueryFailure::garbage("scopes are neither words, nor a JSON array of strings, nor a YAML list: give text[]")
         })
     }
 }

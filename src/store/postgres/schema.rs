@@ -1,7 +1,7 @@
 //! tollgate's own tables in PostgreSQL: creation and migration, and the queries on them.
 
 use super::super::TokenRecord;
-use super::connect::Failure;
+use super::connect::QueryFailure;
 use crate::store::credential::Digest;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row};
@@ -85,12 +85,12 @@ pub(super) fn columns_of(table: &str) -> String {
 }
 
 /// Whether this version can read a schema version.
-pub(super) fn check_version(version: i32, readers_from: i32) -> Result<(), Failure> {
+pub(super) fn check_version(version: i32, readers_from: i32) -> Result<(), QueryFailure> {
     if version < OLDEST {
-        return Err(Failure::garbage(format!("the tables are of version {version} and too old: {MIGRATE}")));
+        return Err(QueryFailure::garbage(format!("the tables are of version {version} and too old: {MIGRATE}")));
     }
     if readers_from > VERSION {
-        return Err(Failure::garbage(format!(
+        return Err(QueryFailure::garbage(format!(
             "the tables are of version {version}, made by a newer tollgate; this one knows {VERSION}: upgrade it, or {MIGRATE} \
              of the right version"
         )));
@@ -99,9 +99,9 @@ pub(super) fn check_version(version: i32, readers_from: i32) -> Result<(), Failu
 }
 
 /// The answer to [`LOOKUP`].
-pub(super) fn found(rows: &[Row]) -> Result<Option<TokenRecord>, Failure> {
+pub(super) fn found(rows: &[Row]) -> Result<Option<TokenRecord>, QueryFailure> {
     let [row] = rows else {
-        return Err(Failure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+        return Err(QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
     };
     let [version, readers_from] = [1, 2].map(|at| row.try_get::<_, i32>(at));
     check_version(version.map_err(misread)?, readers_from.map_err(misread)?)?;
@@ -112,9 +112,9 @@ pub(super) fn found(rows: &[Row]) -> Result<Option<TokenRecord>, Failure> {
 }
 
 /// The answer to [`CHANGED`].
-pub(super) fn changed(rows: &[Row]) -> Result<Option<Vec<Digest>>, Failure> {
+pub(super) fn changed(rows: &[Row]) -> Result<Option<Vec<Digest>>, QueryFailure> {
     let Some((first, rest)) = rows.split_first() else {
-        return Err(Failure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+        return Err(QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
     };
     check_version(first.try_get(2).map_err(misread)?, first.try_get(3).map_err(misread)?)?;
     for row in rows {
@@ -126,26 +126,26 @@ pub(super) fn changed(rows: &[Row]) -> Result<Option<Vec<Digest>>, Failure> {
     rest.iter().map(|row| digest(row, 1)).collect::<Result<_, _>>().map(Some)
 }
 
-fn misread(_: tokio_postgres::Error) -> Failure {
-    Failure::garbage(format!("a value in tollgate's tables is of another type than it was made with: {MIGRATE}"))
+fn misread(_: tokio_postgres::Error) -> QueryFailure {
+    QueryFailure::garbage(format!("a value in tollgate's tables is of another type than it was made with: {MIGRATE}"))
 }
 
-fn digest(row: &Row, at: usize) -> Result<Digest, Failure> {
+fn digest(row: &Row, at: usize) -> Result<Digest, QueryFailure> {
     let bytes: &[u8] = row.try_get(at).map_err(misread)?;
-    let bytes = bytes.try_into().map_err(|_| Failure::garbage("a digest that is not 32 bytes long"))?;
+    let bytes = bytes.try_into().map_err(|_| QueryFailure::garbage("a digest that is not 32 bytes long"))?;
     Ok(Digest::from_bytes(bytes))
 }
 
 /// Reads [`COLUMNS`], beginning at a column.
-pub(super) fn record(row: &Row, from: usize) -> Result<TokenRecord, Failure> {
-    let time = |at: usize| -> Result<Option<u64>, Failure> {
+pub(super) fn record(row: &Row, from: usize) -> Result<TokenRecord, QueryFailure> {
+    let time = |at: usize| -> Result<Option<u64>, QueryFailure> {
         let seconds: Option<i64> = row.try_get(from + at).map_err(misread)?;
         let seconds = seconds.map(u64::try_from).transpose();
-        seconds.map_err(|_| Failure::garbage("a time before 1970 in tollgate's tables"))
+        seconds.map_err(|_| QueryFailure::garbage("a time before 1970 in tollgate's tables"))
     };
     let user: String = row.try_get(from + 1).map_err(misread)?;
     if user.is_empty() {
-        return Err(Failure::garbage("a token without a user in tollgate's tables"));
+        return Err(QueryFailure::garbage("a token without a user in tollgate's tables"));
     }
     let replaces: Option<&[u8]> = row.try_get(from + 10).map_err(misread)?;
     Ok(TokenRecord {
@@ -172,8 +172,8 @@ pub(super) struct Tables {
 }
 
 /// Creates or migrates tollgate's own tables. The only place that changes the channel.
-pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&str>) -> Result<Tables, Failure> {
-    check_name(schema).and_then(|()| channel.map_or(Ok(()), check_channel)).map_err(Failure::garbage)?;
+pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&str>) -> Result<Tables, QueryFailure> {
+    check_name(schema).and_then(|()| channel.map_or(Ok(()), check_channel)).map_err(QueryFailure::garbage)?;
     // A user who may only write tokens need not be allowed to create tables.
     let before = version(client, schema).await?;
     if let Some((version, told)) = &before
@@ -183,54 +183,54 @@ pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&
         return Ok(Tables { version: *version, moved: None });
     }
     let moved = before.zip(channel).map(|((_, was), now)| (was, now.to_owned())).filter(|(was, now)| was != now);
-    let transaction = client.transaction().await.map_err(Failure::own)?;
-    transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK]).await.map_err(Failure::own)?;
+    let transaction = client.transaction().await.map_err(QueryFailure::own)?;
+    transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK]).await.map_err(QueryFailure::own)?;
     let has_schema = "SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = $1";
-    if transaction.query_opt(has_schema, &[&schema]).await.map_err(Failure::own)?.is_none() {
-        transaction.batch_execute(&fill("CREATE SCHEMA {schema}", schema)).await.map_err(Failure::own)?;
+    if transaction.query_opt(has_schema, &[&schema]).await.map_err(QueryFailure::own)?.is_none() {
+        transaction.batch_execute(&fill("CREATE SCHEMA {schema}", schema)).await.map_err(QueryFailure::own)?;
     }
     let has_version = "SELECT 1 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
         WHERE n.nspname = $1 AND c.relname = 'version'";
     let mut current: i32 = 0;
-    if transaction.query_opt(has_version, &[&schema]).await.map_err(Failure::own)?.is_some() {
+    if transaction.query_opt(has_version, &[&schema]).await.map_err(QueryFailure::own)?.is_some() {
         let sql = fill("SELECT version FROM {schema}.version", schema);
-        current = transaction.query_one(&sql, &[]).await.and_then(|row| row.try_get(0)).map_err(Failure::own)?;
+        current = transaction.query_one(&sql, &[]).await.and_then(|row| row.try_get(0)).map_err(QueryFailure::own)?;
     }
     let done = usize::try_from(current).unwrap_or(0);
     for migration in MIGRATIONS.iter().skip(done) {
-        transaction.batch_execute(&fill(migration, schema)).await.map_err(Failure::own)?;
+        transaction.batch_execute(&fill(migration, schema)).await.map_err(QueryFailure::own)?;
     }
     if moved.is_some() {
         // A change made now would be notified on the channel that gateways are about to leave.
         let lock = fill("LOCK TABLE {schema}.token IN SHARE ROW EXCLUSIVE MODE", schema);
-        transaction.batch_execute(&lock).await.map_err(Failure::own)?;
+        transaction.batch_execute(&lock).await.map_err(QueryFailure::own)?;
     }
     // A newer schema is not changed.
     let sql =
         fill("UPDATE {schema}.version SET channel = coalesce($1, channel), version = greatest(version, $2)", schema);
-    transaction.execute(&sql, &[&channel, &VERSION]).await.map_err(Failure::own)?;
-    transaction.commit().await.map_err(Failure::own)?;
+    transaction.execute(&sql, &[&channel, &VERSION]).await.map_err(QueryFailure::own)?;
+    transaction.commit().await.map_err(QueryFailure::own)?;
     Ok(Tables { version: current.max(VERSION), moved })
 }
 
 /// Checks that this version can read and write these tables.
-pub(super) async fn check(client: &Client, schema: &str) -> Result<(), Failure> {
+pub(super) async fn check(client: &Client, schema: &str) -> Result<(), QueryFailure> {
     match version(client, schema).await? {
         Some((version, _)) => check_version(version, 0),
-        None => Err(Failure::garbage(format!("the schema {schema} has no tables of tollgate: {MIGRATE}"))),
+        None => Err(QueryFailure::garbage(format!("the schema {schema} has no tables of tollgate: {MIGRATE}"))),
     }
 }
 
 /// The schema's version and channel; `None`: it does not exist.
-pub(super) async fn version(client: &Client, schema: &str) -> Result<Option<(i32, String)>, Failure> {
+pub(super) async fn version(client: &Client, schema: &str) -> Result<Option<(i32, String)>, QueryFailure> {
     let sql = fill("SELECT version, readers_from, channel FROM {schema}.version", schema);
     let rows = match client.query(&sql, &[]).await {
         Ok(rows) => rows,
         Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(None),
-        Err(error) => return Err(Failure::own(error)),
+        Err(error) => return Err(QueryFailure::own(error)),
     };
     let [row] = rows.as_slice() else {
-        return Err(Failure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+        return Err(QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
     };
     check_version(row.try_get::<_, i32>(0).map_err(misread)?.max(OLDEST), row.try_get(1).map_err(misread)?)?;
     Ok(Some((row.try_get(0).map_err(misread)?, row.try_get(2).map_err(misread)?)))

@@ -6,7 +6,7 @@ use super::super::{
     AdminError, Confirmations, Differing, Imported, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord,
 };
 use super::follow::WAIT_KEPT;
-use super::link::{Connector, Link, failed};
+use super::link::{Connector, RedisConnection, failed};
 use super::record::{Edit, Stored, edited, to_json};
 use super::{Found, Keys, RedisChanges, RedisSettings, Topology, is_open, questions, read, stored};
 use crate::store::credential::Digest;
@@ -57,7 +57,7 @@ return 1
 ";
 
 pub struct RedisAdmin {
-    link: Link,
+    link: RedisConnection,
     connector: Connector,
     keys: Keys,
     channel: Option<String>,

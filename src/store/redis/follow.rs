@@ -3,7 +3,7 @@
 
 use super::super::feed::{self, Begun, ChangeSource, Coverage, Inbox, Pace, Subscription};
 use super::super::{Change, Heard, Mark, Named, REPLICA_GONE, StoreError, replica_name};
-use super::link::{Address, Link, Pool};
+use super::link::{Address, RedisConnection, RedisPool};
 use super::{Keys, RedisChanges, RedisStore, Topology};
 use crate::store::credential::Digest;
 use async_trait::async_trait;
@@ -200,7 +200,7 @@ fn is_denied(error: &StoreError) -> bool {
 
 /// Neither messages nor keyspace events tell of FLUSHALL and FLUSHDB, but the server tells every client whose keys it
 /// tracks. Those of a prefix that nobody uses are tracked, so that nothing else is told.
-async fn hear_of_flushes(link: &mut Link, store: &RedisStore) -> Result<(), StoreError> {
+async fn hear_of_flushes(link: &mut RedisConnection, store: &RedisStore) -> Result<(), StoreError> {
     let mut track = redis::cmd("CLIENT");
     track.arg("TRACKING").arg("ON").arg("BCAST").arg("PREFIX").arg(store.keys.unused());
     match bounded(link.ask::<Value>(&track)).await {
@@ -213,7 +213,7 @@ async fn hear_of_flushes(link: &mut Link, store: &RedisStore) -> Result<(), Stor
 }
 
 /// Without the right ones nothing would ever be heard.
-async fn check_notifications(link: &mut Link, said: &Said) -> Result<(), StoreError> {
+async fn check_notifications(link: &mut RedisConnection, said: &Said) -> Result<(), StoreError> {
     let question = redis::cmd("CONFIG").arg("GET").arg("notify-keyspace-events").take();
     let flags: Vec<(String, String)> = match bounded(link.ask(&question)).await {
         Ok(answer) => answer,
@@ -238,7 +238,7 @@ async fn check_notifications(link: &mut Link, said: &Said) -> Result<(), StoreEr
 struct Subscribed<'a> {
     store: &'a RedisStore,
     register: Arc<Register>,
-    link: Link,
+    link: RedisConnection,
     address: Address,
     may_ask_role: AtomicBool,
     keyspace: bool,
@@ -294,7 +294,7 @@ impl Subscribed<'_> {
         Ok(())
     }
 
-    async fn role(&self, link: &mut Link) -> Result<(), StoreError> {
+    async fn role(&self, link: &mut RedisConnection) -> Result<(), StoreError> {
         let command = redis::cmd("ROLE");
         let sentinel = matches!(self.store.connector.topology(), Topology::Sentinel { .. });
         let named = async {
@@ -320,7 +320,7 @@ impl Subscribed<'_> {
         }
     }
 
-    async fn cluster(link: &mut Link) -> Result<(), StoreError> {
+    async fn cluster(link: &mut RedisConnection) -> Result<(), StoreError> {
         let info: String = link.ask(redis::cmd("CLUSTER").arg("INFO")).await?;
         match info.lines().any(|line| line.trim() == "cluster_state:ok") {
             true => Ok(()),
@@ -331,7 +331,7 @@ impl Subscribed<'_> {
 
 /// This gateway's place among those that others wait for.
 struct Register {
-    pool: Arc<Pool>,
+    pool: Arc<RedisPool>,
     keys: Keys,
     name: String,
     said: Arc<Said>,

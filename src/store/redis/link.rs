@@ -129,13 +129,13 @@ fn unavailable<E: std::fmt::Display>(address: &Address) -> impl FnOnce(E) -> Sto
     move |error| StoreError::Unavailable(format!("{address}: {error}"))
 }
 
-trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
+trait RedisStream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> RedisStream for S {}
 
 /// Ends the task behind a connection with its last user.
-struct Driver(AbortHandle);
+struct DriverTask(AbortHandle);
 
-impl Drop for Driver {
+impl Drop for DriverTask {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -143,13 +143,13 @@ impl Drop for Driver {
 
 #[derive(Clone)]
 enum Wire {
-    One(MultiplexedConnection, #[allow(dead_code, reason = "held for its end")] Arc<Driver>),
+    One(MultiplexedConnection, #[allow(dead_code, reason = "held for its end")] Arc<DriverTask>),
     Cluster(ClusterConnection),
 }
 
 /// A connection, shared by all that clone it. Requests that are dropped half-way don't put it out of step.
 #[derive(Clone)]
-pub(super) struct Link {
+pub(super) struct RedisConnection {
     wire: Wire,
     seen: Arc<Seen>,
 }
@@ -160,7 +160,7 @@ struct Seen {
     answered: AtomicU64,
 }
 
-impl Link {
+impl RedisConnection {
     fn new(wire: Wire) -> Self {
         Self { wire, seen: Arc::new(Seen { since: Instant::now(), answered: AtomicU64::new(0) }) }
     }
@@ -184,7 +184,7 @@ impl Link {
     }
 }
 
-impl ConnectionLike for Link {
+impl ConnectionLike for RedisConnection {
     fn req_packed_command<'a>(&'a mut self, cmd: &'a Cmd) -> RedisFuture<'a, Value> {
         match &mut self.wire {
             Wire::One(connection, _) => connection.req_packed_command(cmd),
@@ -271,22 +271,22 @@ impl Connector {
     }
 
     /// A connection for commands: to the server, to the master, or to the whole cluster.
-    pub(super) async fn open(&self) -> Result<Link, StoreError> {
+    pub(super) async fn open(&self) -> Result<RedisConnection, StoreError> {
         match (&self.topology, &self.cluster) {
             (Topology::Cluster, Some(client)) => {
                 let connection = bounded(client.get_async_connection()).await?;
-                Ok(Link::new(Wire::Cluster(connection.map_err(|error| failed(&error))?)))
+                Ok(RedisConnection::new(Wire::Cluster(connection.map_err(|error| failed(&error))?)))
             }
             _ => self.server(None).await.map(|(link, _)| link),
         }
     }
 
     /// A connection that receives messages, which `push` takes: to the server, to the master, or to any node of the cluster.
-    pub(super) async fn subscriber(&self, push: Push) -> Result<(Link, Address), StoreError> {
+    pub(super) async fn subscriber(&self, push: Push) -> Result<(RedisConnection, Address), StoreError> {
         self.server(Some(push)).await
     }
 
-    async fn server(&self, push: Option<Push>) -> Result<(Link, Address), StoreError> {
+    async fn server(&self, push: Option<Push>) -> Result<(RedisConnection, Address), StoreError> {
         match &self.topology {
             Topology::Sentinel { .. } => {
                 let address = self.master().await?;
@@ -346,7 +346,7 @@ impl Connector {
     }
 
     /// The masters of a cluster, for what must be asked of each.
-    pub(super) async fn masters(&self) -> Result<Vec<Link>, StoreError> {
+    pub(super) async fn masters(&self) -> Result<Vec<RedisConnection>, StoreError> {
         let (mut any, _) = self.server(None).await?;
         if self.cluster.is_none() {
             return Ok(vec![any]);
@@ -373,9 +373,9 @@ impl Connector {
         at: &Address,
         identity: &RedisConnectionInfo,
         push: Option<Push>,
-    ) -> Result<Link, StoreError> {
+    ) -> Result<RedisConnection, StoreError> {
         let stream = async {
-            Ok::<Box<dyn Stream>, StoreError>(match at {
+            Ok::<Box<dyn RedisStream>, StoreError>(match at {
                 Address::Unix(path) => Box::new(UnixStream::connect(path).await.map_err(unavailable(at))?),
                 Address::Tcp(host, port) => {
                     let addresses = resolve(host, *port, &self.tls_settings).await.map_err(unavailable(at))?;
@@ -403,8 +403,8 @@ impl Connector {
             let (connection, driver) = MultiplexedConnection::new_with_config(&identity, stream, config)
                 .await
                 .map_err(|error| self::at(at, failed(&error)))?;
-            let driver = Driver(tokio::spawn(driver).abort_handle());
-            Ok(Link::new(Wire::One(connection, Arc::new(driver))))
+            let driver = DriverTask(tokio::spawn(driver).abort_handle());
+            Ok(RedisConnection::new(Wire::One(connection, Arc::new(driver))))
         };
         bounded(connected).await?
     }
@@ -499,7 +499,7 @@ fn cluster_client(
 }
 
 /// Connections for look-ups, taken in turn, made when they are needed and replaced when they are of no use.
-pub(super) struct Pool {
+pub(super) struct RedisPool {
     connector: Arc<Connector>,
     slots: Vec<Arc<Slot>>,
     next: AtomicUsize,
@@ -508,14 +508,14 @@ pub(super) struct Pool {
 
 #[derive(Default)]
 struct Slot {
-    link: Mutex<Option<Link>>,
+    link: Mutex<Option<RedisConnection>>,
     /// Held by the one that connects; when and how the last attempt failed.
     connecting: Arc<AsyncMutex<Option<(Instant, StoreError)>>>,
     task: Mutex<Option<AbortHandle>>,
     in_use: AtomicUsize,
 }
 
-impl Pool {
+impl RedisPool {
     pub(super) fn new(connector: Arc<Connector>, size: usize, metrics: Arc<StoreMetrics>) -> Self {
         let slots = (0..size.max(1)).map(|_| Arc::default()).collect();
         Self { connector, slots, next: AtomicUsize::new(0), metrics }
@@ -553,7 +553,7 @@ impl Pool {
         }
     }
 
-    async fn link(&self, slot: &Arc<Slot>) -> Result<Link, StoreError> {
+    async fn link(&self, slot: &Arc<Slot>) -> Result<RedisConnection, StoreError> {
         let current = || slot.link.lock().clone();
         if let Some(link) = current() {
             return Ok(link);
@@ -583,7 +583,7 @@ impl Pool {
         result
     }
 
-    fn discard(&self, slot: &Slot, link: &Link) {
+    fn discard(&self, slot: &Slot, link: &RedisConnection) {
         let mut current = slot.link.lock();
         if current.as_ref().is_some_and(|current| current.is(link)) {
             drop(current.take());
@@ -599,7 +599,7 @@ impl Pool {
     }
 }
 
-impl Drop for Pool {
+impl Drop for RedisPool {
     fn drop(&mut self) {
         for slot in &self.slots {
             if let Some(task) = slot.task.lock().take() {
@@ -609,10 +609,10 @@ impl Drop for Pool {
     }
 }
 
-struct InUse<'a>(&'a Pool, &'a Slot);
+struct InUse<'a>(&'a RedisPool, &'a Slot);
 
 impl<'a> InUse<'a> {
-    fn new(pool: &'a Pool, slot: &'a Slot) -> Self {
+    fn new(pool: &'a RedisPool, slot: &'a Slot) -> Self {
         slot.in_use.fetch_add(1, Ordering::Relaxed);
         pool.count();
         Self(pool, slot)
@@ -629,9 +629,9 @@ impl Drop for InUse<'_> {
 /// Replaces a connection on which nothing at all came since a question, however the question ended: a server that was
 /// cut off without a word keeps its connection open for many minutes.
 struct Watch<'a> {
-    pool: &'a Pool,
+    pool: &'a RedisPool,
     slot: &'a Slot,
-    link: Link,
+    link: RedisConnection,
     sent: u64,
 }
 

@@ -29,7 +29,7 @@ pub use admin::RedisAdmin;
 use super::{Heard, Secret, StoreError, StoreMetrics, TlsSettings, TokenRecord, TokenStore};
 use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
-use link::{Connector, Pool, server_failed};
+use link::{Connector, RedisPool, server_failed};
 use record::Stored;
 use redis::Value;
 use std::sync::Arc;
@@ -136,7 +136,7 @@ pub struct RedisStore {
     settings: RedisSettings,
     keys: Keys,
     connector: Arc<Connector>,
-    pool: Arc<Pool>,
+    pool: Arc<RedisPool>,
     in_flight: Semaphore,
     said: Arc<follow::Said>,
 }
@@ -151,7 +151,7 @@ impl RedisStore {
         if matches!(&settings.changes, RedisChanges::Channel(name) if name.is_empty()) {
             return Err("channel: must not be empty".into());
         }
-        let pool = Pool::new(Arc::clone(&connector), settings.connections, metrics);
+        let pool = RedisPool::new(Arc::clone(&connector), settings.connections, metrics);
         Ok(Self {
             keys: Keys { prefix: settings.prefix.clone() },
             connector,
