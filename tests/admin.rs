@@ -25,14 +25,6 @@ fn admin(gateway: &Gateway, head: &str) -> Answer {
     client.answer()
 }
 
-fn rewrite(gateway: &Gateway, change: impl Fn(&str) -> String) {
-    let path = gateway.folder.0.join("tollgate.toml");
-    let text = std::fs::read_to_string(&path).unwrap();
-    let changed = change(&text);
-    assert_ne!(text, changed, "the rewrite changed nothing");
-    std::fs::write(&path, changed).unwrap();
-}
-
 /// `tollgate reload` with the gateway's own file.
 fn reload(gateway: &Gateway, more: &[&str]) -> Output {
     run(tollgate().args(["reload", "--config"]).arg(gateway.folder.0.join("tollgate.toml")).args(more))
@@ -171,7 +163,7 @@ fn names_are_configured_and_reloaded() {
     let status = |host: &str| admin(&gateway, &format!("GET /metrics HTTP/1.1\nHost: {host}\n\n")).status;
     let answer = admin(&gateway, "GET /metrics HTTP/1.1\nHost: tollgate.internal:9090\n\n");
     assert!(answer.status == 403 && answer.text().contains("[admin] hosts"), "{}", answer.text());
-    rewrite(&gateway, |text| text.replace("[admin]\n", "[admin]\nhosts = [\"Tollgate.internal\", \"tollgate\"]\n"));
+    gateway.rewrite(|text| text.replace("[admin]\n", "[admin]\nhosts = [\"Tollgate.internal\", \"tollgate\"]\n"));
     assert_eq!(said(&reload(&gateway, &[])), (Some(0), "reloaded; changed and in force: admin.hosts\n".into()));
     for host in ["tollgate.internal", "TOLLGATE.INTERNAL:9090", "tollgate", "tollgate.internal.", "localhost"] {
         assert_eq!(status(host), 200, "{host}");
@@ -180,7 +172,7 @@ fn names_are_configured_and_reloaded() {
         assert_eq!(status(host), 403, "{host}");
     }
     for wrong in ["http://tollgate", "tollgate:9090", "*.internal", "", "a..b", "a b"] {
-        rewrite(&gateway, |text| {
+        gateway.rewrite(|text| {
             let rest: String = text.lines().filter(|l| !l.starts_with("hosts")).map(|l| format!("{l}\n")).collect();
             rest.replace("[admin]\n", &format!("[admin]\nhosts = [\"{wrong}\"]\n"))
         });
@@ -317,7 +309,7 @@ fn a_reload_says_which_keys_take_a_restart() {
         ("threads = 1".into(), "threads = 1\nshutdown_grace = \"7s\"".into(), "server.shutdown_grace"),
         (format!("listen = \"{}\"", gateway.admin), format!("listen = \"{elsewhere}\""), "admin.listen"),
     ] {
-        rewrite(&gateway, |_| original.replace(&from, &to).replace("max_per_page = 100", "max_per_page = 50"));
+        gateway.rewrite(|_| original.replace(&from, &to).replace("max_per_page = 100", "max_per_page = 50"));
         let answer = gateway.admin_post("/reload");
         assert_eq!(answer.status, 200);
         assert!(answer.text().contains("restart") && answer.text().contains(restart), "{}", answer.text());
@@ -330,7 +322,7 @@ fn a_reload_says_which_keys_take_a_restart() {
             log.lines().last().is_some_and(|line| line.contains(restart) && line.contains("restart"))
         });
         // Back again, and there is nothing to restart for.
-        rewrite(&gateway, |_| original.clone());
+        gateway.rewrite(|_| original.clone());
         let answer = gateway.admin_post("/reload");
         assert_eq!((answer.status, answer.text().as_str()), (200, "reloaded\n"));
         seen += 1;
@@ -349,7 +341,7 @@ fn a_reload_that_fails_says_why_and_that_nothing_changed() {
         ("path = \"tokens.toml\"", "path = \"nowhere.toml\"", 1, "nowhere.toml"),
         ("[[upstream]]", "[[upstream", 64, "is not TOML"),
     ] {
-        rewrite(&gateway, |_| original.replace(from, to));
+        gateway.rewrite(|_| original.replace(from, to));
         let (ended, text) = said(&reload(&gateway, &[]));
         assert_eq!(ended, Some(code), "{text}");
         assert!(text.contains("nothing changed") && text.contains(named), "{text}");
@@ -362,13 +354,13 @@ fn a_reload_that_fails_says_why_and_that_nothing_changed() {
         assert!(!body["errors"].as_array().unwrap().is_empty());
     }
     // Nobody there, somebody else there, and no listener at all.
-    rewrite(&gateway, |_| original.clone());
+    gateway.rewrite(|_| original.clone());
     let nobody = format!("127.0.0.1:{}", free_port());
     let (code, text) = said(&reload(&gateway, &["--admin", &nobody]));
     assert!(code == Some(1) && text.contains("nothing changed") && text.contains(&nobody), "{text}");
     let (code, text) = said(&reload(&gateway, &["--admin", &gateway.address.to_string()]));
     assert!(code == Some(1) && text.contains("404"), "{text}");
-    rewrite(&gateway, |text| text.replace(&format!("listen = \"{}\"", gateway.admin), "listen = \"none\""));
+    gateway.rewrite(|text| text.replace(&format!("listen = \"{}\"", gateway.admin), "listen = \"none\""));
     let (code, text) = said(&reload(&gateway, &[]));
     assert!(code == Some(64) && text.contains("SIGHUP"), "{text}");
     let (code, _) = said(&reload(&gateway, &["--admin", "nonsense"]));
@@ -407,7 +399,7 @@ fn a_reload_that_takes_its_time_holds_up_nothing() {
     let store = Store::with([(GOOD, "alice"), (OTHER, "bob")]);
     let gateway = Gateway::start_with_tokens(upstream.address, "token = []\n", &store.section());
     let file = "\n[[store]]\nkind = \"file\"\npath = \"tokens.toml\"\n";
-    rewrite(&gateway, |text| text.replace("[store]", "[[store]]") + file);
+    gateway.rewrite(|text| text.replace("[store]", "[[store]]") + file);
     assert_eq!(gateway.admin_post("/reload").status, 200);
     assert_eq!((status(&gateway, GOOD), status(&gateway, OTHER)), (200, 200));
     // A file that does not end, as a network's that does not answer: whoever reads it waits.
@@ -415,7 +407,7 @@ fn a_reload_that_takes_its_time_holds_up_nothing() {
     assert!(run(Command::new("mkfifo").arg(at("fifo"))).status.success());
     std::fs::hard_link(at("fifo"), at("its-other-end")).unwrap();
     std::fs::rename(at("fifo"), at("tokens.toml")).unwrap();
-    rewrite(&gateway, |text| text.replace("[[upstream]]", "[cache]\npositive_ttl = \"50s\"\n[[upstream]]"));
+    gateway.rewrite(|text| text.replace("[[upstream]]", "[cache]\npositive_ttl = \"50s\"\n[[upstream]]"));
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| gateway.admin_post("/reload"));
         // The other store is followed all the same, and all else goes on.

@@ -209,3 +209,30 @@ fn there_is_one_tls_stack() {
     let others = ["openssl", "openssl-sys", "native-tls", "boring", "boring-sys", "aws-lc-sys", "aws-lc-rs", "s2n-tls"];
     assert!(others.iter().all(|name| count(name) == 0), "{packages:?}");
 }
+
+/// The runner takes a name for any test whose path holds it: `load::` would also mean `reload::`.
+#[test]
+fn what_runs_alone_is_named_by_whole_modules() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let makefile = std::fs::read_to_string(root.join("Makefile")).unwrap();
+    let alone: Vec<_> = makefile.lines().find_map(|line| line.strip_prefix("ALONE = ")).unwrap().split(' ').collect();
+    assert!(alone.len() >= 5, "{alone:?}");
+    fn modules(folder: &Path, prefix: &str, found: &mut Vec<String>) {
+        for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            let name = entry.file_stem().unwrap().to_string_lossy().into_owned();
+            if entry.is_dir() {
+                modules(&entry, &format!("{prefix}{name}::"), found);
+            } else if entry.extension().is_some_and(|extension| extension == "rs") {
+                found.push(format!("{prefix}{name}::"));
+            }
+        }
+    }
+    let mut all = Vec::new();
+    modules(&root.join("tests"), "", &mut all);
+    assert!(all.len() >= 40, "only {} files were read", all.len());
+    for name in alone {
+        let taken: Vec<_> = all.iter().filter(|module| module.contains(name)).collect();
+        assert!(!taken.is_empty(), "no module is called {name}");
+        assert!(taken.iter().all(|module| module.starts_with(name)), "{name} also takes {taken:?}");
+    }
+}

@@ -122,6 +122,15 @@ impl Gateway {
         self.child.id()
     }
 
+    /// Changes the text of the configuration, which comes into force with a reload.
+    pub fn rewrite(&self, change: impl Fn(&str) -> String) {
+        let path = self.folder.0.join("tollgate.toml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        let changed = change(&text);
+        assert_ne!(text, changed, "the rewrite changed nothing");
+        std::fs::write(&path, changed).unwrap();
+    }
+
     pub fn client(&self) -> Client {
         Client::connect(self.address)
     }

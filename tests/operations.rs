@@ -22,14 +22,6 @@ fn in_flight(gateway: &Gateway, upstream: &Upstream, count: usize) -> Vec<Client
     clients
 }
 
-fn rewrite(gateway: &Gateway, change: impl Fn(&str) -> String) {
-    let path = gateway.folder.0.join("tollgate.toml");
-    let text = std::fs::read_to_string(&path).unwrap();
-    let changed = change(&text);
-    assert_ne!(text, changed, "the rewrite changed nothing");
-    std::fs::write(&path, changed).unwrap();
-}
-
 fn reloads(gateway: &Gateway, result: &str) -> f64 {
     gateway.metric(&format!("tollgate_config_reloads_total{{result=\"{result}\"}}"))
 }
@@ -213,7 +205,7 @@ fn a_reload_takes_effect(reload: impl Fn(&Gateway)) {
     eventually("the slow request is at the upstream", || upstream.seen().len() == 2);
 
     let before = reloads(&gateway, "ok");
-    rewrite(&gateway, |text| text.replace("max_per_page = 100", "max_per_page = 50"));
+    gateway.rewrite(|text| text.replace("max_per_page = 100", "max_per_page = 50"));
     reload(&gateway);
     eventually("the reload was counted", || reloads(&gateway, "ok") == before + 1.0);
     // The request that the wait below sends may be the last one under the old rules, the next one is not.
@@ -224,7 +216,7 @@ fn a_reload_takes_effect(reload: impl Fn(&Gateway)) {
 
     // A broken one changes nothing.
     let failed = reloads(&gateway, "failed");
-    rewrite(&gateway, |text| text.replace("max_per_page = 50", "max_per_page = 70\nmax_per_pag = 1"));
+    gateway.rewrite(|text| text.replace("max_per_page = 50", "max_per_page = 70\nmax_per_pag = 1"));
     reload(&gateway);
     eventually("the failed reload was counted", || reloads(&gateway, "failed") == failed + 1.0);
     assert_eq!(reloads(&gateway, "ok"), before + 1.0);
@@ -269,12 +261,12 @@ fn every_part_that_can_break_leaves_a_reload_without_effect() {
         ("a log", ("access = \"access.log\"", "access = \"no/such/folder/x.log\""), "log.access"),
         ("TOML", ("[[upstream]]", "[[upstream"), "tollgate.toml:11:11: is not TOML"),
     ] {
-        rewrite(&gateway, |text| text.replace(change.0, change.1));
+        gateway.rewrite(|text| text.replace(change.0, change.1));
         let answer = gateway.admin_post("/reload");
         assert_eq!(answer.status, 500, "{what}");
         assert!(answer.text().contains(named), "{what}: {}", answer.text());
         assert_eq!((status(&gateway, GOOD), status(&gateway, BAD)), (200, 401), "{what}");
-        rewrite(&gateway, |text| text.replace(change.1, change.0));
+        gateway.rewrite(|text| text.replace(change.1, change.0));
     }
     assert_eq!(gateway.admin_post("/reload").status, 200);
     eventually("all requests are in the one log", || gateway.access_log().len() == 8);
@@ -285,7 +277,7 @@ fn what_needs_a_restart_is_said_and_left_as_it_is() {
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
     let elsewhere = format!("127.0.0.1:{}", free_port());
-    rewrite(&gateway, |text| text.replace(&gateway.address.to_string(), &elsewhere));
+    gateway.rewrite(|text| text.replace(&gateway.address.to_string(), &elsewhere));
     let answer = gateway.admin_post("/reload");
     assert!(answer.status == 200 && answer.text().contains("restart"), "{}", answer.text());
     eventually("the log names the key", || {

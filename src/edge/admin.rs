@@ -51,7 +51,7 @@ impl ServerApp for AdminGate {
                 Ok(view) => view,
                 Err(why) => {
                     // Whoever sent it may be gone.
-                    drop(client.write(&admin::unreadable(why).render(false, true)).await);
+                    let _ = client.write(&admin::unreadable(why).render(false, true)).await;
                     break;
                 }
             };

@@ -121,7 +121,11 @@ fn remove_socket(path: &str) {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {
         match SocketPlace::of(path) {
-            SocketPlace::Stale => return drop(std::fs::remove_file(path)),
+            SocketPlace::Stale => {
+                // A file that is left behind is replaced by the next start.
+                let _ = std::fs::remove_file(path);
+                return;
+            }
             SocketPlace::Taken(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
             _ => return,
         }
@@ -256,7 +260,7 @@ impl Reloader {
             let result = self.reload().await;
             if let Some(reply) = reply {
                 // Whoever asked may be gone.
-                drop(reply.send(result));
+                let _ = reply.send(result);
             }
         }
     }

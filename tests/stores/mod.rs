@@ -6,7 +6,7 @@ mod contract;
 mod faults;
 mod frozen;
 mod places;
-mod reload;
+mod reloads;
 mod revocation;
 
 use crate::harness::*;

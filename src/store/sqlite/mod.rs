@@ -261,13 +261,17 @@ impl Reader {
             match question {
                 Ok(Question::Lookup(digest, reply)) => {
                     // Nobody waits any more when the send fails.
-                    drop(reply.send(self.run(|db| lookup(db, &digest))));
+                    let _ = reply.send(self.run(|db| lookup(db, &digest)));
                 }
-                Ok(Question::NoteUses(uses, reply)) => drop(reply.send(self.run(|db| note_uses(db, &uses)))),
-                Ok(Question::ChangedSince(since, reply)) => drop(reply.send(self.run(|db| changed_since(db, &since)))),
+                Ok(Question::NoteUses(uses, reply)) => {
+                    let _ = reply.send(self.run(|db| note_uses(db, &uses)));
+                }
+                Ok(Question::ChangedSince(since, reply)) => {
+                    let _ = reply.send(self.run(|db| changed_since(db, &since)));
+                }
                 Ok(Question::Gone(replica)) => drop(self.run(|db| gone(db, &replica))),
                 Ok(Question::Alive(replica, applied, reply)) => {
-                    drop(reply.send(self.run(|db| alive(db, &replica, applied))));
+                    let _ = reply.send(self.run(|db| alive(db, &replica, applied)));
                 }
                 Err(_) => return,
             }
