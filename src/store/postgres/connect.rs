@@ -607,6 +607,9 @@ pub(super) fn no_connection(error: managed::PoolError<Unreachable>, target: &Tar
     }
 }
 
+/// What to do about tables that are missing or old.
+pub(super) const MIGRATE: &str = "run `tollgate store migrate --config FILE`";
+
 /// The error for results that belong to another client's query.
 pub(super) const POOLER: &str = "is there a pooler between that gives each transaction another connection? Let tollgate \
     have its own: pool_mode = session, or PostgreSQL's own port";
@@ -652,7 +655,7 @@ impl QueryFailure {
 
     /// For a query on tollgate's own tables.
     pub(super) fn own(error: Error) -> Self {
-        Self::of(&error, super::schema::MIGRATE)
+        Self::of(&error, MIGRATE)
     }
 
     fn of(error: &Error, advice: &str) -> Self {

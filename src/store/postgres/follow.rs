@@ -3,7 +3,9 @@
 
 use super::super::feed::{Begun, ChangeSource, Coverage, Inbox, Message, Pace, Subscription};
 use super::super::{Change, Mark, Named, replica_name};
-use super::connect::{ASTRAY, ConnectionDriver, EndsWith, Home, POOLER, QueryFailure, Reached, Target, drive, say};
+use super::connect::{
+    ASTRAY, ConnectionDriver, EndsWith, Home, MIGRATE, POOLER, QueryFailure, Reached, Target, drive, say,
+};
 use super::presets::TriggerCheck;
 use super::{Source, presets, schema};
 use crate::store::credential::Digest;
@@ -228,7 +230,7 @@ impl Listener {
         let channel = match &self.schema {
             Some(schema) => match schema::version(&self.client, schema).await {
                 Ok(Some((_, channel))) => channel,
-                Ok(None) => return Err(format!("the schema {schema} has no tables of tollgate: {}", schema::MIGRATE)),
+                Ok(None) => return Err(format!("the schema {schema} has no tables of tollgate: {}", MIGRATE)),
                 Err(QueryFailure { error, .. }) => return Err(error.to_string()),
             },
             None => self.channel.clone(),

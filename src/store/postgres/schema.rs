@@ -1,7 +1,7 @@
 //! tollgate's own tables in PostgreSQL: creation and migration, and the queries on them.
 
 use super::super::TokenRecord;
-use super::connect::QueryFailure;
+use super::connect::{MIGRATE, QueryFailure};
 use crate::store::credential::Digest;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row};
@@ -14,7 +14,6 @@ const VERSION: i32 = MIGRATIONS.len() as i32;
 const OLDEST: i32 = 1;
 /// Keeps two migrations from running at once: "tollgate" in hex digits that fit.
 const LOCK: i64 = 0x746f_6c6c_6761_7465;
-pub(super) const MIGRATE: &str = "run `tollgate store migrate --config FILE`";
 
 /// Returns one row whenever the schema exists, so that an empty result never means "no such token". As in all queries
 /// of a gateway, every name is qualified with its schema, including operators, in addition to the connection's
