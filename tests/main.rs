@@ -30,6 +30,7 @@ mod paging;
 mod pipeline;
 mod readers;
 mod real_clients;
+mod regressions;
 mod reload;
 mod scopes;
 mod slow;
