@@ -9,7 +9,8 @@ use super::sqlite::{SqliteAdmin, SqliteStore};
 use super::{AdminError, TlsSettings, TokenAdmin, TokenStore};
 use crate::clock::Now;
 use crate::telemetry::metrics::StoreMetrics;
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -91,7 +92,7 @@ impl StoreSettings {
             return Ok(None);
         }
         Ok(match self {
-            Self::Sqlite(path) if missing == MissingStore::ReadEmpty && !path.exists() => {
+            Self::Sqlite(path) if missing == MissingStore::ReadEmpty && is_absent(path) => {
                 Some(Box::new(SqliteAdmin::empty()?))
             }
             Self::Sqlite(path) => Some(Box::new(SqliteAdmin::open(path)?)),
@@ -122,5 +123,35 @@ impl StoreSettings {
             Self::Redis(settings) => Some(&settings.tls),
             Self::Introspection(settings) => Some(&settings.tls),
         }
+    }
+}
+
+/// Whether a file does not exist in a folder that does. A path that cannot be examined, a dangling link and a missing folder
+/// are not absence: opening them reports the error.
+fn is_absent(path: &Path) -> bool {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    folder.is_dir() && std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// "No such token" about a database that is there but cannot be reached would hide tokens that still work.
+    #[tokio::test]
+    async fn only_a_database_that_does_not_exist_reads_as_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let new = folder.path().join("new");
+        let mut empty = StoreSettings::Sqlite(new.clone()).admin(MissingStore::ReadEmpty).await.unwrap().unwrap();
+        assert!(empty.list().await.unwrap().is_empty() && !new.exists());
+        let dangling = folder.path().join("dangling");
+        std::os::unix::fs::symlink(folder.path().join("gone"), &dangling).unwrap();
+        let long = folder.path().join("x".repeat(300));
+        let no_folder = folder.path().join("missing/tokens.db");
+        for path in [dangling, long, no_folder] {
+            let opened = StoreSettings::Sqlite(path.clone()).admin(MissingStore::ReadEmpty).await;
+            assert!(opened.is_err(), "{}", path.display());
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 }
