@@ -2,6 +2,8 @@
 //! finds the place and reports it to the operator.
 
 use nix::unistd::{AccessFlags, access};
+use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
@@ -20,6 +22,15 @@ pub struct Problem {
     pub severity: Severity,
 }
 
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.key, self.what)?;
+        if self.instead.is_empty() { Ok(()) } else { write!(f, "; {}", self.instead) }
+    }
+}
+
+impl std::error::Error for Problem {}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
     /// Nothing runs with it.
@@ -36,6 +47,22 @@ impl Problem {
 
     pub fn warning(key: &'static str, what: impl Into<String>, instead: impl Into<String>) -> Self {
         Self { severity: Severity::Warning, ..Self::error(key, what, instead) }
+    }
+
+    /// A number outside of its range.
+    pub fn out_of_range(key: &'static str, value: u64, range: RangeInclusive<u64>) -> Option<Self> {
+        let instead = format!("use a number from {} to {}", range.start(), range.end());
+        (!range.contains(&value)).then(|| Self::error(key, "is out of range", instead))
+    }
+
+    /// A number of connections, which every store with a network has.
+    pub fn connections(count: usize) -> Option<Self> {
+        Self::out_of_range("connections", u64::try_from(count).unwrap_or(u64::MAX), 1..=1_000)
+    }
+
+    /// Nothing can be built from settings with an error.
+    pub fn first_error(found: Vec<Self>) -> Result<(), Self> {
+        found.into_iter().find(|problem| problem.severity == Severity::Error).map_or(Ok(()), Err)
     }
 
     /// A time below what makes sense.

@@ -310,7 +310,7 @@ fn check_and_run_agree() {
             true,
         ),
         ("[store]\nkind = \"introspection\"\nendpoint = \"http://127.0.0.1:99999/user\"\n", "store.endpoint: ", false),
-        ("[store]\nkind = \"introspection\"\nmode = \"rfc7662\"\n", "store.mode: ", false),
+        ("[store]\nkind = \"introspection\"\nmode = \"rfc7662\"\n", "store.client_id: is missing", false),
         ("[store]\nkind = \"introspection\"\nunknown_statuses = [200]\n", "store.unknown_statuses: ", false),
         // Listeners.
         (

@@ -65,9 +65,9 @@ pub(super) fn look(settings: &Settings, file: &File, probe: Probe<'_>, places: &
 /// What is wrong with a store. What only the network tells is a warning: the gateway starts all the same, and answers 503
 /// until it is right.
 async fn problems(store: &NamedStore, network: bool) -> Vec<Problem> {
-    let mut found = store.kind.problems(true).await;
+    let mut found = store.kind.probe(false).await;
     if network {
-        match tokio::time::timeout(PATIENCE, store.kind.problems(false)).await {
+        match tokio::time::timeout(PATIENCE, store.kind.probe(true)).await {
             Ok(all) => {
                 let new = all.into_iter().filter(|problem| !found.contains(problem));
                 let new: Vec<_> = new.map(|problem| Problem { severity: Severity::Warning, ..problem }).collect();

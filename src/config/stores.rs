@@ -7,7 +7,7 @@ use super::file::{
 };
 use super::resolve::Gather;
 use crate::problem::Problem;
-use crate::store::introspect::{self, IntrospectMode, IntrospectSettings};
+use crate::store::introspect::{IntrospectMode, IntrospectSettings};
 use crate::store::postgres::{self, Bind, PostgresSettings, Source};
 use crate::store::redis::{RedisChanges, RedisSettings, Topology};
 use crate::store::{NamedStore, PemFile, Place, Secret, StoreSettings, TlsMode, TlsSettings};
@@ -42,46 +42,18 @@ impl Gather<'_, '_> {
                 at.section,
                 Problem::too_short("timeout", timeout, Duration::from_millis(1)).into_iter().collect(),
             );
+            self.all(at.section, kind.problems());
             stores.push(NamedStore { name, timeout, kind });
         }
         stores
     }
 
     fn postgres(&mut self, s: &file::PostgresStore, at: &Entry<'_>) -> PostgresSettings {
-        let auto = postgres::tls_auto(&s.url).unwrap_or(TlsMode::Local);
-        let gitlab_secret = self.secret(at, "db_key_base_file", &s.db_key_base_file);
-        let needs_secret = s.preset == PostgresPreset::GitlabPatDigest
-            || s.preset == PostgresPreset::Custom && s.digest == BoundAs::Gitlab;
-        if needs_secret && gitlab_secret.is_none() && s.db_key_base_file.is_empty() {
-            let instead =
-                "name a file with the secret from GitLab's config/secrets.yml or /etc/gitlab/gitlab-secrets.json";
-            self.store_problem(at, "db_key_base_file", "is missing: the digests hold a part of it", instead);
-        }
-        if needs_secret && gitlab_secret.as_ref().is_some_and(|secret| secret.expose().chars().count() < 32) {
-            let why = "names a file with fewer than 32 characters, which is not a db_key_base";
-            self.store_problem(
-                at,
-                "db_key_base_file",
-                why,
-                "write the value alone into it, without its name or quotes",
-            );
-        }
-        let secret = gitlab_secret.unwrap_or_default();
-        if (s.preset == PostgresPreset::Custom) == s.lookup.trim().is_empty() {
-            let (why, instead) = match s.preset {
-                PostgresPreset::Custom => {
-                    ("is missing", "write it like \"SELECT login AS user FROM people WHERE token = $1\"")
-                }
-                _ => ("goes with preset = \"custom\" only", "remove it, or use preset = \"custom\""),
-            };
-            self.store_problem(at, "lookup", why, instead);
-        } else if s.preset == PostgresPreset::Custom && !s.lookup.contains("$1") {
-            self.store_problem(
-                at,
-                "lookup",
-                "has no $1: it would find a row for whatever token",
-                "write it like \"… WHERE token = $1\"",
-            );
+        let auto = postgres::tls_auto(&s.url);
+        let secret = self.secret(at, "db_key_base_file", &s.db_key_base_file).unwrap_or_default();
+        if s.preset != PostgresPreset::Custom && !s.lookup.trim().is_empty() {
+            let instead = "remove it, or use preset = \"custom\"";
+            self.store_problem(at, "lookup", "goes with preset = \"custom\" only", instead);
         }
         let source = match s.preset {
             PostgresPreset::Tollgate => Source::Own { schema: s.schema.0.clone() },
@@ -98,44 +70,20 @@ impl Gather<'_, '_> {
                 },
             },
         };
-        let settings = PostgresSettings {
+        PostgresSettings {
             url: Secret::new(&s.url),
             password: self.secret(at, "password_file", &s.password_file),
             tls: self.tls(at, s.tls, auto, [&s.tls_ca, &s.tls_cert, &s.tls_key]),
-            connections: self.connections(at, s.connections),
+            connections: count(s.connections),
             source,
             channel: s.notify.then(|| s.channel.0.clone()),
             default_scopes: s.scopes.clone(),
             timeout: s.timeout,
-        };
-        if let Err(why) = postgres::check_url(&settings) {
-            let instead = "write it like \"postgres://user@host:5432/database\", with the password in password_file";
-            self.store_problem(at, "url", why, instead);
         }
-        settings
     }
 
     fn redis(&mut self, s: &file::RedisStore, at: &Entry<'_>) -> RedisSettings {
         let servers: Vec<String> = s.servers.iter().map(|UpstreamAddress(server)| server.to_string()).collect();
-        if servers.is_empty() {
-            self.store_problem(at, "servers", "is empty", "write it like [\"127.0.0.1:6379\"]");
-        }
-        if servers.iter().any(|server| server.contains('@')) {
-            let instead = "use username and password_file";
-            self.store_problem(at, "servers", "must not hold a user or a password", instead);
-        }
-        if s.topology == RedisTopology::Single && servers.len() > 1 {
-            let instead = "name one, or use topology = \"sentinel\" or \"cluster\"";
-            self.store_problem(at, "servers", "names several servers for topology = \"single\"", instead);
-        }
-        if s.topology == RedisTopology::Cluster && (s.database != 0 || s.changes == RedisChangesBy::Keyspace) {
-            let why = "does not go with these: a cluster has database 0 only, and no keyspace notifications that one subscriber gets";
-            self.store_problem(at, "topology", why, "use database = 0 and changes = \"channel\"");
-        }
-        if s.prefix.is_empty() || s.prefix.contains(|c: char| !c.is_ascii_graphic() || "*?[]\\{}".contains(c)) {
-            let why = "must have visible characters other than *?[]\\{} only";
-            self.store_problem(at, "prefix", why, "write it like \"tollgate:token:\"");
-        }
         let auto = TlsMode::auto(s.servers.iter().map(|UpstreamAddress(server)| match server {
             ServerAddress::Unix(_) => Place::Socket,
             ServerAddress::Tcp(address) => Place::of_host(address.rsplit_once(':').map_or(address, |(host, _)| host)),
@@ -157,7 +105,7 @@ impl Gather<'_, '_> {
                 RedisChangesBy::Keyspace => RedisChanges::Keyspace,
                 RedisChangesBy::None => RedisChanges::None,
             },
-            connections: self.connections(at, s.connections),
+            connections: count(s.connections),
             default_scopes: s.scopes.clone(),
         }
     }
@@ -176,42 +124,25 @@ impl Gather<'_, '_> {
             ("", Some(ServerAddress::Unix(path))) => format!("unix:{path}:{prefix}/user"),
             (endpoint, _) => endpoint.to_owned(),
         };
-        // Without a server of an upstream there is no default; that it is missing is reported elsewhere.
-        let unasked = url.is_empty();
-        let known = ["http://", "https://", "unix:/"].iter().any(|scheme| url.starts_with(scheme));
-        if !unasked && !known {
-            let instead = "write it like \"http://127.0.0.1:3000/api/v3/user\"";
-            self.store_problem(at, "endpoint", "is not an address that can be asked", instead);
+        if url.is_empty() {
+            // Without a server of an upstream there is no default; that it is missing is reported elsewhere.
+            self.places.spoil(format!("{}.endpoint", at.section));
         }
         let client_secret = self.secret(at, "client_secret_file", &s.client_secret_file).unwrap_or_default();
-        if s.mode == IntrospectionMode::Rfc7662 && (s.endpoint.is_empty() || s.client_id.is_empty()) {
+        if s.mode == IntrospectionMode::Rfc7662 && s.endpoint.is_empty() {
             self.store_problem(
                 at,
-                "mode",
-                "\"rfc7662\" needs endpoint and client_id",
-                "set them as the server gave them",
+                "endpoint",
+                "is missing: mode = \"rfc7662\" needs it",
+                "set it as the server gave it",
             );
-        }
-        let pointer = |text: &str| text.is_empty() || text.starts_with('/');
-        for (index, _) in s.user.iter().enumerate().filter(|(_, text)| !pointer(text)) {
-            let problem = Problem::error("user", "is not a JSON pointer", "write it like \"/username\"");
-            self.places.add(at.section, problem.element(index));
-        }
-        if !pointer(&s.scopes_at) {
-            self.store_problem(at, "scopes_at", "is not a JSON pointer", "write it like \"/scope\"");
-        }
-        if s.user.is_empty() {
-            self.store_problem(at, "user", "is empty", "remove it for the default");
-        }
-        if s.breaker_failures == 0 || s.breaker_failures > 1_000 {
-            self.store_problem(at, "breaker_failures", "is out of range", "use a number from 1 to 1000");
         }
         let auto = match url.starts_with("https://") {
             true => TlsMode::VerifyFull,
             false if s.insecure_http => TlsMode::Disable,
             false => TlsMode::Local,
         };
-        let settings = IntrospectSettings {
+        IntrospectSettings {
             url,
             insecure_http: s.insecure_http,
             mode: match s.mode {
@@ -225,38 +156,10 @@ impl Gather<'_, '_> {
             scopes: s.scopes_at.clone(),
             default_scopes: s.scopes.clone(),
             tls: self.tls(at, s.tls, auto, [&s.tls_ca, &s.tls_cert, &s.tls_key]),
-            connections: self.connections(at, s.connections),
+            connections: count(s.connections),
             breaker_failures: u32::try_from(s.breaker_failures).unwrap_or(u32::MAX),
             breaker_pause: s.breaker_pause,
-        };
-        if !unasked && known {
-            match introspect::check_url(&settings) {
-                Ok(None) => {}
-                Ok(Some(place)) => {
-                    let what = format!(
-                        "EVERY TOKEN TRAVELS IN PLAIN TEXT to {place}, as insecure_http says; whoever listens on the way can \
-                         use them"
-                    );
-                    self.places.add(at.section, Problem::warning("endpoint", what, "use https://"));
-                }
-                Err(why) => {
-                    let (key, why) = match why.split_once(": ") {
-                        Some(("unknown_statuses", why)) => ("unknown_statuses", why),
-                        Some(("url", why)) => ("endpoint", why),
-                        _ => ("endpoint", why.as_str()),
-                    };
-                    self.store_problem(at, key, why, "");
-                }
-            }
         }
-        settings
-    }
-
-    fn connections(&mut self, at: &Entry<'_>, count: u64) -> usize {
-        if count == 0 || count > 1_000 {
-            self.store_problem(at, "connections", "is out of range", "use a number from 1 to 1000");
-        }
-        usize::try_from(count.clamp(1, 1_000)).unwrap_or(1)
     }
 
     fn store_problem(
@@ -300,7 +203,7 @@ impl Gather<'_, '_> {
         if cert.is_empty() != key.is_empty() {
             self.store_problem(at, "tls_cert", "and tls_key go together", "name both files, or neither");
         }
-        let settings = TlsSettings {
+        TlsSettings {
             mode: match mode {
                 Tls::Auto => auto,
                 Tls::VerifyFull => TlsMode::VerifyFull,
@@ -310,15 +213,12 @@ impl Gather<'_, '_> {
             },
             ca: file(ca),
             client: file(cert).zip(file(key)),
-        };
-        if let Err(why) = settings.client_config() {
-            let named = |text: &String| !text.is_empty() && why.starts_with(&*at.folder.join(text).to_string_lossy());
-            let files = [("tls_ca", ca), ("tls_cert", cert), ("tls_key", key)];
-            let key = files.into_iter().find(|(_, text)| named(text)).map_or("tls", |(key, _)| key);
-            self.store_problem(at, key, why, "name PEM files that tollgate may read");
         }
-        settings
     }
+}
+
+fn count(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
 }
 
 /// The section that is read.

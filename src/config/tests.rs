@@ -306,16 +306,18 @@ fn tls_auto_looks_at_every_way_to_name_a_place() {
         let found = said(&text, folder().path());
         assert!(found.iter().any(|problem| problem.contains("store.url: ")), "{url}: {found:?}");
     }
-    let redis = |servers: &str| {
-        let text = format!("{MINIMAL}[store]\nkind = \"redis\"\ntopology = \"sentinel\"\nservers = [{servers}]\n");
+    let redis = |topology: &str, servers: &str| {
+        let text = format!("{MINIMAL}[store]\nkind = \"redis\"\n{topology}\nservers = [{servers}]\n");
         match &load(&text, folder().path()).unwrap_or_else(|problems| panic!("{servers}: {problems:?}")).stores[0].kind
         {
             StoreSettings::Redis(store) => store.tls.mode,
             other => panic!("{other:?}"),
         }
     };
-    assert_eq!(redis("\"127.0.0.1:1\", \"[::1]:2\", \"unix:/run/redis.sock\""), TlsMode::Local);
-    assert_eq!(redis("\"127.0.0.1:1\", \"10.0.0.9:2\""), TlsMode::VerifyFull);
+    let sentinels = "topology = \"sentinel\"\nmaster = \"tokens\"";
+    assert_eq!(redis("", "\"unix:/run/redis.sock\""), TlsMode::Local);
+    assert_eq!(redis(sentinels, "\"127.0.0.1:1\", \"[::1]:2\""), TlsMode::Local);
+    assert_eq!(redis(sentinels, "\"127.0.0.1:1\", \"10.0.0.9:2\""), TlsMode::VerifyFull);
 }
 
 #[test]
@@ -351,7 +353,8 @@ fn what_is_wrong_with_a_store() {
         ("kind = \"introspection\"\nunknown_statuses = [401, 429]", "store.unknown_statuses: must be statuses"),
         ("kind = \"introspection\"\nunknown_statuses = []", "store.unknown_statuses: must be statuses"),
         ("kind = \"redis\"\nservers = [\"u:S3CRET@127.0.0.1:6379\"]", "store.servers: must not hold a user"),
-        ("kind = \"introspection\"\nmode = \"rfc7662\"", "needs endpoint and client_id"),
+        ("kind = \"introspection\"\nmode = \"rfc7662\"", "store.endpoint: is missing"),
+        ("kind = \"introspection\"\nmode = \"rfc7662\"", "store.client_id: is missing"),
         ("kind = \"introspection\"\nuser = [\"name\"]", "store.user: is not a JSON pointer"),
         ("timeout = \"0s\"", "store.timeout: "),
     ] {

@@ -410,7 +410,13 @@ impl Inner {
     fn note_health(&self, error: Option<&StoreError>, now: Now) {
         let until = match error {
             None => 0,
-            Some(StoreError::Unavailable(_) | StoreError::Timeout | StoreError::CircuitOpen) => now.mono_ms + AILING_MS,
+            Some(
+                StoreError::Unavailable(_)
+                | StoreError::Denied(_)
+                | StoreError::ReadOnly(_)
+                | StoreError::Timeout
+                | StoreError::CircuitOpen,
+            ) => now.mono_ms + AILING_MS,
             Some(StoreError::Overloaded | StoreError::Garbage(_)) => return,
         };
         self.ailing_until.store(until, Ordering::Relaxed);

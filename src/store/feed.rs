@@ -8,12 +8,13 @@
 //! * A source that does not answer a beat, and from which nothing else arrives, is lost within the beat and its silence.
 //! * Every loss is said once, and logged once for each reason; every new session begins with [`Event::Hearing`].
 
-use super::{Change, Event, Heard, Mark};
+use super::{Change, Event, Heard, Mark, StoreError};
 use crate::clock::Now;
 use async_trait::async_trait;
 use futures_util::future::{BoxFuture, pending};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
+use std::fmt;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -55,6 +56,46 @@ pub(super) enum Coverage {
     Untold(String),
 }
 
+/// Why a session ended, or none began.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Loss {
+    /// The store said so, or did not answer.
+    Store(StoreError),
+    /// The connection was closed.
+    Closed,
+    /// Nothing arrived for so long.
+    Silent(Duration),
+    /// More changes arrived than wait to be taken in.
+    Overrun,
+    /// Nobody takes in what arrives.
+    Abandoned,
+}
+
+impl From<StoreError> for Loss {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl fmt::Display for Loss {
+    /// For the log, behind what is lost.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Store(
+                StoreError::Unavailable(why)
+                | StoreError::Denied(why)
+                | StoreError::ReadOnly(why)
+                | StoreError::Garbage(why),
+            ) => f.write_str(why),
+            Self::Store(error) => error.fmt(f),
+            Self::Closed => f.write_str("the connection was closed"),
+            Self::Silent(time) => write!(f, "the server sent nothing for {time:?}"),
+            Self::Overrun => write!(f, "more than {INBOX} changes arrived before they could be taken in"),
+            Self::Abandoned => f.write_str("nobody takes in what arrives"),
+        }
+    }
+}
+
 /// Where a store's changes arrive from.
 #[async_trait]
 pub(super) trait ChangeSource: Send {
@@ -70,7 +111,7 @@ pub(super) trait ChangeSource: Send {
     async fn begin(
         &mut self,
         inbox: Inbox<<Self::Subscription as Subscription>::Wait>,
-    ) -> Result<Begun<Self::Subscription>, String>;
+    ) -> Result<Begun<Self::Subscription>, Loss>;
 
     /// Whether, before a session has begun, it is open if anybody notifies of changes here: nothing is said of it then.
     fn may_be_untold(&self) -> bool {
@@ -97,17 +138,17 @@ pub(super) trait Subscription: Send + Sync {
 
     /// Asks for a sign of life, on the way that changes arrive: when this returns, all changes that were made before it was
     /// called are in the inbox. Says how far the store's list of changes was told by then.
-    async fn beat(&self) -> Result<Option<Mark>, String>;
+    async fn beat(&self) -> Result<Option<Mark>, Loss>;
 
     /// What is to be done every so often beside the beats: staying in the register of gateways, and looking whether
     /// somebody notifies of changes, if that can change.
-    async fn upkeep(&self) -> Result<Option<Coverage>, String> {
+    async fn upkeep(&self) -> Result<Option<Coverage>, Loss> {
         Ok(None)
     }
 
     /// Confirms that all that was told before these has taken effect. What is left in `waits` is tried again with the next
     /// upkeep.
-    async fn confirm(&self, _waits: &mut Vec<Self::Wait>) -> Result<(), String> {
+    async fn confirm(&self, _waits: &mut Vec<Self::Wait>) -> Result<(), Loss> {
         Ok(())
     }
 }
@@ -117,7 +158,7 @@ pub(super) struct Begun<S> {
     pub(super) subscription: S,
     /// Reads the connection, where no task of its own does. It is polled first, so that what has arrived is in the inbox
     /// before it is judged that nothing arrived. Returns what ended the connection.
-    pub(super) reading: BoxFuture<'static, String>,
+    pub(super) reading: BoxFuture<'static, Loss>,
     pub(super) coverage: Coverage,
 }
 
@@ -137,7 +178,7 @@ pub(super) enum Message<W> {
     /// Somebody wants to know when all before this has taken effect.
     Wait(W),
     /// Nothing arrives any more, and why.
-    Ended(String),
+    Ended(Loss),
 }
 
 /// Takes messages of one session in the order in which they arrive. Never blocks.
@@ -176,24 +217,24 @@ impl<W> Arriving<W> {
     }
 
     /// Waits for at least one message.
-    async fn next(&mut self, batch: &mut Vec<Message<W>>) -> Result<(), String> {
+    async fn next(&mut self, batch: &mut Vec<Message<W>>) -> Result<(), Loss> {
         match self.receiver.recv_many(batch, BATCH).await {
-            0 => Err("the connection was closed".into()),
+            0 => Err(Loss::Closed),
             _ => self.is_whole(),
         }
     }
 
     /// What is there by now, and nothing that arrives meanwhile.
-    fn ready(&mut self, batch: &mut Vec<Message<W>>) -> Result<(), String> {
+    fn ready(&mut self, batch: &mut Vec<Message<W>>) -> Result<(), Loss> {
         for _ in 0..self.receiver.len() {
             batch.extend(self.receiver.try_recv());
         }
         self.is_whole()
     }
 
-    fn is_whole(&self) -> Result<(), String> {
+    fn is_whole(&self) -> Result<(), Loss> {
         if self.counts.overrun.load(Ordering::Relaxed) {
-            return Err(format!("more than {INBOX} changes arrived before they could be taken in"));
+            return Err(Loss::Overrun);
         }
         Ok(())
     }
@@ -250,7 +291,7 @@ enum State {
 
 impl<S: ChangeSource> Following<'_, S> {
     /// One session, from its beginning to its end. Returns what ended it.
-    async fn session(&mut self) -> String {
+    async fn session(&mut self) -> Loss {
         let (inbox, mut arriving) = Arriving::pair();
         let Begun { subscription, mut reading, coverage } = match self.source.begin(inbox).await {
             Ok(begun) => begun,
@@ -299,7 +340,7 @@ impl<S: ChangeSource> Following<'_, S> {
         &self,
         batch: &mut Vec<Message<<S::Subscription as Subscription>::Wait>>,
         waiting: &Waiting<<S::Subscription as Subscription>::Wait>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Loss> {
         let (mut changes, mut everything, mut waits, mut ended) = (Vec::new(), false, Vec::new(), None);
         for message in batch.drain(..) {
             match message {
@@ -341,7 +382,7 @@ impl<S: ChangeSource> Following<'_, S> {
         }
     }
 
-    fn lost(&mut self, why: &str) {
+    fn lost(&mut self, why: &Loss) {
         match self.state {
             State::Hearing => self.deaf(),
             State::Unknown if !self.source.may_be_untold() => self.deaf(),
@@ -384,7 +425,7 @@ async fn beat_on<S: Subscription>(
     clock: fn() -> Now,
     counts: &Counts,
     answers: mpsc::Sender<(u64, Option<Mark>)>,
-) -> String {
+) -> Loss {
     let mut ticks = ticks(pace.beat);
     loop {
         ticks.tick().await;
@@ -398,7 +439,7 @@ async fn beat_on<S: Subscription>(
             Err(why) => return why,
         };
         if told.is_err() {
-            return "nobody takes in what arrives".into();
+            return Loss::Abandoned;
         }
     }
 }
@@ -408,7 +449,7 @@ async fn answer_within<S: Subscription>(
     subscription: &S,
     silence: Duration,
     counts: &Counts,
-) -> Result<Option<Mark>, String> {
+) -> Result<Option<Mark>, Loss> {
     let mut answer = subscription.beat();
     let mut arrived = counts.arrived.load(Ordering::Relaxed);
     loop {
@@ -417,7 +458,7 @@ async fn answer_within<S: Subscription>(
         }
         let by_now = counts.arrived.load(Ordering::Relaxed);
         if by_now == arrived {
-            return Err(format!("the server sent nothing for {silence:?}"));
+            return Err(Loss::Silent(silence));
         }
         arrived = by_now;
     }
@@ -430,7 +471,7 @@ async fn keep_up<S: Subscription>(
     pace: Pace,
     waiting: &Waiting<S::Wait>,
     coverages: mpsc::Sender<Coverage>,
-) -> String {
+) -> Loss {
     let mut ticks = pace.upkeep.map(ticks);
     let mut waits = Vec::new();
     loop {
@@ -447,7 +488,7 @@ async fn keep_up<S: Subscription>(
                 Ok(None) => {}
                 Ok(Some(coverage)) => {
                     if coverages.send(coverage).await.is_err() {
-                        return "nobody takes in what arrives".into();
+                        return Loss::Abandoned;
                     }
                 }
                 Err(why) => return why,

@@ -15,10 +15,11 @@ mod tls;
 pub mod values;
 
 pub use portable::ShownRecord;
-pub use settings::{Bound, MissingStore, NamedStore, OpenError, StoreSettings};
+pub use settings::{Bound, MissingStore, NamedStore, StoreSettings};
 pub use tls::{PemFile, Place, Secret, TlsMode, TlsSettings, system_authorities};
 pub use values::{parse_time, rfc3339};
 
+use crate::problem::Problem;
 use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use credential::{Credential, Digest};
@@ -82,6 +83,11 @@ impl TokenRecord {
 pub enum StoreError {
     #[error("the token store can't be reached: {0}")]
     Unavailable(String),
+    /// The user that tollgate connects as may not do this.
+    #[error("the token store denies it: {0}")]
+    Denied(String),
+    #[error("the token store takes no writes: {0}")]
+    ReadOnly(String),
     #[error("the token store did not answer in time")]
     Timeout,
     #[error("the token store has too many look-ups under way")]
@@ -93,10 +99,23 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// The same, about a part of the store: its server, or what was asked of it.
+    #[must_use]
+    fn at(self, place: &dyn std::fmt::Display) -> Self {
+        let at = |what: String| format!("{place}: {what}");
+        match self {
+            Self::Unavailable(what) => Self::Unavailable(at(what)),
+            Self::Denied(what) => Self::Denied(at(what)),
+            Self::ReadOnly(what) => Self::ReadOnly(at(what)),
+            Self::Garbage(what) => Self::Garbage(at(what)),
+            Self::Timeout | Self::Overloaded | Self::CircuitOpen => self,
+        }
+    }
+
     /// Metric label.
     pub const fn kind(&self) -> &'static str {
         match self {
-            Self::Unavailable(_) => "unavailable",
+            Self::Unavailable(_) | Self::Denied(_) | Self::ReadOnly(_) => "unavailable",
             Self::Timeout => "timeout",
             Self::Overloaded => "overloaded",
             Self::CircuitOpen => "circuit_open",
@@ -238,6 +257,19 @@ pub enum AdminError {
     Input(String),
     #[error("{0}")]
     Store(String),
+}
+
+impl From<StoreError> for AdminError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error.to_string())
+    }
+}
+
+/// The settings do not allow for opening the store.
+impl From<Problem> for AdminError {
+    fn from(problem: Problem) -> Self {
+        Self::Store(problem.to_string())
+    }
 }
 
 /// What an import did.

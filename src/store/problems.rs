@@ -2,8 +2,7 @@
 //! server is asked once for a token that does not exist. It must not know what a gateway does about it.
 
 use super::credential::{Credential, Digest};
-use super::file::FileStore;
-use super::{StoreError, StoreSettings, sqlite};
+use super::{StoreError, StoreSettings, file, sqlite};
 use crate::problem::Problem;
 use crate::telemetry::metrics::Metrics;
 use std::sync::Arc;
@@ -12,47 +11,39 @@ use std::time::Duration;
 /// How long a server may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Keys that errors of the stores begin with.
-const KEYS: [&str; 12] = [
-    "url",
-    "password_file",
-    "schema",
-    "channel",
-    "lookup",
-    "servers",
-    "username",
-    "master",
-    "changes",
-    "endpoint",
-    "unknown_statuses",
-    "user",
-];
-
 impl StoreSettings {
-    /// All that is wrong with these settings and with what they name, warnings included. `offline` leaves out what needs the
-    /// network. Nothing is written or made.
-    pub async fn problems(&self, offline: bool) -> Vec<Problem> {
+    /// All that is wrong with these settings themselves, warnings included. Reads and connects to nothing: files that they
+    /// name were read when they were made.
+    pub fn problems(&self) -> Vec<Problem> {
+        match self {
+            Self::Sqlite(_) | Self::File(_) => Vec::new(),
+            Self::Postgres(settings) => settings.problems(),
+            Self::Redis(settings) => settings.problems(),
+            Self::Introspection(settings) => settings.problems(),
+        }
+    }
+
+    /// All that is wrong with what these settings name: a file, or with `network` a server. Settings that have a problem of
+    /// their own are not tried. Nothing is written or made.
+    pub async fn probe(&self, network: bool) -> Vec<Problem> {
+        match self {
+            Self::Sqlite(path) => return sqlite::unusable(path).map(|error| error.problem()).into_iter().collect(),
+            Self::File(path) => return file::unusable(path).map(|error| error.problem()).into_iter().collect(),
+            Self::Postgres(_) | Self::Redis(_) | Self::Introspection(_) if !network => return Vec::new(),
+            Self::Postgres(_) | Self::Redis(_) | Self::Introspection(_) => {}
+        }
+        if Problem::first_error(self.problems()).is_err() {
+            return Vec::new();
+        }
+        let key = self.place_key();
         let metrics = match Metrics::new("") {
             Ok(metrics) => Arc::new(metrics.store("check")),
             Err(error) => return vec![Problem::error("kind", error.to_string(), "report this fault of tollgate")],
         };
-        let (key, opened) = match self {
-            Self::Sqlite(path) => {
-                let problem = |why| Problem::error("path", format!("{}: {why}", path.display()), DATABASE);
-                return sqlite::unusable(path).map(problem).into_iter().collect();
-            }
-            Self::File(path) => {
-                let problem = |why| Problem::error("path", why, TOKEN_FILE);
-                return FileStore::open(path, metrics, crate::clock::now).err().map(problem).into_iter().collect();
-            }
-            remote => match remote.open(PATIENCE, metrics, crate::clock::now) {
-                Ok(store) => (remote.place_key(), store),
-                Err(error) => return vec![settings_error(remote.place_key(), &error.to_string())],
-            },
+        let opened = match self.open(PATIENCE, metrics, crate::clock::now) {
+            Ok(opened) => opened,
+            Err(problem) => return vec![problem],
         };
-        if offline {
-            return Vec::new();
-        }
         let nobody = format!("tollgate-check-{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
         let credential = Credential::new(nobody.as_bytes(), Digest::of(nobody.as_bytes()));
         let asked = tokio::time::timeout(PATIENCE, opened.lookup(&credential)).await;
@@ -71,13 +62,4 @@ impl StoreSettings {
     }
 }
 
-const DATABASE: &str = "name a database that tollgate may write to, or a file that it may create";
-const TOKEN_FILE: &str = "name a file with tokens, see docs/stores.md";
 const REMOTE: &str = "the gateway starts, and answers 503 until the store can be used";
-
-/// An error of a store's constructor, whose text begins with its key.
-fn settings_error(place_key: &'static str, why: &str) -> Problem {
-    let named = why.split_once(": ").and_then(|(key, rest)| Some((*KEYS.iter().find(|known| **known == key)?, rest)));
-    let (key, what) = named.unwrap_or((place_key, why));
-    Problem::error(if key == "url" { place_key } else { key }, what, "")
-}

@@ -8,6 +8,7 @@ use super::redis::{RedisAdmin, RedisChanges, RedisSettings, RedisStore};
 use super::sqlite::{SqliteAdmin, SqliteStore};
 use super::{AdminError, TlsSettings, TokenAdmin, TokenStore};
 use crate::clock::Now;
+use crate::problem::Problem;
 use crate::telemetry::metrics::StoreMetrics;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -32,11 +33,6 @@ pub enum StoreSettings {
     Redis(Box<RedisSettings>),
     Introspection(Box<IntrospectSettings>),
 }
-
-/// Why a store cannot be opened. It says where and why.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct OpenError(String);
 
 /// How long a token that was revoked in the store can still be accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,17 +60,14 @@ impl StoreSettings {
         timeout: Duration,
         metrics: Arc<StoreMetrics>,
         clock: fn() -> Now,
-    ) -> Result<Arc<dyn TokenStore>, OpenError> {
-        let opened: Result<Arc<dyn TokenStore>, String> = match self.clone() {
-            Self::Sqlite(path) => SqliteStore::start(&path).map(|store| Arc::new(store) as _),
-            Self::File(path) => FileStore::open(&path, metrics, clock).map(|store| Arc::new(store) as _),
-            Self::Postgres(settings) => PostgresStore::new(*settings, metrics).map(|store| Arc::new(store) as _),
-            Self::Redis(settings) => RedisStore::new(*settings, metrics).map(|store| Arc::new(store) as _),
-            Self::Introspection(settings) => {
-                IntrospectStore::new(*settings, timeout, metrics).map(|store| Arc::new(store) as _)
-            }
-        };
-        opened.map_err(OpenError)
+    ) -> Result<Arc<dyn TokenStore>, Problem> {
+        Ok(match self.clone() {
+            Self::Sqlite(path) => Arc::new(SqliteStore::start(&path).map_err(|error| error.problem())?),
+            Self::File(path) => Arc::new(FileStore::open(&path, metrics, clock).map_err(|error| error.problem())?),
+            Self::Postgres(settings) => Arc::new(PostgresStore::new(*settings, metrics)?),
+            Self::Redis(settings) => Arc::new(RedisStore::new(*settings, metrics)?),
+            Self::Introspection(settings) => Arc::new(IntrospectStore::new(*settings, timeout, metrics)?),
+        })
     }
 
     /// Whether tollgate writes to this kind of store; tokens of the others are made and ended where they come from.

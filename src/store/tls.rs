@@ -1,6 +1,7 @@
 //! Shared by the stores with network connections: secrets that cannot be printed, one rule for when plain text is
 //! allowed, and one way to verify the server's certificate. Knows no store.
 
+use crate::problem::Problem;
 use crate::store::credential::Digest;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -124,20 +125,22 @@ impl std::fmt::Debug for PemFile {
 }
 
 impl PemFile {
-    pub(super) fn content(&self) -> Result<&[u8], String> {
-        self.content.as_deref().map_err(|why| self.wrong(why))
+    /// Every error is about `key`, the setting that names this file.
+    pub(super) fn content(&self, key: &'static str) -> Result<&[u8], Problem> {
+        self.content.as_deref().map_err(|why| self.wrong(key, why))
     }
 
-    fn certificates(&self) -> Result<Vec<CertificateDer<'static>>, String> {
-        CertificateDer::pem_slice_iter(self.content()?).collect::<Result<_, _>>().map_err(|error| self.wrong(error))
+    fn certificates(&self, key: &'static str) -> Result<Vec<CertificateDer<'static>>, Problem> {
+        let found = CertificateDer::pem_slice_iter(self.content(key)?);
+        found.collect::<Result<_, _>>().map_err(|error| self.wrong(key, error))
     }
 
-    fn key(&self) -> Result<PrivateKeyDer<'static>, String> {
-        PrivateKeyDer::from_pem_slice(self.content()?).map_err(|error| self.wrong(error))
+    fn key(&self, key: &'static str) -> Result<PrivateKeyDer<'static>, Problem> {
+        PrivateKeyDer::from_pem_slice(self.content(key)?).map_err(|error| self.wrong(key, error))
     }
 
-    fn wrong(&self, why: impl std::fmt::Display) -> String {
-        format!("{}: {why}", self.path.display())
+    fn wrong(&self, key: &'static str, why: impl std::fmt::Display) -> Problem {
+        Problem::error(key, format!("{}: {why}", self.path.display()), "name a PEM file that tollgate may read")
     }
 }
 
@@ -148,6 +151,20 @@ pub fn system_authorities() -> Digest {
     Digest::of(&found.concat())
 }
 
+/// The keys of these settings.
+pub(super) const TLS: &str = "tls";
+pub(super) const TLS_CA: &str = "tls_ca";
+pub(super) const TLS_CERT: &str = "tls_cert";
+pub(super) const TLS_KEY: &str = "tls_key";
+
+/// Why nothing is sent to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0} is another machine, where nothing is sent in plain text: set tls = \"verify-full\" (or, in a network that nobody \
+     else can read, \"disable\")"
+)]
+pub struct NotAdmitted(IpAddr);
+
 impl TlsSettings {
     pub const fn is_plain(&self) -> bool {
         matches!(self.mode, TlsMode::Disable | TlsMode::Local)
@@ -155,31 +172,30 @@ impl TlsSettings {
 
     /// Whether a connection may be opened to this address, which a name was resolved to or another server reported.
     /// Must be checked for each address before the first byte is sent.
-    pub fn admits(&self, address: IpAddr) -> Result<(), String> {
-        if self.mode == TlsMode::Local && !is_loopback(address) {
-            return Err(format!(
-                "{address} is another machine, where nothing is sent in plain text: set tls = \"verify-full\" (or, in a \
-                 network that nobody else can read, \"disable\")"
-            ));
-        }
-        Ok(())
+    pub fn admits(&self, address: IpAddr) -> Result<(), NotAdmitted> {
+        if self.mode == TlsMode::Local && !is_loopback(address) { Err(NotAdmitted(address)) } else { Ok(()) }
+    }
+
+    /// What is wrong with these settings, certificates included.
+    pub fn problems(&self) -> Vec<Problem> {
+        self.client_config().err().into_iter().collect()
     }
 
     /// `None`: plain text.
-    pub fn client_config(&self) -> Result<Option<ClientConfig>, String> {
+    pub fn client_config(&self) -> Result<Option<ClientConfig>, Problem> {
         if self.is_plain() {
             return Ok(None);
         }
         let provider = Arc::new(ring::default_provider());
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
-            .map_err(|error| format!("TLS: {error}"))?;
+            .map_err(|error| Problem::error(TLS, error.to_string(), ""))?;
         let verifier = match self.mode {
             TlsMode::Disable | TlsMode::Local | TlsMode::Require => None,
             TlsMode::VerifyCa | TlsMode::VerifyFull => {
                 let roots = Arc::new(self.roots()?);
                 let verifier = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider)).build();
-                Some(verifier.map_err(|error| format!("TLS authorities: {error}"))?)
+                Some(verifier.map_err(|error| Problem::error(TLS_CA, error.to_string(), ""))?)
             }
         };
         let verifier = Arc::new(Verifier { verifier, check_name: self.mode == TlsMode::VerifyFull, provider });
@@ -187,8 +203,8 @@ impl TlsSettings {
         let config = match &self.client {
             None => builder.with_no_client_auth(),
             Some((certificate, key)) => builder
-                .with_client_auth_cert(certificate.certificates()?, key.key()?)
-                .map_err(|error| certificate.wrong(error))?,
+                .with_client_auth_cert(certificate.certificates(TLS_CERT)?, key.key(TLS_KEY)?)
+                .map_err(|error| certificate.wrong(TLS_CERT, error))?,
         };
         Ok(Some(config))
     }
@@ -198,18 +214,21 @@ impl TlsSettings {
         matches!(self.mode, TlsMode::VerifyCa | TlsMode::VerifyFull) && self.ca.is_none()
     }
 
-    fn roots(&self) -> Result<RootCertStore, String> {
+    fn roots(&self) -> Result<RootCertStore, Problem> {
         let mut roots = RootCertStore::empty();
         let found = match &self.ca {
-            Some(file) => file.certificates()?,
+            Some(file) => file.certificates(TLS_CA)?,
             None => rustls_native_certs::load_native_certs().certs,
         };
         // Old certificates in a system's store may not parse; a configured one must.
         let (added, ignored) = roots.add_parsable_certificates(found);
         match (&self.ca, added, ignored) {
-            (Some(file), _, 1..) | (Some(file), 0, _) => Err(file.wrong("holds no certificate that can be used")),
+            (Some(file), _, 1..) | (Some(file), 0, _) => {
+                Err(file.wrong(TLS_CA, "holds no certificate that can be used"))
+            }
             (None, 0, _) => {
-                Err("the system knows no certificate authorities: install ca-certificates, or set tls_ca".into())
+                let what = "is not set, and the system knows no certificate authorities";
+                Err(Problem::error(TLS_CA, what, "install ca-certificates, or set it"))
             }
             _ => Ok(roots),
         }
@@ -332,7 +351,9 @@ mod tests {
         let path = folder.path().join("key.pem");
         std::fs::write(&path, "S3CRET").unwrap();
         let key = PemFile::from(path);
-        assert!(!format!("{key:?}").contains("S3CRET") && !key.key().unwrap_err().contains("S3CRET"));
+        assert!(
+            !format!("{key:?}").contains("S3CRET") && !key.key(TLS_KEY).unwrap_err().to_string().contains("S3CRET")
+        );
     }
 
     #[test]
@@ -344,8 +365,8 @@ mod tests {
         assert_eq!(before, again);
         std::fs::write(&path, "two").unwrap();
         assert_ne!(before, PemFile::from(path.clone()));
-        assert_eq!(before.content().unwrap(), b"one", "what was checked is what is used");
+        assert_eq!(before.content(TLS_CA).unwrap(), b"one", "what was checked is what is used");
         std::fs::remove_file(&path).unwrap();
-        assert!(PemFile::from(path).content().unwrap_err().contains("ca.pem: No such file"));
+        assert!(PemFile::from(path).content(TLS_CA).unwrap_err().what.contains("ca.pem: No such file"));
     }
 }

@@ -4,6 +4,10 @@ use super::*;
 use crate::store::Named;
 use crate::store::credential::Digest;
 
+fn lost(why: &str) -> Loss {
+    StoreError::Unavailable(why.into()).into()
+}
+
 const BEAT: Duration = Duration::from_millis(300);
 const SILENCE: Duration = Duration::from_millis(500);
 const UPKEEP: Duration = Duration::from_secs(1);
@@ -12,14 +16,14 @@ const UPKEEP: Duration = Duration::from_secs(1);
 struct Stage {
     trace: Mutex<Vec<(Instant, String)>>,
     /// How beginnings turn out, one after the other; behind the last one, all are fine.
-    beginnings: Mutex<VecDeque<Result<Coverage, String>>>,
+    beginnings: Mutex<VecDeque<Result<Coverage, Loss>>>,
     /// The inbox of the session.
     inbox: Mutex<Option<Inbox<u32>>>,
     answers: Mutex<Answers>,
     /// Arrives right before the next answer to a beat.
     before_answer: Mutex<Vec<Message<u32>>>,
     /// What the next upkeep finds.
-    upkeep: Mutex<Option<Result<Coverage, String>>>,
+    upkeep: Mutex<Option<Result<Coverage, Loss>>>,
     /// How many confirmations fail first.
     unconfirmed: Mutex<usize>,
     may_be_untold: bool,
@@ -48,7 +52,7 @@ impl Stage {
         }
     }
 
-    fn begins(self, beginnings: impl IntoIterator<Item = Result<Coverage, String>>) -> Self {
+    fn begins(self, beginnings: impl IntoIterator<Item = Result<Coverage, Loss>>) -> Self {
         self.beginnings.lock().extend(beginnings);
         self
     }
@@ -87,7 +91,7 @@ impl ChangeSource for Scripted {
         Pace { beat: BEAT, silence: self.0.silence, upkeep: Some(UPKEEP) }
     }
 
-    async fn begin(&mut self, inbox: Inbox<u32>) -> Result<Begun<Played>, String> {
+    async fn begin(&mut self, inbox: Inbox<u32>) -> Result<Begun<Played>, Loss> {
         self.0.note("begin");
         let coverage = self.0.beginnings.lock().pop_front().unwrap_or(Ok(Coverage::Told))?;
         *self.0.inbox.lock() = Some(inbox);
@@ -118,11 +122,11 @@ struct Played(Arc<Stage>);
 impl Subscription for Played {
     type Wait = u32;
 
-    async fn beat(&self) -> Result<Option<Mark>, String> {
+    async fn beat(&self) -> Result<Option<Mark>, Loss> {
         let wait = match *self.0.answers.lock() {
             Answers::AtOnce => Duration::ZERO,
             Answers::Never => Duration::MAX,
-            Answers::Error => return Err("the beat failed".into()),
+            Answers::Error => return Err(lost("the beat failed")),
             Answers::After(wait) => wait,
         };
         sleep(wait).await;
@@ -131,12 +135,12 @@ impl Subscription for Played {
         Ok(Some("mark".into()))
     }
 
-    async fn upkeep(&self) -> Result<Option<Coverage>, String> {
+    async fn upkeep(&self) -> Result<Option<Coverage>, Loss> {
         self.0.note("upkeep");
         self.0.upkeep.lock().take().transpose()
     }
 
-    async fn confirm(&self, waits: &mut Vec<u32>) -> Result<(), String> {
+    async fn confirm(&self, waits: &mut Vec<u32>) -> Result<(), Loss> {
         let mut unconfirmed = self.0.unconfirmed.lock();
         if *unconfirmed > 0 {
             *unconfirmed -= 1;
@@ -202,7 +206,7 @@ async fn a_session_begins_with_hearing_and_its_first_sign_of_life_comes_at_once(
 #[tokio::test(start_paused = true)]
 async fn silence_is_noticed_within_a_beat_and_its_silence_and_said_once() {
     let (stage, _following) =
-        play(Stage::new().begins([Ok(Coverage::Told), Err("refused".into()), Err("refused".into())]));
+        play(Stage::new().begins([Ok(Coverage::Told), Err(lost("refused")), Err(lost("refused"))]));
     pass(A_WHILE).await;
     *stage.answers.lock() = Answers::Never;
     let silent = Instant::now();
@@ -327,7 +331,7 @@ async fn a_message_of_everything_means_hearing_again() {
 
 #[tokio::test(start_paused = true)]
 async fn a_source_that_fails_is_tried_again_slower_and_slower_and_at_once_when_it_had_worked() {
-    let refused = || Err("refused".into());
+    let refused = || Err(lost("refused"));
     let (stage, _following) =
         play(Stage::new().begins([refused(), refused(), refused(), refused(), refused(), refused()]));
     pass(Duration::from_secs(5)).await;
@@ -350,7 +354,7 @@ async fn a_source_that_fails_is_tried_again_slower_and_slower_and_at_once_when_i
 async fn where_nobody_notifies_nothing_is_promised() {
     let untold = || Ok(Coverage::Untold("no triggers".into()));
     let stage = Stage { may_be_untold: true, ..Stage::new() };
-    let (stage, _following) = play(stage.begins([Err("down".into()), untold(), untold()]));
+    let (stage, _following) = play(stage.begins([Err(lost("down")), untold(), untold()]));
     pass(Duration::from_secs(1)).await;
     // What it says is passed on, and is no promise that there will be more.
     stage.put([changed(b"a"), Message::Everything]);
@@ -380,7 +384,7 @@ async fn where_nobody_notifies_nothing_is_promised() {
 async fn what_ends_a_session_is_taken_in_before_it_ends() {
     let (stage, _following) = play(Stage::new());
     pass(A_WHILE).await;
-    stage.put([changed(b"a"), Message::Ended("closed".into())]);
+    stage.put([changed(b"a"), Message::Ended(Loss::Closed)]);
     pass(Duration::from_millis(2)).await;
     assert_eq!(stage.said()[3..], ["Changed 1", "Deaf", "on_lost", "begin", "on_hearing", "Hearing"]);
     // Nobody is left who could put something in.
@@ -389,7 +393,7 @@ async fn what_ends_a_session_is_taken_in_before_it_ends() {
     assert!(stage.said()[9..].starts_with(&["Deaf".into(), "on_lost".into()]), "{:?}", stage.said());
     pass(A_WHILE).await;
     let from = stage.said().len();
-    *stage.upkeep.lock() = Some(Err("the register is gone".into()));
+    *stage.upkeep.lock() = Some(Err(lost("the register is gone")));
     pass(UPKEEP).await;
     assert!(stage.said()[from..].starts_with(&["Deaf".into(), "on_lost".into()]));
 }
@@ -410,7 +414,7 @@ async fn it_signs_off_when_it_ends_at_whatever_moment() {
     following.abort();
     assert!(following.await.unwrap_err().is_cancelled());
     assert_eq!(stage.said().last().map(String::as_str), Some("sign_off"));
-    let (stage, following) = play(Stage::new().begins([Err("down".into())]));
+    let (stage, following) = play(Stage::new().begins([Err(lost("down"))]));
     pass(Duration::from_millis(50)).await;
     following.abort();
     assert!(following.await.unwrap_err().is_cancelled());

@@ -564,7 +564,7 @@ mod tests {
             Format::Json => edit_json(text, edits),
         };
         let new = new.unwrap();
-        assert_eq!(parse(&new, format).as_ref(), Ok(&after), "{text}\n=>\n{new}");
+        assert_eq!(parse(&new, format).ok().as_ref(), Some(&after), "{text}\n=>\n{new}");
         new
     }
 

@@ -1,7 +1,7 @@
 //! Changes of the file: each beat looks whether it changed, and takes it in if so.
 
 use super::super::Mark;
-use super::super::feed::{Begun, ChangeSource, Inbox, Message, Pace, Subscription};
+use super::super::feed::{Begun, ChangeSource, Inbox, Loss, Message, Pace, Subscription};
 use super::{FileStore, POLL};
 use async_trait::async_trait;
 use std::convert::Infallible;
@@ -21,7 +21,7 @@ impl<'a> ChangeSource for FileChanges<'a> {
         Pace { beat: POLL, silence: None, upkeep: None }
     }
 
-    async fn begin(&mut self, inbox: Inbox<Infallible>) -> Result<Begun<Looks<'a>>, String> {
+    async fn begin(&mut self, inbox: Inbox<Infallible>) -> Result<Begun<Looks<'a>>, Loss> {
         Ok(Begun::new(Looks { store: self.0, inbox }))
     }
 }
@@ -36,7 +36,7 @@ impl Subscription for Looks<'_> {
     /// Nobody can be waited for: the file keeps no register.
     type Wait = Infallible;
 
-    async fn beat(&self) -> Result<Option<Mark>, String> {
+    async fn beat(&self) -> Result<Option<Mark>, Loss> {
         self.store.look().await;
         let changes = std::mem::take(&mut *self.store.untold.lock());
         if !changes.is_empty() {

@@ -7,6 +7,7 @@ mod follow;
 pub use admin::FileAdmin;
 
 use super::{Change, Heard, Named, StoreError, TokenRecord, TokenStore, feed, parse_time, rfc3339};
+use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use arc_swap::ArcSwap;
@@ -117,7 +118,7 @@ impl From<&TokenRecord> for TokenShape {
 
 impl FileStore {
     /// Reads the file; it must be there and right.
-    pub fn open(path: &Path, metrics: Arc<StoreMetrics>, clock: fn() -> crate::clock::Now) -> Result<Self, String> {
+    pub fn open(path: &Path, metrics: Arc<StoreMetrics>, clock: fn() -> crate::clock::Now) -> Result<Self, FileError> {
         let seen = Stamp::of(path);
         let table = ArcSwap::from_pointee(read(path)?);
         metrics.file_current(true);
@@ -151,7 +152,12 @@ impl FileStore {
         self.looked_ms.store(looked_ms, Ordering::Relaxed);
     }
 
-    fn take_in(&self, seen: &mut Option<Stamp>, stamp: Option<Stamp>, read: Result<(Table, HashSet<Digest>), String>) {
+    fn take_in(
+        &self,
+        seen: &mut Option<Stamp>,
+        stamp: Option<Stamp>,
+        read: Result<(Table, HashSet<Digest>), FileError>,
+    ) {
         *seen = stamp;
         self.metrics.file_current(read.is_ok());
         match read {
@@ -164,8 +170,8 @@ impl FileStore {
                 let change = |digest| Change { token: Named::Token(digest), at_ms };
                 self.untold.lock().extend(digests.into_iter().map(change));
             }
-            Err(why) => {
-                log::error!("{} is kept as it was before, because the new one is broken: {why}", self.path.display());
+            Err(FileError { path, why }) => {
+                log::error!("{} is kept as it was before, because the new one is broken: {why}", path.display());
             }
         }
     }
@@ -198,15 +204,47 @@ impl TokenStore for FileStore {
 }
 
 /// What a gateway reads. A file without a word is one that somebody is just writing, or lost: never a list of nobody.
-fn read(path: &Path) -> Result<Table, String> {
+fn read(path: &Path) -> Result<Table, FileError> {
     let read = || {
-        let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+        let text = std::fs::read_to_string(path)?;
         if text.trim().is_empty() {
-            return Err("the file is empty (to let nobody in, write `token = []`, or `{}` in JSON)".into());
+            return Err(Broken::Empty);
         }
         parse(&text, Format::of(path))
     };
-    read().map_err(|why| format!("{}: {why}", path.display()))
+    read().map_err(|why| FileError { path: path.into(), why })
+}
+
+/// Why a gateway could not read this file.
+pub(super) fn unusable(path: &Path) -> Option<FileError> {
+    read(path).err()
+}
+
+/// A token file that cannot be read, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {why}", path.display())]
+pub struct FileError {
+    path: PathBuf,
+    why: Broken,
+}
+
+impl FileError {
+    pub(super) fn problem(&self) -> Problem {
+        Problem::error("path", self.to_string(), "name a file with tokens, see docs/stores.md")
+    }
+}
+
+/// What is wrong with a token file. Never quotes it.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    #[error("the file is empty (to let nobody in, write `token = []`, or `{{}}` in JSON)")]
+    Empty,
+    #[error("line {line}: {what}")]
+    Syntax { line: usize, what: String },
+    #[error("token[{index}].{key}: {what}")]
+    Entry { index: usize, key: &'static str, what: &'static str },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -221,14 +259,14 @@ impl Format {
     }
 
     /// The parsers' own messages may quote the text, which may be a token that somebody pasted by mistake.
-    fn shape(self, text: &str) -> Result<FileShape, String> {
+    fn shape(self, text: &str) -> Result<FileShape, Broken> {
         match self {
             Self::Toml => toml::from_str(text).map_err(|error| {
                 let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].lines().count().max(1));
-                format!("line {line}: {}", without_values(error.message()))
+                Broken::Syntax { line, what: without_values(error.message()) }
             }),
             Self::Json => serde_json::from_str(text)
-                .map_err(|error| format!("line {}: {}", error.line(), without_values(&error.to_string()))),
+                .map_err(|error| Broken::Syntax { line: error.line(), what: without_values(&error.to_string()) }),
         }
     }
 }
@@ -238,15 +276,15 @@ fn without_values(message: &str) -> String {
     message.split('"').enumerate().map(|(index, part)| if index % 2 == 0 { part } else { "…" }).collect()
 }
 
-fn parse(text: &str, format: Format) -> Result<Table, String> {
+fn parse(text: &str, format: Format) -> Result<Table, Broken> {
     let file = format.shape(text)?;
     let mut table = HashMap::with_capacity(file.token.len());
     for (index, token) in file.token.into_iter().enumerate() {
-        let place = |key: &str, why: &str| format!("token[{index}].{key}: {why}");
+        let place = |key, what| Broken::Entry { index, key, what };
         let digest = Digest::from_hex(&token.sha256).ok_or_else(|| {
             place("sha256", "must be 64 hex digits, the SHA-256 of the token (printf %s TOKEN | sha256sum)")
         })?;
-        let time = |key: &str, text: &Option<String>| match text {
+        let time = |key, text: &Option<String>| match text {
             Some(text) => {
                 parse_time(text).map(Some).ok_or_else(|| place(key, "must be a time like 2026-12-31T23:59:59Z"))
             }

@@ -2,8 +2,9 @@
 //! and the Host field.
 
 use super::super::{Place, TlsSettings};
+use crate::problem::Problem;
 use hyper::http::HeaderValue;
-use hyper::http::uri::{PathAndQuery, Scheme, Uri};
+use hyper::http::uri::{InvalidUri, PathAndQuery, Scheme, Uri};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -42,34 +43,34 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 impl Endpoint {
     /// The error names what is wrong with the URL and never the URL. `insecure_http`: tokens may go to another machine
     /// in plain text.
-    pub(super) fn new(url: &str, insecure_http: bool, tls: &TlsSettings) -> Result<Self, String> {
+    pub(super) fn new(url: &str, insecure_http: bool, tls: &TlsSettings) -> Result<Self, Problem> {
         if let Some(rest) = url.strip_prefix("unix:") {
             return Self::unix(rest);
         }
         // The parser would drop it silently.
         if url.contains('#') {
-            return Err("url: must not have a fragment (#)".into());
+            return Err(wrong("must not have a fragment (#)"));
         }
-        let uri: Uri = url.parse().map_err(|error| format!("url: {error}"))?;
+        let uri: Uri = url.parse().map_err(|error: InvalidUri| wrong(error.to_string()))?;
         let secure = match uri.scheme() {
             Some(scheme) if *scheme == Scheme::HTTP => false,
             Some(scheme) if *scheme == Scheme::HTTPS => true,
-            _ => return Err("url: must begin with http://, https:// or unix:/".into()),
+            _ => return Err(wrong("is not an address that can be asked: must begin with http://, https:// or unix:/")),
         };
         let authority = uri.authority().map_or("", |authority| authority.as_str());
         if authority.contains('@') {
-            return Err("url: must not hold a user or a password".into());
+            return Err(wrong("must not hold a user or a password"));
         }
         let name = uri.host().unwrap_or_default();
         if name.is_empty() {
-            return Err("url: has no host".into());
+            return Err(wrong("has no host"));
         }
         // The parser accepts any digits as a port, and then returns none.
         let port = match authority.strip_prefix(name).unwrap_or_default() {
             "" if secure => 443,
             "" => 80,
             port => match port.trim_start_matches(':').parse() {
-                Ok(0) | Err(_) => return Err("url: has a port that is none".into()),
+                Ok(0) | Err(_) => return Err(wrong("has a port that is none")),
                 Ok(port) => port,
             },
         };
@@ -77,9 +78,11 @@ impl Endpoint {
         let host = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name).to_owned();
         let elsewhere = !Place::of_host(&host).is_local();
         if !secure && !insecure_http && elsewhere {
-            return Err(format!(
-                "url: http:// to {name} would send every token over the network in plain text. Use https://, an address of \
-                 this machine (127.0.0.1, [::1], localhost) or unix:/; where the way there is safe, set insecure_http = true"
+            return Err(Problem::error(
+                ENDPOINT,
+                format!("http:// to {name} would send every token over the network in plain text"),
+                "use https://, an address of this machine (127.0.0.1, [::1], localhost) or unix:/; where the way there is \
+                 safe, set insecure_http = true",
             ));
         }
         let tls = match secure {
@@ -88,7 +91,7 @@ impl Endpoint {
         };
         Ok(Self {
             path: uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/")),
-            host: HeaderValue::from_str(authority).map_err(|error| format!("url: {error}"))?,
+            host: HeaderValue::from_str(authority).map_err(|error| wrong(error.to_string()))?,
             place: format!("{name}:{port}"),
             leaks: !secure && elsewhere,
             address: Address::Tcp { host, port, tls, anywhere: secure || insecure_http },
@@ -96,22 +99,20 @@ impl Endpoint {
     }
 
     /// `/path/to/socket:/path`, or the socket alone.
-    fn unix(rest: &str) -> Result<Self, String> {
+    fn unix(rest: &str) -> Result<Self, Problem> {
         let (socket, path) = match rest.split_once(":/") {
             Some((socket, path)) => (socket, format!("/{path}")),
             None => (rest, "/".to_owned()),
         };
         if !socket.starts_with('/') || socket.contains('\0') {
-            return Err(
-                "url: after unix: comes the absolute path of a socket, like unix:/run/app.sock:/api/v3/user".into()
-            );
+            return Err(wrong("after unix: comes the absolute path of a socket, like unix:/run/app.sock:/api/v3/user"));
         }
         if path.contains('#') {
-            return Err("url: must not have a fragment (#)".into());
+            return Err(wrong("must not have a fragment (#)"));
         }
         Ok(Self {
             address: Address::Unix(socket.into()),
-            path: path.parse().map_err(|error| format!("url: {error}"))?,
+            path: path.parse().map_err(|error: InvalidUri| wrong(error.to_string()))?,
             host: HeaderValue::from_static("localhost"),
             place: socket.into(),
             leaks: false,
@@ -135,14 +136,22 @@ impl Endpoint {
     }
 }
 
-fn connector(tls: &TlsSettings) -> Result<TlsConnector, String> {
-    let mut config = tls.client_config()?.ok_or("url: is https, but TLS is disabled: choose another tls mode")?;
+fn connector(tls: &TlsSettings) -> Result<TlsConnector, Problem> {
+    let is_disabled = || wrong("is https, but TLS is disabled: choose another tls mode");
+    let mut config = tls.client_config()?.ok_or_else(is_disabled)?;
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsConnector::from(Arc::new(config)))
 }
 
-fn server_name(host: &str) -> Result<ServerName<'static>, String> {
-    ServerName::try_from(host.to_owned()).map_err(|error| format!("url: the host can't be in a certificate: {error}"))
+fn server_name(host: &str) -> Result<ServerName<'static>, Problem> {
+    ServerName::try_from(host.to_owned()).map_err(|error| wrong(format!("the host can't be in a certificate: {error}")))
+}
+
+/// The key of the URL.
+const ENDPOINT: &str = "endpoint";
+
+fn wrong(what: impl Into<String>) -> Problem {
+    Problem::error(ENDPOINT, what, "write it like \"http://127.0.0.1:3000/api/v3/user\"")
 }
 
 async fn connect(host: &str, port: u16, anywhere: bool, patience: Duration) -> io::Result<TcpStream> {
@@ -170,7 +179,7 @@ mod tests {
     use super::super::super::TlsMode;
     use super::*;
 
-    fn endpoint(url: &str, mode: TlsMode) -> Result<Endpoint, String> {
+    fn endpoint(url: &str, mode: TlsMode) -> Result<Endpoint, Problem> {
         // A CA certificate for tests would need a file; without verification none is read.
         Endpoint::new(url, true, &TlsSettings { mode, ca: None, client: None })
     }
@@ -208,7 +217,7 @@ mod tests {
             "http://[fe80::1]/user",
         ] {
             elsewhere += 1;
-            let why = Endpoint::new(url, false, &tls).err().unwrap_or_else(|| panic!("{url} is taken"));
+            let why = Endpoint::new(url, false, &tls).err().unwrap_or_else(|| panic!("{url} is taken")).to_string();
             assert!(why.contains("insecure_http = true") && !why.contains("S3CRET"), "{url}: {why}");
             assert!(Endpoint::new(url, true, &tls).unwrap().leaks, "{url}");
         }
@@ -240,25 +249,25 @@ mod tests {
     #[test]
     fn what_is_no_url() {
         for (url, part) in [
-            ("", "url"),
-            ("example/api", "url"),
+            ("", "endpoint: "),
+            ("example/api", "endpoint: "),
             ("/api/v3/user", "must begin with"),
             ("ftp://example/", "must begin with"),
-            ("http:///path", "url"),
+            ("http:///path", "endpoint: "),
             ("http://user:S3CRET@example/", "must not hold a user"),
             ("http://S3CRET@example/", "must not hold a user"),
             ("http://example/#S3CRET", "fragment"),
             ("http://example:0/", "port"),
             ("http://example:99999/", "port"),
-            ("http://exa mple/S3CRET", "url"),
+            ("http://exa mple/S3CRET", "endpoint: "),
             ("unix:run/a.sock:/S3CRET", "absolute path"),
-            ("unix:/run/a.sock:/a b", "url"),
+            ("unix:/run/a.sock:/a b", "endpoint: "),
             ("https://exa_mple..S3CRET/", "certificate"),
         ] {
-            let why = endpoint(url, TlsMode::Require).err().unwrap_or_else(|| panic!("{url} is taken"));
+            let why = endpoint(url, TlsMode::Require).err().unwrap_or_else(|| panic!("{url} is taken")).to_string();
             assert!(why.contains(part) && !why.contains("S3CRET"), "{url}: {why}");
         }
-        let why = endpoint("https://example/", TlsMode::Disable).err().unwrap();
+        let why = endpoint("https://example/", TlsMode::Disable).err().unwrap().to_string();
         assert!(why.contains("TLS is disabled"), "{why}");
     }
 }

@@ -7,6 +7,7 @@ mod endpoint;
 mod pool;
 
 use super::{Credential, Heard, Secret, StoreError, TlsSettings, TokenRecord, TokenStore};
+use crate::problem::Problem;
 use crate::request::token::MAX_TOKEN_BYTES;
 use crate::telemetry::metrics::StoreMetrics;
 use answer::{Shape, doubt, garbage, is_json};
@@ -14,6 +15,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use breaker::{Breaker, Outcome, Pass, Turn};
 use endpoint::Endpoint;
+use form_urlencoded::byte_serialize;
 use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER, USER_AGENT};
@@ -79,16 +81,9 @@ pub struct IntrospectStore {
 
 impl IntrospectStore {
     /// Does not connect yet. `timeout` is the caller's.
-    pub fn new(settings: IntrospectSettings, timeout: Duration, metrics: Arc<StoreMetrics>) -> Result<Self, String> {
+    pub fn new(settings: IntrospectSettings, timeout: Duration, metrics: Arc<StoreMetrics>) -> Result<Self, Problem> {
+        Problem::first_error(settings.problems())?;
         let endpoint = Endpoint::new(&settings.url, settings.insecure_http, &settings.tls)?;
-        for pointer in &settings.user {
-            if !pointer.starts_with('/') {
-                return Err(format!("user: {pointer} is no JSON pointer, like /username"));
-            }
-        }
-        if settings.user.is_empty() || settings.connections == 0 || settings.breaker_failures == 0 {
-            return Err("user must name a field, connections and breaker_failures must be 1 or more".into());
-        }
         let mut request = Request::new(());
         *request.uri_mut() = endpoint.path.clone().into();
         let headers = request.headers_mut();
@@ -102,9 +97,6 @@ impl IntrospectStore {
                 Some(token_header(header)?)
             }
             IntrospectMode::Rfc7662 { client_id, client_secret } => {
-                if client_id.is_empty() {
-                    return Err("client_id is empty: tollgate must say who asks".into());
-                }
                 headers.insert(AUTHORIZATION, basic(client_id, client_secret)?);
                 headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
                 *request.method_mut() = Method::POST;
@@ -130,20 +122,18 @@ impl IntrospectStore {
         })
     }
 
-    fn request_for(&self, token: &[u8]) -> Result<Request<Full<Bytes>>, String> {
+    fn request_for(&self, token: &[u8]) -> Result<Request<Full<Bytes>>, StoreError> {
         let mut body = Bytes::new();
         let mut request = self.request.clone();
         match &self.header {
             None => {
-                let mut form = String::from("token=");
-                form_encode(token, &mut form);
-                form.push_str("&token_type_hint=access_token");
-                body = form.into();
+                let token: String = byte_serialize(token).collect();
+                body = format!("token={token}&token_type_hint=access_token").into();
             }
             Some(header) => {
                 let scheme: &[u8] = if *header == AUTHORIZATION { b"Bearer " } else { b"" };
                 let mut value = HeaderValue::from_bytes(&[scheme, token].concat())
-                    .map_err(|_| "the token can't be sent".to_owned())?;
+                    .map_err(|_| StoreError::Unavailable("the token can't be sent".into()))?;
                 value.set_sensitive(true);
                 request.headers_mut().insert(header, value);
             }
@@ -201,7 +191,7 @@ impl IntrospectStore {
 
     /// Failures to respond open the breaker. An invalid response does not: an HTML page or one malformed user must not
     /// affect other callers, and causes no delay.
-    fn outcome(answered: &Result<Answer, String>) -> Outcome {
+    fn outcome(answered: &Result<Answer, StoreError>) -> Outcome {
         match answered {
             Ok(answer) if answer.status.is_server_error() => Outcome::Failed,
             // A rate limit.
@@ -230,7 +220,7 @@ impl TokenStore for IntrospectStore {
         // Other requests may have failed while this one waited.
         let pass = self.breaker.lock().admit(Instant::now()).ok_or(StoreError::CircuitOpen)?;
         let attempt = Attempt { store: self, pass: Some(pass), begun };
-        let request = self.request_for(credential.expose_secret()).map_err(StoreError::Unavailable)?;
+        let request = self.request_for(credential.expose_secret())?;
         // For a 401 the status is sufficient.
         let wanted =
             |status| status == StatusCode::OK || status != StatusCode::UNAUTHORIZED && self.unknown.contains(&status);
@@ -243,7 +233,7 @@ impl TokenStore for IntrospectStore {
             return Err(StoreError::Timeout);
         };
         attempt.ended(Self::outcome(&answered));
-        self.judge(&answered.map_err(StoreError::Unavailable)?, credential)
+        self.judge(&answered?, credential)
     }
 
     /// There are no change notifications; a revocation takes effect with the next lookup. This task only closes idle
@@ -295,25 +285,62 @@ impl Drop for Attempt<'_> {
     }
 }
 
-/// What is wrong with where tokens are to be asked for, or how; with the place, should it be a safe one only because
-/// somebody said so.
-pub fn check_url(settings: &IntrospectSettings) -> Result<Option<String>, String> {
-    let endpoint = Endpoint::new(&settings.url, settings.insecure_http, &settings.tls)?;
-    if let IntrospectMode::User { unknown, .. } = &settings.mode {
-        unknown_statuses(unknown)?;
+impl IntrospectSettings {
+    /// Everything that is wrong with these settings, and a warning of what they give away. Connects to nothing.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut found = Vec::new();
+        let pointer = |key, text: &str| {
+            let wrong = || Problem::error(key, "is not a JSON pointer", "write it like \"/username\"");
+            (!text.starts_with('/')).then(wrong)
+        };
+        match Endpoint::new(&self.url, self.insecure_http, &self.tls) {
+            Ok(Endpoint { leaks: true, place, .. }) => {
+                let what = format!(
+                    "EVERY TOKEN TRAVELS IN PLAIN TEXT to {place}, as insecure_http says; whoever listens on the way can use \
+                     them"
+                );
+                found.push(Problem::warning("endpoint", what, "use https://"));
+            }
+            Ok(_) => {}
+            Err(problem) => found.push(problem),
+        }
+        match &self.mode {
+            IntrospectMode::User { header, unknown } => {
+                found.extend(unknown_statuses(unknown).err());
+                found.extend(token_header(header).err());
+            }
+            IntrospectMode::Rfc7662 { client_id, .. } if client_id.is_empty() => {
+                let what = "is missing: the server must know who asks";
+                found.push(Problem::error("client_id", what, "set it as the server gave it"));
+            }
+            IntrospectMode::Rfc7662 { client_id, client_secret } => found.extend(basic(client_id, client_secret).err()),
+        }
+        if self.user.is_empty() {
+            found.push(Problem::error("user", "is empty", "remove it for the default"));
+        }
+        let users = self.user.iter().enumerate();
+        found.extend(users.filter_map(|(index, text)| Some(pointer("user", text)?.element(index))));
+        if !self.scopes.is_empty() {
+            found.extend(pointer("scopes_at", &self.scopes));
+        }
+        found.extend(Problem::out_of_range("breaker_failures", u64::from(self.breaker_failures), 1..=1_000));
+        found.extend(Problem::connections(self.connections));
+        found.extend(self.tls.problems());
+        found
     }
-    Ok(endpoint.leaks.then_some(endpoint.place))
 }
 
 /// The statuses that can mean "no such token". All others have a fixed meaning in HTTP.
-fn unknown_statuses(statuses: &[u16]) -> Result<Vec<StatusCode>, String> {
+fn unknown_statuses(statuses: &[u16]) -> Result<Vec<StatusCode>, Problem> {
+    let wrong = || {
+        let what = "must be statuses from 400 to 499 that speak of the token";
+        Problem::error("unknown_statuses", what, "write them like [401, 403]")
+    };
     let fits = |status: &u16| (400..500).contains(status) && ![407, 408, 421, 425, 429].contains(status);
     if statuses.is_empty() || !statuses.iter().all(fits) {
-        return Err(
-            "unknown_statuses: must be statuses from 400 to 499 that speak of the token, like [401, 403]".into()
-        );
+        return Err(wrong());
     }
-    statuses.iter().map(|status| StatusCode::from_u16(*status).map_err(|error| error.to_string())).collect()
+    statuses.iter().map(|status| StatusCode::from_u16(*status).map_err(|_| wrong())).collect()
 }
 
 /// Other bytes cannot be part of a token, because they cannot be sent unchanged.
@@ -321,7 +348,7 @@ fn is_sendable(token: &[u8]) -> bool {
     (1..=MAX_TOKEN_BYTES).contains(&token.len()) && token.iter().all(u8::is_ascii_graphic)
 }
 
-fn token_header(name: &str) -> Result<HeaderName, String> {
+fn token_header(name: &str) -> Result<HeaderName, Problem> {
     const TAKEN: [&str; 10] = [
         "host",
         "accept",
@@ -334,35 +361,21 @@ fn token_header(name: &str) -> Result<HeaderName, String> {
         "upgrade",
         "expect",
     ];
-    let header = HeaderName::from_bytes(name.as_bytes()).map_err(|_| format!("{name} can't be a header's name"))?;
-    if TAKEN.contains(&header.as_str()) { Err(format!("{name} can't hold a token")) } else { Ok(header) }
+    let wrong = |why: &str| {
+        let what = format!("tokens are asked for in the header that token.header names, and {name} {why}");
+        Problem::error("mode", what, "name another header in token.header, like \"PRIVATE-TOKEN\"")
+    };
+    let header = HeaderName::from_bytes(name.as_bytes()).map_err(|_| wrong("can't be a header's name"))?;
+    if TAKEN.contains(&header.as_str()) { Err(wrong("can't hold a token")) } else { Ok(header) }
 }
 
 /// RFC 6749, 2.3.1: both are form-encoded before they are concatenated.
-fn basic(client_id: &str, client_secret: &Secret) -> Result<HeaderValue, String> {
-    let mut pair = String::new();
-    form_encode(client_id.as_bytes(), &mut pair);
-    pair.push(':');
-    form_encode(client_secret.expose().as_bytes(), &mut pair);
-    let mut value = HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(pair)))
-        .map_err(|_| "client_id or client_secret can't be sent".to_owned())?;
+fn basic(client_id: &str, client_secret: &Secret) -> Result<HeaderValue, Problem> {
+    let encoded = |text: &str| byte_serialize(text.as_bytes()).collect::<String>();
+    let pair = format!("{}:{}", encoded(client_id), encoded(client_secret.expose()));
+    let mut value = HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(pair))).map_err(|_| {
+        Problem::error("client_id", "cannot be sent with its secret", "set them as the server gave them")
+    })?;
     value.set_sensitive(true);
     Ok(value)
-}
-
-/// `application/x-www-form-urlencoded`.
-fn form_encode(bytes: &[u8], out: &mut String) {
-    for &byte in bytes {
-        match byte {
-            b' ' => out.push('+'),
-            b'*' | b'-' | b'.' | b'_' => out.push(char::from(byte)),
-            _ if byte.is_ascii_alphanumeric() => out.push(char::from(byte)),
-            _ => {
-                out.push('%');
-                for digit in [byte >> 4, byte & 15] {
-                    out.push(char::from(b"0123456789ABCDEF"[usize::from(digit)]));
-                }
-            }
-        }
-    }
 }

@@ -4,6 +4,7 @@
 //! nothing outlives the pool. A connection is used on the runtime that opened it, because another one may not poll its
 //! socket, or may have been shut down.
 
+use super::super::StoreError;
 use super::endpoint::{Endpoint, Stream};
 use crate::telemetry::metrics::StoreMetrics;
 use http_body_util::{BodyExt as _, Full};
@@ -16,7 +17,7 @@ use parking_lot::Mutex;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::runtime::{Handle, Id};
+use tokio::runtime::{Handle, Id, TryCurrentError};
 
 /// Less than the 20 s after which Puma closes a connection: one that is closed during a request costs a second attempt.
 const IDLE: Duration = Duration::from_secs(15);
@@ -61,9 +62,6 @@ pub(super) enum Body {
     Unread,
 }
 
-/// Why there is no response, as a message.
-pub(super) type Trouble = String;
-
 impl HttpPool {
     /// The caller must ensure that there are at most `most` exchanges at once.
     pub(super) fn new(endpoint: Endpoint, most: usize, metrics: Arc<StoreMetrics>) -> Self {
@@ -81,8 +79,9 @@ impl HttpPool {
         request: Request<Full<Bytes>>,
         patience: Duration,
         wanted: impl Fn(StatusCode) -> bool,
-    ) -> Result<Answer, Trouble> {
-        let runtime = Handle::try_current().map_err(|error| error.to_string())?.id();
+    ) -> Result<Answer, StoreError> {
+        let unavailable = |error: TryCurrentError| StoreError::Unavailable(error.to_string());
+        let runtime = Handle::try_current().map_err(unavailable)?.id();
         let mut lease = Lease { pool: self, runtime, connection: None, counted: false };
         if let Some(connection) = lease.reuse().await
             && let Ok(response) = connection.send(request.clone()).await
@@ -91,9 +90,11 @@ impl HttpPool {
         }
         lease.connection = None;
         let place = &self.endpoint.place;
-        let stream =
-            self.endpoint.connect(patience).await.map_err(|error| format!("connecting to {place}: {error}"))?;
-        let failed = |error: hyper::Error| format!("{place} gave no answer in HTTP: {}", innermost(&error));
+        let stream = self.endpoint.connect(patience).await;
+        let stream = stream.map_err(|error| StoreError::Unavailable(format!("connecting to {place}: {error}")))?;
+        let failed = |error: hyper::Error| {
+            StoreError::Unavailable(format!("{place} gave no answer in HTTP: {}", innermost(&error)))
+        };
         let connection = lease.connection.insert(HttpConnection::new(&self.http, stream).await.map_err(failed)?);
         let response = connection.send(request).await.map_err(failed)?;
         Ok(lease.finish(response, patience, wanted).await)

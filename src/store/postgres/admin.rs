@@ -46,7 +46,7 @@ pub(super) struct Session {
 
 impl Session {
     pub(super) async fn open(settings: &PostgresSettings) -> Result<Self, AdminError> {
-        let target = Target::new(settings).map_err(AdminError::Store)?;
+        let target = Target::new(settings)?;
         let place = target.to_string();
         let failed = |why: String| AdminError::Store(format!("{place}: {why}"));
         // A change that was reported as done must survive a power failure.
@@ -89,7 +89,6 @@ impl PostgresAdmin {
     /// Read-only: listing tokens needs only SELECT, and works on a standby.
     pub async fn open(settings: &PostgresSettings) -> Result<Self, AdminError> {
         let schema = own_schema(settings)?;
-        schema::check_name(schema).map_err(AdminError::Store)?;
         let session = Session::open(settings).await?;
         schema::check(&session.client, schema).await.map_err(|failure| garbled(&session.place, &failure))?;
         Ok(Self { session, schema: schema.to_owned() })

@@ -1,8 +1,10 @@
 //! Connections to PostgreSQL: addresses, TLS, selection of one of several servers, and error messages. Knows no tokens,
 //! except that an error message must not contain one.
 
+use super::super::tls::{NotAdmitted, TLS};
 use super::super::{Place, StoreError, TlsMode, TlsSettings};
 use super::{PostgresSettings, Source};
+use crate::problem::Problem;
 use deadpool::managed::{self, Manager, Metrics, RecycleError, RecycleResult, TimeoutType};
 use deadpool_postgres::{ClientWrapper, Runtime};
 use futures_util::FutureExt as _;
@@ -75,24 +77,26 @@ struct Url {
 }
 
 impl Url {
-    fn parse(url: &str) -> Result<Self, String> {
+    fn parse(url: &str) -> Result<Self, Problem> {
         // The parser's message may contain a part of a password.
         let config: Config = url.parse().map_err(|_: Error| {
-            "is no PostgreSQL URL: neither postgres://USER@HOST:PORT/DATABASE nor a list of libpq's keywords. Special \
-             characters of a password must be percent-encoded, or given in a setting of their own; sslmode verify-ca and \
-             verify-full are settings of tollgate and not parts of the URL"
-                .to_owned()
+            wrong(
+                "is no PostgreSQL URL: neither postgres://USER@HOST:PORT/DATABASE nor a list of libpq's keywords. Special \
+                 characters of a password must be percent-encoded, or given in a setting of their own; sslmode verify-ca \
+                 and verify-full are settings of tollgate and not parts of the URL",
+            )
         })?;
         let (hosts, addresses, ports) = (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
         let count = hosts.len().max(addresses.len());
         if count == 0 || hosts.contains(&Host::Tcp(String::new())) {
-            return Err("names no host; for a socket, give the folder that it is in".into());
+            return Err(wrong("names no host; for a socket, give the folder that it is in"));
         }
         if !hosts.is_empty() && !addresses.is_empty() && hosts.len() != addresses.len() {
-            return Err(format!("has {} of host and {} of hostaddr: one for each", hosts.len(), addresses.len()));
+            let what = format!("has {} of host and {} of hostaddr: one for each", hosts.len(), addresses.len());
+            return Err(wrong(what));
         }
         if ports.len() > 1 && ports.len() != count {
-            return Err(format!("has {} ports for {count} hosts: one for each, or one for all", ports.len()));
+            return Err(wrong(format!("has {} ports for {count} hosts: one for each, or one for all", ports.len())));
         }
         let place = |index: usize| {
             let port = ports.get(index).or(ports.first()).copied().unwrap_or(5432);
@@ -124,28 +128,34 @@ impl Url {
     }
 
     /// Whether the connection is encrypted with these settings.
-    fn encrypted(&self, tls: &TlsSettings) -> Result<bool, String> {
+    fn encrypted(&self, tls: &TlsSettings) -> Result<bool, Problem> {
         let is_socket = |place: &&Listed| matches!(place.at, Listing::Socket(_));
         let sockets = self.places.iter().filter(is_socket).count();
         let only_sockets = sockets == self.places.len();
         if !tls.is_plain() && sockets > 0 && !only_sockets {
-            return Err("a socket can't be encrypted and another host must be: name only one kind".into());
+            return Err(wrong("a socket can't be encrypted and another host must be: name only one kind"));
         }
         if tls.is_plain() && !only_sockets && self.common.get_ssl_mode() == SslMode::Require {
-            return Err("asks for sslmode=require while the tls setting says plain text: set tls".into());
+            return Err(wrong("asks for sslmode=require while the tls setting says plain text: set tls"));
         }
         Ok(!tls.is_plain() && !only_sockets)
     }
 }
 
-/// The meaning of "auto" for a URL.
-pub fn tls_auto(url: &str) -> Result<TlsMode, String> {
-    Url::parse(url).map(|url| url.auto)
+/// The meaning of "auto" for a URL. One that cannot be parsed is a problem of its own.
+pub fn tls_auto(url: &str) -> TlsMode {
+    Url::parse(url).map_or(TlsMode::Local, |url| url.auto)
 }
 
 /// What is wrong with a URL, given all other settings.
-pub fn check_url(settings: &PostgresSettings) -> Result<(), String> {
+pub(super) fn check_url(settings: &PostgresSettings) -> Result<(), Problem> {
     Url::parse(settings.url.expose())?.encrypted(&settings.tls).map(drop)
+}
+
+/// Something about the URL.
+fn wrong(what: impl Into<String>) -> Problem {
+    let instead = "write it like \"postgres://user@host:5432/database\", with the password in password_file";
+    Problem::error("url", what, instead)
 }
 
 /// The parser's type cannot remove its hosts.
@@ -250,12 +260,23 @@ impl From<Error> for Unreachable {
     }
 }
 
+impl From<Unreachable> for StoreError {
+    fn from(why: Unreachable) -> Self {
+        let is_denied = match &why {
+            Unreachable::Failed(error) => error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE),
+            Unreachable::Refused(_) => false,
+        };
+        let what = why.to_string();
+        if is_denied { Self::Denied(what) } else { Self::Unavailable(what) }
+    }
+}
+
 impl Target {
-    pub(super) fn new(settings: &PostgresSettings) -> Result<Self, String> {
-        let at_url = |why: String| format!("url: {why}");
-        let Url { mut common, places, .. } = Url::parse(settings.url.expose()).map_err(at_url)?;
+    pub(super) fn new(settings: &PostgresSettings) -> Result<Self, Problem> {
+        settings.check()?;
+        let Url { mut common, places, .. } = Url::parse(settings.url.expose())?;
         let url = Url { common: common.clone(), places: places.clone(), auto: settings.tls.mode };
-        let tls = match (url.encrypted(&settings.tls).map_err(at_url)?, settings.tls.client_config()?) {
+        let tls = match (url.encrypted(&settings.tls)?, settings.tls.client_config()?) {
             (true, Some(tls)) => {
                 common.ssl_mode(SslMode::Require);
                 tls
@@ -377,7 +398,7 @@ impl Target {
             }
         };
         for address in &addresses {
-            let named = |why: String| Unreachable::Refused(format!("{}: {why}", place.name));
+            let named = |why: NotAdmitted| Unreachable::Refused(format!("{}: {why}", place.name));
             self.settings.admits(*address).map_err(named)?;
         }
         Ok(addresses.into_iter().map(Some).map(spot).collect())
@@ -510,10 +531,10 @@ impl std::fmt::Display for Target {
 }
 
 /// For plain-text connections: accepts no certificate.
-fn never() -> Result<ClientConfig, String> {
+fn never() -> Result<ClientConfig, Problem> {
     let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()
-        .map_err(|error| format!("TLS: {error}"))?;
+        .map_err(|error| Problem::error(TLS, error.to_string(), ""))?;
     Ok(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
 }
 
@@ -584,7 +605,7 @@ impl Manager for Connections {
 }
 
 /// Callers wait for a connection for at most half of their timeout, so that the error can name the cause.
-pub(super) fn pool(target: &Arc<Target>, connections: usize, timeout: Duration) -> Result<PostgresPool, String> {
+pub(super) fn pool(target: &Arc<Target>, connections: usize, timeout: Duration) -> Result<PostgresPool, Problem> {
     PostgresPool::builder(Connections(Arc::clone(target)))
         .max_size(connections.max(1))
         .wait_timeout(Some(timeout / 2))
@@ -592,7 +613,7 @@ pub(super) fn pool(target: &Arc<Target>, connections: usize, timeout: Duration) 
         .recycle_timeout(Some(timeout))
         .runtime(Runtime::Tokio1)
         .build()
-        .map_err(|error| format!("PostgreSQL connections: {error}"))
+        .map_err(|error| Problem::error("connections", error.to_string(), ""))
 }
 
 pub(super) fn no_connection(error: managed::PoolError<Unreachable>, target: &Target) -> StoreError {
@@ -600,7 +621,7 @@ pub(super) fn no_connection(error: managed::PoolError<Unreachable>, target: &Tar
     match error {
         PoolError::Timeout(TimeoutType::Wait) => StoreError::Overloaded,
         PoolError::Timeout(_) => StoreError::Unavailable(format!("{target}: no connection in time")),
-        PoolError::Backend(error) => StoreError::Unavailable(format!("{target}: {error}")),
+        PoolError::Backend(error) => StoreError::from(error).at(target),
         PoolError::Closed | PoolError::NoRuntimeSpecified | PoolError::PostCreateHook(_) => {
             StoreError::Unavailable(format!("{target}: the pool is closed"))
         }
@@ -672,6 +693,7 @@ impl QueryFailure {
                 StoreError::Unavailable(format!("{text}: {POOLER}"))
             }
             "57" if *code == SqlState::QUERY_CANCELED => StoreError::Timeout,
+            _ if *code == SqlState::INSUFFICIENT_PRIVILEGE => StoreError::Denied(format!("{text}: {advice}")),
             "42" | "22" | "21" | "3F" | "0A" | "P0" => StoreError::Garbage(format!("{text}: {advice}")),
             _ => StoreError::Unavailable(text),
         };
@@ -683,6 +705,7 @@ impl QueryFailure {
         match self.error {
             StoreError::Garbage(text) if !hidden.is_empty() => StoreError::Garbage(text.replace(hidden, "…")),
             StoreError::Unavailable(text) if !hidden.is_empty() => StoreError::Unavailable(text.replace(hidden, "…")),
+            StoreError::Denied(text) if !hidden.is_empty() => StoreError::Denied(text.replace(hidden, "…")),
             error => error,
         }
     }

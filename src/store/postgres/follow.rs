@@ -1,10 +1,10 @@
 //! Changes of a PostgreSQL server: a connection of its own that listens, an echo that proves that it hears, and
 //! confirmations for who waits until every gateway has heard. Knows nothing of what a record says.
 
-use super::super::feed::{Begun, ChangeSource, Coverage, Inbox, Message, Pace, Subscription};
-use super::super::{Change, Mark, Named, replica_name};
+use super::super::feed::{Begun, ChangeSource, Coverage, Inbox, Loss, Message, Pace, Subscription};
+use super::super::{Change, Mark, Named, StoreError, replica_name};
 use super::connect::{
-    ASTRAY, ConnectionDriver, EndsWith, Home, MIGRATE, POOLER, QueryFailure, Reached, Target, drive, say,
+    ASTRAY, ConnectionDriver, EndsWith, Home, MIGRATE, POOLER, QueryFailure, Reached, Target, Unreachable, drive,
 };
 use super::presets::TriggerCheck;
 use super::{Source, presets, schema};
@@ -89,19 +89,19 @@ impl ChangeSource for PostgresChanges {
         self.schema().is_none()
     }
 
-    async fn begin(&mut self, inbox: Inbox<String>) -> Result<Begun<Listener>, String> {
+    async fn begin(&mut self, inbox: Inbox<String>) -> Result<Begun<Listener>, Loss> {
         let begin = format!("SET statement_timeout = {}; SET synchronous_commit = off", PATIENCE.as_millis());
         let Reached { client, driver, home } = match timeout(PATIENCE, self.target.reach(&begin)).await {
             Ok(Ok(reached)) => reached,
-            Ok(Err(why)) => return Err(why.to_string()),
-            Err(_) => return Err(format!("no connection within {PATIENCE:?}")),
+            Ok(Err(why)) => return Err(StoreError::from(why).into()),
+            Err(_) => return Err(unavailable(format!("no connection within {PATIENCE:?}")).into()),
         };
         if home.is_standby() {
-            return Err(
-                "a standby server tells nobody of changes: revoked tokens work until they are looked up again. \
-                        Name the primary server in url, alone or among others"
-                    .into(),
-            );
+            return Err(unavailable(
+                "a standby server tells nobody of changes: revoked tokens work until they are looked up again. Name the \
+                 primary server in url, alone or among others",
+            )
+            .into());
         }
         self.home = Some(home.clone());
         self.target.forget_astray();
@@ -121,14 +121,15 @@ impl ChangeSource for PostgresChanges {
         let (nobody, said) = (listener.nobody.clone(), Arc::clone(&self.said));
         let reader =
             Reader { target: Arc::clone(&self.target), echo_channel: self.id.clone(), nobody, signs, said, inbox };
-        let mut reading: BoxFuture<'static, String> = Box::pin(reader.read(driver));
+        let mut reading: BoxFuture<'static, Loss> = Box::pin(reader.read(driver));
         let coverage = tokio::select! {
             biased;
             why = &mut reading => return Err(why),
             subscribed = timeout(PATIENCE, listener.subscribe(&home)) => match subscribed {
                 Ok(coverage) => coverage?,
                 Err(_) => {
-                    return Err(format!("subscribing got no answer, or a message of its own never arrived: {POOLER}"));
+                    let what = format!("subscribing got no answer, or a message of its own never arrived: {POOLER}");
+                    return Err(unavailable(what).into());
                 }
             },
         };
@@ -184,22 +185,23 @@ impl Subscription for Listener {
 
     /// An echo comes on the way that changes come, behind all that came before: one that stays out means that changes stay
     /// out too.
-    async fn beat(&self) -> Result<Option<Mark>, String> {
-        self.echo().await.map_err(|error| say(&error))?;
+    async fn beat(&self) -> Result<Option<Mark>, Loss> {
+        self.echo().await.map_err(failed)?;
         Ok(self.signs.mark.lock().clone())
     }
 
-    async fn upkeep(&self) -> Result<Option<Coverage>, String> {
+    async fn upkeep(&self) -> Result<Option<Coverage>, Loss> {
         let kept = async {
             if self.schema.is_some() {
                 return self.enter().await.map(|()| None);
             }
             self.coverage().await.map(Some)
         };
-        timeout(PATIENCE, kept).await.unwrap_or_else(|_| Err(format!("the server said nothing for {PATIENCE:?}")))
+        let kept = timeout(PATIENCE, kept).await;
+        Ok(kept.unwrap_or_else(|_| Err(unavailable(format!("the server said nothing for {PATIENCE:?}"))))?)
     }
 
-    async fn confirm(&self, waits: &mut Vec<String>) -> Result<(), String> {
+    async fn confirm(&self, waits: &mut Vec<String>) -> Result<(), Loss> {
         // Nobody waits where there is no register; a message that says so is somebody's mischief.
         let Some(schema) = &self.schema else {
             waits.clear();
@@ -213,29 +215,30 @@ impl Subscription for Listener {
         match timeout(PATIENCE, self.client.execute(&sql, &[&*waits, &self.id])).await {
             // One of those who waited has given up in the same moment; the others are confirmed to with the next upkeep.
             Ok(Err(error)) if error.code() == Some(&tokio_postgres::error::SqlState::FOREIGN_KEY_VIOLATION) => Ok(()),
-            Ok(Err(error)) => Err(self.no_entry(&error)),
+            Ok(Err(error)) => Err(self.no_entry(error).into()),
             Ok(Ok(_)) => {
                 waits.clear();
                 Ok(())
             }
-            Err(_) => Err(format!("a confirmation took longer than {PATIENCE:?}")),
+            Err(_) => Err(unavailable(format!("a confirmation took longer than {PATIENCE:?}")).into()),
         }
     }
 }
 
 impl Listener {
     /// Listens, and returns once it is certain that changes arrive: whether somebody tells of them.
-    async fn subscribe(&self, home: &Home) -> Result<Coverage, String> {
-        let failed = |error: Error| say(&error);
+    async fn subscribe(&self, home: &Home) -> Result<Coverage, StoreError> {
         let channel = match &self.schema {
             Some(schema) => match schema::version(&self.client, schema).await {
                 Ok(Some((_, channel))) => channel,
-                Ok(None) => return Err(format!("the schema {schema} has no tables of tollgate: {}", MIGRATE)),
-                Err(QueryFailure { error, .. }) => return Err(error.to_string()),
+                Ok(None) => {
+                    return Err(unavailable(format!("the schema {schema} has no tables of tollgate: {MIGRATE}")));
+                }
+                Err(QueryFailure { error, .. }) => return Err(error),
             },
             None => self.channel.clone(),
         };
-        schema::check_channel(&channel)?;
+        schema::check_channel(&channel).map_err(|problem| StoreError::Garbage(problem.to_string()))?;
         if channel != self.channel {
             self.said.channel.call_once(|| {
                 log::warn!(
@@ -250,7 +253,7 @@ impl Listener {
         let begin = format!("LISTEN \"{channel}\"; LISTEN \"{}\"", self.id);
         self.client.batch_execute(&begin).await.map_err(failed)?;
         // Set once a session. Each echo from here on says on which channel the triggers tell then.
-        let _: Result<(), String> = self.signs.channel.set(channel.clone());
+        let _ = self.signs.channel.set(channel.clone());
         // Whoever hears must be known to those who wait, so that comes first.
         self.enter().await?;
         self.echo().await.map_err(failed)?;
@@ -288,7 +291,7 @@ impl Listener {
     }
 
     /// Enters this gateway in the register, where there is one, or says that it is still there.
-    async fn enter(&self) -> Result<(), String> {
+    async fn enter(&self) -> Result<(), StoreError> {
         let Some(schema) = &self.schema else { return Ok(()) };
         let name: String = self.name.chars().filter(|c| !"'\\\0".contains(*c)).collect();
         let sql = schema::fill(
@@ -299,13 +302,13 @@ impl Listener {
             ),
             schema,
         );
-        self.client.batch_execute(&sql).await.map_err(|error| self.no_entry(&error))
+        self.client.batch_execute(&sql).await.map_err(|error| self.no_entry(error))
     }
 
     /// Whether somebody tells of changes: triggers of our own tables always do.
-    async fn coverage(&self) -> Result<Coverage, String> {
+    async fn coverage(&self) -> Result<Coverage, StoreError> {
         let Some(check) = &self.trigger_check else { return Ok(Coverage::Told) };
-        let seen = look_at_triggers(&self.client, check).await.map_err(|error| say(&error))?;
+        let seen = look_at_triggers(&self.client, check).await.map_err(failed)?;
         if !seen.there {
             return Ok(Coverage::Untold(format!(
                 "the tables have no triggers of tollgate that tell on channel \"{}\"{}, so nobody tells of changes. \
@@ -330,16 +333,16 @@ impl Listener {
     /// Changes come from others, at rest, and on the triggers' channel. A pooler that gives each transaction another
     /// connection brings back the echo of one's own, and drops all else. The second connection is made as look-ups make
     /// theirs: it must get to the same server.
-    async fn hear_another(&self, home: &Home) -> Result<(), String> {
-        let failed = |why: String| format!("a second connection, to try the first: {why}");
+    async fn hear_another(&self, home: &Home) -> Result<(), StoreError> {
+        let at = |error: StoreError| error.at(&"a second connection, to try the first");
         // Where look-ups would go if changes were heard from here.
-        let reached = self.target.reach_from(Some(home), "").await.map_err(|why| failed(why.to_string()))?;
+        let reached = self.target.reach_from(Some(home), "").await.map_err(|why| at(why.into()))?;
         let Reached { client: other, driver, home: reached } = reached;
         if !home.is_same_server(&reached) {
-            return Err(ASTRAY.into());
+            return Err(unavailable(ASTRAY));
         }
         let _ends = EndsWith::owner_of(&drive(driver));
-        other.batch_execute(&self.proof_sql()).await.map_err(|error| failed(say(&error)))?;
+        other.batch_execute(&self.proof_sql()).await.map_err(|error| at(failed(error)))?;
         self.signs.proof.notified().await;
         Ok(())
     }
@@ -360,17 +363,24 @@ impl Listener {
         }
     }
 
-    fn no_entry(&self, error: &Error) -> String {
-        match &self.schema {
-            Some(schema) => format!(
-                "{}; the gateway must be allowed to enter itself in the register: GRANT USAGE ON SCHEMA {schema}, \
+    fn no_entry(&self, error: Error) -> StoreError {
+        match (failed(error), &self.schema) {
+            (StoreError::Denied(why), Some(schema)) => StoreError::Denied(format!(
+                "{why}; the gateway must be allowed to enter itself in the register: GRANT USAGE ON SCHEMA {schema}, \
                  SELECT ON ALL TABLES IN SCHEMA {schema}, INSERT and UPDATE ON {schema}.replica and \
-                 {schema}.confirmation, UPDATE (last_used) ON {schema}.token",
-                say(error)
-            ),
-            None => say(error),
+                 {schema}.confirmation, UPDATE (last_used) ON {schema}.token"
+            )),
+            (error, _) => error,
         }
     }
+}
+
+fn unavailable(what: impl Into<String>) -> StoreError {
+    StoreError::Unavailable(what.into())
+}
+
+fn failed(error: Error) -> StoreError {
+    Unreachable::from(error).into()
 }
 
 /// Runs the connection, and sorts signs of life from what changed.
@@ -385,14 +395,14 @@ struct Reader {
 
 impl Reader {
     /// Returns what ended the connection.
-    async fn read(self, mut driver: ConnectionDriver) -> String {
+    async fn read(self, mut driver: ConnectionDriver) -> Loss {
         let messages = async {
             loop {
                 let ended = match poll_fn(|cx| driver.poll_message(cx)).await {
                     Some(Ok(AsyncMessage::Notification(said))) => self.take(said.channel(), said.payload()),
                     Some(Ok(_)) => Ok(()),
-                    Some(Err(error)) => Err(say(&error)),
-                    None => Err("the server closed the connection".into()),
+                    Some(Err(error)) => Err(failed(error).into()),
+                    None => Err(Loss::Closed),
                 };
                 if let Err(why) = ended {
                     return why;
@@ -402,18 +412,19 @@ impl Reader {
         tokio::select! {
             biased;
             why = messages => why,
-            () = self.target.look_ups_go_astray() => ASTRAY.into(),
+            () = self.target.look_ups_go_astray() => unavailable(ASTRAY).into(),
         }
     }
 
-    fn take(&self, channel: &str, payload: &str) -> Result<(), String> {
+    fn take(&self, channel: &str, payload: &str) -> Result<(), Loss> {
         if channel == self.echo_channel {
             if let Some((mark, told_on)) = payload.rsplit_once(' ') {
                 let channel = self.signs.channel.get().map_or("", String::as_str);
                 if told_on != channel {
-                    return Err(format!(
+                    let what = format!(
                         "the triggers tell on channel \"{told_on}\" now, and this gateway listened to \"{channel}\""
-                    ));
+                    );
+                    return Err(unavailable(what).into());
                 }
                 *self.signs.mark.lock() = Some(mark.to_owned());
             }

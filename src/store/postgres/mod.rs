@@ -9,10 +9,11 @@ mod rows;
 mod schema;
 
 pub use admin::{Migrated, PostgresAdmin};
-pub use connect::{check_url, tls_auto};
-pub use presets::{install_triggers, triggers_sql};
+pub use connect::tls_auto;
+pub use presets::{NoTriggers, install_triggers, triggers_sql};
 
 use super::{Heard, Secret, StoreError, TlsSettings, TokenRecord, TokenStore, feed};
+use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
@@ -75,9 +76,57 @@ impl Source {
         })
     }
 
+    /// What the operator has to give for this source.
+    fn problem(&self) -> Option<Problem> {
+        if let Self::Own { schema } = self {
+            return schema::check_name(schema).err();
+        }
+        if let Self::Lookup { sql, .. } = self {
+            let instead = "write it like \"SELECT login AS user FROM public.people WHERE token = $1\"";
+            if sql.trim().is_empty() {
+                return Some(Problem::error("lookup", "is missing", instead));
+            }
+            if !sql.contains("$1") {
+                let what = "has no $1, and must have exactly one parameter: it would find a row for whatever token";
+                return Some(Problem::error("lookup", what, instead));
+            }
+            if sql.contains("$2") {
+                return Some(Problem::error("lookup", "must be a query with exactly one parameter, $1", instead));
+            }
+        }
+        match self.query() {
+            Some((_, Bind::Gitlab(secret))) if secret.expose().chars().count() < GITLAB_SECRET => {
+                let what = match secret.is_empty() {
+                    true => "is missing: the digests hold a part of it".to_owned(),
+                    false => {
+                        format!("names a file with fewer than {GITLAB_SECRET} characters, which is not a db_key_base")
+                    }
+                };
+                let instead = "name a file with the secret alone, without its name or quotes, from GitLab's \
+                    config/secrets.yml or /etc/gitlab/gitlab-secrets.json";
+                Some(Problem::error("db_key_base_file", what, instead))
+            }
+            _ => None,
+        }
+    }
+
     /// A GitLab token may do everything unless it says otherwise.
     const fn is_gitlab(&self) -> bool {
         matches!(self, Self::GitlabLegacy | Self::GitlabPat | Self::GitlabPatDigest(_))
+    }
+}
+
+impl PostgresSettings {
+    /// Everything that is wrong with these settings, without connecting to anything.
+    pub fn problems(&self) -> Vec<Problem> {
+        let channel = self.channel.as_deref().and_then(|channel| schema::check_channel(channel).err());
+        let first =
+            [connect::check_url(self).err(), self.source.problem(), channel, Problem::connections(self.connections)];
+        first.into_iter().flatten().chain(self.tls.problems()).collect()
+    }
+
+    fn check(&self) -> Result<(), Problem> {
+        Problem::first_error(self.problems())
     }
 }
 
@@ -129,8 +178,8 @@ pub struct PostgresStore {
 struct Mark(String);
 
 impl Mark {
-    fn new() -> Result<Self, String> {
-        nobody().map(Self).map_err(|failure| failure.error.to_string())
+    fn new() -> Result<Self, Problem> {
+        nobody().map(Self).map_err(|failure| Problem::error("kind", failure.error.to_string(), ""))
     }
 
     /// A query of people's own; also its having found nothing is a row. It bears the mark only where names mean what they
@@ -161,19 +210,15 @@ enum Query {
 
 impl PostgresStore {
     /// Connects to nothing: only wrong settings are an error.
-    pub fn new(mut settings: PostgresSettings, metrics: Arc<StoreMetrics>) -> Result<Self, String> {
+    pub fn new(mut settings: PostgresSettings, metrics: Arc<StoreMetrics>) -> Result<Self, Problem> {
         let target = Arc::new(Target::new(&settings)?);
         if settings.source.is_gitlab() && settings.default_scopes.is_empty() {
             settings.default_scopes.push("api".into());
         }
         let mark = Mark::new()?;
         let query = match (&settings.source, settings.source.query()) {
-            (_, Some((sql, bind))) => {
-                check_lookup(&sql, &bind)?;
-                Query::Lookup { sql: mark.around(&sql), bind }
-            }
+            (_, Some((sql, bind))) => Query::Lookup { sql: mark.around(&sql), bind },
             (Source::Own { schema }, _) => {
-                schema::check_name(schema)?;
                 let fill = |sql: &str| schema::fill(sql, schema).replace("{mark}", &mark.0);
                 Query::Own {
                     lookup: fill(schema::LOOKUP),
@@ -181,11 +226,8 @@ impl PostgresStore {
                     changed: fill(schema::CHANGED),
                 }
             }
-            _ => return Err("the source has no query".into()),
+            _ => return Err(Problem::error("preset", "has no query", "report this fault of tollgate")),
         };
-        if let Some(channel) = &settings.channel {
-            schema::check_channel(channel)?;
-        }
         let pool = connect::pool(&target, settings.connections, settings.timeout)?;
         Ok(Self { pool, target, query, mark, settings, metrics })
     }
@@ -310,20 +352,6 @@ fn nobody() -> Result<String, QueryFailure> {
     let mut random = [0; 32];
     getrandom::fill(&mut random).map_err(|_| QueryFailure::garbage("the operating system gives no random numbers"))?;
     Ok(Digest::from_bytes(random).to_hex())
-}
-
-fn check_lookup(sql: &str, bind: &Bind) -> Result<(), String> {
-    if !sql.contains("$1") || sql.contains("$2") {
-        return Err("lookup: must be a query with exactly one parameter, $1".into());
-    }
-    if let Bind::Gitlab(secret) = bind
-        && secret.expose().chars().count() < GITLAB_SECRET
-    {
-        return Err(format!(
-            "the secret must be GitLab's db_key_base, which is longer than {GITLAB_SECRET} characters"
-        ));
-    }
-    Ok(())
 }
 
 #[async_trait]

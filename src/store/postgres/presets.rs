@@ -5,6 +5,7 @@ use super::super::AdminError;
 use super::admin::Session;
 use super::connect::SEARCH_PATH;
 use super::{Bind, PostgresSettings, Source, schema};
+use crate::problem::Problem;
 use crate::store::credential::Digest;
 
 /// Columns that change with every use of a token, or with every change of a row.
@@ -37,21 +38,36 @@ pub(super) fn gitlab_pat(column: &str) -> String {
     )
 }
 
+/// Why triggers cannot be created.
+#[derive(Debug, thiserror::Error)]
+pub enum NoTriggers {
+    #[error("notify = false: nobody listens to triggers")]
+    NotifyIsOff,
+    #[error("{0}")]
+    Channel(Problem),
+    #[error("tollgate's own tables have theirs from `tollgate store migrate`")]
+    OwnTables,
+    #[error("give --table and --column: the ones that the lookup query compares with $1")]
+    TableUnknown,
+    #[error("a preset knows its tables: remove --table and --column")]
+    TableKnown,
+    #[error("{0:?} cannot be used as the name of a table or column")]
+    Name(String),
+}
+
 /// SQL that creates the triggers, and can be repeated: for GitLab's tables, or for the table and column that a custom
 /// query compares with `$1`.
-pub fn triggers_sql(settings: &PostgresSettings, table: Option<&(String, String)>) -> Result<String, String> {
+pub fn triggers_sql(settings: &PostgresSettings, table: Option<&(String, String)>) -> Result<String, NoTriggers> {
     let Some(channel) = &settings.channel else {
-        return Err("notify = false: triggers would tell nobody".into());
+        return Err(NoTriggers::NotifyIsOff);
     };
-    schema::check_channel(channel)?;
+    schema::check_channel(channel).map_err(NoTriggers::Channel)?;
     let users = ["authentication_token", "state", "username"];
     let triggers = match (&settings.source, table) {
-        (Source::Own { .. }, _) => return Err("tollgate's own tables have theirs from `tollgate store migrate`".into()),
-        (Source::Lookup { .. }, None) => {
-            return Err("name the table and the column that the look-up compares with $1".into());
-        }
+        (Source::Own { .. }, _) => return Err(NoTriggers::OwnTables),
+        (Source::Lookup { .. }, None) => return Err(NoTriggers::TableUnknown),
         (Source::Lookup { bind, .. }, Some((table, column))) => for_column(table, column, bind, None, channel)?,
-        (_, Some(_)) => return Err("a preset knows its tables: take --table and --column away".into()),
+        (_, Some(_)) => return Err(NoTriggers::TableKnown),
         (Source::GitlabLegacy, None) => {
             for_column("users", "authentication_token", &Bind::Plain, Some(&users), channel)?
         }
@@ -140,7 +156,7 @@ fn for_column(
     bind: &Bind,
     watched: Option<&[&str]>,
     channel: &str,
-) -> Result<String, String> {
+) -> Result<String, NoTriggers> {
     let table_sql = match table.split_once('.') {
         Some((schema, table)) => format!("{}.{}", identifier(schema)?, identifier(table)?),
         None => format!("\"{SCHEMA}\".{}", identifier(table)?),
@@ -250,9 +266,9 @@ fn function_that_tells(name_of_function: &str, tokens: &str, bind: &Bind, channe
     )
 }
 
-fn identifier(name: &str) -> Result<String, String> {
+fn identifier(name: &str) -> Result<String, NoTriggers> {
     if name.is_empty() || name.len() > 40 || name.contains(['"', '\0', '.']) {
-        return Err(format!("{name:?} is no name of a table or column that can be used here"));
+        return Err(NoTriggers::Name(name.to_owned()));
     }
     Ok(format!("\"{name}\""))
 }

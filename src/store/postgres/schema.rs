@@ -2,6 +2,7 @@
 
 use super::super::TokenRecord;
 use super::connect::{MIGRATE, QueryFailure};
+use crate::problem::Problem;
 use crate::store::credential::Digest;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Row};
@@ -57,19 +58,21 @@ pub(super) fn read_mark(mark: &str) -> Option<(i64, i64)> {
 }
 
 /// Names are inserted into SQL: only names that never need quoting are allowed.
-pub(super) fn check_name(schema: &str) -> Result<(), String> {
+pub(super) fn check_name(schema: &str) -> Result<(), Problem> {
     let fine = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
     let starts = schema.starts_with(|c: char| c.is_ascii_lowercase() || c == '_');
     if schema.len() > 40 || !starts || !schema.chars().all(fine) || schema.starts_with("pg_") {
-        return Err("schema: must be up to 40 of a-z, 0-9 and _, and not begin with a digit or pg_".into());
+        let what = "must be up to 40 of a-z, 0-9 and _, and not begin with a digit or pg_";
+        return Err(Problem::error("schema", what, "write it like \"tollgate\""));
     }
     Ok(())
 }
 
-pub(super) fn check_channel(channel: &str) -> Result<(), String> {
+pub(super) fn check_channel(channel: &str) -> Result<(), Problem> {
     let fine = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
     if channel.is_empty() || channel.len() > 40 || !channel.chars().all(fine) {
-        return Err("channel: must be up to 40 letters, digits, _, - and .".into());
+        let what = "must be up to 40 letters, digits, _, - and .";
+        return Err(Problem::error("channel", what, "write it like \"tollgate_change\""));
     }
     Ok(())
 }
@@ -172,7 +175,6 @@ pub(super) struct Tables {
 
 /// Creates or migrates tollgate's own tables. The only place that changes the channel.
 pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&str>) -> Result<Tables, QueryFailure> {
-    check_name(schema).and_then(|()| channel.map_or(Ok(()), check_channel)).map_err(QueryFailure::garbage)?;
     // A user who may only write tokens need not be allowed to create tables.
     let before = version(client, schema).await?;
     if let Some((version, told)) = &before

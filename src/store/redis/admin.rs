@@ -97,19 +97,13 @@ fn garbage(digest: Digest, what: &str) -> AdminError {
     AdminError::Store(StoreError::Garbage(format!("token {}: {what}", digest.id())).to_string())
 }
 
-impl From<StoreError> for AdminError {
-    fn from(error: StoreError) -> Self {
-        Self::Store(error.to_string())
-    }
-}
-
 fn broken(error: &RedisError) -> AdminError {
     failed(error).into()
 }
 
 impl RedisAdmin {
     pub async fn open(settings: &RedisSettings) -> Result<Self, AdminError> {
-        let connector = Connector::new(settings).map_err(AdminError::Store)?.with_answer(ANSWER);
+        let connector = Connector::new(settings)?.with_answer(ANSWER);
         let channel = match &settings.changes {
             RedisChanges::Channel(name) => Some(name.clone()),
             RedisChanges::Keyspace | RedisChanges::None => None,

@@ -1,7 +1,7 @@
 //! Changes of a Redis server: one connection of its own, which subscribes and is asked over and over, and the register of
 //! gateways that confirm what they took in.
 
-use super::super::feed::{self, Begun, ChangeSource, Coverage, Inbox, Pace, Subscription};
+use super::super::feed::{self, Begun, ChangeSource, Coverage, Inbox, Loss, Pace, Subscription};
 use super::super::{Change, Heard, Mark, Named, REPLICA_GONE, StoreError, replica_name};
 use super::link::{Address, RedisConnection, RedisPool};
 use super::{Keys, RedisChanges, RedisStore, Topology};
@@ -78,8 +78,8 @@ impl<'a> ChangeSource for RedisFeed<'a> {
         Pace { beat: BEAT, silence: Some(BEAT_ANSWER), upkeep: is_channel.then_some(REGISTER) }
     }
 
-    async fn begin(&mut self, inbox: Inbox<String>) -> Result<Begun<Subscribed<'a>>, String> {
-        self.subscribe(inbox).await.map(Begun::new).map_err(|error| error.to_string())
+    async fn begin(&mut self, inbox: Inbox<String>) -> Result<Begun<Subscribed<'a>>, Loss> {
+        Ok(Begun::new(self.subscribe(inbox).await?))
     }
 
     fn on_lost(&mut self) {
@@ -144,7 +144,7 @@ fn message(push: PushInfo, keys: &Keys) -> Option<Message> {
         _ => String::new(),
     };
     match (push.kind, push.data.as_slice()) {
-        (PushKind::Disconnection, _) => Some(Message::Ended("the connection was closed".into())),
+        (PushKind::Disconnection, _) => Some(Message::Ended(Loss::Closed)),
         (PushKind::Message, [_, payload]) => Some(channel_message(&text(payload))),
         (PushKind::PMessage, [_, channel, _]) => {
             let channel = text(channel);
@@ -194,17 +194,13 @@ async fn bounded<T>(future: impl Future<Output = Result<T, StoreError>>) -> Resu
     timeout(BEAT_ANSWER, future).await.unwrap_or(Err(StoreError::Timeout))
 }
 
-fn is_denied(error: &StoreError) -> bool {
-    matches!(error, StoreError::Unavailable(what) if what.contains("(NOPERM)") || what.contains("lacks a command"))
-}
-
 /// Neither messages nor keyspace events tell of FLUSHALL and FLUSHDB, but the server tells every client whose keys it
 /// tracks. Those of a prefix that nobody uses are tracked, so that nothing else is told.
 async fn hear_of_flushes(link: &mut RedisConnection, store: &RedisStore) -> Result<(), StoreError> {
     let mut track = redis::cmd("CLIENT");
     track.arg("TRACKING").arg("ON").arg("BCAST").arg("PREFIX").arg(store.keys.unused());
     match bounded(link.ask::<Value>(&track)).await {
-        Err(error) if is_denied(&error) => {
+        Err(error @ StoreError::Denied(_)) => {
             store.said.flushes.call_once(|| log::warn!("redis: FLUSHALL will not be heard of: {error}"));
             Ok(())
         }
@@ -217,7 +213,7 @@ async fn check_notifications(link: &mut RedisConnection, said: &Said) -> Result<
     let question = redis::cmd("CONFIG").arg("GET").arg("notify-keyspace-events").take();
     let flags: Vec<(String, String)> = match bounded(link.ask(&question)).await {
         Ok(answer) => answer,
-        Err(error) if is_denied(&error) => {
+        Err(StoreError::Denied(_)) => {
             said.notifications.call_once(|| {
                 log::warn!("redis: whether notify-keyspace-events holds Kg$hx can't be seen (+config|get): make sure");
             });
@@ -249,17 +245,18 @@ impl Subscription for Subscribed<'_> {
     /// The name of a wait.
     type Wait = String;
 
-    async fn beat(&self) -> Result<Option<Mark>, String> {
-        self.check().await.map(|()| None).map_err(|error| error.to_string())
+    async fn beat(&self) -> Result<Option<Mark>, Loss> {
+        self.check().await?;
+        Ok(None)
     }
 
-    async fn upkeep(&self) -> Result<Option<Coverage>, String> {
+    async fn upkeep(&self) -> Result<Option<Coverage>, Loss> {
         // The register lies where look-ups are answered: that it can't be written says nothing of this connection.
         let _ = self.register.note().await;
         Ok(None)
     }
 
-    async fn confirm(&self, waits: &mut Vec<String>) -> Result<(), String> {
+    async fn confirm(&self, waits: &mut Vec<String>) -> Result<(), Loss> {
         let mut again = Vec::new();
         for id in waits.drain(..) {
             if !self.register.confirm(&id).await {
@@ -280,7 +277,7 @@ impl Subscribed<'_> {
                 Topology::Single | Topology::Sentinel { .. } => self.role(&mut link).await,
             };
             match asked {
-                Err(error) if is_denied(&error) => self.may_ask_role.store(false, Ordering::Relaxed),
+                Err(StoreError::Denied(_)) => self.may_ask_role.store(false, Ordering::Relaxed),
                 Err(error) => return Err(error),
                 Ok(()) => {}
             }
@@ -370,7 +367,7 @@ impl Register {
         };
         match timeout(REGISTER, entered).await.unwrap_or(Err(StoreError::Timeout)) {
             Ok(_) => Ok(()),
-            Err(error) if is_denied(&error) || error.to_string().contains("(READONLY)") => {
+            Err(error @ (StoreError::Denied(_) | StoreError::ReadOnly(_))) => {
                 self.said.register.call_once(|| {
                     log::warn!("redis: this gateway can't register, so `--wait` won't wait for it: {error}")
                 });
@@ -387,7 +384,7 @@ impl Register {
         pipe.cmd("SADD").arg(&key).arg(&self.name).cmd("EXPIRE").arg(&key).arg(WAIT_KEPT.as_secs());
         match timeout(REGISTER, self.pool.ask::<Value>(&pipe)).await {
             Err(_) => false,
-            Ok(Err(error)) => is_denied(&error),
+            Ok(Err(error)) => matches!(error, StoreError::Denied(_)),
             Ok(Ok(_)) => true,
         }
     }
@@ -402,7 +399,7 @@ impl Register {
         };
         match timeout(REGISTER, asked).await.unwrap_or(Err(StoreError::Timeout)) {
             Ok((waits,)) => Ok(waits.into_iter().filter(|id| is_wait(id)).collect()),
-            Err(error) if is_denied(&error) => Ok(Vec::new()),
+            Err(StoreError::Denied(_)) => Ok(Vec::new()),
             Err(error) => Err(error),
         }
     }

@@ -1,8 +1,10 @@
 //! Connections to a Redis server: where it stands, how it is reached and checked, and what its errors mean. Knows nothing
 //! of records.
 
+use super::super::tls::{TLS, TLS_CA, TLS_CERT, TLS_KEY};
 use super::super::{PemFile, StoreError, StoreMetrics, TlsMode, TlsSettings};
 use super::{RedisSettings, Topology};
+use crate::problem::Problem;
 use parking_lot::Mutex;
 use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::cluster::ClusterClient;
@@ -39,9 +41,19 @@ pub(super) enum Address {
 }
 
 impl Address {
-    fn parse(text: &str) -> Result<Self, String> {
+    pub(super) fn parse(text: &str) -> Result<Self, Problem> {
         // Not shown: a URL in this place may well hold a password.
-        let wrong = || "servers: must be HOST:PORT or unix:/PATH, without a scheme, user or password".to_owned();
+        let wrong = || {
+            let what = match text.contains('@') {
+                true => "must not hold a user or a password: must be HOST:PORT or unix:/PATH",
+                false => "must be HOST:PORT or unix:/PATH, without a scheme",
+            };
+            Problem::error(
+                "servers",
+                what,
+                "write it like \"127.0.0.1:6379\", with username and password_file beside it",
+            )
+        };
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.starts_with('/') && !path.starts_with("//") {
                 Ok(Self::Unix(path.into()))
@@ -98,15 +110,16 @@ fn refused(code: &str, details: &str) -> StoreError {
     let what = match code {
         "LOADING" => "the server still loads its data (LOADING): wait",
         "MASTERDOWN" => "the server is a replica without its master (MASTERDOWN): restore replication",
-        "READONLY" => "the server is a read-only replica (READONLY): name the master in servers, or use sentinels",
+        "READONLY" => {
+            let what = "the server is a read-only replica (READONLY): name the master in servers, or use sentinels";
+            return StoreError::ReadOnly(what.into());
+        }
         "NOAUTH" => "the server wants a password (NOAUTH): set password, and username for an ACL user",
         "WRONGPASS" => WRONG_PASSWORD,
         "NOPERM" => {
             let command = details.split('\'').nth(1).filter(|name| name.len() < 40 && details.contains("command"));
             let what = command.map_or_else(|| "a key or channel".into(), |name| format!("command {name}"));
-            return StoreError::Unavailable(format!(
-                "the server's ACL does not let the user use {what} (NOPERM): grant it"
-            ));
+            return StoreError::Denied(format!("the server's ACL does not let the user use {what} (NOPERM): grant it"));
         }
         "CLUSTERDOWN" => "the cluster is down or misses slots (CLUSTERDOWN): see CLUSTER INFO",
         "TRYAGAIN" => "the cluster moves slots at this moment (TRYAGAIN): wait",
@@ -119,7 +132,10 @@ fn refused(code: &str, details: &str) -> StoreError {
         "ERR" if details.contains("max number of clients") => "the server has too many connections: raise maxclients",
         "ERR" if details.starts_with("AUTH") || details.starts_with("HELLO") => WRONG_PASSWORD,
         "ERR" if details.contains("DB index") => "the server has no database of this number: check database",
-        "ERR" if details.contains("unknown command") => "the server lacks a command: use Redis 6 or later, or Valkey",
+        // Renamed or removed by the configuration, or not there yet.
+        "ERR" if details.contains("unknown command") => {
+            return StoreError::Denied("the server lacks a command: use Redis 6 or later, or Valkey".into());
+        }
         code => return StoreError::Unavailable(format!("the server refused with {code}: see its log")),
     };
     StoreError::Unavailable(what.into())
@@ -224,28 +240,11 @@ pub(super) struct Connector {
 }
 
 impl Connector {
-    pub(super) fn new(settings: &RedisSettings) -> Result<Self, String> {
+    pub(super) fn new(settings: &RedisSettings) -> Result<Self, Problem> {
+        settings.check()?;
         let addresses: Vec<_> = settings.servers.iter().map(|text| Address::parse(text)).collect::<Result<_, _>>()?;
-        let is_unix = |address: &Address| matches!(address, Address::Unix(_));
-        match &settings.topology {
-            _ if addresses.is_empty() => return Err("servers: must name at least one".into()),
-            Topology::Single if addresses.len() > 1 => {
-                return Err("servers: must be one, or set topology = \"sentinel\" or \"cluster\"".into());
-            }
-            Topology::Sentinel { master } if master.is_empty() => {
-                return Err("master: must name what the sentinels watch".into());
-            }
-            Topology::Sentinel { .. } | Topology::Cluster if addresses.iter().any(is_unix) => {
-                return Err("servers: a sentinel or a cluster's node is not reached by a unix socket".into());
-            }
-            Topology::Cluster if settings.database != 0 => return Err("database: a cluster has only database 0".into()),
-            _ => {}
-        }
         let mut identity = RedisConnectionInfo::default().set_skip_set_lib_name().set_db(settings.database);
         if let Some(username) = &settings.username {
-            if settings.password.is_none() {
-                return Err("username: is of no use without a password".into());
-            }
             identity = identity.set_username(username);
         }
         if let Some(password) = &settings.password {
@@ -341,7 +340,7 @@ impl Connector {
             Ok(None) => {
                 Err(StoreError::Unavailable(format!("sentinel {sentinel} watches no such master: check master")))
             }
-            Err(error) => Err(at(sentinel, failed(&error))),
+            Err(error) => Err(failed(&error).at(sentinel)),
         }
     }
 
@@ -402,7 +401,7 @@ impl Connector {
             let stream = stream.await?;
             let (connection, driver) = MultiplexedConnection::new_with_config(&identity, stream, config)
                 .await
-                .map_err(|error| self::at(at, failed(&error)))?;
+                .map_err(|error| failed(&error).at(at))?;
             let driver = DriverTask(tokio::spawn(driver).abort_handle());
             Ok(RedisConnection::new(Wire::One(connection, Arc::new(driver))))
         };
@@ -439,13 +438,6 @@ async fn bounded<T>(future: impl Future<Output = T>) -> Result<T, StoreError> {
         .map_err(|_| StoreError::Unavailable(format!("no connection within {CONNECT:?}")))
 }
 
-fn at(address: &Address, error: StoreError) -> StoreError {
-    match error {
-        StoreError::Unavailable(what) => StoreError::Unavailable(format!("{address}: {what}")),
-        other => other,
-    }
-}
-
 /// A node's own entry has its id and more behind host and port.
 fn shortened(value: Value) -> Value {
     match value {
@@ -454,14 +446,19 @@ fn shortened(value: Value) -> Value {
     }
 }
 
+pub(super) fn half_checked_cluster() -> Problem {
+    let what = "a cluster's certificates are checked in full or not used";
+    Problem::error(TLS, what, "use \"verify-full\", or \"disable\" in a network that nobody else can read")
+}
+
 /// The library checks a cluster's certificates itself, and can't leave out a part.
 fn cluster_client(
     settings: &RedisSettings,
     addresses: &[Address],
     identity: &RedisConnectionInfo,
-) -> Result<ClusterClient, String> {
+) -> Result<ClusterClient, Problem> {
     let TlsSettings { mode, ca, client } = &settings.tls;
-    let read = |file: &PemFile| file.content().map(<[u8]>::to_vec);
+    let read = |file: &PemFile, key| file.content(key).map(<[u8]>::to_vec);
     let scheme = if settings.tls.is_plain() { "redis" } else { "rediss" };
     let mut builder = ClusterClient::builder(addresses.iter().map(|address| format!("{scheme}://{address}")))
         .connection_timeout(CONNECT)
@@ -479,23 +476,23 @@ fn cluster_client(
         TlsMode::Local => builder = builder.async_dns_resolver(Resolver(settings.tls.clone())),
         TlsMode::VerifyFull => {
             // The library asks for the process' own; an error says that there is one already.
-            drop(rustls::crypto::ring::default_provider().install_default());
+            let _ = rustls::crypto::ring::default_provider().install_default();
             let client_tls = match client {
                 Some((certificate, key)) => {
-                    Some(redis::ClientTlsConfig { client_cert: read(certificate)?, client_key: read(key)? })
+                    let (client_cert, client_key) = (read(certificate, TLS_CERT)?, read(key, TLS_KEY)?);
+                    Some(redis::ClientTlsConfig { client_cert, client_key })
                 }
                 None => None,
             };
-            let root_cert = ca.as_ref().map(read).transpose()?;
+            let root_cert = ca.as_ref().map(|file| read(file, TLS_CA)).transpose()?;
             builder = builder.certs(redis::TlsCertificates { client_tls, root_cert });
         }
-        TlsMode::Require | TlsMode::VerifyCa => {
-            return Err("tls: a cluster's certificates are checked in full or not used: set verify-full".into());
-        }
+        TlsMode::Require | TlsMode::VerifyCa => return Err(half_checked_cluster()),
     }
-    builder
-        .build()
-        .map_err(|_| "the settings of the cluster can't be used: check tls_ca and the client's certificate".into())
+    builder.build().map_err(|_| {
+        let what = "the settings of the cluster can't be used";
+        Problem::error(TLS, what, "check tls_ca and the client's certificate")
+    })
 }
 
 /// Connections for look-ups, taken in turn, made when they are needed and replaced when they are of no use.

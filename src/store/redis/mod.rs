@@ -26,10 +26,11 @@ mod record;
 
 pub use admin::RedisAdmin;
 
-use super::{Heard, Secret, StoreError, StoreMetrics, TlsSettings, TokenRecord, TokenStore};
+use super::{Heard, Secret, StoreError, StoreMetrics, TlsMode, TlsSettings, TokenRecord, TokenStore};
+use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
-use link::{Connector, RedisPool, server_failed};
+use link::{Address, Connector, RedisPool, server_failed};
 use record::Stored;
 use redis::Value;
 use std::sync::Arc;
@@ -80,6 +81,65 @@ pub enum RedisChanges {
     Keyspace,
     /// No notifications.
     None,
+}
+
+impl RedisSettings {
+    /// Everything that is wrong with these settings, without connecting to anything.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut found = Vec::new();
+        let mut wrong = |key, what, instead| found.push(Problem::error(key, what, instead));
+        let addresses: Vec<_> = self.servers.iter().map(|text| Address::parse(text)).collect();
+        let is_cluster = self.topology == Topology::Cluster;
+        if addresses.is_empty() {
+            wrong("servers", "is empty: must name at least one server", "write it like [\"127.0.0.1:6379\"]");
+        }
+        match &self.topology {
+            Topology::Single if addresses.len() > 1 => {
+                let instead = "name one, or use topology = \"sentinel\" or \"cluster\"";
+                wrong("servers", "names several servers, and must be one for topology = \"single\"", instead);
+            }
+            Topology::Sentinel { master } if master.is_empty() => {
+                wrong("master", "is missing", "write the name under which the sentinels watch the master");
+            }
+            Topology::Sentinel { .. } | Topology::Cluster
+                if addresses.iter().any(|address| matches!(address, Ok(Address::Unix(_)))) =>
+            {
+                wrong("servers", "a sentinel or a cluster's node is not reached by a unix socket", "write HOST:PORT");
+            }
+            _ => {}
+        }
+        if is_cluster && self.database != 0 {
+            wrong("database", "a cluster has only database 0", "remove it");
+        }
+        if is_cluster && self.changes == RedisChanges::Keyspace {
+            let what = "a cluster has no keyspace notifications that one subscriber gets";
+            wrong("changes", what, "use changes = \"channel\"");
+        }
+        if matches!(&self.changes, RedisChanges::Channel(name) if name.is_empty()) {
+            wrong("channel", "must not be empty", "write it like \"tollgate:change\"");
+        }
+        if self.prefix.is_empty() || self.prefix.contains(|c: char| !c.is_ascii_graphic() || "*?[]\\{}".contains(c)) {
+            let what = "must have visible characters other than *?[]\\{} only";
+            wrong("prefix", what, "write it like \"tollgate:token:\"");
+        }
+        if self.username.is_some() && self.password.is_none() {
+            let what = "is of no use without a password";
+            found.push(Problem::error("username", what, "set password_file, or remove it").with("password_file"));
+        }
+        for (index, address) in addresses.into_iter().enumerate() {
+            found.extend(address.err().map(|problem| problem.element(index)));
+        }
+        found.extend(Problem::connections(self.connections));
+        if is_cluster && matches!(self.tls.mode, TlsMode::Require | TlsMode::VerifyCa) {
+            found.push(link::half_checked_cluster());
+        }
+        found.extend(self.tls.problems());
+        found
+    }
+
+    fn check(&self) -> Result<(), Problem> {
+        Problem::first_error(self.problems())
+    }
 }
 
 /// The names of keys. Those without a token end in a word, which cannot be confused with 64 hex digits.
@@ -143,14 +203,8 @@ pub struct RedisStore {
 
 impl RedisStore {
     /// Checks the settings. Does not connect.
-    pub fn new(settings: RedisSettings, metrics: Arc<StoreMetrics>) -> Result<Self, String> {
+    pub fn new(settings: RedisSettings, metrics: Arc<StoreMetrics>) -> Result<Self, Problem> {
         let connector = Arc::new(Connector::new(&settings)?);
-        if settings.topology == Topology::Cluster && settings.changes == RedisChanges::Keyspace {
-            return Err("changes: each node of a cluster tells of its own keys only: set changes = \"channel\"".into());
-        }
-        if matches!(&settings.changes, RedisChanges::Channel(name) if name.is_empty()) {
-            return Err("channel: must not be empty".into());
-        }
         let pool = RedisPool::new(Arc::clone(&connector), settings.connections, metrics);
         Ok(Self {
             keys: Keys { prefix: settings.prefix.clone() },

@@ -21,7 +21,7 @@ pub struct SqliteAdmin {
 
 impl SqliteAdmin {
     pub fn open(path: &Path) -> Result<Self, AdminError> {
-        let db = open(path).map_err(AdminError::Store)?;
+        let db = open(path).map_err(|error| AdminError::Store(error.to_string()))?;
         let oldest = "DELETE FROM change WHERE at_ms < CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER) - ?1";
         db.execute(oldest, [CHANGES_KEPT_MS])?;
         Ok(Self { db })

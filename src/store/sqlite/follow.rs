@@ -1,8 +1,8 @@
 //! Notices changes of a SQLite database, whoever makes them, and a file that was replaced; keeps this gateway in the
 //! database's register.
 
-use super::super::feed::{Begun, ChangeSource, Coverage, Inbox, Message, Pace, Subscription};
-use super::super::{Change, Mark, Named, replica_name};
+use super::super::feed::{Begun, ChangeSource, Coverage, Inbox, Loss, Message, Pace, Subscription};
+use super::super::{Change, Mark, Named, StoreError, replica_name};
 use super::{Question, Replica, SqliteStore, inode, last_seq, mark, open_existing, time_of};
 use crate::store::credential::Digest;
 use async_trait::async_trait;
@@ -46,7 +46,7 @@ impl<'a> ChangeSource for SqliteChanges<'a> {
         Pace { beat: POLL, silence: None, upkeep: Some(HEARTBEAT) }
     }
 
-    async fn begin(&mut self, inbox: Inbox<i64>) -> Result<Begun<Watched<'a>>, String> {
+    async fn begin(&mut self, inbox: Inbox<i64>) -> Result<Begun<Watched<'a>>, Loss> {
         let seq = on_watcher(&self.watcher, Watcher::begin).await?;
         // All that was written before counts as taken in.
         inbox.put(Message::Wait(seq));
@@ -97,7 +97,7 @@ impl Subscription for Watched<'_> {
     /// The number of a change.
     type Wait = i64;
 
-    async fn beat(&self) -> Result<Option<Mark>, String> {
+    async fn beat(&self) -> Result<Option<Mark>, Loss> {
         let Looked { everything, changes, seq, mark } = on_watcher(&self.watcher, Watcher::look).await?;
         if everything || !changes.is_empty() {
             self.inbox.put(if everything { Message::Everything } else { Message::Changed(changes) });
@@ -106,12 +106,12 @@ impl Subscription for Watched<'_> {
         Ok(Some(mark))
     }
 
-    async fn upkeep(&self) -> Result<Option<Coverage>, String> {
+    async fn upkeep(&self) -> Result<Option<Coverage>, Loss> {
         self.register().await;
         Ok(None)
     }
 
-    async fn confirm(&self, waits: &mut Vec<i64>) -> Result<(), String> {
+    async fn confirm(&self, waits: &mut Vec<i64>) -> Result<(), Loss> {
         if let Some(last) = waits.drain(..).max() {
             self.applied.fetch_max(last, Ordering::Relaxed);
         }
@@ -124,11 +124,11 @@ impl Subscription for Watched<'_> {
 /// SQLite blocks, and so may the disk.
 async fn on_watcher<T: Send + 'static>(
     watcher: &Arc<Mutex<Watcher>>,
-    work: fn(&mut Watcher) -> Result<T, String>,
-) -> Result<T, String> {
+    work: fn(&mut Watcher) -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
     let watcher = Arc::clone(watcher);
     let done = tokio::task::spawn_blocking(move || work(&mut watcher.lock())).await;
-    done.unwrap_or_else(|error| Err(format!("it was not looked at: {error}")))
+    done.unwrap_or_else(|error| Err(StoreError::Unavailable(format!("it was not looked at: {error}"))))
 }
 
 /// Notices what others write. `PRAGMA data_version` costs a read of shared memory while nothing happens.
@@ -155,27 +155,30 @@ struct Opened {
     at_ms: Option<i64>,
 }
 
+fn gone() -> StoreError {
+    StoreError::Unavailable("the file is gone".into())
+}
+
 impl Watcher {
     /// Opens the file that is there now. Returns the number of its last change: what happened before is unknown.
-    fn begin(&mut self) -> Result<i64, String> {
+    fn begin(&mut self) -> Result<i64, StoreError> {
         self.opened = None;
-        let Some(inode) = inode(&self.path) else { return Err("the file is gone".into()) };
+        let Some(inode) = inode(&self.path) else { return Err(gone()) };
         let db = open_existing(&self.path)?;
-        let opened = Opened::at_end(db, inode).map_err(|error| error.to_string())?;
+        let opened = Opened::at_end(db, inode)?;
         Ok(self.opened.insert(opened).seq)
     }
 
-    fn look(&mut self) -> Result<Looked, String> {
+    fn look(&mut self) -> Result<Looked, StoreError> {
         let (everything, changes) = match &mut self.opened {
             // What is read from a file that was replaced is no longer the store.
-            Some(opened) if inode(&self.path) == Some(opened.inode) => match opened.look() {
-                Ok(Some(changes)) => (false, changes),
-                Ok(None) => (true, Vec::new()),
-                Err(error) => return Err(error.to_string()),
+            Some(opened) if inode(&self.path) == Some(opened.inode) => match opened.look()? {
+                Some(changes) => (false, changes),
+                None => (true, Vec::new()),
             },
             _ => self.begin().map(|_| (true, Vec::new()))?,
         };
-        let opened = self.opened.as_ref().ok_or("the file is not open")?;
+        let opened = self.opened.as_ref().ok_or_else(gone)?;
         Ok(Looked { everything, changes, seq: opened.seq, mark: mark(opened.seq, opened.at_ms) })
     }
 }

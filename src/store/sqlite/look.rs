@@ -1,7 +1,7 @@
 //! Whether a gateway could open a database, found by reading its header only: opening it with SQLite would make files
 //! beside it.
 
-use super::SCHEMA_VERSION;
+use super::{DatabaseError, SCHEMA_VERSION, Unusable};
 use crate::problem::{no_new_file, not_writable};
 use std::io::{ErrorKind, Read as _};
 use std::path::Path;
@@ -11,33 +11,38 @@ const MAGIC: &[u8; 16] = b"SQLite format 3\0";
 const HEADER: usize = 100;
 
 /// Why a gateway could not open this database, or make it where there is none.
-pub fn unusable(path: &Path) -> Option<String> {
-    match std::fs::metadata(path) {
-        Ok(meta) if meta.is_dir() => return Some("is a folder".into()),
-        Ok(_) => {}
-        Err(error) if error.kind() == ErrorKind::NotFound && !path.is_symlink() => return no_new_file(path),
-        Err(error) => return Some(error.to_string()),
-    }
-    // SQLite makes files of its own in the folder.
-    not_writable(path).or_else(|| no_new_file(path)).or_else(|| unreadable(path))
+pub(in crate::store) fn unusable(path: &Path) -> Option<DatabaseError> {
+    why_unusable(path).map(|why| DatabaseError { path: path.into(), why })
 }
 
-fn unreadable(path: &Path) -> Option<String> {
+fn why_unusable(path: &Path) -> Option<Unusable> {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => return Some(Unusable::Folder),
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound && !path.is_symlink() => {
+            return no_new_file(path).map(Unusable::NotWritable);
+        }
+        Err(error) => return Some(error.into()),
+    }
+    // SQLite makes files of its own in the folder.
+    not_writable(path).or_else(|| no_new_file(path)).map(Unusable::NotWritable).or_else(|| unreadable(path))
+}
+
+fn unreadable(path: &Path) -> Option<Unusable> {
     let mut header = Vec::with_capacity(HEADER);
     let read = std::fs::File::open(path).and_then(|file| file.take(HEADER as u64).read_to_end(&mut header));
     match read {
-        Err(error) => Some(error.to_string()),
+        Err(error) => Some(error.into()),
         // An empty file becomes a database.
         Ok(0) => None,
         Ok(_) => {
             let page_size = header.get(16..18).map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]]));
             let sized = page_size.is_some_and(|size| size == 1 || size >= 512 && size.is_power_of_two());
             let Some(version) = header.get(60..64).filter(|_| header.starts_with(MAGIC) && sized) else {
-                return Some("is not an SQLite database".into());
+                return Some(Unusable::Foreign);
             };
             let version = i64::from(i32::from_be_bytes([version[0], version[1], version[2], version[3]]));
-            (version > SCHEMA_VERSION)
-                .then(|| format!("made by a newer tollgate (schema {version}, this one knows {SCHEMA_VERSION})"))
+            (version > SCHEMA_VERSION).then_some(Unusable::Newer(version))
         }
     }
 }

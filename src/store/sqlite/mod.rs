@@ -6,9 +6,10 @@ mod follow;
 mod look;
 
 pub use admin::SqliteAdmin;
-pub use look::unusable;
+pub(super) use look::unusable;
 
 use super::{Heard, Mark, StoreError, TokenRecord, TokenStore, feed};
+use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, params};
@@ -84,40 +85,85 @@ const COLUMNS: &str = "digest, user, scopes, description, created, expires, revo
 const NOW_MS: &str = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)";
 
 /// Opens the database, making it when it is not there.
-pub fn open(path: &Path) -> Result<Connection, String> {
-    let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+pub fn open(path: &Path) -> Result<Connection, DatabaseError> {
+    let failed = |why| DatabaseError { path: path.into(), why };
     if !path.exists() {
         // Made with the mode that it keeps: nobody else may ever read it.
         let made = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
         if let Err(error) = made
             && error.kind() != std::io::ErrorKind::AlreadyExists
         {
-            return Err(failed(&error));
+            return Err(failed(error.into()));
         }
     }
     let mut db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX)
-        .map_err(|error| failed(&error))?;
-    prepare(&mut db).map_err(|error| failed(&error))?;
+        .map_err(|error| failed(error.into()))?;
+    prepare(&mut db).map_err(failed)?;
     Ok(db)
 }
 
 /// Opens a database that must be there and ours. A running gateway never makes one: an empty file that a broken restore
 /// or a full disk leaves in its place is no store without tokens, but one that can't tell.
-fn open_existing(path: &Path) -> Result<Connection, String> {
-    let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let db = Connection::open_with_flags(path, flags).map_err(|error| failed(&error))?;
-    db.busy_timeout(BUSY_TIMEOUT).map_err(|error| failed(&error))?;
-    // What a gateway writes, last uses and signs of life, may be lost with the power.
-    db.pragma_update(None, "synchronous", "normal").map_err(|error| failed(&error))?;
-    match db.pragma_query_value(None, "user_version", |row| row.get(0)) {
-        Ok(SCHEMA_VERSION) => Ok(db),
-        Ok(other) => Err(failed(&format!("schema {other} where {SCHEMA_VERSION} is needed"))),
-        Err(error) => Err(failed(&error)),
+fn open_existing(path: &Path) -> Result<Connection, DatabaseError> {
+    let opened = || {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let db = Connection::open_with_flags(path, flags)?;
+        db.busy_timeout(BUSY_TIMEOUT)?;
+        // What a gateway writes, last uses and signs of life, may be lost with the power.
+        db.pragma_update(None, "synchronous", "normal")?;
+        match db.pragma_query_value(None, "user_version", |row| row.get(0))? {
+            SCHEMA_VERSION => Ok(db),
+            other => Err(Unusable::Version(other)),
+        }
+    };
+    opened().map_err(|why| DatabaseError { path: path.into(), why })
+}
+
+/// A database that cannot be used, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {why}", path.display())]
+pub struct DatabaseError {
+    path: PathBuf,
+    why: Unusable,
+}
+
+impl DatabaseError {
+    pub(super) fn problem(&self) -> Problem {
+        let instead = "name a database that tollgate may write to, or a file that it may create";
+        Problem::error("path", self.to_string(), instead)
     }
 }
 
-fn prepare(db: &mut Connection) -> Result<(), Box<dyn std::error::Error>> {
+impl From<DatabaseError> for StoreError {
+    fn from(error: DatabaseError) -> Self {
+        Self::Unavailable(error.to_string())
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    #[error("{0}")]
+    Sql(#[from] rusqlite::Error),
+    #[error("made by a newer tollgate (schema {0}, this one knows {SCHEMA_VERSION})")]
+    Newer(i64),
+    #[error("schema {0} where {SCHEMA_VERSION} is needed")]
+    Version(i64),
+    #[error("the file is gone")]
+    Gone,
+    #[error("is a folder")]
+    Folder,
+    #[error("is not an SQLite database")]
+    Foreign,
+    /// It cannot be written to, or not be made.
+    #[error("{0}")]
+    NotWritable(String),
+    #[error("no thread: {0}")]
+    Thread(std::io::Error),
+}
+
+fn prepare(db: &mut Connection) -> Result<(), Unusable> {
     db.busy_timeout(BUSY_TIMEOUT)?;
     db.pragma_update(None, "journal_mode", "wal")?;
     // A revocation that was reported as done must survive a power cut.
@@ -125,9 +171,9 @@ fn prepare(db: &mut Connection) -> Result<(), Box<dyn std::error::Error>> {
     let transaction = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     let version: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
     if version > SCHEMA_VERSION {
-        return Err(format!("made by a newer tollgate (schema {version}, this one knows {SCHEMA_VERSION})").into());
+        return Err(Unusable::Newer(version));
     }
-    for migration in MIGRATIONS.iter().skip(usize::try_from(version)?) {
+    for migration in MIGRATIONS.iter().skip(usize::try_from(version).unwrap_or(0)) {
         transaction.execute_batch(migration)?;
     }
     transaction.pragma_update(None, "user_version", SCHEMA_VERSION)?;
@@ -180,16 +226,17 @@ enum Question {
 }
 
 impl SqliteStore {
-    pub fn start(path: &Path) -> Result<Self, String> {
+    pub fn start(path: &Path) -> Result<Self, DatabaseError> {
         // Made or brought up to date here, where somebody sees what is wrong: whoever opens it later wants it to be there.
         open(path)?;
-        let serving = |queue: usize, threads: std::ops::Range<usize>| -> Result<_, String> {
+        let serving = |queue: usize, threads: std::ops::Range<usize>| -> Result<_, DatabaseError> {
             let (questions, inbox) = sync_channel(queue);
             let inbox = std::sync::Arc::new(parking_lot::Mutex::new(inbox));
             for index in threads {
                 let reader = Reader { path: path.into(), db: None };
                 let inbox = std::sync::Arc::clone(&inbox);
-                spawn(&format!("sqlite-{index}"), move || reader.serve(&inbox))?;
+                spawn(&format!("sqlite-{index}"), move || reader.serve(&inbox))
+                    .map_err(|error| DatabaseError { path: path.into(), why: Unusable::Thread(error) })?;
             }
             Ok(questions)
         };
@@ -214,12 +261,8 @@ impl SqliteStore {
     }
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), String> {
-    std::thread::Builder::new()
-        .name(name.into())
-        .spawn(work)
-        .map(drop)
-        .map_err(|error| format!("no thread for {name}: {error}"))
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    std::thread::Builder::new().name(name.into()).spawn(work).map(drop)
 }
 
 #[async_trait]
@@ -269,7 +312,10 @@ impl Reader {
                 Ok(Question::ChangedSince(since, reply)) => {
                     let _ = reply.send(self.run(|db| changed_since(db, &since)));
                 }
-                Ok(Question::Gone(replica)) => drop(self.run(|db| gone(db, &replica))),
+                Ok(Question::Gone(replica)) => {
+                    // It counts as gone after a while anyway.
+                    let _ = self.run(|db| gone(db, &replica));
+                }
                 Ok(Question::Alive(replica, applied, reply)) => {
                     let _ = reply.send(self.run(|db| alive(db, &replica, applied)));
                 }
@@ -279,26 +325,31 @@ impl Reader {
     }
 
     fn run<T>(&mut self, work: impl FnOnce(&mut Connection) -> rusqlite::Result<T>) -> Result<T, StoreError> {
-        let unavailable = |error: &dyn std::fmt::Display| StoreError::Unavailable(error.to_string());
         let inode = inode(&self.path);
         let (mut db, opened) = match self.db.take() {
             // The file was replaced or removed: what this connection reads is no longer the store.
             Some((db, opened)) if Some(opened) == inode => (db, opened),
             _ => match inode {
-                Some(inode) => (open_existing(&self.path).map_err(|error| unavailable(&error))?, inode),
-                None => return Err(unavailable(&format!("{} is gone", self.path.display()))),
+                Some(inode) => (open_existing(&self.path)?, inode),
+                None => return Err(DatabaseError { path: self.path.clone(), why: Unusable::Gone }.into()),
             },
         };
-        let result = work(&mut db).map_err(|error| match error {
-            rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..) => {
-                StoreError::Garbage(error.to_string())
-            }
-            error => unavailable(&error),
-        });
+        let result = work(&mut db).map_err(StoreError::from);
         if result.is_ok() {
             self.db = Some((db, opened));
         }
         result
+    }
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        match error {
+            rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..) => {
+                Self::Garbage(error.to_string())
+            }
+            error => Self::Unavailable(error.to_string()),
+        }
     }
 }
 

@@ -12,7 +12,8 @@ fn clock() -> tollgate::clock::Now {
 }
 
 fn open(path: &std::path::Path) -> Result<FileStore, String> {
-    FileStore::open(path, Arc::new(Metrics::new("test").unwrap().store("file")), clock)
+    let opened = FileStore::open(path, Arc::new(Metrics::new("test").unwrap().store("file")), clock);
+    opened.map_err(|error| error.to_string())
 }
 
 /// What a store says in a time.
@@ -273,10 +274,10 @@ async fn no_database_is_no_answer() {
     let folder = Folder::new("no-database");
     let path = folder.file("tokens");
     std::fs::write(&path, "this is no database, but long enough to be looked at".repeat(50)).unwrap();
-    assert!(SqliteStore::start(&path).err().unwrap().contains("not a database"));
+    assert!(SqliteStore::start(&path).err().unwrap().to_string().contains("not a database"));
     let newer = folder.file("newer");
     tollgate::store::sqlite::open(&newer).unwrap().pragma_update(None, "user_version", 99).unwrap();
-    assert!(SqliteStore::start(&newer).err().unwrap().contains("made by a newer tollgate"));
+    assert!(SqliteStore::start(&newer).err().unwrap().to_string().contains("made by a newer tollgate"));
     let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&newer).unwrap()) & 0o777;
     assert_eq!(mode, 0o600, "nobody else may read the digests");
 }

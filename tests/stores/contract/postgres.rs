@@ -47,7 +47,7 @@ fn open(settings: PostgresSettings) -> Arc<dyn TokenStore> {
 
 fn refused(settings: PostgresSettings) -> String {
     let metrics = Arc::new(tollgate::telemetry::metrics::Metrics::new("test").unwrap().store("postgres"));
-    PostgresStore::new(settings, metrics).err().unwrap()
+    PostgresStore::new(settings, metrics).err().unwrap().to_string()
 }
 
 struct Own(Mutex<Postgres>);
