@@ -4,7 +4,7 @@
 
 use crate::clock::Now;
 use crate::forward::{self, ForwardRules, Plan};
-use crate::identity::{Authenticator, CannotTell, Checked, Mode, Principal, TokenStatus, Waiting};
+use crate::identity::{Authenticator, CannotTell, Checked, Mode, PendingLookup, Principal, TokenStatus};
 use crate::policy::Policy;
 use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
@@ -96,7 +96,7 @@ pub struct Pending<'r> {
     pipeline: &'r Pipeline,
     examined: Examined<'r>,
     facts: Facts,
-    waiting: Waiting,
+    waiting: PendingLookup,
 }
 
 impl Pipeline {

@@ -8,7 +8,7 @@ use crate::store::Bound;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
-pub(super) struct Arguments {
+pub(super) struct CheckArguments {
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
     /// Do not use the network: resolve no names and connect to no store.
@@ -19,7 +19,7 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &CheckArguments) -> Result<(), Failure> {
     let loaded = config::load(&arguments.config, Probe::Check { network: !arguments.offline });
     if arguments.json {
         let found = match &loaded {

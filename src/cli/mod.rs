@@ -45,20 +45,20 @@ enum Command {
     ///
     /// Finds what would keep `tollgate run` or a reload from succeeding. Run it as the user that the gateway runs as.
     /// Exit codes: 0 no errors (there may be warnings), 64 errors.
-    Check(check::Arguments),
+    Check(check::CheckArguments),
     /// Reload the configuration of a running gateway, and show which changes are in force.
     ///
     /// Exit codes: 0 all changes are in force, 2 some need a restart, 1 nothing changed.
-    Reload(reload::Arguments),
+    Reload(reload::ReloadArguments),
     /// Create, list, show, rotate, revoke, block and import tokens.
     Token {
         #[command(subcommand)]
-        command: token::Command,
+        command: token::TokenCommand,
     },
     /// Prepare a PostgreSQL store: make tollgate's tables, or install change triggers on other tables.
     Store {
         #[command(subcommand)]
-        command: store::Command,
+        command: store::StoreCommand,
     },
     /// Print a configuration with every key, its default and its meaning.
     ExampleConfig,

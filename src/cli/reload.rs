@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 #[derive(clap::Args)]
-pub(super) struct Arguments {
+pub(super) struct ReloadArguments {
     /// Configuration of the gateway, for the address of its admin listener (default address if not given)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -30,7 +30,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 const NOT_REACHED: &str = "the gateway cannot be reached, nothing changed. If [admin] listen was changed since the start, \
                            pass the old address with --admin";
 
-pub(super) fn run(arguments: &Arguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &ReloadArguments) -> Result<(), Failure> {
     let address = address(arguments)?;
     // The shortest time there is: a read timeout of 0 would mean none.
     let timeout = arguments.timeout.max(Duration::from_millis(1));
@@ -81,7 +81,7 @@ impl std::fmt::Display for AdminAddress {
     }
 }
 
-fn address(arguments: &Arguments) -> Result<AdminAddress, Failure> {
+fn address(arguments: &ReloadArguments) -> Result<AdminAddress, Failure> {
     if let Some(text) = &arguments.admin {
         return parse(text).ok_or_else(|| Failure::Usage(format!("{text}: not `address:port` or `unix:/path`")));
     }

@@ -8,7 +8,7 @@ use clap::Subcommand;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
-pub(super) struct Common {
+pub(super) struct StoreOptions {
     /// Configuration file with the store
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
@@ -18,16 +18,16 @@ pub(super) struct Common {
 }
 
 #[derive(Subcommand)]
-pub(super) enum Command {
+pub(super) enum StoreCommand {
     /// Create or migrate tollgate's own tables in PostgreSQL.
     Migrate {
         #[command(flatten)]
-        common: Common,
+        options: StoreOptions,
     },
     /// Create the triggers for change notifications in GitLab's tables, or in another one with --table and --column.
     InstallTriggers {
         #[command(flatten)]
-        common: Common,
+        options: StoreOptions,
         /// Print the SQL instead of running it
         #[arg(long)]
         print: bool,
@@ -40,10 +40,10 @@ pub(super) enum Command {
     },
 }
 
-pub(super) async fn run(command: Command) -> Result<(), Failure> {
+pub(super) async fn run(command: StoreCommand) -> Result<(), Failure> {
     match command {
-        Command::Migrate { common } => {
-            let (name, settings) = postgres_store(&common)?;
+        StoreCommand::Migrate { options } => {
+            let (name, settings) = postgres_store(&options)?;
             let migrated = PostgresAdmin::migrate(&settings).await?;
             say!("store {name}: the schema has version {}", migrated.version)?;
             if let Some((was, now)) = migrated.moved {
@@ -54,8 +54,8 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
                 )?;
             }
         }
-        Command::InstallTriggers { common, print, table, column } => {
-            let (name, settings) = postgres_store(&common)?;
+        StoreCommand::InstallTriggers { options, print, table, column } => {
+            let (name, settings) = postgres_store(&options)?;
             let sql = postgres::triggers_sql(&settings, table.zip(column).as_ref())
                 .map_err(|why| anyhow!("store {name}: {why}"))?;
             if print {
@@ -70,9 +70,9 @@ pub(super) async fn run(command: Command) -> Result<(), Failure> {
     Ok(())
 }
 
-fn postgres_store(common: &Common) -> Result<(String, PostgresSettings), Failure> {
-    let settings = super::load(&common.config)?;
-    let wanted = |store: &&NamedStore| common.store.as_ref().is_none_or(|name| *name == store.name);
+fn postgres_store(options: &StoreOptions) -> Result<(String, PostgresSettings), Failure> {
+    let settings = super::load(&options.config)?;
+    let wanted = |store: &&NamedStore| options.store.as_ref().is_none_or(|name| *name == store.name);
     let found: Vec<_> = settings
         .stores
         .iter()

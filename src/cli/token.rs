@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 #[derive(clap::Args)]
-pub(super) struct Common {
+pub(super) struct TokenOptions {
     /// Configuration file with the store
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
@@ -27,11 +27,11 @@ pub(super) struct Common {
 }
 
 #[derive(Subcommand)]
-pub(super) enum Command {
+pub(super) enum TokenCommand {
     /// Create a token and print it; it is not shown again.
     Create {
         #[command(flatten)]
-        common: Common,
+        options: TokenOptions,
         /// User that the token belongs to
         #[arg(long)]
         user: String,
@@ -50,12 +50,12 @@ pub(super) enum Command {
     /// List all tokens, newest first.
     List {
         #[command(flatten)]
-        common: Common,
+        options: TokenOptions,
     },
     /// Show one token, by its id (or a longer prefix of its SHA-256), or by the token itself on standard input.
     Show {
         #[command(flatten)]
-        common: Common,
+        options: TokenOptions,
         /// The id from the access log or the list; `-` reads the token from standard input.
         id: String,
     },
@@ -63,7 +63,7 @@ pub(super) enum Command {
     /// expires.
     Rotate {
         #[command(flatten)]
-        common: Common,
+        options: TokenOptions,
         /// The id from the access log or the list; `-` reads the token from standard input.
         id: String,
         /// How long the old token remains valid
@@ -76,7 +76,7 @@ pub(super) enum Command {
     /// Revoke a token. Running gateways refuse it within a second.
     Revoke {
         #[command(flatten)]
-        common: Common,
+        options: TokenOptions,
         /// The id from the access log or the list; `-` reads the token from standard input.
         id: String,
         /// Wait until every running gateway on this store has confirmed the revocation
@@ -89,50 +89,50 @@ pub(super) enum Command {
     /// Block a user: all of the user's tokens are refused until `unblock`.
     Block {
         #[command(flatten)]
-        common: Common,
+        options: TokenOptions,
         user: String,
     },
     /// Unblock a user.
     Unblock {
         #[command(flatten)]
-        common: Common,
+        options: TokenOptions,
         user: String,
     },
     /// Import tokens from JSON: one object per line with `user`, `token` or `sha256`, and optionally `scopes`,
     /// `description`, `expires` and the other fields of a list; or the output of `list --json`.
     Import {
         #[command(flatten)]
-        common: Common,
+        options: TokenOptions,
         /// File to import; `-` reads standard input
         file: PathBuf,
     },
 }
 
-pub(super) async fn run(command: Command) -> Result<(), Failure> {
+pub(super) async fn run(command: TokenCommand) -> Result<(), Failure> {
     match command {
-        Command::Create { common, user, scopes, description, not_before, expires } => {
+        TokenCommand::Create { options, user, scopes, description, not_before, expires } => {
             let not_before = moment("--not-before", not_before.as_deref())?;
             let expires = moment("--expires", expires.as_deref())?;
-            create(&common, user, scopes, description, not_before, expires).await
+            create(&options, user, scopes, description, not_before, expires).await
         }
-        Command::List { common } => list(&common).await,
-        Command::Show { common, id } => show(&common, &id).await,
-        Command::Rotate { common, id, overlap, expires } => {
+        TokenCommand::List { options } => list(&options).await,
+        TokenCommand::Show { options, id } => show(&options, &id).await,
+        TokenCommand::Rotate { options, id, overlap, expires } => {
             let expires = moment("--expires", expires.as_deref())?;
-            rotate(&common, &id, span("--overlap", &overlap)?, expires).await
+            rotate(&options, &id, span("--overlap", &overlap)?, expires).await
         }
-        Command::Revoke { common, id, wait, timeout } => {
+        TokenCommand::Revoke { options, id, wait, timeout } => {
             let wait = wait.then(|| span("--timeout", &timeout)).transpose()?;
-            revoke(&common, &id, wait).await
+            revoke(&options, &id, wait).await
         }
-        Command::Block { common, user } => block(&common, &user, true).await,
-        Command::Unblock { common, user } => block(&common, &user, false).await,
-        Command::Import { common, file } => import(&common, &file).await,
+        TokenCommand::Block { options, user } => block(&options, &user, true).await,
+        TokenCommand::Unblock { options, user } => block(&options, &user, false).await,
+        TokenCommand::Import { options, file } => import(&options, &file).await,
     }
 }
 
 /// A store opened for writing.
-struct Opened {
+struct OpenStore {
     settings: Settings,
     /// The store's name.
     store: String,
@@ -140,15 +140,15 @@ struct Opened {
 }
 
 /// Opens the store that is meant, to read from it or to change what is in it.
-async fn open(common: &Common) -> Result<Opened, Failure> {
-    open_with(common, MissingStore::ReadEmpty).await
+async fn open(options: &TokenOptions) -> Result<OpenStore, Failure> {
+    open_with(options, MissingStore::ReadEmpty).await
 }
 
-async fn open_with(common: &Common, missing: MissingStore) -> Result<Opened, Failure> {
-    let settings = super::load(&common.config)?;
-    let store = chosen(&settings, common.store.as_deref())?;
+async fn open_with(options: &TokenOptions, missing: MissingStore) -> Result<OpenStore, Failure> {
+    let settings = super::load(&options.config)?;
+    let store = chosen(&settings, options.store.as_deref())?;
     let (name, admin) = (store.name.clone(), writer(store, missing).await?);
-    Ok(Opened { settings, store: name, admin })
+    Ok(OpenStore { settings, store: name, admin })
 }
 
 /// Opens the store with this name for writing, or the first writable one.
@@ -179,7 +179,7 @@ async fn writer(store: &NamedStore, missing: MissingStore) -> anyhow::Result<Box
     })
 }
 
-impl Opened {
+impl OpenStore {
     /// Reads a token again, to verify a change before it is reported.
     async fn confirmed(&mut self, digest: &Digest, is: impl Fn(&TokenRecord) -> bool) -> anyhow::Result<TokenRecord> {
         match self.admin.find(&digest.to_hex()).await?.into_iter().next() {
@@ -229,7 +229,7 @@ fn base32(bytes: &[u8]) -> String {
 }
 
 async fn create(
-    common: &Common,
+    options: &TokenOptions,
     user: String,
     scopes: Vec<String>,
     description: String,
@@ -245,7 +245,7 @@ async fn create(
     if not_before.zip(expires).is_some_and(|(start, end)| start >= end) {
         return Err(Failure::Usage("--not-before comes after --expires".into()));
     }
-    let mut opened = open_with(common, MissingStore::Create).await?;
+    let mut opened = open_with(options, MissingStore::Create).await?;
     warn_of_scopes(&opened.settings, &scopes);
     let is_blocked = |records: &[TokenRecord]| records.iter().any(|record| record.blocked);
     if is_blocked(&opened.admin.of_user(&user).await?) {
@@ -271,7 +271,7 @@ async fn create(
         let (name, id) = (plain(&record.user), record.digest.id());
         return Err(anyhow!("{name} was blocked at the same time: the new token {id} is revoked").into());
     }
-    hand_over(common, &token, &made)
+    hand_over(options, &token, &made)
 }
 
 /// Warns of reasons for which the new token would be refused.
@@ -287,10 +287,10 @@ fn warn_of_scopes(settings: &Settings, scopes: &[String]) {
 }
 
 /// Prints a new token. The only output whose failure matters, because the token cannot be shown again.
-fn hand_over(common: &Common, token: &str, record: &TokenRecord) -> Result<(), Failure> {
+fn hand_over(options: &TokenOptions, token: &str, record: &TokenRecord) -> Result<(), Failure> {
     let lost = || format!("token {} works, but it could not be printed: revoke it", record.digest.id());
     let mut out = std::io::stdout().lock();
-    if common.json {
+    if options.json {
         let mut shown = serde_json::to_value(ShownRecord::from(record))?;
         shown["token"] = token.into();
         writeln!(out, "{shown}").with_context(lost)?;
@@ -306,8 +306,8 @@ fn hand_over(common: &Common, token: &str, record: &TokenRecord) -> Result<(), F
     Ok(())
 }
 
-async fn rotate(common: &Common, id: &str, overlap: Duration, expires: Option<u64>) -> Result<(), Failure> {
-    let mut opened = open(common).await?;
+async fn rotate(options: &TokenOptions, id: &str, overlap: Duration, expires: Option<u64>) -> Result<(), Failure> {
+    let mut opened = open(options).await?;
     let old = find(&mut opened, id).await?;
     let (token, at) = (new_token()?, now());
     let lifetime = match (expires, old.expires) {
@@ -344,11 +344,11 @@ async fn rotate(common: &Common, id: &str, overlap: Duration, expires: Option<u6
         "expired" => eprintln!("token {id} is no longer valid"),
         other => eprintln!("token {id} is in state \"{other}\" and ends at {end}"),
     }
-    hand_over(common, &token, &next)
+    hand_over(options, &token, &next)
 }
 
 /// Why a token cannot be rotated; for one that was rotated before, its successors.
-async fn nothing_to_rotate(opened: &mut Opened, digest: &Digest) -> anyhow::Result<anyhow::Error> {
+async fn nothing_to_rotate(opened: &mut OpenStore, digest: &Digest) -> anyhow::Result<anyhow::Error> {
     let record = opened.confirmed(digest, |_| true).await?;
     let id = digest.id();
     let nothing = "there is nothing to rotate";
@@ -395,10 +395,10 @@ fn moment(option: &str, text: Option<&str>) -> Result<Option<u64>, Failure> {
     }
 }
 
-async fn list(common: &Common) -> Result<(), Failure> {
-    let mut opened = open(common).await?;
+async fn list(options: &TokenOptions) -> Result<(), Failure> {
+    let mut opened = open(options).await?;
     let records = opened.admin.list().await?;
-    if common.json {
+    if options.json {
         let shown: Vec<_> = records.iter().map(ShownRecord::from).collect();
         say!("{}", serde_json::to_string(&shown)?)?;
         return Ok(());
@@ -419,7 +419,7 @@ async fn list(common: &Common) -> Result<(), Failure> {
 }
 
 /// In a store without recorded uses, the last use of a token is unknown.
-fn last_used(opened: &Opened, record: &TokenRecord) -> String {
+fn last_used(opened: &OpenStore, record: &TokenRecord) -> String {
     let none = if opened.admin.notes_uses() { "never" } else { "not recorded" };
     record.last_used.map_or_else(|| none.into(), rfc3339)
 }
@@ -441,7 +441,7 @@ fn state(record: &TokenRecord) -> &'static str {
 }
 
 /// The token with an id, or the one on standard input.
-async fn find(opened: &mut Opened, id: &str) -> anyhow::Result<TokenRecord> {
+async fn find(opened: &mut OpenStore, id: &str) -> anyhow::Result<TokenRecord> {
     let prefix = if id == "-" {
         Digest::of(&token_on_input()?).to_hex()
     } else {
@@ -487,15 +487,15 @@ fn token_on_input() -> anyhow::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-async fn show(common: &Common, id: &str) -> Result<(), Failure> {
-    let mut opened = open(common).await?;
+async fn show(options: &TokenOptions, id: &str) -> Result<(), Failure> {
+    let mut opened = open(options).await?;
     let record = find(&mut opened, id).await?;
-    print_record(common, &opened, &record)
+    print_record(options, &opened, &record)
 }
 
-fn print_record(common: &Common, opened: &Opened, record: &TokenRecord) -> Result<(), Failure> {
+fn print_record(options: &TokenOptions, opened: &OpenStore, record: &TokenRecord) -> Result<(), Failure> {
     let shown = ShownRecord::from(record);
-    if common.json {
+    if options.json {
         say!("{}", serde_json::to_string(&shown)?)?;
         return Ok(());
     }
@@ -530,14 +530,14 @@ const fn is_unknown(revoked: u64) -> bool {
     revoked <= 1
 }
 
-async fn revoke(common: &Common, id: &str, wait: Option<Duration>) -> Result<(), Failure> {
-    let mut opened = open(common).await?;
+async fn revoke(options: &TokenOptions, id: &str, wait: Option<Duration>) -> Result<(), Failure> {
+    let mut opened = open(options).await?;
     let record = find(&mut opened, id).await?;
     let revoked = opened.admin.revoke(&record.digest, now()).await?;
     let record = opened.confirmed(&record.digest, |record| record.revoked.is_some()).await?;
     let id = record.digest.id();
-    if common.json {
-        print_record(common, &opened, &record)?;
+    if options.json {
+        print_record(options, &opened, &record)?;
     } else {
         let how = match record.revoked {
             _ if revoked => "is revoked".into(),
@@ -558,8 +558,8 @@ async fn revoke(common: &Common, id: &str, wait: Option<Duration>) -> Result<(),
     Ok(())
 }
 
-async fn block(common: &Common, user: &str, blocked: bool) -> Result<(), Failure> {
-    let mut opened = open(common).await?;
+async fn block(options: &TokenOptions, user: &str, blocked: bool) -> Result<(), Failure> {
+    let mut opened = open(options).await?;
     let name = plain(user);
     let were_blocked: BTreeSet<String> = match opened.admin.of_user(user).await? {
         none if none.is_empty() => {
@@ -575,7 +575,7 @@ async fn block(common: &Common, user: &str, blocked: bool) -> Result<(), Failure
         return Err(anyhow!("store {}: accepted the change but does not return it for token {id}", opened.store).into());
     }
     let works = |record: &&TokenRecord| matches!(state(record), "active" | "rotated");
-    if common.json {
+    if options.json {
         let in_force = records.iter().filter(works).count();
         let tokens = records.len();
         say!(
@@ -615,8 +615,8 @@ fn tokens(count: usize) -> String {
     if count == 1 { "1 token".into() } else { format!("{count} tokens") }
 }
 
-async fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> {
-    let mut opened = open_with(common, MissingStore::Create).await?;
+async fn import(options: &TokenOptions, file: &std::path::Path) -> Result<(), Failure> {
+    let mut opened = open_with(options, MissingStore::Create).await?;
     let input: Box<dyn BufRead + Send> = if file == std::path::Path::new("-") {
         Box::new(BufReader::new(std::io::stdin()))
     } else {
@@ -647,7 +647,7 @@ async fn import(common: &Common, file: &std::path::Path) -> Result<(), Failure> 
     let (imported, read) = (imported?, reading.entries());
     let (new, differing) = (imported.new, imported.differing);
     let seconds = started.elapsed().as_secs_f64();
-    if common.json {
+    if options.json {
         say!(
             "{}",
             serde_json::json!({

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 pub struct Diagnostic {
     pub file: PathBuf,
     /// `None`: it is about something that is not in the file.
-    pub place: Option<Place>,
+    pub place: Option<Position>,
     pub key: String,
     pub severity: Severity,
     pub what: String,
@@ -18,14 +18,14 @@ pub struct Diagnostic {
     pub found: Option<String>,
     pub instead: String,
     /// The other place, where two of them contradict or repeat each other.
-    pub related: Option<Place>,
+    pub related: Option<Position>,
     /// The file is right, and what it names is not: it may be right tomorrow without a change of the file.
     pub(crate) surroundings: bool,
 }
 
 /// Both count from 1; columns count characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct Position {
     pub line: usize,
     pub column: usize,
 }
@@ -34,7 +34,7 @@ impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let file = self.file.display();
         write!(f, "{file}:")?;
-        if let Some(Place { line, column }) = self.place {
+        if let Some(Position { line, column }) = self.place {
             write!(f, "{line}:{column}:")?;
         }
         if self.severity == Severity::Warning {
@@ -44,7 +44,7 @@ impl fmt::Display for Diagnostic {
             write!(f, " {}:", self.key)?;
         }
         write!(f, " {}", self.what)?;
-        if let Some(Place { line, column }) = self.related {
+        if let Some(Position { line, column }) = self.related {
             write!(f, " (see {file}:{line}:{column})")?;
         }
         if let Some(found) = &self.found {
@@ -61,7 +61,8 @@ impl Diagnostic {
 
     /// For programs. The fields and their types stay as they are; docs/operations.md describes them.
     pub fn json(&self) -> serde_json::Value {
-        let place = |place: Option<Place>| place.map(|at| serde_json::json!({ "line": at.line, "column": at.column }));
+        let place =
+            |place: Option<Position>| place.map(|at| serde_json::json!({ "line": at.line, "column": at.column }));
         serde_json::json!({
             "file": self.file.display().to_string(),
             "line": self.place.map(|at| at.line),

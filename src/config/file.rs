@@ -1,7 +1,7 @@
 //! The file: every section and key with its default. The comments here are the reference; `config/tollgate.example.toml`
 //! is generated from them.
 
-use super::section::{Bytes, Section, Setting, Wrong, section, text, words, wrong};
+use super::section::{Bytes, InvalidValue, Section, Setting, invalid, section, text, words};
 use crate::edge::Listen;
 use crate::request::route::Pattern;
 use crate::request::view::Method;
@@ -462,9 +462,9 @@ macro_rules! settings {
         pub(crate) struct $name(pub(crate) $inner);
 
         impl Setting for $name {
-            fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
-                let read: fn(&str) -> Result<$inner, Wrong> = $read;
-                text(value).and_then(read).map(Self).map_err(|wrong| vec![wrong])
+            fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+                let read: fn(&str) -> Result<$inner, InvalidValue> = $read;
+                text(value).and_then(read).map(Self).map_err(|invalid| vec![invalid])
             }
         }
     )*};
@@ -473,40 +473,40 @@ macro_rules! settings {
 settings! {
     ListenAddress(Listen) = |text| match text.strip_prefix("unix:") {
         Some(path) if path.starts_with('/') => Ok(Listen::Unix(path.into(), 0o660)),
-        Some(_) => Err(wrong("a socket's path must be absolute", "write it like \"unix:/run/tollgate/api.sock\"")),
+        Some(_) => Err(invalid("a socket's path must be absolute", "write it like \"unix:/run/tollgate/api.sock\"")),
         None => match text.parse::<SocketAddr>() {
             Ok(_) => Ok(Listen::Tcp(text.into())),
-            Err(_) => Err(wrong("is not an address to listen on", "write it like \"127.0.0.1:8080\", \"[::]:8080\" or \"unix:/path\"")),
+            Err(_) => Err(invalid("is not an address to listen on", "write it like \"127.0.0.1:8080\", \"[::]:8080\" or \"unix:/path\"")),
         },
     };
     UpstreamAddress(ServerAddress) = |text| {
         let instead = "write it like \"127.0.0.1:3000\", \"backend:3000\" or \"unix:/path\"";
         match (text.strip_prefix("unix:"), text.rsplit_once(':')) {
             (Some(path), _) if path.starts_with('/') => Ok(ServerAddress::Unix(path.into())),
-            (Some(_), _) => Err(wrong("a socket's path must be absolute", instead)),
+            (Some(_), _) => Err(invalid("a socket's path must be absolute", instead)),
             (None, Some((host, port))) if !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0) && !text.contains('/') => {
                 Ok(ServerAddress::Tcp(text.into()))
             }
-            (None, _) => Err(wrong("is not the address of a server", instead)),
+            (None, _) => Err(invalid("is not the address of a server", instead)),
         }
     };
     Proxy(TrustedPeer) = |text| match (text, text.parse::<ipnet::IpNet>(), text.parse::<std::net::IpAddr>()) {
         ("unix", ..) => Ok(TrustedPeer::Unix),
         (_, Ok(network), _) => Ok(TrustedPeer::Network(network)),
         (_, _, Ok(ip)) => Ok(TrustedPeer::Network(ip.into())),
-        _ => Err(wrong("is not a network", "write it like \"10.0.0.0/8\", \"192.0.2.1\" or \"unix\"")),
+        _ => Err(invalid("is not a network", "write it like \"10.0.0.0/8\", \"192.0.2.1\" or \"unix\"")),
     };
     Prefix(String) = |text| match Pattern::subtree(text) {
         Ok(_) if !text.contains([':', '*']) => Ok(text.into()),
-        Ok(_) => Err(wrong("must be a plain path", "put patterns into a [[route]]")),
-        Err(error) => Err(wrong(error.to_string(), "write it like \"/api/v3\"")),
+        Ok(_) => Err(invalid("must be a plain path", "put patterns into a [[route]]")),
+        Err(error) => Err(invalid(error.to_string(), "write it like \"/api/v3\"")),
     };
     RoutePattern(PatternText) = |text| match text.parse::<Pattern>() {
         Ok(pattern) => Ok(PatternText { text: text.into(), pattern }),
-        Err(error) => Err(wrong(error.to_string(), "write it like \"/api/v3/projects/:id/issues\" or \"/api/v3/templates/*\"")),
+        Err(error) => Err(invalid(error.to_string(), "write it like \"/api/v3/projects/:id/issues\" or \"/api/v3/templates/*\"")),
     };
     MethodName(Method) = |text| match Method::of(text.as_bytes()) {
-        Method::Other => Err(wrong("is not a method that is forwarded", "use GET, HEAD, POST, PUT, PATCH, DELETE or OPTIONS")),
+        Method::Other => Err(invalid("is not a method that is forwarded", "use GET, HEAD, POST, PUT, PATCH, DELETE or OPTIONS")),
         method => Ok(method),
     };
     HeaderName(String) = |text| {
@@ -514,16 +514,16 @@ settings! {
         let taken = ["host", "connection", "content-length", "content-type", "transfer-encoding", "upgrade", "expect", "cookie", "authorization"];
         match plain {
             true if !taken.contains(&text.to_ascii_lowercase().as_str()) => Ok(text.into()),
-            true => Err(wrong("is a header with another meaning", "write it like \"PRIVATE-TOKEN\"; for Authorization there is token.bearer")),
-            false => Err(wrong("must have letters, digits and `-` only", "write it like \"PRIVATE-TOKEN\"")),
+            true => Err(invalid("is a header with another meaning", "write it like \"PRIVATE-TOKEN\"; for Authorization there is token.bearer")),
+            false => Err(invalid("must have letters, digits and `-` only", "write it like \"PRIVATE-TOKEN\"")),
         }
     };
     ParameterName(String) = |text| {
         let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
         match plain {
             true if !["page", "per_page", "sudo", "_method"].contains(&text) => Ok(text.into()),
-            true => Err(wrong("is a parameter with another meaning", "write it like \"private_token\"")),
-            false => Err(wrong("must have letters, digits and `_` only", "write it like \"private_token\"")),
+            true => Err(invalid("is a parameter with another meaning", "write it like \"private_token\"")),
+            false => Err(invalid("must have letters, digits and `_` only", "write it like \"private_token\"")),
         }
     };
     HostName(String) = |text| {
@@ -531,18 +531,18 @@ settings! {
         let plain = |label: &str| !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
         match name.split('.').all(plain) && name.len() <= 253 {
             true => Ok(name.to_ascii_lowercase()),
-            false => Err(wrong("is not a host name", "write a name alone, without scheme, port or `*`, like \"tollgate.internal\"")),
+            false => Err(invalid("is not a host name", "write a name alone, without scheme, port or `*`, like \"tollgate.internal\"")),
         }
     };
     Identifier(String) = |text| {
         let plain = text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
         match plain && text.len() <= 63 && text.starts_with(|c: char| !c.is_ascii_digit()) {
             true => Ok(text.into()),
-            false => Err(wrong("must have lower-case letters, digits and `_` only, and not begin with a digit", "write it like \"tollgate\"")),
+            false => Err(invalid("must have lower-case letters, digits and `_` only, and not begin with a digit", "write it like \"tollgate\"")),
         }
     };
     FilePath(PathBuf) = |text| match text {
-        "" => Err(wrong("is empty", "write the path of a file")),
+        "" => Err(invalid("is empty", "write the path of a file")),
         _ => Ok(text.into()),
     };
 }
@@ -564,7 +564,7 @@ pub(crate) enum TrustedPeer {
 pub(crate) struct Inherited<T>(pub(crate) Option<T>);
 
 impl<T: Setting> Setting for Inherited<T> {
-    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
         if value.as_str() == Some("inherit") {
             return Ok(Self(None));
         }

@@ -11,7 +11,7 @@ mod resolve;
 mod section;
 mod stores;
 
-pub use diagnostic::{Diagnostic, Place};
+pub use diagnostic::{Diagnostic, Position};
 pub use document::Document;
 pub use example::example;
 pub use probe::Probe;
@@ -19,7 +19,7 @@ pub use resolve::Settings;
 
 use crate::edge::Listen;
 use places::Places;
-use section::{Field, Section, nearest, suggestion};
+use section::{Section, SectionKey, nearest, suggestion};
 use std::path::Path;
 use toml::de::{DeTable, DeValue};
 
@@ -133,10 +133,10 @@ fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
     }
 }
 
-type Read<T> = fn(&mut Section<'_, '_>) -> T;
+type ReadSection<T> = fn(&mut Section<'_, '_>) -> T;
 
 /// `[name]`; one that is not there is read as an empty one.
-fn one<T>(places: &mut Places<'_>, root: &DeTable<'_>, name: &str, read: Read<T>) -> T {
+fn one<T>(places: &mut Places<'_>, root: &DeTable<'_>, name: &str, read: ReadSection<T>) -> T {
     let found = root.iter().find(|(key, _)| key.get_ref() == name);
     let table = found.and_then(|(_, value)| value.get_ref().as_table());
     if found.is_some() && table.is_none() {
@@ -147,7 +147,7 @@ fn one<T>(places: &mut Places<'_>, root: &DeTable<'_>, name: &str, read: Read<T>
 }
 
 /// `[name]`, or any number of `[[name]]`, or none, which is read as an empty one.
-fn one_or_many<T>(places: &mut Places<'_>, root: &DeTable<'_>, name: &str, read: Read<T>) -> Vec<T> {
+fn one_or_many<T>(places: &mut Places<'_>, root: &DeTable<'_>, name: &str, read: ReadSection<T>) -> Vec<T> {
     let found = root.iter().find(|(key, _)| key.get_ref() == name);
     match found.and_then(|(_, value)| value.get_ref().as_array()) {
         Some(array) if !array.is_empty() => many(places, root, name, name, read),
@@ -156,7 +156,7 @@ fn one_or_many<T>(places: &mut Places<'_>, root: &DeTable<'_>, name: &str, read:
 }
 
 /// Any number of `[[name]]`, which is `key` in its parent.
-fn many<T>(places: &mut Places<'_>, parent: &DeTable<'_>, key: &str, name: &str, read: Read<T>) -> Vec<T> {
+fn many<T>(places: &mut Places<'_>, parent: &DeTable<'_>, key: &str, name: &str, read: ReadSection<T>) -> Vec<T> {
     let Some((_, value)) = parent.iter().find(|(found, _)| found.get_ref() == key) else { return Vec::new() };
     let (what, instead) = ("must be a list of tables", format!("write [[{name}]] on a line of its own"));
     let Some(array) = value.get_ref().as_array() else {
@@ -186,16 +186,16 @@ fn many<T>(places: &mut Places<'_>, parent: &DeTable<'_>, key: &str, name: &str,
 struct Reference {
     header: &'static str,
     doc: &'static [&'static str],
-    fields: &'static [Field],
+    fields: &'static [SectionKey],
     /// Stands in the example as a comment: there may be none of it.
     commented: bool,
 }
 
-const fn shown(header: &'static str, doc: &'static [&'static str], fields: &'static [Field]) -> Reference {
+const fn shown(header: &'static str, doc: &'static [&'static str], fields: &'static [SectionKey]) -> Reference {
     Reference { header, doc, fields, commented: false }
 }
 
-const fn commented(header: &'static str, doc: &'static [&'static str], fields: &'static [Field]) -> Reference {
+const fn commented(header: &'static str, doc: &'static [&'static str], fields: &'static [SectionKey]) -> Reference {
     Reference { header, doc, fields, commented: true }
 }
 

@@ -1,7 +1,7 @@
 //! Where each key stands in a file and what is written there, so that a problem that is found later, or elsewhere, can be
 //! shown at its place.
 
-use super::diagnostic::{Diagnostic, Place};
+use super::diagnostic::{Diagnostic, Position};
 use crate::problem::{Problem, Severity};
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
@@ -44,7 +44,7 @@ pub(crate) struct Places<'t> {
     text: &'t str,
     /// Where each line begins.
     lines: Vec<usize>,
-    spots: HashMap<String, Spot>,
+    spans: HashMap<String, KeySpan>,
     found: Vec<Diagnostic>,
     /// What was found wrong: what follows from it would only be an echo.
     broken: BTreeSet<String>,
@@ -52,7 +52,8 @@ pub(crate) struct Places<'t> {
     pub(super) surroundings: bool,
 }
 
-struct Spot {
+/// Where a key and its value are in the text.
+struct KeySpan {
     key: Range<usize>,
     value: Range<usize>,
     /// A table's text is all that is in it.
@@ -62,8 +63,8 @@ struct Spot {
 impl<'t> Places<'t> {
     pub(super) fn new(file: &Path, text: &'t str) -> Self {
         let lines = std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
-        let (spots, found, broken) = (HashMap::new(), Vec::new(), BTreeSet::new());
-        Self { file: file.into(), text, lines, spots, found, broken, surroundings: false }
+        let (spans, found, broken) = (HashMap::new(), Vec::new(), BTreeSet::new());
+        Self { file: file.into(), text, lines, spans, found, broken, surroundings: false }
     }
 
     pub(super) fn note(&mut self, root: &DeTable<'_>) {
@@ -87,29 +88,29 @@ impl<'t> Places<'t> {
             _ => {}
         }
         let table = matches!(value.get_ref(), DeValue::Table(_));
-        self.spots.insert(path, Spot { key, value: value.span(), table });
+        self.spans.insert(path, KeySpan { key, value: value.span(), table });
     }
 
-    pub(super) fn place(&self, offset: usize) -> Place {
+    pub(super) fn place(&self, offset: usize) -> Position {
         let line = self.lines.partition_point(|start| *start <= offset).max(1);
         let before = self.text.get(self.lines[line - 1]..offset).unwrap_or_default();
-        Place { line, column: before.chars().count() + 1 }
+        Position { line, column: before.chars().count() + 1 }
     }
 
     /// Where a key's value is; of one that is not there, where its section begins.
-    fn place_of(&self, path: &str) -> Option<Place> {
-        if let Some(spot) = self.spots.get(path) {
-            return Some(self.place(if spot.table { spot.key.start } else { spot.value.start }));
+    fn place_of(&self, path: &str) -> Option<Position> {
+        if let Some(span) = self.spans.get(path) {
+            return Some(self.place(if span.table { span.key.start } else { span.value.start }));
         }
         let above = path.rfind(['.', '['])?;
         let above = &path[..above];
-        self.spots.get(above).map(|spot| self.place(spot.key.start)).or_else(|| self.place_of(above))
+        self.spans.get(above).map(|span| self.place(span.key.start)).or_else(|| self.place_of(above))
     }
 
     /// The value as it is written, where it can be shown.
     fn written(&self, path: &str) -> Option<String> {
-        let spot = self.spots.get(path).filter(|spot| !spot.table)?;
-        let text = self.text.get(spot.value.clone())?;
+        let span = self.spans.get(path).filter(|span| !span.table)?;
+        let text = self.text.get(span.value.clone())?;
         let last = path.rsplit('.').next().unwrap_or_default().split('[').next().unwrap_or_default();
         if path.starts_with("store") && !PLAIN.contains(&last) || text.contains('@') {
             return None;
@@ -139,7 +140,7 @@ impl<'t> Places<'t> {
     }
 
     pub(super) fn has(&self, path: &str) -> bool {
-        self.spots.contains_key(path)
+        self.spans.contains_key(path)
     }
 
     /// A value that cannot be read: all of its key is out of use.
@@ -152,7 +153,7 @@ impl<'t> Places<'t> {
 
     /// A key or a section that is not known. Its value is not shown: who knows what it is.
     pub(super) fn unknown(&mut self, path: &str, what: &str, instead: String) {
-        let place = self.spots.get(path).map(|spot| self.place(spot.key.start));
+        let place = self.spans.get(path).map(|span| self.place(span.key.start));
         self.push(path, place, Severity::Error, what.into(), None, instead, None);
     }
 
@@ -166,8 +167,8 @@ impl<'t> Places<'t> {
     /// Where a key or a table that is defined again at an offset was defined first.
     pub(super) fn first(&self, name: &str, again: usize) -> Option<usize> {
         let same = |path: &str| path.rsplit('.').next() == Some(name);
-        let spots = self.spots.iter().filter(|(path, _)| same(path)).map(|(_, spot)| spot.key.start);
-        spots.filter(|start| *start < again).max().or_else(|| {
+        let spans = self.spans.iter().filter(|(path, _)| same(path)).map(|(_, span)| span.key.start);
+        spans.filter(|start| *start < again).max().or_else(|| {
             // A table's header: the parser keeps the last one only.
             let line = self.lines[self.lines.partition_point(|start| *start <= again).max(1) - 1];
             let header = self.text[line..].lines().next()?.trim();
@@ -201,12 +202,12 @@ impl<'t> Places<'t> {
     fn push(
         &mut self,
         key: &str,
-        place: Option<Place>,
+        place: Option<Position>,
         severity: Severity,
         what: String,
         found: Option<String>,
         instead: String,
-        related: Option<Place>,
+        related: Option<Position>,
     ) {
         let (file, key, surroundings) = (self.file.clone(), key.to_owned(), self.surroundings);
         self.found.push(Diagnostic { file, place, key, severity, what, found, instead, related, surroundings });

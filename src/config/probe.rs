@@ -2,7 +2,7 @@
 
 use super::places::Places;
 use super::{File, Settings};
-use crate::edge::{self, InUse};
+use crate::edge::{self, AddressInUse};
 use crate::identity;
 use crate::problem::{Problem, Severity};
 use crate::store::NamedStore;
@@ -37,8 +37,8 @@ pub(super) fn look(settings: &Settings, file: &File, probe: Probe<'_>, places: &
         Probe::Check { network } => (None, network, network),
     };
     match probe {
-        Probe::Start => add("", settings.server.unbound(InUse::Error)),
-        Probe::Check { .. } => add("", settings.server.unbound(InUse::Warning)),
+        Probe::Start => add("", settings.server.unbound(AddressInUse::Error)),
+        Probe::Check { .. } => add("", settings.server.unbound(AddressInUse::Warning)),
         Probe::Settings | Probe::Reload(_) => {}
     }
     if running.is_none_or(|running| running.access_log != settings.access_log) {

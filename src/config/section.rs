@@ -6,21 +6,21 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 /// Why a value cannot be used, and what to write instead.
-pub(crate) struct Wrong {
+pub(crate) struct InvalidValue {
     pub what: String,
     pub instead: String,
     /// Which element of a list.
     pub element: Option<usize>,
 }
 
-pub(crate) fn wrong(what: impl Into<String>, instead: impl Into<String>) -> Wrong {
-    Wrong { what: what.into(), instead: instead.into(), element: None }
+pub(crate) fn invalid(what: impl Into<String>, instead: impl Into<String>) -> InvalidValue {
+    InvalidValue { what: what.into(), instead: instead.into(), element: None }
 }
 
 /// A type that a value of the file can be read as.
 pub(crate) trait Setting: Sized {
-    /// The value, or all that is wrong with it.
-    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>>;
+    /// The value, or everything that is wrong with it.
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>>;
 }
 
 /// A table of the file, as far as it has been read.
@@ -43,7 +43,7 @@ impl Section<'_, '_> {
                 Ok(value) => return value,
                 Err(all) => {
                     let path = self.path(key);
-                    for Wrong { what, instead, element } in all {
+                    for InvalidValue { what, instead, element } in all {
                         self.places.unreadable(&path, element, what, instead);
                     }
                 }
@@ -55,7 +55,7 @@ impl Section<'_, '_> {
     }
 
     /// Reports the keys that nobody asked for, and those that are missing.
-    pub(crate) fn finish(&mut self, known: &[Field]) {
+    pub(crate) fn finish(&mut self, known: &[SectionKey]) {
         for (name, _) in self.table.into_iter().flat_map(|table| table.iter()) {
             let key = name.get_ref().as_ref();
             if known.iter().any(|field| field.key == key) || self.nested.contains(&key) {
@@ -100,7 +100,7 @@ fn read_default<T: Setting>(default: &str) -> T {
 
 /// One key of a section, for the reader and for the reference.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Field {
+pub(crate) struct SectionKey {
     pub key: &'static str,
     pub doc: &'static [&'static str],
     pub default: &'static str,
@@ -139,8 +139,8 @@ macro_rules! section {
 
         impl $name {
             pub(crate) const DOC: &'static [&'static str] = &[$($doc),*];
-            pub(crate) const FIELDS: &'static [$crate::config::section::Field] = &[
-                $($crate::config::section::Field {
+            pub(crate) const FIELDS: &'static [$crate::config::section::SectionKey] = &[
+                $($crate::config::section::SectionKey {
                     key: stringify!($field),
                     doc: &[$($field_doc),*],
                     default: $default,
@@ -160,38 +160,40 @@ pub(crate) use section;
 // What values may be.
 
 impl Setting for bool {
-    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
-        value.as_bool().ok_or_else(|| vec![wrong("must be true or false", "write it without quotes")])
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        value.as_bool().ok_or_else(|| vec![invalid("must be true or false", "write it without quotes")])
     }
 }
 
 impl Setting for String {
-    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
-        text(value).map(str::to_owned).map_err(|wrong| vec![wrong])
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        text(value).map(str::to_owned).map_err(|invalid| vec![invalid])
     }
 }
 
-pub(crate) fn text<'v>(value: &'v DeValue<'_>) -> Result<&'v str, Wrong> {
-    value.as_str().ok_or_else(|| wrong("must be a string", "put it in quotes"))
+pub(crate) fn text<'v>(value: &'v DeValue<'_>) -> Result<&'v str, InvalidValue> {
+    value.as_str().ok_or_else(|| invalid("must be a string", "put it in quotes"))
 }
 
 impl Setting for u64 {
-    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
         let number = value.as_integer().and_then(|n| Self::from_str_radix(n.as_str(), n.radix()).ok());
-        number.ok_or_else(|| vec![wrong("must be a whole number, 0 or more", "write it without quotes")])
+        number.ok_or_else(|| vec![invalid("must be a whole number, 0 or more", "write it without quotes")])
     }
 }
 
 impl<T: Setting> Setting for Vec<T> {
-    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
         let Some(array) = value.as_array() else {
-            return Err(vec![wrong("must be a list", "put it in square brackets, like [\"…\"]")]);
+            return Err(vec![invalid("must be a list", "put it in square brackets, like [\"…\"]")]);
         };
         let (mut read, mut all) = (Self::new(), Vec::new());
         for (index, item) in array.iter().enumerate() {
             match T::read(Spanned::get_ref(item)) {
                 Ok(item) => read.push(item),
-                Err(found) => all.extend(found.into_iter().map(|wrong| Wrong { element: Some(index), ..wrong })),
+                Err(found) => {
+                    all.extend(found.into_iter().map(|invalid| InvalidValue { element: Some(index), ..invalid }))
+                }
             }
         }
         if all.is_empty() { Ok(read) } else { Err(all) }
@@ -200,20 +202,21 @@ impl<T: Setting> Setting for Vec<T> {
 
 /// `"none"` for no bound.
 impl<T: Setting> Setting for Option<T> {
-    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
         if value.as_str() == Some("none") {
             return Ok(None);
         }
-        let or_none = |wrong: Wrong| Wrong { what: format!("{}, or \"none\"", wrong.what), ..wrong };
+        let or_none =
+            |invalid: InvalidValue| InvalidValue { what: format!("{}, or \"none\"", invalid.what), ..invalid };
         T::read(value).map(Some).map_err(|all| all.into_iter().map(or_none).collect())
     }
 }
 
 impl Setting for std::time::Duration {
-    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
         let duration = value.as_str().and_then(|text| humantime::parse_duration(text).ok());
         duration
-            .ok_or_else(|| vec![wrong("must be a time with its unit", "write it like \"60s\", \"10m\" or \"250ms\"")])
+            .ok_or_else(|| vec![invalid("must be a time with its unit", "write it like \"60s\", \"10m\" or \"250ms\"")])
     }
 }
 
@@ -222,7 +225,7 @@ impl Setting for std::time::Duration {
 pub(crate) struct Bytes(pub u64);
 
 impl Setting for Bytes {
-    fn read(value: &DeValue<'_>) -> Result<Self, Vec<Wrong>> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
         let parse = |text: &str| {
             let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
             let unit: u64 = match text[digits..].trim_start() {
@@ -237,7 +240,7 @@ impl Setting for Bytes {
         value
             .as_str()
             .and_then(parse)
-            .ok_or_else(|| vec![wrong("must be a size with its unit", "write it like \"32KiB\" or \"10MiB\"")])
+            .ok_or_else(|| vec![invalid("must be a size with its unit", "write it like \"32KiB\" or \"10MiB\"")])
     }
 }
 
@@ -250,12 +253,12 @@ macro_rules! words {
         pub enum $name { $($variant),* }
 
         impl $crate::config::section::Setting for $name {
-            fn read(value: &toml::de::DeValue<'_>) -> Result<Self, Vec<$crate::config::section::Wrong>> {
+            fn read(value: &toml::de::DeValue<'_>) -> Result<Self, Vec<$crate::config::section::InvalidValue>> {
                 match value.as_str() {
                     $(Some($word) => Ok(Self::$variant),)*
                     _ => {
                         let words = [$(concat!("\"", $word, "\"")),*].join(", ");
-                        Err(vec![$crate::config::section::wrong("is not allowed here", format!("use one of: {words}"))])
+                        Err(vec![$crate::config::section::invalid("is not allowed here", format!("use one of: {words}"))])
                     }
                 }
             }

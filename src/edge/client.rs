@@ -39,14 +39,14 @@ pub(super) struct ClientStream {
     socket: Option<Stream>,
     /// Read from the socket and not yet taken.
     ahead: BytesMut,
-    body: Body,
+    body: RemainingBody,
     peer: Option<IpAddr>,
     served: u64,
 }
 
 /// What of the stream belongs to the current request.
 #[derive(Debug)]
-enum Body {
+enum RemainingBody {
     Length(u64),
     Chunked(ChunkedBody),
     /// Nothing more, unless the backend agrees to a tunnel and the flag is raised.
@@ -91,7 +91,7 @@ impl ClientStream {
     pub(super) fn new(socket: Stream) -> Self {
         let digest = socket.get_socket_digest();
         let peer = digest.and_then(|digest| digest.peer_addr()?.as_inet().map(|address| address.ip().to_canonical()));
-        Self { socket: Some(socket), ahead: BytesMut::new(), body: Body::Ended(None), peer, served: 0 }
+        Self { socket: Some(socket), ahead: BytesMut::new(), body: RemainingBody::Ended(None), peer, served: 0 }
     }
 
     /// The other end's address; `None` for a Unix socket.
@@ -167,9 +167,9 @@ impl ClientStream {
     /// Sets what the next reads may give out.
     pub(super) fn begin_body(&mut self, framing: Framing, tunnel: Option<Arc<AtomicBool>>) {
         self.body = match framing {
-            Framing::Empty => Body::Ended(tunnel),
-            Framing::Length(length) => Body::Length(length),
-            Framing::Chunked => Body::Chunked(ChunkedBody::default()),
+            Framing::Empty => RemainingBody::Ended(tunnel),
+            Framing::Length(length) => RemainingBody::Length(length),
+            Framing::Chunked => RemainingBody::Chunked(ChunkedBody::default()),
         };
     }
 
@@ -246,7 +246,7 @@ impl Drop for ClientStream {
     /// The framework drops a connection that it is done with. With unread bytes in it, the kernel would send a reset,
     /// which can destroy the answer on its way to the client.
     fn drop(&mut self) {
-        let unread = !self.ahead.is_empty() || !matches!(self.body, Body::Ended(_));
+        let unread = !self.ahead.is_empty() || !matches!(self.body, RemainingBody::Ended(_));
         if unread
             && let Some(socket) = self.socket.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
@@ -260,9 +260,9 @@ impl AsyncRead for ClientStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let ended_or_tunnel = match &this.body {
-            Body::Ended(Some(tunnel)) => Some(tunnel.load(Ordering::Acquire)),
-            Body::Ended(None) => Some(false),
-            Body::Length(_) | Body::Chunked(_) => None,
+            RemainingBody::Ended(Some(tunnel)) => Some(tunnel.load(Ordering::Acquire)),
+            RemainingBody::Ended(None) => Some(false),
+            RemainingBody::Length(_) | RemainingBody::Chunked(_) => None,
         };
         match ended_or_tunnel {
             Some(false) => return this.poll_end(cx),
@@ -273,20 +273,20 @@ impl AsyncRead for ClientStream {
             return Poll::Ready(Ok(()));
         }
         let take = match &mut this.body {
-            Body::Ended(_) => this.ahead.len().min(out.remaining()),
-            Body::Length(left) => {
+            RemainingBody::Ended(_) => this.ahead.len().min(out.remaining()),
+            RemainingBody::Length(left) => {
                 let take = this.ahead.len().min(out.remaining()).min(usize::try_from(*left).unwrap_or(usize::MAX));
                 *left -= take as u64;
                 if *left == 0 {
-                    this.body = Body::Ended(None);
+                    this.body = RemainingBody::Ended(None);
                 }
                 take
             }
-            Body::Chunked(walk) => {
+            RemainingBody::Chunked(walk) => {
                 let offer = &this.ahead[..this.ahead.len().min(out.remaining())];
                 let take = walk.advance(offer).map_err(|fault| io::Error::new(io::ErrorKind::InvalidData, fault))?;
                 if walk.is_done() {
-                    this.body = Body::Ended(None);
+                    this.body = RemainingBody::Ended(None);
                 }
                 take
             }

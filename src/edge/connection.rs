@@ -11,10 +11,9 @@ use crate::identity::Mode;
 use crate::pipeline::{Admission, Facts, Verdict};
 use crate::reply::cors::CorsGrant;
 use crate::reply::{Cause, Envelope, Http1Answer, Refusal};
-use crate::request;
-use crate::request::head;
 use crate::request::origin::Origin;
 use crate::request::view::{FieldKind, Method, RequestView, Version};
+use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -65,13 +64,13 @@ impl ServerApp for Gate {
 }
 
 /// Why a head that could not be taken whole is refused.
-fn unread(head: &Head) -> request::Fault {
+fn unread(head: &Head) -> RequestFault {
     match head {
-        Head::TooLarge => request::Fault::HeaderTooLarge,
-        Head::TargetTooLong => request::Fault::TargetTooLong,
-        Head::TooSlow => request::Fault::HeaderTimeout,
+        Head::TooLarge => RequestFault::HeaderTooLarge,
+        Head::TargetTooLong => RequestFault::TargetTooLong,
+        Head::TooSlow => RequestFault::HeaderTimeout,
         Head::Malformed(fault) => (*fault).into(),
-        Head::Complete(_) | Head::Closed => request::Fault::Head(head::HeadFault::RequestLine),
+        Head::Complete(_) | Head::Closed => RequestFault::Head(head::HeadFault::RequestLine),
     }
 }
 
@@ -142,7 +141,7 @@ impl Gate {
 }
 
 /// Answers a request whose head could not be read, and closes the connection. The response may not reach the client.
-async fn refuse_unread(mut client: ClientStream, mut exchange: Exchange, fault: request::Fault) {
+async fn refuse_unread(mut client: ClientStream, mut exchange: Exchange, fault: RequestFault) {
     exchange.request_id = new_request_id();
     let refusal = Refusal::from(Cause::Request(fault));
     let read = if exchange.head.is_empty() { client.unread() } else { &exchange.head };

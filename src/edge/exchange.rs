@@ -7,7 +7,7 @@ use crate::clock::Now;
 use crate::pipeline::Facts;
 use crate::reply::Refusal;
 use crate::request::view::{Method, RequestView};
-use crate::telemetry::access_log::{By, Entry, Upstreamed};
+use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
 use bytes::Bytes;
 use std::net::IpAddr;
@@ -261,7 +261,7 @@ impl Exchange {
         };
         let token = facts.token.map(|digest| digest.id());
         let peers = snapshot.upstream(facts.route).filter(|_| self.permitted);
-        snapshot.log.write(&Entry {
+        snapshot.log.write(&AccessLogEntry {
             unix_ms: self.now.unix_ms,
             request_id: &self.request_id,
             client: facts.client,

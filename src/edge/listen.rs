@@ -43,7 +43,7 @@ impl ServerSettings {
 
 /// What it means that somebody listens there already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InUse {
+pub enum AddressInUse {
     /// This process cannot start.
     Error,
     /// It may be the gateway that runs with this configuration.
@@ -100,7 +100,7 @@ impl ServerSettings {
 
     /// Says which addresses cannot be bound, by binding all of them for a moment. The framework would try again for half a
     /// minute, and panic.
-    pub fn unbound(&self, in_use: InUse) -> Vec<Problem> {
+    pub fn unbound(&self, in_use: AddressInUse) -> Vec<Problem> {
         let mut problems = Vec::new();
         // All are kept to the end: two of them may be in each other's way.
         let mut held: Vec<(TcpListener, SocketAddr, &'static str, Option<usize>)> = Vec::new();
@@ -142,7 +142,7 @@ impl ServerSettings {
                     },
                     SocketPlace::Taken(why) => (in_use.severity(), taken(in_use, why), None, FREE),
                     // systemd makes RuntimeDirectory= at the start, and removes it at the end.
-                    SocketPlace::NotYet(why) if in_use == InUse::Warning && path.starts_with("/run/") => {
+                    SocketPlace::NotYet(why) if in_use == AddressInUse::Warning && path.starts_with("/run/") => {
                         (Severity::Warning, why, None, "leave it to the service manager, or make the folder")
                     }
                     SocketPlace::NotYet(why) => (Severity::Error, why, None, "make the folder"),
@@ -166,7 +166,7 @@ impl ServerSettings {
 
 const FREE: &str = "end the other process, or use another address";
 
-impl InUse {
+impl AddressInUse {
     const fn severity(self) -> Severity {
         match self {
             Self::Error => Severity::Error,
@@ -175,10 +175,10 @@ impl InUse {
     }
 }
 
-fn taken(in_use: InUse, why: String) -> String {
+fn taken(in_use: AddressInUse, why: String) -> String {
     match in_use {
-        InUse::Error => why,
-        InUse::Warning => format!("{why}; that is as it should be while the gateway runs"),
+        AddressInUse::Error => why,
+        AddressInUse::Warning => format!("{why}; that is as it should be while the gateway runs"),
     }
 }
 

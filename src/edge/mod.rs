@@ -12,7 +12,7 @@ mod proxied;
 mod server;
 
 pub use crate::clock::now;
-pub use listen::{InUse, Listen, ServerSettings};
+pub use listen::{AddressInUse, Listen, ServerSettings};
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
 pub use peers::{ResolveError, resolve, unresolved};
 pub use server::{Rebuild, Rebuilt, Running, serve};

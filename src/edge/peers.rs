@@ -3,7 +3,7 @@
 
 use crate::problem::Problem;
 use crate::telemetry::metrics::{Metrics, UpstreamError};
-use crate::upstream::{Endpoint, ServerAddress, Upstream, UpstreamSettings};
+use crate::upstream::{ResolvedAddress, ServerAddress, Upstream, UpstreamSettings};
 use pingora::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
 use std::net::ToSocketAddrs as _;
 use std::sync::Arc;
@@ -28,25 +28,25 @@ pub(super) struct Peers {
 }
 
 /// Resolves the servers' names; each address of a name is a server. May block.
-pub fn resolve(settings: &UpstreamSettings) -> Result<Vec<Endpoint>, ResolveError> {
-    let mut endpoints = Vec::new();
+pub fn resolve(settings: &UpstreamSettings) -> Result<Vec<ResolvedAddress>, ResolveError> {
+    let mut resolved = Vec::new();
     for server in &settings.servers {
         match server {
             ServerAddress::Tcp(address) => {
                 let (upstream, server) = (settings.name.clone(), address.clone());
-                let before = endpoints.len();
+                let before = resolved.len();
                 match address.to_socket_addrs() {
-                    Ok(addresses) => endpoints.extend(addresses.map(Endpoint::Tcp)),
+                    Ok(addresses) => resolved.extend(addresses.map(ResolvedAddress::Tcp)),
                     Err(error) => return Err(ResolveError::Unresolved { upstream, server, error }),
                 }
-                if endpoints.len() == before {
+                if resolved.len() == before {
                     return Err(ResolveError::NoAddress { upstream, server });
                 }
             }
-            ServerAddress::Unix(path) => endpoints.push(Endpoint::Unix(path.clone())),
+            ServerAddress::Unix(path) => resolved.push(ResolvedAddress::Unix(path.clone())),
         }
     }
-    Ok(endpoints)
+    Ok(resolved)
 }
 
 /// The servers whose names cannot be resolved. May block for as long as resolving takes. Keys of an `[[upstream]]`.
@@ -75,17 +75,17 @@ impl Peers {
         running: &[Self],
         metrics: &Metrics,
     ) -> Result<Self, ResolveError> {
-        let endpoints = resolve(settings)?;
-        let known = running.iter().map(|peers| &peers.upstream).find(|known| known.is(&settings.name, &endpoints));
+        let addresses = resolve(settings)?;
+        let known = running.iter().map(|peers| &peers.upstream).find(|known| known.is(&settings.name, &addresses));
         let upstream = known.map_or_else(
-            || Arc::new(Upstream::new(&settings.name, endpoints, metrics.upstream(&settings.name))),
+            || Arc::new(Upstream::new(&settings.name, addresses, metrics.upstream(&settings.name))),
             Arc::clone,
         );
-        let template = |endpoint: &Endpoint| {
-            let mut peer = match endpoint {
-                Endpoint::Tcp(address) => HttpPeer::new(*address, false, String::new()),
-                Endpoint::Unix(path) => HttpPeer::new_uds(path, false, String::new()).map_err(|error| {
-                    ResolveError::Socket { upstream: settings.name.clone(), server: endpoint.to_string(), error }
+        let template = |address: &ResolvedAddress| {
+            let mut peer = match address {
+                ResolvedAddress::Tcp(socket) => HttpPeer::new(*socket, false, String::new()),
+                ResolvedAddress::Unix(path) => HttpPeer::new_uds(path, false, String::new()).map_err(|error| {
+                    ResolveError::Socket { upstream: settings.name.clone(), server: address.to_string(), error }
                 })?,
             };
             let options = &mut peer.options;
@@ -98,8 +98,7 @@ impl Peers {
             options.http_upstream_request_policy = HttpUpstreamRequestPolicy::preserve();
             Ok(peer)
         };
-        let templates =
-            upstream.servers().iter().map(|server| template(server.endpoint())).collect::<Result<_, _>>()?;
+        let templates = upstream.servers().iter().map(|server| template(server.address())).collect::<Result<_, _>>()?;
         Ok(Self { upstream, templates })
     }
 

@@ -9,10 +9,9 @@ use crate::policy::Permit;
 use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerView, Credentials};
 use crate::reply::cors::CorsGrant;
 use crate::reply::{AnswerSink, Cause, Envelope, Refusal, UpstreamFault};
-use crate::request;
 use crate::request::body::BodyScanner;
-use crate::request::head;
 use crate::request::view::Method;
+use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
 use crate::telemetry::metrics::UpstreamError;
 use async_trait::async_trait;
@@ -208,12 +207,12 @@ impl ProxyHttp for ProxiedLane {
         ctx.body_bytes += piece.len() as u64;
         let limit = ctx.exchange()?.snapshot.pipeline.rules.limits.body_bytes;
         if limit.is_some_and(|limit| ctx.body_bytes > limit) {
-            return ctx.break_off(Cause::Request(request::Fault::BodyTooLarge));
+            return ctx.break_off(Cause::Request(RequestFault::BodyTooLarge));
         }
         if let Some(scanner) = &mut ctx.scanner {
             let verdict = scanner.feed(piece).and_then(|()| if end_of_stream { scanner.finish() } else { Ok(()) });
             if let Err(fault) = verdict {
-                return ctx.break_off(Cause::Request(request::Fault::Body(fault)));
+                return ctx.break_off(Cause::Request(RequestFault::Body(fault)));
             }
         }
         Ok(())
@@ -477,9 +476,9 @@ fn cause_of(error: &Error) -> Option<Cause> {
         }
         (ErrorSource::Upstream, T::InvalidHTTPHeader | T::H1Error) => Some(Cause::Upstream(UpstreamFault::Malformed)),
         (ErrorSource::Upstream, _) => Some(Cause::Upstream(UpstreamFault::Broken)),
-        (ErrorSource::Downstream, T::ReadTimedout) => Some(Cause::Request(request::Fault::BodyTimeout)),
+        (ErrorSource::Downstream, T::ReadTimedout) => Some(Cause::Request(RequestFault::BodyTimeout)),
         (ErrorSource::Downstream, _) if malformed_body() => {
-            Some(Cause::Request(request::Fault::Head(head::HeadFault::Framing)))
+            Some(Cause::Request(RequestFault::Head(head::HeadFault::Framing)))
         }
         (ErrorSource::Downstream, _) => None,
         (ErrorSource::Internal | ErrorSource::Unset, _) => Some(Cause::Bug),

@@ -88,10 +88,10 @@ pub fn problems(path: &Path) -> Vec<Problem> {
 }
 
 /// The marks in a file, one for each store, and its entries.
-pub(super) type Read = (Vec<Option<Mark>>, Vec<SavedEntry>);
+pub(super) type CacheContents = (Vec<Option<Mark>>, Vec<SavedEntry>);
 
 /// Reads a file that [`write`] made. All or nothing.
-pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<Read, String> {
+pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<CacheContents, String> {
     let failed = |why: &dyn std::fmt::Display| format!("{}: {why}", path.display());
     let mut file = std::fs::File::open(path).map_err(|error| failed(&error))?;
     let meta = file.metadata().map_err(|error| failed(&error))?;

@@ -166,13 +166,13 @@ struct Flight {
 pub enum Checked {
     Known(TokenStatus, CacheResult),
     /// A lookup is in progress.
-    Waiting(Waiting),
+    Waiting(PendingLookup),
     /// A lookup would be needed, which [`Mode::Observe`] does not start.
     NotAsked,
 }
 
 /// A caller that waits for a lookup.
-pub struct Waiting {
+pub struct PendingLookup {
     flight: Arc<Flight>,
     stale: Option<Stale>,
     inner: Arc<Inner>,
@@ -228,7 +228,7 @@ impl Authenticator {
                 };
                 let most = if stale.is_some() { MAX_LOOKUPS } else { MAX_UNCACHED };
                 let flight = self.inner.join(Credential::new(token, *digest), most);
-                Checked::Waiting(Waiting { flight, stale, inner: Arc::clone(&self.inner) })
+                Checked::Waiting(PendingLookup { flight, stale, inner: Arc::clone(&self.inner) })
             }
         }
     }
@@ -338,7 +338,7 @@ impl Authenticator {
     }
 }
 
-impl Waiting {
+impl PendingLookup {
     /// The result of the lookup; if it fails, the stale cache entry if it may be used; else the caller must be refused.
     pub async fn answer(self) -> (Result<TokenStatus, CannotTell>, CacheResult) {
         let outcome = self.flight.outcome().await;

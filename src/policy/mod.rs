@@ -24,7 +24,7 @@ impl Permit {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum PolicyFault {
     /// The route needs an identity and there is none.
     NoIdentity,
     /// Acting as somebody else is switched off.
@@ -44,21 +44,21 @@ pub struct Policy {
 }
 
 impl Policy {
-    pub fn decide(&self, examined: &Examined<'_>, principal: Option<Arc<Principal>>) -> Result<Permit, Fault> {
+    pub fn decide(&self, examined: &Examined<'_>, principal: Option<Arc<Principal>>) -> Result<Permit, PolicyFault> {
         let needed = examined.auth == Auth::Required || examined.presented.is_some();
         let Some(known) = &principal else {
-            return if needed { Err(Fault::NoIdentity) } else { Ok(Permit { principal }) };
+            return if needed { Err(PolicyFault::NoIdentity) } else { Ok(Permit { principal }) };
         };
         // Without an identity a `sudo` means nothing to a backend that trusts ours; with one it would change it.
         if examined.asks_sudo && !self.switches.sudo {
-            return Err(Fault::Sudo);
+            return Err(PolicyFault::Sudo);
         }
         if let Some(scopes) = &self.scopes {
             if !scopes.allow(known.scopes(), examined.method, &examined.canonical) {
-                return Err(Fault::Scope);
+                return Err(PolicyFault::Scope);
             }
             if examined.asks_sudo && !scopes.allow_sudo(known.scopes()) {
-                return Err(Fault::SudoScope);
+                return Err(PolicyFault::SudoScope);
             }
         }
         Ok(Permit { principal })

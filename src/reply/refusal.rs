@@ -4,24 +4,24 @@
 use super::cors::{Cors, CorsGrant};
 use crate::forward::{FieldSink, Http1Head};
 use crate::identity::{CannotTell, Invalid};
-use crate::policy;
+use crate::policy::PolicyFault;
+use crate::request::RequestFault;
 use crate::request::body::BodyFault;
 use crate::request::head::HeadFault;
 use crate::request::query::Key;
 use crate::request::route::Methods;
 use crate::request::target::TargetFault;
 use crate::request::token::TokenFault;
-use crate::request::{self};
 use crate::telemetry::metrics::AuthResult;
 
 /// Why a request is not answered by the backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    Request(request::Fault),
+    Request(RequestFault),
     Identity(Invalid),
     /// The token store can't tell.
     CannotTell(CannotTell),
-    Policy(policy::Fault),
+    Policy(PolicyFault),
     Upstream(UpstreamFault),
     /// Shutting down.
     Draining,
@@ -81,11 +81,11 @@ impl Refusal {
         match self.cause {
             Cause::Request(fault) => matches!(
                 fault,
-                request::Fault::Head(_)
-                    | request::Fault::HeaderTooLarge
-                    | request::Fault::HeaderTimeout
-                    | request::Fault::BodyTimeout
-                    | request::Fault::Body(_)
+                RequestFault::Head(_)
+                    | RequestFault::HeaderTooLarge
+                    | RequestFault::HeaderTimeout
+                    | RequestFault::BodyTimeout
+                    | RequestFault::Body(_)
             ),
             Cause::Draining | Cause::Bug => true,
             Cause::Identity(_) | Cause::CannotTell(_) | Cause::Policy(_) | Cause::Upstream(_) => false,
@@ -102,7 +102,7 @@ impl Refusal {
     }
 
     const fn terms(&self) -> (u16, &'static str) {
-        use request::Fault as R;
+        use RequestFault as R;
         match self.cause {
             Cause::Request(R::Head(fault)) => match fault {
                 HeadFault::RequestLine => (400, "request_line"),
@@ -156,10 +156,10 @@ impl Refusal {
             Cause::Identity(Invalid::NotYetValid) => (401, "not_yet_valid"),
             Cause::Identity(Invalid::Revoked) => (401, "revoked"),
             Cause::Identity(Invalid::Blocked) => (401, "blocked"),
-            Cause::Policy(policy::Fault::NoIdentity) => (401, "no_identity"),
-            Cause::Policy(policy::Fault::Sudo) => (403, "sudo"),
-            Cause::Policy(policy::Fault::Scope) => (403, "scope"),
-            Cause::Policy(policy::Fault::SudoScope) => (403, "sudo_scope"),
+            Cause::Policy(PolicyFault::NoIdentity) => (401, "no_identity"),
+            Cause::Policy(PolicyFault::Sudo) => (403, "sudo"),
+            Cause::Policy(PolicyFault::Scope) => (403, "scope"),
+            Cause::Policy(PolicyFault::SudoScope) => (403, "sudo_scope"),
             Cause::Request(R::NoRoute) => (404, "no_route"),
             Cause::Request(R::MethodNotAllowed) => (405, "method"),
             Cause::Request(R::HeaderTimeout) => (408, "header_timeout"),
@@ -324,11 +324,11 @@ mod tests {
         for cause in [
             Cause::Identity(Invalid::Expired),
             Cause::Identity(Invalid::Revoked),
-            Cause::Request(request::Fault::TokenMissing),
-            Cause::Request(request::Fault::Token(TokenFault::Conflict)),
-            Cause::Request(request::Fault::Token(TokenFault::Spelling)),
-            Cause::Request(request::Fault::Body(BodyFault::Field(Key::Token))),
-            Cause::Policy(policy::Fault::NoIdentity),
+            Cause::Request(RequestFault::TokenMissing),
+            Cause::Request(RequestFault::Token(TokenFault::Conflict)),
+            Cause::Request(RequestFault::Token(TokenFault::Spelling)),
+            Cause::Request(RequestFault::Body(BodyFault::Field(Key::Token))),
+            Cause::Policy(PolicyFault::NoIdentity),
         ] {
             assert_eq!(written(cause, false, false), unknown, "{cause:?}");
         }
@@ -362,15 +362,15 @@ mod tests {
         for cause in [
             Cause::CannotTell(CannotTell::Store),
             Cause::Bug,
-            Cause::Request(request::Fault::NoRoute),
-            Cause::Request(request::Fault::HeaderTooLarge),
+            Cause::Request(RequestFault::NoRoute),
+            Cause::Request(RequestFault::HeaderTooLarge),
         ] {
             let text = written(cause, false, false);
             let (head, body) = text.split_once("\r\n\r\n").unwrap();
             assert!(head.contains(&format!("Content-Length: {}\r\n", body.len())), "{text}");
         }
         assert!(
-            written(Cause::Request(request::Fault::MethodNotAllowed), false, false)
+            written(Cause::Request(RequestFault::MethodNotAllowed), false, false)
                 .contains("Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n")
         );
         assert!(written(Cause::CannotTell(CannotTell::Store), false, false).contains("Retry-After: 1\r\n"));

@@ -1,4 +1,4 @@
-//! 1 WHAT IS ASKED. Turns a request into the facts that the later stages need, or into a [`Fault`].
+//! 1 WHAT IS ASKED. Turns a request into the facts that the later stages need, or into a [`RequestFault`].
 //! Pure: no clock, no I/O, no identity. It must not know who the caller is or how the response looks.
 
 /// A table of the bytes for which a `const fn` holds: one load for each byte of a head.
@@ -144,7 +144,7 @@ pub struct Switches {
 
 /// Why a request is refused on account of its own bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum RequestFault {
     Head(HeadFault),
     Target(TargetFault),
     MethodNotAllowed,
@@ -170,13 +170,13 @@ pub enum Fault {
     Body(BodyFault),
 }
 
-impl From<HeadFault> for Fault {
+impl From<HeadFault> for RequestFault {
     fn from(fault: HeadFault) -> Self {
         Self::Head(fault)
     }
 }
 
-impl From<BodyFault> for Fault {
+impl From<BodyFault> for RequestFault {
     fn from(fault: BodyFault) -> Self {
         Self::Body(fault)
     }
@@ -209,7 +209,7 @@ pub struct Examined<'r> {
 /// A fault, with what was known of the request by then, for the log and the metrics.
 #[derive(Debug)]
 pub struct RejectedRequest<'r> {
-    pub fault: Fault,
+    pub fault: RequestFault,
     pub route: Option<&'r Route>,
     /// The method that was judged.
     pub method: Method,
@@ -227,15 +227,15 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
     let method = asked.unwrap_or(view.method);
     let early = |fault| rules.refused(fault, view, None, method);
     if view.method == Method::Other {
-        return Err(early(Fault::MethodNotAllowed));
+        return Err(early(RequestFault::MethodNotAllowed));
     }
     if view.target.len() > rules.limits.target_bytes {
-        return Err(early(Fault::TargetTooLong));
+        return Err(early(RequestFault::TargetTooLong));
     }
-    target::check(view.target).map_err(|fault| early(Fault::Target(fault)))?;
+    target::check(view.target).map_err(|fault| early(RequestFault::Target(fault)))?;
     let canonical = target::canonical(view.path());
     let found = rules.routes.find(method, &canonical).and_then(|index| rules.routes.get(index));
-    let route = found.ok_or_else(|| early(Fault::NoRoute))?;
+    let route = found.ok_or_else(|| early(RequestFault::NoRoute))?;
     rules.examine_on(route, view, asked, canonical).map_err(|fault| rules.refused(fault, view, Some(route), method))
 }
 
@@ -243,7 +243,7 @@ impl Rules {
     /// Adds what the log wants to know of a refused request. Computed only here: most requests are not refused.
     fn refused<'r>(
         &self,
-        fault: Fault,
+        fault: RequestFault,
         view: &RequestView<'r>,
         route: Option<&'r Route>,
         method: Method,
@@ -256,7 +256,7 @@ impl Rules {
 
     /// The method to judge by: the request's own, or the one named by its override header where that is accepted. HEAD
     /// is never accepted: servers differ in whether the response to such a POST has a body, so its end is ambiguous.
-    fn method_asked(&self, view: &RequestView<'_>) -> Result<Method, Fault> {
+    fn method_asked(&self, view: &RequestView<'_>) -> Result<Method, RequestFault> {
         let mut overrides = view.fields_of(FieldKind::MethodOverride);
         let Some(field) = overrides.next().filter(|_| !seeded::off(Rule::MethodOverride)) else {
             return Ok(view.method);
@@ -266,9 +266,9 @@ impl Rules {
             && overrides.next().is_none()
             && field.name.eq_ignore_ascii_case(METHOD_OVERRIDE.as_bytes());
         match Method::of(field.value) {
-            Method::Other | Method::Head => Err(Fault::MethodOverride),
+            Method::Other | Method::Head => Err(RequestFault::MethodOverride),
             method if takes => Ok(method),
-            _ => Err(Fault::MethodOverride),
+            _ => Err(RequestFault::MethodOverride),
         }
     }
 
@@ -276,9 +276,9 @@ impl Rules {
         &self,
         route: &'r Route,
         view: &RequestView<'r>,
-        asked: Result<Method, Fault>,
+        asked: Result<Method, RequestFault>,
         canonical: Cow<'r, [u8]>,
-    ) -> Result<Examined<'r>, Fault> {
+    ) -> Result<Examined<'r>, RequestFault> {
         let web_page = route.is_web_page();
         let query = view.query().unwrap_or_default();
         let scan = query::scan(query, &self.names);
@@ -287,16 +287,16 @@ impl Rules {
         let (method, overridden) = match web_page {
             // If another route covers some methods of this path, the override would bypass that route.
             true if (overrides || in_query) && !self.is_web_page_for_all(&canonical) => {
-                return Err(Fault::MethodOverride);
+                return Err(RequestFault::MethodOverride);
             }
             true => (view.method, false),
-            false if in_query && !seeded::off(Rule::QueryMethod) => return Err(Fault::MethodOverride),
+            false if in_query && !seeded::off(Rule::QueryMethod) => return Err(RequestFault::MethodOverride),
             false => (asked?, overrides && !seeded::off(Rule::MethodOverride)),
         };
         if let (Framing::Length(length), Some(limit)) = (view.body, self.limits.body_bytes)
             && length > limit
         {
-            return Err(Fault::BodyTooLarge);
+            return Err(RequestFault::BodyTooLarge);
         }
 
         if !web_page
@@ -304,7 +304,7 @@ impl Rules {
             && !seeded::off(Rule::QueryCharset)
             && view.fields_of(FieldKind::ContentType).any(|field| !query::is_read_as_ascii(field.value))
         {
-            return Err(Fault::QueryCharset);
+            return Err(RequestFault::QueryCharset);
         }
         let auth =
             if self.cors_preflight && is_preflight(view) { Auth::None { pass_token: false } } else { route.auth };
@@ -313,14 +313,14 @@ impl Rules {
             Auth::None { .. } => None,
             Auth::Required | Auth::Optional => {
                 if scan.params.iter().any(|param| self.is_refused_credential(param.key)) {
-                    return Err(Fault::OtherCredential);
+                    return Err(RequestFault::OtherCredential);
                 }
-                token::find(view, &scan, &self.token).map_err(Fault::Token)?
+                token::find(view, &scan, &self.token).map_err(RequestFault::Token)?
             }
         };
         match &presented {
-            None if auth == Auth::Required => return Err(Fault::TokenMissing),
-            Some(found) if route.refuse_query_token && found.in_query => return Err(Fault::QueryToken),
+            None if auth == Auth::Required => return Err(RequestFault::TokenMissing),
+            Some(found) if route.refuse_query_token && found.in_query => return Err(RequestFault::QueryToken),
             _ => {}
         }
 
@@ -337,7 +337,7 @@ impl Rules {
         let (mut clamped, mut append) = Default::default();
         let page_rules = if lists { self.pagination.rules_for(&canonical) } else { None };
         if let Some(rules) = page_rules.filter(|_| !seeded::off(Rule::PageBounds)) {
-            (clamped, append) = page::settle(&scan, &mut actions, rules).map_err(|_| Fault::PastDepth)?;
+            (clamped, append) = page::settle(&scan, &mut actions, rules).map_err(|_| RequestFault::PastDepth)?;
         }
         let mut edits = Edits::plan(&scan, &actions, query.len());
         append.into_iter().for_each(|(key, number)| edits.append(key, number));

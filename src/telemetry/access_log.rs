@@ -15,7 +15,7 @@ const REOPEN: Duration = Duration::from_secs(2);
 
 /// What is known of a request when it is over. Bytes are the client's own and are escaped on the way out.
 #[derive(Debug, Default)]
-pub struct Entry<'a> {
+pub struct AccessLogEntry<'a> {
     pub unix_ms: u64,
     pub request_id: &'a str,
     pub client: Option<IpAddr>,
@@ -97,7 +97,7 @@ impl AccessLog {
         self.lines.is_some()
     }
 
-    pub fn write(&self, entry: &Entry<'_>) {
+    pub fn write(&self, entry: &AccessLogEntry<'_>) {
         if let Some(lines) = &self.lines {
             lines.push(format(entry, &self.secret_words));
         }
@@ -122,7 +122,7 @@ fn secret_words(token_parameter: &str) -> Arc<[String]> {
     words.chain([token_parameter.to_ascii_lowercase()]).collect()
 }
 
-fn format(entry: &Entry<'_>, secret_words: &[String]) -> Vec<u8> {
+fn format(entry: &AccessLogEntry<'_>, secret_words: &[String]) -> Vec<u8> {
     let mut line = Vec::with_capacity(512);
     let at = std::time::UNIX_EPOCH + Duration::from_millis(entry.unix_ms);
     let (path, query) = match memchr::memchr(b'?', entry.target) {
@@ -324,13 +324,13 @@ mod tests {
     #[test]
     fn every_line_is_one_json_object() {
         let nasty = b"\"\\\n\r\0\x7f\xff\xc3\xa9{}\xf0\x9f\x98\x80";
-        let entry = Entry {
+        let entry = AccessLogEntry {
             method: nasty,
             target: nasty,
             user_agent: nasty,
             user: Some("a\"b"),
             route: "x",
-            ..Entry::default()
+            ..AccessLogEntry::default()
         };
         let line = String::from_utf8(format(&entry, &words())).unwrap();
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
@@ -338,7 +338,7 @@ mod tests {
         // The longest one: journald splits what is longer than 48 KiB.
         let long = [0xff; 100_000];
         let text = "\u{1}".repeat(50_000);
-        let entry = Entry {
+        let entry = AccessLogEntry {
             request_id: &text[..128],
             method: &long,
             target: &[b"/".as_slice(), &long, b"?", &long].concat(),
@@ -352,10 +352,10 @@ mod tests {
                 attempts: 3,
             }),
             user_agent: &long,
-            ..Entry::default()
+            ..AccessLogEntry::default()
         };
         assert!(format(&entry, &words()).len() < 48 * 1024);
-        let path = Entry { target: b"/api;private_token=S3CRET/x?a=1", ..Entry::default() };
+        let path = AccessLogEntry { target: b"/api;private_token=S3CRET/x?a=1", ..AccessLogEntry::default() };
         assert!(!String::from_utf8(format(&path, &words())).unwrap().contains("S3CRET"));
     }
 }

@@ -66,12 +66,12 @@ impl fmt::Display for ServerAddress {
 
 /// Where one server listens, its name resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Endpoint {
+pub enum ResolvedAddress {
     Tcp(SocketAddr),
     Unix(String),
 }
 
-impl fmt::Display for Endpoint {
+impl fmt::Display for ResolvedAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => address.fmt(f),
@@ -82,14 +82,14 @@ impl fmt::Display for Endpoint {
 
 #[derive(Debug)]
 pub struct Server {
-    endpoint: Endpoint,
-    /// The endpoint as logs print it, formatted once.
+    address: ResolvedAddress,
+    /// The address as logs print it, formatted once.
     label: String,
 }
 
 impl Server {
-    pub fn endpoint(&self) -> &Endpoint {
-        &self.endpoint
+    pub fn address(&self) -> &ResolvedAddress {
+        &self.address
     }
 
     pub fn label(&self) -> &str {
@@ -107,11 +107,11 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    pub fn new(name: &str, endpoints: Vec<Endpoint>, metrics: UpstreamMetrics) -> Self {
-        let server = |endpoint: Endpoint| Server { label: endpoint.to_string(), endpoint };
+    pub fn new(name: &str, addresses: Vec<ResolvedAddress>, metrics: UpstreamMetrics) -> Self {
+        let server = |address: ResolvedAddress| Server { label: address.to_string(), address };
         Self {
             name: name.into(),
-            servers: endpoints.into_iter().map(server).collect(),
+            servers: addresses.into_iter().map(server).collect(),
             turn: AtomicUsize::new(0),
             outage: Outage::default(),
             metrics,
@@ -127,8 +127,8 @@ impl Upstream {
     }
 
     /// Whether a pool of this name and these servers is this one, so that its state is kept across a reload.
-    pub fn is(&self, name: &str, endpoints: &[Endpoint]) -> bool {
-        self.name == name && self.servers.iter().map(Server::endpoint).eq(endpoints)
+    pub fn is(&self, name: &str, addresses: &[ResolvedAddress]) -> bool {
+        self.name == name && self.servers.iter().map(Server::address).eq(addresses)
     }
 
     /// The place of the next server in turn; `None` when there is none.
@@ -168,13 +168,13 @@ mod tests {
     use super::*;
     use crate::telemetry::metrics::Metrics;
 
-    fn upstream(endpoints: &[&str]) -> Upstream {
-        let endpoint = |text: &&str| match text.strip_prefix("unix:") {
-            Some(path) => Endpoint::Unix(path.into()),
-            None => Endpoint::Tcp(text.parse().unwrap()),
+    fn upstream(addresses: &[&str]) -> Upstream {
+        let address = |text: &&str| match text.strip_prefix("unix:") {
+            Some(path) => ResolvedAddress::Unix(path.into()),
+            None => ResolvedAddress::Tcp(text.parse().unwrap()),
         };
-        let endpoints = endpoints.iter().map(endpoint).collect();
-        Upstream::new("api", endpoints, Metrics::new("test").unwrap().upstream("api"))
+        let addresses = addresses.iter().map(address).collect();
+        Upstream::new("api", addresses, Metrics::new("test").unwrap().upstream("api"))
     }
 
     #[test]
@@ -189,11 +189,11 @@ mod tests {
     #[test]
     fn a_pool_is_known_again_by_its_name_and_its_servers() {
         let pool = upstream(&["127.0.0.1:1", "[::1]:1"]);
-        let endpoints: Vec<_> = pool.servers().iter().map(|server| server.endpoint().clone()).collect();
-        assert!(pool.is("api", &endpoints));
-        assert!(!pool.is("web", &endpoints), "another name");
-        assert!(!pool.is("api", &endpoints[..1]), "one server fewer");
-        let turned: Vec<_> = endpoints.into_iter().rev().collect();
+        let addresses: Vec<_> = pool.servers().iter().map(|server| server.address().clone()).collect();
+        assert!(pool.is("api", &addresses));
+        assert!(!pool.is("web", &addresses), "another name");
+        assert!(!pool.is("api", &addresses[..1]), "one server fewer");
+        let turned: Vec<_> = addresses.into_iter().rev().collect();
         assert!(!pool.is("api", &turned), "another order: the turns would mean other servers");
     }
 }
