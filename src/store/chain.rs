@@ -17,12 +17,12 @@ pub struct Link {
     /// Limit for the duration of a lookup.
     pub timeout: Duration,
     pub metrics: Arc<StoreMetrics>,
-    trouble: Trouble,
+    failures: FailureLog,
 }
 
 /// Limits the messages about failed lookups.
 #[derive(Default)]
-struct Trouble {
+struct FailureLog {
     /// The store itself fails, for every token.
     outage: Outage,
     /// A single record is invalid.
@@ -110,7 +110,7 @@ impl Chain {
 
 impl Link {
     pub fn new(name: String, store: Arc<dyn TokenStore>, timeout: Duration, metrics: Arc<StoreMetrics>) -> Self {
-        Self { name, store, timeout, metrics, trouble: Trouble::default() }
+        Self { name, store, timeout, metrics, failures: FailureLog::default() }
     }
 
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
@@ -135,16 +135,16 @@ impl Link {
     fn fails(&self, error: &StoreError, credential: &Credential) {
         let (now, name, token) = (Instant::now(), &self.name, credential.digest().id());
         if let StoreError::Garbage(_) = error {
-            if let Some(more) = self.trouble.garbage.due(now) {
+            if let Some(more) = self.failures.garbage.due(now) {
                 log::warn!("store {name}: token {token}: {error} ({more} similar messages suppressed)");
             }
-        } else if self.trouble.outage.failed(now).is_some() {
+        } else if self.failures.outage.failed(now).is_some() {
             log::warn!("store {name}: look-ups fail from now on, the first one for token {token}: {error}");
         }
     }
 
     fn works(&self, began: Instant) {
-        if let Some(over) = self.trouble.outage.succeeded(began, Instant::now()) {
+        if let Some(over) = self.failures.outage.succeeded(began, Instant::now()) {
             let (failures, lasted) = (over.failures, over.lasted);
             log::warn!("store {}: answers again; {failures} look-ups failed in {lasted:.1?}", self.name);
         }

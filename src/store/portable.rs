@@ -70,7 +70,7 @@ pub struct Reading<R> {
 impl<R: BufRead> Reading<R> {
     /// `now` is the creation time for tokens without one, in Unix seconds.
     pub fn new(input: R, now: u64) -> Self {
-        let source = RecordLines { input, place: LinePlace { line: 1, column: 1 }, shape: None };
+        let source = RecordLines { input, place: LinePlace { line: 1, column: 1 }, format: None };
         Self { source, now, bad: Bad::default(), read: 0, over: false }
     }
 
@@ -84,11 +84,11 @@ impl<R: BufRead> Reading<R> {
         self.read += 1;
         let text = std::str::from_utf8(&entry.bytes).map_err(|error| {
             let place = entry.place.behind(&entry.bytes[..error.valid_up_to()]);
-            Stop::Bad(Wrong { place, key: None, why: "is no UTF-8".into() })
+            Stop::Bad(EntryError { place, key: None, why: "is no UTF-8".into() })
         })?;
         record(text, self.now).map(Some).map_err(|(offset, key, why)| {
             let place = entry.place.behind(text.as_bytes().get(..offset).unwrap_or_default());
-            Stop::Bad(Wrong { place, key, why })
+            Stop::Bad(EntryError { place, key, why })
         })
     }
 }
@@ -102,9 +102,9 @@ impl<R: BufRead> Iterator for Reading<R> {
                 Ok(Some(record)) if self.bad.count == 0 => return Some(Ok(record)),
                 Ok(Some(_)) => {}
                 Ok(None) => self.over = true,
-                Err(Stop::Bad(wrong)) => self.bad.note(&wrong),
-                Err(Stop::End(wrong)) => {
-                    self.bad.note(&wrong);
+                Err(Stop::Bad(error)) => self.bad.note(&error),
+                Err(Stop::End(error)) => {
+                    self.bad.note(&error);
                     self.over = true;
                 }
                 Err(Stop::Input(error)) => {
@@ -121,9 +121,9 @@ impl<R: BufRead> Iterator for Reading<R> {
 /// Why an entry is not a valid record.
 enum Stop {
     /// The next entry can be read.
-    Bad(Wrong),
+    Bad(EntryError),
     /// The beginning of the next entry is unknown.
-    End(Wrong),
+    End(EntryError),
     Input(std::io::Error),
 }
 
@@ -133,7 +133,8 @@ impl From<std::io::Error> for Stop {
     }
 }
 
-struct Wrong {
+/// What is wrong with an entry, and where.
+struct EntryError {
     place: LinePlace,
     key: Option<&'static str>,
     why: String,
@@ -146,12 +147,12 @@ struct Bad {
 }
 
 impl Bad {
-    fn note(&mut self, wrong: &Wrong) {
+    fn note(&mut self, error: &EntryError) {
         self.count += 1;
         if self.named.len() < NAMED {
-            let LinePlace { line, column } = wrong.place;
-            let key = wrong.key.map_or(String::new(), |key| format!("{key}: "));
-            self.named.push(format!("line {line}, column {column}: {key}{}", wrong.why));
+            let LinePlace { line, column } = error.place;
+            let key = error.key.map_or(String::new(), |key| format!("{key}: "));
+            self.named.push(format!("line {line}, column {column}: {key}{}", error.why));
         }
     }
 
@@ -193,26 +194,26 @@ impl LinePlace {
 struct RecordLines<R> {
     input: R,
     place: LinePlace,
-    shape: Option<Shape>,
+    format: Option<InputFormat>,
 }
 
 #[derive(Clone, Copy)]
-enum Shape {
+enum InputFormat {
     Lines,
     Array,
     /// After the end of an array.
     Done,
 }
 
-struct Entry {
+struct EntryText {
     bytes: Vec<u8>,
     place: LinePlace,
 }
 
 impl<R: BufRead> RecordLines<R> {
-    fn next(&mut self) -> Result<Option<Entry>, Stop> {
-        let shape = match self.shape {
-            Some(shape) => shape,
+    fn next(&mut self) -> Result<Option<EntryText>, Stop> {
+        let format = match self.format {
+            Some(format) => format,
             None => {
                 for byte in b"\xef\xbb\xbf" {
                     // A byte order mark, which some systems write first; a partial one is not JSON either.
@@ -221,17 +222,17 @@ impl<R: BufRead> RecordLines<R> {
                     }
                 }
                 self.skip_blanks()?;
-                let shape = if self.peek()? == Some(b'[') { Shape::Array } else { Shape::Lines };
-                if matches!(shape, Shape::Array) {
+                let format = if self.peek()? == Some(b'[') { InputFormat::Array } else { InputFormat::Lines };
+                if matches!(format, InputFormat::Array) {
                     self.take()?;
                 }
-                *self.shape.insert(shape)
+                *self.format.insert(format)
             }
         };
-        match shape {
-            Shape::Lines => self.line(),
-            Shape::Array => self.element(),
-            Shape::Done => {
+        match format {
+            InputFormat::Lines => self.line(),
+            InputFormat::Array => self.element(),
+            InputFormat::Done => {
                 self.skip_blanks()?;
                 match self.peek()? {
                     None => Ok(None),
@@ -241,7 +242,7 @@ impl<R: BufRead> RecordLines<R> {
         }
     }
 
-    fn line(&mut self) -> Result<Option<Entry>, Stop> {
+    fn line(&mut self) -> Result<Option<EntryText>, Stop> {
         self.skip_blanks()?;
         let (mut bytes, place) = (Vec::new(), self.place);
         let mut long = false;
@@ -253,12 +254,12 @@ impl<R: BufRead> RecordLines<R> {
             }
         }
         if long {
-            return Err(Stop::Bad(Wrong { place, key: None, why: "is longer than 1 MiB".into() }));
+            return Err(Stop::Bad(EntryError { place, key: None, why: "is longer than 1 MiB".into() }));
         }
-        Ok((!bytes.is_empty()).then_some(Entry { bytes, place }))
+        Ok((!bytes.is_empty()).then_some(EntryText { bytes, place }))
     }
 
-    fn element(&mut self) -> Result<Option<Entry>, Stop> {
+    fn element(&mut self) -> Result<Option<EntryText>, Stop> {
         loop {
             self.skip_blanks()?;
             match self.peek()? {
@@ -270,7 +271,7 @@ impl<R: BufRead> RecordLines<R> {
         }
         if self.peek()? == Some(b']') {
             self.take()?;
-            self.shape = Some(Shape::Done);
+            self.format = Some(InputFormat::Done);
             return self.next();
         }
         let (mut bytes, place) = (Vec::new(), self.place);
@@ -284,13 +285,13 @@ impl<R: BufRead> RecordLines<R> {
                 b'\\' if in_text => escaped = true,
                 b'"' => in_text = !in_text,
                 _ if in_text => {}
-                b',' | b']' if depth == 0 => return Ok(Some(Entry { bytes, place })),
+                b',' | b']' if depth == 0 => return Ok(Some(EntryText { bytes, place })),
                 b'{' | b'[' => depth += 1,
                 b'}' | b']' => depth = depth.saturating_sub(1),
                 _ => {}
             }
             if bytes.len() >= LONGEST {
-                return Err(Stop::End(Wrong { place, key: None, why: "is longer than 1 MiB".into() }));
+                return Err(Stop::End(EntryError { place, key: None, why: "is longer than 1 MiB".into() }));
             }
             bytes.push(byte);
             self.take()?;
@@ -298,7 +299,7 @@ impl<R: BufRead> RecordLines<R> {
     }
 
     fn end(&self, why: &str) -> Stop {
-        Stop::End(Wrong { place: self.place, key: None, why: why.into() })
+        Stop::End(EntryError { place: self.place, key: None, why: why.into() })
     }
 
     fn skip_blanks(&mut self) -> Result<(), Stop> {
@@ -348,13 +349,13 @@ const KEYS: [&str; 15] = [
 ];
 
 /// The fields of one object, each with the text of its value.
-struct Fields<'a>(Vec<(String, &'a RawValue)>);
+struct RawFields<'a>(Vec<(String, &'a RawValue)>);
 
-impl<'de> Deserialize<'de> for Fields<'de> {
+impl<'de> Deserialize<'de> for RawFields<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Object;
         impl<'de> Visitor<'de> for Object {
-            type Value = Fields<'de>;
+            type Value = RawFields<'de>;
 
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str("an object")
@@ -365,7 +366,7 @@ impl<'de> Deserialize<'de> for Fields<'de> {
                 while let Some(field) = map.next_entry::<String, &'de RawValue>()? {
                     fields.push(field);
                 }
-                Ok(Fields(fields))
+                Ok(RawFields(fields))
             }
         }
         deserializer.deserialize_map(Object)
@@ -373,14 +374,14 @@ impl<'de> Deserialize<'de> for Fields<'de> {
 }
 
 /// The position in the text, the key, and the error.
-type Fault = (usize, Option<&'static str>, String);
+type RecordError = (usize, Option<&'static str>, String);
 
-fn record(text: &str, now: u64) -> Result<TokenRecord, Fault> {
-    let Fields(fields) = serde_json::from_str(text).map_err(|error| match text.trim_start().starts_with('{') {
+fn record(text: &str, now: u64) -> Result<TokenRecord, RecordError> {
+    let RawFields(fields) = serde_json::from_str(text).map_err(|error| match text.trim_start().starts_with('{') {
         true => (offset(text, error.line(), error.column()), None, "the JSON breaks off or is malformed here".into()),
         false => (0, None, "must be a JSON object, with user, and token or sha256".to_owned()),
     })?;
-    let mut entry = Object { text, fields: [None; KEYS.len()] };
+    let mut entry = EntryFields { text, fields: [None; KEYS.len()] };
     for (name, value) in fields {
         let at = entry.offset(value);
         let Some(index) = KEYS.iter().position(|key| *key == name) else {
@@ -403,12 +404,12 @@ fn offset(text: &str, line: usize, column: usize) -> usize {
     at
 }
 
-struct Object<'a> {
+struct EntryFields<'a> {
     text: &'a str,
     fields: [Option<&'a RawValue>; KEYS.len()],
 }
 
-impl<'a> Object<'a> {
+impl<'a> EntryFields<'a> {
     /// The offset of a value, which is a slice of the text.
     fn offset(&self, value: &RawValue) -> usize {
         (value.get().as_ptr() as usize).saturating_sub(self.text.as_ptr() as usize).min(self.text.len())
@@ -420,20 +421,20 @@ impl<'a> Object<'a> {
         self.fields[index].filter(|value| value.get() != "null")
     }
 
-    fn wrong(&self, key: &'static str, why: impl Into<String>) -> Fault {
+    fn wrong(&self, key: &'static str, why: impl Into<String>) -> RecordError {
         (self.value(key).map_or(0, |value| self.offset(value)), Some(key), why.into())
     }
 
-    fn read<T: Deserialize<'a>>(&self, key: &'static str, what: &str) -> Result<Option<T>, Fault> {
+    fn read<T: Deserialize<'a>>(&self, key: &'static str, what: &str) -> Result<Option<T>, RecordError> {
         let read = |value: &'a RawValue| serde_json::from_str(value.get());
         self.value(key).map(read).transpose().map_err(|_| self.wrong(key, format!("must be {what}")))
     }
 
-    fn text(&self, key: &'static str) -> Result<Option<String>, Fault> {
+    fn text(&self, key: &'static str) -> Result<Option<String>, RecordError> {
         self.read(key, "a text")
     }
 
-    fn time(&self, key: &'static str) -> Result<Option<u64>, Fault> {
+    fn time(&self, key: &'static str) -> Result<Option<u64>, RecordError> {
         #[derive(Deserialize)]
         #[serde(untagged)]
         enum Time {
@@ -449,7 +450,7 @@ impl<'a> Object<'a> {
         seconds.map(Some).ok_or_else(|| self.wrong(key, format!("must be {what}")))
     }
 
-    fn digest(&self) -> Result<Digest, Fault> {
+    fn digest(&self) -> Result<Digest, RecordError> {
         let token = self.text("token")?;
         let hex = self.text("sha256")?;
         let of_token = match &token {
@@ -468,7 +469,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    fn replaces(&self) -> Result<Option<Digest>, Fault> {
+    fn replaces(&self) -> Result<Option<Digest>, RecordError> {
         let whole = |key, hex: &str| Digest::from_hex(hex).ok_or_else(|| self.wrong(key, "must be 64 hex digits"));
         let short = self.text("replaces")?;
         match (self.text("replaces_sha256")?, short) {
@@ -486,7 +487,7 @@ impl<'a> Object<'a> {
         }
     }
 
-    fn record(&self, now: u64) -> Result<TokenRecord, Fault> {
+    fn record(&self, now: u64) -> Result<TokenRecord, RecordError> {
         let digest = self.digest()?;
         if self.text("id")?.is_some_and(|id| !names(&id, &digest)) {
             return Err(self.wrong("id", "is not the one of this token"));

@@ -30,18 +30,18 @@ pub struct FileAdmin {
 /// The change of one entry.
 enum Edit {
     Add(TokenRecord),
-    Set(Digest, Vec<Field>),
+    Set(Digest, Vec<FieldEdit>),
 }
 
 #[derive(Clone, Copy)]
-enum Field {
+enum FieldEdit {
     Revoked(u64),
     Superseded(u64),
     Expires(u64),
     Blocked(bool),
 }
 
-impl Field {
+impl FieldEdit {
     const fn key(self) -> &'static str {
         match self {
             Self::Revoked(_) => "revoked",
@@ -283,7 +283,7 @@ impl FileAdmin {
 }
 
 /// Splits edits into changes, by token, and additions.
-fn sorted(edits: &[Edit]) -> (HashMap<Digest, &[Field]>, Vec<TokenShape>) {
+fn sorted(edits: &[Edit]) -> (HashMap<Digest, &[FieldEdit]>, Vec<TokenShape>) {
     let (mut set, mut add) = (HashMap::new(), Vec::new());
     for edit in edits {
         match edit {
@@ -364,7 +364,7 @@ fn inline(shape: &TokenShape) -> Result<InlineTable, String> {
 }
 
 /// Sets a key's value. White space and comments around the old value are preserved.
-fn set_in(table: &mut dyn TableLike, field: Field) {
+fn set_in(table: &mut dyn TableLike, field: FieldEdit) {
     let mut new = field.toml();
     match table.get_mut(field.key()).and_then(Item::as_value_mut) {
         Some(old) => {
@@ -377,7 +377,7 @@ fn set_in(table: &mut dyn TableLike, field: Field) {
     }
 }
 
-fn set_inline(table: &mut InlineTable, field: Field) {
+fn set_inline(table: &mut InlineTable, field: FieldEdit) {
     if table.contains_key(field.key()) {
         return set_in(table, field);
     }
@@ -514,7 +514,7 @@ impl TokenAdmin for FileAdmin {
     async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
         self.change(|table| match table.get(digest).ok_or(AdminError::Missing)?.revoked {
             Some(_) => Ok((Vec::new(), false)),
-            None => Ok((vec![Edit::Set(*digest, vec![Field::Revoked(at)])], true)),
+            None => Ok((vec![Edit::Set(*digest, vec![FieldEdit::Revoked(at)])], true)),
         })
         .await
     }
@@ -526,7 +526,7 @@ impl TokenAdmin for FileAdmin {
                 return Err(AdminError::Exists);
             }
             let next = TokenRecord { replaces: Some(*old), ..next.clone() };
-            let old = Edit::Set(*old, vec![Field::Superseded(at), Field::Expires(end)]);
+            let old = Edit::Set(*old, vec![FieldEdit::Superseded(at), FieldEdit::Expires(end)]);
             Ok((vec![old, Edit::Add(next)], ()))
         })
         .await
@@ -537,7 +537,7 @@ impl TokenAdmin for FileAdmin {
             let differs = |record: &&TokenRecord| record.user == user && record.blocked != blocked;
             let digests: HashSet<_> = table.values().filter(differs).map(|record| record.digest).collect();
             let count = digests.len() as u64;
-            let edit = |digest| Edit::Set(digest, vec![Field::Blocked(blocked)]);
+            let edit = |digest| Edit::Set(digest, vec![FieldEdit::Blocked(blocked)]);
             Ok((digests.into_iter().map(edit).collect(), count))
         })
         .await
@@ -569,7 +569,7 @@ mod tests {
     }
 
     fn edits() -> Vec<Edit> {
-        let fields = vec![Field::Revoked(1_700_000_000), Field::Blocked(true)];
+        let fields = vec![FieldEdit::Revoked(1_700_000_000), FieldEdit::Blocked(true)];
         let added = TokenRecord { created: 5, ..TokenRecord::new(Digest::of(b"new"), "n \"q\" \\ é") };
         let other = TokenRecord {
             scopes: vec!["a".into()],
@@ -616,7 +616,7 @@ mod tests {
             let blocked = edited(
                 Format::Toml,
                 &new,
-                &[Edit::Set(Digest::of(b"other"), vec![Field::Blocked(true), Field::Expires(7)])],
+                &[Edit::Set(Digest::of(b"other"), vec![FieldEdit::Blocked(true), FieldEdit::Expires(7)])],
             );
             assert!(blocked.matches("blocked = true").count() == 2, "{blocked}");
         }

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 pub(super) struct Breaker {
     most: u32,
     pause: Duration,
-    state: State,
+    state: BreakerState,
     /// Counts the changes of `state`. Outcomes of requests admitted before the last change are ignored.
     era: u64,
 }
 
 #[derive(Debug)]
-enum State {
+enum BreakerState {
     /// With the number of failures since the last success.
     Closed(u32),
     Open {
@@ -48,15 +48,15 @@ pub(super) enum Turn {
 
 impl Breaker {
     pub(super) const fn new(most: u32, pause: Duration) -> Self {
-        Self { most, pause, state: State::Closed(0), era: 0 }
+        Self { most, pause, state: BreakerState::Closed(0), era: 0 }
     }
 
     /// Whether [`Self::admit`] would admit a request, without using up the probe.
     pub(super) fn is_open(&self, now: Instant) -> bool {
         match self.state {
-            State::Closed(_) => false,
-            State::Open { until } => now < until,
-            State::Trial => true,
+            BreakerState::Closed(_) => false,
+            BreakerState::Open { until } => now < until,
+            BreakerState::Trial => true,
         }
     }
 
@@ -65,8 +65,8 @@ impl Breaker {
         if self.is_open(now) {
             return None;
         }
-        if matches!(self.state, State::Open { .. }) {
-            self.turn(State::Trial);
+        if matches!(self.state, BreakerState::Open { .. }) {
+            self.turn(BreakerState::Trial);
         }
         Some(Pass { era: self.era })
     }
@@ -77,27 +77,27 @@ impl Breaker {
             return Turn::None;
         }
         match (&mut self.state, outcome) {
-            (State::Closed(failures), Outcome::Answered) => *failures = 0,
-            (State::Closed(failures), Outcome::Failed) => {
+            (BreakerState::Closed(failures), Outcome::Answered) => *failures = 0,
+            (BreakerState::Closed(failures), Outcome::Failed) => {
                 *failures += 1;
                 if *failures >= self.most {
-                    self.turn(State::Open { until: now + self.pause });
+                    self.turn(BreakerState::Open { until: now + self.pause });
                     return Turn::Opened;
                 }
             }
-            (State::Trial, Outcome::Answered) => {
-                self.turn(State::Closed(0));
+            (BreakerState::Trial, Outcome::Answered) => {
+                self.turn(BreakerState::Closed(0));
                 return Turn::Closed;
             }
-            (State::Trial, Outcome::Failed) => self.turn(State::Open { until: now + self.pause }),
+            (BreakerState::Trial, Outcome::Failed) => self.turn(BreakerState::Open { until: now + self.pause }),
             // The next request may probe immediately.
-            (State::Trial, Outcome::Abandoned) => self.turn(State::Open { until: now }),
-            (State::Closed(_), Outcome::Abandoned) | (State::Open { .. }, _) => {}
+            (BreakerState::Trial, Outcome::Abandoned) => self.turn(BreakerState::Open { until: now }),
+            (BreakerState::Closed(_), Outcome::Abandoned) | (BreakerState::Open { .. }, _) => {}
         }
         Turn::None
     }
 
-    const fn turn(&mut self, state: State) {
+    const fn turn(&mut self, state: BreakerState) {
         self.state = state;
         self.era += 1;
     }

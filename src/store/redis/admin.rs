@@ -7,7 +7,7 @@ use super::super::{
 };
 use super::follow::WAIT_KEPT;
 use super::link::{Connector, RedisConnection, failed};
-use super::record::{Edit, Stored, edited, to_json};
+use super::record::{Stored, edited, to_json};
 use super::{Found, Keys, RedisChanges, RedisSettings, Topology, is_open, questions, read, stored};
 use crate::store::credential::Digest;
 use async_trait::async_trait;
@@ -75,7 +75,7 @@ impl Step {
         Self { digest: record.digest, what: json!({ "hex": record.digest.to_hex(), "now": to_json(record) }) }
     }
 
-    fn edit(digest: Digest, was: &Stored, edit: Edit<'_>) -> Result<Self, AdminError> {
+    fn edit(digest: Digest, was: &Stored, edit: &[(&str, Json)]) -> Result<Self, AdminError> {
         let hex = digest.to_hex();
         let what = match was {
             Stored::Json(text) => {

@@ -35,14 +35,15 @@ fn object(text: &str) -> Result<Map<String, Json>, String> {
     }
 }
 
-type Wrong = (&'static str, &'static str);
+/// The field, and what is wrong with it.
+type FieldError = (&'static str, &'static str);
 
 fn record(
     fields: &Map<String, Json>,
     is_hash: bool,
     digest: Digest,
     defaults: &[String],
-) -> Result<TokenRecord, Wrong> {
+) -> Result<TokenRecord, FieldError> {
     // In a hash, an empty string means that the field is absent.
     let get = |name| match fields.get(name) {
         None | Some(Json::Null) => None,
@@ -184,13 +185,10 @@ pub(super) fn to_json(record: &TokenRecord) -> String {
     Json::Object(fields).to_string()
 }
 
-/// The fields that an edit sets.
-pub(super) type Edit<'a> = &'a [(&'a str, Json)];
-
 /// The same JSON object with some fields set; fields of other programs are preserved.
-pub(super) fn edited(text: &str, edit: Edit<'_>) -> Result<String, String> {
+pub(super) fn edited(text: &str, edits: &[(&str, Json)]) -> Result<String, String> {
     let mut fields = object(text)?;
-    for (name, value) in edit {
+    for (name, value) in edits {
         fields.insert((*name).into(), value.clone());
     }
     Ok(Json::Object(fields).to_string())
