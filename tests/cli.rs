@@ -325,11 +325,11 @@ fn check_and_run_agree() {
         ("[server]\nlisten = [\"LISTEN\", \"0.0.0.0:PORT\"]\n", "server.listen: 0.0.0.0:PORT cannot be bound", false),
         ("[server]\nlisten = [\"[::]:PORT\", \"LISTEN\"]\n", "server.listen: LISTEN cannot be bound", false),
         ("[admin]\nlisten = \"0.0.0.0:PORT\"\n", "admin.listen: 0.0.0.0:PORT cannot be bound", false),
-        ("[admin]\nlisten = \"LISTEN\"\n", "admin.listen: is an address that is listed before", false),
+        ("[admin]\nlisten = \"LISTEN\"\n", "admin.listen: repeats the address of another listener", false),
         ("[server]\nlisten = []\n", "server.listen: is empty", false),
         ("[server]\nlisten = [\"unix:@/nowhere/api.sock\"]\n", "cannot be bound: there is no folder @/nowhere", false),
         ("[server]\nlisten = [\"unix:@/good.toml/api.sock\"]\n", "cannot be bound", false),
-        ("[server]\nlisten = [\"unix:@/good.toml\"]\n", "cannot be bound: a file stands there", false),
+        ("[server]\nlisten = [\"unix:@/good.toml\"]\n", "cannot be bound: a file exists at this path", false),
         ("[server]\nlisten = [\"unix:@/LONG\"]\n", "is the path of a socket with more than 107 bytes", false),
         ("[server]\nlisten = [\"LISTEN\", \"unix:@/api.sock\"]\n", "ok", true),
         ("[server]\nthreads = 513\n", "server.threads: is out of range", false),
@@ -407,12 +407,7 @@ fn check_beside_a_running_gateway_and_without_the_network() {
     // Its own addresses are in use, as they should be; its token file and log are in use as well.
     let checked = run(tollgate().args(["check", "--config"]).arg(&config));
     assert_eq!(checked.status.code(), Some(0), "{}", all(&checked));
-    assert_eq!(
-        stdout(&checked).matches("that is as it should be while the gateway runs").count(),
-        2,
-        "{}",
-        all(&checked)
-    );
+    assert_eq!(stdout(&checked).matches("this is expected while the gateway runs").count(), 2, "{}", all(&checked));
     let second = run(tollgate().args(["run", "--config"]).arg(&config));
     assert_eq!(second.status.code(), Some(1), "{}", all(&second));
     assert!(stderr(&second).contains(&format!("{} cannot be bound", gateway.address)), "{}", all(&second));

@@ -342,7 +342,7 @@ fn a_log_that_cannot_be_reopened_goes_on_and_says_so() {
     let moved = folder.0.join("moved");
     std::fs::rename(&logs, &moved).unwrap();
     gateway.signal("USR1");
-    eventually("it is said", || !lines_with(&gateway, &["access log goes on where it was"]).is_empty());
+    eventually("it is said", || !lines_with(&gateway, &["access log not reopened"]).is_empty());
     let answer = gateway.admin_post("/reload");
     assert!(answer.status == 500 && answer.text().contains("log.access"), "{}", answer.text());
     assert_eq!(status(&gateway, GOOD), 200);
@@ -374,5 +374,5 @@ fn a_log_that_is_stuck_keeps_no_rule_from_coming_into_force() {
     upstream.forget();
     assert_eq!(gateway.get("/api/v3/projects?per_page=1000").status, 200);
     assert_eq!(upstream.only().target, "/api/v3/projects?per_page=50");
-    eventually("it is told", || !lines_with(&gateway, &["access log is stuck"]).is_empty());
+    eventually("it is told", || !lines_with(&gateway, &["access log is blocked"]).is_empty());
 }

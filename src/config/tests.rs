@@ -101,7 +101,7 @@ fn what_contradicts_itself() {
     for (text, part) in [
         ("", "upstream: is missing"),
         ("[server]\nlisten = []\n", "server.listen: is empty"),
-        ("[admin]\nlisten = \"127.0.0.1:8080\"\n", "admin.listen: is an address that is listed before"),
+        ("[admin]\nlisten = \"127.0.0.1:8080\"\n", "admin.listen: repeats the address of another listener"),
         ("[api]\nprefixes = []\n", "everything would be 404"),
         ("[pagination]\nmax_per_page = 10\n", "pagination.max_per_page: is less than default_per_page"),
         ("[pagination]\nmax_page = 0\n", "pagination.max_page: is below first_page"),
@@ -454,11 +454,11 @@ fn a_duplicate_names_both_places() {
         ),
         (
             "@[server]\nlisten = [\"127.0.0.1:1\", \"127.0.0.1:1\"]\n",
-            "5:26: server.listen: is an address that is listed before (see /conf/c.toml:5:11)",
+            "5:26: server.listen: repeats the address of another listener (see /conf/c.toml:5:11)",
         ),
         (
             "@[server]\nlisten = [\"127.0.0.1:1\"]\n[admin]\nlisten = \"127.0.0.1:1\"\n",
-            "7:10: admin.listen: is an address that is listed before (see /conf/c.toml:5:11)",
+            "7:10: admin.listen: repeats the address of another listener (see /conf/c.toml:5:11)",
         ),
         (
             "@[api]\nprefixes = [\"/a\", \"/b\", \"/a\"]\n",

@@ -1,5 +1,5 @@
-//! Where the gateway listens, and what would keep it from that: an address that is taken, or something in the place of a
-//! socket file. Looks, and makes nothing.
+//! The listeners' settings, and the check whether their addresses can be bound: an address may be in use, or something else
+//! may exist at the path of a socket file. It must not create or remove anything.
 
 use crate::problem::{Problem, Severity, no_new_file, socket_path_too_long};
 use std::fmt;
@@ -16,7 +16,7 @@ pub struct ServerSettings {
     pub admin: Option<Listen>,
     /// Worker threads.
     pub threads: usize,
-    /// How long requests in flight may take once a stop was asked for.
+    /// How long requests in flight may take after the signal to shut down.
     pub grace: Duration,
 }
 
@@ -41,26 +41,26 @@ impl ServerSettings {
     }
 }
 
-/// What it means that somebody listens there already.
+/// What it means that an address is in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddressInUse {
-    /// This process cannot start.
+    /// The gateway cannot start.
     Error,
-    /// It may be the gateway that runs with this configuration.
+    /// It may be in use by the gateway that runs with this configuration.
     Warning,
 }
 
 impl ServerSettings {
     const MOST_THREADS: usize = 512;
 
-    /// What can be said without trying. Keys of `[server]` and `[admin]`, with their section.
+    /// Problems that show without binding an address. Keys of `[server]` and `[admin]`, with their section.
     pub fn problems(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
         if self.listen.is_empty() {
-            let what = "is empty: nobody could reach the API";
+            let what = "is empty: the API would be unreachable";
             problems.push(Problem::error("server.listen", what, "write it like [\"127.0.0.1:8080\"]"));
         }
-        let all: Vec<_> = self.places().collect();
+        let all: Vec<_> = self.listeners().collect();
         for (number, (listen, key, index)) in all.iter().enumerate() {
             let problem = |what: &str, instead: &str| {
                 let problem = Problem::error(key, what, instead);
@@ -69,7 +69,7 @@ impl ServerSettings {
             match listen {
                 Listen::Tcp(address) => {
                     if address.parse().is_ok_and(|address: SocketAddr| address.port() == 0) {
-                        let what = "has port 0: nobody would know which one it gets";
+                        let what = "has port 0, which means any free port";
                         problems.push(problem(what, "use a port from 1 to 65535"));
                     }
                 }
@@ -80,15 +80,15 @@ impl ServerSettings {
                 }
             }
             if let Some((_, first, at)) = all[..number].iter().find(|(other, ..)| other == listen) {
-                let problem = problem("is an address that is listed before", "remove one of them");
+                let problem = problem("repeats the address of another listener", "remove one of them");
                 problems.push(Problem { related: Some((first, *at)), ..problem });
             }
         }
         if let Some(Listen::Tcp(address)) = &self.admin
             && address.parse().is_ok_and(|address: SocketAddr| !is_inside(address.ip()))
         {
-            let what = "can be reached from other networks, and there is no password";
-            let instead = "use a loopback or private address, or let a firewall keep everybody else away";
+            let what = "can be reached from other networks, and the admin listener has no password";
+            let instead = "use a loopback or private address, or restrict access with a firewall";
             problems.push(Problem::warning("admin.listen", what, instead));
         }
         if self.threads > Self::MOST_THREADS {
@@ -98,13 +98,13 @@ impl ServerSettings {
         problems
     }
 
-    /// Says which addresses cannot be bound, by binding all of them for a moment. The framework would try again for half a
-    /// minute, and panic.
+    /// The addresses that cannot be bound, found by binding all of them for a moment. The framework would retry for half a
+    /// minute and then panic.
     pub fn unbound(&self, in_use: AddressInUse) -> Vec<Problem> {
         let mut problems = Vec::new();
-        // All are kept to the end: two of them may be in each other's way.
+        // All stay bound to the end: two of them may conflict with each other.
         let mut held: Vec<(TcpListener, SocketAddr, &'static str, Option<usize>)> = Vec::new();
-        for (listen, key, index) in self.places() {
+        for (listen, key, index) in self.listeners() {
             let (severity, why, related, instead) = match listen {
                 Listen::Tcp(text) => {
                     let Ok(address) = text.parse::<SocketAddr>() else { continue };
@@ -117,7 +117,8 @@ impl ServerSettings {
                             let other = held.iter().find(|(_, other, ..)| other.port() == address.port());
                             match other {
                                 Some((_, _, key, index)) => {
-                                    let why = "another listener here has this port on all addresses".to_owned();
+                                    let why = "another listener of this configuration has this port on all addresses"
+                                        .to_owned();
                                     (Severity::Error, why, Some((*key, *index)), "remove one of them")
                                 }
                                 None => (in_use.severity(), taken(in_use, error.to_string()), None, FREE),
@@ -127,7 +128,7 @@ impl ServerSettings {
                             let instead = match error.kind() {
                                 ErrorKind::AddrNotAvailable => "use an address of this machine",
                                 ErrorKind::PermissionDenied => {
-                                    "use a port from 1024 on, or give tollgate CAP_NET_BIND_SERVICE"
+                                    "use port 1024 or higher, or give tollgate CAP_NET_BIND_SERVICE"
                                 }
                                 _ => "use another address",
                             };
@@ -137,17 +138,17 @@ impl ServerSettings {
                 }
                 Listen::Unix(path, _) => match SocketPlace::of(path) {
                     SocketPlace::Free | SocketPlace::Stale => match no_new_file(Path::new(path)) {
-                        Some(why) => (Severity::Error, why, None, "use a folder that tollgate may write to"),
+                        Some(why) => (Severity::Error, why, None, "use a folder that tollgate can write to"),
                         None => continue,
                     },
                     SocketPlace::Taken(why) => (in_use.severity(), taken(in_use, why), None, FREE),
-                    // systemd makes RuntimeDirectory= at the start, and removes it at the end.
+                    // systemd creates RuntimeDirectory= when the service starts, and removes it when it stops.
                     SocketPlace::NotYet(why) if in_use == AddressInUse::Warning && path.starts_with("/run/") => {
-                        (Severity::Warning, why, None, "leave it to the service manager, or make the folder")
+                        (Severity::Warning, why, None, "create the folder, unless the service manager does")
                     }
-                    SocketPlace::NotYet(why) => (Severity::Error, why, None, "make the folder"),
+                    SocketPlace::NotYet(why) => (Severity::Error, why, None, "create the folder"),
                     SocketPlace::Unfit(why) => {
-                        (Severity::Error, why, None, "use another path, or remove what is there")
+                        (Severity::Error, why, None, "use another path, or remove the existing file")
                     }
                 },
             };
@@ -157,14 +158,14 @@ impl ServerSettings {
         problems
     }
 
-    /// Every listener, with its key and its place in that key's list.
-    fn places(&self) -> impl Iterator<Item = (&Listen, &'static str, Option<usize>)> {
+    /// Every listener, with its key and its index in that key's list.
+    fn listeners(&self) -> impl Iterator<Item = (&Listen, &'static str, Option<usize>)> {
         let api = self.listen.iter().enumerate().map(|(index, listen)| (listen, "server.listen", Some(index)));
         api.chain(self.admin.iter().map(|listen| (listen, "admin.listen", None)))
     }
 }
 
-const FREE: &str = "end the other process, or use another address";
+const FREE: &str = "stop the other process, or use another address";
 
 impl AddressInUse {
     const fn severity(self) -> Severity {
@@ -178,7 +179,7 @@ impl AddressInUse {
 fn taken(in_use: AddressInUse, why: String) -> String {
     match in_use {
         AddressInUse::Error => why,
-        AddressInUse::Warning => format!("{why}; that is as it should be while the gateway runs"),
+        AddressInUse::Warning => format!("{why}; this is expected while the gateway runs"),
     }
 }
 
@@ -191,7 +192,7 @@ fn is_inside(ip: IpAddr) -> bool {
 }
 
 impl fmt::Display for Listen {
-    /// As the configuration writes it.
+    /// As it is written in the configuration.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => f.write_str(address),
@@ -200,14 +201,14 @@ impl fmt::Display for Listen {
     }
 }
 
-/// What stands where a socket file is to be made.
+/// What exists at the path where a socket file is to be created.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum SocketPlace {
     Free,
-    /// A socket that nobody answers on: left behind by a process that was killed.
+    /// A socket that no process listens on, left behind by one that was killed.
     Stale,
     Taken(String),
-    /// No folder, which the service manager may make at the start.
+    /// The folder does not exist; the service manager may create it at the start.
     NotYet(String),
     Unfit(String),
 }
@@ -229,15 +230,17 @@ impl SocketPlace {
                 () if kind.is_file() => "a file",
                 () if kind.is_dir() => "a folder",
                 () if kind.is_symlink() => "a symbolic link",
-                () => "something that is no socket",
+                () => "something else",
             };
-            return Self::Unfit(format!("{what} stands there, and only a socket that nobody answers on is replaced"));
+            return Self::Unfit(format!(
+                "{what} exists at this path; only a socket that no process listens on is replaced"
+            ));
         }
         match std::os::unix::net::UnixStream::connect(path) {
-            Ok(_) => Self::Taken("another process listens there".into()),
+            Ok(_) => Self::Taken("another process listens on it".into()),
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => Self::Stale,
-            // A queue that is full, or a socket of another kind or user: in use, as far as can be told.
-            Err(error) => Self::Taken(format!("a socket stands there that may be in use: {error}")),
+            // A full queue, or a socket of another type or user: treated as in use.
+            Err(error) => Self::Taken(format!("a socket exists at this path and may be in use: {error}")),
         }
     }
 }
@@ -248,7 +251,7 @@ mod tests {
     use std::os::unix::net::{UnixDatagram, UnixListener};
 
     #[test]
-    fn only_a_socket_that_nobody_answers_on_is_replaced() {
+    fn only_a_socket_that_no_process_listens_on_is_replaced() {
         let folder = std::env::temp_dir().join(format!("tollgate-places-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let at = |name: &str| folder.join(name).to_str().unwrap().to_owned();
@@ -283,7 +286,7 @@ mod tests {
             (SocketPlace::of(&at("stale")), SocketPlace::of(&at("free")), seen),
             (SocketPlace::Stale, SocketPlace::Free, 8)
         );
-        assert_eq!(SocketPlace::of("/dev/null"), SocketPlace::of("/dev/zero"), "devices are no sockets either");
+        assert_eq!(SocketPlace::of("/dev/null"), SocketPlace::of("/dev/zero"), "devices are not sockets either");
         assert!(matches!(SocketPlace::of("/dev/null"), SocketPlace::Unfit(_)));
         std::fs::remove_dir_all(folder).unwrap();
     }

@@ -106,15 +106,15 @@ impl Peers {
     pub(super) fn request_failed(&self, kind: UpstreamError, request_id: &str) {
         if self.upstream.request_failed(Instant::now()).is_some() {
             let (name, kind) = (self.upstream.name(), kind.as_str());
-            log::warn!("upstream {name}: requests fail from now on, the first one with `{kind}`: request {request_id}");
+            log::warn!("upstream {name}: requests are failing, the first one with `{kind}`: request {request_id}");
         }
     }
 
     /// A server that was asked at this time has answered.
     pub(super) fn answered(&self, asked: Instant, now: Instant) {
         if let Some(over) = self.upstream.answered(asked, now) {
-            let (name, failures, lasted) = (self.upstream.name(), over.failures, over.lasted);
-            log::warn!("upstream {name}: answers again; {failures} requests failed in {lasted:.1?}");
+            let (name, failures, seconds) = (self.upstream.name(), over.failures, over.lasted.as_secs_f64());
+            log::warn!("upstream {name}: answers again; {failures} requests failed in {seconds:.1} s");
         }
     }
 

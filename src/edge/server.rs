@@ -1,5 +1,5 @@
-//! Starts and ends the process's work: listeners, the services beside them, signals, reload and a drain that loses no
-//! request.
+//! Runs the process: listeners, background services, signals, reload, and a graceful shutdown that loses no request in
+//! flight. It must not know how a request is judged.
 
 use super::admin::{AdminGate, ReloadRequest};
 use super::connection::Gate;
@@ -24,32 +24,33 @@ use tokio::sync::{Mutex, Notify, mpsc};
 
 /// Idle connections to backends that are kept.
 const UPSTREAM_POOL: usize = 1_024;
-/// Writes to a client are gathered up to one segment; reads have a buffer of our own.
+/// Writes to a client are buffered up to one TCP segment. Reads use the buffer of `client`.
 const WRITE_BUFFER: usize = 1460;
+/// How often the last uses of tokens are written to the store, and the cache to its file.
 const USES_FLUSHED_EVERY: Duration = Duration::from_secs(60);
-/// How long a stop may take longer for the sake of them.
+/// How long a shutdown waits for the last uses to be written.
 const USES_AT_STOP: Duration = Duration::from_secs(2);
 
-/// Builds the next snapshot from the configuration as it is now. Told whether the log that is open could be reopened.
-/// Blocks: files are read and names resolved.
+/// Builds the next snapshot from the current configuration file. The second argument says whether the open access log
+/// could be reopened. Blocks: reads files and resolves names.
 pub type Rebuild = Arc<dyn Fn(&Snapshot, Result<(), String>) -> Result<Rebuilt, String> + Send + Sync>;
 
-/// What a reload puts in place, and what it says of it.
+/// The result of a rebuild: the snapshot to serve with, and what to report.
 pub struct Rebuilt {
     pub snapshot: Snapshot,
     pub report: Reloaded,
 }
 
-/// What is being served.
+/// What [`serve`] runs with.
 pub struct Running {
     pub settings: ServerSettings,
     pub snapshot: Snapshot,
     pub rebuild: Rebuild,
 }
 
-/// Serves until a signal ends it.
+/// Serves until a signal ends the process.
 pub fn serve(running: Running) {
-    catch_early();
+    handle_signals_early();
     let Running { settings, snapshot, rebuild } = running;
     let started_unix_ms = super::now().unix_ms;
     let metrics = Arc::clone(&snapshot.metrics);
@@ -59,11 +60,11 @@ pub fn serve(running: Running) {
 
     let conf = ServerConf {
         threads: settings.threads,
-        // Measured: stealing costs a fifth of the CPU of a request (benches/README.md).
+        // Measured: work stealing costs a fifth of a request's CPU time (benches/README.md).
         work_stealing: false,
         max_retries: MAX_ATTEMPTS,
         upstream_keepalive_pool_size: UPSTREAM_POOL,
-        // Our own drain comes before the framework's, which can only sleep.
+        // `Drain` waits for the requests in flight; the framework's own grace period can only sleep.
         grace_period_seconds: Some(0),
         graceful_shutdown_timeout_seconds: Some(1),
         ..ServerConf::default()
@@ -115,14 +116,14 @@ pub fn serve(running: Running) {
     }
 }
 
-/// Removes the socket file of a listener that is closing. One on which another process listens by now stays; one that
-/// answers longer than this is replaced by the next start.
+/// Removes the socket file of a listener that is closing, unless another process listens on it by now. One that still
+/// accepts connections at the deadline is left, and the next start replaces it.
 fn remove_socket(path: &str) {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {
         match SocketPlace::of(path) {
             SocketPlace::Stale => {
-                // A file that is left behind is replaced by the next start.
+                // If this fails, the next start replaces the file.
                 let _ = std::fs::remove_file(path);
                 return;
             }
@@ -140,7 +141,7 @@ fn listener(listen: &Listen) -> ListenerConfig {
     config.l4_buffer(L4BufferSettings::new(0, WRITE_BUFFER))
 }
 
-/// Waits for the signal to stop, then for the requests in flight.
+/// Waits for the signal to shut down, then for the requests in flight.
 struct Drain {
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
@@ -153,22 +154,23 @@ impl ShutdownSignalWatch for Drain {
     async fn recv(&self) -> ShutdownSignal {
         let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
         let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
-            log::error!("signals can't be caught; stopping");
+            log::error!("SIGTERM and SIGINT cannot be handled: shutting down");
             return ShutdownSignal::GracefulTerminate;
         };
         next(&mut terminate, &mut interrupt).await;
         self.metrics.ready(false);
         self.lifecycle.drain();
-        // Last, so that it is true for whoever reads it.
-        log::info!("stopping: requests in flight have {:?}, new ones get 503", self.grace);
+        // Logged last, so that it is true when somebody reads it.
+        let grace = humantime::format_duration(self.grace);
+        log::info!("shutting down: requests in flight have {grace} to complete, new ones get 503");
         tokio::select! {
             () = async {
                 self.quiet().await;
                 self.last_uses().await;
             } => {}
-            () = next(&mut terminate, &mut interrupt) => log::warn!("asked twice: stopping at once"),
+            () = next(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
         }
-        // Not the fast one: it would not tell the accept loops to end, and they would spin on a runtime that is gone.
+        // The fast shutdown would not end the accept loops, and they would spin on a runtime that is gone.
         ShutdownSignal::GracefulTerminate
     }
 }
@@ -178,22 +180,21 @@ impl Drain {
         let deadline = Instant::now() + self.grace;
         while self.metrics.requests_in_flight() > 0 {
             if Instant::now() >= deadline {
-                log::warn!("{} requests are cut off after the grace period", self.metrics.requests_in_flight());
+                log::warn!("the grace period is over: {} requests are aborted", self.metrics.requests_in_flight());
                 return;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        // Answers that were just written are still on their way through the sockets' close.
+        // Responses that were just written need their connections for a moment longer.
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-}
 
-impl Drain {
-    /// Nobody uses a token any more: what the store was not told yet is told now.
+    /// Writes the last uses that the store does not have yet.
     async fn last_uses(&self) {
         let authenticator = Arc::clone(&self.snapshot.load().pipeline.authenticator);
         if tokio::time::timeout(USES_AT_STOP, authenticator.flush_uses()).await.is_err() {
-            log::warn!("the last uses of tokens were not recorded: no answer within {USES_AT_STOP:?}");
+            let waited = humantime::format_duration(USES_AT_STOP);
+            log::warn!("last uses of tokens were not recorded: no response from the store within {waited}");
         }
     }
 }
@@ -205,32 +206,33 @@ async fn next(terminate: &mut Signal, interrupt: &mut Signal) {
     }
 }
 
-/// From here on no signal of ours ends the process: until the services that wait for them are there, they do nothing.
-/// Neither does a file that has grown to the limit of its size: the log counts what it loses.
-fn catch_early() {
-    let caught = || -> std::io::Result<()> {
+/// Installs handlers for the signals that would otherwise end the process before the services that handle them run.
+/// SIGXFSZ gets one as well: a log file at its size limit must not end the process, and the log counts the lines it loses.
+fn handle_signals_early() {
+    let installed = || -> std::io::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let _entered = runtime.enter();
         for kind in [SignalKind::hangup(), SignalKind::user_defined1(), SignalKind::from_raw(SIGXFSZ)] {
-            drop(signal(kind)?);
+            // The handler stays installed for the process's lifetime; nobody waits for the signal yet.
+            let _ = signal(kind)?;
         }
         Ok(())
     };
-    if let Err(error) = caught() {
-        log::error!("SIGHUP and SIGUSR1 cannot be caught and would end the process: {error}");
+    if let Err(error) = installed() {
+        log::error!("SIGHUP and SIGUSR1 cannot be handled and would end the process: {error}");
     }
 }
 
-/// The number on Linux, on all but MIPS.
+/// The number on Linux, except on MIPS.
 const SIGXFSZ: i32 = 25;
 
-/// Puts a new snapshot in place on SIGHUP or when the admin listener asks, and reopens the log on SIGUSR1 as well. A bad
-/// configuration changes nothing.
+/// Reloads the configuration on SIGHUP and on requests of the admin listener, and reopens the access log on these and on
+/// SIGUSR1. A bad configuration changes nothing.
 struct Reloader {
     snapshot: Arc<ArcSwap<Snapshot>>,
     rebuild: Rebuild,
     requests: Mutex<mpsc::Receiver<ReloadRequest>>,
-    /// Told of each snapshot that is put in place.
+    /// Notified of each new snapshot.
     replaced: Arc<Notify>,
     /// Keeps the channel open when there is no admin listener.
     _open: mpsc::Sender<ReloadRequest>,
@@ -239,7 +241,7 @@ struct Reloader {
 #[async_trait]
 impl BackgroundService for Reloader {
     async fn start(&self, mut shutdown: ShutdownWatch) {
-        // A log that is moved must not wait for names that a reload resolves.
+        // Two loops: reopening a rotated log must not wait while a reload resolves names.
         tokio::select! {
             () = self.reload_when_asked() => {}
             () = self.reopen_when_asked() => {}
@@ -259,7 +261,7 @@ impl Reloader {
             };
             let result = self.reload().await;
             if let Some(reply) = reply {
-                // Whoever asked may be gone.
+                // The client may be gone.
                 let _ = reply.send(result);
             }
         }
@@ -270,27 +272,29 @@ impl Reloader {
         loop {
             asked.next().await;
             if self.reopen().await.is_ok_and(|done| done) {
-                log::info!("the access log was reopened");
+                log::info!("access log reopened");
             }
         }
     }
 
-    /// Whether the log has been reopened by now.
+    /// Whether the log has been reopened; `false` if that has to wait for the log's reader.
     async fn reopen(&self) -> Result<bool, String> {
         let log = self.snapshot.load().log.clone();
         let result = blocking(move || log.reopen()).await?.map_err(|why| format!("log.access: {why}"));
         match &result {
             Ok(true) => {}
-            Ok(false) => log::warn!("the access log is stuck, as its reader takes nothing; it is reopened after that"),
-            Err(why) => log::error!("the access log goes on where it was: {why}"),
+            Ok(false) => {
+                log::warn!("the access log is blocked: its reader reads nothing; it is reopened when that ends")
+            }
+            Err(why) => log::error!("access log not reopened, lines go to the old file: {why}"),
         }
         result
     }
 
     async fn reload(&self) -> Result<Reloaded, String> {
-        // Before anything that can fail: whoever has moved the log needs it under its name again in any case. One that
-        // is stuck keeps no rule from coming into force.
-        let reopened = self.reopen().await.map(drop);
+        // First, because a rotated log must be reopened even if the reload fails. A blocked log does not keep the new
+        // configuration from taking effect.
+        let reopened = self.reopen().await.map(|_| ());
         let (current, rebuild) = (self.snapshot.load_full(), Arc::clone(&self.rebuild));
         let metrics = Arc::clone(&current.metrics);
         let result = blocking(move || rebuild(&current, reopened)).await.and_then(|built| built);
@@ -302,41 +306,44 @@ impl Reloader {
                 log::info!("configuration reloaded");
                 if !report.restart.is_empty() {
                     let keys = report.restart.join(", ");
-                    log::warn!("[server] or [admin] changed: {keys} take a restart and are not in force");
+                    log::warn!("changed settings that need a restart are not in force: {keys}");
                 }
                 Ok(report)
             }
             Err(why) => {
-                log::error!("the configuration stays as it was: {why}");
+                log::error!("configuration not reloaded, nothing changed: {why}");
                 Err(why)
             }
         }
     }
 }
 
-/// Runs what blocks on a thread that nobody else needs.
+/// Runs blocking work on a thread of its own.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| format!("a fault of tollgate's own: {error}"))
+    tokio::task::spawn_blocking(work).await.map_err(|error| format!("internal error: {error}"))
 }
 
-/// A signal that may come again and again; one that cannot be caught never comes.
+/// The deliveries of one signal. If it cannot be handled, there are none.
 struct Signals(Option<Signal>);
 
 impl Signals {
     fn of(kind: SignalKind, name: &str) -> Self {
-        let caught = signal(kind).inspect_err(|error| log::error!("{name} cannot be caught: {error}"));
-        Self(caught.ok())
+        let handled = signal(kind).inspect_err(|error| log::error!("{name} cannot be handled: {error}"));
+        Self(handled.ok())
     }
 
     async fn next(&mut self) {
         match &mut self.0 {
-            Some(signal) => drop(signal.recv().await),
+            // The result only says whether the signal can be delivered again, which it always can.
+            Some(signal) => {
+                let _ = signal.recv().await;
+            }
             None => std::future::pending().await,
         }
     }
 }
 
-/// Keeps the token cache in step with the store, also when a reload brings another store.
+/// Follows the store's changes for the token cache, and writes last uses; moves on to the new store after a reload.
 struct Tokens {
     snapshot: Arc<ArcSwap<Snapshot>>,
     replaced: Arc<Notify>,
@@ -349,21 +356,21 @@ impl BackgroundService for Tokens {
         let mut flush = tokio::time::interval_at(tokio::time::Instant::now() + USES_FLUSHED_EVERY, USES_FLUSHED_EVERY);
         loop {
             let authenticator = Arc::clone(&self.snapshot.load().pipeline.authenticator);
-            // One future for as long as the store is the same: its subscriptions live in it.
+            // One future for as long as the store is the same, because it owns the subscriptions.
             let mut following = std::pin::pin!(authenticator.follow_changes());
             loop {
                 tokio::select! {
                     () = &mut following => {}
                     () = self.replaced(&authenticator) => {
-                        // It knows of uses that the next one does not.
+                        // Its uses are not known to the next one.
                         let last = Arc::clone(&authenticator);
                         tokio::spawn(async move { last.flush_uses().await });
                         break;
                     }
-                    // Slices take their time where there are many: never two at once.
+                    // With many tokens this takes a while: never two at once.
                     _ = flush.tick(), if flushing.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) => {
                         let last = Arc::clone(&authenticator);
-                        // Beside the following: neither may hold up the other.
+                        // In a task of its own: neither may delay the other.
                         flushing = Some(tokio::spawn(async move { last.flush_uses().await }));
                         let last = Arc::clone(&authenticator);
                         tokio::task::spawn_blocking(move || last.save());
@@ -376,7 +383,7 @@ impl BackgroundService for Tokens {
 }
 
 impl Tokens {
-    /// Comes back when a reload has put another store in place.
+    /// Waits until a reload has replaced the authenticator.
     async fn replaced(&self, current: &Arc<crate::identity::Authenticator>) {
         while Arc::ptr_eq(current, &self.snapshot.load().pipeline.authenticator) {
             self.replaced.notified().await;

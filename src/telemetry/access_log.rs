@@ -110,8 +110,8 @@ impl AccessLog {
         }
     }
 
-    /// Opens the file again, where somebody may have put another one. Blocks for a moment; `Ok(false)` when it is done
-    /// later, as the log is stuck.
+    /// Reopens the file, which may have been rotated. Blocks for a moment; `Ok(false)`: it is reopened later, because the
+    /// log is blocked.
     pub fn reopen(&self) -> Result<bool, String> {
         self.lines.as_ref().map_or(Ok(true), |lines| lines.reopen(REOPEN))
     }
