@@ -76,7 +76,7 @@ revocations:
 contract:
 	TOLLGATE_CONTRACT_ROWS=1000000 cargo test --locked --test main -- stores::contract:: --nocapture --test-threads 1
 
-# Cold and cached look-ups, memory and import time from 10^4 to 10^7 tokens. 40 minutes and 12 GB of disk.
+# Cold and cached lookups, memory and import time from 10^4 to 10^7 tokens. 40 minutes and 12 GB of disk.
 scale:
 	cargo build --locked --profile dist
 	benches/scale.py

@@ -10,7 +10,7 @@ use std::time::Duration;
 /// From well under a cache miss on SQLite to a backend's slowest page.
 const LATENCY_SECONDS: &[f64] =
     &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
-/// A look-up in an embedded store takes microseconds, in a remote one milliseconds.
+/// A lookup in an embedded store takes microseconds, in a remote one milliseconds.
 const STORE_SECONDS: &[f64] = &[0.00001, 0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0];
 /// Around the promise of one second.
 const LAG_SECONDS: &[f64] = &[0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 30.0, 60.0];
