@@ -1,5 +1,5 @@
-//! What is promised in seconds: that a change of the tokens is seen, and that no request waits for the log. `make test` runs
-//! these by themselves, so that other tests take no time away from them.
+//! Documented times: that a change of the tokens takes effect, and that no request waits for the log. `make test` runs these
+//! alone, so that other tests do not affect them.
 
 use crate::harness::*;
 use crate::support::*;
@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long this machine had no time for us: a thread that sleeps for 10 ms and adds up by how much it overslept. What is
-/// promised in seconds is promised by a gateway that gets to run.
+/// How long this process did not get the CPU, measured by a thread that sleeps for 10 ms and sums up the excess. The
+/// documented times hold for a gateway that can run.
 struct Stalls {
     millis: Arc<AtomicU64>,
     over: Arc<AtomicBool>,
@@ -41,8 +41,8 @@ impl Drop for Stalls {
     }
 }
 
-/// Asks until the answer is the wanted one, and returns how long after a moment the last request was sent that still got
-/// another one, less the time that the machine stood still. Not when the first right answer came: a request may take time.
+/// Sends requests until the status is the wanted one, and returns how long after a moment the last request was sent that got
+/// another one, minus the time without the CPU. The first right response is not the measure, because it may take time.
 fn last_outdated(gateway: &Gateway, token: &str, wanted: u16, since: Instant) -> Duration {
     let stalls = Stalls::watch();
     let mut outdated = Duration::ZERO;
@@ -66,13 +66,13 @@ fn an_edited_token_file_takes_effect_within_a_second_and_a_broken_one_does_not()
         let lag = last_outdated(&gateway, token, wanted, Instant::now());
         assert!(lag <= SECOND, "{what}: after {lag:?}");
     };
-    // Both are in the cache, one as good and one as bad.
+    // Both are cached, one as valid and one as unknown.
     assert_eq!((status(&gateway, GOOD), status(&gateway, "brand-new")), (200, 401));
     gateway.folder.write("tokens.toml", &entry("brand-new"));
     within_a_second("an added token works", "brand-new", 200);
     within_a_second("a removed token does not", GOOD, 401);
     let revoked = entry("brand-new") + "revoked = true\n" + &entry(GOOD);
-    // As an editor does it: a new file in the place of the old one.
+    // Like an editor: a new file replaces the old one.
     let new = gateway.folder.write("tokens.new", &revoked);
     std::fs::rename(new, gateway.folder.0.join("tokens.toml")).unwrap();
     within_a_second("a revoked token does not work", "brand-new", 401);
@@ -84,14 +84,14 @@ fn an_edited_token_file_takes_effect_within_a_second_and_a_broken_one_does_not()
     for broken in ["[[token]]\nsha256 = \"12\"\nuser = \"u\"\n", "secret-pasted-here", "[[token]]\nuser = \"u\"\n"] {
         let before = complaints();
         gateway.folder.write("tokens.toml", broken);
-        eventually("the broken file was looked at", || complaints() > before);
+        eventually("the broken file was read", || complaints() > before);
         assert_eq!((status(&gateway, GOOD), status(&gateway, "brand-new")), (200, 401), "{broken}");
-        assert!(!is_current(), "nobody is told: {broken}");
+        assert!(!is_current(), "the metric does not show the broken file: {broken}");
     }
     assert!(!gateway.process_log().contains("secret-pasted"), "the log quotes the file");
     let before = complaints();
     std::fs::remove_file(gateway.folder.0.join("tokens.toml")).unwrap();
-    eventually("the loss was seen", || complaints() > before);
+    eventually("the missing file was detected", || complaints() > before);
     assert_eq!((status(&gateway, GOOD), status(&gateway, "brand-new")), (200, 401), "without a file");
     gateway.folder.write("tokens.toml", &entry(OTHER));
     within_a_second("the next good file holds", GOOD, 401);
@@ -103,7 +103,7 @@ fn an_edited_token_file_takes_effect_within_a_second_and_a_broken_one_does_not()
 fn a_token_made_while_the_gateway_runs_works_at_once_although_it_was_refused_before() {
     let upstream = Upstream::start();
     let store = Store::with([(GOOD, "alice")]);
-    // So long that only the change itself can make room for the new answer.
+    // So long that only the change notification can replace the answer.
     let gateway = Gateway::start(upstream.address, &(store.section() + "[cache]\nnegative_ttl = \"1h\"\n"));
     assert_eq!((status(&gateway, "to-be-made"), status(&gateway, "to-be-made")), (401, 401));
     assert!(gateway.metric("tollgate_cache_lookups_total{result=\"negative_hit\"}") >= 1.0);
@@ -127,7 +127,7 @@ fn twenty_revocations_are_seen_within_a_second_each_and_the_metric_says_so() {
     let lag = |part: &str| gateway.metric(&format!("tollgate_revocation_lag_seconds_{part}{{store=\"sqlite\"}}"));
     let bucket =
         |le: &str| gateway.metric(&format!("tollgate_revocation_lag_seconds_bucket{{store=\"sqlite\",le=\"{le}\"}}"));
-    eventually("the creations were noticed", || lag("count") == 20.0);
+    eventually("the new tokens were detected", || lag("count") == 20.0);
     let (all, quick, slow) = (lag("count"), bucket("1"), bucket("5"));
     let stalls = Stalls::watch();
     let mut slowest = Duration::ZERO;
@@ -159,7 +159,7 @@ fn a_blocked_log_loses_lines_and_counts_them_but_does_not_stall_requests() {
     let mut gateway = Gateway::start(upstream.address, &more);
     let mut client = gateway.client();
     let mut slowest = Duration::ZERO;
-    // More than the pipe and the queue hold. Refusals are enough: they are logged like everything else.
+    // More than the pipe and the queue hold. Refusals are logged like all requests.
     for _ in 0..10_000 {
         let sent = Instant::now();
         client.send_head(&get(BAD, "/api/v3/user"));
@@ -171,13 +171,13 @@ fn a_blocked_log_loses_lines_and_counts_them_but_does_not_stall_requests() {
         gateway.metric("tollgate_log_lines_dropped_total{log=\"access\"}") > 0.0,
         "nothing was dropped, so nothing was blocked"
     );
-    // What is read then is whole lines.
+    // Then complete lines are read.
     let mut piece = vec![0; 32 * 1024];
     let n = reader.read(&mut piece).unwrap();
     let text = String::from_utf8_lossy(&piece[..n]).into_owned();
     let line = text.lines().next().unwrap();
     serde_json::from_str::<serde_json::Value>(line).unwrap_or_else(|error| panic!("{error}: {line}"));
-    // And the end does not wait for the log either.
+    // The shutdown does not wait for the log either.
     let asked = Instant::now();
     gateway.signal("TERM");
     assert_eq!(gateway.ended().code(), Some(0));

@@ -1,4 +1,4 @@
-//! What the access log and the metrics say of an exchange: who answered, which server, whose token, however it ended.
+//! The access log and the metrics of an exchange: who responded, which server, whose token, however it ended.
 
 use crate::harness::{BAD, GOOD, Gateway, Reply, Upstream, eventually, sha256_hex};
 use std::net::SocketAddr;
@@ -58,12 +58,12 @@ fn a_refused_request_names_its_token_its_user_and_where_it_stood() {
         ("scope", TARGET, header("scoped"), 403, "header", id("scoped"), "ann".into()),
         ("revoked", TARGET, header("revoked"), 401, "header", id("revoked"), null.clone()),
         ("unknown", "/api/v3/user?private_token=guess", String::new(), 401, "query", id("guess"), null.clone()),
-        // Not well-formed, or two of them: nothing to name, but the places are known.
+        // Malformed, or two of them: there is no id, but the source is known.
         ("bad-byte", TARGET, header("a b"), 401, "header", null.clone(), null.clone()),
         ("conflict", "/api/v3/user?private_token=one", header("two"), 401, "several", null.clone(), null.clone()),
         ("spelling", "/api/v3/user?private_token[]=one", String::new(), 401, "query", null.clone(), null.clone()),
         ("missing", TARGET, String::new(), 401, "none", null.clone(), null.clone()),
-        // Refused before anybody looked for a token.
+        // Refused before the search for a token.
         ("no-route", "/elsewhere", header("scoped"), 404, "header", id("scoped"), null.clone()),
         ("dots", "/api/v3/../x", header("scoped"), 400, "header", id("scoped"), null.clone()),
         ("override", TARGET, header("scoped") + "X-HTTP-Method-Override: PUT\n", 400, "header", id("scoped"), null),
@@ -92,7 +92,7 @@ fn a_failed_attempt_is_counted_although_the_next_one_succeeds() {
     assert!(lines.iter().all(|line| line["upstream_server"] == upstream.address.to_string()), "{lines:?}");
     let retried = lines.iter().filter(|line| line["attempts"] == 2).count();
     assert_eq!(retried as f64, failed, "{lines:?}");
-    // Nobody noticed: the log says nothing of an outage.
+    // No request failed: the log has no outage.
     assert!(!gateway.process_log().contains("requests are failing"), "{}", gateway.process_log());
     let duration = "tollgate_request_duration_seconds_count{route=\"/api/v3/*\"}";
     assert_eq!(gateway.metric(duration), 10.0);
@@ -117,7 +117,7 @@ fn an_answer_that_breaks_off_is_the_backends_and_one_that_never_came_is_ours() {
     assert_eq!(doubt["reason"], "upstream_malformed");
 }
 
-/// Every way to end is one line and one count.
+/// However a request ends, it is one log line and one count.
 #[test]
 fn each_exchange_is_counted_and_logged_once() {
     let upstream = Upstream::start();
@@ -152,6 +152,6 @@ fn each_exchange_is_counted_and_logged_once() {
         .filter(|line| line.starts_with("tollgate_auth_total{"))
         .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
         .sum();
-    // A request whose body was refused is one refusal, and no valid one beside it.
+    // A request whose body was refused counts as a refusal, and not as valid as well.
     assert_eq!(verdicts, 3.0, "{}", gateway.metrics());
 }

@@ -1,5 +1,5 @@
-//! The logs when whoever reads them stalls, when the disk is full, when files are moved, and when everything fails at
-//! once: requests never wait, lines are whole or counted as lost.
+//! The logs when their reader is blocked, when the disk is full, when files are rotated, and during outages: requests never
+//! wait, and every line is complete or counted as lost.
 
 use crate::harness::*;
 use crate::support::*;
@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// A pipe that is full, so that the next byte blocks whoever writes it. Nobody reads while the reader is held.
+/// A full pipe, so that the next write blocks. Nothing is read from the returned reader.
 fn full_pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
     let (reader, mut writer) = std::io::pipe().unwrap();
-    // What a pipe holds on Linux, unless somebody asks for more.
+    // The default capacity of a pipe on Linux.
     writer.write_all(&[b'\n'; 64 * 1024]).unwrap();
     (reader, writer)
 }
@@ -22,7 +22,7 @@ fn lost(gateway: &Gateway, log: &str) -> f64 {
     gateway.metric(&format!("tollgate_log_lines_dropped_total{{log=\"{log}\"}}"))
 }
 
-/// Many clients at once, each on a connection of its own. Returns the slowest answer.
+/// Many concurrent clients, each on its own connection. Returns the time of the slowest response.
 fn load(gateway: &Gateway, clients: usize, each: usize, request: impl Fn(usize) -> (String, u16) + Sync) -> Duration {
     let request = &request;
     std::thread::scope(|scope| {
@@ -49,7 +49,7 @@ fn load(gateway: &Gateway, clients: usize, each: usize, request: impl Fn(usize) 
     })
 }
 
-/// The lines of the process log in which all of these words stand.
+/// The lines of the process log that contain all of these texts.
 fn lines_with(gateway: &Gateway, words: &[&str]) -> Vec<String> {
     let log = gateway.process_log();
     log.lines().filter(|line| words.iter().all(|word| line.contains(word))).map(str::to_owned).collect()
@@ -59,18 +59,18 @@ fn config(gateway: &Gateway) -> std::path::PathBuf {
     gateway.folder.0.join("tollgate.toml")
 }
 
-// ---- Readers that stall ----
+// ---- Blocked readers ----
 
 #[test]
-fn standard_error_and_output_that_nobody_reads_stop_nobody() {
-    // Nobody listens there: every exchange fails.
+fn blocked_stderr_and_stdout_do_not_stop_the_gateway() {
+    // Nothing listens there: every exchange fails.
     let upstream = format!("127.0.0.1:{}", free_port()).parse().unwrap();
     let (_errors, stderr) = full_pipe();
     let (_lines, stdout) = full_pipe();
     let mut gateway = Gateway::start_with(upstream, "[log]\naccess = \"stdout\"\n", |command| {
         command.stdout(stdout).stderr(stderr);
     });
-    // More than the queue holds, and more failed exchanges than it once took to stop the gateway.
+    // More than the queue holds, and more failed exchanges than once stopped the gateway.
     let slowest = load(&gateway, 8, 1_500, |index| match index % 4 {
         0 => (get(GOOD, "/api/v3/user"), 502),
         _ => (get(BAD, "/api/v3/user"), 401),
@@ -78,7 +78,7 @@ fn standard_error_and_output_that_nobody_reads_stop_nobody() {
     assert!(slowest < 3 * SECOND, "a request waited {slowest:?} for a log");
     let access = lost(&gateway, "access");
     assert!((1_000.0..12_000.0).contains(&access), "{access} of 12000 lines were lost");
-    // All that an operator does goes on as well.
+    // Signals and admin requests work as well.
     for signal in ["USR1", "HUP"] {
         gateway.signal(signal);
     }
@@ -92,7 +92,7 @@ fn standard_error_and_output_that_nobody_reads_stop_nobody() {
 }
 
 #[test]
-fn a_reader_that_comes_back_gets_whole_lines_and_how_many_are_missing() {
+fn a_reader_that_continues_gets_whole_lines_and_the_number_of_missing_ones() {
     use std::io::Read as _;
     let upstream = Upstream::start();
     let (mut reader, stdout) = full_pipe();
@@ -111,13 +111,13 @@ fn a_reader_that_comes_back_gets_whole_lines_and_how_many_are_missing() {
         }
     });
     let whole = || String::from_utf8(text.lock().unwrap().clone()).unwrap().lines().filter(|l| !l.is_empty()).count();
-    eventually("what waited is written", || whole() as f64 + lost(&gateway, "access") >= 12_000.0);
+    eventually("queued lines are written", || whole() as f64 + lost(&gateway, "access") >= 12_000.0);
     assert_eq!(whole() as f64 + lost(&gateway, "access"), 12_000.0);
     let text = String::from_utf8(text.lock().unwrap().clone()).unwrap();
     for line in text.lines().filter(|line| !line.is_empty()) {
         serde_json::from_str::<serde_json::Value>(line).unwrap_or_else(|error| panic!("{error}: {line}"));
     }
-    eventually("the loss is told", || !lines_with(&gateway, &["access log lost", "too slow"]).is_empty());
+    eventually("the loss is logged", || !lines_with(&gateway, &["access log lost", "too slow"]).is_empty());
 }
 
 // ---- Full disks ----
@@ -138,7 +138,7 @@ fn a_full_device_loses_every_line_of_both_logs_and_counts_them() {
 }
 
 #[test]
-fn a_disk_that_fills_up_holds_whole_lines_and_goes_on_when_there_is_room() {
+fn a_full_disk_has_whole_lines_and_writing_continues_when_there_is_space() {
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
     let limit = |bytes: &str| {
@@ -146,7 +146,7 @@ fn a_disk_that_fills_up_holds_whole_lines_and_goes_on_when_there_is_room() {
         let output = run(Command::new("prlimit").args(["--pid", &pid, &format!("--fsize={bytes}:unlimited")]));
         assert!(output.status.success(), "{}", stderr(&output));
     };
-    // In the middle of some line, as a disk ends.
+    // Within a line, as on a full disk.
     limit("20011");
     load(&gateway, 8, 50, |_| (get(GOOD, "/api/v3/user"), 200));
     let path = gateway.folder.0.join("access.log");
@@ -155,21 +155,21 @@ fn a_disk_that_fills_up_holds_whole_lines_and_goes_on_when_there_is_room() {
     eventually("every line is written or counted", || kept() + lost(&gateway, "access") >= 400.0);
     assert_eq!(kept() + lost(&gateway, "access"), 400.0);
     assert!(kept() > 10.0 && lost(&gateway, "access") > 100.0, "{} kept", kept());
-    assert!(text().ends_with('\n') && text().len() <= 20_011, "half a line stands at the end");
+    assert!(text().ends_with('\n') && text().len() <= 20_011, "the last line is incomplete");
     gateway.access_log();
-    eventually("it is told once", || lines_with(&gateway, &["access log cannot be written"]).len() == 1);
-    // Somebody makes room.
+    eventually("it is logged once", || lines_with(&gateway, &["access log cannot be written"]).len() == 1);
+    // Space is freed.
     limit("unlimited");
     let before = kept();
     load(&gateway, 1, 10, |_| (get(GOOD, "/api/v3/user"), 200));
     eventually("lines are written again", || kept() == before + 10.0);
     gateway.access_log();
-    let told = format!("{} lines were lost", lost(&gateway, "access"));
-    eventually("the end is told", || lines_with(&gateway, &["access log is written again", &told]).len() == 1);
+    let lost_lines = format!("{} lines were lost", lost(&gateway, "access"));
+    eventually("the end is logged", || lines_with(&gateway, &["access log is written again", &lost_lines]).len() == 1);
 }
 
 #[test]
-fn a_line_that_a_killed_process_left_half_spoils_no_other() {
+fn an_incomplete_line_of_a_killed_process_is_not_joined_with_the_next() {
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
     status(&gateway, GOOD);
@@ -179,7 +179,7 @@ fn a_line_that_a_killed_process_left_half_spoils_no_other() {
     gateway.signal("USR1");
     eventually("reopened", || gateway.process_log().contains("reopened"));
     status(&gateway, GOOD);
-    eventually("the next line stands by itself", || {
+    eventually("the next line is on its own", || {
         let text = std::fs::read_to_string(&path).unwrap();
         let lines: Vec<_> = text.lines().collect();
         lines.len() == 3 && serde_json::from_str::<serde_json::Value>(lines[2]).is_ok()
@@ -189,7 +189,7 @@ fn a_line_that_a_killed_process_left_half_spoils_no_other() {
 // ---- Outages ----
 
 #[test]
-fn a_store_outage_under_guesses_is_a_line_as_it_begins_and_one_as_it_ends() {
+fn a_store_outage_with_guessed_tokens_is_a_line_when_it_begins_and_one_when_it_ends() {
     let upstream = Upstream::start();
     let store = Store::with([(GOOD, "alice")]);
     let gateway = Gateway::start(upstream.address, &store.section());
@@ -199,13 +199,13 @@ fn a_store_outage_under_guesses_is_a_line_as_it_begins_and_one_as_it_ends() {
     eventually("the store is gone", || status(&gateway, BAD) == 503);
     load(&gateway, 8, 250, |index| (get(&format!("guess-{index:08}"), "/api/v3/user"), 503));
     let about = |gateway: &Gateway| lines_with(gateway, &["store sqlite", "look-up"]);
-    eventually("the beginning is told", || !about(&gateway).is_empty());
+    eventually("the beginning is logged", || !about(&gateway).is_empty());
     assert_eq!(about(&gateway).len(), 1, "{}", gateway.process_log());
     let errors = gateway.metric("tollgate_store_errors_total{kind=\"unavailable\",store=\"sqlite\"}");
     assert!(errors >= 2_000.0, "{errors}");
     std::fs::rename(&away, &store.path).unwrap();
     eventually("the store is back", || status(&gateway, "another-guess") == 401);
-    eventually("the end is told", || about(&gateway).len() == 2);
+    eventually("the end is logged", || about(&gateway).len() == 2);
     let end = about(&gateway).remove(1);
     let failed = end.split("answers again; ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
     assert!(failed.is_some_and(|failed| failed >= errors), "{end}");
@@ -213,7 +213,7 @@ fn a_store_outage_under_guesses_is_a_line_as_it_begins_and_one_as_it_ends() {
 }
 
 #[test]
-fn an_upstream_outage_is_a_line_as_it_begins_and_one_as_it_ends() {
+fn an_upstream_outage_is_a_line_when_it_begins_and_one_when_it_ends() {
     let broken = Arc::new(AtomicBool::new(true));
     let breaks = Arc::clone(&broken);
     let upstream = Upstream::answering(move |_| match breaks.load(Ordering::SeqCst) {
@@ -223,13 +223,13 @@ fn an_upstream_outage_is_a_line_as_it_begins_and_one_as_it_ends() {
     let gateway = Gateway::start(upstream.address, "");
     load(&gateway, 8, 50, |_| (get(GOOD, "/api/v3/user"), 502));
     let about = |gateway: &Gateway| lines_with(gateway, &["upstream api"]);
-    eventually("the beginning is told", || !about(&gateway).is_empty());
+    eventually("the beginning is logged", || !about(&gateway).is_empty());
     assert_eq!(about(&gateway).len(), 1, "{}", gateway.process_log());
     let failed = gateway.metric("tollgate_upstream_errors_total{kind=\"closed\",upstream=\"api\"}");
     assert_eq!(failed, 400.0);
     broken.store(false, Ordering::SeqCst);
     load(&gateway, 2, 10, |_| (get(GOOD, "/api/v3/user"), 200));
-    eventually("the end is told", || about(&gateway).len() == 2);
+    eventually("the end is logged", || about(&gateway).len() == 2);
     assert!(about(&gateway)[1].contains("400 requests failed"), "{}", gateway.process_log());
 }
 
@@ -257,18 +257,18 @@ fn lines_have_a_time_unless_they_go_to_the_journal() {
     assert!(plain.lines().all(timed), "{plain}");
     let journal = log(&|meta| Some(format!("{}:{}", meta.dev(), meta.ino())));
     assert!(!journal.lines().any(timed), "{journal}");
-    // Inherited from somebody whose standard error it was.
+    // Inherited from a process with another standard error.
     let other = log(&|meta| Some(format!("{}:{}", meta.dev(), meta.ino() + 1)));
     assert!(other.lines().all(timed), "{other}");
 }
 
-// ---- Moved files ----
+// ---- Rotated files ----
 
-fn a_moved_log_is_reopened(reopen: impl Fn(&Gateway)) {
+fn a_rotated_log_is_reopened(reopen: impl Fn(&Gateway)) {
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
     let log = gateway.folder.0.join("access.log");
-    // As logrotate does it, several times, with requests at all times.
+    // Like logrotate, several times, with requests all the time.
     let stop = AtomicBool::new(false);
     let (sent, rotations) = std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
@@ -285,7 +285,7 @@ fn a_moved_log_is_reopened(reopen: impl Fn(&Gateway)) {
             eventually("lines in the file", || log.exists() && std::fs::metadata(&log).unwrap().len() > 0);
             std::fs::rename(&log, gateway.folder.0.join(format!("access.log.{number}"))).unwrap();
             reopen(&gateway);
-            eventually("the file is there again", || log.exists());
+            eventually("the file exists again", || log.exists());
             rotations += 1;
         }
         stop.store(true, Ordering::SeqCst);
@@ -304,7 +304,7 @@ fn a_moved_log_is_reopened(reopen: impl Fn(&Gateway)) {
 
 #[test]
 fn sigusr1_reopens_the_log_and_nothing_else() {
-    a_moved_log_is_reopened(|gateway| gateway.signal("USR1"));
+    a_rotated_log_is_reopened(|gateway| gateway.signal("USR1"));
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
     let reloads = || gateway.metric("tollgate_config_reloads_total{result=\"ok\"}");
@@ -315,24 +315,24 @@ fn sigusr1_reopens_the_log_and_nothing_else() {
 }
 
 #[test]
-fn sighup_reopens_the_log_whatever_becomes_of_the_reload() {
-    a_moved_log_is_reopened(|gateway| gateway.signal("HUP"));
+fn sighup_reopens_the_log_even_if_the_reload_fails() {
+    a_rotated_log_is_reopened(|gateway| gateway.signal("HUP"));
     for broken in
         ["[server", "[pagination]\nmax_per_pag = 1\n", "[[store]]\nkind = \"file\"\npath = \"nowhere.toml\"\n"]
     {
-        a_moved_log_is_reopened(|gateway| {
+        a_rotated_log_is_reopened(|gateway| {
             std::fs::write(config(gateway), broken).unwrap();
             gateway.signal("HUP");
         });
     }
-    a_moved_log_is_reopened(|gateway| {
+    a_rotated_log_is_reopened(|gateway| {
         std::fs::remove_file(config(gateway)).ok();
         gateway.signal("HUP");
     });
 }
 
 #[test]
-fn a_log_that_cannot_be_reopened_goes_on_and_says_so() {
+fn a_log_that_cannot_be_reopened_stays_open_and_an_error_is_logged() {
     let upstream = Upstream::start();
     let folder = Folder::new("test");
     let logs = folder.0.join("logs");
@@ -342,7 +342,7 @@ fn a_log_that_cannot_be_reopened_goes_on_and_says_so() {
     let moved = folder.0.join("moved");
     std::fs::rename(&logs, &moved).unwrap();
     gateway.signal("USR1");
-    eventually("it is said", || !lines_with(&gateway, &["access log not reopened"]).is_empty());
+    eventually("the error is logged", || !lines_with(&gateway, &["access log not reopened"]).is_empty());
     let answer = gateway.admin_post("/reload");
     assert!(answer.status == 500 && answer.text().contains("log.access"), "{}", answer.text());
     assert_eq!(status(&gateway, GOOD), 200);
@@ -357,12 +357,12 @@ fn a_log_that_cannot_be_reopened_goes_on_and_says_so() {
 }
 
 #[test]
-fn a_log_that_is_stuck_keeps_no_rule_from_coming_into_force() {
+fn a_blocked_log_does_not_keep_a_reload_from_taking_effect() {
     let upstream = Upstream::start();
     let folder = Folder::new("test");
     let fifo = folder.0.join("fifo");
     assert!(run(Command::new("mkfifo").arg(&fifo)).status.success());
-    // Nobody has it open, now or later.
+    // Nothing reads from it.
     let more = format!("[log]\naccess = \"{}\"\n[pagination]\nmax_per_page = 100\n", fifo.display());
     let gateway = Gateway::start(upstream.address, &more);
     load(&gateway, 4, 500, |_| (get(GOOD, "/api/v3/projects?per_page=1000"), 200));
@@ -374,5 +374,5 @@ fn a_log_that_is_stuck_keeps_no_rule_from_coming_into_force() {
     upstream.forget();
     assert_eq!(gateway.get("/api/v3/projects?per_page=1000").status, 200);
     assert_eq!(upstream.only().target, "/api/v3/projects?per_page=50");
-    eventually("it is told", || !lines_with(&gateway, &["access log is blocked"]).is_empty());
+    eventually("it is logged", || !lines_with(&gateway, &["access log is blocked"]).is_empty());
 }

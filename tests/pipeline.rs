@@ -1,4 +1,4 @@
-//! The pipeline without a socket: `admit` in mode Observe changes nothing, and what it lets pass is written the same for
+//! The pipeline without a socket: `admit` in mode Observe changes nothing, and a permitted request is written the same in
 //! both versions of HTTP.
 
 use crate::servers::Folder;
@@ -9,7 +9,7 @@ use tollgate::request::head;
 use tollgate::request::origin::{Origin, TrustedProxies};
 use tollgate::{assembly, clock, config};
 
-/// A pipeline over a token file with one token.
+/// A pipeline with a token file that has one token.
 fn pipeline(folder: &Folder) -> tollgate::edge::Snapshot {
     let sha256 = crate::harness::sha256_hex("known");
     folder.write("tokens.toml", &format!("[[token]]\nsha256 = \"{sha256}\"\nuser = \"ann\"\n"));
@@ -20,7 +20,7 @@ fn pipeline(folder: &Folder) -> tollgate::edge::Snapshot {
     assembly::assemble(settings, None).unwrap().snapshot
 }
 
-/// The refusal's reason or `forwarded`, and what was learned.
+/// The refusal's reason or `forwarded`, and the facts.
 async fn admit(pipeline: &Pipeline, token: &str, mode: Mode) -> (String, Facts) {
     let bytes = format!("GET /api/v3/user HTTP/1.1\r\nHost: t\r\nPRIVATE-TOKEN: {token}\r\n\r\n").into_bytes();
     let view = head::parse(&bytes).unwrap();
@@ -28,7 +28,7 @@ async fn admit(pipeline: &Pipeline, token: &str, mode: Mode) -> (String, Facts) 
     let (verdict, facts) = match pipeline.admit(&view, &origin, clock::now(), mode) {
         Admission::Decided(verdict, facts) => (verdict, facts),
         Admission::Waiting(pending) => {
-            assert_eq!(mode, Mode::Serve, "an observer waits for nobody");
+            assert_eq!(mode, Mode::Serve, "mode Observe never waits");
             pending.verdict().await
         }
     };
@@ -56,11 +56,11 @@ fn observing_changes_nothing() {
             assert_eq!((said.as_str(), facts.cache), ("store_not_asked", None), "{token}");
             assert_eq!(facts.token.unwrap().id().as_str(), &crate::harness::sha256_hex(token)[..12]);
         }
-        // Whatever was started would run now.
+        // A task that was started would run now.
         for _ in 0..100 {
             tokio::task::yield_now().await;
         }
-        assert_eq!(state(), before, "an observer left a trace");
+        assert_eq!(state(), before, "mode Observe changed the state");
 
         assert_eq!(admit(pipeline, "known", Mode::Serve).await.0, "forwarded");
         assert_eq!(admit(pipeline, "unknown", Mode::Serve).await.0, "unknown");
@@ -70,7 +70,7 @@ fn observing_changes_nothing() {
             let (said, facts) = admit(pipeline, token, Mode::Observe).await;
             assert_eq!((said.as_str(), facts.principal.is_some()), (expected, token == "known"));
         }
-        assert_eq!(state(), before, "an observer left a trace");
+        assert_eq!(state(), before, "mode Observe changed the state");
     });
 }
 

@@ -1,5 +1,5 @@
-//! Faults that were found outside of this suite, each held by a test that is named by what it guards. The first line says how
-//! it was found. What one fault has in common with others is held by the tables elsewhere.
+//! Bugs that were found outside of this suite, each with a test that is named by what it guards. The first line says how it
+//! was found. The classes that they belong to are tested by tables elsewhere.
 
 use crate::harness::*;
 
@@ -12,7 +12,7 @@ fn post(content_type: &str, body: &str) -> String {
     )
 }
 
-/// An audit against real parsers: Grape read a JSON body without a type, and acted for the token in it.
+/// An audit with real parsers: Grape read a JSON body without a type, and acted for the token in it.
 #[test]
 fn a_body_without_a_type_does_not_decide_who_acts() {
     let upstream = Upstream::start();
@@ -23,7 +23,7 @@ fn a_body_without_a_type_does_not_decide_who_acts() {
     assert!(upstream.seen().iter().all(|seen| !String::from_utf8_lossy(&seen.body).contains("another")));
 }
 
-/// Rack and PHP, given generated names: a NUL, a bracket or a dot was the end or a part of the name to them.
+/// Rack and PHP with generated names: a NUL, a bracket or a dot ended the name or was replaced in it.
 #[test]
 fn no_spelling_of_the_tokens_name_passes_beside_a_header() {
     let upstream = Upstream::start();
@@ -35,7 +35,7 @@ fn no_spelling_of_the_tokens_name_passes_beside_a_header() {
     assert_eq!(upstream.seen().len(), 0);
 }
 
-/// Django, given generated requests: it decodes the query by the charset of the Content-Type, whatever the method.
+/// Django with generated requests: it decodes the query with the charset of the Content-Type, whatever the method.
 #[test]
 fn a_charset_does_not_change_the_names_in_a_query() {
     let upstream = Upstream::start();
@@ -46,7 +46,7 @@ fn a_charset_does_not_change_the_names_in_a_query() {
     assert_eq!((gateway.ask(&request).status, upstream.seen().len()), (415, 0));
 }
 
-/// A review of connections: the rules of a kept connection's first request held for all that followed.
+/// A review of persistent connections: the configuration of the first request was used for all that followed.
 #[test]
 fn a_reload_holds_for_connections_that_are_open() {
     let upstream = Upstream::start();
@@ -62,8 +62,8 @@ fn a_reload_holds_for_connections_that_are_open() {
     assert_eq!(client.answer().status, 401);
 }
 
-/// CI on a quick machine: a gateway on SQLite that ended within 100 ms of its start left a cache snapshot that said nothing of
-/// how far it had read the list of changes, so that the next one asked for every token again.
+/// CI on a quick machine: a gateway on SQLite that ended within 100 ms of its start left a cache snapshot without its
+/// position in the list of changes, so that the next one looked up every token again.
 #[test]
 fn a_gateway_that_ends_at_once_leaves_a_snapshot_that_the_next_one_can_use() {
     let upstream = Upstream::start();

@@ -1,5 +1,5 @@
-//! What a token's record says is enforced: scopes on the canonical path, the time in which it is valid, blocked users, and
-//! rotation, through the real binary.
+//! A token's record is enforced by the real binary: scopes on the canonical path, period of validity, blocked users, and
+//! rotation.
 
 use crate::harness::*;
 use crate::support::{Store, stderr, stdout};
@@ -52,11 +52,11 @@ fn a_scope_allows_what_the_table_says_on_every_spelling_of_a_path() {
         ("read_user", "HEAD", "/api/v3/user", 403),
         ("read_user", "PUT", "/api/v3/users/7", 403),
         ("read_user", "GET", "/api/v3/projects", 403),
-        // The backend reads these as /api/v3/projects, or as something that no rule names.
+        // The backend reads these as /api/v3/projects, or as a path without a rule.
         ("read_user", "GET", "/api/v3/user%2F..%2Fprojects", 400),
         ("read_user", "GET", "/api/v3/users2", 403),
         ("read_user", "GET", "/api/v3/user;x=1", 403),
-        // Other spellings of an allowed path are the same path.
+        // Other spellings of an allowed path.
         ("read_user", "GET", "/api/v3/%75ser", 200),
         ("read_user", "GET", "/api/v3//user", 200),
         ("read_user", "GET", "/api/v3/user.json", 200),
@@ -173,10 +173,14 @@ fn revoke_waits_for_every_running_gateway() {
     let output = store.token(&["revoke"], &[&sha256_hex("token-of-ann")[..12], "--wait"]);
     assert!(output.status.success(), "{}", stderr(&output));
     for gateway in &gateways {
-        assert_eq!(ask(gateway, "token-of-ann", "GET", "/api/v3/user", "").status, 401, "confirmed is confirmed");
+        assert_eq!(
+            ask(gateway, "token-of-ann", "GET", "/api/v3/user", "").status,
+            401,
+            "a confirmed revocation is in force"
+        );
     }
     assert!(stderr(&output).starts_with("confirmed by 3 within "), "{}", stderr(&output));
-    // One that is there and does not answer is named.
+    // A gateway that does not respond is named.
     gateways[0].signal("STOP");
     let output = store.token(&["revoke"], &[&sha256_hex("token-of-ben")[..12], "--wait", "--timeout", "1s"]);
     gateways[0].signal("CONT");

@@ -1,5 +1,5 @@
-//! Clients that take their time, or take up room: they are cut off when the configuration says so, they cost next to
-//! nothing meanwhile, and no input makes the gateway think longer than its length warrants.
+//! Slow clients and large requests: they are cut off as configured, cost little until then, and no input takes more CPU
+//! time than is proportional to its length.
 
 use crate::harness::*;
 use std::io::{Read as _, Write as _};
@@ -10,7 +10,7 @@ const LIMITS: &str = "[limits]\nheader_timeout = \"2s\"\nidle_timeout = \"4s\"\n
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// How a slow client goes on.
+/// How a slow client continues.
 enum Pace {
     /// A piece every so often.
     Drip(&'static [u8], Duration),
@@ -20,7 +20,7 @@ enum Pace {
 const BYTES: Pace = Pace::Drip(b"a", Duration::from_millis(100));
 const LINES: Pace = Pace::Drip(b"X: y\r\n", Duration::from_millis(500));
 
-/// Sends a start, goes on at a pace, and tells when the gateway ended it and what it said.
+/// Sends a start, continues slowly, and returns when the gateway closed the connection and what it sent.
 fn cut_after(mut socket: TcpStream, start: &[u8], pace: Pace) -> (Duration, String) {
     socket.write_all(start).unwrap();
     let began = Instant::now();
@@ -95,7 +95,7 @@ fn slow_heads_are_cut_at_the_deadline() {
                 }
             });
         }
-        // Meanwhile, others are served.
+        // Other clients are served meanwhile.
         scope.spawn(|| {
             for _ in 0..20 {
                 let began = Instant::now();
@@ -107,7 +107,7 @@ fn slow_heads_are_cut_at_the_deadline() {
     });
 }
 
-/// A slow body is none of the head's business: its deadline must not cut it.
+/// The head's deadline must not apply to a slow body.
 #[test]
 fn a_slow_body_outlives_the_head_deadline() {
     let upstream = Upstream::start();
@@ -122,8 +122,8 @@ fn a_slow_body_outlives_the_head_deadline() {
     assert_eq!(upstream.only().body, b"hello!");
 }
 
-/// Opens connections that each send this much of a head and stop, and tells how much resident memory one of them costs.
-/// The allocator takes memory in pieces of megabytes, so that the first few connections say nothing.
+/// Opens connections that each send this much of a head and stop, and returns how much resident memory one of them costs.
+/// The allocator requests memory in megabytes, so that the first connections are not measured.
 fn cost_of_unfinished(gateway: &Gateway, length: usize, connections: u64) -> (u64, Vec<Client>) {
     let head = [&b"GET /api/v3/x HTTP/1.1\r\nHost: h\r\nX: "[..], &vec![b'a'; length]].concat();
     let mut clients = Vec::new();
@@ -131,7 +131,7 @@ fn cost_of_unfinished(gateway: &Gateway, length: usize, connections: u64) -> (u6
         let mut most = 0;
         for _ in 0..count {
             let mut client = gateway.client();
-            // The gateway may stop reading long before all of it is sent.
+            // The gateway may stop reading long before everything is sent.
             let _: std::io::Result<()> = client.socket.write_all(&head);
             clients.push(client);
             most = most.max(gateway.memory());
@@ -144,7 +144,7 @@ fn cost_of_unfinished(gateway: &Gateway, length: usize, connections: u64) -> (u6
     (after.saturating_sub(before) / connections, clients)
 }
 
-/// Fifty heads of 900 KB that never end, and then two hundred more: refused, and cheap.
+/// Heads of 900 KB that never end, fifty and then two hundred more: refused, at little cost.
 #[test]
 fn unfinished_heads_cost_little() {
     let upstream = Upstream::start();
@@ -153,7 +153,7 @@ fn unfinished_heads_cost_little() {
     assert!(each < 64 * 1024, "{each} bytes for each connection");
     for mut client in clients {
         let mut said = Vec::new();
-        // A reset instead of an end is fine, too: what counts is that it is over.
+        // A reset is accepted as well: the connection must be closed.
         let _: std::io::Result<usize> = client.socket.read_to_end(&mut said);
         let said = String::from_utf8_lossy(&said);
         assert!(said.is_empty() || said.starts_with("HTTP/1.1 431 "), "{said}");
@@ -162,7 +162,7 @@ fn unfinished_heads_cost_little() {
     assert_eq!(upstream.seen().len(), 1);
 }
 
-/// The same for heads that stop just below the limit: a connection costs about what it may send.
+/// The same for heads just below the limit: a connection costs about as much as it may send.
 #[test]
 fn heads_below_the_limit_cost_about_the_limit() {
     let upstream = Upstream::start();
@@ -180,7 +180,7 @@ fn time_grows_with_length_and_not_faster() {
     let upstream = Upstream::start();
     let limits = "[limits]\nheader_bytes = \"64KiB\"\ntarget_bytes = \"40KiB\"\n";
     let gateway = Gateway::start(upstream.address, limits);
-    // Without a token, so that nothing but the judgement is measured; all of it is read all the same.
+    // Without a token, so that only the examination is measured; the whole request is read.
     let shapes: &[(&str, &str, &str)] = &[
         ("ampersands", "/api/v3/x?", "&"),
         ("semicolons", "/api/v3/x?", ";"),
@@ -198,7 +198,7 @@ fn time_grows_with_length_and_not_faster() {
         ("parameters", "/api/v3/x", ";a"),
     ];
     let mut client = gateway.client();
-    // Time on the processor, which others on the machine don't add to.
+    // CPU time, which other processes do not affect.
     let mut cost = |head: &str| {
         let bytes = head.replace('\n', "\r\n");
         let before = gateway.cpu_time();
@@ -211,7 +211,7 @@ fn time_grows_with_length_and_not_faster() {
     };
     let mut failures = Vec::new();
     let mut compare = |name: &str, once: &str, twice: &str| {
-        // A cold cache lies; it does not lie three times in a row.
+        // A single measurement may be off because of cold caches: up to three attempts.
         let ratios: Vec<f64> = (0..3).map(|_| cost(twice) / cost(once)).take_while_inclusive(3.0).collect();
         if ratios.iter().all(|ratio| *ratio >= 3.0) {
             failures.push(format!("{name}: {ratios:?}"));
@@ -231,7 +231,7 @@ fn time_grows_with_length_and_not_faster() {
     assert!(failures.is_empty(), "{failures:?}");
 }
 
-/// Stops behind the first one that is small enough.
+/// Stops after the first one that is small enough.
 trait TakeWhileInclusive: Iterator<Item = f64> + Sized {
     fn take_while_inclusive(self, limit: f64) -> impl Iterator<Item = f64> {
         let mut over = false;

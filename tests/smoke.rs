@@ -1,4 +1,4 @@
-//! The shortest proof that the house stands.
+//! The shortest end-to-end test.
 
 use crate::harness::*;
 

@@ -1,5 +1,5 @@
-//! What several of the tests with real programs share: Puma with a Ruby application, and a SQLite store that the command
-//! line has filled. A program that is not there fails the test and says how to get it.
+//! Shared by tests with real programs: Puma with a Ruby application, and a SQLite store that the command line has filled. A
+//! missing program fails the test with a hint how to install it.
 
 use crate::harness::*;
 pub use crate::servers::{HINT, repository};
@@ -15,15 +15,15 @@ pub fn get(token: &str, target: &str) -> String {
     format!("GET {target} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {token}\n\n")
 }
 
-/// Status of a GET on a connection of its own.
+/// The status of a GET on a new connection.
 pub fn status(gateway: &Gateway, token: &str) -> u16 {
     gateway.ask(&get(token, "/api/v3/user")).status
 }
 
-/// Runs a program to its end. Fails with the hint when it can't be started.
+/// Runs a program. If it cannot be started, fails with the hint.
 pub fn run(command: &mut Command) -> Output {
     let output = command.stdin(Stdio::null()).output();
-    output.unwrap_or_else(|error| panic!("{} can't be started: {error}; {HINT}", command.get_program().display()))
+    output.unwrap_or_else(|error| panic!("{} cannot be started: {error}; {HINT}", command.get_program().display()))
 }
 
 pub fn stdout(output: &Output) -> String {
@@ -55,9 +55,9 @@ impl Puma {
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()
-            .unwrap_or_else(|error| panic!("puma can't be started: {error}; {HINT}"));
+            .unwrap_or_else(|error| panic!("puma cannot be started: {error}; {HINT}"));
         let mut puma = Self { address, child, folder };
-        // Ruby needs its time to load Grape, more so while other tests share the cores.
+        // Loading Grape takes a while, longer when other tests use the cores.
         let deadline = Instant::now() + 3 * PATIENCE;
         while TcpStream::connect(address).is_err() {
             let ended = puma.child.try_wait().unwrap();
@@ -78,7 +78,7 @@ impl Drop for Puma {
         drop(self.child.kill());
         drop(self.child.wait());
         if std::thread::panicking() {
-            eprintln!("--- what puma said:\n{}", self.log());
+            eprintln!("--- output of puma:\n{}", self.log());
         }
     }
 }
@@ -97,7 +97,7 @@ impl Store {
         Self::imported(&lines.collect::<String>())
     }
 
-    /// With what stands in these JSON lines.
+    /// With the tokens in these JSON lines.
     pub fn imported(lines: &str) -> Self {
         let folder = Folder::new("test");
         let path = folder.0.join("tokens.db");
@@ -124,7 +124,7 @@ impl Store {
         run(tollgate().arg("token").args(command).arg("--config").arg(&self.config).args(arguments))
     }
 
-    /// Makes a token, and returns it.
+    /// Creates a token, and returns it.
     pub fn create(&self, user: &str) -> String {
         let output = self.token(&["create"], &["--user", user]);
         assert!(output.status.success(), "{}", stderr(&output));

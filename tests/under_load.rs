@@ -1,5 +1,5 @@
-//! The load test in short: many kept-alive connections, a hundred thousand known tokens, a fifth of the requests with
-//! bad ones, and then a flood of bad tokens. Every answer is held against its own request.
+//! The short form of the load test: many persistent connections, a hundred thousand valid tokens, a fifth of the requests
+//! with unknown ones, and then a flood of unknown tokens. Every response is compared with its request.
 //!
 //! TOLLGATE_LOAD_SECONDS (5) and TOLLGATE_FLOOD (50,000 distinct bad tokens) make it longer.
 
@@ -14,14 +14,14 @@ const TOKENS: usize = 100_000;
 const MIB: u64 = 1024 * 1024;
 
 fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+    std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
 fn token(index: usize) -> String {
     format!("load-token-{index:06}")
 }
 
-/// Echoes which token it got, and on whose behalf: an answer that belongs to another request can't look right.
+/// Returns the token and the user that it got, so that a response to another request is detected.
 fn echo() -> Upstream {
     Upstream::answering(|seen| {
         let digest = sha256_hex(seen.header("PRIVATE-TOKEN").unwrap_or_default());
@@ -37,7 +37,7 @@ struct Caller {
 }
 
 impl Caller {
-    /// Sends a request with this token and says whether the answer is its own and the right one.
+    /// Sends a request with this token and returns whether the response is right and its own.
     fn ask(&mut self, token: &str, good: bool) -> Result<(), String> {
         self.sent += 1;
         let target = format!("/api/v3/load/{}/{}", self.lane, self.sent);
@@ -52,8 +52,8 @@ impl Caller {
     }
 }
 
-/// Runs one piece of work on each connection at a time, until it says that there is no more. Returns what went wrong,
-/// and calls `meanwhile` now and then.
+/// Runs the work on each connection repeatedly until it returns that there is no more. Returns the errors, and calls
+/// `meanwhile` from time to time.
 fn on_all_connections(
     gateway: &Gateway,
     work: impl Fn(&mut Caller) -> Option<Result<(), String>> + Send + Sync + 'static,
@@ -105,11 +105,11 @@ fn load_and_flood_leave_every_answer_right_and_memory_flat() {
         (0..TOKENS).map(|n| format!("{{\"sha256\":\"{}\",\"user\":\"u{n}\"}}\n", sha256_hex(&token(n)))).collect();
     let store = Store::imported(&lines);
     drop(lines);
-    // A negative cache that the flood overfills several times; room for every good token.
+    // A negative cache much smaller than the flood, and a positive one for all valid tokens.
     let cache = "[cache]\npositive_ttl = \"1h\"\nnegative_ttl = \"1h\"\nnegative_capacity = 10000\n";
     let gateway = Gateway::start(upstream.address, &(store.section() + cache));
 
-    // ---- Every known token once: each finds its own record, and what grows with the cache has grown. ----
+    // ---- Every valid token once: each gets its own record, and the cache reaches its size. ----
     let started = Instant::now();
     let next = AtomicUsize::new(0);
     let (sent, wrong) = on_all_connections(
@@ -134,7 +134,7 @@ fn load_and_flood_leave_every_answer_right_and_memory_flat() {
             if Instant::now() >= end {
                 return None;
             }
-            // Spread over all tokens without a generator: a step that is prime to their number.
+            // Spread over all tokens: a step that is coprime to their number.
             let index = (caller.sent * 7_919 + caller.lane * 1_571) % TOKENS;
             Some(match caller.sent % 5 {
                 0 => caller.ask(&format!("bad-{:04}", index % 1_000), false),
@@ -154,7 +154,7 @@ fn load_and_flood_leave_every_answer_right_and_memory_flat() {
         last / 1024
     );
     assert_eq!(wrong, Vec::<String>::new());
-    assert!(sent > 1_000, "{sent} requests are no load");
+    assert!(sent > 1_000, "only {sent} requests");
     assert!(last <= middle + middle / 20 + MIB, "memory grows under steady load: {middle} then {last} bytes");
     let errors = gateway.metrics();
     assert!(!errors.contains("tollgate_store_errors_total{"), "the store failed: {errors}");
@@ -199,10 +199,10 @@ fn load_and_flood_leave_every_answer_right_and_memory_flat() {
         peak / MIB
     );
     assert_eq!(wrong, Vec::<String>::new());
-    assert!(good > 1_000, "{good} good requests say little");
-    assert!(ratio > 0.99, "the flood pushed good tokens out of the cache: {ratio}");
-    assert!(negative <= 10_500.0, "{negative} bad tokens are kept where 10,000 may be");
-    assert!(peak < before + 24 * MIB, "a flood of bad tokens took {} MiB", (peak - before) / MIB);
-    // Refused without a trace at the backend: nothing but good tokens came through.
+    assert!(good > 1_000, "only {good} requests with valid tokens");
+    assert!(ratio > 0.99, "the flood evicted valid tokens from the cache: {ratio}");
+    assert!(negative <= 10_500.0, "{negative} unknown tokens are cached, with a limit of 10,000");
+    assert!(peak < before + 24 * MIB, "a flood of unknown tokens took {} MiB", (peak - before) / MIB);
+    // The backend got valid tokens only.
     assert_eq!(gateway.metric("tollgate_requests_in_flight"), 0.0);
 }

@@ -1,5 +1,5 @@
-//! A backend that answers what it should not. What is in doubt becomes 502 as long as nothing was passed on, a cut body
-//! stays a cut body, and no connection on which something went wrong is used for the next client.
+//! Malformed and ambiguous responses of a backend: 502 as long as nothing was forwarded, an incomplete body stays visibly
+//! incomplete, and a connection with an error is not reused for the next client.
 
 use super::{End, Talk, expand};
 use crate::harness::*;
@@ -7,7 +7,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
-/// None of these was about answers.
+/// None of these is about responses.
 pub(super) const PEERS: &[&str] = &[];
 
 /// What the client must get.
@@ -17,9 +17,9 @@ enum Gets {
     Refusal,
     /// The backend's status and this body.
     Whole(u16, &'static str),
-    /// The backend's status, and a body that is visibly not all.
+    /// The backend's status, and a visibly incomplete body.
     Cut,
-    /// 502 or the backend's 200, as the framework's limits have it; nothing else.
+    /// 502 or the backend's 200, depending on the framework's limits; nothing else.
     Either,
 }
 
@@ -43,8 +43,8 @@ const CASES: &[(&str, &str, Then, Gets)] = &[
     ("two equal lengths",                  "HTTP/1.1 200 OK\nContent-Length: 5\nContent-Length: 5\n\nhello", Waits, Refusal),
     ("a list of lengths",                  "HTTP/1.1 200 OK\nContent-Length: 5, 5\n\nhello", Waits, Refusal),
     ("a list of different lengths",        "HTTP/1.1 200 OK\nContent-Length: 5, 6\n\nhello", Waits, Refusal),
-    // A known gap (docs/framework-traps.md): pingora takes the length out before anybody can refuse. What holds is that the
-    // client gets one framing, and every canary its own answer.
+    // A known gap (docs/framework-traps.md): pingora removes the length before tollgate can refuse. The client still
+    // gets one framing, and every canary its own response.
     ("a length and a coding",              "HTTP/1.1 200 OK\nContent-Length: 5\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", Waits, HELLO),
     ("a coding and a length",              "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nContent-Length: 5\n\n5\nhello\n0\n\n", Waits, HELLO),
     ("two codings",                        "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", Waits, Refusal),
@@ -110,7 +110,7 @@ fn no_answer_of_a_backend_is_believed_blindly() {
         let mut talk = Talk::with(gateway.address, &request, 1, end, false);
         let asked = backend.connections("/asked");
 
-        // Other clients meanwhile: each gets its own answer, over another connection when this one is spoilt.
+        // Other clients meanwhile: each gets its own response, over another connection if this one had an error.
         for number in 0..3 {
             let target = format!("/api/v3/canary/{}{number}", name.len());
             let answer = gateway.get(&target);
@@ -139,7 +139,7 @@ fn no_answer_of_a_backend_is_believed_blindly() {
         }
         match (gets, talk.answers()) {
             (Cut, Err(_)) if raw.starts_with("HTTP/1.1 200") && talk.closed => {}
-            // Nothing was passed on yet: saying so is better still.
+            // Nothing was forwarded yet: a 502 is accepted as well.
             (Cut | Refusal | Either, Ok(answers))
                 if answers.len() == 1
                     && answers[0].status == 502
@@ -156,12 +156,12 @@ fn no_answer_of_a_backend_is_believed_blindly() {
     assert!(failures.is_empty(), "{} problems\n  {}", failures.len(), failures.join("\n  "));
 }
 
-/// A request that changes something is never sent twice, whatever becomes of its answer.
+/// A request that changes something is never sent twice, whatever happens to its response.
 #[test]
 fn a_post_is_not_repeated() {
     let backend = Backend::start();
     let gateway = Gateway::start(backend.address, "");
-    // A pooled connection first, which the backend then closes under the request.
+    // First a pooled connection, which the backend closes during the request.
     assert_eq!(gateway.get("/api/v3/canary/1").status, 200);
     backend.answer_with(Vec::new(), Closes);
     let answer = gateway
@@ -170,7 +170,7 @@ fn a_post_is_not_repeated() {
     assert_eq!(backend.connections("/asked").len(), 1);
 }
 
-/// A backend without manners: it answers `/canary/` with the target, and all else with what it was told.
+/// A misbehaving backend: it responds to `/canary/` with the target, and to other requests as configured.
 struct Backend {
     address: SocketAddr,
     told: Arc<Mutex<(Vec<u8>, Then)>>,

@@ -1,7 +1,7 @@
-//! Attacks, one request (or a few) at a time. `tables` says what is sent and what must be answered; here is what must
-//! hold whatever is sent: what the backend got can be read in one way only and carries exactly the credential that was
-//! judged, the client got no answer too many, nobody's token is written anywhere, and the gateway serves the next
-//! client at once.
+//! Attacks, one request (or a few) at a time. `tables` has what is sent and the expected responses; this file checks what
+//! must hold in every case: the backend's request has only one interpretation and contains exactly the validated
+//! credential, the client gets no additional response, no token is logged, and the gateway serves the next client
+//! immediately.
 
 mod answers;
 mod tables;
@@ -25,13 +25,13 @@ pub(crate) struct Case {
     pub end: End,
     /// The target of the last request at the backend.
     pub target: Option<String>,
-    /// The client says that it will send no more.
+    /// The client shuts down its sending side.
     pub half_close: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// As the last answer says.
+    /// As the last response indicates.
     AsSaid,
     /// The gateway must end the connection.
     Closed,
@@ -50,7 +50,7 @@ impl Case {
         }
     }
 
-    /// Nothing may follow on this connection.
+    /// No further request may be sent on this connection.
     pub fn closed(mut self) -> Self {
         self.end = End::Closed;
         self
@@ -67,12 +67,12 @@ impl Case {
     }
 }
 
-/// A whole request that must never get out of the body or the tail in which it stands.
+/// A complete request inside a body or after one, which must never be read as a request.
 const SMUGGLED: &str = "GET /api/v3/smuggled HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: good-token-0002\n\n";
 
 /// Turns a table's text into bytes: a line end is CRLF, a character below U+0100 is a byte, and `<...>` stands for
 /// * `<P>` `<H>` `<T>`: the usual path; the line with Host; the line with a good token;
-/// * `<GOOD>` `<OTHER>` `<BAD>`: tokens, two valid and one not; `<SSRF>`: the port that nobody may connect to;
+/// * `<GOOD>` `<OTHER>` `<BAD>`: tokens, two valid and one not; `<SSRF>`: the port that the gateway must not connect to;
 /// * `<LF>` `<CR>` `<x00>`: bytes; `<text*5>`: the text five times;
 /// * `<SMUGGLED>`: [`SMUGGLED`]; `<LEN>` and `<HEX>`: its length.
 fn expand(text: &str) -> Vec<u8> {
@@ -133,7 +133,7 @@ fn placeholder(word: &str) -> Vec<u8> {
 
 static SSRF_CONNECTIONS: AtomicU32 = AtomicU32::new(0);
 
-/// A port that only a gateway which follows the client's wishes would connect to.
+/// A port that the gateway would connect to only if a client could choose the address.
 fn ssrf_port() -> u16 {
     static PORT: OnceLock<u16> = OnceLock::new();
     *PORT.get_or_init(|| {
@@ -148,7 +148,7 @@ fn ssrf_port() -> u16 {
     })
 }
 
-/// What came back on one connection.
+/// What was received on one connection.
 pub(crate) struct Talk {
     socket: TcpStream,
     bytes: Vec<u8>,
@@ -157,8 +157,8 @@ pub(crate) struct Talk {
 }
 
 impl Talk {
-    /// Sends bytes and reads until `count` answers are there and it has become quiet, or, when the connection is to be
-    /// closed, until it is.
+    /// Sends bytes and reads until `count` responses have arrived and nothing more comes, or until the connection is closed
+    /// if that is expected.
     pub fn with(address: std::net::SocketAddr, bytes: &[u8], count: usize, end: End, half_close: bool) -> Self {
         let socket = TcpStream::connect(address).unwrap();
         socket.set_nodelay(true).unwrap();
@@ -296,12 +296,12 @@ fn rack_names(query: &[u8]) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// The one way in which CGI, and so Rack, spells a header's name.
+/// A header's name as CGI, and so Rack, spells it.
 fn folded(name: &str) -> String {
     name.to_ascii_uppercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect()
 }
 
-/// What must hold for every request that gets to the backend. A value that nobody may forward is spelled `evil`.
+/// What must hold for every request that reaches the backend. A value that must not be forwarded is `evil`.
 fn judge_request(seen: &Seen, problems: &mut Vec<String>) {
     let mut problem = |what: &str| problems.push(format!("{what}: {:?}", seen.head));
     let (path, query) = seen.target.split_once('?').unwrap_or((&seen.target, ""));
@@ -337,7 +337,7 @@ fn judge_request(seen: &Seen, problems: &mut Vec<String>) {
     if seen.header("Private-Token").is_none_or(|token| token != GOOD) {
         problem("not the token that was judged");
     }
-    // Rack reads a POST that says no type as a form, and a form's token goes before the header's.
+    // Rack reads a POST without a type as a form, and a form's token takes precedence over the header's.
     if seen.method == "POST" && seen.header("Content-Type").is_none() && seen.header("X-Typed").is_some() {
         problem("a body that has lost its type");
     }
@@ -358,7 +358,7 @@ fn judge_request(seen: &Seen, problems: &mut Vec<String>) {
     }
 }
 
-/// The gateway and a backend that tells what it was asked.
+/// The gateway and a backend that returns the request that it got.
 pub(crate) struct Scene {
     pub upstream: Upstream,
     pub gateway: Gateway,
@@ -373,7 +373,7 @@ impl Scene {
         Self { gateway: Gateway::start(upstream.address, more), upstream }
     }
 
-    /// Plays one case and says what went wrong.
+    /// Runs one case and returns what failed.
     fn play(&self, case: &Case) -> Vec<String> {
         static NUMBER: AtomicU32 = AtomicU32::new(1);
         let mut problems = Vec::new();
@@ -447,7 +447,7 @@ impl Scene {
         problems
     }
 
-    /// A clean request on a connection of its own: answered at once, and with its own answer.
+    /// A valid request on a new connection: it must get its own response immediately.
     pub fn canary(&self) -> Option<String> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let target = format!("/api/v3/canary/{}", NUMBER.fetch_add(1, Ordering::Relaxed));
@@ -458,7 +458,7 @@ impl Scene {
             .then(|| format!("the canary got {} {} after {:?}", answer.status, answer.text(), started.elapsed()))
     }
 
-    /// What the gateway wrote down: a JSON object for each line, and no token anywhere.
+    /// The gateway's logs: a JSON object in each line, and no token.
     fn written(&self) -> Vec<String> {
         std::thread::sleep(Duration::from_millis(200));
         let access = std::fs::read_to_string(self.gateway.folder.0.join("access.log")).unwrap();
@@ -483,7 +483,7 @@ impl Scene {
     }
 }
 
-/// Plays a class and fails with everything that went wrong in it.
+/// Runs the cases of a class and fails with all violations.
 fn play_all(class: &str) {
     let cases: Vec<Case> = tables::all().into_iter().filter(|case| case.class == class).collect();
     assert!(!cases.is_empty(), "no cases of {class}");
@@ -495,7 +495,7 @@ fn play_all(class: &str) {
         }
     }
     failures.extend(scene.written());
-    // The violations were told case by case.
+    // The violations were printed case by case.
     if !failures.is_empty() {
         panic!("{class}: {} problems in {} cases\n  {}", failures.len(), cases.len(), failures.join("\n  "));
     }
@@ -541,11 +541,11 @@ fn no_class_loses_cases() {
     assert!(cases.len() >= 1_000, "{} cases", cases.len());
     let mut names: Vec<(&str, &str)> = cases.iter().map(|case| (case.class, case.name.as_str())).collect();
     names.sort_unstable();
-    names.windows(2).for_each(|pair| assert_ne!(pair[0], pair[1], "two cases have one name"));
+    names.windows(2).for_each(|pair| assert_ne!(pair[0], pair[1], "two cases have the same name"));
     assert!(cases.iter().all(|case| CLASSES.iter().any(|(class, _)| *class == case.class)));
 }
 
-/// Other gateways were hit by these; each has a case of its name here.
+/// Vulnerabilities of other gateways; each has a case with its name.
 #[test]
 fn what_hit_the_peers_is_tried() {
     let names: Vec<String> = tables::all().into_iter().map(|case| case.name).collect();

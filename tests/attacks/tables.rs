@@ -1,4 +1,4 @@
-//! What is sent, class by class. A row is the part that differs; the function around it writes the rest.
+//! The attacks, by class. A row is the part that differs; the function around it adds the rest.
 
 use super::{BAD, Case, GOOD, OTHER, expand};
 
@@ -6,7 +6,7 @@ const OK: &[u16] = &[200];
 const BAD_REQUEST: &[u16] = &[400];
 const UNAUTHORIZED: &[u16] = &[401];
 
-/// The holes of other gateways that something of ours corresponds to.
+/// Vulnerabilities of other gateways for which tollgate has a corresponding feature.
 pub(super) const PEERS: &[&str] = &[
     "CVE-2026-35051",
     "CVE-2026-39858",
@@ -104,24 +104,24 @@ fn get(target: &str, lines: &str) -> String {
     format!("GET {target} HTTP/1.1\n<H>{lines}\n")
 }
 
-/// POST with a good token, with the header lines and the bytes behind the head.
+/// POST with a good token, with these header lines and the bytes after the head.
 fn post(lines: &str, rest: &str) -> String {
     format!("POST <P> HTTP/1.1\n<H><T>{lines}\n{rest}")
 }
 
-/// A name for a row that has none: what it sends, cut short.
+/// A name for a row without one: what it sends, truncated.
 fn named(text: &str) -> String {
     let text: String = text.escape_debug().collect();
     if text.chars().count() <= 90 { text } else { format!("{}...", text.chars().take(87).collect::<String>()) }
 }
 
-/// Where a token stands: query, header lines, and the verdict.
+/// The token's position: query, header lines, and the status.
 #[rustfmt::skip]
 fn credential_position() -> Vec<Case> {
     let rows: &[(&str, &str, &str, &[u16])] = &[
         ("a good header",                         "",                                  "PRIVATE-TOKEN: <GOOD>\n", OK),
         ("a bad header",                          "",                                  "PRIVATE-TOKEN: <BAD>\n", UNAUTHORIZED),
-        ("nothing",                               "",                                  "", UNAUTHORIZED),
+        ("no token",                              "",                                  "", UNAUTHORIZED),
         ("a good query",                          "?private_token=<GOOD>",             "", OK),
         ("a bad query",                           "?private_token=<BAD>",              "", UNAUTHORIZED),
         ("the same in query and header",          "?private_token=<GOOD>",             "<T>", OK),
@@ -134,7 +134,7 @@ fn credential_position() -> Vec<Case> {
         ("two valid headers",                     "",                                  "<T>PRIVATE-TOKEN: <OTHER>\n", UNAUTHORIZED),
         ("a hundred equal headers",               "",                                  "<PRIVATE-TOKEN: good-token-0001\n*100>", OK),
         ("a list in one header",                  "",                                  "PRIVATE-TOKEN: <GOOD>, <BAD>\n", UNAUTHORIZED),
-        ("a list of one and the same",            "",                                  "PRIVATE-TOKEN: <GOOD>,<GOOD>\n", UNAUTHORIZED),
+        ("a list of the same token twice",           "",                                  "PRIVATE-TOKEN: <GOOD>,<GOOD>\n", UNAUTHORIZED),
         ("peer: apisix-13529 good key, then bad key", "?private_token=<GOOD>&private_token=<BAD>", "", UNAUTHORIZED),
         ("bad key, then good key",                "?private_token=<BAD>&private_token=<GOOD>", "", UNAUTHORIZED),
         ("the same key twice",                    "?private_token=<GOOD>&private_token=<GOOD>", "", OK),
@@ -142,7 +142,7 @@ fn credential_position() -> Vec<Case> {
         ("a bare key beside a good header",       "?private_token",                    "<T>", UNAUTHORIZED),
         ("an empty header beside a good query",   "?private_token=<GOOD>",             "PRIVATE-TOKEN:\n", UNAUTHORIZED),
         ("a good header and an empty one",        "",                                  "<T>PRIVATE-TOKEN: \n", UNAUTHORIZED),
-        ("blanks for a token",                    "",                                  "PRIVATE-TOKEN: \t  \n", UNAUTHORIZED),
+        ("only blanks as token",                   "",                                  "PRIVATE-TOKEN: \t  \n", UNAUTHORIZED),
         ("blanks around a token",                 "",                                  "PRIVATE-TOKEN:  \t <GOOD> \t \n", OK),
         ("no blank before a token",               "",                                  "PRIVATE-TOKEN:<GOOD>\n", OK),
         ("small letters",                         "",                                  "private-token: <GOOD>\n", OK),
@@ -176,8 +176,8 @@ fn credential_position() -> Vec<Case> {
         ("a matrix parameter",                    ";private_token=x",                  "", UNAUTHORIZED),
         ("peer: CVE-2026-34457 a health check's name", "",                             "User-Agent: kube-probe/1.27\nUser-Agent: GoogleHC/1.0\n", UNAUTHORIZED),
         ("peer: CVE-2021-27306 anonymous consumer headers", "",                        "X-Anonymous-Consumer: true\nX-Consumer-Username: root\nX-Credential-Identifier: root\n", UNAUTHORIZED),
-        ("peer: CVE-2024-45410 identity told by the client", "",                       "X-Forwarded-User: root\nX-Auth-Request-User: root\nX-Tollgate-User: root\nConnection: X-Forwarded-User, X-Tollgate-User\n", UNAUTHORIZED),
-        ("peer: CVE-2026-62386 a token in the query goes no further", "?a=1&private_token=<GOOD>&b=2", "", OK),
+        ("peer: CVE-2024-45410 identity headers from the client", "",                       "X-Forwarded-User: root\nX-Auth-Request-User: root\nX-Tollgate-User: root\nConnection: X-Forwarded-User, X-Tollgate-User\n", UNAUTHORIZED),
+        ("peer: CVE-2026-62386 a token in the query is not forwarded", "?a=1&private_token=<GOOD>&b=2", "", OK),
     ];
     rows.iter()
         .map(|(name, query, lines, answers)| {
@@ -186,17 +186,17 @@ fn credential_position() -> Vec<Case> {
         .collect()
 }
 
-/// Queries that some parser reads otherwise.
+/// Queries that parsers read differently.
 #[rustfmt::skip]
 fn query_differential() -> Vec<Case> {
-    // Names that Rack takes for the token, or that some version of it does.
+    // Names that some version of Rack reads as the token.
     const DISGUISES: &[&str] = &[
         "private%5Ftoken", "private%5ftoken", "%70rivate_token", "%70%72%69%76%61%74%65%5f%74%6f%6b%65%6e", "private_toke%6E",
         "[private_token]", "]private_token", "private_token]", "[[private_token]]", "][private_token", "private_token]]]",
         "private_token[]", "private_token[x]", "private_token[][]", "private_token[", "private_token[[", "private_token]x",
         "%5Bprivate_token%5D", "private_token%5B%5D", "private_token%5Bx%5D", "%5dprivate_token", "[private%5Ftoken]",
         "+private_token", "%20private_token", "private_token+", "private_token%20", "%09private_token", "%0aprivate_token", "private_token%0d%0a", "private_token%00", "+]private_token",
-        // PHP cuts at NUL and folds dots, spaces and a lone bracket.
+        // PHP truncates at NUL and replaces dots, spaces and an unmatched bracket.
         "private_token%00100abc", "private_token%00[x", "private.token", "private%2Etoken", "private+token", "private%20token", "private[token", "private%5Btoken", "+private.token", "private.token[]", "private+token[x]", "private.token%00x",
         "x=1;private_token", ";private_token", "x;+private_token",
     ];
@@ -207,7 +207,7 @@ fn query_differential() -> Vec<Case> {
         let beside = format!("<P>?{disguise}=<OTHER>");
         cases.push(Case::new("query_differential", format!("{disguise} beside a header"), get(&beside, "<T>"), UNAUTHORIZED));
     }
-    // What a query becomes when it passes: the token goes, all else stays byte for byte.
+    // How a query is forwarded: without the token, otherwise byte for byte.
     let passing: &[(&str, &str, &str)] = &[
         ("?private_token=<GOOD>",                        "", "<P>"),
         ("?private_token=good%2Dtoken%2d0001",           "", "<P>"),
@@ -265,7 +265,7 @@ fn query_differential() -> Vec<Case> {
     cases
 }
 
-/// What stands in the token's place.
+/// Values of the token.
 #[rustfmt::skip]
 fn token_value() -> Vec<Case> {
     let digest = crate::harness::sha256_hex(GOOD);
@@ -315,7 +315,7 @@ fn token_value() -> Vec<Case> {
     cases
 }
 
-/// Headers that a server behind might take for another.
+/// Headers that a backend might read as a different one.
 #[rustfmt::skip]
 fn header_differential() -> Vec<Case> {
     const TWINS: &[&str] = &[
@@ -326,22 +326,22 @@ fn header_differential() -> Vec<Case> {
     let mut cases = Vec::new();
     for twin in TWINS {
         cases.push(Case::new("header_differential", format!("{twin} alone"), get("<P>", &format!("{twin}: <GOOD>\n")), UNAUTHORIZED));
-        // Two of them are no twins to anyone, and the backend's own business.
+        // Two of them are not read as the token by any backend, and are forwarded.
         if !twin.contains("--") && !twin.starts_with("HTTP-") {
             cases.push(Case::new("header_differential", format!("{twin} behind the token"), get("<P>", &format!("<T>{twin}: <BAD>\n")), OK));
             cases.push(Case::new("header_differential", format!("{twin} before the token"), get("<P>", &format!("{twin}: <BAD>\n<T>")), OK));
         }
     }
-    // Never a client's to say: dropped, whatever the spelling.
+    // A client must not send these: dropped in any spelling.
     let dropped: &[(&str, &str)] = &[
         ("peer: CVE-2026-35051 X-Forwarded-Prefix",       "X-Forwarded-Prefix: /evil\n"),
         ("peer: CVE-2026-39858 X_Forwarded_Proto",        "X_Forwarded_Proto: evil\n"),
         ("peer: GHSA-x677-9fxg-v5c5 identity with dots",  "X.Tollgate.User: evil\nX_Tollgate_User: evil\n"),
-        ("peer: CVE-2026-54764 a port of its own",        "X-Forwarded-Port: evil\nX-Forwarded-Port: 666\n"),
+        ("peer: CVE-2026-54764 X-Forwarded-Port",         "X-Forwarded-Port: evil\nX-Forwarded-Port: 666\n"),
         ("peer: CVE-2025-64484 X_Forwarded_User",         "X_Forwarded_User: evil\nX-Forwarded_User: evil\n"),
-        ("peer: oauth2-proxy-3506 nobody is trusted",     "X-Forwarded-For: evil\nX-Forwarded-Host: evil.test\n"),
+        ("peer: oauth2-proxy-3506 no trusted proxies",    "X-Forwarded-For: evil\nX-Forwarded-Host: evil.test\n"),
         ("peer: GHSA-vhr5-ggp3-qq85 X-Forwarded-Proto",   "X-Forwarded-Proto: evil\n"),
-        ("peer: CVE-2024-45806 a loopback peer is no proxy", "X-Forwarded-For: 10.0.0.1, evil\n"),
+        ("peer: CVE-2024-45806 a loopback peer is not a proxy", "X-Forwarded-For: 10.0.0.1, evil\n"),
         ("X-Forwarded-For twice",                         "X-Forwarded-For: 6.6.6.6\nX-Forwarded-For: evil\n"),
         ("X_Forwarded_For",                               "X_Forwarded_For: evil\nX.Forwarded.For: evil\n"),
         ("X-Forwarded-User and Email",                    "X-Forwarded-User: evil\nX-Forwarded-Email: evil\nX-Forwarded-Groups: evil\n"),
@@ -359,9 +359,9 @@ fn header_differential() -> Vec<Case> {
         ("a session cookie",                              "Cookie: _gitlab_session=evil\nCookie: evil=1\n"),
         ("Sudo by another name",                          "SUDO_: evil\nS.UDO: evil\n"),
         ("httpoxy",                                       "Proxy: http://evil\n"),
-        ("files that the server should send",             "X-Sendfile-Type: evil\nX-Accel-Mapping: evil\nX-Accel-Redirect: evil\n"),
-        ("what only Workhorse may say",                   "Gitlab-Workhorse-Api-Request: evil\nGitlab-Workhorse: evil\n"),
-        ("an id that is none",                            "X-Request-Id: evil evil\n"),
+        ("X-Sendfile headers",             "X-Sendfile-Type: evil\nX-Accel-Mapping: evil\nX-Accel-Redirect: evil\n"),
+        ("headers of Workhorse",                   "Gitlab-Workhorse-Api-Request: evil\nGitlab-Workhorse: evil\n"),
+        ("an invalid id",                            "X-Request-Id: evil evil\n"),
         ("two ids",                                       "X-Request-Id: evil1\nX-Request-Id: evil2\n"),
         ("an id with a line",                             "X-Request-Id: evil%0d%0a\"}\n"),
         ("an id of 129 letters",                          "X-Request-Id: <evil*33>\n"),
@@ -369,11 +369,11 @@ fn header_differential() -> Vec<Case> {
     cases.extend(dropped.iter().map(|(name, lines)| {
         Case::new("header_differential", *name, get("<P>", &format!("<T>{lines}")), OK)
     }));
-    // The decision is about the request line, never about what a header says of it.
+    // The decision is made on the request line, not on headers about it.
     let told: &[(&str, &str, &[u16])] = &[
-        ("peer: CVE-2026-40575 a path told by the client", "X-Forwarded-Uri: /api/v3/public\nX-Original-URI: /public\n", UNAUTHORIZED),
-        ("peer: CVE-2023-27487 the original path of another", "x-envoy-original-path: /public\nx-envoy-internal: true\n", UNAUTHORIZED),
-        ("peer: gitlab-method-override a method told by the client", "<T>X-HTTP-Method-Override: DELETE\n", BAD_REQUEST),
+        ("peer: CVE-2026-40575 a path in a header", "X-Forwarded-Uri: /api/v3/public\nX-Original-URI: /public\n", UNAUTHORIZED),
+        ("peer: CVE-2023-27487 X-Envoy-Original-Path", "x-envoy-original-path: /public\nx-envoy-internal: true\n", UNAUTHORIZED),
+        ("peer: gitlab-method-override a method in a header", "<T>X-HTTP-Method-Override: DELETE\n", BAD_REQUEST),
         ("X-HTTP-Method",                                  "<T>X-HTTP-Method: DELETE\n", BAD_REQUEST),
         ("X-Method-Override",                              "<T>x-method-override: DELETE\n", BAD_REQUEST),
         ("X-Rewrite-URL without a token",                  "X-Original-URL: /public\nX-Rewrite-URL: /public\nX-Original-Method: OPTIONS\n", UNAUTHORIZED),
@@ -389,7 +389,7 @@ fn header_differential() -> Vec<Case> {
     cases
 }
 
-/// Connection, Upgrade and what else ends at the next hop.
+/// Connection, Upgrade and other hop-by-hop fields.
 #[rustfmt::skip]
 fn hop_by_hop() -> Vec<Case> {
     let rows: &[(&str, &str, &[u16])] = &[
@@ -401,14 +401,14 @@ fn hop_by_hop() -> Vec<Case> {
         ("Host",                                            "Connection: Host\n", OK),
         ("Connection itself",                               "Connection: Connection\n", OK),
         ("cookies",                                         "Connection: Cookie, Authorization\nCookie: evil\n", OK),
-        ("a field of the client's",                         "Connection: X-Mine\nX-Mine: evil\n", OK),
+        ("a field of the client",                         "Connection: X-Mine\nX-Mine: evil\n", OK),
         ("sixteen options",                                 "Connection: <a, *15>a\n", OK),
         ("seventeen options",                               "Connection: <a, *16>a\n", BAD_REQUEST),
         ("seventeen headers",                               "<Connection: a\n*17>", BAD_REQUEST),
         ("a quoted option",                                 "Connection: \"PRIVATE-TOKEN\"\n", BAD_REQUEST),
         ("a pseudo header",                                 "Connection: :authority\n", BAD_REQUEST),
         ("an option with a blank",                          "Connection: PRIVATE TOKEN\n", BAD_REQUEST),
-        ("an option that is no ASCII",                      "Connection: \u{e9}\n", BAD_REQUEST),
+        ("an option that is not ASCII",                      "Connection: \u{e9}\n", BAD_REQUEST),
         ("all the hop-by-hop fields",                       "Keep-Alive: timeout=5\nProxy-Connection: keep-alive\nProxy-Authorization: Basic Zm9v\nProxy-Authenticate: x\nTE: trailers, deflate\nTrailer: X-T\n", OK),
         ("h2c",                                             "Connection: Upgrade, HTTP2-Settings\nUpgrade: h2c\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\n", OK),
         ("an upgrade to anything",                          "Connection: Upgrade\nUpgrade: anything\n", OK),
@@ -425,17 +425,17 @@ fn hop_by_hop() -> Vec<Case> {
         Case::new("hop_by_hop", "a bad token and its header's name", get("<P>", "PRIVATE-TOKEN: <BAD>\nConnection: PRIVATE-TOKEN\n"), UNAUTHORIZED),
         Case::new("hop_by_hop", "peer: pingap-215 an upgrade without a token", get("<P>", websocket), UNAUTHORIZED),
         Case::new("hop_by_hop", "an upgrade with a bad token", get("<P>", &format!("PRIVATE-TOKEN: <BAD>\n{websocket}")), UNAUTHORIZED),
-        // The backend of these tests refuses the upgrade with a plain 200, so what follows is a request like any other.
-        Case::new("hop_by_hop", "peer: RUSTSEC-2026-0033 a request behind an upgrade that is not agreed to",
+        // The backend of these tests responds to the upgrade with a plain 200, so what follows is an ordinary request.
+        Case::new("hop_by_hop", "peer: RUSTSEC-2026-0033 a request after an upgrade that is not accepted",
             get("<P>", &format!("<T>{websocket}")) + "GET <P>/second HTTP/1.1\n<H>PRIVATE-TOKEN: <BAD>\n\n", &[200, 401]).seen_as("<P>"),
-        Case::new("hop_by_hop", "peer: CVE-2026-73548 bytes behind an upgrade that is not agreed to",
+        Case::new("hop_by_hop", "peer: CVE-2026-73548 bytes after an upgrade that is not accepted",
             get("<P>", &format!("<T>{websocket}")) + "<x81><x85>evil", &[200, 400]).closed(),
         Case::new("hop_by_hop", "an upgrade with a body", post(&format!("{websocket}Content-Length: <LEN>\n"), "<SMUGGLED>"), OK),
         Case::new("hop_by_hop", "an upgrade with a chunked body", post(&format!("{websocket}Transfer-Encoding: chunked\n"), "<HEX>\n<SMUGGLED>\n0\n\n"), OK),
         Case::new("hop_by_hop", "Content-Length", post("Connection: Content-Length\nContent-Length: <LEN>\n", "<SMUGGLED>"), OK),
         Case::new("hop_by_hop", "Transfer-Encoding", post("Connection: Transfer-Encoding\nTransfer-Encoding: chunked\n", "<HEX>\n<SMUGGLED>\n0\n\n"), OK),
         Case::new("hop_by_hop", "Expect", post("Connection: Expect\nExpect: 100-continue\nContent-Length: 2\n", "ab"), OK),
-        Case::new("hop_by_hop", "close, and more behind it", get("<P>", "<T>Connection: close, PRIVATE-TOKEN\n") + "<SMUGGLED>", OK).closed(),
+        Case::new("hop_by_hop", "close, with further bytes", get("<P>", "<T>Connection: close, PRIVATE-TOKEN\n") + "<SMUGGLED>", OK).closed(),
     ]);
     cases
 }
@@ -454,7 +454,7 @@ fn path_confusion() -> Vec<Case> {
         ("/api/v3/%2e%2e;/admin", BAD_REQUEST), ("/api/v3//..//admin", BAD_REQUEST),
         ("/api/v3/x%2f..%2fadmin", BAD_REQUEST), ("/api/v3/x%2F%2e%2e%2Fadmin", BAD_REQUEST), ("/api/v3/..%2fadmin", BAD_REQUEST), ("/api/v3/..%2Fadmin", BAD_REQUEST),
         ("/api/v3/<../*50>etc/passwd", BAD_REQUEST),
-        // No dot segments, if they look like some.
+        // Not dot segments, although similar.
         ("/api/v3/...", OK), ("/api/v3/.git", OK), ("/api/v3/..git", OK), ("/api/v3/a../b", OK), ("/api/v3/a.b..c", OK), ("/api/v3/x?a=/../b", OK), ("/api/v3/x?../..", OK),
         ("/api/v3/%252e%252e/x", OK),
         // Slashes.
@@ -471,10 +471,10 @@ fn path_confusion() -> Vec<Case> {
         ("/api/v3/projects#x", BAD_REQUEST), ("/api/v3/projects?a#x", BAD_REQUEST), ("/api/v3/#/../admin", BAD_REQUEST), ("/api/v3/a%23b", OK), ("/api/v3/a%3Fb", OK), ("/api/v3/a%25b", OK), ("/api/v3/a%3Bb", OK),
         ("/api/v3/%", BAD_REQUEST), ("/api/v3/%2", BAD_REQUEST), ("/api/v3/%zz", BAD_REQUEST), ("/api/v3/%2g", BAD_REQUEST), ("/api/v3/%u002e%u002e/x", BAD_REQUEST), ("/api/v3/%%32%65", BAD_REQUEST),
         ("/api/v3/a%00b", BAD_REQUEST), ("/api/v3/a%0ab", BAD_REQUEST), ("/api/v3/a%0d%0aevil:%20x", BAD_REQUEST), ("/api/v3/a%09b", BAD_REQUEST), ("/api/v3/a%7fb", BAD_REQUEST), ("/api/v3/..%00/x", BAD_REQUEST),
-        // UTF-8: as escapes it is fine, overlong forms of `.` and `/` are not, raw bytes are not.
+        // UTF-8: accepted as escapes, except overlong forms of `.` and `/`; refused as raw bytes.
         ("/api/v3/caf%C3%A9", OK), ("/api/v3/%E2%82%AC", OK), ("/api/v3/%c0%ae%c0%ae/x", BAD_REQUEST), ("/api/v3/x%c0%af..", BAD_REQUEST), ("/api/v3/%c1%9c", BAD_REQUEST),
         ("/api/v3/%e0%80%ae%e0%80%ae/x", BAD_REQUEST), ("/api/v3/%f0%80%80%af", BAD_REQUEST), ("/api/v3/%ff", BAD_REQUEST), ("/api/v3/\u{c3}\u{a9}", BAD_REQUEST), ("/api/v3/\u{ff}", BAD_REQUEST),
-        // Bytes that browsers leave raw in a path, and bytes that no target has.
+        // Bytes that browsers do not encode in a path, and bytes that are not allowed in a target.
         ("/api/v3/a|b", OK), ("/api/v3/a^b", OK), ("/api/v3/a[b]", OK), ("/api/v3/[..]/x", OK), ("/api/v3/..|/x", OK), ("/api/v3/a[/../b]", BAD_REQUEST),
         ("/api/v3/a<x3c>b", BAD_REQUEST), ("/api/v3/a<x3e>b", BAD_REQUEST), ("/api/v3/a\"b", BAD_REQUEST), ("/api/v3/a{b", BAD_REQUEST), ("/api/v3/a}b", BAD_REQUEST),
         ("/api/v3/a`b", BAD_REQUEST), ("/api/v3/a\tb", BAD_REQUEST), ("/api/v3/a<x00>b", BAD_REQUEST), ("/api/v3/a<x7f>b", BAD_REQUEST), ("/api/v3/a b", BAD_REQUEST),
@@ -484,7 +484,7 @@ fn path_confusion() -> Vec<Case> {
         .iter()
         .map(|(target, answers)| {
             let case = Case::new("path_confusion", named(target), get(target, "<T>"), answers);
-            // What passes, passes byte for byte.
+            // Accepted paths are forwarded byte for byte.
             if *answers == OK { case.seen_as(target) } else { case }
         })
         .collect();
@@ -501,15 +501,15 @@ fn path_confusion() -> Vec<Case> {
         ("caddy-4407 two slashes without a token",              "//api//v3//projects", "", UNAUTHORIZED),
         ("GHSA-m8m5-v4jf-3wcm ..%2f",                           "/api/v3/public%2f..%2fadmin", "", BAD_REQUEST),
         ("GHSA-qrp7-cvwr-j2c6 a backslash",                     "/api/v3/public\\..\\admin", "", BAD_REQUEST),
-        ("CVE-2026-27590 letters that grow when made small",    "/api/v3/%C4%B0%C8%BA/x", "", UNAUTHORIZED),
+        ("CVE-2026-27590 letters whose lower case is longer",    "/api/v3/%C4%B0%C8%BA/x", "", UNAUTHORIZED),
         ("GHSA-7rh7-c77v-6434 a public path in the query",      "/api/v3/admin?x=/public", "", UNAUTHORIZED),
         ("GHSA-p224-6x5r-fjpm a public path and dots",          "/public/../api/v3/projects", "", BAD_REQUEST),
         ("CVE-2019-9901 dots without a token",                  "/api/v3/projects/..", "", BAD_REQUEST),
         ("CVE-2026-42272 %2f in small letters",                 "/api/v3/group%2fproject", "", UNAUTHORIZED),
         ("CVE-2026-42272 %2F in capitals",                      "/api/v3/group%2Fproject", "", UNAUTHORIZED),
         ("CVE-2021-29492 %5C",                                  "/api/v3/a%5Cb", "", BAD_REQUEST),
-        ("kong-6821 a path that is not normal",                 "/x/./../api/v3/projects", "", BAD_REQUEST),
-        ("CVE-2021-43557 slashes before a blocked path",        "////api/v3/projects", "", UNAUTHORIZED),
+        ("kong-6821 a path that is not normalized",                 "/x/./../api/v3/projects", "", BAD_REQUEST),
+        ("CVE-2021-43557 several slashes before a blocked path",        "////api/v3/projects", "", UNAUTHORIZED),
         ("CVE-2026-73511 a parameter in a segment",             "/api/v3/projects;x", "", UNAUTHORIZED),
         ("CVE-2026-73511 a parameter in the prefix",            "/api/v3;x/projects", "", &[404]),
         ("CVE-2025-24030 the admin listener's paths",           "/api/v3/../metrics", "<T>", BAD_REQUEST),
@@ -520,7 +520,7 @@ fn path_confusion() -> Vec<Case> {
     cases
 }
 
-/// Host, absolute-form, and other ways to name a place.
+/// Host, absolute-form, and other ways to specify an authority.
 #[rustfmt::skip]
 fn host_and_form() -> Vec<Case> {
     let rows: &[(&str, &str, &[u16], &str)] = &[
@@ -547,7 +547,7 @@ fn host_and_form() -> Vec<Case> {
         ("a target that is a query",                    "GET ?private_token=x HTTP/1.1\n<H><T>\n", BAD_REQUEST, ""),
         ("a target that is a star",                     "GET * HTTP/1.1\n<H><T>\n", BAD_REQUEST, ""),
         ("peer: CVE-2026-73547 OPTIONS *",              "OPTIONS * HTTP/1.1\n<H><T>\n", &[404], ""),
-        ("two slashes and a place",                     "GET //127.0.0.1:<SSRF>/x HTTP/1.1\n<H><T>\n", &[404], ""),
+        ("two slashes and an authority",                     "GET //127.0.0.1:<SSRF>/x HTTP/1.1\n<H><T>\n", &[404], ""),
         ("authority-form with GET",                     "GET 127.0.0.1:<SSRF> HTTP/1.1\n<H><T>\n", BAD_REQUEST, ""),
         ("CONNECT without a token",                     "CONNECT 127.0.0.1:<SSRF> HTTP/1.1\n<H>\n", &[405], ""),
         ("CONNECT in absolute-form",                    "CONNECT http://127.0.0.1:<SSRF>/ HTTP/1.1\n<H><T>\n", &[405], ""),
@@ -583,7 +583,7 @@ fn host_and_form() -> Vec<Case> {
     cases
 }
 
-/// Content-Length, alone and beside Transfer-Encoding. What follows the head is a request that must stay unread.
+/// Content-Length, alone and with Transfer-Encoding. A request follows the head, which must not be read as one.
 #[rustfmt::skip]
 fn framing_length() -> Vec<Case> {
     let doubtful: &[&str] = &[
@@ -620,7 +620,7 @@ fn framing_length() -> Vec<Case> {
     cases
 }
 
-/// Transfer-Encoding in all its disguises: none of them is a framing, and none may become one.
+/// Transfer-Encoding in variants, none of which may be used as framing.
 #[rustfmt::skip]
 fn framing_coding() -> Vec<Case> {
     let doubtful: &[&str] = &[
@@ -641,14 +641,14 @@ fn framing_coding() -> Vec<Case> {
     for lines in ["Transfer-Encoding: chunked\n", "transfer-encoding:CHUNKED\n", "TRANSFER-ENCODING: \t Chunked \t\n"] {
         cases.push(Case::new("framing_coding", format!("plain: {}", named(lines)), post(lines, "<HEX>\n<SMUGGLED>\n0\n\n"), OK));
     }
-    // Other names are other headers: the body is empty, and what follows is no request.
+    // Other headers with similar names: the body is empty, and what follows is not a request.
     for lines in ["TransferEncoding: chunked\n", "X-Transfer-Encoding: chunked\n", "Transfer--Encoding: chunked\n"] {
         cases.push(Case::new("framing_coding", format!("no coding: {}", named(lines)), post(lines, "0\n\n<SMUGGLED>"), &[200, 400]).closed());
     }
     cases
 }
 
-/// Chunked bodies. A broken one may have begun to go upstream, but never gets there whole.
+/// Chunked bodies. A malformed one may be forwarded in part, but is never completed at the backend.
 #[rustfmt::skip]
 fn framing_chunks() -> Vec<Case> {
     let broken: &[(&str, &str)] = &[
@@ -676,7 +676,7 @@ fn framing_chunks() -> Vec<Case> {
         ("a minus",                     "-5\nhello\n0\n\n"),
         ("minus zero",                  "-0\n\n<SMUGGLED>"),
         ("an underscore",               "5_0\nhello\n0\n\n"),
-        ("no hex digit",                "g\nhello\n0\n\n"),
+        ("not a hex digit",                "g\nhello\n0\n\n"),
         ("a comma",                     "5,5\nhello\n0\n\n"),
         ("a point",                     "5.0\nhello\n0\n\n"),
         ("fifteen digits",              "fffffffffffffff\nhello\n0\n\n"),
@@ -701,7 +701,7 @@ fn framing_chunks() -> Vec<Case> {
         .iter()
         .map(|(name, body)| {
             let case = Case::new("framing_chunks", *name, post("Transfer-Encoding: chunked\n", body), BAD_REQUEST).closed();
-            // This one is plain so far, only never whole.
+            // Valid so far, but incomplete.
             if name.ends_with("cut") { Case { answers: Vec::new(), ..case }.half_closed() } else { case }
         })
         .collect();
@@ -741,20 +741,20 @@ fn version() -> Vec<Case> {
     cases.extend([
         Case::new("version", "none", "GET <P>\n<H><T>\n", BAD_REQUEST).closed(),
         Case::new("version", "none, and nothing else", "GET <P>\n\n", BAD_REQUEST).closed(),
-        Case::new("version", "none behind a blank", "GET <P> \n<H><T>\n", BAD_REQUEST).closed(),
-        Case::new("version", "HTTP/1.0 ends", "GET <P> HTTP/1.0\n<H><T>\n<SMUGGLED>", OK).closed(),
-        Case::new("version", "HTTP/1.0 goes on when asked to", "GET <P> HTTP/1.0\n<H><T>Connection: keep-alive\n\nGET <P> HTTP/1.0\n<H>PRIVATE-TOKEN: <BAD>\n\n", &[200, 401]).closed(),
-        Case::new("version", "HTTP/1.0 asked to go on and to end", "GET <P> HTTP/1.0\n<H><T>Connection: keep-alive, close\n\n<SMUGGLED>", OK).closed(),
+        Case::new("version", "none after a blank", "GET <P> \n<H><T>\n", BAD_REQUEST).closed(),
+        Case::new("version", "HTTP/1.0 closes the connection", "GET <P> HTTP/1.0\n<H><T>\n<SMUGGLED>", OK).closed(),
+        Case::new("version", "HTTP/1.0 with keep-alive", "GET <P> HTTP/1.0\n<H><T>Connection: keep-alive\n\nGET <P> HTTP/1.0\n<H>PRIVATE-TOKEN: <BAD>\n\n", &[200, 401]).closed(),
+        Case::new("version", "HTTP/1.0 with keep-alive and close", "GET <P> HTTP/1.0\n<H><T>Connection: keep-alive, close\n\n<SMUGGLED>", OK).closed(),
         Case::new("version", "HTTP/1.0 with a length", "POST <P> HTTP/1.0\n<H><T>Content-Length: <LEN>\n\n<SMUGGLED>", OK).closed(),
         Case::new("version", "peer: RUSTSEC-2026-0034 HTTP/1.0 with chunks", "POST <P> HTTP/1.0\n<H><T>Transfer-Encoding: chunked\n\n0\n\n<SMUGGLED>", BAD_REQUEST).closed(),
-        Case::new("version", "HTTP/1.0 with a body of no length", "POST <P> HTTP/1.0\n<H><T>\n<SMUGGLED>", OK).closed(),
+        Case::new("version", "HTTP/1.0 with a body without a length", "POST <P> HTTP/1.0\n<H><T>\n<SMUGGLED>", OK).closed(),
         Case::new("version", "HTTP/1.0 with Expect", "POST <P> HTTP/1.0\n<H><T>Content-Length: 2\nExpect: 100-continue\n\nab", OK).closed(),
         Case::new("version", "HTTP/1.0 with an upgrade", "GET <P> HTTP/1.0\n<H><T>Connection: Upgrade, keep-alive\nUpgrade: websocket\n\n", OK),
     ]);
     cases
 }
 
-/// What one request leaves behind for the next.
+/// Several requests on one connection: none may affect the next.
 #[rustfmt::skip]
 fn pipelining() -> Vec<Case> {
     let good = |n: u32| format!("GET <P>?n={n} HTTP/1.1\n<H><T>\n");
@@ -765,16 +765,16 @@ fn pipelining() -> Vec<Case> {
         Case::new("pipelining", "good, then bad", good(1) + &bad(2), &[200, 401]).seen_as("<P>?n=1"),
         Case::new("pipelining", "bad, then good", bad(1) + &good(2), &[401, 200]).seen_as("<P>?n=2"),
         Case::new("pipelining", "good, none, good", good(1) + &none(2) + &good(3), &[200, 401, 200]),
-        Case::new("pipelining", "none of a good one's rights is left", good(1) + &none(2) + &none(3), &[200, 401, 401]),
+        Case::new("pipelining", "a good one gives no access to the next", good(1) + &none(2) + &none(3), &[200, 401, 401]),
         Case::new("pipelining", "two hundred without a token", format!("<{}*200>", none(1)), &[401; 200]),
         Case::new("pipelining", "fifty good ones", format!("<{}*50>", good(1)), &[200; 50]),
-        Case::new("pipelining", "one that ends, and more", format!("GET <P> HTTP/1.1\n<H><T>Connection: close\n\n{}", good(1)), OK).closed(),
-        Case::new("pipelining", "a refused one that ends, and more", format!("GET <P> HTTP/1.1\n<H>Connection: close\n\n{}", good(1)), UNAUTHORIZED).closed(),
-        Case::new("pipelining", "a malformed one, and more", format!("GET <P>  HTTP/1.1\n<H><T>\n{}", good(1)), BAD_REQUEST).closed(),
-        Case::new("pipelining", "a refused path, and more", format!("GET /api/v3/.. HTTP/1.1\n<H><T>\n{}", good(1)), &[400, 200]),
-        Case::new("pipelining", "no route, and more", format!("GET /x HTTP/1.1\n<H><T>\n{}", good(1)), &[404, 200]),
+        Case::new("pipelining", "one with close, and another one", format!("GET <P> HTTP/1.1\n<H><T>Connection: close\n\n{}", good(1)), OK).closed(),
+        Case::new("pipelining", "a refused one with close, and another one", format!("GET <P> HTTP/1.1\n<H>Connection: close\n\n{}", good(1)), UNAUTHORIZED).closed(),
+        Case::new("pipelining", "a malformed one, and another one", format!("GET <P>  HTTP/1.1\n<H><T>\n{}", good(1)), BAD_REQUEST).closed(),
+        Case::new("pipelining", "a refused path, and another request", format!("GET /api/v3/.. HTTP/1.1\n<H><T>\n{}", good(1)), &[400, 200]),
+        Case::new("pipelining", "no route, and another request", format!("GET /x HTTP/1.1\n<H><T>\n{}", good(1)), &[404, 200]),
         Case::new("pipelining", "peer: RUSTSEC-2025-0037 a body that is refused unread", refused("Content-Length: <LEN>\n", "<SMUGGLED>"), UNAUTHORIZED),
-        Case::new("pipelining", "peer: CVE-2019-20372 a body that is refused unread, and more", refused("Content-Length: <LEN>\n", "<SMUGGLED>") + &good(1), &[401, 200]).seen_as("<P>?n=1"),
+        Case::new("pipelining", "peer: CVE-2019-20372 a body that is refused unread, and another request", refused("Content-Length: <LEN>\n", "<SMUGGLED>") + &good(1), &[401, 200]).seen_as("<P>?n=1"),
         Case::new("pipelining", "a chunked body that is refused unread", refused("Transfer-Encoding: chunked\n", "<HEX>\n<SMUGGLED>\n0\n\n"), UNAUTHORIZED).closed(),
         Case::new("pipelining", "64 KiB that are refused unread", refused("Content-Length: 65536\n", "<a*65536>") + &good(1), &[401, 200]),
         Case::new("pipelining", "more than 64 KiB that are refused unread", refused("Content-Length: 65537\n", "<a*65537><SMUGGLED>"), UNAUTHORIZED).closed(),
@@ -793,13 +793,13 @@ fn pipelining() -> Vec<Case> {
         Case::new("pipelining", "an empty line between requests", format!("{}\n{}", good(1), bad(2)), &[200, 401]),
         Case::new("pipelining", "half a head, and the end", "GET <P> HTTP/1.1\n<H><T>X-Junk: 1", &[]).half_closed(),
         Case::new("pipelining", "a head without its last line, and the end", "GET <P> HTTP/1.1\n<H><T>", &[]).half_closed(),
-        Case::new("pipelining", "HTTP/2 without being asked", "PRI * HTTP/2.0\n\nSM\n\n<SMUGGLED>", BAD_REQUEST).closed(),
+        Case::new("pipelining", "HTTP/2 with prior knowledge", "PRI * HTTP/2.0\n\nSM\n\n<SMUGGLED>", BAD_REQUEST).closed(),
     ]
 }
 
 #[rustfmt::skip]
 fn syntax_and_limits() -> Vec<Case> {
-    // Header lines that are none; each behind a good token.
+    // Malformed header lines, each after a good token.
     let lines: &[(&str, &str)] = &[
         ("a bare LF",                        "X: y<LF>"),
         ("a fold with a blank",              "X: a\n b\n"),
@@ -826,7 +826,7 @@ fn syntax_and_limits() -> Vec<Case> {
         .iter()
         .map(|(name, lines)| Case::new("syntax_and_limits", *name, get("<P>", &format!("<T>{lines}")), BAD_REQUEST).closed())
         .collect();
-    // First lines that are none.
+    // Malformed request lines.
     let starts: &[(&str, &str)] = &[
         ("LF for CRLF",                      "GET <P> HTTP/1.1<LF>Host: h.test<LF>PRIVATE-TOKEN: <GOOD><LF><LF>"),
         ("CR for CRLF",                      "GET <P> HTTP/1.1<CR>Host: h.test<CR>PRIVATE-TOKEN: <GOOD>\n\n"),
@@ -882,7 +882,7 @@ fn syntax_and_limits() -> Vec<Case> {
     cases
 }
 
-/// Fields of a body that a backend would believe more than the header.
+/// Body parameters that take precedence over the header in a backend.
 #[rustfmt::skip]
 fn body_credential() -> Vec<Case> {
     const FORM: &str = "Content-Type: application/x-www-form-urlencoded\n";
@@ -903,7 +903,7 @@ fn body_credential() -> Vec<Case> {
         ("a form, an array",                     FORM.into(), "private_token[]=<OTHER>".into(), UNAUTHORIZED),
         ("a form, behind a blank",               FORM.into(), "a=1& private_token=<OTHER>".into(), UNAUTHORIZED),
         ("a form, behind a plus",                FORM.into(), "a=1&+private_token=<OTHER>".into(), UNAUTHORIZED),
-        ("a form, far behind",                   FORM.into(), "a=<x*60000>&private_token=<OTHER>".into(), UNAUTHORIZED),
+        ("a form, after 60,000 bytes",                   FORM.into(), "a=<x*60000>&private_token=<OTHER>".into(), UNAUTHORIZED),
         ("a form, behind a long name",           FORM.into(), "<[*5000>private_token=<OTHER>".into(), UNAUTHORIZED),
         ("a form of capitals",                   "Content-Type: APPLICATION/X-WWW-FORM-URLENCODED\n".into(), "private_token=<OTHER>".into(), UNAUTHORIZED),
         ("a form with a charset",                "Content-Type: application/x-www-form-urlencoded; charset=utf-8\n".into(), "private_token=<OTHER>".into(), UNAUTHORIZED),
@@ -914,7 +914,7 @@ fn body_credential() -> Vec<Case> {
 "), "private_token=<OTHER>".into(), UNAUTHORIZED),
         ("text's type that Connection names",    format!("{TEXT}Connection: content-type
 "), "private_token=x".into(), OK),
-        ("a type by another name",               "Content_Type: text/plain\n".into(), "private_token=<OTHER>".into(), UNAUTHORIZED),
+        ("Content_Type",               "Content_Type: text/plain\n".into(), "private_token=<OTHER>".into(), UNAUTHORIZED),
         ("access_token",                         FORM.into(), "access_token=x".into(), UNAUTHORIZED),
         ("job_token",                            FORM.into(), "job_token=x".into(), UNAUTHORIZED),
         ("bearer_token",                         FORM.into(), "bearer_token=x".into(), UNAUTHORIZED),
@@ -928,7 +928,7 @@ fn body_credential() -> Vec<Case> {
         ("JSON with a mark",                     JSON.into(), "\u{ef}\u{bb}\u{bf}{\"private_token\":\"<OTHER>\"}".into(), BAD_REQUEST),
         ("JSON with a comment",                  JSON.into(), "{/*\"*/\"private_token\":\"<OTHER>\"}".into(), BAD_REQUEST),
         ("JSON in UTF-16",                       JSON.into(), "{<x00>\"<x00>a<x00>\"<x00>".into(), BAD_REQUEST),
-        ("JSON that is none",                    JSON.into(), "private_token=<OTHER>".into(), BAD_REQUEST),
+        ("malformed JSON",                    JSON.into(), "private_token=<OTHER>".into(), BAD_REQUEST),
         ("JSON, an array",                       JSON.into(), "[{\"a\":1}]".into(), OK),
         ("JSON, nested",                         JSON.into(), "{\"a\":{\"private_token\":\"x\"}}".into(), OK),
         ("peer: CVE-2026-0958 JSON by another type", "Content-Type: application/vnd.api+json\n".into(), "{\"private_token\":\"<OTHER>\"}".into(), UNAUTHORIZED),
@@ -942,7 +942,7 @@ fn body_credential() -> Vec<Case> {
         ("a part, blanks around the equals sign",PARTS.into(), part("name = \"private_token\""), BAD_REQUEST),
         ("a part, capitals",                     PARTS.into(), part("NAME=\"private_token\""), BAD_REQUEST),
         ("a part of a file",                     PARTS.into(), part("name=\"private_token\"; filename=\"x\""), UNAUTHORIZED),
-        ("a part that says it by Content-ID",    PARTS.into(), "--b\nContent-ID: <x3c>private_token<x3e>\n\n<OTHER>\n--b--\n".into(), BAD_REQUEST),
+        ("a part named by Content-ID",    PARTS.into(), "--b\nContent-ID: <x3c>private_token<x3e>\n\n<OTHER>\n--b--\n".into(), BAD_REQUEST),
         ("a part with LF lines",                 PARTS.into(), "--b<LF>Content-Disposition: form-data; name=\"private_token\"<LF><LF><OTHER><LF>--b--<LF>".into(), BAD_REQUEST),
         ("a part behind a preamble",             PARTS.into(), format!("x\n{}", part("name=\"private_token\"")), BAD_REQUEST),
         ("the second part",                      PARTS.into(), format!("--b\nContent-Disposition: form-data; name=\"a\"\n\n1\n{}", part("name=\"private_token\"")), UNAUTHORIZED),
@@ -960,7 +960,7 @@ fn body_credential() -> Vec<Case> {
     for (name, lines, body, answers) in rows {
         let bytes = expand(&body);
         let mut with_length = Case::new("body_credential", name, post(&format!("{lines}Content-Length: {}\n", bytes.len()), &body), answers);
-        // Every body once more, cut where it hurts.
+        // Each body also in chunks, split within the name.
         let (front, back) = chunked(&body);
         let text = post(&format!("{lines}Transfer-Encoding: chunked\n"), &format!("{front}{back}0\n\n"));
         let mut in_chunks = Case::new("body_credential", format!("{name}, in chunks"), text, answers);
@@ -974,12 +974,12 @@ fn body_credential() -> Vec<Case> {
         "POST <P> HTTP/1.1\n<H>Content-Type: application/x-www-form-urlencoded\nContent-Length: 29\n\nprivate_token=good-token-0001", UNAUTHORIZED));
     cases.push(Case::new("body_credential", "a form in a GET",
         get("<P>", "<T>Content-Type: application/x-www-form-urlencoded\nContent-Length: 15\n") + "private_token=x", UNAUTHORIZED).closed());
-    cases.push(Case::new("body_credential", "peer: CVE-2022-29266 an answer does not repeat what was sent",
+    cases.push(Case::new("body_credential", "peer: CVE-2022-29266 a response does not repeat what was sent",
         get("<P>?private_token=<BAD>", "PRIVATE-TOKEN: <BAD>\nAuthorization: Bearer <BAD>\n"), UNAUTHORIZED));
     cases
 }
 
-/// A body's text as two chunks, cut in the middle of the first name that matters.
+/// A body's text as two chunks, split within the first relevant name.
 fn chunked(body: &str) -> (String, String) {
     let at = ["private", "sudo", "_method", "token"].iter().find_map(|word| Some(body.find(word)? + 2)).unwrap_or(0);
     let chunk = |text: &str| match expand(text).len() {

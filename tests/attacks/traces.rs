@@ -1,5 +1,4 @@
-//! What attacks leave behind in logs and metrics: nothing that is a secret, nothing that breaks a line, and nothing that
-//! grows with the client's imagination.
+//! Attacks must not leave secrets in logs and metrics, break log lines, or add metric series.
 
 use super::{End, Scene, Talk, expand};
 use crate::harness::*;
@@ -7,7 +6,7 @@ use std::time::Duration;
 
 pub(super) const PEERS: &[&str] = &["CVE-2024-45808"];
 
-/// A token in every place where somebody might put it, for better or worse. `<BAD>` is somebody's token of yesterday.
+/// A token in every place where a client might put it. `<BAD>` stands for a revoked token.
 #[rustfmt::skip]
 const LEAKS: &[(&str, &str)] = &[
     ("/api/v3/projects",                                   "PRIVATE-TOKEN: <GOOD>\n"),
@@ -46,7 +45,7 @@ const LEAKS: &[(&str, &str)] = &[
     ("/api/v3/projects?private_token=<GOOD> HTTP/1.1 x",   ""),
 ];
 
-/// No token is written anywhere, and neither is it when the backend is gone.
+/// No token is logged, also when the backend is down.
 #[test]
 fn no_token_is_written_down() {
     let scene = Scene::new("");
@@ -120,7 +119,7 @@ fn every_request_is_one_line_of_the_log() {
     );
 }
 
-/// A thousand methods, paths, hosts, names, ids and tokens make no series that was not there before.
+/// A thousand methods, paths, hosts, names, ids and tokens add no metric series.
 #[test]
 fn clients_mint_no_metrics() {
     let scene = Scene::new("");

@@ -1,5 +1,5 @@
-//! Real token stores for the tests, from Debian's packages, each on a free port in a folder of its own, ended by its pid
-//! when it is dropped. Used by the tests with real gateways and by the contract suite.
+//! Real token stores for the tests, from Debian's packages, each on a free port in its own folder, ended by its pid when it
+//! is dropped. Used by the tests with real gateways and by the contract suite.
 #![allow(dead_code, reason = "not every test uses every fault")]
 
 pub mod http;
@@ -20,8 +20,8 @@ pub const HINT: &str = "run `bash tests/install.sh` (TOLLGATE_PY_VENV names anot
 /// How long a server may take to start or stop.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A port that nobody listens on. Below those that the kernel gives away by itself (32768 and up), so that no other socket of
-/// the tests takes it before its server does; and each one once, from a place that differs between processes.
+/// A free port, below the kernel's ephemeral range (32768 and up), so that no other socket of the tests takes it before its
+/// server does. Each is used once, starting at a number that differs between processes.
 pub fn free_port() -> u16 {
     const PORTS: std::ops::Range<u32> = 12_000..32_000;
     static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -34,7 +34,7 @@ pub fn free_port() -> u16 {
     }
 }
 
-/// A folder that is gone when its owner is.
+/// A temporary folder, removed when it is dropped.
 pub struct Folder(pub PathBuf);
 
 impl Folder {
@@ -63,7 +63,7 @@ impl Drop for Folder {
     }
 }
 
-/// A process that ends with its owner.
+/// A process that is killed when it is dropped.
 pub struct Process {
     child: Child,
 }
@@ -71,7 +71,7 @@ pub struct Process {
 impl Process {
     pub fn start(command: &mut Command) -> Self {
         let name = command.get_program().display().to_string();
-        Self { child: command.spawn().unwrap_or_else(|error| panic!("{name} can't be started: {error}; {HINT}")) }
+        Self { child: command.spawn().unwrap_or_else(|error| panic!("{name} cannot be started: {error}; {HINT}")) }
     }
 
     pub fn pid(&self) -> u32 {
@@ -100,17 +100,17 @@ impl Drop for Process {
     }
 }
 
-/// What can befall a server.
+/// Faults to inject into a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// It is killed, without a word to anybody.
+    /// It is killed without closing its connections in an orderly way.
     Stop,
-    /// It comes back with its data.
+    /// It is started again with its data.
     Start,
-    /// It takes connections and says nothing.
+    /// It accepts connections and does not respond.
     Freeze,
     Thaw,
-    /// Every connection to it is cut.
+    /// Every connection to it is closed.
     Cut,
     ReadOnly,
     Writable,
@@ -122,10 +122,10 @@ pub trait Server {
     fn freeze(&self);
     fn thaw(&self);
     fn cut(&self);
-    /// Nothing, where nothing is ever written.
+    /// No effect on a server that is never written to.
     fn read_only(&self, _yes: bool) {}
 
-    fn befall(&mut self, fault: Fault) {
+    fn inject(&mut self, fault: Fault) {
         match fault {
             Fault::Stop => self.stop(),
             Fault::Start => self.start_again(),
@@ -138,7 +138,7 @@ pub trait Server {
     }
 }
 
-/// Tries until something is true.
+/// Waits until a condition is true.
 pub fn eventually(what: &str, check: impl FnMut() -> bool) {
     within(PATIENCE, what, check);
 }
@@ -151,10 +151,10 @@ pub fn within(patience: Duration, what: &str, mut check: impl FnMut() -> bool) {
     }
 }
 
-/// Runs a program to its end and fails with what it said.
+/// Runs a program, and fails with its error output.
 pub fn run(command: &mut Command) -> String {
     let name = command.get_program().display().to_string();
-    let output = command.output().unwrap_or_else(|error| panic!("{name} can't be started: {error}; {HINT}"));
+    let output = command.output().unwrap_or_else(|error| panic!("{name} cannot be started: {error}; {HINT}"));
     assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
 }

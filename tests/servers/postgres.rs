@@ -1,4 +1,4 @@
-//! A PostgreSQL server of the tests' own, from Debian's package: on a free loopback port and a socket in its folder.
+//! A PostgreSQL server for a test, from Debian's package: on a free loopback port and a socket in its folder.
 
 use super::tls::Authority;
 use super::{Folder, HINT, PATIENCE, Process, Server, eventually, free_port, repository, run};
@@ -15,12 +15,12 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Plain text, and nobody needs a password but `guarded`, whose is `pa55-word`.
+    /// Plain text; no passwords, except for the user `guarded` with `pa55-word`.
     pub fn start() -> Self {
         Self::new(None)
     }
 
-    /// Takes encrypted connections only, except through the socket.
+    /// Accepts encrypted connections only, except on the Unix socket.
     pub fn start_with_tls(authority: Authority) -> Self {
         Self::new(Some(authority))
     }
@@ -46,7 +46,7 @@ impl Postgres {
         server
     }
 
-    /// Through TCP, as a user who may do everything.
+    /// Over TCP, as superuser.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
@@ -55,7 +55,7 @@ impl Postgres {
         self.port
     }
 
-    /// Through the socket in this folder.
+    /// Over the socket in this folder.
     pub fn socket(&self) -> &Path {
         &self.folder.0
     }
@@ -68,7 +68,7 @@ impl Postgres {
         std::fs::read_to_string(self.folder.file("log")).unwrap_or_default()
     }
 
-    /// What a query says, a line for each row and `|` between columns.
+    /// The result of a query, a line for each row and `|` between columns.
     pub fn psql(&self, database: &str, sql: &str) -> String {
         self.try_psql(database, sql).unwrap_or_else(|why| panic!("{sql}: {why}"))
     }
@@ -80,7 +80,7 @@ impl Postgres {
             .arg(&self.folder.0)
             .args(["-p", &self.port.to_string(), "-c", sql])
             .output()
-            .unwrap_or_else(|error| panic!("psql can't be started: {error}; {HINT}"));
+            .unwrap_or_else(|error| panic!("psql cannot be started: {error}; {HINT}"));
         match output.status.success() {
             true => Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
             false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
@@ -92,12 +92,12 @@ impl Postgres {
         self.psql("postgres", &format!("CREATE DATABASE {name}"));
     }
 
-    /// A standby that follows this server.
+    /// A standby of this server.
     pub fn standby(&self) -> Self {
         self.standby_with(&[])
     }
 
-    /// A standby that applies nothing that happens from now on.
+    /// A standby that does not apply changes from here on.
     pub fn late_standby(&self) -> Self {
         self.standby_with(&["recovery_min_apply_delay=1h"])
     }
@@ -132,7 +132,7 @@ impl Postgres {
 }
 
 impl Server for Postgres {
-    /// As a crash would: nothing is said to anybody.
+    /// Like a crash.
     fn stop(&mut self) {
         let Some(mut process) = self.process.take() else { return };
         let everybody = self.everybody(&process);
@@ -173,7 +173,7 @@ impl Server for Postgres {
         eventually("PostgreSQL answers", || self.try_psql("postgres", "SELECT 1").is_ok());
     }
 
-    /// Takes connections, or the kernel does, and says nothing.
+    /// The kernel accepts connections, and nothing responds.
     fn freeze(&self) {
         let process = self.process.as_ref().unwrap();
         // The parent first, so that no child is missed.
@@ -192,14 +192,15 @@ impl Server for Postgres {
         self.psql("postgres", others);
     }
 
-    /// For sessions that are there as well, which learn of it with the next statement.
+    /// Affects existing sessions as well, from their next statement on.
     fn read_only(&self, yes: bool) {
         let value = if yes { "on" } else { "off" };
         self.psql("postgres", &format!("ALTER SYSTEM SET default_transaction_read_only = {value}"));
         self.psql("postgres", "SELECT pg_reload_conf()");
-        eventually("the setting is taken in", || {
-            let told = "SELECT setting FROM pg_file_settings WHERE name = 'default_transaction_read_only' AND applied";
-            self.psql("postgres", told) == value
+        eventually("the setting is applied", || {
+            let applied =
+                "SELECT setting FROM pg_file_settings WHERE name = 'default_transaction_read_only' AND applied";
+            self.psql("postgres", applied) == value
         });
     }
 }

@@ -1,4 +1,4 @@
-//! Redis servers of the tests' own: one, a master with a replica and three sentinels, or a cluster of three.
+//! Redis servers for a test: one, a master with a replica and three sentinels, or a cluster of three.
 
 use super::tls::Authority;
 use super::{Folder, PATIENCE, Process, Server, eventually, free_port, run};
@@ -8,7 +8,7 @@ use std::time::Instant;
 
 #[derive(Default)]
 pub struct Options<'a> {
-    /// What is written outlives a restart.
+    /// Data survives a restart.
     pub durable: bool,
     /// Lines like `user name on >password ...`; the default user keeps all rights.
     pub users: &'a [&'a str],
@@ -73,12 +73,12 @@ impl Redis {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// Runs redis-cli, and fails when the server says no.
+    /// Runs redis-cli, and fails on an error reply.
     pub fn cli(&self, arguments: &[&str]) -> String {
         run(Command::new("redis-cli").args(["-e", "-p", &self.port.to_string()]).args(arguments)).trim().to_owned()
     }
 
-    /// What it says, whatever that is; nothing when there is no server.
+    /// The reply, also if it is an error; empty if there is no server.
     pub fn try_cli(&self, arguments: &[&str]) -> String {
         let output = Command::new("redis-cli").args(["-p", &self.port.to_string()]).args(arguments).output();
         String::from_utf8_lossy(&output.unwrap().stdout).trim().to_owned()
@@ -86,7 +86,7 @@ impl Redis {
 }
 
 impl Server for Redis {
-    /// Killed, without a chance to say anything.
+    /// Like a crash.
     fn stop(&mut self) {
         self.process = None;
     }
@@ -101,7 +101,7 @@ impl Server for Redis {
         let deadline = Instant::now() + PATIENCE;
         while !self.try_cli(&["PING"]).contains("PONG") {
             let ended = self.process.as_mut().is_some_and(Process::has_ended);
-            assert!(!ended && Instant::now() < deadline, "redis-server on port {} does not come up", self.port);
+            assert!(!ended && Instant::now() < deadline, "redis-server on port {} does not start", self.port);
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
     }
@@ -120,7 +120,7 @@ impl Server for Redis {
         self.cli(&["CLIENT", "KILL", "TYPE", "pubsub"]);
     }
 
-    /// A replica of nobody takes no writes.
+    /// A replica of an unreachable master accepts no writes.
     fn read_only(&self, yes: bool) {
         self.cli(if yes { &["REPLICAOF", "127.0.0.1", "1"] } else { &["REPLICAOF", "NO", "ONE"] });
     }
@@ -137,7 +137,7 @@ impl Watched {
     pub fn start() -> Self {
         let (master, replica) = (Redis::start(&Options::default()), Redis::start(&Options::default()));
         replica.cli(&["REPLICAOF", "127.0.0.1", &master.port.to_string()]);
-        eventually("the replica is in step", || {
+        eventually("the replica is synchronized", || {
             replica.cli(&["INFO", "replication"]).contains("master_link_status:up")
         });
         let sentinels: Vec<_> = (0..3).map(|_| Redis::sentinel(master.port)).collect();

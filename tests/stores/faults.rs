@@ -1,4 +1,4 @@
-//! Store × fault → what callers see. Every part asserts what is promised and prints what was measured.
+//! Store × fault → what callers see. Every part asserts what is documented and prints what was measured.
 
 use super::{BOUND, Backing, Caller, all, setting};
 use crate::harness::*;
@@ -6,7 +6,7 @@ use crate::servers::Fault;
 use crate::support::get;
 use std::time::{Duration, Instant};
 
-/// Callers that are known, and that stay active.
+/// Callers with cached tokens, which stay active.
 const CALLERS: usize = 100;
 
 fn tokens(kind: &str, count: usize) -> Vec<String> {
@@ -22,7 +22,7 @@ fn percentile(times: &mut [Duration], share: f64) -> Duration {
     times[((times.len() - 1) as f64 * share) as usize]
 }
 
-/// A gateway whose cache forgets within seconds, so that every store is asked while the fault lasts.
+/// A gateway whose cache entries expire within seconds, so that every store is asked during the fault.
 fn gateway(store: &dyn Backing, upstream: &Upstream, ttl: &str) -> Gateway {
     let more = format!(
         "{}[cache]\npositive_ttl = \"{ttl}\"\nnegative_ttl = \"1s\"\nstale_if_error = \"5m\"\n[log]\naccess = \"off\"\n",
@@ -31,8 +31,8 @@ fn gateway(store: &dyn Backing, upstream: &Upstream, ttl: &str) -> Gateway {
     Gateway::start(upstream.address, &more)
 }
 
-/// How long a revocation may take. When the store can't tell of changes that is as long as answers are believed here, which
-/// is a second as well, and some time to be late in.
+/// How long a revocation may take. If the store does not notify of changes, this is `positive_ttl`, a second here, and some
+/// tolerance.
 fn bound(store: &dyn Backing) -> Duration {
     if store.hears() { BOUND } else { BOUND + BOUND / 2 }
 }
@@ -44,7 +44,7 @@ fn lookups(gateway: &Gateway, store: &dyn Backing) -> f64 {
     count("found") + count("unknown")
 }
 
-/// Down: who is known goes on, nobody else gets in, and both are told apart. Back: at once, and without a rush.
+/// Down: cached callers are served, all others get 503. Recovery: immediate, without a burst of lookups.
 fn down_and_back(make: fn() -> Box<dyn Backing>) {
     let mut store = make();
     let (known, cold) = (tokens("known", CALLERS), tokens("cold", 50));
@@ -58,8 +58,8 @@ fn down_and_back(make: fn() -> Box<dyn Backing>) {
     }
     assert_eq!(caller.status("nobody"), 401);
 
-    store.befall(Fault::Stop);
-    // Past the time that answers are believed, the store is asked, and fails.
+    store.inject(Fault::Stop);
+    // After `positive_ttl` the store is asked, and fails.
     std::thread::sleep(Duration::from_millis(1_300));
     let mut times = Vec::new();
     for round in 0..3 {
@@ -72,7 +72,7 @@ fn down_and_back(make: fn() -> Box<dyn Backing>) {
     let keeps_its_table = store.name() == "file";
     let (unknown, newcomer) = (caller.ask("nobody"), caller.ask(&cold[0]));
     if keeps_its_table {
-        // What was read last holds, as documented.
+        // The last state of the file is used, as documented.
         assert_eq!((unknown.status, newcomer.status), (401, 200));
     } else {
         for answer in [&unknown, &newcomer] {
@@ -93,7 +93,7 @@ fn down_and_back(make: fn() -> Box<dyn Backing>) {
         ),
     );
 
-    store.befall(Fault::Start);
+    store.inject(Fault::Start);
     let back = Instant::now();
     eventually("the store answers again", || caller.status(&cold[1]) == 200);
     let recovered = back.elapsed();
@@ -107,9 +107,9 @@ fn down_and_back(make: fn() -> Box<dyn Backing>) {
         }
     }
     let rush = lookups(&gateway, &*store) - before;
-    // Each caller may be looked up once when the store answers, once when change notifications arrive again, and else as often
-    // as answers ask for that count for less than a second: the number of requests does not matter.
-    assert!(rush <= 4.0 * CALLERS as f64, "{}: {rush} look-ups for {CALLERS} callers", store.name());
+    // Each caller may be looked up once when the store answers and once when change notifications arrive again; between these,
+    // answers are cached for less than a second. The number of requests does not matter.
+    assert!(rush <= 4.0 * CALLERS as f64, "{}: {rush} lookups for {CALLERS} callers", store.name());
     assert_eq!(caller.status("nobody"), 401);
     assert!(recovered < BOUND, "{}: {recovered:?}", store.name());
     row(
@@ -121,7 +121,7 @@ fn down_and_back(make: fn() -> Box<dyn Backing>) {
     );
 }
 
-/// Silent: cached callers don't notice, and the rest is refused within the store's time and not queued without end.
+/// Not responding: cached callers are served, others are refused within the store's timeout and not queued without limit.
 fn silent(make: fn() -> Box<dyn Backing>) {
     let mut store = make();
     let known = tokens("known", CALLERS);
@@ -144,10 +144,10 @@ fn silent(make: fn() -> Box<dyn Backing>) {
     };
     measure(Duration::from_millis(200));
     let (_, quiet) = measure(Duration::from_secs(1));
-    if !store.befall(Fault::Freeze) {
+    if !store.inject(Fault::Freeze) {
         return;
     }
-    // More than the store can ever be asked at once.
+    // More than the limit of concurrent lookups.
     let address = gateway.address;
     let crowd = setting("TOLLGATE_FAULT_CROWD", 200);
     let burst = std::thread::spawn(move || {
@@ -159,7 +159,7 @@ fn silent(make: fn() -> Box<dyn Backing>) {
         let statuses: Vec<u16> = clients.iter_mut().map(|client| client.answer().status).collect();
         (statuses, before.elapsed())
     });
-    // The entries pass through their whole life meanwhile.
+    // The entries become stale and are refreshed meanwhile.
     let (requests, slow) = measure(Duration::from_secs(9));
     let (statuses, took) = burst.join().unwrap();
     assert!(statuses.iter().all(|status| *status == 503), "{}: {statuses:?}", store.name());
@@ -176,13 +176,13 @@ fn silent(make: fn() -> Box<dyn Backing>) {
             "{requests} requests with cached tokens 200, p99 {slow:.1?} ({quiet:.1?} before); {crowd} unknown tokens at once: all 503 within {took:.1?}"
         ),
     );
-    store.befall(Fault::Thaw);
+    store.inject(Fault::Thaw);
     let back = Instant::now();
     eventually("the store answers again", || Caller::of(&gateway).status("cold") == 200);
     row(&*store, "responsive again", &format!("uncached token 200 after {:.0?}", back.elapsed()));
 }
 
-/// Cut off: a revocation right behind the cut is not lost.
+/// Connections cut: a revocation immediately after the cut is not lost.
 fn cut(make: fn() -> Box<dyn Backing>) {
     let mut store = make();
     let rounds = setting("TOLLGATE_FAULT_ROUNDS", 5);
@@ -194,7 +194,7 @@ fn cut(make: fn() -> Box<dyn Backing>) {
     let mut worst = Duration::ZERO;
     for token in &known {
         assert_eq!(caller.status(token), 200);
-        if !store.befall(Fault::Cut) {
+        if !store.inject(Fault::Cut) {
             return;
         }
         store.revoke(token);
@@ -210,7 +210,7 @@ fn cut(make: fn() -> Box<dyn Backing>) {
     );
 }
 
-/// Restarted: a revocation made before the gateway is back on the line is not lost.
+/// Restarted: a revocation before the gateway has reconnected is not lost.
 fn restarted(make: fn() -> Box<dyn Backing>) {
     let mut store = make();
     store.add(&tokens("known", 2));
@@ -218,10 +218,10 @@ fn restarted(make: fn() -> Box<dyn Backing>) {
     let gateway = gateway(&*store, &upstream, if store.hears() { "5m" } else { "1s" });
     let mut caller = Caller::of(&gateway);
     assert_eq!((caller.status("known-0000"), caller.status("known-0001")), (200, 200));
-    store.befall(Fault::Stop);
-    // Long enough that the gateway is between two tries.
+    store.inject(Fault::Stop);
+    // Long enough that the gateway waits between two attempts.
     std::thread::sleep(Duration::from_millis(700));
-    store.befall(Fault::Start);
+    store.inject(Fault::Start);
     store.revoke("known-0000");
     let revoked = Instant::now();
     eventually("revoked", || caller.status("known-0000") == 401);
@@ -255,7 +255,8 @@ fn a_restart_loses_no_revocation() {
     all().into_iter().for_each(restarted);
 }
 
-/// Restarted itself: with a snapshot a gateway asks for nobody that it knew, unless something changed meanwhile.
+/// The gateway restarted: with a snapshot it looks up none of the tokens that were cached, except those that changed
+/// meanwhile.
 fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
     let mut store = make();
     let known = tokens("known", CALLERS);
@@ -273,7 +274,7 @@ fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
                 store.section()
             );
             let gateway = Gateway::start(upstream.address, &more);
-            // All that was learned before is looked up again then.
+            // All tokens that were cached before are looked up again then.
             let follows = || !store.hears() || gateway.process_log().contains("change notifications are arriving");
             eventually("the store is followed", follows);
             gateway
@@ -288,11 +289,11 @@ fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
         assert!(first.ended().success());
         store.revoke(&known[revoked]);
         let second = start();
-        // The store is asked once what changed, right at the start.
+        // At the start the store is asked once what has changed.
         let asked = with_snapshot && store.hears();
-        let told = ["the cache snapshot was restored", "since the cache snapshot"];
-        let is_told = || told.iter().any(|line| second.process_log().contains(line));
-        eventually("the store is asked", || !asked || is_told());
+        let logged = ["the cache snapshot was restored", "since the cache snapshot"];
+        let is_logged = || logged.iter().any(|line| second.process_log().contains(line));
+        eventually("the store is asked", || !asked || is_logged());
         let mut caller = Caller::of(&second);
         for (index, token) in known.iter().enumerate() {
             let expected = if index <= revoked { 401 } else { 200 };

@@ -1,5 +1,5 @@
-//! A gateway that stood still, as after SIGSTOP or on a paused machine: on waking it must not answer from what it knew
-//! before, and its clients' requests lie there already.
+//! A gateway that was suspended, by SIGSTOP or on a paused machine: when it continues, with requests waiting in its sockets,
+//! it must not use cache entries from before.
 
 use super::{Backing, Caller, all};
 use crate::harness::*;
@@ -7,7 +7,7 @@ use crate::servers::Fault;
 use crate::support::get;
 use std::time::Duration;
 
-/// Longer than what is known counts behind the last sign of life.
+/// Longer than cached answers are used after the last successful probe.
 const STANDSTILL: Duration = Duration::from_millis(1_500);
 const CLIENTS: usize = 8;
 
@@ -37,8 +37,8 @@ fn wakes_with_care(make: fn() -> Box<dyn Backing>) {
             store.revoke(token);
         }
         if *round == "cut" {
-            // And the subscription is gone, which nobody has noticed.
-            store.befall(Fault::Cut);
+            // The subscription is lost, and not detected yet.
+            store.inject(Fault::Cut);
         }
         std::thread::sleep(STANDSTILL);
         for (client, token) in clients.iter_mut().zip(doomed) {
@@ -48,7 +48,7 @@ fn wakes_with_care(make: fn() -> Box<dyn Backing>) {
         other.send_head(&get("steady", "/api/v3/user"));
         gateway.signal("CONT");
         let statuses: Vec<u16> = clients.iter_mut().map(|client| client.answer().status).collect();
-        assert_eq!(statuses, [401; CLIENTS], "{}, {round}: the first answers on waking", store.name());
+        assert_eq!(statuses, [401; CLIENTS], "{}, {round}: the first responses after continuing", store.name());
         assert_eq!(other.answer().status, 200, "{}, {round}", store.name());
     }
 }

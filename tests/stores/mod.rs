@@ -1,6 +1,6 @@
 //! Gateways on real token stores: what callers see when a store fails, and how long a revoked token works. `make faults`
-//! and `make revocations` run the long forms and print tables; CI runs the short ones. `contract/` is the suite that every
-//! store passes in this process, against its real server.
+//! and `make revocations` run the long forms and print tables; CI runs the short ones. `contract/` is the suite that runs
+//! every store in this process, against its real server.
 
 mod contract;
 mod faults;
@@ -20,24 +20,24 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// What is documented: a store that is back is asked again, and a revocation holds where the store tells of changes, within
-/// this time.
+/// The documented bound: within this time a recovered store is used again, and a revocation takes effect if the store
+/// notifies of changes.
 pub const BOUND: Duration = Duration::from_secs(1);
 
-/// A store that the tests can fill, and that things befall.
+/// A store that the tests can fill, and into which they can inject faults.
 pub trait Backing {
     fn name(&self) -> &'static str;
     /// The section that makes a gateway use it.
     fn section(&self) -> String;
     fn add(&mut self, tokens: &[String]);
-    /// Comes back once the store has it.
+    /// Returns once the store has stored it.
     fn revoke(&self, token: &str);
-    /// Makes all that was written so far older than what a snapshot doubts.
+    /// Makes all changes so far older than the period that is re-read after a restart from a snapshot.
     fn age(&self) {}
-    /// Whether it tells of changes.
+    /// Whether it notifies of changes.
     fn hears(&self) -> bool;
-    /// `false`: this can't befall it.
-    fn befall(&mut self, fault: Fault) -> bool;
+    /// `false`: this fault does not apply.
+    fn inject(&mut self, fault: Fault) -> bool;
 }
 
 /// All kinds.
@@ -78,7 +78,7 @@ impl Config {
         self.tollgate(&["token", "import"], &[file.to_str().unwrap()]).unwrap();
     }
 
-    /// Tries again when the connection was cut under it.
+    /// Retries when its connection was cut.
     fn revoke(&self, token: &str) {
         for _ in 0..20 {
             match self.tollgate(&["token", "revoke"], &[&sha256_hex(token)]) {
@@ -90,7 +90,7 @@ impl Config {
     }
 }
 
-/// SQLite or a TOML file: goes away by being moved aside.
+/// SQLite or a TOML file: stopped by renaming the file.
 struct Embedded {
     kind: &'static str,
     path: PathBuf,
@@ -139,7 +139,7 @@ impl Backing for Embedded {
         true
     }
 
-    fn befall(&mut self, fault: Fault) -> bool {
+    fn inject(&mut self, fault: Fault) -> bool {
         match fault {
             Fault::Stop => self.move_all("", ".aside"),
             Fault::Start => self.move_all(".aside", ""),
@@ -154,7 +154,7 @@ pub struct PostgresOwn {
     server: Postgres,
     config: Config,
     runtime: tokio::runtime::Runtime,
-    /// Kept open for revocations, until somebody cuts it.
+    /// Kept open for revocations, until it is cut.
     session: Mutex<Option<tokio_postgres::Client>>,
 }
 
@@ -167,7 +167,7 @@ impl PostgresOwn {
         Self { server, config, runtime, session: Mutex::new(None) }
     }
 
-    /// As any program would that knows the table: the triggers tell, not the command line.
+    /// Like any program that writes to the table: the triggers notify, not the command line.
     async fn end(
         &self,
         session: &mut Option<tokio_postgres::Client>,
@@ -221,13 +221,13 @@ impl Backing for PostgresOwn {
         true
     }
 
-    fn befall(&mut self, fault: Fault) -> bool {
-        self.server.befall(fault);
+    fn inject(&mut self, fault: Fault) -> bool {
+        self.server.inject(fault);
         true
     }
 }
 
-/// GitLab's own tables, with the triggers that tell of changes.
+/// GitLab's own tables, with the triggers for change notifications.
 struct PostgresGitlab {
     server: Postgres,
     section: String,
@@ -276,8 +276,8 @@ impl Backing for PostgresGitlab {
         true
     }
 
-    fn befall(&mut self, fault: Fault) -> bool {
-        self.server.befall(fault);
+    fn inject(&mut self, fault: Fault) -> bool {
+        self.server.inject(fault);
         true
     }
 }
@@ -320,13 +320,13 @@ impl Backing for RedisOwn {
         true
     }
 
-    fn befall(&mut self, fault: Fault) -> bool {
-        self.server.befall(fault);
+    fn inject(&mut self, fault: Fault) -> bool {
+        self.server.inject(fault);
         true
     }
 }
 
-/// An endpoint that says whose token it is.
+/// An introspection endpoint.
 struct Introspected {
     server: HttpServer,
     users: Arc<Mutex<HashMap<String, bool>>>,
@@ -366,13 +366,13 @@ impl Backing for Introspected {
         false
     }
 
-    fn befall(&mut self, fault: Fault) -> bool {
-        self.server.befall(fault);
+    fn inject(&mut self, fault: Fault) -> bool {
+        self.server.inject(fault);
         true
     }
 }
 
-/// A connection that asks for one thing with one token after the other, and is made anew when it was closed.
+/// A persistent connection for requests with different tokens, reopened when it was closed.
 pub struct Caller {
     address: std::net::SocketAddr,
     client: Option<Client>,

@@ -1,5 +1,5 @@
-//! PostgreSQL as several servers, and with several configurations: look-ups go where changes are heard from, and the channel
-//! on which they are told is changed by nobody in passing.
+//! PostgreSQL with several servers, and with several configurations: lookups use the server that the subscription is on, and
+//! only `store migrate` changes the channel.
 
 use super::{BOUND, Backing as _, Caller, Config, PostgresGitlab, PostgresOwn};
 use crate::harness::*;
@@ -8,7 +8,7 @@ use std::time::Instant;
 
 const MORE: &str = "[cache]\npositive_ttl = \"10m\"\n[log]\naccess = \"off\"\n";
 
-/// Revokes a token and asks until it is refused, and a while longer.
+/// Revokes a token and sends requests until it is refused, and for a while after that.
 fn refused_in_time(store: &PostgresOwn, gateway: &Gateway, token: &str) {
     let mut caller = Caller::of(gateway);
     assert_eq!(caller.status(token), 200, "{token}");
@@ -17,11 +17,11 @@ fn refused_in_time(store: &PostgresOwn, gateway: &Gateway, token: &str) {
     let mut last = revoked;
     while caller.status(token) == 200 {
         last = Instant::now();
-        assert!(last - revoked < PATIENCE, "{token} goes on working");
+        assert!(last - revoked < PATIENCE, "{token} still works");
     }
     let lag = last - revoked;
     assert!(lag < BOUND, "{token} worked for {lag:?}");
-    // What is learned anew is not the row of before.
+    // A new lookup does not return the old row.
     while revoked.elapsed() < BOUND * 2 {
         assert_eq!(caller.status(token), 401, "{token}");
     }
@@ -68,12 +68,12 @@ fn commands_with_another_channel_leave_the_channel_alone_and_migrate_says_that_i
     refused_in_time(&store, &gateway, &tokens[2]);
 }
 
-/// What an operator has to know stands in the log, with both channels.
+/// The log tells the operator about the change, with both channels.
 #[test]
 fn the_log_names_channels_that_differ_and_triggers_of_an_older_making() {
     let own = PostgresOwn::new();
     let gitlab = PostgresGitlab::new();
-    // As an older tollgate made it.
+    // As an older version created it.
     gitlab.server.psql(
         "postgres",
         "DO $$ DECLARE f regprocedure; BEGIN FOR f IN SELECT oid FROM pg_proc WHERE pronamespace = 'tollgate'::regnamespace

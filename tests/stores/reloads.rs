@@ -1,4 +1,4 @@
-//! A reload that changes the store, or what the store is checked by.
+//! A reload that changes the store, or the certificate authority of its server.
 
 use super::{BOUND, Backing, Caller, Embedded, PostgresOwn, RedisOwn};
 use crate::harness::*;
@@ -7,7 +7,7 @@ use crate::servers::tls::Authority;
 use crate::support::{run, status, stderr, stdout};
 use std::time::Instant;
 
-/// What is learned from a store that has just been put in place is followed from the first answer on.
+/// Changes in a store from a reload are followed from the first lookup on.
 #[test]
 fn a_revocation_right_behind_a_reload_is_not_lost() {
     let stores: [Box<dyn Backing>; 3] =
@@ -35,7 +35,7 @@ fn a_revocation_right_behind_a_reload_is_not_lost() {
     }
 }
 
-/// The authority's file was replaced in its place, as a renewal does: a reload takes it in, though no setting changed.
+/// The authority's file was replaced under the same name, as in a renewal: a reload reads it, though no setting changed.
 #[test]
 fn certificate_files_are_read_again() {
     let (old, new) = (Authority::new(), Authority::new());
@@ -54,13 +54,13 @@ fn certificate_files_are_read_again() {
     );
     let gateway = Gateway::start(upstream.address, &store);
     assert_eq!(status(&gateway, "one"), 200);
-    // A broken file changes nothing, not even what is not read from a file.
+    // A broken file changes nothing, including settings that are not from that file.
     std::fs::write(&ca, "no certificate").unwrap();
     let answer = gateway.admin_post("/reload");
     assert_eq!(answer.status, 500);
     assert!(answer.text().contains("ca.pem"), "{}", answer.text());
     assert_eq!(status(&gateway, "two"), 200);
-    // The server has another certificate from now on, of another authority.
+    // The server gets a certificate of another authority.
     server.cli(&[
         "CONFIG",
         "SET",
@@ -77,14 +77,14 @@ fn certificate_files_are_read_again() {
     let answer = gateway.admin_post("/reload");
     assert_eq!(answer.status, 200, "{}", answer.text());
     assert_eq!(status(&gateway, "four"), 200);
-    // Nothing changed: the store and what is known of it stay.
+    // Nothing changed: the store and its cache are kept.
     let followed = || gateway.process_log().matches("change notifications are arriving").count();
     eventually("the new store is followed", || followed() == 2);
     assert_eq!(gateway.admin_post("/reload").status, 200);
     assert_eq!((status(&gateway, "four"), followed()), (200, 2));
 }
 
-/// Tokens in plain text on the network: an error unless somebody wrote so, and then said again and again.
+/// Tokens in plain text on the network: an error without `insecure_http`, and with it a warning at each start and reload.
 #[test]
 fn tokens_in_plain_text_are_warned_of_at_every_start_and_reload() {
     let upstream = Upstream::start();

@@ -1,5 +1,5 @@
-//! The promise: once a revocation is in the store, the token stops working on every gateway within a second, whatever
-//! happens to the connections between.
+//! The documented bound: once a revocation is in the store, the token stops working on every gateway within a second,
+//! whatever happens to the connections between them.
 
 use super::{BOUND, Backing, Caller, PostgresOwn, RedisOwn, setting};
 use crate::harness::*;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 const REPLICAS: usize = 3;
 
-/// Three gateways under load on one store whose connections are cut at random, and one revocation after the other.
+/// Three gateways under load on one store, connections cut at random times, and a series of revocations.
 fn promised(mut store: Box<dyn Backing>) {
     let count = setting("TOLLGATE_REVOCATIONS", 60);
     let doomed: Vec<String> = (0..count).map(|number| format!("doomed-{number:05}")).collect();
@@ -37,7 +37,7 @@ fn promised(mut store: Box<dyn Backing>) {
                 }
             });
         }
-        // One thread for each gateway asks until the token is refused, and tells how long that took.
+        // One thread per gateway sends requests until the token is refused, and returns how long that took.
         let (asks, answers): (Vec<_>, Vec<_>) = gateways
             .iter()
             .map(|gateway| {
@@ -49,7 +49,7 @@ fn promised(mut store: Box<dyn Backing>) {
                         let mut last = revoked;
                         while caller.status(&token) == 200 {
                             last = Instant::now();
-                            assert!(last - revoked < PATIENCE, "{token} goes on working");
+                            assert!(last - revoked < PATIENCE, "{token} still works");
                         }
                         answer.send(last.saturating_duration_since(revoked)).unwrap();
                     }
@@ -58,10 +58,10 @@ fn promised(mut store: Box<dyn Backing>) {
             })
             .unzip();
         let mut callers: Vec<Caller> = gateways.iter().map(Caller::of).collect();
-        // A few hundred cuts in the long form, and enough of them in the short one.
+        // A few hundred cuts in the long form, and some in the short one.
         let (mut random, seldom) = (7_u64, 8.max(count as u64 / 150));
         for token in &doomed {
-            // In every cache, or on its way there.
+            // In every cache, or being looked up.
             for caller in &mut callers {
                 let status = caller.status(token);
                 assert!(status == 200 || status == 503, "{}: {token}: {status}", store.name());
@@ -69,13 +69,13 @@ fn promised(mut store: Box<dyn Backing>) {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             match (random >> 33) % seldom {
                 0 => {
-                    store.befall(Fault::Cut);
+                    store.inject(Fault::Cut);
                     cuts += 1;
                     store.revoke(token);
                 }
                 1 => {
                     store.revoke(token);
-                    store.befall(Fault::Cut);
+                    store.inject(Fault::Cut);
                     cuts += 1;
                 }
                 _ => store.revoke(token),
@@ -108,7 +108,7 @@ fn promised(mut store: Box<dyn Backing>) {
         good.load(Ordering::Relaxed),
         other.load(Ordering::Relaxed),
     );
-    assert_eq!(late, [], "{}: tokens that worked past the bound", store.name());
+    assert_eq!(late, [], "{}: tokens that worked longer than the bound", store.name());
     assert!(cuts > 0 && good.load(Ordering::Relaxed) > count);
 }
 

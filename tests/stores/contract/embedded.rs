@@ -1,4 +1,4 @@
-//! The embedded stores, file and SQLite, and what only they have.
+//! The embedded stores: file and SQLite.
 
 use super::*;
 use std::path::PathBuf;
@@ -16,11 +16,11 @@ fn open(path: &std::path::Path) -> Result<FileStore, String> {
     opened.map_err(|error| error.to_string())
 }
 
-/// What a store says in a time.
+/// The events of a store within some time.
 async fn heard_within(store: &dyn TokenStore, time: Duration) -> Vec<Event> {
     let events = Mutex::new(Vec::new());
     drop(tokio::time::timeout(time, store.follow(&|event| events.lock().push(event))).await);
-    // Signs of life are not told of here.
+    // Without probes.
     events.into_inner().into_iter().filter(|event| !matches!(event, Event::Alive { .. })).collect()
 }
 
@@ -57,7 +57,7 @@ impl Subject for FileSubject {
     async fn admin(&self) -> Box<dyn TokenAdmin> {
         let mut admin = FileAdmin::new(&self.path);
         if !self.path.exists() {
-            // A gateway wants it to be there.
+            // A gateway needs an existing file.
             admin.import(&mut std::iter::empty()).await.unwrap();
         }
         Box::new(admin)
@@ -69,7 +69,7 @@ impl Subject for FileSubject {
     }
 
     async fn spoil(&self, _token: &str) {
-        unreachable!("a broken file is none at all")
+        unreachable!("a file is valid as a whole or not at all")
     }
 
     async fn fault(&self, _fault: Fault) {
@@ -77,7 +77,7 @@ impl Subject for FileSubject {
     }
 }
 
-/// A file store that has seen the newest file before it answers, as the table writes and asks in one breath.
+/// A file store that reads the current file before each answer, because the suite looks up a token right after a write.
 struct Prompt {
     store: FileStore,
     path: PathBuf,
@@ -139,7 +139,7 @@ impl Subject for SqliteSubject {
     }
 }
 
-/// Puts bytes that are no text where a user's name stands.
+/// Replaces a user's name by bytes that are not UTF-8.
 fn spoil(path: &std::path::Path, token: &str) {
     let db = rusqlite::Connection::open(path).unwrap();
     db.execute_batch("PRAGMA writable_schema = on; UPDATE sqlite_schema SET sql = replace(sql, ' STRICT,', '')")
@@ -150,7 +150,7 @@ fn spoil(path: &std::path::Path, token: &str) {
     assert_eq!(db.execute("UPDATE token SET user = x'ff00ff' WHERE digest = ?1", [digest.as_bytes()]).unwrap(), 1);
 }
 
-/// Each kind, empty.
+/// An empty store of each kind.
 pub fn kinds() -> Vec<(&'static str, Box<dyn Subject>)> {
     vec![
         ("toml", Box::new(FileSubject::new("tokens.toml"))),
@@ -205,18 +205,26 @@ async fn a_broken_file_changes_nothing() {
         let why = open(&folder.file("broken")).err().unwrap();
         assert!(why.contains(part) && !why.contains("S3CRET"), "{why}");
     }
-    // An empty one is what a writer that does not rename leaves for a moment.
+    // A writer that does not replace the file atomically leaves an empty one for a moment.
     for broken in ["[[token]]\nnonsense", ""] {
         std::fs::write(&path, broken).unwrap();
-        assert_eq!(heard_within(&store, Duration::from_millis(700)).await, [Event::Hearing], "{broken:?} is no change");
-        assert!(is_current(0), "the operator is not told");
+        assert_eq!(
+            heard_within(&store, Duration::from_millis(700)).await,
+            [Event::Hearing],
+            "{broken:?} is not a change"
+        );
+        assert!(is_current(0), "the metric does not show the broken file");
         assert_eq!(lookup(&store, b"known").await, Some(record("known")));
     }
     std::fs::remove_file(&path).unwrap();
-    assert_eq!(heard_within(&store, Duration::from_millis(700)).await, [Event::Hearing], "nor is a missing one");
+    assert_eq!(
+        heard_within(&store, Duration::from_millis(700)).await,
+        [Event::Hearing],
+        "a missing file is not a change"
+    );
     assert!(is_current(0));
     assert!(lookup(&store, b"known").await.is_some());
-    // Nobody is let in by saying so.
+    // An empty list of tokens invalidates all of them.
     std::fs::write(&path, "token = []\n").unwrap();
     for _ in 0..10 {
         if lookup(&store, b"known").await.is_some() {
@@ -263,7 +271,7 @@ async fn a_database_that_is_gone_cannot_tell() {
     }
     let answer = store.lookup(&Credential::new(b"nobody", Digest::of(b"nobody"))).await;
     assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{answer:?}");
-    // Another database takes its place: everything may have changed.
+    // Another database replaces it: everything may have changed.
     SqliteAdmin::open(&path).unwrap().create(&record("newcomer")).await.unwrap();
     ear.hearing(removed).await;
     assert!(lookup(&*store, b"known").await.is_none() && lookup(&*store, b"newcomer").await.is_some());
@@ -273,16 +281,16 @@ async fn a_database_that_is_gone_cannot_tell() {
 async fn no_database_is_no_answer() {
     let folder = Folder::new("no-database");
     let path = folder.file("tokens");
-    std::fs::write(&path, "this is no database, but long enough to be looked at".repeat(50)).unwrap();
+    std::fs::write(&path, "this is not a database, but long enough to be read".repeat(50)).unwrap();
     assert!(SqliteStore::start(&path).err().unwrap().to_string().contains("not a database"));
     let newer = folder.file("newer");
     tollgate::store::sqlite::open(&newer).unwrap().pragma_update(None, "user_version", 99).unwrap();
     assert!(SqliteStore::start(&newer).err().unwrap().to_string().contains("made by a newer tollgate"));
     let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&newer).unwrap()) & 0o777;
-    assert_eq!(mode, 0o600, "nobody else may read the digests");
+    assert_eq!(mode, 0o600, "other users must not read the digests");
 }
 
-/// What the first release made.
+/// The first release's schema.
 const FIRST_SCHEMA: &str = "
     CREATE TABLE token (
         digest      BLOB PRIMARY KEY CHECK (length(digest) = 32),
@@ -324,7 +332,7 @@ async fn an_older_database_is_brought_up_to_date() {
     assert_eq!(lookup(&store, b"known").await.unwrap().superseded, Some(10));
 }
 
-/// The mark of a sign of life that comes behind all that was written so far.
+/// The store's position in its list of changes, from a probe after all changes so far.
 async fn mark_of(store: &Arc<dyn TokenStore>) -> String {
     let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
     let asked = clock().mono_ms;
@@ -336,7 +344,7 @@ async fn mark_of(store: &Arc<dyn TokenStore>) -> String {
         }
     };
     tokio::select! {
-        () = store.follow(&listen) => panic!("it ended"),
+        () = store.follow(&listen) => panic!("the store stopped following"),
         mark = tokio::time::timeout(PATIENCE, heard.recv()) => mark.unwrap().unwrap(),
     }
 }
@@ -357,13 +365,13 @@ async fn what_changed_behind_a_mark_is_told_as_long_as_the_list_is_whole() {
     let mark = mark_of(&start()).await;
     assert_eq!(store.changed_since(&mark).await.unwrap(), Some(vec![]));
     admin.revoke(&Digest::of(b"known"), 1).await.unwrap();
-    // A writer whose clock is hours behind, or ahead, changes nothing: what counts is the order.
+    // A writer's clock that is hours off has no effect: only the order counts.
     let db = rusqlite::Connection::open(&path).unwrap();
     for hours in [-5, 5] {
         db.execute("UPDATE change SET at_ms = at_ms + ?1 WHERE seq = 3", [hours * 3_600_000]).unwrap();
         assert_eq!(store.changed_since(&mark).await.unwrap(), Some(vec![Digest::of(b"known")]));
     }
-    // Rows that were dropped: the one of the mark is not missed, one behind it is.
+    // Deleted rows: the one of the mark is not needed, later ones are.
     db.execute("DELETE FROM change WHERE seq <= 2", []).unwrap();
     assert_eq!(store.changed_since(&mark).await.unwrap(), Some(vec![Digest::of(b"known")]));
     assert_eq!(store.changed_since(&empty).await.unwrap(), None);
@@ -371,7 +379,7 @@ async fn what_changed_behind_a_mark_is_told_as_long_as_the_list_is_whole() {
     assert_eq!(store.changed_since(&mark).await.unwrap(), None);
     let last = mark_of(&start()).await;
     assert_eq!((last.as_str(), store.changed_since(&last).await.unwrap()), ("3", Some(vec![])));
-    // A database from a backup has a list of its own.
+    // A database restored from a backup has its own list.
     admin.revoke(&Digest::of(b"other"), 1).await.unwrap();
     for foreign in ["4 1", "9 1700000000000", "9", "", "x", "-"] {
         assert_eq!(store.changed_since(foreign).await.unwrap(), None, "{foreign:?}");

@@ -17,22 +17,22 @@ use tollgate::store::{
 };
 use tollgate::telemetry::metrics::Metrics;
 
-/// Long enough for a machine that is busy.
+/// A timeout that a busy machine does not reach.
 const AMPLE: Duration = Duration::from_secs(20);
 const TOKEN: &str = "S3CRET-token_0001";
 
-// ---- A server with a table of tokens, and its writing side ----
+// ---- A server with a table of tokens, and the writes to it ----
 
 /// The tokens that a scripted server knows.
 #[derive(Clone, Default)]
 struct Table {
     tokens: Arc<Mutex<HashMap<Digest, TokenRecord>>>,
-    /// Those whose answers are nonsense.
+    /// Tokens for which the response is invalid.
     spoiled: Arc<Mutex<HashSet<Digest>>>,
 }
 
 impl Table {
-    /// A server that answers from this table, as GitLab's `/user` does or as RFC 7662 says.
+    /// A server that responds from this table, like GitLab's `/user` or as RFC 7662 specifies.
     fn serve(&self, rfc7662: bool) -> HttpServer {
         let table = self.clone();
         HttpServer::start(move |asked| table.answer(rfc7662, asked))
@@ -46,7 +46,7 @@ impl Table {
         }
         let now = tollgate::edge::now().unix_ms / 1000;
         let record = self.tokens.lock().get(&digest).filter(|record| record.revoked.is_none()).cloned();
-        // RFC 7662 tells of these times, and then who asks may judge.
+        // A response of RFC 7662 can contain these times, so that the client compares them.
         let in_time = |record: &TokenRecord| {
             record.expires.is_none_or(|end| now < end) && record.not_before.is_none_or(|start| start <= now)
         };
@@ -71,7 +71,7 @@ impl Table {
     }
 }
 
-/// What belongs to the backend in truth: its own writing side.
+/// Writes that the backend itself would do.
 #[async_trait::async_trait]
 impl TokenAdmin for Table {
     async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
@@ -164,7 +164,7 @@ impl Subject for IntrospectSubject {
 
     fn open(&self) -> Arc<dyn TokenStore> {
         let metrics = Arc::new(Metrics::new("test").unwrap().store("asked"));
-        // The suite asks a server that is down thousands of times: what the breaker does then has tests of its own.
+        // The suite does thousands of lookups while the server is down; the breaker has its own tests.
         let pause = Duration::from_millis(1);
         let url = self.server.lock().url("/");
         let settings = IntrospectSettings { breaker_pause: pause, ..settings(url, self.rfc7662) };
@@ -176,7 +176,7 @@ impl Subject for IntrospectSubject {
     }
 
     async fn fault(&self, fault: Fault) {
-        self.server.lock().befall(fault);
+        self.server.lock().inject(fault);
     }
 }
 
@@ -249,7 +249,7 @@ impl Bench {
         self.ask(TOKEN).await.map(|record| record.map(|record| record.user)).map_err(|error| error.kind())
     }
 
-    /// A line of the metrics, without its labels' store.
+    /// The value of a metric of the store.
     fn metric(&self, name: &str) -> i64 {
         let text = self.metrics.render().unwrap();
         let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}: {text}"));
@@ -389,7 +389,7 @@ async fn every_status() {
                 401 | 403 if !rfc7662 => assert_eq!(answer, Ok(None), "{status}"),
                 _ => {
                     let Err(StoreError::Unavailable(why)) = &answer else { panic!("{status}: {answer:?}") };
-                    // What comes before the true answer is skipped, and here none comes.
+                    // Interim responses are skipped, and here no final one follows.
                     let skipped = (100..200).contains(&status) && status != 101;
                     assert!(skipped || why.starts_with(&format!("answered {status}: ")), "{why}");
                     assert!(status != 401 && status != 403 || why.contains("client_id"), "{why}");
@@ -417,7 +417,7 @@ async fn what_something_in_front_of_the_endpoint_says_is_no_word_of_it() {
         ("its own 403", all, 403, &[json], no, Ok(None)),
         ("with a charset", all, 403, &[("Content-Type", "application/json; charset=utf-8")], no, Ok(None)),
         ("as a problem", all, 403, &[("Content-Type", "application/problem+json")], no, Ok(None)),
-        // As nginx, Rack Attack (for the banned and the throttled), Cloudflare and others say it.
+        // As nginx, Rack Attack (bans and throttling), Cloudflare and others respond.
         ("nginx", all, 403, &[html], "<html><h1>403 Forbidden</h1></html>", Err("garbage")),
         ("Rack Attack's ban", all, 403, &[text], "Forbidden\n", Err("garbage")),
         ("JSON by its type only", all, 403, &[json], "<html>", Err("garbage")),
@@ -436,7 +436,7 @@ async fn what_something_in_front_of_the_endpoint_says_is_no_word_of_it() {
         ("throttled", all, 429, &[text, ("Retry-After", "60")], "Retry later\n", Err("unavailable")),
         ("maintenance", all, 503, &[json], no, Err("unavailable")),
         ("a login page elsewhere", all, 302, &[("Location", "/users/sign_in")], "", Err("unavailable")),
-        // As configured.
+        // With `unknown_statuses` set.
         ("403 is another thing here", &[401], 403, &[json], no, Err("unavailable")),
         ("404 is unknown here", &[404], 404, &[json], no, Ok(None)),
         ("a page", &[404], 404, &[html], "<html>", Err("garbage")),
@@ -451,7 +451,7 @@ async fn what_something_in_front_of_the_endpoint_says_is_no_word_of_it() {
         assert_eq!(bench.ask_user().await, expected, "{what}");
     }
     assert_eq!(asked, 28);
-    // Too long to be looked at, and one that never ends.
+    // Too long to be read.
     let long = format!(r#"{{"message":"{}"}}"#, "x".repeat(100_000));
     let bench = Bench::user(move |_| Reply::new(403, &[json], &long));
     assert_eq!(bench.ask_user().await, Err("garbage"));
@@ -553,7 +553,7 @@ async fn redirects_are_not_followed() {
         assert!(error.to_string().contains("redirects are not followed"), "{error}");
         assert_eq!(bench.server.requests(), 1);
     }
-    assert_eq!(elsewhere.connections(), 0, "nobody else sees the token");
+    assert_eq!(elsewhere.connections(), 0, "the token is not sent to the other server");
 }
 
 #[tokio::test]
@@ -595,8 +595,8 @@ async fn slow_answers() {
         eventually("the server sees it closed", || bench.server.open() == 0);
     }
     let bench = Bench::user(|_| anna().slowly(10, Duration::from_millis(5)).after(Duration::from_millis(50)));
-    assert_eq!(bench.ask_user().await, valid(), "slow, but in time");
-    // A refusal is known from its head.
+    assert_eq!(bench.ask_user().await, valid(), "slow, but within the timeout");
+    // The head of a 401 is enough.
     let bench =
         Bench::new(HttpServer::start(|_| Reply::status(401).cut(80, Step::Hang)), Duration::from_secs(2), |_| {});
     assert_eq!(bench.ask_user().await, Ok(None));
@@ -637,7 +637,7 @@ async fn connections_are_kept() {
     for _ in 0..3 {
         assert_eq!(bench.ask_user().await, valid());
     }
-    assert_eq!((bench.server.connections(), bench.connections()), (3, [0, 0]), "the first one was there");
+    assert_eq!((bench.server.connections(), bench.connections()), (3, [0, 0]), "the first connection was reused");
 }
 
 #[tokio::test]
@@ -645,13 +645,13 @@ async fn a_kept_connection_that_is_closed_is_replaced() {
     let mut bench = Bench::user(|_| anna());
     for round in 0..20 {
         assert_eq!(bench.ask_user().await, valid());
-        // Noticed before it is used, or by using it.
+        // Detected before the connection is used, or when it is used.
         bench.server.cut();
         if round % 2 == 0 {
             eventually("the server has closed", || bench.server.open() == 0);
         }
     }
-    // Closed after the request has arrived: asked again, once.
+    // Closed after the request has arrived: sent again, once.
     for rfc7662 in [false, true] {
         let script = |asked: &Asked| match asked.nth {
             1 => Reply::json(r#"{"username":"anna","active":true}"#),
@@ -664,15 +664,15 @@ async fn a_kept_connection_that_is_closed_is_replaced() {
         assert_eq!((bench.server.connections(), bench.server.requests()), (5, 9));
         bench.server.script(|_| Reply(vec![Step::Close]));
         assert_eq!(bench.ask_user().await, Err("unavailable"));
-        assert_eq!(bench.server.requests(), 11, "the kept one, a new one, and no more");
+        assert_eq!(bench.server.requests(), 11, "on the pooled connection and on a new one, and not again");
     }
-    // A server that came anew at its address.
+    // A server that was restarted at the same address.
     bench.server.stop();
     bench.server.start_again();
     assert_eq!(bench.ask_user().await, valid());
 }
 
-/// Or one token's answer would be taken for another's.
+/// Otherwise one token's response would be used for another token.
 #[tokio::test]
 async fn an_answer_that_nobody_asked_for_answers_nothing() {
     let bench = Bench::user(|asked| match asked.header("private-token").as_str() {
@@ -684,7 +684,7 @@ async fn an_answer_that_nobody_asked_for_answers_nothing() {
         eventually("all of it is sent", || bench.server.sent() == 3 * round - 1);
         assert_eq!(bench.ask("other").await, Ok(None), "{round}");
     }
-    // More body than the length says.
+    // A body that is longer than its Content-Length.
     let more = [Reply::status(401).bytes(), anna().bytes()].concat();
     let bench = Bench::user(move |_| Reply::raw(&more));
     for _ in 0..20 {
@@ -701,10 +701,10 @@ async fn a_look_up_that_is_given_up_takes_its_connection_with_it() {
     for round in 0..60 {
         let given_up = tokio::time::timeout(Duration::from_millis(round), bench.ask("slow")).await;
         assert!(given_up.is_err() || given_up == Ok(bench.ask("slow").await));
-        assert_eq!(bench.ask("other").await, Ok(None), "never the rest of another's answer");
+        assert_eq!(bench.ask("other").await, Ok(None), "never the rest of another response");
         assert_eq!(bench.connections()[1], 0);
     }
-    assert!(bench.server.connections() > 20, "some were given up halfway");
+    assert!(bench.server.connections() > 20, "some requests were cancelled");
 }
 
 #[tokio::test]
@@ -733,7 +733,7 @@ fn a_store_serves_several_runtimes() {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
     }
     let bench = Arc::new(Bench::new(HttpServer::start(|_| anna()), AMPLE, |settings| settings.connections = 3));
-    // One after the other; the first ones are gone or stand still when the next one asks.
+    // One runtime after the other; the earlier ones are shut down or idle at the next lookup.
     let still = runtime();
     assert_eq!(still.block_on(bench.ask_user()), valid());
     for _ in 0..5 {
@@ -744,7 +744,7 @@ fn a_store_serves_several_runtimes() {
     }
     assert_eq!(still.block_on(bench.ask_user()), valid());
     assert!(bench.connections()[0] <= 3 && bench.server.connections() <= 7, "{:?}", bench.connections());
-    // At the same time, more of them than there may be connections.
+    // Concurrently, with more runtimes than connections.
     let threads: Vec<_> = (0..4)
         .map(|_| {
             let bench = Arc::clone(&bench);
@@ -780,7 +780,7 @@ async fn the_bound_is_never_exceeded() {
         assert_eq!(task.await.unwrap(), valid());
     }
     assert_eq!((bench.server.most_under_way(), bench.server.connections(), bench.server.requests()), (4, 4, 500));
-    // Without an answer most are turned away before their own time is over.
+    // If the server does not respond, most lookups fail before their own timeout.
     let bench = Arc::new(Bench::new(HttpServer::start(|_| Reply::hang()), Duration::from_secs(2), |settings| {
         settings.connections = 4;
     }));
@@ -818,7 +818,7 @@ async fn the_breaker() {
     assert!(bench.breaker_open());
     let opened = Instant::now();
     let mut refused = 0;
-    // The server is well again, and nobody knows before the pause is over.
+    // The server has recovered, but it is not asked before the pause is over.
     bench.server.script(|_| anna());
     loop {
         match bench.ask_user().await {
@@ -852,7 +852,7 @@ async fn one_request_tries_when_the_pause_is_over() {
         assert_eq!(bench.ask_user().await, Err("circuit_open"));
     }
     assert_eq!(bench.server.requests(), 2);
-    // Given up early it leaves its place to the next.
+    // If the probe is cancelled, the next lookup probes.
     trial.abort();
     assert!(trial.await.is_err() && bench.breaker_open());
     bench.server.thaw();
@@ -878,7 +878,7 @@ async fn what_the_breaker_counts() {
         (Reply::status(403), false),
         (Reply::new(403, &[("Content-Type", "text/html")], "<html>"), false),
         (Reply::new(403, &[("Retry-After", "1")], ""), true),
-        // It is there, and a pause makes nothing better.
+        // The endpoint responds, and a pause would not help.
         (Reply::status(404), false),
         (Reply::status(302), false),
         (Reply::json("[]"), false),
@@ -895,13 +895,13 @@ async fn what_the_breaker_counts() {
             "{what}"
         );
     }
-    // The caller's timer comes first: still a failure.
+    // The caller's timeout ends first: this counts as a failure.
     let bench = failing(Reply::hang());
     for _ in 0..2 {
         drop(tokio::time::timeout(Duration::from_millis(390), bench.ask(TOKEN)).await);
     }
     assert!(bench.breaker_open());
-    // Long before: says nothing.
+    // Cancelled long before: does not count.
     let bench = failing(Reply::hang());
     for _ in 0..10 {
         drop(tokio::time::timeout(Duration::from_millis(5), bench.ask(TOKEN)).await);
@@ -930,7 +930,7 @@ async fn a_unix_socket() {
 #[tokio::test]
 async fn tls() {
     let [known, other] = [(); 2].map(|()| Authority::new());
-    // Otherwise: at an address that is not in the certificate.
+    // `otherwise`: at an address that is not in the certificate.
     let ask = async |mode, ca: Option<&Authority>, otherwise: bool| {
         let bench = Bench::new(
             HttpServer::start_tls(&known, [127, 0, 0, if otherwise { 2 } else { 1 }].into(), |_| anna()),
@@ -953,7 +953,7 @@ async fn tls() {
         assert!(matches!(&error, StoreError::Unavailable(why) if why.contains("certificate")), "{error}");
         assert_eq!(requests, 0, "the token is not sent");
     }
-    // A server that speaks no TLS is asked nothing in plain text.
+    // Nothing is sent in plain text to a server without TLS.
     let bench = Bench::new(HttpServer::start(|_| anna()), Duration::from_secs(5), |settings| {
         settings.url = settings.url.replace("http:", "https:");
         settings.tls.ca = Some(known.ca().into());
@@ -1001,7 +1001,7 @@ async fn a_real_backend() {
     assert_eq!(ask("good-token-0001").await, Err("unavailable"));
 }
 
-/// nginx in front of the endpoint limits, and forbids, in its own way.
+/// nginx in front of the endpoint, with its own responses for rate limits and forbidden clients.
 #[tokio::test]
 async fn a_real_limiter_in_front_of_a_real_backend() {
     let (_puma, backend) = puma();

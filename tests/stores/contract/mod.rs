@@ -1,5 +1,5 @@
-//! What every store must hold, run against each of them with the same table, and against its real server. A store brings
-//! a [`Subject`]; what only one kind of store has is tested beside its subject.
+//! The contract that every store must keep: one suite, run against each store and its real server. A store implements
+//! [`Subject`]; features of a single kind of store are tested in that store's file.
 
 mod embedded;
 mod introspect;
@@ -17,43 +17,43 @@ use tollgate::store::credential::{Credential, Digest};
 use tollgate::store::{AdminError, Change, Event, Imported, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
 use tollgate::telemetry::metrics::CacheResult;
 
-/// What a gateway gives a look-up.
+/// A gateway's timeout for a lookup.
 const TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a change may take to be heard of while all other tests run on the same cores. The promise itself, a second, is
-/// held by `tests/stores/revocation.rs` and by the median here.
+/// How long a change notification may take while all other tests run on the same cores. The documented bound of one second
+/// is tested by `tests/stores/revocation.rs`, and by the median here.
 const LAG: Duration = Duration::from_secs(3);
 const PROMISED_LAG: Duration = Duration::from_secs(1);
-/// How long a store may take to come back, or to notice that it is gone.
+/// How long a store may take to recover, or to detect that its server is gone.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What a kind of store can do, so that the table knows what to ask for.
+/// What a kind of store supports, which selects the parts of the suite.
 #[derive(Clone, Copy, Debug)]
 pub struct Features {
-    /// Tells of changes.
+    /// Notifies of changes.
     pub hears: bool,
-    /// Keeps every field of a record; else only the user and whether the token is in force.
+    /// Stores every field of a record; otherwise only the user and whether the token is valid.
     pub keeps_all: bool,
-    /// `TokenAdmin` is all there, and not only what the tests need to fill a table that is not ours.
+    /// `TokenAdmin` is complete; otherwise the tests have a minimal one that fills another program's tables.
     pub is_ours: bool,
     /// Keeps a register of gateways.
     pub waits: bool,
-    /// Runs on a server that faults can befall.
+    /// Runs on a server into which faults can be injected.
     pub has_server: bool,
-    /// One record can be nonsense while the rest is not.
+    /// A single record can be invalid.
     pub spoils: bool,
-    /// Can tell these apart from unknown: expired, revoked, not yet valid, blocked.
+    /// Distinguishes these from unknown: expired, revoked, not yet valid, blocked.
     pub tells_why: bool,
 }
 
-/// A kind of store, ready to be filled.
+/// A kind of store under test.
 #[async_trait]
 pub trait Subject: Send + Sync {
     fn name(&self) -> &'static str;
     fn features(&self) -> Features;
-    /// The writing side; for tables that are not ours, one of the tests' own.
+    /// Writes to the store; for another program's tables, an implementation of the tests.
     async fn admin(&self) -> Box<dyn TokenAdmin>;
     fn open(&self) -> Arc<dyn TokenStore>;
-    /// Makes a token's record nonsense.
+    /// Makes a token's record invalid.
     async fn spoil(&self, token: &str);
     async fn fault(&self, fault: Fault);
 }
@@ -71,12 +71,12 @@ pub fn credential(token: &[u8]) -> Credential {
     Credential::new(token, Digest::of(token))
 }
 
-/// A look-up as a gateway makes it, given up after its time.
+/// A lookup as a gateway does it, with its timeout.
 pub async fn ask(store: &dyn TokenStore, token: &[u8]) -> Result<Option<TokenRecord>, StoreError> {
     tokio::time::timeout(TIMEOUT, store.lookup(&credential(token))).await.unwrap_or(Err(StoreError::Timeout))
 }
 
-/// What a store that is well says; on a busy machine one answer in many is late.
+/// A lookup in a healthy store, repeated on timeouts, which a busy machine may cause.
 pub async fn lookup(store: &dyn TokenStore, token: &[u8]) -> Option<TokenRecord> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -96,7 +96,7 @@ fn verdict(record: Option<&TokenRecord>, token: &str) -> Result<String, Invalid>
     }
 }
 
-/// Listens to a store for as long as it lives.
+/// Follows a store's changes until it is dropped.
 pub struct Ear {
     events: Arc<Mutex<Vec<(Instant, Event)>>>,
     task: tokio::task::JoinHandle<()>,
@@ -109,7 +109,7 @@ impl Ear {
         let task = tokio::spawn(async move {
             store
                 .follow(&move |event| {
-                    // Signs of life are not told of here.
+                    // Probes are not recorded.
                     if !matches!(event, Event::Alive { .. }) {
                         heard.lock().push((Instant::now(), event));
                     }
@@ -123,7 +123,7 @@ impl Ear {
         self.events.lock().iter().map(|(_, event)| event.clone()).collect()
     }
 
-    /// Waits until something was heard since `from`, and tells when.
+    /// Waits for an event since `from`, and returns its time.
     pub async fn heard(&self, from: Instant, what: &str, is: impl Fn(&Event) -> bool) -> Instant {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -131,7 +131,7 @@ impl Ear {
             if let Some(at) = found {
                 return at;
             }
-            assert!(Instant::now() < deadline, "no word of {what}: {:?}", self.events());
+            assert!(Instant::now() < deadline, "no event for {what}: {:?}", self.events());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -140,7 +140,7 @@ impl Ear {
         self.heard(from, "hearing", |event| *event == Event::Hearing).await
     }
 
-    /// Waits for word of a token, by its own name or the store's, or of everything.
+    /// Waits for a notification of a change of a token, by its digest or the store's handle, or of everything.
     pub async fn change_of(&self, from: Instant, store: &dyn TokenStore, token: &str) -> Instant {
         let (digest, handle) = (Digest::of(token.as_bytes()), store.handle(&credential(token.as_bytes())));
         let names = |change: &Change| match change.token {
@@ -162,7 +162,7 @@ impl Drop for Ear {
     }
 }
 
-/// Runs the whole table against one store.
+/// Runs the whole suite against one store.
 pub async fn run(subject: &dyn Subject) {
     records_come_out_as_they_went_in(subject).await;
     only_the_very_token_is_found(subject).await;
@@ -210,7 +210,7 @@ async fn records_come_out_as_they_went_in(subject: &dyn Subject) {
 
 async fn only_the_very_token_is_found(subject: &dyn Subject) {
     let store = subject.open();
-    // No prefix, no case, no trimming, no pattern, whatever the bytes.
+    // No prefix match, case folding, trimming or pattern, whatever the bytes.
     let long = [b'y'; 10_000];
     let tokens: [&[u8]; 14] = [
         b"knowN",
@@ -253,7 +253,7 @@ async fn records_are_judged(subject: &dyn Subject) {
             .find(|token| Digest::of(token.as_bytes()) == record.digest)
             .unwrap();
         match admin.create(&record).await {
-            // A table that is not ours may have no place for it.
+            // Another program's table may have no column for it.
             Err(AdminError::Store(why)) if why == NO_PLACE && !subject.features().is_ours => continue,
             result => result.unwrap(),
         }
@@ -266,7 +266,7 @@ async fn records_are_judged(subject: &dyn Subject) {
     }
 }
 
-/// What a test-only writing side says of a record that its table can't hold.
+/// The error of a test-only writer for a record that its table cannot hold.
 pub const NO_PLACE: &str = "no place for it";
 
 async fn writing(subject: &dyn Subject) {
@@ -277,7 +277,7 @@ async fn writing(subject: &dyn Subject) {
     assert_eq!(admin.find(&Digest::of(b"nobody").to_hex()[..12]).await.unwrap(), []);
     let before = admin.list().await.unwrap().len();
 
-    // A broken import changes nothing; a good one skips what is known.
+    // A failed import changes nothing; a successful one skips known tokens.
     let mut broken = [Ok(record("new")), Err(AdminError::Input("broken".into()))].into_iter();
     assert!(matches!(admin.import(&mut broken).await, Err(AdminError::Input(_))));
     assert_eq!(admin.list().await.unwrap().len(), before, "{}", subject.name());
@@ -285,7 +285,7 @@ async fn writing(subject: &dyn Subject) {
     assert_eq!(admin.import(&mut good).await.unwrap(), Imported { new: 2, ..Imported::default() });
 
     assert!(admin.revoke(&Digest::of(b"new"), 1_760_000_000).await.unwrap());
-    assert!(!admin.revoke(&Digest::of(b"new"), 1_770_000_000).await.unwrap(), "the first one counts");
+    assert!(!admin.revoke(&Digest::of(b"new"), 1_770_000_000).await.unwrap(), "the first revocation stays");
     assert_eq!(lookup(&*store, b"new").await.unwrap().revoked, Some(1_760_000_000));
 
     let user = record("newer").user;
@@ -305,14 +305,14 @@ async fn rotation(subject: &dyn Subject) {
     admin.create(&old).await.unwrap();
     assert!(matches!(admin.rotate(&Digest::of(b"nobody"), &next, now, now + 60).await, Err(AdminError::Missing)));
     assert!(matches!(admin.rotate(&old.digest, &record("known"), now, now + 60).await, Err(AdminError::Exists)));
-    assert_eq!(lookup(&*store, b"old-one").await, Some(old.clone()), "a rotation that fails changes nothing");
+    assert_eq!(lookup(&*store, b"old-one").await, Some(old.clone()), "a failed rotation changes nothing");
     admin.rotate(&old.digest, &next, now, now + 60).await.unwrap();
     let ended = lookup(&*store, b"old-one").await.unwrap();
     assert_eq!((ended.superseded, ended.expires), (Some(now), Some(now + 60)));
     let begun = lookup(&*store, b"next-one").await.unwrap();
     assert_eq!((begun.replaces, begun.expires), (Some(old.digest), None));
     assert!(matches!(admin.rotate(&old.digest, &record("third"), now, now + 60).await, Err(AdminError::Ended)));
-    // Its own end comes first when it is sooner.
+    // A token that expires before the end of the overlap keeps its expiry.
     admin.create(&TokenRecord { expires: Some(now + 5), ..record("short") }).await.unwrap();
     admin.rotate(&Digest::of(b"short"), &record("after-short"), now, now + 60).await.unwrap();
     assert_eq!(lookup(&*store, b"short").await.unwrap().expires, Some(now + 5));
@@ -320,7 +320,7 @@ async fn rotation(subject: &dyn Subject) {
     assert!(matches!(admin.rotate(&next.digest, &record("fourth"), now, now + 60).await, Err(AdminError::Ended)));
 }
 
-/// A user without a token, one who is blocked twice, and one of whose tokens some are over.
+/// A user without tokens, one who is blocked twice, and one with expired and revoked tokens.
 async fn users_are_blocked_as_they_are(subject: &dyn Subject) {
     let (mut admin, store) = (subject.admin().await, subject.open());
     let now = tollgate::edge::now().unix_ms / 1000;
@@ -331,7 +331,7 @@ async fn users_are_blocked_as_they_are(subject: &dyn Subject) {
     let revoked = TokenRecord { revoked: Some(now - 60), ..of("leaver-revoked") };
     let expired = TokenRecord { expires: Some(now - 60), created: 1_700_000_001, ..of("leaver-expired") };
     let working = TokenRecord { created: 1_700_000_002, ..of("leaver-working") };
-    // Names that are nearly the same are other people.
+    // Similar names are other users.
     let others = ["Leaver", "leaver ", "leave", "leaver%", "*"];
     for record in [&revoked, &expired, &working] {
         admin.create(record).await.unwrap();
@@ -343,7 +343,7 @@ async fn users_are_blocked_as_they_are(subject: &dyn Subject) {
     for (blocked, changed) in [(true, 3), (true, 0), (false, 3), (false, 0)] {
         assert_eq!(admin.block("leaver", blocked).await.unwrap(), changed, "{}: {blocked}", subject.name());
         let with = |record: &TokenRecord| TokenRecord { blocked, ..record.clone() };
-        // Nothing else of them changes: what was revoked or over stays so.
+        // Nothing else changes: revoked and expired tokens stay so.
         let expected = [with(&working), with(&expired), with(&revoked)];
         assert_eq!(admin.of_user("leaver").await.unwrap(), expected, "{}", subject.name());
         let users = admin.blocked_users().await.unwrap();
@@ -356,7 +356,7 @@ async fn users_are_blocked_as_they_are(subject: &dyn Subject) {
     }
 }
 
-/// An import changes no known token, and says where it should have.
+/// An import changes no known token, and reports the differences.
 async fn known_tokens_stay_as_they_are(subject: &dyn Subject) {
     let mut admin = subject.admin().await;
     let known = TokenRecord { expires: Some(1_900_000_000), ..record("kept") };
@@ -383,11 +383,11 @@ async fn known_tokens_stay_as_they_are(subject: &dyn Subject) {
             subject.name()
         );
     }
-    // Twice in one input: the first counts, and the other is compared with it.
+    // Twice in one input: the first is imported, the second is compared with it.
     let twice = ["first", "second"].map(|user| Ok(TokenRecord { user: user.into(), ..record("twice") }));
     let imported = admin.import(&mut twice.into_iter()).await.unwrap();
     assert_eq!((imported.new, imported.differing.count), (1, 1), "{}", subject.name());
-    // More than are named are counted.
+    // Differences beyond the listed ones are counted.
     let known = (0..30).map(|n| record(&format!("many-known-{n}")));
     admin.import(&mut known.clone().map(Ok)).await.unwrap();
     let mut others = known.map(|record| Ok(TokenRecord { user: "thief".into(), ..record }));
@@ -395,7 +395,7 @@ async fn known_tokens_stay_as_they_are(subject: &dyn Subject) {
     assert_eq!((new, differing.count, differing.named.len()), (0, 30, 20), "{}", subject.name());
 }
 
-/// What gateways noted of a token's use stays through every change of its record, and never goes back.
+/// The recorded last use of a token survives every change of its record, and never decreases.
 async fn uses_outlive_a_change(subject: &dyn Subject) {
     let (mut admin, store) = (subject.admin().await, subject.open());
     if !admin.notes_uses() {
@@ -406,7 +406,7 @@ async fn uses_outlive_a_change(subject: &dyn Subject) {
     let note =
         async |at: u64| store.note_uses(vec![(token, at * 1000), (Digest::of(b"nobody"), at * 1000)]).await.unwrap();
     note(now).await;
-    // Another gateway, whose word comes later.
+    // An older use that another gateway writes later.
     note(now - 600).await;
     let last_used = async |admin: &mut Box<dyn TokenAdmin>| admin.find(&token.to_hex()).await.unwrap()[0].last_used;
     assert_eq!(last_used(&mut admin).await, Some(now), "{}", subject.name());
@@ -425,7 +425,7 @@ async fn uses_outlive_a_change(subject: &dyn Subject) {
     assert_eq!(lookup(&*store, b"in-use").await.unwrap().last_used, Some(now), "{}", subject.name());
 }
 
-/// A list of any store makes the same list in any other.
+/// The list of any store, imported into any other, yields the same list.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_one_store_lists_every_other_imports() {
     use tollgate::store::portable::{Reading, ShownRecord};
@@ -479,7 +479,7 @@ async fn what_one_store_lists_every_other_imports() {
             let mut listed = admin.list().await.unwrap();
             listed.sort_by_key(|record| *record.digest.as_bytes());
             assert_eq!(listed, records, "{from} to {to}");
-            // Again, everything is known, and nothing differs.
+            // The second time, every token is known and nothing differs.
             let again = admin.import(&mut Reading::new(list.as_bytes(), now)).await.unwrap();
             assert_eq!(again, Imported::default(), "{from} to {to}");
             pairs += 1;
@@ -502,9 +502,13 @@ async fn changes_are_heard(subject: &dyn Subject) {
         let before = Instant::now();
         admin.revoke(&Digest::of(token.as_bytes()), 1_760_000_000).await.unwrap();
         let lag = ear.change_of(before, &*store, &token).await - before;
-        assert!(lag < LAG, "{}: heard after {lag:?}", subject.name());
+        assert!(lag < LAG, "{}: notified after {lag:?}", subject.name());
         let found = lookup(&*store, token.as_bytes()).await;
-        assert!(verdict(found.as_ref(), &token).is_err(), "{}: what was heard can be looked up", subject.name());
+        assert!(
+            verdict(found.as_ref(), &token).is_err(),
+            "{}: a lookup after the notification returns the old record",
+            subject.name()
+        );
         lags.push(lag);
     }
     lags.sort();
@@ -521,18 +525,18 @@ async fn gateways_confirm(subject: &dyn Subject) {
     }
     let deadline = Instant::now() + PATIENCE;
     while admin.wait(PATIENCE).await.unwrap().len() < 2 {
-        assert!(Instant::now() < deadline, "{}: two gateways never registered", subject.name());
+        assert!(Instant::now() < deadline, "{}: two gateways did not register", subject.name());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     admin.create(&record("waited-for")).await.unwrap();
-    // Gateways of earlier parts that ended without a word are waited for until they count as gone.
+    // Gateways of earlier parts that ended without signing off are waited for until they count as gone.
     admin.wait(PATIENCE).await.unwrap();
     let before = Instant::now();
     admin.revoke(&Digest::of(b"waited-for"), 1_760_000_000).await.unwrap();
     let confirmed = admin.wait(PATIENCE).await.unwrap();
     let took = before.elapsed();
     assert!(confirmed.len() >= 2, "{}: {confirmed:?}", subject.name());
-    // Whoever confirmed has taken it in by then.
+    // A gateway that has confirmed has applied the change.
     let digest = Digest::of(b"waited-for");
     for ear in &ears {
         let names = |event: &Event| match event {
@@ -541,14 +545,14 @@ async fn gateways_confirm(subject: &dyn Subject) {
             Event::Deaf | Event::Untold | Event::Alive { .. } => false,
         };
         let told = ear.events.lock().iter().any(|(at, event)| *at >= before && names(event));
-        assert!(told, "{}: confirmed without having heard", subject.name());
+        assert!(told, "{}: confirmed before the change was applied", subject.name());
     }
     assert!(took < Duration::from_secs(5), "{}: {took:?}", subject.name());
 }
 
-/// A gateway's clock may be ahead of the store's, or behind it: a snapshot that was taken by it must not bring back what was
-/// revoked while it was stopped. For stores that keep a list of changes; `age` makes what was written so far older than what
-/// is looked at besides.
+/// A gateway's clock may be ahead of the store's, or behind it: its cache snapshot must not restore tokens that were revoked
+/// while it was stopped. For stores that keep a list of changes; `age` makes the changes so far older than the period that
+/// is always re-read.
 pub async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn()) {
     fn skewed(minutes: i64) -> tollgate::clock::Now {
         let now = tollgate::edge::now();
@@ -576,9 +580,9 @@ pub async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn()) {
         let first = gateway();
         let following = follow(&first);
         let deadline = Instant::now() + PATIENCE;
-        // Known for their whole time, and marked.
+        // Until both are cached with their full TTL, and the store's position is known.
         while !(first.marks().iter().all(Option::is_some) && status(&first, &steady).await.0) {
-            assert!(Instant::now() < deadline, "{}, {name}: never followed", subject.name());
+            assert!(Instant::now() < deadline, "{}, {name}: the store was not followed", subject.name());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         assert!(matches!(status(&first, &doomed).await.1, Ok(TokenStatus::Valid(_))));
@@ -589,13 +593,13 @@ pub async fn restored_by_any_clock(subject: &dyn Subject, age: impl Fn()) {
         let second = gateway();
         let following = follow(&second);
         let deadline = Instant::now() + PATIENCE;
-        // Without a look-up.
+        // Without a lookup.
         let digest = Digest::of(steady.as_bytes());
         while !matches!(
             second.check(steady.as_bytes(), &digest, clock(), Mode::Observe),
             Checked::Known(_, CacheResult::PositiveHit)
         ) {
-            assert!(Instant::now() < deadline, "{}, {name}: never restored", subject.name());
+            assert!(Instant::now() < deadline, "{}, {name}: the snapshot was not restored", subject.name());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         for _ in 0..3 {
@@ -654,7 +658,7 @@ async fn nonsense_is_no_answer(subject: &dyn Subject) {
     subject.spoil("spoiled").await;
     let answer = ask(&*store, b"spoiled").await;
     assert!(matches!(answer, Err(StoreError::Garbage(_))), "{}: {answer:?}", subject.name());
-    assert!(lookup(&*store, b"known").await.is_some(), "one bad record is no bad store");
+    assert!(lookup(&*store, b"known").await.is_some(), "one invalid record does not affect others");
 }
 
 async fn a_read_only_server_answers(subject: &dyn Subject) {
@@ -681,7 +685,7 @@ async fn cut_connections_are_made_anew(subject: &dyn Subject) {
     if let Some(ear) = &ear {
         ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
         let lag = ear.hearing(before).await.saturating_duration_since(cut);
-        assert!(lag < LAG, "{}: heard again after {lag:?}", subject.name());
+        assert!(lag < LAG, "{}: notified again after {lag:?}", subject.name());
     }
     recovers(&*store, subject.name()).await;
 }
@@ -697,11 +701,11 @@ async fn a_frozen_server_is_cut_off(subject: &dyn Subject) {
     let before = Instant::now();
     subject.fault(Fault::Freeze).await;
     let answers = futures_util::future::join_all((0..50).map(|_| ask(&*store, b"known"))).await;
-    assert!(answers.iter().all(Result::is_err), "{}: a frozen server said something", subject.name());
+    assert!(answers.iter().all(Result::is_err), "{}: a frozen server answered", subject.name());
     assert!(before.elapsed() < TIMEOUT * 3, "{}: {:?}", subject.name(), before.elapsed());
     if let Some(ear) = &ear {
         let noticed = ear.heard(before, "deafness", |event| *event == Event::Deaf).await - before;
-        assert!(noticed < LAG, "{}: noticed after {noticed:?}", subject.name());
+        assert!(noticed < LAG, "{}: detected after {noticed:?}", subject.name());
     }
     subject.fault(Fault::Thaw).await;
     recovers(&*store, subject.name()).await;
@@ -718,7 +722,7 @@ async fn a_server_that_is_gone_cannot_tell(subject: &dyn Subject) {
     if let Some(ear) = &ear {
         ear.hearing(begin).await;
     }
-    // Killed while it is being asked: whoever gets an answer gets the right one.
+    // Killed during lookups: every answer must be correct.
     let asking = {
         let store = Arc::clone(&store);
         tokio::spawn(async move {
@@ -751,7 +755,7 @@ async fn a_server_that_is_gone_cannot_tell(subject: &dyn Subject) {
     if let Some(ear) = &ear {
         ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
     }
-    // A gateway that starts meanwhile can't tell either, and recovers all the same.
+    // A store opened meanwhile fails as well, and recovers.
     let late = subject.open();
     assert!(ask(&*late, b"known").await.is_err());
     subject.fault(Fault::Start).await;
@@ -761,18 +765,18 @@ async fn a_server_that_is_gone_cannot_tell(subject: &dyn Subject) {
     println!("{}: answers {:?} after the restart", subject.name(), started.elapsed());
     if let Some(ear) = &ear {
         let lag = ear.hearing(before).await.saturating_duration_since(started);
-        println!("{}: hears {lag:?} after the restart", subject.name());
+        println!("{}: notified {lag:?} after the restart", subject.name());
     }
 }
 
-/// Asks until the store answers again, and never takes a no for an answer.
+/// Waits until the store answers again. It must not answer "unknown" meanwhile.
 pub async fn recovers(store: &dyn TokenStore, name: &str) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match ask(store, b"known").await {
             Ok(Some(_)) => return,
-            Ok(None) => panic!("{name}: unknown, where it could not tell"),
-            Err(error) => assert!(Instant::now() < deadline, "{name}: does not come back: {error:?}"),
+            Ok(None) => panic!("{name}: answered \"unknown\" during the outage"),
+            Err(error) => assert!(Instant::now() < deadline, "{name}: does not recover: {error:?}"),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -1,4 +1,4 @@
-//! PostgreSQL: tollgate's own tables, GitLab's, and anybody's; and what only they have.
+//! PostgreSQL: tollgate's own tables, GitLab's and others', and their special features.
 
 use super::*;
 use crate::servers::pgbouncer::PgBouncer;
@@ -34,7 +34,7 @@ fn settings(server: &Postgres, source: Source) -> PostgresSettings {
     }
 }
 
-/// The writing side, with its tables.
+/// A writer, after creating the tables.
 async fn writer(settings: &PostgresSettings) -> PostgresAdmin {
     PostgresAdmin::migrate(settings).await.unwrap();
     PostgresAdmin::open(settings).await.unwrap()
@@ -87,11 +87,11 @@ impl Subject for Own {
     }
 
     async fn fault(&self, fault: Fault) {
-        self.0.lock().befall(fault);
+        self.0.lock().inject(fault);
     }
 }
 
-/// Its own tables, empty.
+/// tollgate's own tables, empty.
 pub fn kind() -> (&'static str, Box<dyn Subject>) {
     ("postgres", Box::new(Own(Mutex::new(Postgres::start()))))
 }
@@ -108,7 +108,7 @@ async fn own_tables_hold_the_contract() {
     run(&Own(Mutex::new(Postgres::start()))).await;
 }
 
-/// Tables of somebody else's.
+/// Another program's tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Foreign {
     Legacy,
@@ -246,7 +246,7 @@ fn gitlab_digests_are_gitlabs() {
     assert_eq!(gitlab_digest("TOKEN"), "MZRJsAHKPNWLul8gyWIC7seu2tnRrgtbhiUIHTrGvqc=");
 }
 
-/// The token behind a digest, of those that the table uses.
+/// The token for a digest, of those that the suite uses.
 fn token_of(digest: &Digest) -> String {
     let mut tokens: Vec<String> =
         ["known", "in-force", "ends-later", "began", "expired", "revoked", "not-yet", "blocked"]
@@ -272,7 +272,7 @@ impl ForeignSubject {
     async fn on(server: Postgres, kind: Foreign) -> Self {
         server.psql("postgres", Foreign::TABLES);
         let settings = settings(&server, kind.source());
-        // Over and over, if need be.
+        // Must be repeatable.
         for _ in 0..2 {
             install_triggers(&settings, &kind.triggers(&settings)).await.unwrap();
         }
@@ -280,7 +280,7 @@ impl ForeignSubject {
     }
 }
 
-/// Writes to a table that is not ours, as its owner would.
+/// Writes to another program's table as that program would.
 struct ForeignAdmin {
     server: Arc<Mutex<Postgres>>,
     kind: Foreign,
@@ -350,7 +350,7 @@ impl Subject for ForeignSubject {
     }
 
     async fn fault(&self, fault: Fault) {
-        self.server.lock().befall(fault);
+        self.server.lock().inject(fault);
     }
 }
 
@@ -392,9 +392,9 @@ async fn gitlabs_rules_for_scopes_and_revocation() {
     );
     let pat = open(settings(&server, Source::GitlabPat));
     let scopes = async |token: &str| lookup(&*pat, token.as_bytes()).await.unwrap().scopes;
-    assert!(lookup(&*pat, b"null-revoked").await.unwrap().revoked.is_some(), "only false is not revoked");
+    assert!(lookup(&*pat, b"null-revoked").await.unwrap().revoked.is_some(), "NULL means revoked");
     assert_eq!(scopes("no-scopes").await, Vec::<String>::new());
-    assert_eq!(scopes("column").await, ["api"], "no scopes column, or none said: GitLab's default");
+    assert_eq!(scopes("column").await, ["api"], "without scopes: GitLab's default");
     assert_eq!(scopes("symbols").await, ["api"]);
     assert_eq!(lookup(&*pat, b"column").await.unwrap().expires, None);
     assert_eq!(lookup(&*pat, b"symbols").await.unwrap().expires, Some(4_102_444_800));
@@ -418,10 +418,10 @@ async fn a_schema_that_does_not_fit_cannot_tell() {
     let none = PostgresAdmin::open(&settings(&server, own())).await.err().unwrap().to_string();
     assert!(none.contains("tollgate store migrate"), "{none}");
     assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 2);
-    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 2, "over and over");
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 2, "repeated");
     assert_eq!(lookup(&*store, b"known").await, None);
     server.psql("postgres", "UPDATE tollgate.version SET version = 9");
-    assert_eq!(lookup(&*store, b"known").await, None, "newer, and says that it can be read");
+    assert_eq!(lookup(&*store, b"known").await, None, "a newer schema that this version may read");
     server.psql("postgres", "UPDATE tollgate.version SET readers_from = 9");
     assert!(why(&*store).await.contains("newer tollgate"));
     let newer = PostgresAdmin::open(&settings(&server, own())).await.err().unwrap().to_string();
@@ -430,7 +430,7 @@ async fn a_schema_that_does_not_fit_cannot_tell() {
     assert!(why(&*store).await.contains("too old"));
     server.psql("postgres", "DELETE FROM tollgate.version");
     assert!(why(&*store).await.contains("version"));
-    // Another program's table of that name.
+    // Another program's table with that name.
     server.psql(
         "postgres",
         "DROP SCHEMA tollgate CASCADE; CREATE SCHEMA tollgate; CREATE TABLE tollgate.version (a int)",
@@ -474,7 +474,7 @@ async fn queries_that_make_no_sense_are_no_answer() {
         ("SELECT NULL::text AS user FROM public.t WHERE token = $1", "once", "without a user"),
         ("SELECT who AS user FROM public.t WHERE tokn = $1", "once", "42703"),
         ("SELECT who AS user FROM public.nowhere WHERE token = $1", "once", "42P01"),
-        // A name without its schema is looked for in the catalog only, and the error says so.
+        // A name without a schema is searched in the catalog only, and the error says so.
         ("SELECT who AS user FROM t WHERE token = $1", "once", "with their schema, like public.people"),
         ("SELECT who AS user FROM public.t WHERE token = hidden($1)", "once", "with their schema, like public.people"),
         ("SELECT who AS user FROM public.t WHERE raw = $1", "once", "42883"),
@@ -492,12 +492,12 @@ async fn queries_that_make_no_sense_are_no_answer() {
             }
         }
     }
-    // NULL where somebody should have said that all is well.
+    // NULL in columns that make a token valid or invalid.
     let sql = "SELECT who AS user, flag AS revoked, flag AS blocked, d AS expires_at, *, n AS surplus FROM public.t WHERE token = $1";
     let found = lookup(&*open(settings(&server, lookup_by(sql))), b"once").await.unwrap();
     assert!(found.revoked.is_some() && found.blocked);
     assert_eq!(found.expires, Some(1_893_542_400), "2030-01-02T00:00:00Z");
-    // Whatever a table is changed to, the next answer is of its new shape.
+    // A change of the table is used by the next lookup.
     let store = open(settings(&server, lookup_by("SELECT who AS user, t.* FROM public.t WHERE token = $1")));
     assert!(lookup(&*store, b"once").await.is_some());
     server.psql("postgres", "ALTER TABLE t ADD COLUMN expires bigint DEFAULT 5, ADD COLUMN more text");
@@ -525,24 +525,24 @@ async fn a_slow_query_ends_with_its_look_up() {
     let sleeping = || server.psql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'");
     assert!(lookup(&*store, b"known").await.is_some());
     let before = Instant::now();
-    assert_eq!(ask(&*store, b"slow").await, Err(StoreError::Timeout), "the server says so");
+    assert_eq!(ask(&*store, b"slow").await, Err(StoreError::Timeout), "the server ends the query");
     assert!(before.elapsed() < TIMEOUT);
-    // Nobody waits any more, and the server must not work on.
+    // After the caller is gone, the server must not continue.
     for _ in 0..3 {
         drop(tokio::time::timeout(Duration::from_millis(50), store.lookup(&credential(b"slow"))).await);
         let before = Instant::now();
         assert!(lookup(&*store, b"known").await.is_some());
         assert!(
             before.elapsed() < Duration::from_millis(350),
-            "waited behind a dropped look-up: {:?}",
+            "waited behind a cancelled lookup: {:?}",
             before.elapsed()
         );
     }
     let deadline = Instant::now() + PATIENCE;
     while sleeping() != "0" {
-        assert!(Instant::now() < deadline, "the server works on");
+        assert!(Instant::now() < deadline, "the server continues the query");
     }
-    // All connections taken: said soon, and as what it is.
+    // All connections in use: reported soon, and as overload.
     let slow = [b"slow", b"slow"].map(|token| {
         let store = Arc::clone(&store);
         tokio::spawn(async move { ask(&*store, token).await })
@@ -594,7 +594,7 @@ async fn encryption_is_what_was_asked_for() {
             other => panic!("{host} {mode:?}: {other:?}"),
         }
     }
-    // A name that the certificate doesn't have; where it is may stand apart from what it is called.
+    // A name that is not in the certificate; `hostaddr` gives the address and `host` the name.
     let named = |mode| {
         let url = format!("host=db.example hostaddr=127.0.0.1 port={} user=postgres dbname=postgres", server.port());
         let tls = TlsSettings { mode, ca: good.map(|good| good.ca().into()), client: None };
@@ -603,32 +603,32 @@ async fn encryption_is_what_was_asked_for() {
     assert!(ask(&*named(TlsMode::VerifyCa), b"known").await.is_ok());
     let wrong = ask(&*named(TlsMode::VerifyFull), b"known").await.unwrap_err().to_string();
     assert!(wrong.contains("certificate"), "{wrong}");
-    // An address says where to go, whatever folder of a socket stands beside it.
+    // `hostaddr` is the address, even if `host` is a socket's folder.
     let url = format!("host=/nowhere hostaddr=127.0.0.1 port={} user=postgres dbname=postgres", server.port());
     for (mode, works) in [(TlsMode::VerifyFull, true), (TlsMode::Disable, false)] {
         let tls = TlsSettings { mode, ca: good.map(|good| good.ca().into()), client: None };
         let store = open(PostgresSettings { url: Secret::new(&url), tls, ..settings(&server, source.clone()) });
         assert_eq!(ask(&*store, b"known").await.is_ok(), works, "{mode:?}");
     }
-    // Nor is another machine, where plain text is for this one only.
+    // Nor another machine, if plain text is allowed on this one only.
     let url = Secret::new("host=10.255.255.1 user=postgres dbname=postgres");
     let tls = TlsSettings { mode: TlsMode::Local, ca: None, client: None };
     let before = Instant::now();
     let answer = ask(&*open(PostgresSettings { url, tls, ..settings(&server, source.clone()) }), b"known").await;
     assert!(matches!(&answer, Err(StoreError::Unavailable(why)) if why.contains("another machine")), "{answer:?}");
-    assert!(before.elapsed() < Duration::from_millis(500), "nothing was sent there");
-    // A server without encryption is not spoken to in plain text.
+    assert!(before.elapsed() < Duration::from_millis(500), "no connection was attempted");
+    // Nothing is sent in plain text to a server without TLS.
     let plain = Postgres::start();
     plain.psql("postgres", "CREATE TABLE t (token text, who text)");
     let tls = TlsSettings { mode: TlsMode::Require, ca: None, client: None };
     let answer = ask(&*open(PostgresSettings { tls, ..settings(&plain, source.clone()) }), b"known").await;
     assert!(matches!(&answer, Err(StoreError::Unavailable(why)) if why.contains("TLS")), "{answer:?}");
-    // A socket needs none, and does without.
+    // A Unix socket needs no TLS.
     let url = format!("host={} port={} user=postgres dbname=postgres", server.socket().display(), server.port());
     let tls = TlsSettings { mode: TlsMode::VerifyFull, ca: good.map(|good| good.ca().into()), client: None };
     let store = open(PostgresSettings { url: Secret::new(url), tls, ..settings(&server, source.clone()) });
     assert!(lookup(&*store, b"known").await.is_some());
-    // Words that contradict each other.
+    // Settings that contradict each other.
     let url = Secret::new("postgres://postgres@127.0.0.1/postgres?sslmode=require");
     assert!(refused(PostgresSettings { url, ..settings(&server, source.clone()) }).contains("sslmode"));
 }
@@ -645,7 +645,7 @@ async fn no_error_says_a_password() {
         ..settings(&server, source.clone())
     };
     assert_eq!(ask(&*open(with("pa55-word", None)), b"t").await, Ok(None));
-    assert_eq!(ask(&*open(with("S3CRET", Some("pa55-word"))), b"t").await, Ok(None), "the setting counts");
+    assert_eq!(ask(&*open(with("S3CRET", Some("pa55-word"))), b"t").await, Ok(None), "the setting takes precedence");
     for settings in [with("S3CRET", None), with("pa55-word", Some("S3CRET"))] {
         let printed = format!("{settings:?}");
         let answer = ask(&*open(settings), b"t").await;
@@ -679,7 +679,7 @@ async fn triggers_tell_of_all_that_matters_and_of_no_token() {
             format!("h:{}", Digest::from_bytes(handle.try_into().unwrap()).to_hex())
         },
     );
-    // What a listener hears of a statement: psql prints notifications behind it.
+    // The notifications of a statement, which psql prints after it.
     let told = |sql: &str| -> Vec<String> {
         let heard = server.psql("postgres", &format!("LISTEN tollgate_change; {sql}"));
         heard
@@ -720,7 +720,7 @@ async fn triggers_tell_of_all_that_matters_and_of_no_token() {
         assert_eq!(words, expected, "{sql}");
         assert!(!words.join(" ").contains("T0KEN"));
     }
-    // A flood in one transaction becomes one word at last.
+    // Many changes in one transaction end with one notification of everything.
     let many = "INSERT INTO keys (digest) SELECT encode(sha256(n::text::bytea), 'hex') FROM generate_series(1, 5000) n";
     let words = told(many);
     assert_eq!((words.len(), words.last().map(String::as_str)), (1001, Some("*")));
@@ -752,13 +752,13 @@ async fn own_triggers_tell_whoever_changes_the_rows() {
     };
     let now = mark("(extract(epoch FROM clock_timestamp()) * 1000)::bigint");
     let earlier = |ms: &str| mark(&format!("(extract(epoch FROM clock_timestamp()) * 1000)::bigint - {ms}"));
-    assert_eq!(store.changed_since(&earlier("60000")).await, Ok(None), "before there was a list");
+    assert_eq!(store.changed_since(&earlier("60000")).await, Ok(None), "before the list of changes began");
     assert_eq!(store.changed_since(&now).await, Ok(Some(vec![Digest::of(b"known")])));
-    assert_eq!(store.changed_since(&earlier("3600000")).await, Ok(None), "longer than it is kept");
+    assert_eq!(store.changed_since(&earlier("3600000")).await, Ok(None), "older than the list");
     for nonsense in ["", "1", "x y", "1 2 3"] {
         assert_eq!(store.changed_since(nonsense).await, Ok(None), "{nonsense:?}");
     }
-    // A use is no change; all at once is.
+    // A use is not a change; TRUNCATE is.
     let before = Instant::now();
     admin.create(&record("used")).await.unwrap();
     ear.change_of(before, &*store, "used").await;
@@ -773,7 +773,7 @@ async fn own_triggers_tell_whoever_changes_the_rows() {
     assert_eq!(store.changed_since(&now).await, Ok(None), "everything");
 }
 
-/// The mark of an echo, and a transaction that began long before it and ends behind it.
+/// The position of a probe, and a transaction that began long before it and ends after it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_mark_misses_no_transaction_that_had_not_ended() {
     let server = Postgres::start();
@@ -805,7 +805,7 @@ async fn a_mark_misses_no_transaction_that_had_not_ended() {
     following.abort();
     server.psql("postgres", &update("late"));
     client.batch_execute("COMMIT").await.unwrap();
-    // As if all had been noted long before the minute that is looked at besides.
+    // As if all changes were older than the minute that is always re-read.
     server.psql("postgres", "UPDATE tollgate.version SET since_ms = 0");
     let (at_ms, oldest) = mark.split_once(' ').unwrap();
     let skewed = format!("{} {oldest}", at_ms.parse::<u64>().unwrap() + 120_000);
@@ -824,7 +824,7 @@ async fn storms_and_losses_are_weathered() {
     let begin = Instant::now();
     let ear = Ear::on(&store);
     ear.hearing(begin).await;
-    // An import is one word, whatever its size.
+    // An import is one notification, whatever its size.
     let rows = 20_000;
     let mut records = (0..rows).map(|row| Ok(record(&format!("row-{row}"))));
     let before = Instant::now();
@@ -834,7 +834,7 @@ async fn storms_and_losses_are_weathered() {
     assert!(took < Duration::from_secs(20), "{took:?}");
     ear.hearing(before).await;
     assert!(!ear.events().iter().any(|event| matches!(event, Event::Changed(_))));
-    // A statement for each row is a storm, which is taken in whole and in few pieces.
+    // One statement per row: all notifications arrive, in few batches.
     let before = Instant::now();
     let storm = "DO $$ BEGIN FOR n IN 0..19999 LOOP UPDATE tollgate.token SET revoked = 1 \
         WHERE digest = sha256(('row-' || n)::bytea); END LOOP; END $$";
@@ -844,11 +844,11 @@ async fn storms_and_losses_are_weathered() {
     let pieces = events.iter().filter(|event| matches!(event, Event::Changed(_))).count();
     let told: usize =
         events.iter().map(|event| if let Event::Changed(changes) = event { changes.len() } else { 0 }).sum();
-    // Only a machine that is too busy to give it half a second makes it deaf, and then it says so.
+    // Only on a very busy machine the subscription is lost, which is an event.
     assert!(told == 20_000 || events.contains(&Event::Deaf), "{told}");
-    println!("20000 words in {pieces} pieces, {:?} after the statement began", before.elapsed());
+    println!("20000 notifications in {pieces} batches, {:?} after the statement began", before.elapsed());
     assert!(pieces < 5_000, "{pieces}");
-    // The connection is lost, again and again.
+    // The connection is lost repeatedly.
     for _ in 0..5 {
         let before = Instant::now();
         server.cut();
@@ -857,7 +857,7 @@ async fn storms_and_losses_are_weathered() {
         let lag = ear.hearing(before).await.saturating_duration_since(cut);
         assert!(lag < LAG, "{lag:?}");
     }
-    // Nonsense from any hand: everything may have changed.
+    // An invalid notification from another program: everything may have changed.
     let before = Instant::now();
     server.psql("postgres", "NOTIFY tollgate_change, 'hello'");
     ear.hearing(before).await;
@@ -867,7 +867,7 @@ async fn storms_and_losses_are_weathered() {
 async fn who_waits_learns_who_did_not_hear() {
     let server = Postgres::start();
     let mut admin = writer(&settings(&server, own())).await;
-    assert_eq!(admin.wait(Duration::from_secs(1)).await.unwrap(), Vec::<String>::new(), "nobody is there");
+    assert_eq!(admin.wait(Duration::from_secs(1)).await.unwrap(), Vec::<String>::new(), "no gateway is running");
     let stores = [open(settings(&server, own())), open(settings(&server, own()))];
     let begin = Instant::now();
     let mut ears: Vec<Ear> = stores.iter().map(Ear::on).collect();
@@ -875,7 +875,7 @@ async fn who_waits_learns_who_did_not_hear() {
         ear.hearing(begin).await;
     }
     assert_eq!(admin.wait(PATIENCE).await.unwrap().len(), 2);
-    // One ends without a word: it is missed, and forgotten after a while.
+    // A gateway ends without signing off: it is missing, and removed after a while.
     drop(ears.pop());
     match admin.wait(Duration::from_millis(300)).await {
         Err(AdminError::Unconfirmed { missing, .. }) => assert_eq!(missing.len(), 1),
@@ -884,13 +884,13 @@ async fn who_waits_learns_who_did_not_hear() {
     let before = Instant::now();
     assert_eq!(admin.wait(PATIENCE).await.unwrap().len(), 1);
     assert!(before.elapsed() < Duration::from_secs(12), "{:?}", before.elapsed());
-    // Who is deaf while it is asked answers when it hears again.
+    // A gateway without a subscription confirms once it has one again.
     let waiting = {
         server.cut();
         PostgresAdmin::open(&settings(&server, own())).await.unwrap().wait(PATIENCE).await.unwrap()
     };
     assert_eq!(waiting.len(), 1);
-    assert_eq!(server.psql("postgres", "SELECT count(*) FROM tollgate.wait"), "0", "nothing stays behind");
+    assert_eq!(server.psql("postgres", "SELECT count(*) FROM tollgate.wait"), "0", "no rows are left");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -904,14 +904,14 @@ async fn without_triggers_nothing_is_promised() {
     let channels = || server.psql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%tgname%'");
     let deadline = Instant::now() + PATIENCE;
     while channels() == "0" {
-        assert!(Instant::now() < deadline, "never subscribed");
+        assert!(Instant::now() < deadline, "it did not subscribe");
     }
     ear.heard(begin, "nothing to tell", |event| *event == Event::Untold).await;
     server.psql("postgres", "NOTIFY tollgate_change, '*'");
     server.cut();
     let is_silent = || ear.events().iter().all(|event| *event == Event::Untold);
     assert!(is_silent(), "{:?}", ear.events());
-    // Those of another table are no promise for this one; the right ones are found once they are there.
+    // Triggers of another table do not count; the right ones are found once they exist.
     let legacy = PostgresSettings { source: Source::GitlabLegacy, ..settings.clone() };
     install_triggers(&legacy, &Foreign::Legacy.triggers(&legacy)).await.unwrap();
     server.cut();
@@ -941,12 +941,12 @@ async fn a_standby_answers_and_promises_nothing() {
     let ear = Ear::on(&store);
     ear.heard(begin, "deafness", |event| *event == Event::Deaf).await;
     assert!(!ear.events().contains(&Event::Hearing));
-    // Once it is the primary, it is followed.
+    // Once it is the primary, its changes are followed.
     standby.psql("postgres", "SELECT pg_promote()");
     ear.hearing(begin).await;
 }
 
-/// Two gateways with tables of their own, and one pooler before both.
+/// Two gateways, each with its own tables, and one pooler in front of both.
 struct Pooled {
     #[expect(dead_code, reason = "ends with its owner")]
     pooler: PgBouncer,
@@ -985,12 +985,12 @@ async fn behind_a_pooler_of_sessions_all_is_well() {
     ear.change_of(before, &**store, "ours").await;
 }
 
-/// It brings changes to whoever has the connection just then, and one gateway's prepared question to another's tables.
+/// It delivers notifications to any client of a connection, and runs one gateway's prepared statement on another's tables.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn behind_a_pooler_of_transactions_nothing_is_believed() {
     let pooled = pooled("transaction").await;
     let begin = Instant::now();
-    // At rest, where each transaction is likely to get the same connection and its own echo.
+    // Without load, each transaction is likely to get the same connection, and so its own probe.
     let ear = Ear::on(&pooled.stores[0].0);
     ear.heard(begin, "deafness", |event| *event == Event::Deaf).await;
     while begin.elapsed() < Duration::from_secs(5) {
@@ -1014,7 +1014,7 @@ async fn a_question_that_is_anothers_by_its_name_is_no_answer() {
     server.psql("postgres", "CREATE TABLE t (token text, who text); INSERT INTO t VALUES ('known', 'ann')");
     let sql = "SELECT who AS user FROM public.t WHERE token = $1";
     for (anothers, token) in [
-        // As a gateway before other tables would ask, and any other program.
+        // The statements of a gateway with other tables, and of any other program.
         ("SELECT 'ffff' AS mark, true AS found, 'eve' AS who WHERE $1 IS NOT NULL", "unknown"),
         ("SELECT 'eve' WHERE $1 IS NOT NULL", "unknown"),
         ("SELECT 'eve' WHERE $1 IS NULL", "known"),
@@ -1025,7 +1025,7 @@ async fn a_question_that_is_anothers_by_its_name_is_no_answer() {
             ..settings(&server, Source::Lookup { sql: sql.into(), bind: Bind::Plain })
         });
         assert_eq!(lookup(&*store, b"known").await.unwrap().user, "ann");
-        // The server has one connection from the pooler, and this is on it.
+        // The pooler has one connection to the server, so this runs on it.
         let (client, driver) = tokio_postgres::connect(&pooler.url("postgres"), tokio_postgres::NoTls).await.unwrap();
         let driver = tokio::spawn(driver);
         let swap = format!(
@@ -1035,7 +1035,7 @@ async fn a_question_that_is_anothers_by_its_name_is_no_answer() {
         );
         client.batch_execute(&swap).await.unwrap();
         let said = ask(&*store, token.as_bytes()).await;
-        // That connection is given up, and a new one asks under a name of its own.
+        // That connection is dropped, and a new one uses another statement name.
         let right = async || lookup(&*store, token.as_bytes()).await.is_some() == (token == "known");
         match said {
             Err(StoreError::Unavailable(why)) => assert!(why.contains("pooler") && right().await, "{anothers}: {why}"),
@@ -1046,7 +1046,7 @@ async fn a_question_that_is_anothers_by_its_name_is_no_answer() {
     }
 }
 
-/// Another program's setting on the one connection that the pooler has.
+/// Another program's setting on the pooler's only connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_from_a_connection_that_looks_for_names_elsewhere_is_none() {
     let server = Postgres::start();
@@ -1068,12 +1068,12 @@ async fn an_answer_from_a_connection_that_looks_for_names_elsewhere_is_none() {
         Err(StoreError::Unavailable(why)) => assert!(why.contains("pooler"), "{why}"),
         other => panic!("{other:?}"),
     }
-    assert_eq!(lookup(&*store, b"known").await.unwrap().user, "ann", "a new connection says its own");
+    assert_eq!(lookup(&*store, b"known").await.unwrap().user, "ann", "a new connection has its own setting");
     driver.abort();
 }
 
-/// Whatever a user of the database may create in schema public stands before the catalog for every session, and tells the
-/// server's log when it runs in a session of tollgate's or in a trigger's function. There it also says yes to everything.
+/// Creates in schema public what any database user may create, ahead of the catalog in every session's search path. When one
+/// of these runs in a session of tollgate or in a trigger's function, it writes to the server's log and returns true.
 const HOSTILE: &str = r#"
     CREATE ROLE mallory LOGIN;
     GRANT CREATE ON SCHEMA public TO PUBLIC;
@@ -1162,7 +1162,7 @@ const HOSTILE: &str = r#"
     RESET ROLE;
 "#;
 
-/// A server whose every database user may create operators and functions, and one did.
+/// A server on which every database user may create operators and functions, with such objects.
 fn hostile() -> Postgres {
     let server = Postgres::start();
     server.psql("postgres", HOSTILE);
@@ -1180,8 +1180,7 @@ fn hostile() -> Postgres {
     server
 }
 
-/// What ran that was mallory's, since the trap was tried; and what would run whenever a trigger, a constraint or a default
-/// is looked at.
+/// Mallory's functions that ran since the check that they work, and those that triggers, constraints or defaults refer to.
 fn caught(server: &Postgres) -> Vec<String> {
     let log = server.log();
     let bound = "SET search_path = pg_catalog; SELECT classid::regclass, objid, refclassid::regclass, refobjid FROM pg_depend \
@@ -1211,7 +1210,7 @@ async fn who_may_create_in_public_does_not_decide_what_gitlab_queries_and_trigge
         changes_are_heard(&subject).await;
         many_rows(&subject).await;
         let server = subject.server.lock();
-        // Names of users change, and users go.
+        // Users are renamed and deleted.
         server.psql(
             "postgres",
             "UPDATE users SET username = 'renamed', state = 'blocked'; DELETE FROM users; TRUNCATE keys",
@@ -1220,7 +1219,7 @@ async fn who_may_create_in_public_does_not_decide_what_gitlab_queries_and_trigge
     }
 }
 
-/// The attack as it was reported: a role without any right on the tables makes an operator and is let in.
+/// The attack as it was reported: a role without any right on the tables creates an operator and is accepted.
 #[tokio::test]
 async fn an_operator_lets_nobody_in() {
     let server = Postgres::start();
@@ -1244,7 +1243,7 @@ async fn an_operator_lets_nobody_in() {
         assert_eq!(ask(&*store, b"let me in").await, Ok(None), "{source:?}");
         assert_eq!(lookup(&*store, token.as_bytes()).await.unwrap().user, "root", "{source:?}");
     }
-    // And an index is used all the same.
+    // An index is still used.
     server.psql("postgres", "CREATE UNIQUE INDEX at ON users (authentication_token)");
     let plan = server.psql(
         "postgres",
@@ -1282,14 +1281,11 @@ async fn reading_changes_nothing() {
         let no = reader.revoke(&Digest::of(b"known"), 1).await.unwrap_err().to_string();
         assert!(no.contains("42501") || no.contains("25006"), "{no}");
     }
-    // Nor does it take a channel of its own from its configuration, whatever it may do.
+    // Nor does its configuration change the channel, even if it has the right to.
     let other = PostgresSettings { channel: Some("another".into()), ..settings(&server, own()) };
     let mut reader = PostgresAdmin::open(&other).await.unwrap();
     assert_eq!(reader.list().await.unwrap().len(), 1);
-    assert!(
-        reader.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap(),
-        "it writes on the channel that there is"
-    );
+    assert!(reader.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap(), "it uses the existing channel");
     assert_eq!(channel(), "tollgate_change");
 }
 
@@ -1300,7 +1296,7 @@ async fn a_channel_that_changes_is_followed_by_gateways_that_run() {
     for token in ["one", "two", "three"] {
         admin.create(&record(token)).await.unwrap();
     }
-    // What the configuration of a gateway says is not what counts.
+    // The channel in the database counts, not the one in a gateway's configuration.
     let stores = ["tollgate_change", "another"]
         .map(|channel| open(PostgresSettings { channel: Some(channel.into()), ..settings(&server, own()) }));
     let begin = Instant::now();
@@ -1312,14 +1308,14 @@ async fn a_channel_that_changes_is_followed_by_gateways_that_run() {
     let other = PostgresSettings { channel: Some("other".into()), ..settings(&server, own()) };
     let migrated = PostgresAdmin::migrate(&other).await.unwrap();
     assert_eq!(migrated.moved, Some(("tollgate_change".into(), "other".into())));
-    // Told on the new channel at once.
+    // Notifications use the new channel immediately.
     admin.revoke(&Digest::of(b"one"), 1_760_000_000).await.unwrap();
     for ear in &ears {
         ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
         let lag = ear.hearing(before).await - before;
         assert!(lag < LAG, "{lag:?}");
     }
-    // By any hand.
+    // Changed by another program.
     let before = Instant::now();
     server.psql("postgres", "UPDATE tollgate.version SET channel = 'third'");
     admin.revoke(&Digest::of(b"two"), 1_760_000_000).await.unwrap();
@@ -1331,9 +1327,9 @@ async fn a_channel_that_changes_is_followed_by_gateways_that_run() {
         ear.change_of(before, &**store, "three").await;
     }
     assert_eq!(PostgresAdmin::migrate(&other).await.unwrap().moved, Some(("third".into(), "other".into())));
-    assert_eq!(PostgresAdmin::migrate(&other).await.unwrap().moved, None, "said once");
+    assert_eq!(PostgresAdmin::migrate(&other).await.unwrap().moved, None, "reported once");
     let silent = PostgresSettings { channel: None, ..other };
-    assert_eq!(PostgresAdmin::migrate(&silent).await.unwrap().moved, None, "nothing to say");
+    assert_eq!(PostgresAdmin::migrate(&silent).await.unwrap().moved, None, "nothing to report");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -1352,7 +1348,10 @@ async fn a_change_under_way_is_told_before_the_channel_changes() {
     let migration = tokio::spawn(async move { PostgresAdmin::migrate(&other).await.unwrap().moved });
     let deadline = Instant::now() + PATIENCE;
     while server.psql("postgres", "SELECT count(*) FROM pg_locks WHERE NOT granted") == "0" {
-        assert!(Instant::now() < deadline && !migration.is_finished(), "it does not wait");
+        assert!(
+            Instant::now() < deadline && !migration.is_finished(),
+            "the migration does not wait for the transaction"
+        );
     }
     let before = Instant::now();
     client.batch_execute("COMMIT").await.unwrap();
@@ -1371,13 +1370,13 @@ async fn triggers_that_tell_on_another_channel_are_no_promise() {
     let store = open(here.clone());
     let begin = Instant::now();
     let ear = Ear::on(&store);
-    // It has looked for triggers, and says that it can promise nothing.
+    // It has looked for triggers and reports that there are none.
     ear.heard(begin, "nothing to tell", |event| *event == Event::Untold).await;
     assert_eq!(ear.events(), [Event::Untold]);
     let before = Instant::now();
     install_triggers(&here, &Foreign::Pat.triggers(&here)).await.unwrap();
     ear.hearing(before).await;
-    // A gateway of either channel is told, as both kinds of triggers are there.
+    // Gateways on both channels are notified, because both kinds of triggers exist.
     let other = open(there);
     let begin = Instant::now();
     let other_ear = Ear::on(&other);
@@ -1401,12 +1400,12 @@ async fn of_several_hosts_the_primary_answers() {
     let primary = Postgres::start();
     let mut admin = writer(&settings(&primary, own())).await;
     admin.create(&record("before")).await.unwrap();
-    // It applies nothing of what comes now.
+    // It does not apply what is written from here on.
     let standby = primary.late_standby();
     admin.create(&record("since")).await.unwrap();
     for servers in [[&standby, &primary], [&primary, &standby]] {
         let store = open(hosts(&servers, own()));
-        // Also before anything was heard.
+        // Also before the subscription.
         assert_eq!(lookup(&*store, b"since").await, Some(record("since")));
         let begin = Instant::now();
         let ear = Ear::on(&store);
@@ -1417,7 +1416,7 @@ async fn of_several_hosts_the_primary_answers() {
         assert_eq!(writer.list().await.unwrap().len(), 2);
         writer.block(&record("before").user, false).await.unwrap();
     }
-    // Who asks for a standby gets one, and no promise.
+    // With a standby requested, lookups go there, and there is no subscription.
     let settings = hosts(&[&primary, &standby], own());
     let url = Secret::new(format!("{}?target_session_attrs=read-only", settings.url.expose()));
     let store = open(PostgresSettings { url, ..settings.clone() });
@@ -1450,16 +1449,16 @@ async fn connections_to_a_standby_are_left_once_changes_are_heard() {
     PostgresAdmin::open(&settings).await.unwrap().revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap();
     let several = (0..8).map(|_| lookup(&*store, b"known"));
     for found in futures_util::future::join_all(several).await {
-        assert_eq!(found.unwrap().revoked, Some(1_760_000_000), "not the row of before");
+        assert_eq!(found.unwrap().revoked, Some(1_760_000_000), "the old row");
     }
-    // The other way: the standby becomes the primary, while the old one is gone.
+    // The reverse: the standby is promoted while the old primary is down.
     primary.stop();
     let before = Instant::now();
     standby.psql("postgres", "SELECT pg_promote()");
     ear.hearing(before).await;
     standby.psql("postgres", "UPDATE tollgate.token SET \"user\" = 'promoted'");
     assert_eq!(lookup(&*store, b"known").await.unwrap().user, "promoted");
-    // And when that one comes back, which believes that it is a primary still, nobody asks it.
+    // When the old one restarts, still as a primary, it is not used.
     primary.start_again();
     let several = (0..16).map(|_| lookup(&*store, b"known"));
     for found in futures_util::future::join_all(several).await {
@@ -1467,10 +1466,10 @@ async fn connections_to_a_standby_are_left_once_changes_are_heard() {
     }
 }
 
-/// Passes each connection on to where it is told.
+/// A TCP proxy to configurable targets.
 struct Balancer {
     port: u16,
-    /// Each new connection takes the first and puts it last.
+    /// Each new connection goes to the first, which moves to the end.
     to: Arc<Mutex<std::collections::VecDeque<u16>>>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -1527,13 +1526,13 @@ async fn behind_a_balancer_only_the_server_that_is_heard_answers() {
     ear.hearing(begin).await;
     admin.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap();
     for _ in 0..20 {
-        assert_eq!(lookup(&*store, b"known").await.unwrap().revoked, Some(1_760_000_000), "not the row of before");
+        assert_eq!(lookup(&*store, b"known").await.unwrap().revoked, Some(1_760_000_000), "the old row");
     }
     assert!(!ear.events().contains(&Event::Deaf), "{:?}", ear.events());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn look_ups_that_can_not_get_where_changes_are_heard_make_the_gateway_deaf() {
+async fn a_lookup_that_reaches_another_server_ends_the_subscription() {
     let primary = Postgres::start();
     let mut admin = writer(&settings(&primary, own())).await;
     admin.create(&record("known")).await.unwrap();
@@ -1544,13 +1543,13 @@ async fn look_ups_that_can_not_get_where_changes_are_heard_make_the_gateway_deaf
     let begin = Instant::now();
     let ear = Ear::on(&store);
     ear.hearing(begin).await;
-    // From now on each new connection gets to the standby, and the one that listens stays where it is.
+    // New connections go to the standby; the subscription stays where it is.
     balancer.send_to(&standby);
     let before = Instant::now();
     let answer = ask(&*store, b"known").await;
     assert!(matches!(&answer, Err(StoreError::Unavailable(why)) if why.contains("another server")), "{answer:?}");
     ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
-    // What it says counts for a moment only.
+    // Its answers are cached for a moment only.
     recovers(&*store, "postgres").await;
     assert_eq!(lookup(&*store, b"known").await.unwrap().revoked, None);
     assert_eq!(ear.events().iter().filter(|event| **event == Event::Hearing).count(), 1, "{:?}", ear.events());
@@ -1560,7 +1559,7 @@ async fn look_ups_that_can_not_get_where_changes_are_heard_make_the_gateway_deaf
     assert_eq!(lookup(&*store, b"known").await.unwrap().revoked, Some(1_760_000_000));
 }
 
-/// Figures, for people: `cargo test --release --lib postgres_figures -- --ignored --nocapture`.
+/// Figures: `cargo test --release --lib postgres_figures -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "prints figures and judges nothing"]
 async fn postgres_figures() {
@@ -1586,7 +1585,7 @@ async fn postgres_figures() {
         assert!(lookup(&*store, format!("row-{row}").as_bytes()).await.is_some());
         times.push(before.elapsed());
     }
-    quantiles("look-up, one at a time", times);
+    quantiles("lookup, one at a time", times);
     let before = Instant::now();
     let tasks: Vec<_> = (0..32)
         .map(|task| {
@@ -1606,8 +1605,8 @@ async fn postgres_figures() {
     for task in tasks {
         times.extend(task.await.unwrap());
     }
-    println!("32000 look-ups by 32 tasks in {:?}", before.elapsed());
-    quantiles("look-up, 32 tasks on 8 connections", times);
+    println!("32000 lookups by 32 tasks in {:?}", before.elapsed());
+    quantiles("lookup, 32 tasks on 8 connections", times);
     let begin = Instant::now();
     let ear = Ear::on(&store);
     ear.hearing(begin).await;

@@ -1,4 +1,4 @@
-//! Redis, with records as JSON and as hashes, and what only it has.
+//! Redis, with records as JSON and as hashes, and its special features.
 
 use super::*;
 use crate::servers::redis::{Cluster, Options, Redis, Watched};
@@ -43,7 +43,7 @@ fn key(token: &str) -> String {
 struct RedisSubject {
     server: Mutex<Redis>,
     settings: RedisSettings,
-    /// Records are hashes that somebody else writes.
+    /// Records are hashes that another program writes.
     hashes: bool,
 }
 
@@ -93,18 +93,18 @@ impl Subject for RedisSubject {
     }
 
     async fn fault(&self, fault: Fault) {
-        self.server.lock().befall(fault);
+        self.server.lock().inject(fault);
     }
 }
 
-/// Another program that keeps its tokens as hashes, through redis-cli.
+/// Another program that stores its tokens as hashes, using redis-cli.
 struct HashAdmin {
     admin: RedisAdmin,
     port: u16,
 }
 
 impl HashAdmin {
-    /// Says which were new.
+    /// Returns how many were new.
     fn write(&self, records: &[TokenRecord]) -> u64 {
         use std::io::Write as _;
         let mut cli = std::process::Command::new("redis-cli")
@@ -184,7 +184,7 @@ impl TokenAdmin for HashAdmin {
     }
 }
 
-/// With records as tollgate writes them, empty.
+/// An empty store with records as tollgate writes them.
 pub fn kind() -> (&'static str, Box<dyn Subject>) {
     ("redis", Box::new(RedisSubject::new(false)))
 }
@@ -207,7 +207,7 @@ fn settings_that_make_no_sense_are_refused() {
         change(&mut settings);
         RedisStore::new(settings, metrics()).err()
     };
-    assert_eq!(with(|_| {}), None, "nothing is connected to");
+    assert_eq!(with(|_| {}), None, "valid settings; no connection is made");
     for (why, part) in [
         (with(|s| s.servers.clear()), "at least one"),
         (with(|s| s.servers = vec!["redis://u:S3CRET@h:1".into()]), "HOST:PORT"),
@@ -268,7 +268,7 @@ async fn an_acl_user_needs_only_what_is_documented() {
     assert_eq!(admin.list().await.unwrap().len(), 2);
     assert!(admin.revoke(&Digest::of(b"next"), 1_760_000_000).await.unwrap());
 
-    // Rights that were given before FLUSHALL was heard of go on working for all else.
+    // Permissions from before FLUSHALL was detected: everything else works.
     let store = open(&of("older", "S3CRET"));
     let begin = Instant::now();
     let ear = Ear::on(&store);
@@ -328,10 +328,10 @@ async fn the_server_is_checked() {
     }
 }
 
-/// `tls = "auto"` with all servers on this machine is plain text, which holds for places that are named later: by
-/// sentinels, and by nodes of a cluster. 0.0.0.0 leads back here, so that a connection would come about.
+/// `tls = "auto"` with all servers on this machine means plain text, and then every address must be on this machine, also
+/// those that sentinels or cluster nodes name. 0.0.0.0 reaches this machine, so that a connection would succeed.
 #[tokio::test]
-async fn plain_text_goes_to_this_machine_only_whoever_names_the_place() {
+async fn plain_text_goes_to_this_machine_only_whoever_names_the_address() {
     let here = TlsSettings { mode: TlsMode::Local, ca: None, client: None };
     let server = Redis::start(&Options::default());
     admin(&settings(&[server.address()])).await.create(&record("known")).await.unwrap();
@@ -361,7 +361,7 @@ async fn plain_text_goes_to_this_machine_only_whoever_names_the_place() {
         }
     }
     assert_eq!(seen, 3);
-    // Also where no name is needed, and for whoever writes.
+    // Also without name resolution.
     let mut elsewhere = RedisSettings { tls: here.clone(), ..settings(&[format!("0.0.0.0:{}", server.port)]) };
     assert!(ask(&*open(&elsewhere), b"known").await.unwrap_err().to_string().contains("is another machine"));
     elsewhere.tls.mode = TlsMode::Disable;
@@ -415,11 +415,11 @@ async fn values_that_make_no_sense_are_no_answer() {
     set(&["HSET", "user", "a"]);
     assert_eq!(lookup(&*store, b"known").await.unwrap().scopes, ["default"]);
     server.cli(&["FLUSHALL"]);
-    assert_eq!(lookup(&*store, b"known").await, None, "an empty database holds no token, truthfully");
+    assert_eq!(lookup(&*store, b"known").await, None, "the database is empty: the token is unknown");
     set(&["HSET", "user", "a"]);
     server.cli(&["PEXPIRE", &key("known"), "1"]);
     tokio::time::sleep(Duration::from_millis(20)).await;
-    assert_eq!(lookup(&*store, b"known").await, None, "a key's own end");
+    assert_eq!(lookup(&*store, b"known").await, None, "the key has expired");
 }
 
 #[tokio::test]
@@ -443,7 +443,7 @@ async fn foreign_writers_are_heard_by_the_keyspace() {
     let store = open(&RedisSettings { changes: RedisChanges::Keyspace, ..settings(&[server.address()]) });
     let begin = Instant::now();
     let ear = Ear::on(&store);
-    // Without the server's help nothing could be heard, and it is not switched on behind anybody's back.
+    // The server does not send keyspace notifications, and the gateway must not enable them itself.
     ear.heard(begin, "deafness", |event| *event == Event::Deaf).await;
     server.cli(&["CONFIG", "SET", "notify-keyspace-events", "Kg$hx"]);
     ear.hearing(begin).await;
@@ -463,7 +463,7 @@ async fn foreign_writers_are_heard_by_the_keyspace() {
         if command[0] == "PEXPIRE" {
             tokio::time::sleep(Duration::from_millis(30)).await;
             let ended = Instant::now();
-            // The server notices by itself, some time later.
+            // The server expires the key some time later.
             ear.change_of(ended, &*store, "known").await;
         }
     }
@@ -513,7 +513,7 @@ async fn a_gateway_that_does_not_confirm_is_named() {
     let server = Redis::start(&Options::default());
     let settings = settings(&[server.address()]);
     let mut admin = admin(&settings).await;
-    assert_eq!(admin.wait(PATIENCE).await.unwrap(), Vec::<String>::new(), "nobody runs");
+    assert_eq!(admin.wait(PATIENCE).await.unwrap(), Vec::<String>::new(), "no gateway is running");
     let [one, two] = [open(&settings), open(&settings)];
     let begin = Instant::now();
     let (ear, other) = (Ear::on(&one), Ear::on(&two));
@@ -528,12 +528,12 @@ async fn a_gateway_that_does_not_confirm_is_named() {
         other => panic!("{other:?}"),
     }
     assert!(before.elapsed() < Duration::from_secs(3));
-    // One that signs off is not waited for.
+    // A gateway that has signed off is not waited for.
     server.cli(&["ZREM", "tollgate:replicas", "ghost:1/0"]);
     drop(other);
     let deadline = Instant::now() + Duration::from_secs(5);
     while server.cli(&["ZCARD", "tollgate:replicas"]) != "1" {
-        assert!(Instant::now() < deadline, "it stays on the register");
+        assert!(Instant::now() < deadline, "it is still registered");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert_eq!(admin.wait(PATIENCE).await.unwrap().len(), 1);
@@ -561,14 +561,16 @@ async fn sentinels_lead_to_the_new_master() {
     recovers(&*store, "sentinel").await;
     let answered = before.elapsed();
     let heard = ear.hearing(before).await - before;
-    println!("sentinel: deaf after {deaf:?}, answers {answered:?} and hears {heard:?} after the master was killed");
+    println!(
+        "sentinel: after the master was killed: subscription lost {deaf:?}, lookups {answered:?}, subscription {heard:?}"
+    );
     let mut writer = admin(&settings).await;
     let before = Instant::now();
     writer.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap();
     ear.change_of(before, &*store, "known").await;
-    assert!(lookup(&*store, b"known").await.unwrap().revoked.is_some(), "and not at the old one");
+    assert!(lookup(&*store, b"known").await.unwrap().revoked.is_some(), "written to the new master");
 
-    // The old master comes back, believes in itself for a moment, and is made a replica.
+    // The old master restarts, is a master for a moment, and is made a replica.
     watched.master.start_again();
     recovers(&*store, "sentinel").await;
     assert!(lookup(&*store, b"known").await.unwrap().revoked.is_some());
@@ -614,14 +616,14 @@ async fn a_cluster_is_one_store() {
     assert_eq!(lookup(&*store, b"token-50").await.unwrap().superseded, Some(1_760_000_000));
     assert_eq!(writer.wait(PATIENCE).await.unwrap().len(), 1);
 
-    // A slot moves: the old node says MOVED, and the answer is found all the same.
+    // A slot is migrated: the old node answers MOVED, and the lookup succeeds.
     let slot = cluster.nodes[0].cli(&["CLUSTER", "KEYSLOT", &key("next")]);
     let owner = cluster.nodes.iter().position(|node| node.cli(&["CLUSTER", "COUNTKEYSINSLOT", &slot]) != "0").unwrap();
     let (from, to) = (&cluster.nodes[owner], &cluster.nodes[(owner + 1) % 3]);
     let (from_id, to_id) = (from.cli(&["CLUSTER", "MYID"]), to.cli(&["CLUSTER", "MYID"]));
     to.cli(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]);
     from.cli(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]);
-    assert!(lookup(&*store, b"next").await.is_some(), "on its way");
+    assert!(lookup(&*store, b"next").await.is_some(), "during the migration");
     from.cli(&["MIGRATE", "127.0.0.1", &to.port.to_string(), &key("next"), "0", "5000"]);
     recovers_to(&*store, "next").await;
     for node in [to, from] {
@@ -636,7 +638,7 @@ async fn recovers_to(store: &dyn TokenStore, token: &str) {
     loop {
         match ask(store, token.as_bytes()).await {
             Ok(Some(_)) => return,
-            Ok(None) => panic!("{token}: unknown, where it could not tell"),
+            Ok(None) => panic!("{token}: answered \"unknown\" during the migration"),
             Err(error) => assert!(Instant::now() < deadline, "{error}"),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -665,7 +667,7 @@ async fn a_look_up_that_is_dropped_harms_no_other() {
     for number in 0..500 {
         assert_eq!(lookup(&*store, format!("token-{number}").as_bytes()).await, Some(of(number)));
     }
-    assert!(answered < 4_000, "none was dropped");
+    assert!(answered < 4_000, "no lookup was cancelled");
 }
 
 #[tokio::test]
@@ -674,7 +676,7 @@ async fn nothing_outlives_a_store_and_a_store_outlives_a_runtime() {
     let settings = settings(&[server.address()]);
     admin(&settings).await.create(&record("known")).await.unwrap();
     let store = open(&settings);
-    // Its connections are driven by a runtime that ends before it does.
+    // Its connections belong to a runtime that ends before the store.
     let (other, ended) = (Arc::clone(&store), std::thread::spawn);
     let thread = ended(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -686,7 +688,7 @@ async fn nothing_outlives_a_store_and_a_store_outlives_a_runtime() {
     });
     thread.join().unwrap();
     for _ in 0..4 {
-        assert!(lookup(&*store, b"known").await.is_some(), "without so much as one failure");
+        assert!(lookup(&*store, b"known").await.is_some(), "without a failure");
     }
     let begin = Instant::now();
     let ear = Ear::on(&store);
@@ -717,14 +719,14 @@ async fn figures() {
         times.push(before.elapsed());
     }
     times.sort();
-    println!("look-up, one at a time: p50 {:?}, p99 {:?}", times[2_500], times[4_950]);
+    println!("lookup, one at a time: p50 {:?}, p99 {:?}", times[2_500], times[4_950]);
     let before = Instant::now();
     let tokens: Vec<_> = (0..20_000).map(|number| format!("token-{number}")).collect();
     for tokens in tokens.chunks(64) {
         let found = futures_util::future::join_all(tokens.iter().map(|token| ask(&*store, token.as_bytes()))).await;
         assert!(found.iter().all(|found| matches!(found, Ok(Some(_)))));
     }
-    println!("look-ups, 64 at a time: {:.0}/s", 20_000.0 / before.elapsed().as_secs_f64());
+    println!("lookups, 64 at a time: {:.0}/s", 20_000.0 / before.elapsed().as_secs_f64());
     let begin = Instant::now();
     let ear = Ear::on(&store);
     ear.hearing(begin).await;
@@ -735,7 +737,7 @@ async fn figures() {
         lags.push(ear.change_of(before, &*store, &token).await - before);
     }
     lags.sort();
-    println!("revocation until heard: p50 {:?}, p99 {:?}", lags[150], lags[296]);
+    println!("revocation until notified: p50 {:?}, p99 {:?}", lags[150], lags[296]);
     let (mut noticed, mut again) = (Vec::new(), Vec::new());
     for _ in 0..5 {
         let before = Instant::now();
@@ -750,7 +752,7 @@ async fn figures() {
     }
     noticed.sort();
     again.sort();
-    println!("a frozen server is noticed after {:?} to {:?}", noticed[0], noticed[4]);
-    println!("a cut connection hears again after {:?} to {:?}", again[0], again[4]);
+    println!("a frozen server is detected after {:?} to {:?}", noticed[0], noticed[4]);
+    println!("a cut connection is subscribed again after {:?} to {:?}", again[0], again[4]);
     assert!(noticed[4] < LAG * 2 && again[4] < LAG, "{noticed:?} {again:?}");
 }
