@@ -1,5 +1,5 @@
-//! The admin listener and what is told there: health checks as they are really sent, who may ask, reloads that say what
-//! is not in force, and metrics that are right at once.
+//! The admin listener: real health checks, access, reloads that report what is not in force, and metrics that are correct
+//! immediately.
 
 use crate::harness::*;
 use crate::support::*;
@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-/// What a raw request gets, to the end of the connection or to the patience's.
+/// The response to a raw request, until the connection ends or the timeout.
 fn raw(address: SocketAddr, bytes: &[u8]) -> String {
     let mut socket = TcpStream::connect(address).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -25,7 +25,7 @@ fn admin(gateway: &Gateway, head: &str) -> Answer {
     client.answer()
 }
 
-/// `tollgate reload` with the gateway's own file.
+/// `tollgate reload` with the gateway's configuration file.
 fn reload(gateway: &Gateway, more: &[&str]) -> Output {
     run(tollgate().args(["reload", "--config"]).arg(gateway.folder.0.join("tollgate.toml")).args(more))
 }
@@ -46,7 +46,7 @@ fn health_checks_without_a_host_are_answered() {
     let gateway = Gateway::start(upstream.address, "");
     let mut seen = 0;
     for (request, status) in [
-        // HAProxy's `option httpchk`, as it is by default and with a URI.
+        // HAProxy's `option httpchk`, by default and with a URI.
         ("OPTIONS / HTTP/1.0\r\n\r\n", "200 OK"),
         ("GET /healthz HTTP/1.0\r\n\r\n", "200 OK"),
         ("HEAD /readyz HTTP/1.0\r\n\r\n", "200 OK"),
@@ -54,7 +54,7 @@ fn health_checks_without_a_host_are_answered() {
         ("GET /metrics HTTP/1.0\r\n\r\n", "200 OK"),
         ("OPTIONS / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n", "200 OK"),
         ("GET /nowhere HTTP/1.0\r\n\r\n", "404 Not Found"),
-        // A host that is named is looked at.
+        // A Host field is checked.
         ("GET /healthz HTTP/1.0\r\nHost: evil.example\r\n\r\n", "403 Forbidden"),
         ("GET /healthz HTTP/1.0\r\nhost : localhost\r\n\r\n", "400 Bad Request"),
         ("GET /healthz HTTP/1.1\r\n\r\n", "400 Bad Request"),
@@ -132,7 +132,7 @@ fn haproxy_takes_a_gateway_that_drains_out() {
     let state = |name: &str| {
         let csv = raw(stats, b"GET /;csv HTTP/1.0\r\n\r\n");
         let line = csv.lines().find(|line| line.starts_with(&format!("{name},one,"))).unwrap_or_default().to_owned();
-        // `check_status` says that an HTTP answer was judged, not only a connection.
+        // `check_status` shows that a response was evaluated, not only a connection.
         let field = |index: usize| line.split(',').nth(index).unwrap_or_default().to_owned();
         (field(17), field(36))
     };
@@ -154,7 +154,7 @@ fn haproxy_takes_a_gateway_that_drains_out() {
     gateway.ended();
 }
 
-// ---- Who may ask ----
+// ---- Access ----
 
 #[test]
 fn names_are_configured_and_reloaded() {
@@ -264,7 +264,7 @@ fn forgetting_takes_the_logs_digits() {
         assert_eq!((status(&gateway, GOOD), status(&gateway, OTHER)), (200, 200));
         assert_eq!(known(&gateway), 3.0 + index as f64, "{query}");
     }
-    // A token that the store does not know is forgotten as well.
+    // An unknown token is removed from the cache as well.
     let unknown = || gateway.metric("tollgate_store_lookups_total{result=\"unknown\",store=\"file\"}");
     assert_eq!(unknown(), 1.0);
     assert_eq!(gateway.admin_post(&format!("/cache/forget?id={}", &sha256_hex(BAD)[..12])).status, 200);
@@ -321,7 +321,7 @@ fn a_reload_says_which_keys_take_a_restart() {
             let log = gateway.process_log();
             log.lines().last().is_some_and(|line| line.contains(restart) && line.contains("restart"))
         });
-        // Back again, and there is nothing to restart for.
+        // Changed back: no restart is needed.
         gateway.rewrite(|_| original.clone());
         let answer = gateway.admin_post("/reload");
         assert_eq!((answer.status, answer.text().as_str()), (200, "reloaded\n"));
@@ -353,7 +353,7 @@ fn a_reload_that_fails_says_why_and_that_nothing_changed() {
         assert_eq!(body["applied"].as_array().map(Vec::len), Some(0));
         assert!(!body["errors"].as_array().unwrap().is_empty());
     }
-    // Nobody there, somebody else there, and no listener at all.
+    // Nothing listens, another program listens, and no admin listener.
     gateway.rewrite(|_| original.clone());
     let nobody = format!("127.0.0.1:{}", free_port());
     let (code, text) = said(&reload(&gateway, &["--admin", &nobody]));
@@ -402,7 +402,7 @@ fn a_reload_that_takes_its_time_holds_up_nothing() {
     gateway.rewrite(|text| text.replace("[store]", "[[store]]") + file);
     assert_eq!(gateway.admin_post("/reload").status, 200);
     assert_eq!((status(&gateway, GOOD), status(&gateway, OTHER)), (200, 200));
-    // A file that does not end, as a network's that does not answer: whoever reads it waits.
+    // A file that blocks its reader, like one on a network file system that does not respond.
     let at = |name: &str| gateway.folder.0.join(name);
     assert!(run(Command::new("mkfifo").arg(at("fifo"))).status.success());
     std::fs::hard_link(at("fifo"), at("its-other-end")).unwrap();
@@ -410,7 +410,7 @@ fn a_reload_that_takes_its_time_holds_up_nothing() {
     gateway.rewrite(|text| text.replace("[[upstream]]", "[cache]\npositive_ttl = \"50s\"\n[[upstream]]"));
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| gateway.admin_post("/reload"));
-        // The other store is followed all the same, and all else goes on.
+        // The other store is followed, and everything else works.
         let revoked = store.token(&["revoke"], &[&sha256_hex(OTHER)[..12]]);
         assert!(revoked.status.success(), "{}", stderr(&revoked));
         eventually("the revocation holds", || status(&gateway, OTHER) == 401);
@@ -420,7 +420,7 @@ fn a_reload_that_takes_its_time_holds_up_nothing() {
         assert!(!asking.is_finished(), "the reload did not wait");
         gateway.folder.write("whole", "token = []\n");
         std::fs::rename(at("whole"), at("tokens.toml")).unwrap();
-        // Whoever waits reads something, or that there is nothing.
+        // Ends the reader's wait, with or without data.
         let mut end = std::fs::OpenOptions::new().read(true).write(true).open(at("its-other-end")).unwrap();
         end.write_all(b"token = []\n").unwrap();
         std::thread::sleep(SECOND);
@@ -434,7 +434,7 @@ fn a_reload_that_takes_its_time_holds_up_nothing() {
 
 // ---- Socket files ----
 
-/// `tollgate run` without a harness around it.
+/// `tollgate run` without the harness.
 struct Serving(std::process::Child);
 
 impl Serving {
@@ -487,7 +487,7 @@ fn a_path_that_is_no_dead_socket_is_never_replaced() {
             let text = stderr(&output);
             assert_eq!(output.status.code(), Some(1), "{name}: {text}");
             assert!(text.contains("cannot be bound") && text.contains(name.trim_end_matches("/x")), "{name}: {text}");
-            // The one that is in use may be the gateway's own.
+            // A socket in use may be the gateway's own.
             let checked = run(tollgate().args(["check", "--config"]).arg(&config));
             assert_eq!(
                 checked.status.code(),
@@ -503,7 +503,7 @@ fn a_path_that_is_no_dead_socket_is_never_replaced() {
     assert!(folder.0.join("empty").is_file() && folder.0.join("folder").is_dir() && folder.0.join("link").is_symlink());
     assert!(UnixStream::connect(folder.0.join("live")).is_ok());
     drop(live);
-    // A dead one is replaced, and gone when the gateway is.
+    // An unused one is replaced, and removed when the gateway ends.
     for name in ["dead", "live", "new"] {
         let mut gateway = Serving::start(&config(name, false));
         eventually("it serves", || UnixStream::connect(folder.0.join(name)).is_ok());
@@ -576,7 +576,7 @@ fn a_stale_answer_is_counted_once() {
     };
     ask();
     std::fs::rename(&store.path, store.path.with_extension("away")).unwrap();
-    // Fresh, then stale behind a look-up that fails, then stale without waiting for one.
+    // Fresh, then stale after a failed lookup, then stale without waiting for a lookup.
     eventually("stale answers", || {
         ask();
         counts()[3] >= 20.0

@@ -1,5 +1,5 @@
-//! Bodies from outside: what real clients sent goes through the real binary byte for byte, and each kind of fault gets
-//! its answer, with a length and in chunks, on connections of their own and on kept ones.
+//! Bodies through the real binary: captures of real clients are forwarded byte for byte, and each kind of fault gets its
+//! response, with a length and in chunks, on new connections and persistent ones.
 //! `bodies/captures` holds what some 60 clients sent: `#### NAME BYTES`, then the request's head and its body without
 //! chunks.
 
@@ -21,7 +21,7 @@ pub fn captures() -> Vec<(&'static str, &'static [u8])> {
     found
 }
 
-/// A request with fields of its own and a body, with a length or in chunks of 7 bytes.
+/// A request with additional fields and a body, with a length or in chunks of 7 bytes.
 fn request(method: &str, fields: &str, body: &[u8], in_chunks: bool) -> Vec<u8> {
     let head = format!("{method} {PATH} HTTP/1.1\r\nHost: h.test\r\nPRIVATE-TOKEN: {GOOD}\r\n{fields}");
     if !in_chunks {
@@ -39,13 +39,13 @@ fn request(method: &str, fields: &str, body: &[u8], in_chunks: bool) -> Vec<u8> 
 
 fn ask(gateway: &Gateway, bytes: &[u8]) -> Answer {
     let mut client = gateway.client();
-    // The answer may come, and the connection end, before all is sent.
+    // The response may arrive, and the connection end, before everything is sent.
     let _ = std::io::Write::write_all(&mut client.socket, bytes);
     client.answer()
 }
 
-/// What real clients sent passes with the type that they gave it, or one that says the same; see the unit test for the
-/// names and reasons of those that don't.
+/// Bodies of real clients are forwarded with their type or an equivalent one; the unit test has the names and reasons of
+/// the others.
 #[test]
 fn what_real_clients_send_passes_byte_for_byte() {
     let upstream = Upstream::start();
@@ -71,7 +71,7 @@ fn what_real_clients_send_passes_byte_for_byte() {
         match client.answer_to(method).unwrap().status {
             200 if method == "HEAD" => passed += 1,
             200 => {
-                // The head of a body that was refused may come late.
+                // The head of a request with a refused body may arrive late.
                 let seen: Vec<_> = upstream.seen().into_iter().filter(|seen| seen.complete).collect();
                 assert_eq!(seen.len(), 1, "{name}");
                 assert_eq!(seen[0].body, body, "{name}");
@@ -161,7 +161,7 @@ fn each_fault_of_a_body_has_its_answer() {
     eventually("every line", || gateway.access_log().len() == 2 * count + 1);
 }
 
-/// One connection after the other request: the verdict on a body is that request's alone.
+/// Several requests on one connection: the verdict on a body affects its request only.
 #[test]
 fn a_type_with_an_empty_body_passes_on_a_kept_connection() {
     let upstream = Upstream::start();

@@ -1,5 +1,5 @@
-//! The command line as a person or a script meets it: what is printed, what is not, and with which exit code. What the
-//! token commands do is in `cli/tokens.rs`.
+//! The command line for people and scripts: what is printed, what is not, and exit codes. The effects of the token commands
+//! are in `cli/tokens.rs`.
 
 mod tokens;
 
@@ -29,7 +29,7 @@ impl Place {
         place
     }
 
-    /// The kind as a configuration calls it, and the file.
+    /// The configuration's `kind`, and the file.
     fn store(&self) -> (&'static str, &'static str) {
         match self.kind {
             "sqlite" => ("sqlite", "tokens.db"),
@@ -57,7 +57,7 @@ impl Place {
         run(&mut self.command(&["token", command], arguments))
     }
 
-    /// Wants success and returns what was printed.
+    /// Runs a command that must succeed, and returns its output.
     fn ok(&self, command: &str, arguments: &[&str]) -> String {
         let output = self.token(command, arguments);
         assert_eq!(output.status.code(), Some(0), "{} {command}: {}", self.kind, stderr(&output));
@@ -166,9 +166,9 @@ fn check_names_every_problem_with_its_key_and_its_line() {
         let place = format!("{}:{line}: {key}", file.display());
         assert!(said.lines().any(|said| said.starts_with(&place)), "{place} is not among\n{said}");
     }
-    // With the name of the upstream missing, it cannot be told whether the route's is right.
+    // Without the upstream's name, the route's upstream cannot be checked.
     assert!(said.ends_with("\n13 errors\n"), "{said}");
-    // One problem is one problem.
+    // Each problem is reported once.
     let output = check(&format!("{UPSTREAM}[store]\nkind = \"stone\"\n"));
     assert_eq!(output.status.code(), Some(USAGE));
     assert!(stderr(&output).ends_with("\n1 error\n") && stderr(&output).contains("\"sqlite\""), "{}", all(&output));
@@ -181,7 +181,7 @@ fn check_names_every_problem_with_its_key_and_its_line() {
     assert!(stderr(&nowhere).contains("/nowhere/tollgate.toml"));
 }
 
-/// A folder with a bit of everything that a configuration can name.
+/// A folder with the kinds of files that a configuration can name.
 fn surroundings() -> Folder {
     let folder = Folder::new("test");
     for (name, text) in [("broken.toml", "broken"), ("broken.json", "{"), ("good.toml", "token = []\n"), ("empty", "")]
@@ -194,7 +194,7 @@ fn surroundings() -> Folder {
     folder
 }
 
-/// Whether a gateway starts with a configuration: its API listener answers, or it ends. And what it said.
+/// Whether a gateway starts with a configuration, so that its API listener accepts connections, and its output.
 fn starts(config: &std::path::Path, listen: &str) -> (bool, String) {
     let log = config.with_file_name("stderr");
     let mut command = tollgate();
@@ -218,8 +218,8 @@ fn starts(config: &std::path::Path, listen: &str) -> (bool, String) {
     (started, std::fs::read_to_string(&log).unwrap())
 }
 
-/// `check` fails exactly where a start fails. `@` is the folder; the second column is a part of what `check` says, the third
-/// whether a gateway starts.
+/// `check` fails if and only if a start fails. `@` is the folder; the second column is a part of the output of `check`, the
+/// third whether a gateway starts.
 #[test]
 fn check_and_run_agree() {
     let rows = [
@@ -383,7 +383,7 @@ fn check_and_run_agree() {
         assert!(!said.contains("S3CRET"), "{text}: {said}");
         let (started, log) = starts(&config, &listen);
         assert_eq!(started, starting, "{text}: {log}");
-        // What keeps it from starting is said by both in the same words.
+        // Both report the error in the same words.
         if !started {
             assert!(log.contains(&fill(part)), "{text}: {log}");
         }
@@ -404,7 +404,7 @@ fn check_beside_a_running_gateway_and_without_the_network() {
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
     let config = gateway.folder.0.join("tollgate.toml");
-    // Its own addresses are in use, as they should be; its token file and log are in use as well.
+    // The gateway's own addresses are in use, and so are its token file and log.
     let checked = run(tollgate().args(["check", "--config"]).arg(&config));
     assert_eq!(checked.status.code(), Some(0), "{}", all(&checked));
     assert_eq!(stdout(&checked).matches("this is expected while the gateway runs").count(), 2, "{}", all(&checked));
@@ -412,7 +412,7 @@ fn check_beside_a_running_gateway_and_without_the_network() {
     assert_eq!(second.status.code(), Some(1), "{}", all(&second));
     assert!(stderr(&second).contains(&format!("{} cannot be bound", gateway.address)), "{}", all(&second));
     assert_eq!(gateway.get("/api/v3/user").status, 200);
-    // Names are left alone without the network.
+    // Names are not resolved with --offline.
     let text = "[[upstream]]\nname = \"api\"\nservers = [\"no-such-name.invalid:80\"]\n";
     let folder = Folder::new("test");
     let config = folder.write("tollgate.toml", text);
@@ -427,7 +427,7 @@ fn check_beside_a_running_gateway_and_without_the_network() {
     );
 }
 
-/// A server that is well is asked without a word of it; one that refuses is a warning, as a gateway would start.
+/// A healthy server causes no output; one that refuses the connection is a warning, because a gateway would start.
 #[test]
 fn check_asks_the_servers_of_stores() {
     let folder = Folder::new("test");
@@ -511,7 +511,7 @@ fn a_reload_reports_every_problem_with_its_place_and_changes_nothing() {
     client.send_head("POST /reload HTTP/1.1\nHost: localhost\nAccept: application/json\n\n");
     let body: serde_json::Value = serde_json::from_slice(&client.answer().body).unwrap();
     assert_eq!(body["errors"].as_array().map(Vec::len), Some(3), "{body}");
-    // As a check says it, line by line.
+    // The same lines as `check`.
     let checked = run(tollgate().args(["check", "--config"]).arg(&config));
     for error in body["errors"].as_array().unwrap() {
         assert!(stderr(&checked).lines().any(|line| line == error), "{error}: {}", stderr(&checked));
@@ -568,7 +568,7 @@ fn create_prints_a_token_once_and_it_works() {
         assert_eq!(output.status.code(), Some(0), "{}", all(&output));
         let token = stdout(&output).trim_end().to_owned();
         assert!(token.starts_with("tg-") && token.len() == 41 && !token.contains(char::is_whitespace), "{token}");
-        // On standard output and nothing else there, so that a script can take it; nowhere a second time.
+        // The token is the only output, for scripts, and is not stored anywhere.
         assert!(!stderr(&output).contains(&token));
         let id = sha256_hex(&token)[..12].to_owned();
         assert!(stderr(&output).contains(&id), "{}", stderr(&output));
@@ -612,11 +612,11 @@ fn list_and_show_tell_all_but_the_token() {
             assert_eq!(shown["scopes"], serde_json::json!(["api", "read_user"]));
             assert_eq!((shown["revoked"].is_null(), shown["token"].is_null()), (true, true));
         }
-        // By the token itself, which must not stand on a command line.
+        // By the token itself, which must not be on a command line.
         let output = place.with_input("show", &["-", "--json"], &format!("{token}\n"));
         let shown: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
         assert_eq!(shown["id"], created["id"]);
-        // On a terminal, what the store holds can't move the cursor.
+        // Contents of the store cannot control the terminal.
         for text in [place.ok("list", &[]), place.ok("show", &[created["id"].as_str().unwrap()])] {
             assert!(!text.contains('\u{1b}') && text.contains("active"), "{text:?}");
         }
@@ -625,7 +625,7 @@ fn list_and_show_tell_all_but_the_token() {
             assert_eq!(output.status.code(), Some(1), "{id}");
             assert!(stderr(&output).contains(why), "{}", stderr(&output));
         }
-        // Somebody who pastes the token in place of the id must not find it in a log of errors.
+        // A token that was given instead of the id must not be in the error message.
         let output = place.token("show", &[token]);
         assert_eq!(output.status.code(), Some(1));
         assert!(!all(&output).contains(token), "{}", all(&output));
@@ -661,7 +661,7 @@ fn import_takes_a_hundred_thousand_lines_in_less_than_ten_seconds() {
     let folder = Folder::new("test");
     let file = folder.write("many.jsonl", &lines);
     let file = file.to_str().unwrap();
-    // The fastest of three: what is measured is the program, and not what else the machine does.
+    // The fastest of three, to exclude other load on the machine.
     let mut times = Vec::new();
     let place = loop {
         let place = Place::new("sqlite");
@@ -676,7 +676,7 @@ fn import_takes_a_hundred_thousand_lines_in_less_than_ten_seconds() {
     };
     println!("100,000 lines in {times:?}");
     assert!(times.iter().any(|time| *time < Duration::from_secs(10)), "{times:?}");
-    // A second time nothing is new.
+    // The second time nothing is new.
     let again = place.ok("import", &[file]);
     assert!(again.contains("0 tokens imported, 100000 known before"), "{again}");
     let shown = place.json("show", &[&sha256_hex("import-054321")]);
@@ -779,7 +779,7 @@ fn usage_errors_exit_with_64_and_help_with_0() {
 
 #[test]
 fn who_stops_reading_ends_no_command_but_a_new_token_must_be_read() {
-    // A pipe whose reader has gone, as behind `| head`.
+    // A pipe with a closed reader, as in `| head`.
     let closed = || {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
@@ -854,7 +854,7 @@ fn every_line_that_the_demo_prints_works_as_it_says() {
     let mut command = tollgate();
     command.args(["demo", "--listen", &listen]).env("TMPDIR", &folder.0).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut demo = Demo(command.stderr(log).spawn().unwrap());
-    // Read until the last of the lines: there is no end of file before the end.
+    // Until the last line: the pipe stays open until the demo ends.
     let mut printed = String::new();
     let mut out = BufReader::new(demo.0.stdout.take().unwrap());
     while !printed.lines().any(|line| line.contains("/metrics")) {
@@ -894,7 +894,7 @@ fn every_line_that_the_demo_prints_works_as_it_says() {
     assert_eq!(status.code(), Some(0));
     let said = std::fs::read_to_string(folder.0.join("stderr")).unwrap();
     assert!(!said.contains(token), "{said}");
-    // Nothing of it stays, the token's store least of all.
+    // Nothing is left, including the token store.
     let left: Vec<_> = std::fs::read_dir(&folder.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["stderr"]);
 }

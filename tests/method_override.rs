@@ -1,5 +1,5 @@
-//! X-HTTP-Method-Override: a POST that asks to be run as another method is refused, or (`token.method_override = "judge"`)
-//! judged as that method in every respect, and the backend is told the same method.
+//! X-HTTP-Method-Override: a POST with another method in this header is refused, or (`token.method_override = "judge"`)
+//! checked as that method in every respect, and the same method is forwarded.
 
 use crate::harness::*;
 use crate::support::Puma;
@@ -61,7 +61,7 @@ fn everything_else_about_overrides_is_refused() {
             ("POST", PATH, "X-HTTP-Method-Override: TRACE\n", ""),
             ("POST", PATH, "X-HTTP-Method-Override: CONNECT\n", ""),
             ("POST", PATH, "X-HTTP-Method-Override: LINK\n", ""),
-            // Whether its answer has a body differs from server to server.
+            // Servers differ in whether the response to such a POST has a body.
             ("POST", PATH, "X-HTTP-Method-Override: HEAD\n", ""),
             ("GET", PATH, patch, ""),
             ("HEAD", PATH, patch, ""),
@@ -87,7 +87,7 @@ fn everything_else_about_overrides_is_refused() {
     assert_eq!(seen, 58);
     let forwarded: Vec<_> = upstream.seen().into_iter().filter(|seen| seen.body.ends_with(b"DELETE")).collect();
     assert_eq!(forwarded.len(), 0);
-    // Names that only look like it are other headers and parameters.
+    // Similar names are unrelated headers and parameters.
     let gateway = Gateway::start(upstream.address, "");
     upstream.forget();
     for (target, lines) in [
@@ -112,7 +112,7 @@ fn without_judge_one_known_method_is_refused_too() {
     assert_eq!(upstream.seen().len(), 0);
 }
 
-/// A scope is asked about the judged method, and a route is found by it: neither way round is there a gap.
+/// Scopes and routes both use the judged method.
 #[test]
 fn scopes_and_routes_see_the_judged_method() {
     let upstream = Upstream::start();
@@ -159,7 +159,7 @@ fn scopes_and_routes_see_the_judged_method() {
     assert_eq!(refused.unwrap()["method_override"], true);
 }
 
-/// A preflight is a real OPTIONS, never one by name.
+/// A preflight is a real OPTIONS, never an overridden method.
 #[test]
 fn an_override_makes_no_preflight() {
     let upstream = Upstream::start();
@@ -169,7 +169,7 @@ fn an_override_makes_no_preflight() {
     assert_eq!((answer.status, upstream.seen().len()), (401, 0));
 }
 
-/// What a GET by override lists has the bounds of a GET.
+/// A GET by override has the page bounds of a GET.
 #[test]
 fn pages_are_bounded_when_the_judged_method_lists() {
     let upstream = Upstream::start();
@@ -182,14 +182,14 @@ fn pages_are_bounded_when_the_judged_method_lists() {
         assert_eq!(upstream.only().target, format!("/api/v3/projects{expected}"), "{method}");
         upstream.forget();
     }
-    // A body that came as a POST is read as a POST's.
+    // The body of the POST is checked like any POST's.
     for lines in ["", "Content-Type: application/x-www-form-urlencoded\n"] {
         let lines = format!("{lines}X-HTTP-Method-Override: GET\n");
         assert_eq!(ask(&gateway, "POST", "/api/v3/projects", &lines, "private_token=x").status, 401);
     }
 }
 
-/// Web pages do as they like with overrides, unless that leads around a route.
+/// Web page routes may use overrides, unless another route applies to the method.
 #[test]
 fn a_web_page_is_no_way_around_a_route_for_some_methods() {
     let upstream = Upstream::start();

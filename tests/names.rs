@@ -1,10 +1,10 @@
-//! Names of parameters at the border between "ours" and "another": `names.tsv` says what seven real parsers make of each,
-//! and tollgate must judge a name when one of them reads it, and leave it alone when none does.
+//! Parameter names that are nearly those of a token, another credential or a page: `names.tsv` has the interpretation of
+//! seven real parsers, and tollgate must handle a name if one of them reads it so, and ignore it if none does.
 //!
-//! The table was made by asking Rack 2.2.22, PHP 8.2.36 (`parse_str`), qs 6.17 (Express), Node 20's `querystring`,
-//! Django 5.2, Werkzeug 3.1 (Flask) and Go 1.19 (`url.ParseQuery`) for each name with `=V` behind it. Columns: the name as
-//! it stands in the query, the parameter that it stands for, and the parsers that read it so. `nobody` beside a parameter
-//! is a name that other versions or other parsers strip blanks or NUL from, and that is judged all the same.
+//! The table was generated with Rack 2.2.22, PHP 8.2.36 (`parse_str`), qs 6.17 (Express), Node 20's `querystring`,
+//! Django 5.2, Werkzeug 3.1 (Flask) and Go 1.19 (`url.ParseQuery`) for each name followed by `=V`. Columns: the name in
+//! the query, the parameter that it is read as, and the parsers that do so. `nobody` with a parameter means that only other
+//! versions or parsers read it so, by stripping blanks or NUL, and that tollgate handles it as well.
 
 use crate::harness::*;
 use crate::support::Puma;
@@ -13,7 +13,7 @@ const PATH: &str = "/api/v3/projects";
 
 struct Row {
     name: &'static str,
-    /// `None`: a name of its own.
+    /// `None`: an unrelated name.
     stands_for: Option<&'static str>,
     readers: &'static str,
 }
@@ -36,7 +36,7 @@ fn ask(gateway: &Gateway, query: &str) -> u16 {
     gateway.ask(&format!("GET {PATH}?{query} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n\n")).status
 }
 
-/// What a query parameter of this meaning is answered with; `None` where it passes within bounds.
+/// The status for a query parameter of this meaning; `None` if it is forwarded within bounds.
 fn answer_to(stands_for: &str) -> Option<u16> {
     match stands_for {
         "private_token" | "access_token" => Some(401),
@@ -52,7 +52,7 @@ fn a_name_is_judged_in_a_query_when_one_reader_knows_it() {
     let gateway = Gateway::start(upstream.address, "");
     let (mut refused, mut bounded, mut passed) = (0, 0, 0);
     for Row { name, stands_for, readers } in rows() {
-        // An exact token name with the right value is the one good spelling.
+        // The exact name of the token with the right value is the only accepted spelling.
         let (query, rest) = (format!("a=1&{name}=9000&b=%41"), "a=1&b=%41");
         let status = ask(&gateway, &query);
         let seen = upstream.seen();
@@ -73,8 +73,8 @@ fn a_name_is_judged_in_a_query_when_one_reader_knows_it() {
                 bounded += 1;
             }
             None => {
-                assert_eq!(status, 200, "{name} is nobody's");
-                assert_eq!(seen[0].target, format!("{PATH}?{query}"), "{name} is nobody's");
+                assert_eq!(status, 200, "{name} has no meaning");
+                assert_eq!(seen[0].target, format!("{PATH}?{query}"), "{name} has no meaning");
                 passed += 1;
             }
         }
@@ -84,7 +84,7 @@ fn a_name_is_judged_in_a_query_when_one_reader_knows_it() {
 
 const REFUSED_BOUNDED_PASSED: (usize, usize, usize) = (123, 57, 238);
 
-/// The same holds for another name of the token, and the old one is nobody's then.
+/// The same for a configured token name; the default name has no meaning then.
 #[test]
 fn a_configured_name_is_judged_in_the_same_spellings() {
     let upstream = Upstream::start();
@@ -103,7 +103,7 @@ fn a_configured_name_is_judged_in_the_same_spellings() {
     assert!(seen > 100, "{seen}");
 }
 
-/// A token name that is also that of another credential is the token.
+/// A configured token name that is also the name of another credential is the token's.
 #[test]
 fn a_configured_name_outranks_the_names_of_other_credentials() {
     let upstream = Upstream::start();
@@ -144,7 +144,7 @@ fn a_name_is_judged_in_a_form_when_one_reader_knows_it() {
     assert!(refused > 100 && passed > 100, "{refused} and {passed}");
 }
 
-/// body-parser (Express) drops a byte order mark in front of a form.
+/// body-parser (Express) removes a byte order mark before a form.
 #[test]
 fn a_byte_order_mark_hides_no_name_of_a_form() {
     let upstream = Upstream::start();
@@ -158,8 +158,8 @@ fn a_byte_order_mark_hides_no_name_of_a_form() {
     }
 }
 
-/// Django decodes a query by the charset of the request's Content-Type, whatever the method and the type. Each row was read
-/// as `private_token` by Django 5.2, up to the empty line.
+/// Django decodes a query with the charset of the request's Content-Type, whatever the method and the type. Django 5.2 read
+/// each row up to the empty line as `private_token`.
 #[test]
 fn a_charset_that_changes_the_query_is_refused() {
     let upstream = Upstream::start();
@@ -179,7 +179,7 @@ fn a_charset_that_changes_the_query_is_refused() {
         ("a/b; charset =utf-7", "private%2BAF8-token=x"),
         ("a/b; charset\u{a0}=utf-7", "private%2BAF8-token=x"),
         ("a/b; charset= utf-7", "private%2BAF8-token=x"),
-        // Other codecs of Python's that read ASCII in other bytes.
+        // Other codecs of Python that decode other bytes to ASCII.
         ("a/b; charset=hz", "x=1"),
         ("a/b; charset=cp037", "x=1"),
         ("a/b; charset=utf-16", "x=1"),
@@ -196,7 +196,7 @@ fn a_charset_that_changes_the_query_is_refused() {
             let mut client = gateway.client();
             client.send(&[head.as_bytes(), &type_bytes, b"\r\n\r\n"].concat());
             let status = client.answer().status;
-            // A type that is refused for its form is just as good.
+            // A refusal because of the type is accepted as well.
             assert!(matches!(status, 400 | 401 | 415), "{content_type} {query}: {status}");
             refused += 1;
         }
@@ -224,7 +224,7 @@ fn a_charset_that_changes_the_query_is_refused() {
     assert_eq!(gateway.ask(&head).status, 200);
 }
 
-/// Browsers leave these raw (WHATWG URL); a real Puma takes them, and they arrive byte for byte.
+/// Browsers do not encode these (WHATWG URL); a real Puma accepts them, and they arrive byte for byte.
 #[test]
 fn what_browsers_send_raw_gets_to_a_real_puma() {
     let puma = Puma::start("rack_probe.ru", "unused=nobody");
@@ -251,7 +251,7 @@ fn what_browsers_send_raw_gets_to_a_real_puma() {
     assert!(lines.iter().any(|line| line["path"] == "/api/v3/a[b"));
 }
 
-/// Raw and encoded they are one path to a backend, so scopes and routes take them alike.
+/// Raw and encoded they are the same path to a backend, so scopes and routes must match both.
 #[test]
 fn raw_bytes_of_browsers_get_around_no_scope() {
     let upstream = Upstream::start();

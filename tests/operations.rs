@@ -1,5 +1,4 @@
-//! What an operator does to a gateway that serves: stop it, reload it, change tokens under it, break its store or its
-//! log, and look at it.
+//! Operating a running gateway: stop, reload, changes of tokens, failures of the store and the log, and monitoring.
 
 use crate::harness::*;
 use crate::support::*;
@@ -9,12 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Answers `/…slow` when the latch opens, everything else at once.
+/// Responds to `/…slow` when the latch opens, to everything else immediately.
 fn slow_upstream() -> (Upstream, Latch) {
     Upstream::holding(|seen| seen.target.ends_with("slow"), "{\"ok\":true}")
 }
 
-/// Clients whose slow requests the upstream has got and not answered.
+/// Clients with requests in flight, which the upstream has received and not answered.
 fn in_flight(gateway: &Gateway, upstream: &Upstream, count: usize) -> Vec<Client> {
     let mut clients: Vec<_> = (0..count).map(|_| gateway.client()).collect();
     clients.iter_mut().for_each(|client| client.send_head(&get(GOOD, "/api/v3/slow")));
@@ -26,13 +25,13 @@ fn reloads(gateway: &Gateway, result: &str) -> f64 {
     gateway.metric(&format!("tollgate_config_reloads_total{{result=\"{result}\"}}"))
 }
 
-// ---- Stopping ----
+// ---- Shutdown ----
 
 fn a_stop_loses_nothing(signal: &str) {
     let (upstream, latch) = slow_upstream();
     let mut gateway = Gateway::start(upstream.address, "");
     let mut clients = in_flight(&gateway, &upstream, 8);
-    // Kept alive and without a request: must neither hold up the end nor get an answer it did not ask for.
+    // Idle persistent connections must neither delay the shutdown nor get a response.
     let mut idle = gateway.client();
     idle.send_head(&get(GOOD, "/api/v3/user"));
     assert_eq!(idle.answer().status, 200);
@@ -46,7 +45,7 @@ fn a_stop_loses_nothing(signal: &str) {
         let answer = client.answer();
         assert_eq!((answer.status, answer.text().as_str(), answer.cut), (200, "{\"ok\":true}", false));
     }
-    // Less than the grace period, so that a request which is never counted as done would be found.
+    // Less than the grace period, so that a request which is never counted as done is detected.
     let ended = gateway.try_ended(2 * PATIENCE).and_then(|status| status.code());
     assert_eq!(ended, Some(0), "{}", gateway.process_log());
     assert_eq!(gateway.access_log().iter().filter(|line| line["status"] == 200).count(), 9, "the log lost lines");
@@ -64,7 +63,7 @@ fn sigint_loses_no_request_in_flight() {
 
 #[test]
 fn new_requests_during_the_drain_get_503_and_the_end_of_the_connection() {
-    // The drain lasts until the test has seen what it wants.
+    // The drain lasts until the test has checked everything.
     let (upstream, latch) = slow_upstream();
     let gateway = Gateway::start(upstream.address, "");
     let mut clients = in_flight(&gateway, &upstream, 1);
@@ -72,7 +71,7 @@ fn new_requests_during_the_drain_get_503_and_the_end_of_the_connection() {
     eventually("draining", || gateway.admin_get("/readyz").is_some_and(|answer| answer.status == 503));
     for pause in [Duration::ZERO, Duration::from_millis(100)] {
         let mut late = gateway.client();
-        // A client is slower than a loopback test: the connection is there before the request is.
+        // As with a slow client, the connection is established before the request is sent.
         std::thread::sleep(pause);
         late.send_head(&get(GOOD, "/api/v3/user"));
         let answer = late.try_answer().unwrap_or_else(|| panic!("no answer to a request sent {pause:?} after connect"));
@@ -89,7 +88,7 @@ fn new_requests_during_the_drain_get_503_and_the_end_of_the_connection() {
 fn no_request_sent_before_sigterm_goes_without_an_answer() {
     let (upstream, latch) = slow_upstream();
     let mut gateway = Gateway::start(upstream.address, "");
-    // Something to drain for, so that the listeners stay while the load goes on.
+    // A request in flight, so that the drain lasts during the load.
     let mut slow = in_flight(&gateway, &upstream, 1);
     let stop = Arc::new(AtomicBool::new(false));
     let workers: Vec<_> = (0..8)
@@ -100,7 +99,7 @@ fn no_request_sent_before_sigterm_goes_without_an_answer() {
                 let mut client = Client::connect(address);
                 let request = get(GOOD, "/api/v3/user").replace('\n', "\r\n");
                 loop {
-                    // The end of a kept-alive connection may cross a request that is sent after the signal, and only then.
+                    // A persistent connection may end while a request is being sent, but only after the signal.
                     let answer = match client.socket.write_all(request.as_bytes()) {
                         Ok(()) => client.try_answer(),
                         Err(_) => None,
@@ -133,8 +132,8 @@ fn no_request_sent_before_sigterm_goes_without_an_answer() {
 #[test]
 fn a_stop_ends_the_process_every_time_and_leaves_no_flood_of_errors() {
     let upstream = Upstream::start();
-    // More workers than one, and a connection that has just ended: what a race between the listeners and the end of
-    // their runtime needs. It does not happen each time, hence so many.
+    // A race between the listeners and the end of their runtime needs several workers and a connection that has just ended.
+    // It does not happen each time, hence the number of attempts.
     let more = "[server]\nlisten = [\"@LISTEN@\"]\nthreads = 4\n";
     std::thread::scope(|scope| {
         for _ in 0..6 {
@@ -144,13 +143,13 @@ fn a_stop_ends_the_process_every_time_and_leaves_no_flood_of_errors() {
                     assert_eq!(status(&gateway, GOOD), 200);
                     gateway.signal(signal);
                     let status = gateway.try_ended(2 * PATIENCE);
-                    // Not all of it: it may be gigabytes.
+                    // Not the whole log, which may be gigabytes.
                     let log = std::fs::File::open(gateway.folder.0.join("process.log")).unwrap();
                     let mut said = String::new();
                     log.take(4_000).read_to_string(&mut said).unwrap();
                     drop(std::fs::remove_file(gateway.folder.0.join("process.log")));
                     assert_eq!(status.and_then(|status| status.code()), Some(0), "SIG{signal}: {said}");
-                    // A line or two may cross the end of the listeners; without one there were hundreds of thousands.
+                    // A line or two are possible at the end of the listeners; with the bug there were hundreds of thousands.
                     assert!(said.matches("ERROR").count() < 10, "SIG{signal}: {said}");
                 }
             });
@@ -208,13 +207,13 @@ fn a_reload_takes_effect(reload: impl Fn(&Gateway)) {
     gateway.rewrite(|text| text.replace("max_per_page = 100", "max_per_page = 50"));
     reload(&gateway);
     eventually("the reload was counted", || reloads(&gateway, "ok") == before + 1.0);
-    // The request that the wait below sends may be the last one under the old rules, the next one is not.
+    // The request that the wait below sends may be the last one with the old configuration, the next one is not.
     latch.open();
     assert_eq!(slow.answer().status, 200, "a reload broke a request in flight");
     assert_eq!(per_page("0"), "/api/v3/projects?per_page=20");
     assert_eq!(per_page("5000"), "/api/v3/projects?per_page=50", "on the same connection as before the reload");
 
-    // A broken one changes nothing.
+    // A broken configuration changes nothing.
     let failed = reloads(&gateway, "failed");
     gateway.rewrite(|text| text.replace("max_per_page = 50", "max_per_page = 70\nmax_per_pag = 1"));
     reload(&gateway);
@@ -302,10 +301,10 @@ fn a_reload_opens_a_rotated_log_anew() {
     assert_eq!(std::fs::read_to_string(rotated).unwrap().lines().count(), 1);
 }
 
-// ---- A store that breaks ----
+// ---- Store failures ----
 
-/// A gateway whose store is about to break: [`GOOD`] is known and its freshness is soon over, [`OTHER`] is in the store
-/// but was never asked for, [`BAD`] is nowhere.
+/// A gateway whose store is about to fail: [`GOOD`] is cached and soon stale, [`OTHER`] is in the store and not cached,
+/// [`BAD`] is unknown.
 fn before_the_breakdown(upstream: &Upstream) -> (Store, Gateway) {
     let store = Store::with([(GOOD, "alice"), (OTHER, "bob")]);
     let cache = "[cache]\npositive_ttl = \"1s\"\nnegative_ttl = \"100ms\"\nstale_if_error = \"1h\"\n";
@@ -338,7 +337,7 @@ fn a_broken_store_is_never_a_no_and_never_a_yes(break_it: impl Fn(&Store)) {
     assert!(stale() > 0.0, "the known token was never judged by its last answer");
     assert!(gateway.metrics().contains("tollgate_store_errors_total{"), "no store error was counted");
     assert_eq!(gateway.ask(&get(BAD, "/api/v3/user")).header("Retry-After"), Some("1"));
-    // The store is back: so are its answers.
+    // The store has recovered.
     remove(&store);
     let new = store.path.with_extension("new");
     std::fs::write(&new, whole).unwrap();
@@ -391,14 +390,14 @@ fn a_database_replaced_by_another_one_is_the_store_from_then_on() {
     assert!(replaced.elapsed() < 3 * SECOND, "after {:?}", replaced.elapsed());
 }
 
-// ---- Looking at it ----
+// ---- Monitoring ----
 
 #[test]
 fn promtool_finds_nothing_wrong_with_the_metrics() {
     let upstream = Upstream::start();
     let store = Store::with([(GOOD, "alice")]);
     let gateway = Gateway::start(upstream.address, &store.section());
-    // Something in every family that has labels.
+    // At least one sample in every family with labels.
     gateway.get("/api/v3/projects?page=0&per_page=5000");
     gateway.ask(&format!("GET /api/v3/x?private_token={BAD} HTTP/1.1\nHost: h\nPRIVATE_TOKEN: x\n\n"));
     store.create("bob");
@@ -415,7 +414,7 @@ fn promtool_finds_nothing_wrong_with_the_metrics() {
     let output = promtool.wait_with_output().unwrap();
     assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
     assert_eq!(stdout(&output) + &stderr(&output), "", "promtool has remarks");
-    // No client's bytes in a label.
+    // No client's data in a label.
     assert!(!metrics.contains(BAD) && !metrics.contains(GOOD) && !metrics.contains("h.test"));
 }
 
@@ -474,7 +473,7 @@ fn every_request_leaves_one_json_line_that_says_who_what_and_how_and_no_token() 
     ] {
         let lines = gateway.access_log().len();
         gateway.ask(&head);
-        // A line comes behind its answer, and could come behind the next one's.
+        // A line is written after the response, and could be written after the next one's.
         eventually("one more line", || gateway.access_log().len() == lines + 1);
     }
     let text = std::fs::read_to_string(gateway.folder.0.join("access.log")).unwrap();

@@ -1,10 +1,10 @@
-//! Section 3 of the contract: what becomes of `page` and `per_page`, and what `Link` and `Location` may say.
+//! Pagination: how `page` and `per_page` are forwarded, and what `Link` and `Location` may contain.
 
 use crate::harness::*;
 
 const PATH: &str = "/api/v3/projects";
 
-/// What the backend gets to see of a query.
+/// The query that the backend gets.
 fn forwarded(gateway: &Gateway, upstream: &Upstream, method: &str, path: &str, query: &str) -> String {
     let mut client = gateway.client();
     client.send_head(&format!("{method} {path}{query} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n\n"));
@@ -15,7 +15,7 @@ fn forwarded(gateway: &Gateway, upstream: &Upstream, method: &str, path: &str, q
     target.strip_prefix(path).unwrap_or_else(|| panic!("the path was changed: {target}")).to_owned()
 }
 
-/// Each query must get to the backend as it is said.
+/// Each query must reach the backend in the given form.
 fn table(config: &str, path: &str, rows: &[(&str, &str)]) {
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, config);
@@ -63,7 +63,7 @@ fn page_is_kept_within_its_bounds() {
     );
 }
 
-/// As Ruby's `to_i` does: both must see one number.
+/// Like Ruby's `to_i`: both must read the same number.
 #[test]
 fn a_number_with_junk_is_read_as_the_backend_reads_it() {
     table(
@@ -104,7 +104,7 @@ fn what_needs_no_change_is_forwarded_byte_for_byte_and_in_place() {
         "?q=page%3D0%26per_page%3D5000",
     ];
     table("", PATH, &rows.map(|query| (query, query)));
-    // Around a change everything stays where it was.
+    // The rest of the query does not change.
     table(
         "",
         PATH,
@@ -138,8 +138,8 @@ fn repeated_keys_collapse_to_the_last_and_structures_are_dropped() {
     );
 }
 
-/// Names that PHP folds into the key, or that stand before a blank: Rack reads another key, so they are dropped and not
-/// put in the place of what Rack reads.
+/// Names that PHP rewrites to the key, or with a leading blank: Rack reads another key, so they are dropped and do not
+/// replace the one that Rack reads.
 #[test]
 fn names_that_other_readers_fold_into_a_page_are_dropped() {
     table(
@@ -154,7 +154,7 @@ fn names_that_other_readers_fold_into_a_page_are_dropped() {
             ("?+page=9&%20per_page=5000&a", "?a"),
             ("?page%00abc=99999999999999999999", ""),
             ("?page%00;x=5000", "?x=5000"),
-            // A `;` ends a number for Rack alone.
+            // Only Rack ends a number at `;`.
             ("?per_page=5;x=1", "?per_page=5&x=1"),
             ("?per_page=5000;page=0;x=1", "?per_page=100&page=1&x=1"),
             ("?page.x=9&per_page.=5000&perpage=5000", "?page.x=9&per_page.=5000&perpage=5000"),
@@ -232,12 +232,12 @@ fn a_page_past_the_depth_is_clamped_or_refused() {
         assert_eq!((answer.status, answer.text()), (400, "{\"message\":\"400 Bad Request\"}".into()), "{query}");
     }
     assert_eq!(upstream.seen().len(), 0);
-    assert_eq!(forwarded(&gateway, &upstream, "GET", PATH, "?page=51&page=2"), "?page=2", "the last one counts");
+    assert_eq!(forwarded(&gateway, &upstream, "GET", PATH, "?page=51&page=2"), "?page=2", "the last one is used");
 }
 
 #[test]
 fn routes_can_override_the_bounds() {
-    // GitLab's commits count pages from 0 and know no cap.
+    // GitLab's commits count pages from 0 and have no maximum.
     let config = "[[pagination.route]]\npath = \"/api/v3/projects/:id/repository/commits\"\nfirst_page = 0\nmax_per_page = \"none\"\n\
                   [[pagination.route]]\npath = \"/api/v3/raw/*\"\nenabled = false\n";
     let commits = "/api/v3/projects/group%2Fproject/repository/commits";
@@ -256,7 +256,7 @@ fn routes_can_override_the_bounds() {
     {
         table(config, path, &[(query, query)]);
     }
-    // Other spellings of the same endpoint get the same bounds, and its neighbours the usual ones.
+    // Other spellings of the same endpoint get the same bounds, other endpoints the default ones.
     table(config, "/api/v3//projects/1/repository/%63ommits/", &[("?page=0&per_page=5000", "?page=0&per_page=5000")]);
     table(config, "/api/v3/projects/1/repository/commits.json", &[("?page=0", "?page=0")]);
     for path in ["/api/v3/projects/1/repository/commits/x", "/api/v3/projects/1/repository/tags", "/api/v3/rawx"] {
@@ -305,7 +305,7 @@ fn clamps_are_counted() {
     assert_eq!((clamps("page"), clamps("per_page")), (1.0, 2.0));
 }
 
-/// GitLab 8.5 and later copy every parameter of the request into Link.
+/// GitLab 8.5 and later copies every parameter of the request into Link.
 #[test]
 fn link_and_location_never_carry_a_token_out() {
     for (value, expected) in [
@@ -333,7 +333,7 @@ fn link_and_location_never_carry_a_token_out() {
     }
 }
 
-/// The word of the contract is "never": also where no parameter's name tells it.
+/// The request's token is removed in any place, also without a parameter's name.
 #[test]
 fn link_and_location_never_carry_the_requests_own_token_out() {
     let upstream = Upstream::answering(|_| {
@@ -344,7 +344,7 @@ fn link_and_location_never_carry_the_requests_own_token_out() {
     assert!(!format!("{:?}", answer.headers).contains(GOOD), "{:?}", answer.headers);
 }
 
-/// All lines of Link are looked at, and those that need no change stay as they are.
+/// All lines of Link are checked, and those that need no change are not changed.
 #[test]
 fn several_link_lines_are_all_scrubbed() {
     let upstream = Upstream::answering(|_| {

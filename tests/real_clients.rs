@@ -1,5 +1,5 @@
-//! API clients that people really used with API v3, through the gateway to a Grape application that behaves like
-//! GitLab. What they see must not differ from what they see without a gateway.
+//! Real clients of API v3, through the gateway to a Grape application that behaves like GitLab. They must see the same as
+//! without the gateway.
 
 use crate::harness::*;
 use crate::support::*;
@@ -16,7 +16,7 @@ struct Setup {
 
 impl Setup {
     fn new() -> Self {
-        // The backend knows a token that tollgate does not: only tollgate can have refused it.
+        // The backend knows a token that tollgate does not, so that only tollgate can refuse it.
         let puma = Puma::start("gitlab.ru", &format!("{GOOD}=alice,{LONG}=bob,{BAD}=mallory,{LONG}x=mallory"));
         let store = Store::with([(GOOD, "alice"), (LONG, "bob")]);
         let gateway = Gateway::start(puma.address, &store.section());
@@ -27,7 +27,7 @@ impl Setup {
         format!("http://{}", self.gateway.address)
     }
 
-    /// Runs a client and wants so many checks of it, all good.
+    /// Runs a client, which must report this number of checks, all passed.
     fn wants(&self, client: &mut Command, checks: usize) {
         let output = run(client);
         let (out, err) = (stdout(&output), stderr(&output));
@@ -36,7 +36,7 @@ impl Setup {
         self.every_request_came_with_one_plain_credential();
     }
 
-    /// What Puma has seen: the token header with a token that tollgate knows, and nothing else that names a caller.
+    /// Puma's requests must have a valid token in the token header, and no other credential.
     fn every_request_came_with_one_plain_credential(&self) {
         let mut direct = Client::connect(self.puma.address);
         direct.send_head("GET /__seen HTTP/1.1\nHost: h\n\n");
@@ -66,7 +66,7 @@ fn the_ruby_client_works_through_the_gateway_with_short_and_long_tokens() {
     let setup = Setup::new();
     let script = repository("tests/clients/ruby_gitlab.rb");
     setup.wants(Command::new("ruby").arg(script).args([&setup.base(), GOOD, BAD, LONG]), 15);
-    // Both roads were taken.
+    // Both headers were used.
     let valid = |source: &str| {
         setup.gateway.metric(&format!("tollgate_auth_total{{reason=\"ok\",result=\"valid\",source=\"{source}\"}}"))
     };

@@ -1,10 +1,10 @@
-//! A reload is in force for every request whose head is complete after it, on whatever connection: kept ones that have
-//! waited for minutes under the old rules, new ones, and heads that were half sent when it came. In both directions.
+//! A reload is in force for every request whose head is complete after it, on any connection: idle persistent ones, new
+//! ones, and those with a partly received head. Stricter and less strict configurations.
 
 use crate::harness::*;
 use std::fmt::Write as _;
 
-/// Kept connections that each wait for their next request.
+/// Persistent connections that each wait for their next request.
 const CONNECTIONS: usize = 24;
 const TARGET: &str = "/api/v3/projects";
 
@@ -16,15 +16,15 @@ fn without_token(target: &str) -> String {
     format!("GET {target} HTTP/1.1\nHost: h.test\n\n")
 }
 
-/// Clients that have had an answer each and keep their connections, and clients that have sent a part of their head. The
-/// gateway has read all of that and waits: what it took hold of before the wait, it has now.
+/// Clients with an idle persistent connection after a response, and clients that have sent a part of a head. The gateway has
+/// read all of that and waits: a snapshot that it took before the wait would be an old one.
 struct Crowd {
     kept: Vec<Client>,
     half: Vec<(Client, String)>,
 }
 
 impl Crowd {
-    /// `next` is what each of them will ask; half of it is sent by the second group.
+    /// `next` is the request that each of them will send; the second group has sent half of it.
     fn gather(gateway: &Gateway, next: &str) -> Self {
         let mut kept: Vec<_> = (0..CONNECTIONS).map(|_| gateway.client()).collect();
         for client in &mut kept {
@@ -35,7 +35,7 @@ impl Crowd {
         let half = (0..CONNECTIONS)
             .map(|index| {
                 let mut client = gateway.client();
-                // Cut anywhere, also within the final empty line and behind a request that was answered already.
+                // Cut at any position, also within the final empty line and after a complete request.
                 if index % 2 == 0 {
                     client.send_head(&with(GOOD, "/api/v3/warm-up", ""));
                     assert_eq!(client.answer().status, 200);
@@ -51,7 +51,7 @@ impl Crowd {
         Self { kept, half }
     }
 
-    /// The answers to the request that all of them send now.
+    /// The responses to the request that all of them send now.
     fn ask(self, next: &str) -> Vec<Answer> {
         let Self { mut kept, mut half } = self;
         kept.iter_mut().for_each(|client| client.send_head(next));
@@ -63,15 +63,15 @@ impl Crowd {
     }
 }
 
-/// What a crowd gets whose next request comes after a reload from one configuration to another.
+/// The responses to requests that are completed after a reload from one configuration to another.
 fn after_reload(upstream: &Upstream, before: &str, after: &str, next: &str) -> Vec<Answer> {
     let gateway = Gateway::start(upstream.address, before);
     let crowd = Crowd::gather(&gateway, next);
     reload(&gateway, before, after);
     upstream.forget();
     let answers = crowd.ask(next);
-    // And so does a new connection.
-    assert_eq!(gateway.ask(next).status, answers[0].status, "a new connection is judged otherwise");
+    // The same on a new connection.
+    assert_eq!(gateway.ask(next).status, answers[0].status, "another status on a new connection");
     answers
 }
 
@@ -100,7 +100,7 @@ fn a_route_that_is_closed_is_closed_for_kept_connections() {
     let next = without_token("/api/v3/open/x");
     let (open, shut) = (format!("{SHUT}{OPEN}"), SHUT);
     assert_eq!(statuses(&after_reload(&upstream, &open, shut, &next)), [401]);
-    assert_eq!(upstream.seen().len(), 0, "a request went through under the old rules");
+    assert_eq!(upstream.seen().len(), 0, "a request was handled with the old configuration");
     assert_eq!(statuses(&after_reload(&upstream, shut, &open, &next)), [200]);
     assert_eq!(upstream.seen().len(), 2 * CONNECTIONS + 1);
 }
@@ -149,7 +149,7 @@ fn limits_are_those_in_force_when_the_head_is_complete() {
         assert_eq!(statuses(&after_reload(&upstream, &high, &low, next)), [refused]);
         assert_eq!(upstream.seen().len(), 0);
     }
-    // Raised: only what has not been refused yet can profit, so nothing of these heads comes before the reload.
+    // Raised limits apply to heads that are not refused yet, so nothing of these heads is sent before the reload.
     let gateway = Gateway::start(upstream.address, &low);
     for next in [&long_head, &long_target] {
         let mut kept: Vec<_> = (0..CONNECTIONS).map(|_| gateway.client()).collect();
@@ -160,7 +160,7 @@ fn limits_are_those_in_force_when_the_head_is_complete() {
         }
         reload(&gateway, &low, &high);
         for (index, client) in kept.iter_mut().enumerate() {
-            // In two pieces, so that the first alone is more than the old limit.
+            // In two pieces, the first of which is already larger than the old limit.
             let rest = next[index..].replace('\n', "\r\n");
             let (first, last) = rest.as_bytes().split_at(rest.len() - 20);
             client.send(first);
@@ -188,10 +188,10 @@ fn the_log_and_the_upstream_are_the_new_ones_for_kept_connections() {
     assert_eq!((old.seen().len(), new.seen().len()), (0, 2 * CONNECTIONS));
     let lines = || std::fs::read_to_string(gateway.folder.0.join("second.log")).unwrap_or_default().lines().count();
     eventually("the new log has them", || lines() == 2 * CONNECTIONS);
-    assert_eq!(gateway.access_log().len(), CONNECTIONS + CONNECTIONS / 2, "the old log went on");
+    assert_eq!(gateway.access_log().len(), CONNECTIONS + CONNECTIONS / 2, "the old log was still written");
 }
 
-/// A request that is under way keeps what it began with; the one behind it on the same connection does not.
+/// A request in flight keeps its configuration; the next one on the same connection gets the new one.
 #[test]
 fn a_pipelined_request_is_judged_by_the_rules_of_its_own_time() {
     let (upstream, latch) = Upstream::holding(|seen| seen.target.ends_with("slow"), "{\"ok\":true}");
@@ -199,7 +199,7 @@ fn a_pipelined_request_is_judged_by_the_rules_of_its_own_time() {
     let gateway = Gateway::start(upstream.address, &open);
     let mut clients: Vec<_> = (0..CONNECTIONS).map(|_| gateway.client()).collect();
     for client in &mut clients {
-        // The second one's head is cut within its last line.
+        // The second head is incomplete, cut within its last line.
         let (first, second) = (without_token("/api/v3/open/slow"), without_token("/api/v3/open/x"));
         client.send_head(&(first + &second[..second.len() - 1]));
     }
@@ -208,13 +208,14 @@ fn a_pipelined_request_is_judged_by_the_rules_of_its_own_time() {
     latch.open();
     for client in &mut clients {
         client.send(b"\r\n");
-        assert_eq!(client.answer().status, 200, "a request that was under way");
+        assert_eq!(client.answer().status, 200, "a request in flight");
         assert_eq!(client.answer().status, 401, "the next one");
     }
     assert_eq!(upstream.seen().len(), CONNECTIONS);
 }
 
-/// Many clients ask while reloads open and close a route: once a reload is answered, nothing is judged by older rules.
+/// Many clients send requests while reloads open and close a route: after the response to a reload, no request is handled
+/// with an older configuration.
 #[test]
 fn reloads_hold_under_load() {
     let upstream = Upstream::start();
@@ -229,7 +230,7 @@ fn reloads_hold_under_load() {
                     let mut asked = 0;
                     while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                         client.send_head(&with(GOOD, TARGET, ""));
-                        assert_eq!(client.answer().status, 200, "a request that no reload is about");
+                        assert_eq!(client.answer().status, 200, "a request that no reload affects");
                         asked += 1;
                     }
                     asked
@@ -250,13 +251,12 @@ fn reloads_hold_under_load() {
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         let asked: usize = workers.into_iter().map(|worker| worker.join().unwrap()).sum();
-        assert!(asked > 100, "only {asked} requests beside the reloads");
+        assert!(asked > 100, "only {asked} requests during the reloads");
         assert_eq!(found, "");
     });
 }
 
-/// What is known of servers outlives a reload: the turns go on where they were, and an outage that began before a reload ends
-/// behind it.
+/// The state of servers survives a reload: the round robin continues, and an outage that began before a reload ends after it.
 #[test]
 fn pools_go_on_behind_a_reload() {
     let upstreams = [Upstream::start(), Upstream::start()];

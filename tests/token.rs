@@ -1,4 +1,4 @@
-//! Section 1 of the contract: where a token may stand, what is refused, and what the backend sees of it.
+//! Tokens: where they are accepted, what is refused, and what the backend gets.
 
 use crate::harness::*;
 
@@ -12,7 +12,7 @@ fn post(headers: &str, body: &str) -> String {
     format!("POST {PATH} HTTP/1.1\nHost: h.test\n{headers}Content-Length: {}\n\n{body}", body.len())
 }
 
-/// A request whose body must reach the wire as it is, CRLF or not.
+/// A request whose body is sent unchanged, with or without CRLF.
 fn post_bytes(headers: &str, body: &[u8]) -> Vec<u8> {
     let head = format!("POST {PATH} HTTP/1.1\nHost: h.test\n{headers}Content-Length: {}\n\n", body.len());
     [head.replace('\n', "\r\n").as_bytes(), body].concat()
@@ -29,7 +29,7 @@ fn chunked(pieces: &[&str]) -> String {
     format!("{chunks}0\r\n\r\n")
 }
 
-/// What a client can tell two answers apart by: all of it, but for the two fields that differ by their nature.
+/// A response without the two fields that differ in each response.
 fn look(answer: &Answer) -> String {
     let fields: Vec<String> = answer
         .headers
@@ -42,7 +42,7 @@ fn look(answer: &Answer) -> String {
     format!("{}\n{}\n\n{}", answer.status, fields.join("\n"), answer.text())
 }
 
-/// Every request must be answered 401, and nothing of it may get to the backend.
+/// Every request must get 401 and must not reach the backend.
 fn all_refused(gateway: &Gateway, upstream: &Upstream, requests: &[String]) {
     for request in requests {
         let answer = gateway.ask(request);
@@ -51,7 +51,7 @@ fn all_refused(gateway: &Gateway, upstream: &Upstream, requests: &[String]) {
     }
 }
 
-/// Every request must get to the backend as `target`, with the good token in its header and no other trace of one.
+/// Every request must reach the backend as `target`, with the good token in its header and no other token.
 fn all_pass(gateway: &Gateway, upstream: &Upstream, requests: &[(String, &str)]) {
     for (request, target) in requests {
         let answer = gateway.ask(request);
@@ -120,7 +120,7 @@ fn two_different_tokens_anywhere_are_refused() {
         ]
     };
     let mut requests = Vec::new();
-    // A valid one beside another valid one, an unknown one and an empty one, in either order.
+    // A valid token with another valid one, an unknown one and an empty one, in either order.
     for other in [OTHER, BAD, "", &GOOD.to_uppercase()] {
         for (query, header) in sources(GOOD) {
             for (other_query, other_header) in sources(other) {
@@ -144,7 +144,7 @@ fn what_is_no_token_is_refused() {
         requests.push(get(PATH, &format!("PRIVATE-TOKEN: {token}\n")));
         requests.push(get(PATH, &format!("Authorization: Bearer {token}\n")));
     }
-    // The query is decoded once, and nothing is trimmed or folded after that.
+    // The query is decoded once, and not trimmed or case-folded.
     let cased = GOOD.to_uppercase();
     let (space, plus) = (format!("%20{GOOD}"), format!("{GOOD}+"));
     let (twice, newline, nul) = (GOOD.replace('-', "%252D"), format!("{GOOD}%0A"), format!("{GOOD}%00"));
@@ -168,7 +168,7 @@ fn tokens_may_have_up_to_255_bytes() {
         .collect();
     let gateway = Gateway::start_with_tokens(upstream.address, &tokens, "");
     assert_eq!(gateway.ask(&get(PATH, &format!("PRIVATE-TOKEN: {longest}\n"))).status, 200);
-    // The store knows it, and it is refused all the same.
+    // It is refused although the store has it.
     assert_eq!(gateway.ask(&get(PATH, &format!("PRIVATE-TOKEN: {too_long}\n"))).status, 401);
     assert_eq!(gateway.ask(&get(&format!("{PATH}?private_token={too_long}"), "")).status, 401);
 }
@@ -178,14 +178,14 @@ fn bearer_is_no_source_when_it_is_switched_off() {
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "[token]\nbearer = false\n");
     all_refused(&gateway, &upstream, &[get(PATH, &format!("Authorization: Bearer {GOOD}\n"))]);
-    // And so it can't conflict; it is an Authorization like any other, and stripped as such.
+    // So it cannot conflict; it is an ordinary Authorization, and removed as such.
     let beside = get(PATH, &format!("PRIVATE-TOKEN: {GOOD}\nAuthorization: Bearer {OTHER}\n"));
     assert_eq!(gateway.ask(&beside).status, 200);
     let seen = upstream.only();
     assert_eq!((seen.header("PRIVATE-TOKEN"), seen.header("Authorization")), (Some(GOOD), None));
 }
 
-/// Rack versions disagree on these names, so they are refused beside the same good token and alone.
+/// Rack versions differ in these names, so they are refused together with the same good token and alone.
 #[test]
 fn query_names_that_rack_reads_as_the_token_are_refused() {
     let upstream = Upstream::start();
@@ -250,7 +250,7 @@ fn an_alias_of_the_token_header_is_never_a_credential_and_never_forwarded() {
         "PRIVATE'TOKEN",
     ] {
         all_refused(&gateway, &upstream, &[get(PATH, &format!("{alias}: {GOOD}\n"))]);
-        // Not a conflict either: it is nothing at all.
+        // Not a conflict either: it is ignored.
         let beside = get(PATH, &format!("{alias}: {OTHER}\nPRIVATE-TOKEN: {GOOD}\n"));
         assert_eq!(gateway.ask(&beside).status, 200, "{alias}");
         let seen = upstream.only();
@@ -294,7 +294,7 @@ fn a_token_in_a_cookie_a_fragment_or_a_matrix_parameter_is_no_credential() {
         assert_eq!(gateway.ask(&get(&target, &headers)).status, status, "{target} {headers}");
     }
     assert_eq!(upstream.seen().len(), 0);
-    // Beside a real one: no conflict, and the cookie stays here.
+    // With a valid token: no conflict, and the cookie is not forwarded.
     let answer = gateway.ask(&get(PATH, &format!("Cookie: private_token={OTHER}\nPRIVATE-TOKEN: {GOOD}\n")));
     assert_eq!((answer.status, upstream.only().header("Cookie")), (200, None));
 }
@@ -310,7 +310,7 @@ fn a_token_in_a_trailer_is_no_credential_and_is_not_forwarded() {
         )
     };
     all_refused(&gateway, &upstream, &[request("", GOOD)]);
-    // The strict upstream fails the test if the trailers get through.
+    // The strict upstream fails the test if the trailers are forwarded.
     assert_eq!(gateway.ask(&request(&format!("PRIVATE-TOKEN: {GOOD}\n"), OTHER)).status, 200);
     let seen = upstream.only();
     assert_eq!(
@@ -319,7 +319,7 @@ fn a_token_in_a_trailer_is_no_credential_and_is_not_forwarded() {
     );
 }
 
-/// Content-Type and body of requests that would make Rack act for somebody else.
+/// Content-Type and body of requests for which Rack would act for another user.
 fn bodies_with_a_token() -> Vec<(&'static str, String)> {
     let form = "application/x-www-form-urlencoded";
     let multipart = "multipart/form-data; boundary=XX";
@@ -336,7 +336,7 @@ fn bodies_with_a_token() -> Vec<(&'static str, String)> {
         (form, format!("a=1&[private_token]={OTHER}")),
         (form, format!("a=1&private_token[]={OTHER}")),
         (form, format!("a=1&+private_token={OTHER}")),
-        // The same token as in the header is one more source that differs in rank: refused like any other.
+        // The same token as in the header is another source, and refused like any other.
         (form, format!("private_token={GOOD}")),
         (form, "a=1&private_token".into()),
         ("", format!("a=1&private_token={OTHER}")),
@@ -377,13 +377,13 @@ fn a_token_field_in_a_body_is_refused_and_the_upstream_request_aborted() {
             assert_eq!((answer.status, answer.text()), (401, "{\"message\":\"401 Unauthorized\"}".into()), "{what}");
         }
     }
-    // A later request has gone all the way: the earlier ones never will.
+    // A later request has reached the backend: the earlier ones will not.
     assert_eq!(gateway.get("/api/v3/last").status, 200);
     let complete: Vec<_> = upstream.seen().into_iter().filter(|seen| seen.complete).map(|seen| seen.target).collect();
     assert_eq!(complete, ["/api/v3/last"]);
 }
 
-/// A field is found wherever the network happens to cut the body.
+/// A field is found wherever the body is split into packets.
 #[test]
 fn a_token_field_is_found_across_tcp_segments() {
     let upstream = Upstream::start();
@@ -401,7 +401,7 @@ fn a_token_field_is_found_across_tcp_segments() {
             "POST {PATH} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\nContent-Type: {content_type}\nContent-Length: {}\n\n",
             body.len()
         ));
-        // The answer may come, and the connection end, before all is sent.
+        // The response may arrive, and the connection end, before everything is sent.
         for byte in body.as_bytes() {
             if std::io::Write::write_all(&mut client.socket, &[*byte]).is_err() {
                 break;
@@ -452,7 +452,7 @@ fn bodies_are_not_looked_at_when_told_so() {
 fn access_and_bearer_token_parameters_are_a_switch_of_their_own() {
     let upstream = Upstream::start();
     let header = format!("PRIVATE-TOKEN: {GOOD}\n");
-    // A body that is refused may have its head at the backend, late: it gets one of its own.
+    // The head of a request with a refused body may reach the backend late, so each gets its own backend.
     let aside = Upstream::start();
     let judging_bodies = Gateway::start(aside.address, "");
     let closed = Gateway::start(upstream.address, "");
@@ -468,7 +468,7 @@ fn access_and_bearer_token_parameters_are_a_switch_of_their_own() {
         assert_eq!(body.status, 401, "{name} in a form");
 
         assert_eq!(open.ask(&get(&target, &header)).status, 200);
-        assert_eq!(upstream.only().target, target, "allowed is forwarded as it is");
+        assert_eq!(upstream.only().target, target, "allowed and forwarded unchanged");
         upstream.forget();
         assert_eq!(open.ask(&get(&target, "")).status, 401, "{name} alone does not stand for the token");
         assert_eq!(open.ask(&post(&header, &format!("{name}={OTHER}"))).status, 200);
@@ -527,7 +527,7 @@ fn sudo_is_a_switch_of_its_own() {
         assert_eq!(seen.header("sudo").is_some(), !field.is_empty());
         upstream.forget();
     }
-    // Nobody learns from a 403 what a token would have been good for.
+    // A 403 must not reveal what the token may do.
     assert_eq!(closed.ask(&get(&format!("{PATH}?sudo=root"), &format!("PRIVATE-TOKEN: {BAD}\n"))).status, 401);
     assert_eq!(ask_bytes(&closed, &post_bytes(&header, b"sudo=root")).status, 403);
     assert!(upstream.seen().iter().all(|seen| !seen.complete));
@@ -548,14 +548,14 @@ fn cookies_and_other_authorization_are_stripped_unless_allowed() {
         assert_eq!((seen.header("Cookie"), seen.header("Authorization")), (cookie, authorization), "{config}");
         upstream.forget();
     }
-    // A Bearer token goes on as the one credential only, also where other schemes pass.
+    // A Bearer token is forwarded as the single credential, also if other schemes are forwarded.
     let gateway = Gateway::start(upstream.address, "[token]\nauthorization = \"allow\"\n");
     assert_eq!(gateway.ask(&get(PATH, &format!("Authorization: Bearer {GOOD}\n"))).status, 200);
     let seen = upstream.only();
     assert_eq!((seen.header("PRIVATE-TOKEN"), seen.header("Authorization")), (Some(GOOD), None));
 }
 
-/// To the client every refusal of a credential is one and the same answer.
+/// Every refusal of a credential is the same response to the client.
 #[test]
 fn refusals_of_a_credential_look_the_same() {
     let upstream = Upstream::start();
@@ -587,7 +587,7 @@ fn refusals_of_a_credential_look_the_same() {
             assert_eq!(look(&gateway.ask(&get(target, &format!("{headers}{close}")))), expected, "{what}");
         }
     }
-    // A body is judged while it is on its way; then the connection ends with the answer.
+    // A body is checked while it is forwarded; the connection ends with the response.
     let expected = look(&gateway.ask(&get(PATH, "Connection: close\n")));
     let body = look(&gateway.ask(&post(&format!("{header}Connection: close\n"), &format!("private_token={OTHER}"))));
     assert_eq!(body, expected, "a field in the body");
@@ -641,7 +641,7 @@ fn identity_headers_of_a_client_are_removed_in_every_spelling() {
         assert!(!seen.head.contains("root"), "{forward}: {}", seen.head);
         upstream.forget();
     }
-    // Also where nothing is looked up.
+    // Also without a lookup.
     let config = "[[route]]\npath = \"/api/v3/open\"\nauth = \"none\"\nreason = \"test\"\npass_token = true\n";
     let gateway = Gateway::start(upstream.address, config);
     assert_eq!(gateway.ask(&get("/api/v3/open", &lines)).status, 200);
@@ -676,7 +676,7 @@ fn an_optional_route_judges_a_token_that_is_there() {
             get(&format!("{open}?[private_token]={GOOD}"), ""),
             get(&format!("{open}?access_token={GOOD}"), ""),
             get(&format!("{open}?private_token={OTHER}"), &format!("PRIVATE-TOKEN: {GOOD}\n")),
-            // The route is this one path for all methods, and nothing below it.
+            // The route is this path with all methods, without the paths below it.
             get("/api/v3/open/below", ""),
             get("/api/v3/opened", ""),
         ],
@@ -793,7 +793,7 @@ fn a_cors_preflight_passes_only_where_it_is_opened() {
     let seen = upstream.only();
     assert_eq!((seen.method.as_str(), seen.header("Origin")), ("OPTIONS", Some("http://app.test")));
     upstream.forget();
-    // Whatever else it carries is taken out, and outside the API there is nothing to ask for.
+    // Other fields are removed, and there is no preflight outside the API.
     let laden = format!(
         "OPTIONS {PATH}?private_token={BAD} HTTP/1.1\nHost: h\n{preflight}PRIVATE-TOKEN: {OTHER}\nCookie: a=b\nAuthorization: Bearer {BAD}\n\n"
     );
@@ -822,7 +822,7 @@ fn a_route_can_refuse_query_tokens() {
     all_refused(&gateway, &upstream, &[get(&format!("/api/v3/strict/x?private_token={GOOD}"), "")]);
 }
 
-/// It has leaked all the same: the header beside it makes a query token no safer.
+/// A query token has leaked also if the request has a header token.
 #[test]
 fn a_query_token_beside_the_same_header_counts_as_a_query_token() {
     let upstream = Upstream::start();
@@ -867,13 +867,13 @@ fn the_reason_of_a_refusal_goes_to_metric_and_log_only() {
         .map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
         .sum();
     assert_eq!(refused, 1.0);
-    // A token that was looked up goes by the first digits of its digest.
+    // A token that was looked up is logged by the first digits of its digest.
     gateway.get(PATH);
     eventually("the log line", || gateway.access_log().len() == 2);
     assert_eq!(gateway.access_log()[1]["token"].as_str(), Some(&sha256_hex(GOOD)[..12]));
 }
 
-/// Two valid ones and one that nobody knows. They hold no word like "token" by which the log could tell a secret.
+/// Two valid ones and an unknown one. They have no word like "token" by which the log could recognise a secret.
 const SECRETS: [&str; 3] = ["qX7-1111aaaa", "zP9-2222bbbb", "vK3-3333cccc"];
 
 fn start_with_secrets(upstream: &Upstream, config: &str) -> Gateway {
@@ -884,14 +884,14 @@ fn start_with_secrets(upstream: &Upstream, config: &str) -> Gateway {
     Gateway::start_with_tokens(upstream.address, &tokens, config)
 }
 
-/// Everything that the gateway has written, wherever it went.
+/// Everything that the gateway has written to its logs.
 fn everything_written(gateway: &Gateway) -> String {
     let stdout = std::fs::read_to_string(gateway.folder.0.join("stdout.log")).unwrap();
     let access = std::fs::read_to_string(gateway.folder.0.join("access.log")).unwrap();
     format!("{access}\n{stdout}\n{}\n{}", gateway.process_log(), gateway.metrics())
 }
 
-/// Asks one after the other, and says after which request a token stood somewhere.
+/// Sends one request after the other, and returns after which one a token was in a log.
 fn leak(gateway: &Gateway, requests: &[Vec<u8>]) -> Option<String> {
     requests.iter().enumerate().find_map(|(index, request)| {
         let mut client = gateway.client();
@@ -906,7 +906,7 @@ fn leak(gateway: &Gateway, requests: &[Vec<u8>]) -> Option<String> {
 
 #[test]
 fn tokens_are_written_nowhere() {
-    // One that answers with the token, as GitLab 8.5 does in Link, and one request that it breaks off.
+    // A backend that returns the token, like GitLab 8.5 in Link, and breaks off one request.
     let upstream = Upstream::answering(|seen| match seen.target.as_str() {
         "/api/v3/broken" => Reply::raw("").then_close(),
         "/api/v3/odd" => Reply::raw(&"HTTP/1.1 200 @\r\nX: @\r\nContent-Length: x@\r\n\r\n".replace('@', SECRETS[0])),
@@ -943,7 +943,7 @@ fn tokens_are_written_nowhere() {
     assert_eq!(leak(&gateway, &requests), None);
 }
 
-/// What people really mistype: the parameter glued to the path, a fragment, or its `=` encoded.
+/// Common mistakes: the parameter appended to the path, a fragment, or an encoded `=`.
 #[test]
 fn a_token_parameter_in_the_wrong_place_is_written_nowhere() {
     let upstream = Upstream::start();

@@ -1,6 +1,5 @@
-//! The token commands tell the truth: what they say is done is done, what is not done is said on standard error with an exit
-//! code that is not 0, and standard output holds data only. On every kind of store that is a file; the servers' are in the
-//! contract suite.
+//! The token commands report what happened: what they report is done, what is not done is an error on standard error with a
+//! non-zero exit code, and standard output has data only. On every store that is a file; servers are in the contract suite.
 
 use super::*;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -11,7 +10,7 @@ fn id(token: &str) -> String {
 }
 
 impl Place {
-    /// Wants the command to fail with 1 and to say why on standard error, and nothing elsewhere.
+    /// The command must fail with 1 and an error on standard error, and print nothing else.
     fn fails(&self, command: &str, arguments: &[&str]) -> String {
         self.failed(command, &self.token(command, arguments))
     }
@@ -23,7 +22,7 @@ impl Place {
         said
     }
 
-    /// Adds tokens by JSON lines.
+    /// Imports tokens from JSON lines.
     fn import(&self, lines: &str) {
         let output = self.with_input("import", &["-"], lines);
         assert_eq!(output.status.code(), Some(0), "{}: {}", self.kind, all(&output));
@@ -41,7 +40,7 @@ impl Place {
 
 // ---- the token file ----
 
-/// What an implementation of TOML that nobody here wrote makes of a file.
+/// A file as another implementation of TOML reads it.
 fn read_by_python(path: &Path) -> serde_json::Value {
     let script = "import json,sys,tomllib; print(json.dumps(tomllib.load(open(sys.argv[1],'rb'))))";
     let output = run(Command::new("python3").args(["-c", script]).arg(path));
@@ -144,7 +143,7 @@ fn a_token_file_is_edited_in_every_way_that_it_may_be_written() {
         }
     }
     assert_eq!((texts.len(), seen), (8, 7));
-    // Nobody in it yet.
+    // Files without tokens.
     for text in ["token = []", "token = [] # C1\n", "token = [\n  # C1\n]\n", "# C1\n", "", "\n", "'token'=[]"] {
         let place = Place::new("file");
         std::fs::write(place.file(), text).unwrap();
@@ -252,7 +251,7 @@ fn a_file_stays_a_link_and_its_owners() {
         assert!(std::fs::read_to_string(&target).unwrap().contains(created["sha256"].as_str().unwrap()));
         if is_root {
             assert_eq!((meta.uid(), meta.gid()), (12_345, 23_456), "{}: the owner changed", place.kind);
-            // Somebody who may write there, and can't give the file back to its owner, leaves it alone.
+            // A user who may write the file, but cannot keep its owner, must not change it.
             for folder in [&place.folder.0, &elsewhere] {
                 std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o777)).unwrap();
             }
@@ -273,7 +272,7 @@ fn a_file_stays_a_link_and_its_owners() {
     }
 }
 
-// ---- what is not so is not said ----
+// ---- reports and errors ----
 
 #[test]
 fn nobody_is_blocked_whom_nobody_knows() {
@@ -345,14 +344,14 @@ fn a_blocked_user_gets_no_token_that_works() {
             assert!(said.contains("alice is blocked: no token was made"), "{said}");
         }
         assert_eq!(place.json("list", &[]).as_array().unwrap().len(), 2, "{}", place.kind);
-        // The successor of a blocked token is blocked, and whoever gets it is told.
+        // The successor of a blocked token is blocked, and the output says so.
         let output = place.token("rotate", &[&id("a")]);
         assert_eq!(output.status.code(), Some(0), "{}", all(&output));
         let next = stdout(&output).trim().to_owned();
         assert!(stderr(&output).contains("does not work yet: alice is blocked"), "{}", stderr(&output));
         assert!(!stderr(&output).contains("remains valid"), "{}", stderr(&output));
         assert_eq!(place.state(&next), "blocked");
-        // An import is no way around it.
+        // An import does not circumvent this.
         let lines = "{\"token\":\"a2\",\"user\":\"alice\"}\n{\"token\":\"b2\",\"user\":\"bob\"}\n";
         let output = place.with_input("import", &["-"], lines);
         assert_eq!(output.status.code(), Some(0), "{}", all(&output));
@@ -447,7 +446,7 @@ fn a_rotated_token_names_its_successor() {
             assert!(said.contains(part) && said.contains("nothing to rotate") && said.contains(&id(token)), "{said}");
         }
         assert_eq!(place.json("list", &[]).as_array().unwrap().len(), 6, "{}", place.kind);
-        // No overlap: the old one ends at once, and the output says so.
+        // Without an overlap the old one ends immediately, and the output says so.
         let output = place.token("rotate", &[&third, "--overlap", "0s"]);
         assert_eq!(output.status.code(), Some(0), "{}", all(&output));
         assert!(stderr(&output).contains(&format!("token {third} is no longer valid")), "{}", stderr(&output));
@@ -491,11 +490,11 @@ fn revoke_says_that_it_was_done_before() {
         place.import("{\"token\":\"a\",\"user\":\"u\"}\n");
         assert!(place.ok("revoke", &[&id("a")]).ends_with(" of u is revoked\n"));
         let at = place.json("show", &[&id("a")])["revoked"].as_str().unwrap().to_owned();
-        // The token is revoked, as was asked for: that is no failure.
+        // The token is revoked, as requested: this is not an error.
         assert!(place.ok("revoke", &[&id("a")]).ends_with(&format!(" of u was revoked before, at {at}\n")));
         assert_eq!(place.json("revoke", &[&id("a")])["revoked"].as_str(), Some(&*at));
     }
-    // Nobody wrote down since when.
+    // The time of the revocation is unknown.
     let place = Place::new("file");
     std::fs::write(
         place.file(),
@@ -563,7 +562,7 @@ fn a_list_is_imported_by_every_other_store() {
             assert_eq!(output.status.code(), Some(0), "{from} to {to}: {}", all(&output));
             assert!(stdout(&output).starts_with("5 tokens imported, 0 known before"), "{}", all(&output));
             assert_eq!(target.ok("list", &["--json"]), list, "{from} to {to}");
-            // A second time everything is known, and nothing differs.
+            // The second time everything is known, and nothing differs.
             let output = target.with_input("import", &["-"], input);
             assert_eq!(output.status.code(), Some(0), "{from} to {to}: {}", all(&output));
             assert!(
@@ -599,7 +598,7 @@ fn an_import_names_what_is_wrong_and_where() {
         assert_eq!(named[19], "line 40, column 37: expires: must be a time like 2026-12-31T23:59:59Z");
         assert!(said.ends_with("\nand 10 more\n") && !said.contains("S3CRET"), "{said}");
         assert_eq!(place.json("list", &[]), serde_json::json!([]), "{}: something was imported", place.kind);
-        // A list that was cut off on its way is none.
+        // A truncated list is an error.
         let said = place
             .failed("import", &place.with_input("import", &["-"], "[{\"token\":\"t\",\"user\":\"u\"},\n{\"token\":"));
         assert!(said.contains("line 2, column 10: the array does not end"), "{said}");
@@ -699,7 +698,7 @@ fn a_store_without_uses_does_not_say_never() {
     assert!(Place::new("sqlite").ok("list", &[]).lines().count() == 1);
 }
 
-/// An empty database that a reading command leaves behind would let the next gateway start over it.
+/// With an empty database that a reading command created, the next gateway would start.
 #[test]
 fn a_command_that_creates_no_token_creates_no_database() {
     let folder = Folder::new("test");
