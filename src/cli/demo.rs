@@ -34,12 +34,14 @@ pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
         .and_then(|listener| listener.local_addr())
         .context("cannot bind a port for the admin listener")?;
 
-    let folder = Folder::new()?;
+    // Removed when the demo ends.
+    let folder =
+        tempfile::Builder::new().prefix("tollgate-demo-").tempdir().context("cannot create a temporary folder")?;
     let text = format!(
         "[server]\nlisten = [\"{listen}\"]\n[admin]\nlisten = \"{admin}\"\n[log]\naccess = \"off\"\nlevel = \"warn\"\n\
          [[upstream]]\nname = \"demo\"\nservers = [\"{backend_address}\"]\n"
     );
-    let settings = config::parse(&text, &folder.0.join("demo.toml"), Probe::Settings)
+    let settings = config::parse(&text, &folder.path().join("demo.toml"), Probe::Settings)
         .map_err(|problems| anyhow!(assembly::report(&problems)))?;
     let token = new_token()?;
     let record = TokenRecord {
@@ -71,24 +73,6 @@ pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
     edge::serve(running);
     println!("\nstopped");
     Ok(())
-}
-
-/// A temporary folder, removed when the demo ends.
-struct Folder(std::path::PathBuf);
-
-impl Folder {
-    fn new() -> anyhow::Result<Self> {
-        let path = std::env::temp_dir().join(format!("tollgate-demo-{}", std::process::id()));
-        std::fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // A folder that cannot be removed is left in the temporary directory.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }
 
 /// A minimal backend with an API like GitLab's, one thread per connection.

@@ -8,6 +8,7 @@ use crate::store::values::{LATEST, check_description, check_scope, check_user, i
 use crate::store::{AdminError, MissingStore, NamedStore, ShownRecord, TokenAdmin, TokenRecord, parse_time, rfc3339};
 use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
+use data_encoding::BASE32_NOPAD;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, IsTerminal as _, Read as _, Write as _};
 use std::path::PathBuf;
@@ -207,25 +208,10 @@ fn now() -> u64 {
 pub(super) fn new_token() -> anyhow::Result<String> {
     let mut random = [0; 20];
     getrandom::fill(&mut random).map_err(|error| anyhow!("cannot get random numbers from the system: {error}"))?;
+    let base32 = |bytes: &[u8]| BASE32_NOPAD.encode(bytes).to_ascii_lowercase();
     let body = base32(&random);
     let check = base32(&Digest::of(body.as_bytes()).as_bytes()[..5]);
     Ok(format!("tg-{body}{}", &check[..6]))
-}
-
-/// RFC 4648's letters in lower case, without padding.
-fn base32(bytes: &[u8]) -> String {
-    const LETTERS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
-    let mut out = String::new();
-    let (mut bits, mut count) = (0_u32, 0);
-    for byte in bytes {
-        bits = (bits << 8) | u32::from(*byte);
-        count += 8;
-        while count >= 5 {
-            count -= 5;
-            out.push(LETTERS[(bits >> count) as usize & 31] as char);
-        }
-    }
-    out
 }
 
 async fn create(

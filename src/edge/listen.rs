@@ -252,9 +252,8 @@ mod tests {
 
     #[test]
     fn only_a_socket_that_no_process_listens_on_is_replaced() {
-        let folder = std::env::temp_dir().join(format!("tollgate-places-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        let at = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
         std::fs::write(at("file"), "precious").unwrap();
         std::fs::write(at("empty"), "").unwrap();
         std::fs::create_dir(at("folder")).unwrap();
@@ -288,6 +287,5 @@ mod tests {
         );
         assert_eq!(SocketPlace::of("/dev/null"), SocketPlace::of("/dev/zero"), "devices are not sockets either");
         assert!(matches!(SocketPlace::of("/dev/null"), SocketPlace::Unfit(_)));
-        std::fs::remove_dir_all(folder).unwrap();
     }
 }

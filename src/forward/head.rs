@@ -7,7 +7,9 @@ use crate::request::METHOD_OVERRIDE;
 use crate::request::origin::Origin;
 use crate::request::view::{FieldKind, Framing, Method, RequestView, Version};
 use http::{HeaderMap, HeaderName, HeaderValue};
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use smallvec::SmallVec;
+use std::borrow::Cow;
 use std::io::Write as _;
 
 /// Takes the fields of a head in their order.
@@ -215,14 +217,32 @@ fn write_origin(origin: &Origin<'_>, sink: &mut impl FieldSink) {
     sink.field(b"X-Forwarded-Port", origin.port());
 }
 
-/// Text from a store, which may hold anything: what is not visible ASCII is percent-encoded.
+/// Text from a store may contain anything: control and non-ASCII characters are percent-encoded, and so is `%`.
 fn text(sink: &mut impl FieldSink, name: &[u8], text: &str) {
-    let mut value = Vec::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'%' | 0..=0x1f | 0x7f.. => value.extend_from_slice(format!("%{byte:02X}").as_bytes()),
-            _ => value.push(byte),
+    const ENCODED: &AsciiSet = &CONTROLS.add(b'%');
+    sink.field(name, Cow::from(utf8_percent_encode(text.trim_matches(' '), ENCODED)).as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Old and new gateways behind one backend must name a user in the same way.
+    #[test]
+    fn text_of_a_store_cannot_leave_its_field() {
+        for (given, written) in [
+            ("alice", "alice"),
+            ("  a b  ", "a b"),
+            ("100%", "100%25"),
+            ("é\u{7f}", "%C3%A9%7F"),
+            ("a\r\nX-Tollgate-User: root", "a%0D%0AX-Tollgate-User: root"),
+            (" \t\0 ", "%09%00"),
+            ("~!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}", "~!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}"),
+            (" ", ""),
+        ] {
+            let mut out = Vec::new();
+            text(&mut Http1Head(&mut out), b"X-Tollgate-User", given);
+            assert_eq!(String::from_utf8(out).unwrap(), format!("X-Tollgate-User: {written}\r\n"), "{given:?}");
         }
     }
-    sink.field(name, value.trim_ascii());
 }

@@ -10,7 +10,7 @@ use crate::store::credential::Digest;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::io::{BufRead as _, BufReader, BufWriter, Read as _, Write as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -51,11 +51,11 @@ pub(super) fn write(
     entries: &[SavedEntry],
 ) -> Result<(), String> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-    let temporary = path.with_extension(format!("new-{}", std::process::id()));
-    // Never write into an existing file, which could be another user's link. A failure shows when the file is created.
-    let _ = std::fs::remove_file(&temporary);
-    let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
-    let mut out = HashingWriter { inner: BufWriter::new(file.map_err(|error| failed(&error))?), hash: Sha256::new() };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // A new file that only this user can read, removed if anything below fails.
+    let file =
+        tempfile::Builder::new().prefix(".tollgate-cache-").tempfile_in(folder).map_err(|error| failed(&error))?;
+    let mut out = HashingWriter { inner: BufWriter::new(file), hash: Sha256::new() };
     let (format, origin, marks) = (FORMAT.into(), origin.into(), marks.to_vec());
     let header = Header { format, origin, taken_at, marks, entries: entries.len() };
     out.line(&header).map_err(|error| failed(&error))?;
@@ -72,9 +72,10 @@ pub(super) fn write(
     let HashingWriter { mut inner, hash } = out;
     let end = writeln!(inner, "{}", Digest::from_bytes(hash.finalize().into()).to_hex());
     let file = end.and_then(|()| inner.into_inner().map_err(|error| error.into_error()));
-    file.and_then(|file| file.sync_all())
-        .and_then(|()| std::fs::rename(&temporary, path))
-        .map_err(|error| failed(&error))
+    let file = file.map_err(|error| failed(&error))?;
+    file.as_file().sync_all().map_err(|error| failed(&error))?;
+    file.persist(path).map_err(|error| failed(&error.error))?;
+    Ok(())
 }
 
 /// What keeps a snapshot from being written there. The gateway runs without one.
@@ -141,7 +142,7 @@ pub(super) fn read(path: &Path, origin: &str, now_unix_ms: u64) -> Result<CacheC
 
 /// Writes lines and hashes them.
 struct HashingWriter {
-    inner: BufWriter<std::fs::File>,
+    inner: BufWriter<tempfile::NamedTempFile>,
     hash: Sha256,
 }
 

@@ -3,6 +3,8 @@
 
 use super::lines::{Destination, LineQueue};
 use super::metrics::Metrics;
+use percent_encoding::percent_decode;
+use std::borrow::Cow;
 use std::io::Write as _;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -228,20 +230,7 @@ fn has_secret_word(piece: &[u8], secret_words: &[String]) -> bool {
 
 /// Undoes `%hh`, twice: a nested URL carries its own query encoded.
 fn decode(bytes: &[u8]) -> Vec<u8> {
-    let once = |bytes: &[u8]| {
-        let mut out = Vec::with_capacity(bytes.len());
-        let mut rest = bytes;
-        while let [byte, tail @ ..] = rest {
-            let hex =
-                tail.get(..2).and_then(|d| std::str::from_utf8(d).ok()).and_then(|d| u8::from_str_radix(d, 16).ok());
-            (rest, _) = match (byte, hex) {
-                (b'%', Some(decoded)) => (&tail[2..], out.push(decoded)),
-                _ => (tail, out.push(*byte)),
-            };
-        }
-        out
-    };
-    once(&once(bytes))
+    percent_decode(&Cow::from(percent_decode(bytes))).collect()
 }
 
 fn milliseconds(line: &mut Vec<u8>, key: &str, time: Duration) {

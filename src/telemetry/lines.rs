@@ -368,10 +368,6 @@ impl Writer {
 mod tests {
     use super::*;
 
-    fn temporary(name: &str) -> PathBuf {
-        std::env::temp_dir().join(format!("tollgate-lines-{name}-{}", std::process::id()))
-    }
-
     fn counting() -> (Arc<AtomicU64>, impl Fn(u64) + Send + Sync + 'static) {
         let lost = Arc::new(AtomicU64::new(0));
         let counted = Arc::clone(&lost);
@@ -383,7 +379,8 @@ mod tests {
 
     #[test]
     fn a_partial_line_is_removed_from_a_file() {
-        let path = temporary("half");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
         std::fs::write(&path, "one\ntw").unwrap();
         let mut destination = Destination::file(&path).unwrap();
         // A partial line of a killed process is terminated; one that a full disk cut off is removed.
@@ -396,18 +393,17 @@ mod tests {
         destination.file.write_all(b"six").unwrap();
         std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"x").unwrap();
         assert!(!destination.remove_last(3));
-        std::fs::remove_file(path).unwrap();
     }
 
     #[test]
     fn the_rest_of_a_line_comes_first() {
-        let path = temporary("rest");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
         let mut destination = Destination::file(&path).unwrap();
         destination.file.write_all(b"o").unwrap();
         destination.rest_of_line = b"ne\n".to_vec();
         destination.write(b"two\n").unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "one\ntwo\n");
-        std::fs::remove_file(path).unwrap();
     }
 
     #[test]
@@ -452,7 +448,8 @@ mod tests {
 
     #[test]
     fn a_moved_file_is_reopened_under_its_name() {
-        let (path, moved) = (temporary("moved"), temporary("moved-1"));
+        let folder = tempfile::tempdir().unwrap();
+        let (path, moved) = (folder.path().join("log"), folder.path().join("log.1"));
         let (lost, count) = counting();
         let queue = LineQueue::start("test", Destination::file(&path).unwrap(), count).unwrap();
         queue.push(b"one\n".to_vec());
@@ -466,7 +463,5 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&moved).unwrap(), "one\ntwo\n");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "three\n");
         assert_eq!(lost.load(Ordering::Relaxed), 0);
-        std::fs::remove_file(path).unwrap();
-        std::fs::remove_file(moved).unwrap();
     }
 }

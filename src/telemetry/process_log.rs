@@ -134,8 +134,8 @@ mod tests {
 
     #[test]
     fn the_journal_is_known_by_device_and_inode() {
-        let path = std::env::temp_dir().join(format!("tollgate-journal-{}", std::process::id()));
-        let stream = Destination::file(&path).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let stream = Destination::file(&folder.path().join("log")).unwrap();
         let meta = stream.metadata().unwrap();
         let variable = format!("{}:{}", meta.dev(), meta.ino());
         assert!(is_journal(&stream, Some(&variable)));
@@ -143,7 +143,6 @@ mod tests {
         for variable in [None, Some(""), Some("nonsense"), Some("1:"), Some(other.as_str())] {
             assert!(!is_journal(&stream, variable), "{variable:?}");
         }
-        std::fs::remove_file(path).unwrap();
     }
 
     #[test]
