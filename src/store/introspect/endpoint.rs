@@ -15,7 +15,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 pub(super) struct Endpoint {
-    address: Address,
+    address: EndpointAddress,
     /// The request target.
     pub(super) path: PathAndQuery,
     pub(super) host: HeaderValue,
@@ -25,7 +25,7 @@ pub(super) struct Endpoint {
     pub(super) leaks: bool,
 }
 
-enum Address {
+enum EndpointAddress {
     Tcp {
         host: String,
         port: u16,
@@ -94,7 +94,7 @@ impl Endpoint {
             host: HeaderValue::from_str(authority).map_err(|error| wrong(error.to_string()))?,
             place: format!("{name}:{port}"),
             leaks: !secure && elsewhere,
-            address: Address::Tcp { host, port, tls, anywhere: secure || insecure_http },
+            address: EndpointAddress::Tcp { host, port, tls, anywhere: secure || insecure_http },
         })
     }
 
@@ -111,7 +111,7 @@ impl Endpoint {
             return Err(wrong("must not have a fragment (#)"));
         }
         Ok(Self {
-            address: Address::Unix(socket.into()),
+            address: EndpointAddress::Unix(socket.into()),
             path: path.parse().map_err(|error: InvalidUri| wrong(error.to_string()))?,
             host: HeaderValue::from_static("localhost"),
             place: socket.into(),
@@ -122,8 +122,8 @@ impl Endpoint {
     /// `patience` limits the wait for each address of a name except the last one, which the caller's deadline limits.
     pub(super) async fn connect(&self, patience: Duration) -> io::Result<Box<dyn Stream>> {
         match &self.address {
-            Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
-            Address::Tcp { host, port, tls, anywhere } => {
+            EndpointAddress::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?)),
+            EndpointAddress::Tcp { host, port, tls, anywhere } => {
                 let stream = connect(host, *port, *anywhere, patience).await?;
                 // A request is one write; Nagle's algorithm would only delay it.
                 stream.set_nodelay(true)?;

@@ -82,7 +82,7 @@ impl HttpPool {
     ) -> Result<Answer, StoreError> {
         let unavailable = |error: TryCurrentError| StoreError::Unavailable(error.to_string());
         let runtime = Handle::try_current().map_err(unavailable)?.id();
-        let mut lease = Lease { pool: self, runtime, connection: None, counted: false };
+        let mut lease = HttpLease { pool: self, runtime, connection: None, counted: false };
         if let Some(connection) = lease.reuse().await
             && let Ok(response) = connection.send(request.clone()).await
         {
@@ -116,14 +116,14 @@ impl HttpPool {
 }
 
 /// A slot for one connection. If it is dropped, its connection is closed.
-struct Lease<'p> {
+struct HttpLease<'p> {
     pool: &'p HttpPool,
     runtime: Id,
     connection: Option<HttpConnection>,
     counted: bool,
 }
 
-impl Lease<'_> {
+impl HttpLease<'_> {
     /// Takes a pooled connection that is still open, and closes those that are not.
     async fn reuse(&mut self) -> Option<&mut HttpConnection> {
         loop {
@@ -192,7 +192,7 @@ impl Lease<'_> {
     }
 }
 
-impl Drop for Lease<'_> {
+impl Drop for HttpLease<'_> {
     fn drop(&mut self) {
         // Closed before its slot is released.
         self.connection = None;

@@ -60,7 +60,7 @@ enum Listing {
 
 /// A host with its resolved address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Spot {
+pub(super) struct ResolvedHost {
     /// `None`: a Unix socket in the folder given as the name.
     address: Option<IpAddr>,
     name: String,
@@ -211,15 +211,15 @@ pub(super) struct Target {
 
 /// One run of a server, from its start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Server {
+struct ServerRun {
     started: i64,
     in_recovery: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Home {
-    server: Server,
-    spot: Spot,
+    server: ServerRun,
+    host: ResolvedHost,
 }
 
 impl Home {
@@ -329,38 +329,38 @@ impl Target {
             fastrand::shuffle(&mut places);
         }
         // The host where the server was last found is tried first.
-        let mut spots: Vec<Spot> = home.map(|home| home.spot.clone()).into_iter().collect();
+        let mut hosts: Vec<ResolvedHost> = home.map(|home| home.host.clone()).into_iter().collect();
         let mut unresolved = places.into_iter();
         // Behind a load balancer, the next connection may reach another server.
-        let mut again: Vec<Spot> = Vec::new();
-        let mut tried: Vec<Spot> = Vec::new();
+        let mut again: Vec<ResolvedHost> = Vec::new();
+        let mut tried: Vec<ResolvedHost> = Vec::new();
         let mut attempts = if home.is_some() { ATTEMPTS } else { 1 };
         loop {
-            for spot in std::mem::take(&mut spots) {
-                if tried.contains(&spot) {
+            for host in std::mem::take(&mut hosts) {
+                if tried.contains(&host) {
                     continue;
                 }
-                tried.push(spot.clone());
-                match self.open(&spot, session).await {
+                tried.push(host.clone());
+                match self.open(&host, session).await {
                     Ok(reached) if self.suits(&reached.home.server, home) => return Ok(reached),
                     Ok(reached) => {
                         let better = |best: &Reached| best.home.server.in_recovery && !reached.home.server.in_recovery;
                         if next_best.as_ref().is_none_or(better) {
                             next_best = Some(reached);
                         }
-                        again.push(spot);
+                        again.push(host);
                     }
                     Err(error) => failed = Some(error),
                 }
             }
             if let Some(place) = unresolved.next() {
                 match self.resolve(&place).await {
-                    Ok(resolved) => spots = resolved,
+                    Ok(resolved) => hosts = resolved,
                     Err(error) => failed = Some(error),
                 }
             } else if attempts > 1 && !again.is_empty() {
                 attempts -= 1;
-                spots = std::mem::take(&mut again);
+                hosts = std::mem::take(&mut again);
                 tried.clear();
             } else {
                 break;
@@ -374,7 +374,7 @@ impl Target {
     }
 
     /// Whether no better server is to be searched for.
-    fn suits(&self, server: &Server, home: Option<&Home>) -> bool {
+    fn suits(&self, server: &ServerRun, home: Option<&Home>) -> bool {
         match home {
             Some(home) => server.started == home.server.started,
             // Configured so.
@@ -382,10 +382,10 @@ impl Target {
         }
     }
 
-    async fn resolve(&self, place: &Listed) -> Result<Vec<Spot>, Unreachable> {
-        let spot = |address| Spot { address, name: place.name.clone(), port: place.port };
+    async fn resolve(&self, place: &Listed) -> Result<Vec<ResolvedHost>, Unreachable> {
+        let host = |address| ResolvedHost { address, name: place.name.clone(), port: place.port };
         let addresses: Vec<IpAddr> = match &place.at {
-            Listing::Socket(_) => return Ok(vec![spot(None)]),
+            Listing::Socket(_) => return Ok(vec![host(None)]),
             Listing::Address(address) => vec![*address],
             Listing::Name => {
                 let found = tokio::net::lookup_host((place.name.as_str(), place.port)).await;
@@ -401,16 +401,16 @@ impl Target {
             let named = |why: NotAdmitted| Unreachable::Refused(format!("{}: {why}", place.name));
             self.settings.admits(*address).map_err(named)?;
         }
-        Ok(addresses.into_iter().map(Some).map(spot).collect())
+        Ok(addresses.into_iter().map(Some).map(host).collect())
     }
 
-    async fn open(&self, spot: &Spot, session: &str) -> Result<Reached, Unreachable> {
+    async fn open(&self, host: &ResolvedHost, session: &str) -> Result<Reached, Unreachable> {
         let mut config = self.common.clone();
-        match spot.address {
-            Some(address) => config.host(&spot.name).hostaddr(address),
-            None => config.host_path(&spot.name),
+        match host.address {
+            Some(address) => config.host(&host.name).hostaddr(address),
+            None => config.host_path(&host.name),
         };
-        config.port(spot.port);
+        config.port(host.port);
         let (client, mut driver) = config.connect(self.tls.clone()).await?;
         let begin = format!("SHOW transaction_read_only; SET search_path = {SEARCH_PATH}; {session}; {WHO}");
         let said = attended(&mut driver, client.simple_query(&begin)).await?;
@@ -433,8 +433,8 @@ impl Target {
         }
         let started = last.try_get(0)?.and_then(|started| started.parse().ok());
         let started = started.ok_or_else(|| Unreachable::Refused("the server doesn't say when it started".into()))?;
-        let server = Server { started, in_recovery: last.try_get(1)? != Some("f") };
-        Ok(Reached { client, driver, home: Home { server, spot: spot.clone() } })
+        let server = ServerRun { started, in_recovery: last.try_get(1)? != Some("f") };
+        Ok(Reached { client, driver, home: Home { server, host: host.clone() } })
     }
 
     fn home(&self) -> Option<Home> {
@@ -563,7 +563,7 @@ pub(super) fn drive(mut driver: ConnectionDriver) -> JoinHandle<()> {
 /// A connection of the pool.
 pub(super) struct Connection {
     client: ClientWrapper,
-    server: Server,
+    server: ServerRun,
     /// The server that it was meant for.
     wanted: Option<i64>,
     made: Instant,

@@ -38,12 +38,12 @@ pub(super) struct PostgresChanges {
     name: String,
     /// The server of this session.
     home: Option<Home>,
-    said: Arc<Said>,
+    warnings: Arc<PostgresWarnings>,
 }
 
-/// What is said once, as it stays so however often it is found out.
+/// Warnings that are logged once, although their cause may be found again and again.
 #[derive(Default)]
-struct Said {
+struct PostgresWarnings {
     nonsense: Once,
     channel: Once,
     loose: Once,
@@ -58,7 +58,7 @@ impl PostgresChanges {
             id: format!("tollgate_{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..)),
             name: replica_name(),
             home: None,
-            said: Arc::default(),
+            warnings: Arc::default(),
         }
     }
 
@@ -116,11 +116,17 @@ impl ChangeSource for PostgresChanges {
             name: self.name.clone(),
             trigger_check: presets::trigger_check(&self.source, &self.channel),
             signs: Arc::clone(&signs),
-            said: Arc::clone(&self.said),
+            warnings: Arc::clone(&self.warnings),
         };
-        let (nobody, said) = (listener.nobody.clone(), Arc::clone(&self.said));
-        let reader =
-            Reader { target: Arc::clone(&self.target), echo_channel: self.id.clone(), nobody, signs, said, inbox };
+        let (nobody, warnings) = (listener.nobody.clone(), Arc::clone(&self.warnings));
+        let reader = NotificationReader {
+            target: Arc::clone(&self.target),
+            echo_channel: self.id.clone(),
+            nobody,
+            signs,
+            warnings,
+            inbox,
+        };
         let mut reading: BoxFuture<'static, Loss> = Box::pin(reader.read(driver));
         let coverage = tokio::select! {
             biased;
@@ -175,7 +181,7 @@ pub(super) struct Listener {
     name: String,
     trigger_check: Option<TriggerCheck>,
     signs: Arc<Signs>,
-    said: Arc<Said>,
+    warnings: Arc<PostgresWarnings>,
 }
 
 #[async_trait]
@@ -240,7 +246,7 @@ impl Listener {
         };
         schema::check_channel(&channel).map_err(|problem| StoreError::Garbage(problem.to_string()))?;
         if channel != self.channel {
-            self.said.channel.call_once(|| {
+            self.warnings.channel.call_once(|| {
                 log::warn!(
                     "{}: the triggers tell of changes on channel \"{channel}\" and the configuration says \"{}\". This gateway \
                  listens where the triggers tell; set channel = \"{channel}\", or make the other one that of all gateways by \
@@ -318,7 +324,7 @@ impl Listener {
             )));
         }
         if seen.loose {
-            self.said.loose.call_once(|| {
+            self.warnings.loose.call_once(|| {
                 log::warn!(
                     "{}: tollgate's triggers are of an older version, and look for functions and operators wherever the \
                  search_path of whoever changes the tables says: who may create some there can take over. Run `tollgate store \
@@ -384,16 +390,16 @@ fn failed(error: Error) -> StoreError {
 }
 
 /// Runs the connection, and sorts signs of life from what changed.
-struct Reader {
+struct NotificationReader {
     target: Arc<Target>,
     echo_channel: String,
     nobody: String,
     signs: Arc<Signs>,
-    said: Arc<Said>,
+    warnings: Arc<PostgresWarnings>,
     inbox: Inbox<String>,
 }
 
-impl Reader {
+impl NotificationReader {
     /// Returns what ended the connection.
     async fn read(self, mut driver: ConnectionDriver) -> Loss {
         let messages = async {
@@ -437,7 +443,7 @@ impl Reader {
                 Word::Everything => Message::Everything,
                 Word::Wait(id) => Message::Wait(id.into()),
                 Word::Nonsense => {
-                    self.said.nonsense.call_once(|| {
+                    self.warnings.nonsense.call_once(|| {
                         log::warn!(
                             "{}: a message on the channel is none of tollgate's; all tokens are looked up again",
                             self.target

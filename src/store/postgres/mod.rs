@@ -168,22 +168,22 @@ pub struct PostgresStore {
     pool: PostgresPool,
     target: Arc<Target>,
     query: Query,
-    mark: Mark,
+    nonce: QueryNonce,
     settings: PostgresSettings,
     metrics: Arc<StoreMetrics>,
 }
 
-/// The word that every answer begins with, and no answer to another's question. A prepared question is asked by its name
-/// alone: through a pooler that name may be another's, whose answer would let anybody in.
-struct Mark(String);
+/// A random text that every row of a result begins with. A prepared statement is run by its name alone: on a connection that
+/// a pooler shares, the name may be another client's statement, and its result could make an unknown token valid.
+struct QueryNonce(String);
 
-impl Mark {
+impl QueryNonce {
     fn new() -> Result<Self, Problem> {
         nobody().map(Self).map_err(|failure| Problem::error("kind", failure.error.to_string(), ""))
     }
 
-    /// A query of people's own; also its having found nothing is a row. It bears the mark only where names mean what they
-    /// are to mean: a pooler may have put it on a connection that looks for them elsewhere.
+    /// Wraps an operator's query, so that it returns a row also if it finds nothing. The nonce is there only if the search
+    /// path is tollgate's: a pooler may run the query on a connection with another one.
     fn around(&self, sql: &str) -> String {
         let sql = sql.trim_end().trim_end_matches(';');
         format!(
@@ -197,7 +197,7 @@ impl Mark {
 
     fn check(&self, row: &Row) -> Result<(), QueryFailure> {
         match row.try_get::<_, &str>(0) {
-            Ok(mark) if mark == self.0 => Ok(()),
+            Ok(nonce) if nonce == self.0 => Ok(()),
             _ => Err(QueryFailure::anothers_answer()),
         }
     }
@@ -215,11 +215,11 @@ impl PostgresStore {
         if settings.source.is_gitlab() && settings.default_scopes.is_empty() {
             settings.default_scopes.push("api".into());
         }
-        let mark = Mark::new()?;
+        let nonce = QueryNonce::new()?;
         let query = match (&settings.source, settings.source.query()) {
-            (_, Some((sql, bind))) => Query::Lookup { sql: mark.around(&sql), bind },
+            (_, Some((sql, bind))) => Query::Lookup { sql: nonce.around(&sql), bind },
             (Source::Own { schema }, _) => {
-                let fill = |sql: &str| schema::fill(sql, schema).replace("{mark}", &mark.0);
+                let fill = |sql: &str| schema::fill(sql, schema).replace("{mark}", &nonce.0);
                 Query::Own {
                     lookup: fill(schema::LOOKUP),
                     note_uses: fill(schema::NOTE_USES),
@@ -229,21 +229,21 @@ impl PostgresStore {
             _ => return Err(Problem::error("preset", "has no query", "report this fault of tollgate")),
         };
         let pool = connect::pool(&target, settings.connections, settings.timeout)?;
-        Ok(Self { pool, target, query, mark, settings, metrics })
+        Ok(Self { pool, target, query, nonce, settings, metrics })
     }
 
     /// Puts a question on a pooled connection. One that was lost meanwhile is replaced and the question put again; a new
     /// connection has no such excuse.
-    async fn ask(&self, question: &Question<'_>) -> Result<Vec<Row>, StoreError> {
-        let answer = tokio::time::timeout(self.settings.timeout, self.ask_for_long(question)).await;
+    async fn ask(&self, query: &BoundQuery<'_>) -> Result<Vec<Row>, StoreError> {
+        let answer = tokio::time::timeout(self.settings.timeout, self.ask_for_long(query)).await;
         answer.unwrap_or(Err(StoreError::Timeout))
     }
 
-    async fn ask_for_long(&self, question: &Question<'_>) -> Result<Vec<Row>, StoreError> {
+    async fn ask_for_long(&self, query: &BoundQuery<'_>) -> Result<Vec<Row>, StoreError> {
         loop {
             let lease = self.right_lease().await?;
             let reused = lease.reused();
-            match question.put(lease.connection()?, &self.mark).await {
+            match query.put(lease.connection()?, &self.nonce).await {
                 Ok(rows) => {
                     lease.give_back();
                     return Ok(rows);
@@ -254,7 +254,7 @@ impl PostgresStore {
                     if failure.connection == Reuse::Keep && reused {
                         lease.give_back();
                     }
-                    return Err(failure.without(question.hidden()));
+                    return Err(failure.without(query.hidden()));
                 }
             }
         }
@@ -283,14 +283,15 @@ impl PostgresStore {
     }
 }
 
-enum Question<'a> {
-    /// To our own tables.
+/// A query with its parameters.
+enum BoundQuery<'a> {
+    /// On tollgate's own tables.
     Own { sql: &'a str, parameters: &'a [&'a (dyn ToSql + Sync)] },
-    /// To anybody's, which answer with one row or none.
+    /// On other tables. Its result is one row or none.
     Lookup { sql: &'a str, key: &'a str },
 }
 
-impl Question<'_> {
+impl BoundQuery<'_> {
     /// What no error may repeat.
     const fn hidden(&self) -> &str {
         match self {
@@ -299,12 +300,12 @@ impl Question<'_> {
         }
     }
 
-    async fn put(&self, connection: &Object, mark: &Mark) -> Result<Vec<Row>, QueryFailure> {
+    async fn put(&self, connection: &Object, nonce: &QueryNonce) -> Result<Vec<Row>, QueryFailure> {
         match self {
             Self::Own { sql, parameters } => {
                 let statement = connection.prepare_cached(sql).await.map_err(QueryFailure::own)?;
                 let rows = connection.query(&statement, parameters).await.map_err(QueryFailure::own)?;
-                rows.iter().try_for_each(|row| mark.check(row)).map(|()| rows)
+                rows.iter().try_for_each(|row| nonce.check(row)).map(|()| rows)
             }
             Self::Lookup { sql, key } => {
                 let statement =
@@ -313,25 +314,30 @@ impl Question<'_> {
                 rows::Columns::of(statement.columns())?;
                 if Object::metrics(connection).recycle_count == 0 {
                     // A query that finds somebody for a token that nobody has would let everybody in.
-                    if !one(connection, &statement, &nobody()?, mark).await?.is_empty() {
+                    if !one(connection, &statement, &nobody()?, nonce).await?.is_empty() {
                         return Err(QueryFailure::garbage(
                             "the look-up query finds a row for a token that nobody has: compare a column with $1 in its \
                              WHERE",
                         ));
                     }
                 }
-                one(connection, &statement, key, mark).await
+                one(connection, &statement, key, nonce).await
             }
         }
     }
 }
 
 /// The one row of an answer, or none. Two are no answer: which one holds?
-async fn one(connection: &Object, statement: &Statement, key: &str, mark: &Mark) -> Result<Vec<Row>, QueryFailure> {
+async fn one(
+    connection: &Object,
+    statement: &Statement,
+    key: &str,
+    nonce: &QueryNonce,
+) -> Result<Vec<Row>, QueryFailure> {
     let mut rows = pin!(connection.query_raw(statement, [key]).await.map_err(QueryFailure::lookup)?);
     let mut found = Vec::new();
     while let Some(row) = rows.try_next().await.map_err(QueryFailure::lookup)? {
-        mark.check(&row)?;
+        nonce.check(&row)?;
         if !found.is_empty() {
             // More may be on their way: the connection is not used again.
             return Err(QueryFailure::garbage(
@@ -360,12 +366,12 @@ impl TokenStore for PostgresStore {
         match &self.query {
             Query::Own { lookup, .. } => {
                 let digest = credential.digest().as_bytes().as_slice();
-                let rows = self.ask(&Question::Own { sql: lookup, parameters: &[&digest] }).await?;
+                let rows = self.ask(&BoundQuery::Own { sql: lookup, parameters: &[&digest] }).await?;
                 schema::found(&rows).map_err(|failure| failure.error)
             }
             Query::Lookup { sql, bind } => {
                 let Some(key) = bind.key(credential) else { return Ok(None) };
-                let rows = self.ask(&Question::Lookup { sql, key: &key }).await?;
+                let rows = self.ask(&BoundQuery::Lookup { sql, key: &key }).await?;
                 let Some(row) = rows.first() else { return Ok(None) };
                 let record = rows::Columns::of(row.columns())
                     .and_then(|columns| columns.record(row, *credential.digest(), &self.settings.default_scopes));
@@ -400,7 +406,7 @@ impl TokenStore for PostgresStore {
     async fn changed_since(&self, mark: &str) -> Result<Option<Vec<Digest>>, StoreError> {
         let Query::Own { changed, .. } = &self.query else { return Ok(None) };
         let Some((since, oldest)) = schema::read_mark(mark) else { return Ok(None) };
-        let rows = self.ask(&Question::Own { sql: changed, parameters: &[&since, &oldest] }).await?;
+        let rows = self.ask(&BoundQuery::Own { sql: changed, parameters: &[&since, &oldest] }).await?;
         schema::changed(&rows).map_err(|failure| failure.error)
     }
 
@@ -410,7 +416,7 @@ impl TokenStore for PostgresStore {
         uses.sort_unstable_by_key(|(digest, _)| *digest.as_bytes());
         let digests: Vec<&[u8]> = uses.iter().map(|(digest, _)| digest.as_bytes().as_slice()).collect();
         let times: Vec<i64> = uses.iter().map(|(_, at)| i64::try_from(at / 1000).unwrap_or(i64::MAX)).collect();
-        self.ask(&Question::Own { sql: note_uses, parameters: &[&digests, &times] }).await.map(drop)
+        self.ask(&BoundQuery::Own { sql: note_uses, parameters: &[&digests, &times] }).await.map(drop)
     }
 }
 

@@ -57,7 +57,7 @@ struct RedisFeed<'a> {
     master: Option<Address>,
 }
 
-type Message = feed::Message<String>;
+type ChannelMessage = feed::Message<String>;
 
 impl RedisFeed<'_> {
     fn is_sentinel(&self) -> bool {
@@ -121,7 +121,7 @@ impl<'a> RedisFeed<'a> {
                 false
             }
             _ => {
-                check_notifications(&mut link, &self.store.said).await?;
+                check_notifications(&mut link, &self.store.warnings).await?;
                 let channel = format!("__keyspace@{}__:", self.store.settings.database);
                 bounded(link.subscribe(true, &(channel + &self.store.keys.pattern("")))).await?;
                 true
@@ -132,19 +132,19 @@ impl<'a> RedisFeed<'a> {
         let subscribed = Subscribed { store: self.store, register, link, address, may_ask_role, keyspace };
         bounded(subscribed.check()).await?;
         // What was told before they began to wait has arrived before the answer to the check.
-        waits.into_iter().for_each(|id| inbox.put(Message::Wait(id)));
+        waits.into_iter().for_each(|id| inbox.put(ChannelMessage::Wait(id)));
         Ok(subscribed)
     }
 }
 
 /// `None`: it says nothing of tokens.
-fn message(push: PushInfo, keys: &Keys) -> Option<Message> {
+fn message(push: PushInfo, keys: &Keys) -> Option<ChannelMessage> {
     let text = |value: &Value| match value {
         Value::BulkString(bytes) => String::from_utf8_lossy(bytes).into_owned(),
         _ => String::new(),
     };
     match (push.kind, push.data.as_slice()) {
-        (PushKind::Disconnection, _) => Some(Message::Ended(Loss::Closed)),
+        (PushKind::Disconnection, _) => Some(ChannelMessage::Ended(Loss::Closed)),
         (PushKind::Message, [_, payload]) => Some(channel_message(&text(payload))),
         (PushKind::PMessage, [_, channel, _]) => {
             let channel = text(channel);
@@ -154,28 +154,28 @@ fn message(push: PushInfo, keys: &Keys) -> Option<Message> {
         }
         // No keys: all of them.
         (PushKind::Invalidate, data) if !data.iter().any(|keys| matches!(keys, Value::Array(_))) => {
-            Some(Message::Everything)
+            Some(ChannelMessage::Everything)
         }
         _ => None,
     }
 }
 
-fn changed(digest: Digest, at_ms: u64) -> Message {
-    Message::Changed(vec![Change { token: Named::Token(digest), at_ms }])
+fn changed(digest: Digest, at_ms: u64) -> ChannelMessage {
+    ChannelMessage::Changed(vec![Change { token: Named::Token(digest), at_ms }])
 }
 
-fn channel_message(payload: &str) -> Message {
+fn channel_message(payload: &str) -> ChannelMessage {
     let (first, rest) = payload.split_once(' ').unwrap_or((payload, ""));
     match (first, Digest::from_hex(first)) {
-        ("*", _) => Message::Everything,
-        ("wait", _) if is_wait(rest) => Message::Wait(rest.into()),
+        ("*", _) => ChannelMessage::Everything,
+        ("wait", _) if is_wait(rest) => ChannelMessage::Wait(rest.into()),
         (_, Some(digest)) => changed(digest, rest.trim().parse().unwrap_or_else(|_| now_ms())),
         _ => {
             // Somebody wants to tell something. Asking too much is the safe side.
             log::warn!(
                 "redis: a message on the channel of changes can't be understood; all tokens are looked up again"
             );
-            Message::Everything
+            ChannelMessage::Everything
         }
     }
 }
@@ -201,7 +201,7 @@ async fn hear_of_flushes(link: &mut RedisConnection, store: &RedisStore) -> Resu
     track.arg("TRACKING").arg("ON").arg("BCAST").arg("PREFIX").arg(store.keys.unused());
     match bounded(link.ask::<Value>(&track)).await {
         Err(error @ StoreError::Denied(_)) => {
-            store.said.flushes.call_once(|| log::warn!("redis: FLUSHALL will not be heard of: {error}"));
+            store.warnings.flushes.call_once(|| log::warn!("redis: FLUSHALL will not be heard of: {error}"));
             Ok(())
         }
         answer => answer.map(drop),
@@ -209,12 +209,12 @@ async fn hear_of_flushes(link: &mut RedisConnection, store: &RedisStore) -> Resu
 }
 
 /// Without the right ones nothing would ever be heard.
-async fn check_notifications(link: &mut RedisConnection, said: &Said) -> Result<(), StoreError> {
+async fn check_notifications(link: &mut RedisConnection, warnings: &RedisWarnings) -> Result<(), StoreError> {
     let question = redis::cmd("CONFIG").arg("GET").arg("notify-keyspace-events").take();
     let flags: Vec<(String, String)> = match bounded(link.ask(&question)).await {
         Ok(answer) => answer,
         Err(StoreError::Denied(_)) => {
-            said.notifications.call_once(|| {
+            warnings.notifications.call_once(|| {
                 log::warn!("redis: whether notify-keyspace-events holds Kg$hx can't be seen (+config|get): make sure");
             });
             return Ok(());
@@ -286,7 +286,7 @@ impl Subscribed<'_> {
             link.ask::<Value>(&redis::cmd("PING")).await?;
         }
         if self.keyspace {
-            check_notifications(&mut link, &self.store.said).await?;
+            check_notifications(&mut link, &self.store.warnings).await?;
         }
         Ok(())
     }
@@ -331,12 +331,12 @@ struct Register {
     pool: Arc<RedisPool>,
     keys: Keys,
     name: String,
-    said: Arc<Said>,
+    warnings: Arc<RedisWarnings>,
 }
 
-/// What one store says once, as it stays so however often it is found out.
+/// Warnings that a store logs once, although their cause may be found again and again.
 #[derive(Default)]
-pub(super) struct Said {
+pub(super) struct RedisWarnings {
     flushes: Once,
     notifications: Once,
     register: Once,
@@ -347,7 +347,7 @@ impl Register {
         // Two generations of a configuration may follow at once: each confirms for itself.
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("{}/{}", replica_name(), COUNT.fetch_add(1, Ordering::Relaxed));
-        Self { pool: Arc::clone(&store.pool), keys: store.keys.clone(), name, said: Arc::clone(&store.said) }
+        Self { pool: Arc::clone(&store.pool), keys: store.keys.clone(), name, warnings: Arc::clone(&store.warnings) }
     }
 
     async fn now(&self) -> Result<u64, StoreError> {
@@ -368,7 +368,7 @@ impl Register {
         match timeout(REGISTER, entered).await.unwrap_or(Err(StoreError::Timeout)) {
             Ok(_) => Ok(()),
             Err(error @ (StoreError::Denied(_) | StoreError::ReadOnly(_))) => {
-                self.said.register.call_once(|| {
+                self.warnings.register.call_once(|| {
                     log::warn!("redis: this gateway can't register, so `--wait` won't wait for it: {error}")
                 });
                 Ok(())
@@ -423,11 +423,13 @@ mod tests {
         let digest = Digest::of(b"t");
         let hex = digest.to_hex();
         assert_eq!(channel_message(&format!("{hex} 1700000000000")), changed(digest, 1_700_000_000_000));
-        assert!(matches!(channel_message(&hex), Message::Changed(changes) if changes[0].token == Named::Token(digest)));
-        assert_eq!(channel_message("*"), Message::Everything);
-        assert_eq!(channel_message("wait abc123"), Message::Wait("abc123".into()));
+        assert!(
+            matches!(channel_message(&hex), ChannelMessage::Changed(changes) if changes[0].token == Named::Token(digest))
+        );
+        assert_eq!(channel_message("*"), ChannelMessage::Everything);
+        assert_eq!(channel_message("wait abc123"), ChannelMessage::Wait("abc123".into()));
         for doubtful in ["", "wait ", "wait a:b", "revoked!", &hex[1..]] {
-            assert_eq!(channel_message(doubtful), Message::Everything, "{doubtful}");
+            assert_eq!(channel_message(doubtful), ChannelMessage::Everything, "{doubtful}");
         }
     }
 
@@ -441,7 +443,7 @@ mod tests {
                 .into(),
         };
         let digest = Digest::of(b"t");
-        assert!(matches!(message(push(&keys.token(&digest)), &keys), Some(Message::Changed(_))));
+        assert!(matches!(message(push(&keys.token(&digest)), &keys), Some(ChannelMessage::Changed(_))));
         for other in
             [keys.replicas(), keys.waits(), keys.confirmed("a"), keys.token(&digest).to_uppercase(), digest.to_hex()]
         {

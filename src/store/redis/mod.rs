@@ -198,7 +198,7 @@ pub struct RedisStore {
     connector: Arc<Connector>,
     pool: Arc<RedisPool>,
     in_flight: Semaphore,
-    said: Arc<follow::Said>,
+    warnings: Arc<follow::RedisWarnings>,
 }
 
 impl RedisStore {
@@ -211,7 +211,7 @@ impl RedisStore {
             connector,
             pool: Arc::new(pool),
             in_flight: Semaphore::new(IN_FLIGHT),
-            said: Arc::default(),
+            warnings: Arc::default(),
             settings,
         })
     }
