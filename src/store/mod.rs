@@ -8,6 +8,7 @@ pub mod introspect;
 pub mod portable;
 pub mod postgres;
 mod problems;
+mod record;
 pub mod redis;
 mod settings;
 pub mod sqlite;

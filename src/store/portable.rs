@@ -2,6 +2,7 @@
 //! fields of a record are included, so that a list of one store can be imported into another without loss. The input
 //! may contain tokens: errors name the place and the reason, and never quote it.
 
+use super::record::{self, Field, RecordSource, Unsaid};
 use super::values::{LATEST, check_description, check_scope, check_user, parse_time, rfc3339};
 use super::{AdminError, TokenRecord};
 use crate::store::credential::Digest;
@@ -133,7 +134,6 @@ impl From<std::io::Error> for Stop {
     }
 }
 
-/// What is wrong with an entry, and where.
 struct EntryError {
     place: LinePlace,
     key: Option<&'static str>,
@@ -329,24 +329,12 @@ impl<R: BufRead> RecordLines<R> {
     }
 }
 
-/// The fields of an entry: those of a list, and a token instead of its digest.
-const KEYS: [&str; 15] = [
-    "token",
-    "sha256",
-    "id",
-    "user",
-    "scopes",
-    "description",
-    "created",
-    "not_before",
-    "expires",
-    "revoked",
-    "blocked",
-    "superseded",
-    "replaces",
-    "replaces_sha256",
-    "last_used",
-];
+/// What an entry may have besides the fields of a record: what a list shows of the digest, and a token instead of it.
+const ALSO: [&str; 4] = ["token", "sha256", "id", "replaces_sha256"];
+
+fn keys() -> impl Iterator<Item = &'static str> {
+    ALSO.into_iter().chain(Field::ALL.into_iter().map(Field::name))
+}
 
 /// The fields of one object, each with the text of its value.
 struct RawFields<'a>(Vec<(String, &'a RawValue)>);
@@ -362,7 +350,7 @@ impl<'de> Deserialize<'de> for RawFields<'de> {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut fields = Vec::with_capacity(KEYS.len());
+                let mut fields = Vec::new();
                 while let Some(field) = map.next_entry::<String, &'de RawValue>()? {
                     fields.push(field);
                 }
@@ -381,15 +369,16 @@ fn record(text: &str, now: u64) -> Result<TokenRecord, RecordError> {
         true => (offset(text, error.line(), error.column()), None, "the JSON breaks off or is malformed here".into()),
         false => (0, None, "must be a JSON object, with user, and token or sha256".to_owned()),
     })?;
-    let mut entry = EntryFields { text, fields: [None; KEYS.len()] };
+    let mut entry = EntryFields { text, fields: Vec::with_capacity(fields.len()) };
     for (name, value) in fields {
         let at = entry.offset(value);
-        let Some(index) = KEYS.iter().position(|key| *key == name) else {
-            return Err((at, None, format!("its key is not one of {}", KEYS.join(", "))));
+        let Some(key) = keys().find(|key| *key == name) else {
+            return Err((at, None, format!("its key is not one of {}", keys().collect::<Vec<_>>().join(", "))));
         };
-        if entry.fields[index].replace(value).is_some() {
-            return Err((at, Some(KEYS[index]), "stands there twice".into()));
+        if entry.fields.iter().any(|(known, _)| *known == key) {
+            return Err((at, Some(key), "stands there twice".into()));
         }
+        entry.fields.push((key, value));
     }
     entry.record(now)
 }
@@ -406,7 +395,7 @@ fn offset(text: &str, line: usize, column: usize) -> usize {
 
 struct EntryFields<'a> {
     text: &'a str,
-    fields: [Option<&'a RawValue>; KEYS.len()],
+    fields: Vec<(&'static str, &'a RawValue)>,
 }
 
 impl<'a> EntryFields<'a> {
@@ -417,8 +406,8 @@ impl<'a> EntryFields<'a> {
 
     /// A list contains `null` for absent values.
     fn value(&self, key: &'static str) -> Option<&'a RawValue> {
-        let index = KEYS.iter().position(|known| *known == key)?;
-        self.fields[index].filter(|value| value.get() != "null")
+        let (_, value) = self.fields.iter().find(|(known, _)| *known == key)?;
+        Some(*value).filter(|value| value.get() != "null")
     }
 
     fn wrong(&self, key: &'static str, why: impl Into<String>) -> RecordError {
@@ -430,29 +419,13 @@ impl<'a> EntryFields<'a> {
         self.value(key).map(read).transpose().map_err(|_| self.wrong(key, format!("must be {what}")))
     }
 
-    fn text(&self, key: &'static str) -> Result<Option<String>, RecordError> {
+    fn string(&self, key: &'static str) -> Result<Option<String>, RecordError> {
         self.read(key, "a text")
     }
 
-    fn time(&self, key: &'static str) -> Result<Option<u64>, RecordError> {
-        #[derive(Deserialize)]
-        #[serde(untagged)]
-        enum Time {
-            Seconds(u64),
-            Text(String),
-        }
-        let what = "a time like 2026-12-31T23:59:59Z";
-        let seconds = match self.read(key, what)? {
-            None => return Ok(None),
-            Some(Time::Seconds(seconds)) => Some(seconds).filter(|seconds| *seconds <= LATEST),
-            Some(Time::Text(text)) => parse_time(&text),
-        };
-        seconds.map(Some).ok_or_else(|| self.wrong(key, format!("must be {what}")))
-    }
-
-    fn digest(&self) -> Result<Digest, RecordError> {
-        let token = self.text("token")?;
-        let hex = self.text("sha256")?;
+    fn token(&self) -> Result<Digest, RecordError> {
+        let token = self.string("token")?;
+        let hex = self.string("sha256")?;
         let of_token = match &token {
             Some(token) if !is_token(token.as_bytes()) => {
                 return Err(self.wrong("token", "must be 1 to 255 visible ASCII characters"));
@@ -469,55 +442,90 @@ impl<'a> EntryFields<'a> {
         }
     }
 
-    fn replaces(&self) -> Result<Option<Digest>, RecordError> {
-        let whole = |key, hex: &str| Digest::from_hex(hex).ok_or_else(|| self.wrong(key, "must be 64 hex digits"));
-        let short = self.text("replaces")?;
-        match (self.text("replaces_sha256")?, short) {
+    fn record(&self, now: u64) -> Result<TokenRecord, RecordError> {
+        let digest = self.token()?;
+        if self.string("id")?.is_some_and(|id| !names(&id, &digest)) {
+            return Err(self.wrong("id", "is not the one of this token"));
+        }
+        let source = AtImport { entry: self, now };
+        record::read(digest, &source, &Unsaid { scopes: &[], created: now })
+    }
+}
+
+/// An entry at the time of its import.
+struct AtImport<'a> {
+    entry: &'a EntryFields<'a>,
+    now: u64,
+}
+
+impl RecordSource for AtImport<'_> {
+    type Error = RecordError;
+
+    fn text(&self, field: Field) -> Result<Option<String>, RecordError> {
+        let text = self.entry.string(field.name())?;
+        let check = if field == Field::User { check_user } else { check_description };
+        text.as_deref().map_or(Ok(()), check).map_err(|why| self.entry.wrong(field.name(), why))?;
+        Ok(text)
+    }
+
+    fn words(&self, field: Field) -> Result<Option<Vec<String>>, RecordError> {
+        let words: Option<Vec<String>> = self.entry.read(field.name(), "a list of texts")?;
+        match words.iter().flatten().find_map(|word| check_scope(word).err()) {
+            Some(why) => Err(self.entry.wrong(field.name(), format!("each {why}"))),
+            None => Ok(words),
+        }
+    }
+
+    fn time(&self, field: Field) -> Result<Option<u64>, RecordError> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Time {
+            Seconds(u64),
+            Text(String),
+        }
+        let what = "a time like 2026-12-31T23:59:59Z";
+        let seconds = match self.entry.read(field.name(), what)? {
+            None => return Ok(None),
+            Some(Time::Seconds(seconds)) => Some(seconds).filter(|seconds| *seconds <= LATEST),
+            Some(Time::Text(text)) => parse_time(&text),
+        };
+        seconds.map(Some).ok_or_else(|| self.entry.wrong(field.name(), format!("must be {what}")))
+    }
+
+    fn flag(&self, field: Field) -> Result<Option<bool>, RecordError> {
+        self.entry.read(field.name(), "true or false")
+    }
+
+    fn digest(&self, field: Field) -> Result<Option<Digest>, RecordError> {
+        let whole =
+            |key, hex: &str| Digest::from_hex(hex).ok_or_else(|| self.entry.wrong(key, "must be 64 hex digits"));
+        let short = self.entry.string(field.name())?;
+        match (self.entry.string("replaces_sha256")?, short) {
             (Some(hex), short) => {
                 let digest = whole("replaces_sha256", &hex)?;
                 match short {
                     Some(short) if !names(&short, &digest) => {
-                        Err(self.wrong("replaces", "is not the one of replaces_sha256"))
+                        Err(self.entry.wrong(field.name(), "is not the one of replaces_sha256"))
                     }
                     _ => Ok(Some(digest)),
                 }
             }
-            (None, Some(hex)) => whole("replaces", &hex).map(Some),
+            (None, Some(hex)) => whole(field.name(), &hex).map(Some),
             (None, None) => Ok(None),
         }
     }
 
-    fn record(&self, now: u64) -> Result<TokenRecord, RecordError> {
-        let digest = self.digest()?;
-        if self.text("id")?.is_some_and(|id| !names(&id, &digest)) {
-            return Err(self.wrong("id", "is not the one of this token"));
+    fn revoked(&self) -> Result<Option<u64>, RecordError> {
+        match self.entry.value(Field::Revoked.name()).map(RawValue::get) {
+            // The time of the revocation is unknown, so the current time is used.
+            Some("true") => Ok(Some(self.now)),
+            Some("false") => Ok(None),
+            _ => self.time(Field::Revoked),
         }
-        let user = self.text("user")?.ok_or_else(|| (0, Some("user"), "is missing".to_owned()))?;
-        check_user(&user).map_err(|why| self.wrong("user", why))?;
-        let scopes: Vec<String> = self.read("scopes", "a list of texts")?.unwrap_or_default();
-        if let Some(why) = scopes.iter().find_map(|scope| check_scope(scope).err()) {
-            return Err(self.wrong("scopes", format!("each {why}")));
-        }
-        let description = self.text("description")?.unwrap_or_default();
-        check_description(&description).map_err(|why| self.wrong("description", why))?;
-        Ok(TokenRecord {
-            scopes,
-            description,
-            created: self.time("created")?.unwrap_or(now),
-            not_before: self.time("not_before")?,
-            expires: self.time("expires")?,
-            revoked: match self.value("revoked").map(RawValue::get) {
-                // The time of the revocation is unknown, so the current time is used.
-                Some("true") => Some(now),
-                Some("false") => None,
-                _ => self.time("revoked")?,
-            },
-            blocked: self.read("blocked", "true or false")?.unwrap_or(false),
-            superseded: self.time("superseded")?,
-            replaces: self.replaces()?,
-            last_used: self.time("last_used")?,
-            ..TokenRecord::new(digest, user)
-        })
+    }
+
+    fn missing(&self, field: Field) -> RecordError {
+        (0, Some(field.name()), "is missing".into())
     }
 }
 
@@ -621,7 +629,7 @@ mod tests {
             (r#"{"user":"a","token":"S3CRET","sha256":"5f2b"}"#, "column 39: sha256: must be 64 hex"),
             (r#"{"user":"a"}"#, "column 1: give token or sha256"),
             (r#"{"user":"a","token":"t","expires":"S3CRET"}"#, "column 35: expires: must be a time"),
-            (r#"{"user":"a","token":"t","expires":"2026-01-01T00:00:00+02:00"}"#, "column 35: expires: must be a time"),
+            (r#"{"user":"a","token":"t","expires":"2026-01-01T00:00:00+25:00"}"#, "column 35: expires: must be a time"),
             (r#"{"user":"a","token":"t","created":1800000000000}"#, "column 35: created: must be a time"),
             (r#"{"user":"a","token":"t","last_used":-1}"#, "column 37: last_used: must be a time"),
             (r#"{"user":"a","token":"t","revoked":"yes"}"#, "column 35: revoked: must be a time"),

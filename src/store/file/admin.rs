@@ -1,13 +1,13 @@
 //! Writing to the token file. An edit keeps the notation of the file, including comments. The file is replaced
 //! atomically, and a command reports success only after it has read the change from the file again.
 
+use super::super::record::{Field, FieldValue, said};
 use super::super::{AdminError, Differing, Imported, Records, TokenAdmin, TokenRecord, rfc3339};
-use super::{Format, Stamp, Table, TokenShape, parse};
+use super::{Format, Stamp, Table, parse};
 use crate::store::credential::Digest;
 use async_trait::async_trait;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use serde::Serialize as _;
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io::{ErrorKind, Write as _};
@@ -30,38 +30,32 @@ pub struct FileAdmin {
 /// The change of one entry.
 enum Edit {
     Add(TokenRecord),
-    Set(Digest, Vec<FieldEdit>),
+    Set(Digest, Vec<Set>),
 }
 
+/// A field and its new value.
 #[derive(Clone, Copy)]
-enum FieldEdit {
+enum Set {
     Revoked(u64),
     Superseded(u64),
     Expires(u64),
     Blocked(bool),
 }
 
-impl FieldEdit {
-    const fn key(self) -> &'static str {
+impl Set {
+    const fn field(self) -> Field {
         match self {
-            Self::Revoked(_) => "revoked",
-            Self::Superseded(_) => "superseded",
-            Self::Expires(_) => "expires",
-            Self::Blocked(_) => "blocked",
+            Self::Revoked(_) => Field::Revoked,
+            Self::Superseded(_) => Field::Superseded,
+            Self::Expires(_) => Field::Expires,
+            Self::Blocked(_) => Field::Blocked,
         }
     }
 
-    fn toml(self) -> Value {
+    const fn value(self) -> FieldValue<'static> {
         match self {
-            Self::Revoked(time) | Self::Superseded(time) | Self::Expires(time) => rfc3339(time).into(),
-            Self::Blocked(blocked) => blocked.into(),
-        }
-    }
-
-    fn json(self) -> serde_json::Value {
-        match self {
-            Self::Revoked(time) | Self::Superseded(time) | Self::Expires(time) => rfc3339(time).into(),
-            Self::Blocked(blocked) => blocked.into(),
+            Self::Revoked(time) | Self::Superseded(time) | Self::Expires(time) => FieldValue::Time(time),
+            Self::Blocked(blocked) => FieldValue::Flag(blocked),
         }
     }
 
@@ -73,6 +67,32 @@ impl FieldEdit {
             Self::Blocked(blocked) => record.blocked = blocked,
         }
     }
+}
+
+fn to_toml(value: FieldValue<'_>) -> Value {
+    match value {
+        FieldValue::Text(text) => text.into(),
+        FieldValue::Words(words) => Value::Array(words.iter().collect()),
+        FieldValue::Time(seconds) => rfc3339(seconds).into(),
+        FieldValue::Flag(flag) => flag.into(),
+        FieldValue::Digest(digest) => digest.to_hex().into(),
+    }
+}
+
+fn to_json(value: FieldValue<'_>) -> serde_json::Value {
+    match value {
+        FieldValue::Text(text) => text.into(),
+        FieldValue::Words(words) => words.into(),
+        FieldValue::Time(seconds) => rfc3339(seconds).into(),
+        FieldValue::Flag(flag) => flag.into(),
+        FieldValue::Digest(digest) => digest.to_hex().into(),
+    }
+}
+
+/// An entry: the digest, and all that the record says.
+fn entry(record: &TokenRecord) -> impl Iterator<Item = (&'static str, FieldValue<'_>)> {
+    let digest = std::iter::once(("sha256", FieldValue::Digest(&record.digest)));
+    digest.chain(said(record).map(|(field, value)| (field.name(), value)))
 }
 
 impl Edit {
@@ -283,11 +303,11 @@ impl FileAdmin {
 }
 
 /// Splits edits into changes, by token, and additions.
-fn sorted(edits: &[Edit]) -> (HashMap<Digest, &[FieldEdit]>, Vec<TokenShape>) {
+fn sorted(edits: &[Edit]) -> (HashMap<Digest, &[Set]>, Vec<&TokenRecord>) {
     let (mut set, mut add) = (HashMap::new(), Vec::new());
     for edit in edits {
         match edit {
-            Edit::Add(record) => add.push(TokenShape::from(record)),
+            Edit::Add(record) => add.push(record),
             Edit::Set(digest, fields) => {
                 set.insert(*digest, fields.as_slice());
             }
@@ -296,13 +316,13 @@ fn sorted(edits: &[Edit]) -> (HashMap<Digest, &[FieldEdit]>, Vec<TokenShape>) {
     (set, add)
 }
 
-fn edit_toml(text: &str, edits: &[Edit]) -> Result<String, String> {
+fn edit_toml(text: &str, edits: &[Edit]) -> Result<String, NotEditable> {
     // The library uses its own line ends.
     let lines = text.matches('\n').count();
     let has_crlf = lines > 0 && text.matches("\r\n").count() == lines;
     let text = if has_crlf { text.replace("\r\n", "\n") } else { text.to_owned() };
     // The parser's own message may quote the text.
-    let mut file: DocumentMut = text.parse().map_err(|_| "is no TOML that can be edited".to_owned())?;
+    let mut file: DocumentMut = text.parse().map_err(|_| NotEditable::Toml)?;
     let (set, add) = sorted(edits);
     let fields = |entry: &dyn TableLike| {
         let digest = entry.get("sha256").and_then(Item::as_str).and_then(Digest::from_hex)?;
@@ -320,8 +340,8 @@ fn edit_toml(text: &str, edits: &[Edit]) -> Result<String, String> {
             }
             let mut before = trailing;
             let is_added = !add.is_empty();
-            for shape in add {
-                let mut table = inline(&shape)?.into_table();
+            for record in add {
+                let mut table = inline(record).into_table();
                 table.decor_mut().set_prefix(std::mem::take(&mut before) + "\n");
                 tables.push(table);
             }
@@ -337,49 +357,50 @@ fn edit_toml(text: &str, edits: &[Edit]) -> Result<String, String> {
                     fields.iter().for_each(|field| set_inline(table, *field));
                 }
             }
-            for shape in add {
-                push(array, inline(&shape)?);
+            for record in add {
+                push(array, inline(record));
             }
         }
-        _ => return Err("`token` is no list".into()),
+        _ => return Err(NotEditable::List),
     }
     let text = file.to_string();
     Ok(if has_crlf { text.replace('\n', "\r\n") } else { text })
 }
 
-fn inline(shape: &TokenShape) -> Result<InlineTable, String> {
-    let why = || "a record can't be written as TOML".to_owned();
-    let Ok(Value::InlineTable(mut table)) = shape.serialize(toml_edit::ser::ValueSerializer::new()) else {
-        return Err(why());
-    };
-    for (_, value) in table.iter_mut() {
+fn inline(record: &TokenRecord) -> InlineTable {
+    let mut table = InlineTable::new();
+    for (key, value) in entry(record) {
+        let mut value = to_toml(value);
         // On one line, whatever the text contains: the file's line ends are not part of it.
-        if let Some(text) = value.as_str().filter(|text| text.contains(['\n', '\r'])) {
-            let escaped = serde_json::to_string(text).map_err(|_| why())?.replace('\u{7f}', "\\u007f");
-            *value = escaped.parse().map_err(|_| why())?;
+        if let Some(text) = value.as_str().filter(|text| text.contains(['\n', '\r']))
+            && let Ok(escaped) = serde_json::Value::from(text).to_string().replace('\u{7f}', "\\u007f").parse()
+        {
+            value = escaped;
         }
+        table.insert(key, value);
     }
     table.fmt();
-    Ok(table)
+    table
 }
 
 /// Sets a key's value. White space and comments around the old value are preserved.
-fn set_in(table: &mut dyn TableLike, field: FieldEdit) {
-    let mut new = field.toml();
-    match table.get_mut(field.key()).and_then(Item::as_value_mut) {
+fn set_in(table: &mut dyn TableLike, set: Set) {
+    let (key, mut new) = (set.field().name(), to_toml(set.value()));
+    match table.get_mut(key).and_then(Item::as_value_mut) {
         Some(old) => {
             *new.decor_mut() = old.decor().clone();
             *old = new;
         }
         None => {
-            table.insert(field.key(), Item::Value(new));
+            table.insert(key, Item::Value(new));
         }
     }
 }
 
-fn set_inline(table: &mut InlineTable, field: FieldEdit) {
-    if table.contains_key(field.key()) {
-        return set_in(table, field);
+fn set_inline(table: &mut InlineTable, set: Set) {
+    let key = set.field().name();
+    if table.contains_key(key) {
+        return set_in(table, set);
     }
     // A comment after the last value is moved to the new one.
     let last = table.iter_mut().last().map(|(_, value)| value);
@@ -388,10 +409,10 @@ fn set_inline(table: &mut InlineTable, field: FieldEdit) {
         value.decor_mut().set_suffix("");
         behind
     });
-    let mut new = field.toml();
+    let mut new = to_toml(set.value());
     new.decor_mut().set_prefix(" ");
     new.decor_mut().set_suffix(behind.unwrap_or_default());
-    table.insert(field.key(), new);
+    table.insert(key, new);
 }
 
 /// Adds an entry in the style of the existing ones: below them, or after them on one line.
@@ -434,23 +455,37 @@ fn push(array: &mut Array, table: InlineTable) {
     array.push_formatted(value);
 }
 
-fn edit_json(text: &str, edits: &[Edit]) -> Result<String, String> {
-    let malformed = |error: serde_json::Error| format!("line {}: is no JSON that can be edited", error.line());
+fn edit_json(text: &str, edits: &[Edit]) -> Result<String, NotEditable> {
+    let malformed = |error: serde_json::Error| NotEditable::Json { line: error.line() };
     let mut file: serde_json::Value = serde_json::from_str(text).map_err(malformed)?;
     let (set, add) = sorted(edits);
-    let file_fields = file.as_object_mut().ok_or("is no JSON object")?;
+    let file_fields = file.as_object_mut().ok_or(NotEditable::Object)?;
     let entries = file_fields.entry("token").or_insert_with(|| serde_json::Value::Array(Vec::new()));
-    let entries = entries.as_array_mut().ok_or("`token` is no list")?;
+    let entries = entries.as_array_mut().ok_or(NotEditable::List)?;
     for entry in entries.iter_mut() {
         let digest = entry.get("sha256").and_then(serde_json::Value::as_str).and_then(Digest::from_hex);
-        for field in digest.and_then(|digest| set.get(&digest).copied()).into_iter().flatten() {
-            entry[field.key()] = field.json();
+        for set in digest.and_then(|digest| set.get(&digest).copied()).into_iter().flatten() {
+            entry[set.field().name()] = to_json(set.value());
         }
     }
-    for shape in add {
-        entries.push(serde_json::to_value(shape).map_err(malformed)?);
-    }
+    entries.extend(add.into_iter().map(|record| {
+        let fields = entry(record).map(|(key, value)| (key.to_owned(), to_json(value)));
+        serde_json::Value::Object(fields.collect())
+    }));
     write_json(&file, &indent_of(text)).map_err(malformed)
+}
+
+/// Why a file cannot be edited. Never quotes it.
+#[derive(Debug, thiserror::Error)]
+enum NotEditable {
+    #[error("is no TOML that can be edited")]
+    Toml,
+    #[error("line {line}: is no JSON that can be edited")]
+    Json { line: usize },
+    #[error("is no JSON object")]
+    Object,
+    #[error("`token` is no list")]
+    List,
 }
 
 /// The indentation of the first key after the first line; two blanks if there is none.
@@ -514,7 +549,7 @@ impl TokenAdmin for FileAdmin {
     async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
         self.change(|table| match table.get(digest).ok_or(AdminError::Missing)?.revoked {
             Some(_) => Ok((Vec::new(), false)),
-            None => Ok((vec![Edit::Set(*digest, vec![FieldEdit::Revoked(at)])], true)),
+            None => Ok((vec![Edit::Set(*digest, vec![Set::Revoked(at)])], true)),
         })
         .await
     }
@@ -526,7 +561,7 @@ impl TokenAdmin for FileAdmin {
                 return Err(AdminError::Exists);
             }
             let next = TokenRecord { replaces: Some(*old), ..next.clone() };
-            let old = Edit::Set(*old, vec![FieldEdit::Superseded(at), FieldEdit::Expires(end)]);
+            let old = Edit::Set(*old, vec![Set::Superseded(at), Set::Expires(end)]);
             Ok((vec![old, Edit::Add(next)], ()))
         })
         .await
@@ -537,7 +572,7 @@ impl TokenAdmin for FileAdmin {
             let differs = |record: &&TokenRecord| record.user == user && record.blocked != blocked;
             let digests: HashSet<_> = table.values().filter(differs).map(|record| record.digest).collect();
             let count = digests.len() as u64;
-            let edit = |digest| Edit::Set(digest, vec![FieldEdit::Blocked(blocked)]);
+            let edit = |digest| Edit::Set(digest, vec![Set::Blocked(blocked)]);
             Ok((digests.into_iter().map(edit).collect(), count))
         })
         .await
@@ -569,7 +604,7 @@ mod tests {
     }
 
     fn edits() -> Vec<Edit> {
-        let fields = vec![FieldEdit::Revoked(1_700_000_000), FieldEdit::Blocked(true)];
+        let fields = vec![Set::Revoked(1_700_000_000), Set::Blocked(true)];
         let added = TokenRecord { created: 5, ..TokenRecord::new(Digest::of(b"new"), "n \"q\" \\ é") };
         let other = TokenRecord {
             scopes: vec!["a".into()],
@@ -616,7 +651,7 @@ mod tests {
             let blocked = edited(
                 Format::Toml,
                 &new,
-                &[Edit::Set(Digest::of(b"other"), vec![FieldEdit::Blocked(true), FieldEdit::Expires(7)])],
+                &[Edit::Set(Digest::of(b"other"), vec![Set::Blocked(true), Set::Expires(7)])],
             );
             assert!(blocked.matches("blocked = true").count() == 2, "{blocked}");
         }

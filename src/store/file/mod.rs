@@ -6,13 +6,14 @@ mod follow;
 
 pub use admin::FileAdmin;
 
-use super::{Change, Heard, Named, StoreError, TokenRecord, TokenStore, feed, parse_time, rfc3339};
+use super::record::{self, Field, RecordSource, Unsaid};
+use super::{Change, Heard, Named, StoreError, TokenRecord, TokenStore, feed, parse_time};
 use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -55,64 +56,105 @@ impl Stamp {
 }
 
 /// The same in both languages; a file that ends in `.json` is JSON.
-#[derive(Default, Serialize, Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FileShape {
     #[serde(default)]
     token: Vec<TokenShape>,
 }
 
-#[derive(Serialize, Deserialize)]
+/// An entry as the parsers read it, with its types checked. What its texts mean is read by [`Entry`].
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TokenShape {
     sha256: String,
     user: String,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     scopes: Vec<String>,
-    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[serde(default)]
     description: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
     created: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     not_before: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     expires: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     revoked: Option<Revoked>,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[serde(default)]
     blocked: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
     superseded: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     replaces: Option<String>,
     /// As another store knew it; gateways write nothing here.
-    #[serde(skip_serializing_if = "Option::is_none")]
     last_used: Option<String>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 #[serde(untagged)]
 enum Revoked {
     Flag(bool),
     Since(String),
 }
 
-impl From<&TokenRecord> for TokenShape {
-    fn from(record: &TokenRecord) -> Self {
-        Self {
-            sha256: record.digest.to_hex(),
-            user: record.user.clone(),
-            scopes: record.scopes.clone(),
-            description: record.description.clone(),
-            created: Some(rfc3339(record.created)),
-            not_before: record.not_before.map(rfc3339),
-            expires: record.expires.map(rfc3339),
-            revoked: record.revoked.map(|at| Revoked::Since(rfc3339(at))),
-            blocked: record.blocked,
-            superseded: record.superseded.map(rfc3339),
-            replaces: record.replaces.map(Digest::to_hex),
-            last_used: record.last_used.map(rfc3339),
+/// An entry of the file, and its place there.
+struct Entry {
+    index: usize,
+    token: TokenShape,
+}
+
+impl Entry {
+    fn broken(&self, key: &'static str, what: &'static str) -> Broken {
+        Broken::Entry { index: self.index, key, what }
+    }
+
+    fn unix_seconds(&self, field: Field, text: &str) -> Result<u64, Broken> {
+        parse_time(text).ok_or_else(|| self.broken(field.name(), "must be a time like 2026-12-31T23:59:59Z"))
+    }
+}
+
+impl RecordSource for Entry {
+    type Error = Broken;
+
+    fn text(&self, field: Field) -> Result<Option<String>, Broken> {
+        Ok(match field {
+            Field::User => Some(self.token.user.clone()),
+            Field::Description => Some(self.token.description.clone()),
+            _ => None,
+        })
+    }
+
+    fn words(&self, _: Field) -> Result<Option<Vec<String>>, Broken> {
+        Ok(Some(self.token.scopes.clone()))
+    }
+
+    fn time(&self, field: Field) -> Result<Option<u64>, Broken> {
+        let text = match field {
+            Field::Created => &self.token.created,
+            Field::NotBefore => &self.token.not_before,
+            Field::Expires => &self.token.expires,
+            Field::Superseded => &self.token.superseded,
+            Field::LastUsed => &self.token.last_used,
+            _ => &None,
+        };
+        text.as_ref().map(|text| self.unix_seconds(field, text)).transpose()
+    }
+
+    fn flag(&self, _: Field) -> Result<Option<bool>, Broken> {
+        Ok(Some(self.token.blocked))
+    }
+
+    fn digest(&self, field: Field) -> Result<Option<Digest>, Broken> {
+        let hex = self.token.replaces.as_deref();
+        hex.map(|hex| Digest::from_hex(hex).ok_or_else(|| self.broken(field.name(), "must be 64 hex digits")))
+            .transpose()
+    }
+
+    fn revoked(&self) -> Result<Option<u64>, Broken> {
+        match &self.token.revoked {
+            None | Some(Revoked::Flag(false)) => Ok(None),
+            Some(Revoked::Flag(true)) => Ok(Some(0)),
+            Some(Revoked::Since(text)) => self.unix_seconds(Field::Revoked, text).map(Some),
         }
+    }
+
+    fn missing(&self, field: Field) -> Broken {
+        self.broken(field.name(), "must not be empty")
     }
 }
 
@@ -280,41 +322,12 @@ fn parse(text: &str, format: Format) -> Result<Table, Broken> {
     let file = format.shape(text)?;
     let mut table = HashMap::with_capacity(file.token.len());
     for (index, token) in file.token.into_iter().enumerate() {
-        let place = |key, what| Broken::Entry { index, key, what };
-        let digest = Digest::from_hex(&token.sha256).ok_or_else(|| {
-            place("sha256", "must be 64 hex digits, the SHA-256 of the token (printf %s TOKEN | sha256sum)")
+        let entry = Entry { index, token };
+        let digest = Digest::from_hex(&entry.token.sha256).ok_or_else(|| {
+            entry.broken("sha256", "must be 64 hex digits, the SHA-256 of the token (printf %s TOKEN | sha256sum)")
         })?;
-        let time = |key, text: &Option<String>| match text {
-            Some(text) => {
-                parse_time(text).map(Some).ok_or_else(|| place(key, "must be a time like 2026-12-31T23:59:59Z"))
-            }
-            None => Ok(None),
-        };
-        let revoked = match &token.revoked {
-            None | Some(Revoked::Flag(false)) => None,
-            Some(Revoked::Flag(true)) => Some(0),
-            Some(Revoked::Since(text)) => time("revoked", &Some(text.clone()))?,
-        };
-        let replaces = token
-            .replaces
-            .as_deref()
-            .map(|hex| Digest::from_hex(hex).ok_or_else(|| place("replaces", "must be 64 hex digits")));
-        let record = TokenRecord {
-            digest,
-            scopes: token.scopes,
-            description: token.description,
-            created: time("created", &token.created)?.unwrap_or(0),
-            not_before: time("not_before", &token.not_before)?,
-            expires: time("expires", &token.expires)?,
-            revoked,
-            blocked: token.blocked,
-            superseded: time("superseded", &token.superseded)?,
-            replaces: replaces.transpose()?,
-            last_used: time("last_used", &token.last_used)?,
-            user: token.user,
-        };
-        if table.insert(digest, record).is_some() {
-            return Err(place("sha256", "stands in the file twice: which one holds?"));
+        if table.insert(digest, record::read(digest, &entry, &Unsaid::NOTHING)?).is_some() {
+            return Err(entry.broken("sha256", "stands in the file twice: which one holds?"));
         }
     }
     Ok(table)

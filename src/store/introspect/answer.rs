@@ -1,6 +1,7 @@
 //! Interprets the body of a response. Pure: bytes in, a record or an error out. Errors name places in the response and
 //! never its values.
 
+use super::super::values::parse_scopes;
 use super::super::{StoreError, TokenRecord};
 use crate::store::credential::Digest;
 use hyper::StatusCode;
@@ -71,7 +72,7 @@ impl Shape {
         let wrong = || garbage(format!("what stands at {pointer} is neither a list of texts nor a text"));
         match value.pointer(pointer) {
             None | Some(Value::Null) => Ok(self.default_scopes.clone()),
-            Some(Value::String(text)) => Ok(text.split_ascii_whitespace().map(str::to_owned).collect()),
+            Some(Value::String(text)) => parse_scopes(text).ok_or_else(wrong),
             Some(Value::Array(list)) => {
                 list.iter().map(|scope| scope.as_str().map(str::to_owned).ok_or_else(wrong)).collect()
             }

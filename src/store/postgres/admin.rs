@@ -2,7 +2,8 @@
 
 use super::super::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
 use super::connect::{self, EndsWith, QueryFailure, Reached, Target};
-use super::{PostgresSettings, Source, schema};
+use super::schema::{self, Parameters};
+use super::{PostgresSettings, Source};
 use crate::store::credential::Digest;
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
@@ -11,7 +12,7 @@ use std::pin::pin;
 use std::time::Duration;
 use tokio_postgres::binary_copy::BinaryCopyInWriter;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Error, GenericClient};
 
 const CONNECT: Duration = Duration::from_secs(10);
@@ -19,23 +20,6 @@ const CONNECT: Duration = Duration::from_secs(10);
 const STATEMENT: Duration = Duration::from_secs(30);
 /// How long rows of `change` are kept: longer than a gateway after a restart asks for.
 const CHANGES_KEPT: Duration = Duration::from_secs(3_600);
-
-const INSERT: &str = "INSERT INTO {schema}.token (digest, \"user\", scopes, description, created, not_before, expires, \
-    revoked, blocked, superseded, replaces, last_used) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)";
-const TYPES: [Type; 12] = [
-    Type::BYTEA,
-    Type::TEXT,
-    Type::TEXT_ARRAY,
-    Type::TEXT,
-    Type::INT8,
-    Type::INT8,
-    Type::INT8,
-    Type::INT8,
-    Type::BOOL,
-    Type::INT8,
-    Type::BYTEA,
-    Type::INT8,
-];
 
 /// A connection of the command line.
 pub(super) struct Session {
@@ -147,44 +131,9 @@ fn seconds(time: u64) -> i64 {
     i64::try_from(time).unwrap_or(i64::MAX)
 }
 
-/// A record as parameters of [`INSERT`].
-struct Values<'a> {
-    digest: &'a [u8],
-    record: &'a TokenRecord,
-    times: [Option<i64>; 6],
-    replaces: Option<&'a [u8]>,
-}
-
-impl<'a> Values<'a> {
-    fn of(record: &'a TokenRecord) -> Self {
-        let TokenRecord { not_before, expires, revoked, superseded, last_used, .. } = *record;
-        let times = [Some(record.created), not_before, expires, revoked, superseded, last_used];
-        Self {
-            digest: record.digest.as_bytes(),
-            record,
-            times: times.map(|time| time.map(seconds)),
-            replaces: record.replaces.as_ref().map(|digest| digest.as_bytes().as_slice()),
-        }
-    }
-
-    fn list(&self) -> [&(dyn ToSql + Sync); 12] {
-        let [created, not_before, expires, revoked, superseded, last_used] = &self.times;
-        let record = self.record;
-        [
-            &self.digest,
-            &record.user,
-            &record.scopes,
-            &record.description,
-            created,
-            not_before,
-            expires,
-            revoked,
-            &record.blocked,
-            superseded,
-            &self.replaces,
-            last_used,
-        ]
-    }
+fn insert_sql() -> String {
+    let parameters: Vec<_> = (1..=schema::COLUMNS_COUNT).map(|number| format!("${number}")).collect();
+    format!("INSERT INTO {{schema}}.token ({}) VALUES ({})", schema::COLUMNS, parameters.join(", "))
 }
 
 /// Text that PostgreSQL cannot store.
@@ -198,7 +147,7 @@ fn check(record: &TokenRecord) -> Result<(), AdminError> {
 
 async fn insert(client: &impl GenericClient, sql: &str, record: &TokenRecord, place: &str) -> Result<(), AdminError> {
     check(record)?;
-    client.execute(sql, &Values::of(record).list()).await.map_err(|error| failed(place, &error))?;
+    client.execute(sql, &Parameters::of(record).list()).await.map_err(|error| failed(place, &error))?;
     Ok(())
 }
 
@@ -206,15 +155,15 @@ async fn insert(client: &impl GenericClient, sql: &str, record: &TokenRecord, pl
 impl TokenAdmin for PostgresAdmin {
     async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
         self.prune().await?;
-        insert(&self.session.client, &self.fill(INSERT), record, &self.session.place).await
+        insert(&self.session.client, &self.fill(&insert_sql()), record, &self.session.place).await
     }
 
     async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
         self.prune().await?;
-        let insert = self.fill(
-            "INSERT INTO {schema}.token (digest, \"user\", scopes, description, created, not_before, expires, revoked, \
-            blocked, superseded, replaces, last_used) SELECT * FROM pg_temp.tollgate_import ON CONFLICT DO NOTHING",
-        );
+        let insert = self.fill(&format!(
+            "INSERT INTO {{schema}}.token ({}) SELECT * FROM pg_temp.tollgate_import ON CONFLICT DO NOTHING",
+            schema::COLUMNS
+        ));
         // Of existing tokens: the fields that matter, in the input and in the table.
         let differ = self.fill(&format!(
             "SELECT {}, {} FROM pg_temp.tollgate_import g JOIN {{schema}}.token k ON k.digest = g.digest \
@@ -233,11 +182,11 @@ impl TokenAdmin for PostgresAdmin {
             replaces bytea, last_used bigint) ON COMMIT DROP";
         transaction.batch_execute(prepare).await.map_err(failed)?;
         let copy = "COPY pg_temp.tollgate_import FROM STDIN (FORMAT binary)";
-        let mut rows = pin!(BinaryCopyInWriter::new(transaction.copy_in(copy).await.map_err(failed)?, &TYPES));
+        let mut rows = pin!(BinaryCopyInWriter::new(transaction.copy_in(copy).await.map_err(failed)?, &schema::TYPES));
         for record in records {
             let record = record?;
             check(&record)?;
-            rows.as_mut().write(&Values::of(&record).list()).await.map_err(failed)?;
+            rows.as_mut().write(&Parameters::of(&record).list()).await.map_err(failed)?;
         }
         rows.finish().await.map_err(failed)?;
         let mut imported =
@@ -299,7 +248,7 @@ impl TokenAdmin for PostgresAdmin {
         self.prune().await?;
         let (find, add, supersede) = (
             self.fill("SELECT revoked, superseded, expires FROM {schema}.token WHERE digest = $1 FOR UPDATE"),
-            self.fill(INSERT),
+            self.fill(&insert_sql()),
             self.fill("UPDATE {schema}.token SET superseded = $2, expires = $3 WHERE digest = $1"),
         );
         let key = old.as_bytes().as_slice();

@@ -1,7 +1,7 @@
 //! Interprets a row of a table that tollgate does not own. Columns are found by name and checked by type; a value that
 //! cannot be interpreted is an error, never a guess.
 
-use super::super::TokenRecord;
+use super::super::{TokenRecord, values::parse_scopes};
 use super::connect::QueryFailure;
 use crate::store::credential::Digest;
 use std::error::Error;
@@ -233,64 +233,15 @@ impl Cell<'_> {
             return Vec::<String>::from_sql(&self.kind, self.raw).map_err(|_| self.garbage());
         }
         let text = text.and_then(|text| std::str::from_utf8(text).ok()).ok_or_else(|| self.garbage())?;
-        scopes(text).ok_or_else(|| {
+        parse_scopes(text).ok_or_else(|| {
             QueryFailure::garbage("scopes are neither words, nor a JSON array of strings, nor a YAML list: give text[]")
         })
     }
 }
 
-/// Words, a JSON array, or a YAML list.
-fn scopes(text: &str) -> Option<Vec<String>> {
-    let text = text.trim();
-    if text.starts_with('[') {
-        return serde_json::from_str(text).ok();
-    }
-    let Some(yaml) = text.strip_prefix("---") else {
-        let plain = !text.starts_with(['{', '"']);
-        return plain.then(|| text.split_whitespace().map(str::to_owned).collect());
-    };
-    let yaml = yaml.trim();
-    if let Some(flow) = yaml.strip_prefix('[') {
-        let names = flow.strip_suffix(']')?.split(',').filter(|name| !name.trim().is_empty());
-        return names.map(yaml_name).collect();
-    }
-    yaml.lines().map(|line| yaml_name(line.trim_start().strip_prefix("- ")?)).collect()
-}
-
-/// `api`, `'api'`, `"api"`, and Ruby's `:api`.
-fn yaml_name(text: &str) -> Option<String> {
-    let text = text.trim();
-    let text = text.strip_prefix(':').unwrap_or(text);
-    let bare = ['"', '\''].iter().find_map(|quote| text.strip_prefix(*quote)?.strip_suffix(*quote)).unwrap_or(text);
-    let fine = !bare.is_empty() && bare.chars().all(|c| c.is_ascii_alphanumeric() || "_-.:/".contains(c));
-    fine.then(|| bare.to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn scopes_in_every_spelling() {
-        let two = Some(vec!["api".to_owned(), "read_user".to_owned()]);
-        for text in [
-            "api read_user",
-            " api\tread_user\n",
-            r#"["api", "read_user"]"#,
-            "---\n- api\n- read_user\n",
-            "---\n- :api\n- 'read_user'\n",
-            "--- [api, \"read_user\"]\n",
-            "---\r\n  - api\r\n  - read_user\r\n",
-        ] {
-            assert_eq!(scopes(text), two, "{text:?}");
-        }
-        for text in ["", " ", "[]", "--- []\n", "---\n"] {
-            assert_eq!(scopes(text), Some(vec![]), "{text:?}");
-        }
-        for text in ["[1]", "[", "{}", "{api,read_user}", "---\napi: true\n", "--- {a: b}", "---\n- [a]\n", "\"api\""] {
-            assert_eq!(scopes(text), None, "{text:?}");
-        }
-    }
 
     #[test]
     fn times_in_every_type() {

@@ -1,10 +1,14 @@
 //! tollgate's own tables in PostgreSQL: creation and migration, and the queries on them.
 
 use super::super::TokenRecord;
+use super::super::record::{self, Field, FieldValue, RecordSource, Unsaid};
 use super::connect::{MIGRATE, QueryFailure};
 use crate::problem::Problem;
 use crate::store::credential::Digest;
+use bytes::BytesMut;
+use std::error::Error;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, Row};
 
 /// Numbered from 1, and never changed once released.
@@ -22,10 +26,10 @@ const LOCK: i64 = 0x746f_6c6c_6761_7465;
 pub(super) const LOOKUP: &str = "SELECT '{mark}'::text, v.version, v.readers_from, t.digest, t.\"user\", t.scopes, \
     t.description, t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used \
     FROM {schema}.version v LEFT JOIN {schema}.token t ON t.digest OPERATOR(pg_catalog.=) $1::bytea";
-/// The columns of a record, in the order that `record` reads.
+/// The digest, and the fields of a record in their order.
 pub(super) const COLUMNS: &str = "digest, \"user\", scopes, description, created, not_before, expires, revoked, blocked, \
     superseded, replaces, last_used";
-pub(super) const COLUMNS_COUNT: usize = 12;
+pub(super) const COLUMNS_COUNT: usize = Field::ALL.len() + 1;
 pub(super) const NOTE_USES: &str = "UPDATE {schema}.token t SET last_used = u.at \
     FROM ROWS FROM (pg_catalog.unnest($1::bytea[]), pg_catalog.unnest($2::bigint[])) AS u (digest, at) \
     WHERE t.digest OPERATOR(pg_catalog.=) u.digest \
@@ -125,45 +129,117 @@ pub(super) fn changed(rows: &[Row]) -> Result<Option<Vec<Digest>>, QueryFailure>
             return Ok(None);
         }
     }
-    rest.iter().map(|row| digest(row, 1)).collect::<Result<_, _>>().map(Some)
+    let gone = || QueryFailure::garbage("a change without a digest");
+    rest.iter().map(|row| digest(row, 1)?.ok_or_else(gone)).collect::<Result<_, _>>().map(Some)
 }
 
 fn misread(_: tokio_postgres::Error) -> QueryFailure {
     QueryFailure::garbage(format!("a value in tollgate's tables is of another type than it was made with: {MIGRATE}"))
 }
 
-fn digest(row: &Row, at: usize) -> Result<Digest, QueryFailure> {
-    let bytes: &[u8] = row.try_get(at).map_err(misread)?;
-    let bytes = bytes.try_into().map_err(|_| QueryFailure::garbage("a digest that is not 32 bytes long"))?;
-    Ok(Digest::from_bytes(bytes))
+fn digest(row: &Row, at: usize) -> Result<Option<Digest>, QueryFailure> {
+    let bytes: Option<&[u8]> = row.try_get(at).map_err(misread)?;
+    let bytes = bytes.map(|bytes| bytes.try_into().map(Digest::from_bytes)).transpose();
+    bytes.map_err(|_| QueryFailure::garbage("a digest that is not 32 bytes long"))
 }
 
 /// Reads [`COLUMNS`], beginning at a column.
 pub(super) fn record(row: &Row, from: usize) -> Result<TokenRecord, QueryFailure> {
-    let time = |at: usize| -> Result<Option<u64>, QueryFailure> {
-        let seconds: Option<i64> = row.try_get(from + at).map_err(misread)?;
-        let seconds = seconds.map(u64::try_from).transpose();
-        seconds.map_err(|_| QueryFailure::garbage("a time before 1970 in tollgate's tables"))
-    };
-    let user: String = row.try_get(from + 1).map_err(misread)?;
-    if user.is_empty() {
-        return Err(QueryFailure::garbage("a token without a user in tollgate's tables"));
+    let digest = digest(row, from)?.ok_or_else(|| QueryFailure::garbage("a record without a digest"))?;
+    record::read(digest, &OwnRow { row, from }, &Unsaid::NOTHING)
+}
+
+/// A row of tollgate's own table, from a column on.
+struct OwnRow<'a> {
+    row: &'a Row,
+    from: usize,
+}
+
+impl OwnRow<'_> {
+    fn get<'a, T: FromSql<'a>>(&'a self, field: Field) -> Result<Option<T>, QueryFailure> {
+        self.row.try_get(self.from + field.column()).map_err(misread)
     }
-    let replaces: Option<&[u8]> = row.try_get(from + 10).map_err(misread)?;
-    Ok(TokenRecord {
-        digest: digest(row, from)?,
-        user,
-        scopes: row.try_get(from + 2).map_err(misread)?,
-        description: row.try_get(from + 3).map_err(misread)?,
-        created: time(4)?.unwrap_or(0),
-        not_before: time(5)?,
-        expires: time(6)?,
-        revoked: time(7)?,
-        blocked: row.try_get(from + 8).map_err(misread)?,
-        superseded: time(9)?,
-        replaces: replaces.map(|_| digest(row, from + 10)).transpose()?,
-        last_used: time(11)?,
-    })
+}
+
+impl RecordSource for OwnRow<'_> {
+    type Error = QueryFailure;
+
+    fn text(&self, field: Field) -> Result<Option<String>, QueryFailure> {
+        self.get(field)
+    }
+
+    fn words(&self, field: Field) -> Result<Option<Vec<String>>, QueryFailure> {
+        self.get(field)
+    }
+
+    fn time(&self, field: Field) -> Result<Option<u64>, QueryFailure> {
+        let seconds = self.get::<i64>(field)?.map(u64::try_from).transpose();
+        seconds.map_err(|_| QueryFailure::garbage("a time before 1970 in tollgate's tables"))
+    }
+
+    fn flag(&self, field: Field) -> Result<Option<bool>, QueryFailure> {
+        self.get(field)
+    }
+
+    fn digest(&self, field: Field) -> Result<Option<Digest>, QueryFailure> {
+        digest(self.row, self.from + field.column())
+    }
+
+    fn missing(&self, _: Field) -> QueryFailure {
+        QueryFailure::garbage("a token without a user in tollgate's tables")
+    }
+}
+
+/// The types of [`COLUMNS`].
+pub(super) const TYPES: [Type; COLUMNS_COUNT] = [
+    Type::BYTEA,
+    Type::TEXT,
+    Type::TEXT_ARRAY,
+    Type::TEXT,
+    Type::INT8,
+    Type::INT8,
+    Type::INT8,
+    Type::INT8,
+    Type::BOOL,
+    Type::INT8,
+    Type::BYTEA,
+    Type::INT8,
+];
+
+/// A record as the parameters of a statement, one for each of [`COLUMNS`].
+pub(super) struct Parameters<'a>([Option<FieldValue<'a>>; COLUMNS_COUNT]);
+
+impl<'a> Parameters<'a> {
+    pub(super) fn of(record: &'a TokenRecord) -> Self {
+        let mut values = [None; COLUMNS_COUNT];
+        values[0] = Some(FieldValue::Digest(&record.digest));
+        for field in Field::ALL {
+            values[field.column()] = field.of(record);
+        }
+        Self(values)
+    }
+
+    pub(super) fn list(&self) -> [&(dyn ToSql + Sync); COLUMNS_COUNT] {
+        self.0.each_ref().map(|value| value as _)
+    }
+}
+
+impl ToSql for FieldValue<'_> {
+    fn to_sql(&self, kind: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        match self {
+            Self::Text(text) => text.to_sql(kind, out),
+            Self::Words(words) => words.to_sql(kind, out),
+            Self::Time(seconds) => i64::try_from(*seconds).unwrap_or(i64::MAX).to_sql(kind, out),
+            Self::Flag(flag) => flag.to_sql(kind, out),
+            Self::Digest(digest) => digest.as_bytes().as_slice().to_sql(kind, out),
+        }
+    }
+
+    fn accepts(kind: &Type) -> bool {
+        TYPES.contains(kind)
+    }
+
+    to_sql_checked!();
 }
 
 /// The result of a migration.

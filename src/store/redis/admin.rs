@@ -2,9 +2,7 @@
 //! it, and then publishes the notification, never before the value. In a cluster a script reaches one slot only, so a
 //! change of two tokens takes two steps there, in an order that loses nothing.
 
-use super::super::{
-    AdminError, Confirmations, Differing, Imported, REPLICA_GONE, Records, StoreError, TokenAdmin, TokenRecord,
-};
+use super::super::{AdminError, Confirmations, Differing, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
 use super::follow::WAIT_KEPT;
 use super::link::{Connector, RedisConnection, failed};
 use super::record::{Stored, edited, to_json};
@@ -79,7 +77,7 @@ impl Step {
         let hex = digest.to_hex();
         let what = match was {
             Stored::Json(text) => {
-                let now = edited(text, edit).map_err(|what| garbage(digest, &what))?;
+                let now = edited(text, edit).map_err(|wrong| wrong.of(digest))?;
                 json!({ "hex": hex, "was": text, "now": now })
             }
             Stored::Hash(fields) => {
@@ -91,10 +89,6 @@ impl Step {
         };
         Ok(Self { digest, what })
     }
-}
-
-fn garbage(digest: Digest, what: &str) -> AdminError {
-    AdminError::Store(StoreError::Garbage(format!("token {}: {what}", digest.id())).to_string())
 }
 
 fn broken(error: &RedisError) -> AdminError {
@@ -153,7 +147,7 @@ impl RedisAdmin {
     }
 
     fn parse(&self, stored: &Stored, digest: Digest) -> Result<TokenRecord, AdminError> {
-        Ok(stored.parse(digest, &self.default_scopes).map_err(StoreError::Garbage)?)
+        Ok(stored.parse(digest, &self.default_scopes).map_err(|wrong| wrong.of(digest))?)
     }
 
     /// The records whose digest begins with these digits, up to a maximum number.

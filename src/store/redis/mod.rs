@@ -233,7 +233,8 @@ impl TokenStore for RedisStore {
             }
             match stored(&answers, digest)? {
                 Found::Record(stored) => {
-                    return stored.parse(digest, &self.settings.default_scopes).map(Some).map_err(StoreError::Garbage);
+                    let record = stored.parse(digest, &self.settings.default_scopes);
+                    return record.map(Some).map_err(|wrong| wrong.of(digest));
                 }
                 Found::Nothing => return Ok(None),
                 Found::Changing => {}

@@ -1,8 +1,9 @@
 //! A record as the value of a key: a JSON object or a hash with the same fields. Knows no connection. An invalid record
 //! is an error that names the token and the field, never the value.
 
-use super::super::TokenRecord;
-use super::super::values::LATEST;
+use super::super::record::{self, Field, FieldValue, RecordSource, Unsaid, said};
+use super::super::values::{LATEST, parse_scopes, parse_time};
+use super::super::{StoreError, TokenRecord};
 use crate::store::credential::Digest;
 use serde_json::{Map, Number, Value as Json};
 
@@ -13,80 +14,117 @@ pub(super) enum Stored {
 }
 
 impl Stored {
-    pub(super) fn parse(&self, digest: Digest, default_scopes: &[String]) -> Result<TokenRecord, String> {
+    pub(super) fn parse(&self, digest: Digest, default_scopes: &[String]) -> Result<TokenRecord, Malformed> {
         let fields = match self {
-            Self::Json(text) => object(text).map_err(|what| format!("token {}: {what}", digest.id()))?,
+            Self::Json(text) => object(text)?,
             // The last one counts, because the server keeps only one field of a name.
             Self::Hash(fields) => {
                 fields.iter().map(|(name, value)| (name.clone(), Json::from(value.as_str()))).collect()
             }
         };
-        let is_hash = matches!(self, Self::Hash(_));
-        record(&fields, is_hash, digest, default_scopes)
-            .map_err(|(field, what)| format!("token {}: field {field}: {what}", digest.id()))
+        let source = ValueFields { fields, is_hash: matches!(self, Self::Hash(_)) };
+        record::read(digest, &source, &Unsaid { scopes: default_scopes, created: 0 })
     }
 }
 
-fn object(text: &str) -> Result<Map<String, Json>, String> {
+/// Why a value is no record. Never quotes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Malformed {
+    #[error("is no JSON at column {column}")]
+    Syntax { column: usize },
+    #[error("must be a JSON object")]
+    NoObject,
+    #[error("field {}: {what}", field.name())]
+    Field { field: Field, what: &'static str },
+}
+
+impl Malformed {
+    /// What an operator is told, who knows tokens by the beginning of their digests.
+    pub(super) fn of(self, digest: Digest) -> StoreError {
+        StoreError::Garbage(format!("token {}: {self}", digest.id()))
+    }
+}
+
+fn object(text: &str) -> Result<Map<String, Json>, Malformed> {
     match serde_json::from_str(text) {
         Ok(Json::Object(fields)) => Ok(fields),
-        Ok(_) => Err("must be a JSON object".into()),
-        Err(error) => Err(format!("is no JSON at column {}", error.column())),
+        Ok(_) => Err(Malformed::NoObject),
+        Err(error) => Err(Malformed::Syntax { column: error.column() }),
     }
 }
 
-/// The field, and what is wrong with it.
-type FieldError = (&'static str, &'static str);
-
-fn record(
-    fields: &Map<String, Json>,
+struct ValueFields {
+    fields: Map<String, Json>,
+    /// In a hash, an empty string means that the field is absent.
     is_hash: bool,
-    digest: Digest,
-    defaults: &[String],
-) -> Result<TokenRecord, FieldError> {
-    // In a hash, an empty string means that the field is absent.
-    let get = |name| match fields.get(name) {
-        None | Some(Json::Null) => None,
-        Some(Json::String(text)) if is_hash && text.is_empty() => None,
-        Some(value) => Some(value),
-    };
-    let text = |name| match get(name) {
-        None => Ok(None),
-        Some(Json::String(text)) => Ok(Some(text.clone())),
-        Some(_) => Err((name, "must be a text")),
-    };
-    let time = |name| get(name).map(|value| unix_seconds(value).ok_or((name, TIME))).transpose();
-    Ok(TokenRecord {
-        digest,
-        user: text("user")?.filter(|user| !user.is_empty()).ok_or(("user", "is missing"))?,
-        scopes: get("scopes").map_or_else(|| Ok(defaults.to_vec()), |value| scopes(value).ok_or(("scopes", SCOPES)))?,
-        description: text("description")?.unwrap_or_default(),
-        created: time("created")?.unwrap_or_default(),
-        not_before: time("not_before")?,
-        // Zero is ambiguous: "never" or 1970.
-        expires: match time("expires")? {
-            Some(0) => return Err(("expires", "0 is no time: leave the field out for a token that does not expire")),
-            expires => expires,
-        },
-        revoked: get("revoked").map_or(Ok(None), |value| revoked(value).ok_or(("revoked", REVOKED)))?,
-        blocked: get("blocked").map_or(Ok(false), |value| truth(value).ok_or(("blocked", "must be true or false")))?,
-        superseded: time("superseded")?,
-        replaces: text("replaces")?
-            .map(|hex| Digest::from_hex(&hex).ok_or(("replaces", "must be 64 hex digits")))
-            .transpose()?,
-        last_used: time("last_used")?,
-    })
+}
+
+impl ValueFields {
+    fn get(&self, field: Field) -> Option<&Json> {
+        match self.fields.get(field.name()) {
+            None | Some(Json::Null) => None,
+            Some(Json::String(text)) if self.is_hash && text.is_empty() => None,
+            Some(value) => Some(value),
+        }
+    }
+
+    fn read<T>(
+        &self,
+        field: Field,
+        read: impl Fn(&Json) -> Option<T>,
+        what: &'static str,
+    ) -> Result<Option<T>, Malformed> {
+        self.get(field).map(|value| read(value).ok_or(Malformed::Field { field, what })).transpose()
+    }
+}
+
+impl RecordSource for ValueFields {
+    type Error = Malformed;
+
+    fn text(&self, field: Field) -> Result<Option<String>, Malformed> {
+        self.read(field, |value| value.as_str().map(str::to_owned), "must be a text")
+    }
+
+    fn words(&self, field: Field) -> Result<Option<Vec<String>>, Malformed> {
+        self.read(field, scopes, "must be a JSON array of texts, or words with blanks between them")
+    }
+
+    fn time(&self, field: Field) -> Result<Option<u64>, Malformed> {
+        match self.read(field, unix_seconds, TIME)? {
+            // Ambiguous: "never" or 1970.
+            Some(0) if field == Field::Expires => {
+                let what = "0 is no time: leave the field out for a token that does not expire";
+                Err(Malformed::Field { field, what })
+            }
+            time => Ok(time),
+        }
+    }
+
+    fn flag(&self, field: Field) -> Result<Option<bool>, Malformed> {
+        self.read(field, truth, "must be true or false")
+    }
+
+    fn digest(&self, field: Field) -> Result<Option<Digest>, Malformed> {
+        self.read(field, |value| Digest::from_hex(value.as_str()?), "must be 64 hex digits")
+    }
+
+    fn revoked(&self) -> Result<Option<u64>, Malformed> {
+        Ok(self.read(Field::Revoked, revoked, REVOKED)?.flatten())
+    }
+
+    fn missing(&self, field: Field) -> Malformed {
+        Malformed::Field { field, what: "is missing" }
+    }
 }
 
 const TIME: &str = "must be unix seconds, or a time like 2026-01-31T12:00:00Z";
 const REVOKED: &str = "must be true, false, unix seconds or a time like 2026-01-31T12:00:00Z";
-const SCOPES: &str = "must be a JSON array of texts, or words with blanks between them";
 
 fn unix_seconds(value: &Json) -> Option<u64> {
     let seconds = match value {
         Json::Number(number) => whole(number)?,
         Json::String(text) if text.bytes().all(|byte| byte.is_ascii_digit()) => text.parse().ok()?,
-        Json::String(text) => rfc3339(text)?,
+        Json::String(text) => parse_time(text)?,
         _ => return None,
     };
     (seconds <= LATEST).then_some(seconds)
@@ -97,26 +135,6 @@ fn unix_seconds(value: &Json) -> Option<u64> {
 fn whole(number: &Number) -> Option<u64> {
     let float = || number.as_f64().filter(|float| (0.0..1e12).contains(float)).map(|float| float as u64);
     number.as_u64().or_else(float)
-}
-
-/// With `Z`, or an offset like `+02:00`.
-fn rfc3339(text: &str) -> Option<u64> {
-    let Some((local, sign, clock)) = offset(text) else { return super::super::parse_time(text) };
-    let (hours, minutes) = clock.split_once(':')?;
-    let (hours, minutes): (u64, u64) = (hours.parse().ok()?, minutes.parse().ok()?);
-    if hours > 23 || minutes > 59 {
-        return None;
-    }
-    let (seconds, offset) = (super::super::parse_time(&format!("{local}Z"))?, hours * 3600 + minutes * 60);
-    if sign == '+' { seconds.checked_sub(offset) } else { seconds.checked_add(offset) }
-}
-
-/// The part after the last sign that follows the hour, if there is one.
-fn offset(text: &str) -> Option<(&str, char, &str)> {
-    let clock = text.find(['T', 't', ' '])?;
-    let at = text.rfind(['+', '-']).filter(|at| *at > clock)?;
-    let sign = if text.get(at..=at)? == "+" { '+' } else { '-' };
-    Some((text.get(..at)?, sign, text.get(at + 1..)?))
 }
 
 /// `Some(None)`: explicitly not revoked. A revocation without a time gets second 1, which is never compared.
@@ -145,8 +163,7 @@ fn truth(value: &Json) -> Option<bool> {
 fn scopes(value: &Json) -> Option<Vec<String>> {
     match value {
         Json::Array(list) => list.iter().map(|scope| scope.as_str().map(str::to_owned)).collect(),
-        Json::String(text) if text.trim_start().starts_with('[') => serde_json::from_str(text).ok(),
-        Json::String(text) => Some(text.split_ascii_whitespace().map(str::to_owned).collect()),
+        Json::String(text) => parse_scopes(text),
         _ => None,
     }
 }
@@ -154,39 +171,27 @@ fn scopes(value: &Json) -> Option<Vec<String>> {
 /// The JSON text of a record as written by tollgate.
 pub(super) fn to_json(record: &TokenRecord) -> String {
     let mut fields = Map::new();
-    fields.insert("user".into(), record.user.clone().into());
-    fields.insert("scopes".into(), record.scopes.clone().into());
-    if !record.description.is_empty() {
-        fields.insert("description".into(), record.description.clone().into());
-    }
-    fields.insert("created".into(), record.created.into());
-    // Must not be ambiguous: a time of 0 or 1 could be a boolean.
-    match record.revoked {
-        None => {}
-        Some(0 | 1) => drop(fields.insert("revoked".into(), true.into())),
-        Some(at) => drop(fields.insert("revoked".into(), at.into())),
-    }
-    for (name, value) in [
-        ("not_before", record.not_before),
-        ("expires", record.expires.map(|end| end.max(1))),
-        ("superseded", record.superseded),
-        ("last_used", record.last_used),
-    ] {
-        if let Some(value) = value {
-            fields.insert(name.into(), value.into());
-        }
-    }
-    if record.blocked {
-        fields.insert("blocked".into(), true.into());
-    }
-    if let Some(replaces) = record.replaces {
-        fields.insert("replaces".into(), replaces.to_hex().into());
+    // Of a record without scopes it must be said that it has none, since a default may hold for those that say nothing.
+    fields.insert(Field::User.name().into(), record.user.as_str().into());
+    fields.insert(Field::Scopes.name().into(), record.scopes.as_slice().into());
+    for (field, value) in said(record) {
+        let value = match value {
+            // What could be a boolean is written as one.
+            FieldValue::Time(0 | 1) if field == Field::Revoked => true.into(),
+            FieldValue::Time(0) if field == Field::Expires => 1.into(),
+            FieldValue::Time(seconds) => seconds.into(),
+            FieldValue::Text(text) => text.into(),
+            FieldValue::Words(words) => words.into(),
+            FieldValue::Flag(flag) => flag.into(),
+            FieldValue::Digest(digest) => digest.to_hex().into(),
+        };
+        fields.insert(field.name().into(), value);
     }
     Json::Object(fields).to_string()
 }
 
 /// The same JSON object with some fields set; fields of other programs are preserved.
-pub(super) fn edited(text: &str, edits: &[(&str, Json)]) -> Result<String, String> {
+pub(super) fn edited(text: &str, edits: &[(&str, Json)]) -> Result<String, Malformed> {
     let mut fields = object(text)?;
     for (name, value) in edits {
         fields.insert((*name).into(), value.clone());
@@ -199,7 +204,8 @@ mod tests {
     use super::*;
 
     fn parse(stored: &Stored) -> Result<TokenRecord, String> {
-        stored.parse(Digest::of(b"t"), &["default".into()])
+        let digest = Digest::of(b"t");
+        stored.parse(digest, &["default".into()]).map_err(|wrong| wrong.of(digest).to_string())
     }
 
     fn json(text: &str) -> Result<TokenRecord, String> {

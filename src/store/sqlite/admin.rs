@@ -2,9 +2,11 @@
 
 use super::{COLUMNS, NOW_MS, last_seq, lookup, open, record};
 use crate::store::credential::Digest;
+use crate::store::record::{Field, FieldValue};
 use crate::store::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
 use async_trait::async_trait;
-use rusqlite::{Connection, params};
+use rusqlite::types::Value;
+use rusqlite::{CachedStatement, Connection, params, params_from_iter};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
@@ -51,34 +53,39 @@ impl From<rusqlite::Error> for AdminError {
     }
 }
 
-const INSERT: &str = "INSERT INTO token (digest, user, scopes, description, created, expires, revoked, not_before,
-    blocked, superseded, replaces, last_used) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)";
+/// With a parameter for each of [`COLUMNS`].
+fn insert_sql() -> String {
+    let parameters: Vec<_> = (1..=Field::ALL.len() + 1).map(|number| format!("?{number}")).collect();
+    format!("INSERT INTO token ({COLUMNS}) VALUES ({})", parameters.join(", "))
+}
+
+fn insert(statement: &mut CachedStatement<'_>, record: &TokenRecord) -> rusqlite::Result<usize> {
+    statement.execute(params_from_iter(
+        std::iter::once(Value::Blob(record.digest.as_bytes().to_vec()))
+            .chain(Field::ALL.into_iter().map(|field| field.of(record).map_or(Value::Null, Value::from))),
+    ))
+}
 
 fn seconds(time: u64) -> i64 {
     i64::try_from(time).unwrap_or(i64::MAX)
 }
 
-fn insert(statement: &mut rusqlite::CachedStatement<'_>, record: &TokenRecord) -> rusqlite::Result<usize> {
-    statement.execute(params![
-        record.digest.as_bytes(),
-        record.user,
-        record.scopes.join(" "),
-        record.description,
-        seconds(record.created),
-        record.expires.map(seconds),
-        record.revoked.map(seconds),
-        record.not_before.map(seconds),
-        record.blocked,
-        record.superseded.map(seconds),
-        record.replaces.map(|digest| *digest.as_bytes()),
-        record.last_used.map(seconds),
-    ])
+impl From<FieldValue<'_>> for Value {
+    fn from(value: FieldValue<'_>) -> Self {
+        match value {
+            FieldValue::Text(text) => Self::Text(text.to_owned()),
+            FieldValue::Words(words) => Self::Text(words.join(" ")),
+            FieldValue::Time(seconds) => Self::Integer(self::seconds(seconds)),
+            FieldValue::Flag(flag) => flag.into(),
+            FieldValue::Digest(digest) => Self::Blob(digest.as_bytes().to_vec()),
+        }
+    }
 }
 
 #[async_trait]
 impl TokenAdmin for SqliteAdmin {
     async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
-        insert(&mut self.db.prepare_cached(INSERT)?, record)?;
+        insert(&mut self.db.prepare_cached(&insert_sql())?, record)?;
         Ok(())
     }
 
@@ -88,7 +95,7 @@ impl TokenAdmin for SqliteAdmin {
         let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         let mut imported = Imported::default();
         {
-            let mut statement = transaction.prepare_cached(&format!("{INSERT} ON CONFLICT DO NOTHING"))?;
+            let mut statement = transaction.prepare_cached(&(insert_sql() + " ON CONFLICT DO NOTHING"))?;
             for record in records {
                 let record = record?;
                 let new = insert(&mut statement, &record)? as u64;
@@ -153,7 +160,7 @@ impl TokenAdmin for SqliteAdmin {
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
         let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         let end = lookup(&transaction, old)?.ok_or(AdminError::Missing)?.rotated_out(at, end)?;
-        insert(&mut transaction.prepare_cached(INSERT)?, &TokenRecord { replaces: Some(*old), ..next.clone() })?;
+        insert(&mut transaction.prepare_cached(&insert_sql())?, &TokenRecord { replaces: Some(*old), ..next.clone() })?;
         transaction.execute(
             "UPDATE token SET superseded = ?2, expires = ?3 WHERE digest = ?1",
             params![old.as_bytes(), seconds(at), seconds(end)],

@@ -8,10 +8,12 @@ mod look;
 pub use admin::SqliteAdmin;
 pub(super) use look::unusable;
 
+use super::record::{self, Field, RecordSource, Unsaid};
 use super::{Heard, Mark, StoreError, TokenRecord, TokenStore, feed};
 use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
+use rusqlite::types::Type;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, params};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -78,8 +80,9 @@ const ROTATION_AND_REPLICAS: &str = "
     ) STRICT, WITHOUT ROWID;
 ";
 
-const COLUMNS: &str = "digest, user, scopes, description, created, expires, revoked, last_used, not_before, blocked, \
-                       superseded, replaces";
+/// The digest, and the fields of a record in their order.
+const COLUMNS: &str = "digest, user, scopes, description, created, not_before, expires, revoked, blocked, superseded, \
+                       replaces, last_used";
 
 /// Now, by the clock that `change` is written with.
 const NOW_MS: &str = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)";
@@ -181,23 +184,39 @@ fn prepare(db: &mut Connection) -> Result<(), Unusable> {
     Ok(())
 }
 
+/// Reads [`COLUMNS`].
 fn record(row: &Row<'_>) -> rusqlite::Result<TokenRecord> {
-    let time = |value: Option<i64>| value.map(|seconds| u64::try_from(seconds).unwrap_or(0));
-    let scopes: String = row.get(2)?;
-    Ok(TokenRecord {
-        digest: Digest::from_bytes(row.get(0)?),
-        user: row.get(1)?,
-        scopes: scopes.split_whitespace().map(str::to_owned).collect(),
-        description: row.get(3)?,
-        created: time(Some(row.get(4)?)).unwrap_or(0),
-        expires: time(row.get(5)?),
-        revoked: time(row.get(6)?),
-        last_used: time(row.get(7)?),
-        not_before: time(row.get(8)?),
-        blocked: row.get(9)?,
-        superseded: time(row.get(10)?),
-        replaces: row.get::<_, Option<[u8; 32]>>(11)?.map(Digest::from_bytes),
-    })
+    record::read(Digest::from_bytes(row.get(0)?), row, &Unsaid::NOTHING)
+}
+
+impl RecordSource for Row<'_> {
+    type Error = rusqlite::Error;
+
+    fn text(&self, field: Field) -> rusqlite::Result<Option<String>> {
+        self.get(field.column())
+    }
+
+    fn words(&self, field: Field) -> rusqlite::Result<Option<Vec<String>>> {
+        let text = self.text(field)?;
+        Ok(text.map(|text| text.split_whitespace().map(str::to_owned).collect()))
+    }
+
+    fn time(&self, field: Field) -> rusqlite::Result<Option<u64>> {
+        let seconds: Option<i64> = self.get(field.column())?;
+        Ok(seconds.map(|seconds| u64::try_from(seconds).unwrap_or(0)))
+    }
+
+    fn flag(&self, field: Field) -> rusqlite::Result<Option<bool>> {
+        self.get(field.column())
+    }
+
+    fn digest(&self, field: Field) -> rusqlite::Result<Option<Digest>> {
+        Ok(self.get::<_, Option<[u8; 32]>>(field.column())?.map(Digest::from_bytes))
+    }
+
+    fn missing(&self, field: Field) -> rusqlite::Error {
+        rusqlite::Error::InvalidColumnType(field.column(), field.name().into(), Type::Null)
+    }
 }
 
 /// The store of a running gateway: a few threads of its own, because SQLite blocks.
