@@ -2,7 +2,7 @@
 //! fields of a record are included, so that a list of one store can be imported into another without loss. The input
 //! may contain tokens: errors name the place and the reason, and never quote it.
 
-use super::record::{self, Field, RecordSource, Unsaid};
+use super::record::{self, RecordField, RecordSource, Unsaid};
 use super::values::{LATEST, check_description, check_scope, check_user, parse_time, rfc3339};
 use super::{AdminError, TokenRecord};
 use crate::store::credential::Digest;
@@ -333,7 +333,7 @@ impl<R: BufRead> RecordLines<R> {
 const ALSO: [&str; 4] = ["token", "sha256", "id", "replaces_sha256"];
 
 fn keys() -> impl Iterator<Item = &'static str> {
-    ALSO.into_iter().chain(Field::ALL.into_iter().map(Field::name))
+    ALSO.into_iter().chain(RecordField::ALL.into_iter().map(RecordField::name))
 }
 
 /// The fields of one object, each with the text of its value.
@@ -461,14 +461,14 @@ struct AtImport<'a> {
 impl RecordSource for AtImport<'_> {
     type Error = RecordError;
 
-    fn text(&self, field: Field) -> Result<Option<String>, RecordError> {
+    fn text(&self, field: RecordField) -> Result<Option<String>, RecordError> {
         let text = self.entry.string(field.name())?;
-        let check = if field == Field::User { check_user } else { check_description };
+        let check = if field == RecordField::User { check_user } else { check_description };
         text.as_deref().map_or(Ok(()), check).map_err(|why| self.entry.wrong(field.name(), why))?;
         Ok(text)
     }
 
-    fn words(&self, field: Field) -> Result<Option<Vec<String>>, RecordError> {
+    fn words(&self, field: RecordField) -> Result<Option<Vec<String>>, RecordError> {
         let words: Option<Vec<String>> = self.entry.read(field.name(), "a list of texts")?;
         match words.iter().flatten().find_map(|word| check_scope(word).err()) {
             Some(why) => Err(self.entry.wrong(field.name(), format!("each {why}"))),
@@ -476,7 +476,7 @@ impl RecordSource for AtImport<'_> {
         }
     }
 
-    fn time(&self, field: Field) -> Result<Option<u64>, RecordError> {
+    fn time(&self, field: RecordField) -> Result<Option<u64>, RecordError> {
         #[derive(Deserialize)]
         #[serde(untagged)]
         enum Time {
@@ -492,11 +492,11 @@ impl RecordSource for AtImport<'_> {
         seconds.map(Some).ok_or_else(|| self.entry.wrong(field.name(), format!("must be {what}")))
     }
 
-    fn flag(&self, field: Field) -> Result<Option<bool>, RecordError> {
+    fn flag(&self, field: RecordField) -> Result<Option<bool>, RecordError> {
         self.entry.read(field.name(), "true or false")
     }
 
-    fn digest(&self, field: Field) -> Result<Option<Digest>, RecordError> {
+    fn digest(&self, field: RecordField) -> Result<Option<Digest>, RecordError> {
         let whole =
             |key, hex: &str| Digest::from_hex(hex).ok_or_else(|| self.entry.wrong(key, "must be 64 hex digits"));
         let short = self.entry.string(field.name())?;
@@ -516,15 +516,15 @@ impl RecordSource for AtImport<'_> {
     }
 
     fn revoked(&self) -> Result<Option<u64>, RecordError> {
-        match self.entry.value(Field::Revoked.name()).map(RawValue::get) {
+        match self.entry.value(RecordField::Revoked.name()).map(RawValue::get) {
             // The time of the revocation is unknown, so the current time is used.
             Some("true") => Ok(Some(self.now)),
             Some("false") => Ok(None),
-            _ => self.time(Field::Revoked),
+            _ => self.time(RecordField::Revoked),
         }
     }
 
-    fn missing(&self, field: Field) -> RecordError {
+    fn missing(&self, field: RecordField) -> RecordError {
         (0, Some(field.name()), "is missing".into())
     }
 }

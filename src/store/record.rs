@@ -6,7 +6,7 @@ use super::credential::Digest;
 
 /// A field of a record, apart from the digest that it is found by. In the order in which they are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Field {
+pub(super) enum RecordField {
     User,
     Scopes,
     Description,
@@ -20,7 +20,7 @@ pub(super) enum Field {
     LastUsed,
 }
 
-impl Field {
+impl RecordField {
     pub(super) const ALL: [Self; 11] = [
         Self::User,
         Self::Scopes,
@@ -76,8 +76,10 @@ impl Field {
 }
 
 /// All that a record says, without what is empty anyway.
-pub(super) fn said(record: &TokenRecord) -> impl Iterator<Item = (Field, FieldValue<'_>)> {
-    Field::ALL.into_iter().filter_map(|field| Some((field, field.of(record).filter(|value| !value.is_default())?)))
+pub(super) fn said(record: &TokenRecord) -> impl Iterator<Item = (RecordField, FieldValue<'_>)> {
+    RecordField::ALL
+        .into_iter()
+        .filter_map(|field| Some((field, field.of(record).filter(|value| !value.is_default())?)))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,19 +109,19 @@ impl FieldValue<'_> {
 pub(super) trait RecordSource {
     type Error;
 
-    fn text(&self, field: Field) -> Result<Option<String>, Self::Error>;
-    fn words(&self, field: Field) -> Result<Option<Vec<String>>, Self::Error>;
-    fn time(&self, field: Field) -> Result<Option<u64>, Self::Error>;
-    fn flag(&self, field: Field) -> Result<Option<bool>, Self::Error>;
-    fn digest(&self, field: Field) -> Result<Option<Digest>, Self::Error>;
+    fn text(&self, field: RecordField) -> Result<Option<String>, Self::Error>;
+    fn words(&self, field: RecordField) -> Result<Option<Vec<String>>, Self::Error>;
+    fn time(&self, field: RecordField) -> Result<Option<u64>, Self::Error>;
+    fn flag(&self, field: RecordField) -> Result<Option<bool>, Self::Error>;
+    fn digest(&self, field: RecordField) -> Result<Option<Digest>, Self::Error>;
 
     /// Since when the token is revoked, where that may be said in other ways than by a time.
     fn revoked(&self) -> Result<Option<u64>, Self::Error> {
-        self.time(Field::Revoked)
+        self.time(RecordField::Revoked)
     }
 
     /// A field that must be there is not.
-    fn missing(&self, field: Field) -> Self::Error;
+    fn missing(&self, field: RecordField) -> Self::Error;
 }
 
 /// What a record means that says nothing of its scopes, or of when it was made.
@@ -134,20 +136,20 @@ impl Unsaid<'_> {
 
 /// Reads every field once.
 pub(super) fn read<S: RecordSource>(digest: Digest, source: &S, unsaid: &Unsaid<'_>) -> Result<TokenRecord, S::Error> {
-    let user = source.text(Field::User)?.filter(|user| !user.is_empty());
+    let user = source.text(RecordField::User)?.filter(|user| !user.is_empty());
     Ok(TokenRecord {
         digest,
-        user: user.ok_or_else(|| source.missing(Field::User))?,
-        scopes: source.words(Field::Scopes)?.unwrap_or_else(|| unsaid.scopes.to_vec()),
-        description: source.text(Field::Description)?.unwrap_or_default(),
-        created: source.time(Field::Created)?.unwrap_or(unsaid.created),
-        not_before: source.time(Field::NotBefore)?,
-        expires: source.time(Field::Expires)?,
+        user: user.ok_or_else(|| source.missing(RecordField::User))?,
+        scopes: source.words(RecordField::Scopes)?.unwrap_or_else(|| unsaid.scopes.to_vec()),
+        description: source.text(RecordField::Description)?.unwrap_or_default(),
+        created: source.time(RecordField::Created)?.unwrap_or(unsaid.created),
+        not_before: source.time(RecordField::NotBefore)?,
+        expires: source.time(RecordField::Expires)?,
         revoked: source.revoked()?,
-        blocked: source.flag(Field::Blocked)?.unwrap_or(false),
-        superseded: source.time(Field::Superseded)?,
-        replaces: source.digest(Field::Replaces)?,
-        last_used: source.time(Field::LastUsed)?,
+        blocked: source.flag(RecordField::Blocked)?.unwrap_or(false),
+        superseded: source.time(RecordField::Superseded)?,
+        replaces: source.digest(RecordField::Replaces)?,
+        last_used: source.time(RecordField::LastUsed)?,
     })
 }
 
@@ -159,42 +161,42 @@ mod tests {
     impl RecordSource for TokenRecord {
         type Error = Infallible;
 
-        fn text(&self, field: Field) -> Result<Option<String>, Infallible> {
+        fn text(&self, field: RecordField) -> Result<Option<String>, Infallible> {
             Ok(field.of(self).map(|value| match value {
                 FieldValue::Text(text) => text.to_owned(),
                 other => panic!("{field:?} is no text: {other:?}"),
             }))
         }
 
-        fn words(&self, field: Field) -> Result<Option<Vec<String>>, Infallible> {
+        fn words(&self, field: RecordField) -> Result<Option<Vec<String>>, Infallible> {
             Ok(field.of(self).map(|value| match value {
                 FieldValue::Words(words) => words.to_vec(),
                 other => panic!("{field:?} are no words: {other:?}"),
             }))
         }
 
-        fn time(&self, field: Field) -> Result<Option<u64>, Infallible> {
+        fn time(&self, field: RecordField) -> Result<Option<u64>, Infallible> {
             Ok(field.of(self).map(|value| match value {
                 FieldValue::Time(time) => time,
                 other => panic!("{field:?} is no time: {other:?}"),
             }))
         }
 
-        fn flag(&self, field: Field) -> Result<Option<bool>, Infallible> {
+        fn flag(&self, field: RecordField) -> Result<Option<bool>, Infallible> {
             Ok(field.of(self).map(|value| match value {
                 FieldValue::Flag(flag) => flag,
                 other => panic!("{field:?} is no flag: {other:?}"),
             }))
         }
 
-        fn digest(&self, field: Field) -> Result<Option<Digest>, Infallible> {
+        fn digest(&self, field: RecordField) -> Result<Option<Digest>, Infallible> {
             Ok(field.of(self).map(|value| match value {
                 FieldValue::Digest(digest) => *digest,
                 other => panic!("{field:?} is no digest: {other:?}"),
             }))
         }
 
-        fn missing(&self, field: Field) -> Infallible {
+        fn missing(&self, field: RecordField) -> Infallible {
             panic!("{field:?} is missing")
         }
     }
@@ -216,12 +218,12 @@ mod tests {
             last_used: Some(6),
         };
         assert_eq!(read(full.digest, &full, &Unsaid::NOTHING), Ok(full.clone()));
-        assert_eq!(said(&full).count(), Field::ALL.len());
+        assert_eq!(said(&full).count(), RecordField::ALL.len());
         let bare = TokenRecord::new(full.digest, "user");
         assert_eq!(read(full.digest, &bare, &Unsaid::NOTHING), Ok(bare.clone()));
         let names: Vec<_> = said(&bare).map(|(field, _)| field.name()).collect();
         assert_eq!(names, ["user", "created"]);
-        for (index, field) in Field::ALL.into_iter().enumerate() {
+        for (index, field) in RecordField::ALL.into_iter().enumerate() {
             assert_eq!(field.column(), index + 1, "{field:?}");
         }
     }

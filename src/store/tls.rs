@@ -12,21 +12,23 @@ use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStor
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use zeroize::Zeroizing;
 
-/// A password or similar secret. Cannot be printed, and is compared only to detect configuration changes.
+/// A password or similar secret. Cannot be printed, is overwritten when it is dropped, and is compared only to detect
+/// configuration changes.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub struct Secret(String);
+pub struct Secret(Zeroizing<String>);
 
 impl Secret {
     pub fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
+        Self(Zeroizing::new(text.into()))
     }
 
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    pub const fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }

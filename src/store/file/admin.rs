@@ -1,7 +1,7 @@
 //! Writing to the token file. An edit keeps the notation of the file, including comments. The file is replaced
 //! atomically, and a command reports success only after it has read the change from the file again.
 
-use super::super::record::{Field, FieldValue, said};
+use super::super::record::{FieldValue, RecordField, said};
 use super::super::{AdminError, Differing, Imported, Records, TokenAdmin, TokenRecord, rfc3339};
 use super::{Format, Stamp, Table, parse};
 use crate::store::credential::Digest;
@@ -9,9 +9,9 @@ use async_trait::async_trait;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::{HashMap, HashSet};
-use std::fs::{File, Metadata, OpenOptions, Permissions};
+use std::fs::{File, Metadata, Permissions};
 use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use toml_edit::{Array, ArrayOfTables, DocumentMut, InlineTable, Item, TableLike, Value};
@@ -43,12 +43,12 @@ enum Set {
 }
 
 impl Set {
-    const fn field(self) -> Field {
+    const fn field(self) -> RecordField {
         match self {
-            Self::Revoked(_) => Field::Revoked,
-            Self::Superseded(_) => Field::Superseded,
-            Self::Expires(_) => Field::Expires,
-            Self::Blocked(_) => Field::Blocked,
+            Self::Revoked(_) => RecordField::Revoked,
+            Self::Superseded(_) => RecordField::Superseded,
+            Self::Expires(_) => RecordField::Expires,
+            Self::Blocked(_) => RecordField::Blocked,
         }
     }
 
@@ -258,36 +258,27 @@ impl FileAdmin {
             Err(error) => return Err(failed(error)),
         };
         let name = held.target.file_name().unwrap_or_default().to_string_lossy();
-        let temporary = held.target.with_file_name(format!(".{name}.{:016x}.new", fastrand::u64(..)));
-        let written = self.write(&temporary, was.as_ref(), text);
-        if let Err(error) = written {
-            // A temporary file that cannot be removed is left behind; no program reads it.
-            let _ = std::fs::remove_file(&temporary);
-            return Err(error);
-        }
+        let folder = held.target.parent().unwrap_or(Path::new(""));
+        // Removed again on every way out but the last.
+        let mut temporary =
+            tempfile::Builder::new().prefix(&format!(".{name}.")).suffix(".new").tempfile_in(folder).map_err(failed)?;
+        self.write(temporary.as_file_mut(), was.as_ref(), text)?;
         if Stamp::of(&held.target) != seen {
-            // A temporary file that cannot be removed is left behind; no program reads it.
-            let _ = std::fs::remove_file(&temporary);
             return Ok(false);
         }
-        if let Err(error) = std::fs::rename(&temporary, &held.target) {
-            // A temporary file that cannot be removed is left behind; no program reads it.
-            let _ = std::fs::remove_file(&temporary);
-            return Err(failed(error));
-        }
+        temporary.persist(&held.target).map_err(|error| failed(error.error))?;
         // Without this, a power failure may restore the old file.
         held.folder.sync_all().map_err(failed)?;
         Ok(true)
     }
 
-    fn write(&self, path: &Path, was: Option<&Metadata>, text: &str) -> Result<(), AdminError> {
+    /// The file is readable for the owner only until its final owner and mode are set.
+    fn write(&self, file: &mut File, was: Option<&Metadata>, text: &str) -> Result<(), AdminError> {
         let failed = |error: std::io::Error| self.failed(error);
-        // Readable for the owner only until its final owner and mode are set.
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
         if let Some(was) = was {
             let own = file.metadata().map_err(failed)?;
             if (own.uid(), own.gid()) != (was.uid(), was.gid()) {
-                std::os::unix::fs::fchown(&file, Some(was.uid()), Some(was.gid())).map_err(|error| {
+                std::os::unix::fs::fchown(&*file, Some(was.uid()), Some(was.gid())).map_err(|error| {
                     self.failed(format!(
                         "belongs to user {} and group {}, and would not any more ({error}); nothing was changed: run the \
                          command as that user",

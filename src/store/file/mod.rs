@@ -6,7 +6,7 @@ mod follow;
 
 pub use admin::FileAdmin;
 
-use super::record::{self, Field, RecordSource, Unsaid};
+use super::record::{self, RecordField, RecordSource, Unsaid};
 use super::{Change, Heard, Named, StoreError, TokenRecord, TokenStore, feed, parse_time};
 use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
@@ -63,7 +63,7 @@ struct FileShape {
     token: Vec<TokenShape>,
 }
 
-/// An entry as the parsers read it, with its types checked. What its texts mean is read by [`Entry`].
+/// An entry as the parsers read it, with its types checked. What its texts mean is read by [`FileEntry`].
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TokenShape {
@@ -93,53 +93,53 @@ enum Revoked {
 }
 
 /// An entry of the file, and its place there.
-struct Entry {
+struct FileEntry {
     index: usize,
     token: TokenShape,
 }
 
-impl Entry {
+impl FileEntry {
     fn broken(&self, key: &'static str, what: &'static str) -> Broken {
         Broken::Entry { index: self.index, key, what }
     }
 
-    fn unix_seconds(&self, field: Field, text: &str) -> Result<u64, Broken> {
+    fn unix_seconds(&self, field: RecordField, text: &str) -> Result<u64, Broken> {
         parse_time(text).ok_or_else(|| self.broken(field.name(), "must be a time like 2026-12-31T23:59:59Z"))
     }
 }
 
-impl RecordSource for Entry {
+impl RecordSource for FileEntry {
     type Error = Broken;
 
-    fn text(&self, field: Field) -> Result<Option<String>, Broken> {
+    fn text(&self, field: RecordField) -> Result<Option<String>, Broken> {
         Ok(match field {
-            Field::User => Some(self.token.user.clone()),
-            Field::Description => Some(self.token.description.clone()),
+            RecordField::User => Some(self.token.user.clone()),
+            RecordField::Description => Some(self.token.description.clone()),
             _ => None,
         })
     }
 
-    fn words(&self, _: Field) -> Result<Option<Vec<String>>, Broken> {
+    fn words(&self, _: RecordField) -> Result<Option<Vec<String>>, Broken> {
         Ok(Some(self.token.scopes.clone()))
     }
 
-    fn time(&self, field: Field) -> Result<Option<u64>, Broken> {
+    fn time(&self, field: RecordField) -> Result<Option<u64>, Broken> {
         let text = match field {
-            Field::Created => &self.token.created,
-            Field::NotBefore => &self.token.not_before,
-            Field::Expires => &self.token.expires,
-            Field::Superseded => &self.token.superseded,
-            Field::LastUsed => &self.token.last_used,
+            RecordField::Created => &self.token.created,
+            RecordField::NotBefore => &self.token.not_before,
+            RecordField::Expires => &self.token.expires,
+            RecordField::Superseded => &self.token.superseded,
+            RecordField::LastUsed => &self.token.last_used,
             _ => &None,
         };
         text.as_ref().map(|text| self.unix_seconds(field, text)).transpose()
     }
 
-    fn flag(&self, _: Field) -> Result<Option<bool>, Broken> {
+    fn flag(&self, _: RecordField) -> Result<Option<bool>, Broken> {
         Ok(Some(self.token.blocked))
     }
 
-    fn digest(&self, field: Field) -> Result<Option<Digest>, Broken> {
+    fn digest(&self, field: RecordField) -> Result<Option<Digest>, Broken> {
         let hex = self.token.replaces.as_deref();
         hex.map(|hex| Digest::from_hex(hex).ok_or_else(|| self.broken(field.name(), "must be 64 hex digits")))
             .transpose()
@@ -149,11 +149,11 @@ impl RecordSource for Entry {
         match &self.token.revoked {
             None | Some(Revoked::Flag(false)) => Ok(None),
             Some(Revoked::Flag(true)) => Ok(Some(0)),
-            Some(Revoked::Since(text)) => self.unix_seconds(Field::Revoked, text).map(Some),
+            Some(Revoked::Since(text)) => self.unix_seconds(RecordField::Revoked, text).map(Some),
         }
     }
 
-    fn missing(&self, field: Field) -> Broken {
+    fn missing(&self, field: RecordField) -> Broken {
         self.broken(field.name(), "must not be empty")
     }
 }
@@ -322,7 +322,7 @@ fn parse(text: &str, format: Format) -> Result<Table, Broken> {
     let file = format.shape(text)?;
     let mut table = HashMap::with_capacity(file.token.len());
     for (index, token) in file.token.into_iter().enumerate() {
-        let entry = Entry { index, token };
+        let entry = FileEntry { index, token };
         let digest = Digest::from_hex(&entry.token.sha256).ok_or_else(|| {
             entry.broken("sha256", "must be 64 hex digits, the SHA-256 of the token (printf %s TOKEN | sha256sum)")
         })?;

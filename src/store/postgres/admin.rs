@@ -1,7 +1,7 @@
 //! Writing tokens to tollgate's own tables. Used by the command line, never by a gateway.
 
 use super::super::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
-use super::connect::{self, EndsWith, QueryFailure, Reached, Target};
+use super::connect::{self, QueryFailure, Reached, Target};
 use super::schema::{self, Parameters};
 use super::{PostgresSettings, Source};
 use crate::store::credential::Digest;
@@ -14,6 +14,7 @@ use tokio_postgres::binary_copy::BinaryCopyInWriter;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Error, GenericClient};
+use tokio_util::task::AbortOnDropHandle;
 
 const CONNECT: Duration = Duration::from_secs(10);
 /// Timeout of a command; the statements of an import have none.
@@ -25,7 +26,7 @@ const CHANGES_KEPT: Duration = Duration::from_secs(3_600);
 pub(super) struct Session {
     pub(super) client: Client,
     pub(super) place: String,
-    _driver: EndsWith,
+    _driver: AbortOnDropHandle<()>,
 }
 
 impl Session {
@@ -38,7 +39,7 @@ impl Session {
         let reached = tokio::time::timeout(CONNECT, target.reach(&sql)).await;
         let reached = reached.map_err(|_| failed(format!("no connection within {CONNECT:?}")))?;
         let Reached { client, driver, .. } = reached.map_err(|why| failed(why.to_string()))?;
-        let driver = EndsWith::owner_of(&connect::drive(driver));
+        let driver = AbortOnDropHandle::new(connect::drive(driver));
         Ok(Self { client, place, _driver: driver })
     }
 

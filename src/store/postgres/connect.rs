@@ -18,7 +18,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::JoinHandle;
 use tokio_postgres::config::{Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, Connection as Wire, Error, SimpleQueryMessage, Socket};
@@ -536,23 +536,6 @@ fn never() -> Result<ClientConfig, Problem> {
         .with_safe_default_protocol_versions()
         .map_err(|error| Problem::error(TLS, error.to_string(), ""))?;
     Ok(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
-}
-
-/// Aborts a task when it is dropped.
-pub(super) struct EndsWith(Option<AbortHandle>);
-
-impl EndsWith {
-    pub(super) fn owner_of(task: &JoinHandle<()>) -> Self {
-        Self(Some(task.abort_handle()))
-    }
-}
-
-impl Drop for EndsWith {
-    fn drop(&mut self) {
-        if let Some(task) = &self.0 {
-            task.abort();
-        }
-    }
 }
 
 /// Drives a connection. Notices of the server are dropped, because they may contain a token.

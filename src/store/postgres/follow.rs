@@ -4,7 +4,7 @@
 use super::super::feed::{Begun, ChangeSource, Coverage, Inbox, Loss, Message, Pace, Subscription};
 use super::super::{Change, Mark, Named, StoreError, replica_name};
 use super::connect::{
-    ASTRAY, ConnectionDriver, EndsWith, Home, MIGRATE, POOLER, QueryFailure, Reached, Target, Unreachable, drive,
+    ASTRAY, ConnectionDriver, Home, MIGRATE, POOLER, QueryFailure, Reached, Target, Unreachable, drive,
 };
 use super::presets::TriggerCheck;
 use super::{Source, presets, schema};
@@ -18,6 +18,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_postgres::{AsyncMessage, Client, Error};
+use tokio_util::task::AbortOnDropHandle;
 
 /// How often the server is asked to say something back.
 const BEAT: Duration = Duration::from_millis(300);
@@ -347,7 +348,7 @@ impl Listener {
         if !home.is_same_server(&reached) {
             return Err(unavailable(ASTRAY));
         }
-        let _ends = EndsWith::owner_of(&drive(driver));
+        let _driver = AbortOnDropHandle::new(drive(driver));
         other.batch_execute(&self.proof_sql()).await.map_err(|error| at(failed(error)))?;
         self.signs.proof.notified().await;
         Ok(())

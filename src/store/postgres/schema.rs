@@ -1,7 +1,7 @@
 //! tollgate's own tables in PostgreSQL: creation and migration, and the queries on them.
 
 use super::super::TokenRecord;
-use super::super::record::{self, Field, FieldValue, RecordSource, Unsaid};
+use super::super::record::{self, FieldValue, RecordField, RecordSource, Unsaid};
 use super::connect::{MIGRATE, QueryFailure};
 use crate::problem::Problem;
 use crate::store::credential::Digest;
@@ -29,7 +29,7 @@ pub(super) const LOOKUP: &str = "SELECT '{mark}'::text, v.version, v.readers_fro
 /// The digest, and the fields of a record in their order.
 pub(super) const COLUMNS: &str = "digest, \"user\", scopes, description, created, not_before, expires, revoked, blocked, \
     superseded, replaces, last_used";
-pub(super) const COLUMNS_COUNT: usize = Field::ALL.len() + 1;
+pub(super) const COLUMNS_COUNT: usize = RecordField::ALL.len() + 1;
 pub(super) const NOTE_USES: &str = "UPDATE {schema}.token t SET last_used = u.at \
     FROM ROWS FROM (pg_catalog.unnest($1::bytea[]), pg_catalog.unnest($2::bigint[])) AS u (digest, at) \
     WHERE t.digest OPERATOR(pg_catalog.=) u.digest \
@@ -156,7 +156,7 @@ struct OwnRow<'a> {
 }
 
 impl OwnRow<'_> {
-    fn get<'a, T: FromSql<'a>>(&'a self, field: Field) -> Result<Option<T>, QueryFailure> {
+    fn get<'a, T: FromSql<'a>>(&'a self, field: RecordField) -> Result<Option<T>, QueryFailure> {
         self.row.try_get(self.from + field.column()).map_err(misread)
     }
 }
@@ -164,28 +164,28 @@ impl OwnRow<'_> {
 impl RecordSource for OwnRow<'_> {
     type Error = QueryFailure;
 
-    fn text(&self, field: Field) -> Result<Option<String>, QueryFailure> {
+    fn text(&self, field: RecordField) -> Result<Option<String>, QueryFailure> {
         self.get(field)
     }
 
-    fn words(&self, field: Field) -> Result<Option<Vec<String>>, QueryFailure> {
+    fn words(&self, field: RecordField) -> Result<Option<Vec<String>>, QueryFailure> {
         self.get(field)
     }
 
-    fn time(&self, field: Field) -> Result<Option<u64>, QueryFailure> {
+    fn time(&self, field: RecordField) -> Result<Option<u64>, QueryFailure> {
         let seconds = self.get::<i64>(field)?.map(u64::try_from).transpose();
         seconds.map_err(|_| QueryFailure::garbage("a time before 1970 in tollgate's tables"))
     }
 
-    fn flag(&self, field: Field) -> Result<Option<bool>, QueryFailure> {
+    fn flag(&self, field: RecordField) -> Result<Option<bool>, QueryFailure> {
         self.get(field)
     }
 
-    fn digest(&self, field: Field) -> Result<Option<Digest>, QueryFailure> {
+    fn digest(&self, field: RecordField) -> Result<Option<Digest>, QueryFailure> {
         digest(self.row, self.from + field.column())
     }
 
-    fn missing(&self, _: Field) -> QueryFailure {
+    fn missing(&self, _: RecordField) -> QueryFailure {
         QueryFailure::garbage("a token without a user in tollgate's tables")
     }
 }
@@ -213,7 +213,7 @@ impl<'a> Parameters<'a> {
     pub(super) fn of(record: &'a TokenRecord) -> Self {
         let mut values = [None; COLUMNS_COUNT];
         values[0] = Some(FieldValue::Digest(&record.digest));
-        for field in Field::ALL {
+        for field in RecordField::ALL {
             values[field.column()] = field.of(record);
         }
         Self(values)

@@ -23,6 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::task::AbortHandle;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Name resolution, TCP, TLS and greeting together.
 const CONNECT: Duration = Duration::from_secs(1);
@@ -148,18 +149,10 @@ fn unavailable<E: std::fmt::Display>(address: &Address) -> impl FnOnce(E) -> Sto
 trait RedisStream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> RedisStream for S {}
 
-/// Ends the task behind a connection with its last user.
-struct DriverTask(AbortHandle);
-
-impl Drop for DriverTask {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
 #[derive(Clone)]
 enum Wire {
-    One(MultiplexedConnection, #[allow(dead_code, reason = "held for its end")] Arc<DriverTask>),
+    /// The task that drives it ends with its last user.
+    One(MultiplexedConnection, #[allow(dead_code, reason = "held for its end")] Arc<AbortOnDropHandle<()>>),
     Cluster(ClusterConnection),
 }
 
@@ -402,7 +395,7 @@ impl Connector {
             let (connection, driver) = MultiplexedConnection::new_with_config(&identity, stream, config)
                 .await
                 .map_err(|error| failed(&error).at(at))?;
-            let driver = DriverTask(tokio::spawn(driver).abort_handle());
+            let driver = AbortOnDropHandle::new(tokio::spawn(driver));
             Ok(RedisConnection::new(Wire::One(connection, Arc::new(driver))))
         };
         bounded(connected).await?

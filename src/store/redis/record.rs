@@ -1,7 +1,7 @@
 //! A record as the value of a key: a JSON object or a hash with the same fields. Knows no connection. An invalid record
 //! is an error that names the token and the field, never the value.
 
-use super::super::record::{self, Field, FieldValue, RecordSource, Unsaid, said};
+use super::super::record::{self, FieldValue, RecordField, RecordSource, Unsaid, said};
 use super::super::values::{LATEST, parse_scopes, parse_time};
 use super::super::{StoreError, TokenRecord};
 use crate::store::credential::Digest;
@@ -35,7 +35,7 @@ pub(super) enum Malformed {
     #[error("must be a JSON object")]
     NoObject,
     #[error("field {}: {what}", field.name())]
-    Field { field: Field, what: &'static str },
+    Field { field: RecordField, what: &'static str },
 }
 
 impl Malformed {
@@ -60,7 +60,7 @@ struct ValueFields {
 }
 
 impl ValueFields {
-    fn get(&self, field: Field) -> Option<&Json> {
+    fn get(&self, field: RecordField) -> Option<&Json> {
         match self.fields.get(field.name()) {
             None | Some(Json::Null) => None,
             Some(Json::String(text)) if self.is_hash && text.is_empty() => None,
@@ -70,7 +70,7 @@ impl ValueFields {
 
     fn read<T>(
         &self,
-        field: Field,
+        field: RecordField,
         read: impl Fn(&Json) -> Option<T>,
         what: &'static str,
     ) -> Result<Option<T>, Malformed> {
@@ -81,18 +81,18 @@ impl ValueFields {
 impl RecordSource for ValueFields {
     type Error = Malformed;
 
-    fn text(&self, field: Field) -> Result<Option<String>, Malformed> {
+    fn text(&self, field: RecordField) -> Result<Option<String>, Malformed> {
         self.read(field, |value| value.as_str().map(str::to_owned), "must be a text")
     }
 
-    fn words(&self, field: Field) -> Result<Option<Vec<String>>, Malformed> {
+    fn words(&self, field: RecordField) -> Result<Option<Vec<String>>, Malformed> {
         self.read(field, scopes, "must be a JSON array of texts, or words with blanks between them")
     }
 
-    fn time(&self, field: Field) -> Result<Option<u64>, Malformed> {
+    fn time(&self, field: RecordField) -> Result<Option<u64>, Malformed> {
         match self.read(field, unix_seconds, TIME)? {
             // Ambiguous: "never" or 1970.
-            Some(0) if field == Field::Expires => {
+            Some(0) if field == RecordField::Expires => {
                 let what = "0 is no time: leave the field out for a token that does not expire";
                 Err(Malformed::Field { field, what })
             }
@@ -100,19 +100,19 @@ impl RecordSource for ValueFields {
         }
     }
 
-    fn flag(&self, field: Field) -> Result<Option<bool>, Malformed> {
+    fn flag(&self, field: RecordField) -> Result<Option<bool>, Malformed> {
         self.read(field, truth, "must be true or false")
     }
 
-    fn digest(&self, field: Field) -> Result<Option<Digest>, Malformed> {
+    fn digest(&self, field: RecordField) -> Result<Option<Digest>, Malformed> {
         self.read(field, |value| Digest::from_hex(value.as_str()?), "must be 64 hex digits")
     }
 
     fn revoked(&self) -> Result<Option<u64>, Malformed> {
-        Ok(self.read(Field::Revoked, revoked, REVOKED)?.flatten())
+        Ok(self.read(RecordField::Revoked, revoked, REVOKED)?.flatten())
     }
 
-    fn missing(&self, field: Field) -> Malformed {
+    fn missing(&self, field: RecordField) -> Malformed {
         Malformed::Field { field, what: "is missing" }
     }
 }
@@ -172,13 +172,13 @@ fn scopes(value: &Json) -> Option<Vec<String>> {
 pub(super) fn to_json(record: &TokenRecord) -> String {
     let mut fields = Map::new();
     // Of a record without scopes it must be said that it has none, since a default may hold for those that say nothing.
-    fields.insert(Field::User.name().into(), record.user.as_str().into());
-    fields.insert(Field::Scopes.name().into(), record.scopes.as_slice().into());
+    fields.insert(RecordField::User.name().into(), record.user.as_str().into());
+    fields.insert(RecordField::Scopes.name().into(), record.scopes.as_slice().into());
     for (field, value) in said(record) {
         let value = match value {
             // What could be a boolean is written as one.
-            FieldValue::Time(0 | 1) if field == Field::Revoked => true.into(),
-            FieldValue::Time(0) if field == Field::Expires => 1.into(),
+            FieldValue::Time(0 | 1) if field == RecordField::Revoked => true.into(),
+            FieldValue::Time(0) if field == RecordField::Expires => 1.into(),
             FieldValue::Time(seconds) => seconds.into(),
             FieldValue::Text(text) => text.into(),
             FieldValue::Words(words) => words.into(),

@@ -2,7 +2,7 @@
 
 use super::{COLUMNS, NOW_MS, last_seq, lookup, open, record};
 use crate::store::credential::Digest;
-use crate::store::record::{Field, FieldValue};
+use crate::store::record::{FieldValue, RecordField};
 use crate::store::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
 use async_trait::async_trait;
 use rusqlite::types::Value;
@@ -55,14 +55,14 @@ impl From<rusqlite::Error> for AdminError {
 
 /// With a parameter for each of [`COLUMNS`].
 fn insert_sql() -> String {
-    let parameters: Vec<_> = (1..=Field::ALL.len() + 1).map(|number| format!("?{number}")).collect();
+    let parameters: Vec<_> = (1..=RecordField::ALL.len() + 1).map(|number| format!("?{number}")).collect();
     format!("INSERT INTO token ({COLUMNS}) VALUES ({})", parameters.join(", "))
 }
 
 fn insert(statement: &mut CachedStatement<'_>, record: &TokenRecord) -> rusqlite::Result<usize> {
     statement.execute(params_from_iter(
         std::iter::once(Value::Blob(record.digest.as_bytes().to_vec()))
-            .chain(Field::ALL.into_iter().map(|field| field.of(record).map_or(Value::Null, Value::from))),
+            .chain(RecordField::ALL.into_iter().map(|field| field.of(record).map_or(Value::Null, Value::from))),
     ))
 }
 

@@ -8,7 +8,7 @@ mod look;
 pub use admin::SqliteAdmin;
 pub(super) use look::unusable;
 
-use super::record::{self, Field, RecordSource, Unsaid};
+use super::record::{self, RecordField, RecordSource, Unsaid};
 use super::{Heard, Mark, StoreError, TokenRecord, TokenStore, feed};
 use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
@@ -192,29 +192,29 @@ fn record(row: &Row<'_>) -> rusqlite::Result<TokenRecord> {
 impl RecordSource for Row<'_> {
     type Error = rusqlite::Error;
 
-    fn text(&self, field: Field) -> rusqlite::Result<Option<String>> {
+    fn text(&self, field: RecordField) -> rusqlite::Result<Option<String>> {
         self.get(field.column())
     }
 
-    fn words(&self, field: Field) -> rusqlite::Result<Option<Vec<String>>> {
+    fn words(&self, field: RecordField) -> rusqlite::Result<Option<Vec<String>>> {
         let text = self.text(field)?;
         Ok(text.map(|text| text.split_whitespace().map(str::to_owned).collect()))
     }
 
-    fn time(&self, field: Field) -> rusqlite::Result<Option<u64>> {
+    fn time(&self, field: RecordField) -> rusqlite::Result<Option<u64>> {
         let seconds: Option<i64> = self.get(field.column())?;
         Ok(seconds.map(|seconds| u64::try_from(seconds).unwrap_or(0)))
     }
 
-    fn flag(&self, field: Field) -> rusqlite::Result<Option<bool>> {
+    fn flag(&self, field: RecordField) -> rusqlite::Result<Option<bool>> {
         self.get(field.column())
     }
 
-    fn digest(&self, field: Field) -> rusqlite::Result<Option<Digest>> {
+    fn digest(&self, field: RecordField) -> rusqlite::Result<Option<Digest>> {
         Ok(self.get::<_, Option<[u8; 32]>>(field.column())?.map(Digest::from_bytes))
     }
 
-    fn missing(&self, field: Field) -> rusqlite::Error {
+    fn missing(&self, field: RecordField) -> rusqlite::Error {
         rusqlite::Error::InvalidColumnType(field.column(), field.name().into(), Type::Null)
     }
 }
