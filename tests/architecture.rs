@@ -145,7 +145,16 @@ fn one_type_name_stands_for_one_thing() {
             let name: String = rest.chars().take_while(|c| c.is_ascii_alphanumeric()).collect();
             *seen.entry(name).or_default() += 1;
         }
+        // Types that the configuration's macros declare.
+        let code = code(text);
+        let declared = ["section! {", "words! {"].into_iter().flat_map(|start| code.split(start).skip(1));
+        let values = code.lines().filter(|line| line.contains(") = |text|"));
+        for rest in declared.chain(values) {
+            let name: String = rest.trim_start().chars().take_while(|c| c.is_ascii_alphanumeric()).collect();
+            *seen.entry(name).or_default() += 1;
+        }
     }
+    assert!(seen.contains_key("ServerSection") && seen.contains_key("BodyPolicy") && seen.contains_key("FilePath"));
     assert!(seen.len() > 250, "only {} types were read: is the scan right?", seen.len());
     let shared: Vec<_> = seen.iter().filter(|(_, count)| **count > 1).map(|(name, _)| name.as_str()).collect();
     assert!(shared.is_empty(), "names of two types: {shared:?}");

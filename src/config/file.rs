@@ -13,7 +13,7 @@ use toml::de::DeValue;
 
 section! {
     /// Where tollgate accepts API requests.
-    Server {
+    ServerSection {
         /// Addresses to listen on: `"address:port"`, or `"unix:/path"` for a socket file (mode 0660).
         listen: Vec<ListenAddress> = r#"["127.0.0.1:8080"]"#,
         /// Worker threads. 0: one for each core.
@@ -28,7 +28,7 @@ section! {
 
 section! {
     /// Metrics, health and reload, for operators only.
-    Admin {
+    AdminSection {
         /// One address, or "none". It must not be reachable from outside: there is no password.
         listen: Option<ListenAddress> = r#""127.0.0.1:9090""#,
         /// Host names that the admin listener answers to, besides IP addresses and localhost; for example
@@ -40,7 +40,7 @@ section! {
 
 section! {
     /// What tollgate is responsible for.
-    Api {
+    ApiSection {
         /// Everything at and below these paths needs a valid token. Everything else is 404, unless a [[route]] says
         /// otherwise.
         prefixes: Vec<Prefix> = r#"["/api/v3"]"#,
@@ -62,7 +62,7 @@ section! {
 section! {
     /// What a scope allows, in addition to [api] scopes. If there are any of these, a token needs a scope for every
     /// request.
-    Scope {
+    ScopeSection {
         /// The name of the scope, as tokens carry it. It may be in several entries.
         name: String = r#"!"api""#,
         /// The methods that it allows …
@@ -77,7 +77,7 @@ section! {
 
 section! {
     /// How clients send their token, and what the backend receives instead.
-    Token {
+    TokenSection {
         /// The header that carries the token. Letter case does not matter.
         header: HeaderName = r#""PRIVATE-TOKEN""#,
         /// The query parameter that carries the token.
@@ -97,7 +97,7 @@ section! {
         /// header (routes, scopes, pages), and forward the header. Use "judge" only if the backend obeys this header
         /// (Rack::MethodOverride in Rails, Symfony): another backend would run a POST where a GET was permitted.
         /// gitlab4j sends PATCH this way. Needs body = "refuse".
-        method_override: MethodOverride = r#""refuse""#,
+        method_override: OverridePolicy = r#""refuse""#,
         /// How the backend learns who the user is: "token" (the token header), "identity" (X-Tollgate-User,
         /// X-Tollgate-Token-Id, X-Tollgate-Scopes), "both" or "none".
         forward: Forward = r#""token""#,
@@ -125,7 +125,7 @@ section! {
     /// Where tokens are looked up. If there are several [[store]], they are asked in order: the first that knows the
     /// token decides. A store that fails ends the lookup with 503. Without any [[store]], SQLite is used. `tollgate
     /// token` writes to the first writable store, or to the one named with `--store`.
-    SqliteStore {
+    SqliteSection {
         /// An embedded database, created on first use.
         kind: StoreKind = r#""sqlite""#,
         /// Name in metrics, logs and `--store`; empty for the kind.
@@ -139,7 +139,7 @@ section! {
 
 section! {
     /// A file of SHA-256 digests: TOML, or JSON if its name ends in .json. It is read again when it changes.
-    FileStore {
+    FileSection {
         /// Edited by hand or written by configuration management.
         kind: StoreKind = r#""file""#,
         /// Name in metrics, logs and `--store`; empty for the kind.
@@ -153,7 +153,7 @@ section! {
 
 section! {
     /// PostgreSQL: tollgate's own schema (created by `tollgate store migrate`), GitLab's tables, or any other table.
-    PostgresStore {
+    PostgresSection {
         /// Can be shared by several gateways.
         kind: StoreKind = r#""postgres""#,
         /// Name in metrics, logs and `--store`; empty for the kind.
@@ -207,7 +207,7 @@ section! {
 section! {
     /// Redis or Valkey. Each token has a key: the prefix and the SHA-256 of the token in hex. The value is JSON or a
     /// hash.
-    RedisStore {
+    RedisSection {
         /// Can be shared by several gateways.
         kind: StoreKind = r#""redis""#,
         /// Name in metrics, logs and `--store`; empty for the kind.
@@ -252,7 +252,7 @@ section! {
 section! {
     /// HTTP introspection: ask the backend itself whom a token belongs to. Needs no migration. A revoked token works
     /// for up to [cache] positive_ttl.
-    IntrospectionStore {
+    IntrospectionSection {
         /// For backends whose tokens cannot be read in another way.
         kind: StoreKind = r#""introspection""#,
         /// Name in metrics, logs and `--store`; empty for the kind.
@@ -302,7 +302,7 @@ section! {
 
 section! {
     /// How long results of lookups are used. Changes that a store notifies take effect at once nevertheless.
-    Cache {
+    CacheSection {
         /// Valid tokens. Those in use are looked up again in the background before they expire.
         positive_ttl: Duration = r#""60s""#,
         /// All others.
@@ -322,7 +322,7 @@ section! {
 
 section! {
     /// Bounds for `page` and `per_page`, on GET and HEAD under the prefixes.
-    Pagination {
+    PaginationSection {
         /// Replaces a `per_page` that is zero, negative or not a number.
         default_per_page: u64 = "20",
         /// The highest `per_page`, or "none". Never above 2147483647.
@@ -340,7 +340,7 @@ section! {
 
 section! {
     /// Other bounds for some paths. The first entry that matches is used. What is not set is as in [pagination].
-    PaginationRoute {
+    PaginationRouteSection {
         /// A path pattern: `:name` is any one segment, a final `*` everything below.
         path: RoutePattern = r#"!"/""#,
         /// false: these paths have no pages, and their queries are not changed.
@@ -356,7 +356,7 @@ section! {
 
 section! {
     /// Limits for clients.
-    Limits {
+    LimitsSection {
         /// The request head. A larger one gets 431.
         header_bytes: Bytes = r#""32KiB""#,
         /// Path and query. Longer ones get 414.
@@ -373,7 +373,7 @@ section! {
 section! {
     /// A backend. Requests are distributed to its servers in turn. A request goes to the first [[upstream]] unless its
     /// route names another one.
-    Upstream {
+    UpstreamSection {
         /// Name in metrics, logs and routes.
         name: String = r#"!"api""#,
         /// `"host:port"` or `"unix:/path"`. Names are resolved at start and at each reload.
@@ -391,14 +391,14 @@ section! {
 
 section! {
     /// A path with rules of its own. The most specific pattern applies, wherever it is in the file.
-    Route {
+    RouteSection {
         /// A path pattern: `:name` is any one segment, a final `*` everything below, `/` alone every path.
         path: RoutePattern = r#"!"/""#,
         /// The methods that the rules apply to.
         methods: Vec<MethodName> = r#"["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]"#,
         /// "required", "optional" (requests without a token are forwarded; a token that is present must be valid) or
         /// "none" (no lookup, and tokens are removed).
-        auth: Auth = r#""required""#,
+        auth: AuthMode = r#""required""#,
         /// Why these paths can be reached without a token. Needed for "optional" and "none"; `tollgate check` lists it.
         reason: String = r#""""#,
         /// Tokens in the query: "accept" or "refuse" (401).
@@ -412,7 +412,7 @@ section! {
 
 section! {
     /// Logs. They never contain tokens.
-    Log {
+    LogSection {
         /// Access log, one JSON object for each request: "stdout", "off", or a file (relative to the folder of this
         /// configuration).
         access: String = r#""stdout""#,
@@ -424,7 +424,7 @@ section! {
 words! { BodyPolicy { Refuse = "refuse", Ignore = "ignore" } }
 words! { Untyped { Watch = "watch", Refuse = "refuse", OctetStream = "octet-stream" } }
 words! { Forward { Token = "token", Identity = "identity", Both = "both", None = "none" } }
-words! { MethodOverride { Refuse = "refuse", Judge = "judge" } }
+words! { OverridePolicy { Refuse = "refuse", Judge = "judge" } }
 words! { Switch { Refuse = "refuse", Allow = "allow" } }
 words! { Strip { Strip = "strip", Allow = "allow" } }
 words! { ScopePreset { None = "none", Gitlab = "gitlab" } }
@@ -451,7 +451,7 @@ words! { RedisTopology { Single = "single", Sentinel = "sentinel", Cluster = "cl
 words! { RedisChangesBy { Channel = "channel", Keyspace = "keyspace", None = "none" } }
 words! { IntrospectionMode { User = "user", Rfc7662 = "rfc7662" } }
 words! { Beyond { Clamp = "clamp", Refuse = "refuse" } }
-words! { Auth { Required = "required", Optional = "optional", None = "none" } }
+words! { AuthMode { Required = "required", Optional = "optional", None = "none" } }
 words! { QueryToken { Accept = "accept", Refuse = "refuse" } }
 words! { Level { Error = "error", Warn = "warn", Info = "info" } }
 
@@ -574,15 +574,15 @@ impl<T: Setting> Setting for Inherited<T> {
 
 /// One of the kinds.
 #[derive(Clone, Debug)]
-pub(crate) enum Store {
-    Sqlite(SqliteStore),
-    File(FileStore),
-    Postgres(PostgresStore),
-    Redis(RedisStore),
-    Introspection(IntrospectionStore),
+pub(crate) enum StoreSection {
+    Sqlite(SqliteSection),
+    File(FileSection),
+    Postgres(PostgresSection),
+    Redis(RedisSection),
+    Introspection(IntrospectionSection),
 }
 
-impl Store {
+impl StoreSection {
     /// What the section is called in problems.
     pub(crate) fn at(&self) -> &str {
         match self {
@@ -598,17 +598,17 @@ impl Store {
     pub(crate) fn read(section: &mut Section<'_, '_>) -> Self {
         let kind = section.table.and_then(|table| table.iter().find(|(name, _)| name.get_ref() == "kind"));
         match kind.map(|(_, value)| StoreKind::read(value.get_ref())) {
-            Some(Ok(StoreKind::File)) => Self::File(FileStore::read(section)),
-            Some(Ok(StoreKind::Postgres)) => Self::Postgres(PostgresStore::read(section)),
-            Some(Ok(StoreKind::Redis)) => Self::Redis(RedisStore::read(section)),
-            Some(Ok(StoreKind::Introspection)) => Self::Introspection(IntrospectionStore::read(section)),
-            Some(Ok(StoreKind::Sqlite)) | None => Self::Sqlite(SqliteStore::read(section)),
+            Some(Ok(StoreKind::File)) => Self::File(FileSection::read(section)),
+            Some(Ok(StoreKind::Postgres)) => Self::Postgres(PostgresSection::read(section)),
+            Some(Ok(StoreKind::Redis)) => Self::Redis(RedisSection::read(section)),
+            Some(Ok(StoreKind::Introspection)) => Self::Introspection(IntrospectionSection::read(section)),
+            Some(Ok(StoreKind::Sqlite)) | None => Self::Sqlite(SqliteSection::read(section)),
             Some(Err(_)) => {
                 // Which keys it may have is not known: the kind is reported, and nothing else of it.
                 let _: StoreKind = section.field("kind", r#""sqlite""#);
                 section.places.spoil(section.name.clone());
                 section.table = None;
-                Self::Sqlite(SqliteStore::read(section))
+                Self::Sqlite(SqliteSection::read(section))
             }
         }
     }

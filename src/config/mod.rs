@@ -25,19 +25,19 @@ use toml::de::{DeTable, DeValue};
 
 /// All that the file says.
 struct File {
-    server: file::Server,
-    admin: file::Admin,
-    api: file::Api,
-    token: file::Token,
-    stores: Vec<file::Store>,
-    scopes: Vec<file::Scope>,
-    cache: file::Cache,
-    pagination: file::Pagination,
-    pagination_routes: Vec<file::PaginationRoute>,
-    limits: file::Limits,
-    upstreams: Vec<file::Upstream>,
-    routes: Vec<file::Route>,
-    log: file::Log,
+    server: file::ServerSection,
+    admin: file::AdminSection,
+    api: file::ApiSection,
+    token: file::TokenSection,
+    stores: Vec<file::StoreSection>,
+    scopes: Vec<file::ScopeSection>,
+    cache: file::CacheSection,
+    pagination: file::PaginationSection,
+    pagination_routes: Vec<file::PaginationRouteSection>,
+    limits: file::LimitsSection,
+    upstreams: Vec<file::UpstreamSection>,
+    routes: Vec<file::RouteSection>,
+    log: file::LogSection,
 }
 
 /// Reads a configuration file, and looks at what it names as far as `probe` says. `check`, `run`, a reload and the other
@@ -93,7 +93,7 @@ pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
     let root = DeTable::parse(&text).map_err(|error| failed(format!("is not TOML: {}", error.message())))?;
     let mut places = Places::new(path, &text);
     places.note(root.get_ref());
-    let admin = one(&mut places, root.get_ref(), "admin", file::Admin::read);
+    let admin = one(&mut places, root.get_ref(), "admin", file::AdminSection::read);
     match places.into_found().iter().find(|found| found.key == "admin" || found.key == "admin.listen") {
         Some(problem) => Err(problem.to_string()),
         None => Ok(admin.listen.map(|address| address.0)),
@@ -115,20 +115,20 @@ fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
     let paging =
         root.iter().find(|(key, _)| key.get_ref() == "pagination").and_then(|(_, value)| value.get_ref().as_table());
     File {
-        server: one(places, root, "server", file::Server::read),
-        admin: one(places, root, "admin", file::Admin::read),
-        api: one(places, root, "api", file::Api::read),
-        token: one(places, root, "token", file::Token::read),
-        stores: one_or_many(places, root, "store", file::Store::read),
-        scopes: many(places, root, "scope", "scope", file::Scope::read),
-        cache: one(places, root, "cache", file::Cache::read),
-        limits: one(places, root, "limits", file::Limits::read),
-        log: one(places, root, "log", file::Log::read),
-        upstreams: many(places, root, "upstream", "upstream", file::Upstream::read),
-        routes: many(places, root, "route", "route", file::Route::read),
-        pagination: one(places, root, "pagination", file::Pagination::read),
+        server: one(places, root, "server", file::ServerSection::read),
+        admin: one(places, root, "admin", file::AdminSection::read),
+        api: one(places, root, "api", file::ApiSection::read),
+        token: one(places, root, "token", file::TokenSection::read),
+        stores: one_or_many(places, root, "store", file::StoreSection::read),
+        scopes: many(places, root, "scope", "scope", file::ScopeSection::read),
+        cache: one(places, root, "cache", file::CacheSection::read),
+        limits: one(places, root, "limits", file::LimitsSection::read),
+        log: one(places, root, "log", file::LogSection::read),
+        upstreams: many(places, root, "upstream", "upstream", file::UpstreamSection::read),
+        routes: many(places, root, "route", "route", file::RouteSection::read),
+        pagination: one(places, root, "pagination", file::PaginationSection::read),
         pagination_routes: paging
-            .map(|table| many(places, table, "route", "pagination.route", file::PaginationRoute::read))
+            .map(|table| many(places, table, "route", "pagination.route", file::PaginationRouteSection::read))
             .unwrap_or_default(),
     }
 }
@@ -201,23 +201,23 @@ const fn commented(header: &'static str, doc: &'static [&'static str], fields: &
 
 /// All sections, in the order in which they are documented.
 const REFERENCE: [Reference; 17] = [
-    shown("[server]", file::Server::DOC, file::Server::FIELDS),
-    shown("[admin]", file::Admin::DOC, file::Admin::FIELDS),
-    shown("[[upstream]]", file::Upstream::DOC, file::Upstream::FIELDS),
-    shown("[api]", file::Api::DOC, file::Api::FIELDS),
-    shown("[token]", file::Token::DOC, file::Token::FIELDS),
-    shown("[[store]]", file::SqliteStore::DOC, file::SqliteStore::FIELDS),
-    commented("[[store]]", file::FileStore::DOC, file::FileStore::FIELDS),
-    commented("[[store]]", file::PostgresStore::DOC, file::PostgresStore::FIELDS),
-    commented("[[store]]", file::RedisStore::DOC, file::RedisStore::FIELDS),
-    commented("[[store]]", file::IntrospectionStore::DOC, file::IntrospectionStore::FIELDS),
-    shown("[cache]", file::Cache::DOC, file::Cache::FIELDS),
-    commented("[[scope]]", file::Scope::DOC, file::Scope::FIELDS),
-    shown("[pagination]", file::Pagination::DOC, file::Pagination::FIELDS),
-    commented("[[pagination.route]]", file::PaginationRoute::DOC, file::PaginationRoute::FIELDS),
-    shown("[limits]", file::Limits::DOC, file::Limits::FIELDS),
-    commented("[[route]]", file::Route::DOC, file::Route::FIELDS),
-    shown("[log]", file::Log::DOC, file::Log::FIELDS),
+    shown("[server]", file::ServerSection::DOC, file::ServerSection::FIELDS),
+    shown("[admin]", file::AdminSection::DOC, file::AdminSection::FIELDS),
+    shown("[[upstream]]", file::UpstreamSection::DOC, file::UpstreamSection::FIELDS),
+    shown("[api]", file::ApiSection::DOC, file::ApiSection::FIELDS),
+    shown("[token]", file::TokenSection::DOC, file::TokenSection::FIELDS),
+    shown("[[store]]", file::SqliteSection::DOC, file::SqliteSection::FIELDS),
+    commented("[[store]]", file::FileSection::DOC, file::FileSection::FIELDS),
+    commented("[[store]]", file::PostgresSection::DOC, file::PostgresSection::FIELDS),
+    commented("[[store]]", file::RedisSection::DOC, file::RedisSection::FIELDS),
+    commented("[[store]]", file::IntrospectionSection::DOC, file::IntrospectionSection::FIELDS),
+    shown("[cache]", file::CacheSection::DOC, file::CacheSection::FIELDS),
+    commented("[[scope]]", file::ScopeSection::DOC, file::ScopeSection::FIELDS),
+    shown("[pagination]", file::PaginationSection::DOC, file::PaginationSection::FIELDS),
+    commented("[[pagination.route]]", file::PaginationRouteSection::DOC, file::PaginationRouteSection::FIELDS),
+    shown("[limits]", file::LimitsSection::DOC, file::LimitsSection::FIELDS),
+    commented("[[route]]", file::RouteSection::DOC, file::RouteSection::FIELDS),
+    shown("[log]", file::LogSection::DOC, file::LogSection::FIELDS),
 ];
 
 #[cfg(test)]

@@ -1,9 +1,7 @@
 //! From what the file says to the settings that the stages declare. Each stage says what is wrong with its own; here is
 //! what one section says about another.
 
-use super::file::{
-    self, Auth as FileAuth, Beyond, BodyPolicy, Forward, QueryToken, ScopePreset, Strip, Switch, TrustedPeer,
-};
+use super::file::{self, AuthMode, Beyond, BodyPolicy, Forward, QueryToken, ScopePreset, Strip, Switch, TrustedPeer};
 use super::places::Places;
 use super::section::{nearest, suggestion};
 use super::{Diagnostic, Document, File};
@@ -77,8 +75,8 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         token: token.clone(),
         names: names.clone(),
         method_override: match file.token.method_override {
-            file::MethodOverride::Refuse => MethodOverride::Refuse,
-            file::MethodOverride::Judge => MethodOverride::Judge,
+            file::OverridePolicy::Refuse => MethodOverride::Refuse,
+            file::OverridePolicy::Judge => MethodOverride::Judge,
         },
         switches,
         trusted_proxies: trusted(&file.server.trusted_proxies),
@@ -166,7 +164,7 @@ impl Gather<'_, '_> {
         server
     }
 
-    fn upstreams(&mut self, upstreams: &[file::Upstream]) -> Vec<UpstreamSettings> {
+    fn upstreams(&mut self, upstreams: &[file::UpstreamSection]) -> Vec<UpstreamSettings> {
         if upstreams.is_empty() {
             let instead = "write [[upstream]] with name = \"api\" and servers = [\"127.0.0.1:3000\"]";
             self.places.add("", Problem::error("upstream", "is missing: there is no backend to forward to", instead));
@@ -209,9 +207,9 @@ impl Gather<'_, '_> {
                 name: route.path.0.text.clone(),
                 methods: Methods::only(route.methods.iter().map(|method| method.0)),
                 auth: match route.auth {
-                    FileAuth::Required => Auth::Required,
-                    FileAuth::Optional => Auth::Optional,
-                    FileAuth::None => Auth::None { pass_token: route.pass_token },
+                    AuthMode::Required => Auth::Required,
+                    AuthMode::Optional => Auth::Optional,
+                    AuthMode::None => Auth::None { pass_token: route.pass_token },
                 },
                 reason: route.reason.trim().into(),
                 refuse_query_token: route.query_token == QueryToken::Refuse,
@@ -220,7 +218,7 @@ impl Gather<'_, '_> {
                 index: 0,
             };
             self.all(&route.at, settings.problems());
-            if route.pass_token && route.auth != FileAuth::None {
+            if route.pass_token && route.auth != AuthMode::None {
                 let problem = Problem::error("pass_token", "goes with auth = \"none\" only", "remove it");
                 self.places.add(&route.at, problem.with("auth"));
             }

@@ -3,7 +3,7 @@
 
 use super::File;
 use super::file::{
-    self, BoundAs, IntrospectionMode, PostgresPreset, RedisChangesBy, RedisTopology, Store, Tls, UpstreamAddress,
+    self, BoundAs, IntrospectionMode, PostgresPreset, RedisChangesBy, RedisTopology, StoreSection, Tls, UpstreamAddress,
 };
 use super::resolve::Gather;
 use crate::problem::Problem;
@@ -21,13 +21,17 @@ impl Gather<'_, '_> {
         for store in &file.stores {
             let at = Entry { section: store.at(), folder };
             let (kind_name, name, timeout, kind) = match store {
-                Store::Sqlite(s) => ("sqlite", &s.name, s.timeout, StoreSettings::Sqlite(folder.join(&s.path.0))),
-                Store::File(s) => ("file", &s.name, s.timeout, StoreSettings::File(folder.join(&s.path.0))),
-                Store::Postgres(s) => {
+                StoreSection::Sqlite(s) => {
+                    ("sqlite", &s.name, s.timeout, StoreSettings::Sqlite(folder.join(&s.path.0)))
+                }
+                StoreSection::File(s) => ("file", &s.name, s.timeout, StoreSettings::File(folder.join(&s.path.0))),
+                StoreSection::Postgres(s) => {
                     ("postgres", &s.name, s.timeout, StoreSettings::Postgres(Box::new(self.postgres(s, &at))))
                 }
-                Store::Redis(s) => ("redis", &s.name, s.timeout, StoreSettings::Redis(Box::new(self.redis(s, &at)))),
-                Store::Introspection(s) => {
+                StoreSection::Redis(s) => {
+                    ("redis", &s.name, s.timeout, StoreSettings::Redis(Box::new(self.redis(s, &at))))
+                }
+                StoreSection::Introspection(s) => {
                     let settings = Box::new(self.introspection(s, &at, file, upstreams));
                     ("introspection", &s.name, s.timeout, StoreSettings::Introspection(settings))
                 }
@@ -48,7 +52,7 @@ impl Gather<'_, '_> {
         stores
     }
 
-    fn postgres(&mut self, s: &file::PostgresStore, at: &Entry<'_>) -> PostgresSettings {
+    fn postgres(&mut self, s: &file::PostgresSection, at: &Entry<'_>) -> PostgresSettings {
         let auto = postgres::tls_auto(&s.url);
         let secret = self.secret(at, "db_key_base_file", &s.db_key_base_file).unwrap_or_default();
         if s.preset != PostgresPreset::Custom && !s.lookup.trim().is_empty() {
@@ -82,7 +86,7 @@ impl Gather<'_, '_> {
         }
     }
 
-    fn redis(&mut self, s: &file::RedisStore, at: &Entry<'_>) -> RedisSettings {
+    fn redis(&mut self, s: &file::RedisSection, at: &Entry<'_>) -> RedisSettings {
         let servers: Vec<String> = s.servers.iter().map(|UpstreamAddress(server)| server.to_string()).collect();
         let auto = TlsMode::auto(s.servers.iter().map(|UpstreamAddress(server)| match server {
             ServerAddress::Unix(_) => Place::Socket,
@@ -112,7 +116,7 @@ impl Gather<'_, '_> {
 
     fn introspection(
         &mut self,
-        s: &file::IntrospectionStore,
+        s: &file::IntrospectionSection,
         at: &Entry<'_>,
         file: &File,
         upstreams: &[UpstreamSettings],
