@@ -19,7 +19,7 @@ impl Gather<'_, '_> {
     pub(super) fn stores(&mut self, file: &File, folder: &Path, upstreams: &[UpstreamSettings]) -> Vec<NamedStore> {
         let mut stores: Vec<NamedStore> = Vec::new();
         for store in &file.stores {
-            let at = Entry { section: store.at(), folder };
+            let at = SectionContext { section: store.at(), folder };
             let (kind_name, name, timeout, kind) = match store {
                 StoreSection::Sqlite(s) => {
                     ("sqlite", &s.name, s.timeout, StoreSettings::Sqlite(folder.join(&s.path.0)))
@@ -52,7 +52,7 @@ impl Gather<'_, '_> {
         stores
     }
 
-    fn postgres(&mut self, s: &file::PostgresSection, at: &Entry<'_>) -> PostgresSettings {
+    fn postgres(&mut self, s: &file::PostgresSection, at: &SectionContext<'_>) -> PostgresSettings {
         let auto = postgres::tls_auto(&s.url);
         let secret = self.secret(at, "db_key_base_file", &s.db_key_base_file).unwrap_or_default();
         if s.preset != PostgresPreset::Custom && !s.lookup.trim().is_empty() {
@@ -86,7 +86,7 @@ impl Gather<'_, '_> {
         }
     }
 
-    fn redis(&mut self, s: &file::RedisSection, at: &Entry<'_>) -> RedisSettings {
+    fn redis(&mut self, s: &file::RedisSection, at: &SectionContext<'_>) -> RedisSettings {
         let servers: Vec<String> = s.servers.iter().map(|UpstreamAddress(server)| server.to_string()).collect();
         let auto = TlsMode::auto(s.servers.iter().map(|UpstreamAddress(server)| match server {
             ServerAddress::Unix(_) => Place::Socket,
@@ -117,7 +117,7 @@ impl Gather<'_, '_> {
     fn introspection(
         &mut self,
         s: &file::IntrospectionSection,
-        at: &Entry<'_>,
+        at: &SectionContext<'_>,
         file: &File,
         upstreams: &[UpstreamSettings],
     ) -> IntrospectSettings {
@@ -168,7 +168,7 @@ impl Gather<'_, '_> {
 
     fn store_problem(
         &mut self,
-        at: &Entry<'_>,
+        at: &SectionContext<'_>,
         key: &'static str,
         what: impl Into<String>,
         instead: impl Into<String>,
@@ -177,7 +177,7 @@ impl Gather<'_, '_> {
     }
 
     /// The first line of a file; `None` when no file is named.
-    fn secret(&mut self, at: &Entry<'_>, key: &'static str, path: &str) -> Option<Secret> {
+    fn secret(&mut self, at: &SectionContext<'_>, key: &'static str, path: &str) -> Option<Secret> {
         if path.is_empty() {
             return None;
         }
@@ -201,7 +201,7 @@ impl Gather<'_, '_> {
         }
     }
 
-    fn tls(&mut self, at: &Entry<'_>, mode: Tls, auto: TlsMode, [ca, cert, key]: [&String; 3]) -> TlsSettings {
+    fn tls(&mut self, at: &SectionContext<'_>, mode: Tls, auto: TlsMode, [ca, cert, key]: [&String; 3]) -> TlsSettings {
         let file =
             |text: &String| Some(text).filter(|text| !text.is_empty()).map(|text| PemFile::from(at.folder.join(text)));
         if cert.is_empty() != key.is_empty() {
@@ -225,8 +225,8 @@ fn count(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }
 
-/// The section that is read.
-struct Entry<'a> {
+/// The section that is read, and the folder that its paths are relative to.
+struct SectionContext<'a> {
     section: &'a str,
     folder: &'a Path,
 }
