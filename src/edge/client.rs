@@ -238,8 +238,8 @@ async fn linger(mut socket: Stream) {
             }
         }
     };
-    // Over time or not: the connection ends here.
-    drop(timeout(LINGER_TIME, read_on).await);
+    // After the time-out or before: the connection ends here.
+    let _ = timeout(LINGER_TIME, read_on).await;
 }
 
 impl Drop for ClientStream {
