@@ -198,7 +198,7 @@ fn a_store_outage_with_guessed_tokens_is_a_line_when_it_begins_and_one_when_it_e
     std::fs::rename(&store.path, &away).unwrap();
     eventually("the store is gone", || status(&gateway, BAD) == 503);
     load(&gateway, 8, 250, |index| (get(&format!("guess-{index:08}"), "/api/v3/user"), 503));
-    let about = |gateway: &Gateway| lines_with(gateway, &["store sqlite", "look-up"]);
+    let about = |gateway: &Gateway| lines_with(gateway, &["store sqlite", "lookup"]);
     eventually("the beginning is logged", || !about(&gateway).is_empty());
     assert_eq!(about(&gateway).len(), 1, "{}", gateway.process_log());
     let errors = gateway.metric("tollgate_store_errors_total{kind=\"unavailable\",store=\"sqlite\"}");

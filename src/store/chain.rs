@@ -139,14 +139,14 @@ impl Link {
                 log::warn!("store {name}: token {token}: {error} ({more} similar messages suppressed)");
             }
         } else if self.failures.outage.failed(now).is_some() {
-            log::warn!("store {name}: look-ups fail from now on, the first one for token {token}: {error}");
+            log::warn!("store {name}: lookups fail from now on, the first one for token {token}: {error}");
         }
     }
 
     fn works(&self, began: Instant) {
         if let Some(over) = self.failures.outage.succeeded(began, Instant::now()) {
             let (failures, lasted) = (over.failures, over.lasted);
-            log::warn!("store {}: answers again; {failures} look-ups failed in {lasted:.1?}", self.name);
+            log::warn!("store {}: answers again; {failures} lookups failed in {lasted:.1?}", self.name);
         }
     }
 }

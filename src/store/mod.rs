@@ -91,7 +91,7 @@ pub enum StoreError {
     ReadOnly(String),
     #[error("the token store did not answer in time")]
     Timeout,
-    #[error("the token store has too many look-ups under way")]
+    #[error("the token store has too many lookups under way")]
     Overloaded,
     #[error("the token store failed too often and is left alone for a moment")]
     CircuitOpen,

@@ -3,6 +3,7 @@
 
 use super::lines::{Destination, LineQueue};
 use super::metrics::Metrics;
+use memchr::memchr;
 use percent_encoding::percent_decode;
 use std::borrow::Cow;
 use std::io::Write as _;
@@ -127,7 +128,7 @@ fn secret_words(token_parameter: &str) -> Arc<[String]> {
 fn format(entry: &AccessLogEntry<'_>, secret_words: &[String]) -> Vec<u8> {
     let mut line = Vec::with_capacity(512);
     let at = std::time::UNIX_EPOCH + Duration::from_millis(entry.unix_ms);
-    let (path, query) = match memchr::memchr(b'?', entry.target) {
+    let (path, query) = match memchr(b'?', entry.target) {
         Some(at) => (&entry.target[..at], Some(&entry.target[at + 1..])),
         None => (entry.target, None),
     };
@@ -228,9 +229,12 @@ fn has_secret_word(piece: &[u8], secret_words: &[String]) -> bool {
     secret_words.iter().any(|word| memchr::memmem::find(&lower, word.as_bytes()).is_some())
 }
 
-/// Undoes `%hh`, twice: a nested URL carries its own query encoded.
-fn decode(bytes: &[u8]) -> Vec<u8> {
-    percent_decode(&Cow::from(percent_decode(bytes))).collect()
+/// Undoes `%hh`, twice: a nested URL carries its own query encoded. Most parameters have none.
+fn decode(bytes: &[u8]) -> Cow<'_, [u8]> {
+    if memchr(b'%', bytes).is_none() {
+        return bytes.into();
+    }
+    percent_decode(&Cow::from(percent_decode(bytes))).collect::<Vec<_>>().into()
 }
 
 fn milliseconds(line: &mut Vec<u8>, key: &str, time: Duration) {

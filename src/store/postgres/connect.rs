@@ -495,7 +495,7 @@ pub(super) enum Judgement {
     Astray,
 }
 
-pub(super) const ASTRAY: &str = "look-ups get to another server than the one that changes are heard from: does something \
+pub(super) const ASTRAY: &str = "lookups get to another server than the one that changes are heard from: does something \
     between (a load balancer, a name with several addresses) send each connection somewhere else? Name the primary in url";
 
 /// Waits for a result on a connection that no task is driving yet.
@@ -650,11 +650,11 @@ impl QueryFailure {
         if error.code().is_some_and(|code| unknown.contains(code)) {
             return Self::of(
                 &error,
-                "correct the look-up query. It runs with search_path = pg_catalog, pg_temp: tables, functions, types and \
+                "correct the lookup query. It runs with search_path = pg_catalog, pg_temp: tables, functions, types and \
                  operators of other schemas are written with their schema, like public.people",
             );
         }
-        Self::of(&error, "correct the look-up query, or grant what it needs")
+        Self::of(&error, "correct the lookup query, or grant what it needs")
     }
 
     /// For a query on tollgate's own tables.

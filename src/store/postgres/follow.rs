@@ -338,11 +338,11 @@ impl Listener {
     }
 
     /// Changes come from others, at rest, and on the triggers' channel. A pooler that gives each transaction another
-    /// connection brings back the echo of one's own, and drops all else. The second connection is made as look-ups make
+    /// connection brings back the echo of one's own, and drops all else. The second connection is made as lookups make
     /// theirs: it must get to the same server.
     async fn hear_another(&self, home: &Home) -> Result<(), StoreError> {
         let at = |error: StoreError| error.at(&"a second connection, to try the first");
-        // Where look-ups would go if changes were heard from here.
+        // Where lookups would go if changes were heard from here.
         let reached = self.target.reach_from(Some(home), "").await.map_err(|why| at(why.into()))?;
         let Reached { client: other, driver, home: reached } = reached;
         if !home.is_same_server(&reached) {

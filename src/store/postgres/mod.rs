@@ -38,9 +38,9 @@ pub struct PostgresSettings {
     /// Takes the place of one in the URL.
     pub password: Option<Secret>,
     pub tls: TlsSettings,
-    /// Connections for look-ups; one more follows changes, and at its beginning, for a moment, a second one tries it.
+    /// Connections for lookups; one more follows changes, and at its beginning, for a moment, a second one tries it.
     pub connections: usize,
-    /// How long a look-up may take. The server ends a query that takes longer, also when nobody waits for it any more.
+    /// How long a lookup may take. The server ends a query that takes longer, also when nobody waits for it any more.
     pub timeout: Duration,
     pub source: Source,
     /// The channel that tells of changes; `None`: they are not followed.
@@ -316,7 +316,7 @@ impl BoundQuery<'_> {
                     // A query that finds somebody for a token that nobody has would let everybody in.
                     if !one(connection, &statement, &nobody()?, nonce).await?.is_empty() {
                         return Err(QueryFailure::garbage(
-                            "the look-up query finds a row for a token that nobody has: compare a column with $1 in its \
+                            "the lookup query finds a row for a token that nobody has: compare a column with $1 in its \
                              WHERE",
                         ));
                     }
@@ -420,7 +420,7 @@ impl TokenStore for PostgresStore {
     }
 }
 
-/// A pooled connection in use. It goes back to the pool only when it is said to be clean: a look-up may be dropped at
+/// A pooled connection in use. It goes back to the pool only when it is said to be clean: a lookup may be dropped at
 /// any moment, and the next one must not wait for the answer to this one's question.
 struct Lease<'a> {
     connection: Option<Object>,

@@ -36,12 +36,12 @@ impl Columns {
             let name = names.join(" or ");
             if second.is_some() {
                 return Err(QueryFailure::garbage(format!(
-                    "the look-up query has several columns {name}: name only one so"
+                    "the lookup query has several columns {name}: name only one so"
                 )));
             }
             match first {
                 Some(at) if !fits(base(columns[at].type_())) => Err(QueryFailure::garbage(format!(
-                    "column {name} of the look-up query is of type {}, where {kinds} is needed: cast it in the query",
+                    "column {name} of the lookup query is of type {}, where {kinds} is needed: cast it in the query",
                     columns[at].type_()
                 ))),
                 first => Ok(first),
@@ -50,7 +50,7 @@ impl Columns {
         let user = find(&["user", "username"], is_text, "text")?;
         Ok(Self {
             user: user
-                .ok_or_else(|| QueryFailure::garbage("the look-up query has no column user: name one AS \"user\""))?,
+                .ok_or_else(|| QueryFailure::garbage("the lookup query has no column user: name one AS \"user\""))?,
             scopes: find(&["scopes"], |of| is_text(of) || is_list(of) || is_json(of), "text[], text or json")?,
             not_before: find(&["not_before"], is_time, "a time or bigint")?,
             expires: find(&["expires_at", "expires"], is_time, "a time or bigint")?,
@@ -141,7 +141,7 @@ impl<'a> FromSql<'a> for Cell<'a> {
 }
 
 fn cell(row: &Row, at: usize) -> Result<Option<Cell<'_>>, QueryFailure> {
-    row.try_get(at).map_err(|_| QueryFailure::garbage("a value of the look-up's row can't be read"))
+    row.try_get(at).map_err(|_| QueryFailure::garbage("a value of the lookup's row can't be read"))
 }
 
 /// Microseconds since 2000, with two infinities.
@@ -182,7 +182,7 @@ impl Time {
 
 impl Cell<'_> {
     fn garbage(&self) -> QueryFailure {
-        QueryFailure::garbage(format!("a value of type {} in the look-up's row makes no sense", self.kind))
+        QueryFailure::garbage(format!("a value of type {} in the lookup's row makes no sense", self.kind))
     }
 
     fn text(&self) -> Result<String, QueryFailure> {
@@ -216,7 +216,7 @@ impl Cell<'_> {
                 let seconds = if self.kind == Type::INT4 { i64::from(narrow()?) } else { wide()? };
                 if seconds > LAST_SECOND {
                     return Err(QueryFailure::garbage(
-                        "a time of the look-up's row is beyond the year 5000: are these milliseconds? Divide by 1000",
+                        "a time of the lookup's row is beyond the year 5000: are these milliseconds? Divide by 1000",
                     ));
                 }
                 at(seconds, true)

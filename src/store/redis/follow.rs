@@ -30,7 +30,7 @@ pub(super) async fn follow(store: &RedisStore, heard: Heard<'_>) {
         return feed::follow(RedisFeed { store, register, master: None }, crate::clock::now, heard).await;
     }
     match store.connector.topology() {
-        // Without messages, one thing is still to be noticed: that look-ups ask a server that is the master no more.
+        // Without messages, one thing is still to be noticed: that lookups ask a server that is the master no more.
         Topology::Sentinel { .. } => watch_master(store).await,
         Topology::Single | Topology::Cluster => std::future::pending().await,
     }
@@ -105,7 +105,7 @@ impl<'a> RedisFeed<'a> {
         };
         let (mut link, address) = self.store.connector.subscriber(Arc::new(push)).await?;
         if self.is_sentinel() && self.master.as_ref() != Some(&address) {
-            // Look-ups may have come back to the old one in between.
+            // Lookups may have come back to the old one in between.
             self.store.pool.renew();
             self.master = Some(address.clone());
         }
@@ -251,7 +251,7 @@ impl Subscription for Subscribed<'_> {
     }
 
     async fn upkeep(&self) -> Result<Option<Coverage>, Loss> {
-        // The register lies where look-ups are answered: that it can't be written says nothing of this connection.
+        // The register lies where lookups are answered: that it can't be written says nothing of this connection.
         let _ = self.register.note().await;
         Ok(None)
     }

@@ -27,7 +27,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// Name resolution, TCP, TLS and greeting together.
 const CONNECT: Duration = Duration::from_secs(1);
-/// How long the server may take for one answer. Look-ups usually end before, by the store's own timeout.
+/// How long the server may take for one answer. Lookups usually end before, by the store's own timeout.
 const ANSWER: Duration = Duration::from_secs(2);
 /// A connection on which nothing came for so long, though something was asked, is replaced.
 const SILENCE: Duration = Duration::from_millis(200);
@@ -97,7 +97,7 @@ pub(super) fn failed(error: &RedisError) -> StoreError {
         (ErrorKind::Parse | ErrorKind::UnexpectedReturnType, None) => {
             StoreError::Unavailable("the server answered something that is not Redis".into())
         }
-        (kind, None) => StoreError::Unavailable(format!("the connection failed: {kind:?}")),
+        (_, None) => StoreError::Unavailable(format!("the connection failed: {}", error.category())),
     }
 }
 
@@ -252,7 +252,7 @@ impl Connector {
         Ok(Self { addresses, topology, identity, tls, tls_settings, cluster, answer: ANSWER })
     }
 
-    /// For work that may take longer than a look-up.
+    /// For work that may take longer than a lookup.
     pub(super) fn with_answer(mut self, answer: Duration) -> Self {
         self.answer = answer;
         self
@@ -488,7 +488,7 @@ fn cluster_client(
     })
 }
 
-/// Connections for look-ups, taken in turn, made when they are needed and replaced when they are of no use.
+/// Connections for lookups, taken in turn, made when they are needed and replaced when they are of no use.
 pub(super) struct RedisPool {
     connector: Arc<Connector>,
     slots: Vec<Arc<Slot>>,

@@ -23,7 +23,7 @@ use tokio::sync::oneshot;
 
 /// What `PRAGMA user_version` says of a database that this version made.
 const SCHEMA_VERSION: i64 = MIGRATIONS.len() as i64;
-/// Look-ups that may wait for a reader.
+/// Lookups that may wait for a reader.
 const QUEUE: usize = 1_024;
 /// Writes that may wait: last uses in slices, and signs of life.
 const WRITE_QUEUE: usize = 16;
@@ -223,7 +223,7 @@ impl RecordSource for Row<'_> {
 pub struct SqliteStore {
     path: PathBuf,
     questions: SyncSender<Question>,
-    /// What is written has a thread of its own: one that waits for the lock of a writer keeps no look-up waiting.
+    /// What is written has a thread of its own: one that waits for the lock of a writer keeps no lookup waiting.
     writes: SyncSender<Question>,
 }
 
