@@ -1,8 +1,8 @@
 //! Section 2 of the contract: what tollgate answers itself, in which form, and what becomes of the connection.
 
 use crate::harness::*;
+use crate::servers::http::HttpServer;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpListener};
 use std::time::Duration;
 
 const TARGET: &str = "/api/v3/projects";
@@ -34,29 +34,6 @@ fn assert_own(answer: &Answer, status: u16, reason: &str, what: &str) {
 
 fn is_close(answer: &Answer) -> bool {
     answer.header("Connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
-}
-
-/// A backend that accepts, reads one head and then does as it is told, byte for byte.
-fn raw_upstream(answer: &'static [u8]) -> std::net::SocketAddr {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let address = listener.local_addr().unwrap();
-    std::thread::spawn(move || {
-        for mut socket in listener.incoming().flatten() {
-            std::thread::spawn(move || {
-                let mut seen = Vec::new();
-                let mut piece = [0; 4096];
-                while find(&seen, b"\r\n\r\n").is_none() {
-                    match socket.read(&mut piece) {
-                        Ok(n @ 1..) => seen.extend_from_slice(&piece[..n]),
-                        _ => return,
-                    }
-                }
-                // Whoever asked may be gone.
-                drop(socket.write_all(answer));
-            });
-        }
-    });
-    address
 }
 
 #[test]
@@ -409,7 +386,8 @@ fn a_broken_upstream_is_502() {
         ("two codings", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"),
         ("unrequested 101", b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nhi"),
     ] {
-        let gateway = Gateway::start(raw_upstream(bytes), "");
+        let upstream = HttpServer::answering_once(bytes);
+        let gateway = Gateway::start(upstream.address(), "");
         // Read as it is: what is passed on may be more than the client can frame.
         let mut client = gateway.client();
         client.send(&get(TARGET, "Connection: close\n"));
@@ -428,7 +406,8 @@ fn a_broken_upstream_is_502() {
 #[test]
 fn an_answer_with_both_framings_reaches_the_client_with_one() {
     let both = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n";
-    let answer = Gateway::start(raw_upstream(both), "").get(TARGET);
+    let upstream = HttpServer::answering_once(both);
+    let answer = Gateway::start(upstream.address(), "").get(TARGET);
     assert_eq!((answer.status, answer.text()), (200, "hi".into()));
     assert_eq!((answer.header("Content-Length"), answer.header("Transfer-Encoding")), (None, Some("chunked")));
 }
@@ -441,7 +420,7 @@ fn surplus_bytes_of_an_upstream_never_answer_another_request() {
     let upstream = Upstream::answering(move |seen| {
         if seen.target.ends_with("/surplus") {
             let poison = "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison";
-            return Reply::raw(&format!("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi{poison}"));
+            return Reply::raw(format!("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi{poison}"));
         }
         Reply::ok(&format!("{}", count.fetch_add(1, std::sync::atomic::Ordering::Relaxed)))
     });

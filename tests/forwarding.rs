@@ -3,9 +3,10 @@
 
 use crate::harness::*;
 use crate::servers::HINT;
+use crate::servers::http::{HttpServer, Step};
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -28,20 +29,6 @@ fn servers(addresses: &[SocketAddr]) -> String {
     format!("[[upstream]]\nname = \"api\"\nservers = [{}]\n", list.join(", "))
 }
 
-/// A backend that is one function a connection, for what the strict upstream can't do.
-fn raw_upstream(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let address = listener.local_addr().unwrap();
-    let serve = std::sync::Arc::new(serve);
-    std::thread::spawn(move || {
-        for socket in listener.incoming().flatten() {
-            let serve = std::sync::Arc::clone(&serve);
-            std::thread::spawn(move || serve(socket));
-        }
-    });
-    address
-}
-
 /// Reads up to the end of a head and gives it back, with what came behind it.
 fn read_head(socket: &mut impl std::io::Read) -> Option<(String, Vec<u8>)> {
     let mut bytes = Vec::new();
@@ -56,15 +43,6 @@ fn read_head(socket: &mut impl std::io::Read) -> Option<(String, Vec<u8>)> {
             _ => return None,
         }
     }
-}
-
-/// A backend that answers every connection's first request with these bytes and ends the connection.
-fn answering_once(answer: &'static [u8]) -> SocketAddr {
-    raw_upstream(move |mut socket| {
-        if read_head(&mut socket).is_some() {
-            drop(socket.write_all(answer));
-        }
-    })
 }
 
 // --- What is said of the client ---
@@ -356,7 +334,7 @@ fn bodies_of_both_framings_pass_both_ways() {
                     .chunks(7)
                     .map(|piece| format!("{:X}\r\n{}\r\n", piece.len(), String::from_utf8_lossy(piece)))
                     .collect();
-                Reply::raw(&format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}0\r\n\r\n"))
+                Reply::raw(format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{chunks}0\r\n\r\n"))
             }
             _ => Reply::ok(&body),
         }
@@ -396,9 +374,8 @@ fn bodies_of_both_framings_pass_both_ways() {
 fn a_large_answer_streams_in_bounded_memory() {
     let size = 50 * MEGABYTE;
     let upstream = Upstream::answering(move |_| {
-        let mut reply = Reply::raw(&format!("HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n"));
-        reply.bytes.resize(reply.bytes.len() + size, b'x');
-        reply
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n");
+        Reply::raw(head).then(Step::Send(vec![b'x'; size]))
     });
     let gateway = Gateway::start(upstream.address, "");
     assert_eq!(gateway.ask("GET /other HTTP/1.1\nHost: h\n\n").status, 404);
@@ -431,7 +408,7 @@ fn a_large_request_streams_in_bounded_memory() {
     let size = 50 * MEGABYTE;
     let (go, wait) = mpsc::channel::<()>();
     let wait = std::sync::Mutex::new(wait);
-    let address = raw_upstream(move |mut socket| {
+    let upstream = HttpServer::start_raw(move |mut socket| {
         let Some((_, rest)) = read_head(&mut socket) else { return };
         wait.lock().unwrap().recv().unwrap();
         let mut total = rest.len();
@@ -449,7 +426,7 @@ fn a_large_request_streams_in_bounded_memory() {
     });
     // The scanner has work to do as well: a form is looked through to its end.
     for content_type in ["application/octet-stream", "application/x-www-form-urlencoded"] {
-        let gateway = Gateway::start(address, "");
+        let gateway = Gateway::start(upstream.address(), "");
         assert_eq!(gateway.ask("GET /other HTTP/1.1\nHost: h\n\n").status, 404);
         let before = gateway.memory();
         let mut client = gateway.client();
@@ -481,7 +458,7 @@ fn a_large_request_streams_in_bounded_memory() {
 fn an_answer_is_passed_on_while_it_is_still_coming() {
     let (go, wait) = mpsc::channel::<()>();
     let wait = std::sync::Mutex::new(wait);
-    let address = raw_upstream(move |mut socket| {
+    let upstream = HttpServer::start_raw(move |mut socket| {
         if read_head(&mut socket).is_none() {
             return;
         }
@@ -489,7 +466,7 @@ fn an_answer_is_passed_on_while_it_is_still_coming() {
         wait.lock().unwrap().recv().unwrap();
         socket.write_all(b"4\r\nlast\r\n0\r\n\r\n").unwrap();
     });
-    let gateway = Gateway::start(address, "");
+    let gateway = Gateway::start(upstream.address(), "");
     let mut client = gateway.client();
     client.send_head(&get(TARGET, ""));
     let mut early = Vec::new();
@@ -512,7 +489,7 @@ fn an_answer_is_passed_on_while_it_is_still_coming() {
 fn a_client_that_waits_for_100_gets_one_from_the_backend() {
     let (go, seen_before) = mpsc::channel();
     let go = std::sync::Mutex::new(go);
-    let address = raw_upstream(move |mut socket| {
+    let upstream = HttpServer::start_raw(move |mut socket| {
         let Some((head, mut body)) = read_head(&mut socket) else { return };
         go.lock().unwrap().send((head, body.len())).unwrap();
         socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").unwrap();
@@ -526,7 +503,7 @@ fn a_client_that_waits_for_100_gets_one_from_the_backend() {
         socket.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n").unwrap();
         socket.write_all(&body).unwrap();
     });
-    let gateway = Gateway::start(address, "");
+    let gateway = Gateway::start(upstream.address(), "");
     let mut client = gateway.client();
     client.send_head(&post("Expect: 100-continue\nContent-Type: text/plain\nContent-Length: 5\n"));
     assert_eq!(client.any_answer("POST").unwrap().status, 100);
@@ -544,13 +521,13 @@ fn nothing_is_served_behind_a_no_instead_of_100() {
     let heads = std::sync::Arc::new(AtomicUsize::new(0));
     let counted = std::sync::Arc::clone(&heads);
     // Says no as soon as it has the head; the strict upstream would wait for the body.
-    let address = raw_upstream(move |mut socket| {
+    let upstream = HttpServer::start_raw(move |mut socket| {
         while read_head(&mut socket).is_some() {
             counted.fetch_add(1, Ordering::Relaxed);
             drop(socket.write_all(b"HTTP/1.1 417 No\r\nContent-Length: 0\r\n\r\n"));
         }
     });
-    let gateway = Gateway::start(address, "");
+    let gateway = Gateway::start(upstream.address(), "");
     let mut client = gateway.client();
     client.send_head(&post("Expect: 100-continue\nContent-Type: text/plain\nContent-Length: 100\n"));
     let answer = client.answer();
@@ -617,7 +594,8 @@ fn a_cut_answer_is_never_made_to_look_complete() {
         ("before the last line", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n0\r\n"),
         ("a bad chunk", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\nx\r\n"),
     ] {
-        let gateway = Gateway::start(answering_once(bytes), "");
+        let upstream = HttpServer::answering_once(bytes);
+        let gateway = Gateway::start(upstream.address(), "");
         let mut client = gateway.client();
         client.send_head(&get(TARGET, ""));
         let answer = client.answer();
@@ -629,14 +607,14 @@ fn a_cut_answer_is_never_made_to_look_complete() {
 /// A reset is no end: without a length only the way the connection ended tells.
 #[test]
 fn a_reset_of_the_backend_is_not_the_end_of_an_answer() {
-    let address = raw_upstream(|mut socket| {
+    let upstream = HttpServer::start_raw(|mut socket| {
         let mut first = [0];
         socket.read_exact(&mut first).unwrap();
         socket.write_all(b"HTTP/1.1 200 OK\r\n\r\nhalf").unwrap();
         std::thread::sleep(Duration::from_millis(200));
         // Closing with unread bytes makes the kernel send a reset.
     });
-    let gateway = Gateway::start(address, "");
+    let gateway = Gateway::start(upstream.address(), "");
     let answer = gateway.get(TARGET);
     assert!(answer.status == 502 || answer.cut, "{answer:?}");
 }
@@ -741,7 +719,7 @@ fn bytes_behind_a_handshake_wait_for_the_101() {
     // Agreed to late: the bytes come through then, and not before.
     let (told, early) = mpsc::channel();
     let told = std::sync::Mutex::new(told);
-    let address = raw_upstream(move |mut socket| {
+    let upstream = HttpServer::start_raw(move |mut socket| {
         let Some((_, mut rest)) = read_head(&mut socket) else { return };
         socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
         let mut piece = [0; 64];
@@ -754,7 +732,7 @@ fn bytes_behind_a_handshake_wait_for_the_101() {
         let n = socket.read(&mut piece).unwrap();
         socket.write_all(&piece[..n]).unwrap();
     });
-    let gateway = Gateway::start(address, "");
+    let gateway = Gateway::start(upstream.address(), "");
     let mut client = gateway.client();
     client.send_head(&get(TARGET, HANDSHAKE));
     client.send(b"early");
@@ -767,48 +745,35 @@ fn bytes_behind_a_handshake_wait_for_the_101() {
 
 #[test]
 fn connections_to_the_backend_are_kept_and_shared() {
-    let connections = std::sync::Arc::new(AtomicUsize::new(0));
-    let counted = std::sync::Arc::clone(&connections);
-    let address = raw_upstream(move |mut socket| {
-        counted.fetch_add(1, Ordering::Relaxed);
-        while read_head(&mut socket).is_some() {
-            socket.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
-        }
-    });
-    let gateway = Gateway::start(address, "");
+    let upstream = HttpServer::start(|_| Reply::ok("ok"));
+    let gateway = Gateway::start(upstream.address(), "");
     for _ in 0..20 {
         assert_eq!(gateway.get(TARGET).text(), "ok");
     }
-    assert_eq!(connections.load(Ordering::Relaxed), 1);
+    assert_eq!(upstream.connections(), 1);
 }
 
 /// A backend that ends a kept connection instead of answering the second request on it.
-fn upstream_with_dead_connections() -> (SocketAddr, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
-    let seen = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
-    let log = std::sync::Arc::clone(&seen);
-    let address = raw_upstream(move |mut socket| {
-        let mut answered = false;
-        while let Some((head, _)) = read_head(&mut socket) {
-            log.lock().unwrap().push(head.split(' ').next().unwrap().to_owned());
-            if answered {
-                return;
-            }
-            socket.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
-            answered = true;
-        }
-    });
-    (address, seen)
+fn upstream_with_dead_connections() -> HttpServer {
+    HttpServer::start(|asked| match asked.nth {
+        1 => Reply::ok("ok"),
+        _ => Reply(vec![Step::Close]),
+    })
+}
+
+fn methods(upstream: &HttpServer) -> Vec<String> {
+    upstream.asked().into_iter().map(|asked| asked.method).collect()
 }
 
 #[test]
 fn a_get_is_tried_again_when_a_kept_connection_turns_out_dead() {
     for method in ["GET", "OPTIONS"] {
-        let (address, seen) = upstream_with_dead_connections();
-        let gateway = Gateway::start(address, "");
+        let upstream = upstream_with_dead_connections();
+        let gateway = Gateway::start(upstream.address(), "");
         assert_eq!(gateway.get(TARGET).status, 200);
         let again = gateway.ask(&format!("{method} {TARGET} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n\n"));
         assert_eq!((again.status, again.text()), (200, "ok".into()), "{method}");
-        assert_eq!(*seen.lock().unwrap(), ["GET", method, method]);
+        assert_eq!(methods(&upstream), ["GET", method, method]);
     }
 }
 
@@ -816,12 +781,12 @@ fn a_get_is_tried_again_when_a_kept_connection_turns_out_dead() {
 #[test]
 fn a_post_is_never_sent_twice() {
     for (method, body) in [("POST", "Content-Length: 2\n\nhi"), ("POST", "\n"), ("PATCH", "Content-Length: 2\n\nhi")] {
-        let (address, seen) = upstream_with_dead_connections();
-        let gateway = Gateway::start(address, "");
+        let upstream = upstream_with_dead_connections();
+        let gateway = Gateway::start(upstream.address(), "");
         assert_eq!(gateway.get(TARGET).status, 200);
         let answer = gateway.ask(&format!("{method} {TARGET} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n{body}"));
         assert_eq!(answer.status, 502, "{method}");
-        assert_eq!(*seen.lock().unwrap(), ["GET", method]);
+        assert_eq!(methods(&upstream), ["GET", method]);
     }
 }
 
@@ -883,23 +848,15 @@ fn a_route_has_the_upstream_that_it_names() {
 fn a_backend_on_a_unix_socket() {
     let folder = Folder::new("test");
     let path = folder.0.join("api.sock");
-    let listener = UnixListener::bind(&path).unwrap();
-    std::thread::spawn(move || {
-        for mut socket in listener.incoming().flatten() {
-            std::thread::spawn(move || {
-                while let Some((head, _)) = read_head(&mut socket) {
-                    let line = head.lines().next().unwrap();
-                    let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{line}", line.len());
-                    socket.write_all(answer.as_bytes()).unwrap();
-                }
-            });
-        }
-    });
+    let upstream =
+        HttpServer::start_unix(&path, |asked| Reply::ok(&format!("{} {} HTTP/1.1", asked.method, asked.target)));
     let config = format!("[[upstream]]\nname = \"api\"\nservers = [\"unix:{}\"]\n", path.display());
     let gateway = Gateway::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)), &config);
     for _ in 0..3 {
         assert_eq!(gateway.get(TARGET).text(), format!("GET {TARGET} HTTP/1.1"));
     }
+    // The socket's file goes, and nobody listens.
+    drop(upstream);
     drop(std::fs::remove_file(&path));
     let gone = Gateway::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)), &config).get(TARGET);
     assert_eq!(gone.status, 502);
@@ -942,14 +899,14 @@ fn a_listener_on_a_unix_socket() {
 fn a_client_that_goes_away_ends_its_request() {
     let (told, ended) = mpsc::channel();
     let told = std::sync::Mutex::new(told);
-    let address = raw_upstream(move |mut socket| {
+    let upstream = HttpServer::start_raw(move |mut socket| {
         if read_head(&mut socket).is_some() {
             // The gateway ends the connection while the backend still thinks.
             let n = socket.read(&mut [0; 16]).unwrap_or(0);
             told.lock().unwrap().send(n).unwrap();
         }
     });
-    let gateway = Gateway::start(address, "");
+    let gateway = Gateway::start(upstream.address(), "");
     let mut client = gateway.client();
     client.send_head(&get(TARGET, ""));
     eventually("it is under way", || gateway.metric("tollgate_requests_in_flight") >= 1.0);
@@ -998,7 +955,7 @@ fn interim_answers_go_through_the_same_hygiene() {
             "199" => HINTS.replace("103 Early Hints", "199 Whatever"),
             _ => "HTTP/1.1 100 Continue\r\n\r\n".to_owned() + HINTS + "HTTP/1.1 102 Processing\r\n\r\n" + HINTS,
         };
-        Reply::raw(&format!("{interim}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
+        Reply::raw(format!("{interim}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
     });
     let gateway = Gateway::start(upstream.address, "");
     let mut client = gateway.client();
@@ -1058,7 +1015,7 @@ fn interim_answers_go_through_the_same_hygiene() {
 #[test]
 fn curl_sees_a_clean_interim_answer() {
     let upstream =
-        Upstream::answering(|_| Reply::raw(&format!("{HINTS}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")));
+        Upstream::answering(|_| Reply::raw(format!("{HINTS}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")));
     let gateway = Gateway::start(upstream.address, "");
     let curl = |version: &str| {
         let output = std::process::Command::new("curl")
@@ -1085,7 +1042,7 @@ fn interim_answers_have_an_end() {
     let upstream = Upstream::answering(|seen| {
         let count: usize = seen.target.rsplit('/').next().unwrap().parse().unwrap();
         let interim = "HTTP/1.1 102 Processing\r\n\r\n".repeat(count);
-        Reply::raw(&format!("{interim}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
+        Reply::raw(format!("{interim}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
     });
     let gateway = Gateway::start(upstream.address, "");
     for (count, status) in [(0, 200), (1, 200), (20, 200), (5_000, 502)] {
@@ -1114,7 +1071,8 @@ fn a_status_line_says_nothing_of_the_backends() {
         ("HTTP/1.0 404 Nothing\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.1 404 Not Found"),
         ("HTTP/1.1 299 Odd\r\nContent-Length: 2\r\n\r\nhi", "HTTP/1.1 299 "),
     ] {
-        let gateway = Gateway::start(answering_once(answer.as_bytes()), "");
+        let upstream = HttpServer::answering_once(answer.as_bytes());
+        let gateway = Gateway::start(upstream.address(), "");
         let mut client = gateway.client();
         client.send_head(&get(TARGET, "Connection: close\n"));
         let mut whole = String::new();
@@ -1129,7 +1087,7 @@ fn urls_in_answers_lose_credentials_and_nothing_else() {
     let upstream = Upstream::answering(|seen| {
         // GitLab 8.5 and later: every parameter of the request, in every link. Here it is the client's header.
         let fields = seen.header("X-Answer").unwrap().replace('|', "\r\n");
-        Reply::raw(&format!("HTTP/1.1 200 OK\r\n{fields}\r\nContent-Length: 0\r\n\r\n"))
+        Reply::raw(format!("HTTP/1.1 200 OK\r\n{fields}\r\nContent-Length: 0\r\n\r\n"))
     });
     let gateway = Gateway::start(upstream.address, "");
     let next = "; rel=\"next\"";

@@ -1,11 +1,12 @@
 //! What the tests outside the process share: the real binary on free ports, an upstream that records what it receives and
 //! judges every byte of it, and a client that speaks raw bytes. Loopback only. Everything ends when it is dropped.
 
-use crate::servers::within;
+pub use crate::servers::http::Reply;
 pub use crate::servers::{Folder, free_port};
+use crate::servers::{http::HttpServer, within};
 use sha2::{Digest as _, Sha256};
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
@@ -443,8 +444,6 @@ impl Seen {
     }
 }
 
-type Script = Arc<dyn Fn(&Seen) -> Reply + Send + Sync>;
-
 /// Holds an upstream's answers back until a test has seen what it wants, at most for a minute.
 #[derive(Clone, Default)]
 pub struct Latch(Arc<(Mutex<bool>, Condvar)>);
@@ -461,42 +460,12 @@ impl Latch {
     }
 }
 
-/// What the upstream answers.
-pub struct Reply {
-    pub bytes: Vec<u8>,
-    pub pause: Duration,
-    /// End the connection behind it.
-    pub close: bool,
-}
-
-impl Reply {
-    pub fn raw(text: &str) -> Self {
-        Self { bytes: text.as_bytes().to_vec(), pause: Duration::ZERO, close: false }
-    }
-
-    pub fn ok(body: &str) -> Self {
-        Self::raw(&format!(
-            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        ))
-    }
-
-    pub fn then_close(mut self) -> Self {
-        self.close = true;
-        self
-    }
-
-    pub fn after(mut self, pause: Duration) -> Self {
-        self.pause = pause;
-        self
-    }
-}
-
 /// A backend that takes nothing but canonical HTTP/1.1. Every violation is kept, and fails the test when it is dropped.
 pub struct Upstream {
     pub address: SocketAddr,
     seen: Arc<Mutex<Vec<Seen>>>,
     violations: Arc<Mutex<Vec<String>>>,
+    _server: HttpServer,
 }
 
 impl Upstream {
@@ -506,18 +475,10 @@ impl Upstream {
     }
 
     pub fn answering(script: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let address = listener.local_addr().unwrap();
         let (seen, violations) = (Arc::default(), Arc::default());
-        let upstream = Self { address, seen: Arc::clone(&seen), violations: Arc::clone(&violations) };
-        let script: Script = Arc::new(script);
-        std::thread::spawn(move || {
-            for socket in listener.incoming().flatten() {
-                let (seen, violations, script) = (Arc::clone(&seen), Arc::clone(&violations), Arc::clone(&script));
-                std::thread::spawn(move || serve(socket, &seen, &violations, &script));
-            }
-        });
-        upstream
+        let (recorded, broken) = (Arc::clone(&seen), Arc::clone(&violations));
+        let server = HttpServer::start_raw(move |socket| serve(socket, &recorded, &broken, &script));
+        Self { address: server.address(), seen, violations, _server: server }
     }
 
     /// Answers 200, some requests not before the latch opens.
@@ -563,7 +524,12 @@ impl Drop for Upstream {
 }
 
 /// Reads requests by one strict grammar and keeps what breaks it.
-fn serve(mut socket: TcpStream, seen: &Mutex<Vec<Seen>>, violations: &Mutex<Vec<String>>, script: &Script) {
+fn serve(
+    mut socket: TcpStream,
+    seen: &Mutex<Vec<Seen>>,
+    violations: &Mutex<Vec<String>>,
+    script: impl Fn(&Seen) -> Reply,
+) {
     let mut buffer = Vec::new();
     let violation = |text: String| violations.lock().unwrap().push(text);
     loop {
@@ -598,11 +564,12 @@ fn serve(mut socket: TcpStream, seen: &Mutex<Vec<Seen>>, violations: &Mutex<Vec<
             *entry = whole.clone();
         }
         let reply = script(&whole);
-        std::thread::sleep(reply.pause);
-        if socket.write_all(&reply.bytes).is_err() || reply.close {
+        let switches = reply.bytes().starts_with(b"HTTP/1.1 101");
+        // `Err`: whoever asked is gone.
+        if !matches!(reply.play(&mut socket, || {}, || {}), Ok(None)) {
             return;
         }
-        if reply.bytes.starts_with(b"HTTP/1.1 101") {
+        if switches {
             return echo(socket, &buffer);
         }
     }

@@ -322,7 +322,7 @@ fn link_and_location_never_carry_a_token_out() {
     ] {
         let value = value.replace('@', GOOD);
         let upstream = Upstream::answering(move |_| {
-            Reply::raw(&format!(
+            Reply::raw(format!(
                 "HTTP/1.1 201 Created\r\nLink: {value}\r\nX-Total: 3\r\nLocation: {value}\r\nContent-Length: 0\r\n\r\n"
             ))
         });
@@ -337,7 +337,7 @@ fn link_and_location_never_carry_a_token_out() {
 #[test]
 fn link_and_location_never_carry_the_requests_own_token_out() {
     let upstream = Upstream::answering(|_| {
-        Reply::raw(&"HTTP/1.1 302 Found\r\nLink: <http://h/p?url=%2Fx%3Fprivate_token%3D@&page=2>; rel=\"next\"\r\nLocation: http://h/login?next=/p%3Fprivate_token=@\r\nContent-Length: 0\r\n\r\n".replace('@', GOOD))
+        Reply::raw("HTTP/1.1 302 Found\r\nLink: <http://h/p?url=%2Fx%3Fprivate_token%3D@&page=2>; rel=\"next\"\r\nLocation: http://h/login?next=/p%3Fprivate_token=@\r\nContent-Length: 0\r\n\r\n".replace('@', GOOD))
     });
     let gateway = Gateway::start(upstream.address, "");
     let answer = gateway.get(PATH);
@@ -349,7 +349,7 @@ fn link_and_location_never_carry_the_requests_own_token_out() {
 fn several_link_lines_are_all_scrubbed() {
     let upstream = Upstream::answering(|_| {
         let lines = "Link: </p?page=2>; rel=\"next\"\r\nLink: </p?private_token=@&page=1>; rel=\"first\"\r\n";
-        Reply::raw(&format!("HTTP/1.1 200 OK\r\n{}Content-Length: 0\r\n\r\n", lines.replace('@', GOOD)))
+        Reply::raw(format!("HTTP/1.1 200 OK\r\n{}Content-Length: 0\r\n\r\n", lines.replace('@', GOOD)))
     });
     let gateway = Gateway::start(upstream.address, "");
     let answer = gateway.get(PATH);

@@ -909,7 +909,7 @@ fn tokens_are_written_nowhere() {
     // A backend that returns the token, like GitLab 8.5 in Link, and breaks off one request.
     let upstream = Upstream::answering(|seen| match seen.target.as_str() {
         "/api/v3/broken" => Reply::raw("").then_close(),
-        "/api/v3/odd" => Reply::raw(&"HTTP/1.1 200 @\r\nX: @\r\nContent-Length: x@\r\n\r\n".replace('@', SECRETS[0])),
+        "/api/v3/odd" => Reply::raw("HTTP/1.1 200 @\r\nX: @\r\nContent-Length: x@\r\n\r\n".replace('@', SECRETS[0])),
         _ => Reply::ok("{}"),
     });
     let gateway = start_with_secrets(&upstream, "");

@@ -3,9 +3,7 @@
 
 use super::{End, Talk, expand};
 use crate::harness::*;
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex};
+use crate::servers::http::{HttpServer, Reply};
 
 /// None of these is about responses.
 pub(super) const PEERS: &[&str] = &[];
@@ -100,7 +98,7 @@ const CASES: &[(&str, &str, Then, Gets)] = &[
 fn no_answer_of_a_backend_is_believed_blindly() {
     const { assert!(CASES.len() >= 50) };
     let backend = Backend::start();
-    let gateway = Gateway::start(backend.address, "");
+    let gateway = Gateway::start(backend.0.address(), "");
     let mut failures = Vec::new();
     for (name, text, then, gets) in CASES {
         let mut problem = |what: String| failures.push(format!("{name}: {what}"));
@@ -160,7 +158,7 @@ fn no_answer_of_a_backend_is_believed_blindly() {
 #[test]
 fn a_post_is_not_repeated() {
     let backend = Backend::start();
-    let gateway = Gateway::start(backend.address, "");
+    let gateway = Gateway::start(backend.0.address(), "");
     // First a pooled connection, which the backend closes during the request.
     assert_eq!(gateway.get("/api/v3/canary/1").status, 200);
     backend.answer_with(Vec::new(), Closes);
@@ -171,63 +169,26 @@ fn a_post_is_not_repeated() {
 }
 
 /// A misbehaving backend: it responds to `/canary/` with the target, and to other requests as configured.
-struct Backend {
-    address: SocketAddr,
-    told: Arc<Mutex<(Vec<u8>, Then)>>,
-    /// Each request's connection and target.
-    asked: Arc<Mutex<Vec<(usize, String)>>>,
-}
+struct Backend(HttpServer);
 
 impl Backend {
     fn start() -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let backend = Self {
-            address: listener.local_addr().unwrap(),
-            told: Arc::new(Mutex::new((Vec::new(), Waits))),
-            asked: Arc::default(),
-        };
-        let (told, asked) = (Arc::clone(&backend.told), Arc::clone(&backend.asked));
-        std::thread::spawn(move || {
-            for (number, socket) in listener.incoming().flatten().enumerate() {
-                let (told, asked) = (Arc::clone(&told), Arc::clone(&asked));
-                std::thread::spawn(move || Self::serve(socket, number, &told, &asked));
-            }
-        });
+        let backend = Self(HttpServer::start(|_| unreachable!("replaced below")));
+        backend.answer_with(Vec::new(), Waits);
         backend
     }
 
     fn answer_with(&self, bytes: Vec<u8>, then: Then) {
-        *self.told.lock().unwrap() = (bytes, then);
-        self.asked.lock().unwrap().clear();
+        self.0.script(move |asked| match then {
+            _ if asked.target.contains("/canary/") => Reply::new(200, &[], &asked.target),
+            Waits => Reply::raw(&bytes),
+            Closes => Reply::raw(&bytes).then_close(),
+        });
+        self.0.forget();
     }
 
     /// The connections on which a target was asked for.
     fn connections(&self, target: &str) -> Vec<usize> {
-        let asked = self.asked.lock().unwrap();
-        asked.iter().filter(|(_, known)| known.contains(target)).map(|(connection, _)| *connection).collect()
-    }
-
-    fn serve(mut socket: TcpStream, number: usize, told: &Mutex<(Vec<u8>, Then)>, asked: &Mutex<Vec<(usize, String)>>) {
-        let mut buffer = Vec::new();
-        loop {
-            while find(&buffer, b"\r\n\r\n").is_none() {
-                let mut piece = [0; 4096];
-                match socket.read(&mut piece) {
-                    Ok(n @ 1..) => buffer.extend_from_slice(&piece[..n]),
-                    _ => return,
-                }
-            }
-            let head = String::from_utf8(std::mem::take(&mut buffer)).unwrap();
-            let target = head.split(' ').nth(1).unwrap().to_owned();
-            asked.lock().unwrap().push((number, target.clone()));
-            let (bytes, then) = if target.contains("/canary/") {
-                (format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{target}", target.len()).into_bytes(), Waits)
-            } else {
-                told.lock().unwrap().clone()
-            };
-            if socket.write_all(&bytes).is_err() || then == Closes {
-                return;
-            }
-        }
+        self.0.asked().iter().filter(|asked| asked.target.contains(target)).map(|asked| asked.connection).collect()
     }
 }

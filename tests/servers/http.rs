@@ -1,4 +1,5 @@
-//! An HTTP server that says what a test tells it to, byte for byte if need be, and counts what it was asked. Threads and
+//! The fake server of the tests: it answers what a test's script says, byte for byte if need be, and records what it was
+//! asked; or it hands each connection to a function, for a test that reads the bytes itself. Threads and
 //! blocking sockets: nothing of it shares a runtime, or a bug, with what it tests.
 
 use super::{PATIENCE, Server, eventually, tls::Authority};
@@ -103,6 +104,11 @@ impl Reply {
         Self::raw(bytes)
     }
 
+    /// JSON with a Content-Length and 200.
+    pub fn ok(body: &str) -> Self {
+        Self::json(body)
+    }
+
     pub fn hang() -> Self {
         Self(vec![Step::Hang])
     }
@@ -110,6 +116,11 @@ impl Reply {
     pub fn then(mut self, step: Step) -> Self {
         self.0.push(step);
         self
+    }
+
+    /// Ends the connection behind it.
+    pub fn then_close(self) -> Self {
+        self.then(Step::Close)
     }
 
     pub fn after(mut self, wait: Duration) -> Self {
@@ -128,6 +139,28 @@ impl Reply {
     pub fn slowly(self, size: usize, wait: Duration) -> Self {
         let bytes = self.bytes();
         Self(bytes.chunks(size).flat_map(|piece| [Step::Send(piece.to_vec()), Step::Wait(wait)]).collect())
+    }
+
+    /// Writes the answer, up to the step that ends the connection, which it returns. `answered` is called before the last
+    /// piece is written, `sent` behind each.
+    pub fn play(self, stream: &mut impl Write, answered: impl FnOnce(), sent: impl Fn()) -> io::Result<Option<Step>> {
+        let last = self.0.iter().rposition(|step| matches!(step, Step::Send(_)));
+        let mut answered = Some(answered);
+        for (index, step) in self.0.into_iter().enumerate() {
+            match step {
+                Step::Send(bytes) => {
+                    if last == Some(index) {
+                        answered.take().into_iter().for_each(|answered| answered());
+                    }
+                    stream.write_all(&bytes)?;
+                    stream.flush()?;
+                    sent();
+                }
+                Step::Wait(time) => std::thread::sleep(time),
+                Step::Hang | Step::Close => return Ok(Some(step)),
+            }
+        }
+        Ok(None)
     }
 
     /// All that is sent.
@@ -149,6 +182,7 @@ fn head(status: u16, headers: &[(&str, &str)], more: &[(&str, &str)]) -> Vec<u8>
 }
 
 type Script = Box<dyn Fn(&Asked) -> Reply + Send + Sync>;
+type OnConnection = Box<dyn Fn(TcpStream) + Send + Sync>;
 
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -165,6 +199,8 @@ pub struct HttpServer {
 
 struct Shared {
     script: Mutex<Arc<Script>>,
+    /// Serves whole connections, in place of the script.
+    on_connection: Option<OnConnection>,
     tls: Option<Arc<rustls::ServerConfig>>,
     /// Requests arrive and are not answered.
     frozen: Mutex<bool>,
@@ -186,11 +222,22 @@ struct Shared {
 impl HttpServer {
     /// On a free port.
     pub fn start(script: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
-        Self::start_at(At::Tcp((Ipv4Addr::LOCALHOST, 0).into()), None, script)
+        Self::start_at(At::Tcp((Ipv4Addr::LOCALHOST, 0).into()), None, None, script)
+    }
+
+    /// Answers each connection's first request with these bytes and closes it.
+    pub fn answering_once(bytes: &'static [u8]) -> Self {
+        Self::start(move |_| Reply::raw(bytes).then_close())
+    }
+
+    /// Hands each connection to a function; only connections are counted.
+    pub fn start_raw(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> Self {
+        let at = At::Tcp((Ipv4Addr::LOCALHOST, 0).into());
+        Self::start_at(at, None, Some(Box::new(serve)), |_| unreachable!("the function serves"))
     }
 
     pub fn start_unix(path: &Path, script: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
-        Self::start_at(At::Unix(path.to_owned()), None, script)
+        Self::start_at(At::Unix(path.to_owned()), None, None, script)
     }
 
     /// The certificate is for 127.0.0.1 and its name, and for no other loopback address.
@@ -207,17 +254,19 @@ impl HttpServer {
         let certificate = CertificateDer::from_pem_file(authority.certificate()).unwrap();
         let key = PrivateKeyDer::from_pem_file(authority.key()).unwrap();
         let config = config.with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
-        Self::start_at(At::Tcp((host, 0).into()), Some(Arc::new(config)), script)
+        Self::start_at(At::Tcp((host, 0).into()), Some(Arc::new(config)), None, script)
     }
 
     fn start_at(
         at: At,
         tls: Option<Arc<rustls::ServerConfig>>,
+        on_connection: Option<OnConnection>,
         script: impl Fn(&Asked) -> Reply + Send + Sync + 'static,
     ) -> Self {
         let script: Script = Box::new(script);
         let shared = Shared {
             script: Mutex::new(Arc::new(script)),
+            on_connection,
             tls,
             frozen: Mutex::default(),
             thawed: Condvar::new(),
@@ -301,6 +350,10 @@ impl HttpServer {
         self.shared.asked.lock().unwrap().clone()
     }
 
+    pub fn forget(&self) {
+        self.shared.asked.lock().unwrap().clear();
+    }
+
     pub fn last(&self) -> Asked {
         self.asked().pop().unwrap()
     }
@@ -362,8 +415,8 @@ impl Server for HttpServer {
 
 impl Drop for HttpServer {
     fn drop(&mut self) {
-        // A panic in a panic would hide what went wrong.
-        if std::thread::panicking() {
+        // A panic in a panic would hide what went wrong; and a function may still wait for something that its test does not do.
+        if std::thread::panicking() || self.shared.on_connection.is_some() {
             self.shared.stopped.store(true, SeqCst);
             self.thaw();
             let _: io::Result<Socket> = connect(&self.at);
@@ -396,9 +449,14 @@ impl Shared {
             drop(sockets);
             let shared = Arc::clone(self);
             std::thread::spawn(move || {
-                // A client that goes away is none of the server's business.
-                let _: io::Result<()> = shared.serve(socket, number);
-                shared.sockets.lock().unwrap().remove(&number);
+                let _open = Open(&shared, number);
+                match (&shared.on_connection, socket) {
+                    (Some(serve), Socket::Tcp(socket)) => serve(socket),
+                    (_, socket) => {
+                        // A client that goes away is none of the server's business.
+                        let _: io::Result<()> = shared.serve(socket, number);
+                    }
+                }
             });
         }
     }
@@ -433,35 +491,33 @@ impl Shared {
             let script = Arc::clone(&self.script.lock().unwrap());
             let reply = script(&asked);
             let mut under_way = Some(under_way);
-            let last = reply.0.iter().rposition(|step| matches!(step, Step::Send(_)));
-            for (index, step) in reply.0.into_iter().enumerate() {
-                match step {
-                    Step::Send(bytes) => {
-                        // Counted as answered before the client can know.
-                        if last == Some(index) {
-                            under_way = None;
-                        }
-                        stream.write_all(&bytes)?;
-                        stream.flush()?;
-                        self.sent.fetch_add(1, SeqCst);
-                    }
-                    Step::Wait(time) => std::thread::sleep(time),
-                    Step::Hang => {
-                        watched.set_read_timeout(Some(PATIENCE));
-                        let mut nothing = [0; 1];
-                        // Ends with the client, whatever it says.
-                        let _: io::Result<usize> = stream.read(&mut nothing);
-                        return Ok(());
-                    }
-                    Step::Close => {
-                        watched.shut();
-                        return Ok(());
-                    }
+            // Counted as answered before the client can know.
+            let answered = || drop(under_way.take());
+            match reply.play(&mut stream, answered, || _ = self.sent.fetch_add(1, SeqCst))? {
+                Some(Step::Hang) => {
+                    watched.set_read_timeout(Some(PATIENCE));
+                    // Ends with the client, whatever it says.
+                    let _: io::Result<usize> = stream.read(&mut [0; 1]);
+                    return Ok(());
                 }
+                Some(_) => {
+                    watched.shut();
+                    return Ok(());
+                }
+                None => {}
             }
             drop(under_way);
         }
         Ok(())
+    }
+}
+
+/// An open connection. Also one whose function panicked is no longer counted.
+struct Open<'s>(&'s Shared, usize);
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.sockets.lock().unwrap().remove(&self.1);
     }
 }
 
