@@ -205,6 +205,11 @@ async fn a_broken_file_changes_nothing() {
         let why = open(&folder.file("broken")).err().unwrap();
         assert!(why.contains(part) && !why.contains("S3CRET"), "{why}");
     }
+    let zoned = good.replace("2023-11-14T22:13:20Z", "2023-11-15T00:13:20+02:00");
+    assert_ne!(zoned, good);
+    std::fs::write(folder.file("zoned"), zoned).unwrap();
+    let zoned = open(&folder.file("zoned")).unwrap();
+    assert_eq!(lookup(&zoned, b"known").await, Some(record("known")), "an offset is part of a time");
     // A writer that does not replace the file atomically leaves an empty one for a moment.
     for broken in ["[[token]]\nnonsense", ""] {
         std::fs::write(&path, broken).unwrap();

@@ -664,6 +664,23 @@ async fn no_error_says_a_password() {
     }
 }
 
+#[tokio::test]
+async fn missing_rights_are_named_as_such() {
+    let server = Postgres::start();
+    server.psql("postgres", "CREATE USER outsider PASSWORD 'pa55-word'; CREATE TABLE t (token text, who text)");
+    let sql = "SELECT who AS user FROM public.t WHERE token = $1".into();
+    let settings = PostgresSettings {
+        url: Secret::new(format!("postgres://outsider:pa55-word@127.0.0.1:{}/postgres", server.port())),
+        ..settings(&server, Source::Lookup { sql, bind: Bind::Plain })
+    };
+    let answer = ask(&*open(settings), b"some-token").await;
+    assert!(
+        matches!(&answer, Err(StoreError::Denied(why)) if why.contains("permission denied for table t")),
+        "{answer:?}"
+    );
+    assert_eq!(answer.unwrap_err().kind(), "unavailable", "the store as a whole, and not one record");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn triggers_tell_of_all_that_matters_and_of_no_token() {
     let server = Postgres::start();
