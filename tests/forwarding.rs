@@ -848,8 +848,7 @@ fn a_route_has_the_upstream_that_it_names() {
 fn a_backend_on_a_unix_socket() {
     let folder = Folder::new("test");
     let path = folder.0.join("api.sock");
-    let upstream =
-        HttpServer::start_unix(&path, |asked| Reply::ok(&format!("{} {} HTTP/1.1", asked.method, asked.target)));
+    let upstream = HttpServer::start_unix(&path, |asked| Reply::ok(&asked.line));
     let config = format!("[[upstream]]\nname = \"api\"\nservers = [\"unix:{}\"]\n", path.display());
     let gateway = Gateway::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)), &config);
     for _ in 0..3 {

@@ -92,6 +92,11 @@ impl Gather<'_, '_> {
             ServerAddress::Unix(_) => Place::Socket,
             ServerAddress::Tcp(address) => Place::of_host(address.rsplit_once(':').map_or(address, |(host, _)| host)),
         }));
+        let password = self.secret(at, "password_file", &s.password_file);
+        if password.is_none() && !s.password_file.is_empty() {
+            // That it is missing has been said already.
+            self.places.spoil(format!("{}.username", at.section));
+        }
         RedisSettings {
             servers,
             topology: match s.topology {
@@ -101,7 +106,7 @@ impl Gather<'_, '_> {
             },
             database: i64::try_from(s.database).unwrap_or(i64::MAX),
             username: Some(s.username.clone()).filter(|name| !name.is_empty()),
-            password: self.secret(at, "password_file", &s.password_file),
+            password,
             tls: self.tls(at, s.tls, auto, [&s.tls_ca, &s.tls_cert, &s.tls_key]),
             prefix: s.prefix.clone(),
             changes: match s.changes {

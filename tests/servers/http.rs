@@ -15,6 +15,8 @@ use std::time::Duration;
 /// A request as it arrived.
 #[derive(Clone, Debug, Default)]
 pub struct Asked {
+    /// The request line as it arrived.
+    pub line: String,
     pub method: String,
     pub target: String,
     /// Names in lower case, in the order of the request.
@@ -472,17 +474,24 @@ impl Shared {
         };
         let mut unread = Vec::new();
         let mut nth = 0;
-        while let Some(mut asked) = read_request(&mut stream, &mut unread)? {
+        while let Some(mut asked) = read_head(&mut stream, &mut unread)? {
             nth += 1;
             (asked.connection, asked.nth) = (number, nth);
-            let under_way = UnderWay::new(self);
-            self.requests.fetch_add(1, SeqCst);
+            // Recorded before its body: one whose body is cut off was asked all the same.
             let mut all = self.asked.lock().unwrap();
             if all.len() == 10_000 {
                 all.clear();
             }
             all.push(asked.clone());
             drop(all);
+            asked.body = read_body(&mut stream, &mut unread, &asked)?;
+            let mut all = self.asked.lock().unwrap();
+            if let Some(entry) = all.iter_mut().rfind(|entry| (entry.connection, entry.nth) == (number, nth)) {
+                entry.body.clone_from(&asked.body);
+            }
+            drop(all);
+            let under_way = UnderWay::new(self);
+            self.requests.fetch_add(1, SeqCst);
             let mut frozen = self.frozen.lock().unwrap();
             while *frozen && !self.stopped.load(SeqCst) {
                 frozen = self.thawed.wait_timeout(frozen, Duration::from_millis(50)).unwrap().0;
@@ -538,26 +547,29 @@ impl Drop for UnderWay<'_> {
 }
 
 /// `None`: the client has closed. Only the framings that clients of ours use.
-fn read_request(stream: &mut dyn Duplex, unread: &mut Vec<u8>) -> io::Result<Option<Asked>> {
-    let mut read_more = |unread: &mut Vec<u8>| -> io::Result<bool> {
-        let mut piece = [0; 8192];
-        let length = stream.read(&mut piece)?;
-        unread.extend_from_slice(&piece[..length]);
-        Ok(length > 0)
-    };
+fn read_more(stream: &mut dyn Duplex, unread: &mut Vec<u8>) -> io::Result<bool> {
+    let mut piece = [0; 8192];
+    let length = stream.read(&mut piece)?;
+    unread.extend_from_slice(&piece[..length]);
+    Ok(length > 0)
+}
+
+fn read_head(stream: &mut dyn Duplex, unread: &mut Vec<u8>) -> io::Result<Option<Asked>> {
     let end = loop {
         if let Some(end) = unread.windows(4).position(|window| window == b"\r\n\r\n") {
             break end;
         }
-        if !read_more(unread)? {
+        if !read_more(stream, unread)? {
             return Ok(None);
         }
     };
     let head = String::from_utf8_lossy(&unread[..end]).into_owned();
     unread.drain(..end + 4);
     let mut lines = head.split("\r\n");
-    let mut words = lines.next().unwrap_or_default().split(' ').map(str::to_owned);
+    let line = lines.next().unwrap_or_default();
+    let mut words = line.split(' ').map(str::to_owned);
     let mut asked = Asked {
+        line: line.to_owned(),
         method: words.next().unwrap_or_default(),
         target: words.next().unwrap_or_default(),
         ..Asked::default()
@@ -566,14 +578,17 @@ fn read_request(stream: &mut dyn Duplex, unread: &mut Vec<u8>) -> io::Result<Opt
         .filter_map(|line| line.split_once(':'))
         .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
         .collect();
+    Ok(Some(asked))
+}
+
+fn read_body(stream: &mut dyn Duplex, unread: &mut Vec<u8>, asked: &Asked) -> io::Result<Vec<u8>> {
     let length = asked.header("content-length").parse().unwrap_or(0);
     while unread.len() < length {
-        if !read_more(unread)? {
+        if !read_more(stream, unread)? {
             return Err(ErrorKind::UnexpectedEof.into());
         }
     }
-    asked.body = unread.drain(..length).collect();
-    Ok(Some(asked))
+    Ok(unread.drain(..length).collect())
 }
 
 trait Duplex: Read + Write {}

@@ -86,9 +86,11 @@ pub enum RedisChanges {
 impl RedisSettings {
     /// Everything that is wrong with these settings, without connecting to anything.
     pub fn problems(&self) -> Vec<Problem> {
-        let mut found = Vec::new();
-        let mut wrong = |key, what, instead| found.push(Problem::error(key, what, instead));
         let addresses: Vec<_> = self.servers.iter().map(|text| Address::parse(text)).collect();
+        let unusable = addresses.iter().enumerate();
+        let mut found: Vec<_> =
+            unusable.filter_map(|(index, address)| Some(address.as_ref().err()?.clone().element(index))).collect();
+        let mut wrong = |key, what, instead| found.push(Problem::error(key, what, instead));
         let is_cluster = self.topology == Topology::Cluster;
         if addresses.is_empty() {
             wrong("servers", "is empty: must name at least one server", "write it like [\"127.0.0.1:6379\"]");
@@ -123,11 +125,7 @@ impl RedisSettings {
             wrong("prefix", what, "write it like \"tollgate:token:\"");
         }
         if self.username.is_some() && self.password.is_none() {
-            let what = "is of no use without a password";
-            found.push(Problem::error("username", what, "set password_file, or remove it").with("password_file"));
-        }
-        for (index, address) in addresses.into_iter().enumerate() {
-            found.extend(address.err().map(|problem| problem.element(index)));
+            wrong("username", "is of no use without a password", "set password_file, or remove it");
         }
         found.extend(Problem::connections(self.connections));
         if is_cluster && matches!(self.tls.mode, TlsMode::Require | TlsMode::VerifyCa) {
