@@ -3,6 +3,7 @@
 
 use super::TokenRecord;
 use super::credential::Digest;
+use serde_json::Value as Json;
 
 /// A field of a record, apart from the digest that it is found by. In the order in which they are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,8 +94,19 @@ pub(super) enum FieldValue<'a> {
 }
 
 impl FieldValue<'_> {
+    /// As JSON, with times as a store writes them.
+    pub(super) fn json(self, time: impl FnOnce(u64) -> Json) -> Json {
+        match self {
+            Self::Text(text) => text.into(),
+            Self::Words(words) => words.into(),
+            Self::Time(seconds) => time(seconds),
+            Self::Flag(flag) => flag.into(),
+            Self::Digest(digest) => digest.to_hex().into(),
+        }
+    }
+
     /// Whether a record without this field says the same.
-    fn is_default(&self) -> bool {
+    pub(super) fn is_default(&self) -> bool {
         match self {
             Self::Text(text) => text.is_empty(),
             Self::Words(words) => words.is_empty(),

@@ -80,13 +80,7 @@ fn to_toml(value: FieldValue<'_>) -> Value {
 }
 
 fn to_json(value: FieldValue<'_>) -> serde_json::Value {
-    match value {
-        FieldValue::Text(text) => text.into(),
-        FieldValue::Words(words) => words.into(),
-        FieldValue::Time(seconds) => rfc3339(seconds).into(),
-        FieldValue::Flag(flag) => flag.into(),
-        FieldValue::Digest(digest) => digest.to_hex().into(),
-    }
+    value.json(|seconds| rfc3339(seconds).into())
 }
 
 /// An entry: the digest, and all that the record says.

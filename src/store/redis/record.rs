@@ -1,7 +1,7 @@
 //! A record as the value of a key: a JSON object or a hash with the same fields. Knows no connection. An invalid record
 //! is an error that names the token and the field, never the value.
 
-use super::super::record::{self, FieldValue, RecordField, RecordSource, Unsaid, said};
+use super::super::record::{self, RecordField, RecordSource, Unsaid};
 use super::super::values::{LATEST, parse_scopes, parse_time};
 use super::super::{StoreError, TokenRecord};
 use crate::store::credential::Digest;
@@ -171,20 +171,18 @@ fn scopes(value: &Json) -> Option<Vec<String>> {
 /// The JSON text of a record as written by tollgate.
 pub(super) fn to_json(record: &TokenRecord) -> String {
     let mut fields = Map::new();
-    // Of a record without scopes it must be said that it has none, since a default may hold for those that say nothing.
-    fields.insert(RecordField::User.name().into(), record.user.as_str().into());
-    fields.insert(RecordField::Scopes.name().into(), record.scopes.as_slice().into());
-    for (field, value) in said(record) {
-        let value = match value {
+    for field in RecordField::ALL {
+        let Some(value) = field.of(record) else { continue };
+        // Of a record without scopes it must be said that it has none, since a default may hold for those that say nothing.
+        if value.is_default() && field != RecordField::Scopes {
+            continue;
+        }
+        let value = value.json(|seconds| match (field, seconds) {
             // What could be a boolean is written as one.
-            FieldValue::Time(0 | 1) if field == RecordField::Revoked => true.into(),
-            FieldValue::Time(0) if field == RecordField::Expires => 1.into(),
-            FieldValue::Time(seconds) => seconds.into(),
-            FieldValue::Text(text) => text.into(),
-            FieldValue::Words(words) => words.into(),
-            FieldValue::Flag(flag) => flag.into(),
-            FieldValue::Digest(digest) => digest.to_hex().into(),
-        };
+            (RecordField::Revoked, 0 | 1) => true.into(),
+            (RecordField::Expires, 0) => 1.into(),
+            _ => seconds.into(),
+        });
         fields.insert(field.name().into(), value);
     }
     Json::Object(fields).to_string()
