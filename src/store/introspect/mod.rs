@@ -82,8 +82,8 @@ pub struct IntrospectStore {
 impl IntrospectStore {
     /// Does not connect yet. `timeout` is the caller's.
     pub fn new(settings: IntrospectSettings, timeout: Duration, metrics: Arc<StoreMetrics>) -> Result<Self, Problem> {
-        Problem::first_error(settings.problems())?;
         let endpoint = Endpoint::new(&settings.url, settings.insecure_http, &settings.tls)?;
+        Problem::first_error(settings.problems_but_endpoint())?;
         let mut request = Request::new(());
         *request.uri_mut() = endpoint.path.clone().into();
         let headers = request.headers_mut();
@@ -289,10 +289,6 @@ impl IntrospectSettings {
     /// Everything that is wrong with these settings, and a warning of what they give away. Connects to nothing.
     pub fn problems(&self) -> Vec<Problem> {
         let mut found = Vec::new();
-        let pointer = |key, text: &str| {
-            let wrong = || Problem::error(key, "is not a JSON pointer", "write it like \"/username\"");
-            (!text.starts_with('/')).then(wrong)
-        };
         match Endpoint::new(&self.url, self.insecure_http, &self.tls) {
             Ok(Endpoint { leaks: true, place, .. }) => {
                 let what = format!(
@@ -304,6 +300,18 @@ impl IntrospectSettings {
             Ok(_) => {}
             Err(problem) => found.push(problem),
         }
+        found.extend(self.problems_but_endpoint());
+        found.extend(self.tls.problems());
+        found
+    }
+
+    /// Without those of the address and of TLS, which show when the endpoint is made from them.
+    fn problems_but_endpoint(&self) -> Vec<Problem> {
+        let mut found = Vec::new();
+        let pointer = |key, text: &str| {
+            let wrong = || Problem::error(key, "is not a JSON pointer", "write it like \"/username\"");
+            (!text.starts_with('/')).then(wrong)
+        };
         match &self.mode {
             IntrospectMode::User { header, unknown } => {
                 found.extend(unknown_statuses(unknown).err());
@@ -325,7 +333,6 @@ impl IntrospectSettings {
         }
         found.extend(Problem::out_of_range("breaker_failures", u64::from(self.breaker_failures), 1..=1_000));
         found.extend(Problem::connections(self.connections));
-        found.extend(self.tls.problems());
         found
     }
 }

@@ -119,14 +119,20 @@ impl Source {
 impl PostgresSettings {
     /// Everything that is wrong with these settings, without connecting to anything.
     pub fn problems(&self) -> Vec<Problem> {
-        let channel = self.channel.as_deref().and_then(|channel| schema::check_channel(channel).err());
-        let first =
-            [connect::check_url(self).err(), self.source.problem(), channel, Problem::connections(self.connections)];
-        first.into_iter().flatten().chain(self.tls.problems()).collect()
+        self.problems_but_tls().into_iter().chain(self.tls.problems()).collect()
     }
 
+    fn problems_but_tls(&self) -> Vec<Problem> {
+        let channel = self.channel.as_deref().and_then(|channel| schema::check_channel(channel).err());
+        [connect::check_url(self).err(), self.source.problem(), channel, Problem::connections(self.connections)]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    /// What building a store checks first. TLS is not among it: its certificates are read when they are put to use.
     fn check(&self) -> Result<(), Problem> {
-        Problem::first_error(self.problems())
+        Problem::first_error(self.problems_but_tls())
     }
 }
 

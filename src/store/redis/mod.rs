@@ -86,6 +86,10 @@ pub enum RedisChanges {
 impl RedisSettings {
     /// Everything that is wrong with these settings, without connecting to anything.
     pub fn problems(&self) -> Vec<Problem> {
+        self.problems_but_tls().into_iter().chain(self.tls.problems()).collect()
+    }
+
+    fn problems_but_tls(&self) -> Vec<Problem> {
         let addresses: Vec<_> = self.servers.iter().map(|text| Address::parse(text)).collect();
         let unusable = addresses.iter().enumerate();
         let mut found: Vec<_> =
@@ -131,12 +135,12 @@ impl RedisSettings {
         if is_cluster && matches!(self.tls.mode, TlsMode::Require | TlsMode::VerifyCa) {
             found.push(link::half_checked_cluster());
         }
-        found.extend(self.tls.problems());
         found
     }
 
+    /// What building a store checks first. TLS is not among it: its certificates are read when they are put to use.
     fn check(&self) -> Result<(), Problem> {
-        Problem::first_error(self.problems())
+        Problem::first_error(self.problems_but_tls())
     }
 }
 
