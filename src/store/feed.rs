@@ -160,12 +160,14 @@ pub(super) struct Begun<S> {
     /// before it is judged that nothing arrived. Returns what ended the connection.
     pub(super) reading: BoxFuture<'static, Loss>,
     pub(super) coverage: Coverage,
+    /// How far the store's list of changes was told when the session began.
+    pub(super) mark: Option<Mark>,
 }
 
 impl<S> Begun<S> {
     /// One whose messages get into the inbox by themselves.
     pub(super) fn new(subscription: S) -> Self {
-        Self { subscription, reading: Box::pin(pending()), coverage: Coverage::Told }
+        Self { subscription, reading: Box::pin(pending()), coverage: Coverage::Told, mark: None }
     }
 }
 
@@ -293,11 +295,16 @@ impl<S: ChangeSource> Following<'_, S> {
     /// One session, from its beginning to its end. Returns what ended it.
     async fn session(&mut self) -> Loss {
         let (inbox, mut arriving) = Arriving::pair();
-        let Begun { subscription, mut reading, coverage } = match self.source.begin(inbox).await {
+        let asked_ms = (self.clock)().mono_ms;
+        let Begun { subscription, mut reading, coverage, mark } = match self.source.begin(inbox).await {
             Ok(begun) => begun,
             Err(why) => return why,
         };
         self.cover(coverage);
+        // A gateway that ends before the first beat knows how far it was, too.
+        if mark.is_some() && self.state == State::Hearing {
+            (self.heard)(Event::Alive { asked_ms, mark });
+        }
         let pace = self.source.pace();
         let waiting = Waiting { queue: Mutex::default(), more: Notify::new() };
         let counts = Arc::clone(&arriving.counts);

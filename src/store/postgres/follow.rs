@@ -140,7 +140,9 @@ impl ChangeSource for PostgresChanges {
                 }
             },
         };
-        Ok(Begun { subscription: listener, reading, coverage })
+        // Of its first echo, behind which nothing is missed.
+        let mark = listener.signs.mark.lock().clone();
+        Ok(Begun { subscription: listener, reading, coverage, mark })
     }
 
     /// Before it is said: no answer that counts for longer may come from elsewhere.

@@ -47,17 +47,18 @@ impl<'a> ChangeSource for SqliteChanges<'a> {
     }
 
     async fn begin(&mut self, inbox: Inbox<i64>) -> Result<Begun<Watched<'a>>, Loss> {
-        let seq = on_watcher(&self.watcher, Watcher::begin).await?;
+        let (seq, mark) = on_watcher(&self.watcher, Watcher::begin).await?;
         // All that was written before counts as taken in.
         inbox.put(Message::Wait(seq));
-        Ok(Begun::new(Watched {
+        let watched = Watched {
             store: self.store,
             watcher: Arc::clone(&self.watcher),
             replica: self.replica.clone(),
             inbox,
             applied: AtomicI64::new(0),
             registered: AtomicBool::new(true),
-        }))
+        };
+        Ok(Begun { mark: Some(mark), ..Begun::new(watched) })
     }
 
     fn sign_off(&mut self) {
@@ -160,13 +161,15 @@ fn gone() -> StoreError {
 }
 
 impl Watcher {
-    /// Opens the file that is there now. Returns the number of its last change: what happened before is unknown.
-    fn begin(&mut self) -> Result<i64, StoreError> {
+    /// Opens the file that is there now. Returns the number of its last change, and its mark: what happened before is
+    /// unknown.
+    fn begin(&mut self) -> Result<(i64, Mark), StoreError> {
         self.opened = None;
         let Some(inode) = inode(&self.path) else { return Err(gone()) };
         let db = open_existing(&self.path)?;
         let opened = Opened::at_end(db, inode)?;
-        Ok(self.opened.insert(opened).seq)
+        let opened = self.opened.insert(opened);
+        Ok((opened.seq, mark(opened.seq, opened.at_ms)))
     }
 
     fn look(&mut self) -> Result<Looked, StoreError> {
