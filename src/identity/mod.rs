@@ -12,7 +12,7 @@ pub use principal::{Invalid, Principal, TokenStatus, judge};
 use crate::clock::Now;
 use crate::store::chain::Chain;
 use crate::store::credential::{Credential, Digest, DigestPrefix};
-use crate::store::{Event, Mark, Named, StoreError};
+use crate::store::{Event, Lane, Mark, Named, StoreError};
 use crate::telemetry::metrics::{CacheResult, Metrics, StoreMetrics};
 use crate::telemetry::outage::LogThrottle;
 use cache::{Cache, Cached, Learned, Stale};
@@ -44,12 +44,11 @@ pub enum CannotTell {
     NotAsked,
 }
 
-/// Lookups in progress at once. Beyond this limit callers get 503 immediately instead of waiting in an unbounded queue.
-const MAX_LOOKUPS: usize = 1_024;
-/// The limit for background refreshes, so that they never block lookups of new tokens.
-const MAX_REFRESHES: usize = MAX_LOOKUPS / 2;
-/// The limit for tokens without a cache entry, so that a flood of guesses never blocks lookups of cached tokens.
-const MAX_UNCACHED: usize = MAX_LOOKUPS / 4 * 3;
+/// Lookups in progress, or waiting for their turn, for tokens without a cache entry. Beyond it callers get 503 immediately:
+/// whoever guesses must not take all memory. Tokens with an entry have no such limit, as there is one lookup for each.
+const MAX_STRANGERS: usize = 8_192;
+/// The same for refreshes in the background. One that is not started is tried again with the next request.
+const MAX_REFRESHES: usize = 512;
 /// How often a lookup is attempted if the token changes meanwhile.
 const MAX_ATTEMPTS: usize = 4;
 /// A power of two. Many, so that lookups of different tokens rarely share a lock.
@@ -81,7 +80,8 @@ struct Inner {
     /// Lookups in progress. A change of a token takes the same lock as the end of its lookup, so that either the change
     /// finds the flight and invalidates it, or the lookup's result is in the cache and the change removes it.
     flights: [Mutex<HashMap<Digest, Arc<Flight>>>; FLIGHT_SHARDS],
-    lookups: AtomicUsize,
+    strangers: AtomicUsize,
+    refreshes: AtomicUsize,
     /// Until this monotonic millisecond the store counts as failing; 0 after any successful lookup.
     ailing_until: AtomicU64,
     /// What each store has said of its changes.
@@ -188,7 +188,8 @@ impl Authenticator {
             chain,
             cache,
             flights: std::array::from_fn(|_| Mutex::default()),
-            lookups: AtomicUsize::new(0),
+            strangers: AtomicUsize::new(0),
+            refreshes: AtomicUsize::new(0),
             ailing_until: AtomicU64::new(0),
             hearing: Mutex::new(hearing),
             pulse: Pulse::default(),
@@ -205,7 +206,7 @@ impl Authenticator {
         match self.inner.cache.get(digest, now, mode) {
             Cached::Fresh { answer, refresh } => {
                 if refresh {
-                    self.inner.join(Credential::new(token, *digest), MAX_REFRESHES);
+                    self.inner.join(token, digest, Reason::Refresh);
                 }
                 let result = match answer {
                     TokenStatus::Valid(_) => CacheResult::PositiveHit,
@@ -216,7 +217,7 @@ impl Authenticator {
             // The store has just failed: callers do not wait for it to fail again, and a background lookup probes it.
             Cached::Stale(stale) if self.inner.is_ailing(now) => {
                 if stale.refresh {
-                    self.inner.join(Credential::new(token, *digest), MAX_REFRESHES);
+                    self.inner.join(token, digest, Reason::Refresh);
                 }
                 Checked::Known(TokenStatus::Valid(stale.principal), CacheResult::Stale)
             }
@@ -226,8 +227,8 @@ impl Authenticator {
                     Cached::Stale(stale) => Some(stale),
                     _ => None,
                 };
-                let most = if stale.is_some() { MAX_LOOKUPS } else { MAX_UNCACHED };
-                let flight = self.inner.join(Credential::new(token, *digest), most);
+                let reason = if stale.is_some() { Reason::Stale } else { Reason::Stranger };
+                let flight = self.inner.join(token, digest, reason);
                 Checked::Waiting(PendingLookup { flight, stale, inner: Arc::clone(&self.inner) })
             }
         }
@@ -374,25 +375,35 @@ impl Inner {
         &self.flights[digest.bucket(FLIGHT_SHARDS)]
     }
 
-    /// Joins the lookup in progress for this token, or starts one if fewer than `most` are in progress.
-    fn join(self: &Arc<Self>, credential: Credential, most: usize) -> Arc<Flight> {
-        let mut shard = self.shard(credential.digest()).lock();
-        if let Some(flight) = shard.get(credential.digest()) {
+    /// Joins the lookup in progress for this token, or starts one, unless too many of its kind are in progress.
+    fn join(self: &Arc<Self>, token: &[u8], digest: &Digest, reason: Reason) -> Arc<Flight> {
+        let mut shard = self.shard(digest).lock();
+        if let Some(flight) = shard.get(digest) {
             return Arc::clone(flight);
         }
-        let flight = Arc::new(Flight { handles: self.chain.handles(&credential), ..Flight::default() });
-        if self.lookups.fetch_add(1, Ordering::Relaxed) >= most {
-            self.lookups.fetch_sub(1, Ordering::Relaxed);
+        let Some(counted) = self.count(reason) else {
+            drop(shard);
             self.metrics.lookup_refused();
-            flight.complete(Err(CannotTell::Busy));
-            return flight;
-        }
-        shard.insert(*credential.digest(), Arc::clone(&flight));
+            let refused = Flight::default();
+            refused.complete(Err(CannotTell::Busy));
+            return Arc::new(refused);
+        };
+        let credential = Arc::new(Credential::new(token, *digest));
+        let flight = Arc::new(Flight { handles: self.chain.handles(&credential), ..Flight::default() });
+        shard.insert(*digest, Arc::clone(&flight));
         drop(shard);
         // A separate task, because the caller that started it may disconnect while others wait.
-        let task = LookupTask { inner: Arc::clone(self), credential, flight: Arc::clone(&flight) };
+        let task = LookupTask { credential, flight: Arc::clone(&flight), counted };
         tokio::spawn(task.run());
         flight
+    }
+
+    fn count(self: &Arc<Self>, reason: Reason) -> Option<CountedLookup> {
+        let counted = CountedLookup { inner: Arc::clone(self), reason };
+        match counted.counter() {
+            Some((counter, most)) if counter.fetch_add(1, Ordering::Relaxed) >= most => None,
+            _ => Some(counted),
+        }
     }
 
     /// Whether a stale entry may be used although the lookup failed. If the store is only busy and a change may have
@@ -485,6 +496,8 @@ impl Inner {
                     metrics.revocation_lag(Duration::from_millis(now.saturating_sub(change.at_ms)));
                 }
             }
+            // Known callers need not wait for lookups to fail.
+            Event::Silent => self.note_health(Some(&StoreError::Timeout), (self.clock)()),
             Event::Deaf => {
                 log::error!(
                     "store {name}: change notifications are not arriving; cached answers are trusted for less than a \
@@ -562,36 +575,83 @@ impl Inner {
     }
 }
 
+/// Why a token is looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reason {
+    /// Its entry may be used, and will not be for long.
+    Refresh,
+    /// Its entry may not be used, or only if the store fails.
+    Stale,
+    /// It has no entry.
+    Stranger,
+}
+
+impl Reason {
+    const fn lane(self) -> Lane {
+        match self {
+            Self::Refresh | Self::Stale => Lane::Known,
+            Self::Stranger => Lane::Stranger,
+        }
+    }
+}
+
+/// A lookup that counts among those of its kind until it is dropped.
+struct CountedLookup {
+    inner: Arc<Inner>,
+    reason: Reason,
+}
+
+impl CountedLookup {
+    /// The counter of its kind, and the limit.
+    fn counter(&self) -> Option<(&AtomicUsize, usize)> {
+        match self.reason {
+            Reason::Refresh => Some((&self.inner.refreshes, MAX_REFRESHES)),
+            Reason::Stale => None,
+            Reason::Stranger => Some((&self.inner.strangers, MAX_STRANGERS)),
+        }
+    }
+}
+
+impl Drop for CountedLookup {
+    fn drop(&mut self) {
+        if let Some((counter, _)) = self.counter() {
+            counter.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Performs one lookup. If it is dropped early (by a panic, or a shutdown of the runtime), the lookup fails.
 struct LookupTask {
-    inner: Arc<Inner>,
-    credential: Credential,
+    credential: Arc<Credential>,
     flight: Arc<Flight>,
+    counted: CountedLookup,
 }
 
 impl LookupTask {
     async fn run(self) {
-        let mut was_interrupted = false;
+        let (inner, mut was_interrupted) = (&self.counted.inner, false);
         for _ in 0..MAX_ATTEMPTS {
-            let asked_ms = (self.inner.clock)().mono_ms;
-            let result = self.inner.chain.lookup(&self.credential).await;
-            let mut shard = self.inner.shard(self.credential.digest()).lock();
-            if self.flight.invalidated.swap(false, Ordering::Relaxed) {
+            let asked_ms = (inner.clock)().mono_ms;
+            let result = inner.chain.lookup(&self.credential, self.counted.reason.lane()).await;
+            let mut shard = inner.shard(self.credential.digest()).lock();
+            // A failure that took its time is none the better for a change meanwhile, and its caller has waited enough.
+            let took_all_time = matches!(result, Err(StoreError::Timeout | StoreError::Overloaded));
+            if self.flight.invalidated.swap(false, Ordering::Relaxed) && !took_all_time {
                 continue;
             }
-            let now = (self.inner.clock)();
+            let now = (inner.clock)();
             // The result, or the failure, is outdated.
-            if !was_interrupted && self.inner.pulse.was_interrupted_since(asked_ms, now) {
+            if !was_interrupted && inner.pulse.was_interrupted_since(asked_ms, now) {
                 was_interrupted = true;
                 continue;
             }
-            self.inner.note_health(result.as_ref().err(), now);
+            inner.note_health(result.as_ref().err(), now);
             let outcome = match result {
                 Ok(record) => {
                     let (answer, until_unix_ms) = judge(record.as_ref(), self.credential.digest(), now);
                     let handles = self.flight.handles.clone();
                     let learned = Learned { answer: &answer, until_unix_ms, handles, asked_ms };
-                    self.inner.cache.put(*self.credential.digest(), learned, now, fastrand::f64());
+                    inner.cache.put(*self.credential.digest(), learned, now, fastrand::f64());
                     Ok(answer)
                 }
                 Err(StoreError::Overloaded) => Err(CannotTell::Busy),
@@ -602,7 +662,7 @@ impl LookupTask {
             self.flight.complete(outcome);
             return;
         }
-        if let Some(more) = self.inner.overtaken.due(Instant::now()) {
+        if let Some(more) = inner.overtaken.due(Instant::now()) {
             let token = self.credential.digest().id();
             log::warn!(
                 "token {token} changed {MAX_ATTEMPTS} times while it was looked up; its callers get 503 ({more} similar \
@@ -615,8 +675,7 @@ impl LookupTask {
 
 impl Drop for LookupTask {
     fn drop(&mut self) {
-        self.inner.lookups.fetch_sub(1, Ordering::Relaxed);
-        let mut shard = self.inner.shard(self.credential.digest()).lock();
+        let mut shard = self.counted.inner.shard(self.credential.digest()).lock();
         if shard.get(self.credential.digest()).is_some_and(|flight| Arc::ptr_eq(flight, &self.flight)) {
             shard.remove(self.credential.digest());
         }

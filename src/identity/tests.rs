@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::store::chain::Link;
-use crate::store::{Change, Heard, TokenRecord, TokenStore};
+use crate::store::{Change, Heard, LookupLimits, TokenRecord, TokenStore};
 use async_trait::async_trait;
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -53,10 +53,15 @@ struct FakeStore {
     /// The uses it received, and whether it accepts them.
     noted: Mutex<Vec<(Digest, u64)>>,
     takes_uses: AtomicBool,
+    at_once: usize,
 }
 
 #[async_trait]
 impl TokenStore for FakeStore {
+    fn lookup_limits(&self) -> LookupLimits {
+        LookupLimits { at_once: self.at_once, tokens: 4 }
+    }
+
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         self.asked.fetch_add(1, Ordering::SeqCst);
         // The answer is determined when the query begins, as in a real store, and returned when the gate opens.
@@ -134,6 +139,11 @@ fn bench(script: &[Says]) -> Bench {
 }
 
 fn bench_of(script: &[Says], tells_changes: bool) -> Bench {
+    bench_with(script, tells_changes, 100_000)
+}
+
+/// `at_once`: lookups that the store can take at once.
+fn bench_with(script: &[Says], tells_changes: bool, at_once: usize) -> Bench {
     let store = Arc::new(FakeStore {
         script: Mutex::new(script.iter().cloned().collect()),
         asked: AtomicUsize::new(0),
@@ -148,6 +158,7 @@ fn bench_of(script: &[Says], tells_changes: bool) -> Bench {
         uses: Mutex::default(),
         noted: Mutex::default(),
         takes_uses: AtomicBool::new(true),
+        at_once,
     });
     let settings = CacheSettings {
         positive_ttl: TTL,
@@ -402,7 +413,7 @@ async fn a_slow_store_times_out() {
 async fn lookups_in_progress_are_bounded() {
     let bench = bench(&[Says::Nothing]);
     bench.shut();
-    let waiting: Vec<_> = (0..MAX_UNCACHED).map(|n| check(&bench, &format!("t{n}"))).collect();
+    let waiting: Vec<_> = (0..MAX_STRANGERS).map(|n| check(&bench, &format!("t{n}"))).collect();
     let Checked::Waiting(excess) = check(&bench, "one more") else { panic!("nothing can be known") };
     assert_eq!(excess.answer().await.0.err(), Some(CannotTell::Busy));
     bench.open();
@@ -414,21 +425,87 @@ async fn lookups_in_progress_are_bounded() {
 }
 
 #[tokio::test]
-async fn a_flood_of_guesses_leaves_room_for_cached_tokens() {
-    let bench = bench(&[Says::User("a"), Says::Nothing]);
+async fn cached_tokens_come_before_a_flood_of_guesses() {
+    let bench = bench_with(&[Says::User("a"), Says::Nothing], false, 2);
     assert_eq!(bench.user("known").await, "a");
     pass(TTL + Duration::from_secs(1));
     bench.shut();
-    let guesses: Vec<_> = (0..MAX_UNCACHED).map(|n| check(&bench, &format!("guess{n}"))).collect();
+    let guesses: Vec<_> = (0..MAX_STRANGERS).map(|n| check(&bench, &format!("guess{n}"))).collect();
     let Checked::Waiting(stranger) = check(&bench, "one more") else { panic!("nothing can be known") };
     assert_eq!(stranger.answer().await.0.err(), Some(CannotTell::Busy));
-    let before = bench.asked();
+    settle().await;
+    assert_eq!(bench.asked(), 3, "others wait");
     let Checked::Waiting(known) = check(&bench, "known") else { panic!("the entry is too old to be used") };
     settle().await;
-    assert!(bench.asked() > before, "it is looked up");
     bench.open();
     assert!(matches!(known.answer().await.0, Ok(TokenStatus::Invalid(Invalid::Unknown))));
+    assert!(bench.asked() < 100, "before the guesses: {}", bench.asked());
     drop(guesses);
+}
+
+/// 1,000 tokens in use at a start without a snapshot.
+#[tokio::test]
+async fn a_cold_start_refuses_nobody() {
+    let bench = bench_with(&[Says::User("a")], false, 2);
+    bench.shut();
+    let callers: Vec<_> = (0..1_000).map(|n| check(&bench, &format!("t{n}"))).collect();
+    settle().await;
+    assert_eq!(bench.asked(), 2);
+    bench.open();
+    for caller in callers {
+        let Checked::Waiting(caller) = caller else { panic!("nothing can be known") };
+        assert!(matches!(caller.answer().await.0, Ok(TokenStatus::Valid(_))));
+    }
+    assert_eq!(bench.asked(), 1_000);
+}
+
+/// What waits for a store that answers nobody ends with the store's timeout, like what was asked.
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_longer_than_the_timeout_for_a_turn() {
+    let bench = bench_with(&[Says::Nothing], false, 1);
+    bench.shut();
+    let before = tokio::time::Instant::now();
+    let callers: Vec<_> = (0..10).map(|n| check(&bench, &format!("t{n}"))).collect();
+    for (n, caller) in callers.into_iter().enumerate() {
+        let Checked::Waiting(caller) = caller else { panic!("nothing can be known") };
+        let why = if n == 0 { CannotTell::Store } else { CannotTell::Busy };
+        assert_eq!(caller.answer().await.0.err(), Some(why));
+    }
+    assert_eq!(before.elapsed(), Duration::from_secs(2));
+}
+
+/// The loss of the subscription, which is noticed meanwhile, is no reason to wait for the same timeout again.
+#[tokio::test(start_paused = true)]
+async fn a_timeout_is_not_repeated() {
+    let bench = bench_of(&[Says::User("a")], true);
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    bench.shut();
+    let before = tokio::time::Instant::now();
+    let Checked::Waiting(caller) = check(&bench, "t") else { panic!("nothing can be known") };
+    bench.tell(Event::Deaf).await;
+    assert_eq!(caller.answer().await.0.err(), Some(CannotTell::Store));
+    assert_eq!(before.elapsed(), Duration::from_secs(2));
+    following.abort();
+}
+
+/// A server that goes silent: whoever was known goes on at once, and does not wait for a lookup to fail.
+#[tokio::test]
+async fn known_callers_do_not_wait_for_a_silent_server() {
+    let bench = bench_of(&[Says::User("a")], true);
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    assert_eq!(bench.user("t").await, "a");
+    bench.shut();
+    bench.tell(Event::Silent).await;
+    bench.tell(Event::Deaf).await;
+    let Checked::Known(TokenStatus::Valid(_), CacheResult::Stale) = check(&bench, "t") else { panic!("it waits") };
+    // An answer says that the server is back: from then on nothing old is served.
+    bench.open();
+    settle().await;
+    bench.tell(Event::Deaf).await;
+    assert!(matches!(check(&bench, "t"), Checked::Waiting(_)));
+    following.abort();
 }
 
 #[tokio::test]

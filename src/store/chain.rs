@@ -2,6 +2,7 @@
 //! failure never falls through to the next store, because a token that is revoked in the failed one could be valid
 //! there.
 
+use super::lookups::{Lane, LookedUp, LookupQueue, Turn, WaitingLookup};
 use super::{Event, Mark, StoreError, TokenRecord, TokenStore};
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
@@ -14,9 +15,10 @@ pub struct Link {
     /// Label of metrics and logs.
     pub name: String,
     pub store: Arc<dyn TokenStore>,
-    /// Limit for the duration of a lookup.
+    /// Limit for the duration of a lookup, the wait for its turn included.
     pub timeout: Duration,
     pub metrics: Arc<StoreMetrics>,
+    queue: LookupQueue,
     failures: FailureLog,
 }
 
@@ -35,15 +37,15 @@ const USES_AT_ONCE: usize = 500;
 const USES_PAUSE: Duration = Duration::from_millis(25);
 
 pub struct Chain {
-    links: Vec<Link>,
+    links: Vec<Arc<Link>>,
 }
 
 impl Chain {
     pub fn new(links: Vec<Link>) -> Self {
-        Self { links }
+        Self { links: links.into_iter().map(Arc::new).collect() }
     }
 
-    pub fn links(&self) -> &[Link] {
+    pub fn links(&self) -> &[Arc<Link>] {
         &self.links
     }
 
@@ -52,9 +54,13 @@ impl Chain {
         self.links.iter().map(|link| link.name.as_str()).collect::<Vec<_>>().join(", ")
     }
 
-    pub(crate) async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
+    pub(crate) async fn lookup(
+        &self,
+        credential: &Arc<Credential>,
+        lane: Lane,
+    ) -> Result<Option<TokenRecord>, StoreError> {
         for link in &self.links {
-            if let Some(record) = link.lookup(credential).await? {
+            if let Some(record) = link.lookup(credential, lane).await? {
                 return Ok(Some(record));
             }
         }
@@ -110,25 +116,63 @@ impl Chain {
 
 impl Link {
     pub fn new(name: String, store: Arc<dyn TokenStore>, timeout: Duration, metrics: Arc<StoreMetrics>) -> Self {
-        Self { name, store, timeout, metrics, failures: FailureLog::default() }
+        let queue = LookupQueue::new(store.lookup_limits());
+        Self { name, store, timeout, metrics, queue, failures: FailureLog::default() }
     }
 
-    async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
-        let (timer, began) = (self.metrics.lookup_started(), Instant::now());
-        let lookup = tokio::time::timeout(self.timeout, self.store.lookup(credential)).await;
-        let result = lookup.unwrap_or(Err(StoreError::Timeout));
-        drop(timer);
-        match &result {
+    /// At once if the store has a place; else in its turn, together with others that wait.
+    async fn lookup(self: &Arc<Self>, credential: &Arc<Credential>, lane: Lane) -> LookedUp {
+        match self.queue.enter(credential, lane) {
+            Turn::Now => {
+                let _place = Place(Arc::clone(self));
+                let began = Instant::now();
+                let answer = tokio::time::timeout(self.timeout, self.store.lookup(credential)).await;
+                let answer = answer.unwrap_or(Err(StoreError::Timeout));
+                self.note(credential, &answer, began);
+                answer
+            }
+            Turn::Later(answer) => {
+                self.metrics.waiting(self.queue.waiting());
+                match tokio::time::timeout(self.timeout, answer).await {
+                    Ok(Ok(answer)) => answer,
+                    Ok(Err(_)) => Err(StoreError::Unavailable("the lookup was given up".into())),
+                    Err(_) => {
+                        let late = Err(StoreError::Overloaded);
+                        self.note(credential, &late, Instant::now());
+                        late
+                    }
+                }
+            }
+        }
+    }
+
+    /// Looks up several tokens at once.
+    async fn lookup_many(&self, batch: Vec<WaitingLookup>) {
+        let began = Instant::now();
+        let credentials: Vec<&Credential> = batch.iter().map(|waiting| &*waiting.credential).collect();
+        let mut answers = match tokio::time::timeout(self.timeout, self.store.lookup_many(&credentials)).await {
+            Ok(answers) => answers.into_iter(),
+            Err(_) => vec![Err(StoreError::Timeout); batch.len()].into_iter(),
+        };
+        for WaitingLookup { credential, reply } in batch {
+            // One for each, by what a store promises.
+            let answer = answers.next().unwrap_or_else(|| Err(StoreError::Unavailable("it gave no answer".into())));
+            self.note(&credential, &answer, began);
+            reply.send(answer);
+        }
+    }
+
+    fn note(&self, credential: &Credential, answer: &LookedUp, began: Instant) {
+        match answer {
             Ok(found) => {
-                self.metrics.answered(found.is_some());
+                self.metrics.answered(found.is_some(), began.elapsed());
                 self.works(began);
             }
             Err(error) => {
-                self.metrics.failed(error.kind());
+                self.metrics.failed(error.kind(), began.elapsed());
                 self.fails(error, credential);
             }
         }
-        result
     }
 
     /// Logs the beginning of an outage once, not for each token that is presented meanwhile.
@@ -147,6 +191,28 @@ impl Link {
         if let Some(over) = self.failures.outage.succeeded(began, Instant::now()) {
             let (failures, lasted) = (over.failures, over.lasted);
             log::warn!("store {}: answers again; {failures} lookups failed in {lasted:.1?}", self.name);
+        }
+    }
+}
+
+/// A place among the lookups that are under way. Whichever way a lookup ends, those who wait come next.
+struct Place(Arc<Link>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let batch = self.0.queue.next();
+        if batch.is_empty() {
+            return;
+        }
+        let link = Arc::clone(&self.0);
+        // Without a runtime everything ends, and the place is of no use to anybody: it is only made when this runs, so that
+        // it is not passed on and on by those who are dropped one within the other.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                let place = Self(link);
+                place.0.metrics.waiting(place.0.queue.waiting());
+                place.0.lookup_many(batch).await;
+            });
         }
     }
 }

@@ -391,7 +391,12 @@ impl<S: ChangeSource> Following<'_, S> {
 
     fn lost(&mut self, why: &Loss) {
         match self.state {
-            State::Hearing => self.deaf(),
+            State::Hearing => {
+                if matches!(why, Loss::Silent(_)) {
+                    (self.heard)(Event::Silent);
+                }
+                self.deaf();
+            }
             State::Unknown if !self.source.may_be_untold() => self.deaf(),
             State::Unknown | State::Lost | State::Untold => {}
         }

@@ -5,6 +5,7 @@ pub mod credential;
 mod feed;
 pub mod file;
 pub mod introspect;
+mod lookups;
 pub mod portable;
 pub mod postgres;
 mod problems;
@@ -15,6 +16,7 @@ pub mod sqlite;
 mod tls;
 pub mod values;
 
+pub use lookups::{Lane, LookupLimits};
 pub use portable::ShownRecord;
 pub use settings::{Bound, MissingStore, NamedStore, StoreSettings};
 pub use tls::{PemFile, Place, Secret, TlsMode, TlsSettings, system_authorities};
@@ -24,6 +26,7 @@ use crate::problem::Problem;
 use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use credential::{Credential, Digest};
+use futures_util::future::join_all;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
@@ -139,6 +142,8 @@ pub enum Event {
     },
     /// Nobody tells of changes here, so that nothing is promised.
     Untold,
+    /// The server has stopped to answer: lookups fail, too, until one is answered. Said before [`Event::Deaf`].
+    Silent,
     /// Change notifications no longer arrive: an answer is good for a moment only.
     Deaf,
     /// Change notifications arrive from now on. What happened before is unknown, so everything must be looked up again.
@@ -175,6 +180,14 @@ pub trait TokenStore: Send + Sync {
     /// caller then goes on with what it knew, or answers 503. An error wrongly given costs a retry; a record wrongly
     /// given is an open gate. The caller gives up after the store's timeout and drops the future.
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError>;
+
+    /// The same for several tokens: one answer for each, in their order. They share the store's timeout.
+    async fn lookup_many(&self, credentials: &[&Credential]) -> Vec<Result<Option<TokenRecord>, StoreError>> {
+        join_all(credentials.iter().map(|credential| self.lookup(credential))).await
+    }
+
+    /// How many lookups it can take at once, and of how many tokens each. Others wait for their turn.
+    fn lookup_limits(&self) -> LookupLimits;
 
     /// The store's own name for a token, where [`Named::Handle`] is used.
     fn handle(&self, _credential: &Credential) -> Option<Digest> {

@@ -6,3 +6,4 @@ pub mod lines;
 pub mod metrics;
 pub mod outage;
 pub mod process_log;
+mod store_metrics;

@@ -172,6 +172,7 @@ fn play_by(stage: Stage, clock: fn() -> Now) -> (Arc<Stage>, tokio::task::JoinHa
                 Event::Alive { asked_ms, .. } => format!("Alive {asked_ms}"),
                 Event::Untold => "Untold".into(),
                 Event::Deaf => "Deaf".into(),
+                Event::Silent => "Silent".into(),
                 Event::Hearing => "Hearing".into(),
             });
         })
@@ -215,7 +216,19 @@ async fn silence_is_noticed_within_a_beat_and_its_silence_and_said_once() {
     assert!(deaf[0] - silent <= BEAT + SILENCE + Duration::from_millis(5), "{:?}", deaf[0] - silent);
     assert_eq!(
         stage.said(),
-        ["begin", "on_hearing", "Hearing", "Deaf", "on_lost", "begin", "begin", "begin", "on_hearing", "Hearing"]
+        [
+            "begin",
+            "on_hearing",
+            "Hearing",
+            "Silent",
+            "Deaf",
+            "on_lost",
+            "begin",
+            "begin",
+            "begin",
+            "on_hearing",
+            "Hearing"
+        ]
     );
     let last_alive = |before: Instant| stage.times_of("Alive").into_iter().rfind(|at| *at < before).unwrap();
     assert!(last_alive(deaf[0]) <= silent, "no sign of life without an answer");

@@ -7,7 +7,7 @@ mod follow;
 pub use admin::FileAdmin;
 
 use super::record::{self, RecordField, RecordSource, Unsaid};
-use super::{Change, Heard, Named, StoreError, TokenRecord, TokenStore, feed, parse_time};
+use super::{Change, Heard, LookupLimits, Named, StoreError, TokenRecord, TokenStore, feed, parse_time};
 use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
@@ -227,6 +227,11 @@ fn changed_at(stamp: Option<Stamp>, now: u64) -> u64 {
 
 #[async_trait]
 impl TokenStore for FileStore {
+    /// From memory.
+    fn lookup_limits(&self) -> LookupLimits {
+        LookupLimits { at_once: 1_024, tokens: 1 }
+    }
+
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         // Nobody follows the file, or the process stood still: what the table says may be long over.
         let age = (self.clock)().mono_ms.saturating_sub(self.looked_ms.load(Ordering::Relaxed));

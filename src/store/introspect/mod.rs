@@ -6,7 +6,7 @@ mod breaker;
 mod endpoint;
 mod pool;
 
-use super::{Credential, Heard, Secret, StoreError, TlsSettings, TokenRecord, TokenStore};
+use super::{Credential, Heard, LookupLimits, Secret, StoreError, TlsSettings, TokenRecord, TokenStore};
 use crate::problem::Problem;
 use crate::request::token::MAX_TOKEN_BYTES;
 use crate::telemetry::metrics::StoreMetrics;
@@ -73,6 +73,7 @@ pub struct IntrospectStore {
     shape: Shape,
     unknown: Vec<StatusCode>,
     pool: HttpPool,
+    connections: usize,
     permits: Semaphore,
     timeout: Duration,
     breaker: Mutex<Breaker>,
@@ -115,6 +116,7 @@ impl IntrospectStore {
             header,
             unknown,
             pool: HttpPool::new(endpoint, settings.connections, Arc::clone(&metrics)),
+            connections: settings.connections,
             permits: Semaphore::new(settings.connections.min(Semaphore::MAX_PERMITS)),
             timeout,
             breaker: Mutex::new(Breaker::new(settings.breaker_failures, settings.breaker_pause)),
@@ -208,6 +210,11 @@ impl IntrospectStore {
 
 #[async_trait::async_trait]
 impl TokenStore for IntrospectStore {
+    /// One request each.
+    fn lookup_limits(&self) -> LookupLimits {
+        LookupLimits { at_once: self.connections, tokens: 1 }
+    }
+
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         let begun = Instant::now();
         if !is_sendable(credential.expose_secret()) {

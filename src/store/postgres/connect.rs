@@ -685,12 +685,16 @@ impl QueryFailure {
 
     /// The message, without text that must not be shown.
     pub(super) fn without(self, hidden: &str) -> StoreError {
-        match self.error {
-            StoreError::Garbage(text) if !hidden.is_empty() => StoreError::Garbage(text.replace(hidden, "…")),
-            StoreError::Unavailable(text) if !hidden.is_empty() => StoreError::Unavailable(text.replace(hidden, "…")),
-            StoreError::Denied(text) if !hidden.is_empty() => StoreError::Denied(text.replace(hidden, "…")),
-            error => error,
+        self.hiding(hidden).error
+    }
+
+    pub(super) fn hiding(mut self, hidden: &str) -> Self {
+        if let StoreError::Garbage(text) | StoreError::Unavailable(text) | StoreError::Denied(text) = &mut self.error
+            && !hidden.is_empty()
+        {
+            *text = text.replace(hidden, "…");
         }
+        self
     }
 }
 

@@ -12,7 +12,7 @@ pub use admin::{Migrated, PostgresAdmin};
 pub use connect::tls_auto;
 pub use presets::{NoTriggers, install_triggers, triggers_sql};
 
-use super::{Heard, Secret, StoreError, TlsSettings, TokenRecord, TokenStore, feed};
+use super::{Heard, LookupLimits, Secret, StoreError, TlsSettings, TokenRecord, TokenStore, feed};
 use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
@@ -21,6 +21,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use connect::{Judgement, Object, PostgresPool, QueryFailure, Reuse, Target};
 use futures_util::TryStreamExt as _;
+use futures_util::future::join_all;
 use sha2::{Digest as _, Sha256};
 use std::pin::pin;
 use std::sync::Arc;
@@ -30,6 +31,8 @@ use tokio_postgres::{Row, Statement};
 
 /// How much of GitLab's `db_key_base` goes into its digests.
 const GITLAB_SECRET: usize = 32;
+/// Tokens that are looked up together when lookups wait for their turn.
+const LOOKUP_TOKENS: usize = 128;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PostgresSettings {
@@ -210,7 +213,7 @@ impl QueryNonce {
 }
 
 enum Query {
-    Own { lookup: String, note_uses: String, changed: String },
+    Own { lookup: String, lookup_many: String, note_uses: String, changed: String },
     Lookup { sql: String, bind: Bind },
 }
 
@@ -228,6 +231,7 @@ impl PostgresStore {
                 let fill = |sql: &str| schema::fill(sql, schema).replace("{mark}", &nonce.0);
                 Query::Own {
                     lookup: fill(schema::LOOKUP),
+                    lookup_many: fill(schema::LOOKUP_MANY),
                     note_uses: fill(schema::NOTE_USES),
                     changed: fill(schema::CHANGED),
                 }
@@ -248,22 +252,57 @@ impl PostgresStore {
     async fn ask_for_long(&self, query: &BoundQuery<'_>) -> Result<Vec<Row>, StoreError> {
         loop {
             let lease = self.right_lease().await?;
-            let reused = lease.reused();
-            match query.put(lease.connection()?, &self.nonce).await {
-                Ok(rows) => {
-                    lease.give_back();
-                    return Ok(rows);
-                }
-                Err(failure) if failure.connection == Reuse::Replace && reused => {}
-                Err(failure) => {
-                    // A new connection counts as tried once it has answered something.
-                    if failure.connection == Reuse::Keep && reused {
-                        lease.give_back();
-                    }
-                    return Err(failure.without(query.hidden()));
-                }
+            let rows = query.put(lease.connection()?, &self.nonce).await;
+            if let Some(rows) = lease.ended(rows) {
+                return rows.map_err(|failure| failure.without(query.hidden()));
             }
         }
+    }
+
+    /// The same for an operator's query and several keys: sent without waiting for an answer in between.
+    async fn ask_for_each(&self, sql: &str, keys: &[&str]) -> Result<Vec<Result<Vec<Row>, StoreError>>, StoreError> {
+        loop {
+            let lease = self.right_lease().await?;
+            let found = each(lease.connection()?, sql, keys, &self.nonce).await;
+            if let Some(found) = lease.ended(found) {
+                let hidden =
+                    |failure: QueryFailure| keys.iter().fold(failure, |failure, key| failure.hiding(key)).error;
+                let found = found.map_err(hidden)?;
+                return Ok(found.into_iter().map(|one| one.map_err(hidden)).collect());
+            }
+        }
+    }
+
+    async fn lookup_each(
+        &self,
+        sql: &str,
+        bind: &Bind,
+        credentials: &[&Credential],
+    ) -> Result<Vec<Result<Option<TokenRecord>, StoreError>>, StoreError> {
+        let keys: Vec<Option<String>> = credentials.iter().map(|credential| bind.key(credential)).collect();
+        let asked: Vec<&str> = keys.iter().flatten().map(String::as_str).collect();
+        let answer = tokio::time::timeout(self.settings.timeout, self.ask_for_each(sql, &asked)).await;
+        let mut found = answer.unwrap_or(Err(StoreError::Timeout))?.into_iter();
+        let records = credentials.iter().zip(&keys).map(|(credential, key)| match key {
+            None => Ok(None),
+            Some(key) => match found.next() {
+                Some(rows) => self.record_of(rows?.first(), credential, key),
+                None => Err(StoreError::Unavailable("an answer is missing".into())),
+            },
+        });
+        Ok(records.collect())
+    }
+
+    fn record_of(
+        &self,
+        row: Option<&Row>,
+        credential: &Credential,
+        key: &str,
+    ) -> Result<Option<TokenRecord>, StoreError> {
+        let Some(row) = row else { return Ok(None) };
+        let record = rows::Columns::of(row.columns())
+            .and_then(|columns| columns.record(row, *credential.digest(), &self.settings.default_scopes));
+        record.map(Some).map_err(|failure| failure.without(key))
     }
 
     async fn lease(&self) -> Result<Lease<'_>, StoreError> {
@@ -314,22 +353,49 @@ impl BoundQuery<'_> {
                 rows.iter().try_for_each(|row| nonce.check(row)).map(|()| rows)
             }
             Self::Lookup { sql, key } => {
-                let statement =
-                    connection.prepare_typed_cached(sql, &[Type::TEXT]).await.map_err(QueryFailure::lookup)?;
-                // Also before there is a row: a query that can't answer is not one that finds nobody.
-                rows::Columns::of(statement.columns())?;
-                if Object::metrics(connection).recycle_count == 0 {
-                    // A query that finds somebody for a token that nobody has would let everybody in.
-                    if !one(connection, &statement, &nobody()?, nonce).await?.is_empty() {
-                        return Err(QueryFailure::garbage(
-                            "the lookup query finds a row for a token that nobody has: compare a column with $1 in its \
-                             WHERE",
-                        ));
-                    }
-                }
+                let statement = lookup_statement(connection, sql, nonce).await?;
                 one(connection, &statement, key, nonce).await
             }
         }
+    }
+}
+
+/// An operator's query, which is tried on a new connection.
+async fn lookup_statement(connection: &Object, sql: &str, nonce: &QueryNonce) -> Result<Statement, QueryFailure> {
+    let statement = connection.prepare_typed_cached(sql, &[Type::TEXT]).await.map_err(QueryFailure::lookup)?;
+    // Also before there is a row: a query that can't answer is not one that finds nobody.
+    rows::Columns::of(statement.columns())?;
+    if Object::metrics(connection).recycle_count == 0 {
+        // A query that finds somebody for a token that nobody has would let everybody in.
+        if !one(connection, &statement, &nobody()?, nonce).await?.is_empty() {
+            return Err(QueryFailure::garbage(
+                "the lookup query finds a row for a token that nobody has: compare a column with $1 in its WHERE",
+            ));
+        }
+    }
+    Ok(statement)
+}
+
+/// What an operator's query finds for each key. A failure of the connection is one of all.
+async fn each(
+    connection: &Object,
+    sql: &str,
+    keys: &[&str],
+    nonce: &QueryNonce,
+) -> Result<Vec<Result<Vec<Row>, QueryFailure>>, QueryFailure> {
+    let statement = lookup_statement(connection, sql, nonce).await?;
+    let found = join_all(keys.iter().map(|key| one(connection, &statement, key, nonce))).await;
+    let (mut all, mut last) = (Vec::with_capacity(found.len()), None);
+    for one in found {
+        match one {
+            Err(failure) if failure.connection != Reuse::Keep => last = Some(failure),
+            one => all.push(one),
+        }
+    }
+    match last {
+        // Garbage for one token says nothing of the others, which are asked for again one by one.
+        Some(failure) => Err(failure),
+        None => Ok(all),
     }
 }
 
@@ -368,6 +434,10 @@ fn nobody() -> Result<String, QueryFailure> {
 
 #[async_trait]
 impl TokenStore for PostgresStore {
+    fn lookup_limits(&self) -> LookupLimits {
+        LookupLimits { at_once: self.settings.connections, tokens: LOOKUP_TOKENS }
+    }
+
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         match &self.query {
             Query::Own { lookup, .. } => {
@@ -378,11 +448,35 @@ impl TokenStore for PostgresStore {
             Query::Lookup { sql, bind } => {
                 let Some(key) = bind.key(credential) else { return Ok(None) };
                 let rows = self.ask(&BoundQuery::Lookup { sql, key: &key }).await?;
-                let Some(row) = rows.first() else { return Ok(None) };
-                let record = rows::Columns::of(row.columns())
-                    .and_then(|columns| columns.record(row, *credential.digest(), &self.settings.default_scopes));
-                record.map(Some).map_err(|failure| failure.without(&key))
+                self.record_of(rows.first(), credential, &key)
             }
+        }
+    }
+
+    async fn lookup_many(&self, credentials: &[&Credential]) -> Vec<Result<Option<TokenRecord>, StoreError>> {
+        let answer = match &self.query {
+            Query::Own { lookup_many, .. } => {
+                let digests: Vec<&[u8]> =
+                    credentials.iter().map(|credential| credential.digest().as_bytes().as_slice()).collect();
+                let rows = self.ask(&BoundQuery::Own { sql: lookup_many, parameters: &[&digests] }).await;
+                rows.and_then(|rows| {
+                    let wanted = credentials.iter().map(|credential| *credential.digest());
+                    schema::found_many(&rows, wanted).map_err(|failure| failure.error)
+                })
+            }
+            Query::Lookup { sql, bind } => self.lookup_each(sql, bind, credentials).await,
+        };
+        match answer {
+            Ok(found) => found,
+            // One that can't be read must not keep the others from an answer.
+            Err(StoreError::Garbage(_)) => {
+                let mut found = Vec::with_capacity(credentials.len());
+                for credential in credentials {
+                    found.push(self.lookup(credential).await);
+                }
+                found
+            }
+            Err(error) => vec![Err(error); credentials.len()],
         }
     }
 
@@ -444,6 +538,19 @@ impl Lease<'_> {
 
     fn give_back(mut self) {
         drop(self.connection.take());
+    }
+
+    /// What a question came to. `None`: the connection was lost, and another one may succeed.
+    fn ended<T>(self, result: Result<T, QueryFailure>) -> Option<Result<T, QueryFailure>> {
+        let reused = self.reused();
+        match &result {
+            Ok(_) => self.give_back(),
+            Err(failure) if failure.connection == Reuse::Replace && reused => return None,
+            // A new connection counts as tried once it has answered something.
+            Err(failure) if failure.connection == Reuse::Keep && reused => self.give_back(),
+            Err(_) => {}
+        }
+        Some(result)
     }
 }
 

@@ -1,11 +1,12 @@
 //! tollgate's own tables in PostgreSQL: creation and migration, and the queries on them.
 
-use super::super::TokenRecord;
 use super::super::record::{self, FieldValue, RecordField, RecordSource, Unsaid};
+use super::super::{StoreError, TokenRecord};
 use super::connect::{MIGRATE, QueryFailure};
 use crate::problem::Problem;
 use crate::store::credential::Digest;
 use bytes::BytesMut;
+use std::collections::HashMap;
 use std::error::Error;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
@@ -26,6 +27,10 @@ const LOCK: i64 = 0x746f_6c6c_6761_7465;
 pub(super) const LOOKUP: &str = "SELECT '{mark}'::text, v.version, v.readers_from, t.digest, t.\"user\", t.scopes, \
     t.description, t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used \
     FROM {schema}.version v LEFT JOIN {schema}.token t ON t.digest OPERATOR(pg_catalog.=) $1::bytea";
+/// The same for several digests, whose rows come in any order.
+pub(super) const LOOKUP_MANY: &str = "SELECT '{mark}'::text, v.version, v.readers_from, t.digest, t.\"user\", t.scopes, \
+    t.description, t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used \
+    FROM {schema}.version v LEFT JOIN {schema}.token t ON t.digest OPERATOR(pg_catalog.=) ANY ($1::bytea[])";
 /// The digest, and the fields of a record in their order.
 pub(super) const COLUMNS: &str = "digest, \"user\", scopes, description, created, not_before, expires, revoked, blocked, \
     superseded, replaces, last_used";
@@ -115,6 +120,26 @@ pub(super) fn found(rows: &[Row]) -> Result<Option<TokenRecord>, QueryFailure> {
         return Ok(None);
     }
     record(row, 3).map(Some)
+}
+
+/// The answer to [`LOOKUP_MANY`]: one for each of the digests, in their order.
+pub(super) fn found_many(
+    rows: &[Row],
+    wanted: impl Iterator<Item = Digest>,
+) -> Result<Vec<Result<Option<TokenRecord>, StoreError>>, QueryFailure> {
+    if rows.is_empty() {
+        return Err(QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+    }
+    let mut found = HashMap::with_capacity(rows.len());
+    for row in rows {
+        let [version, readers_from] = [1, 2].map(|at| row.try_get::<_, i32>(at));
+        check_version(version.map_err(misread)?, readers_from.map_err(misread)?)?;
+        if let Some(digest) = digest(row, 3)? {
+            found.insert(digest, record(row, 3).map(Some).map_err(|failure| failure.error));
+        }
+    }
+    // The same token may be wanted twice, by two paths into the queue.
+    Ok(wanted.map(|digest| found.get(&digest).cloned().unwrap_or(Ok(None))).collect())
 }
 
 /// The answer to [`CHANGED`].

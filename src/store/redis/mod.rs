@@ -26,7 +26,7 @@ mod record;
 
 pub use admin::RedisAdmin;
 
-use super::{Heard, Secret, StoreError, StoreMetrics, TlsMode, TlsSettings, TokenRecord, TokenStore};
+use super::{Heard, LookupLimits, Secret, StoreError, StoreMetrics, TlsMode, TlsSettings, TokenRecord, TokenStore};
 use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
@@ -38,6 +38,8 @@ use tokio::sync::Semaphore;
 
 /// Maximum number of lookups in progress at once.
 const IN_FLIGHT: usize = 1_024;
+/// Tokens that are looked up together when lookups wait for their turn.
+const LOOKUP_TOKENS: usize = 16;
 /// How often a key is read again if its type changes meanwhile.
 const ATTEMPTS: usize = 3;
 
@@ -221,6 +223,11 @@ impl RedisStore {
 
 #[async_trait]
 impl TokenStore for RedisStore {
+    /// Commands of many lookups share a connection.
+    fn lookup_limits(&self) -> LookupLimits {
+        LookupLimits { at_once: IN_FLIGHT / LOOKUP_TOKENS, tokens: LOOKUP_TOKENS }
+    }
+
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         let _permit = self.in_flight.try_acquire().map_err(|_| StoreError::Overloaded)?;
         let digest = *credential.digest();

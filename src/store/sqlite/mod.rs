@@ -9,7 +9,7 @@ pub use admin::SqliteAdmin;
 pub(super) use look::unusable;
 
 use super::record::{self, RecordField, RecordSource, Unsaid};
-use super::{Heard, Mark, StoreError, TokenRecord, TokenStore, feed};
+use super::{Heard, LookupLimits, Mark, StoreError, TokenRecord, TokenStore, feed};
 use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use async_trait::async_trait;
@@ -286,6 +286,10 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<()
 
 #[async_trait]
 impl TokenStore for SqliteStore {
+    fn lookup_limits(&self) -> LookupLimits {
+        LookupLimits { at_once: 2 * READERS, tokens: QUEUE / (4 * READERS) }
+    }
+
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         let (reply, answer) = oneshot::channel();
         self.ask(Question::Lookup(*credential.digest(), reply), answer).await

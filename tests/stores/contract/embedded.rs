@@ -2,9 +2,9 @@
 
 use super::*;
 use std::path::PathBuf;
-use tollgate::store::StoreError;
 use tollgate::store::file::{FileAdmin, FileStore};
 use tollgate::store::sqlite::{SqliteAdmin, SqliteStore};
+use tollgate::store::{LookupLimits, StoreError};
 use tollgate::telemetry::metrics::Metrics;
 
 fn clock() -> tollgate::clock::Now {
@@ -85,6 +85,10 @@ struct Prompt {
 
 #[async_trait]
 impl TokenStore for Prompt {
+    fn lookup_limits(&self) -> LookupLimits {
+        LookupLimits { at_once: 1, tokens: 1 }
+    }
+
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         open(&self.path).unwrap().lookup(credential).await
     }

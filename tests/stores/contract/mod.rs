@@ -150,7 +150,7 @@ impl Ear {
         self.heard(from, token, |event| match event {
             Event::Changed(changes) => changes.iter().any(names),
             Event::Hearing => true,
-            Event::Deaf | Event::Untold | Event::Alive { .. } => false,
+            Event::Deaf | Event::Silent | Event::Untold | Event::Alive { .. } => false,
         })
         .await
     }
@@ -167,6 +167,7 @@ pub async fn run(subject: &dyn Subject) {
     records_come_out_as_they_went_in(subject).await;
     only_the_very_token_is_found(subject).await;
     records_are_judged(subject).await;
+    many_are_answered_as_one_is(subject).await;
     if subject.features().is_ours {
         writing(subject).await;
         rotation(subject).await;
@@ -264,6 +265,27 @@ async fn records_are_judged(subject: &dyn Subject) {
             assert_eq!(found.is_ok(), expected.is_ok(), "{}: {token}: {found:?}", subject.name());
         }
     }
+}
+
+/// Lookups that wait for their turn are asked in bulk: one answer for each, in their order.
+async fn many_are_answered_as_one_is(subject: &dyn Subject) {
+    let store = subject.open();
+    let tokens = ["in-force", "nobody", "known", "expired", "", "revoked", "known", "k\u{f6}wn", "not-yet", "blocked"];
+    let credentials = tokens.map(|token| credential(token.as_bytes()));
+    let mut one_by_one = Vec::new();
+    for token in tokens {
+        one_by_one.push(Ok(lookup(&*store, token.as_bytes()).await));
+    }
+    assert!(matches!(one_by_one[2], Ok(Some(_))) && one_by_one[1] == Ok(None), "{}", subject.name());
+    assert_eq!(store.lookup_many(&credentials.each_ref()).await, one_by_one, "{}", subject.name());
+    // More than a store is given at once.
+    let many: Vec<_> = (0..600).map(|n| credential(if n == 577 { b"known" } else { b"nobody" })).collect();
+    let limit = store.lookup_limits().tokens.min(many.len());
+    let found = store.lookup_many(&many.iter().rev().take(limit).collect::<Vec<_>>()).await;
+    assert_eq!(found.len(), limit);
+    let known = found.iter().map(|one| one.as_ref().unwrap().is_some()).collect::<Vec<_>>();
+    let expected = (0..limit).map(|n| 599 - n == 577).collect::<Vec<_>>();
+    assert_eq!(known, expected, "{}", subject.name());
 }
 
 /// The error of a test-only writer for a record that its table cannot hold.
@@ -542,7 +564,7 @@ async fn gateways_confirm(subject: &dyn Subject) {
         let names = |event: &Event| match event {
             Event::Changed(changes) => changes.iter().any(|change| change.token == Named::Token(digest)),
             Event::Hearing => true,
-            Event::Deaf | Event::Untold | Event::Alive { .. } => false,
+            Event::Deaf | Event::Silent | Event::Untold | Event::Alive { .. } => false,
         };
         let told = ear.events.lock().iter().any(|(at, event)| *at >= before && names(event));
         assert!(told, "{}: confirmed before the change was applied", subject.name());
@@ -659,6 +681,13 @@ async fn nonsense_is_no_answer(subject: &dyn Subject) {
     let answer = ask(&*store, b"spoiled").await;
     assert!(matches!(answer, Err(StoreError::Garbage(_))), "{}: {answer:?}", subject.name());
     assert!(lookup(&*store, b"known").await.is_some(), "one invalid record does not affect others");
+    let credentials = ["known", "spoiled", "nobody", "known"].map(|token| credential(token.as_bytes()));
+    let found = store.lookup_many(&credentials.each_ref()).await;
+    assert!(
+        matches!(&found[..], [Ok(Some(_)), Err(StoreError::Garbage(_)), Ok(None), Ok(Some(_))]),
+        "{}: in bulk: {found:?}",
+        subject.name()
+    );
 }
 
 async fn a_read_only_server_answers(subject: &dyn Subject) {

@@ -1,0 +1,257 @@
+//! The series of token stores. They go with the last user of a store's name, so that no alert fires for a store that a reload
+//! removed. Knows no store.
+
+use super::metrics::Families;
+use parking_lot::Mutex;
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A lookup in an embedded store takes microseconds, in a remote one milliseconds.
+const STORE_SECONDS: &[f64] = &[0.00001, 0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0];
+/// Around the promise of one second.
+const LAG_SECONDS: &[f64] = &[0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 30.0, 60.0];
+
+const RESULTS: [&str; 2] = ["unknown", "found"];
+const CONNECTION_STATES: [&str; 3] = ["open", "in_use", "most"];
+
+/// Every family with the label `store`.
+pub(super) struct StoreFamilies {
+    duration: HistogramVec,
+    lookups: IntCounterVec,
+    waiting: IntGaugeVec,
+    errors: IntCounterVec,
+    connections: IntGaugeVec,
+    subscribed: IntGaugeVec,
+    losses: IntCounterVec,
+    breaker_open: IntGaugeVec,
+    file_current: IntGaugeVec,
+    rechecks: IntCounterVec,
+    lag: HistogramVec,
+    /// Users of each name: the store that a reload replaces ends after its successor began.
+    users: Mutex<HashMap<String, usize>>,
+}
+
+impl StoreFamilies {
+    pub(super) fn new(families: &Families<'_>) -> Result<Self, prometheus::Error> {
+        Ok(Self {
+            duration: families.histograms(
+                "tollgate_store_lookup_duration_seconds",
+                "Duration of token store lookups.",
+                &["store"],
+                STORE_SECONDS,
+            )?,
+            lookups: families.counters(
+                "tollgate_store_lookups_total",
+                "Lookups answered by the token store, by whether the token was found.",
+                &["store", "result"],
+            )?,
+            waiting: families.gauges(
+                "tollgate_store_lookups_waiting",
+                "Lookups that wait for their turn at the token store.",
+                &["store"],
+            )?,
+            connections: families.gauges(
+                "tollgate_store_connections",
+                "Connections to the token store: open, in use, and the maximum.",
+                &["store", "state"],
+            )?,
+            subscribed: families.gauges(
+                "tollgate_store_subscribed",
+                "1 while change notifications arrive from the token store, 0 while they do not.",
+                &["store"],
+            )?,
+            losses: families.counters(
+                "tollgate_store_subscription_losses_total",
+                "Times that change notifications stopped arriving.",
+                &["store"],
+            )?,
+            breaker_open: families.gauges(
+                "tollgate_store_breaker_open",
+                "1 while the circuit breaker of the token store is open.",
+                &["store"],
+            )?,
+            file_current: families.gauges(
+                "tollgate_store_file_current",
+                "1 while the current token file is in use, 0 while it is invalid or missing and an earlier one is.",
+                &["store"],
+            )?,
+            rechecks: families.counters(
+                "tollgate_store_rechecks_total",
+                "Times that all cached tokens of a store had to be looked up again because changes may have been missed.",
+                &["store"],
+            )?,
+            errors: families.counters(
+                "tollgate_store_errors_total",
+                "Lookups that the token store failed to answer.",
+                &["store", "kind"],
+            )?,
+            lag: families.histograms(
+                "tollgate_revocation_lag_seconds",
+                "Time from a token's change in the store to its effect in this gateway.",
+                &["store"],
+                LAG_SECONDS,
+            )?,
+            users: Mutex::default(),
+        })
+    }
+
+    /// One store's series, resolved once.
+    pub(super) fn store(self: &Arc<Self>, name: &str) -> StoreMetrics {
+        *self.users.lock().entry(name.to_owned()).or_default() += 1;
+        StoreMetrics {
+            name: name.into(),
+            duration: self.duration.with_label_values(&[name]),
+            lookups: RESULTS.map(|result| self.lookups.with_label_values(&[name, result])),
+            waiting: self.waiting.with_label_values(&[name]),
+            rechecks: self.rechecks.with_label_values(&[name]),
+            lag: self.lag.with_label_values(&[name]),
+            failed: Mutex::default(),
+            families: Arc::clone(self),
+        }
+    }
+
+    /// One user fewer. The series of a name that nobody uses are removed.
+    fn leave(&self, name: &str, failed: &[&'static str]) {
+        let mut users = self.users.lock();
+        let left = users.get(name).map_or(0, |count| count - 1);
+        if left > 0 {
+            users.insert(name.to_owned(), left);
+            return;
+        }
+        users.remove(name);
+        // One that was never there cannot be removed, which is no error.
+        let store = [name];
+        let _ = self.duration.remove_label_values(&store);
+        let _ = self.lag.remove_label_values(&store);
+        for family in [&self.waiting, &self.subscribed, &self.breaker_open, &self.file_current] {
+            let _ = family.remove_label_values(&store);
+        }
+        for family in [&self.losses, &self.rechecks] {
+            let _ = family.remove_label_values(&store);
+        }
+        for result in RESULTS {
+            let _ = self.lookups.remove_label_values(&[name, result]);
+        }
+        for kind in failed {
+            let _ = self.errors.remove_label_values(&[name, kind]);
+        }
+        for state in CONNECTION_STATES {
+            let _ = self.connections.remove_label_values(&[name, state]);
+        }
+    }
+}
+
+/// One token store's series. Those that not every store has appear with their first value.
+pub struct StoreMetrics {
+    name: String,
+    duration: Histogram,
+    /// By [`RESULTS`].
+    lookups: [IntCounter; 2],
+    waiting: IntGauge,
+    rechecks: IntCounter,
+    lag: Histogram,
+    /// The kinds of errors that have a series.
+    failed: Mutex<Vec<&'static str>>,
+    families: Arc<StoreFamilies>,
+}
+
+impl Drop for StoreMetrics {
+    fn drop(&mut self) {
+        self.families.leave(&self.name, self.failed.get_mut());
+    }
+}
+
+impl StoreMetrics {
+    pub fn answered(&self, found: bool, took: Duration) {
+        self.duration.observe(took.as_secs_f64());
+        self.lookups[usize::from(found)].inc();
+    }
+
+    pub fn failed(&self, kind: &'static str, took: Duration) {
+        self.duration.observe(took.as_secs_f64());
+        self.families.errors.with_label_values(&[self.name.as_str(), kind]).inc();
+        let mut failed = self.failed.lock();
+        if !failed.contains(&kind) {
+            failed.push(kind);
+        }
+    }
+
+    /// Lookups that wait for their turn.
+    pub fn waiting(&self, lookups: usize) {
+        self.waiting.set(gauge_value(lookups));
+    }
+
+    /// Connections: open, in use, and the most there may be.
+    pub fn connections(&self, open: usize, in_use: usize, most: usize) {
+        for (state, count) in CONNECTION_STATES.into_iter().zip([open, in_use, most]) {
+            self.families.connections.with_label_values(&[self.name.as_str(), state]).set(gauge_value(count));
+        }
+    }
+
+    pub fn subscribed(&self, yes: bool) {
+        let gauge = self.families.subscribed.with_label_values(&[&self.name]);
+        let losses = self.families.losses.with_label_values(&[&self.name]);
+        if !yes && gauge.get() != 0 {
+            losses.inc();
+        }
+        gauge.set(i64::from(yes));
+    }
+
+    pub fn breaker_open(&self, open: bool) {
+        self.families.breaker_open.with_label_values(&[&self.name]).set(i64::from(open));
+    }
+
+    /// Whether the token file holds as it stands.
+    pub fn file_current(&self, yes: bool) {
+        self.families.file_current.with_label_values(&[&self.name]).set(i64::from(yes));
+    }
+
+    pub fn rechecked(&self) {
+        self.rechecks.inc();
+    }
+
+    pub fn revocation_lag(&self, lag: Duration) {
+        self.lag.observe(lag.as_secs_f64());
+    }
+}
+
+fn gauge_value(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::metrics::Metrics;
+    use super::*;
+
+    /// A series of a removed store would go on to fire its alert until the next restart.
+    #[test]
+    fn series_go_with_the_last_user_of_their_name() {
+        let metrics = Metrics::new("test").unwrap();
+        let touch = |store: &StoreMetrics| {
+            store.answered(true, Duration::ZERO);
+            store.failed("timeout", Duration::ZERO);
+            store.waiting(3);
+            store.connections(1, 1, 4);
+            store.subscribed(true);
+            store.subscribed(false);
+            store.breaker_open(true);
+            store.file_current(false);
+            store.rechecked();
+            store.revocation_lag(Duration::ZERO);
+        };
+        let before = metrics.render().unwrap();
+        let (first, next) = (metrics.store("a"), metrics.store("a"));
+        touch(&first);
+        drop(first);
+        let text = metrics.render().unwrap();
+        let families = text.lines().filter(|line| line.starts_with("# TYPE")).count()
+            - before.lines().filter(|line| line.starts_with("# TYPE")).count();
+        assert_eq!(families, 11, "the other store of this name goes on:\n{text}");
+        touch(&next);
+        drop(next);
+        assert!(!metrics.render().unwrap().contains("store=\"a\""), "{}", metrics.render().unwrap());
+    }
+}
