@@ -84,6 +84,8 @@ struct Inner {
     refreshes: AtomicUsize,
     /// Until this monotonic millisecond the store counts as failing; 0 after any successful lookup.
     ailing_until: AtomicU64,
+    /// Wakes known callers who wait for a lookup when a store stops to answer.
+    silent: Notify,
     /// What each store has said of its changes.
     hearing: Mutex<Vec<Hearing>>,
     pulse: Pulse,
@@ -191,6 +193,7 @@ impl Authenticator {
             strangers: AtomicUsize::new(0),
             refreshes: AtomicUsize::new(0),
             ailing_until: AtomicU64::new(0),
+            silent: Notify::new(),
             hearing: Mutex::new(hearing),
             pulse: Pulse::default(),
             unconfirmed: Mutex::default(),
@@ -342,7 +345,14 @@ impl Authenticator {
 impl PendingLookup {
     /// The result of the lookup; if it fails, the stale cache entry if it may be used; else the caller must be refused.
     pub async fn answer(self) -> (Result<TokenStatus, CannotTell>, CacheResult) {
-        let outcome = self.flight.outcome().await;
+        let outcome = match &self.stale {
+            None => self.flight.outcome().await,
+            Some(_) => tokio::select! {
+                biased;
+                outcome = self.flight.outcome() => outcome,
+                () = self.inner.silent.notified() => Err(CannotTell::Store),
+            },
+        };
         match (outcome, self.stale) {
             (Err(why), Some(stale)) if self.inner.excuses(why, &stale) => {
                 (Ok(TokenStatus::Valid(stale.principal)), CacheResult::Stale)
@@ -497,7 +507,10 @@ impl Inner {
                 }
             }
             // Known callers need not wait for lookups to fail.
-            Event::Silent => self.note_health(Some(&StoreError::Timeout), (self.clock)()),
+            Event::Silent => {
+                self.note_health(Some(&StoreError::Timeout), (self.clock)());
+                self.silent.notify_waiters();
+            }
             Event::Deaf => {
                 log::error!(
                     "store {name}: change notifications are not arriving; cached answers are trusted for less than a \

@@ -500,6 +500,11 @@ async fn known_callers_do_not_wait_for_a_silent_server() {
     bench.tell(Event::Silent).await;
     bench.tell(Event::Deaf).await;
     let Checked::Known(TokenStatus::Valid(_), CacheResult::Stale) = check(&bench, "t") else { panic!("it waits") };
+    // Nor does one who waited already.
+    bench.tell(Event::Hearing).await;
+    let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("it is looked up again") };
+    let (answer, ()) = tokio::join!(waiting.answer(), bench.tell(Event::Silent));
+    assert!(matches!(answer, (Ok(TokenStatus::Valid(_)), CacheResult::Stale)));
     // An answer says that the server is back: from then on nothing old is served.
     bench.open();
     settle().await;

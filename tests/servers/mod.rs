@@ -2,6 +2,7 @@
 //! is dropped. Used by the tests with real gateways and by the contract suite.
 #![allow(dead_code, reason = "not every test uses every fault")]
 
+pub mod delay;
 pub mod http;
 pub mod pgbouncer;
 pub mod postgres;

@@ -3,6 +3,7 @@
 //! every store in this process, against its real server.
 
 mod contract;
+mod crowd;
 mod faults;
 mod frozen;
 mod places;
