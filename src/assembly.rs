@@ -20,7 +20,7 @@ use std::sync::Arc;
 /// Builds everything that serves the settings. With a path, reloads read that file again.
 pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Running> {
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).context("metrics")?);
-    let authenticator = authenticator(&settings, &metrics)?;
+    let authenticator = authenticator(&settings, &metrics, None)?;
     let log = access_log(&settings, &metrics)?;
     let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), log.clone(), None)?;
     Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, log) })
@@ -44,11 +44,22 @@ fn snapshot(
     Ok(Snapshot::build(pipeline, metrics, &settings.upstreams, settings.timeouts, log, hosts, running)?)
 }
 
-fn authenticator(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Arc<Authenticator>> {
+/// `before`: one of the same records, whose cache is taken over.
+fn authenticator(
+    settings: &Settings,
+    metrics: &Arc<Metrics>,
+    before: Option<&Authenticator>,
+) -> anyhow::Result<Arc<Authenticator>> {
     let links = settings.stores.iter().map(|store| link(store, metrics)).collect::<anyhow::Result<Vec<_>>>()?;
     let authenticator = Authenticator::new(Chain::new(links), settings.cache.clone(), Arc::clone(metrics), edge::now);
-    Ok(Arc::new(match &settings.snapshot {
+    let authenticator = match &settings.snapshot {
+        // What a running one knows is newer than the file.
+        Some(path) if before.is_some() => authenticator.saving_to(path, &origin(&settings.stores)),
         Some(path) => authenticator.with_snapshot(path, &origin(&settings.stores)),
+        None => authenticator,
+    };
+    Ok(Arc::new(match before {
+        Some(before) => authenticator.taking_over(before),
         None => authenticator,
     }))
 }
@@ -67,9 +78,10 @@ fn system_authorities(stores: &[NamedStore]) -> Option<Digest> {
     stores.iter().any(asks).then(store::system_authorities)
 }
 
-/// What these stores are, for telling one snapshot from another. Secrets print as dots.
+/// Which records these stores hold, in their order: a cache may only be taken over by the same.
 fn origin(stores: &[NamedStore]) -> String {
-    Digest::of(format!("{stores:?}").as_bytes()).to_hex()
+    let records: Vec<String> = stores.iter().map(|store| store.kind.records()).collect();
+    Digest::of(format!("{records:?}").as_bytes()).to_hex()
 }
 
 fn access_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<AccessLog> {
@@ -101,9 +113,10 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         {
             Arc::clone(&running.pipeline.authenticator)
         } else {
-            // What the old one learned is worth a snapshot to the new one, if it is of the same stores.
             running.pipeline.authenticator.save();
-            authenticator(&next, &metrics).map_err(describe)?
+            let same_records = origin(&next.stores) == origin(&settings.stores);
+            let before = same_records.then_some(&*running.pipeline.authenticator);
+            authenticator(&next, &metrics, before).map_err(describe)?
         };
         let next_log = if next.access_log == settings.access_log {
             reopened?;

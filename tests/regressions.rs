@@ -86,7 +86,7 @@ fn a_gateway_that_ends_at_once_leaves_a_snapshot_that_the_next_one_can_use() {
     first.signal("TERM");
     assert!(first.ended().success());
     let second = Gateway::start(upstream.address, &more);
-    eventually("the snapshot is used", || second.process_log().contains("the cache snapshot was restored"));
+    eventually("the snapshot is used", || second.process_log().contains("earlier cache entries are in use"));
     assert_eq!(second.ask(&request).status, 200);
     assert_eq!(second.metric("tollgate_store_lookups_total{result=\"found\",store=\"sqlite\"}"), 0.0);
 }

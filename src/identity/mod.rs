@@ -316,7 +316,7 @@ impl Authenticator {
     /// reported all changes since, and until then only while a store fails. A file that is missing, damaged, from other
     /// stores, or writable for other users is ignored.
     #[must_use]
-    pub fn with_snapshot(mut self, path: &Path, origin: &str) -> Self {
+    pub fn with_snapshot(self, path: &Path, origin: &str) -> Self {
         let now = (self.inner.clock)();
         match cache_file::read(path, origin, now.unix_ms) {
             Ok((marks, kept)) => {
@@ -326,7 +326,30 @@ impl Authenticator {
             }
             Err(why) => log::warn!("starting without a cache snapshot: {why}"),
         }
+        self.saving_to(path, origin)
+    }
+
+    /// Saves the cache's valid entries to a file.
+    #[must_use]
+    pub fn saving_to(mut self, path: &Path, origin: &str) -> Self {
         self.snapshot = Some(CacheFile { path: path.into(), origin: origin.into() });
+        self
+    }
+
+    /// Begins with the entries of another one, of the same records in the same order: a reload changed how they are reached.
+    /// As with those of a file, they are used once the stores have reported all changes since, and until then only while a
+    /// store fails. Without notifications no change is waited for, and they go on as they are.
+    #[must_use]
+    pub fn taking_over(self, before: &Self) -> Self {
+        let now = (self.inner.clock)();
+        // The marks first, as in `save`.
+        let marks = before.inner.marks();
+        before.inner.cache.saved_entries(now).into_iter().for_each(|entry| self.inner.cache.restore(entry, now));
+        if self.inner.hearing.lock().iter().all(|hearing| matches!(hearing, Hearing::Never)) {
+            self.inner.cache.confirm_all(now);
+        } else {
+            *self.inner.unconfirmed.lock() = Some(marks);
+        }
         self
     }
 
@@ -576,14 +599,14 @@ impl Inner {
             Ok(Some(changed)) => {
                 changed.iter().for_each(|digest| self.forget(digest));
                 self.cache.confirm_all((self.clock)());
-                log::info!("the cache snapshot was restored, except for {} tokens that changed since", changed.len());
+                log::info!("earlier cache entries are in use, except for {} tokens that changed since", changed.len());
             }
             Ok(None) => {
                 log::info!(
-                    "the stores cannot report what changed since the cache snapshot: it is used only while a store is down"
+                    "the stores cannot report what changed meanwhile: earlier cache entries are used only while a store is down"
                 )
             }
-            Err(error) => log::warn!("the cache snapshot is used only while a store is down: {error}"),
+            Err(error) => log::warn!("earlier cache entries are used only while a store is down: {error}"),
         }
     }
 }

@@ -2,7 +2,7 @@
 //! failure never falls through to the next store, because a token that is revoked in the failed one could be valid
 //! there.
 
-use super::lookups::{Lane, LookedUp, LookupQueue, Turn, WaitingLookup};
+use super::lookups::{Lane, LookedUp, LookupQueue, LookupTurn, WaitingLookup};
 use super::{Event, Mark, StoreError, TokenRecord, TokenStore};
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
@@ -123,15 +123,15 @@ impl Link {
     /// At once if the store has a place; else in its turn, together with others that wait.
     async fn lookup(self: &Arc<Self>, credential: &Arc<Credential>, lane: Lane) -> LookedUp {
         match self.queue.enter(credential, lane) {
-            Turn::Now => {
-                let _place = Place(Arc::clone(self));
+            LookupTurn::Now => {
+                let _place = LookupPlace(Arc::clone(self));
                 let began = Instant::now();
                 let answer = tokio::time::timeout(self.timeout, self.store.lookup(credential)).await;
                 let answer = answer.unwrap_or(Err(StoreError::Timeout));
                 self.note(credential, &answer, began);
                 answer
             }
-            Turn::Later(answer) => {
+            LookupTurn::Later(answer) => {
                 self.metrics.waiting(self.queue.waiting());
                 match tokio::time::timeout(self.timeout, answer).await {
                     Ok(Ok(answer)) => answer,
@@ -196,9 +196,9 @@ impl Link {
 }
 
 /// A place among the lookups that are under way. Whichever way a lookup ends, those who wait come next.
-struct Place(Arc<Link>);
+struct LookupPlace(Arc<Link>);
 
-impl Drop for Place {
+impl Drop for LookupPlace {
     fn drop(&mut self) {
         let batch = self.0.queue.next();
         if batch.is_empty() {

@@ -64,7 +64,7 @@ impl LookupReply {
 }
 
 /// How a lookup begins.
-pub(super) enum Turn {
+pub(super) enum LookupTurn {
     /// At once. The place must be given back by [`LookupQueue::next`].
     Now,
     Later(oneshot::Receiver<LookedUp>),
@@ -77,11 +77,11 @@ impl LookupQueue {
     }
 
     /// Takes a place, if there is one and nobody waits for it; else waits.
-    pub(super) fn enter(&self, credential: &Arc<Credential>, lane: Lane) -> Turn {
+    pub(super) fn enter(&self, credential: &Arc<Credential>, lane: Lane) -> LookupTurn {
         let mut state = self.state.lock();
         if state.under_way < self.limits.at_once {
             state.under_way += 1;
-            return Turn::Now;
+            return LookupTurn::Now;
         }
         let (sender, answer) = oneshot::channel();
         let waiting = WaitingLookup { credential: Arc::clone(credential), reply: LookupReply(sender) };
@@ -89,7 +89,7 @@ impl LookupQueue {
             Lane::Known => state.known.push_back(waiting),
             Lane::Stranger => state.strangers.push_back(waiting),
         }
-        Turn::Later(answer)
+        LookupTurn::Later(answer)
     }
 
     /// Passes a place on to those who have waited longest. An empty list: nobody waits, and the place is free again.
@@ -142,25 +142,25 @@ mod tests {
     #[test]
     fn who_came_first_is_asked_first_and_known_ones_before_strangers() {
         let queue = LookupQueue::new(LookupLimits { at_once: 1, tokens: 6 });
-        assert!(matches!(queue.enter(&credential("now"), Lane::Stranger), Turn::Now));
+        assert!(matches!(queue.enter(&credential("now"), Lane::Stranger), LookupTurn::Now));
         let mut answers = Vec::new();
         for (lane, name) in [("s", "s1"), ("s", "s2"), ("k", "k1"), ("k", "k2"), ("s", "s3"), ("k", "k3"), ("k", "k4")]
         {
             let lane = if lane == "k" { Lane::Known } else { Lane::Stranger };
-            let Turn::Later(answer) = queue.enter(&credential(name), lane) else { panic!("there is one place") };
+            let LookupTurn::Later(answer) = queue.enter(&credential(name), lane) else { panic!("there is one place") };
             answers.push(answer);
         }
         assert_eq!(queue.waiting(), 7);
         assert_eq!(names(&queue.next()), ["k1", "k2", "k3", "s1", "k4", "s2"]);
         assert_eq!(names(&queue.next()), ["s3"]);
         assert!(queue.next().is_empty(), "the place is free");
-        assert!(matches!(queue.enter(&credential("again"), Lane::Known), Turn::Now));
+        assert!(matches!(queue.enter(&credential("again"), Lane::Known), LookupTurn::Now));
     }
 
     #[test]
     fn who_gave_up_takes_no_place() {
         let queue = LookupQueue::new(LookupLimits { at_once: 1, tokens: 1 });
-        assert!(matches!(queue.enter(&credential("now"), Lane::Known), Turn::Now));
+        assert!(matches!(queue.enter(&credential("now"), Lane::Known), LookupTurn::Now));
         let turns: Vec<_> = ["a", "b"].map(|name| queue.enter(&credential(name), Lane::Known)).into();
         let mut turns = turns.into_iter();
         drop(turns.next());

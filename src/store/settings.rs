@@ -96,6 +96,18 @@ impl StoreSettings {
         })
     }
 
+    /// Which records are meant, and how they are read: what a cache may be taken over by. Not how they are reached, by whom,
+    /// or how fast. Only to be compared or hashed, never shown: it may hold a key.
+    pub fn records(&self) -> String {
+        match self {
+            Self::Sqlite(path) => format!("sqlite {}", path.display()),
+            Self::File(path) => format!("file {}", path.display()),
+            Self::Postgres(settings) => settings.records(),
+            Self::Redis(settings) => settings.records(),
+            Self::Introspection(settings) => settings.records(),
+        }
+    }
+
     pub fn bound(&self) -> Bound {
         match self {
             Self::Sqlite(_) | Self::File(_) => Bound::Notified,
@@ -128,7 +140,88 @@ fn is_absent(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::introspect::IntrospectMode;
+    use super::super::redis::Topology;
+    use super::super::{Secret, TlsMode};
     use super::*;
+
+    /// A cache of other records would let tokens in that are none; one of the same is taken over.
+    #[test]
+    fn records_are_told_apart_by_what_says_which_are_meant() {
+        let tls = || TlsSettings { mode: TlsMode::Disable, ca: None, client: None };
+        let postgres = |url: &str| PostgresSettings {
+            url: Secret::new(url),
+            password: None,
+            tls: tls(),
+            connections: 4,
+            timeout: Duration::from_secs(1),
+            source: Source::Own { schema: "tollgate".into() },
+            channel: Some("c".into()),
+            default_scopes: Vec::new(),
+        };
+        let of = |settings: PostgresSettings| StoreSettings::Postgres(Box::new(settings)).records();
+        let base = of(postgres("postgres://a@one/tokens"));
+        let same = [
+            postgres("postgres://a:secret@one/tokens?connect_timeout=3"),
+            postgres("host=one user=a dbname=tokens port=5432"),
+            PostgresSettings {
+                password: Some(Secret::new("rotated")),
+                connections: 9,
+                timeout: Duration::from_secs(9),
+                channel: Some("d".into()),
+                ..postgres("postgres://a@one/tokens")
+            },
+        ];
+        for settings in same {
+            assert_eq!(of(settings), base);
+        }
+        let others = [
+            postgres("postgres://a@two/tokens"),
+            postgres("postgres://a@one:5433/tokens"),
+            postgres("postgres://a@one/others"),
+            postgres("postgres://b@one/tokens"),
+            PostgresSettings { source: Source::GitlabPat, ..postgres("postgres://a@one/tokens") },
+            PostgresSettings { default_scopes: vec!["api".into()], ..postgres("postgres://a@one/tokens") },
+        ];
+        for settings in others {
+            assert_ne!(of(settings), base);
+        }
+        let redis = |prefix: &str, servers: &[&str], connections| {
+            StoreSettings::Redis(Box::new(RedisSettings {
+                servers: servers.iter().map(|text| (*text).to_owned()).collect(),
+                topology: Topology::Single,
+                database: 0,
+                username: None,
+                password: None,
+                tls: tls(),
+                prefix: prefix.into(),
+                changes: RedisChanges::None,
+                connections,
+                default_scopes: Vec::new(),
+            }))
+            .records()
+        };
+        assert_eq!(redis("a:", &["x:1"], 1), redis("a:", &["x:1"], 2));
+        assert_ne!(redis("a:", &["x:1"], 1), redis("b:", &["x:1"], 1));
+        assert_ne!(redis("a:", &["x:1"], 1), redis("a:", &["y:1"], 1));
+        let introspection = |url: &str, breaker_failures| {
+            StoreSettings::Introspection(Box::new(IntrospectSettings {
+                url: url.into(),
+                insecure_http: false,
+                mode: IntrospectMode::User { header: "PRIVATE-TOKEN".into(), unknown: vec![401] },
+                user: vec!["/username".into()],
+                scopes: String::new(),
+                default_scopes: Vec::new(),
+                tls: tls(),
+                connections: 8,
+                breaker_failures,
+                breaker_pause: Duration::from_secs(1),
+            }))
+            .records()
+        };
+        assert_eq!(introspection("https://one/user", 1), introspection("https://one/user", 2));
+        assert_ne!(introspection("https://one/user", 1), introspection("https://two/user", 1));
+    }
 
     /// "No such token" about a database that is there but cannot be reached would hide tokens that still work.
     #[tokio::test]

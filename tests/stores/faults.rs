@@ -291,7 +291,7 @@ fn gateway_restarted(make: fn() -> Box<dyn Backing>) {
         let second = start();
         // At the start the store is asked once what has changed.
         let asked = with_snapshot && store.hears();
-        let logged = ["the cache snapshot was restored", "since the cache snapshot"];
+        let logged = ["earlier cache entries are in use", "cannot report what changed meanwhile"];
         let is_logged = || logged.iter().any(|line| second.process_log().contains(line));
         eventually("the store is asked", || !asked || is_logged());
         let mut caller = Caller::of(&second);

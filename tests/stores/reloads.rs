@@ -1,6 +1,6 @@
 //! A reload that changes the store, or the certificate authority of its server.
 
-use super::{BOUND, Backing, Caller, Embedded, PostgresOwn, RedisOwn};
+use super::{BOUND, Backing, Caller, Embedded, Introspected, PostgresOwn, RedisOwn};
 use crate::harness::*;
 use crate::servers::redis::{Options, Redis};
 use crate::servers::tls::Authority;
@@ -33,6 +33,56 @@ fn a_revocation_right_behind_a_reload_is_not_lost() {
         assert!(revoked.elapsed() < BOUND, "{}: {:?}", store.name(), revoked.elapsed());
         assert_eq!(caller.status("known"), 200);
     }
+}
+
+/// A reload that changes how the records are reached, and not which are meant: the cache is taken over, without a snapshot.
+/// One that names other records begins with an empty cache.
+#[test]
+fn a_cache_goes_on_where_the_records_are_the_same() {
+    let mut postgres = PostgresOwn::new();
+    let answers = Introspected::new();
+    answers.users.lock().unwrap().insert("known".into(), true);
+    postgres.add(&["known".into(), "doomed".into()]);
+    postgres.age();
+    let notified = (postgres.section(), "timeout = \"1s\"", "timeout = \"3s\"\nconnections = 3", "postgres");
+    let other = answers.section();
+    let never = (other, "timeout = \"1s\"", "timeout = \"3s\"\nbreaker_failures = 9", "introspection");
+    for (section, before, after, name) in [notified, never] {
+        let upstream = Upstream::start();
+        let gateway = Gateway::start(upstream.address, &format!("{section}[cache]\npositive_ttl = \"10m\"\n"));
+        let mut caller = Caller::of(&gateway);
+        let subscribed = || {
+            name != "postgres"
+                || gateway.process_log().matches("change notifications are arriving").count() > 0
+                    && gateway.metric("tollgate_store_subscribed{store=\"postgres\"}") == 1.0
+        };
+        eventually("subscribed", subscribed);
+        assert_eq!(caller.status("known"), 200, "{name}");
+        let found = || gateway.metric(&format!("tollgate_store_lookups_total{{result=\"found\",store=\"{name}\"}}"));
+        let looked_up = found();
+        if name == "postgres" {
+            assert_eq!(caller.status("doomed"), 200);
+        }
+        gateway.rewrite(|text| text.replace(before, after));
+        let followed = || gateway.process_log().matches("earlier cache entries are in use").count();
+        assert_eq!(gateway.admin_post("/reload").status, 200, "{name}");
+        if name == "postgres" {
+            // What changes in between is told of by the list of changes.
+            postgres.revoke("doomed");
+            eventually("the changes since are known", || followed() == 1);
+            assert_eq!(caller.status("doomed"), 401);
+        }
+        assert_eq!(caller.status("known"), 200, "{name}");
+        assert_eq!(found() - looked_up, if name == "postgres" { 2.0 } else { 0.0 }, "{name}: `doomed`, twice");
+    }
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, &postgres.section());
+    let mut caller = Caller::of(&gateway);
+    assert_eq!(caller.status("known"), 200);
+    // The same server, and other records.
+    gateway.rewrite(|text| text.replace("kind = \"postgres\"", "kind = \"postgres\"\nschema = \"empty\""));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    assert_eq!(caller.status("known"), 503, "its tables are missing, and nothing is known");
 }
 
 /// The authority's file was replaced under the same name, as in a renewal: a reload reads it, though no setting changed.

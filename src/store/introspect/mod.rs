@@ -312,6 +312,12 @@ impl IntrospectSettings {
         found
     }
 
+    /// Which answers are meant: see [`super::StoreSettings::records`].
+    pub(super) fn records(&self) -> String {
+        let Self { url, mode, user, scopes, default_scopes, .. } = self;
+        format!("introspection {url:?} {mode:?} {user:?} {scopes:?} {default_scopes:?}")
+    }
+
     /// Without those of the address and of TLS, which show when the endpoint is made from them.
     fn problems_but_endpoint(&self) -> Vec<Problem> {
         let mut found = Vec::new();

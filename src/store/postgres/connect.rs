@@ -152,6 +152,18 @@ pub(super) fn check_url(settings: &PostgresSettings) -> Result<(), Problem> {
     Url::parse(settings.url.expose())?.encrypted(&settings.tls).map(drop)
 }
 
+/// The database that a URL names, and the user whose rights decide what is seen there.
+pub(super) fn database_of(url: &super::Secret) -> String {
+    let Ok(config) = url.expose().parse::<Config>() else { return String::new() };
+    let (hosts, addresses) = (config.get_hosts(), config.get_hostaddrs());
+    let ports: Vec<u16> = match config.get_ports() {
+        [] => vec![5432; hosts.len().max(addresses.len())],
+        [one] => vec![*one; hosts.len().max(addresses.len())],
+        ports => ports.to_vec(),
+    };
+    format!("{hosts:?} {addresses:?} {ports:?} {:?} {:?}", config.get_user(), config.get_dbname())
+}
+
 /// Something about the URL.
 fn wrong(what: impl Into<String>) -> Problem {
     let instead = "write it like \"postgres://user@host:5432/database\", with the password in password_file";

@@ -133,6 +133,12 @@ impl PostgresSettings {
             .collect()
     }
 
+    /// Which records are meant: see [`super::StoreSettings::records`].
+    pub(super) fn records(&self) -> String {
+        // Its Debug form has dots for the key, which does not matter: with another key, other tokens have records.
+        format!("postgres {} {:?} {:?}", connect::database_of(&self.url), self.source, self.default_scopes)
+    }
+
     /// What building a store checks first. TLS is not among it: its certificates are read when they are put to use.
     fn check(&self) -> Result<(), Problem> {
         Problem::first_error(self.problems_but_tls())

@@ -140,6 +140,14 @@ impl RedisSettings {
         found
     }
 
+    /// Which records are meant: see [`super::StoreSettings::records`]. The servers' order does not matter.
+    pub(super) fn records(&self) -> String {
+        let mut servers = self.servers.clone();
+        servers.sort_unstable();
+        let Self { topology, database, prefix, default_scopes, .. } = self;
+        format!("redis {servers:?} {topology:?} {database} {prefix:?} {default_scopes:?}")
+    }
+
     /// What building a store checks first. TLS is not among it: its certificates are read when they are put to use.
     fn check(&self) -> Result<(), Problem> {
         Problem::first_error(self.problems_but_tls())
