@@ -10,7 +10,7 @@ pub use cache_file::problems as snapshot_problems;
 pub use principal::{Invalid, Principal, TokenStatus, judge};
 
 use crate::clock::Now;
-use crate::store::chain::Chain;
+use crate::store::chain::{Chain, Link};
 use crate::store::credential::{Credential, Digest, DigestPrefix};
 use crate::store::{Event, Lane, Mark, Named, StoreError};
 use crate::telemetry::metrics::{CacheResult, Metrics, StoreMetrics};
@@ -36,8 +36,10 @@ pub enum Mode {
 /// The token could not be checked: the store failed, and the cache has no usable entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CannotTell {
-    /// The store is down, too slow, or returned an invalid record.
+    /// The store is down or too slow.
     Store,
+    /// The store's record of this token cannot be read.
+    Record,
     /// Too many lookups are in progress, or the token changes faster than it can be looked up.
     Busy,
     /// A lookup would be needed, which [`Mode::Observe`] does not start.
@@ -182,8 +184,14 @@ pub struct PendingLookup {
 
 impl Authenticator {
     pub fn new(chain: Chain, settings: CacheSettings, metrics: Arc<Metrics>, clock: fn() -> Now) -> Self {
-        let unheard = |hears: bool| if hears { Hearing::NotYet } else { Hearing::Never };
-        let hearing: Vec<_> = chain.links().iter().map(|link| unheard(link.store.tells_changes())).collect();
+        let begin = |link: &Arc<Link>| {
+            if !link.store.tells_changes() {
+                return Hearing::Never;
+            }
+            link.metrics.subscribing();
+            Hearing::NotYet
+        };
+        let hearing: Vec<_> = chain.links().iter().map(begin).collect();
         let cache = Cache::new(settings);
         cache.hear_until(Hearing::until(&hearing));
         let inner = Inner {
@@ -444,7 +452,7 @@ impl Inner {
     /// lookup has failed yet.
     fn excuses(&self, why: CannotTell, stale: &Stale) -> bool {
         match why {
-            CannotTell::Store => true,
+            CannotTell::Store | CannotTell::Record => true,
             CannotTell::NotAsked => false,
             CannotTell::Busy => !stale.doubtful || self.cache.is_deaf(),
         }
@@ -546,6 +554,7 @@ impl Inner {
                 let since = (self.clock)().mono_ms;
                 self.hearing_changed(link, metrics, Hearing::Yes { since, mark: None });
             }
+            Event::Unheard(cause) => metrics.unheard(Some(cause.as_str())),
             Event::Alive { asked_ms, mark } => self.alive(link, asked_ms, mark),
             Event::Untold => {
                 let mut all = self.hearing.lock();
@@ -691,6 +700,7 @@ impl LookupTask {
                     Ok(answer)
                 }
                 Err(StoreError::Overloaded) => Err(CannotTell::Busy),
+                Err(StoreError::Garbage(_)) => Err(CannotTell::Record),
                 Err(_) => Err(CannotTell::Store),
             };
             shard.remove(self.credential.digest());

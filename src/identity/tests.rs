@@ -1,7 +1,6 @@
 //! Tests of the cache and of lookups, with a scripted store and a clock that the test controls.
 
 use super::*;
-use crate::store::chain::Link;
 use crate::store::{Change, Heard, LookupLimits, TokenRecord, TokenStore};
 use async_trait::async_trait;
 use std::cell::Cell;
@@ -703,7 +702,7 @@ async fn an_old_failure_does_not_allow_stale_entries() {
 async fn one_invalid_record_is_not_a_failing_store() {
     let bench = bench(&[Says::User("a"), Says::Garbage, Says::Revoked]);
     assert_eq!(bench.user("t").await, "a");
-    assert_eq!(bench.ask("spoiled").await.err(), Some(CannotTell::Store));
+    assert_eq!(bench.ask("spoiled").await.err(), Some(CannotTell::Record));
     pass(TTL + Duration::from_secs(1));
     assert!(matches!(bench.ask("t").await, Ok(TokenStatus::Invalid(Invalid::Revoked))), "asked, not taken for down");
 }

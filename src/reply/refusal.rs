@@ -173,6 +173,7 @@ impl Refusal {
             Cause::Upstream(UpstreamFault::Malformed) => (502, "upstream_malformed"),
             Cause::Upstream(UpstreamFault::Absent) => (503, "upstream_absent"),
             Cause::CannotTell(CannotTell::Store) => (503, "store"),
+            Cause::CannotTell(CannotTell::Record) => (503, "store_record"),
             Cause::CannotTell(CannotTell::Busy) => (503, "store_busy"),
             Cause::CannotTell(CannotTell::NotAsked) => (503, "store_not_asked"),
             Cause::Draining => (503, "draining"),

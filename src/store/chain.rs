@@ -169,7 +169,7 @@ impl Link {
                 self.works(began);
             }
             Err(error) => {
-                self.metrics.failed(error.kind(), began.elapsed());
+                self.metrics.failed(error.kind());
                 self.fails(error, credential);
             }
         }

@@ -8,7 +8,7 @@
 //! * A source that does not answer a beat, and from which nothing else arrives, is lost within the beat and its silence.
 //! * Every loss is said once, and logged once for each reason; every new session begins with [`Event::Hearing`].
 
-use super::{Change, Event, Heard, Mark, StoreError};
+use super::{Change, Event, Heard, Mark, StoreError, Unheard};
 use crate::clock::Now;
 use async_trait::async_trait;
 use futures_util::future::{BoxFuture, pending};
@@ -74,6 +74,21 @@ pub(super) enum Loss {
 impl From<StoreError> for Loss {
     fn from(error: StoreError) -> Self {
         Self::Store(error)
+    }
+}
+
+impl Loss {
+    const fn cause(&self) -> Unheard {
+        match self {
+            Self::Store(StoreError::Timeout | StoreError::Overloaded | StoreError::CircuitOpen) | Self::Silent(_) => {
+                Unheard::Timeout
+            }
+            Self::Store(StoreError::Unavailable(_)) | Self::Closed => Unheard::Unavailable,
+            Self::Store(StoreError::Denied(_)) => Unheard::Denied,
+            Self::Store(StoreError::ReadOnly(_)) => Unheard::Standby,
+            Self::Store(StoreError::Garbage(_)) => Unheard::Garbage,
+            Self::Overrun | Self::Abandoned => Unheard::Overrun,
+        }
     }
 }
 
@@ -380,10 +395,12 @@ impl<S: ChangeSource> Following<'_, S> {
             (Coverage::Untold(why), State::Unknown) => {
                 self.state = State::Untold;
                 (self.heard)(Event::Untold);
+                (self.heard)(Event::Unheard(Unheard::NoTriggers));
                 self.log(&format!("a revoked token works for up to positive_ttl: {why}"));
             }
             (Coverage::Untold(why), State::Hearing) => {
                 self.deaf();
+                (self.heard)(Event::Unheard(Unheard::NoTriggers));
                 self.log(&why);
             }
         }
@@ -400,6 +417,7 @@ impl<S: ChangeSource> Following<'_, S> {
             State::Unknown if !self.source.may_be_untold() => self.deaf(),
             State::Unknown | State::Lost | State::Untold => {}
         }
+        (self.heard)(Event::Unheard(why.cause()));
         self.log(&format!("changes cannot be followed, trying again: {why}"));
     }
 

@@ -146,9 +146,41 @@ pub enum Event {
     Silent,
     /// Change notifications no longer arrive: an answer is good for a moment only.
     Deaf,
+    /// Why they do not arrive at this moment. Said again whenever that was tried.
+    Unheard(Unheard),
     /// Change notifications arrive from now on. What happened before is unknown, so everything must be looked up again.
     /// Also said when a store changed as a whole.
     Hearing,
+}
+
+/// Why change notifications do not arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unheard {
+    Unavailable,
+    Timeout,
+    Denied,
+    /// The server is a standby, or a replica.
+    Standby,
+    /// Nothing in the tables tells of changes.
+    NoTriggers,
+    Garbage,
+    /// More arrives than is taken in.
+    Overrun,
+}
+
+impl Unheard {
+    /// Metric label.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unavailable => "unavailable",
+            Self::Timeout => "timeout",
+            Self::Denied => "denied",
+            Self::Standby => "standby",
+            Self::NoTriggers => "no_triggers",
+            Self::Garbage => "garbage",
+            Self::Overrun => "overrun",
+        }
+    }
 }
 
 /// A place in a store's list of changes, in the store's own terms: by its clock and its order, and not by a gateway's.

@@ -24,6 +24,7 @@ pub(super) struct StoreFamilies {
     errors: IntCounterVec,
     connections: IntGaugeVec,
     subscribed: IntGaugeVec,
+    unheard: IntGaugeVec,
     losses: IntCounterVec,
     breaker_open: IntGaugeVec,
     file_current: IntGaugeVec,
@@ -38,7 +39,7 @@ impl StoreFamilies {
         Ok(Self {
             duration: families.histograms(
                 "tollgate_store_lookup_duration_seconds",
-                "Duration of token store lookups.",
+                "Duration of answered token store lookups, without the wait for their turn.",
                 &["store"],
                 STORE_SECONDS,
             )?,
@@ -61,6 +62,11 @@ impl StoreFamilies {
                 "tollgate_store_subscribed",
                 "1 while change notifications arrive from the token store, 0 while they do not.",
                 &["store"],
+            )?,
+            unheard: families.gauges(
+                "tollgate_store_subscription_problem",
+                "1 while change notifications do not arrive from the token store, by cause.",
+                &["store", "cause"],
             )?,
             losses: families.counters(
                 "tollgate_store_subscription_losses_total",
@@ -108,6 +114,7 @@ impl StoreFamilies {
             rechecks: self.rechecks.with_label_values(&[name]),
             lag: self.lag.with_label_values(&[name]),
             failed: Mutex::default(),
+            unheard: Mutex::default(),
             families: Arc::clone(self),
         }
     }
@@ -154,11 +161,14 @@ pub struct StoreMetrics {
     lag: Histogram,
     /// The kinds of errors that have a series.
     failed: Mutex<Vec<&'static str>>,
+    /// Why no notifications arrive.
+    unheard: Mutex<Option<&'static str>>,
     families: Arc<StoreFamilies>,
 }
 
 impl Drop for StoreMetrics {
     fn drop(&mut self) {
+        self.unheard(None);
         self.families.leave(&self.name, self.failed.get_mut());
     }
 }
@@ -169,8 +179,8 @@ impl StoreMetrics {
         self.lookups[usize::from(found)].inc();
     }
 
-    pub fn failed(&self, kind: &'static str, took: Duration) {
-        self.duration.observe(took.as_secs_f64());
+    /// One that is not answered has no duration: that a store is down does not make it slow.
+    pub fn failed(&self, kind: &'static str) {
         self.families.errors.with_label_values(&[self.name.as_str(), kind]).inc();
         let mut failed = self.failed.lock();
         if !failed.contains(&kind) {
@@ -190,7 +200,30 @@ impl StoreMetrics {
         }
     }
 
+    /// Change notifications are expected, and do not arrive yet.
+    pub fn subscribing(&self) {
+        self.families.subscribed.with_label_values(&[&self.name]);
+    }
+
+    /// The cause for which no change notifications arrive.
+    pub fn unheard(&self, cause: Option<&'static str>) {
+        let mut last = self.unheard.lock();
+        if *last == cause {
+            return;
+        }
+        if let Some(last) = *last {
+            let _ = self.families.unheard.remove_label_values(&[self.name.as_str(), last]);
+        }
+        if let Some(cause) = cause {
+            self.families.unheard.with_label_values(&[self.name.as_str(), cause]).set(1);
+        }
+        *last = cause;
+    }
+
     pub fn subscribed(&self, yes: bool) {
+        if yes {
+            self.unheard(None);
+        }
         let gauge = self.families.subscribed.with_label_values(&[&self.name]);
         let losses = self.families.losses.with_label_values(&[&self.name]);
         if !yes && gauge.get() != 0 {
@@ -232,11 +265,13 @@ mod tests {
         let metrics = Metrics::new("test").unwrap();
         let touch = |store: &StoreMetrics| {
             store.answered(true, Duration::ZERO);
-            store.failed("timeout", Duration::ZERO);
+            store.failed("timeout");
             store.waiting(3);
             store.connections(1, 1, 4);
             store.subscribed(true);
             store.subscribed(false);
+            store.unheard(Some("timeout"));
+            store.unheard(Some("denied"));
             store.breaker_open(true);
             store.file_current(false);
             store.rechecked();
@@ -251,6 +286,11 @@ mod tests {
             - before.lines().filter(|line| line.starts_with("# TYPE")).count();
         assert_eq!(families, 11, "the other store of this name goes on:\n{text}");
         touch(&next);
+        let text = metrics.render().unwrap();
+        assert!(
+            text.contains("problem{cause=\"denied\",store=\"a\"} 1") && !text.contains("cause=\"timeout\""),
+            "{text}"
+        );
         drop(next);
         assert!(!metrics.render().unwrap().contains("store=\"a\""), "{}", metrics.render().unwrap());
     }

@@ -66,9 +66,9 @@ impl Stage {
         messages.into_iter().for_each(|message| inbox.as_ref().unwrap().put(message));
     }
 
-    /// Everything but signs of life and upkeep.
+    /// Everything but signs of life, upkeep, and why nothing is heard.
     fn said(&self) -> Vec<String> {
-        let quiet = |what: &String| what != "Alive" && what != "upkeep";
+        let quiet = |what: &String| !["Alive", "upkeep", "Unheard"].contains(&what.as_str());
         self.trace.lock().iter().map(|(_, what)| what.clone()).filter(quiet).collect()
     }
 
@@ -173,6 +173,7 @@ fn play_by(stage: Stage, clock: fn() -> Now) -> (Arc<Stage>, tokio::task::JoinHa
                 Event::Untold => "Untold".into(),
                 Event::Deaf => "Deaf".into(),
                 Event::Silent => "Silent".into(),
+                Event::Unheard(_) => "Unheard".into(),
                 Event::Hearing => "Hearing".into(),
             });
         })
