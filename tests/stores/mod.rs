@@ -2,6 +2,7 @@
 //! and `make revocations` run the long forms and print tables; CI runs the short ones. `contract/` is the suite that runs
 //! every store in this process, against its real server.
 
+mod alerts;
 mod contract;
 mod crowd;
 mod faults;

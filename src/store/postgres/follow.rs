@@ -98,9 +98,10 @@ impl ChangeSource for PostgresChanges {
             Err(_) => return Err(unavailable(format!("no connection within {PATIENCE:?}")).into()),
         };
         if home.is_standby() {
-            return Err(unavailable(
+            return Err(StoreError::ReadOnly(
                 "a standby server tells nobody of changes: revoked tokens work until they are looked up again. Name the \
-                 primary server in url, alone or among others",
+                 primary server in url, alone or among others"
+                    .into(),
             )
             .into());
         }

@@ -1,0 +1,269 @@
+//! A real Prometheus with the rules of deploy/, minutes as seconds, scrapes gateways whose stores have a fault each: for every
+//! fault exactly the alert that names it fires. docs/operations.md has the table.
+
+use super::{Backing, Config, Embedded, Introspected, PostgresGitlab, PostgresOwn, RedisOwn};
+use crate::harness::*;
+use crate::servers::http::{HttpServer, Reply};
+use crate::servers::postgres::Postgres;
+use crate::servers::{Fault, Process, free_port};
+use crate::support::get;
+use std::collections::BTreeSet;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long the alerts of all gateways must be right together.
+const STEADY: Duration = Duration::from_secs(4);
+/// After the faults.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Rules and configuration of deploy/, 60 times as fast.
+struct Prometheus {
+    port: u16,
+    _process: Process,
+    _folder: Folder,
+}
+
+impl Prometheus {
+    fn scraping(gateways: &[&Gateway]) -> Self {
+        let (folder, port) = (Folder::new("prometheus"), free_port());
+        let rules = std::fs::read_to_string("deploy/prometheus/alerts.yml").unwrap();
+        let minutes = |text: &str| -> String {
+            let mut out = String::new();
+            let mut letters = text.chars().peekable();
+            while let Some(letter) = letters.next() {
+                let ends = letters.peek().is_none_or(|next| !next.is_alphanumeric());
+                match letter {
+                    'm' if ends && out.ends_with(|c: char| c.is_ascii_digit()) => out.push('s'),
+                    'h' if ends && out.ends_with(|c: char| c.is_ascii_digit()) => out.push('m'),
+                    letter => out.push(letter),
+                }
+            }
+            out
+        };
+        let fast = minutes(&rules);
+        assert!(fast.contains("[5s]") && fast.contains("for: 1s") && !fast.contains("[5m]"), "{fast}");
+        folder.write("alerts.yml", &fast);
+        let targets: Vec<String> = gateways.iter().map(|gateway| format!("\"{}\"", gateway.admin)).collect();
+        let config = format!(
+            "global: {{scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms}}\nrule_files: [alerts.yml]\n\
+             scrape_configs:\n  - job_name: tollgate\n    static_configs:\n      - targets: [{}]\n",
+            targets.join(", ")
+        );
+        let config = folder.write("prometheus.yml", &config);
+        let process = Process::start(
+            Command::new("prometheus")
+                .arg(format!("--config.file={}", config.display()))
+                .arg(format!("--storage.tsdb.path={}", folder.file("data").display()))
+                .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+                .stdout(Stdio::null())
+                .stderr(Stdio::null()),
+        );
+        eventually("Prometheus answers", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        Self { port, _process: process, _folder: folder }
+    }
+
+    /// The alerts that fire now for each gateway.
+    fn firing(&self, gateways: &[&Gateway]) -> Vec<BTreeSet<String>> {
+        let mut client = Client::connect(([127, 0, 0, 1], self.port).into());
+        client.send_head("GET /api/v1/alerts HTTP/1.1\nHost: p.test\n\n");
+        let answer: serde_json::Value = serde_json::from_str(&client.answer().text()).unwrap();
+        let alerts = answer["data"]["alerts"].as_array().unwrap();
+        let of = |gateway: &&Gateway| {
+            let instance = gateway.admin.to_string();
+            let fires =
+                |alert: &&serde_json::Value| alert["state"] == "firing" && alert["labels"]["instance"] == *instance;
+            let name = |alert: &serde_json::Value| alert["labels"]["alertname"].as_str().unwrap().to_owned();
+            alerts.iter().filter(fires).map(name).collect()
+        };
+        gateways.iter().map(of).collect()
+    }
+}
+
+/// A gateway with the fault of its store.
+struct Case {
+    fault: &'static str,
+    alerts: &'static [&'static str],
+    gateway: Gateway,
+    /// Brings the fault about, again and again where that is what it is.
+    inject: Box<dyn FnMut() + Send>,
+}
+
+fn known() -> Vec<String> {
+    (0..20).map(|number| format!("known-{number}")).collect()
+}
+
+fn case(
+    fault: &'static str,
+    alerts: &'static [&'static str],
+    backend: &HttpServer,
+    section: &str,
+    inject: impl FnMut() + Send + 'static,
+) -> Case {
+    let more = format!("{section}[cache]\npositive_ttl = \"2s\"\nnegative_ttl = \"1s\"\n[log]\naccess = \"off\"\n");
+    Case { fault, alerts, gateway: Gateway::start(backend.address(), &more), inject: Box::new(inject) }
+}
+
+/// A store on a server, into which one fault is injected once.
+fn broken(
+    fault: &'static str,
+    alerts: &'static [&'static str],
+    backend: &HttpServer,
+    mut store: Box<dyn Backing + Send>,
+    mut inject: impl FnMut(&mut dyn Backing) + Send + 'static,
+) -> Case {
+    store.add(&known());
+    let section = store.section();
+    case(fault, alerts, backend, &section, move || inject(&mut *store))
+}
+
+/// Tokens that are known, and a few that are not, at a rate that nobody takes for an attack.
+fn callers(address: std::net::SocketAddr, over: &AtomicBool) {
+    let mut client = Client::connect(address);
+    for number in 0.. {
+        if over.load(Ordering::Relaxed) {
+            return;
+        }
+        let token = if number % 6 == 0 { format!("nobody-{number}") } else { format!("known-{}", number % 20) };
+        client.send_head(&get(&token, "/api/v3/user"));
+        let answer = client.answer();
+        if answer.header("Connection").is_some_and(|value| value.eq_ignore_ascii_case("close")) {
+            client = Client::connect(address);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn once(mut work: impl FnMut(&mut dyn Backing) + Send + 'static) -> impl FnMut(&mut dyn Backing) + Send {
+    let mut done = false;
+    move |store| {
+        if !std::mem::replace(&mut done, true) {
+            work(store);
+        }
+    }
+}
+
+#[test]
+fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
+    let backend = HttpServer::start(|_| Reply::ok("{\"ok\":true}"));
+    let stop = || once(|store| assert!(store.inject(Fault::Stop)));
+    let freeze = || once(|store| assert!(store.inject(Fault::Freeze)));
+    let mut seldom = 0;
+    let flapping = move |store: &mut dyn Backing| {
+        seldom += 1;
+        if seldom % 8 == 0 {
+            store.inject(Fault::Cut);
+        }
+    };
+    let garbage = Config::new("");
+    let tokens: Vec<String> = known().iter().map(|token| sha256_hex(token)).collect();
+    let gitlab = |more: &str, triggers: &str| {
+        let mut store = PostgresGitlab::new();
+        store.add(&known());
+        store.server.psql("postgres", triggers);
+        let section = format!("{}{more}", store.section());
+        (store, section)
+    };
+    let drop_triggers = "DROP SCHEMA tollgate CASCADE";
+    let (_untold, untold_section) = gitlab("", drop_triggers);
+    let (_elsewhere, elsewhere_section) = gitlab("channel = \"another\"\n", "SELECT 1");
+    let mut redis = RedisOwn::new();
+    redis.add(&known());
+    redis.server.cli(&["ACL", "SETUSER", "deaf", "on", "nopass", "~*", "resetchannels", "+@all", "-subscribe"]);
+    let denied_section = format!("{}username = \"deaf\"\npassword_file = \"password\"\n", redis.section());
+    let denied_password = garbage.folder.write("password", "anything");
+    let denied_section = denied_section.replace("\"password\"", &format!("\"{}\"", denied_password.display()));
+    let mut spoiled = RedisOwn::new();
+    spoiled.add(&known());
+    for token in &tokens[..1] {
+        spoiled.server.cli(&["SET", &format!("tollgate:token:{token}"), "{\"user\":7}"]);
+    }
+    let primary = Postgres::start();
+    let primary_config = Config::new(&PostgresOwn::section_for(&primary));
+    primary_config.tollgate(&["store", "migrate"], &[]).unwrap();
+    primary_config.import(&known());
+    let standby = primary.standby();
+    let standby_section = PostgresOwn::section_for(&standby);
+    let mut removed = PostgresOwn::new();
+    let mut file = Embedded::new("file");
+    file.add(&known());
+    let (file_section, file_path) = (file.section(), file.path.clone());
+    removed.add(&known());
+    let mut instead = Embedded::new("sqlite");
+    instead.add(&known());
+
+    let mut cases = vec![
+        broken("none", &[], &backend, Box::new(PostgresOwn::new()), |_| {}),
+        broken("PostgreSQL is down", &["TollgateStoreFailing"], &backend, Box::new(PostgresOwn::new()), stop()),
+        broken(
+            "PostgreSQL does not answer",
+            &["TollgateStoreFailing"],
+            &backend,
+            Box::new(PostgresOwn::new()),
+            freeze(),
+        ),
+        broken("Redis is down", &["TollgateStoreFailing"], &backend, Box::new(RedisOwn::new()), stop()),
+        broken("Redis does not answer", &["TollgateStoreFailing"], &backend, Box::new(RedisOwn::new()), freeze()),
+        broken("the endpoint is down", &["TollgateStoreFailing"], &backend, Box::new(Introspected::new()), stop()),
+        broken(
+            "connections are cut again and again",
+            &["TollgateStoreSubscriptionFlaps"],
+            &backend,
+            Box::new(RedisOwn::new()),
+            flapping,
+        ),
+        case("no triggers", &["TollgateStoreNoTriggers"], &backend, &untold_section, || {}),
+        case("triggers for another channel", &["TollgateStoreNoTriggers"], &backend, &elsewhere_section, || {}),
+        case("only a standby", &["TollgateStoreStandby"], &backend, &standby_section, || {}),
+        case("no right to subscribe", &["TollgateStoreDenied"], &backend, &denied_section, || {}),
+        case("a record that cannot be read", &["TollgateStoreRecordInvalid"], &backend, &spoiled.section(), || {}),
+        case("an invalid token file", &["TollgateStoreFileBroken"], &backend, &file_section, move || {
+            std::fs::write(&file_path, "[[token").unwrap();
+        }),
+        case("a store that was down is removed by a reload", &[], &backend, &removed.section(), || {}),
+    ];
+    assert_eq!(cases.len(), 14);
+    let over = Arc::new(AtomicBool::new(false));
+    let threads: Vec<_> = cases
+        .iter()
+        .map(|case| (case.gateway.address, Arc::clone(&over)))
+        .map(|(address, over)| std::thread::spawn(move || callers(address, &over)))
+        .collect();
+    let prometheus = Prometheus::scraping(&cases.iter().map(|case| &case.gateway).collect::<Vec<_>>());
+    // Healthy at first, so that nothing is left of the start.
+    std::thread::sleep(Duration::from_secs(2));
+    removed.inject(Fault::Stop);
+    std::thread::sleep(Duration::from_secs(3));
+    let last = cases.last().unwrap();
+    last.gateway.rewrite(|text| text.replace(&removed.section(), &instead.section()));
+    assert_eq!(last.gateway.admin_post("/reload").status, 200);
+
+    let (began, mut right_since) = (Instant::now(), None::<Instant>);
+    loop {
+        cases.iter_mut().for_each(|case| (case.inject)());
+        std::thread::sleep(Duration::from_millis(250));
+        let firing = prometheus.firing(&cases.iter().map(|case| &case.gateway).collect::<Vec<_>>());
+        let wrong: Vec<String> = cases
+            .iter()
+            .zip(&firing)
+            .filter(|(case, firing)| !firing.iter().map(String::as_str).eq(case.alerts.iter().copied()))
+            .map(|(case, firing)| format!("{}: {firing:?} where {:?} is expected", case.fault, case.alerts))
+            .collect();
+        if wrong.is_empty() {
+            if right_since.get_or_insert_with(Instant::now).elapsed() > STEADY {
+                break;
+            }
+        } else {
+            right_since = None;
+        }
+        assert!(began.elapsed() < PATIENCE, "{}", wrong.join("\n"));
+    }
+    over.store(true, Ordering::Relaxed);
+    for case in &cases {
+        println!("| {} | {} |", case.fault, case.alerts.join(", "));
+    }
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
