@@ -6,7 +6,7 @@
 //! * What arrived before the answer to a beat has taken effect before [`Event::Alive`] is said for that beat.
 //! * Whoever waits for a confirmation gets it only after the changes before it have taken effect.
 //! * A source that does not answer a beat, and from which nothing else arrives, is lost within the beat and its silence.
-//! * Every loss is said once, and logged once for each reason; every new session begins with [`Event::Hearing`].
+//! * Every loss is said once, and logged once a minute for each reason; every new session begins with [`Event::Hearing`].
 
 use super::{Change, Event, Heard, Mark, StoreError, Unheard};
 use crate::clock::Now;
@@ -26,8 +26,10 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeou
 const PAUSES_MS: [u64; 5] = [0, 100, 200, 300, 400];
 /// What worked for so long is worth an attempt at once.
 const WORKED: Duration = Duration::from_secs(2);
-/// Between two lines of the log on different reasons of one loss.
+/// Between two lines of the log on one reason of a loss.
 const LOG_PAUSE: Duration = Duration::from_secs(60);
+/// Reasons in that time; further ones are not logged.
+const LOG_REASONS: usize = 8;
 /// Messages that may wait to be taken in. A gateway that falls further behind begins again and revalidates everything.
 const INBOX: usize = 65_536;
 /// Messages that are taken in together.
@@ -276,7 +278,7 @@ impl<W> Waiting<W> {
 
 /// Follows changes until it is dropped.
 pub(super) async fn follow<S: ChangeSource>(source: S, clock: fn() -> Now, heard: Heard<'_>) {
-    let mut following = Following { source, clock, heard, state: State::Unknown, logged: None };
+    let mut following = Following { source, clock, heard, state: State::Unknown, logged: Vec::new() };
     let mut attempt = 0;
     loop {
         let began = Instant::now();
@@ -293,8 +295,8 @@ struct Following<'a, S: ChangeSource> {
     clock: fn() -> Now,
     heard: Heard<'a>,
     state: State,
-    /// The last line of the log on this loss, and when it was written.
-    logged: Option<(Instant, String)>,
+    /// The lines of the log on this loss, and when they were written.
+    logged: Vec<(Instant, String)>,
 }
 
 /// What was said last.
@@ -387,7 +389,7 @@ impl<S: ChangeSource> Following<'_, S> {
         match (coverage, self.state) {
             (Coverage::Told, State::Hearing) | (Coverage::Untold(_), State::Lost | State::Untold) => {}
             (Coverage::Told, State::Unknown | State::Lost | State::Untold) => {
-                self.logged = None;
+                self.logged.clear();
                 self.state = State::Hearing;
                 self.source.on_hearing();
                 (self.heard)(Event::Hearing);
@@ -427,11 +429,12 @@ impl<S: ChangeSource> Following<'_, S> {
         self.source.on_lost();
     }
 
+    /// Each reason once a minute, and not endlessly many.
     fn log(&mut self, why: &str) {
-        let is_news = self.logged.as_ref().is_none_or(|(at, logged)| logged != why && at.elapsed() > LOG_PAUSE);
-        if is_news {
+        self.logged.retain(|(at, _)| at.elapsed() <= LOG_PAUSE);
+        if self.logged.len() < LOG_REASONS && !self.logged.iter().any(|(_, logged)| logged == why) {
             log::warn!("{}: {why}", self.source.label());
-            self.logged = Some((Instant::now(), why.to_owned()));
+            self.logged.push((Instant::now(), why.to_owned()));
         }
     }
 }

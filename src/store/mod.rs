@@ -5,6 +5,7 @@ pub mod credential;
 mod feed;
 pub mod file;
 pub mod introspect;
+mod json;
 mod lookups;
 pub mod portable;
 pub mod postgres;

@@ -436,20 +436,24 @@ async fn it_signs_off_when_it_ends_at_whatever_moment() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_loss_is_logged_once_for_each_reason() {
+async fn a_loss_is_logged_once_a_minute_for_each_reason() {
     let source = Scripted(Arc::new(Stage::new()));
-    let mut following = Following { source, clock: stands, heard: &|_| (), state: State::Unknown, logged: None };
-    let logged = |following: &Following<'_, Scripted>| following.logged.clone().unwrap();
-    following.log("down");
-    let first = logged(&following);
+    let mut following = Following { source, clock: stands, heard: &|_| (), state: State::Unknown, logged: Vec::new() };
+    let reasons = |following: &Following<'_, Scripted>| -> Vec<String> {
+        following.logged.iter().map(|(_, why)| why.clone()).collect()
+    };
+    for why in ["down", "down", "refused", "down", "refused"] {
+        following.log(why);
+    }
+    assert_eq!(reasons(&following), ["down", "refused"], "a new reason is a new line");
+    let first = following.logged[0].0;
     sleep(LOG_PAUSE * 2).await;
     following.log("down");
-    assert_eq!(logged(&following), first, "the same reason");
-    following.log("refused");
-    let second = logged(&following);
-    assert_eq!(second.1, "refused");
-    following.log("down");
-    assert_eq!(logged(&following), second, "another one, too soon");
+    assert!(reasons(&following) == ["down"] && following.logged[0].0 > first, "again after a minute");
+    for number in 0..100 {
+        following.log(&format!("another {number}"));
+    }
+    assert_eq!(following.logged.len(), LOG_REASONS, "not endlessly many");
     following.cover(Coverage::Told);
-    assert!(following.logged.is_none(), "the next loss is another one");
+    assert!(following.logged.is_empty(), "the next loss is another one");
 }

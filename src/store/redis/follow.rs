@@ -7,7 +7,7 @@ use super::link::{Address, RedisConnection, RedisPool};
 use super::{Keys, RedisChanges, RedisStore, Topology};
 use crate::store::credential::Digest;
 use async_trait::async_trait;
-use parking_lot::Once;
+use parking_lot::{Mutex, Once};
 use redis::{PushInfo, PushKind, Value};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -208,6 +208,9 @@ async fn hear_of_flushes(link: &mut RedisConnection, store: &RedisStore) -> Resu
     }
 }
 
+/// What a server must tell of, for keyspace notifications: generic commands, strings, hashes, expiry and eviction.
+pub const KEYSPACE_EVENTS: &str = "Kg$hxe";
+
 /// Without the right ones nothing would ever be heard.
 async fn check_notifications(link: &mut RedisConnection, warnings: &RedisWarnings) -> Result<(), StoreError> {
     let question = redis::cmd("CONFIG").arg("GET").arg("notify-keyspace-events").take();
@@ -215,7 +218,9 @@ async fn check_notifications(link: &mut RedisConnection, warnings: &RedisWarning
         Ok(answer) => answer,
         Err(StoreError::Denied(_)) => {
             warnings.notifications.call_once(|| {
-                log::warn!("redis: whether notify-keyspace-events holds Kg$hx can't be seen (+config|get): make sure");
+                log::warn!(
+                    "redis: whether notify-keyspace-events holds {KEYSPACE_EVENTS} can't be seen (+config|get): make sure"
+                );
             });
             return Ok(());
         }
@@ -223,11 +228,24 @@ async fn check_notifications(link: &mut RedisConnection, warnings: &RedisWarning
     };
     let flags = flags.first().map_or("", |(_, flags)| flags.as_str());
     let has = |flag| flags.contains(flag);
-    if has('K') && (has('A') || ['g', '$', 'h', 'x'].into_iter().all(has)) {
-        return Ok(());
+    let missing: String = KEYSPACE_EVENTS.chars().filter(|flag| !has(*flag) && (*flag == 'K' || !has('A'))).collect();
+    match missing.as_str() {
+        "" => return Ok(()),
+        // A token that was evicted to make room was valid.
+        "e" => {
+            warnings.evictions.call_once(|| {
+                log::warn!(
+                    "redis: evicted keys are not told of: CONFIG SET notify-keyspace-events {KEYSPACE_EVENTS} (and in redis.conf)"
+                );
+            });
+            return Ok(());
+        }
+        _ => {}
     }
-    let what = "the server does not tell of changed keys: CONFIG SET notify-keyspace-events Kg$hxe (and in redis.conf)";
-    Err(StoreError::Unavailable(what.into()))
+    let what = format!(
+        "the server does not tell of all changed keys: CONFIG SET notify-keyspace-events {KEYSPACE_EVENTS} (and in redis.conf)"
+    );
+    Err(StoreError::Unavailable(what))
 }
 
 /// The connection that messages arrive by.
@@ -334,12 +352,14 @@ struct Register {
     warnings: Arc<RedisWarnings>,
 }
 
-/// Warnings that a store logs once, although their cause may be found again and again.
+/// Warnings that a store logs once, although their cause may be found again and again; a new cause is a new warning.
 #[derive(Default)]
 pub(super) struct RedisWarnings {
     flushes: Once,
     notifications: Once,
-    register: Once,
+    evictions: Once,
+    /// Why the register could not be written last.
+    register: Mutex<Option<StoreError>>,
 }
 
 impl Register {
@@ -366,11 +386,17 @@ impl Register {
             self.pool.ask::<Value>(&pipe).await
         };
         match timeout(REGISTER, entered).await.unwrap_or(Err(StoreError::Timeout)) {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                *self.warnings.register.lock() = None;
+                Ok(())
+            }
+            // Whoever can read and subscribe hears. A server that takes no writes takes none of those who wait either.
             Err(error @ (StoreError::Denied(_) | StoreError::ReadOnly(_))) => {
-                self.warnings.register.call_once(|| {
-                    log::warn!("redis: this gateway can't register, so `--wait` won't wait for it: {error}")
-                });
+                let mut said = self.warnings.register.lock();
+                if said.as_ref() != Some(&error) {
+                    log::warn!("redis: this gateway can't register, so `--wait` won't wait for it: {error}");
+                    *said = Some(error);
+                }
                 Ok(())
             }
             Err(error) => Err(error),

@@ -5,6 +5,8 @@ use super::super::tls::{TLS, TLS_CA, TLS_CERT, TLS_KEY};
 use super::super::{PemFile, StoreError, StoreMetrics, TlsMode, TlsSettings};
 use super::{RedisSettings, Topology};
 use crate::problem::Problem;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::cluster::ClusterClient;
@@ -27,6 +29,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// Name resolution, TCP, TLS and greeting together.
 const CONNECT: Duration = Duration::from_secs(1);
+/// Before the other sentinels, or nodes of a cluster, are asked as well.
+const HEAD_START: Duration = Duration::from_millis(100);
 /// How long the server may take for one answer. Lookups usually end before, by the store's own timeout.
 const ANSWER: Duration = Duration::from_secs(2);
 /// A connection on which nothing came for so long, though something was asked, is replaced.
@@ -87,6 +91,10 @@ pub(super) fn failed(error: &RedisError) -> StoreError {
     if error.is_timeout() {
         return StoreError::Timeout;
     }
+    // Of several commands sent together, an error without a code of its own.
+    if let Some((_, first)) = error.clone().into_server_errors().as_deref().and_then(<[_]>::first) {
+        return server_failed(first);
+    }
     match (error.kind(), error.code()) {
         (ErrorKind::AuthenticationFailed, _) => StoreError::Unavailable(WRONG_PASSWORD.into()),
         (ErrorKind::RESP3NotSupported, _) => {
@@ -112,8 +120,9 @@ fn refused(code: &str, details: &str) -> StoreError {
         "LOADING" => "the server still loads its data (LOADING): wait",
         "MASTERDOWN" => "the server is a replica without its master (MASTERDOWN): restore replication",
         "READONLY" => {
-            let what = "the server is a read-only replica (READONLY): name the master in servers, or use sentinels";
-            return StoreError::ReadOnly(what.into());
+            return unwritable(
+                "the server is a read-only replica (READONLY): name the master in servers, or use sentinels",
+            );
         }
         "NOAUTH" => "the server wants a password (NOAUTH): set password, and username for an ACL user",
         "WRONGPASS" => WRONG_PASSWORD,
@@ -126,9 +135,9 @@ fn refused(code: &str, details: &str) -> StoreError {
         "TRYAGAIN" => "the cluster moves slots at this moment (TRYAGAIN): wait",
         "MOVED" | "ASK" => "the key is on another node (MOVED): set topology = \"cluster\", or wait while slots move",
         "BUSY" => "the server is busy with a script (BUSY): see SCRIPT KILL",
-        "MISCONF" => "the server can't save to disk and takes no writes (MISCONF): see its log",
-        "OOM" => "the server is out of memory (OOM): raise maxmemory",
-        "NOREPLICAS" => "the server has too few replicas to take writes (NOREPLICAS)",
+        "MISCONF" => return unwritable("the server can't save to disk and takes no writes (MISCONF): see its log"),
+        "OOM" => return unwritable("the server is out of memory and takes no writes (OOM): raise maxmemory"),
+        "NOREPLICAS" => return unwritable("the server has too few replicas to take writes (NOREPLICAS)"),
         "MAXCLIENTS" => "the server has too many connections: raise maxclients",
         "ERR" if details.contains("max number of clients") => "the server has too many connections: raise maxclients",
         "ERR" if details.starts_with("AUTH") || details.starts_with("HELLO") => WRONG_PASSWORD,
@@ -140,6 +149,10 @@ fn refused(code: &str, details: &str) -> StoreError {
         code => return StoreError::Unavailable(format!("the server refused with {code}: see its log")),
     };
     StoreError::Unavailable(what.into())
+}
+
+fn unwritable(what: &str) -> StoreError {
+    StoreError::ReadOnly(what.into())
 }
 
 fn unavailable<E: std::fmt::Display>(address: &Address) -> impl FnOnce(E) -> StoreError {
@@ -230,6 +243,8 @@ pub(super) struct Connector {
     tls_settings: TlsSettings,
     cluster: Option<ClusterClient>,
     answer: Duration,
+    /// The place among the addresses of the one that answered last.
+    answered_last: AtomicUsize,
 }
 
 impl Connector {
@@ -249,7 +264,8 @@ impl Connector {
             _ => None,
         };
         let (topology, tls_settings) = (settings.topology.clone(), settings.tls.clone());
-        Ok(Self { addresses, topology, identity, tls, tls_settings, cluster, answer: ANSWER })
+        let answered_last = AtomicUsize::new(0);
+        Ok(Self { addresses, topology, identity, tls, tls_settings, cluster, answer: ANSWER, answered_last })
     }
 
     /// For work that may take longer than a lookup.
@@ -291,14 +307,11 @@ impl Connector {
                 Ok((link, address))
             }
             Topology::Single | Topology::Cluster => {
-                let mut last = StoreError::Timeout;
-                for address in &self.addresses {
-                    match self.connect(address, &self.identity, push.clone()).await {
-                        Ok(link) => return Ok((link, address.clone())),
-                        Err(error) => last = error,
-                    }
-                }
-                Err(last)
+                self.first(|address| {
+                    let connected = self.connect(address, &self.identity, push.clone());
+                    async move { Ok((connected.await?, address.clone())) }
+                })
+                .await
             }
         }
     }
@@ -308,10 +321,36 @@ impl Connector {
         let Topology::Sentinel { master } = &self.topology else {
             return Err(StoreError::Unavailable("no sentinels".into()));
         };
+        self.first(|sentinel| self.ask_sentinel(sentinel, master)).await
+    }
+
+    /// The first answer of several servers. The one that answered last is asked first, and the others a moment later: one that
+    /// hangs keeps nobody waiting, and one that answers is not joined by others for nothing.
+    async fn first<'a, T, F: Future<Output = Result<T, StoreError>>>(
+        &'a self,
+        ask: impl Fn(&'a Address) -> F,
+    ) -> Result<T, StoreError> {
+        let (count, first) = (self.addresses.len(), self.answered_last.load(Ordering::Relaxed));
+        let mut asked: FuturesUnordered<_> = (0..count)
+            .map(|rank| (rank, (first + rank) % count))
+            .filter_map(|(rank, index)| Some((rank, index, self.addresses.get(index)?)))
+            .map(|(rank, index, address)| {
+                let answer = ask(address);
+                async move {
+                    if rank > 0 {
+                        tokio::time::sleep(HEAD_START).await;
+                    }
+                    (index, answer.await)
+                }
+            })
+            .collect();
         let mut last = StoreError::Timeout;
-        for sentinel in &self.addresses {
-            match self.ask_sentinel(sentinel, master).await {
-                Ok(address) => return Ok(address),
+        while let Some((index, answer)) = asked.next().await {
+            match answer {
+                Ok(answer) => {
+                    self.answered_last.store(index, Ordering::Relaxed);
+                    return Ok(answer);
+                }
                 Err(error) => last = error,
             }
         }

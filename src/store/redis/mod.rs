@@ -25,6 +25,7 @@ mod link;
 mod record;
 
 pub use admin::RedisAdmin;
+pub use follow::KEYSPACE_EVENTS;
 
 use super::{Heard, LookupLimits, Secret, StoreError, StoreMetrics, TlsMode, TlsSettings, TokenRecord, TokenStore};
 use crate::problem::Problem;

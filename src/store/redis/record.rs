@@ -1,6 +1,7 @@
 //! A record as the value of a key: a JSON object or a hash with the same fields. Knows no connection. An invalid record
 //! is an error that names the token and the field, never the value.
 
+use super::super::json::Unambiguous;
 use super::super::record::{self, RecordField, RecordSource, Unsaid};
 use super::super::values::{LATEST, parse_scopes, parse_time};
 use super::super::{StoreError, TokenRecord};
@@ -22,16 +23,26 @@ impl Stored {
                 fields.iter().map(|(name, value)| (name.clone(), Json::from(value.as_str()))).collect()
             }
         };
+        check_names(fields.keys())?;
         let source = ValueFields { fields, is_hash: matches!(self, Self::Hash(_)) };
         record::read(digest, &source, &Unsaid { scopes: default_scopes, created: 0 })
     }
 }
 
 /// Why a value is no record. Never quotes it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Malformed {
     #[error("is no JSON at column {column}")]
     Syntax { column: usize },
+    /// Programs differ in which of the two they take.
+    #[error("has a key twice, the second one before column {column}")]
+    Twice { column: usize },
+    /// Nobody reads it: a token with `expires_at` would never end.
+    #[error(
+        "field {name:?} is none of tollgate's, and would be ignored: correct it, or let it begin with {FOREIGN} if it is another \
+         program's"
+    )]
+    Unknown { name: String },
     #[error("must be a JSON object")]
     NoObject,
     #[error("field {}: {what}", field.name())]
@@ -45,11 +56,26 @@ impl Malformed {
     }
 }
 
+/// What names of fields begin with that are other programs' and are kept.
+const FOREIGN: &str = "x_";
+/// Of a name, as much is shown.
+const NAME_SHOWN: usize = 40;
+
 fn object(text: &str) -> Result<Map<String, Json>, Malformed> {
     match serde_json::from_str(text) {
-        Ok(Json::Object(fields)) => Ok(fields),
-        Ok(_) => Err(Malformed::NoObject),
+        Ok(Unambiguous(Json::Object(fields))) => Ok(fields),
+        Ok(Unambiguous(_)) => Err(Malformed::NoObject),
+        Err(error) if error.is_data() => Err(Malformed::Twice { column: error.column() }),
         Err(error) => Err(Malformed::Syntax { column: error.column() }),
+    }
+}
+
+/// That every field is either read here or said to be somebody else's.
+fn check_names<'a>(mut names: impl Iterator<Item = &'a String>) -> Result<(), Malformed> {
+    let is_known = |name: &str| RecordField::ALL.iter().any(|field| field.name() == name) || name.starts_with(FOREIGN);
+    match names.find(|name| !is_known(name)) {
+        None => Ok(()),
+        Some(name) => Err(Malformed::Unknown { name: name.chars().take(NAME_SHOWN).collect() }),
     }
 }
 
@@ -241,7 +267,7 @@ mod tests {
     #[test]
     fn other_programs_write_in_other_ways() {
         let record =
-            json(r#"{"user":"a","scopes":"api  read","expires":"2027-01-01T02:00:00.5+02:00","x":[1],"blocked":1}"#);
+            json(r#"{"user":"a","scopes":"api  read","expires":"2027-01-01T02:00:00.5+02:00","x_":[1],"blocked":1}"#);
         let record = record.unwrap();
         assert_eq!(
             (record.scopes.join(","), record.expires, record.blocked),
@@ -269,7 +295,13 @@ mod tests {
         for (text, part) in [
             ("S3CRET", "is no JSON"),
             ("[\"S3CRET\"]", "must be a JSON object"),
-            (r#"{"name":"S3CRET"}"#, "field user: is missing"),
+            (r#"{"x_name":"S3CRET"}"#, "field user: is missing"),
+            (r#"{"user":"a","expires_at":"S3CRET"}"#, "field \"expires_at\" is none of tollgate's"),
+            (r#"{"user":"a","revoked_at":"S3CRET"}"#, "field \"revoked_at\" is none of tollgate's"),
+            (r#"{"user":"a","User":"S3CRET"}"#, "field \"User\" is none of tollgate's"),
+            (r#"{"user":"a","revoked":true,"revoked":false}"#, "has a key twice"),
+            (r#"{"user":"S3CRET","us\u0065r":"a"}"#, "has a key twice"),
+            (r#"{"user":"a","x_more":{"y":1,"y":2}}"#, "has a key twice"),
             (r#"{"user":""}"#, "field user: is missing"),
             (r#"{"user":7}"#, "field user: must be a text"),
             (r#"{"user":"a","expires":"S3CRET"}"#, "field expires: must be unix seconds"),
@@ -286,12 +318,14 @@ mod tests {
             assert!(why.contains(part) && why.contains(Digest::of(b"t").id().as_str()), "{why}");
             assert!(!why.contains("S3CRET"), "{why}");
         }
+        assert!(hash(&[("user", "a"), ("expires_at", "1")]).unwrap_err().contains("expires_at"));
+        assert!(hash(&[("user", "a"), ("x_expires_at", "1")]).is_ok());
         assert!(hash(&[("user", "a"), ("revoked", "0")]).unwrap_err().contains("field revoked"));
     }
 
     #[test]
     fn an_edit_keeps_what_it_does_not_know() {
-        let text = edited(r#"{"user":"a","theirs":{"x":1}}"#, &[("revoked", 1_800_000_000.into())]).unwrap();
-        assert!(text.contains(r#""theirs":{"x":1}"#) && text.contains(r#""revoked":1800000000"#), "{text}");
+        let text = edited(r#"{"user":"a","x_theirs":{"x":1}}"#, &[("revoked", 1_800_000_000.into())]).unwrap();
+        assert!(text.contains(r#""x_theirs":{"x":1}"#) && text.contains(r#""revoked":1800000000"#), "{text}");
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::servers::redis::{Cluster, Options, Redis, Watched};
 use crate::servers::tls::Authority;
-use tollgate::store::redis::{RedisAdmin, RedisChanges, RedisSettings, RedisStore, Topology};
+use tollgate::store::redis::{KEYSPACE_EVENTS, RedisAdmin, RedisChanges, RedisSettings, RedisStore, Topology};
 use tollgate::store::{Imported, Records, Secret, TlsMode, TlsSettings};
 use tollgate::telemetry::metrics::{Metrics, StoreMetrics};
 
@@ -400,7 +400,10 @@ async fn values_that_make_no_sense_are_no_answer() {
         (&["SET", "S3CRET"], "no JSON"),
         (&["SET", ""], "no JSON"),
         (&["SET", r#"{"user":"a","expires":"S3CRET"}"#], "expires"),
-        (&["HSET", "name", "S3CRET"], "user"),
+        (&["HSET", "x_name", "S3CRET"], "user"),
+        (&["HSET", "user", "a", "expires_at", "S3CRET"], "expires_at"),
+        (&["SET", r#"{"user":"a","expires_at":"S3CRET"}"#], "expires_at"),
+        (&["SET", r#"{"user":"a","revoked":true,"revoked":false}"#], "a key twice"),
         (&["HSET", "user", "a", "revoked", "S3CRET"], "revoked"),
     ] {
         set(command);
@@ -426,15 +429,15 @@ async fn values_that_make_no_sense_are_no_answer() {
 async fn an_edit_keeps_the_end_of_a_key_and_what_others_wrote() {
     let server = Redis::start(&Options::default());
     let mut admin = admin(&settings(&[server.address()])).await;
-    server.cli(&["SET", &key("json"), r#"{"user":"a","theirs":[1]}"#, "EX", "1000"]);
-    server.cli(&["HSET", &key("hash"), "user", "a", "theirs", "1"]);
+    server.cli(&["SET", &key("json"), r#"{"user":"a","x_theirs":[1]}"#, "EX", "1000"]);
+    server.cli(&["HSET", &key("hash"), "user", "a", "x_theirs", "1"]);
     for token in ["json", "hash"] {
         assert!(admin.revoke(&Digest::of(token.as_bytes()), 1_760_000_000).await.unwrap());
     }
     let json = server.cli(&["GET", &key("json")]);
-    assert!(json.contains(r#""theirs":[1]"#) && json.contains(r#""revoked":1760000000"#), "{json}");
+    assert!(json.contains(r#""x_theirs":[1]"#) && json.contains(r#""revoked":1760000000"#), "{json}");
     assert!(server.cli(&["TTL", &key("json")]).parse::<i64>().unwrap() > 900);
-    assert_eq!(server.cli(&["HMGET", &key("hash"), "theirs", "revoked"]), "1\n1760000000");
+    assert_eq!(server.cli(&["HMGET", &key("hash"), "x_theirs", "revoked"]), "1\n1760000000");
 }
 
 #[tokio::test]
@@ -577,6 +580,138 @@ async fn sentinels_lead_to_the_new_master() {
     let unknown = RedisSettings { topology: Topology::Sentinel { master: "other".into() }, ..settings };
     let why = ask(&*open(&unknown), b"known").await.unwrap_err();
     assert!(why.to_string().contains("watches no such master"), "{why}");
+}
+
+/// The first of three sentinels hangs: neither a start nor a lost connection waits for it.
+#[tokio::test]
+async fn a_frozen_sentinel_keeps_nobody_waiting() {
+    let watched = Watched::start();
+    let settings =
+        RedisSettings { topology: Topology::Sentinel { master: "main".into() }, ..settings(&watched.addresses()) };
+    admin(&settings).await.create(&record("known")).await.unwrap();
+    watched.sentinels[0].freeze();
+    let store = open(&settings);
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    let heard = ear.hearing(begin).await - begin;
+    assert!(lookup(&*store, b"known").await.is_some());
+    println!("sentinel: with the first one frozen: hears after {heard:.1?}, answers after {:.1?}", begin.elapsed());
+    assert!(heard < Duration::from_millis(900) && begin.elapsed() < LAG, "{heard:?}");
+    let before = Instant::now();
+    watched.master.cut();
+    assert!(ear.hearing(before).await - before < LAG);
+    watched.sentinels[0].thaw();
+}
+
+/// A server that takes no writes cannot enter a gateway in the register; it is heard nevertheless, and the log has the cause.
+#[tokio::test]
+async fn a_server_that_takes_no_writes_is_heard() {
+    let server = Redis::start(&Options::default());
+    let settings = settings(&[server.address()]);
+    let mut writer = admin(&settings).await;
+    writer.create(&record("known")).await.unwrap();
+    let store = open(&settings);
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    for (refuse, allow, code) in [
+        (["maxmemory", "1"], ["maxmemory", "0"], "OOM"),
+        (["min-replicas-to-write", "1"], ["min-replicas-to-write", "0"], "NOREPLICAS"),
+    ] {
+        server.cli(&["CONFIG", "SET", refuse[0], refuse[1]]);
+        let why = writer.create(&record("more")).await.unwrap_err().to_string();
+        assert!(why.contains(code), "{why}");
+        let before = Instant::now();
+        server.cut();
+        assert!(ear.hearing(before).await - before < LAG, "{code}");
+        assert!(lookup(&*store, b"known").await.is_some());
+        server.cli(&["CONFIG", "SET", allow[0], allow[1]]);
+        writer = admin(&settings).await;
+        // It is in the register again within a second.
+        let (mut waited, before) = (Vec::new(), Instant::now());
+        while waited.is_empty() && before.elapsed() < PATIENCE {
+            waited = writer.wait(PATIENCE).await.unwrap();
+        }
+        assert_eq!(waited.len(), 1, "{code}");
+    }
+}
+
+/// The ACL rules of docs/stores.md, as they stand there: what each is for works, on a server that allows nothing else.
+#[tokio::test]
+async fn the_documented_acl_rules_are_enough() {
+    let document = std::fs::read_to_string("docs/stores.md").unwrap();
+    assert!(document.contains(&format!("`notify-keyspace-events` with `{KEYSPACE_EVENTS}`")));
+    let rules: Vec<&str> = document.lines().filter(|line| line.starts_with("ACL SETUSER ")).collect();
+    let server = Redis::start(&Options::default());
+    server.cli(&["CONFIG", "SET", "notify-keyspace-events", KEYSPACE_EVENTS]);
+    let mut users = Vec::new();
+    for rule in &rules {
+        let words: Vec<String> = rule.replace(">PASSWORD", ">S3CRET").split(' ').map(str::to_owned).collect();
+        server.cli(&words.iter().map(String::as_str).collect::<Vec<_>>());
+        users.push(words[2].clone());
+    }
+    assert_eq!(users, ["gateway", "gateway-keyspace", "admin", "auditor"]);
+    let of = |user: &str, changes| RedisSettings {
+        username: Some(user.into()),
+        password: Some(Secret::new("S3CRET")),
+        changes,
+        prefix: "tollgate:token:".into(),
+        ..settings(&[server.address()])
+    };
+    let channel = || RedisChanges::Channel("tollgate:change".into());
+    let mut writer = admin(&of("admin", channel())).await;
+    writer.create(&record("known")).await.unwrap();
+    let mut records = ["one", "two"].into_iter().map(|token| Ok(record(token)));
+    assert_eq!(writer.import(&mut records).await.unwrap().new, 2);
+    let mut gateways = Vec::new();
+    for (user, changes) in [("gateway", channel()), ("gateway-keyspace", RedisChanges::Keyspace)] {
+        let store = open(&of(user, changes));
+        let begin = Instant::now();
+        let ear = Ear::on(&store);
+        ear.hearing(begin).await;
+        assert!(lookup(&*store, b"known").await.is_some(), "{user}");
+        gateways.push((user, store, ear));
+    }
+    let before = Instant::now();
+    assert!(writer.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap());
+    assert_eq!(writer.wait(PATIENCE).await.unwrap().len(), 1, "the one of the channel");
+    for (user, store, ear) in &gateways {
+        ear.change_of(before, &**store, "known").await;
+        assert!(lookup(&**store, b"known").await.unwrap().revoked.is_some(), "{user}");
+    }
+    writer.rotate(&Digest::of(b"one"), &record("next"), 1_760_000_000, 1_960_000_000).await.unwrap();
+    assert!(writer.block(&record("two").user, true).await.unwrap() > 0);
+    let before = Instant::now();
+    server.cli(&["FLUSHALL"]);
+    for (user, _, ear) in &gateways {
+        ear.heard(before, user, |event| *event == Event::Hearing).await;
+    }
+    writer.create(&record("known")).await.unwrap();
+    let mut auditor = admin(&of("auditor", channel())).await;
+    assert_eq!(auditor.list().await.unwrap().len(), 1);
+    assert_eq!(auditor.find(&Digest::of(b"known").to_hex()[..12]).await.unwrap().len(), 1);
+    assert!(auditor.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap_err().to_string().contains("NOPERM"));
+}
+
+/// The commands of docs/stores.md for reading by hand, as they stand there.
+#[test]
+fn records_are_read_by_hand_as_documented() {
+    let document = std::fs::read_to_string("docs/stores.md").unwrap();
+    let begin = document.find("Reading by hand").expect("a section");
+    let block = document[begin..].split("```").nth(1).unwrap().strip_prefix("sh\n").unwrap();
+    let server = Redis::start(&Options::default());
+    server.cli(&["SET", &format!("tollgate:token:{}", Digest::of(b"json").to_hex()), "{\"user\":\"ann\"}"]);
+    server.cli(&["HSET", &format!("tollgate:token:{}", Digest::of(b"hash").to_hex()), "user", "bob"]);
+    for (token, user) in [("json", "ann"), ("hash", "bob")] {
+        let script = format!("redis-cli() {{ command redis-cli -p {} \"$@\"; }}\ntoken={token}\n{block}", server.port);
+        let output = std::process::Command::new("bash").args(["-ec", &script]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(said.contains(user), "{token}: {said}");
+        for other in ["json", "hash"] {
+            assert!(said.contains(&Digest::of(other.as_bytes()).to_hex()), "all are listed: {said}");
+        }
+    }
 }
 
 #[tokio::test]
