@@ -19,7 +19,7 @@ pub(super) struct TokenOptions {
     /// Configuration file with the store
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// Name of the [[store]] (default: the first writable one)
+    /// Name of the [[store]] (default: the first writable one; for show, rotate and revoke the first that has the token)
     #[arg(long, value_name = "NAME")]
     store: Option<String>,
     /// Print JSON
@@ -189,6 +189,15 @@ impl OpenStore {
         }
     }
 
+    /// Names the records that were left out because they cannot be read. Returns how many.
+    fn name_unreadable(&mut self) -> usize {
+        let unreadable = self.admin.take_unreadable();
+        for what in &unreadable {
+            eprintln!("left out, store {}: {}", self.store, plain(what));
+        }
+        unreadable.len()
+    }
+
     /// Names the stores that a change does not affect.
     fn note_others(&self) {
         let others: Vec<_> =
@@ -293,8 +302,7 @@ fn hand_over(options: &TokenOptions, token: &str, record: &TokenRecord) -> Resul
 }
 
 async fn rotate(options: &TokenOptions, id: &str, overlap: Duration, expires: Option<u64>) -> Result<(), Failure> {
-    let mut opened = open(options).await?;
-    let old = find(&mut opened, id).await?;
+    let (mut opened, old) = find(options, id).await?;
     let (token, at) = (new_token()?, now());
     let lifetime = match (expires, old.expires) {
         (Some(_), _) | (None, None) => None,
@@ -381,32 +389,66 @@ fn moment(option: &str, text: Option<&str>) -> Result<Option<u64>, Failure> {
     }
 }
 
+/// Prints each record as it comes: there may be millions.
 async fn list(options: &TokenOptions) -> Result<(), Failure> {
     let mut opened = open(options).await?;
-    let records = opened.admin.list().await?;
-    if options.json {
-        let shown: Vec<_> = records.iter().map(ShownRecord::from).collect();
-        say!("{}", serde_json::to_string(&shown)?)?;
-        return Ok(());
+    let notes_uses = opened.admin.notes_uses();
+    let (mut count, mut progress) = (0, Progress::new("tokens"));
+    let mut out = std::io::BufWriter::new(std::io::stdout());
+    if !options.json {
+        let header = format_args!(
+            "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  DESCRIPTION",
+            "ID", "USER", "CREATED", "LAST USED", "STATE"
+        );
+        writeln!(out, "{header}")?;
     }
-    say!("{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  DESCRIPTION", "ID", "USER", "CREATED", "LAST USED", "STATE")?;
-    for record in &records {
-        let last_used = last_used(&opened, record);
-        say!(
-            "{:<12}  {:<20}  {:<20}  {last_used:<20}  {:<8}  {}",
-            record.digest.id().to_string(),
-            plain(&record.user),
-            rfc3339(record.created),
-            state(record),
-            plain(&record.description)
-        )?;
+    let mut printed = Ok(());
+    let mut each = |record| {
+        count += 1;
+        progress.tick(count);
+        printed = print_listed(&mut out, options.json, count == 1, notes_uses, &record);
+        // Whoever reads may have seen enough.
+        if printed.is_ok() { Ok(()) } else { Err(AdminError::Input("standard output".into())) }
+    };
+    let visited = opened.admin.visit(&mut each).await;
+    progress.end();
+    let end = if count == 0 { "[]" } else { "]" };
+    let printed = printed.and_then(|()| if options.json { writeln!(out, "{end}") } else { Ok(()) });
+    match printed.and_then(|()| out.flush()) {
+        Err(gone) if gone.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
+        printed => printed.context("standard output")?,
     }
+    visited?;
+    opened.name_unreadable();
     Ok(())
 }
 
+fn print_listed(
+    out: &mut impl std::io::Write,
+    json: bool,
+    is_first: bool,
+    notes_uses: bool,
+    record: &TokenRecord,
+) -> std::io::Result<()> {
+    if json {
+        let shown = serde_json::to_string(&ShownRecord::from(record))?;
+        return write!(out, "{}{shown}", if is_first { "[" } else { "," });
+    }
+    writeln!(
+        out,
+        "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  {}",
+        record.digest.id().to_string(),
+        plain(&record.user),
+        rfc3339(record.created),
+        last_used(notes_uses, record),
+        state(record),
+        plain(&record.description)
+    )
+}
+
 /// In a store without recorded uses, the last use of a token is unknown.
-fn last_used(opened: &OpenStore, record: &TokenRecord) -> String {
-    let none = if opened.admin.notes_uses() { "never" } else { "not recorded" };
+fn last_used(notes_uses: bool, record: &TokenRecord) -> String {
+    let none = if notes_uses { "never" } else { "not recorded" };
     record.last_used.map_or_else(|| none.into(), rfc3339)
 }
 
@@ -426,25 +468,55 @@ fn state(record: &TokenRecord) -> &'static str {
     }
 }
 
-/// The token with an id, or the one on standard input.
-async fn find(opened: &mut OpenStore, id: &str) -> anyhow::Result<TokenRecord> {
+/// The token with an id, or the one on standard input, and the store that it is in: the one that is named, else the first
+/// that has it of those that tollgate can read by digest, in their order, as a gateway asks them.
+async fn find(options: &TokenOptions, id: &str) -> Result<(OpenStore, TokenRecord), Failure> {
+    let settings = super::load(&options.config)?;
     let prefix = if id == "-" {
         Digest::of(&token_on_input()?).to_hex()
     } else {
         let hex = id.to_ascii_lowercase();
         if hex.len() < 6 || hex.len() > 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
-            bail!(
+            return Err(anyhow!(
                 "an id is 6 to 64 hex digits of the token's SHA-256; to use the token itself, pass - and write it to standard input"
-            );
+            )
+            .into());
         }
         hex
     };
-    let mut found = opened.admin.find(&prefix).await?;
-    match (found.pop(), found.len()) {
-        (Some(record), 0) => Ok(record),
-        (None, _) => bail!("no such token in store {}", opened.store),
-        (Some(_), more) => bail!("{} tokens begin with {prefix}: give more digits", more + 1),
+    let candidates: Vec<&NamedStore> = match options.store.as_deref() {
+        None if settings.stores.iter().any(|store| store.kind.is_writable()) => {
+            settings.stores.iter().filter(|store| store.kind.is_writable()).collect()
+        }
+        name => vec![chosen(&settings, name)?],
+    };
+    let mut asked = Vec::new();
+    for store in &candidates {
+        let mut admin =
+            writer(store, MissingStore::ReadEmpty).await.with_context(|| format!("store {}", store.name))?;
+        let mut found = admin.find(&prefix).await.with_context(|| format!("store {}", store.name))?;
+        match (found.pop(), found.len()) {
+            (Some(record), 0) => {
+                let store = store.name.clone();
+                return Ok((OpenStore { settings, store, admin }, record));
+            }
+            (Some(_), more) => {
+                let tokens = more + 1;
+                return Err(
+                    anyhow!("{tokens} tokens of store {} begin with {prefix}: give more digits", store.name).into()
+                );
+            }
+            (None, _) => {}
+        }
+        if let Some(what) = admin.take_unreadable().first() {
+            return Err(anyhow!("store {}: {}", store.name, plain(what)).into());
+        }
+        asked.push(store.name.as_str());
     }
+    let others: Vec<_> =
+        settings.stores.iter().map(|store| store.name.as_str()).filter(|name| !asked.contains(name)).collect();
+    let not_asked = if others.is_empty() { String::new() } else { format!("; not asked: {}", others.join(", ")) };
+    Err(anyhow!("no such token in store {}{not_asked}", asked.join(" or ")).into())
 }
 
 /// Reads standard input, which must contain exactly one token.
@@ -474,8 +546,7 @@ fn token_on_input() -> anyhow::Result<Vec<u8>> {
 }
 
 async fn show(options: &TokenOptions, id: &str) -> Result<(), Failure> {
-    let mut opened = open(options).await?;
-    let record = find(&mut opened, id).await?;
+    let (opened, record) = find(options, id).await?;
     print_record(options, &opened, &record)
 }
 
@@ -487,6 +558,9 @@ fn print_record(options: &TokenOptions, opened: &OpenStore, record: &TokenRecord
     }
     let or = |value: Option<String>, none: &str| value.unwrap_or_else(|| none.into());
     say!("id           {}", shown.id)?;
+    if opened.settings.stores.len() > 1 {
+        say!("store        {}", opened.store)?;
+    }
     say!("state        {}", state(record))?;
     say!("user         {}", plain(&shown.user))?;
     say!("scopes       {}", plain(&shown.scopes.join(" ")))?;
@@ -506,7 +580,7 @@ fn print_record(options: &TokenOptions, opened: &OpenStore, record: &TokenRecord
         "revoked      {}",
         if record.revoked.is_some_and(is_unknown) { "yes".into() } else { or(shown.revoked, "no") }
     )?;
-    say!("last used    {}", last_used(opened, record))?;
+    say!("last used    {}", last_used(opened.admin.notes_uses(), record))?;
     say!("sha256       {}", shown.sha256)?;
     Ok(())
 }
@@ -517,8 +591,7 @@ const fn is_unknown(revoked: u64) -> bool {
 }
 
 async fn revoke(options: &TokenOptions, id: &str, wait: Option<Duration>) -> Result<(), Failure> {
-    let mut opened = open(options).await?;
-    let record = find(&mut opened, id).await?;
+    let (mut opened, record) = find(options, id).await?;
     let revoked = opened.admin.revoke(&record.digest, now()).await?;
     let record = opened.confirmed(&record.digest, |record| record.revoked.is_some()).await?;
     let id = record.digest.id();
@@ -594,7 +667,18 @@ async fn block(options: &TokenOptions, user: &str, blocked: bool) -> Result<(), 
         }
     }
     opened.note_others();
-    Ok(())
+    match opened.name_unreadable() {
+        0 => Ok(()),
+        count => {
+            let how = if blocked { "blocked" } else { "unblocked" };
+            let what = format!(
+                "{} could not be read, and may be of {name}: correct or remove what is named above; {name} is \
+                {how} but for these",
+                tokens(count)
+            );
+            Err(anyhow!(what).into())
+        }
+    }
 }
 
 fn tokens(count: usize) -> String {
@@ -610,7 +694,7 @@ async fn import(options: &TokenOptions, file: &std::path::Path) -> Result<(), Fa
     };
     let blocked = opened.admin.blocked_users().await?;
     let started = Instant::now();
-    let mut progress = Progress::new();
+    let mut progress = Progress::new("lines");
     let mut reading = Reading::new(input, now());
     let mut held_back: BTreeSet<String> = BTreeSet::new();
     // Atomic: an invalid entry leaves the store unchanged.
@@ -661,12 +745,15 @@ async fn import(options: &TokenOptions, file: &std::path::Path) -> Result<(), Fa
 
 /// A progress display on a terminal.
 struct Progress {
+    what: &'static str,
     shown: Option<Instant>,
 }
 
 impl Progress {
-    fn new() -> Self {
-        Self { shown: std::io::stderr().is_terminal().then(Instant::now) }
+    fn new(what: &'static str) -> Self {
+        // Where both are on one terminal, what is printed is the progress.
+        let shows = std::io::stderr().is_terminal() && (what == "lines" || !std::io::stdout().is_terminal());
+        Self { what, shown: shows.then(Instant::now) }
     }
 
     fn tick(&mut self, count: u64) {
@@ -675,7 +762,7 @@ impl Progress {
         {
             *shown = Instant::now();
             // The progress display is optional.
-            let _ = write!(std::io::stderr(), "\r{count} lines");
+            let _ = write!(std::io::stderr(), "\r{count} {}", self.what);
         }
     }
 

@@ -252,6 +252,9 @@ pub trait TokenStore: Send + Sync {
 /// Records on their way in; the first error ends an import.
 pub type Records<'a> = &'a mut (dyn Iterator<Item = Result<TokenRecord, AdminError>> + Send);
 
+/// Takes records one by one; its first error ends what was to be visited.
+pub type Visitor<'a> = &'a mut (dyn FnMut(TokenRecord) -> Result<(), AdminError> + Send);
+
 /// Writing, which only stores of our own can do. Used by the command line, never by the gateway.
 #[async_trait]
 pub trait TokenAdmin: Send {
@@ -259,8 +262,17 @@ pub trait TokenAdmin: Send {
     async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError>;
     /// Adds many at once. Those that are there already stay as they are. All or nothing.
     async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError>;
-    /// Newest first.
+    /// Newest first, in memory.
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError>;
+    /// Newest first, one after the other: for stores of any size.
+    async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
+        self.list().await?.into_iter().try_for_each(each)
+    }
+    /// Takes the records that were found since the last call and could not be read, with what is wrong with each. They are
+    /// left out of what was returned, and unchanged.
+    fn take_unreadable(&mut self) -> Vec<String> {
+        Vec::new()
+    }
     /// All tokens whose digest begins with these hex digits, up to 100.
     async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError>;
     /// All tokens of a user, newest first.
@@ -302,13 +314,19 @@ pub enum AdminError {
     /// What was to be imported.
     #[error("{0}")]
     Input(String),
+    /// One record, and what is wrong with it.
+    #[error("{0}")]
+    Unreadable(String),
     #[error("{0}")]
     Store(String),
 }
 
 impl From<StoreError> for AdminError {
     fn from(error: StoreError) -> Self {
-        Self::Store(error.to_string())
+        match error {
+            StoreError::Garbage(what) => Self::Unreadable(what),
+            error => Self::Store(error.to_string()),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! every store in this process, against its real server.
 
 mod alerts;
+mod commands;
 mod contract;
 mod crowd;
 mod faults;

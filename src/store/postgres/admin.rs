@@ -1,6 +1,6 @@
 //! Writing tokens to tollgate's own tables. Used by the command line, never by a gateway.
 
-use super::super::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
+use super::super::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord, Visitor};
 use super::connect::{self, QueryFailure, Reached, Target};
 use super::schema::{self, Parameters};
 use super::{PostgresSettings, Source};
@@ -117,6 +117,10 @@ impl PostgresAdmin {
     }
 }
 
+const NEWEST_FIRST: &str = "ORDER BY created DESC, digest";
+/// Rows in memory while all are visited.
+const VISITED_AT_ONCE: i32 = 5_000;
+
 fn own_schema(settings: &PostgresSettings) -> Result<&str, AdminError> {
     match &settings.source {
         Source::Own { schema } => Ok(schema),
@@ -205,7 +209,25 @@ impl TokenAdmin for PostgresAdmin {
     }
 
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
-        self.records("ORDER BY created DESC, digest", &[]).await
+        self.records(NEWEST_FIRST, &[]).await
+    }
+
+    /// In slices of one portal: the server sorts, and what arrives is what was asked for.
+    async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
+        let sql = self.fill(&format!("SELECT {} FROM {{schema}}.token {NEWEST_FIRST}", schema::COLUMNS));
+        let place = self.session.place.clone();
+        let failed = |error: Error| failed(&place, &error);
+        let transaction = self.session.client.transaction().await.map_err(failed)?;
+        let portal = transaction.bind(&sql, &[]).await.map_err(failed)?;
+        loop {
+            let rows = transaction.query_portal(&portal, VISITED_AT_ONCE).await.map_err(failed)?;
+            if rows.is_empty() {
+                return Ok(());
+            }
+            for row in &rows {
+                each(schema::record(row, 0).map_err(|failure| garbled(&place, &failure))?)?;
+            }
+        }
     }
 
     async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {

@@ -2,7 +2,9 @@
 //! it, and then publishes the notification, never before the value. In a cluster a script reaches one slot only, so a
 //! change of two tokens takes two steps there, in an order that loses nothing.
 
-use super::super::{AdminError, Confirmations, Differing, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
+use super::super::{
+    AdminError, Confirmations, Differing, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord, Visitor,
+};
 use super::follow::WAIT_KEPT;
 use super::link::{Connector, RedisConnection, failed};
 use super::record::{Stored, edited, to_json};
@@ -12,7 +14,9 @@ use async_trait::async_trait;
 use futures_util::{StreamExt as _, stream};
 use redis::{RedisError, Value};
 use serde_json::{Value as Json, json};
-use std::collections::{BTreeMap, HashSet};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 const ANSWER: Duration = Duration::from_secs(10);
@@ -60,6 +64,8 @@ pub struct RedisAdmin {
     keys: Keys,
     channel: Option<String>,
     default_scopes: Vec<String>,
+    /// Records that could not be read, by their digest.
+    unreadable: BTreeMap<[u8; 32], String>,
 }
 
 /// The change of one key.
@@ -104,7 +110,14 @@ impl RedisAdmin {
         };
         let keys = Keys { prefix: settings.prefix.clone() };
         let default_scopes = settings.default_scopes.clone();
-        Ok(Self { link: connector.open().await?, connector, keys, channel, default_scopes })
+        Ok(Self {
+            link: connector.open().await?,
+            connector,
+            keys,
+            channel,
+            default_scopes,
+            unreadable: BTreeMap::new(),
+        })
     }
 
     fn is_cluster(&self) -> bool {
@@ -150,37 +163,95 @@ impl RedisAdmin {
         Ok(stored.parse(digest, &self.default_scopes).map_err(|wrong| wrong.of(digest))?)
     }
 
-    /// The records whose digest begins with these digits, up to a maximum number.
-    async fn scan(&mut self, hex: &str, most: usize) -> Result<Vec<TokenRecord>, AdminError> {
+    /// Passes on the records whose digest begins with these digits, in no order, some of them twice, until `each` says that
+    /// it is enough. Those that cannot be read are noted and left out.
+    async fn scan(
+        &mut self,
+        hex: &str,
+        mut each: impl FnMut(TokenRecord) -> ControlFlow<()> + Send,
+    ) -> Result<(), AdminError> {
         let pattern = self.keys.pattern(hex);
-        let nodes = if self.is_cluster() { self.connector.masters().await? } else { vec![self.link.clone()] };
-        // A scan may return a key twice.
-        let mut found = BTreeMap::new();
-        for mut node in nodes {
-            let mut cursor = 0_u64;
-            loop {
-                let page = redis::cmd("SCAN").arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(BATCH * 5).take();
-                let (next, keys): (u64, Vec<Vec<u8>>) = node.ask(&page).await?;
-                let keys = keys.into_iter().filter_map(|key| String::from_utf8(key).ok());
-                let digests: Vec<_> = keys.filter_map(|key| self.keys.digest(&key)).collect();
-                for digests in digests.chunks(BATCH) {
-                    let mut pipe = redis::Pipeline::new();
-                    pipe.ignore_errors();
-                    digests.iter().for_each(|digest| read(&mut pipe, &self.keys.token(digest)));
-                    let answers: Vec<Value> = pipe.query_async(&mut node).await.map_err(|error| broken(&error))?;
-                    for (digest, answers) in digests.iter().zip(answers.chunks(2)) {
-                        if let Found::Record(stored) = stored(answers, *digest)? {
-                            found.insert(*digest.as_bytes(), self.parse(&stored, *digest)?);
+        for _ in 0..ATTEMPTS {
+            let before = self.connector.layout().await?;
+            let nodes = if self.is_cluster() { self.connector.masters().await? } else { vec![self.link.clone()] };
+            for mut node in nodes {
+                let mut cursor = 0_u64;
+                loop {
+                    let page = redis::cmd("SCAN").arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(BATCH).take();
+                    let (next, keys): (u64, Vec<Vec<u8>>) = node.ask(&page).await?;
+                    let keys = keys.into_iter().filter_map(|key| String::from_utf8(key).ok());
+                    let digests: Vec<_> = keys.filter_map(|key| self.keys.digest(&key)).collect();
+                    for (digest, record) in self.read_at(&mut node, &digests).await? {
+                        match record {
+                            Ok(Some(record)) => {
+                                if each(record).is_break() {
+                                    return Ok(());
+                                }
+                            }
+                            Ok(None) => {}
+                            Err(why) => drop(self.unreadable.insert(*digest.as_bytes(), why)),
                         }
                     }
-                }
-                cursor = next;
-                if cursor == 0 || found.len() >= most {
-                    break;
+                    cursor = next;
+                    if cursor == 0 {
+                        break;
+                    }
                 }
             }
+            // A key that moved from a node that was not scanned yet to one that was is on neither list.
+            if self.connector.layout().await? == before {
+                return Ok(());
+            }
         }
-        Ok(found.into_values().take(most).collect())
+        Err(AdminError::Store("the cluster moves slots all the time: try again when it is done".into()))
+    }
+
+    /// The records of some keys on a node that has them, or had them a moment ago. An error is what is wrong with a record.
+    async fn read_at(
+        &mut self,
+        node: &mut RedisConnection,
+        digests: &[Digest],
+    ) -> Result<Vec<(Digest, Result<Option<TokenRecord>, String>)>, AdminError> {
+        let mut records = Vec::with_capacity(digests.len());
+        if digests.is_empty() {
+            return Ok(records);
+        }
+        let mut pipe = redis::Pipeline::new();
+        pipe.ignore_errors();
+        digests.iter().for_each(|digest| read(&mut pipe, &self.keys.token(digest)));
+        let answers: Vec<Value> = pipe.query_async(node).await.map_err(|error| broken(&error))?;
+        for (digest, answers) in digests.iter().zip(answers.chunks(2)) {
+            let record = match stored(answers, *digest) {
+                _ if self.is_cluster() && answers.iter().any(is_elsewhere) => self.get(digest).await,
+                Ok(Found::Record(stored)) => self.parse(&stored, *digest).map(|record| Some((stored, record))),
+                Ok(Found::Nothing) => Ok(None),
+                Ok(Found::Changing) => self.get(digest).await,
+                Err(error) => Err(error.into()),
+            };
+            records.push((
+                *digest,
+                match record {
+                    Ok(found) => Ok(found.map(|(_, record)| record)),
+                    Err(AdminError::Unreadable(why)) => Err(why),
+                    Err(error) => return Err(error),
+                },
+            ));
+        }
+        Ok(records)
+    }
+
+    /// Every record once, in no order.
+    async fn all(&mut self, mut is: impl FnMut(&TokenRecord) -> bool + Send) -> Result<Vec<TokenRecord>, AdminError> {
+        // A scan may return a key twice.
+        let mut found = BTreeMap::new();
+        self.scan("", |record| {
+            if is(&record) {
+                found.insert(*record.digest.as_bytes(), record);
+            }
+            ControlFlow::Continue(())
+        })
+        .await?;
+        Ok(found.into_values().collect())
     }
 
     /// The records of some tokens, in their order.
@@ -247,6 +318,11 @@ impl RedisAdmin {
     }
 }
 
+/// The key is on another node, or on its way there.
+fn is_elsewhere(value: &Value) -> bool {
+    matches!(value, Value::ServerError(error) if matches!(error.code(), "MOVED" | "ASK" | "TRYAGAIN"))
+}
+
 fn contended(digest: Digest) -> AdminError {
     AdminError::Store(format!("token {}: somebody else changes it all the time; try again", digest.id()))
 }
@@ -298,9 +374,71 @@ impl TokenAdmin for RedisAdmin {
     }
 
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
-        let mut records = self.scan("", usize::MAX).await?;
-        records.sort_by_key(|record| std::cmp::Reverse(record.created));
+        let mut records = self.all(|_| true).await?;
+        records.sort_by_key(|record| Reverse(record.created));
         Ok(records)
+    }
+
+    /// Their order takes 40 bytes for each; the records are read again in that order.
+    async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
+        let mut order = Vec::new();
+        self.scan("", |record| {
+            order.push((Reverse(record.created), *record.digest.as_bytes()));
+            ControlFlow::Continue(())
+        })
+        .await?;
+        order.sort_unstable();
+        order.dedup();
+        for batch in order.chunks(BATCH) {
+            let digests: Vec<_> = batch.iter().map(|(_, bytes)| Digest::from_bytes(*bytes)).collect();
+            let records = if self.is_cluster() {
+                let mut records = Vec::with_capacity(digests.len());
+                for digest in &digests {
+                    records.push((
+                        *digest,
+                        match self.get(digest).await {
+                            Ok(found) => Ok(found.map(|(_, record)| record)),
+                            Err(AdminError::Unreadable(why)) => Err(why),
+                            Err(error) => return Err(error),
+                        },
+                    ));
+                }
+                records
+            } else {
+                let mut node = self.link.clone();
+                self.read_at(&mut node, &digests).await?
+            };
+            for (digest, record) in records {
+                match record {
+                    Ok(Some(record)) => each(record)?,
+                    Ok(None) => {}
+                    Err(why) => drop(self.unreadable.insert(*digest.as_bytes(), why)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn of_user(&mut self, user: &str) -> Result<Vec<TokenRecord>, AdminError> {
+        let mut records = self.all(|record| record.user == user).await?;
+        records.sort_by_key(|record| Reverse(record.created));
+        Ok(records)
+    }
+
+    async fn blocked_users(&mut self) -> Result<BTreeSet<String>, AdminError> {
+        let mut users = BTreeSet::new();
+        self.scan("", |record| {
+            if record.blocked {
+                users.insert(record.user);
+            }
+            ControlFlow::Continue(())
+        })
+        .await?;
+        Ok(users)
+    }
+
+    fn take_unreadable(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.unreadable).into_values().collect()
     }
 
     async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
@@ -310,7 +448,15 @@ impl TokenAdmin for RedisAdmin {
         }
         match Digest::from_hex(&hex) {
             Some(digest) => Ok(self.get(&digest).await?.map(|(_, record)| record).into_iter().collect()),
-            None => self.scan(&hex, FOUND_MOST).await,
+            None => {
+                let mut found = BTreeMap::new();
+                self.scan(&hex, |record| {
+                    found.insert(*record.digest.as_bytes(), record);
+                    if found.len() < FOUND_MOST { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+                })
+                .await?;
+                Ok(found.into_values().collect())
+            }
         }
     }
 
@@ -359,9 +505,9 @@ impl TokenAdmin for RedisAdmin {
     /// One token after the other. After a failure the others are unchanged, and repeating the command continues.
     async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
         let mut changed = 0;
-        for record in self.scan("", usize::MAX).await? {
+        for record in self.all(|record| record.user == user && record.blocked != blocked).await? {
             let mut attempts = 0;
-            let mut open = record.user == user && record.blocked != blocked;
+            let mut open = true;
             while open {
                 let Some((was, now)) = self.get(&record.digest).await? else { break };
                 if now.user != user || now.blocked == blocked {

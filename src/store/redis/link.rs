@@ -399,6 +399,26 @@ impl Connector {
         Ok(links)
     }
 
+    /// Which node of a cluster has which keys, and which are on their way; to be compared.
+    pub(super) async fn layout(&self) -> Result<Vec<String>, StoreError> {
+        if self.cluster.is_none() {
+            return Ok(Vec::new());
+        }
+        let mut all = Vec::new();
+        for mut node in self.masters().await? {
+            let nodes: String = node.ask(redis::cmd("CLUSTER").arg("NODES")).await?;
+            // `id address flags master ping pong epoch state slots…`; only a node itself knows what it moves.
+            let own = nodes.lines().filter(|line| line.contains("myself"));
+            all.extend(own.map(|line| {
+                let words: Vec<&str> = line.split(' ').collect();
+                let slots = words.get(8..).unwrap_or_default().join(" ");
+                format!("{} {slots}", words.first().unwrap_or(&""))
+            }));
+        }
+        all.sort_unstable();
+        Ok(all)
+    }
+
     async fn connect(
         &self,
         at: &Address,

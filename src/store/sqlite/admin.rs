@@ -3,7 +3,7 @@
 use super::{COLUMNS, NOW_MS, last_seq, lookup, open, record};
 use crate::store::credential::Digest;
 use crate::store::record::{FieldValue, RecordField};
-use crate::store::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord};
+use crate::store::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord, Visitor};
 use async_trait::async_trait;
 use rusqlite::types::Value;
 use rusqlite::{CachedStatement, Connection, params, params_from_iter};
@@ -66,6 +66,10 @@ fn insert(statement: &mut CachedStatement<'_>, record: &TokenRecord) -> rusqlite
     ))
 }
 
+fn list_sql() -> String {
+    format!("SELECT {COLUMNS} FROM token ORDER BY created DESC, digest")
+}
+
 fn seconds(time: u64) -> i64 {
     i64::try_from(time).unwrap_or(i64::MAX)
 }
@@ -112,9 +116,17 @@ impl TokenAdmin for SqliteAdmin {
     }
 
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
-        let mut query = self.db.prepare(&format!("SELECT {COLUMNS} FROM token ORDER BY created DESC, digest"))?;
+        let mut query = self.db.prepare(&list_sql())?;
         let records = query.query_map([], record)?.collect::<Result<_, _>>()?;
         Ok(records)
+    }
+
+    async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
+        let mut query = self.db.prepare(&list_sql())?;
+        for found in query.query_map([], record)? {
+            each(found?)?;
+        }
+        Ok(())
     }
 
     async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {

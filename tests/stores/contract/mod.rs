@@ -672,6 +672,29 @@ async fn many_rows(subject: &dyn Subject) {
         assert!(lookup(&*store, format!("row-{row}").as_bytes()).await.is_some());
     }
     assert_eq!(lookup(&*store, format!("row-{rows}").as_bytes()).await, None);
+    // Each once and newest first, as in the list.
+    let mut visited = Vec::new();
+    let mut each = |record: TokenRecord| {
+        visited.push((record.created, record.digest));
+        Ok(())
+    };
+    admin.visit(&mut each).await.unwrap();
+    assert!(visited.windows(2).all(|pair| pair[0].0 >= pair[1].0), "{}", subject.name());
+    let distinct: std::collections::HashSet<_> = visited.iter().map(|(_, digest)| *digest).collect();
+    assert_eq!(
+        (visited.len(), distinct.len()),
+        (admin.list().await.unwrap().len(), visited.len()),
+        "{}",
+        subject.name()
+    );
+    let mut count = 0;
+    let mut some = |_| {
+        count += 1;
+        if count < 10 { Ok(()) } else { Err(AdminError::Input("enough".into())) }
+    };
+    assert!(matches!(admin.visit(&mut some).await, Err(AdminError::Input(_))));
+    assert_eq!(count, 10);
+    assert!(admin.list().await.unwrap().len() >= rows, "and goes on as before");
 }
 
 async fn nonsense_is_no_answer(subject: &dyn Subject) {

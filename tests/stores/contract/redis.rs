@@ -425,6 +425,38 @@ async fn values_that_make_no_sense_are_no_answer() {
     assert_eq!(lookup(&*store, b"known").await, None, "the key has expired");
 }
 
+/// `HSET key user x revoked 1`, by hand.
+#[tokio::test]
+async fn a_record_that_cannot_be_read_is_named_and_left_out() {
+    let server = Redis::start(&Options::default());
+    let mut admin = admin(&settings(&[server.address()])).await;
+    for token in ["one", "two"] {
+        admin.create(&record(token)).await.unwrap();
+    }
+    server.cli(&["HSET", &key("by hand"), "user", "ann", "revoked", "1"]);
+    let id = Digest::of(b"by hand").id().to_string();
+    let named = |admin: &mut RedisAdmin| {
+        let unreadable = admin.take_unreadable();
+        assert!(matches!(&unreadable[..], [what] if what.contains(&id) && what.contains("revoked")), "{unreadable:?}");
+    };
+    assert_eq!(admin.list().await.unwrap().len(), 2);
+    named(&mut admin);
+    let mut visited = Vec::new();
+    let mut each = |record: TokenRecord| {
+        visited.push(record.digest);
+        Ok(())
+    };
+    admin.visit(&mut each).await.unwrap();
+    assert_eq!(visited.len(), 2);
+    named(&mut admin);
+    assert_eq!(admin.block(&record("one").user, true).await.unwrap(), 2);
+    named(&mut admin);
+    assert_eq!(admin.blocked_users().await.unwrap().len(), 1);
+    named(&mut admin);
+    assert!(admin.find(&Digest::of(b"by hand").to_hex()).await.unwrap_err().to_string().contains("revoked"));
+    assert!(admin.take_unreadable().is_empty());
+}
+
 #[tokio::test]
 async fn an_edit_keeps_the_end_of_a_key_and_what_others_wrote() {
     let server = Redis::start(&Options::default());
@@ -761,6 +793,22 @@ async fn a_cluster_is_one_store() {
     assert!(lookup(&*store, b"next").await.is_some(), "during the migration");
     from.cli(&["MIGRATE", "127.0.0.1", &to.port.to_string(), &key("next"), "0", "5000"]);
     recovers_to(&*store, "next").await;
+    // The command line meets ASK here.
+    let count = writer.list().await.unwrap().len();
+    assert_eq!(count, 201, "every key once, wherever it is");
+    let mut visited = 0;
+    let mut each = |_| {
+        visited += 1;
+        Ok(())
+    };
+    writer.visit(&mut each).await.unwrap();
+    assert_eq!(visited, count);
+    assert_eq!(writer.find(&Digest::of(b"next").to_hex()[..12]).await.unwrap().len(), 1);
+    let user = record("next").user;
+    let of_user = writer.of_user(&user).await.unwrap().len() as u64;
+    assert_eq!(writer.block(&user, true).await.unwrap(), of_user);
+    assert_eq!(writer.block(&user, false).await.unwrap(), of_user);
+    assert!(writer.take_unreadable().is_empty());
     for node in [to, from] {
         node.cli(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]);
     }
