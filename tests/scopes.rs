@@ -180,6 +180,13 @@ fn revoke_waits_for_every_running_gateway() {
         );
     }
     assert!(stderr(&output).starts_with("confirmed by 3 within "), "{}", stderr(&output));
+    // Whoever knows how many there must be is told when one is missing.
+    for (least, code) in [("3", 0), ("4", 1)] {
+        let arguments = [&sha256_hex("token-of-ann")[..12], "--wait", "--gateways", least];
+        let output = store.token(&["revoke"], &arguments);
+        assert_eq!(output.status.code(), Some(code), "{}", stderr(&output));
+        assert_eq!(stderr(&output).contains("only 3 of 4 gateways are in the register"), code == 1);
+    }
     // A gateway that does not respond is named.
     gateways[0].signal("STOP");
     let output = store.token(&["revoke"], &[&sha256_hex("token-of-ben")[..12], "--wait", "--timeout", "1s"]);

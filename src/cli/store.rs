@@ -1,11 +1,14 @@
-//! `tollgate store`: what has to be in a database before a gateway can use it.
+//! `tollgate store`: what has to be in a database before a gateway can use it, and whether a store keeps its promise.
 
 use super::Failure;
+use crate::clock;
 use crate::store::postgres::{self, PostgresAdmin, PostgresSettings};
-use crate::store::{NamedStore, StoreSettings};
+use crate::store::{Finding, FindingSeverity, NamedStore, StoreSettings};
+use crate::telemetry::metrics::Metrics;
 use anyhow::anyhow;
 use clap::Subcommand;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 #[derive(clap::Args)]
 pub(super) struct StoreOptions {
@@ -23,6 +26,18 @@ pub(super) enum StoreCommand {
     Migrate {
         #[command(flatten)]
         options: StoreOptions,
+    },
+    /// Look whether a store keeps its promise: connection, rights, triggers, notifications, the server's settings and clock.
+    ///
+    /// Run it as the user, and with the configuration, of the gateway. Writes nothing. Exit codes: 0 nothing is wrong (there
+    /// may be warnings), 1 something is.
+    Check {
+        /// Configuration file with the store
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Name of the [[store]] (default: all)
+        #[arg(long, value_name = "NAME")]
+        store: Option<String>,
     },
     /// Create the triggers for change notifications in GitLab's tables, or in another one with --table and --column.
     InstallTriggers {
@@ -42,6 +57,7 @@ pub(super) enum StoreCommand {
 
 pub(super) async fn run(command: StoreCommand) -> Result<(), Failure> {
     match command {
+        StoreCommand::Check { config, store } => check(&config, store.as_deref()).await?,
         StoreCommand::Migrate { options } => {
             let (name, settings) = postgres_store(&options)?;
             let migrated = PostgresAdmin::migrate(&settings).await?;
@@ -68,6 +84,36 @@ pub(super) async fn run(command: StoreCommand) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// Prints every finding, the good ones as well, and what mends the others.
+async fn check(config: &std::path::Path, name: Option<&str>) -> Result<(), Failure> {
+    let settings = super::load(config)?;
+    let stores: Vec<_> = settings.stores.iter().filter(|store| name.is_none_or(|name| name == store.name)).collect();
+    if stores.is_empty() {
+        let names = settings.stores.iter().map(|store| store.name.as_str()).collect::<Vec<_>>().join(", ");
+        return Err(anyhow!("there is no store \"{}\"; configured stores: {names}", name.unwrap_or_default()).into());
+    }
+    let metrics = Metrics::new(env!("CARGO_PKG_VERSION"))?;
+    let (mut errors, mut warnings) = (0, 0);
+    for store in stores {
+        for Finding { severity, what, mend } in store.examine(Arc::new(metrics.store(&store.name)), clock::now).await {
+            let how = match severity {
+                FindingSeverity::Fine => "ok",
+                FindingSeverity::Warning => "warning",
+                FindingSeverity::Error => "error",
+            };
+            warnings += usize::from(severity == FindingSeverity::Warning);
+            errors += usize::from(severity == FindingSeverity::Error);
+            say!("{how}: store {}: {what}{}{mend}", store.name, if mend.is_empty() { "" } else { ". To mend it: " })?;
+        }
+    }
+    say!("{errors} errors, {warnings} warnings")?;
+    if errors > 0 {
+        Err(Failure::Failed(anyhow!("the store does not keep its promise: see the errors above")))
+    } else {
+        Ok(())
+    }
 }
 
 fn postgres_store(options: &StoreOptions) -> Result<(String, PostgresSettings), Failure> {

@@ -83,6 +83,9 @@ pub(super) enum TokenCommand {
         /// Wait until every running gateway on this store has confirmed the revocation
         #[arg(long)]
         wait: bool,
+        /// With --wait: how many gateways must at least confirm; fewer in the register are a failure
+        #[arg(long, value_name = "NUMBER", requires = "wait")]
+        gateways: Option<usize>,
         /// How long to wait; then the exit code is 1, and the gateways that did not confirm are named
         #[arg(long, default_value = "30s", value_name = "SPAN")]
         timeout: String,
@@ -122,9 +125,9 @@ pub(super) async fn run(command: TokenCommand) -> Result<(), Failure> {
             let expires = moment("--expires", expires.as_deref())?;
             rotate(&options, &id, span("--overlap", &overlap)?, expires).await
         }
-        TokenCommand::Revoke { options, id, wait, timeout } => {
+        TokenCommand::Revoke { options, id, wait, gateways, timeout } => {
             let wait = wait.then(|| span("--timeout", &timeout)).transpose()?;
-            revoke(&options, &id, wait).await
+            revoke(&options, &id, wait, gateways.unwrap_or(0)).await
         }
         TokenCommand::Block { options, user } => block(&options, &user, true).await,
         TokenCommand::Unblock { options, user } => block(&options, &user, false).await,
@@ -590,7 +593,7 @@ const fn is_unknown(revoked: u64) -> bool {
     revoked <= 1
 }
 
-async fn revoke(options: &TokenOptions, id: &str, wait: Option<Duration>) -> Result<(), Failure> {
+async fn revoke(options: &TokenOptions, id: &str, wait: Option<Duration>, least: usize) -> Result<(), Failure> {
     let (mut opened, record) = find(options, id).await?;
     let revoked = opened.admin.revoke(&record.digest, now()).await?;
     let record = opened.confirmed(&record.digest, |record| record.revoked.is_some()).await?;
@@ -613,6 +616,14 @@ async fn revoke(options: &TokenOptions, id: &str, wait: Option<Duration>) -> Res
     match confirmed.len() {
         0 => eprintln!("no gateway is running on this store"),
         count => eprintln!("confirmed by {count} within {took} ms: {}", plain(&confirmed.join(", "))),
+    }
+    if confirmed.len() < least {
+        return Err(anyhow!(
+            "token {id} is revoked, but only {} of {least} gateways are in the register of this store: the others do not run, \
+             cannot register, or use another store",
+            confirmed.len()
+        )
+        .into());
     }
     Ok(())
 }

@@ -554,7 +554,7 @@ impl Inner {
                 let since = (self.clock)().mono_ms;
                 self.hearing_changed(link, metrics, Hearing::Yes { since, mark: None });
             }
-            Event::Unheard(cause) => metrics.unheard(Some(cause.as_str())),
+            Event::Unheard(cause, _) => metrics.unheard(Some(cause.as_str())),
             Event::Alive { asked_ms, mark } => self.alive(link, asked_ms, mark),
             Event::Untold => {
                 let mut all = self.hearing.lock();

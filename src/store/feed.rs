@@ -397,12 +397,12 @@ impl<S: ChangeSource> Following<'_, S> {
             (Coverage::Untold(why), State::Unknown) => {
                 self.state = State::Untold;
                 (self.heard)(Event::Untold);
-                (self.heard)(Event::Unheard(Unheard::NoTriggers));
+                (self.heard)(Event::Unheard(Unheard::NoTriggers, why.clone()));
                 self.log(&format!("a revoked token works for up to positive_ttl: {why}"));
             }
             (Coverage::Untold(why), State::Hearing) => {
                 self.deaf();
-                (self.heard)(Event::Unheard(Unheard::NoTriggers));
+                (self.heard)(Event::Unheard(Unheard::NoTriggers, why.clone()));
                 self.log(&why);
             }
         }
@@ -419,7 +419,7 @@ impl<S: ChangeSource> Following<'_, S> {
             State::Unknown if !self.source.may_be_untold() => self.deaf(),
             State::Unknown | State::Lost | State::Untold => {}
         }
-        (self.heard)(Event::Unheard(why.cause()));
+        (self.heard)(Event::Unheard(why.cause(), why.to_string()));
         self.log(&format!("changes cannot be followed, trying again: {why}"));
     }
 

@@ -2,6 +2,7 @@
 
 pub mod chain;
 pub mod credential;
+mod examine;
 mod feed;
 pub mod file;
 pub mod introspect;
@@ -17,6 +18,7 @@ pub mod sqlite;
 mod tls;
 pub mod values;
 
+pub use examine::{Finding, FindingSeverity};
 pub use lookups::{Lane, LookupLimits};
 pub use portable::ShownRecord;
 pub use settings::{Bound, MissingStore, NamedStore, StoreSettings};
@@ -147,8 +149,8 @@ pub enum Event {
     Silent,
     /// Change notifications no longer arrive: an answer is good for a moment only.
     Deaf,
-    /// Why they do not arrive at this moment. Said again whenever that was tried.
-    Unheard(Unheard),
+    /// Why they do not arrive at this moment, for a metric and for people. Said again whenever that was tried.
+    Unheard(Unheard, String),
     /// Change notifications arrive from now on. What happened before is unknown, so everything must be looked up again.
     /// Also said when a store changed as a whole.
     Hearing,

@@ -1,7 +1,8 @@
 //! The commands that list and change tokens, on real stores.
 
-use super::{Backing, Config, Embedded, PostgresOwn, RedisOwn};
+use super::{Backing, Config, Embedded, PostgresGitlab, PostgresOwn, RedisOwn};
 use crate::harness::*;
+use crate::servers::postgres::Postgres;
 use crate::support::{run, stderr, stdout};
 use std::process::{Command, Output};
 
@@ -92,4 +93,87 @@ fn a_long_list_is_printed_in_bounded_memory() {
         assert_eq!(stdout(&begun).lines().count(), 3);
         assert_eq!((code(&begun), stderr(&begun)), (0, String::new()), "{}", store.name());
     }
+}
+
+/// `tollgate store check`, its exit code and what it printed.
+fn check(section: &str) -> (i32, String) {
+    let config = Config::new(section);
+    let checked = run(tollgate().args(["store", "check", "--config"]).arg(&config.path));
+    (code(&checked), stdout(&checked))
+}
+
+#[track_caller]
+fn finds(section: &str, how: &str, parts: &[&str]) {
+    let (code, said) = check(section);
+    let line = said.lines().find(|line| line.starts_with(how) && parts.iter().all(|part| line.contains(part)));
+    assert!(line.is_some(), "no line {how} with {parts:?}: {said}");
+    assert_eq!(code, i32::from(said.contains("\nerror: ") || said.starts_with("error: ")), "{said}");
+}
+
+#[test]
+fn a_check_of_a_store_finds_what_breaks_its_promise_in_postgres() {
+    let store = PostgresOwn::new();
+    let section = store.section();
+    let (healthy, said) = check(&section);
+    assert!(healthy == 0 && said.ends_with("0 errors, 0 warnings\n") && said.contains("changes are heard"), "{said}");
+    // A user with nothing, and with everything but one right.
+    store.server.psql("postgres", "CREATE ROLE gateway LOGIN");
+    let of_gateway = section.replace("postgres://postgres@", "postgres://gateway@");
+    finds(&of_gateway, "error", &["lookups fail", "permission denied"]);
+    finds(&of_gateway, "error", &["no right to use the schema tollgate", "GRANT USAGE"]);
+    store.server.psql(
+        "postgres",
+        "GRANT USAGE ON SCHEMA tollgate TO gateway; GRANT SELECT ON ALL TABLES IN SCHEMA tollgate TO gateway;
+         GRANT INSERT, UPDATE ON tollgate.replica, tollgate.confirmation TO gateway;
+         GRANT DELETE ON tollgate.change, tollgate.replica, tollgate.wait TO gateway",
+    );
+    finds(&of_gateway, "warning", &["last used", "GRANT UPDATE (last_used) ON tollgate.token"]);
+    finds(&of_gateway, "ok", &["changes are heard"]);
+    let standby = store.server.standby();
+    let of_standby = PostgresOwn::section_for(&standby);
+    finds(&of_standby, "error", &["a standby", "name the primary in url"]);
+    finds(&of_standby, "error", &["changes are not heard", "standby"]);
+    finds(&PostgresOwn::section_for(&Postgres::start()), "error", &["lookups fail", "tollgate store migrate"]);
+}
+
+#[test]
+fn a_check_of_a_store_finds_missing_triggers() {
+    let store = PostgresGitlab::new();
+    finds(&store.section(), "ok", &["changes are heard"]);
+    finds(
+        &format!("{}channel = \"another\"\n", store.section()),
+        "error",
+        &["not heard", "another", "install-triggers"],
+    );
+    store.server.psql("postgres", "DROP SCHEMA tollgate CASCADE");
+    finds(&store.section(), "error", &["not heard", "no triggers", "install-triggers"]);
+}
+
+#[test]
+fn a_check_of_a_store_finds_what_breaks_its_promise_in_redis() {
+    let store = RedisOwn::new();
+    let section = store.section();
+    let (healthy, said) = check(&section);
+    assert!(healthy == 0 && said.ends_with("0 errors, 0 warnings\n") && said.contains("noeviction"), "{said}");
+    let set = |setting: &str, value: &str| store.server.cli(&["CONFIG", "SET", setting, value]);
+    set("maxmemory-policy", "allkeys-lru");
+    finds(&section, "error", &["allkeys-lru", "evicted", "CONFIG SET maxmemory-policy noeviction"]);
+    set("maxmemory-policy", "noeviction");
+    set("appendonly", "no");
+    set("save", "60 1");
+    finds(&section, "warning", &["since the last save", "CONFIG SET appendonly yes"]);
+    set("save", "");
+    finds(&section, "error", &["a restart loses every token"]);
+    set("appendonly", "yes");
+    let keyspace = format!("{section}changes = \"keyspace\"\n");
+    set("notify-keyspace-events", "Kg$hx");
+    finds(&keyspace, "error", &["without e", "CONFIG SET notify-keyspace-events Kg$hxe"]);
+    set("notify-keyspace-events", "KEA");
+    finds(&keyspace, "ok", &["notify-keyspace-events is"]);
+    store.server.cli(&["ACL", "SETUSER", "gateway", "on", "nopass", "~*", "&*", "+@all", "-config|get", "-time"]);
+    let password = Config::new("");
+    let file = password.folder.write("password", "anything");
+    let user = format!("{section}username = \"gateway\"\npassword_file = \"{}\"\n", file.display());
+    finds(&user, "warning", &["maxmemory-policy cannot be read", "+config|get"]);
+    finds(&user, "warning", &["clock", "grant +time"]);
 }

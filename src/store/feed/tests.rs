@@ -173,7 +173,7 @@ fn play_by(stage: Stage, clock: fn() -> Now) -> (Arc<Stage>, tokio::task::JoinHa
                 Event::Untold => "Untold".into(),
                 Event::Deaf => "Deaf".into(),
                 Event::Silent => "Silent".into(),
-                Event::Unheard(_) => "Unheard".into(),
+                Event::Unheard(..) => "Unheard".into(),
                 Event::Hearing => "Hearing".into(),
             });
         })

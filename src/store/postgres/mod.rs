@@ -3,6 +3,7 @@
 
 mod admin;
 mod connect;
+mod examine;
 mod follow;
 mod presets;
 mod rows;

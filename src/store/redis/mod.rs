@@ -20,6 +20,7 @@
 //! registered, so `revoke --wait` does not wait for it; its log says so.
 
 mod admin;
+mod examine;
 mod follow;
 mod link;
 mod record;

@@ -21,7 +21,7 @@ async fn heard_within(store: &dyn TokenStore, time: Duration) -> Vec<Event> {
     let events = Mutex::new(Vec::new());
     drop(tokio::time::timeout(time, store.follow(&|event| events.lock().push(event))).await);
     // Without probes.
-    events.into_inner().into_iter().filter(|event| !matches!(event, Event::Alive { .. } | Event::Unheard(_))).collect()
+    events.into_inner().into_iter().filter(|event| !matches!(event, Event::Alive { .. } | Event::Unheard(..))).collect()
 }
 
 struct FileSubject {

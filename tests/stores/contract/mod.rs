@@ -110,7 +110,7 @@ impl Ear {
             store
                 .follow(&move |event| {
                     // Probes are not recorded.
-                    if !matches!(event, Event::Alive { .. } | Event::Unheard(_)) {
+                    if !matches!(event, Event::Alive { .. } | Event::Unheard(..)) {
                         heard.lock().push((Instant::now(), event));
                     }
                 })
@@ -150,7 +150,7 @@ impl Ear {
         self.heard(from, token, |event| match event {
             Event::Changed(changes) => changes.iter().any(names),
             Event::Hearing => true,
-            Event::Deaf | Event::Silent | Event::Unheard(_) | Event::Untold | Event::Alive { .. } => false,
+            Event::Deaf | Event::Silent | Event::Unheard(..) | Event::Untold | Event::Alive { .. } => false,
         })
         .await
     }
@@ -564,7 +564,7 @@ async fn gateways_confirm(subject: &dyn Subject) {
         let names = |event: &Event| match event {
             Event::Changed(changes) => changes.iter().any(|change| change.token == Named::Token(digest)),
             Event::Hearing => true,
-            Event::Deaf | Event::Silent | Event::Unheard(_) | Event::Untold | Event::Alive { .. } => false,
+            Event::Deaf | Event::Silent | Event::Unheard(..) | Event::Untold | Event::Alive { .. } => false,
         };
         let told = ear.events.lock().iter().any(|(at, event)| *at >= before && names(event));
         assert!(told, "{}: confirmed before the change was applied", subject.name());
