@@ -36,7 +36,7 @@ impl Session {
         let failed = |why: String| AdminError::Store(format!("{place}: {why}"));
         // A change that was reported as done must survive a power failure.
         let sql = format!("SET statement_timeout = {}; SET synchronous_commit = on", STATEMENT.as_millis());
-        let reached = tokio::time::timeout(CONNECT, target.reach(&sql)).await;
+        let reached = tokio::time::timeout(CONNECT, target.reach(&sql, CONNECT)).await;
         let reached = reached.map_err(|_| failed(format!("no connection within {CONNECT:?}")))?;
         let Reached { client, driver, .. } = reached.map_err(|why| failed(why.to_string()))?;
         let driver = AbortOnDropHandle::new(connect::drive(driver));

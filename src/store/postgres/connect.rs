@@ -7,9 +7,11 @@ use super::{PostgresSettings, Source};
 use crate::problem::Problem;
 use deadpool::managed::{self, Manager, Metrics, RecycleError, RecycleResult, TimeoutType};
 use deadpool_postgres::{ClientWrapper, Runtime};
-use futures_util::FutureExt as _;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
 use parking_lot::Mutex;
 use rustls::{ClientConfig, RootCertStore};
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::net::IpAddr;
 use std::ops::Deref;
@@ -19,6 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout as within};
 use tokio_postgres::config::{Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, Connection as Wire, Error, SimpleQueryMessage, Socket};
@@ -28,6 +31,8 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 const CONNECT: Duration = Duration::from_secs(1);
 /// How long a connection to a standby serves lookups before a primary is searched for again.
 const STANDBY_KEPT: Duration = Duration::from_secs(5);
+/// How long a host is tried alone, before the next one is tried beside it: as browsers do with addresses (RFC 8305).
+const HEAD_START: Duration = Duration::from_millis(250);
 /// How often an address is tried that leads to a server other than the wanted one.
 const ATTEMPTS: u32 = 3;
 /// The search path for unqualified names in tollgate's statements, including operators: users who may create objects in
@@ -217,6 +222,8 @@ pub(super) struct Target {
     /// The server that change notifications come from. While there is one, lookups go to that server only: after a
     /// notification, another one may still have the old row.
     home: Mutex<Option<Home>>,
+    /// The host that was found to have what was searched for the last time. It is tried first.
+    answered: Mutex<Option<ResolvedHost>>,
     /// Lookups could not reach that server.
     astray: Notify,
 }
@@ -249,6 +256,18 @@ pub(super) struct Reached {
     pub(super) client: Client,
     pub(super) driver: ConnectionDriver,
     pub(super) home: Home,
+}
+
+/// What is tried next in the search for a server.
+enum Candidate {
+    Place(Listed),
+    Host(ResolvedHost),
+}
+
+/// What came of it.
+enum Attempt {
+    Resolved(Result<Vec<ResolvedHost>, Unreachable>),
+    Opened(ResolvedHost, Result<Box<Reached>, Unreachable>),
 }
 
 /// Why there is no connection.
@@ -321,67 +340,117 @@ impl Target {
             settings: settings.tls.clone(),
             session,
             home: Mutex::new(None),
+            answered: Mutex::new(None),
             astray: Notify::new(),
         })
     }
 
     /// Opens a connection: to the server that notifications come from if it can be reached, else to a primary, else to
-    /// any server. The caller must check which one it is.
-    pub(super) async fn reach(&self, session: &str) -> Result<Reached, Unreachable> {
+    /// any server. The caller must check which one it is, and give up after the `time` that it names.
+    pub(super) async fn reach(&self, session: &str, time: Duration) -> Result<Reached, Unreachable> {
         let home = self.home();
-        self.reach_from(home.as_ref(), session).await
+        self.reach_from(home.as_ref(), session, time).await
     }
 
     /// As if notifications came from that server.
-    pub(super) async fn reach_from(&self, home: Option<&Home>, session: &str) -> Result<Reached, Unreachable> {
-        let mut next_best: Option<Reached> = None;
-        let mut failed = None;
+    pub(super) async fn reach_from(
+        &self,
+        home: Option<&Home>,
+        session: &str,
+        time: Duration,
+    ) -> Result<Reached, Unreachable> {
         let mut places = self.places.clone();
+        let mut first = home.map(|home| home.host.clone());
         if self.common.get_load_balance_hosts() == LoadBalanceHosts::Random {
             fastrand::shuffle(&mut places);
+        } else {
+            first = first.or_else(|| self.answered.lock().clone());
         }
-        // The host where the server was last found is tried first.
-        let mut hosts: Vec<ResolvedHost> = home.map(|home| home.host.clone()).into_iter().collect();
-        let mut unresolved = places.into_iter();
+        // Half of the time for each, so that a standby can still be used when the other hosts have not answered.
+        let is_one = places.len() == 1 && places.iter().all(|place| place.at != Listing::Name);
+        let (time_of_each, head_start) = (if is_one { time } else { time / 2 }, HEAD_START.min(time / 4));
+        let mut waiting: VecDeque<Candidate> =
+            first.into_iter().map(Candidate::Host).chain(places.into_iter().map(Candidate::Place)).collect();
+        let mut running = FuturesUnordered::new();
+        let (mut next_best, mut failed): (Option<Reached>, _) = (None, None);
+        let mut tried: Vec<ResolvedHost> = Vec::new();
         // Behind a load balancer, the next connection may reach another server.
         let mut again: Vec<ResolvedHost> = Vec::new();
-        let mut tried: Vec<ResolvedHost> = Vec::new();
         let mut attempts = if home.is_some() { ATTEMPTS } else { 1 };
+        let mut is_due = true;
         loop {
-            for host in std::mem::take(&mut hosts) {
-                if tried.contains(&host) {
-                    continue;
-                }
-                tried.push(host.clone());
-                match self.open(&host, session).await {
-                    Ok(reached) if self.suits(&reached.home.server, home) => return Ok(reached),
-                    Ok(reached) => {
-                        let better = |best: &Reached| best.home.server.in_recovery && !reached.home.server.in_recovery;
-                        if next_best.as_ref().is_none_or(better) {
-                            next_best = Some(reached);
-                        }
-                        again.push(host);
+            if is_due || running.is_empty() {
+                is_due = false;
+                match waiting.pop_front() {
+                    Some(Candidate::Host(host)) if tried.contains(&host) => {
+                        is_due = true;
+                        continue;
                     }
-                    Err(error) => failed = Some(error),
+                    Some(candidate) => {
+                        if let Candidate::Host(host) = &candidate {
+                            tried.push(host.clone());
+                        }
+                        running.push(self.attempt(candidate, session, time_of_each));
+                    }
+                    None if !running.is_empty() => {}
+                    None if attempts > 1 && !again.is_empty() => {
+                        attempts -= 1;
+                        tried.clear();
+                        waiting.extend(again.drain(..).map(Candidate::Host));
+                        continue;
+                    }
+                    None => break,
                 }
             }
-            if let Some(place) = unresolved.next() {
-                match self.resolve(&place).await {
-                    Ok(resolved) => hosts = resolved,
-                    Err(error) => failed = Some(error),
+            let attempt = tokio::select! {
+                biased;
+                Some(attempt) = running.next() => attempt,
+                () = sleep(head_start), if !waiting.is_empty() => {
+                    is_due = true;
+                    continue;
                 }
-            } else if attempts > 1 && !again.is_empty() {
-                attempts -= 1;
-                hosts = std::mem::take(&mut again);
-                tried.clear();
-            } else {
-                break;
+            };
+            // With this one, it is the next one's turn.
+            is_due = true;
+            match attempt {
+                Attempt::Resolved(Ok(hosts)) => {
+                    hosts.into_iter().rev().for_each(|host| waiting.push_front(Candidate::Host(host)));
+                }
+                Attempt::Opened(host, Ok(reached)) => {
+                    if self.suits(&reached.home.server, home) {
+                        *self.answered.lock() = Some(host);
+                        return Ok(*reached);
+                    }
+                    let better = |best: &Reached| best.home.server.in_recovery && !reached.home.server.in_recovery;
+                    if next_best.as_ref().is_none_or(better) {
+                        next_best = Some(*reached);
+                    }
+                    again.push(host);
+                }
+                Attempt::Resolved(Err(error)) | Attempt::Opened(_, Err(error)) => failed = Some(error),
             }
         }
         match (next_best, failed) {
             (Some(reached), _) => Ok(reached),
             (None, Some(error)) => Err(error),
             (None, None) => Err(Unreachable::Refused("no host has an address".into())),
+        }
+    }
+
+    async fn attempt(&self, candidate: Candidate, session: &str, time: Duration) -> Attempt {
+        let silent = |name: &str, port| {
+            Unreachable::Refused(format!("{name}:{port}: no answer within {}", humantime::format_duration(time)))
+        };
+        match candidate {
+            Candidate::Place(place) => {
+                let resolved = within(time, self.resolve(&place)).await;
+                Attempt::Resolved(resolved.unwrap_or_else(|_| Err(silent(&place.name, place.port))))
+            }
+            Candidate::Host(host) => {
+                let opened = within(time, self.open(&host, session)).await;
+                let opened = opened.unwrap_or_else(|_| Err(silent(&host.name, host.port)));
+                Attempt::Opened(host, opened.map(Box::new))
+            }
         }
     }
 
@@ -576,22 +645,25 @@ pub(super) type PostgresPool = managed::Pool<Connections>;
 pub(super) type Object = managed::Object<Connections>;
 
 /// Opens the connections of a pool.
-pub(super) struct Connections(Arc<Target>);
+pub(super) struct Connections {
+    target: Arc<Target>,
+    time: Duration,
+}
 
 impl Manager for Connections {
     type Type = Connection;
     type Error = Unreachable;
 
     async fn create(&self) -> Result<Connection, Unreachable> {
-        let target = &self.0;
+        let target = &self.target;
         let wanted = target.home().map(|home| home.server.started);
-        let Reached { client, driver, home } = target.reach(&target.session).await?;
+        let Reached { client, driver, home } = target.reach(&target.session, self.time).await?;
         let client = ClientWrapper::new(client, drive(driver));
         Ok(Connection { client, server: home.server, wanted, made: Instant::now() })
     }
 
     async fn recycle(&self, connection: &mut Connection, _: &Metrics) -> RecycleResult<Unreachable> {
-        let good = self.0.judge(connection) == Judgement::Good && !self.0.is_makeshift(connection);
+        let good = self.target.judge(connection) == Judgement::Good && !self.target.is_makeshift(connection);
         if !good || connection.client.is_closed() {
             return Err(RecycleError::message("replaced"));
         }
@@ -601,7 +673,7 @@ impl Manager for Connections {
 
 /// Callers wait for a connection for at most half of their timeout, so that the error can name the cause.
 pub(super) fn pool(target: &Arc<Target>, connections: usize, timeout: Duration) -> Result<PostgresPool, Problem> {
-    PostgresPool::builder(Connections(Arc::clone(target)))
+    PostgresPool::builder(Connections { target: Arc::clone(target), time: timeout })
         .max_size(connections.max(1))
         .wait_timeout(Some(timeout / 2))
         .create_timeout(Some(timeout.max(CONNECT)))

@@ -92,7 +92,7 @@ impl ChangeSource for PostgresChanges {
 
     async fn begin(&mut self, inbox: Inbox<String>) -> Result<Begun<Listener>, Loss> {
         let begin = format!("SET statement_timeout = {}; SET synchronous_commit = off", PATIENCE.as_millis());
-        let Reached { client, driver, home } = match timeout(PATIENCE, self.target.reach(&begin)).await {
+        let Reached { client, driver, home } = match timeout(PATIENCE, self.target.reach(&begin, PATIENCE)).await {
             Ok(Ok(reached)) => reached,
             Ok(Err(why)) => return Err(StoreError::from(why).into()),
             Err(_) => return Err(unavailable(format!("no connection within {PATIENCE:?}")).into()),
@@ -346,7 +346,7 @@ impl Listener {
     async fn hear_another(&self, home: &Home) -> Result<(), StoreError> {
         let at = |error: StoreError| error.at(&"a second connection, to try the first");
         // Where lookups would go if changes were heard from here.
-        let reached = self.target.reach_from(Some(home), "").await.map_err(|why| at(why.into()))?;
+        let reached = self.target.reach_from(Some(home), "", PATIENCE).await.map_err(|why| at(why.into()))?;
         let Reached { client: other, driver, home: reached } = reached;
         if !home.is_same_server(&reached) {
             return Err(unavailable(ASTRAY));

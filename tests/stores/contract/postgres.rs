@@ -1576,6 +1576,63 @@ async fn a_lookup_that_reaches_another_server_ends_the_subscription() {
     assert_eq!(lookup(&*store, b"known").await.unwrap().revoked, Some(1_760_000_000));
 }
 
+/// A host that takes connections and never answers, and one that does not even take them: its queue is full.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_does_not_answer_is_passed_over() {
+    let server = Postgres::start();
+    let mut admin = writer(&settings(&server, own())).await;
+    admin.create(&record("known")).await.unwrap();
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let full = {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        socket.listen(0).unwrap()
+    };
+    let mut filling = Vec::new();
+    loop {
+        let connecting = tokio::net::TcpStream::connect(full.local_addr().unwrap());
+        match tokio::time::timeout(Duration::from_millis(300), connecting).await {
+            Ok(connected) => filling.push(connected.unwrap()),
+            Err(_) => break,
+        }
+    }
+    let standby = server.late_standby();
+    let good = server.port();
+    for (dead, others) in [
+        (silent.local_addr().unwrap().port(), vec![good]),
+        (full.local_addr().unwrap().port(), vec![good]),
+        // The primary is searched for also behind a standby.
+        (full.local_addr().unwrap().port(), vec![standby.port(), good]),
+    ] {
+        let ports = std::iter::once(dead).chain(others).map(|port| format!("127.0.0.1:{port}")).collect::<Vec<_>>();
+        let url = Secret::new(format!("postgres://postgres@{}/postgres", ports.join(",")));
+        let of = PostgresSettings { url, ..settings(&server, own()) };
+        let store = open(of.clone());
+        let before = Instant::now();
+        assert_eq!(ask(&*store, b"known").await, Ok(Some(record("known"))), "{ports:?}");
+        assert!(before.elapsed() < Duration::from_millis(900), "{ports:?}: {:?}", before.elapsed());
+        let begin = Instant::now();
+        let ear = Ear::on(&store);
+        ear.hearing(begin).await;
+        assert!(!ear.events().contains(&Event::Deaf), "{ports:?}: {:?}", ear.events());
+        // The next ones go to the host that answered.
+        let before = Instant::now();
+        for found in futures_util::future::join_all((0..16).map(|_| lookup(&*store, b"known"))).await {
+            assert_eq!(found, Some(record("known")));
+        }
+        assert!(before.elapsed() < Duration::from_millis(200), "{ports:?}: {:?}", before.elapsed());
+        PostgresAdmin::open(&of).await.unwrap().list().await.unwrap();
+    }
+    // A standby is used while no primary can be reached.
+    let url = format!(
+        "postgres://postgres@127.0.0.1:{},127.0.0.1:{}/postgres",
+        full.local_addr().unwrap().port(),
+        standby.port()
+    );
+    let store = open(PostgresSettings { url: Secret::new(url), ..settings(&server, own()) });
+    assert_eq!(ask(&*store, b"known").await, Ok(Some(record("known"))));
+}
+
 /// Figures: `cargo test --release --lib postgres_figures -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "prints figures and judges nothing"]
