@@ -26,6 +26,7 @@ use futures_util::future::join_all;
 use sha2::{Digest as _, Sha256};
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Row, Statement};
@@ -187,6 +188,9 @@ pub struct PostgresStore {
     nonce: QueryNonce,
     settings: PostgresSettings,
     metrics: Arc<StoreMetrics>,
+    /// Not any more once nobody follows the store: a reload has replaced it, and whoever still asks it must not keep
+    /// connections open for the next question.
+    keeps_connections: AtomicBool,
 }
 
 /// A random text that every row of a result begins with. A prepared statement is run by its name alone: on a connection that
@@ -246,7 +250,7 @@ impl PostgresStore {
             _ => return Err(Problem::error("preset", "has no query", "report this fault of tollgate")),
         };
         let pool = connect::pool(&target, settings.connections, settings.timeout)?;
-        Ok(Self { pool, target, query, nonce, settings, metrics })
+        Ok(Self { pool, target, query, nonce, settings, metrics, keeps_connections: AtomicBool::new(true) })
     }
 
     /// Puts a question on a pooled connection. One that was lost meanwhile is replaced and the question put again; a new
@@ -314,12 +318,23 @@ impl PostgresStore {
 
     async fn lease(&self) -> Result<Lease<'_>, StoreError> {
         let result = self.pool.get().await;
-        let status = self.pool.status();
-        self.metrics.connections(status.size, status.size.saturating_sub(status.available), status.max_size);
+        self.count_connections();
         match result {
             Ok(connection) => Ok(Lease { connection: Some(connection), store: self }),
             Err(error) => Err(connect::no_connection(error, &self.target)),
         }
+    }
+
+    /// A store that was replaced says nothing of its connections: the metric is its successor's.
+    fn count_connections(&self) {
+        if self.keeps_connections.load(Ordering::Relaxed) {
+            let status = self.pool.status();
+            self.metrics.connections(status.size, status.size.saturating_sub(status.available), status.max_size);
+        }
+    }
+
+    fn close_idle_connections(&self) {
+        drop(self.pool.retain(|_, _| false));
     }
 
     /// A connection to the server that changes are heard from; while they are not, to any.
@@ -501,6 +516,7 @@ impl TokenStore for PostgresStore {
     }
 
     async fn follow(&self, heard: Heard<'_>) {
+        let _in_use = InUse::new(self);
         match &self.settings.channel {
             Some(channel) => {
                 let changes = follow::PostgresChanges::new(&self.target, &self.settings.source, channel);
@@ -527,6 +543,23 @@ impl TokenStore for PostgresStore {
     }
 }
 
+/// While somebody follows a store, it is the current one and keeps its connections.
+struct InUse<'a>(&'a PostgresStore);
+
+impl<'a> InUse<'a> {
+    fn new(store: &'a PostgresStore) -> Self {
+        store.keeps_connections.store(true, Ordering::Release);
+        Self(store)
+    }
+}
+
+impl Drop for InUse<'_> {
+    fn drop(&mut self) {
+        self.0.keeps_connections.store(false, Ordering::Release);
+        self.0.close_idle_connections();
+    }
+}
+
 /// A pooled connection in use. It goes back to the pool only when it is said to be clean: a lookup may be dropped at
 /// any moment, and the next one must not wait for the answer to this one's question.
 struct Lease<'a> {
@@ -544,7 +577,13 @@ impl Lease<'_> {
     }
 
     fn give_back(mut self) {
-        drop(self.connection.take());
+        if self.store.keeps_connections.load(Ordering::Acquire) {
+            drop(self.connection.take());
+            // It may have been replaced in this very moment.
+            if !self.store.keeps_connections.load(Ordering::Acquire) {
+                self.store.close_idle_connections();
+            }
+        }
     }
 
     /// What a question came to. `None`: the connection was lost, and another one may succeed.
@@ -566,8 +605,6 @@ impl Drop for Lease<'_> {
         if let Some(connection) = self.connection.take() {
             drop(Object::take(connection));
         }
-        let status = self.store.pool.status();
-        let in_use = status.size.saturating_sub(status.available);
-        self.store.metrics.connections(status.size, in_use, status.max_size);
+        self.store.count_connections();
     }
 }

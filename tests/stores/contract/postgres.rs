@@ -1633,6 +1633,55 @@ async fn a_host_that_does_not_answer_is_passed_over() {
     assert_eq!(ask(&*store, b"known").await, Ok(Some(record("known"))));
 }
 
+/// Polls until it holds. What is waited for has no event of its own.
+async fn soon(what: &str, mut check: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !check() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn connections(server: &Postgres) -> u32 {
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tollgate'";
+    server.psql("postgres", sql).parse().unwrap()
+}
+
+/// After a reload that changes the store, requests in progress still have the old one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_is_left_keeps_no_connection() {
+    let server = Postgres::start();
+    writer(&settings(&server, own())).await.create(&record("known")).await.unwrap();
+    server.psql("postgres", "CREATE TABLE t (token text, who text); INSERT INTO t VALUES ('known', 'ann')");
+    let other = Source::Lookup { sql: "SELECT who AS user FROM public.t WHERE token = $1".into(), bind: Bind::Plain };
+    for settings in [
+        settings(&server, own()),
+        settings(&server, other.clone()),
+        PostgresSettings { channel: None, ..settings(&server, other) },
+    ] {
+        let store = open(settings);
+        let ear = Ear::on(&store);
+        let many = async || {
+            for found in futures_util::future::join_all((0..32).map(|_| lookup(&*store, b"known"))).await {
+                assert!(found.is_some());
+            }
+        };
+        many().await;
+        assert!(connections(&server) >= 2);
+        drop(ear);
+        soon("its connections are closed", || connections(&server) == 0).await;
+        // It still answers, and keeps none for later.
+        many().await;
+        soon("they are closed again", || connections(&server) == 0).await;
+        // It may be used again.
+        let ear = Ear::on(&store);
+        many().await;
+        assert!(connections(&server) >= 2);
+        drop(ear);
+        soon("its connections are closed", || connections(&server) == 0).await;
+    }
+}
+
 /// Figures: `cargo test --release --lib postgres_figures -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "prints figures and judges nothing"]
