@@ -71,6 +71,8 @@ pub(super) enum Loss {
     Overrun,
     /// Nobody takes in what arrives.
     Abandoned,
+    /// Nobody notifies of all changes, and why.
+    Untold(String),
 }
 
 impl From<StoreError> for Loss {
@@ -90,6 +92,7 @@ impl Loss {
             Self::Store(StoreError::ReadOnly(_)) => Unheard::Standby,
             Self::Store(StoreError::Garbage(_)) => Unheard::Garbage,
             Self::Overrun | Self::Abandoned => Unheard::Overrun,
+            Self::Untold(_) => Unheard::NoTriggers,
         }
     }
 }
@@ -109,6 +112,7 @@ impl fmt::Display for Loss {
             Self::Silent(time) => write!(f, "the server sent nothing for {time:?}"),
             Self::Overrun => write!(f, "more than {INBOX} changes arrived before they could be taken in"),
             Self::Abandoned => f.write_str("nobody takes in what arrives"),
+            Self::Untold(why) => f.write_str(why),
         }
     }
 }

@@ -97,3 +97,61 @@ fn the_log_names_channels_that_differ_and_triggers_of_an_older_making() {
         &["tell on channel \"other\" (there are some that tell on \"tollgate_change\"", "install-triggers"],
     );
 }
+
+/// The log says which trigger is off and what turns it on, and the metric says that nothing is promised meanwhile.
+#[test]
+fn the_log_names_a_trigger_that_is_off() {
+    let mut store = PostgresOwn::new();
+    store.add(&["known".into()]);
+    let gitlab = PostgresGitlab::new();
+    let upstream = Upstream::start();
+    for (server, name, section, table, trigger) in [
+        (&store.server, "postgres", store.section(), "\"tollgate\".token", "tollgate_altered"),
+        (&gitlab.server, "gitlab-pat", gitlab.section.clone(), "public.users", "tollgate_owner_"),
+    ] {
+        let gateway = Gateway::start(upstream.address, &format!("{section}{MORE}"));
+        let subscribed = || gateway.metric(&format!("tollgate_store_subscribed{{store=\"{name}\"}}"));
+        eventually("it is subscribed", || subscribed() == 1.0);
+        let found = server.psql(
+            "postgres",
+            &format!(
+                "SELECT tgname FROM pg_trigger WHERE tgrelid = '{table}'::regclass AND starts_with(tgname, '{trigger}') \
+                 AND tgname NOT LIKE '%gone%'"
+            ),
+        );
+        server.psql("postgres", &format!("ALTER TABLE {table} DISABLE TRIGGER {found}"));
+        eventually("nothing is promised", || subscribed() == 0.0);
+        let command = format!("TRIGGER {found}");
+        std::thread::sleep(std::time::Duration::from_secs(4));
+        println!("{}", gateway.process_log());
+        eventually("the log names the trigger", || {
+            let log = gateway.process_log();
+            log.lines().any(|line| line.contains("ALTER TABLE") && line.contains(&command) && line.contains("is off"))
+        });
+        let log = gateway.process_log();
+        let (_, command) = log.split_once("`ALTER TABLE ").unwrap();
+        server.psql("postgres", &format!("ALTER TABLE {}", command.split_once('`').unwrap().0));
+        eventually("it is subscribed again", || subscribed() == 1.0);
+    }
+}
+
+/// `revoke --wait` does not wait for a gateway that was stopped, nor for the store that a reload replaced.
+#[test]
+fn gateways_that_stop_or_move_on_leave_the_register() {
+    let mut store = PostgresOwn::new();
+    store.add(&["known".into()]);
+    let upstream = Upstream::start();
+    let mut gateway = Gateway::start(upstream.address, &format!("{}{MORE}", store.section()));
+    let registered = || store.server.psql("postgres", "SELECT string_agg(id, ' ') FROM tollgate.replica");
+    eventually("it is registered", || !registered().is_empty());
+    let first = registered();
+    gateway.rewrite(|config| config.replace("timeout = \"1s\"", "timeout = \"2s\""));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    eventually("the new store is registered, and the old one is not", || {
+        let now = registered();
+        !now.is_empty() && !now.contains(&first)
+    });
+    gateway.signal("TERM");
+    assert!(gateway.ended().success());
+    assert_eq!(registered(), "");
+}

@@ -20,7 +20,7 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// Timeout of a command; the statements of an import have none.
 const STATEMENT: Duration = Duration::from_secs(30);
 /// How long rows of `change` are kept: longer than a gateway after a restart asks for.
-const CHANGES_KEPT: Duration = Duration::from_secs(3_600);
+pub(super) const CHANGES_KEPT: Duration = Duration::from_secs(3_600);
 
 /// A connection of the command line.
 pub(super) struct Session {
@@ -89,13 +89,18 @@ impl PostgresAdmin {
     }
 
     /// Deletes changes that no gateway asks for any more. Done before a change, so that a failure here does not affect
-    /// the result of the change; without the privilege, it is left to other users.
+    /// the result of the change.
     async fn prune(&self) -> Result<(), AdminError> {
-        let sql = self.fill(
-            "DELETE FROM {schema}.change WHERE at_ms < (extract(epoch FROM clock_timestamp()) * 1000)::bigint - $1::bigint",
-        );
         let kept = i64::try_from(CHANGES_KEPT.as_millis()).unwrap_or(i64::MAX);
-        match self.session.client.execute(&sql, &[&kept]).await {
+        // Not clock_timestamp(), which may change while the statement runs: no index could be used.
+        let sql = "DELETE FROM {schema}.change \
+            WHERE at_ms < (extract(epoch FROM statement_timestamp()) * 1000)::bigint - $1::bigint";
+        self.tidy(sql, &[&kept]).await
+    }
+
+    /// Deletes rows if it may; without the privilege, that is left to gateways and other users.
+    async fn tidy(&self, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<(), AdminError> {
+        match self.session.client.execute(&self.fill(sql), parameters).await {
             Err(error) if error.code() != Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Err(self.session.failed(&error)),
             _ => Ok(()),
         }
@@ -301,27 +306,31 @@ impl TokenAdmin for PostgresAdmin {
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(|error| AdminError::Store(format!("no random numbers: {error}")))?;
         let id: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-        // One statement: the notification is sent when the row is visible, after all earlier ones.
+        // One statement: the notification is sent when the row is visible, after all earlier ones. If the server has no
+        // room for it, gateways find the row.
         let ask = self.fill(
             "WITH w AS (INSERT INTO {schema}.wait (id) VALUES ($1) RETURNING id) \
-            SELECT pg_catalog.pg_notify(v.channel, 'wait '::text || w.id) FROM w, {schema}.version v",
+            SELECT pg_catalog.pg_notify(v.channel, 'wait '::text || w.id) FROM w, {schema}.version v \
+            WHERE pg_catalog.pg_notification_queue_usage() < 0.5",
         );
         self.execute(&ask, &[&id]).await?;
         let answers = self.answers(&id, timeout).await;
-        let forget = self.fill(
-            "WITH r AS (DELETE FROM {schema}.replica WHERE seen < clock_timestamp() - interval '1 day') \
-            DELETE FROM {schema}.wait WHERE id = $1 OR asked < clock_timestamp() - interval '1 day'",
-        );
+        self.tidy("DELETE FROM {schema}.replica WHERE seen < clock_timestamp() - interval '1 day'", &[]).await?;
+        let forget =
+            self.fill("DELETE FROM {schema}.wait WHERE id = $1 OR asked < clock_timestamp() - interval '1 day'");
         self.execute(&forget, &[&id]).await?;
         answers
     }
 }
 
 impl PostgresAdmin {
+    /// Gateways in containers may have one name: then a part of the id tells them apart.
     async fn answers(&self, id: &str, timeout: Duration) -> Result<Vec<String>, AdminError> {
         let sql = self.fill(
-            "SELECT r.name, EXISTS (SELECT FROM {schema}.confirmation c WHERE c.wait = $1 AND c.replica = r.id) \
-            FROM {schema}.replica r WHERE r.seen > clock_timestamp() - make_interval(secs => $2) ORDER BY r.name",
+            "SELECT CASE WHEN count(*) OVER (PARTITION BY r.name) = 1 THEN r.name \
+            ELSE r.name || ' (' || substr(r.id, 10, 8) || ')' END, \
+            EXISTS (SELECT FROM {schema}.confirmation c WHERE c.wait = $1 AND c.replica = r.id) \
+            FROM {schema}.replica r WHERE r.seen > clock_timestamp() - make_interval(secs => $2) ORDER BY r.name, r.id",
         );
         let gone = REPLICA_GONE.as_secs_f64();
         let failed = |error: Error| self.session.failed(&error);

@@ -224,7 +224,7 @@ impl QueryNonce {
 }
 
 enum Query {
-    Own { lookup: String, lookup_many: String, note_uses: String, changed: String },
+    Own { lookup: String, lookup_many: String, note_uses: String, which: String, schema: String },
     Lookup { sql: String, bind: Bind },
 }
 
@@ -244,7 +244,8 @@ impl PostgresStore {
                     lookup: fill(schema::LOOKUP),
                     lookup_many: fill(schema::LOOKUP_MANY),
                     note_uses: fill(schema::NOTE_USES),
-                    changed: fill(schema::CHANGED),
+                    which: fill(schema::WHICH),
+                    schema: schema.clone(),
                 }
             }
             _ => return Err(Problem::error("preset", "has no query", "report this fault of tollgate")),
@@ -527,9 +528,12 @@ impl TokenStore for PostgresStore {
     }
 
     async fn changed_since(&self, mark: &str) -> Result<Option<Vec<Digest>>, StoreError> {
-        let Query::Own { changed, .. } = &self.query else { return Ok(None) };
+        let Query::Own { which, schema, .. } = &self.query else { return Ok(None) };
         let Some((since, oldest)) = schema::read_mark(mark) else { return Ok(None) };
-        let rows = self.ask(&BoundQuery::Own { sql: changed, parameters: &[&since, &oldest] }).await?;
+        let version = self.ask(&BoundQuery::Own { sql: which, parameters: &[] }).await?;
+        let version = schema::which(&version).map_err(|failure| failure.error)?;
+        let sql = schema::fill(&schema::changed_sql(version), schema).replace("{mark}", &self.nonce.0);
+        let rows = self.ask(&BoundQuery::Own { sql: &sql, parameters: &[&since, &oldest] }).await?;
         schema::changed(&rows).map_err(|failure| failure.error)
     }
 

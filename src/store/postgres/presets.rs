@@ -95,9 +95,9 @@ pub async fn install_triggers(settings: &PostgresSettings, sql: &str) -> Result<
     session.client.batch_execute(sql).await.map_err(|error| session.failed(&error))
 }
 
-/// A query with one row: whether the triggers exist and notify on the channel, whether some of them are of an older
-/// version, whose functions use the search path of the session that changes the table, and the other channels on which
-/// tollgate's triggers notify.
+/// A query with one row: whether the triggers exist, fire and notify on the channel, whether some of them are of an older
+/// version, whose functions use the search path and the rights of the session that changes the table, the other channels
+/// on which tollgate's triggers notify, and which of them are switched off.
 pub(super) struct TriggerCheck(pub(super) String);
 
 /// `None`: tollgate's own triggers are part of its schema. If the tables are unknown, any trigger on the channel
@@ -122,6 +122,7 @@ pub(super) fn trigger_check(source: &Source, channel: &str) -> Option<TriggerChe
             let tag = tag(table, column, channel);
             want(format!("added_{tag}"), table);
             want(format!("altered_{tag}"), table);
+            want(format!("emptied_{tag}"), table);
             if table == TOKENS {
                 want(format!("owner_{tag}"), "users");
                 want(format!("owner_gone_{tag}"), "users");
@@ -130,15 +131,20 @@ pub(super) fn trigger_check(source: &Source, channel: &str) -> Option<TriggerChe
     }
     let all = "FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid";
     let tells = format!("pg_catalog.strpos(p.prosrc, pg_catalog.quote_literal('{channel}'::text)) > 0");
-    let exists = |condition: &String| {
-        format!("EXISTS (SELECT {all} WHERE {condition} AND t.tgenabled IN ('O', 'A') AND {tells})")
-    };
+    // An ordinary trigger does not fire for what a subscription writes into its table.
+    let fires = "(t.tgenabled = 'A' OR t.tgenabled = 'O' AND NOT EXISTS (SELECT FROM pg_catalog.pg_subscription_rel s \
+        WHERE s.srrelid = t.tgrelid))";
+    let exists = |condition: &String| format!("EXISTS (SELECT {all} WHERE {condition} AND {fires} AND {tells})");
     let there = wanted.iter().map(exists).collect::<Vec<_>>().join(" AND ");
-    let fixed = format!("coalesce('search_path={SEARCH_PATH}' = ANY (p.proconfig), false)");
+    let any = wanted.iter().map(|condition| format!("({condition})")).collect::<Vec<_>>().join(" OR ");
+    let current = format!("coalesce('search_path={SEARCH_PATH}' = ANY (p.proconfig), false) AND p.prosecdef");
     let other = r"pg_catalog.substring(p.prosrc, 'pg_notify\(''([^'']+)''')";
+    let off = "pg_catalog.format('trigger %I of %s is off: `ALTER TABLE %s ENABLE ALWAYS TRIGGER %I` switches it on'::text, \
+        t.tgname, t.tgrelid::pg_catalog.regclass, t.tgrelid::pg_catalog.regclass, t.tgname)";
     Some(TriggerCheck(format!(
-        "SELECT {there}, EXISTS (SELECT {all} WHERE {ours} AND {tells} AND NOT {fixed}), \
-        (SELECT pg_catalog.string_agg(DISTINCT {other}, ', ') {all} WHERE {ours} AND NOT {tells})"
+        "SELECT {there}, EXISTS (SELECT {all} WHERE {ours} AND {tells} AND NOT ({current})), \
+        (SELECT pg_catalog.string_agg(DISTINCT {other}, ', ') {all} WHERE {ours} AND NOT {tells}), \
+        (SELECT pg_catalog.string_agg({off}, '; ' ORDER BY t.tgname) {all} WHERE ({any}) AND {tells} AND NOT {fires})"
     )))
 }
 
@@ -173,10 +179,13 @@ fn for_column(
     let values = format!("IN SELECT OLD.{column_sql}::text UNION SELECT NEW.{column_sql}::text");
     Ok([
         drop_triggers(&["added", "altered", "emptied"], &tag, &table_sql),
-        function_that_tells(&format!("tollgate.told_{tag}"), &values, bind, channel),
+        function_that_tells(&format!("tollgate.told_{tag}"), &table_sql, &values, bind, channel),
         function(
             &format!("tollgate.emptied_{tag}"),
-            &format!("BEGIN\n    PERFORM pg_catalog.pg_notify('{channel}', '*');\n    RETURN NULL;\nEND"),
+            &table_sql,
+            &format!(
+                "BEGIN\n{QUEUE_IS_FULL}    PERFORM pg_catalog.pg_notify('{channel}', '*');\n    RETURN NULL;\nEND"
+            ),
         ),
         trigger("added", &tag, "INSERT OR DELETE", &table_sql, "ROW", "told"),
         trigger("altered", &tag, "UPDATE", &table_sql, &format!("ROW WHEN ({changed})"), "told"),
@@ -191,44 +200,59 @@ fn drop_triggers(names: &[&str], tag: &str, table: &str) -> String {
     names.iter().map(|name| format!("DROP TRIGGER IF EXISTS tollgate_{name}_{tag} ON {table};\n")).collect()
 }
 
-/// A trigger function. It runs with the rights of the user who changes the table, possibly its owner; its search path
-/// must not be controlled by that user or by users who may create objects in some schema.
-fn function(name: &str, body: &str) -> String {
+/// The first lines of each trigger function: a transaction that notifies while the server's queue of notifications is full
+/// fails when it commits. Gateways look at the queue themselves, and promise nothing long before it comes to this.
+const QUEUE_IS_FULL: &str =
+    "    IF pg_catalog.pg_notification_queue_usage() >= 0.5 THEN\n        RETURN NULL;\n    END IF;\n";
+
+/// A trigger function. It runs with the rights of the table's owner: who changes the table needs no right on what the
+/// function reads. Its search path must not be controlled by users who may create objects in some schema, and nobody else
+/// may attach it to a table of theirs.
+fn function(name: &str, table: &str, body: &str) -> String {
+    let table = table.replace('\'', "''");
     format!(
         "DROP FUNCTION IF EXISTS {name}();\n\
-        CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SET search_path = {SEARCH_PATH} AS $tollgate$\n\
-        {body}\n$tollgate$;\n"
+        CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = {SEARCH_PATH} AS \
+        $tollgate$\n{body}\n$tollgate$;\n\
+        REVOKE EXECUTE ON FUNCTION {name}() FROM PUBLIC;\n\
+        -- A superuser's rights are not lent to whoever changes the table.\n\
+        DO $tollgate$ BEGIN\n    \
+            IF (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.rolname = current_user) THEN\n        \
+                EXECUTE (SELECT pg_catalog.format('ALTER FUNCTION {name}() OWNER TO %I', \
+                pg_catalog.pg_get_userbyid(c.relowner)) FROM pg_catalog.pg_class c WHERE c.oid = '{table}'::regclass);\n    \
+            END IF;\n\
+        END $tollgate$;\n"
     )
 }
 
+/// Fires also for what a subscription or a loaded copy writes, where ordinary triggers stay silent.
 fn trigger(name: &str, tag: &str, event: &str, table: &str, each: &str, function: &str) -> String {
     format!(
         "CREATE TRIGGER tollgate_{name}_{tag} AFTER {event} ON {table}\n    \
-            FOR EACH {each}\n    EXECUTE FUNCTION tollgate.{function}_{tag}();\n"
+            FOR EACH {each}\n    EXECUTE FUNCTION tollgate.{function}_{tag}();\n\
+        ALTER TABLE {table} ENABLE ALWAYS TRIGGER tollgate_{name}_{tag};\n"
     )
 }
 
 /// For the personal access tokens of a user who is blocked, renamed or removed.
 fn for_owners(column: &str, bind: &Bind, channel: &str) -> String {
     let tag = tag(TOKENS, column, channel);
-    // The tables are in one schema, whatever the search path.
-    let tokens = format!(
-        "IN EXECUTE format('SELECT {column}::text FROM %I.{TOKENS} WHERE user_id = $1', TG_TABLE_SCHEMA) USING OLD.id"
-    );
+    let tokens_table = format!("\"{SCHEMA}\".\"{TOKENS}\"");
+    let tokens = format!("IN SELECT t.{column}::text FROM {tokens_table} t WHERE t.user_id = OLD.id");
     let users = format!("\"{SCHEMA}\".\"users\"");
     let changed = "ROW WHEN (OLD.state IS DISTINCT FROM NEW.state OR OLD.username IS DISTINCT FROM NEW.username)";
     [
         drop_triggers(&["owner", "owner_gone"], &tag, &users),
-        function_that_tells(&format!("tollgate.owner_{tag}"), &tokens, bind, channel),
+        function_that_tells(&format!("tollgate.owner_{tag}"), &tokens_table, &tokens, bind, channel),
         trigger("owner", &tag, "UPDATE", &users, changed, "owner"),
         trigger("owner_gone", &tag, "DELETE", &users, "ROW", "owner"),
     ]
     .concat()
 }
 
-/// A trigger function that notifies of tokens by their digests. After a thousand in one transaction it sends `*` for
-/// all tokens. The server sends equal messages of a transaction once.
-fn function_that_tells(name_of_function: &str, tokens: &str, bind: &Bind, channel: &str) -> String {
+/// A trigger function that notifies of tokens by their digests. The server sends equal messages of a transaction once;
+/// before PostgreSQL 13 it compares each one with all others for that, so that after a thousand, `*` stands for all tokens.
+fn function_that_tells(name_of_function: &str, table: &str, tokens: &str, bind: &Bind, channel: &str) -> String {
     // A value that is not a digest cannot be looked up either.
     let name = match bind {
         Bind::Plain => "encode(sha256(convert_to(token, 'UTF8')), 'hex')",
@@ -242,18 +266,19 @@ fn function_that_tells(name_of_function: &str, tokens: &str, bind: &Bind, channe
     };
     function(
         name_of_function,
+        table,
         &format!(
             "DECLARE\n    \
                 token text;\n    \
                 name text;\n    \
                 told integer := coalesce(nullif(current_setting('tollgate.told', true), ''), '0')::integer;\n    \
                 now_ms constant text := (extract(epoch FROM clock_timestamp()) * 1000)::bigint::text;\n\
-            BEGIN\n    \
+            BEGIN\n{QUEUE_IS_FULL}    \
                 FOR token {tokens} LOOP\n        \
                     name := {name};\n        \
                     CONTINUE WHEN name IS NULL;\n        \
                     told := told + 1;\n        \
-                    IF told > 1000 THEN\n            \
+                    IF told > 1000 AND current_setting('server_version_num')::integer < 130000 THEN\n            \
                         PERFORM pg_catalog.pg_notify('{channel}', '*');\n            \
                         RETURN NULL;\n        \
                     END IF;\n        \

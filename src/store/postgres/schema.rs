@@ -10,10 +10,12 @@ use std::collections::HashMap;
 use std::error::Error;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
-use tokio_postgres::{Client, Row};
+use tokio_postgres::{Client, Row, SimpleQueryMessage};
 
 /// Numbered from 1, and never changed once released.
-const MIGRATIONS: &[&str] = &[include_str!("1.sql"), include_str!("2.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("1.sql"), include_str!("2.sql"), include_str!("3.sql")];
+/// The triggers of the newest version. Run whenever they are not as they should be.
+const TRIGGERS: &str = include_str!("triggers.sql");
 /// The schema version that this version creates.
 const VERSION: i32 = MIGRATIONS.len() as i32;
 /// The oldest schema version that this version can read.
@@ -48,17 +50,139 @@ pub(super) const MARK: &str = "(extract(epoch FROM pg_catalog.clock_timestamp())
 /// A change is recorded when it is made and becomes visible when its transaction ends: the additional minute, and the
 /// transactions that were in progress, cover the time between. The first row says whether the list reaches back far
 /// enough.
-pub(super) const CHANGED: &str = "SELECT '{mark}'::text, NULL::bytea, v.version, v.readers_from, \
+const CHANGED: &str = "SELECT '{mark}'::text, NULL::bytea, v.version, v.readers_from, \
     $1::bigint OPERATOR(pg_catalog.>=) v.since_ms \
     AND ($1::bigint OPERATOR(pg_catalog.-) 60000::bigint) OPERATOR(pg_catalog.>=) \
     ((extract(epoch FROM pg_catalog.clock_timestamp())::float8 OPERATOR(pg_catalog.*) 1000::float8)::bigint \
     OPERATOR(pg_catalog.-) 3540000::bigint) \
     FROM {schema}.version v \
     UNION ALL \
-    (SELECT DISTINCT '{mark}'::text, c.digest, NULL::integer, NULL::integer, c.digest IS NOT NULL \
+    (SELECT DISTINCT '{mark}'::text, {digests}, NULL::integer, NULL::integer, {digests} IS NOT NULL \
     FROM {schema}.change c WHERE c.at_ms OPERATOR(pg_catalog.>=) ($1::bigint OPERATOR(pg_catalog.-) 60000::bigint) \
     OR ((c.xmin::text::bigint OPERATOR(pg_catalog.-) $2::bigint OPERATOR(pg_catalog.+) 4294967296::bigint) \
     OPERATOR(pg_catalog.%) 4294967296::bigint) OPERATOR(pg_catalog.<) 2147483648::bigint)";
+
+/// The first version whose list of changes can be read behind a snapshot.
+pub(super) const LISTED_SINCE: i32 = 3;
+/// Which triggers of the token table do not fire, and what to do about it; NULL: all fire.
+const OFF: &str = "(SELECT pg_catalog.string_agg(pg_catalog.format('trigger %s of table {schema}.token is %s'::text, w.name, \
+    CASE WHEN t.tgname IS NULL THEN 'missing: `tollgate store migrate --config FILE` makes it'::text \
+    ELSE pg_catalog.format('off: `ALTER TABLE {schema}.token ENABLE %s %s` switches it on'::text, w.how, w.name) END), \
+    '; '::text) FROM (VALUES ('tollgate_added'::text, 'O'::text, 'TRIGGER'::text), \
+    ('tollgate_removed'::text, 'O'::text, 'TRIGGER'::text), ('tollgate_altered'::text, 'O'::text, 'TRIGGER'::text), \
+    ('tollgate_emptied'::text, 'O'::text, 'ALWAYS TRIGGER'::text), \
+    ('tollgate_replicated'::text, 'R'::text, 'REPLICA TRIGGER'::text), \
+    ('tollgate_replicated_change'::text, 'R'::text, 'REPLICA TRIGGER'::text)) AS w (name, mode, how) \
+    LEFT JOIN pg_catalog.pg_trigger t ON t.tgrelid OPERATOR(pg_catalog.=) \
+    '{schema}.token'::pg_catalog.regclass::pg_catalog.oid AND t.tgname::text OPERATOR(pg_catalog.=) w.name \
+    WHERE (t.tgenabled::text OPERATOR(pg_catalog.=) ANY (ARRAY['A'::text, w.mode])) IS NOT TRUE)";
+/// What a gateway asks again and again, in one snapshot: first how things are, then what changed behind an earlier
+/// snapshot, then who waits for a confirmation. It takes no transaction id. Rows of `change` that another server has
+/// numbered, as after a restore, have been seen by no snapshot of this one.
+const LIST: &str = "SELECT 'state'::text, {mark}, pg_catalog.txid_current_snapshot()::text, \
+    pg_catalog.pg_notification_queue_usage()::text, v.version::text, v.channel, {off}, \
+    (extract(epoch FROM pg_catalog.statement_timestamp())::float8 OPERATOR(pg_catalog.*) 1000::float8)::bigint::text \
+    FROM {schema}.version v \
+    UNION ALL SELECT 'change'::text, c.at_ms::text, pg_catalog.encode(coalesce(c.digests, c.digest), 'hex'::text), \
+    c.pid::text, NULL::text, NULL::text, NULL::text, NULL::text FROM {schema}.change c WHERE {behind} \
+    UNION ALL SELECT 'wait'::text, w.id, NULL::text, NULL::text, NULL::text, NULL::text, NULL::text, NULL::text \
+    FROM {schema}.wait w WHERE NOT EXISTS (SELECT FROM {schema}.confirmation n \
+    WHERE n.wait OPERATOR(pg_catalog.=) w.id AND n.replica OPERATOR(pg_catalog.=) '{replica}'::text)";
+
+/// [`LIST`] for a gateway. `seen`: the snapshot of the last look, if there was one.
+pub(super) fn list_sql(schema: &str, replica: &str, seen: Option<&str>) -> String {
+    let behind = seen.and_then(|seen| Some((seen.split_once(':')?.0, seen))).map_or_else(
+        || "false".to_owned(),
+        |(oldest, seen)| {
+            format!(
+                "c.tx OPERATOR(pg_catalog.>=) {oldest}::bigint \
+                AND NOT pg_catalog.txid_visible_in_snapshot(c.tx, '{seen}'::pg_catalog.txid_snapshot) \
+                AND pg_catalog.txid_visible_in_snapshot(c.tx, pg_catalog.txid_current_snapshot())"
+            )
+        },
+    );
+    let sql = LIST.replace("{mark}", MARK).replace("{off}", OFF).replace("{behind}", &behind);
+    fill(&sql.replace("{replica}", replica), schema)
+}
+
+/// The answer to [`LIST`].
+pub(super) struct ChangesSeen {
+    pub(super) mark: String,
+    pub(super) snapshot: String,
+    /// The part of the server's notification queue that is in use.
+    pub(super) queue: f64,
+    pub(super) version: i32,
+    pub(super) channel: String,
+    /// Triggers that do not fire.
+    pub(super) off: Option<String>,
+    pub(super) at_ms: u64,
+    pub(super) changes: Vec<ListedChange>,
+    pub(super) waits: Vec<String>,
+}
+
+/// A row of `change`.
+pub(super) struct ListedChange {
+    pub(super) at_ms: u64,
+    /// Digests one after the other; `None`: everything.
+    pub(super) hex: Option<String>,
+    /// The server process that wrote it.
+    pub(super) pid: Option<i32>,
+}
+
+impl ChangesSeen {
+    pub(super) fn read(answer: &[SimpleQueryMessage]) -> Result<Self, QueryFailure> {
+        let misread = || QueryFailure::garbage(format!("the list of changes cannot be read: {MIGRATE}"));
+        let (mut seen, mut changes, mut waits) = (None, Vec::new(), Vec::new());
+        for message in answer {
+            let SimpleQueryMessage::Row(row) = message else { continue };
+            let text = |at: usize| row.try_get(at).ok().flatten();
+            let need = |at: usize| text(at).ok_or_else(misread);
+            let number = |at: usize| need(at)?.parse::<u64>().map_err(|_| misread());
+            match need(0)? {
+                "state" => {
+                    let snapshot = need(2)?;
+                    if !snapshot.bytes().all(|byte| byte.is_ascii_digit() || byte == b':' || byte == b',') {
+                        return Err(misread());
+                    }
+                    seen = Some(Self {
+                        mark: need(1)?.to_owned(),
+                        snapshot: snapshot.to_owned(),
+                        queue: need(3)?.parse().map_err(|_| misread())?,
+                        version: need(4)?.parse().map_err(|_| misread())?,
+                        channel: need(5)?.to_owned(),
+                        off: text(6).map(str::to_owned),
+                        at_ms: number(7)?,
+                        changes: Vec::new(),
+                        waits: Vec::new(),
+                    });
+                }
+                "change" => changes.push(ListedChange {
+                    at_ms: number(1)?,
+                    hex: text(2).map(str::to_owned),
+                    pid: text(3).and_then(|pid| pid.parse().ok()),
+                }),
+                _ => waits.push(need(1)?.to_owned()),
+            }
+        }
+        let seen =
+            seen.ok_or_else(|| QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}")))?;
+        Ok(Self { changes, waits, ..seen })
+    }
+}
+
+/// Which version the tables have, for [`changed_sql`].
+pub(super) const WHICH: &str = "SELECT '{mark}'::text, v.version FROM {schema}.version v";
+
+/// [`CHANGED`] for tables of a version.
+pub(super) fn changed_sql(version: i32) -> String {
+    CHANGED.replace("{digests}", if version < LISTED_SINCE { "c.digest" } else { "coalesce(c.digests, c.digest)" })
+}
+
+/// The answer to [`WHICH`].
+pub(super) fn which(rows: &[Row]) -> Result<i32, QueryFailure> {
+    let none = || QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}"));
+    rows.first().ok_or_else(none)?.try_get(1).map_err(misread)
+}
 
 /// The result of [`MARK`].
 pub(super) fn read_mark(mark: &str) -> Option<(i64, i64)> {
@@ -154,8 +278,21 @@ pub(super) fn changed(rows: &[Row]) -> Result<Option<Vec<Digest>>, QueryFailure>
             return Ok(None);
         }
     }
-    let gone = || QueryFailure::garbage("a change without a digest");
-    rest.iter().map(|row| digest(row, 1)?.ok_or_else(gone)).collect::<Result<_, _>>().map(Some)
+    let mut digests = Vec::new();
+    for row in rest {
+        let bytes = row.try_get::<_, Option<&[u8]>>(1).map_err(misread)?.unwrap_or_default();
+        digests.extend(
+            split_digests(bytes)
+                .ok_or_else(|| QueryFailure::garbage("a change whose digests are not 32 bytes long"))?,
+        );
+    }
+    Ok(Some(digests))
+}
+
+/// Digests that stand one after the other: at least one.
+fn split_digests(bytes: &[u8]) -> Option<impl Iterator<Item = Digest>> {
+    let (digests, []) = bytes.as_chunks::<32>() else { return None };
+    (!digests.is_empty()).then(|| digests.iter().copied().map(Digest::from_bytes))
 }
 
 fn misread(_: tokio_postgres::Error) -> QueryFailure {
@@ -278,9 +415,14 @@ pub(super) struct Tables {
 pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&str>) -> Result<Tables, QueryFailure> {
     // A user who may only write tokens need not be allowed to create tables.
     let before = version(client, schema).await?;
+    let off = match &before {
+        Some((VERSION, _)) => triggers_off(client, schema).await?.is_some(),
+        _ => false,
+    };
     if let Some((version, told)) = &before
         && *version >= VERSION
         && channel.is_none_or(|channel| channel == told)
+        && !off
     {
         return Ok(Tables { version: *version, moved: None });
     }
@@ -299,9 +441,15 @@ pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&
         current = transaction.query_one(&sql, &[]).await.and_then(|row| row.try_get(0)).map_err(QueryFailure::own)?;
     }
     let done = usize::try_from(current).unwrap_or(0);
+    transaction.batch_execute("SET LOCAL lock_timeout = '5s'").await.map_err(QueryFailure::own)?;
     for migration in MIGRATIONS.iter().skip(done) {
         transaction.batch_execute(&fill(migration, schema)).await.map_err(QueryFailure::own)?;
     }
+    // They need the table to themselves: whoever looks up tokens meanwhile must not wait for long.
+    if current < VERSION || (current == VERSION && off) {
+        transaction.batch_execute(&fill(TRIGGERS, schema)).await.map_err(QueryFailure::own)?;
+    }
+    transaction.batch_execute("SET LOCAL lock_timeout = 0").await.map_err(QueryFailure::own)?;
     if moved.is_some() {
         // A change made now would be notified on the channel that gateways are about to leave.
         let lock = fill("LOCK TABLE {schema}.token IN SHARE ROW EXCLUSIVE MODE", schema);
@@ -313,6 +461,12 @@ pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&
     transaction.execute(&sql, &[&channel, &VERSION]).await.map_err(QueryFailure::own)?;
     transaction.commit().await.map_err(QueryFailure::own)?;
     Ok(Tables { version: current.max(VERSION), moved })
+}
+
+/// Which triggers do not fire.
+async fn triggers_off(client: &Client, schema: &str) -> Result<Option<String>, QueryFailure> {
+    let row = client.query_one(&fill(&format!("SELECT {OFF}"), schema), &[]).await.map_err(QueryFailure::own)?;
+    row.try_get(0).map_err(misread)
 }
 
 /// Checks that this version can read and write these tables.
