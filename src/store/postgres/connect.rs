@@ -265,7 +265,7 @@ enum Candidate {
 }
 
 /// What came of it.
-enum Attempt {
+enum HostTried {
     Resolved(Result<Vec<ResolvedHost>, Unreachable>),
     Opened(ResolvedHost, Result<Box<Reached>, Unreachable>),
 }
@@ -413,10 +413,10 @@ impl Target {
             // With this one, it is the next one's turn.
             is_due = true;
             match attempt {
-                Attempt::Resolved(Ok(hosts)) => {
+                HostTried::Resolved(Ok(hosts)) => {
                     hosts.into_iter().rev().for_each(|host| waiting.push_front(Candidate::Host(host)));
                 }
-                Attempt::Opened(host, Ok(reached)) => {
+                HostTried::Opened(host, Ok(reached)) => {
                     if self.suits(&reached.home.server, home) {
                         *self.answered.lock() = Some(host);
                         return Ok(*reached);
@@ -427,7 +427,7 @@ impl Target {
                     }
                     again.push(host);
                 }
-                Attempt::Resolved(Err(error)) | Attempt::Opened(_, Err(error)) => failed = Some(error),
+                HostTried::Resolved(Err(error)) | HostTried::Opened(_, Err(error)) => failed = Some(error),
             }
         }
         match (next_best, failed) {
@@ -437,19 +437,19 @@ impl Target {
         }
     }
 
-    async fn attempt(&self, candidate: Candidate, session: &str, time: Duration) -> Attempt {
+    async fn attempt(&self, candidate: Candidate, session: &str, time: Duration) -> HostTried {
         let silent = |name: &str, port| {
             Unreachable::Refused(format!("{name}:{port}: no answer within {}", humantime::format_duration(time)))
         };
         match candidate {
             Candidate::Place(place) => {
                 let resolved = within(time, self.resolve(&place)).await;
-                Attempt::Resolved(resolved.unwrap_or_else(|_| Err(silent(&place.name, place.port))))
+                HostTried::Resolved(resolved.unwrap_or_else(|_| Err(silent(&place.name, place.port))))
             }
             Candidate::Host(host) => {
                 let opened = within(time, self.open(&host, session)).await;
                 let opened = opened.unwrap_or_else(|_| Err(silent(&host.name, host.port)));
-                Attempt::Opened(host, opened.map(Box::new))
+                HostTried::Opened(host, opened.map(Box::new))
             }
         }
     }

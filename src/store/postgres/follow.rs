@@ -328,6 +328,8 @@ pub(super) struct Listener {
 #[derive(Default)]
 struct ChangeList {
     snapshot: Mutex<Option<String>>,
+    /// The table that was there at the first look.
+    table: OnceLock<String>,
     echoed: Mutex<Option<Instant>>,
     may_tidy: bool,
 }
@@ -511,6 +513,9 @@ impl Listener {
         }
         if let Some(channel) = self.signs.channel.get() {
             same_channel(channel, &seen.channel)?;
+        }
+        if *list.table.get_or_init(|| seen.table.clone()) != seen.table {
+            return Err(unavailable("there is another table of tokens now: was a backup restored?").into());
         }
         if let Some(off) = seen.off {
             return Err(Loss::Untold(format!("nobody tells of all changes: {off}")));

@@ -517,7 +517,7 @@ impl TokenStore for PostgresStore {
     }
 
     async fn follow(&self, heard: Heard<'_>) {
-        let _in_use = InUse::new(self);
+        let _in_use = CurrentStore::new(self);
         match &self.settings.channel {
             Some(channel) => {
                 let changes = follow::PostgresChanges::new(&self.target, &self.settings.source, channel);
@@ -548,16 +548,16 @@ impl TokenStore for PostgresStore {
 }
 
 /// While somebody follows a store, it is the current one and keeps its connections.
-struct InUse<'a>(&'a PostgresStore);
+struct CurrentStore<'a>(&'a PostgresStore);
 
-impl<'a> InUse<'a> {
+impl<'a> CurrentStore<'a> {
     fn new(store: &'a PostgresStore) -> Self {
         store.keeps_connections.store(true, Ordering::Release);
         Self(store)
     }
 }
 
-impl Drop for InUse<'_> {
+impl Drop for CurrentStore<'_> {
     fn drop(&mut self) {
         self.0.keeps_connections.store(false, Ordering::Release);
         self.0.close_idle_connections();

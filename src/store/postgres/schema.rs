@@ -81,11 +81,11 @@ const OFF: &str = "(SELECT pg_catalog.string_agg(pg_catalog.format('trigger %s o
 /// numbered, as after a restore, have been seen by no snapshot of this one.
 const LIST: &str = "SELECT 'state'::text, {mark}, pg_catalog.txid_current_snapshot()::text, \
     pg_catalog.pg_notification_queue_usage()::text, v.version::text, v.channel, {off}, \
-    (extract(epoch FROM pg_catalog.statement_timestamp())::float8 OPERATOR(pg_catalog.*) 1000::float8)::bigint::text \
-    FROM {schema}.version v \
+    (extract(epoch FROM pg_catalog.statement_timestamp())::float8 OPERATOR(pg_catalog.*) 1000::float8)::bigint::text, \
+    '{schema}.token'::pg_catalog.regclass::pg_catalog.oid::text FROM {schema}.version v \
     UNION ALL SELECT 'change'::text, c.at_ms::text, pg_catalog.encode(coalesce(c.digests, c.digest), 'hex'::text), \
-    c.pid::text, NULL::text, NULL::text, NULL::text, NULL::text FROM {schema}.change c WHERE {behind} \
-    UNION ALL SELECT 'wait'::text, w.id, NULL::text, NULL::text, NULL::text, NULL::text, NULL::text, NULL::text \
+    c.pid::text, NULL::text, NULL::text, NULL::text, NULL::text, NULL::text FROM {schema}.change c WHERE {behind} \
+    UNION ALL SELECT 'wait'::text, w.id, NULL::text, NULL::text, NULL::text, NULL::text, NULL::text, NULL::text, NULL::text \
     FROM {schema}.wait w WHERE NOT EXISTS (SELECT FROM {schema}.confirmation n \
     WHERE n.wait OPERATOR(pg_catalog.=) w.id AND n.replica OPERATOR(pg_catalog.=) '{replica}'::text)";
 
@@ -116,6 +116,8 @@ pub(super) struct ChangesSeen {
     /// Triggers that do not fire.
     pub(super) off: Option<String>,
     pub(super) at_ms: u64,
+    /// Which table the tokens are in: another one after a restore.
+    pub(super) table: String,
     pub(super) changes: Vec<ListedChange>,
     pub(super) waits: Vec<String>,
 }
@@ -152,6 +154,7 @@ impl ChangesSeen {
                         channel: need(5)?.to_owned(),
                         off: text(6).map(str::to_owned),
                         at_ms: number(7)?,
+                        table: need(8)?.to_owned(),
                         changes: Vec::new(),
                         waits: Vec::new(),
                     });

@@ -2284,6 +2284,34 @@ async fn tables_of_an_older_version_are_followed_and_migrated_under_gateways_tha
     ear.change_of(before, &*store, "three").await;
 }
 
+/// In one transaction, so that there is no moment without tables, and no trigger fires.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restored_backup_is_noticed() {
+    let server = Postgres::start();
+    let mut admin = writer(&settings(&server, own())).await;
+    admin.create(&record("known")).await.unwrap();
+    let backup = std::process::Command::new("pg_dump")
+        .args(["-U", "postgres", "-n", "tollgate", "-h", server.socket().to_str().unwrap()])
+        .args(["-p", &server.port().to_string(), "--inserts", "postgres"])
+        .output()
+        .unwrap();
+    // The command of psql's own that newer versions write is not SQL.
+    let sql = String::from_utf8(backup.stdout).unwrap();
+    let sql: Vec<_> = sql.lines().filter(|line| !line.starts_with('\\')).collect();
+    admin.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap();
+    let store = open(settings(&server, own()));
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    let before = Instant::now();
+    server.psql("postgres", &format!("BEGIN; DROP SCHEMA tollgate CASCADE; {}; COMMIT", sql.join("\n")));
+    ear.hearing(before).await;
+    assert_eq!(lookup(&*store, b"known").await, Some(record("known")));
+    let before = Instant::now();
+    admin.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap();
+    ear.change_of(before, &*store, "known").await;
+}
+
 /// Figures: `cargo test --release --lib postgres_figures -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "prints figures and judges nothing"]
