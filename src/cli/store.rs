@@ -26,6 +26,9 @@ pub(super) enum StoreCommand {
     Migrate {
         #[command(flatten)]
         options: StoreOptions,
+        /// Print the SQL that would run now instead of running it
+        #[arg(long)]
+        print: bool,
     },
     /// Look whether a store keeps its promise: connection, rights, triggers, notifications, the server's settings and clock.
     ///
@@ -53,12 +56,32 @@ pub(super) enum StoreCommand {
         #[arg(long, requires = "table")]
         column: Option<String>,
     },
+    /// Remove the triggers that install-triggers makes with the same configuration and arguments. A revoked token then works
+    /// for up to positive_ttl.
+    UninstallTriggers {
+        #[command(flatten)]
+        options: StoreOptions,
+        /// Print the SQL instead of running it
+        #[arg(long)]
+        print: bool,
+        /// For preset = "custom": the table with the tokens, like `people` or `auth.tokens`
+        #[arg(long, requires = "column")]
+        table: Option<String>,
+        /// The column of that table that `lookup` compares with $1
+        #[arg(long, requires = "table")]
+        column: Option<String>,
+    },
 }
 
 pub(super) async fn run(command: StoreCommand) -> Result<(), Failure> {
     match command {
         StoreCommand::Check { config, store } => check(&config, store.as_deref()).await?,
-        StoreCommand::Migrate { options } => {
+        StoreCommand::Migrate { options, print: true } => {
+            let (_, settings) = postgres_store(&options)?;
+            let sql = PostgresAdmin::migration_sql(&settings).await?;
+            say!("{}", if sql.is_empty() { "-- there is nothing to do" } else { sql.trim_end() })?;
+        }
+        StoreCommand::Migrate { options, print: false } => {
             let (name, settings) = postgres_store(&options)?;
             let migrated = PostgresAdmin::migrate(&settings).await?;
             say!("store {name}: the schema has version {}", migrated.version)?;
@@ -77,9 +100,20 @@ pub(super) async fn run(command: StoreCommand) -> Result<(), Failure> {
             if print {
                 say!("{}", sql.trim_end())?;
             } else {
-                postgres::install_triggers(&settings, &sql).await?;
+                postgres::run_triggers_sql(&settings, &sql).await?;
                 let channel = settings.channel.as_deref().unwrap_or_default();
                 say!("store {name}: the triggers are there, and tell of changes on channel \"{channel}\"")?;
+            }
+        }
+        StoreCommand::UninstallTriggers { options, print, table, column } => {
+            let (name, settings) = postgres_store(&options)?;
+            let sql = postgres::removal_sql(&settings, table.zip(column).as_ref())
+                .map_err(|why| anyhow!("store {name}: {why}"))?;
+            if print {
+                say!("{}", sql.trim_end())?;
+            } else {
+                postgres::run_triggers_sql(&settings, &sql).await?;
+                say!("store {name}: the triggers are gone; revoked tokens work for up to positive_ttl")?;
             }
         }
     }

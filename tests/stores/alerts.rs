@@ -190,6 +190,9 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
     file.add(&known());
     let (file_section, file_path) = (file.section(), file.path.clone());
     removed.add(&known());
+    let (mut off, mut is_off) = (PostgresOwn::new(), false);
+    off.add(&known());
+    let off_section = off.section();
     let mut instead = Embedded::new("sqlite");
     instead.add(&known());
 
@@ -213,6 +216,11 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
             Box::new(RedisOwn::new()),
             flapping,
         ),
+        case("a trigger is switched off", &["TollgateStoreNoTriggers"], &backend, &off_section, move || {
+            if !std::mem::replace(&mut is_off, true) {
+                off.server.psql("postgres", "ALTER TABLE tollgate.token DISABLE TRIGGER tollgate_altered");
+            }
+        }),
         case("no triggers", &["TollgateStoreNoTriggers"], &backend, &untold_section, || {}),
         case("triggers for another channel", &["TollgateStoreNoTriggers"], &backend, &elsewhere_section, || {}),
         case("only a standby", &["TollgateStoreStandby"], &backend, &standby_section, || {}),
@@ -223,7 +231,7 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
         }),
         case("a store that was down is removed by a reload", &[], &backend, &removed.section(), || {}),
     ];
-    assert_eq!(cases.len(), 14);
+    assert_eq!(cases.len(), 15);
     let over = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = cases
         .iter()

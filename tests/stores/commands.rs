@@ -149,6 +149,42 @@ fn a_check_of_a_store_finds_missing_triggers() {
     finds(&store.section(), "error", &["not heard", "no triggers", "install-triggers"]);
 }
 
+/// What was installed can be removed, and what would be run can be read before.
+#[test]
+fn triggers_are_removed_as_they_were_made_and_migrations_can_be_read() {
+    let gitlab = PostgresGitlab::new();
+    let config = Config::new(&gitlab.section());
+    let objects = "SELECT (SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'tollgate%') || ' ' || \
+        (SELECT count(*) FROM pg_namespace WHERE nspname = 'tollgate')";
+    assert_ne!(gitlab.server.psql("postgres", objects).trim(), "0 0");
+    for _ in 0..2 {
+        config.tollgate(&["store", "uninstall-triggers"], &[]).unwrap();
+        assert_eq!(gitlab.server.psql("postgres", objects).trim(), "0 0", "nothing is left");
+    }
+    finds(&gitlab.section(), "error", &["install-triggers"]);
+    config.tollgate(&["store", "install-triggers"], &[]).unwrap();
+    finds(&gitlab.section(), "ok", &["changes are heard"]);
+
+    let server = Postgres::start();
+    let section = PostgresOwn::section_for(&server);
+    let config = Config::new(&section);
+    let print = || stdout(&run(tollgate().args(["store", "migrate", "--print", "--config"]).arg(&config.path)));
+    let sql = print();
+    let file = config.folder.write("migrate.sql", &sql);
+    assert!(server.psql("postgres", "SELECT count(*) FROM pg_namespace WHERE nspname = 'tollgate'").contains('0'));
+    server.psql("postgres", &std::fs::read_to_string(file).unwrap());
+    assert_eq!(print().trim(), "-- there is nothing to do");
+    finds(&section, "ok", &["changes are heard"]);
+    server.psql("postgres", "ALTER TABLE tollgate.token DISABLE TRIGGER tollgate_altered");
+    finds(&section, "error", &["changes are not heard", "tollgate_altered", "is off"]);
+    server.psql("postgres", &print());
+    finds(&section, "ok", &["changes are heard"]);
+    let moved = Config::new(&format!("{section}channel = \"another\"\n"));
+    let sql = stdout(&run(tollgate().args(["store", "migrate", "--print", "--config"]).arg(&moved.path)));
+    server.psql("postgres", &sql);
+    assert!(server.psql("postgres", "SELECT channel FROM tollgate.version").contains("another"));
+}
+
 #[test]
 fn a_check_of_a_store_finds_what_breaks_its_promise_in_redis() {
     let store = RedisOwn::new();
@@ -157,6 +193,8 @@ fn a_check_of_a_store_finds_what_breaks_its_promise_in_redis() {
     assert!(healthy == 0 && said.ends_with("0 errors, 0 warnings\n") && said.contains("noeviction"), "{said}");
     let set = |setting: &str, value: &str| store.server.cli(&["CONFIG", "SET", setting, value]);
     set("maxmemory-policy", "allkeys-lru");
+    finds(&section, "warning", &["allkeys-lru", "maxmemory is 0 now"]);
+    set("maxmemory", "100mb");
     finds(&section, "error", &["allkeys-lru", "evicted", "CONFIG SET maxmemory-policy noeviction"]);
     set("maxmemory-policy", "noeviction");
     set("appendonly", "no");

@@ -88,6 +88,14 @@ impl PostgresAdmin {
         Ok(Migrated { version: u32::try_from(tables.version).unwrap_or(0), moved: tables.moved })
     }
 
+    /// The SQL that [`Self::migrate`] would run; empty if there is nothing to do.
+    pub async fn migration_sql(settings: &PostgresSettings) -> Result<String, AdminError> {
+        let schema = own_schema(settings)?;
+        let session = Session::open(settings).await?;
+        let sql = schema::migration_sql(&session.client, schema, settings.channel.as_deref()).await;
+        sql.map_err(|failure| garbled(&session.place, &failure))
+    }
+
     /// Deletes changes that no gateway asks for any more. Done before a change, so that a failure here does not affect
     /// the result of the change.
     async fn prune(&self) -> Result<(), AdminError> {

@@ -11,7 +11,7 @@ mod schema;
 
 pub use admin::{Migrated, PostgresAdmin};
 pub use connect::tls_auto;
-pub use presets::{NoTriggers, install_triggers, triggers_sql};
+pub use presets::{NoTriggers, removal_sql, run_triggers_sql, triggers_sql};
 
 use super::{Heard, LookupLimits, Secret, StoreError, TlsSettings, TokenRecord, TokenStore, feed};
 use crate::problem::Problem;

@@ -58,10 +58,7 @@ pub enum NoTriggers {
 /// SQL that creates the triggers, and can be repeated: for GitLab's tables, or for the table and column that a custom
 /// query compares with `$1`.
 pub fn triggers_sql(settings: &PostgresSettings, table: Option<&(String, String)>) -> Result<String, NoTriggers> {
-    let Some(channel) = &settings.channel else {
-        return Err(NoTriggers::NotifyIsOff);
-    };
-    schema::check_channel(channel).map_err(NoTriggers::Channel)?;
+    let channel = channel_of(settings)?;
     let users = ["authentication_token", "state", "username"];
     let triggers = match (&settings.source, table) {
         (Source::Own { .. }, _) => return Err(NoTriggers::OwnTables),
@@ -89,8 +86,50 @@ pub fn triggers_sql(settings: &PostgresSettings, table: Option<&(String, String)
     ))
 }
 
-/// Creates the triggers.
-pub async fn install_triggers(settings: &PostgresSettings, sql: &str) -> Result<(), AdminError> {
+fn channel_of(settings: &PostgresSettings) -> Result<&str, NoTriggers> {
+    let channel = settings.channel.as_deref().ok_or(NoTriggers::NotifyIsOff)?;
+    schema::check_channel(channel).map_err(NoTriggers::Channel)?;
+    Ok(channel)
+}
+
+/// SQL that removes what [`triggers_sql`] of the same arguments makes, and can be repeated.
+pub fn removal_sql(settings: &PostgresSettings, table: Option<&(String, String)>) -> Result<String, NoTriggers> {
+    let channel = channel_of(settings)?;
+    let (table, column) = match (&settings.source, table) {
+        (Source::Own { .. }, _) => return Err(NoTriggers::OwnTables),
+        (Source::Lookup { .. }, None) => return Err(NoTriggers::TableUnknown),
+        (Source::Lookup { .. }, Some((table, column))) => (table.as_str(), column.as_str()),
+        (_, Some(_)) => return Err(NoTriggers::TableKnown),
+        (Source::GitlabLegacy, None) => ("users", "authentication_token"),
+        (Source::GitlabPat, None) => (TOKENS, "token"),
+        (Source::GitlabPatDigest(_), None) => (TOKENS, "token_digest"),
+    };
+    let tag = tag(table, column, channel);
+    let mut removal = drop_triggers(&["added", "altered", "emptied"], &tag, &qualified(table)?);
+    let mut functions = vec!["told", "emptied"];
+    if table == TOKENS {
+        removal += &drop_triggers(&["owner", "owner_gone"], &tag, &format!("\"{SCHEMA}\".\"users\""));
+        functions.push("owner");
+    }
+    removal.extend(functions.iter().map(|name| format!("DROP FUNCTION IF EXISTS tollgate.{name}_{tag}();\n")));
+    Ok(format!(
+        "-- Removes what tells tollgate of changes on channel {channel}.\n\
+        BEGIN;\n\
+        SET LOCAL lock_timeout = '5s';\n\
+        SET LOCAL search_path = {SEARCH_PATH};\n\
+        {removal}\
+        -- The schema goes with the last of them.\n\
+        DO $tollgate$ BEGIN\n    \
+            IF EXISTS (SELECT FROM pg_catalog.pg_namespace n WHERE n.nspname = 'tollgate' AND NOT EXISTS (SELECT FROM \
+            pg_catalog.pg_depend d WHERE d.refclassid = 'pg_catalog.pg_namespace'::regclass AND d.refobjid = n.oid)) \
+            THEN\n        DROP SCHEMA tollgate;\n    END IF;\n\
+        END $tollgate$;\n\
+        COMMIT;\n"
+    ))
+}
+
+/// Runs SQL that creates or removes triggers.
+pub async fn run_triggers_sql(settings: &PostgresSettings, sql: &str) -> Result<(), AdminError> {
     let session = Session::open(settings).await?;
     session.client.batch_execute(sql).await.map_err(|error| session.failed(&error))
 }
@@ -154,6 +193,14 @@ fn tag(table: &str, column: &str, channel: &str) -> String {
     Digest::of(format!("{table}\n{column}\n{channel}").as_bytes()).to_hex()[..8].to_owned()
 }
 
+/// A table's name in SQL.
+fn qualified(table: &str) -> Result<String, NoTriggers> {
+    Ok(match table.split_once('.') {
+        Some((schema, table)) => format!("{}.{}", identifier(schema)?, identifier(table)?),
+        None => format!("\"{SCHEMA}\".{}", identifier(table)?),
+    })
+}
+
 /// For the tokens in a column. `watched`: the columns whose changes matter; `None`: all except the frequently changing
 /// ones.
 fn for_column(
@@ -163,10 +210,7 @@ fn for_column(
     watched: Option<&[&str]>,
     channel: &str,
 ) -> Result<String, NoTriggers> {
-    let table_sql = match table.split_once('.') {
-        Some((schema, table)) => format!("{}.{}", identifier(schema)?, identifier(table)?),
-        None => format!("\"{SCHEMA}\".{}", identifier(table)?),
-    };
+    let table_sql = qualified(table)?;
     let column_sql = identifier(column)?;
     let tag = tag(table, column, channel);
     let changed = match watched {

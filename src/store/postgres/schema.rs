@@ -466,6 +466,39 @@ pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&
     Ok(Tables { version: current.max(VERSION), moved })
 }
 
+/// The SQL that [`migrate`] would run now, for whoever runs it by hand. Empty: there is nothing to do.
+pub(super) async fn migration_sql(
+    client: &Client,
+    schema: &str,
+    channel: Option<&str>,
+) -> Result<String, QueryFailure> {
+    let before = version(client, schema).await?;
+    let (current, told) = before.map_or((0, None), |(version, told)| (version, Some(told)));
+    let off = current == VERSION && triggers_off(client, schema).await?.is_some();
+    let moves = channel.filter(|channel| told.as_deref() != Some(*channel));
+    if current >= VERSION && !off && moves.is_none() {
+        return Ok(String::new());
+    }
+    let mut sql = format!("BEGIN;\nSELECT pg_advisory_xact_lock({LOCK});\nSET LOCAL lock_timeout = '5s';\n");
+    if current == 0 {
+        sql += &fill("CREATE SCHEMA IF NOT EXISTS {schema};\n", schema);
+    }
+    for migration in MIGRATIONS.iter().skip(usize::try_from(current).unwrap_or(0)) {
+        sql += &fill(migration, schema);
+    }
+    if current < VERSION || off {
+        sql += &fill(TRIGGERS, schema);
+    }
+    if moves.is_some() && current > 0 {
+        sql += &fill("LOCK TABLE {schema}.token IN SHARE ROW EXCLUSIVE MODE;\n", schema);
+    }
+    // The channel's letters need no quoting: see `check_channel`.
+    let channel = moves.map_or_else(|| "channel".to_owned(), |channel| format!("'{channel}'"));
+    let version =
+        format!("UPDATE {{schema}}.version SET channel = {channel}, version = greatest(version, {VERSION});\n");
+    Ok(sql + &fill(&version, schema) + "COMMIT;\n")
+}
+
 /// Which triggers do not fire.
 async fn triggers_off(client: &Client, schema: &str) -> Result<Option<String>, QueryFailure> {
     let row = client.query_one(&fill(&format!("SELECT {OFF}"), schema), &[]).await.map_err(QueryFailure::own)?;

@@ -48,7 +48,7 @@ impl RedisSettings {
                 Ok(answer) => {
                     let value = answer.into_iter().next().map(|(_, value)| value).unwrap_or_default();
                     found.push(match name {
-                        "maxmemory-policy" => policy(&value),
+                        "maxmemory-policy" => policy(node, &value).await,
                         "appendonly" => persistence(node, &value).await,
                         _ => events(&value),
                     });
@@ -71,14 +71,17 @@ async fn clock(node: &mut RedisConnection) -> Finding {
     }
 }
 
-fn policy(value: &str) -> Finding {
-    match value {
-        "noeviction" => Finding::fine("maxmemory-policy is noeviction"),
-        // Without a bound of memory nothing is evicted, until somebody sets one.
-        other => Finding::error(
-            format!("maxmemory-policy is {other}: valid tokens are evicted when memory is full, and get 401"),
-            "CONFIG SET maxmemory-policy noeviction (and in redis.conf)",
-        ),
+async fn policy(node: &mut RedisConnection, value: &str) -> Finding {
+    if value == "noeviction" {
+        return Finding::fine("maxmemory-policy is noeviction");
+    }
+    let mend = "CONFIG SET maxmemory-policy noeviction (and in redis.conf)";
+    let what = format!("maxmemory-policy is {value}: valid tokens are evicted when memory is full, and get 401");
+    let limit = node.ask::<Vec<(String, String)>>(redis::cmd("CONFIG").arg("GET").arg("maxmemory")).await;
+    match limit.as_deref() {
+        // Nothing is evicted until somebody sets a limit.
+        Ok([(_, limit), ..]) if limit == "0" => Finding::warning(format!("{what}; maxmemory is 0 now"), mend),
+        _ => Finding::error(what, mend),
     }
 }
 

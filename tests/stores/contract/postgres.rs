@@ -7,7 +7,7 @@ use crate::servers::tls::Authority;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use tollgate::store::postgres::{
-    Bind, PostgresAdmin, PostgresSettings, PostgresStore, Source, install_triggers, triggers_sql,
+    Bind, PostgresAdmin, PostgresSettings, PostgresStore, Source, run_triggers_sql, triggers_sql,
 };
 use tollgate::store::{Imported, Records, Secret, TlsMode, TlsSettings};
 
@@ -274,7 +274,7 @@ impl ForeignSubject {
         let settings = settings(&server, kind.source());
         // Must be repeatable.
         for _ in 0..2 {
-            install_triggers(&settings, &kind.triggers(&settings)).await.unwrap();
+            run_triggers_sql(&settings, &kind.triggers(&settings)).await.unwrap();
         }
         Self { server: Arc::new(Mutex::new(server)), kind }
     }
@@ -687,7 +687,7 @@ async fn triggers_tell_of_all_that_matters_and_of_no_token() {
     server.psql("postgres", Foreign::TABLES);
     for kind in [Foreign::Legacy, Foreign::Pat, Foreign::PatDigest, Foreign::Hex] {
         let settings = settings(&server, kind.source());
-        install_triggers(&settings, &kind.triggers(&settings)).await.unwrap();
+        run_triggers_sql(&settings, &kind.triggers(&settings)).await.unwrap();
     }
     let (hex, listened) = (
         |text: &str| Digest::of(text.as_bytes()).to_hex(),
@@ -936,12 +936,12 @@ async fn without_triggers_nothing_is_promised() {
     assert!(is_silent(), "{:?}", ear.events());
     // Triggers of another table do not count; the right ones are found once they exist.
     let legacy = PostgresSettings { source: Source::GitlabLegacy, ..settings.clone() };
-    install_triggers(&legacy, &Foreign::Legacy.triggers(&legacy)).await.unwrap();
+    run_triggers_sql(&legacy, &Foreign::Legacy.triggers(&legacy)).await.unwrap();
     server.cut();
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(is_silent(), "{:?}", ear.events());
     let before = Instant::now();
-    install_triggers(&settings, &Foreign::Pat.triggers(&settings)).await.unwrap();
+    run_triggers_sql(&settings, &Foreign::Pat.triggers(&settings)).await.unwrap();
     ear.hearing(before).await;
     let silent = open(PostgresSettings { channel: None, ..settings });
     let mute = tokio::time::timeout(Duration::from_millis(200), silent.follow(&|event| panic!("{event:?}"))).await;
@@ -1389,7 +1389,7 @@ async fn triggers_that_tell_on_another_channel_are_no_promise() {
     server.psql("postgres", Foreign::TABLES);
     let here = settings(&server, Source::GitlabPat);
     let there = PostgresSettings { channel: Some("another".into()), ..here.clone() };
-    install_triggers(&there, &Foreign::Pat.triggers(&there)).await.unwrap();
+    run_triggers_sql(&there, &Foreign::Pat.triggers(&there)).await.unwrap();
     let store = open(here.clone());
     let begin = Instant::now();
     let ear = Ear::on(&store);
@@ -1397,7 +1397,7 @@ async fn triggers_that_tell_on_another_channel_are_no_promise() {
     ear.heard(begin, "nothing to tell", |event| *event == Event::Untold).await;
     assert_eq!(ear.events(), [Event::Untold]);
     let before = Instant::now();
-    install_triggers(&here, &Foreign::Pat.triggers(&here)).await.unwrap();
+    run_triggers_sql(&here, &Foreign::Pat.triggers(&here)).await.unwrap();
     ear.hearing(before).await;
     // Gateways on both channels are notified, because both kinds of triggers exist.
     let other = open(there);
@@ -1608,7 +1608,7 @@ async fn who_may_block_users_or_end_tokens_needs_no_other_right_for_the_triggers
     server.psql("postgres", &format!("SET ROLE gitlab; {}", Foreign::TABLES));
     for kind in [Foreign::Legacy, Foreign::Pat, Foreign::PatDigest, Foreign::Hex] {
         let settings = settings(&server, kind.source());
-        install_triggers(&settings, &kind.triggers(&settings)).await.unwrap();
+        run_triggers_sql(&settings, &kind.triggers(&settings)).await.unwrap();
     }
     server.psql(
         "postgres",
@@ -1793,7 +1793,7 @@ async fn the_documented_rights_on_gitlabs_tables_are_enough() {
         }
         let base = settings(&server, kind.source());
         let owner = as_role(&base, &server, "gitlab", "gitlabhq_production");
-        install_triggers(&owner, &kind.triggers(&owner)).await.unwrap();
+        run_triggers_sql(&owner, &kind.triggers(&owner)).await.unwrap();
         let store = open(as_role(&base, &server, "tollgate", "gitlabhq_production"));
         let begin = Instant::now();
         let ear = Ear::on(&store);
@@ -1942,7 +1942,7 @@ async fn a_long_transaction_is_no_lag() {
     server.psql("postgres", Foreign::TABLES);
     server.psql("postgres", "INSERT INTO keys (digest) VALUES (encode(sha256('known'), 'hex'))");
     let other = settings(&server, Foreign::Hex.source());
-    install_triggers(&other, &Foreign::Hex.triggers(&other)).await.unwrap();
+    run_triggers_sql(&other, &Foreign::Hex.triggers(&other)).await.unwrap();
     for (settings, sql) in [
         (settings(&server, own()), "UPDATE tollgate.token SET revoked = 1"),
         (other, "UPDATE keys SET revoked_at = now()"),
@@ -2030,7 +2030,7 @@ async fn triggers_that_are_off_tell_of_nothing() {
     admin.create(&record("known")).await.unwrap();
     server.psql("postgres", Foreign::TABLES);
     let gitlab = settings(&server, Source::GitlabPat);
-    install_triggers(&gitlab, &Foreign::Pat.triggers(&gitlab)).await.unwrap();
+    run_triggers_sql(&gitlab, &Foreign::Pat.triggers(&gitlab)).await.unwrap();
     for (settings, table, like) in [
         (settings(&server, own()), "tollgate.token", "tollgate_altered"),
         (gitlab.clone(), "public.personal_access_tokens", "tollgate_altered_%"),
@@ -2077,7 +2077,7 @@ async fn triggers_fire_for_whoever_loads_a_copy() {
     writer(&settings(&server, own())).await.create(&record("known")).await.unwrap();
     server.psql("postgres", Foreign::TABLES);
     let gitlab = settings(&server, Source::GitlabPat);
-    install_triggers(&gitlab, &Foreign::Pat.triggers(&gitlab)).await.unwrap();
+    run_triggers_sql(&gitlab, &Foreign::Pat.triggers(&gitlab)).await.unwrap();
     server.psql(
         "postgres",
         "INSERT INTO users (username) VALUES ('ann'); INSERT INTO personal_access_tokens (user_id, token) VALUES (1, 'known')",
@@ -2112,7 +2112,7 @@ async fn changes_that_arrive_by_logical_replication_are_told() {
         server.psql("postgres", Foreign::TABLES);
     }
     let gitlab = settings(&to, Source::GitlabPat);
-    install_triggers(&gitlab, &Foreign::Pat.triggers(&gitlab)).await.unwrap();
+    run_triggers_sql(&gitlab, &Foreign::Pat.triggers(&gitlab)).await.unwrap();
     from.psql("postgres", "CREATE PUBLICATION p FOR TABLE tollgate.token, users, personal_access_tokens");
     let at = format!("host={} port={} user=postgres dbname=postgres", from.socket().display(), from.port());
     admin.create(&record("known")).await.unwrap();
@@ -2172,7 +2172,7 @@ async fn a_full_queue_of_notifications_fails_no_change_and_hides_none() {
     }
     server.psql("postgres", Foreign::TABLES);
     let gitlab = settings(&server, Foreign::Hex.source());
-    install_triggers(&gitlab, &Foreign::Hex.triggers(&gitlab)).await.unwrap();
+    run_triggers_sql(&gitlab, &Foreign::Hex.triggers(&gitlab)).await.unwrap();
     let hears = open(settings(&server, own()));
     let other = open(gitlab);
     let begin = Instant::now();
