@@ -162,18 +162,27 @@ pub struct Cluster {
 
 impl Cluster {
     pub fn start() -> Self {
-        let nodes: Vec<_> = (0..3)
-            .map(|_| {
-                let bus = format!("cluster-port {}", free_port());
-                let config = ["cluster-enabled yes", "cluster-node-timeout 2000", &bus];
-                Redis::start(&Options { config: &config, ..Options::default() })
-            })
-            .collect();
+        let nodes: Vec<_> = (0..3).map(|_| Self::node()).collect();
         let addresses: Vec<_> = nodes.iter().map(Redis::address).collect();
         run(Command::new("redis-cli").args(["--cluster", "create"]).args(&addresses).arg("--cluster-yes"));
         for node in &nodes {
             eventually("the cluster is up", || node.cli(&["CLUSTER", "INFO"]).contains("cluster_state:ok"));
         }
         Self { nodes }
+    }
+
+    /// A node without slots, which no other knows.
+    pub fn node() -> Redis {
+        let bus = format!("cluster-port {}", free_port());
+        let config = ["cluster-enabled yes", "cluster-node-timeout 2000", "enable-debug-command local", &bus];
+        Redis::start(&Options { config: &config, ..Options::default() })
+    }
+
+    /// From now on, messages reach those only who are subscribed on the node that they are published on.
+    pub fn lose_messages_between(nodes: &[Redis]) {
+        for node in nodes {
+            // The number is that of PUBLISH among the packets of the bus.
+            node.cli(&["DEBUG", "DROP-CLUSTER-PACKET-FILTER", "4"]);
+        }
     }
 }

@@ -305,17 +305,36 @@ impl RedisAdmin {
         Ok(batch.iter().zip(&answers).filter(|(_, answer)| is_new(answer)).map(|((digest, _), _)| *digest).collect())
     }
 
+    /// Gateways are subscribed on every master of a cluster, so that one of them is enough.
     async fn tell(&mut self, messages: &[String]) -> Result<(), AdminError> {
         let Some(channel) = self.channel.clone() else { return Ok(()) };
+        let mut node = match self.is_cluster() {
+            true => self.connector.masters().await?.into_iter().next().ok_or_else(no_master)?,
+            false => self.link.clone(),
+        };
         for messages in messages.chunks(BATCH) {
             let mut pipe = redis::Pipeline::new();
             for message in messages {
                 pipe.cmd("PUBLISH").arg(&channel).arg(message);
             }
-            pipe.query_async::<Value>(&mut self.link).await.map_err(|error| broken(&error))?;
+            pipe.query_async::<Value>(&mut node).await.map_err(|error| broken(&error))?;
         }
         Ok(())
     }
+
+    /// Published on every master of a cluster, whose changes it is behind.
+    async fn tell_wait(&mut self, id: &str) -> Result<(), AdminError> {
+        let Some(channel) = self.channel.clone() else { return Ok(()) };
+        let message = redis::cmd("PUBLISH").arg(channel).arg(format!("wait {id}")).take();
+        for mut node in self.connector.masters().await? {
+            node.ask::<Value>(&message).await?;
+        }
+        Ok(())
+    }
+}
+
+fn no_master() -> AdminError {
+    AdminError::Store("no node of the cluster has slots: see CLUSTER SLOTS".into())
 }
 
 /// The key is on another node, or on its way there.
@@ -540,7 +559,7 @@ impl TokenAdmin for RedisAdmin {
         let mut said: Option<Instant> = None;
         loop {
             if said.is_none_or(|said| said.elapsed() >= WAIT_REPEAT) {
-                self.tell(&[format!("wait {id}")]).await?;
+                self.tell_wait(&id).await?;
                 said = Some(Instant::now());
             }
             let gone = u64::try_from(REPLICA_GONE.as_millis()).unwrap_or(u64::MAX);

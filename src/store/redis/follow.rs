@@ -1,16 +1,20 @@
 //! Changes of a Redis server: one connection of its own, which subscribes and is asked over and over, and the register of
-//! gateways that confirm what they took in.
+//! gateways that confirm what they took in. Of a cluster, one connection to each master: a message reaches the subscribers of
+//! the node that it was published on for certain, and those of other nodes only if the cluster's bus does not lose it.
 
 use super::super::feed::{self, Begun, ChangeSource, Coverage, Inbox, Loss, Pace, Subscription};
 use super::super::{Change, Heard, Mark, Named, REPLICA_GONE, StoreError, replica_name};
-use super::link::{Address, RedisConnection, RedisPool};
+use super::link::{Address, Push, RedisConnection, RedisPool, masters_by};
 use super::{Keys, RedisChanges, RedisStore, Topology};
 use crate::store::credential::Digest;
 use async_trait::async_trait;
+use futures_util::future::try_join_all;
 use parking_lot::{Mutex, Once};
 use redis::{PushInfo, PushKind, Value};
+use std::collections::{BTreeMap, VecDeque};
+use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 use tokio::time::{sleep, timeout};
 
@@ -21,6 +25,9 @@ const BEAT_ANSWER: Duration = Duration::from_millis(500);
 const SENTINEL_ANSWER: Duration = Duration::from_millis(300);
 /// How often the gateway's entry in the register is renewed, and how long that may take.
 const REGISTER: Duration = Duration::from_secs(1);
+/// Waits that have arrived from some masters of a cluster and not yet from all. Beyond them the oldest are dropped; whoever
+/// waits says it again every second.
+const GATHERED: usize = 1_024;
 /// Confirmations are kept, and waited for, no longer than this.
 pub(super) const WAIT_KEPT: Duration = Duration::from_secs(300);
 
@@ -96,44 +103,137 @@ impl<'a> ChangeSource for RedisFeed<'a> {
 impl<'a> RedisFeed<'a> {
     async fn subscribe(&mut self, inbox: Inbox<String>) -> Result<Subscribed<'a>, StoreError> {
         let inbox = Arc::new(inbox);
-        let (keys, arrived) = (self.store.keys.clone(), Arc::clone(&inbox));
-        let push = move |info| {
-            if let Some(message) = message(info, &keys) {
-                arrived.put(message);
-            }
-            Ok(())
-        };
-        let (mut link, address) = self.store.connector.subscriber(Arc::new(push)).await?;
-        if self.is_sentinel() && self.master.as_ref() != Some(&address) {
+        let (masters, ears) = self.connect(&inbox).await?;
+        if let [ear] = ears.as_slice()
+            && self.is_sentinel()
+            && self.master.as_ref() != Some(&ear.address)
+        {
             // Lookups may have come back to the old one in between.
             self.store.pool.renew();
-            self.master = Some(address.clone());
+            self.master = Some(ear.address.clone());
         }
-        hear_of_flushes(&mut link, self.store).await?;
+        try_join_all(ears.iter().map(|ear| hear_of_flushes(ear.link.clone(), self.store))).await?;
         let mut waits = Vec::new();
         let keyspace = match &self.store.settings.changes {
             RedisChanges::Channel(name) => {
                 // Whoever hears must be known to those who wait, so that comes first.
                 self.register.note().await?;
-                bounded(link.subscribe(false, name)).await?;
+                bounded(try_join_all(ears.iter().map(|ear| ear.subscribe(false, name)))).await?;
                 // Also what others began to wait for before this was listening.
                 waits = self.register.outstanding().await?;
                 false
             }
             _ => {
-                check_notifications(&mut link, &self.store.warnings).await?;
-                let channel = format!("__keyspace@{}__:", self.store.settings.database);
-                bounded(link.subscribe(true, &(channel + &self.store.keys.pattern("")))).await?;
+                let pattern = format!("__keyspace@{}__:", self.store.settings.database) + &self.store.keys.pattern("");
+                for ear in &ears {
+                    check_notifications(&mut ear.link.clone(), &self.store.warnings).await?;
+                    bounded(ear.subscribe(true, &pattern)).await?;
+                }
                 true
             }
         };
         let register = Arc::clone(&self.register);
         let may_ask_role = AtomicBool::new(true);
-        let subscribed = Subscribed { store: self.store, register, link, address, may_ask_role, keyspace };
+        let subscribed = Subscribed { store: self.store, register, masters, ears, may_ask_role, keyspace };
         bounded(subscribed.check()).await?;
         // What was told before they began to wait has arrived before the answer to the check.
         waits.into_iter().for_each(|id| inbox.put(ChannelMessage::Wait(id)));
         Ok(subscribed)
+    }
+
+    /// Connections that nothing is subscribed on yet, and of a cluster its masters.
+    async fn connect(
+        &self,
+        inbox: &Arc<Inbox<String>>,
+    ) -> Result<(BTreeMap<String, Address>, Vec<ServerEar>), StoreError> {
+        let connector = &self.store.connector;
+        if *connector.topology() != Topology::Cluster {
+            let (push, arrived) = self.push(inbox, &Arc::new(Gathering::of(1)), 0);
+            let (link, address) = connector.subscriber(push).await?;
+            return Ok((BTreeMap::new(), vec![ServerEar::new(link, address, arrived)]));
+        }
+        let masters = connector.cluster_masters().await?;
+        let gathering = Arc::new(Gathering::of(masters.len()));
+        let ears = masters.values().enumerate().map(|(index, address)| {
+            let (push, arrived) = self.push(inbox, &gathering, index);
+            async move {
+                let link = connector.subscriber_at(address, push).await?;
+                Ok::<_, StoreError>(ServerEar::new(link, address.clone(), arrived))
+            }
+        });
+        let ears = try_join_all(ears).await?;
+        Ok((masters, ears))
+    }
+
+    /// What takes the messages of one connection, and how many there were.
+    fn push(&self, inbox: &Arc<Inbox<String>>, gathering: &Arc<Gathering>, index: usize) -> (Push, Arc<AtomicU64>) {
+        let (keys, inbox, gathering) = (self.store.keys.clone(), Arc::clone(inbox), Arc::clone(gathering));
+        let arrived = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&arrived);
+        let push = move |info| {
+            count.fetch_add(1, Ordering::Relaxed);
+            match message(info, &keys) {
+                Some(ChannelMessage::Wait(id)) if !gathering.is_whole(index, &id) => {}
+                Some(message) => inbox.put(message),
+                None => {}
+            }
+            Ok(())
+        };
+        (Arc::new(push), arrived)
+    }
+}
+
+/// The connection to one server that messages arrive by.
+struct ServerEar {
+    link: RedisConnection,
+    address: Address,
+    /// How many messages arrived.
+    arrived: Arc<AtomicU64>,
+    /// What the node of a cluster said of the cluster's layout when its list of masters was read last.
+    layout: Mutex<String>,
+}
+
+impl ServerEar {
+    fn new(link: RedisConnection, address: Address, arrived: Arc<AtomicU64>) -> Self {
+        Self { link, address, arrived, layout: Mutex::default() }
+    }
+
+    async fn subscribe(&self, pattern: bool, name: &str) -> Result<(), StoreError> {
+        self.link.clone().subscribe(pattern, name).await
+    }
+}
+
+/// Waits on their way in. One that has arrived by every connection is behind all changes that were published before it, by
+/// whichever node.
+struct Gathering {
+    connections: usize,
+    waits: Mutex<VecDeque<(String, Vec<bool>)>>,
+}
+
+impl Gathering {
+    fn of(connections: usize) -> Self {
+        Self { connections, waits: Mutex::default() }
+    }
+
+    /// Notes that a wait arrived by a connection. Whether it was the last one that was missing.
+    fn is_whole(&self, connection: usize, id: &str) -> bool {
+        let mut waits = self.waits.lock();
+        let index = waits.iter().position(|(known, _)| known == id).unwrap_or_else(|| {
+            if waits.len() == GATHERED {
+                waits.pop_front();
+            }
+            waits.push_back((id.to_owned(), vec![false; self.connections]));
+            waits.len() - 1
+        });
+        let Some((_, arrived)) = waits.get_mut(index) else { return false };
+        if let Some(arrived) = arrived.get_mut(connection) {
+            *arrived = true;
+        }
+        let is_whole = arrived.iter().all(|arrived| *arrived);
+        if is_whole {
+            waits.remove(index);
+        }
+        is_whole
     }
 }
 
@@ -196,7 +296,7 @@ async fn bounded<T>(future: impl Future<Output = Result<T, StoreError>>) -> Resu
 
 /// Neither messages nor keyspace events tell of FLUSHALL and FLUSHDB, but the server tells every client whose keys it
 /// tracks. Those of a prefix that nobody uses are tracked, so that nothing else is told.
-async fn hear_of_flushes(link: &mut RedisConnection, store: &RedisStore) -> Result<(), StoreError> {
+async fn hear_of_flushes(mut link: RedisConnection, store: &RedisStore) -> Result<(), StoreError> {
     let mut track = redis::cmd("CLIENT");
     track.arg("TRACKING").arg("ON").arg("BCAST").arg("PREFIX").arg(store.keys.unused());
     match bounded(link.ask::<Value>(&track)).await {
@@ -248,12 +348,13 @@ async fn check_notifications(link: &mut RedisConnection, warnings: &RedisWarning
     Err(StoreError::Unavailable(what))
 }
 
-/// The connection that messages arrive by.
+/// The connections that messages arrive by.
 struct Subscribed<'a> {
     store: &'a RedisStore,
     register: Arc<Register>,
-    link: RedisConnection,
-    address: Address,
+    /// Of a cluster: its masters by their ids. There is one connection to each.
+    masters: BTreeMap<String, Address>,
+    ears: Vec<ServerEar>,
     may_ask_role: AtomicBool,
     keyspace: bool,
 }
@@ -275,6 +376,10 @@ impl Subscription for Subscribed<'_> {
     }
 
     async fn confirm(&self, waits: &mut Vec<String>) -> Result<(), Loss> {
+        if !self.masters.is_empty() {
+            // What a new master published is behind none of the waits.
+            bounded(self.check()).await?;
+        }
         let mut again = Vec::new();
         for id in waits.drain(..) {
             if !self.register.confirm(&id).await {
@@ -288,11 +393,34 @@ impl Subscription for Subscribed<'_> {
 
 impl Subscribed<'_> {
     async fn check(&self) -> Result<(), StoreError> {
-        let mut link = self.link.clone();
+        match self.ears.as_slice() {
+            [ear] => self.check_one(ear).await,
+            ears => try_join_all(ears.iter().map(|ear| self.check_within(ear))).await.map(drop),
+        }
+    }
+
+    /// The messages of other connections are no sign of life of this one.
+    async fn check_within(&self, ear: &ServerEar) -> Result<(), StoreError> {
+        let mut answer = pin!(self.check_one(ear));
+        let mut arrived = ear.arrived.load(Ordering::Relaxed);
+        loop {
+            if let Ok(answer) = timeout(BEAT_ANSWER, &mut answer).await {
+                return answer.map_err(|error| error.at(&ear.address));
+            }
+            let by_now = ear.arrived.load(Ordering::Relaxed);
+            if by_now == arrived {
+                return Err(StoreError::Unavailable(format!("{}: no answer within {BEAT_ANSWER:?}", ear.address)));
+            }
+            arrived = by_now;
+        }
+    }
+
+    async fn check_one(&self, ear: &ServerEar) -> Result<(), StoreError> {
+        let mut link = ear.link.clone();
         if self.may_ask_role.load(Ordering::Relaxed) {
             let asked = match self.store.connector.topology() {
-                Topology::Cluster => Self::cluster(&mut link).await,
-                Topology::Single | Topology::Sentinel { .. } => self.role(&mut link).await,
+                Topology::Cluster => self.cluster(ear).await,
+                Topology::Single | Topology::Sentinel { .. } => self.role(ear).await,
             };
             match asked {
                 Err(StoreError::Denied(_)) => self.may_ask_role.store(false, Ordering::Relaxed),
@@ -302,6 +430,9 @@ impl Subscribed<'_> {
         }
         if !self.may_ask_role.load(Ordering::Relaxed) {
             link.ask::<Value>(&redis::cmd("PING")).await?;
+            if !self.masters.is_empty() {
+                self.same_masters(ear).await?;
+            }
         }
         if self.keyspace {
             check_notifications(&mut link, &self.store.warnings).await?;
@@ -309,7 +440,8 @@ impl Subscribed<'_> {
         Ok(())
     }
 
-    async fn role(&self, link: &mut RedisConnection) -> Result<(), StoreError> {
+    async fn role(&self, ear: &ServerEar) -> Result<(), StoreError> {
+        let mut link = ear.link.clone();
         let command = redis::cmd("ROLE");
         let sentinel = matches!(self.store.connector.topology(), Topology::Sentinel { .. });
         let named = async {
@@ -319,7 +451,7 @@ impl Subscribed<'_> {
         };
         let (role, named) = tokio::join!(link.ask::<Vec<Value>>(&command), named);
         let role = role?;
-        if named.is_some_and(|named| named != self.address) {
+        if named.is_some_and(|named| named != ear.address) {
             return Err(StoreError::Unavailable("the sentinels name another master".into()));
         }
         let word = |index| match role.get(index) {
@@ -335,11 +467,30 @@ impl Subscribed<'_> {
         }
     }
 
-    async fn cluster(link: &mut RedisConnection) -> Result<(), StoreError> {
-        let info: String = link.ask(redis::cmd("CLUSTER").arg("INFO")).await?;
-        match info.lines().any(|line| line.trim() == "cluster_state:ok") {
+    /// That the node is part of a whole cluster, and that messages arrive from all of its masters.
+    async fn cluster(&self, ear: &ServerEar) -> Result<(), StoreError> {
+        let info: String = ear.link.clone().ask(redis::cmd("CLUSTER").arg("INFO")).await?;
+        if !info.lines().any(|line| line.trim() == "cluster_state:ok") {
+            let what = "this node says that the cluster is down: see CLUSTER INFO";
+            return Err(StoreError::Unavailable(what.into()));
+        }
+        // A failover, or a slot that found another master, changes one of these; the list of masters is longer.
+        let tells = |line: &&str| {
+            ["cluster_current_epoch:", "cluster_my_epoch:", "cluster_size:"].iter().any(|name| line.starts_with(name))
+        };
+        let layout: String = info.lines().filter(tells).collect();
+        if *ear.layout.lock() != layout {
+            self.same_masters(ear).await?;
+            *ear.layout.lock() = layout;
+        }
+        Ok(())
+    }
+
+    async fn same_masters(&self, ear: &ServerEar) -> Result<(), StoreError> {
+        let masters = masters_by(&mut ear.link.clone(), &ear.address).await?;
+        match masters.keys().eq(self.masters.keys()) {
             true => Ok(()),
-            false => Err(StoreError::Unavailable("this node says that the cluster is down: see CLUSTER INFO".into())),
+            false => Err(StoreError::Unavailable("the cluster has other masters than before".into())),
         }
     }
 }
@@ -457,6 +608,20 @@ mod tests {
         for doubtful in ["", "wait ", "wait a:b", "revoked!", &hex[1..]] {
             assert_eq!(channel_message(doubtful), ChannelMessage::Everything, "{doubtful}");
         }
+    }
+
+    #[test]
+    fn a_wait_is_whole_when_every_connection_brought_it() {
+        let gathering = Gathering::of(3);
+        assert_eq!([0, 0, 1, 1, 0].map(|connection| gathering.is_whole(connection, "a")), [false; 5], "one is missing");
+        assert!(!gathering.is_whole(2, "b"), "that is another one");
+        assert!(gathering.is_whole(2, "a"));
+        assert!(!gathering.is_whole(2, "a"), "it begins anew");
+        for number in 0..2 * GATHERED {
+            assert!(!gathering.is_whole(0, &format!("flood{number}")));
+        }
+        assert_eq!(gathering.waits.lock().len(), GATHERED);
+        assert!(Gathering::of(1).is_whole(0, "a"), "one server");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use redis::{
     RedisError, RedisFuture, ServerError, Value,
 };
 use rustls::pki_types::ServerName;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -289,9 +290,20 @@ impl Connector {
         }
     }
 
-    /// A connection that receives messages, which `push` takes: to the server, to the master, or to any node of the cluster.
+    /// A connection that receives messages, which `push` takes: to the server, or to the master that the sentinels name.
     pub(super) async fn subscriber(&self, push: Push) -> Result<(RedisConnection, Address), StoreError> {
         self.server(Some(push)).await
+    }
+
+    /// The same to one node of a cluster.
+    pub(super) async fn subscriber_at(&self, node: &Address, push: Push) -> Result<RedisConnection, StoreError> {
+        self.connect(node, &self.identity, Some(push)).await
+    }
+
+    /// The masters of a cluster by their ids, as one of its nodes knows them.
+    pub(super) async fn cluster_masters(&self) -> Result<BTreeMap<String, Address>, StoreError> {
+        let (mut any, at) = self.server(None).await?;
+        masters_by(&mut any, &at).await
     }
 
     async fn server(&self, push: Option<Push>) -> Result<(RedisConnection, Address), StoreError> {
@@ -378,22 +390,12 @@ impl Connector {
 
     /// The masters of a cluster, for what must be asked of each.
     pub(super) async fn masters(&self) -> Result<Vec<RedisConnection>, StoreError> {
-        let (mut any, _) = self.server(None).await?;
+        let (mut any, at) = self.server(None).await?;
         if self.cluster.is_none() {
             return Ok(vec![any]);
         }
-        let slots: Vec<(u16, u16, (String, u16))> = any
-            .ask::<Vec<Vec<Value>>>(redis::cmd("CLUSTER").arg("SLOTS"))
-            .await?
-            .into_iter()
-            .map(|row| redis::from_redis_value(Value::Array(row.into_iter().take(3).map(shortened).collect())))
-            .collect::<Result<_, _>>()
-            .map_err(|_| StoreError::Unavailable("CLUSTER SLOTS can't be understood".into()))?;
-        let mut nodes: Vec<_> = slots.into_iter().map(|(_, _, (host, port))| Address::Tcp(host, port)).collect();
-        nodes.sort_by_key(ToString::to_string);
-        nodes.dedup();
         let mut links = Vec::new();
-        for node in &nodes {
+        for node in masters_by(&mut any, &at).await?.values() {
             links.push(self.connect(node, &self.identity, None).await?);
         }
         Ok(links)
@@ -490,10 +492,31 @@ async fn bounded<T>(future: impl Future<Output = T>) -> Result<T, StoreError> {
         .map_err(|_| StoreError::Unavailable(format!("no connection within {CONNECT:?}")))
 }
 
-/// A node's own entry has its id and more behind host and port.
+/// The masters that have slots, by their ids, as the node at `at` knows them.
+pub(super) async fn masters_by(
+    node: &mut RedisConnection,
+    at: &Address,
+) -> Result<BTreeMap<String, Address>, StoreError> {
+    let unclear = || StoreError::Unavailable("CLUSTER SLOTS can't be understood".into());
+    let rows: Vec<Vec<Value>> = node.ask(redis::cmd("CLUSTER").arg("SLOTS")).await?;
+    let master = |row: Vec<Value>| {
+        // First slot, last slot, the master, its replicas.
+        let entry = row.into_iter().nth(2).map(shortened).ok_or_else(unclear)?;
+        let (host, port, id): (Option<String>, u16, String) = redis::from_redis_value(entry).map_err(|_| unclear())?;
+        match (host.filter(|host| !host.is_empty()), at) {
+            (Some(host), _) => Ok((id, Address::Tcp(host, port))),
+            // A node that does not know its own address means the one by which it was reached.
+            (None, Address::Tcp(host, _)) => Ok((id, Address::Tcp(host.clone(), port))),
+            (None, Address::Unix(_)) => Err(unclear()),
+        }
+    };
+    rows.into_iter().map(master).collect()
+}
+
+/// Host, port and id, without what newer servers say besides.
 fn shortened(value: Value) -> Value {
     match value {
-        Value::Array(items) => Value::Array(items.into_iter().take(2).collect()),
+        Value::Array(items) => Value::Array(items.into_iter().take(3).collect()),
         other => other,
     }
 }

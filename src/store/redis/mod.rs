@@ -14,8 +14,7 @@
 //! | the command line | the above and `+eval +set +hset +hget +scan +exists +publish +smembers +zremrangebyscore +del` |
 //!
 //! Some conditions cannot be detected and are left to the operator: a database that was flushed or restored empty reports every
-//! token as unknown, and there are no notifications of SWAPDB, or of FLUSHALL on a cluster node that is not subscribed to (publish
-//! `*`). A replica serves old data while its master is gone unless `replica-serve-stale-data` is `no`; a subscription detects the
+//! token as unknown, and there are no notifications of SWAPDB (publish `*`). A replica serves old data while its master is gone unless `replica-serve-stale-data` is `no`; a subscription detects the
 //! lost link, lookups alone do not. A gateway without write access (a read-only replica, missing permissions) cannot be
 //! registered, so `revoke --wait` does not wait for it; its log says so.
 

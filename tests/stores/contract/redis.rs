@@ -816,6 +816,108 @@ async fn a_cluster_is_one_store() {
     assert!(writer.revoke(&Digest::of(b"next"), 1_760_000_000).await.unwrap());
 }
 
+/// The cluster's bus promises nothing: a message that it loses is reported to nobody.
+#[tokio::test]
+async fn a_cluster_whose_bus_loses_messages_loses_no_change() {
+    let mut cluster = Cluster::start();
+    let settings = RedisSettings { topology: Topology::Cluster, ..settings(&[cluster.nodes[0].address()]) };
+    let mut writer = admin(&settings).await;
+    let tokens: Vec<_> = (0..60).map(|number| format!("token-{number}")).collect();
+    writer.import(&mut tokens.iter().map(|token| Ok(record(token)))).await.unwrap();
+    let store = open(&settings);
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    Cluster::lose_messages_between(&cluster.nodes);
+    let owner = |nodes: &[Redis], token: &str| {
+        nodes.iter().position(|node| !node.try_cli(&["EXISTS", &key(token)]).starts_with("MOVED")).unwrap()
+    };
+    let (mut of_each, mut lags) = ([0; 3], Vec::new());
+    for token in &tokens[..24] {
+        of_each[owner(&cluster.nodes, token)] += 1;
+        let before = Instant::now();
+        assert!(writer.revoke(&Digest::of(token.as_bytes()), 1_760_000_000).await.unwrap());
+        lags.push(ear.change_of(before, &*store, token).await - before);
+        assert!(lags.iter().all(|lag| *lag < Duration::from_secs(1)), "{lags:?}");
+    }
+    assert!(of_each.iter().all(|count| *count > 0), "{of_each:?}");
+    println!("cluster: a revocation without the bus is heard within {:?}", lags.iter().max().unwrap());
+    assert_eq!(writer.wait(PATIENCE).await.unwrap().len(), 1);
+
+    // A wait that one master has not published is no proof that its changes have arrived.
+    let wait = |node: &Redis| node.cli(&["PUBLISH", CHANNEL, "wait abc"]);
+    cluster.nodes[..2].iter().for_each(|node| drop(wait(node)));
+    for token in &tokens[24..30] {
+        let before = Instant::now();
+        assert!(writer.revoke(&Digest::of(token.as_bytes()), 1_760_000_000).await.unwrap());
+        ear.change_of(before, &*store, token).await;
+    }
+    let confirmed = |nodes: &[Redis]| {
+        nodes
+            .iter()
+            .map(|node| node.try_cli(&["SCARD", "tollgate:confirmed:abc"]))
+            .find(|count| !count.contains("MOVED"))
+    };
+    // Another wait is confirmed behind it.
+    assert_eq!(writer.wait(PATIENCE).await.unwrap().len(), 1);
+    assert_eq!(confirmed(&cluster.nodes).as_deref(), Some("0"));
+    // Whoever waits says it again and again.
+    until("all have published it", || {
+        cluster.nodes.iter().for_each(|node| drop(wait(node)));
+        confirmed(&cluster.nodes).as_deref() == Some("1")
+    })
+    .await;
+
+    // A new master is subscribed to as soon as it has a slot.
+    let new = Cluster::node();
+    let (known, bus) = (&cluster.nodes[0], cluster.nodes[0].cli(&["CONFIG", "GET", "cluster-port"]));
+    let bus = bus.lines().last().unwrap();
+    new.cli(&["CLUSTER", "MEET", "127.0.0.1", &known.port.to_string(), bus]);
+    cluster.nodes.push(new);
+    for node in &cluster.nodes {
+        until("all know each other", || {
+            let info = node.cli(&["CLUSTER", "INFO"]);
+            info.contains("cluster_known_nodes:4") && info.contains("cluster_state:ok")
+        })
+        .await;
+    }
+    let token = &tokens[40];
+    let (from, to) = (&cluster.nodes[owner(&cluster.nodes[..3], token)], &cluster.nodes[3]);
+    let slot = from.cli(&["CLUSTER", "KEYSLOT", &key(token)]);
+    let (from_id, to_id) = (from.cli(&["CLUSTER", "MYID"]), to.cli(&["CLUSTER", "MYID"]));
+    let before = Instant::now();
+    to.cli(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]);
+    from.cli(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]);
+    from.cli(&["MIGRATE", "127.0.0.1", &to.port.to_string(), &key(token), "0", "5000"]);
+    for node in [to, from] {
+        node.cli(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]);
+    }
+    ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
+    ear.hearing(before).await;
+    Cluster::lose_messages_between(&cluster.nodes);
+    let before = Instant::now();
+    assert!(writer.revoke(&Digest::of(token.as_bytes()), 1_760_000_000).await.unwrap());
+    assert!(ear.change_of(before, &*store, token).await - before < Duration::from_secs(1));
+    assert_eq!(writer.wait(PATIENCE).await.unwrap().len(), 1);
+
+    // Without one of the masters, nothing is promised.
+    let before = Instant::now();
+    cluster.nodes[3].freeze();
+    let deaf = ear.heard(before, "deafness", |event| *event == Event::Deaf).await - before;
+    println!("cluster: a frozen master is noticed within {deaf:?}");
+    cluster.nodes[3].thaw();
+    ear.hearing(before).await;
+}
+
+/// Meanwhile, gateways go on.
+async fn until(what: &str, mut is: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 async fn recovers_to(store: &dyn TokenStore, token: &str) {
     let deadline = Instant::now() + PATIENCE;
     loop {
