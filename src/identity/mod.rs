@@ -466,6 +466,7 @@ impl Inner {
                 StoreError::Unavailable(_)
                 | StoreError::Denied(_)
                 | StoreError::ReadOnly(_)
+                | StoreError::Unusable(_)
                 | StoreError::Timeout
                 | StoreError::CircuitOpen,
             ) => now.mono_ms + AILING_MS,

@@ -90,7 +90,7 @@ impl Loss {
             Self::Store(StoreError::Unavailable(_)) | Self::Closed => Unheard::Unavailable,
             Self::Store(StoreError::Denied(_)) => Unheard::Denied,
             Self::Store(StoreError::ReadOnly(_)) => Unheard::Standby,
-            Self::Store(StoreError::Garbage(_)) => Unheard::Garbage,
+            Self::Store(StoreError::Garbage(_) | StoreError::Unusable(_)) => Unheard::Garbage,
             Self::Overrun | Self::Abandoned => Unheard::Overrun,
             Self::Untold(_) => Unheard::NoTriggers,
         }
@@ -105,6 +105,7 @@ impl fmt::Display for Loss {
                 StoreError::Unavailable(why)
                 | StoreError::Denied(why)
                 | StoreError::ReadOnly(why)
+                | StoreError::Unusable(why)
                 | StoreError::Garbage(why),
             ) => f.write_str(why),
             Self::Store(error) => error.fmt(f),

@@ -95,6 +95,9 @@ pub enum StoreError {
     Denied(String),
     #[error("the token store takes no writes: {0}")]
     ReadOnly(String),
+    /// For whatever token: tables are missing or of another version, or a query cannot be run.
+    #[error("the token store cannot be used as it is: {0}")]
+    Unusable(String),
     #[error("the token store did not answer in time")]
     Timeout,
     #[error("the token store has too many lookups under way")]
@@ -114,6 +117,7 @@ impl StoreError {
             Self::Unavailable(what) => Self::Unavailable(at(what)),
             Self::Denied(what) => Self::Denied(at(what)),
             Self::ReadOnly(what) => Self::ReadOnly(at(what)),
+            Self::Unusable(what) => Self::Unusable(at(what)),
             Self::Garbage(what) => Self::Garbage(at(what)),
             Self::Timeout | Self::Overloaded | Self::CircuitOpen => self,
         }
@@ -123,6 +127,7 @@ impl StoreError {
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Unavailable(_) | Self::Denied(_) | Self::ReadOnly(_) => "unavailable",
+            Self::Unusable(_) => "unusable",
             Self::Timeout => "timeout",
             Self::Overloaded => "overloaded",
             Self::CircuitOpen => "circuit_open",

@@ -183,6 +183,7 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
     let primary_config = Config::new(&PostgresOwn::section_for(&primary));
     primary_config.tollgate(&["store", "migrate"], &[]).unwrap();
     primary_config.import(&known());
+    let empty_section = format!("{}schema = \"empty\"\n", PostgresOwn::section_for(&primary));
     let standby = primary.standby();
     let standby_section = PostgresOwn::section_for(&standby);
     let mut removed = PostgresOwn::new();
@@ -225,13 +226,14 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
         case("triggers for another channel", &["TollgateStoreNoTriggers"], &backend, &elsewhere_section, || {}),
         case("only a standby", &["TollgateStoreStandby"], &backend, &standby_section, || {}),
         case("no right to subscribe", &["TollgateStoreDenied"], &backend, &denied_section, || {}),
+        case("tables are missing", &["TollgateStoreFailing"], &backend, &empty_section, || {}),
         case("a record that cannot be read", &["TollgateStoreRecordInvalid"], &backend, &spoiled.section(), || {}),
         case("an invalid token file", &["TollgateStoreFileBroken"], &backend, &file_section, move || {
             std::fs::write(&file_path, "[[token").unwrap();
         }),
         case("a store that was down is removed by a reload", &[], &backend, &removed.section(), || {}),
     ];
-    assert_eq!(cases.len(), 15);
+    assert_eq!(cases.len(), 16);
     let over = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = cases
         .iter()
@@ -268,8 +270,27 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
         assert!(began.elapsed() < PATIENCE, "{}", wrong.join("\n"));
     }
     over.store(true, Ordering::Relaxed);
-    for case in &cases {
-        println!("| {} | {} |", case.fault, case.alerts.join(", "));
+    // The document's rows, in their order: what it says of metrics and log lines is there as well.
+    let document = std::fs::read_to_string("docs/operations.md").unwrap();
+    let table = document.split("### What a fault of a store looks like").nth(1).unwrap();
+    let rows: Vec<Vec<&str>> = table
+        .lines()
+        .skip_while(|line| !line.starts_with("|---"))
+        .skip(1)
+        .take_while(|line| line.starts_with('|'))
+        .map(|line| line.trim_matches('|').split(" | ").map(str::trim).collect())
+        .collect();
+    assert_eq!(rows.len(), cases.len());
+    for (row, case) in rows.iter().zip(&cases) {
+        let [fault, metric, alerts, line] = row[..] else { panic!("{row:?}") };
+        let fires = if case.alerts.is_empty() { "none".to_owned() } else { case.alerts.join(", ") };
+        assert_eq!((fault, alerts), (case.fault, fires.as_str()));
+        let (log, metrics) = (case.gateway.process_log(), case.gateway.metrics());
+        assert!(log.contains(line.trim_matches('`')), "{fault}: {line}: {log}");
+        let (name, label) = metric.trim_matches('`').split_once('{').unwrap_or((metric.trim_matches('`'), ""));
+        let has = |series: &str| series.starts_with(name) && series.contains(label.trim_end_matches('}'));
+        assert!(metric == "none" || metrics.lines().any(has), "{fault}: {metric}: {metrics}");
+        println!("| {fault} | {metric} | {alerts} | {line} |");
     }
     for thread in threads {
         thread.join().unwrap();

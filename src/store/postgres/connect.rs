@@ -718,6 +718,11 @@ pub(super) enum Reuse {
 }
 
 impl QueryFailure {
+    /// The tables or the query are at fault, for whatever token.
+    pub(super) fn unusable(text: impl Into<String>) -> Self {
+        Self { error: StoreError::Unusable(text.into()), connection: Reuse::Drop }
+    }
+
     pub(super) fn garbage(text: impl Into<String>) -> Self {
         Self { error: StoreError::Garbage(text.into()), connection: Reuse::Drop }
     }
@@ -761,7 +766,9 @@ impl QueryFailure {
             }
             "57" if *code == SqlState::QUERY_CANCELED => StoreError::Timeout,
             _ if *code == SqlState::INSUFFICIENT_PRIVILEGE => StoreError::Denied(format!("{text}: {advice}")),
-            "42" | "22" | "21" | "3F" | "0A" | "P0" => StoreError::Garbage(format!("{text}: {advice}")),
+            "42" | "3F" | "0A" => StoreError::Unusable(format!("{text}: {advice}")),
+            // These may be about the one token that was asked for.
+            "22" | "21" | "P0" => StoreError::Garbage(format!("{text}: {advice}")),
             _ => StoreError::Unavailable(text),
         };
         Self { error, connection: if lost { Reuse::Replace } else { Reuse::Keep } }
@@ -773,7 +780,10 @@ impl QueryFailure {
     }
 
     pub(super) fn hiding(mut self, hidden: &str) -> Self {
-        if let StoreError::Garbage(text) | StoreError::Unavailable(text) | StoreError::Denied(text) = &mut self.error
+        if let StoreError::Garbage(text)
+        | StoreError::Unusable(text)
+        | StoreError::Unavailable(text)
+        | StoreError::Denied(text) = &mut self.error
             && !hidden.is_empty()
         {
             *text = text.replace(hidden, "…");

@@ -391,7 +391,7 @@ async fn lookup_statement(connection: &Object, sql: &str, nonce: &QueryNonce) ->
     if Object::metrics(connection).recycle_count == 0 {
         // A query that finds somebody for a token that nobody has would let everybody in.
         if !one(connection, &statement, &nobody()?, nonce).await?.is_empty() {
-            return Err(QueryFailure::garbage(
+            return Err(QueryFailure::unusable(
                 "the lookup query finds a row for a token that nobody has: compare a column with $1 in its WHERE",
             ));
         }

@@ -35,12 +35,12 @@ impl Columns {
             let (first, second) = (found.next(), found.next());
             let name = names.join(" or ");
             if second.is_some() {
-                return Err(QueryFailure::garbage(format!(
+                return Err(QueryFailure::unusable(format!(
                     "the lookup query has several columns {name}: name only one so"
                 )));
             }
             match first {
-                Some(at) if !fits(base(columns[at].type_())) => Err(QueryFailure::garbage(format!(
+                Some(at) if !fits(base(columns[at].type_())) => Err(QueryFailure::unusable(format!(
                     "column {name} of the lookup query is of type {}, where {kinds} is needed: cast it in the query",
                     columns[at].type_()
                 ))),
@@ -50,7 +50,7 @@ impl Columns {
         let user = find(&["user", "username"], is_text, "text")?;
         Ok(Self {
             user: user
-                .ok_or_else(|| QueryFailure::garbage("the lookup query has no column user: name one AS \"user\""))?,
+                .ok_or_else(|| QueryFailure::unusable("the lookup query has no column user: name one AS \"user\""))?,
             scopes: find(&["scopes"], |of| is_text(of) || is_list(of) || is_json(of), "text[], text or json")?,
             not_before: find(&["not_before"], is_time, "a time or bigint")?,
             expires: find(&["expires_at", "expires"], is_time, "a time or bigint")?,

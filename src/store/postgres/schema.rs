@@ -133,7 +133,7 @@ pub(super) struct ListedChange {
 
 impl ChangesSeen {
     pub(super) fn read(answer: &[SimpleQueryMessage]) -> Result<Self, QueryFailure> {
-        let misread = || QueryFailure::garbage(format!("the list of changes cannot be read: {MIGRATE}"));
+        let misread = || QueryFailure::unusable(format!("the list of changes cannot be read: {MIGRATE}"));
         let (mut seen, mut changes, mut waits) = (None, Vec::new(), Vec::new());
         for message in answer {
             let SimpleQueryMessage::Row(row) = message else { continue };
@@ -168,7 +168,7 @@ impl ChangesSeen {
             }
         }
         let seen =
-            seen.ok_or_else(|| QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}")))?;
+            seen.ok_or_else(|| QueryFailure::unusable(format!("the schema doesn't say its version: {MIGRATE}")))?;
         Ok(Self { changes, waits, ..seen })
     }
 }
@@ -183,7 +183,7 @@ pub(super) fn changed_sql(version: i32) -> String {
 
 /// The answer to [`WHICH`].
 pub(super) fn which(rows: &[Row]) -> Result<i32, QueryFailure> {
-    let none = || QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}"));
+    let none = || QueryFailure::unusable(format!("the schema doesn't say its version: {MIGRATE}"));
     rows.first().ok_or_else(none)?.try_get(1).map_err(misread)
 }
 
@@ -225,10 +225,10 @@ pub(super) fn columns_of(table: &str) -> String {
 /// Whether this version can read a schema version.
 pub(super) fn check_version(version: i32, readers_from: i32) -> Result<(), QueryFailure> {
     if version < OLDEST {
-        return Err(QueryFailure::garbage(format!("the tables are of version {version} and too old: {MIGRATE}")));
+        return Err(QueryFailure::unusable(format!("the tables are of version {version} and too old: {MIGRATE}")));
     }
     if readers_from > VERSION {
-        return Err(QueryFailure::garbage(format!(
+        return Err(QueryFailure::unusable(format!(
             "the tables are of version {version}, made by a newer tollgate; this one knows {VERSION}: upgrade it, or {MIGRATE} \
              of the right version"
         )));
@@ -239,7 +239,7 @@ pub(super) fn check_version(version: i32, readers_from: i32) -> Result<(), Query
 /// The answer to [`LOOKUP`].
 pub(super) fn found(rows: &[Row]) -> Result<Option<TokenRecord>, QueryFailure> {
     let [row] = rows else {
-        return Err(QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+        return Err(QueryFailure::unusable(format!("the schema doesn't say its version: {MIGRATE}")));
     };
     let [version, readers_from] = [1, 2].map(|at| row.try_get::<_, i32>(at));
     check_version(version.map_err(misread)?, readers_from.map_err(misread)?)?;
@@ -255,7 +255,7 @@ pub(super) fn found_many(
     wanted: impl Iterator<Item = Digest>,
 ) -> Result<Vec<Result<Option<TokenRecord>, StoreError>>, QueryFailure> {
     if rows.is_empty() {
-        return Err(QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+        return Err(QueryFailure::unusable(format!("the schema doesn't say its version: {MIGRATE}")));
     }
     let mut found = HashMap::with_capacity(rows.len());
     for row in rows {
@@ -272,7 +272,7 @@ pub(super) fn found_many(
 /// The answer to [`CHANGED`].
 pub(super) fn changed(rows: &[Row]) -> Result<Option<Vec<Digest>>, QueryFailure> {
     let Some((first, rest)) = rows.split_first() else {
-        return Err(QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+        return Err(QueryFailure::unusable(format!("the schema doesn't say its version: {MIGRATE}")));
     };
     check_version(first.try_get(2).map_err(misread)?, first.try_get(3).map_err(misread)?)?;
     for row in rows {
@@ -299,7 +299,7 @@ fn split_digests(bytes: &[u8]) -> Option<impl Iterator<Item = Digest>> {
 }
 
 fn misread(_: tokio_postgres::Error) -> QueryFailure {
-    QueryFailure::garbage(format!("a value in tollgate's tables is of another type than it was made with: {MIGRATE}"))
+    QueryFailure::unusable(format!("a value in tollgate's tables is of another type than it was made with: {MIGRATE}"))
 }
 
 fn digest(row: &Row, at: usize) -> Result<Option<Digest>, QueryFailure> {
@@ -509,7 +509,7 @@ async fn triggers_off(client: &Client, schema: &str) -> Result<Option<String>, Q
 pub(super) async fn check(client: &Client, schema: &str) -> Result<(), QueryFailure> {
     match version(client, schema).await? {
         Some((version, _)) => check_version(version, 0),
-        None => Err(QueryFailure::garbage(format!("the schema {schema} has no tables of tollgate: {MIGRATE}"))),
+        None => Err(QueryFailure::unusable(format!("the schema {schema} has no tables of tollgate: {MIGRATE}"))),
     }
 }
 
@@ -522,7 +522,7 @@ pub(super) async fn version(client: &Client, schema: &str) -> Result<Option<(i32
         Err(error) => return Err(QueryFailure::own(error)),
     };
     let [row] = rows.as_slice() else {
-        return Err(QueryFailure::garbage(format!("the schema doesn't say its version: {MIGRATE}")));
+        return Err(QueryFailure::unusable(format!("the schema doesn't say its version: {MIGRATE}")));
     };
     check_version(row.try_get::<_, i32>(0).map_err(misread)?.max(OLDEST), row.try_get(1).map_err(misread)?)?;
     Ok(Some((row.try_get(0).map_err(misread)?, row.try_get(2).map_err(misread)?)))

@@ -411,7 +411,7 @@ async fn a_schema_that_does_not_fit_cannot_tell() {
     let server = Postgres::start();
     let store = open(settings(&server, own()));
     let why = async |store: &dyn TokenStore| match ask(store, b"known").await {
-        Err(StoreError::Garbage(why)) => why,
+        Err(StoreError::Unusable(why)) => why,
         other => panic!("{other:?}"),
     };
     assert!(why(&*store).await.contains("tollgate store migrate"), "no schema at all");
@@ -486,8 +486,15 @@ async fn queries_that_make_no_sense_are_no_answer() {
     ] {
         let store = open(settings(&server, lookup_by(sql)));
         for _ in 0..2 {
+            // What is wrong with one token's record says nothing of the others.
+            let is_one = ["two rows", "without a user", "22P02", "milliseconds"].contains(&part);
             match ask(&*store, token.as_bytes()).await {
-                Err(StoreError::Garbage(why)) => assert!(why.contains(part) && !why.contains("S3CRET"), "{sql}: {why}"),
+                Err(StoreError::Garbage(why)) if is_one => {
+                    assert!(why.contains(part) && !why.contains("S3CRET"), "{sql}: {why}");
+                }
+                Err(StoreError::Unusable(why)) if !is_one => {
+                    assert!(why.contains(part) && !why.contains("S3CRET"), "{sql}: {why}");
+                }
                 other => panic!("{sql}: {other:?}"),
             }
         }
