@@ -184,12 +184,14 @@ pub(super) struct Begun<S> {
     pub(super) coverage: Coverage,
     /// How far the store's list of changes was told when the session began.
     pub(super) mark: Option<Mark>,
+    /// The servers, for the log, where there may be others.
+    pub(super) servers: Option<String>,
 }
 
 impl<S> Begun<S> {
     /// One whose messages get into the inbox by themselves.
     pub(super) fn new(subscription: S) -> Self {
-        Self { subscription, reading: Box::pin(pending()), coverage: Coverage::Told, mark: None }
+        Self { subscription, reading: Box::pin(pending()), coverage: Coverage::Told, mark: None, servers: None }
     }
 }
 
@@ -318,11 +320,16 @@ impl<S: ChangeSource> Following<'_, S> {
     async fn session(&mut self) -> Loss {
         let (inbox, mut arriving) = Arriving::pair();
         let asked_ms = (self.clock)().mono_ms;
-        let Begun { subscription, mut reading, coverage, mark } = match self.source.begin(inbox).await {
+        let Begun { subscription, mut reading, coverage, mark, servers } = match self.source.begin(inbox).await {
             Ok(begun) => begun,
             Err(why) => return why,
         };
         self.cover(coverage);
+        if let Some(servers) = servers
+            && self.state == State::Hearing
+        {
+            log::info!("{}: changes are heard from {servers}", self.source.label());
+        }
         // A gateway that ends before the first beat knows how far it was, too.
         if mark.is_some() && self.state == State::Hearing {
             (self.heard)(Event::Alive { asked_ms, mark });

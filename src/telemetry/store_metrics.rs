@@ -29,6 +29,7 @@ pub(super) struct StoreFamilies {
     breaker_open: IntGaugeVec,
     file_current: IntGaugeVec,
     rechecks: IntCounterVec,
+    evicted: IntCounterVec,
     lag: HistogramVec,
     /// Users of each name: the store that a reload replaces ends after its successor began.
     users: Mutex<HashMap<String, usize>>,
@@ -88,6 +89,11 @@ impl StoreFamilies {
                 "Times that all cached tokens of a store had to be looked up again because changes may have been missed.",
                 &["store"],
             )?,
+            evicted: families.counters(
+                "tollgate_store_evicted_keys_total",
+                "Keys that the token store's server removed to make room, seen by this gateway.",
+                &["store"],
+            )?,
             errors: families.counters(
                 "tollgate_store_errors_total",
                 "Lookups that the token store failed to answer.",
@@ -135,7 +141,7 @@ impl StoreFamilies {
         for family in [&self.waiting, &self.subscribed, &self.breaker_open, &self.file_current] {
             let _ = family.remove_label_values(&store);
         }
-        for family in [&self.losses, &self.rechecks] {
+        for family in [&self.losses, &self.rechecks, &self.evicted] {
             let _ = family.remove_label_values(&store);
         }
         for result in RESULTS {
@@ -241,6 +247,10 @@ impl StoreMetrics {
         self.families.file_current.with_label_values(&[&self.name]).set(i64::from(yes));
     }
 
+    pub fn evicted(&self, keys: u64) {
+        self.families.evicted.with_label_values(&[&self.name]).inc_by(keys);
+    }
+
     pub fn rechecked(&self) {
         self.rechecks.inc();
     }
@@ -275,6 +285,7 @@ mod tests {
             store.breaker_open(true);
             store.file_current(false);
             store.rechecked();
+            store.evicted(2);
             store.revocation_lag(Duration::ZERO);
         };
         let before = metrics.render().unwrap();
@@ -284,7 +295,7 @@ mod tests {
         let text = metrics.render().unwrap();
         let families = text.lines().filter(|line| line.starts_with("# TYPE")).count()
             - before.lines().filter(|line| line.starts_with("# TYPE")).count();
-        assert_eq!(families, 11, "the other store of this name goes on:\n{text}");
+        assert_eq!(families, 12, "the other store of this name goes on:\n{text}");
         touch(&next);
         let text = metrics.render().unwrap();
         assert!(

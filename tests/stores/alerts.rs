@@ -191,6 +191,10 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
     file.add(&known());
     let (file_section, file_path) = (file.section(), file.path.clone());
     removed.add(&known());
+    let (mut evicting, mut filled) = (RedisOwn::new(), 0);
+    evicting.add(&known());
+    evicting.server.cli(&["CONFIG", "SET", "maxmemory-policy", "volatile-lru", "maxmemory", "4mb"]);
+    let evicting_section = evicting.section();
     let (mut off, mut is_off) = (PostgresOwn::new(), false);
     off.add(&known());
     let off_section = off.section();
@@ -226,6 +230,11 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
         case("triggers for another channel", &["TollgateStoreNoTriggers"], &backend, &elsewhere_section, || {}),
         case("only a standby", &["TollgateStoreStandby"], &backend, &standby_section, || {}),
         case("no right to subscribe", &["TollgateStoreDenied"], &backend, &denied_section, || {}),
+        case("keys are evicted", &["TollgateStoreEvicts"], &backend, &evicting_section, move || {
+            filled += 1;
+            // Only keys with an end are removed, so that nobody is refused meanwhile.
+            evicting.server.cli(&["SET", &format!("filler:{filled}"), &"x".repeat(100_000), "EX", "3600"]);
+        }),
         case("tables are missing", &["TollgateStoreFailing"], &backend, &empty_section, || {}),
         case("a record that cannot be read", &["TollgateStoreRecordInvalid"], &backend, &spoiled.section(), || {}),
         case("an invalid token file", &["TollgateStoreFileBroken"], &backend, &file_section, move || {
@@ -233,7 +242,7 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
         }),
         case("a store that was down is removed by a reload", &[], &backend, &removed.section(), || {}),
     ];
-    assert_eq!(cases.len(), 16);
+    assert_eq!(cases.len(), 17);
     let over = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = cases
         .iter()

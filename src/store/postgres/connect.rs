@@ -2,7 +2,7 @@
 //! except that an error message must not contain one.
 
 use super::super::tls::{NotAdmitted, TLS};
-use super::super::{Place, StoreError, TlsMode, TlsSettings};
+use super::super::{Place, StoreError, TlsMode, TlsSettings, replica_name};
 use super::{PostgresSettings, Source};
 use crate::problem::Problem;
 use deadpool::managed::{self, Manager, Metrics, RecycleError, RecycleResult, TimeoutType};
@@ -175,6 +175,11 @@ fn wrong(what: impl Into<String>) -> Problem {
     Problem::error("url", what, instead)
 }
 
+/// How a server's list of sessions shows this process. The server keeps 63 bytes.
+fn application_name() -> String {
+    format!("tollgate {}", replica_name()).chars().filter(|c| (' '..='~').contains(c)).take(63).collect()
+}
+
 /// The parser's type cannot remove its hosts.
 fn without_places(from: &Config) -> Config {
     let mut config = Config::new();
@@ -197,7 +202,7 @@ fn without_places(from: &Config) -> Config {
         config.keepalives_retries(retries);
     }
     config
-        .application_name(from.get_application_name().unwrap_or("tollgate"))
+        .application_name(from.get_application_name().unwrap_or(&application_name()))
         .ssl_mode(from.get_ssl_mode())
         .ssl_negotiation(from.get_ssl_negotiation())
         .keepalives(from.get_keepalives())
@@ -244,6 +249,15 @@ pub(super) struct Home {
 impl Home {
     pub(super) const fn is_standby(&self) -> bool {
         self.server.in_recovery
+    }
+
+    /// For the log.
+    pub(super) fn place(&self) -> String {
+        let ResolvedHost { address, name, port } = &self.host;
+        match address {
+            Some(address) if address.to_string() != *name => format!("{name}:{port} ({address})"),
+            _ => format!("{name}:{port}"),
+        }
     }
 
     pub(super) const fn is_same_server(&self, other: &Self) -> bool {

@@ -176,7 +176,7 @@ impl ChangeSource for PostgresChanges {
         };
         // Of its first echo or first look, behind which nothing is missed.
         let mark = listener.signs.mark.lock().clone();
-        Ok(Begun { subscription: listener, reading, coverage, mark })
+        Ok(Begun { subscription: listener, reading, coverage, mark, servers: Some(home.place()) })
     }
 
     /// Before it is said: no answer that counts for longer may come from elsewhere.

@@ -81,12 +81,13 @@ impl<'a> ChangeSource for RedisFeed<'a> {
     }
 
     fn pace(&self) -> Pace {
-        let is_channel = matches!(self.store.settings.changes, RedisChanges::Channel(_));
-        Pace { beat: BEAT, silence: Some(BEAT_ANSWER), upkeep: is_channel.then_some(REGISTER) }
+        Pace { beat: BEAT, silence: Some(BEAT_ANSWER), upkeep: Some(REGISTER) }
     }
 
     async fn begin(&mut self, inbox: Inbox<String>) -> Result<Begun<Subscribed<'a>>, Loss> {
-        Ok(Begun::new(self.subscribe(inbox).await?))
+        let subscribed = self.subscribe(inbox).await?;
+        let servers: Vec<String> = subscribed.ears.iter().map(|ear| ear.address.to_string()).collect();
+        Ok(Begun { servers: Some(servers.join(", ")), ..Begun::new(subscribed) })
     }
 
     fn on_lost(&mut self) {
@@ -133,8 +134,9 @@ impl<'a> RedisFeed<'a> {
             }
         };
         let register = Arc::clone(&self.register);
-        let may_ask_role = AtomicBool::new(true);
-        let subscribed = Subscribed { store: self.store, register, masters, ears, may_ask_role, keyspace };
+        let (may_ask_role, may_ask_stats) = (AtomicBool::new(true), AtomicBool::new(true));
+        let subscribed =
+            Subscribed { store: self.store, register, masters, ears, may_ask_role, may_ask_stats, keyspace };
         bounded(subscribed.check()).await?;
         // What was told before they began to wait has arrived before the answer to the check.
         waits.into_iter().for_each(|id| inbox.put(ChannelMessage::Wait(id)));
@@ -191,11 +193,16 @@ struct ServerEar {
     arrived: Arc<AtomicU64>,
     /// What the node of a cluster said of the cluster's layout when its list of masters was read last.
     layout: Mutex<String>,
+    /// How many keys the server had evicted when it was asked last.
+    evicted: AtomicU64,
 }
+
+/// What was evicted before this gateway listened is none of its business.
+const NOT_COUNTED: u64 = u64::MAX;
 
 impl ServerEar {
     fn new(link: RedisConnection, address: Address, arrived: Arc<AtomicU64>) -> Self {
-        Self { link, address, arrived, layout: Mutex::default() }
+        Self { link, address, arrived, layout: Mutex::default(), evicted: AtomicU64::new(NOT_COUNTED) }
     }
 
     async fn subscribe(&self, pattern: bool, name: &str) -> Result<(), StoreError> {
@@ -356,6 +363,7 @@ struct Subscribed<'a> {
     masters: BTreeMap<String, Address>,
     ears: Vec<ServerEar>,
     may_ask_role: AtomicBool,
+    may_ask_stats: AtomicBool,
     keyspace: bool,
 }
 
@@ -370,8 +378,13 @@ impl Subscription for Subscribed<'_> {
     }
 
     async fn upkeep(&self) -> Result<Option<Coverage>, Loss> {
-        // The register lies where lookups are answered: that it can't be written says nothing of this connection.
-        let _ = self.register.note().await;
+        if !self.keyspace {
+            // The register lies where lookups are answered: that it can't be written says nothing of this connection.
+            let _ = self.register.note().await;
+        }
+        for ear in &self.ears {
+            self.count_evictions(ear).await;
+        }
         Ok(None)
     }
 
@@ -392,6 +405,35 @@ impl Subscription for Subscribed<'_> {
 }
 
 impl Subscribed<'_> {
+    /// Keys that the server removed to make room: valid tokens among them are unknown from then on. Whoever may not ask goes
+    /// on without.
+    async fn count_evictions(&self, ear: &ServerEar) {
+        if !self.may_ask_stats.load(Ordering::Relaxed) {
+            return;
+        }
+        let stats = bounded(ear.link.clone().ask::<String>(redis::cmd("INFO").arg("stats"))).await;
+        match stats {
+            Err(StoreError::Denied(_)) => self.may_ask_stats.store(false, Ordering::Relaxed),
+            // That it does not answer is for the beats to say.
+            Err(_) => {}
+            Ok(stats) => {
+                let evicted = stats.lines().find_map(|line| line.strip_prefix("evicted_keys:")?.trim().parse().ok());
+                let Some(evicted) = evicted else { return };
+                let before = ear.evicted.swap(evicted, Ordering::Relaxed);
+                if before != NOT_COUNTED && evicted > before {
+                    self.store.metrics.evicted(evicted - before);
+                    self.store.warnings.evicted.call_once(|| {
+                        log::error!(
+                            "redis: {} evicts keys: valid tokens get 401. CONFIG SET maxmemory-policy noeviction (and in \
+                             redis.conf), and raise maxmemory",
+                            ear.address
+                        );
+                    });
+                }
+            }
+        }
+    }
+
     async fn check(&self) -> Result<(), StoreError> {
         match self.ears.as_slice() {
             [ear] => self.check_one(ear).await,
@@ -508,7 +550,10 @@ struct Register {
 pub(super) struct RedisWarnings {
     flushes: Once,
     notifications: Once,
+    /// That evictions are not told of.
     evictions: Once,
+    /// That there are some.
+    evicted: Once,
     /// Why the register could not be written last.
     register: Mutex<Option<StoreError>>,
 }

@@ -2,7 +2,7 @@
 //! of records.
 
 use super::super::tls::{TLS, TLS_CA, TLS_CERT, TLS_KEY};
-use super::super::{PemFile, StoreError, StoreMetrics, TlsMode, TlsSettings};
+use super::super::{PemFile, StoreError, StoreMetrics, TlsMode, TlsSettings, replica_name};
 use super::{RedisSettings, Topology};
 use crate::problem::Problem;
 use futures_util::StreamExt as _;
@@ -444,6 +444,8 @@ impl Connector {
                 }
             })
         };
+        // A sentinel is asked and left again.
+        let named = !matches!(self.topology, Topology::Sentinel { .. }) || !self.addresses.contains(at);
         let mut config =
             AsyncConnectionConfig::new().set_response_timeout(Some(self.answer)).set_pipeline_buffer_size(QUEUE);
         let mut identity = identity.clone().set_protocol(ProtocolVersion::RESP2);
@@ -457,7 +459,14 @@ impl Connector {
                 .await
                 .map_err(|error| failed(&error).at(at))?;
             let driver = AbortOnDropHandle::new(tokio::spawn(driver));
-            Ok(RedisConnection::new(Wire::One(connection, Arc::new(driver))))
+            let mut link = RedisConnection::new(Wire::One(connection, Arc::new(driver)));
+            if named {
+                // For CLIENT LIST; whoever may not say it goes on without.
+                let name = format!("tollgate-{}", replica_name());
+                let name: String = name.chars().filter(char::is_ascii_graphic).collect();
+                let _ = link.ask::<Value>(redis::cmd("CLIENT").arg("SETNAME").arg(name)).await;
+            }
+            Ok(link)
         };
         bounded(connected).await?
     }

@@ -212,19 +212,21 @@ pub struct RedisStore {
     pool: Arc<RedisPool>,
     in_flight: Semaphore,
     warnings: Arc<follow::RedisWarnings>,
+    metrics: Arc<StoreMetrics>,
 }
 
 impl RedisStore {
     /// Checks the settings. Does not connect.
     pub fn new(settings: RedisSettings, metrics: Arc<StoreMetrics>) -> Result<Self, Problem> {
         let connector = Arc::new(Connector::new(&settings)?);
-        let pool = RedisPool::new(Arc::clone(&connector), settings.connections, metrics);
+        let pool = RedisPool::new(Arc::clone(&connector), settings.connections, Arc::clone(&metrics));
         Ok(Self {
             keys: Keys { prefix: settings.prefix.clone() },
             connector,
             pool: Arc::new(pool),
             in_flight: Semaphore::new(IN_FLIGHT),
             warnings: Arc::default(),
+            metrics,
             settings,
         })
     }

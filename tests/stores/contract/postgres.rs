@@ -563,7 +563,7 @@ async fn a_slow_query_ends_with_its_look_up() {
     }
     recovers(&*store, "postgres").await;
     let open: u32 = server
-        .psql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tollgate'")
+        .psql("postgres", "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'tollgate %'")
         .parse()
         .unwrap();
     assert!(open <= 2, "{open} connections");
@@ -1114,7 +1114,7 @@ const HOSTILE: &str = r#"
     DECLARE stack text;
     BEGIN
         GET DIAGNOSTICS stack = PG_CONTEXT;
-        IF current_setting('application_name') = 'tollgate' OR stack ~ 'function tollgate\.' THEN
+        IF current_setting('application_name') ~ '^tollgate' OR stack ~ 'function tollgate\.' THEN
             RAISE LOG 'caught: % as % of % in %', what, current_user, session_user, stack;
             RETURN true;
         END IF;
@@ -1815,7 +1815,7 @@ async fn the_documented_rights_on_gitlabs_tables_are_enough() {
 }
 
 fn connections(server: &Postgres) -> u32 {
-    let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tollgate'";
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'tollgate %'";
     server.psql("postgres", sql).parse().unwrap()
 }
 

@@ -704,6 +704,14 @@ async fn the_documented_acl_rules_are_enough() {
         assert!(lookup(&*store, b"known").await.is_some(), "{user}");
         gateways.push((user, store, ear));
     }
+    let clients = server.cli(&["CLIENT", "LIST"]);
+    let named = |user: &str| {
+        clients
+            .lines()
+            .filter(|line| line.contains(&format!(" user={user} ")))
+            .all(|line| line.contains(" name=tollgate-"))
+    };
+    assert!(named("gateway") && named("gateway-keyspace"), "{clients}");
     let before = Instant::now();
     assert!(writer.revoke(&Digest::of(b"known"), 1_760_000_000).await.unwrap());
     assert_eq!(writer.wait(PATIENCE).await.unwrap().len(), 1, "the one of the channel");
