@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// How long the alerts of all gateways must be right together.
 const STEADY: Duration = Duration::from_secs(4);
 /// After the faults.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Rules and configuration of deploy/, 60 times as fast.
 struct Prometheus {

@@ -628,7 +628,8 @@ async fn a_frozen_sentinel_keeps_nobody_waiting() {
     let heard = ear.hearing(begin).await - begin;
     assert!(lookup(&*store, b"known").await.is_some());
     println!("sentinel: with the first one frozen: hears after {heard:.1?}, answers after {:.1?}", begin.elapsed());
-    assert!(heard < Duration::from_millis(900) && begin.elapsed() < LAG, "{heard:?}");
+    // Each connection that waited for it would take a second more.
+    assert!(heard < LAG && begin.elapsed() < LAG, "{heard:?}");
     let before = Instant::now();
     watched.master.cut();
     assert!(ear.hearing(before).await - before < LAG);
