@@ -2,7 +2,7 @@
 
 use super::Failure;
 use crate::clock;
-use crate::store::postgres::{self, PostgresAdmin, PostgresSettings};
+use crate::store::postgres::{self, NoTriggers, PostgresAdmin, PostgresSettings};
 use crate::store::{Finding, FindingSeverity, NamedStore, StoreSettings};
 use crate::telemetry::metrics::Metrics;
 use anyhow::anyhow;
@@ -20,6 +20,22 @@ pub(super) struct StoreOptions {
     store: Option<String>,
 }
 
+/// Which triggers, and whether only their SQL is wanted.
+#[derive(clap::Args)]
+pub(super) struct TriggerOptions {
+    #[command(flatten)]
+    options: StoreOptions,
+    /// Print the SQL instead of running it
+    #[arg(long)]
+    print: bool,
+    /// For preset = "custom": the table with the tokens, like `people` or `auth.tokens`
+    #[arg(long, requires = "column")]
+    table: Option<String>,
+    /// The column of that table that `lookup` compares with $1
+    #[arg(long, requires = "table")]
+    column: Option<String>,
+}
+
 #[derive(Subcommand)]
 pub(super) enum StoreCommand {
     /// Create or migrate tollgate's own tables in PostgreSQL.
@@ -32,8 +48,9 @@ pub(super) enum StoreCommand {
     },
     /// Look whether a store keeps its promise: connection, rights, triggers, notifications, the server's settings and clock.
     ///
-    /// Run it as the user, and with the configuration, of the gateway. Writes nothing. Exit codes: 0 nothing is wrong (there
-    /// may be warnings), 1 something is.
+    /// Run it as the user, and with the configuration, of the gateway. Changes no token; like a gateway that starts and
+    /// stops, it makes a SQLite database that is missing, and may stand in the register for up to 10 s. Exit codes: 0 nothing
+    /// is wrong (there may be warnings), 1 something is.
     Check {
         /// Configuration file with the store
         #[arg(long, value_name = "FILE")]
@@ -45,31 +62,13 @@ pub(super) enum StoreCommand {
     /// Create the triggers for change notifications in GitLab's tables, or in another one with --table and --column.
     InstallTriggers {
         #[command(flatten)]
-        options: StoreOptions,
-        /// Print the SQL instead of running it
-        #[arg(long)]
-        print: bool,
-        /// For preset = "custom": the table with the tokens, like `people` or `auth.tokens`
-        #[arg(long, requires = "column")]
-        table: Option<String>,
-        /// The column of that table that `lookup` compares with $1
-        #[arg(long, requires = "table")]
-        column: Option<String>,
+        triggers: TriggerOptions,
     },
     /// Remove the triggers that install-triggers makes with the same configuration and arguments. A revoked token then works
     /// for up to positive_ttl.
     UninstallTriggers {
         #[command(flatten)]
-        options: StoreOptions,
-        /// Print the SQL instead of running it
-        #[arg(long)]
-        print: bool,
-        /// For preset = "custom": the table with the tokens, like `people` or `auth.tokens`
-        #[arg(long, requires = "column")]
-        table: Option<String>,
-        /// The column of that table that `lookup` compares with $1
-        #[arg(long, requires = "table")]
-        column: Option<String>,
+        triggers: TriggerOptions,
     },
 }
 
@@ -93,31 +92,37 @@ pub(super) async fn run(command: StoreCommand) -> Result<(), Failure> {
                 )?;
             }
         }
-        StoreCommand::InstallTriggers { options, print, table, column } => {
-            let (name, settings) = postgres_store(&options)?;
-            let sql = postgres::triggers_sql(&settings, table.zip(column).as_ref())
-                .map_err(|why| anyhow!("store {name}: {why}"))?;
-            if print {
-                say!("{}", sql.trim_end())?;
-            } else {
-                postgres::run_triggers_sql(&settings, &sql).await?;
+        StoreCommand::InstallTriggers { triggers } => {
+            if let Some((name, settings)) = run_triggers(triggers, postgres::triggers_sql).await? {
                 let channel = settings.channel.as_deref().unwrap_or_default();
                 say!("store {name}: the triggers are there, and tell of changes on channel \"{channel}\"")?;
             }
         }
-        StoreCommand::UninstallTriggers { options, print, table, column } => {
-            let (name, settings) = postgres_store(&options)?;
-            let sql = postgres::removal_sql(&settings, table.zip(column).as_ref())
-                .map_err(|why| anyhow!("store {name}: {why}"))?;
-            if print {
-                say!("{}", sql.trim_end())?;
-            } else {
-                postgres::run_triggers_sql(&settings, &sql).await?;
+        StoreCommand::UninstallTriggers { triggers } => {
+            if let Some((name, _)) = run_triggers(triggers, postgres::removal_sql).await? {
                 say!("store {name}: the triggers are gone; revoked tokens work for up to positive_ttl")?;
             }
         }
     }
     Ok(())
+}
+
+type TriggersSql = fn(&PostgresSettings, Option<&(String, String)>) -> Result<String, NoTriggers>;
+
+/// Runs the SQL, and returns the store; or prints it.
+async fn run_triggers(
+    triggers: TriggerOptions,
+    sql_of: TriggersSql,
+) -> Result<Option<(String, PostgresSettings)>, Failure> {
+    let TriggerOptions { options, print, table, column } = triggers;
+    let (name, settings) = postgres_store(&options)?;
+    let sql = sql_of(&settings, table.zip(column).as_ref()).map_err(|why| anyhow!("store {name}: {why}"))?;
+    if print {
+        say!("{}", sql.trim_end())?;
+        return Ok(None);
+    }
+    postgres::run_triggers_sql(&settings, &sql).await?;
+    Ok(Some((name, settings)))
 }
 
 /// Prints every finding, the good ones as well, and what mends the others.

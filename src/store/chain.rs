@@ -158,7 +158,8 @@ impl Link {
             // One for each, by what a store promises.
             let answer = answers.next().unwrap_or_else(|| Err(StoreError::Unavailable("it gave no answer".into())));
             self.note(&credential, &answer, began);
-            reply.send(answer);
+            // Nobody may wait any more.
+            let _ = reply.send(answer);
         }
     }
 

@@ -1,6 +1,6 @@
 //! `tollgate store check`: what an operator can find out about a store before the night in which it matters. Asks the store as a
 //! gateway does, by a token that nobody has and by following its changes for a moment, and each kind of server for the
-//! settings that decide whether the promise holds. Writes nothing.
+//! settings that decide whether the promise holds. Changes no token; what a gateway does when it starts, it does as well.
 
 use super::credential::{Credential, Digest};
 use super::{Event, NamedStore, StoreError, StoreSettings, TokenStore};

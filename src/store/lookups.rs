@@ -50,17 +50,7 @@ struct QueueState {
 /// A lookup that waits for a place. Whoever gave up is not asked for.
 pub(super) struct WaitingLookup {
     pub(super) credential: Arc<Credential>,
-    pub(super) reply: LookupReply,
-}
-
-/// Where the answer goes.
-pub(super) struct LookupReply(oneshot::Sender<LookedUp>);
-
-impl LookupReply {
-    pub(super) fn send(self, answer: LookedUp) {
-        // Nobody may wait any more.
-        let _ = self.0.send(answer);
-    }
+    pub(super) reply: oneshot::Sender<LookedUp>,
 }
 
 /// How a lookup begins.
@@ -84,7 +74,7 @@ impl LookupQueue {
             return LookupTurn::Now;
         }
         let (sender, answer) = oneshot::channel();
-        let waiting = WaitingLookup { credential: Arc::clone(credential), reply: LookupReply(sender) };
+        let waiting = WaitingLookup { credential: Arc::clone(credential), reply: sender };
         match lane {
             Lane::Known => state.known.push_back(waiting),
             Lane::Stranger => state.strangers.push_back(waiting),
@@ -99,7 +89,7 @@ impl LookupQueue {
         while batch.len() < self.limits.tokens
             && let Some(waiting) = state.pop()
         {
-            if !waiting.reply.0.is_closed() {
+            if !waiting.reply.is_closed() {
                 batch.push(waiting);
             }
         }

@@ -86,6 +86,16 @@ pub fn triggers_sql(settings: &PostgresSettings, table: Option<&(String, String)
     ))
 }
 
+/// The table and the column of GitLab's tokens; `None`: the tables are not GitLab's.
+const fn gitlab_column(source: &Source) -> Option<(&'static str, &'static str)> {
+    match source {
+        Source::Own { .. } | Source::Lookup { .. } => None,
+        Source::GitlabLegacy => Some(("users", "authentication_token")),
+        Source::GitlabPat => Some((TOKENS, "token")),
+        Source::GitlabPatDigest(_) => Some((TOKENS, "token_digest")),
+    }
+}
+
 fn channel_of(settings: &PostgresSettings) -> Result<&str, NoTriggers> {
     let channel = settings.channel.as_deref().ok_or(NoTriggers::NotifyIsOff)?;
     schema::check_channel(channel).map_err(NoTriggers::Channel)?;
@@ -100,9 +110,7 @@ pub fn removal_sql(settings: &PostgresSettings, table: Option<&(String, String)>
         (Source::Lookup { .. }, None) => return Err(NoTriggers::TableUnknown),
         (Source::Lookup { .. }, Some((table, column))) => (table.as_str(), column.as_str()),
         (_, Some(_)) => return Err(NoTriggers::TableKnown),
-        (Source::GitlabLegacy, None) => ("users", "authentication_token"),
-        (Source::GitlabPat, None) => (TOKENS, "token"),
-        (Source::GitlabPatDigest(_), None) => (TOKENS, "token_digest"),
+        (source, None) => gitlab_column(source).ok_or(NoTriggers::TableUnknown)?,
     };
     let tag = tag(table, column, channel);
     let mut removal = drop_triggers(&["added", "altered", "emptied"], &tag, &qualified(table)?);
@@ -142,13 +150,10 @@ pub(super) struct TriggerCheck(pub(super) String);
 /// `None`: tollgate's own triggers are part of its schema. If the tables are unknown, any trigger on the channel
 /// counts.
 pub(super) fn trigger_check(source: &Source, channel: &str) -> Option<TriggerCheck> {
-    let column = match source {
-        Source::Own { .. } => return None,
-        Source::Lookup { .. } => None,
-        Source::GitlabLegacy => Some(("users", "authentication_token")),
-        Source::GitlabPat => Some((TOKENS, "token")),
-        Source::GitlabPatDigest(_) => Some((TOKENS, "token_digest")),
-    };
+    if let Source::Own { .. } = source {
+        return None;
+    }
+    let column = gitlab_column(source);
     let ours = "t.tgname LIKE 'tollgate\\_%'";
     let mut wanted = Vec::new();
     match column {

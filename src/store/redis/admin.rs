@@ -228,14 +228,7 @@ impl RedisAdmin {
                 Ok(Found::Changing) => self.get(digest).await,
                 Err(error) => Err(error.into()),
             };
-            records.push((
-                *digest,
-                match record {
-                    Ok(found) => Ok(found.map(|(_, record)| record)),
-                    Err(AdminError::Unreadable(why)) => Err(why),
-                    Err(error) => return Err(error),
-                },
-            ));
+            records.push((*digest, only_record(record)?));
         }
         Ok(records)
     }
@@ -337,6 +330,17 @@ fn no_master() -> AdminError {
     AdminError::Store("no node of the cluster has slots: see CLUSTER SLOTS".into())
 }
 
+/// What is wrong with one record, told apart from what ends the work.
+fn only_record(
+    found: Result<Option<(Stored, TokenRecord)>, AdminError>,
+) -> Result<Result<Option<TokenRecord>, String>, AdminError> {
+    match found {
+        Ok(found) => Ok(Ok(found.map(|(_, record)| record))),
+        Err(AdminError::Unreadable(why)) => Ok(Err(why)),
+        Err(error) => Err(error),
+    }
+}
+
 /// The key is on another node, or on its way there.
 fn is_elsewhere(value: &Value) -> bool {
     matches!(value, Value::ServerError(error) if matches!(error.code(), "MOVED" | "ASK" | "TRYAGAIN"))
@@ -413,14 +417,7 @@ impl TokenAdmin for RedisAdmin {
             let records = if self.is_cluster() {
                 let mut records = Vec::with_capacity(digests.len());
                 for digest in &digests {
-                    records.push((
-                        *digest,
-                        match self.get(digest).await {
-                            Ok(found) => Ok(found.map(|(_, record)| record)),
-                            Err(AdminError::Unreadable(why)) => Err(why),
-                            Err(error) => return Err(error),
-                        },
-                    ));
+                    records.push((*digest, only_record(self.get(digest).await)?));
                 }
                 records
             } else {

@@ -1,7 +1,7 @@
 //! What a Redis server says of its own settings, by which valid tokens get lost or change notifications stay out.
 
 use super::super::examine::Finding;
-use super::follow::KEYSPACE_EVENTS;
+use super::follow::{KEYSPACE_EVENTS, missing_events};
 use super::link::{Connector, RedisConnection};
 use super::{RedisChanges, RedisSettings, Topology};
 use std::time::SystemTime;
@@ -101,8 +101,7 @@ async fn persistence(node: &mut RedisConnection, appendonly: &str) -> Finding {
 }
 
 fn events(value: &str) -> Finding {
-    let has = |flag| value.contains(flag);
-    let missing: String = KEYSPACE_EVENTS.chars().filter(|flag| !has(*flag) && (*flag == 'K' || !has('A'))).collect();
+    let missing = missing_events(value);
     if missing.is_empty() {
         return Finding::fine(format!("notify-keyspace-events is {value}"));
     }

@@ -318,6 +318,12 @@ async fn hear_of_flushes(mut link: RedisConnection, store: &RedisStore) -> Resul
 /// What a server must tell of, for keyspace notifications: generic commands, strings, hashes, expiry and eviction.
 pub const KEYSPACE_EVENTS: &str = "Kg$hxe";
 
+/// Which of [`KEYSPACE_EVENTS`] a server's flags leave out. `A` stands for all kinds of events.
+pub(super) fn missing_events(flags: &str) -> String {
+    let has = |flag| flags.contains(flag);
+    KEYSPACE_EVENTS.chars().filter(|flag| !has(*flag) && (*flag == 'K' || !has('A'))).collect()
+}
+
 /// Without the right ones nothing would ever be heard.
 async fn check_notifications(link: &mut RedisConnection, warnings: &RedisWarnings) -> Result<(), StoreError> {
     let question = redis::cmd("CONFIG").arg("GET").arg("notify-keyspace-events").take();
@@ -334,8 +340,7 @@ async fn check_notifications(link: &mut RedisConnection, warnings: &RedisWarning
         Err(error) => return Err(error),
     };
     let flags = flags.first().map_or("", |(_, flags)| flags.as_str());
-    let has = |flag| flags.contains(flag);
-    let missing: String = KEYSPACE_EVENTS.chars().filter(|flag| !has(*flag) && (*flag == 'K' || !has('A'))).collect();
+    let missing = missing_events(flags);
     match missing.as_str() {
         "" => return Ok(()),
         // A token that was evicted to make room was valid.
