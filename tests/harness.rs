@@ -162,16 +162,15 @@ impl Gateway {
     }
 
     /// What Prometheus scrapes, once all requests are over: an exchange is counted at its end, which may be a moment behind
-    /// its answer. Requests that a test holds open are waited for in vain, and not for long.
+    /// its answer. One scrape reads series after series, so only the next one is known to have all that was counted when
+    /// this one saw no request. Requests that a test holds open are waited for in vain, and not for long.
     pub fn metrics(&self) -> String {
+        let scrape = || self.admin_get("/metrics").unwrap().text();
         let deadline = Instant::now() + Duration::from_millis(500);
-        loop {
-            let text = self.admin_get("/metrics").unwrap().text();
-            if text.contains("tollgate_requests_in_flight 0\n") || Instant::now() > deadline {
-                return text;
-            }
+        while !scrape().contains("tollgate_requests_in_flight 0\n") && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));
         }
+        scrape()
     }
 
     /// The value of one series, written as Prometheus prints it; 0 when it is not there.

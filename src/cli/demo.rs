@@ -70,7 +70,7 @@ pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
     println!("    curl -i -H 'PRIVATE-TOKEN: {token}' -d title=Hello {url}/projects/1/issues\n");
     println!("  metrics");
     println!("    curl -s http://{admin}/metrics\n");
-    edge::serve(running);
+    edge::serve(running)?;
     println!("\nstopped");
     Ok(())
 }

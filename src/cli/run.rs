@@ -31,7 +31,7 @@ fn serve(settings: Settings, path: &Path) -> Result<(), Failure> {
     let lines = summary(&settings, path);
     let running = assembly::assemble(settings, Some(path.to_owned()))?;
     lines.iter().for_each(|line| log::info!("{line}"));
-    edge::serve(running);
+    edge::serve(running)?;
     log::info!("stopped");
     Ok(())
 }

@@ -1,16 +1,14 @@
 //! The admin listener: reads plain requests and lets `admin` answer them. Never on the API listeners.
 
 use super::client::{ClientStream, Head, HeadLimits};
+use super::socket::Socket;
+use super::workers::Serve;
 use super::{Lifecycle, Snapshot};
 use crate::admin::{self, Action, Operator, Reloaded, Unread};
 use crate::request::head;
 use crate::request::view::{Framing, Method};
 use arc_swap::ArcSwap;
-use async_trait::async_trait;
 use bytes::Bytes;
-use pingora::apps::ServerApp;
-use pingora::protocols::Stream;
-use pingora::server::ShutdownWatch;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -32,9 +30,8 @@ pub(super) struct AdminGate {
     pub(super) started_unix_ms: u64,
 }
 
-#[async_trait]
-impl ServerApp for AdminGate {
-    async fn process_new(self: &Arc<Self>, socket: Stream, _shutdown: &ShutdownWatch) -> Option<Stream> {
+impl Serve for AdminGate {
+    async fn serve(self: Arc<Self>, socket: Socket) {
         let mut client = ClientStream::new(socket);
         loop {
             let head = match client.read_head(|| LIMITS, std::future::pending()).await {
@@ -75,7 +72,6 @@ impl ServerApp for AdminGate {
             }
         }
         client.close().await;
-        None
     }
 }
 

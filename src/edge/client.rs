@@ -2,6 +2,7 @@
 //! the byte where it ends, and nothing beyond. The framework reads through this and so never sees a byte of a next
 //! request, of a body that is framed in doubt, or of a tunnel that no backend has agreed to.
 
+use super::socket::Socket;
 use crate::request::chunked::ChunkedBody;
 use crate::request::head::{self, HeadFault};
 use crate::request::view::Framing;
@@ -10,8 +11,8 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use pingora::prelude::fast_timeout::fast_timeout as timeout;
 use pingora::protocols::raw_connect::ProxyDigest;
 use pingora::protocols::{
-    GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
-    UniqueID, UniqueIDType,
+    GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID,
+    UniqueIDType,
 };
 use std::io;
 use std::net::IpAddr;
@@ -20,8 +21,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufWriter, ReadBuf};
 
+/// Writes are collected up to one TCP segment.
+const WRITE_BUFFER: usize = 1460;
 /// What one read asks the socket for. A request's head nearly always fits.
 const READ_BYTES: usize = 4 * 1024;
 /// Bytes of a next request that may pile up while the current one is served.
@@ -36,7 +39,7 @@ const LINGER_BYTES: usize = 1024 * 1024;
 
 pub(super) struct ClientStream {
     /// `None` once the connection has been handed to a lingering close.
-    socket: Option<Stream>,
+    socket: Option<BufWriter<Socket>>,
     /// Read from the socket and not yet taken.
     ahead: BytesMut,
     body: RemainingBody,
@@ -88,9 +91,9 @@ pub(super) enum Head {
 }
 
 impl ClientStream {
-    pub(super) fn new(socket: Stream) -> Self {
-        let digest = socket.get_socket_digest();
-        let peer = digest.and_then(|digest| digest.peer_addr()?.as_inet().map(|address| address.ip().to_canonical()));
+    pub(super) fn new(socket: Socket) -> Self {
+        let peer = socket.peer();
+        let socket = BufWriter::with_capacity(WRITE_BUFFER, socket);
         Self { socket: Some(socket), ahead: BytesMut::new(), body: RemainingBody::Ended(None), peer, served: 0 }
     }
 
@@ -223,12 +226,11 @@ impl ClientStream {
 }
 
 /// Says that nothing more will come, and reads on for a short while.
-async fn linger(mut socket: Stream) {
+async fn linger(mut socket: BufWriter<Socket>) {
     let read_on = async {
-        if socket.flush().await.is_err() {
+        if socket.shutdown().await.is_err() {
             return;
         }
-        socket.as_mut().shutdown().await;
         let mut scrap = [0; 2048];
         let mut left = LINGER_BYTES;
         while let Ok(n @ 1..) = socket.read(&mut scrap).await {
@@ -365,14 +367,15 @@ impl std::fmt::Debug for ClientStream {
 impl Shutdown for ClientStream {
     async fn shutdown(&mut self) {
         if let Some(socket) = &mut self.socket {
-            socket.as_mut().shutdown().await;
+            // It may be closed already.
+            let _ = socket.shutdown().await;
         }
     }
 }
 
 impl UniqueID for ClientStream {
     fn id(&self) -> UniqueIDType {
-        self.socket.as_ref().map_or(-1, |socket| socket.as_ref().id())
+        self.socket.as_ref().map_or(-1, |socket| socket.get_ref().id())
     }
 }
 
@@ -395,6 +398,6 @@ impl GetProxyDigest for ClientStream {
 
 impl GetSocketDigest for ClientStream {
     fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
-        self.socket.as_ref().and_then(|socket| socket.get_socket_digest())
+        None
     }
 }

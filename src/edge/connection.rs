@@ -5,6 +5,8 @@
 use super::client::{ClientStream, Head};
 use super::exchange::{End, Exchange};
 use super::proxied::{OwnToken, ProxiedLane, Ticket};
+use super::socket::Socket;
+use super::workers::Serve;
 use super::{Lifecycle, Snapshot};
 use crate::forward::{Http1Head, Plan, request_id};
 use crate::identity::Mode;
@@ -16,10 +18,8 @@ use crate::request::view::{FieldKind, Method, RequestView, Version};
 use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
 use arc_swap::ArcSwap;
-use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use pingora::apps::{HttpServerApp as _, ServerApp};
-use pingora::protocols::Stream;
+use pingora::apps::HttpServerApp as _;
 use pingora::protocols::http::{ServerSession, date::get_cached_date};
 use pingora::proxy::HttpProxy;
 use pingora::server::ShutdownWatch;
@@ -31,11 +31,12 @@ pub(super) struct Gate {
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
     pub(super) lane: Arc<HttpProxy<ProxiedLane>>,
     pub(super) lifecycle: Arc<Lifecycle>,
+    /// Tells the framework's lane of the end of the process.
+    pub(super) shutdown: ShutdownWatch,
 }
 
-#[async_trait]
-impl ServerApp for Gate {
-    async fn process_new(self: &Arc<Self>, socket: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+impl Serve for Gate {
+    async fn serve(self: Arc<Self>, socket: Socket) {
         let _open = self.snapshot.load().metrics.connection_opened();
         let mut client = ClientStream::new(socket);
         loop {
@@ -52,14 +53,16 @@ impl ServerApp for Gate {
             };
             let exchange = Exchange::begin(snapshot, client.peer(), bytes.clone());
             match fault {
-                None => client = self.exchange(client, bytes, exchange, shutdown).await?,
+                None => match self.exchange(client, bytes, exchange).await {
+                    Some(reusable) => client = reusable,
+                    None => break,
+                },
                 Some(fault) => {
                     refuse_unread(client, exchange, unread(&fault)).await;
                     break;
                 }
             }
         }
-        None
     }
 }
 
@@ -76,13 +79,7 @@ fn unread(head: &Head) -> RequestFault {
 
 impl Gate {
     /// One request and its answer. Gives the connection back when it can go on.
-    async fn exchange(
-        &self,
-        mut client: ClientStream,
-        bytes: Bytes,
-        mut exchange: Exchange,
-        shutdown: &ShutdownWatch,
-    ) -> Option<ClientStream> {
+    async fn exchange(&self, mut client: ClientStream, bytes: Bytes, mut exchange: Exchange) -> Option<ClientStream> {
         let snapshot = Arc::clone(&exchange.snapshot);
         let view = match head::parse(&bytes) {
             Ok(view) => view,
@@ -118,23 +115,17 @@ impl Gate {
                 exchange.permitted(dropped);
                 client.begin_body(view.body, tunnel.clone());
                 let ticket = ticket(exchange, plan, &view, tunnel);
-                self.forward(client, head, ticket, shutdown).await
+                self.forward(client, head, ticket).await
             }
         }
     }
 
     /// The framework finds a backend and moves the bytes.
-    async fn forward(
-        &self,
-        client: ClientStream,
-        head: Vec<u8>,
-        ticket: Ticket,
-        shutdown: &ShutdownWatch,
-    ) -> Option<ClientStream> {
+    async fn forward(&self, client: ClientStream, head: Vec<u8>, ticket: Ticket) -> Option<ClientStream> {
         let mut session = ServerSession::new_http1(Box::new(client));
         session.set_connection_user_context(Some(Box::new(ticket)));
         session.set_pipelined_prefix(BytesMut::from(Bytes::from(head)));
-        let reusable = self.lane.process_new_http(session, shutdown).await?;
+        let reusable = self.lane.process_new_http(session, &self.shutdown).await?;
         let (stream, _) = reusable.consume();
         stream.into_any().downcast::<ClientStream>().ok().map(|client| *client)
     }

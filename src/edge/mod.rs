@@ -10,12 +10,14 @@ mod log_levels;
 mod peers;
 mod proxied;
 mod server;
+mod socket;
+mod workers;
 
 pub use crate::clock::now;
 pub use listen::{AddressInUse, Listen, ServerSettings};
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
 pub use peers::{ResolveError, resolve, unresolved};
-pub use server::{Rebuild, Rebuilt, Running, serve};
+pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
 
 use crate::pipeline::Pipeline;
 use crate::problem::Problem;

@@ -5,27 +5,20 @@ use super::admin::{AdminGate, ReloadRequest};
 use super::connection::Gate;
 use super::listen::{Listen, ServerSettings, SocketPlace};
 use super::proxied::{MAX_ATTEMPTS, ProxiedLane};
+use super::workers::{Listener, Serve as _, Workers};
 use super::{Lifecycle, Snapshot};
 use crate::admin::Reloaded;
 use crate::telemetry::metrics::Metrics;
 use arc_swap::ArcSwap;
-use async_trait::async_trait;
-use pingora::listeners::{L4BufferSettings, ListenerConfig};
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
-use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
-use pingora::services::background::{BackgroundService, background_service};
-use pingora::services::listening::Service;
-use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{Mutex, Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 
 /// Idle connections to backends that are kept.
 const UPSTREAM_POOL: usize = 1_024;
-/// Writes to a client are buffered up to one TCP segment. Reads use the buffer of `client`.
-const WRITE_BUFFER: usize = 1460;
 /// How often the last uses of tokens are written to the store, and the cache to its file.
 const USES_FLUSHED_EVERY: Duration = Duration::from_secs(60);
 /// How long a shutdown waits for the last uses to be written.
@@ -48,63 +41,73 @@ pub struct Running {
     pub rebuild: Rebuild,
 }
 
-/// Serves until a signal ends the process.
-pub fn serve(running: Running) {
-    handle_signals_early();
+/// Serves until a signal ends the process. The error names the address that cannot be bound.
+pub fn serve(running: Running) -> Result<(), ServeError> {
     let Running { settings, snapshot, rebuild } = running;
+    // Everything but the exchanges: the store's changes, reloads, the admin listener. Two threads, so that a slow scrape
+    // holds up neither.
+    let background = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("background")
+        .enable_all()
+        .build()
+        .map_err(ServeError::Runtime)?;
+    let _entered = background.enter();
+    // Before a connection is accepted: who gets an answer may send a signal.
+    let signals = ProcessSignals::handled();
+    let bind = |listen: &Listen| {
+        Listener::bind(listen).map_err(|error| ServeError::Bind { address: listen.to_string(), error })
+    };
+    let listeners = settings.listen.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
+    let admin = settings.admin.as_ref().map(bind).transpose()?;
+
     let started_unix_ms = super::now().unix_ms;
     let metrics = Arc::clone(&snapshot.metrics);
     metrics.reloaded(true, started_unix_ms / 1000);
     let snapshot = Arc::new(ArcSwap::from_pointee(snapshot));
     let lifecycle = Arc::new(Lifecycle::default());
+    let (end, shutdown) = watch::channel(false);
 
-    let conf = ServerConf {
-        threads: settings.threads,
-        // Measured: work stealing costs a fifth of a request's CPU time (benches/README.md).
-        work_stealing: false,
+    let conf = Arc::new(ServerConf {
         max_retries: MAX_ATTEMPTS,
         upstream_keepalive_pool_size: UPSTREAM_POOL,
-        // `Drain` waits for the requests in flight; the framework's own grace period can only sleep.
-        grace_period_seconds: Some(0),
-        graceful_shutdown_timeout_seconds: Some(1),
         ..ServerConf::default()
-    };
-    let mut server = Server::new_with_opt_and_conf(None, conf);
-    server.bootstrap();
-
-    let lane = Arc::new(http_proxy(&server.configuration, ProxiedLane { lifecycle: Arc::clone(&lifecycle) }));
-    let gate = Gate { snapshot: Arc::clone(&snapshot), lane, lifecycle: Arc::clone(&lifecycle) };
-    let mut api = Service::new("api".into(), gate);
-    settings.listen.iter().for_each(|listen| api.add_listener(listener(listen)));
-    server.add_service(api);
+    });
+    let lane = Arc::new(http_proxy(&conf, ProxiedLane { lifecycle: Arc::clone(&lifecycle) }));
+    let gate = Gate { snapshot: Arc::clone(&snapshot), lane, lifecycle: Arc::clone(&lifecycle), shutdown };
 
     let (reloads, requests) = mpsc::channel(1);
-    if let Some(listen) = &settings.admin {
-        let gate = AdminGate {
+    if let Some(listener) = admin {
+        let gate = Arc::new(AdminGate {
             snapshot: Arc::clone(&snapshot),
             lifecycle: Arc::clone(&lifecycle),
             reloads: reloads.clone(),
             started_unix_ms,
-        };
-        let mut admin = Service::new("admin".into(), gate);
-        admin.add_listener(listener(listen));
-        admin.threads = Some(1);
-        server.add_service(admin);
+        });
+        background.spawn(listener.accept(move |socket| drop(tokio::spawn(Arc::clone(&gate).serve(socket)))));
     }
     let replaced = Arc::new(Notify::new());
     let reloader = Reloader {
         snapshot: Arc::clone(&snapshot),
         rebuild,
-        requests: Mutex::new(requests),
+        requests,
+        hangup: signals.hangup,
         replaced: Arc::clone(&replaced),
         _open: reloads,
     };
-    server.add_service(background_service("reload", reloader));
-    server.add_service(background_service("tokens", Tokens { snapshot: Arc::clone(&snapshot), replaced }));
+    // A reload resolves names: reopening a rotated log must not wait for it.
+    background.spawn(reopen_when_asked(Arc::clone(&snapshot), signals.reopen));
+    background.spawn(reloader.run());
+    background.spawn(Tokens { snapshot: Arc::clone(&snapshot), replaced }.run());
+    let workers = Workers::start(settings.threads, &listeners, &Arc::new(gate)).map_err(ServeError::Runtime)?;
 
-    let drain =
-        Drain { lifecycle, metrics: Arc::clone(&metrics), grace: settings.grace, snapshot: Arc::clone(&snapshot) };
-    server.run(RunArgs { shutdown_signal: Box::new(drain) });
+    let drain = Drain { lifecycle, metrics, grace: settings.grace, snapshot: Arc::clone(&snapshot) };
+    background.block_on(drain.run(signals.terminate, signals.interrupt));
+    // The receivers may be gone.
+    let _ = end.send(true);
+    drop(workers);
+    drop(_entered);
+    background.shutdown_timeout(Duration::from_secs(1));
 
     let last = snapshot.load();
     last.pipeline.authenticator.save();
@@ -114,6 +117,16 @@ pub fn serve(running: Running) {
             remove_socket(path);
         }
     }
+    Ok(())
+}
+
+/// Why the gateway cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("{address} cannot be bound: {error}")]
+    Bind { address: String, error: std::io::Error },
+    #[error("no threads, event loops or listeners can be made: {0}")]
+    Runtime(std::io::Error),
 }
 
 /// Removes the socket file of a listener that is closing, unless another process listens on it by now. One that still
@@ -133,14 +146,6 @@ fn remove_socket(path: &str) {
     }
 }
 
-fn listener(listen: &Listen) -> ListenerConfig {
-    let config = match listen {
-        Listen::Tcp(address) => ListenerConfig::tcp(address),
-        Listen::Unix(path, mode) => ListenerConfig::uds(path).permissions(std::fs::Permissions::from_mode(*mode)),
-    };
-    config.l4_buffer(L4BufferSettings::new(0, WRITE_BUFFER))
-}
-
 /// Waits for the signal to shut down, then for the requests in flight.
 struct Drain {
     lifecycle: Arc<Lifecycle>,
@@ -149,14 +154,8 @@ struct Drain {
     snapshot: Arc<ArcSwap<Snapshot>>,
 }
 
-#[async_trait]
-impl ShutdownSignalWatch for Drain {
-    async fn recv(&self) -> ShutdownSignal {
-        let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
-        let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
-            log::error!("SIGTERM and SIGINT cannot be handled: shutting down");
-            return ShutdownSignal::GracefulTerminate;
-        };
+impl Drain {
+    async fn run(&self, mut terminate: Signals, mut interrupt: Signals) {
         next(&mut terminate, &mut interrupt).await;
         self.metrics.ready(false);
         self.lifecycle.drain();
@@ -170,12 +169,8 @@ impl ShutdownSignalWatch for Drain {
             } => {}
             () = next(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
         }
-        // The fast shutdown would not end the accept loops, and they would spin on a runtime that is gone.
-        ShutdownSignal::GracefulTerminate
     }
-}
 
-impl Drain {
     async fn quiet(&self) {
         let deadline = Instant::now() + self.grace;
         while self.metrics.requests_in_flight() > 0 {
@@ -199,65 +194,80 @@ impl Drain {
     }
 }
 
-async fn next(terminate: &mut Signal, interrupt: &mut Signal) {
+async fn next(terminate: &mut Signals, interrupt: &mut Signals) {
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = terminate.next() => {}
+        () = interrupt.next() => {}
     }
 }
 
-/// Installs handlers for the signals that would otherwise end the process before the services that handle them run.
-/// SIGXFSZ gets one as well: a log file at its size limit must not end the process, and the log counts the lines it loses.
-fn handle_signals_early() {
-    let installed = || -> std::io::Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-        let _entered = runtime.enter();
-        for kind in [SignalKind::hangup(), SignalKind::user_defined1(), SignalKind::from_raw(SIGXFSZ)] {
-            // The handler stays installed for the process's lifetime; nobody waits for the signal yet.
-            let _ = signal(kind)?;
+/// The signals that mean something to the gateway. One that is delivered before its receiver waits for it is kept.
+struct ProcessSignals {
+    terminate: Signals,
+    interrupt: Signals,
+    hangup: Signals,
+    reopen: Signals,
+}
+
+impl ProcessSignals {
+    /// From here on, none of them ends the process by itself. SIGXFSZ has a handler as well: a log file at its size limit
+    /// must not end the process, and the log counts the lines it loses.
+    fn handled() -> Self {
+        let _ = Signals::of(SignalKind::from_raw(SIGXFSZ), "SIGXFSZ");
+        Self {
+            terminate: Signals::of(SignalKind::terminate(), "SIGTERM"),
+            interrupt: Signals::of(SignalKind::interrupt(), "SIGINT"),
+            hangup: Signals::of(SignalKind::hangup(), "SIGHUP"),
+            reopen: Signals::of(SignalKind::user_defined1(), "SIGUSR1"),
         }
-        Ok(())
-    };
-    if let Err(error) = installed() {
-        log::error!("SIGHUP and SIGUSR1 cannot be handled and would end the process: {error}");
     }
 }
 
 /// The number on Linux, except on MIPS.
 const SIGXFSZ: i32 = 25;
 
-/// Reloads the configuration on SIGHUP and on requests of the admin listener, and reopens the access log on these and on
-/// SIGUSR1. A bad configuration changes nothing.
+/// Reloads the configuration on SIGHUP and on requests of the admin listener, and reopens the access log first. A bad configuration changes nothing.
 struct Reloader {
     snapshot: Arc<ArcSwap<Snapshot>>,
     rebuild: Rebuild,
-    requests: Mutex<mpsc::Receiver<ReloadRequest>>,
+    requests: mpsc::Receiver<ReloadRequest>,
+    hangup: Signals,
     /// Notified of each new snapshot.
     replaced: Arc<Notify>,
     /// Keeps the channel open when there is no admin listener.
     _open: mpsc::Sender<ReloadRequest>,
 }
 
-#[async_trait]
-impl BackgroundService for Reloader {
-    async fn start(&self, mut shutdown: ShutdownWatch) {
-        // Two loops: reopening a rotated log must not wait while a reload resolves names.
-        tokio::select! {
-            () = self.reload_when_asked() => {}
-            () = self.reopen_when_asked() => {}
-            _ = shutdown.changed() => {}
+/// Reopens the access log on SIGUSR1.
+async fn reopen_when_asked(snapshot: Arc<ArcSwap<Snapshot>>, mut asked: Signals) {
+    loop {
+        asked.next().await;
+        if reopen(&snapshot).await.is_ok_and(|done| done) {
+            log::info!("access log reopened");
         }
     }
 }
 
+/// Whether the log has been reopened; `false` if that has to wait for the log's reader.
+async fn reopen(snapshot: &ArcSwap<Snapshot>) -> Result<bool, String> {
+    let log = snapshot.load().log.clone();
+    let result = blocking(move || log.reopen()).await?.map_err(|why| format!("log.access: {why}"));
+    match &result {
+        Ok(true) => {}
+        Ok(false) => {
+            log::warn!("the access log is blocked: its reader reads nothing; it is reopened when that ends")
+        }
+        Err(why) => log::error!("access log not reopened, lines go to the old file: {why}"),
+    }
+    result
+}
+
 impl Reloader {
-    async fn reload_when_asked(&self) {
-        let mut hangups = Signals::of(SignalKind::hangup(), "SIGHUP");
-        let mut requests = self.requests.lock().await;
+    async fn run(mut self) {
         loop {
             let reply = tokio::select! {
-                () = hangups.next() => None,
-                request = requests.recv() => request,
+                () = self.hangup.next() => None,
+                request = self.requests.recv() => request,
             };
             let result = self.reload().await;
             if let Some(reply) = reply {
@@ -267,34 +277,10 @@ impl Reloader {
         }
     }
 
-    async fn reopen_when_asked(&self) {
-        let mut asked = Signals::of(SignalKind::user_defined1(), "SIGUSR1");
-        loop {
-            asked.next().await;
-            if self.reopen().await.is_ok_and(|done| done) {
-                log::info!("access log reopened");
-            }
-        }
-    }
-
-    /// Whether the log has been reopened; `false` if that has to wait for the log's reader.
-    async fn reopen(&self) -> Result<bool, String> {
-        let log = self.snapshot.load().log.clone();
-        let result = blocking(move || log.reopen()).await?.map_err(|why| format!("log.access: {why}"));
-        match &result {
-            Ok(true) => {}
-            Ok(false) => {
-                log::warn!("the access log is blocked: its reader reads nothing; it is reopened when that ends")
-            }
-            Err(why) => log::error!("access log not reopened, lines go to the old file: {why}"),
-        }
-        result
-    }
-
     async fn reload(&self) -> Result<Reloaded, String> {
         // First, because a rotated log must be reopened even if the reload fails. A blocked log does not keep the new
         // configuration from taking effect.
-        let reopened = self.reopen().await.map(|_| ());
+        let reopened = reopen(&self.snapshot).await.map(|_| ());
         let (current, rebuild) = (self.snapshot.load_full(), Arc::clone(&self.rebuild));
         let metrics = Arc::clone(&current.metrics);
         let result = blocking(move || rebuild(&current, reopened)).await.and_then(|built| built);
@@ -349,9 +335,8 @@ struct Tokens {
     replaced: Arc<Notify>,
 }
 
-#[async_trait]
-impl BackgroundService for Tokens {
-    async fn start(&self, mut shutdown: ShutdownWatch) {
+impl Tokens {
+    async fn run(self) {
         let mut flushing: Option<tokio::task::JoinHandle<()>> = None;
         let mut flush = tokio::time::interval_at(tokio::time::Instant::now() + USES_FLUSHED_EVERY, USES_FLUSHED_EVERY);
         loop {
@@ -375,14 +360,11 @@ impl BackgroundService for Tokens {
                         let last = Arc::clone(&authenticator);
                         tokio::task::spawn_blocking(move || last.save());
                     }
-                    _ = shutdown.changed() => return,
                 }
             }
         }
     }
-}
 
-impl Tokens {
     /// Waits until a reload has replaced the authenticator.
     async fn replaced(&self, current: &Arc<crate::identity::Authenticator>) {
         while Arc::ptr_eq(current, &self.snapshot.load().pipeline.authenticator) {
