@@ -5,7 +5,7 @@ use super::admin::{AdminGate, ReloadRequest};
 use super::connection::Gate;
 use super::listen::{Listen, ServerSettings, SocketPlace};
 use super::proxied::{MAX_ATTEMPTS, ProxiedLane};
-use super::workers::{Listener, Serve as _, Workers};
+use super::workers::{Acceptor, Serve as _, Workers};
 use super::{Lifecycle, Snapshot};
 use crate::admin::Reloaded;
 use crate::telemetry::metrics::Metrics;
@@ -56,7 +56,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     // Before a connection is accepted: who gets an answer may send a signal.
     let signals = ProcessSignals::handled();
     let bind = |listen: &Listen| {
-        Listener::bind(listen).map_err(|error| ServeError::Bind { address: listen.to_string(), error })
+        Acceptor::bind(listen).map_err(|error| ServeError::Bind { address: listen.to_string(), error })
     };
     let listeners = settings.listen.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
     let admin = settings.admin.as_ref().map(bind).transpose()?;

@@ -28,7 +28,7 @@ pub(super) trait Serve: Send + Sync + 'static {
 }
 
 /// A bound address. Each worker has its own handle to the one socket.
-pub(super) struct Listener {
+pub(super) struct Acceptor {
     socket: ListeningSocket,
     address: Listen,
     /// Whether the last accept failed, so that an error is logged as it begins and as it ends.
@@ -40,7 +40,7 @@ enum ListeningSocket {
     Unix(std::os::unix::net::UnixListener),
 }
 
-impl Listener {
+impl Acceptor {
     /// Binds the address; a stale socket file is replaced. Within an event loop.
     pub(super) fn bind(listen: &Listen) -> io::Result<Self> {
         let socket = match listen {
@@ -130,7 +130,7 @@ struct Worker {
     open: Arc<AtomicUsize>,
 }
 
-type Inbox = mpsc::UnboundedReceiver<(DetachedSocket, Counted)>;
+type HandedOver = mpsc::UnboundedReceiver<(DetachedSocket, Counted)>;
 
 /// One connection in its worker's count.
 struct Counted(Arc<AtomicUsize>);
@@ -153,7 +153,7 @@ pub(super) struct Workers(Vec<(oneshot::Sender<()>, JoinHandle<()>)>);
 
 impl Workers {
     /// Starts them. Each accepts from every listener.
-    pub(super) fn start<S: Serve>(count: usize, listeners: &[Listener], service: &Arc<S>) -> io::Result<Self> {
+    pub(super) fn start<S: Serve>(count: usize, listeners: &[Acceptor], service: &Arc<S>) -> io::Result<Self> {
         let (all, inboxes): (Vec<_>, Vec<_>) = (0..count.max(1))
             .map(|_| {
                 let (handed_over, inbox) = mpsc::unbounded_channel();
@@ -163,7 +163,7 @@ impl Workers {
         let all: Arc<[Worker]> = all.into();
         let mut threads = Vec::with_capacity(all.len());
         for (own, inbox) in inboxes.into_iter().enumerate() {
-            let listeners = listeners.iter().map(Listener::share).collect::<io::Result<Vec<_>>>()?;
+            let listeners = listeners.iter().map(Acceptor::share).collect::<io::Result<Vec<_>>>()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let (end, ended) = oneshot::channel();
             let place = WorkPlace { own, all: Arc::clone(&all), service: Arc::clone(service) };
@@ -193,7 +193,7 @@ struct WorkPlace<S> {
 }
 
 impl<S: Serve> WorkPlace<S> {
-    fn run(self, runtime: Runtime, listeners: Vec<Listener>, mut inbox: Inbox, ended: oneshot::Receiver<()>) {
+    fn run(self, runtime: Runtime, listeners: Vec<Acceptor>, mut inbox: HandedOver, ended: oneshot::Receiver<()>) {
         let place = Arc::new(self);
         runtime.block_on(async {
             for listener in listeners {
