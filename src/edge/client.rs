@@ -2,7 +2,8 @@
 //! the byte where it ends, and nothing beyond. The framework reads through this and so never sees a byte of a next
 //! request, of a body that is framed in doubt, or of a tunnel that no backend has agreed to.
 
-use super::socket::Socket;
+use super::patience::{Flag, Timer};
+use super::socket::{Socket, SocketReader, SocketWriter};
 use crate::request::chunked::ChunkedBody;
 use crate::request::head::{self, HeadFault};
 use crate::request::view::Framing;
@@ -14,6 +15,7 @@ use pingora::protocols::{
     GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID,
     UniqueIDType,
 };
+use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -27,6 +29,8 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Bu
 const WRITE_BUFFER: usize = 1460;
 /// What one read asks the socket for. A request's head nearly always fits.
 const READ_BYTES: usize = 4 * 1024;
+/// The same, for a body.
+const BODY_BYTES: usize = 32 * 1024;
 /// Bytes of a next request that may pile up while the current one is served.
 const MAX_AHEAD_BYTES: usize = 64 * 1024;
 /// Unread bodies up to this size are skipped, so that the connection can be reused.
@@ -45,6 +49,7 @@ pub(super) struct ClientStream {
     body: RemainingBody,
     peer: Option<IpAddr>,
     served: u64,
+    timer: Timer,
 }
 
 /// What of the stream belongs to the current request.
@@ -94,7 +99,14 @@ impl ClientStream {
     pub(super) fn new(socket: Socket) -> Self {
         let peer = socket.peer();
         let socket = BufWriter::with_capacity(WRITE_BUFFER, socket);
-        Self { socket: Some(socket), ahead: BytesMut::new(), body: RemainingBody::Ended(None), peer, served: 0 }
+        Self {
+            socket: Some(socket),
+            ahead: BytesMut::new(),
+            body: RemainingBody::Ended(None),
+            peer,
+            served: 0,
+            timer: Timer::default(),
+        }
     }
 
     /// The other end's address; `None` for a Unix socket.
@@ -215,6 +227,42 @@ impl ClientStream {
         timeout(DRAIN_TIME, write).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
+    /// Both directions at once, for the lane of our own.
+    pub(super) fn split(&mut self) -> Option<(ClientReader<'_>, SocketWriter<'_>, &mut Timer)> {
+        let Self { socket, ahead, body, timer, .. } = self;
+        let (socket, writer) = socket.as_mut()?.get_mut().split();
+        Some((ClientReader { socket, ahead, body }, writer, timer))
+    }
+
+    /// Whether the body is whole and untouched, so that it can be sent once more.
+    pub(super) fn body_is_at_hand(&self, framing: Framing) -> bool {
+        match (framing, &self.body) {
+            (Framing::Empty, _) => true,
+            (Framing::Length(all), RemainingBody::Length(left)) => *left == all && self.ahead.len() as u64 >= all,
+            _ => false,
+        }
+    }
+
+    /// Takes away a body that was sent from where it lies. Whether the connection is at the end of the request.
+    pub(super) fn end_body(&mut self) -> bool {
+        if let RemainingBody::Length(left) = self.body
+            && let Ok(left) = usize::try_from(left)
+            && left <= self.ahead.len()
+        {
+            self.ahead.advance(left);
+            self.body = RemainingBody::Ended(None);
+        }
+        matches!(self.body, RemainingBody::Ended(_))
+    }
+
+    /// Ends the connection by a reset: what was written is no whole answer.
+    pub(super) fn reset(mut self) {
+        self.ahead = BytesMut::new();
+        if let Some(socket) = self.socket.take() {
+            socket.get_ref().reset_when_dropped();
+        }
+    }
+
     /// Ends the connection in a way that lets the client see the last answer.
     pub(super) async fn close(mut self) {
         // What was read is of no use any more, and a flood of such connections would hold it for the whole linger.
@@ -222,6 +270,114 @@ impl ClientStream {
         if let Some(socket) = self.socket.take() {
             linger(socket).await;
         }
+    }
+}
+
+/// The client's bytes, while its answer is written.
+pub(super) struct ClientReader<'c> {
+    socket: SocketReader<'c>,
+    ahead: &'c mut BytesMut,
+    body: &'c mut RemainingBody,
+}
+
+/// A piece of a body, as it lies in what was read.
+#[derive(Debug)]
+pub(super) struct BodyPiece {
+    start: usize,
+    end: usize,
+    /// What comes behind it is known to be no part of the body.
+    pub(super) last: bool,
+}
+
+/// Why a body cannot be read on.
+#[derive(Debug)]
+pub(super) enum BodyEnd {
+    Gone,
+    Malformed,
+}
+
+impl ClientReader<'_> {
+    /// The next piece of the body; it stays where it is until it is consumed. `None`: the body is over.
+    pub(super) async fn piece(&mut self) -> Result<Option<BodyPiece>, BodyEnd> {
+        loop {
+            let length = self.ahead.len();
+            match self.body {
+                RemainingBody::Ended(_) => return Ok(None),
+                RemainingBody::Length(left) if length > 0 => {
+                    let end = length.min(usize::try_from(*left).unwrap_or(usize::MAX));
+                    return Ok(Some(BodyPiece { start: 0, end, last: end as u64 == *left }));
+                }
+                RemainingBody::Chunked(walk) if length > 0 => {
+                    let run = walk.next_data(self.ahead).map_err(|_| BodyEnd::Malformed)?;
+                    if run.start < run.end_of_run {
+                        return Ok(Some(BodyPiece { start: run.start, end: run.end_of_run, last: false }));
+                    }
+                    self.ahead.advance(run.end_of_run);
+                    if walk.is_done() {
+                        *self.body = RemainingBody::Ended(None);
+                        return Ok(None);
+                    }
+                }
+                RemainingBody::Length(_) | RemainingBody::Chunked(_) => {}
+            }
+            if !matches!(self.fill(BODY_BYTES).await, Ok(1..)) {
+                return Err(BodyEnd::Gone);
+            }
+        }
+    }
+
+    pub(super) fn bytes(&self, piece: &BodyPiece) -> &[u8] {
+        &self.ahead[piece.start..piece.end]
+    }
+
+    pub(super) fn consume(&mut self, piece: &BodyPiece) {
+        self.ahead.advance(piece.end);
+        if let RemainingBody::Length(left) = self.body {
+            *left -= (piece.end - piece.start) as u64;
+            if *left == 0 {
+                *self.body = RemainingBody::Ended(None);
+            }
+        }
+    }
+
+    /// The whole body, if it lies here already or is empty.
+    pub(super) fn whole(&self) -> Option<BodyPiece> {
+        match &*self.body {
+            RemainingBody::Ended(_) => Some(BodyPiece { start: 0, end: 0, last: true }),
+            RemainingBody::Length(left) if self.ahead.len() as u64 >= *left => {
+                Some(BodyPiece { start: 0, end: usize::try_from(*left).ok()?, last: true })
+            }
+            _ => None,
+        }
+    }
+
+    /// Comes back when the client has gone. What it sends meanwhile is kept for its next request; what is too much for that
+    /// is dropped, and `flooded` says so.
+    pub(super) async fn watch(&mut self, flooded: &Flag) {
+        loop {
+            if self.ahead.len() >= MAX_AHEAD_BYTES {
+                flooded.set(true);
+                self.ahead.clear();
+            }
+            if !matches!(self.fill(READ_BYTES).await, Ok(1..)) {
+                return;
+            }
+        }
+    }
+
+    /// Reads what comes next, whatever it is.
+    pub(super) async fn tunnelled(&mut self) -> Option<BytesMut> {
+        if self.ahead.is_empty() && !matches!(self.fill(BODY_BYTES).await, Ok(1..)) {
+            return None;
+        }
+        Some(self.ahead.split())
+    }
+
+    async fn fill(&mut self, bytes: usize) -> io::Result<usize> {
+        if self.ahead.capacity() - self.ahead.len() < bytes / 4 {
+            self.ahead.reserve(bytes);
+        }
+        poll_fn(|cx| self.socket.poll_fill(cx, self.ahead)).await
     }
 }
 

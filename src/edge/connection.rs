@@ -4,8 +4,10 @@
 
 use super::client::{ClientStream, Head};
 use super::exchange::{End, Exchange};
-use super::proxied::{OwnToken, ProxiedLane, Ticket};
+use super::http1;
+use super::proxied::ProxiedLane;
 use super::socket::Socket;
+use super::ticket::{OwnToken, Ticket};
 use super::workers::Serve;
 use super::{Lifecycle, Snapshot};
 use crate::forward::{Http1Head, Plan, request_id};
@@ -29,7 +31,8 @@ use std::sync::atomic::AtomicBool;
 /// Serves the API listeners.
 pub(super) struct Gate {
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
-    pub(super) lane: Arc<HttpProxy<ProxiedLane>>,
+    /// The framework's lane in place of our own: only for tests that compare the two.
+    pub(super) framework: Option<Arc<HttpProxy<ProxiedLane>>>,
     pub(super) lifecycle: Arc<Lifecycle>,
     /// Tells the framework's lane of the end of the process.
     pub(super) shutdown: ShutdownWatch,
@@ -115,17 +118,32 @@ impl Gate {
                 exchange.permitted(dropped);
                 client.begin_body(view.body, tunnel.clone());
                 let ticket = ticket(exchange, plan, &view, tunnel);
-                self.forward(client, head, ticket).await
+                match &self.framework {
+                    None => http1::carry(client, &head, ticket, &self.lifecycle).await,
+                    Some(lane) => self.proxied(lane, client, head, ticket).await,
+                }
             }
         }
     }
 
     /// The framework finds a backend and moves the bytes.
-    async fn forward(&self, client: ClientStream, head: Vec<u8>, ticket: Ticket) -> Option<ClientStream> {
+    async fn proxied(
+        &self,
+        lane: &Arc<HttpProxy<ProxiedLane>>,
+        client: ClientStream,
+        mut head: Vec<u8>,
+        ticket: Ticket,
+    ) -> Option<ClientStream> {
+        // The framework tells by this what the client understands.
+        if ticket.http10
+            && let Some(end) = memchr::memmem::find(&head, b"1.1\r\n")
+        {
+            head[end + 2] = b'0';
+        }
         let mut session = ServerSession::new_http1(Box::new(client));
         session.set_connection_user_context(Some(Box::new(ticket)));
         session.set_pipelined_prefix(BytesMut::from(Bytes::from(head)));
-        let reusable = self.lane.process_new_http(session, &self.shutdown).await?;
+        let reusable = lane.process_new_http(session, &self.shutdown).await?;
         let (stream, _) = reusable.consume();
         stream.into_any().downcast::<ClientStream>().ok().map(|client| *client)
     }
@@ -185,6 +203,9 @@ fn ticket(exchange: Exchange, plan: Plan<'_>, view: &RequestView<'_>, tunnel: Op
         token: plan.presented.map(|presented| OwnToken::of(presented.value, &exchange.head)),
         grant: grant(view, &exchange.snapshot),
         body: plan.body,
+        method: view.method,
+        framing: view.body,
+        expects_continue: view.expects_continue,
         keep_alive: view.keep_alive,
         http10: view.version == Version::Http10,
         deprecated: from_query && exchange.snapshot.pipeline.forward.deprecate_query_token,
@@ -194,7 +215,7 @@ fn ticket(exchange: Exchange, plan: Plan<'_>, view: &RequestView<'_>, tunnel: Op
     }
 }
 
-fn render(refusal: Refusal, head_only: bool, close: bool, exchange: &Exchange, grant: CorsGrant) -> Vec<u8> {
+pub(super) fn render(refusal: Refusal, head_only: bool, close: bool, exchange: &Exchange, grant: CorsGrant) -> Vec<u8> {
     let date = get_cached_date();
     let date = date.to_str().unwrap_or_default();
     let mut out = Vec::with_capacity(384);

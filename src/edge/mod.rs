@@ -2,15 +2,19 @@
 //! the pipeline decided, and writes to clients and backends. It decides nothing about a request itself.
 
 mod admin;
+mod backend;
 mod client;
 mod connection;
 mod exchange;
+mod http1;
 mod listen;
 mod log_levels;
+mod patience;
 mod peers;
 mod proxied;
 mod server;
 mod socket;
+mod ticket;
 mod workers;
 
 pub use crate::clock::now;

@@ -7,7 +7,7 @@ use crate::upstream::{ResolvedAddress, ServerAddress, Upstream, UpstreamSettings
 use pingora::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
 use std::net::ToSocketAddrs as _;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Why an upstream cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +25,17 @@ pub(super) struct Peers {
     pub(super) upstream: Arc<Upstream>,
     /// One for each server of the pool, in its order.
     templates: Vec<HttpPeer>,
+    pub(super) timeouts: UpstreamTimeouts,
+}
+
+/// How long a server may take.
+#[derive(Clone, Copy)]
+pub(super) struct UpstreamTimeouts {
+    pub(super) connect: Duration,
+    /// Between two pieces of an answer, and to its first.
+    pub(super) read: Duration,
+    /// How long an unused connection is kept.
+    pub(super) idle: Duration,
 }
 
 /// Resolves the servers' names; each address of a name is a server. May block.
@@ -99,7 +110,12 @@ impl Peers {
             Ok(peer)
         };
         let templates = upstream.servers().iter().map(|server| template(server.address())).collect::<Result<_, _>>()?;
-        Ok(Self { upstream, templates })
+        let timeouts = UpstreamTimeouts {
+            connect: settings.connect_timeout,
+            read: settings.read_timeout,
+            idle: settings.idle_timeout,
+        };
+        Ok(Self { upstream, templates, timeouts })
     }
 
     /// A request failed with its last attempt. Each stands in the access log; this is the line as an outage begins.

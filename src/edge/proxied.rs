@@ -3,11 +3,11 @@
 //! said when the backend fails. What must not leave in an answer is said by `reply::answer`.
 
 use super::Lifecycle;
-use super::exchange::{End, Exchange, HeadSlice};
+use super::exchange::{End, Exchange};
+use super::http1::{BODY_READ_TIMEOUT, MAX_ATTEMPTS, WRITE_TIMEOUT};
+use super::ticket::Ticket;
 use crate::forward::FieldSink;
-use crate::policy::Permit;
-use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerView, Credentials};
-use crate::reply::cors::CorsGrant;
+use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerView};
 use crate::reply::{AnswerSink, Cause, Envelope, Refusal, UpstreamFault};
 use crate::request::body::BodyScanner;
 use crate::request::view::Method;
@@ -27,72 +27,10 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorSource, ErrorType, Result};
 use smallvec::SmallVec;
 use std::any::Any;
-use std::borrow::Cow;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
-
-/// How often one request is tried, on one server after the other.
-pub(super) const MAX_ATTEMPTS: usize = 3;
-/// Pause that a client may make within a body.
-const BODY_READ_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time for the backend or the client to take a piece of body.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// The right to use the lane, with all that is needed to the end. Made by `connection` from a plan, so that no request gets
-/// here without a permit.
-pub(super) struct Ticket {
-    pub(super) _permit: Permit,
-    pub(super) body: Option<BodyScanner>,
-    pub(super) keep_alive: bool,
-    pub(super) http10: bool,
-    /// The token came in the query, and the client is to be told.
-    pub(super) deprecated: bool,
-    /// Must not leave in the answer.
-    pub(super) token: Option<OwnToken>,
-    /// Whether a page may read what is said when the backend fails.
-    pub(super) grant: CorsGrant,
-    /// Raised when the backend has agreed to a WebSocket. `None`: the client asked for none.
-    pub(super) tunnel: Option<Arc<AtomicBool>>,
-    pub(super) exchange: Exchange,
-}
-
-/// The token of a request. Its type prints nothing, and it lives as long as the exchange.
-pub(super) enum OwnToken {
-    InHead(HeadSlice),
-    /// It was written with escapes.
-    Decoded(Box<[u8]>),
-}
-
-impl OwnToken {
-    pub(super) fn of(token: Cow<'_, [u8]>, head: &[u8]) -> Self {
-        match token {
-            Cow::Borrowed(token) => Self::InHead(HeadSlice::of(token, head)),
-            Cow::Owned(token) => Self::Decoded(token.into()),
-        }
-    }
-}
-
-impl Ticket {
-    fn token(&self) -> Option<&[u8]> {
-        self.token.as_ref().map(|token| match token {
-            OwnToken::InHead(place) => place.within(&self.exchange.head),
-            OwnToken::Decoded(token) => token,
-        })
-    }
-
-    /// What of this request must not leave in a URL of the answer.
-    fn credentials(&self) -> Credentials<'_> {
-        let rules = &self.exchange.snapshot.pipeline.rules;
-        let route = self.exchange.facts.route.and_then(|index| rules.routes.get(index));
-        Credentials {
-            names: &rules.names,
-            token: self.token(),
-            fragments_pass: route.is_some_and(|route| route.is_web_page()),
-        }
-    }
-}
 
 pub(super) struct ProxiedLane {
     pub(super) lifecycle: Arc<Lifecycle>,

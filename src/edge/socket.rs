@@ -1,12 +1,13 @@
 //! A connected socket, TCP or Unix, as the kernel gave it. It must not know what is spoken over it.
 
+use bytes::BufMut;
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, RawFd};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::net::{TcpStream, UnixStream, tcp, unix};
 
 #[derive(Debug)]
 pub(super) enum Socket {
@@ -37,6 +38,28 @@ impl Socket {
         }
     }
 
+    /// Both directions, each to be used by itself.
+    pub(super) fn split(&mut self) -> (SocketReader<'_>, SocketWriter<'_>) {
+        match self {
+            Self::Tcp(socket) => {
+                let (reader, writer) = socket.split();
+                (SocketReader::Tcp(reader), SocketWriter { half: WriteHalf::Tcp(writer), written: 0 })
+            }
+            Self::Unix(socket) => {
+                let (reader, writer) = socket.split();
+                (SocketReader::Unix(reader), SocketWriter { half: WriteHalf::Unix(writer), written: 0 })
+            }
+        }
+    }
+
+    /// Makes the end of the connection a reset, which no reader takes for the end of a body.
+    pub(super) fn reset_when_dropped(&self) {
+        if let Self::Tcp(socket) = self {
+            // If it fails, the connection has ended already.
+            let _ = socket.set_zero_linger();
+        }
+    }
+
     /// Takes the socket out of this thread's event loop.
     pub(super) fn detach(self) -> io::Result<DetachedSocket> {
         Ok(match self {
@@ -53,6 +76,66 @@ impl DetachedSocket {
             Self::Tcp(socket) => Socket::Tcp(TcpStream::from_std(socket)?),
             Self::Unix(socket) => Socket::Unix(UnixStream::from_std(socket)?),
         })
+    }
+}
+
+pub(super) enum SocketReader<'s> {
+    Tcp(tcp::ReadHalf<'s>),
+    Unix(unix::ReadHalf<'s>),
+}
+
+pub(super) struct SocketWriter<'s> {
+    half: WriteHalf<'s>,
+    /// Bytes that the kernel has taken.
+    written: u64,
+}
+
+enum WriteHalf<'s> {
+    Tcp(tcp::WriteHalf<'s>),
+    Unix(unix::WriteHalf<'s>),
+}
+
+impl SocketReader<'_> {
+    /// Reads into the free capacity. 0: the other end has closed.
+    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>, buffer: &mut impl BufMut) -> Poll<io::Result<usize>> {
+        match self {
+            // The future holds nothing between polls.
+            Self::Tcp(half) => pin!(half.read_buf(buffer)).poll(cx),
+            Self::Unix(half) => pin!(half.read_buf(buffer)).poll(cx),
+        }
+    }
+}
+
+impl SocketWriter<'_> {
+    /// Whether anything has been written.
+    pub(super) fn is_used(&self) -> bool {
+        self.written > 0
+    }
+
+    /// Writes all of the slices, in as few calls as the kernel allows.
+    pub(super) async fn write_all(&mut self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        // Takes empty slices away.
+        IoSlice::advance_slices(&mut slices, 0);
+        while !slices.is_empty() {
+            let written = match &mut self.half {
+                WriteHalf::Tcp(half) => half.write_vectored(slices).await?,
+                WriteHalf::Unix(half) => half.write_vectored(slices).await?,
+            };
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            self.written += written as u64;
+            IoSlice::advance_slices(&mut slices, written);
+        }
+        Ok(())
+    }
+
+    /// Says that nothing more will come.
+    pub(super) async fn shutdown(&mut self) -> io::Result<()> {
+        match &mut self.half {
+            WriteHalf::Tcp(half) => half.shutdown().await,
+            WriteHalf::Unix(half) => half.shutdown().await,
+        }
     }
 }
 

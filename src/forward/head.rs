@@ -5,7 +5,7 @@ use super::plan::{Passes, Plan};
 use super::{BackendCredential, ForwardRules};
 use crate::request::METHOD_OVERRIDE;
 use crate::request::origin::Origin;
-use crate::request::view::{FieldKind, Framing, Method, RequestView, Version};
+use crate::request::view::{FieldKind, Framing, Method, RequestView};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use smallvec::SmallVec;
@@ -31,13 +31,13 @@ pub trait FieldSink {
 /// Takes a request.
 pub trait RequestSink: FieldSink {
     /// Comes first. The target is written by the caller.
-    fn request(&mut self, method: &[u8], version: Version, write_target: impl FnOnce(&mut Vec<u8>));
+    fn request(&mut self, method: &[u8], write_target: impl FnOnce(&mut Vec<u8>));
 
     /// Comes last.
     fn end(&mut self);
 }
 
-/// Writes HTTP/1.
+/// Writes HTTP/1.1, whatever version the client speaks.
 pub struct Http1Head<'o>(pub &'o mut Vec<u8>);
 
 impl FieldSink for Http1Head<'_> {
@@ -63,12 +63,11 @@ impl FieldSink for Http1Head<'_> {
 }
 
 impl RequestSink for Http1Head<'_> {
-    fn request(&mut self, method: &[u8], version: Version, write_target: impl FnOnce(&mut Vec<u8>)) {
+    fn request(&mut self, method: &[u8], write_target: impl FnOnce(&mut Vec<u8>)) {
         self.0.extend_from_slice(method);
         self.0.push(b' ');
         write_target(self.0);
-        let version: &[u8] = if version == Version::Http10 { b" HTTP/1.0\r\n" } else { b" HTTP/1.1\r\n" };
-        self.0.extend_from_slice(version);
+        self.0.extend_from_slice(b" HTTP/1.1\r\n");
     }
 
     fn end(&mut self) {
@@ -98,7 +97,7 @@ impl FieldSink for Http2Head {
 }
 
 impl RequestSink for Http2Head {
-    fn request(&mut self, method: &[u8], _version: Version, write_target: impl FnOnce(&mut Vec<u8>)) {
+    fn request(&mut self, method: &[u8], write_target: impl FnOnce(&mut Vec<u8>)) {
         self.method = method.to_vec();
         write_target(&mut self.path);
     }
@@ -116,7 +115,7 @@ impl Plan<'_> {
         request_id: &str,
         sink: &mut impl RequestSink,
     ) -> usize {
-        sink.request(view.method_bytes, view.version, |target| match self.edits.is_empty() {
+        sink.request(view.method_bytes, |target| match self.edits.is_empty() {
             true => target.extend_from_slice(view.target),
             false => self.edits.write_target(view.path(), view.query(), target),
         });

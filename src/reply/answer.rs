@@ -40,8 +40,10 @@ pub fn judge(view: &impl AnswerView, asked_to_switch: bool, interim: usize) -> R
         }
     }
     // Who sends chunks under a version that does not know them may mean something else.
-    let in_doubt = in_doubt || lengths > 1 || codings > 1 || (codings > 0 && !view.knows_chunks());
     let kind = AnswerKind::of(view.status());
+    // An interim answer has no body, and both fields end here.
+    let both = lengths > 0 && codings > 0 && kind != AnswerKind::Interim;
+    let in_doubt = in_doubt || lengths > 1 || codings > 1 || both || (codings > 0 && !view.knows_chunks());
     let unasked = kind == AnswerKind::Switching && !asked_to_switch;
     let too_many = kind == AnswerKind::Interim && interim >= MAX_INTERIM_ANSWERS;
     if in_doubt || unasked || too_many { Err(UpstreamFault::Malformed) } else { Ok(kind) }

@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod cors;
+pub mod head;
 mod refusal;
 
 pub use refusal::{AnswerSink, Cause, Envelope, Http1Answer, Refusal, UpstreamFault};

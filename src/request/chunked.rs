@@ -37,6 +37,14 @@ enum ChunkState {
     Done,
 }
 
+/// Where data lies in the bytes that were looked at. What is before it was framing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkRun {
+    pub start: usize,
+    /// All before this is consumed.
+    pub end_of_run: usize,
+}
+
 impl Default for ChunkedBody {
     fn default() -> Self {
         Self { state: ChunkState::Size, seen: 0, size: 0 }
@@ -52,20 +60,29 @@ impl ChunkedBody {
     /// ends.
     pub fn advance(&mut self, bytes: &[u8]) -> Result<usize, ChunkFault> {
         let mut at = 0;
+        while at < bytes.len() && !self.is_done() {
+            at += self.next_data(&bytes[at..])?.end_of_run;
+        }
+        Ok(at)
+    }
+
+    /// Consumes framing up to and with the next run of data. The run is empty when the bytes end before it, or the body
+    /// does.
+    pub fn next_data(&mut self, bytes: &[u8]) -> Result<ChunkRun, ChunkFault> {
+        let mut at = 0;
         while at < bytes.len() && self.state != ChunkState::Done {
             if self.state == ChunkState::Data {
                 let take = (bytes.len() - at).min(usize::try_from(self.size).unwrap_or(usize::MAX));
                 self.size -= take as u64;
-                at += take;
                 if self.size == 0 {
                     self.state = ChunkState::DataCr;
                 }
-                continue;
+                return Ok(ChunkRun { start: at, end_of_run: at + take });
             }
             self.step(bytes[at])?;
             at += 1;
         }
-        Ok(at)
+        Ok(ChunkRun { start: at, end_of_run: at })
     }
 
     fn step(&mut self, byte: u8) -> Result<(), ChunkFault> {

@@ -329,7 +329,7 @@ const fn is_tchar(byte: u8) -> bool {
 }
 
 /// A field value's bytes: no control byte except tab. Bytes of 0x80 and above are legal and opaque.
-const fn is_value_byte(byte: u8) -> bool {
+pub(crate) const fn is_value_byte(byte: u8) -> bool {
     byte == b'\t' || (byte >= 0x20 && byte != 0x7f)
 }
 

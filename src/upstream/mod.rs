@@ -65,7 +65,7 @@ impl fmt::Display for ServerAddress {
 }
 
 /// Where one server listens, its name resolved.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ResolvedAddress {
     Tcp(SocketAddr),
     Unix(String),

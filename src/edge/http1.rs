@@ -1,0 +1,795 @@
+//! The lane of HTTP/1 on both sides: sends a permitted request to a server of its upstream, and the answer back. Both bodies
+//! move at the same time, each through one buffer. What goes upstream was written by `forward`, what must not leave in an
+//! answer is said by `reply::answer`; here are the connections, the watch over the body, and what is said when a side fails.
+
+use super::Lifecycle;
+use super::backend::BackendConnection;
+use super::client::{BodyEnd, ClientReader, ClientStream};
+use super::exchange::End;
+use super::patience::{Count, Flag, Patience, Timer};
+use super::peers::Peers;
+use super::socket::{SocketReader, SocketWriter};
+use super::ticket::Ticket;
+use crate::forward::{FieldSink as _, Http1Head};
+use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerView as _};
+use crate::reply::head::{AnswerBody, AnswerHead, MAX_HEAD_BYTES, end_of_head};
+use crate::reply::{Cause, Refusal, UpstreamFault};
+use crate::request::RequestFault;
+use crate::request::body::BodyScanner;
+use crate::request::chunked::{ChunkFault, ChunkedBody};
+use crate::request::head::HeadFault;
+use crate::request::view::{Framing, Method};
+use crate::telemetry::access_log::By;
+use crate::telemetry::metrics::UpstreamError;
+use bytes::{Buf as _, BytesMut};
+use pingora::protocols::http::date::get_cached_date;
+use std::future::poll_fn;
+use std::io::{IoSlice, Write as _};
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+/// How often one request is tried, on one server after the other.
+pub(super) const MAX_ATTEMPTS: usize = 3;
+/// Pause that a client may make within a body.
+pub(super) const BODY_READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time for the backend or the client to take a piece of body.
+pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+/// What one read from a backend asks for: a head and a small body; bodies that go on.
+const HEAD_BYTES: usize = 4 * 1024;
+const BODY_BYTES: usize = 32 * 1024;
+
+/// Why an attempt ended without a whole answer.
+#[derive(Clone, Copy, Debug)]
+enum Breakage {
+    /// There is nobody to answer.
+    ClientGone,
+    /// The request's own fault, found while its body was passing.
+    Request(RequestFault),
+    Backend(UpstreamFault, UpstreamError),
+}
+
+impl Breakage {
+    const CLOSED: Self = Self::Backend(UpstreamFault::Broken, UpstreamError::Closed);
+    /// In the midst of an answer.
+    const CUT: Self = Self::Backend(UpstreamFault::Broken, UpstreamError::Closed);
+    const MALFORMED: Self = Self::Backend(UpstreamFault::Malformed, UpstreamError::Malformed);
+    const TIMED_OUT: Self = Self::Backend(UpstreamFault::TimedOut, UpstreamError::Timeout);
+}
+
+/// How far an attempt has got: what each direction knows of the other.
+struct Transfer {
+    started: Instant,
+    /// Something of the request went to the backend.
+    begun: Flag,
+    /// The request went to its end.
+    sent: Flag,
+    body_sent: Count,
+    /// The client waits for an interim answer before it sends its body.
+    expecting: Flag,
+    /// A byte of an answer has come.
+    heard: Flag,
+    /// The final answer's status, once its head goes to the client; 0 before.
+    status: Count,
+    body_written: Count,
+    /// The client sent more ahead than is kept.
+    flooded: Flag,
+    /// The upload waits for the client, not for the backend.
+    client_is_due: Flag,
+    upload: Patience,
+    /// The download waits for the backend, not for the client.
+    backend_is_due: Flag,
+    download: Patience,
+}
+
+impl Transfer {
+    fn begin(expecting: bool) -> Self {
+        let progress = Self {
+            started: Instant::now(),
+            begun: Flag::default(),
+            sent: Flag::default(),
+            body_sent: Count::default(),
+            expecting: Flag::default(),
+            heard: Flag::default(),
+            status: Count::default(),
+            body_written: Count::default(),
+            flooded: Flag::default(),
+            client_is_due: Flag::default(),
+            upload: Patience::default(),
+            backend_is_due: Flag::default(),
+            download: Patience::default(),
+        };
+        progress.expecting.set(expecting);
+        progress
+    }
+
+    /// When one side has let the other one wait for too long, and what that means. A client that waits for 100 need not send,
+    /// and a backend need not answer before it has the request.
+    fn deadline(&self) -> Option<(Instant, Breakage)> {
+        let mut now = None;
+        let mut clock = || *now.get_or_insert_with(Instant::now);
+        let up = if self.client_is_due.is_set() && self.expecting.is_set() {
+            self.upload.rest();
+            None
+        } else {
+            self.upload.deadline(self.started, &mut clock)
+        };
+        let down = if self.backend_is_due.is_set() && !self.sent.is_set() && !self.expecting.is_set() {
+            self.download.rest();
+            None
+        } else {
+            self.download.deadline(self.started, &mut clock)
+        };
+        if let Some(up) = up
+            && down.is_none_or(|down| up <= down)
+        {
+            let slow_client = Breakage::Request(RequestFault::BodyTimeout);
+            return Some((up, if self.client_is_due.is_set() { slow_client } else { Breakage::TIMED_OUT }));
+        }
+        let slow = if self.backend_is_due.is_set() { Breakage::TIMED_OUT } else { Breakage::ClientGone };
+        down.map(|down| (down, slow))
+    }
+
+    fn status(&self) -> Option<u16> {
+        u16::try_from(self.status.get()).ok().filter(|status| *status > 0)
+    }
+
+    fn waits_for_client_body(&self) {
+        self.client_is_due.set(true);
+        self.upload.begin(BODY_READ_TIMEOUT);
+    }
+
+    fn waits_for_backend_to_take(&self) {
+        self.client_is_due.set(false);
+        self.upload.begin(WRITE_TIMEOUT);
+    }
+
+    fn waits_for_answer(&self, at_most: Duration) {
+        self.backend_is_due.set(true);
+        self.download.begin(at_most);
+    }
+
+    fn waits_for_client_to_take(&self) {
+        self.backend_is_due.set(false);
+        self.download.begin(WRITE_TIMEOUT);
+    }
+}
+
+/// How a whole answer has ended.
+enum Answered {
+    /// Both connections can be used again, as far as the answer says.
+    Whole { backend_reusable: bool, client_reusable: bool },
+    /// The backend has agreed to a tunnel.
+    Switched,
+}
+
+/// Carries the request out and answers it. Gives the connection back when it can go on.
+pub(super) async fn carry(
+    mut client: ClientStream,
+    head: &[u8],
+    mut ticket: Ticket,
+    lifecycle: &Lifecycle,
+) -> Option<ClientStream> {
+    let snapshot = Arc::clone(&ticket.exchange.snapshot);
+    let Some(peers) = snapshot.upstream(ticket.exchange.facts.route) else {
+        return refuse(client, ticket, Cause::Bug.into(), 0).await;
+    };
+    // A kept connection that turns out dead is replaced by a fresh one to the same server.
+    let mut again_at = None;
+    loop {
+        let server = again_at.or_else(|| peers.upstream.next());
+        ticket.exchange.asks(server);
+        let Some((place, server)) = server.and_then(|place| Some((place, peers.upstream.servers().get(place)?))) else {
+            ticket.exchange.attempt_failed(UpstreamError::NoServer, true);
+            return refuse(client, ticket, Cause::Upstream(UpstreamFault::Absent).into(), 0).await;
+        };
+        let kept = match again_at {
+            None => BackendConnection::kept(server.address(), Instant::now()),
+            Some(_) => None,
+        };
+        let reused = kept.is_some();
+        let connected = match kept {
+            Some(kept) => Ok(kept),
+            None => BackendConnection::connect(server.address(), peers.timeouts.connect).await,
+        };
+        let mut backend = match connected {
+            Ok(backend) => backend,
+            Err(kind) => {
+                let last = ticket.exchange.attempts() >= MAX_ATTEMPTS;
+                ticket.exchange.attempt_failed(kind, last);
+                if last {
+                    let timed_out = kind == UpstreamError::ConnectTimeout;
+                    let fault = if timed_out { UpstreamFault::TimedOut } else { UpstreamFault::Broken };
+                    return refuse(client, ticket, Cause::Upstream(fault).into(), 0).await;
+                }
+                again_at = None;
+                continue;
+            }
+        };
+        ticket.exchange.connected(reused);
+        let progress = Transfer::begin(ticket.expects_continue);
+        let result = attempt(&mut client, &mut backend, head, &mut ticket, peers, &progress, lifecycle).await;
+        match result {
+            Ok(Answered::Switched) => {
+                tunnel(&mut client, &mut backend, &progress).await;
+                over(&mut ticket, &progress, By::Backend, false);
+                return None;
+            }
+            Ok(Answered::Whole { backend_reusable, client_reusable }) => {
+                let sent = progress.sent.is_set() && client.end_body();
+                if backend_reusable && sent && backend.buffer.is_empty() {
+                    backend.keep(server.address(), peers.timeouts.idle, Instant::now());
+                }
+                over(&mut ticket, &progress, By::Backend, false);
+                drop(ticket);
+                if client_reusable && sent && !progress.flooded.is_set() {
+                    return Some(client);
+                }
+                client.close().await;
+                return None;
+            }
+            Err(broken) => {
+                drop(backend);
+                let Breakage::Backend(fault, kind) = broken else {
+                    return end_broken(client, ticket, &progress, broken).await;
+                };
+                let repeatable = !progress.begun.is_set() || is_idempotent(ticket.method);
+                if reused
+                    && fault == UpstreamFault::Broken
+                    && !progress.heard.is_set()
+                    && repeatable
+                    && client.body_is_at_hand(ticket.framing)
+                    && ticket.exchange.attempts() < MAX_ATTEMPTS
+                {
+                    ticket.exchange.attempt_failed(kind, false);
+                    again_at = Some(place);
+                    continue;
+                }
+                ticket.exchange.attempt_failed(kind, true);
+                return end_broken(client, ticket, &progress, broken).await;
+            }
+        }
+    }
+}
+
+const fn is_idempotent(method: Method) -> bool {
+    matches!(method, Method::Get | Method::Head | Method::Put | Method::Delete | Method::Options)
+}
+
+/// Says to the client what can still be said.
+async fn end_broken(
+    client: ClientStream,
+    mut ticket: Ticket,
+    progress: &Transfer,
+    broken: Breakage,
+) -> Option<ClientStream> {
+    let cause = match broken {
+        Breakage::ClientGone => {
+            ticket.exchange.client_gone();
+            over(&mut ticket, progress, By::Backend, true);
+            return None;
+        }
+        Breakage::Request(fault) => Cause::Request(fault),
+        Breakage::Backend(fault, _) => Cause::Upstream(fault),
+    };
+    if progress.status().is_some() {
+        // With a part of the answer out, only a broken connection tells the client that the rest is missing.
+        ticket.exchange.refused(cause.into());
+        over(&mut ticket, progress, By::Backend, true);
+        drop(ticket);
+        client.reset();
+        return None;
+    }
+    refuse(client, ticket, cause.into(), progress.body_sent.get()).await
+}
+
+/// Answers instead of the backend, and ends the connection: its next bytes may be of a body that nobody wants.
+async fn refuse(mut client: ClientStream, mut ticket: Ticket, refusal: Refusal, received: u64) -> Option<ClientStream> {
+    let head_only = ticket.method == Method::Head;
+    let answer = super::connection::render(refusal, head_only, true, &ticket.exchange, ticket.grant);
+    let written = client.write(&answer).await.is_ok();
+    ticket.exchange.refused(refusal);
+    ticket.exchange.over(End {
+        status: if written { refusal.status() } else { 0 },
+        by: written.then_some(By::Gate),
+        bytes_received: received,
+        bytes_sent: answer.len() as u64,
+        failed: true,
+    });
+    drop(ticket);
+    client.close().await;
+    None
+}
+
+fn over(ticket: &mut Ticket, progress: &Transfer, by: By, failed: bool) {
+    let status = progress.status();
+    ticket.exchange.over(End {
+        status: status.unwrap_or(0),
+        by: status.map(|_| by),
+        bytes_received: progress.body_sent.get(),
+        bytes_sent: progress.body_written.get(),
+        failed,
+    });
+}
+
+/// One request over one connection.
+async fn attempt(
+    client: &mut ClientStream,
+    backend: &mut BackendConnection,
+    head: &[u8],
+    ticket: &mut Ticket,
+    peers: &Peers,
+    progress: &Transfer,
+    lifecycle: &Lifecycle,
+) -> Result<Answered, Breakage> {
+    let Some((reader, mut writer, timer)) = client.split() else { return Err(Breakage::ClientGone) };
+    let BackendConnection { socket, buffer } = backend;
+    let (from_backend, to_backend) = socket.split();
+    let upload = Upload {
+        client: reader,
+        backend: to_backend,
+        scanner: ticket.body.clone(),
+        limit: ticket.exchange.snapshot.pipeline.rules.limits.body_bytes,
+        chunked: ticket.framing == Framing::Chunked,
+        // Who said that this is its last request may close its side and wait for the answer.
+        may_half_close: !ticket.keep_alive,
+        progress,
+    };
+    let download = Download { backend: from_backend, buffer, client: &mut writer, ticket, peers, progress, lifecycle };
+    drive(upload.run(head), download.run(), timer, progress).await
+}
+
+/// Runs both directions until the answer is whole or something broke.
+async fn drive(
+    upload: impl Future<Output = Result<(), Breakage>>,
+    download: impl Future<Output = Result<Answered, Breakage>>,
+    timer: &mut Timer,
+    progress: &Transfer,
+) -> Result<Answered, Breakage> {
+    let (mut upload, mut download) = (pin!(upload), pin!(download));
+    let mut uploading = true;
+    poll_fn(|cx| {
+        if uploading && let Poll::Ready(result) = upload.as_mut().poll(cx) {
+            uploading = false;
+            progress.upload.end();
+            match result {
+                // The backend takes nothing more, but it may have answered before.
+                Ok(()) | Err(Breakage::Backend(UpstreamFault::Broken, _)) => {}
+                Err(broken) => return Poll::Ready(Err(broken)),
+            }
+        }
+        if let Poll::Ready(result) = download.as_mut().poll(cx) {
+            return Poll::Ready(result);
+        }
+        match progress.deadline() {
+            Some((deadline, broken)) if timer.poll_passed(cx, deadline).is_ready() => Poll::Ready(Err(broken)),
+            _ => Poll::Pending,
+        }
+    })
+    .await
+}
+
+/// The request, on its way to the backend.
+struct Upload<'u> {
+    client: ClientReader<'u>,
+    backend: SocketWriter<'u>,
+    /// This attempt's own walk over the body: a repeated request sends it again.
+    scanner: Option<BodyScanner>,
+    limit: Option<u64>,
+    chunked: bool,
+    may_half_close: bool,
+    progress: &'u Transfer,
+}
+
+impl Upload<'_> {
+    /// Comes back when there is no client any more; a client that may half-close is not one that has gone.
+    async fn run(mut self, head: &[u8]) -> Result<(), Breakage> {
+        let sent = self.send(head).await;
+        self.progress.begun.set(self.backend.is_used());
+        sent?;
+        self.progress.sent.set(true);
+        self.progress.upload.end();
+        self.client.watch(&self.progress.flooded).await;
+        if self.may_half_close { Ok(()) } else { Err(Breakage::ClientGone) }
+    }
+
+    async fn send(&mut self, head: &[u8]) -> Result<(), Breakage> {
+        // A body that is here goes with the head, and stays here until there is an answer.
+        if let Some(piece) = self.client.whole() {
+            let body = self.client.bytes(&piece);
+            judge(&mut self.scanner, self.limit, 0, body, true)?;
+            self.progress.waits_for_backend_to_take();
+            let written = self.backend.write_all(&mut [IoSlice::new(head), IoSlice::new(body)]).await;
+            self.progress.body_sent.add(body.len());
+            return written.map_err(|_| Breakage::CLOSED);
+        }
+        self.write(&mut [IoSlice::new(head)]).await?;
+        loop {
+            self.progress.waits_for_client_body();
+            let piece = self.client.piece().await.map_err(|end| match end {
+                BodyEnd::Gone => Breakage::ClientGone,
+                BodyEnd::Malformed => Breakage::Request(RequestFault::Head(HeadFault::Framing)),
+            })?;
+            self.progress.expecting.set(false);
+            let Some(piece) = piece else {
+                if self.chunked {
+                    judge(&mut self.scanner, self.limit, self.progress.body_sent.get(), b"", true)?;
+                    self.write(&mut [IoSlice::new(LAST_CHUNK)]).await?;
+                }
+                return Ok(());
+            };
+            let body = self.client.bytes(&piece);
+            judge(&mut self.scanner, self.limit, self.progress.body_sent.get(), body, piece.last)?;
+            self.progress.waits_for_backend_to_take();
+            let mut size = ChunkSize::default();
+            let written = if self.chunked {
+                let all = &mut [IoSlice::new(size.of(body.len())), IoSlice::new(body), IoSlice::new(b"\r\n")];
+                self.backend.write_all(all).await
+            } else {
+                self.backend.write_all(&mut [IoSlice::new(body)]).await
+            };
+            written.map_err(|_| Breakage::CLOSED)?;
+            self.progress.body_sent.add(body.len());
+            self.client.consume(&piece);
+        }
+    }
+
+    async fn write(&mut self, slices: &mut [IoSlice<'_>]) -> Result<(), Breakage> {
+        self.progress.waits_for_backend_to_take();
+        self.backend.write_all(slices).await.map_err(|_| Breakage::CLOSED)
+    }
+}
+
+const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
+
+/// Looks at a piece of the body before the backend gets it, and stops what it must not get whole.
+fn judge(
+    scanner: &mut Option<BodyScanner>,
+    limit: Option<u64>,
+    before: u64,
+    piece: &[u8],
+    last: bool,
+) -> Result<(), Breakage> {
+    if limit.is_some_and(|limit| before + piece.len() as u64 > limit) {
+        return Err(Breakage::Request(RequestFault::BodyTooLarge));
+    }
+    let Some(scanner) = scanner else { return Ok(()) };
+    let verdict = scanner.feed(piece).and_then(|()| if last { scanner.finish() } else { Ok(()) });
+    verdict.map_err(|fault| Breakage::Request(RequestFault::Body(fault)))
+}
+
+/// The line before a chunk.
+#[derive(Default)]
+struct ChunkSize([u8; 18], usize);
+
+impl ChunkSize {
+    fn of(&mut self, length: usize) -> &[u8] {
+        let mut rest = &mut self.0[..];
+        // 16 digits and a line end fit.
+        let _ = write!(rest, "{length:x}\r\n");
+        self.1 = 18 - rest.len();
+        &self.0[..self.1]
+    }
+}
+
+/// What matters of a head that is on its way.
+struct TakenHead {
+    status: u16,
+    kind: AnswerKind,
+    body: AnswerBody,
+    backend_reusable: bool,
+    client_reusable: bool,
+}
+
+/// The answer, on its way to the client.
+struct Download<'d> {
+    backend: SocketReader<'d>,
+    buffer: &'d mut BytesMut,
+    client: &'d mut SocketWriter<'d>,
+    ticket: &'d mut Ticket,
+    peers: &'d Peers,
+    progress: &'d Transfer,
+    lifecycle: &'d Lifecycle,
+}
+
+impl Download<'_> {
+    async fn run(mut self) -> Result<Answered, Breakage> {
+        let (mut lower, mut out) = (Vec::new(), Vec::new());
+        let mut interim = 0;
+        loop {
+            let end = self.read_head().await?;
+            let answer = self.take_head(end, interim, &mut lower, &mut out)?;
+            match answer.kind {
+                AnswerKind::Interim => {
+                    interim += 1;
+                    self.progress.expecting.set(false);
+                    // HTTP/1.0 knows no interim answers.
+                    if !self.ticket.http10 {
+                        self.write(&mut [IoSlice::new(&out)]).await?;
+                    }
+                }
+                AnswerKind::Switching => {
+                    self.write(&mut [IoSlice::new(&out)]).await?;
+                    self.progress.status.set(101);
+                    return Ok(Answered::Switched);
+                }
+                AnswerKind::Final => {
+                    self.body(&out, &answer).await?;
+                    let TakenHead { backend_reusable, client_reusable, .. } = answer;
+                    return Ok(Answered::Whole { backend_reusable, client_reusable });
+                }
+            }
+        }
+    }
+
+    /// Takes a whole head from the buffer, judges it, and writes what the client gets into `out`.
+    fn take_head(
+        &mut self,
+        end: usize,
+        interim: usize,
+        lower: &mut Vec<u8>,
+        out: &mut Vec<u8>,
+    ) -> Result<TakenHead, Breakage> {
+        let head = AnswerHead::parse(&self.buffer[..end], lower).map_err(|_| Breakage::MALFORMED)?;
+        let status = head.status();
+        self.ticket.exchange.answered(status);
+        let kind = answer::judge(&head, self.ticket.tunnel.is_some(), interim).map_err(|_| Breakage::MALFORMED)?;
+        let body = head.body(self.ticket.method == Method::Head);
+        // An answer that does not wait for the end of the request ends the connection with it.
+        let client_reusable = self.ticket.keep_alive
+            && self.progress.sent.is_set()
+            && !self.lifecycle.is_draining()
+            && !(self.ticket.http10 && matches!(body, AnswerBody::Chunked | AnswerBody::UntilClose));
+        out.clear();
+        write_head(out, &head, kind, body, self.ticket, client_reusable);
+        let backend_reusable = head.keep_alive() && body != AnswerBody::UntilClose;
+        drop(head);
+        self.buffer.advance(end);
+        Ok(TakenHead { status, kind, body, backend_reusable, client_reusable })
+    }
+
+    /// Reads until a head is whole; says where it ends.
+    async fn read_head(&mut self) -> Result<usize, Breakage> {
+        let mut scanned = 0;
+        loop {
+            if let Some(end) = end_of_head(self.buffer, scanned) {
+                return if end <= MAX_HEAD_BYTES { Ok(end) } else { Err(Breakage::MALFORMED) };
+            }
+            scanned = self.buffer.len();
+            // What is no head is not waited for to its end.
+            if scanned >= MAX_HEAD_BYTES || !b"HTTP/1.".starts_with(&self.buffer[..scanned.min(7)]) {
+                return Err(Breakage::MALFORMED);
+            }
+            if !self.fill(HEAD_BYTES).await? {
+                // With half a head, it is no connection that was closed between two requests.
+                return Err(if scanned == 0 { Breakage::CLOSED } else { Breakage::CUT });
+            }
+            self.progress.heard.set(true);
+        }
+    }
+
+    /// Passes the body on. The head goes out with its first bytes.
+    async fn body(&mut self, head: &[u8], answer: &TakenHead) -> Result<(), Breakage> {
+        let (status, mut head) = (answer.status, Some(head));
+        match answer.body {
+            // Some backends send the body to HEAD as well. All readers agree that it is none; it goes with the connection.
+            AnswerBody::Empty if self.buffer.is_empty() || self.ticket.method == Method::Head => {
+                self.pass(&mut head, status, 0, None).await
+            }
+            // Whose answer is that?
+            AnswerBody::Empty => Err(Breakage::MALFORMED),
+            AnswerBody::Length(length) => {
+                let mut left = length;
+                loop {
+                    let here = self.buffer.len();
+                    if here as u64 > left {
+                        return Err(Breakage::MALFORMED);
+                    }
+                    self.pass(&mut head, status, here, None).await?;
+                    self.buffer.clear();
+                    left -= here as u64;
+                    if left == 0 {
+                        return Ok(());
+                    }
+                    if !self.fill(usize::try_from(left).unwrap_or(BODY_BYTES).min(BODY_BYTES)).await? {
+                        return Err(Breakage::CUT);
+                    }
+                }
+            }
+            AnswerBody::Chunked => {
+                let mut walk = ChunkedBody::default();
+                loop {
+                    let (data, consumed) = join_data(&mut walk, self.buffer).map_err(|_| Breakage::MALFORMED)?;
+                    let done = walk.is_done();
+                    if done && consumed < self.buffer.len() {
+                        return Err(Breakage::MALFORMED);
+                    }
+                    self.pass(&mut head, status, data, Some(done)).await?;
+                    self.buffer.advance(consumed);
+                    if done {
+                        return Ok(());
+                    }
+                    if !self.fill(BODY_BYTES).await? {
+                        return Err(Breakage::CUT);
+                    }
+                }
+            }
+            AnswerBody::UntilClose => loop {
+                let here = self.buffer.len();
+                self.pass(&mut head, status, here, Some(false)).await?;
+                self.buffer.clear();
+                if !self.fill(BODY_BYTES).await? {
+                    return self.pass(&mut head, status, 0, Some(true)).await;
+                }
+            },
+        }
+    }
+
+    /// Writes the head, if it has not gone out, and a piece of the body from the front of the buffer. `chunk`: the client gets
+    /// chunks, and whether this is the last one.
+    async fn pass(
+        &mut self,
+        head: &mut Option<&[u8]>,
+        status: u16,
+        length: usize,
+        chunk: Option<bool>,
+    ) -> Result<(), Breakage> {
+        let data = &self.buffer[..length];
+        // HTTP/1.0 knows no chunks: the end of the connection ends the body.
+        let chunk = chunk.filter(|_| !self.ticket.http10);
+        let mut size = ChunkSize::default();
+        let (before, behind): (&[u8], &[u8]) = match chunk {
+            None => (b"", b""),
+            Some(last) if length == 0 => (b"", if last { LAST_CHUNK } else { b"" }),
+            Some(last) => (size.of(length), if last { b"\r\n0\r\n\r\n" } else { b"\r\n" }),
+        };
+        let first = head.take();
+        if first.is_none() && length == 0 && behind.is_empty() {
+            return Ok(());
+        }
+        if first.is_some() {
+            // From here on, a failure can only be shown by a broken connection.
+            self.progress.status.set(u64::from(status));
+        }
+        let all = [first.unwrap_or_default(), before, data, behind];
+        self.progress.waits_for_client_to_take();
+        let written = self.client.write_all(&mut all.map(IoSlice::new)).await;
+        self.progress.body_written.add(length);
+        written.map_err(|_| Breakage::ClientGone)
+    }
+
+    async fn write(&mut self, slices: &mut [IoSlice<'_>]) -> Result<(), Breakage> {
+        self.progress.waits_for_client_to_take();
+        self.client.write_all(slices).await.map_err(|_| Breakage::ClientGone)
+    }
+
+    /// Reads on. False: the backend has closed the connection.
+    async fn fill(&mut self, room: usize) -> Result<bool, Breakage> {
+        self.progress.waits_for_answer(self.peers.timeouts.read);
+        if self.buffer.capacity() - self.buffer.len() < room.min(HEAD_BYTES) {
+            self.buffer.reserve(room);
+        }
+        let read = poll_fn(|cx| self.backend.poll_fill(cx, self.buffer)).await;
+        // A reset is no end of a body.
+        read.map(|bytes| bytes > 0)
+            .map_err(|_| if self.progress.heard.is_set() { Breakage::CUT } else { Breakage::CLOSED })
+    }
+}
+
+/// Moves the data of chunks together at the front. Gives its length, and how much of the buffer it came from.
+fn join_data(walk: &mut ChunkedBody, buffer: &mut [u8]) -> Result<(usize, usize), ChunkFault> {
+    let (mut data, mut consumed) = (0, 0);
+    loop {
+        let run = walk.next_data(&buffer[consumed..])?;
+        let (start, end) = (consumed + run.start, consumed + run.end_of_run);
+        buffer.copy_within(start..end, data);
+        data += end - start;
+        consumed = end;
+        if start == end {
+            return Ok((data, consumed));
+        }
+    }
+}
+
+/// Writes the head as the client gets it: a status line of our own, the fields that may leave, and one end of the body.
+fn write_head(
+    out: &mut Vec<u8>,
+    head: &AnswerHead<'_>,
+    kind: AnswerKind,
+    body: AnswerBody,
+    ticket: &Ticket,
+    client_reusable: bool,
+) {
+    let status = head.status();
+    let phrase = http::StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason());
+    // Writing to memory cannot fail.
+    let _ = write!(out, "HTTP/1.1 {status} {}\r\n", phrase.unwrap_or_default());
+    let mut sink = Http1Head(out);
+    let edits = answer::edits(head, kind, &ticket.credentials());
+    let mut has_date = false;
+    for field in head.fields() {
+        let name = field.name;
+        let ends_here = match field.lower() {
+            "date" => {
+                has_date = true;
+                false
+            }
+            // 204 has none of both, 304 has no body that could be chunked.
+            "content-length" => status == 204,
+            "transfer-encoding" => matches!(status, 204 | 304) || ticket.http10,
+            // tollgate's own stands in its place.
+            "x-request-id" => kind == AnswerKind::Final,
+            "deprecation" => ticket.deprecated,
+            _ => false,
+        };
+        let edited = edits.iter().any(|edit| match edit {
+            AnswerEdit::Remove(removed) => removed.eq_ignore_ascii_case(name),
+            AnswerEdit::Replace(replaced, _) => replaced.as_bytes().eq_ignore_ascii_case(name),
+        });
+        if !ends_here && !edited {
+            sink.field(name, field.value);
+        }
+    }
+    for edit in &edits {
+        if let AnswerEdit::Replace(name, values) = edit {
+            values.iter().for_each(|value| sink.field(name.as_bytes(), value));
+        }
+    }
+    if kind == AnswerKind::Final {
+        for (name, value) in answer::own_fields(&ticket.exchange.request_id, ticket.deprecated) {
+            sink.field(name.as_bytes(), value.as_bytes());
+        }
+        if !has_date && let Ok(date) = get_cached_date().to_str() {
+            sink.field(b"Date", date.as_bytes());
+        }
+        if body == AnswerBody::UntilClose && !ticket.http10 {
+            sink.field(b"Transfer-Encoding", b"chunked");
+        }
+        if !client_reusable {
+            sink.field(b"Connection", b"close");
+        } else if ticket.http10 {
+            sink.field(b"Connection", b"keep-alive");
+        }
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Moves bytes both ways until both sides have ended. When one has, the other one gets a while.
+async fn tunnel(client: &mut ClientStream, backend: &mut BackendConnection, progress: &Transfer) {
+    let Some((mut from_client, mut to_client, _)) = client.split() else { return };
+    let BackendConnection { socket, buffer } = backend;
+    let (mut from_backend, mut to_backend) = socket.split();
+    let mut up = pin!(async {
+        while let Some(bytes) = from_client.tunnelled().await {
+            if to_backend.write_all(&mut [IoSlice::new(&bytes)]).await.is_err() {
+                return;
+            }
+            progress.body_sent.add(bytes.len());
+        }
+        // The backend may have gone.
+        let _ = to_backend.shutdown().await;
+    });
+    let mut down = pin!(async {
+        loop {
+            if !buffer.is_empty() {
+                if to_client.write_all(&mut [IoSlice::new(buffer)]).await.is_err() {
+                    return;
+                }
+                progress.body_written.add(buffer.len());
+                buffer.clear();
+            }
+            buffer.reserve(HEAD_BYTES);
+            if !matches!(poll_fn(|cx| from_backend.poll_fill(cx, buffer)).await, Ok(1..)) {
+                break;
+            }
+        }
+        // The client may have gone.
+        let _ = to_client.shutdown().await;
+    });
+    // Whichever side is left when its time is over ends with the tunnel.
+    let _ = tokio::select! {
+        () = &mut up => tokio::time::timeout(WRITE_TIMEOUT, down).await,
+        () = &mut down => tokio::time::timeout(WRITE_TIMEOUT, up).await,
+    };
+}
