@@ -21,6 +21,7 @@ mod cli;
 mod deadlines;
 mod deploy;
 mod forwarding;
+mod lanes;
 mod ledger;
 mod logs;
 mod method_override;
