@@ -1,6 +1,6 @@
 //! The admin listener: reads plain requests and lets `admin` answer them. Never on the API listeners.
 
-use super::client::{ClientStream, Head, HeadLimits};
+use super::client::{After, ClientStream, Head, HeadLimits};
 use super::socket::Socket;
 use super::workers::Serve;
 use super::{Lifecycle, Snapshot};
@@ -9,6 +9,7 @@ use crate::request::head;
 use crate::request::view::{Framing, Method};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -34,7 +35,7 @@ impl Serve for AdminGate {
     async fn serve(self: Arc<Self>, socket: Socket) {
         let mut client = ClientStream::new(socket);
         loop {
-            let head = match client.read_head(|| LIMITS, std::future::pending()).await {
+            let head = match client.read_head(|| LIMITS, pin!(std::future::pending())).await {
                 Head::Complete(bytes) => match LIMITS.judge(&bytes) {
                     None => Ok(with_host(bytes)),
                     Some(head) => Err(unread(&head)),
@@ -71,7 +72,7 @@ impl Serve for AdminGate {
                 break;
             }
         }
-        client.close().await;
+        client.end(After::Close).await;
     }
 }
 

@@ -61,6 +61,22 @@ enum RemainingBody {
     Ended(Option<Arc<AtomicBool>>),
 }
 
+/// What becomes of a connection after an exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    /// It can have another request.
+    Next,
+    /// It ends so that the client sees the last answer.
+    Close,
+    /// It ends so that nobody takes what was written for a whole answer.
+    Reset,
+    /// There is nobody to say anything to.
+    Drop,
+}
+
+/// A deadline has passed.
+struct TimedOut;
+
 /// How long and how large a head may be.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct HeadLimits {
@@ -117,11 +133,14 @@ impl ClientStream {
     /// Reads the head of the next request. `stop` ends the wait for a request that has not begun. The limits are asked for
     /// again and again, as a reload may change them during the wait: times are those that hold when they begin to run,
     /// sizes those that hold when the bytes are there. A whole head may still be too large: [`HeadLimits::judge`].
-    pub(super) async fn read_head(&mut self, limits: impl Fn() -> HeadLimits, stop: impl Future<Output = ()>) -> Head {
+    pub(super) async fn read_head(
+        &mut self,
+        limits: impl Fn() -> HeadLimits,
+        mut stop: Pin<&mut impl Future<Output = ()>>,
+    ) -> Head {
         let mut scanned = 0;
         let first = self.served == 0;
         let mut deadline = None;
-        tokio::pin!(stop);
         loop {
             let begun = !self.ahead.is_empty();
             if begun && let Some(bytes) = self.take_head(scanned) {
@@ -133,23 +152,27 @@ impl ClientStream {
                 return head;
             }
             scanned = self.ahead.len();
-            if (begun || first) && deadline.is_none() {
-                deadline = Some(Instant::now() + limits.header_timeout);
-            }
-            let patience =
-                deadline.map_or(limits.idle_timeout, |deadline| deadline.saturating_duration_since(Instant::now()));
-            let read = timeout(patience, self.fill());
-            let read = tokio::select! {
-                biased;
-                read = read => read,
+            let is_read = poll_fn(|cx| {
+                if let Poll::Ready(read) = self.poll_fill(cx) {
+                    return Poll::Ready(Ok(matches!(read, Ok(1..))));
+                }
                 // A new connection is answered, if only with a 503; an idle one ends.
-                () = &mut stop, if !begun && !first => return Head::Closed,
-            };
-            match read {
-                Ok(Ok(0) | Err(_)) => return Head::Closed,
-                Ok(Ok(_)) => {}
-                Err(_) if begun => return Head::TooSlow,
-                Err(_) => return Head::Closed,
+                if !begun && !first && stop.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Ok(false));
+                }
+                let time = if begun || first { limits.header_timeout } else { limits.idle_timeout };
+                let deadline = *deadline.get_or_insert_with(|| Instant::now() + time);
+                self.timer.poll_passed(cx, deadline).map(|()| Err(TimedOut))
+            });
+            match is_read.await {
+                Ok(true) => {}
+                Ok(false) => return Head::Closed,
+                Err(TimedOut) if begun => return Head::TooSlow,
+                Err(TimedOut) => return Head::Closed,
+            }
+            if !begun && !first {
+                // The wait for a request is over; the time for its head begins.
+                deadline = None;
             }
         }
     }
@@ -255,21 +278,32 @@ impl ClientStream {
         matches!(self.body, RemainingBody::Ended(_))
     }
 
-    /// Ends the connection by a reset: what was written is no whole answer.
-    pub(super) fn reset(mut self) {
+    /// Ends the connection, if it has to end.
+    pub(super) async fn end(&mut self, after: After) {
+        if after == After::Next {
+            return;
+        }
+        // What was read is of no use any more, and a flood of such connections would hold it for the whole linger.
         self.ahead = BytesMut::new();
-        if let Some(socket) = self.socket.take() {
-            socket.get_ref().reset_when_dropped();
+        let Some(socket) = self.socket.take() else { return };
+        match after {
+            After::Close => linger(socket).await,
+            After::Reset => socket.get_ref().reset_when_dropped(),
+            After::Next | After::Drop => {}
         }
     }
 
-    /// Ends the connection in a way that lets the client see the last answer.
-    pub(super) async fn close(mut self) {
-        // What was read is of no use any more, and a flood of such connections would hold it for the whole linger.
-        self.ahead = BytesMut::new();
-        if let Some(socket) = self.socket.take() {
-            linger(socket).await;
-        }
+    /// Takes the connection and leaves one that is over.
+    pub(super) fn take(&mut self) -> Self {
+        let over = Self {
+            socket: None,
+            ahead: BytesMut::new(),
+            body: RemainingBody::Ended(None),
+            peer: self.peer,
+            served: self.served,
+            timer: Timer::default(),
+        };
+        std::mem::replace(self, over)
     }
 }
 

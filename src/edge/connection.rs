@@ -2,7 +2,7 @@
 //! to a lane with a head that holds exactly what the pipeline decided. This is the one place where requests come in,
 //! whichever lane they go out by.
 
-use super::client::{ClientStream, Head};
+use super::client::{After, ClientStream, Head};
 use super::exchange::{End, Exchange};
 use super::http1;
 use super::proxied::ProxiedLane;
@@ -25,6 +25,7 @@ use pingora::apps::HttpServerApp as _;
 use pingora::protocols::http::{ServerSession, date::get_cached_date};
 use pingora::proxy::HttpProxy;
 use pingora::server::ShutdownWatch;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -42,8 +43,9 @@ impl Serve for Gate {
     async fn serve(self: Arc<Self>, socket: Socket) {
         let _open = self.snapshot.load().metrics.connection_opened();
         let mut client = ClientStream::new(socket);
+        let mut draining = pin!(self.lifecycle.draining());
         loop {
-            let head = client.read_head(|| self.snapshot.load().head_limits(), self.lifecycle.draining()).await;
+            let head = client.read_head(|| self.snapshot.load().head_limits(), draining.as_mut()).await;
             // Never before the wait: it may take minutes, and what a reload closed meanwhile must be closed.
             let snapshot = self.snapshot.load_full();
             let (bytes, fault) = match head {
@@ -55,15 +57,13 @@ impl Serve for Gate {
                 fault => (Bytes::new(), Some(fault)),
             };
             let exchange = Exchange::begin(snapshot, client.peer(), bytes.clone());
-            match fault {
-                None => match self.exchange(client, bytes, exchange).await {
-                    Some(reusable) => client = reusable,
-                    None => break,
-                },
-                Some(fault) => {
-                    refuse_unread(client, exchange, unread(&fault)).await;
-                    break;
-                }
+            let after = match fault {
+                None => self.exchange(&mut client, bytes, exchange).await,
+                Some(fault) => refuse_unread(&mut client, exchange, unread(&fault)).await,
+            };
+            client.end(after).await;
+            if after != After::Next {
+                break;
             }
         }
     }
@@ -81,15 +81,12 @@ fn unread(head: &Head) -> RequestFault {
 }
 
 impl Gate {
-    /// One request and its answer. Gives the connection back when it can go on.
-    async fn exchange(&self, mut client: ClientStream, bytes: Bytes, mut exchange: Exchange) -> Option<ClientStream> {
+    /// One request and its answer. It is counted and logged when this comes back.
+    async fn exchange(&self, client: &mut ClientStream, bytes: Bytes, mut exchange: Exchange) -> After {
         let snapshot = Arc::clone(&exchange.snapshot);
         let view = match head::parse(&bytes) {
             Ok(view) => view,
-            Err(fault) => {
-                refuse_unread(client, exchange, fault.into()).await;
-                return None;
-            }
+            Err(fault) => return refuse_unread(client, exchange, fault.into()).await,
         };
         let origin = Origin::of(&view, client.peer(), &snapshot.pipeline.rules.trusted_proxies);
         let id = request_id(&view).map_or_else(new_request_id, str::to_owned);
@@ -117,9 +114,9 @@ impl Gate {
                 let dropped = plan.write_head(&view, rules, &origin, &exchange.request_id, sink);
                 exchange.permitted(dropped);
                 client.begin_body(view.body, tunnel.clone());
-                let ticket = ticket(exchange, plan, &view, tunnel);
+                let mut ticket = ticket(exchange, plan, &view, tunnel);
                 match &self.framework {
-                    None => http1::carry(client, &head, ticket, &self.lifecycle).await,
+                    None => http1::carry(client, &head, &mut ticket, &self.lifecycle).await,
                     Some(lane) => self.proxied(lane, client, head, ticket).await,
                 }
             }
@@ -130,27 +127,33 @@ impl Gate {
     async fn proxied(
         &self,
         lane: &Arc<HttpProxy<ProxiedLane>>,
-        client: ClientStream,
+        client: &mut ClientStream,
         mut head: Vec<u8>,
         ticket: Ticket,
-    ) -> Option<ClientStream> {
+    ) -> After {
         // The framework tells by this what the client understands.
         if ticket.http10
             && let Some(end) = memchr::memmem::find(&head, b"1.1\r\n")
         {
             head[end + 2] = b'0';
         }
-        let mut session = ServerSession::new_http1(Box::new(client));
+        let mut session = ServerSession::new_http1(Box::new(client.take()));
         session.set_connection_user_context(Some(Box::new(ticket)));
         session.set_pipelined_prefix(BytesMut::from(Bytes::from(head)));
-        let reusable = lane.process_new_http(session, &self.shutdown).await?;
+        let Some(reusable) = lane.process_new_http(session, &self.shutdown).await else { return After::Drop };
         let (stream, _) = reusable.consume();
-        stream.into_any().downcast::<ClientStream>().ok().map(|client| *client)
+        match stream.into_any().downcast::<ClientStream>() {
+            Ok(reusable) => {
+                *client = *reusable;
+                After::Next
+            }
+            Err(_) => After::Drop,
+        }
     }
 }
 
 /// Answers a request whose head could not be read, and closes the connection. The response may not reach the client.
-async fn refuse_unread(mut client: ClientStream, mut exchange: Exchange, fault: RequestFault) {
+async fn refuse_unread(client: &mut ClientStream, mut exchange: Exchange, fault: RequestFault) -> After {
     exchange.request_id = new_request_id();
     let refusal = Refusal::from(Cause::Request(fault));
     let read = if exchange.head.is_empty() { client.unread() } else { &exchange.head };
@@ -166,17 +169,11 @@ async fn refuse_unread(mut client: ClientStream, mut exchange: Exchange, fault: 
         bytes_sent: bytes.len() as u64,
         failed: false,
     });
-    drop(exchange);
-    client.close().await;
+    After::Close
 }
 
-/// Answers a request that was refused. Gives the connection back when it can go on.
-async fn refuse(
-    mut client: ClientStream,
-    mut exchange: Exchange,
-    view: &RequestView<'_>,
-    refusal: Refusal,
-) -> Option<ClientStream> {
+/// Answers a request that was refused.
+async fn refuse(client: &mut ClientStream, mut exchange: Exchange, view: &RequestView<'_>, refusal: Refusal) -> After {
     let close = refusal.must_close() || !view.keep_alive || !ClientStream::can_skip(view.body, view.expects_continue);
     let answer = render(refusal, view.method == Method::Head, close, &exchange, grant(view, &exchange.snapshot));
     let written = client.write(&answer).await.is_ok();
@@ -188,12 +185,9 @@ async fn refuse(
         bytes_sent: answer.len() as u64,
         failed: false,
     });
+    // Counted and logged before the rest of its body is waited for.
     drop(exchange);
-    if close || !written || !client.skip_body(view.body).await {
-        client.close().await;
-        return None;
-    }
-    Some(client)
+    if close || !written || !client.skip_body(view.body).await { After::Close } else { After::Next }
 }
 
 /// The right to use a lane: the one place where a ticket is made, from a plan.
@@ -232,5 +226,5 @@ fn grant(view: &RequestView<'_>, snapshot: &Snapshot) -> CorsGrant {
 
 /// 128 random bits in hex.
 pub(super) fn new_request_id() -> String {
-    format!("{:032x}", fastrand::u128(..))
+    data_encoding::HEXLOWER.encode(&fastrand::u128(..).to_be_bytes())
 }

@@ -4,7 +4,7 @@
 
 use super::Lifecycle;
 use super::backend::BackendConnection;
-use super::client::{BodyEnd, ClientReader, ClientStream};
+use super::client::{After, BodyEnd, ClientReader, ClientStream};
 use super::exchange::End;
 use super::patience::{Count, Flag, Patience, Timer};
 use super::peers::Peers;
@@ -38,6 +38,8 @@ pub(super) const BODY_READ_TIMEOUT: Duration = Duration::from_secs(60);
 pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 /// What one read from a backend asks for: a head and a small body; bodies that go on.
 const HEAD_BYTES: usize = 4 * 1024;
+/// Most heads of answers fit.
+const HEAD_CAPACITY: usize = 1024;
 const BODY_BYTES: usize = 32 * 1024;
 
 /// Why an attempt ended without a whole answer.
@@ -164,13 +166,8 @@ enum Answered {
     Switched,
 }
 
-/// Carries the request out and answers it. Gives the connection back when it can go on.
-pub(super) async fn carry(
-    mut client: ClientStream,
-    head: &[u8],
-    mut ticket: Ticket,
-    lifecycle: &Lifecycle,
-) -> Option<ClientStream> {
+/// Carries the request out and answers it.
+pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut Ticket, lifecycle: &Lifecycle) -> After {
     let snapshot = Arc::clone(&ticket.exchange.snapshot);
     let Some(peers) = snapshot.upstream(ticket.exchange.facts.route) else {
         return refuse(client, ticket, Cause::Bug.into(), 0).await;
@@ -209,25 +206,21 @@ pub(super) async fn carry(
         };
         ticket.exchange.connected(reused);
         let progress = Transfer::begin(ticket.expects_continue);
-        let result = attempt(&mut client, &mut backend, head, &mut ticket, peers, &progress, lifecycle).await;
+        let result = attempt(client, &mut backend, head, ticket, peers, &progress, lifecycle).await;
         match result {
             Ok(Answered::Switched) => {
-                tunnel(&mut client, &mut backend, &progress).await;
-                over(&mut ticket, &progress, By::Backend, false);
-                return None;
+                tunnel(client, &mut backend, &progress).await;
+                over(ticket, &progress, By::Backend, false);
+                return After::Close;
             }
             Ok(Answered::Whole { backend_reusable, client_reusable }) => {
                 let sent = progress.sent.is_set() && client.end_body();
                 if backend_reusable && sent && backend.buffer.is_empty() {
                     backend.keep(server.address(), peers.timeouts.idle, Instant::now());
                 }
-                over(&mut ticket, &progress, By::Backend, false);
-                drop(ticket);
-                if client_reusable && sent && !progress.flooded.is_set() {
-                    return Some(client);
-                }
-                client.close().await;
-                return None;
+                over(ticket, &progress, By::Backend, false);
+                let goes_on = client_reusable && sent && !progress.flooded.is_set();
+                return if goes_on { After::Next } else { After::Close };
             }
             Err(broken) => {
                 drop(backend);
@@ -258,17 +251,12 @@ const fn is_idempotent(method: Method) -> bool {
 }
 
 /// Says to the client what can still be said.
-async fn end_broken(
-    client: ClientStream,
-    mut ticket: Ticket,
-    progress: &Transfer,
-    broken: Breakage,
-) -> Option<ClientStream> {
+async fn end_broken(client: &mut ClientStream, ticket: &mut Ticket, progress: &Transfer, broken: Breakage) -> After {
     let cause = match broken {
         Breakage::ClientGone => {
             ticket.exchange.client_gone();
-            over(&mut ticket, progress, By::Backend, true);
-            return None;
+            over(ticket, progress, By::Backend, true);
+            return After::Drop;
         }
         Breakage::Request(fault) => Cause::Request(fault),
         Breakage::Backend(fault, _) => Cause::Upstream(fault),
@@ -276,30 +264,27 @@ async fn end_broken(
     if progress.status().is_some() {
         // With a part of the answer out, only a broken connection tells the client that the rest is missing.
         ticket.exchange.refused(cause.into());
-        over(&mut ticket, progress, By::Backend, true);
-        drop(ticket);
-        client.reset();
-        return None;
+        over(ticket, progress, By::Backend, true);
+        return After::Reset;
     }
     refuse(client, ticket, cause.into(), progress.body_sent.get()).await
 }
 
 /// Answers instead of the backend, and ends the connection: its next bytes may be of a body that nobody wants.
-async fn refuse(mut client: ClientStream, mut ticket: Ticket, refusal: Refusal, received: u64) -> Option<ClientStream> {
+async fn refuse(client: &mut ClientStream, ticket: &mut Ticket, refusal: Refusal, received: u64) -> After {
     let head_only = ticket.method == Method::Head;
     let answer = super::connection::render(refusal, head_only, true, &ticket.exchange, ticket.grant);
-    let written = client.write(&answer).await.is_ok();
+    // The client may have closed the connection; the request is logged either way.
+    let _ = client.write(&answer).await;
     ticket.exchange.refused(refusal);
     ticket.exchange.over(End {
-        status: if written { refusal.status() } else { 0 },
-        by: written.then_some(By::Gate),
+        status: refusal.status(),
+        by: Some(By::Gate),
         bytes_received: received,
         bytes_sent: answer.len() as u64,
         failed: true,
     });
-    drop(ticket);
-    client.close().await;
-    None
+    After::Close
 }
 
 fn over(ticket: &mut Ticket, progress: &Transfer, by: By, failed: bool) {
@@ -495,7 +480,7 @@ struct Download<'d> {
 
 impl Download<'_> {
     async fn run(mut self) -> Result<Answered, Breakage> {
-        let (mut lower, mut out) = (Vec::new(), Vec::new());
+        let (mut lower, mut out) = (Vec::with_capacity(HEAD_CAPACITY), Vec::with_capacity(HEAD_CAPACITY));
         let mut interim = 0;
         loop {
             let end = self.read_head().await?;
@@ -703,34 +688,39 @@ fn write_head(
 ) {
     let status = head.status();
     let phrase = http::StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason());
-    // Writing to memory cannot fail.
-    let _ = write!(out, "HTTP/1.1 {status} {}\r\n", phrase.unwrap_or_default());
-    let mut sink = Http1Head(out);
+    let digit = |of: u16| b'0' + (status / of % 10) as u8;
+    out.extend_from_slice(b"HTTP/1.1 ");
+    out.extend_from_slice(&[digit(100), digit(10), digit(1), b' ']);
+    out.extend_from_slice(phrase.unwrap_or_default().as_bytes());
+    out.extend_from_slice(b"\r\n");
     let edits = answer::edits(head, kind, &ticket.credentials());
     let mut has_date = false;
     for field in head.fields() {
         let name = field.name;
         let ends_here = match field.lower() {
-            "date" => {
+            b"date" => {
                 has_date = true;
                 false
             }
             // 204 has none of both, 304 has no body that could be chunked.
-            "content-length" => status == 204,
-            "transfer-encoding" => matches!(status, 204 | 304) || ticket.http10,
+            b"content-length" => status == 204,
+            b"transfer-encoding" => matches!(status, 204 | 304) || ticket.http10,
             // tollgate's own stands in its place.
-            "x-request-id" => kind == AnswerKind::Final,
-            "deprecation" => ticket.deprecated,
+            b"x-request-id" => kind == AnswerKind::Final,
+            b"deprecation" => ticket.deprecated,
             _ => false,
         };
         let edited = edits.iter().any(|edit| match edit {
             AnswerEdit::Remove(removed) => removed.eq_ignore_ascii_case(name),
             AnswerEdit::Replace(replaced, _) => replaced.as_bytes().eq_ignore_ascii_case(name),
         });
-        if !ends_here && !edited {
-            sink.field(name, field.value);
+        match field.plain_line() {
+            _ if ends_here || edited => {}
+            Some(line) => out.extend_from_slice(line),
+            None => Http1Head(out).field(name, field.value),
         }
     }
+    let mut sink = Http1Head(out);
     for edit in &edits {
         if let AnswerEdit::Replace(name, values) = edit {
             values.iter().for_each(|value| sink.field(name.as_bytes(), value));

@@ -313,8 +313,8 @@ impl AnswerView for Received<'_> {
         self.0.version == Version::HTTP_11
     }
 
-    fn fields(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.0.headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes()))
+    fn fields(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.0.headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
     }
 }
 

@@ -19,7 +19,7 @@ pub trait AnswerView {
     fn knows_chunks(&self) -> bool;
 
     /// Names, in lower case, and values.
-    fn fields(&self) -> impl Iterator<Item = (&str, &[u8])>;
+    fn fields(&self) -> impl Iterator<Item = (&[u8], &[u8])>;
 }
 
 /// Whether a response can be forwarded: its framing must be unambiguous, it must not switch protocols unless the client asked
@@ -28,11 +28,11 @@ pub fn judge(view: &impl AnswerView, asked_to_switch: bool, interim: usize) -> R
     let (mut lengths, mut codings, mut in_doubt) = (0, 0, false);
     for (name, value) in view.fields() {
         match name {
-            "content-length" => {
+            b"content-length" => {
                 lengths += 1;
                 in_doubt |= content_length(value).is_err();
             }
-            "transfer-encoding" => {
+            b"transfer-encoding" => {
                 codings += 1;
                 in_doubt |= !value.eq_ignore_ascii_case(b"chunked");
             }
@@ -70,7 +70,7 @@ pub fn edits<'v>(
     for (name, value) in view.fields() {
         match fate(name, kind) {
             Fate::Keep => {}
-            Fate::Drop => edits.push(AnswerEdit::Remove(name.as_bytes())),
+            Fate::Drop => edits.push(AnswerEdit::Remove(name)),
             Fate::Clean(field) if urls.contains(&field) => {}
             Fate::Clean(field) => urls.push(field),
             Fate::Nominates if kind == AnswerKind::Switching => {}
@@ -78,13 +78,14 @@ pub fn edits<'v>(
                 let options = value.split(|b| *b == b',').map(<[u8]>::trim_ascii);
                 edits.extend(options.filter(|name| may_nominate(name)).map(AnswerEdit::Remove));
                 // The lane writes its own.
-                edits.push(AnswerEdit::Remove(name.as_bytes()));
+                edits.push(AnswerEdit::Remove(name));
             }
         }
     }
     for field in urls {
         let name = field.name();
-        let values = || view.fields().filter(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value);
+        let values =
+            || view.fields().filter(|(known, _)| known.eq_ignore_ascii_case(name.as_bytes())).map(|(_, value)| value);
         let cleaned: SmallVec<[Option<Vec<u8>>; 2]> =
             values().map(|value| without_credentials(value, field, credentials)).collect();
         if cleaned.iter().any(Option::is_some) {
@@ -157,37 +158,37 @@ impl UrlField {
 }
 
 /// Tells a field's fate from its name, which is in lower case.
-fn fate(name: &str, kind: AnswerKind) -> Fate {
+fn fate(name: &[u8], kind: AnswerKind) -> Fate {
     let interim = kind == AnswerKind::Interim;
     // The first letter decides which few names are worth comparing: most fields have nothing to do with any of this.
-    let drop = match name.as_bytes().first() {
+    let drop = match name.first() {
         Some(b'c') => match name {
-            "connection" => return Fate::Nominates,
-            "content-location" => return Fate::Clean(UrlField::ContentLocation),
-            "content-length" => interim,
+            b"connection" => return Fate::Nominates,
+            b"content-location" => return Fate::Clean(UrlField::ContentLocation),
+            b"content-length" => interim,
             _ => false,
         },
-        Some(b'g') => name.starts_with("gitlab-workhorse"),
-        Some(b'k') => name == "keep-alive",
+        Some(b'g') => name.starts_with(b"gitlab-workhorse"),
+        Some(b'k') => name == b"keep-alive",
         Some(b'l') => match name {
-            "link" => return Fate::Clean(UrlField::Link),
-            "location" => return Fate::Clean(UrlField::Location),
+            b"link" => return Fate::Clean(UrlField::Link),
+            b"location" => return Fate::Clean(UrlField::Location),
             _ => false,
         },
-        Some(b'p') => name == "proxy-connection",
-        Some(b'r') if name == "refresh" => return Fate::Clean(UrlField::Refresh),
-        Some(b't') => name == "te" || name == "trailer" || (interim && name == "transfer-encoding"),
-        Some(b'u') => name == "upgrade" && kind != AnswerKind::Switching,
+        Some(b'p') => name == b"proxy-connection",
+        Some(b'r') if name == b"refresh" => return Fate::Clean(UrlField::Refresh),
+        Some(b't') => name == b"te" || name == b"trailer" || (interim && name == b"transfer-encoding"),
+        Some(b'u') => name == b"upgrade" && kind != AnswerKind::Switching,
         // They make a front server act (send a file, fetch a blob); a client must neither see nor trigger them.
         Some(b'x') => matches!(
             name,
-            "x-sendfile"
-                | "x-accel-redirect"
-                | "x-lighttpd-send-file"
-                | "x-lighttpd-send-tempfile"
-                | "x-litespeed-location"
-                | "x-reproxy-url"
-                | "x-reproxy-file"
+            b"x-sendfile"
+                | b"x-accel-redirect"
+                | b"x-lighttpd-send-file"
+                | b"x-lighttpd-send-tempfile"
+                | b"x-litespeed-location"
+                | b"x-reproxy-url"
+                | b"x-reproxy-file"
         ),
         _ => false,
     };
@@ -549,8 +550,8 @@ mod tests {
             self.1
         }
 
-        fn fields(&self) -> impl Iterator<Item = (&str, &[u8])> {
-            self.2.iter().map(|(name, value)| (*name, value.as_bytes()))
+        fn fields(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+            self.2.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()))
         }
     }
 
@@ -818,14 +819,15 @@ mod tests {
             ("x-accel-buffering", Fate::Keep, Fate::Keep, Fate::Keep),
         ] {
             assert_eq!(
-                (fate(name, Final), fate(name, Interim), fate(name, Switching)),
+                (fate(name.as_bytes(), Final), fate(name.as_bytes(), Interim), fate(name.as_bytes(), Switching)),
                 (last, interim, switching),
                 "{name}"
             );
         }
         for name in ["link", "location", "content-location", "refresh"] {
             assert!(
-                matches!(fate(name, Interim), Fate::Clean(_)) && matches!(fate(name, Final), Fate::Clean(_)),
+                matches!(fate(name.as_bytes(), Interim), Fate::Clean(_))
+                    && matches!(fate(name.as_bytes(), Final), Fate::Clean(_)),
                 "{name}"
             );
         }

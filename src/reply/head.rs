@@ -3,7 +3,7 @@
 
 use super::UpstreamFault;
 use super::answer::AnswerView;
-use crate::request::head::{is_token_byte, is_value_byte, trim_blanks};
+use crate::request::head::{content_length, empty_line, is_text_in_lines, is_token_byte, trim_blanks};
 use smallvec::SmallVec;
 
 /// Size of a head with all its fields. Backends stay far below; nginx takes 4 to 8 KiB by default.
@@ -24,7 +24,9 @@ pub struct AnswerHead<'b> {
 pub struct AnswerField<'b> {
     pub name: &'b [u8],
     pub value: &'b [u8],
-    lower: &'b str,
+    /// The line as it came, with its end.
+    line: &'b [u8],
+    lower: &'b [u8],
 }
 
 /// How the head says that its body ends.
@@ -48,7 +50,7 @@ pub enum AnswerBody {
 /// The end of the head, its empty line included. The first `scanned` bytes are known not to contain it.
 pub fn end_of_head(bytes: &[u8], scanned: usize) -> Option<usize> {
     let start = scanned.saturating_sub(3);
-    memchr::memmem::find(bytes.get(start..)?, b"\r\n\r\n").map(|at| start + at + 4)
+    empty_line(bytes.get(start..)?).map(|at| start + at)
 }
 
 impl<'b> AnswerHead<'b> {
@@ -82,8 +84,14 @@ impl<'b> AnswerHead<'b> {
 }
 
 impl<'b> AnswerField<'b> {
+    /// The whole line, if it is as tollgate would write it: one blank behind the colon, none at the end.
+    pub fn plain_line(&self) -> Option<&'b [u8]> {
+        let is_plain = self.line.len() == self.name.len() + self.value.len() + 4 && !self.value.is_empty();
+        (is_plain && self.line[self.name.len() + 1] == b' ').then_some(self.line)
+    }
+
     /// The name in lower case.
-    pub fn lower(&self) -> &'b str {
+    pub fn lower(&self) -> &'b [u8] {
         self.lower
     }
 }
@@ -97,12 +105,15 @@ impl AnswerView for AnswerHead<'_> {
         self.http11
     }
 
-    fn fields(&self) -> impl Iterator<Item = (&str, &[u8])> {
+    fn fields(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         self.fields.iter().map(|field| (field.lower, field.value))
     }
 }
 
 fn parse<'b>(head: &'b [u8], lower: &'b [u8]) -> Option<AnswerHead<'b>> {
+    if !is_text_in_lines(head) {
+        return None;
+    }
     let line_end = memchr::memchr(b'\n', head)?;
     let (status, http11) = status_line(head[..line_end].strip_suffix(b"\r")?)?;
     let mut answer =
@@ -117,22 +128,16 @@ fn parse<'b>(head: &'b [u8], lower: &'b [u8]) -> Option<AnswerHead<'b>> {
         let colon = memchr::memchr(b':', line)?;
         let (name, value) = (&line[..colon], &line[colon + 1..]);
         // A folded line begins with a blank, which no name does.
-        if name.is_empty() || !name.iter().all(|b| is_token_byte(*b)) || !value.iter().all(|b| is_value_byte(*b)) {
+        if name.is_empty() || !name.iter().all(|b| is_token_byte(*b)) || answer.fields.len() == MAX_FIELDS {
             return None;
         }
-        if answer.fields.len() == MAX_FIELDS {
-            return None;
-        }
-        let field =
-            AnswerField { name, value: trim_blanks(value), lower: std::str::from_utf8(&lower[at..at + colon]).ok()? };
+        let line = &head[at..=end];
+        let field = AnswerField { name, value: trim_blanks(value), line, lower: &lower[at..at + colon] };
         match field.lower {
             // `judge` refuses what is malformed or there twice.
-            "content-length" => {
-                answer.framing =
-                    crate::request::head::content_length(field.value).map_or(answer.framing, Declared::Length)
-            }
-            "transfer-encoding" => answer.framing = Declared::Chunked,
-            "connection" => {
+            b"content-length" => answer.framing = content_length(field.value).map_or(answer.framing, Declared::Length),
+            b"transfer-encoding" => answer.framing = Declared::Chunked,
+            b"connection" => {
                 for option in field.value.split(|b| *b == b',').map(trim_blanks) {
                     if option.eq_ignore_ascii_case(b"close") {
                         answer.keep_alive = false;
@@ -154,7 +159,7 @@ fn status_line(line: &[u8]) -> Option<(u16, bool)> {
         _ => return None,
     };
     let [a @ b'1'..=b'9', b @ b'0'..=b'9', c @ b'0'..=b'9', rest @ ..] = &line[9..] else { return None };
-    let text = rest.is_empty() || (rest[0] == b' ' && rest.iter().all(|b| is_value_byte(*b)));
+    let text = rest.first().is_none_or(|first| *first == b' ');
     let digit = |b: &u8| u16::from(*b - b'0');
     text.then_some((digit(a) * 100 + digit(b) * 10 + digit(c), http11))
 }
