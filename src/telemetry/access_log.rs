@@ -6,7 +6,7 @@ use super::metrics::Metrics;
 use memchr::memchr;
 use percent_encoding::percent_decode;
 use std::borrow::Cow;
-use std::io::Write as _;
+use std::cell::RefCell;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -127,13 +127,12 @@ fn secret_words(token_parameter: &str) -> Arc<[String]> {
 
 fn format(entry: &AccessLogEntry<'_>, secret_words: &[String]) -> Vec<u8> {
     let mut line = Vec::with_capacity(512);
-    let at = std::time::UNIX_EPOCH + Duration::from_millis(entry.unix_ms);
     let (path, query) = match memchr(b'?', entry.target) {
         Some(at) => (&entry.target[..at], Some(&entry.target[at + 1..])),
         None => (entry.target, None),
     };
     line.extend_from_slice(b"{\"time\":\"");
-    line.extend_from_slice(humantime::format_rfc3339_millis(at).to_string().as_bytes());
+    time(&mut line, entry.unix_ms);
     line.push(b'"');
     text(&mut line, "request_id", entry.request_id.as_bytes());
     if let Some(client) = entry.client {
@@ -204,22 +203,25 @@ fn redacted(query: &[u8], secret_words: &[String]) -> Vec<u8> {
 
 /// A path without what may be a secret that somebody put in the wrong place: behind a `;`, a forgotten or encoded `?`,
 /// or in a target that is no path at all.
-fn redacted_path(path: &[u8], secret_words: &[String]) -> Vec<u8> {
+fn redacted_path<'p>(path: &'p [u8], secret_words: &[String]) -> Cow<'p, [u8]> {
     if !path.starts_with(b"/") {
-        return b"-".to_vec();
+        return b"-".into();
+    }
+    let says_value = |b: &u8| matches!(b, b'=' | b':' | b';' | b'&' | b'?' | b'#');
+    if !path.iter().any(|b| says_value(b) || *b == b'%') {
+        return path.into();
     }
     let mut out = Vec::with_capacity(path.len());
     for piece in path.split_inclusive(|b| *b == b'/') {
         let decoded = decode(piece);
-        let says_value = decoded.iter().any(|b| matches!(b, b'=' | b':' | b';' | b'&' | b'?' | b'#'));
-        if says_value && has_secret_word(piece, secret_words) {
+        if decoded.iter().any(says_value) && has_secret_word(piece, secret_words) {
             out.extend_from_slice(b"[redacted]");
             out.extend(piece.last().filter(|b| **b == b'/'));
         } else {
             out.extend_from_slice(piece);
         }
     }
-    out
+    out.into()
 }
 
 fn has_secret_word(piece: &[u8], secret_words: &[String]) -> bool {
@@ -237,14 +239,34 @@ fn decode(bytes: &[u8]) -> Cow<'_, [u8]> {
     percent_decode(&Cow::from(percent_decode(bytes))).collect::<Vec<_>>().into()
 }
 
+/// Digits of a number, without the formatter: a line has seven of them.
+fn digits(line: &mut Vec<u8>, mut value: u64) {
+    let mut all = [0; 20];
+    let mut first = all.len();
+    loop {
+        first -= 1;
+        all[first] = b'0' + (value % 10) as u8;
+        value /= 10;
+        if value == 0 {
+            break;
+        }
+    }
+    line.extend_from_slice(&all[first..]);
+}
+
+/// With three places.
 fn milliseconds(line: &mut Vec<u8>, key: &str, time: Duration) {
-    // Writing to memory cannot fail.
-    let _ = write!(line, ",\"{key}\":{:.3}", time.as_secs_f64() * 1000.0);
+    let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    number(line, key, micros / 1000);
+    let rest = micros % 1000;
+    line.extend_from_slice(&[b'.', b'0' + (rest / 100) as u8, b'0' + (rest / 10 % 10) as u8, b'0' + (rest % 10) as u8]);
 }
 
 fn number(line: &mut Vec<u8>, key: &str, value: u64) {
-    // Writing to memory cannot fail.
-    let _ = write!(line, ",\"{key}\":{value}");
+    line.extend_from_slice(b",\"");
+    line.extend_from_slice(key.as_bytes());
+    line.extend_from_slice(b"\":");
+    digits(line, value);
 }
 
 /// A JSON string of bytes that nobody has checked: what is not visible ASCII is escaped.
@@ -252,7 +274,19 @@ fn text(line: &mut Vec<u8>, key: &str, value: &[u8]) {
     line.extend_from_slice(b",\"");
     line.extend_from_slice(key.as_bytes());
     line.extend_from_slice(b"\":\"");
-    for character in String::from_utf8_lossy(&value[..value.len().min(MAX_TEXT)]).chars() {
+    let value = &value[..value.len().min(MAX_TEXT)];
+    // Without branches, so that it looks at many bytes at once. Most text needs no escape.
+    let is_plain = |b: &u8| (*b >= b' ') & (*b <= b'~') & (*b != b'"') & (*b != b'\\');
+    if value.iter().fold(true, |plain, b| plain & is_plain(b)) {
+        line.extend_from_slice(value);
+    } else {
+        escaped(line, value);
+    }
+    line.push(b'"');
+}
+
+fn escaped(line: &mut Vec<u8>, value: &[u8]) {
+    for character in String::from_utf8_lossy(value).chars() {
         match character {
             '"' | '\\' => line.extend_from_slice(&[b'\\', character as u8]),
             ' '..='~' => line.push(character as u8),
@@ -263,7 +297,25 @@ fn text(line: &mut Vec<u8>, key: &str, value: &[u8]) {
             }
         }
     }
-    line.push(b'"');
+}
+
+/// A time as RFC 3339 writes it. The date and the second are written once for all lines that need them.
+fn time(line: &mut Vec<u8>, unix_ms: u64) {
+    thread_local! {
+        static SECOND: RefCell<(u64, Vec<u8>)> = const { RefCell::new((u64::MAX, Vec::new())) };
+    }
+    let (second, ms) = (unix_ms / 1000, unix_ms % 1000);
+    SECOND.with_borrow_mut(|(known, text)| {
+        if *known != second {
+            let at = std::time::UNIX_EPOCH + Duration::from_secs(second);
+            *text = humantime::format_rfc3339_seconds(at).to_string().into_bytes();
+            // Its `Z`.
+            text.pop();
+            *known = second;
+        }
+        line.extend_from_slice(text);
+    });
+    line.extend_from_slice(&[b'.', b'0' + (ms / 100) as u8, b'0' + (ms / 10 % 10) as u8, b'0' + (ms % 10) as u8, b'Z']);
 }
 
 #[cfg(test)]
@@ -272,6 +324,27 @@ mod tests {
 
     fn words() -> Vec<String> {
         ["token", "password", "secret", "private", "apikey", "api_key"].map(str::to_owned).to_vec()
+    }
+
+    #[test]
+    fn numbers_and_times_are_written_as_the_formatter_writes_them() {
+        let mut seen = 0;
+        for micros in [0, 1, 9, 10, 999, 1_000, 1_001, 12_345, 99_999, 1_000_000, 86_400_000_000, 123_456_789_012] {
+            let mut line = Vec::new();
+            milliseconds(&mut line, "k", Duration::from_micros(micros));
+            number(&mut line, "n", micros);
+            let expected = format!(",\"k\":{}.{:03},\"n\":{micros}", micros / 1000, micros % 1000);
+            assert_eq!(String::from_utf8(line).unwrap(), expected);
+            let mut line = Vec::new();
+            time(&mut line, micros);
+            let at = std::time::UNIX_EPOCH + Duration::from_millis(micros);
+            assert_eq!(String::from_utf8(line).unwrap(), humantime::format_rfc3339_millis(at).to_string());
+            seen += 1;
+        }
+        assert_eq!(seen, 12);
+        let mut line = Vec::new();
+        text(&mut line, "k", "a\"b\\c\u{1}\u{e9}\u{1f600}~".as_bytes());
+        assert_eq!(String::from_utf8(line).unwrap(), r#","k":"a\"b\\c\u0001\u00e9\ud83d\ude00~""#);
     }
 
     #[test]
@@ -306,10 +379,10 @@ mod tests {
             "/p;private_token=S3CRET",
             "http://S3CRET@h/",
         ] {
-            let text = String::from_utf8(redacted_path(path.as_bytes(), &words())).unwrap();
+            let text = String::from_utf8(redacted_path(path.as_bytes(), &words()).into_owned()).unwrap();
             assert!(!text.contains("S3CRET"), "{path} -> {text}");
         }
-        assert_eq!(redacted_path(b"/api/v3/projects/private-repo/x", &words()), b"/api/v3/projects/private-repo/x");
+        assert_eq!(redacted_path(b"/api/v3/projects/private-repo/x", &words()).as_ref(), b"/api/v3/projects/private-repo/x");
         assert_eq!(redacted(b"a=1&private_token=S&b=2", &words()), b"a=1&private_token=[redacted]&b=2");
         assert_eq!(redacted(b"page=2&per_page=5", &words()), b"page=2&per_page=5");
     }
