@@ -18,6 +18,7 @@ mod architecture;
 mod attacks;
 mod bodies;
 mod cli;
+mod connections;
 mod deadlines;
 mod deploy;
 mod forwarding;

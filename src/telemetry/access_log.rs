@@ -382,7 +382,10 @@ mod tests {
             let text = String::from_utf8(redacted_path(path.as_bytes(), &words()).into_owned()).unwrap();
             assert!(!text.contains("S3CRET"), "{path} -> {text}");
         }
-        assert_eq!(redacted_path(b"/api/v3/projects/private-repo/x", &words()).as_ref(), b"/api/v3/projects/private-repo/x");
+        assert_eq!(
+            redacted_path(b"/api/v3/projects/private-repo/x", &words()).as_ref(),
+            b"/api/v3/projects/private-repo/x"
+        );
         assert_eq!(redacted(b"a=1&private_token=S&b=2", &words()), b"a=1&private_token=[redacted]&b=2");
         assert_eq!(redacted(b"page=2&per_page=5", &words()), b"page=2&per_page=5");
     }
