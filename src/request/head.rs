@@ -51,12 +51,13 @@ pub(crate) fn empty_line(bytes: &[u8]) -> Option<usize> {
     END.find(bytes).map(|at| at + 4)
 }
 
-/// Whether every byte is one of a value or of a line's end, and there are as many CR as LF: if each LF has its CR, there is
-/// none elsewhere. Without branches, so that it looks at many bytes at once.
+/// Whether every byte is one of a value or of a line's end, and CR and LF stand nowhere but together. Without branches, so that
+/// it looks at many bytes at once.
 pub(crate) fn is_text_in_lines(head: &[u8]) -> bool {
-    let count = |wanted| memchr::memchr_iter(wanted, head).count();
+    let ([first, behind @ ..], [before @ .., last]) = (head, head) else { return true };
     let is_other = |b: &u8| !is_value_byte(*b) & (*b != b'\r') & (*b != b'\n');
-    !head.iter().fold(false, |found, b| found | is_other(b)) && count(b'\r') == count(b'\n')
+    let torn = before.iter().zip(behind).fold(false, |torn, (a, b)| torn | ((*a == b'\r') != (*b == b'\n')));
+    !torn && *first != b'\n' && *last != b'\r' && !head.iter().fold(false, |found, b| found | is_other(b))
 }
 
 /// Whether the bytes received so far cannot become a valid head, so that there is no point in waiting for more: they do
@@ -467,6 +468,26 @@ mod tests {
         assert_eq!(parse(b"GET / HTTP/1.1\r\nHost: h\nX: y\r\n\r\n").err(), Some(HeadFault::FieldLine));
         let many = format!("GET / HTTP/1.1\nHost: h\n{}\n", "X: y\n".repeat(MAX_FIELDS));
         assert_eq!(fault(&many), Some(HeadFault::TooManyFields));
+    }
+
+    #[test]
+    fn text_in_lines_has_whole_line_ends_and_no_control_bytes() {
+        let pieces: [&[u8]; 8] = [b"\r", b"\n", b"\r\n", b"a", b"\t", b"\0", b"\x7f", b"\xff"];
+        let slowly = |bytes: &[u8]| {
+            let rest = bytes.split(|b| *b == b'\n').collect::<Vec<_>>();
+            let lines = rest.iter().enumerate().all(|(at, line)| {
+                let line = if at + 1 < rest.len() { line.strip_suffix(b"\r") } else { Some(*line) };
+                line.is_some_and(|line| line.iter().all(|b| is_value_byte(*b)))
+            });
+            lines
+        };
+        let mut seen = 0;
+        for number in 0..8_usize.pow(6) {
+            let bytes = (0..6).map(|place| pieces[number / 8_usize.pow(place) % 8]).collect::<Vec<_>>().concat();
+            assert_eq!(is_text_in_lines(&bytes), slowly(&bytes), "{bytes:?}");
+            seen += 1;
+        }
+        assert_eq!((seen, is_text_in_lines(b"")), (262_144, true));
     }
 
     #[test]
