@@ -244,7 +244,7 @@ pub struct Client {
 }
 
 /// One answer, its body taken apart by its framing.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
     pub status: u16,
     pub headers: Vec<(String, String)>,

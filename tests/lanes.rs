@@ -187,7 +187,7 @@ struct Lane {
 /// What both sides saw of a case.
 #[derive(Debug, PartialEq)]
 struct Outcome {
-    answers: Vec<(u16, Vec<(String, String)>, Vec<u8>, bool)>,
+    answers: Vec<Answer>,
     head: Vec<String>,
     body: Vec<u8>,
 }
@@ -234,7 +234,7 @@ impl Lane {
 
 /// Without what may differ: `Connection`, which the framework writes in every answer; `Date`, where it puts its own in place
 /// of the backend's; and the order of fields.
-fn comparable(answer: Answer) -> (u16, Vec<(String, String)>, Vec<u8>, bool) {
+fn comparable(answer: Answer) -> Answer {
     let Answer { status, headers, body, cut } = answer;
     let mut headers: Vec<(String, String)> = headers
         .into_iter()
@@ -242,7 +242,7 @@ fn comparable(answer: Answer) -> (u16, Vec<(String, String)>, Vec<u8>, bool) {
         .filter(|(name, _)| name != "connection" && name != "date")
         .collect();
     headers.sort();
-    (status, headers, body, cut)
+    Answer { status, headers, body, cut }
 }
 
 #[test]
@@ -263,7 +263,7 @@ fn both_lanes_carry_the_same() {
                 let answers: Vec<_> = outcome
                     .answers
                     .iter()
-                    .map(|(status, headers, body, cut)| {
+                    .map(|Answer { status, headers, body, cut }| {
                         format!("{status} {headers:?} {} bytes, cut: {cut}", body.len())
                     })
                     .collect();

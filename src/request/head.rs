@@ -475,11 +475,10 @@ mod tests {
         let pieces: [&[u8]; 8] = [b"\r", b"\n", b"\r\n", b"a", b"\t", b"\0", b"\x7f", b"\xff"];
         let slowly = |bytes: &[u8]| {
             let rest = bytes.split(|b| *b == b'\n').collect::<Vec<_>>();
-            let lines = rest.iter().enumerate().all(|(at, line)| {
+            rest.iter().enumerate().all(|(at, line)| {
                 let line = if at + 1 < rest.len() { line.strip_suffix(b"\r") } else { Some(*line) };
                 line.is_some_and(|line| line.iter().all(|b| is_value_byte(*b)))
-            });
-            lines
+            })
         };
         let mut seen = 0;
         for number in 0..8_usize.pow(6) {
