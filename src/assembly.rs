@@ -22,7 +22,7 @@ pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Run
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).context("metrics")?);
     let authenticator = authenticator(&settings, &metrics, None)?;
     let log = access_log(&settings, &metrics)?;
-    let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), log.clone(), None)?;
+    let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), log.clone(), None);
     Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, log) })
 }
 
@@ -32,7 +32,7 @@ fn snapshot(
     metrics: Arc<Metrics>,
     log: AccessLog,
     running: Option<&Snapshot>,
-) -> anyhow::Result<Snapshot> {
+) -> Snapshot {
     let pipeline = Pipeline {
         rules: settings.rules.clone(),
         policy: settings.policy.clone(),
@@ -41,7 +41,7 @@ fn snapshot(
         authenticator,
     };
     let hosts = settings.admin_hosts.clone();
-    Ok(Snapshot::build(pipeline, metrics, &settings.upstreams, settings.timeouts, log, hosts, running)?)
+    Snapshot::build(pipeline, metrics, &settings.upstreams, settings.timeouts, log, hosts, running)
 }
 
 /// `before`: one of the same records, whose cache is taken over.
@@ -124,7 +124,7 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         } else {
             access_log(&next, &metrics).map_err(describe)?
         };
-        let snapshot = snapshot(&next, authenticator, metrics, next_log.clone(), Some(running)).map_err(describe)?;
+        let snapshot = snapshot(&next, authenticator, metrics, next_log.clone(), Some(running));
         let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
         let changed = settings.document.changes(&next.document).into_iter();
         let report = Reloaded { applied: changed.filter(|key| !restart.contains(key)).collect(), restart };

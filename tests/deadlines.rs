@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 /// How long this process did not get the CPU, measured by a thread that sleeps for 10 ms and sums up the excess. The
 /// documented times hold for a gateway that can run.
-struct Stalls {
+pub struct Stalls {
     millis: Arc<AtomicU64>,
     over: Arc<AtomicBool>,
 }
 
 impl Stalls {
-    fn watch() -> Self {
+    pub fn watch() -> Self {
         let (millis, over) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (counted, ended) = (Arc::clone(&millis), Arc::clone(&over));
         std::thread::spawn(move || {
@@ -30,7 +30,7 @@ impl Stalls {
         Self { millis, over }
     }
 
-    fn so_far(&self) -> Duration {
+    pub fn so_far(&self) -> Duration {
         Duration::from_millis(self.millis.load(Ordering::Relaxed))
     }
 }

@@ -69,6 +69,11 @@ impl Gateway {
         Self::started(program, upstream, &Self::known_tokens(), "", |_| {})
     }
 
+    /// The gateway by another command, to which its arguments are added.
+    pub fn start_program(program: Command, upstream: SocketAddr, more: &str) -> Self {
+        Self::started(program, upstream, &Self::known_tokens(), more, |_| {})
+    }
+
     fn started(
         program: Command,
         upstream: SocketAddr,

@@ -40,3 +40,4 @@ mod smoke;
 mod stores;
 mod token;
 mod under_load;
+mod upstreams;

@@ -255,7 +255,7 @@ fn every_part_that_can_break_leaves_a_reload_without_effect() {
     let gateway = Gateway::start(upstream.address, "");
     for (what, change, named) in [
         ("a store", ("path = \"tokens.toml\"", "path = \"nowhere.toml\""), "nowhere.toml"),
-        ("an upstream", ("servers = [\"", "servers = [\"does-not-exist.invalid:1\", \""), "does-not-exist.invalid"),
+        ("an upstream", ("servers = [\"", "servers = [\"does-not-exist.invalid:0\", \""), "does-not-exist.invalid"),
         ("a log", ("access = \"access.log\"", "access = \"no/such/folder/x.log\""), "log.access"),
         ("TOML", ("[[upstream]]", "[[upstream"), "tollgate.toml:11:11: is not TOML"),
     ] {
@@ -442,7 +442,7 @@ fn admin_paths_are_not_served_on_the_api_listener_nor_the_api_on_the_admin_liste
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
     let before = reloads(&gateway, "ok");
-    for path in ["/", "/metrics", "/healthz", "/readyz", "/status", "/reload", "/cache/forget"] {
+    for path in ["/", "/metrics", "/healthz", "/readyz", "/status", "/upstreams", "/reload", "/cache/forget"] {
         for method in ["GET", "POST"] {
             let answer = gateway.ask(&format!("{method} {path} HTTP/1.1\nHost: localhost\nPRIVATE-TOKEN: {GOOD}\n\n"));
             assert_eq!((answer.status, answer.text().as_str()), (404, "{\"message\":\"404 Not Found\"}"), "{path}");

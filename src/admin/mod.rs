@@ -8,16 +8,21 @@ use crate::request::view::{FieldKind, Method, RequestView};
 use crate::store::credential::DigestPrefix;
 use crate::store::rfc3339;
 use crate::telemetry::metrics::Metrics;
+use crate::upstream::{Server, Upstream};
+use std::time::Instant;
 
 /// What the responses are made from.
 pub struct Operator<'a> {
     pub pipeline: &'a Pipeline,
     pub metrics: &'a Metrics,
+    pub upstreams: Vec<&'a Upstream>,
     /// Host names that the listener accepts besides IP addresses and localhost, in lower case.
     pub hosts: &'a [String],
     pub ready: bool,
     pub started_unix_ms: u64,
     pub now: Now,
+    /// The same point in time, as the state of servers has it.
+    pub instant: Instant,
 }
 
 pub enum Action {
@@ -61,6 +66,7 @@ GET  /metrics                   metrics for Prometheus
 GET  /healthz                   200 while the process serves
 GET  /readyz                    200 while requests are taken, 503 while draining
 GET  /status                    version, uptime, store and cache as JSON
+GET  /upstreams                 servers, whether they are up, why not and since when, as JSON
 POST /reload                    reload the configuration
 POST /cache/forget              remove every token from the cache
 POST /cache/forget?sha256=HEX   remove the tokens whose SHA-256 begins with these 12 to 64 hex digits
@@ -87,9 +93,10 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
         (b"/healthz", _) if reads => text(200, "ok\n").into(),
         (b"/readyz", _) if reads => readiness(operator).into(),
         (b"/status", _) if reads => status(operator).into(),
+        (b"/upstreams", _) if reads => upstreams(operator).into(),
         (b"/reload", Method::Post) => Action::Reload { json: wants_json(view) },
         (b"/cache/forget", Method::Post) => forget(view.query(), operator).into(),
-        (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status", _) => not_allowed("GET, HEAD"),
+        (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams", _) => not_allowed("GET, HEAD"),
         (b"/reload" | b"/cache/forget", _) => not_allowed("POST"),
         _ => text(404, "Not found. GET / lists the available requests.\n").into(),
     }
@@ -179,6 +186,30 @@ fn status(operator: &Operator<'_>) -> AdminResponse {
         "requests_in_flight": operator.metrics.requests_in_flight(),
         "routes": operator.pipeline.rules.routes.iter().map(|route| &route.name).collect::<Vec<_>>(),
     });
+    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
+}
+
+fn upstreams(operator: &Operator<'_>) -> AdminResponse {
+    let server = |server: &Server| {
+        let state = server.state();
+        let age = operator.instant.saturating_duration_since(state.since).as_secs();
+        serde_json::json!({
+            "server": server.label(),
+            "addresses": server.addresses().map(|address| address.to_string()).collect::<Vec<_>>(),
+            "up": state.down.is_none(),
+            "reason": state.down.map(|reason| reason.as_str()),
+            "since": rfc3339((operator.now.unix_ms / 1000).saturating_sub(age)),
+            "unanswered": state.unanswered,
+        })
+    };
+    let upstream = |upstream: &&Upstream| {
+        let servers = upstream.servers();
+        serde_json::json!({
+            "upstream": upstream.name(),
+            "servers": servers.iter().map(|known| server(known)).collect::<Vec<_>>(),
+        })
+    };
+    let body = serde_json::Value::from(operator.upstreams.iter().map(upstream).collect::<Vec<_>>());
     AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
 }
 

@@ -376,10 +376,44 @@ section! {
     UpstreamSection {
         /// Name in metrics, logs and routes.
         name: String = r#"!"api""#,
-        /// `"host:port"` or `"unix:/path"`. Names are resolved at start and at each reload.
+        /// `"host:port"` or `"unix:/path"`. A server that refuses connections or does not answer is left alone and looked
+        /// at in the background until it is back; if all are down, all are used.
         servers: Vec<UpstreamAddress> = "![]",
-        /// Timeout of a connection attempt. There are up to three attempts, each on the next server; then the client
-        /// gets 504.
+        /// A name with several addresses is one server, reached at whichever address answers. With `true`, each address
+        /// is a server of its own.
+        expand: bool = "false",
+        /// How often the names in `servers` are resolved again.
+        resolve_interval: Duration = r#""30s""#,
+        /// Active checks of every server: "none", "tcp" (a connection) or "http" (GET, without a token). A server that
+        /// fails `check_failures` of them in a row, or the first one, gets no requests until `check_successes` in a row
+        /// have passed.
+        check: CheckKind = r#""none""#,
+        /// With "http": the path and query.
+        check_path: String = r#""/""#,
+        /// With "http": the statuses of a healthy server.
+        check_statuses: Vec<u64> = "[200]",
+        /// With "http": what has to be in the first 64 KiB of the response's body; empty for anything.
+        check_body: String = r#""""#,
+        /// Another port for checks; "none" for the server's own.
+        check_port: Option<u64> = r#""none""#,
+        /// The time between two checks, up to a quarter longer or shorter.
+        check_interval: Duration = r#""5s""#,
+        /// Timeout of a check.
+        check_timeout: Duration = r#""2s""#,
+        /// Failed checks in a row after which a server is down.
+        check_failures: u64 = "3",
+        /// Passed checks in a row after which it is up again.
+        check_successes: u64 = "2",
+        /// Statuses of responses, like 502 or 503, of which three in a row make a server down. Anyone with a token for a
+        /// URL that fails in this way can take servers away.
+        failure_statuses: Vec<u64> = "[]",
+        /// The same for responses that take longer to begin; or "none".
+        failure_latency: Option<Duration> = r#""none""#,
+        /// If fewer than this percentage of the servers are up, all are used: those that are left could not carry the
+        /// load. 0: if none is up.
+        panic_below: u64 = "0",
+        /// Timeout of a connection attempt. Another server is tried after it, up to three times; then the client gets
+        /// 504. The addresses of one name share it.
         connect_timeout: Duration = r#""2s""#,
         /// The longest pause between two parts of a response. After that the client gets 504.
         read_timeout: Duration = r#""60s""#,
@@ -453,6 +487,7 @@ words! { IntrospectionMode { User = "user", Rfc7662 = "rfc7662" } }
 words! { Beyond { Clamp = "clamp", Refuse = "refuse" } }
 words! { AuthMode { Required = "required", Optional = "optional", None = "none" } }
 words! { QueryToken { Accept = "accept", Refuse = "refuse" } }
+words! { CheckKind { None = "none", Tcp = "tcp", Http = "http" } }
 words! { Level { Error = "error", Warn = "warn", Info = "info" } }
 
 macro_rules! settings {

@@ -21,7 +21,7 @@ use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::store::NamedStore;
 use crate::telemetry::lines::LogTarget;
-use crate::upstream::UpstreamSettings;
+use crate::upstream::{CheckSettings, HttpCheck, UpstreamSettings};
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::path::{Path, PathBuf};
@@ -174,6 +174,12 @@ impl Gather<'_, '_> {
             let settings = UpstreamSettings {
                 name: upstream.name.clone(),
                 servers: upstream.servers.iter().map(|server| server.0.clone()).collect(),
+                expand: upstream.expand,
+                resolve_interval: upstream.resolve_interval,
+                check: check(upstream),
+                failure_statuses: upstream.failure_statuses.iter().map(|value| status(*value)).collect(),
+                failure_latency: upstream.failure_latency,
+                panic_below: upstream.panic_below,
                 connect_timeout: upstream.connect_timeout,
                 read_timeout: upstream.read_timeout,
                 idle_timeout: upstream.idle_timeout,
@@ -306,6 +312,31 @@ impl Gather<'_, '_> {
         self.all(&section.at, general);
         Pagination { default, overrides }
     }
+}
+
+/// One that is too large for its type is out of every range that is checked later.
+fn status(value: u64) -> u16 {
+    u16::try_from(value).unwrap_or(u16::MAX)
+}
+
+fn check(upstream: &file::UpstreamSection) -> Option<CheckSettings> {
+    let http = HttpCheck {
+        path: upstream.check_path.clone(),
+        statuses: upstream.check_statuses.iter().map(|value| status(*value)).collect(),
+        body: upstream.check_body.clone(),
+    };
+    Some(CheckSettings {
+        http: match upstream.check {
+            file::CheckKind::None => return None,
+            file::CheckKind::Tcp => None,
+            file::CheckKind::Http => Some(http),
+        },
+        port: upstream.check_port.map(|port| u16::try_from(port).unwrap_or(0)),
+        interval: upstream.check_interval,
+        timeout: upstream.check_timeout,
+        failures: u32::try_from(upstream.check_failures).unwrap_or(u32::MAX),
+        successes: u32::try_from(upstream.check_successes).unwrap_or(u32::MAX),
+    })
 }
 
 /// What GitLab's own scopes allow there (8.15 to 11; doc/user/profile/personal_access_tokens.md of later versions).

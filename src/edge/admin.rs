@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 const LIMITS: HeadLimits = HeadLimits {
@@ -57,10 +57,12 @@ impl Serve for AdminGate {
             let operator = Operator {
                 pipeline: &snapshot.pipeline,
                 metrics: &snapshot.metrics,
+                upstreams: snapshot.upstreams.iter().map(|peers| &*peers.upstream).collect(),
                 hosts: &snapshot.admin_hosts,
                 ready: !self.lifecycle.is_draining(),
                 started_unix_ms: self.started_unix_ms,
                 now: super::now(),
+                instant: Instant::now(),
             };
             let answer = match admin::respond(&view, &operator) {
                 Action::Respond(answer) => answer,

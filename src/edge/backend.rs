@@ -1,20 +1,22 @@
 //! Connections to backends over HTTP/1: made, kept by the worker that uses them, and looked at before they are used again.
 //! It must not know what is asked over them.
 
+use super::dial::dial;
 use super::socket::Socket;
 use crate::telemetry::metrics::UpstreamError;
-use crate::upstream::ResolvedAddress;
+use crate::upstream::{Server, ServerAddress};
 use bytes::BytesMut;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead as _, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 
-/// KeptConnection connections of one worker to one server.
+/// Unused connections of one worker to one server.
 const MAX_KEPT: usize = 1_024;
 /// How often connections are looked for that have been unused for too long or were closed by their backend.
 const SWEPT_EVERY: Duration = Duration::from_secs(1);
@@ -24,6 +26,8 @@ pub(super) struct BackendConnection {
     pub(super) socket: Socket,
     /// Read and not yet taken.
     pub(super) buffer: BytesMut,
+    /// Which of the server's addresses it goes to. `None`: a Unix socket.
+    address: Option<SocketAddr>,
 }
 
 struct KeptConnection {
@@ -37,17 +41,20 @@ thread_local! {
 
 #[derive(Default)]
 struct Pool {
-    servers: HashMap<ResolvedAddress, Vec<KeptConnection>>,
+    /// By the number of the server.
+    servers: HashMap<u64, Vec<KeptConnection>>,
     swept: bool,
 }
 
 impl BackendConnection {
     /// The connection that was used last of those that this worker keeps and that is still good.
-    pub(super) fn kept(address: &ResolvedAddress, now: Instant) -> Option<Self> {
+    pub(super) fn kept(server: &Server, now: Instant) -> Option<Self> {
         KEPT.with_borrow_mut(|pool| {
-            let kept = pool.servers.get_mut(address)?;
+            let kept = pool.servers.get_mut(&server.number())?;
             while let Some(KeptConnection { mut connection, until }) = kept.pop() {
-                if until > now && connection.is_silent() {
+                // The server's name may have other addresses by now.
+                let is_there = connection.address.is_none_or(|address| server.listens_at(address));
+                if until > now && is_there && connection.is_silent() {
                     return Some(connection);
                 }
             }
@@ -55,39 +62,35 @@ impl BackendConnection {
         })
     }
 
-    pub(super) async fn connect(address: &ResolvedAddress, time: Duration) -> Result<Self, UpstreamError> {
-        let connect = async {
-            Ok(match address {
-                ResolvedAddress::Tcp(address) => {
-                    let socket = TcpStream::connect(address).await?;
-                    // If it fails, the connection has ended already.
-                    let _ = socket.set_nodelay(true);
-                    Socket::Tcp(socket)
-                }
-                ResolvedAddress::Unix(path) => Socket::Unix(UnixStream::connect(path).await?),
-            })
+    pub(super) async fn connect(server: &Server, time: Duration) -> Result<Self, UpstreamError> {
+        let connected = match server.address() {
+            ServerAddress::Tcp(_) => dial(server, None, time).await.map(|(socket, address)| {
+                // If it fails, the connection has ended already.
+                let _ = socket.set_nodelay(true);
+                (Socket::Tcp(socket), Some(address))
+            }),
+            ServerAddress::Unix(path) => match tokio::time::timeout(time, UnixStream::connect(path)).await {
+                Ok(connected) => connected.map(|socket| (Socket::Unix(socket), None)),
+                Err(_) => Err(ErrorKind::TimedOut.into()),
+            },
         };
-        match tokio::time::timeout(time, connect).await {
-            Ok(Ok(socket)) => Ok(Self { socket, buffer: BytesMut::new() }),
-            Ok(Err(error)) => {
-                let error: std::io::Error = error;
-                let timed_out = error.kind() == ErrorKind::TimedOut;
-                Err(if timed_out { UpstreamError::ConnectTimeout } else { UpstreamError::Connect })
-            }
-            Err(_) => Err(UpstreamError::ConnectTimeout),
-        }
+        let (socket, address) = connected.map_err(|error| match error.kind() {
+            ErrorKind::TimedOut => UpstreamError::ConnectTimeout,
+            _ => UpstreamError::Connect,
+        })?;
+        Ok(Self { socket, buffer: BytesMut::new(), address })
     }
 
     /// Gives the connection back to this worker, for as long as it may stay unused.
-    pub(super) fn keep(mut self, address: &ResolvedAddress, idle: Duration, now: Instant) {
+    pub(super) fn keep(mut self, server: &Server, idle: Duration, now: Instant) {
         // An idle connection holds no buffer.
         self.buffer = BytesMut::new();
         let kept = KeptConnection { connection: self, until: now + idle };
         KEPT.with_borrow_mut(|pool| {
-            match pool.servers.get_mut(address) {
+            match pool.servers.get_mut(&server.number()) {
                 Some(all) if all.len() < MAX_KEPT => all.push(kept),
                 Some(_) => {}
-                None => drop(pool.servers.insert(address.clone(), vec![kept])),
+                None => drop(pool.servers.insert(server.number(), vec![kept])),
             }
             if !pool.swept {
                 pool.swept = true;

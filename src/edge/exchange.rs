@@ -9,6 +9,7 @@ use crate::reply::Refusal;
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
+use crate::upstream::{FailedTry, Pick, Server, Tries};
 use bytes::Bytes;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -56,10 +57,7 @@ pub(super) struct End {
 /// What came of asking a backend.
 #[derive(Default)]
 struct UpstreamSide {
-    attempts: usize,
-    /// The place of the last server that was asked.
-    server: Option<usize>,
-    asked: Option<Instant>,
+    tries: Tries,
     status: Option<u16>,
     took: Option<Duration>,
     fields_dropped: usize,
@@ -133,21 +131,11 @@ impl Exchange {
         self.upstream.fields_dropped = fields_dropped;
     }
 
-    /// The request goes to a server.
-    pub(super) fn asks(&mut self, server: Option<usize>) {
-        if self.upstream.attempts > 0
-            && let Some(peers) = self.snapshot.upstream(self.facts.route)
-        {
-            peers.upstream.retried();
-        }
-        self.upstream = UpstreamSide {
-            attempts: self.upstream.attempts + 1,
-            server,
-            asked: Some(Instant::now()),
-            status: None,
-            took: None,
-            fields_dropped: self.upstream.fields_dropped,
-        };
+    /// The server for the next try. `None`: there is none that has not been tried.
+    pub(super) fn pick(&mut self) -> Option<Pick> {
+        (self.upstream.status, self.upstream.took) = (None, None);
+        let peers = self.snapshot.upstream(self.facts.route)?;
+        peers.upstream.pick(&mut self.upstream.tries, Instant::now())
     }
 
     /// A connection to the server is established.
@@ -159,27 +147,31 @@ impl Exchange {
 
     /// The server has sent the head of a response, interim or final.
     pub(super) fn answered(&mut self, status: u16) {
-        if let Some(asked) = self.upstream.asked.take() {
-            let now = Instant::now();
-            self.upstream.took = Some(now.saturating_duration_since(asked));
-            if let Some(peers) = self.snapshot.upstream(self.facts.route) {
-                peers.answered(asked, now);
-            }
+        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+            let (took, recovery, change) = peers.upstream.answered(&mut self.upstream.tries, status, Instant::now());
+            self.upstream.took = self.upstream.took.or(took);
+            recovery.iter().for_each(|over| peers.recovered(over));
+            change.iter().for_each(|change| peers.log(change));
         }
         self.upstream.status = Some(status);
     }
 
-    /// An attempt failed. `last`: and with it the request.
-    pub(super) fn attempt_failed(&mut self, kind: UpstreamError, last: bool) {
-        let Some(peers) = self.snapshot.upstream(self.facts.route) else { return };
-        peers.upstream.attempt_failed(kind);
-        if last {
-            peers.request_failed(kind, &self.request_id);
-        }
+    /// A try failed, and nothing of an answer has reached the client. Whether [`Self::pick`] has another server.
+    /// `repeatable`: sending the request twice does no harm, and all of it that was sent is at hand.
+    pub(super) fn try_failed(&mut self, failure: FailedTry, repeatable: bool) -> bool {
+        let Some(peers) = self.snapshot.upstream(self.facts.route) else { return false };
+        let after = peers.upstream.failed(&mut self.upstream.tries, failure, repeatable, Instant::now());
+        after.change.iter().for_each(|change| peers.log(change));
+        after.again
     }
 
-    pub(super) fn attempts(&self) -> usize {
-        self.upstream.attempts
+    /// The request failed for what a server did, or because there is none.
+    pub(super) fn upstream_failed(&mut self, kind: UpstreamError) {
+        let Some(peers) = self.snapshot.upstream(self.facts.route) else { return };
+        if kind == UpstreamError::NoServer {
+            peers.upstream.error(kind);
+        }
+        peers.request_failed(kind, &self.request_id);
     }
 
     /// Refused by tollgate, at whatever stage. Whether the client gets to read it is said by [`Self::over`].
@@ -277,10 +269,10 @@ impl Exchange {
             user: facts.principal.as_ref().map(|principal| principal.user()),
             upstream: peers.map(|peers| Upstreamed {
                 name: peers.upstream.name(),
-                server: self.upstream.server.and_then(|place| peers.upstream.servers().get(place)).map(|s| s.label()),
+                server: self.upstream.tries.last().map(Server::label),
                 status: self.upstream.status,
                 took: self.upstream.took,
-                attempts: self.upstream.attempts,
+                attempts: self.upstream.tries.count(),
             }),
             duration: took,
             bytes_received: end.map_or(0, |end| end.bytes_received),
@@ -293,6 +285,7 @@ impl Exchange {
 impl Drop for Exchange {
     fn drop(&mut self) {
         let took = self.started.elapsed();
+        self.upstream.tries.given_up(Instant::now());
         self.count(took);
         if self.snapshot.log.is_on() {
             self.log(took);

@@ -21,6 +21,7 @@ use crate::request::head::HeadFault;
 use crate::request::view::{Framing, Method};
 use crate::telemetry::access_log::By;
 use crate::telemetry::metrics::UpstreamError;
+use crate::upstream::{FailedTry, Pick};
 use bytes::{Buf as _, BytesMut};
 use pingora::protocols::http::date::get_cached_date;
 use std::future::poll_fn;
@@ -30,8 +31,6 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-/// How often one request is tried, on one server after the other.
-pub(super) const MAX_ATTEMPTS: usize = 3;
 /// Pause that a client may make within a body.
 pub(super) const BODY_READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time for the backend or the client to take a piece of body.
@@ -172,36 +171,28 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
     let Some(peers) = snapshot.upstream(ticket.exchange.facts.route) else {
         return refuse(client, ticket, Cause::Bug.into(), 0).await;
     };
-    // A kept connection that turns out dead is replaced by a fresh one to the same server.
-    let mut again_at = None;
     loop {
-        let server = again_at.or_else(|| peers.upstream.next());
-        ticket.exchange.asks(server);
-        let Some((place, server)) = server.and_then(|place| Some((place, peers.upstream.servers().get(place)?))) else {
-            ticket.exchange.attempt_failed(UpstreamError::NoServer, true);
+        let Some(Pick { server, fresh }) = ticket.exchange.pick() else {
+            ticket.exchange.upstream_failed(UpstreamError::NoServer);
             return refuse(client, ticket, Cause::Upstream(UpstreamFault::Absent).into(), 0).await;
         };
-        let kept = match again_at {
-            None => BackendConnection::kept(server.address(), Instant::now()),
-            Some(_) => None,
-        };
+        let kept = if fresh { None } else { BackendConnection::kept(&server, Instant::now()) };
         let reused = kept.is_some();
         let connected = match kept {
             Some(kept) => Ok(kept),
-            None => BackendConnection::connect(server.address(), peers.timeouts.connect).await,
+            None => BackendConnection::connect(&server, peers.timeouts.connect).await,
         };
         let mut backend = match connected {
             Ok(backend) => backend,
             Err(kind) => {
-                let last = ticket.exchange.attempts() >= MAX_ATTEMPTS;
-                ticket.exchange.attempt_failed(kind, last);
-                if last {
-                    let timed_out = kind == UpstreamError::ConnectTimeout;
-                    let fault = if timed_out { UpstreamFault::TimedOut } else { UpstreamFault::Broken };
-                    return refuse(client, ticket, Cause::Upstream(fault).into(), 0).await;
+                // Nothing of the request was sent.
+                if ticket.exchange.try_failed(FailedTry::Connect(kind), true) {
+                    continue;
                 }
-                again_at = None;
-                continue;
+                ticket.exchange.upstream_failed(kind);
+                let timed_out = kind == UpstreamError::ConnectTimeout;
+                let fault = if timed_out { UpstreamFault::TimedOut } else { UpstreamFault::Broken };
+                return refuse(client, ticket, Cause::Upstream(fault).into(), 0).await;
             }
         };
         ticket.exchange.connected(reused);
@@ -216,7 +207,7 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             Ok(Answered::Whole { backend_reusable, client_reusable }) => {
                 let sent = progress.sent.is_set() && client.end_body();
                 if backend_reusable && sent && backend.buffer.is_empty() {
-                    backend.keep(server.address(), peers.timeouts.idle, Instant::now());
+                    backend.keep(&server, peers.timeouts.idle, Instant::now());
                 }
                 over(ticket, &progress, By::Backend, false);
                 let goes_on = client_reusable && sent && !progress.flooded.is_set();
@@ -224,22 +215,17 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             }
             Err(broken) => {
                 drop(backend);
-                let Breakage::Backend(fault, kind) = broken else {
+                let Breakage::Backend(_, kind) = broken else {
                     return end_broken(client, ticket, &progress, broken).await;
                 };
-                let repeatable = !progress.begun.is_set() || is_idempotent(ticket.method);
-                if reused
-                    && fault == UpstreamFault::Broken
-                    && !progress.heard.is_set()
-                    && repeatable
-                    && client.body_is_at_hand(ticket.framing)
-                    && ticket.exchange.attempts() < MAX_ATTEMPTS
-                {
-                    ticket.exchange.attempt_failed(kind, false);
-                    again_at = Some(place);
+                let lost = matches!(kind, UpstreamError::Closed | UpstreamError::Timeout) && !progress.heard.is_set();
+                let repeatable = lost
+                    && (!progress.begun.is_set() || is_idempotent(ticket.method))
+                    && client.body_is_at_hand(ticket.framing);
+                if ticket.exchange.try_failed(FailedTry::Exchange { kept: reused, error: kind }, repeatable) {
                     continue;
                 }
-                ticket.exchange.attempt_failed(kind, true);
+                ticket.exchange.upstream_failed(kind);
                 return end_broken(client, ticket, &progress, broken).await;
             }
         }
@@ -309,7 +295,7 @@ async fn attempt(
     lifecycle: &Lifecycle,
 ) -> Result<Answered, Breakage> {
     let Some((reader, mut writer, timer)) = client.split() else { return Err(Breakage::ClientGone) };
-    let BackendConnection { socket, buffer } = backend;
+    let BackendConnection { socket, buffer, .. } = backend;
     let (from_backend, to_backend) = socket.split();
     let upload = Upload {
         client: reader,
@@ -748,7 +734,7 @@ fn write_head(
 /// Moves bytes both ways until both sides have ended. When one has, the other one gets a while.
 async fn tunnel(client: &mut ClientStream, backend: &mut BackendConnection, progress: &Transfer) {
     let Some((mut from_client, mut to_client, _)) = client.split() else { return };
-    let BackendConnection { socket, buffer } = backend;
+    let BackendConnection { socket, buffer, .. } = backend;
     let (mut from_backend, mut to_backend) = socket.split();
     let mut up = pin!(async {
         while let Some(bytes) = from_client.tunnelled().await {

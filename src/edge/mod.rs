@@ -5,7 +5,9 @@ mod admin;
 mod backend;
 mod client;
 mod connection;
+mod dial;
 mod exchange;
+mod health;
 mod http1;
 mod listen;
 mod log_levels;
@@ -20,7 +22,7 @@ mod workers;
 pub use crate::clock::now;
 pub use listen::{AddressInUse, Listen, ServerSettings};
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
-pub use peers::{ResolveError, resolve, unresolved};
+pub use peers::unresolved;
 pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
 
 use crate::pipeline::Pipeline;
@@ -42,7 +44,7 @@ pub struct Snapshot {
     pub pipeline: Pipeline,
     pub metrics: Arc<Metrics>,
     /// In the configuration's order, by which routes name them.
-    upstreams: Vec<Peers>,
+    upstreams: Vec<Arc<Peers>>,
     timeouts: Timeouts,
     log: AccessLog,
     /// Names that the admin listener answers to.
@@ -79,13 +81,13 @@ impl Snapshot {
         log: AccessLog,
         admin_hosts: Vec<String>,
         running: Option<&Self>,
-    ) -> Result<Self, ResolveError> {
+    ) -> Self {
         let running = running.map_or(&[][..], |running| &running.upstreams);
-        let build = |settings: &UpstreamSettings| Peers::build(settings, running, &metrics);
-        let upstreams = upstreams.iter().map(build).collect::<Result<Vec<_>, _>>()?;
+        let build = |settings: &UpstreamSettings| Arc::new(Peers::build(settings, running, &metrics));
+        let upstreams = upstreams.iter().map(build).collect();
         let route_metrics = pipeline.rules.routes.iter().map(|route| metrics.route(&route.name)).collect();
         let unrouted = metrics.route("none");
-        Ok(Self { pipeline, metrics, upstreams, timeouts, log, admin_hosts, route_metrics, unrouted })
+        Self { pipeline, metrics, upstreams, timeouts, log, admin_hosts, route_metrics, unrouted }
     }
 
     fn head_limits(&self) -> HeadLimits {
@@ -103,7 +105,7 @@ impl Snapshot {
     }
 
     fn upstream(&self, route: Option<usize>) -> Option<&Peers> {
-        self.upstreams.get(self.pipeline.rules.routes.get(route?)?.upstream)
+        self.upstreams.get(self.pipeline.rules.routes.get(route?)?.upstream).map(|peers| &**peers)
     }
 
     fn count(&self, route: Option<usize>, method: Method, status: u16, took: Duration) {

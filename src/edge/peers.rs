@@ -1,30 +1,19 @@
-//! From the servers of an upstream to what the framework connects to. Names are resolved here, before a snapshot goes live
-//! and never on a request's way. The framework keeps the connections.
+//! From the servers of an upstream to what the framework connects to, and what the log says of them. Names are resolved here,
+//! before a snapshot goes live and then in the background, never on a request's way. The framework keeps the connections.
 
+use super::dial::{self, Dialer};
 use crate::problem::Problem;
 use crate::telemetry::metrics::{Metrics, UpstreamError};
-use crate::upstream::{ResolvedAddress, ServerAddress, Upstream, UpstreamSettings};
+use crate::telemetry::outage::Recovery;
+use crate::upstream::{Pick, ResolvedName, Server, ServerAddress, ServerChange, Upstream, UpstreamSettings};
 use pingora::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
 use std::net::ToSocketAddrs as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Why an upstream cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ResolveError {
-    #[error("upstream \"{upstream}\": {server}: {error}")]
-    Unresolved { upstream: String, server: String, error: std::io::Error },
-    #[error("upstream \"{upstream}\": {server} has no address")]
-    NoAddress { upstream: String, server: String },
-    #[error("upstream \"{upstream}\": {server}: {error}")]
-    Socket { upstream: String, server: String, error: Box<pingora::Error> },
-}
-
 /// An upstream as this snapshot reaches it: the pool may be older than the snapshot, the timeouts are the snapshot's own.
 pub(super) struct Peers {
     pub(super) upstream: Arc<Upstream>,
-    /// One for each server of the pool, in its order.
-    templates: Vec<HttpPeer>,
     pub(super) timeouts: UpstreamTimeouts,
 }
 
@@ -38,84 +27,40 @@ pub(super) struct UpstreamTimeouts {
     pub(super) idle: Duration,
 }
 
-/// Resolves the servers' names; each address of a name is a server. May block.
-pub fn resolve(settings: &UpstreamSettings) -> Result<Vec<ResolvedAddress>, ResolveError> {
-    let mut resolved = Vec::new();
-    for server in &settings.servers {
-        match server {
-            ServerAddress::Tcp(address) => {
-                let (upstream, server) = (settings.name.clone(), address.clone());
-                let before = resolved.len();
-                match address.to_socket_addrs() {
-                    Ok(addresses) => resolved.extend(addresses.map(ResolvedAddress::Tcp)),
-                    Err(error) => return Err(ResolveError::Unresolved { upstream, server, error }),
-                }
-                if resolved.len() == before {
-                    return Err(ResolveError::NoAddress { upstream, server });
-                }
-            }
-            ServerAddress::Unix(path) => resolved.push(ResolvedAddress::Unix(path.clone())),
-        }
-    }
-    Ok(resolved)
+/// Resolves the servers' names. May block for as long as resolving takes.
+fn resolve(settings: &UpstreamSettings) -> Vec<ResolvedName> {
+    let resolve = |name: &str| {
+        let found = name.to_socket_addrs().map_or_else(|_| Vec::new(), dial::in_order);
+        ResolvedName { name: name.to_owned(), addresses: found }
+    };
+    settings.names().map(resolve).collect()
 }
 
-/// The servers whose names cannot be resolved. May block for as long as resolving takes. Keys of an `[[upstream]]`.
+/// The servers whose names cannot be resolved: they get no request until they can. May block for as long as resolving takes.
+/// Keys of an `[[upstream]]`.
 pub fn unresolved(settings: &UpstreamSettings) -> Vec<Problem> {
-    let mut problems = Vec::new();
-    for (index, server) in settings.servers.iter().enumerate() {
-        let only = UpstreamSettings { servers: vec![server.clone()], ..settings.clone() };
-        let why = match resolve(&only) {
-            Ok(_) | Err(ResolveError::Socket { .. }) => continue,
-            Err(ResolveError::Unresolved { error, .. }) => error.to_string(),
-            Err(ResolveError::NoAddress { .. }) => "it has no address".into(),
+    let problem = |(index, server): (usize, &ServerAddress)| {
+        let why = match server.name()?.to_socket_addrs() {
+            Ok(mut addresses) => addresses.next().is_none().then(|| "it has no address".to_owned())?,
+            Err(error) => error.to_string(),
         };
         let what = format!("{server} cannot be resolved: {why}");
-        problems.push(
-            Problem::error("servers", what, "use a name that this machine can resolve, or an IP address")
-                .element(index),
-        );
-    }
-    problems
+        let instead = "use a name that this machine can resolve, or an IP address";
+        Some(Problem::warning("servers", what, instead).element(index))
+    };
+    settings.servers.iter().enumerate().filter_map(problem).collect()
 }
 
 impl Peers {
-    /// Resolves the addresses. A pool that runs already goes on, if it is of the same name and servers.
-    pub(super) fn build(
-        settings: &UpstreamSettings,
-        running: &[Self],
-        metrics: &Metrics,
-    ) -> Result<Self, ResolveError> {
-        let addresses = resolve(settings)?;
-        let known = running.iter().map(|peers| &peers.upstream).find(|known| known.is(&settings.name, &addresses));
-        let upstream = known.map_or_else(
-            || Arc::new(Upstream::new(&settings.name, addresses, metrics.upstream(&settings.name))),
-            Arc::clone,
-        );
-        let template = |address: &ResolvedAddress| {
-            let mut peer = match address {
-                ResolvedAddress::Tcp(socket) => HttpPeer::new(*socket, false, String::new()),
-                ResolvedAddress::Unix(path) => HttpPeer::new_uds(path, false, String::new()).map_err(|error| {
-                    ResolveError::Socket { upstream: settings.name.clone(), server: address.to_string(), error }
-                })?,
-            };
-            let options = &mut peer.options;
-            options.connection_timeout = Some(settings.connect_timeout);
-            options.total_connection_timeout = Some(settings.connect_timeout);
-            options.read_timeout = Some(settings.read_timeout);
-            options.write_timeout = Some(settings.read_timeout);
-            options.idle_timeout = Some(settings.idle_timeout);
-            // The head was written by `forward`, which has taken out all that ends here.
-            options.http_upstream_request_policy = HttpUpstreamRequestPolicy::preserve();
-            Ok(peer)
-        };
-        let templates = upstream.servers().iter().map(|server| template(server.address())).collect::<Result<_, _>>()?;
-        let timeouts = UpstreamTimeouts {
-            connect: settings.connect_timeout,
-            read: settings.read_timeout,
-            idle: settings.idle_timeout,
-        };
-        Ok(Self { upstream, templates, timeouts })
+    /// Resolves the names. A pool that runs already goes on, or hands over the state of its servers.
+    pub(super) fn build(settings: &UpstreamSettings, running: &[Arc<Self>], metrics: &Arc<Metrics>) -> Self {
+        let running = running.iter().map(|peers| &peers.upstream).find(|known| known.name() == settings.name);
+        let names = resolve(settings);
+        let (upstream, changes) = Upstream::build(settings, names, running, metrics, Instant::now());
+        let UpstreamSettings { connect_timeout: connect, read_timeout: read, idle_timeout: idle, .. } = *settings;
+        let peers = Self { upstream, timeouts: UpstreamTimeouts { connect, read, idle } };
+        changes.iter().for_each(|change| peers.log(change));
+        peers
     }
 
     /// A request failed with its last attempt. Each stands in the access log; this is the line as an outage begins.
@@ -126,19 +71,50 @@ impl Peers {
         }
     }
 
-    /// A server that was asked at this time has answered.
-    pub(super) fn answered(&self, asked: Instant, now: Instant) {
-        if let Some(over) = self.upstream.answered(asked, now) {
-            let (name, failures, seconds) = (self.upstream.name(), over.failures, over.lasted.as_secs_f64());
-            log::warn!("upstream {name}: answers again; {failures} requests failed in {seconds:.1} s");
+    /// Requests are answered again.
+    pub(super) fn recovered(&self, over: &Recovery) {
+        let (name, failures, seconds) = (self.upstream.name(), over.failures, over.lasted.as_secs_f64());
+        log::warn!("upstream {name}: answers again; {failures} requests failed in {seconds:.1} s");
+    }
+
+    /// A server went down or came back.
+    pub(super) fn log(&self, change: &ServerChange) {
+        let (name, server, reason) = (self.upstream.name(), &change.server, change.reason.as_str());
+        match change.back_after {
+            None => log::warn!("upstream {name}: server {server} is down: {reason}"),
+            Some(time) => log::warn!("upstream {name}: server {server} is up again after {:.1} s", time.as_secs_f64()),
         }
     }
 
-    /// A server by its place in the pool. A tunnel has no read timeout.
-    pub(super) fn peer(&self, server: usize, tunnel: bool) -> Option<HttpPeer> {
-        let mut peer = self.templates.get(server)?.clone();
-        if tunnel {
-            peer.options.read_timeout = None;
+    /// How to reach a server. A tunnel has no read timeout. `None`: it has no address.
+    pub(super) fn peer(&self, pick: &Pick, tunnel: bool) -> Option<HttpPeer> {
+        let mut peer = match pick.server.address() {
+            ServerAddress::Unix(path) => HttpPeer::new_uds(path, false, String::new()).ok()?,
+            ServerAddress::Tcp(_) => self.tcp_peer(&pick.server)?,
+        };
+        let options = &mut peer.options;
+        options.connection_timeout = Some(self.timeouts.connect);
+        options.total_connection_timeout = Some(self.timeouts.connect);
+        options.read_timeout = (!tunnel).then_some(self.timeouts.read);
+        options.write_timeout = Some(self.timeouts.read);
+        options.idle_timeout = Some(self.timeouts.idle);
+        // The head was written by `forward`, which has taken out all that ends here.
+        options.http_upstream_request_policy = HttpUpstreamRequestPolicy::preserve();
+        if pick.fresh {
+            // No kept connection has this key, and this one is not kept.
+            peer.group_key = 1;
+            peer.options.idle_timeout = Some(Duration::ZERO);
+        }
+        Some(peer)
+    }
+
+    /// The framework looks for a kept connection to the first address, so that is the one which was connected to last.
+    fn tcp_peer(&self, server: &Arc<Server>) -> Option<HttpPeer> {
+        let mut addresses = server.addresses();
+        let mut peer = HttpPeer::new(addresses.next()?, false, String::new());
+        if addresses.next().is_some() {
+            peer.options.custom_l4 =
+                Some(Arc::new(Dialer { server: Arc::clone(server), limit: self.timeouts.connect }));
         }
         Some(peer)
     }

@@ -4,7 +4,7 @@
 
 use super::Lifecycle;
 use super::exchange::{End, Exchange};
-use super::http1::{BODY_READ_TIMEOUT, MAX_ATTEMPTS, WRITE_TIMEOUT};
+use super::http1::{BODY_READ_TIMEOUT, WRITE_TIMEOUT};
 use super::ticket::Ticket;
 use crate::forward::FieldSink;
 use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerView};
@@ -14,6 +14,7 @@ use crate::request::view::Method;
 use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
 use crate::telemetry::metrics::UpstreamError;
+use crate::upstream::FailedTry;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::Version;
@@ -101,10 +102,9 @@ impl ProxyHttp for ProxiedLane {
         let ticket = ctx.ticket()?;
         let scanner = ticket.body.clone();
         let exchange = &mut ticket.exchange;
+        let pick = exchange.pick();
         let peers = exchange.snapshot.upstream(exchange.facts.route);
-        let server = peers.and_then(|peers| peers.upstream.next());
-        let peer = peers.zip(server).and_then(|(peers, server)| peers.peer(server, ticket.tunnel.is_some()));
-        exchange.asks(server);
+        let peer = peers.zip(pick).and_then(|(peers, pick)| peers.peer(&pick, ticket.tunnel.is_some()));
         ctx.scanner = scanner;
         ctx.body_bytes = 0;
         match peer {
@@ -214,17 +214,13 @@ impl ProxyHttp for ProxiedLane {
         ctx: &mut Transit,
         mut error: Box<Error>,
     ) -> Box<Error> {
-        let attempts = ctx.exchange().map_or(MAX_ATTEMPTS, |exchange| exchange.attempts());
-        let again = attempts < MAX_ATTEMPTS;
-        if again {
-            // The last failure is counted by `fail_to_proxy`.
-            note_failure(ctx, &error);
-        }
+        let failure = FailedTry::Connect(kind_of(&error));
+        let again = ctx.exchange().is_ok_and(|exchange| exchange.try_failed(failure, true));
         error.set_retry(again);
         error
     }
 
-    /// Only a request that may be repeated, whole in memory, and that found its pooled connection closed.
+    /// Only a request that may be repeated, whole in memory, and of whose answer nothing has come.
     fn error_while_proxy(
         &self,
         _peer: &HttpPeer,
@@ -233,16 +229,19 @@ impl ProxyHttp for ProxiedLane {
         ctx: &mut Transit,
         reused: bool,
     ) -> Box<Error> {
-        let attempts = ctx.exchange().map_or(MAX_ATTEMPTS, |exchange| exchange.attempts());
-        let repeatable = session.req_header().method.is_idempotent() && !session.as_ref().retry_buffer_truncated();
-        if repeatable && ctx.broken_off.is_none() && attempts < MAX_ATTEMPTS && session.response_written().is_none() {
-            error.retry.decide_reuse(reused);
-        } else {
-            error.set_retry(false);
-        }
-        if error.retry() {
-            note_failure(ctx, &error);
-        }
+        let cause = ctx.broken_off.or_else(|| cause_of(&error));
+        let failed = match cause {
+            Some(Cause::Upstream(_)) => Some(kind_of(&error)),
+            _ => None,
+        };
+        let lost = matches!(failed, Some(UpstreamError::Closed | UpstreamError::Timeout));
+        let whole = !session.as_ref().retry_buffer_truncated() && session.response_written().is_none();
+        let repeatable = lost && whole && session.req_header().method.is_idempotent();
+        let again = failed.is_some_and(|kind| {
+            let failure = FailedTry::Exchange { kept: reused, error: kind };
+            ctx.exchange().is_ok_and(|exchange| exchange.try_failed(failure, repeatable))
+        });
+        error.set_retry(again);
         error
     }
 
@@ -261,7 +260,7 @@ impl ProxyHttp for ProxiedLane {
         if let Cause::Upstream(fault) = cause {
             let kind = if fault == UpstreamFault::Absent { UpstreamError::NoServer } else { kind_of(error) };
             if let Ok(exchange) = ctx.exchange() {
-                exchange.attempt_failed(kind, true);
+                exchange.upstream_failed(kind);
             }
         }
         // With a part of the answer out, only a broken connection tells the client that the rest is missing.
@@ -390,15 +389,6 @@ async fn write_refusal(session: &mut Session, refusal: Refusal, ticket: Option<&
     session.write_response_header(Box::new(answer.head?), false).await?;
     let has_body = ticket.exchange.facts.method != Method::Head;
     session.write_response_body(has_body.then_some(answer.body), true).await
-}
-
-/// An attempt failed for what the framework says; another one follows.
-fn note_failure(ctx: &mut Transit, error: &Error) {
-    if matches!(cause_of(error), Some(Cause::Upstream(_)))
-        && let Ok(exchange) = ctx.exchange()
-    {
-        exchange.attempt_failed(kind_of(error), false);
-    }
 }
 
 /// What a failure of the framework means to the client; `None` when there is no client any more.

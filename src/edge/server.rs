@@ -3,11 +3,10 @@
 
 use super::admin::{AdminGate, ReloadRequest};
 use super::connection::Gate;
-use super::http1::MAX_ATTEMPTS;
 use super::listen::{Listen, ServerSettings, SocketPlace};
 use super::proxied::ProxiedLane;
 use super::workers::{Acceptor, Serve as _, Workers};
-use super::{Lifecycle, Snapshot};
+use super::{Lifecycle, Snapshot, health};
 use crate::admin::Reloaded;
 use crate::telemetry::metrics::Metrics;
 use arc_swap::ArcSwap;
@@ -72,7 +71,8 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     let (end, shutdown) = watch::channel(false);
 
     let conf = Arc::new(ServerConf {
-        max_retries: MAX_ATTEMPTS,
+        // `upstream` bounds the tries of a request; each server of a pool may be one.
+        max_retries: usize::MAX,
         upstream_keepalive_pool_size: UPSTREAM_POOL,
         ..ServerConf::default()
     });
@@ -102,6 +102,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     // A reload resolves names: reopening a rotated log must not wait for it.
     background.spawn(reopen_when_asked(Arc::clone(&snapshot), signals.reopen));
     background.spawn(reloader.run());
+    background.spawn(health::run(Arc::clone(&snapshot)));
     background.spawn(Tokens { snapshot: Arc::clone(&snapshot), replaced }.run());
     let workers = Workers::start(settings.threads, &listeners, &Arc::new(gate)).map_err(ServeError::Runtime)?;
     // The workers have handles of their own; with this one, the sockets would outlive them.

@@ -1,6 +1,8 @@
 //! Every metric of tollgate, with its help text. Labels are enums or configured names, never a client's bytes, so that
 //! no client can mint a series. Series that a request touches are resolved once, at start.
 
+use super::server_metrics::ServerFamilies;
+pub use super::server_metrics::ServerMetrics;
 use super::store_metrics::StoreFamilies;
 pub use super::store_metrics::StoreMetrics;
 use prometheus::core::Collector;
@@ -83,6 +85,7 @@ pub struct Metrics {
     upstream_connects: IntCounterVec,
     upstream_errors: IntCounterVec,
     upstream_retries: IntCounterVec,
+    servers: Arc<ServerFamilies>,
     /// Access log, process log.
     log_dropped: [IntCounter; 2],
     reloads: IntCounterVec,
@@ -200,6 +203,7 @@ impl Metrics {
             cache_lookups: CacheResult::ALL.iter().map(|r| cache.with_label_values(&[r.as_str()])).collect(),
             cache_entries: families.gauges("tollgate_cache_entries", "Tokens in the cache.", &["kind"])?,
             stores: Arc::new(StoreFamilies::new(&families)?),
+            servers: Arc::new(ServerFamilies::new(&families)?),
             lookups_refused: families
                 .counter("tollgate_lookups_refused_total", "Lookups refused because too many were in progress.")?,
             rotated: Generation::ALL.iter().map(|g| rotated.with_label_values(&[g.as_str()])).collect(),
@@ -338,6 +342,11 @@ impl Metrics {
                 .collect(),
             retries: self.upstream_retries.with_label_values(&[name]),
         }
+    }
+
+    /// One server's series. They are removed with the last one of this name.
+    pub fn server(&self, upstream: &str, server: &str) -> ServerMetrics {
+        self.servers.server(upstream, server)
     }
 
     pub fn access_log_lost(&self, lines: u64) {

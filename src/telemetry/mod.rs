@@ -6,4 +6,5 @@ pub mod lines;
 pub mod metrics;
 pub mod outage;
 pub mod process_log;
+mod server_metrics;
 mod store_metrics;

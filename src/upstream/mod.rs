@@ -1,13 +1,27 @@
 //! WHO SERVES. The servers behind each `[[upstream]]`: which one is next, and how they have been doing. Pure: no socket, no
-//! name resolution, no clock of its own. A pool outlives every reload that does not change its servers. It must not know
+//! name resolution, no clock of its own. A server's state outlives every reload that keeps the server. It must not know
 //! what is asked of a server, nor by which connection.
+//!
+//! A lane calls [`Upstream::pick`] for each try of a request, then [`Upstream::answered`] or [`Upstream::failed`], which says
+//! whether to pick again. What is done in the background is said by [`Upstream::looks`] and [`Upstream::names`].
+
+mod check;
+mod server;
+mod tries;
+
+pub use check::{CheckFault, CheckSettings, HttpCheck, verdict};
+pub use server::{DownReason, Look, Server, ServerChange, ServerState};
+pub use tries::{FailedTry, Tries};
 
 use crate::problem::{Problem, socket_path_too_long};
-use crate::telemetry::metrics::{UpstreamError, UpstreamMetrics};
+use crate::telemetry::metrics::{Metrics, UpstreamError, UpstreamMetrics};
 use crate::telemetry::outage::{Outage, Recovery};
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// One `[[upstream]]`.
@@ -15,6 +29,16 @@ use std::time::{Duration, Instant};
 pub struct UpstreamSettings {
     pub name: String,
     pub servers: Vec<ServerAddress>,
+    /// Each address of a name is a server.
+    pub expand: bool,
+    /// How often names are resolved again.
+    pub resolve_interval: Duration,
+    pub check: Option<CheckSettings>,
+    /// Responses that count as failures of their server: these statuses, and those that took so long to begin.
+    pub failure_statuses: Vec<u16>,
+    pub failure_latency: Option<Duration>,
+    /// With fewer servers up than these of a hundred, all are used.
+    pub panic_below: u64,
     pub connect_timeout: Duration,
     pub read_timeout: Duration,
     /// How long an unused connection is kept; below the backend's own keep-alive time.
@@ -41,17 +65,45 @@ impl UpstreamSettings {
         let least = Duration::from_millis(1);
         problems.extend(Problem::too_short("connect_timeout", self.connect_timeout, least));
         problems.extend(Problem::too_short("read_timeout", self.read_timeout, least));
+        problems.extend(Problem::too_short("resolve_interval", self.resolve_interval, Duration::from_secs(1)));
+        problems.extend(self.check.iter().flat_map(CheckSettings::problems));
+        problems.extend(Problem::out_of_range("panic_below", self.panic_below, 0..=100));
+        for (index, status) in self.failure_statuses.iter().enumerate() {
+            let problem = Problem::out_of_range("failure_statuses", (*status).into(), 400..=599);
+            problems.extend(problem.map(|problem| problem.element(index)));
+        }
         problems
+    }
+
+    /// The names that have to be resolved.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.servers.iter().filter_map(ServerAddress::name)
+    }
+
+    /// Whether one pool can serve by both: they differ in nothing but times, which belong to a connection.
+    fn same_pool(&self, other: &Self) -> bool {
+        let Self { connect_timeout, read_timeout, idle_timeout, .. } = *self;
+        *self == Self { connect_timeout, read_timeout, idle_timeout, ..other.clone() }
     }
 }
 
 /// A server as the configuration names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ServerAddress {
     /// `host:port`.
     Tcp(String),
     /// A path.
     Unix(String),
+}
+
+impl ServerAddress {
+    /// The host name that has to be resolved, with its port. `None`: there is nothing to resolve.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Tcp(address) if address.parse::<SocketAddr>().is_err() => Some(address),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for ServerAddress {
@@ -64,136 +116,581 @@ impl fmt::Display for ServerAddress {
     }
 }
 
-/// Where one server listens, its name resolved.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum ResolvedAddress {
-    Tcp(SocketAddr),
-    Unix(String),
+/// The addresses of a server's name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResolvedName {
+    pub name: String,
+    /// In the order in which they are to be tried. None: the name cannot be resolved.
+    pub addresses: Vec<SocketAddr>,
 }
 
-impl fmt::Display for ResolvedAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => address.fmt(f),
-            Self::Unix(path) => write!(f, "unix:{path}"),
-        }
-    }
+/// Where a try goes.
+pub struct Pick {
+    pub server: Arc<Server>,
+    /// On a connection that has carried nothing yet.
+    pub fresh: bool,
 }
 
-#[derive(Debug)]
-pub struct Server {
-    address: ResolvedAddress,
-    /// The address as logs print it, formatted once.
-    label: String,
-}
-
-impl Server {
-    pub fn address(&self) -> &ResolvedAddress {
-        &self.address
-    }
-
-    pub fn label(&self) -> &str {
-        &self.label
-    }
+/// What is to be done about a failed try.
+#[derive(Debug, PartialEq, Eq)]
+pub struct AfterFailure {
+    /// [`Upstream::pick`] has another server.
+    pub again: bool,
+    /// To be logged.
+    pub change: Option<ServerChange>,
 }
 
 /// The servers of one `[[upstream]]`, taken in turn, and their state.
 pub struct Upstream {
-    name: String,
-    servers: Vec<Server>,
+    settings: UpstreamSettings,
+    roster: ArcSwap<Roster>,
     turn: AtomicUsize,
+    answers: AtomicU64,
     outage: Outage,
-    metrics: UpstreamMetrics,
+    metrics: Arc<Metrics>,
+    series: UpstreamMetrics,
+    names: Mutex<KnownNames>,
+}
+
+/// Who is there, and whose turn it is when.
+struct Roster {
+    servers: Vec<Arc<Server>>,
+    /// The places of those that get requests, in turn.
+    schedule: Vec<usize>,
+    /// Too few are up: all of them get requests.
+    panics: bool,
+}
+
+impl Roster {
+    fn of(servers: Vec<Arc<Server>>, panic_below: u64) -> Self {
+        let places =
+            |wanted: fn(&Server) -> bool| (0..servers.len()).filter(|place| wanted(&servers[*place])).collect();
+        let up: Vec<usize> = places(Server::is_up);
+        let panics = up.is_empty() || (up.len() as u64 * 100) < panic_below * servers.len() as u64;
+        let schedule = if panics { places(Server::has_address) } else { up };
+        Self { servers, schedule, panics }
+    }
+
+    /// Those of the schedule, from a turn on.
+    fn in_turn(&self, turn: usize) -> impl Iterator<Item = &Arc<Server>> {
+        let count = self.schedule.len();
+        (0..count).filter_map(move |step| self.servers.get(*self.schedule.get((turn % count + step) % count)?))
+    }
+}
+
+/// What is known of names.
+#[derive(Default)]
+struct KnownNames {
+    known: Vec<ResolvedName>,
+    /// When they are to be resolved again.
+    due: Option<Instant>,
 }
 
 impl Upstream {
-    pub fn new(name: &str, addresses: Vec<ResolvedAddress>, metrics: UpstreamMetrics) -> Self {
-        let server = |address: ResolvedAddress| Server { label: address.to_string(), address };
-        Self {
-            name: name.into(),
-            servers: addresses.into_iter().map(server).collect(),
-            turn: AtomicUsize::new(0),
-            outage: Outage::default(),
-            metrics,
-        }
+    /// `names`: what the names of the servers were resolved to. `running`: the pool whose place this one takes, if there is
+    /// one; it goes on itself if only times changed, and else hands over the state of its servers.
+    pub fn build(
+        settings: &UpstreamSettings,
+        names: Vec<ResolvedName>,
+        running: Option<&Arc<Self>>,
+        metrics: &Arc<Metrics>,
+        now: Instant,
+    ) -> (Arc<Self>, Vec<ServerChange>) {
+        let upstream = match running {
+            Some(running) if running.settings.same_pool(settings) => Arc::clone(running),
+            _ => Arc::new(Self {
+                settings: settings.clone(),
+                roster: ArcSwap::from_pointee(Roster::of(
+                    running.map_or_else(Vec::new, |running| running.servers()),
+                    0,
+                )),
+                turn: AtomicUsize::new(0),
+                // Those of the pool before may have been many.
+                answers: AtomicU64::new(running.map_or(0, |running| running.answers.load(Ordering::Relaxed))),
+                outage: Outage::default(),
+                metrics: Arc::clone(metrics),
+                series: metrics.upstream(&settings.name),
+                names: Mutex::default(),
+            }),
+        };
+        let changes = upstream.resolved(names, now);
+        (upstream, changes)
     }
 
     pub fn name(&self) -> &str {
-        &self.name
+        &self.settings.name
     }
 
-    pub fn servers(&self) -> &[Server] {
-        &self.servers
+    pub fn check(&self) -> Option<&CheckSettings> {
+        self.settings.check.as_ref()
     }
 
-    /// Whether a pool of this name and these servers is this one, so that its state is kept across a reload.
-    pub fn is(&self, name: &str, addresses: &[ResolvedAddress]) -> bool {
-        self.name == name && self.servers.iter().map(Server::address).eq(addresses)
+    pub fn servers(&self) -> Vec<Arc<Server>> {
+        self.roster.load().servers.clone()
     }
 
-    /// The place of the next server in turn; `None` when there is none.
-    pub fn next(&self) -> Option<usize> {
-        self.turn.fetch_add(1, Ordering::Relaxed).checked_rem(self.servers.len())
+    /// The server for the next try of a request. A request tries no server twice, but for a kept connection that was dead.
+    /// Servers that are down come last: a pool is never given up while one of its servers has not been tried.
+    pub fn pick(&self, tries: &mut Tries, now: Instant) -> Option<Pick> {
+        if let Some(server) = tries.once_more() {
+            tries.begin(Arc::clone(&server), now);
+            self.series.retried();
+            return Some(Pick { server, fresh: true });
+        }
+        let roster = self.roster.load();
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let fitting = || roster.in_turn(turn).filter(|server| !tries.has(server));
+        let (answers, many) = (self.answers.load(Ordering::Relaxed), MANY_ANSWERS * roster.servers.len() as u64);
+        let all = roster.panics || !fitting().any(|server| server.is_up());
+        let in_turn = || fitting().filter(|server| server.is_up() || all);
+        let untried = || roster.servers.iter().filter(|server| !tries.has(server) && server.has_address());
+        let server = in_turn()
+            .find(|server| server.has_room())
+            .or_else(|| in_turn().min_by_key(|server| (server.is_suspect(answers, many), server.unanswered())))
+            .or_else(|| untried().next())?;
+        let server = Arc::clone(server);
+        if tries.count() > 0 {
+            self.series.retried();
+        }
+        tries.begin(Arc::clone(&server), now);
+        Some(Pick { server, fresh: false })
     }
 
     /// A connection to a server is established.
     pub fn connected(&self, reused: bool) {
-        self.metrics.connected(reused);
+        self.series.connected(reused);
     }
 
-    /// A request is tried again.
-    pub fn retried(&self) {
-        self.metrics.retried();
+    /// The server of the current try has sent the head of an answer. The time since it was asked, if it is the first head.
+    /// `Some` of the rest: to be logged.
+    pub fn answered(
+        &self,
+        tries: &mut Tries,
+        status: u16,
+        now: Instant,
+    ) -> (Option<Duration>, Option<Recovery>, Option<ServerChange>) {
+        let Some((server, asked)) = tries.answered() else { return (None, None, None) };
+        let took = now.saturating_duration_since(asked);
+        self.series.answered(took);
+        let answers = self.answers.fetch_add(1, Ordering::Relaxed) + 1;
+        let slow = self.settings.failure_latency.is_some_and(|limit| took > limit);
+        let bad = match slow {
+            true => Some(DownReason::Slow),
+            false => self.settings.failure_statuses.contains(&status).then_some(DownReason::Status),
+        };
+        let change = match bad {
+            Some(reason) => server.answered_badly(reason, answers, now),
+            None => server.answered(asked, answers, now),
+        };
+        self.noted(change.is_some());
+        (Some(took), self.outage.succeeded(asked, now), change)
     }
 
-    /// One attempt failed. Another one may follow, so that the client notices nothing.
-    pub fn attempt_failed(&self, kind: UpstreamError) {
-        self.metrics.failed(kind);
+    /// The current try failed, and nothing of an answer was passed on. `repeatable`: sending the request twice does no harm,
+    /// and all of it that was sent is at hand.
+    pub fn failed(&self, tries: &mut Tries, failure: FailedTry, repeatable: bool, now: Instant) -> AfterFailure {
+        self.series.failed(failure.error());
+        let Some((server, asked, again)) = tries.failed(failure, repeatable) else {
+            return AfterFailure { again: false, change: None };
+        };
+        let change = server.failed(failure, asked, now);
+        self.noted(change.is_some());
+        let left = || self.roster.load().servers.iter().any(|server| !tries.has(server) && server.has_address());
+        AfterFailure { again: again && (tries.will_ask_once_more() || left()), change }
     }
 
-    /// A request failed with its last attempt. `Some`: the log should say that an outage begins.
+    /// A try failed for another reason than the server's connection, or there was no server.
+    pub fn error(&self, kind: UpstreamError) {
+        self.series.failed(kind);
+    }
+
+    /// A request failed with its last try. `Some`: the log should say that an outage begins.
     pub fn request_failed(&self, now: Instant) -> Option<u64> {
         self.outage.failed(now)
     }
 
-    /// A server that was asked at a time has answered. `Some`: the log should say that the outage is over.
-    pub fn answered(&self, asked: Instant, now: Instant) -> Option<Recovery> {
-        self.metrics.answered(now.saturating_duration_since(asked));
-        self.outage.succeeded(asked, now)
+    /// The servers that are to be looked at now, and what has to be seen. The result goes to [`Self::seen`].
+    pub fn looks(&self, now: Instant) -> Vec<(Arc<Server>, Look)> {
+        let roster = self.roster.load();
+        // Requests of an earlier snapshot report to an earlier pool of the same servers.
+        let fresh = Roster::of(roster.servers.clone(), self.settings.panic_below);
+        self.noted((&fresh.schedule, fresh.panics) != (&roster.schedule, roster.panics));
+        let others = roster.servers.len() > 1;
+        let check = self.settings.check.as_ref();
+        let due = |server: &Arc<Server>| Some((Arc::clone(server), server.due(check, others, now)?));
+        roster.servers.iter().filter_map(due).collect()
+    }
+
+    /// How a look ended.
+    pub fn seen(&self, server: &Server, found: Result<(), CheckFault>, now: Instant) -> Option<ServerChange> {
+        let change = server.seen(self.settings.check.as_ref(), found, now);
+        self.noted(change.is_some());
+        change
+    }
+
+    /// The names that are to be resolved now. The result goes to [`Self::resolved`].
+    pub fn names(&self, now: Instant) -> Vec<String> {
+        let mut names = self.names.lock();
+        if names.due.is_none_or(|due| now < due) {
+            return Vec::new();
+        }
+        // Set by the result.
+        names.due = None;
+        self.settings.names().map(str::to_owned).collect()
+    }
+
+    /// The servers' names were resolved.
+    pub fn resolved(&self, found: Vec<ResolvedName>, now: Instant) -> Vec<ServerChange> {
+        let mut names = self.names.lock();
+        let mut unresolved = false;
+        for found in found {
+            unresolved |= found.addresses.is_empty();
+            match names.known.iter_mut().find(|known| known.name == found.name) {
+                // What was known may still be right.
+                Some(_) if found.addresses.is_empty() => {}
+                Some(known) => *known = found,
+                None => names.known.push(found),
+            }
+        }
+        let wait = if unresolved {
+            UNRESOLVED_AGAIN.min(self.settings.resolve_interval)
+        } else {
+            self.settings.resolve_interval
+        };
+        names.due = self.settings.names().next().map(|_| now + wait);
+        let roster = self.roster.load();
+        let mut changes = Vec::new();
+        let mut servers = Vec::new();
+        for address in &self.settings.servers {
+            for (address, addresses) in self.listed(address, &names.known) {
+                let known = roster.servers.iter().find(|known| *known.address() == address);
+                let server = known.cloned().unwrap_or_else(|| {
+                    let metrics = self.metrics.server(&self.settings.name, &address.to_string());
+                    Arc::new(Server::new(address, Vec::new(), metrics, now))
+                });
+                if let ServerAddress::Tcp(_) = server.address() {
+                    changes.extend(server.resolved(addresses, now));
+                }
+                servers.push(server);
+            }
+        }
+        self.roster.store(Arc::new(Roster::of(servers, self.settings.panic_below)));
+        changes
+    }
+
+    /// The servers that one entry of the configuration stands for, with their addresses.
+    fn listed(&self, entry: &ServerAddress, known: &[ResolvedName]) -> Vec<(ServerAddress, Vec<SocketAddr>)> {
+        let addresses = match (entry, entry.name()) {
+            (ServerAddress::Tcp(_), Some(name)) => {
+                known.iter().find(|known| known.name == name).map_or_else(Vec::new, |known| known.addresses.clone())
+            }
+            (ServerAddress::Tcp(address), None) => address.parse().into_iter().collect(),
+            (ServerAddress::Unix(_), _) => Vec::new(),
+        };
+        if self.settings.expand && entry.name().is_some() && !addresses.is_empty() {
+            return addresses.into_iter().map(|one| (ServerAddress::Tcp(one.to_string()), vec![one])).collect();
+        }
+        vec![(entry.clone(), addresses)]
+    }
+
+    /// Takes turns anew, if the state of a server changed.
+    fn noted(&self, changed: bool) {
+        if changed {
+            self.roster.rcu(|roster| Roster::of(roster.servers.clone(), self.settings.panic_below));
+        }
     }
 }
+
+/// A server is suspect when its pool has given so many answers for each of its servers, and it none of them.
+const MANY_ANSWERS: u64 = 2;
+/// How long a name that cannot be resolved is left alone.
+const UNRESOLVED_AGAIN: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::telemetry::metrics::Metrics;
 
-    fn upstream(addresses: &[&str]) -> Upstream {
+    const REFUSED: FailedTry = FailedTry::Connect(UpstreamError::Connect);
+    const CLOSED: FailedTry = FailedTry::Exchange { kept: false, error: UpstreamError::Closed };
+
+    fn settings(servers: &[&str]) -> UpstreamSettings {
         let address = |text: &&str| match text.strip_prefix("unix:") {
-            Some(path) => ResolvedAddress::Unix(path.into()),
-            None => ResolvedAddress::Tcp(text.parse().unwrap()),
+            Some(path) => ServerAddress::Unix(path.into()),
+            None => ServerAddress::Tcp((*text).into()),
         };
-        let addresses = addresses.iter().map(address).collect();
-        Upstream::new("api", addresses, Metrics::new("test").unwrap().upstream("api"))
+        UpstreamSettings {
+            name: "api".into(),
+            servers: servers.iter().map(address).collect(),
+            expand: false,
+            resolve_interval: Duration::from_secs(30),
+            check: None,
+            failure_statuses: Vec::new(),
+            failure_latency: None,
+            panic_below: 0,
+            connect_timeout: Duration::from_secs(2),
+            read_timeout: Duration::from_secs(60),
+            idle_timeout: Duration::from_secs(15),
+        }
+    }
+
+    fn metrics() -> Arc<Metrics> {
+        Arc::new(Metrics::new("test").unwrap())
+    }
+
+    fn upstream(servers: &[&str], now: Instant) -> Arc<Upstream> {
+        Upstream::build(&settings(servers), Vec::new(), None, &metrics(), now).0
+    }
+
+    /// A request that is answered by the first server that it is sent to.
+    fn served_by(pool: &Upstream, now: Instant) -> String {
+        let mut tries = Tries::default();
+        let pick = pool.pick(&mut tries, now).unwrap();
+        pool.answered(&mut tries, 200, now);
+        pick.server.label().to_owned()
+    }
+
+    /// The servers that a request is tried on while each try fails.
+    fn tried(pool: &Upstream, failure: FailedTry, repeatable: bool, now: Instant) -> Vec<String> {
+        let (mut tries, mut labels) = (Tries::default(), Vec::new());
+        while let Some(pick) = pool.pick(&mut tries, now) {
+            labels.push(pick.server.label().to_owned());
+            if !pool.failed(&mut tries, failure, repeatable, now).again {
+                break;
+            }
+        }
+        labels
     }
 
     #[test]
     fn servers_take_turns() {
-        let two = upstream(&["127.0.0.1:1", "unix:/run/app.sock"]);
-        let turns: Vec<_> = (0..4).map(|_| two.next().map(|index| two.servers()[index].label().to_owned())).collect();
-        let expected = ["127.0.0.1:1", "unix:/run/app.sock", "127.0.0.1:1", "unix:/run/app.sock"];
-        assert_eq!(turns, expected.map(|label| Some(label.to_owned())));
-        assert_eq!(upstream(&[]).next(), None);
+        let now = Instant::now();
+        let two = upstream(&["127.0.0.1:1", "unix:/run/app.sock"], now);
+        let turns: Vec<_> = (0..4).map(|_| served_by(&two, now)).collect();
+        assert_eq!(turns, ["127.0.0.1:1", "unix:/run/app.sock", "127.0.0.1:1", "unix:/run/app.sock"]);
+        assert!(upstream(&[], now).pick(&mut Tries::default(), now).is_none());
     }
 
     #[test]
-    fn a_pool_is_known_again_by_its_name_and_its_servers() {
-        let pool = upstream(&["127.0.0.1:1", "[::1]:1"]);
-        let addresses: Vec<_> = pool.servers().iter().map(|server| server.address().clone()).collect();
-        assert!(pool.is("api", &addresses));
-        assert!(!pool.is("web", &addresses), "another name");
-        assert!(!pool.is("api", &addresses[..1]), "one server fewer");
-        let turned: Vec<_> = addresses.into_iter().rev().collect();
-        assert!(!pool.is("api", &turned), "another order: the turns would mean other servers");
+    fn a_request_tries_every_server_once_and_the_last_one_too() {
+        let now = Instant::now();
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:4", "127.0.0.1:5"], now);
+        for turn in 0..7 {
+            let mut labels = tried(&pool, REFUSED, false, now);
+            labels.sort_unstable();
+            labels.dedup();
+            assert_eq!(labels.len(), 5, "request {turn}");
+        }
+        let only = upstream(&["127.0.0.1:1"], now);
+        for _ in 0..10 {
+            assert_eq!(tried(&only, REFUSED, true, now), ["127.0.0.1:1"], "a pool's last server is never passed over");
+        }
+    }
+
+    #[test]
+    fn what_was_sent_is_repeated_only_if_that_is_safe_and_not_for_ever() {
+        let now = Instant::now();
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:4", "127.0.0.1:5"], now);
+        assert_eq!(tried(&pool, CLOSED, false, now).len(), 1);
+        assert_eq!(tried(&pool, CLOSED, true, now).len(), 4);
+        assert_eq!(tried(&pool, FailedTry::Connect(UpstreamError::ConnectTimeout), false, now).len(), 4);
+    }
+
+    #[test]
+    fn a_kept_connection_that_was_dead_is_no_try_at_its_server() {
+        let now = Instant::now();
+        let dead = FailedTry::Exchange { kept: true, error: UpstreamError::Closed };
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2"], now);
+        let mut tries = Tries::default();
+        let first = pool.pick(&mut tries, now).unwrap();
+        assert!(pool.failed(&mut tries, dead, true, now).again);
+        let again = pool.pick(&mut tries, now).unwrap();
+        assert!(Arc::ptr_eq(&first.server, &again.server) && again.fresh && !first.fresh);
+        assert!(pool.failed(&mut tries, REFUSED, true, now).again);
+        let other = pool.pick(&mut tries, now).unwrap();
+        assert!(!Arc::ptr_eq(&first.server, &other.server) && !other.fresh);
+        let mut post = Tries::default();
+        pool.pick(&mut post, now);
+        assert!(!pool.failed(&mut post, dead, false, now).again);
+    }
+
+    #[test]
+    fn a_server_that_is_down_gets_nothing_while_another_one_is_up() {
+        let now = Instant::now();
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"], now);
+        let mut tries = Tries::default();
+        pool.pick(&mut tries, now);
+        let after = pool.failed(&mut tries, REFUSED, false, now);
+        assert!(after.again && after.change.is_some_and(|change| change.server == "127.0.0.1:1"));
+        pool.pick(&mut tries, now);
+        pool.answered(&mut tries, 200, now);
+        let mut served: Vec<_> = (0..10).map(|_| served_by(&pool, now)).collect();
+        served.sort_unstable();
+        let halves = [vec!["127.0.0.1:2"; 5], vec!["127.0.0.1:3"; 5]].concat();
+        assert_eq!(served, halves, "the load of a server that is down is spread evenly");
+        let later = now + Duration::from_secs(1);
+        let looks = pool.looks(later);
+        assert_eq!(looks.len(), 1);
+        assert!(pool.seen(&looks[0].0, Ok(()), later).is_some());
+        assert!((0..3).map(|_| served_by(&pool, later)).any(|label| label == "127.0.0.1:1"));
+    }
+
+    #[test]
+    fn if_all_are_down_all_are_used_and_an_answer_is_enough() {
+        let now = Instant::now();
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2"], now);
+        assert_eq!(tried(&pool, REFUSED, false, now).len(), 2);
+        assert!(pool.servers().iter().all(|server| !server.is_up()));
+        let mut tries = Tries::default();
+        let picked = pool.pick(&mut tries, now).unwrap().server;
+        assert!(pool.answered(&mut tries, 200, now).2.is_some_and(|change| change.back_after.is_some()));
+        assert!((0..4).all(|_| served_by(&pool, now) == picked.label()));
+    }
+
+    /// With a silent server, requests that come at one time must not all wait for it.
+    #[test]
+    fn only_a_few_wait_for_a_silent_server() {
+        let now = Instant::now();
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2"], now);
+        let mut waiting = Vec::new();
+        for _ in 0..1_000 {
+            let mut tries = Tries::default();
+            match pool.pick(&mut tries, now).unwrap().server.label() {
+                "127.0.0.1:1" => waiting.push(tries),
+                _ => drop(pool.answered(&mut tries, 200, now)),
+            }
+        }
+        assert_eq!(waiting.len(), 1, "a stranger gets one");
+        pool.answered(&mut waiting[0], 200, now);
+        for _ in 0..1_000 {
+            let mut tries = Tries::default();
+            match pool.pick(&mut tries, now).unwrap().server.label() {
+                "127.0.0.1:1" => waiting.push(tries),
+                _ => drop(pool.answered(&mut tries, 200, now)),
+            }
+        }
+        assert_eq!(waiting.len(), 1 + 3);
+    }
+
+    #[test]
+    fn the_state_of_a_server_outlives_a_reload_that_keeps_it() {
+        let (now, metrics) = (Instant::now(), metrics());
+        let build =
+            |servers: &[&str], running| Upstream::build(&settings(servers), Vec::new(), running, &metrics, now).0;
+        let pool = build(&["127.0.0.1:1", "127.0.0.1:2"], None);
+        let mut tries = Tries::default();
+        pool.pick(&mut tries, now);
+        pool.failed(&mut tries, REFUSED, false, now);
+        let times = UpstreamSettings { idle_timeout: Duration::ZERO, ..settings(&["127.0.0.1:1", "127.0.0.1:2"]) };
+        assert!(Arc::ptr_eq(&pool, &Upstream::build(&times, Vec::new(), Some(&pool), &metrics, now).0));
+        let other = build(&["127.0.0.1:3", "127.0.0.1:1"], Some(&pool));
+        assert!(!Arc::ptr_eq(&pool, &other));
+        let up: Vec<_> = other.servers().iter().map(|server| server.is_up()).collect();
+        assert_eq!(up, [true, false]);
+        drop(pool);
+        let text = metrics.render().unwrap();
+        assert!(text.contains("server_up{server=\"127.0.0.1:1\",upstream=\"api\"} 0"), "{text}");
+        assert!(!text.contains("127.0.0.1:2"), "{text}");
+    }
+
+    /// A request that began before a reload reports to the pool that it began with.
+    #[test]
+    fn what_an_earlier_pool_learns_is_known_to_the_next() {
+        let (now, metrics) = (Instant::now(), metrics());
+        let build =
+            |servers: &[&str], running| Upstream::build(&settings(servers), Vec::new(), running, &metrics, now).0;
+        let before = build(&["127.0.0.1:1"], None);
+        let mut tries = Tries::default();
+        before.pick(&mut tries, now);
+        let after = build(&["127.0.0.1:1", "127.0.0.1:2"], Some(&before));
+        before.failed(&mut tries, REFUSED, false, now);
+        assert!((0..4).all(|_| served_by(&after, now) == "127.0.0.1:2"));
+    }
+
+    #[test]
+    fn all_addresses_of_a_name_are_one_server_unless_they_are_told_apart() {
+        let now = Instant::now();
+        let (a, b): (SocketAddr, SocketAddr) = ("127.0.0.1:1".parse().unwrap(), "[::1]:1".parse().unwrap());
+        let name =
+            |addresses: &[SocketAddr]| vec![ResolvedName { name: "localhost:1".into(), addresses: addresses.to_vec() }];
+        let labels =
+            |pool: &Upstream| pool.servers().iter().map(|server| server.label().to_owned()).collect::<Vec<_>>();
+        let one = settings(&["localhost:1"]);
+        let (pool, _) = Upstream::build(&one, name(&[a, b]), None, &metrics(), now);
+        assert_eq!(labels(&pool), ["localhost:1"]);
+        assert_eq!(pool.servers()[0].addresses().collect::<Vec<_>>(), [a, b]);
+        let each = UpstreamSettings { expand: true, ..one };
+        let (pool, _) = Upstream::build(&each, name(&[a, b]), None, &metrics(), now);
+        assert_eq!(labels(&pool), ["127.0.0.1:1", "[::1]:1"]);
+        assert_eq!(pool.names(now), [] as [String; 0], "not before its time");
+        let later = now + Duration::from_secs(30);
+        assert_eq!((pool.names(later).len(), pool.names(later).len()), (1, 0), "once at a time");
+        let kept = Arc::clone(&pool.servers()[1]);
+        pool.resolved(name(&[b]), later);
+        assert!(labels(&pool) == ["[::1]:1"] && Arc::ptr_eq(&kept, &pool.servers()[0]));
+        pool.resolved(name(&[]), later);
+        assert_eq!(labels(&pool), ["[::1]:1"], "a resolver that fails takes nothing away");
+        assert!(!pool.names(later + UNRESOLVED_AGAIN).is_empty(), "and is asked again soon");
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_resolved_is_a_server_that_is_down() {
+        let now = Instant::now();
+        let unresolved = vec![ResolvedName { name: "a.invalid:1".into(), addresses: Vec::new() }];
+        let (pool, changes) =
+            Upstream::build(&settings(&["a.invalid:1", "127.0.0.1:1"]), unresolved.clone(), None, &metrics(), now);
+        assert_eq!(changes.len(), 1);
+        assert!((0..4).all(|_| served_by(&pool, now) == "127.0.0.1:1"));
+        assert_eq!(tried(&pool, REFUSED, false, now), ["127.0.0.1:1"], "there is nothing to connect to");
+        let found = vec![ResolvedName { name: "a.invalid:1".into(), addresses: vec!["127.0.0.1:2".parse().unwrap()] }];
+        assert!(pool.resolved(found, now)[0].back_after.is_some());
+        let (only, _) = Upstream::build(&settings(&["a.invalid:1"]), unresolved, None, &metrics(), now);
+        assert!(only.pick(&mut Tries::default(), now).is_none());
+    }
+
+    #[test]
+    fn statuses_and_slow_responses_count_only_where_that_is_configured() {
+        let now = Instant::now();
+        let down_after = |settings: &UpstreamSettings, status: u16, took: Duration| {
+            let (pool, _) = Upstream::build(settings, Vec::new(), None, &metrics(), now);
+            let answer = |_: &usize| {
+                let mut tries = Tries::default();
+                pool.pick(&mut tries, now);
+                pool.answered(&mut tries, status, now + took).2.is_some()
+            };
+            (1..10).find(answer)
+        };
+        let (plain, second) = (settings(&["127.0.0.1:1"]), Duration::from_secs(1));
+        assert_eq!(down_after(&plain, 503, 60 * second), None, "a URL that fails must not take servers away");
+        let statuses = UpstreamSettings { failure_statuses: vec![502, 503], ..plain.clone() };
+        assert_eq!((down_after(&statuses, 503, second), down_after(&statuses, 500, second)), (Some(3), None));
+        let latency = UpstreamSettings { failure_latency: Some(2 * second), ..plain };
+        assert_eq!((down_after(&latency, 200, 3 * second), down_after(&latency, 200, second)), (Some(3), None));
+    }
+
+    #[test]
+    fn below_the_panic_threshold_all_servers_are_used() {
+        let now = Instant::now();
+        let servers = ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:4"];
+        for (panic_below, expected) in [(0, 1), (25, 1), (26, 4)] {
+            let settings = UpstreamSettings { panic_below, ..settings(&servers) };
+            let (pool, _) = Upstream::build(&settings, Vec::new(), None, &metrics(), now);
+            let mut tries = Tries::default();
+            for _ in 0..3 {
+                pool.pick(&mut tries, now);
+                pool.failed(&mut tries, REFUSED, false, now);
+            }
+            assert_eq!(pool.servers().iter().filter(|server| server.is_up()).count(), 1);
+            let mut served: Vec<_> = (0..8)
+                .map(|_| {
+                    let mut tries = Tries::default();
+                    let label = pool.pick(&mut tries, now).unwrap().server.label().to_owned();
+                    tries.given_up(now);
+                    label
+                })
+                .collect();
+            served.sort_unstable();
+            served.dedup();
+            assert_eq!(served.len(), expected, "panic_below = {panic_below}");
+        }
     }
 }

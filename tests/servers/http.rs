@@ -227,6 +227,10 @@ impl HttpServer {
         Self::start_at(At::Tcp((Ipv4Addr::LOCALHOST, 0).into()), None, None, script)
     }
 
+    pub fn start_on(address: SocketAddr, script: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+        Self::start_at(At::Tcp(address), None, None, script)
+    }
+
     /// Answers each connection's first request with these bytes and closes it.
     pub fn answering_once(bytes: &'static [u8]) -> Self {
         Self::start(move |_| Reply::raw(bytes).then_close())

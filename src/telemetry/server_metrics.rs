@@ -1,0 +1,99 @@
+//! The series of the servers behind the gateway. They go with the last user of a server's name, so that no alert fires for a
+//! server that a reload or a changed name removed. Knows no server.
+
+use super::metrics::Families;
+use parking_lot::Mutex;
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Every family with the labels `upstream` and `server`.
+pub(super) struct ServerFamilies {
+    up: IntGaugeVec,
+    outages: IntCounterVec,
+    /// Users of each upstream and server: the pool that a reload replaces ends after its successor began.
+    users: Mutex<HashMap<[String; 2], usize>>,
+}
+
+impl ServerFamilies {
+    pub(super) fn new(families: &Families<'_>) -> Result<Self, prometheus::Error> {
+        Ok(Self {
+            up: families.gauges(
+                "tollgate_upstream_server_up",
+                "1 while the server gets requests, 0 while it is left alone.",
+                &["upstream", "server"],
+            )?,
+            outages: families.counters(
+                "tollgate_upstream_server_outages_total",
+                "Times that the server was found to be down.",
+                &["upstream", "server"],
+            )?,
+            users: Mutex::default(),
+        })
+    }
+
+    pub(super) fn server(self: &Arc<Self>, upstream: &str, server: &str) -> ServerMetrics {
+        let labels = [upstream.to_owned(), server.to_owned()];
+        *self.users.lock().entry(labels.clone()).or_default() += 1;
+        let series = ServerMetrics {
+            up: self.up.with_label_values(&labels),
+            outages: self.outages.with_label_values(&labels),
+            labels,
+            families: Arc::clone(self),
+        };
+        series.up.set(1);
+        series
+    }
+}
+
+/// One server's series.
+pub struct ServerMetrics {
+    labels: [String; 2],
+    up: IntGauge,
+    outages: IntCounter,
+    families: Arc<ServerFamilies>,
+}
+
+impl ServerMetrics {
+    pub fn went_down(&self) {
+        self.up.set(0);
+        self.outages.inc();
+    }
+
+    pub fn came_back(&self) {
+        self.up.set(1);
+    }
+}
+
+impl Drop for ServerMetrics {
+    fn drop(&mut self) {
+        let mut users = self.families.users.lock();
+        let left = users.get(&self.labels).map_or(0, |count| count - 1);
+        if left > 0 {
+            users.insert(self.labels.clone(), left);
+            return;
+        }
+        users.remove(&self.labels);
+        // One that was never there cannot be removed, which is no error.
+        let _ = self.families.up.remove_label_values(&self.labels);
+        let _ = self.families.outages.remove_label_values(&self.labels);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::metrics::Metrics;
+
+    #[test]
+    fn series_go_with_the_last_user_of_their_server() {
+        let metrics = Metrics::new("test").unwrap();
+        let (first, next) = (metrics.server("api", "a:1"), metrics.server("api", "a:1"));
+        first.went_down();
+        drop(first);
+        let text = metrics.render().unwrap();
+        assert!(text.contains("tollgate_upstream_server_up{server=\"a:1\",upstream=\"api\"} 0"), "{text}");
+        assert!(text.contains("tollgate_upstream_server_outages_total{server=\"a:1\",upstream=\"api\"} 1"), "{text}");
+        drop(next);
+        assert!(!metrics.render().unwrap().contains("server=\"a:1\""), "{}", metrics.render().unwrap());
+    }
+}

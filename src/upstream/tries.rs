@@ -1,0 +1,108 @@
+//! The tries of one request: which servers have had it, and whether another one may. Pure: time is an argument. It must not
+//! know how a request is sent.
+
+use super::Server;
+use crate::telemetry::metrics::UpstreamError;
+use smallvec::SmallVec;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// How often a request is repeated after tries that took their time or reached a server. Connections that were refused at
+/// once do not count: each server is tried once at most.
+const REPEATS: usize = 3;
+
+/// How a try failed before anything of an answer was passed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailedTry {
+    /// There was no connection: the server has got nothing of the request.
+    Connect(UpstreamError),
+    /// The server may have got the request. `kept`: the connection had carried another one before.
+    Exchange { kept: bool, error: UpstreamError },
+}
+
+impl FailedTry {
+    pub fn error(self) -> UpstreamError {
+        match self {
+            Self::Connect(error) | Self::Exchange { error, .. } => error,
+        }
+    }
+}
+
+/// Belongs to a request from its first try to its end.
+#[derive(Default)]
+pub struct Tries {
+    tried: SmallVec<[Arc<Server>; 2]>,
+    current: Option<CurrentTry>,
+    /// The server to ask once more, on a new connection.
+    once_more: Option<Arc<Server>>,
+    count: usize,
+    costly: usize,
+}
+
+struct CurrentTry {
+    server: Arc<Server>,
+    asked: Instant,
+}
+
+impl Tries {
+    /// How many there were.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The server that was asked last.
+    pub fn last(&self) -> Option<&Server> {
+        self.current.as_ref().map(|current| &*current.server).or(self.tried.last().map(|server| &**server))
+    }
+
+    pub(super) fn has(&self, server: &Arc<Server>) -> bool {
+        self.tried.iter().any(|tried| Arc::ptr_eq(tried, server))
+    }
+
+    pub(super) fn begin(&mut self, server: Arc<Server>, now: Instant) {
+        server.asks();
+        self.count += 1;
+        self.current = Some(CurrentTry { server, asked: now });
+    }
+
+    pub(super) fn will_ask_once_more(&self) -> bool {
+        self.once_more.is_some()
+    }
+
+    pub(super) fn once_more(&mut self) -> Option<Arc<Server>> {
+        self.once_more.take()
+    }
+
+    /// The current try was answered: the server, and when it was asked. `None`: it was answered before.
+    pub(super) fn answered(&mut self) -> Option<(Arc<Server>, Instant)> {
+        let CurrentTry { server, asked } = self.current.take()?;
+        self.tried.push(Arc::clone(&server));
+        Some((server, asked))
+    }
+
+    /// The current try failed: the server, when it was asked, and whether the rules allow another try.
+    /// `repeatable`: sending it twice does no harm, and all that was sent is at hand.
+    pub(super) fn failed(&mut self, failure: FailedTry, repeatable: bool) -> Option<(Arc<Server>, Instant, bool)> {
+        let CurrentTry { server, asked } = self.current.take()?;
+        self.costly += usize::from(failure != FailedTry::Connect(UpstreamError::Connect));
+        let again = match failure {
+            FailedTry::Connect(_) => true,
+            FailedTry::Exchange { .. } => repeatable,
+        };
+        // The connection was dead already, which is not the server's fault.
+        if again && matches!(failure, FailedTry::Exchange { kept: true, error: UpstreamError::Closed }) {
+            self.once_more = Some(Arc::clone(&server));
+        }
+        self.tried.push(Arc::clone(&server));
+        Some((server, asked, again && self.costly <= REPEATS))
+    }
+}
+
+/// A request that ends while it waits for a server: its client is gone, or it was refused for its body.
+impl Tries {
+    pub fn given_up(&mut self, now: Instant) {
+        if let Some(CurrentTry { server, asked }) = self.current.take() {
+            server.given_up(asked, now);
+        }
+    }
+}

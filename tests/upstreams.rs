@@ -1,0 +1,491 @@
+//! Servers that refuse, that are silent, that die under load and come back: what clients see of it, and what operators do.
+//! `make test` runs these alone: they measure waits, and other tests would add to them.
+
+use crate::deadlines::Stalls;
+use crate::harness::*;
+use crate::servers::Server as _;
+use crate::servers::http::HttpServer;
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+const TARGET: &str = "/api/v3/projects";
+/// The gateway's timeouts here.
+const TIMEOUT: Duration = Duration::from_secs(1);
+/// A request that took this long has waited for a timeout; the machine's own pauses are shorter.
+const SLOW: Duration = Duration::from_millis(900);
+
+fn pool(addresses: &[SocketAddr]) -> String {
+    let list: Vec<String> = addresses.iter().map(|address| format!("\"{address}\"")).collect();
+    format!(
+        "[[upstream]]\nname = \"api\"\nservers = [{}]\nconnect_timeout = \"1s\"\nread_timeout = \"1s\"\n",
+        list.join(", ")
+    )
+}
+
+fn up(server: SocketAddr) -> String {
+    format!("tollgate_upstream_server_up{{server=\"{server}\",upstream=\"api\"}}")
+}
+
+/// How a server is dead.
+#[derive(Clone, Copy, Debug)]
+enum Dead {
+    Refusing,
+    /// SYNs are dropped.
+    Unreachable,
+    /// Connections are taken, and nothing is answered.
+    Silent,
+}
+
+/// Its address, and what keeps it as it is.
+fn dead(how: Dead) -> (SocketAddr, Box<dyn Any>) {
+    match how {
+        Dead::Refusing => ((Ipv4Addr::LOCALHOST, free_port()).into(), Box::new(())),
+        Dead::Silent => {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            (listener.local_addr().unwrap(), Box::new(listener))
+        }
+        Dead::Unreachable => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let listener = runtime.block_on(async {
+                let socket = tokio::net::TcpSocket::new_v4().unwrap();
+                socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+                socket.listen(0).unwrap()
+            });
+            let address = listener.local_addr().unwrap();
+            // Until its queue is full.
+            let mut queued = Vec::new();
+            while let Ok(socket) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
+                queued.push(socket);
+            }
+            (address, Box::new((runtime, listener, queued)))
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Asked {
+    id: String,
+    status: u16,
+    begun: Instant,
+    took: Duration,
+}
+
+/// One client with a kept connection, which it makes anew where it was closed.
+struct Caller {
+    address: SocketAddr,
+    client: Option<Client>,
+}
+
+impl Caller {
+    fn of(gateway: &Gateway) -> Self {
+        Self { address: gateway.address, client: None }
+    }
+
+    /// Status 0: no answer.
+    fn ask(&mut self, method: &str, id: &str) -> Asked {
+        let begun = Instant::now();
+        let mut client = self.client.take().unwrap_or_else(|| Client::connect(self.address));
+        let body = if method == "POST" { "Content-Length: 2\n\nhi" } else { "\n" };
+        client.send_head(&format!("{method} {TARGET}?id={id} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n{body}"));
+        let answer = client.answer_to(method);
+        let status = answer.as_ref().map_or(0, |answer| answer.status);
+        if answer.is_some_and(|answer| answer.header("Connection") != Some("close")) {
+            self.client = Some(client);
+        }
+        Asked { id: id.into(), status, begun, took: begun.elapsed() }
+    }
+}
+
+/// Many clients at one time, each with so many requests.
+fn crowd(gateway: &Gateway, clients: usize, each: usize, method: &str) -> Vec<Asked> {
+    let asked = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for client in 0..clients {
+            let (asked, mut caller) = (&asked, Caller::of(gateway));
+            scope.spawn(move || {
+                let own: Vec<_> = (0..each).map(|nth| caller.ask(method, &format!("{client}-{nth}"))).collect();
+                asked.lock().unwrap().extend(own);
+            });
+        }
+    });
+    asked.into_inner().unwrap()
+}
+
+/// Again, if the machine stood still meanwhile: what is late then has not waited for a server.
+fn steady(ask: impl Fn() -> Vec<Asked>) -> Vec<Asked> {
+    loop {
+        let stalls = Stalls::watch();
+        let asked = ask();
+        if stalls.so_far() < SLOW / 4 || outcome(&asked).1 == 0 {
+            return asked;
+        }
+        println!("stalled for {:?}: again", stalls.so_far());
+    }
+}
+
+/// Statuses with their counts, and how many requests waited.
+fn outcome(asked: &[Asked]) -> (BTreeMap<u16, usize>, usize) {
+    let mut statuses = BTreeMap::new();
+    asked.iter().for_each(|asked| *statuses.entry(asked.status).or_default() += 1);
+    (statuses, asked.iter().filter(|asked| asked.took >= SLOW).count())
+}
+
+fn only_200(count: usize) -> BTreeMap<u16, usize> {
+    BTreeMap::from([(200, count)])
+}
+
+/// One of two and three of four are dead. After three requests nobody waits, and nobody gets an error.
+fn dead_servers_are_not_felt(how: Dead) {
+    for (dead_ones, all) in [(1, 2), (3, 4)] {
+        for clients in [1, 8, 32] {
+            let servers: Vec<_> = (0..dead_ones).map(|_| dead(how)).collect();
+            let alive: Vec<_> = (dead_ones..all).map(|_| Upstream::start()).collect();
+            let addresses: Vec<_> =
+                servers.iter().map(|(address, _)| *address).chain(alive.iter().map(|alive| alive.address)).collect();
+            let gateway = Gateway::start(addresses[0], &pool(&addresses));
+            let mut first = Caller::of(&gateway);
+            let three: Vec<_> = (0..3).map(|nth| first.ask("GET", &nth.to_string())).collect();
+            let then = steady(|| crowd(&gateway, clients, 640 / clients, "GET"));
+            println!(
+                "{how:?}, {dead_ones} of {all}, {clients} clients: {:?}, then {:?}",
+                outcome(&three),
+                outcome(&then)
+            );
+            assert_eq!(outcome(&three).0, only_200(3));
+            assert_eq!(outcome(&then), (only_200(640), 0), "{how:?}, {dead_ones} of {all}, {clients} clients");
+            if matches!(how, Dead::Refusing | Dead::Unreachable) {
+                let posts = steady(|| crowd(&gateway, clients, 64 / clients, "POST"));
+                assert_eq!(outcome(&posts), (only_200(64), 0), "{how:?}, {dead_ones} of {all}, {clients} clients");
+            }
+        }
+    }
+}
+
+#[test]
+fn servers_that_refuse_are_not_felt() {
+    dead_servers_are_not_felt(Dead::Refusing);
+}
+
+#[test]
+fn servers_that_drop_connections_are_not_felt() {
+    dead_servers_are_not_felt(Dead::Unreachable);
+}
+
+#[test]
+fn servers_that_take_connections_and_say_nothing_are_not_felt() {
+    dead_servers_are_not_felt(Dead::Silent);
+}
+
+/// From the first request on, many at one time: some wait, nobody gets an error.
+#[test]
+fn a_crowd_that_comes_at_once_gets_no_error() {
+    for how in [Dead::Refusing, Dead::Unreachable, Dead::Silent] {
+        let servers = [dead(how), dead(how), dead(how)];
+        let alive = Upstream::start();
+        let mut addresses: Vec<_> = servers.iter().map(|(address, _)| *address).collect();
+        addresses.push(alive.address);
+        let gateway = Gateway::start(addresses[0], &pool(&addresses));
+        let asked = crowd(&gateway, 32, 10, "GET");
+        println!("{how:?}, 3 of 4, 32 clients at once: {:?}", outcome(&asked));
+        assert_eq!(outcome(&asked).0, only_200(320), "{how:?}");
+    }
+}
+
+/// Runs clients until the test's body has ended; the body gets the requests so far.
+fn under_load(
+    gateway: &Gateway,
+    clients: &[&str],
+    body: impl FnOnce(&dyn Fn() -> usize),
+) -> BTreeMap<String, Vec<Asked>> {
+    let (stop, asked) = (AtomicBool::new(false), Mutex::new(BTreeMap::<String, Vec<Asked>>::new()));
+    let count = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for (client, method) in clients.iter().enumerate() {
+            let (stop, asked, count, mut caller) = (&stop, &asked, &count, Caller::of(gateway));
+            scope.spawn(move || {
+                for nth in 0.. {
+                    if stop.load(SeqCst) {
+                        return;
+                    }
+                    let one = caller.ask(method, &format!("{method}-{client}-{nth}"));
+                    count.fetch_add(1, SeqCst);
+                    asked.lock().unwrap().entry((*method).into()).or_default().push(one);
+                }
+            });
+        }
+        body(&|| count.load(SeqCst));
+        stop.store(true, SeqCst);
+    });
+    asked.into_inner().unwrap()
+}
+
+#[test]
+fn a_server_that_freezes_under_load_keeps_a_few_requests_waiting_besides_those_that_it_had() {
+    let (frozen, alive) = (HttpServer::start(|_| Reply::ok("ok")), HttpServer::start(|_| Reply::ok("ok")));
+    let gateway = Gateway::start(frozen.address(), &pool(&[frozen.address(), alive.address()]));
+    let mut since = Instant::now();
+    let mut asked = under_load(&gateway, &["GET"; 32], |count| {
+        eventually("both serve", || frozen.requests() > 50 && alive.requests() > 50);
+        frozen.freeze();
+        since = Instant::now();
+        eventually("it is found to be down", || gateway.metric(&up(frozen.address())) == 0.0);
+        let before = count();
+        eventually("the other one serves on", || count() > before + 500);
+        frozen.thaw();
+        eventually("it is found again", || gateway.metric(&up(frozen.address())) == 1.0);
+        let before = frozen.requests();
+        eventually("it serves again", || frozen.requests() > before + 50);
+    });
+    let asked = asked.remove("GET").unwrap();
+    let after: Vec<_> = asked.iter().filter(|asked| asked.begun > since).cloned().collect();
+    println!("frozen under load: {:?}, begun afterwards {:?}", outcome(&asked), outcome(&after));
+    assert_eq!(outcome(&asked).0, only_200(asked.len()));
+    // Three, and some more in a moment in which the other one has no room either. Without these rules: all clients.
+    assert!(outcome(&after).1 <= 20, "{:?}", outcome(&after));
+}
+
+/// Every server is stopped, its connections cut, and started again, one after the other, without a pause.
+#[test]
+fn a_rolling_restart_fails_no_get_and_repeats_no_post() {
+    let seen = Arc::new(Mutex::new(BTreeMap::<String, usize>::new()));
+    let mut servers: Vec<_> = (0..3)
+        .map(|_| {
+            let seen = Arc::clone(&seen);
+            HttpServer::start(move |asked| {
+                let id = asked.target.rsplit('=').next().unwrap_or_default().to_owned();
+                *seen.lock().unwrap().entry(id).or_default() += 1;
+                // Long enough to be cut.
+                Reply::ok("ok").after(Duration::from_millis(2))
+            })
+        })
+        .collect();
+    let addresses: Vec<_> = servers.iter().map(HttpServer::address).collect();
+    let gateway = Gateway::start(addresses[0], &pool(&addresses));
+    let clients = [["GET"; 8].as_slice(), ["POST"; 8].as_slice()].concat();
+    let asked = under_load(&gateway, &clients, |count| {
+        for _ in 0..4 {
+            for server in &mut servers {
+                let before = count();
+                eventually("requests are served", || count() > before + 100);
+                server.stop();
+                let before = count();
+                eventually("the others serve", || count() > before + 100);
+                server.start_again();
+            }
+        }
+    });
+    let (gets, posts) = (&asked["GET"], &asked["POST"]);
+    println!("rolling restart: GET {:?}, POST {:?}", outcome(gets), outcome(posts));
+    assert_eq!(outcome(gets), (only_200(gets.len()), 0));
+    let seen = seen.lock().unwrap();
+    let mut cut = 0;
+    for post in posts {
+        assert!(matches!(post.status, 200 | 502), "{post:?}");
+        let times = seen.get(&post.id).copied().unwrap_or(0);
+        cut += usize::from(post.status == 502);
+        // Not read to its end: the test's server had not counted it yet.
+        assert!(times == 1 || (times == 0 && post.status == 502), "{post:?} was seen {times} times");
+    }
+    assert!(cut > 0, "nothing was cut: the test shows nothing");
+}
+
+/// A server that takes connections and closes them at once: how often is it tried?
+#[test]
+fn a_server_that_is_down_is_looked_at_and_not_stormed() {
+    let tried = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&tried);
+    let closing = HttpServer::start_raw(move |_| {
+        counted.fetch_add(1, SeqCst);
+    });
+    let alive = Upstream::start();
+    let gateway = Gateway::start(alive.address, &pool(&[closing.address(), alive.address]));
+    assert_eq!(outcome(&crowd(&gateway, 1, 3, "GET")).0, only_200(3));
+    let begun = Instant::now();
+    let mut requests = 0;
+    while begun.elapsed() < 3 * TIMEOUT || requests < 1_000 {
+        let asked = crowd(&gateway, 32, 10, "GET");
+        assert_eq!(outcome(&asked).0, only_200(320));
+        requests += asked.len();
+    }
+    println!("{requests} requests in 3 s: {} connections to the server that closes them", tried.load(SeqCst));
+    // Some requests that fail, and looks after 0.5, 1, 2, 4 seconds.
+    assert!(tried.load(SeqCst) <= 12, "{requests} requests, {} tries", tried.load(SeqCst));
+    assert_eq!(gateway.metric(&up(closing.address())), 0.0);
+}
+
+#[test]
+fn the_operator_sees_a_server_go_and_come_back() {
+    let mut server = HttpServer::start(|_| Reply::ok("ok"));
+    let (address, alive) = (server.address(), Upstream::start());
+    let gateway = Gateway::start(alive.address, &pool(&[address, alive.address]));
+    for _ in 0..4 {
+        assert_eq!(gateway.get(TARGET).status, 200);
+    }
+    assert_eq!((gateway.metric(&up(address)), gateway.metric(&up(alive.address))), (1.0, 1.0));
+    server.stop();
+    for _ in 0..20 {
+        assert_eq!(gateway.get(TARGET).status, 200);
+    }
+    assert_eq!((gateway.metric(&up(address)), gateway.metric(&up(alive.address))), (0.0, 1.0));
+    let outages = format!("tollgate_upstream_server_outages_total{{server=\"{address}\",upstream=\"api\"}}");
+    assert_eq!(gateway.metric(&outages), 1.0);
+    let lines = |part: &str| {
+        let log = gateway.process_log();
+        log.lines().filter(|line| line.contains(part) && line.contains(&address.to_string())).count()
+    };
+    eventually("its outage is logged", || (lines("is down: connect"), lines("is up again")) == (1, 0));
+    let page: serde_json::Value = serde_json::from_slice(&gateway.admin_get("/upstreams").unwrap().body).unwrap();
+    let (gone, well) = (&page[0]["servers"][0], &page[0]["servers"][1]);
+    assert_eq!(
+        (&gone["server"], &gone["up"], &gone["reason"]),
+        (&address.to_string().into(), &false.into(), &"connect".into())
+    );
+    assert_eq!((&well["up"], &well["reason"]), (&true.into(), &serde_json::Value::Null));
+    let since = gone["since"].as_str().unwrap();
+    assert!(since.starts_with("20") && since.ends_with('Z') && since >= well["since"].as_str().unwrap(), "{page}");
+    server.start_again();
+    eventually("it is found again, without a request", || gateway.metric(&up(address)) == 1.0);
+    eventually("its return is logged", || (lines("is down"), lines("is up again")) == (1, 1));
+    let before = server.requests();
+    for _ in 0..4 {
+        assert_eq!(gateway.get(TARGET).status, 200);
+    }
+    assert_eq!(server.requests(), before + 2);
+    // A reload without it takes its series away.
+    gateway.rewrite(|text| text.replace(&format!("\"{address}\", "), ""));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    assert_eq!(gateway.get(TARGET).status, 200);
+    eventually("the old pool is gone", || !gateway.metrics().contains(&address.to_string()));
+}
+
+/// The gateway, for which the system's resolver reads another file of hosts. As root, or where users may have namespaces.
+fn with_hosts(hosts: &str, upstream: SocketAddr, more: &str) -> (Gateway, Folder) {
+    let folder = Folder::new("hosts");
+    folder.write("hosts", hosts);
+    let mut program = Command::new("unshare");
+    let script = format!("mount --bind {} /etc/hosts && exec \"$0\" \"$@\"", folder.file("hosts").display());
+    program.args(["--map-root-user", "--mount", "sh", "-c", &script, env!("CARGO_BIN_EXE_tollgate")]);
+    (Gateway::start_program(program, upstream, more), folder)
+}
+
+/// `localhost` is ::1 and 127.0.0.1, and most backends listen on one of them.
+#[test]
+fn a_name_with_a_dead_address_is_one_server_that_is_well() {
+    for (host, family) in [("127.0.0.1", "ipv4"), ("[::1]", "ipv6")] {
+        let listener = TcpListener::bind(format!("{host}:0")).unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let server = HttpServer::start_on(address, |_| Reply::ok("ok"));
+        let name = format!("both.test:{}", address.port());
+        let servers = pool(&[]).replace("[]", &format!("[\"{name}\"]"));
+        let (gateway, _hosts) = with_hosts("127.0.0.1 both.test\n::1 both.test\n", address, &servers);
+        let mut caller = Caller::of(&gateway);
+        for nth in 0..20 {
+            for method in ["GET", "POST"] {
+                assert_eq!(caller.ask(method, &nth.to_string()).status, 200, "{family}");
+            }
+        }
+        let metrics = gateway.metrics();
+        let failed =
+            metrics.lines().any(|line| line.starts_with("tollgate_upstream_errors_total") && !line.ends_with(" 0"));
+        assert!(!failed, "{family}: {metrics}");
+        let series = format!("tollgate_upstream_server_up{{server=\"{name}\",upstream=\"api\"}} 1");
+        assert_eq!(metrics.matches("tollgate_upstream_server_up{").count(), 1, "{metrics}");
+        assert!(metrics.contains(&series), "{metrics}");
+        assert!(server.connections() <= 2, "{family}: connections are kept: {}", server.connections());
+    }
+}
+
+#[test]
+fn a_name_that_cannot_be_resolved_makes_its_server_unhealthy_and_not_the_gateway() {
+    let alive = Upstream::start();
+    let servers = pool(&[alive.address]).replace("servers = [", "servers = [\"no-such-name.invalid:80\", ");
+    let gateway = Gateway::start(alive.address, &servers);
+    assert_eq!(outcome(&crowd(&gateway, 8, 10, "POST")), (only_200(80), 0));
+    let series = "tollgate_upstream_server_up{server=\"no-such-name.invalid:80\",upstream=\"api\"}";
+    assert!(gateway.metrics().contains(&format!("{series} 0\n")), "{}", gateway.metrics());
+    let log = gateway.process_log();
+    assert!(log.contains("server no-such-name.invalid:80 is down: unresolved"), "{log}");
+    // It is the only one: 503, and no gateway that does not start.
+    let gateway = Gateway::start(alive.address, &servers.replace(&format!(", \"{}\"", alive.address), ""));
+    assert_eq!(gateway.get(TARGET).status, 503);
+}
+
+/// Names are resolved again while the gateway runs: one that had no address, and one whose address changes.
+#[test]
+fn names_are_resolved_again() {
+    let port = free_port();
+    let at = |host: [u8; 4]| HttpServer::start_on((host, port).into(), move |_| Reply::ok(&format!("{}", host[3])));
+    let (first, second) = (at([127, 0, 0, 1]), at([127, 0, 0, 2]));
+    let section = pool(&[]).replace("[]", &format!("[\"moving.test:{port}\"]")) + "resolve_interval = \"1s\"\n";
+    let (gateway, hosts) = with_hosts("127.0.0.9 other.test\n", first.address(), &section);
+    assert_eq!(gateway.get(TARGET).status, 503);
+    hosts.write("hosts", "127.0.0.1 moving.test\n");
+    eventually("it has an address", || gateway.get(TARGET).status == 200);
+    assert_eq!(gateway.get(TARGET).text(), "1");
+    hosts.write("hosts", "127.0.0.2 moving.test\n");
+    eventually("it has another address", || gateway.get(TARGET).text() == "2");
+    // A resolver that fails takes nothing away.
+    hosts.write("hosts", "");
+    let before = second.requests();
+    let begun = Instant::now();
+    while begun.elapsed() < 2 * TIMEOUT {
+        assert_eq!(gateway.get(TARGET).text(), "2");
+    }
+    assert!(second.requests() > before);
+}
+
+/// A health check over HTTP, on a port of its own: status, body and thresholds decide, and no request is needed.
+#[test]
+fn checks_take_a_server_away_and_bring_it_back_without_a_request() {
+    let answers = Arc::new(Mutex::new((200, "ready")));
+    let said = Arc::clone(&answers);
+    let health = HttpServer::start(move |_| {
+        let (status, body) = *said.lock().unwrap();
+        Reply::new(status, &[], body)
+    });
+    let (checked, other) = (Upstream::start(), Upstream::start());
+    let check = format!(
+        "check = \"http\"\ncheck_path = \"/ready?deep=1\"\ncheck_body = \"ready\"\ncheck_port = {}\n\
+         check_interval = \"100ms\"\ncheck_timeout = \"500ms\"\n",
+        health.address().port()
+    );
+    let gateway = Gateway::start(checked.address, &(pool(&[checked.address]) + &check));
+    let reason = || {
+        let page: serde_json::Value = serde_json::from_slice(&gateway.admin_get("/upstreams").unwrap().body).unwrap();
+        page[0]["servers"][0]["reason"].as_str().map(str::to_owned)
+    };
+    eventually("it is checked", || health.requests() >= 3);
+    assert_eq!(reason(), None);
+    let asked = health.last();
+    assert_eq!(
+        (asked.line.as_str(), asked.header("host")),
+        ("GET /ready?deep=1 HTTP/1.1", checked.address.to_string())
+    );
+    assert_eq!(asked.header("private-token"), "");
+    for (status, body, expected) in [(503, "ready", "check_status"), (200, "not yet", "check_body")] {
+        *answers.lock().unwrap() = (status, body);
+        let before = health.requests();
+        eventually("it is down", || reason().as_deref() == Some(expected));
+        assert!(health.requests() >= before + 2, "three checks in a row");
+        // It is the only one, so it is used.
+        assert_eq!(gateway.get(TARGET).status, 200);
+        assert_eq!(reason().as_deref(), Some(expected), "what a check found, only a check takes back");
+        *answers.lock().unwrap() = (200, "ready");
+        eventually("it is up again", || reason().is_none());
+    }
+    // Nobody was asked for it but the check's own port.
+    assert_eq!(checked.seen().len(), 2);
+    // Over TCP, a server that nobody has used is found down at the start.
+    let dead = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
+    let gateway = Gateway::start(other.address, &(pool(&[dead, other.address]) + "check = \"tcp\"\n"));
+    eventually("the dead one is found", || gateway.metric(&up(dead)) == 0.0);
+    assert_eq!(gateway.metric(&up(other.address)), 1.0);
+    assert_eq!(outcome(&crowd(&gateway, 8, 10, "POST")).0, only_200(80));
+    assert_eq!(gateway.metric("tollgate_upstream_errors_total{kind=\"connect\",upstream=\"api\"}"), 0.0);
+}
