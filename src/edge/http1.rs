@@ -356,6 +356,8 @@ struct Upload<'u> {
 impl Upload<'_> {
     /// Comes back when there is no client any more; a client that may half-close is not one that has gone.
     async fn run(mut self, head: &[u8]) -> Result<(), Breakage> {
+        // It may be ended in the midst of a write: what is not known to be unsent was sent.
+        self.progress.begun.set(true);
         let sent = self.send(head).await;
         self.progress.begun.set(self.backend.is_used());
         sent?;
