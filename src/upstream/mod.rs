@@ -486,6 +486,19 @@ mod tests {
         }
     }
 
+    /// However the turns of other requests fall.
+    #[test]
+    fn the_next_try_goes_to_another_server() {
+        let now = Instant::now();
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2"], now);
+        (0..2).for_each(|_| drop(served_by(&pool, now)));
+        let mut tries = Tries::default();
+        let first = pool.pick(&mut tries, now).unwrap().server;
+        served_by(&pool, now);
+        assert!(pool.failed(&mut tries, CLOSED, true, now).again);
+        assert!(!Arc::ptr_eq(&first, &pool.pick(&mut tries, now).unwrap().server));
+    }
+
     #[test]
     fn what_was_sent_is_repeated_only_if_that_is_safe_and_not_for_ever() {
         let now = Instant::now();
