@@ -13,6 +13,10 @@ pub struct Now {
     pub unix_ms: u64,
 }
 
+/// A timer that fires later than this shows that this process did not run in time: what it waited for may have arrived, and
+/// lie unread.
+pub const LATE: Duration = Duration::from_millis(100);
+
 /// Reads both clocks.
 pub fn now() -> Now {
     // Not `Instant`: its clock (CLOCK_MONOTONIC) stops while the machine is suspended, so cache entries would live too

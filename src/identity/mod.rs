@@ -9,7 +9,7 @@ pub use cache::CacheSettings;
 pub use cache_file::problems as snapshot_problems;
 pub use principal::{Invalid, Principal, TokenStatus, judge};
 
-use crate::clock::Now;
+use crate::clock::{LATE, Now};
 use crate::store::chain::{Chain, Link};
 use crate::store::credential::{Credential, Digest, DigestPrefix};
 use crate::store::{Event, Lane, Mark, Named, StoreError};
@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
+use tokio::time::timeout_at;
 
 /// Whether a check may change any state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +58,9 @@ const MAX_ATTEMPTS: usize = 4;
 const FLIGHT_SHARDS: usize = 64;
 /// For this long after a failed lookup, callers with a stale cache entry do not wait for another lookup to fail.
 const AILING_MS: u64 = 5_000;
+/// For this long a known caller waits for a lookup when a store's subscription fell silent. If none is answered meanwhile,
+/// the store counts as failing, and nobody waits any more.
+const SILENT: Duration = Duration::from_secs(1);
 /// The bound on the effect of a change, for stores with change notifications: cache entries may be used for this long
 /// after the last confirmation of the subscription.
 const PROMISE_MS: u64 = 1_000;
@@ -86,7 +90,10 @@ struct Inner {
     refreshes: AtomicUsize,
     /// Until this monotonic millisecond the store counts as failing; 0 after any successful lookup.
     ailing_until: AtomicU64,
-    /// Wakes known callers who wait for a lookup when a store stops to answer.
+    /// A subscription fell silent, and no lookup was answered since. It may be the subscription only, or this machine that is
+    /// too busy to read: by itself it is no reason to use entries that are in doubt.
+    suspected: AtomicBool,
+    /// Wakes known callers who wait for a lookup: a store is suspected, or counts as failing.
     silent: Notify,
     /// What each store has said of its changes.
     hearing: Mutex<Vec<Hearing>>,
@@ -201,6 +208,7 @@ impl Authenticator {
             strangers: AtomicUsize::new(0),
             refreshes: AtomicUsize::new(0),
             ailing_until: AtomicU64::new(0),
+            suspected: AtomicBool::new(false),
             silent: Notify::new(),
             hearing: Mutex::new(hearing),
             pulse: Pulse::default(),
@@ -381,7 +389,7 @@ impl PendingLookup {
             Some(_) => tokio::select! {
                 biased;
                 outcome = self.flight.outcome() => outcome,
-                () = self.inner.silent.notified() => Err(CannotTell::Store),
+                () = self.inner.falls_silent() => Err(CannotTell::Store),
             },
         };
         match (outcome, self.stale) {
@@ -458,10 +466,33 @@ impl Inner {
         }
     }
 
+    /// Returns once a store that is suspected counts as failing, as no lookup was answered for [`SILENT`].
+    async fn falls_silent(&self) {
+        loop {
+            let woken = self.silent.notified();
+            if self.is_ailing((self.clock)()) {
+                return;
+            }
+            if !self.suspected.load(Ordering::Relaxed) {
+                woken.await;
+                continue;
+            }
+            let due = Instant::now() + SILENT;
+            let waited = timeout_at(due.into(), woken).await.is_err();
+            if waited && due.elapsed() <= LATE && self.suspected.load(Ordering::Relaxed) {
+                self.note_health(Some(&StoreError::Timeout), (self.clock)());
+                self.silent.notify_waiters();
+            }
+        }
+    }
+
     /// Records whether the store works. A store that is busy, or has one invalid record, is not down.
     fn note_health(&self, error: Option<&StoreError>, now: Now) {
         let until = match error {
-            None => 0,
+            None => {
+                self.suspected.store(false, Ordering::Relaxed);
+                0
+            }
             Some(
                 StoreError::Unavailable(_)
                 | StoreError::Denied(_)
@@ -538,9 +569,9 @@ impl Inner {
                     metrics.revocation_lag(Duration::from_millis(now.saturating_sub(change.at_ms)));
                 }
             }
-            // Known callers need not wait for lookups to fail.
+            // Known callers need not wait for lookups to fail, which takes longer.
             Event::Silent => {
-                self.note_health(Some(&StoreError::Timeout), (self.clock)());
+                self.suspected.store(true, Ordering::Relaxed);
                 self.silent.notify_waiters();
             }
             Event::Deaf => {
@@ -585,6 +616,7 @@ impl Inner {
         }
         if hears {
             // The store can be reached, so earlier failures do not count any more.
+            self.suspected.store(false, Ordering::Relaxed);
             self.ailing_until.store(0, Ordering::Relaxed);
         }
         // Shorten the lifetimes before marking the entries, so that no lookup that completes in between gets a longer

@@ -488,27 +488,60 @@ async fn a_timeout_is_not_repeated() {
     following.abort();
 }
 
-/// A server that goes silent: whoever was known goes on at once, and does not wait for a lookup to fail.
-#[tokio::test]
-async fn known_callers_do_not_wait_for_a_silent_server() {
+/// A server that goes silent: whoever was known waits for a moment, and only as long as nobody knows.
+#[tokio::test(start_paused = true)]
+async fn known_callers_wait_a_moment_for_a_silent_server() {
     let bench = bench_of(&[Says::User("a")], true);
     let following = bench.follow();
     bench.tell(Event::Hearing).await;
-    assert_eq!(bench.user("t").await, "a");
+    assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "a"));
     bench.shut();
+    // One who waited already, one who comes behind it, and those who come when it is known.
+    bench.tell(Event::Hearing).await;
+    let Checked::Waiting(before) = check(&bench, "t") else { panic!("it is looked up again") };
     bench.tell(Event::Silent).await;
     bench.tell(Event::Deaf).await;
+    let Checked::Waiting(behind) = check(&bench, "u") else { panic!("it is in doubt") };
+    let silent = tokio::time::Instant::now();
+    for answer in <[_; 2]>::from(tokio::join!(before.answer(), behind.answer())) {
+        assert!(matches!(answer, (Ok(TokenStatus::Valid(_)), CacheResult::Stale)));
+    }
+    assert!(silent.elapsed() - SILENT <= Duration::from_millis(10), "{:?}", silent.elapsed());
     let Checked::Known(TokenStatus::Valid(_), CacheResult::Stale) = check(&bench, "t") else { panic!("it waits") };
-    // Nor does one who waited already.
-    bench.tell(Event::Hearing).await;
-    let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("it is looked up again") };
-    let (answer, ()) = tokio::join!(waiting.answer(), bench.tell(Event::Silent));
-    assert!(matches!(answer, (Ok(TokenStatus::Valid(_)), CacheResult::Stale)));
     // An answer says that the server is back: from then on nothing old is served.
     bench.open();
     settle().await;
     bench.tell(Event::Deaf).await;
     assert!(matches!(check(&bench, "t"), Checked::Waiting(_)));
+    following.abort();
+}
+
+/// A subscription that falls silent beside lookups that are slow: what changed meanwhile is not served from the cache.
+#[tokio::test(start_paused = true)]
+async fn a_silent_subscription_is_no_reason_to_serve_what_is_in_doubt() {
+    let bench = bench_of(&[Says::User("a"), Says::User("a"), Says::User("a"), Says::Revoked], true);
+    let following = bench.follow();
+    bench.tell(Event::Hearing).await;
+    assert_eq!((bench.user("t").await.as_str(), bench.user("u").await.as_str()), ("a", "a"));
+    bench.shut();
+    bench.tell(Event::Silent).await;
+    bench.tell(Event::Deaf).await;
+    let (Checked::Waiting(other), Checked::Waiting(revoked)) = (check(&bench, "u"), check(&bench, "t")) else {
+        panic!("they are in doubt")
+    };
+    let first_answer = async {
+        tokio::time::sleep(SILENT * 9 / 10).await;
+        bench.store.gate.add_permits(1);
+    };
+    let ((other, _), ()) = tokio::join!(other.answer(), first_answer);
+    assert!(matches!(other, Ok(TokenStatus::Valid(_))));
+    // One answer for anybody shows that the store can be asked: the others wait for theirs.
+    let its_answer = async {
+        tokio::time::sleep(SILENT * 9 / 10).await;
+        bench.open();
+    };
+    let ((revoked, _), ()) = tokio::join!(revoked.answer(), its_answer);
+    assert!(matches!(revoked, Ok(TokenStatus::Invalid(Invalid::Revoked))), "{revoked:?}");
     following.abort();
 }
 

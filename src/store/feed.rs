@@ -9,7 +9,7 @@
 //! * Every loss is said once, and logged once a minute for each reason; every new session begins with [`Event::Hearing`].
 
 use super::{Change, Event, Heard, Mark, StoreError, Unheard};
-use crate::clock::Now;
+use crate::clock::{LATE, Now};
 use async_trait::async_trait;
 use futures_util::future::{BoxFuture, pending};
 use parking_lot::Mutex;
@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout_at};
 
 /// Pauses between attempts, and the last one from there on. A quarter more at random, so that gateways don't come in step.
 const PAUSES_MS: [u64; 5] = [0, 100, 200, 300, 400];
@@ -37,6 +37,9 @@ const BATCH: usize = 4_096;
 /// Confirmations that may wait to be written. Beyond them the oldest are dropped: somebody floods the channel, and whoever
 /// waits is told that this gateway did not confirm.
 const CONFIRMATIONS: usize = 1_024;
+
+/// How often in a row a late timer is an excuse: a server that is down must be noticed on a busy machine as well.
+const EXCUSES: u32 = 3;
 
 /// How often a source is asked, and how long it may take.
 #[derive(Clone, Copy, Debug)]
@@ -496,15 +499,18 @@ async fn answer_within<S: Subscription>(
     counts: &Counts,
 ) -> Result<Option<Mark>, Loss> {
     let mut answer = subscription.beat();
-    let mut arrived = counts.arrived.load(Ordering::Relaxed);
+    let (mut arrived, mut excused) = (counts.arrived.load(Ordering::Relaxed), 0);
     loop {
-        if let Ok(answer) = timeout(silence, &mut answer).await {
+        let due = Instant::now() + silence;
+        if let Ok(answer) = timeout_at(due, &mut answer).await {
             return answer;
         }
         let by_now = counts.arrived.load(Ordering::Relaxed);
-        if by_now == arrived {
+        let is_late = due.elapsed() > LATE && excused < EXCUSES;
+        if by_now == arrived && !is_late {
             return Err(Loss::Silent(silence));
         }
+        excused = if is_late { excused + 1 } else { 0 };
         arrived = by_now;
     }
 }

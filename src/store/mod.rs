@@ -150,7 +150,8 @@ pub enum Event {
     },
     /// Nobody tells of changes here, so that nothing is promised.
     Untold,
-    /// The server has stopped to answer: lookups fail, too, until one is answered. Said before [`Event::Deaf`].
+    /// The server seems to have stopped to answer: nothing arrived on the subscription, which says little of lookups. Said
+    /// before [`Event::Deaf`].
     Silent,
     /// Change notifications no longer arrive: an answer is good for a moment only.
     Deaf,

@@ -12,6 +12,16 @@ pub struct DelayLine {
 }
 
 impl DelayLine {
+    /// A store as it is reached over a slow network: its section, with the only address that it names replaced.
+    pub fn before(section: &str, delay: Duration) -> (Self, String) {
+        let begin = section.find("127.0.0.1:").unwrap();
+        let address: String =
+            section[begin..].chars().take_while(|c| c.is_ascii_digit() || ".:".contains(*c)).collect();
+        let line = Self::to(address.parse().unwrap(), delay);
+        let section = section.replace(&address, &line.address.to_string());
+        (line, section)
+    }
+
     /// `delay` for each way.
     pub fn to(target: SocketAddr, delay: Duration) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();

@@ -211,7 +211,8 @@ impl Drop for Postgres {
     }
 }
 
-fn signal(name: &str, pids: &[u32]) {
+/// Sends a signal by name to several processes.
+pub fn signal(name: &str, pids: &[u32]) {
     let pids = pids.iter().map(u32::to_string);
     // Some may have ended meanwhile.
     drop(Command::new("kill").arg(format!("-{name}")).args(pids).stderr(Stdio::null()).status());

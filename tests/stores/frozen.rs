@@ -1,11 +1,12 @@
 //! A gateway that was suspended, by SIGSTOP or on a paused machine: when it continues, with requests waiting in its sockets,
 //! it must not use cache entries from before.
 
-use super::{Backing, Caller, all};
+use super::{BOUND, Backing, Caller, PostgresOwn, RedisOwn, all, setting};
 use crate::harness::*;
 use crate::servers::Fault;
+use crate::servers::delay::DelayLine;
 use crate::support::get;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longer than cached answers are used after the last successful probe.
 const STANDSTILL: Duration = Duration::from_millis(1_500);
@@ -62,4 +63,49 @@ fn a_gateway_that_stood_still_wakes_with_care() {
             scope.spawn(move || wakes_with_care(make));
         }
     });
+}
+
+/// A standstill that is shorter than the bound, and long enough that a server which answers in time seems silent: what it sent
+/// meanwhile is read before anything is made of the silence.
+fn wakes_in_time(mut store: Box<dyn Backing>) {
+    let tokens: Vec<String> =
+        (0..setting("TOLLGATE_STANDSTILLS", 5)).map(|number| format!("doomed-{number}")).collect();
+    store.add(&tokens);
+    let upstream = Upstream::start();
+    // So far away that answers are under way when the gateway stops.
+    let (_line, section) = DelayLine::before(&store.section(), Duration::from_millis(100));
+    let more = format!("{section}[cache]\npositive_ttl = \"10m\"\n[log]\naccess = \"off\"\n");
+    let gateway = Gateway::start(upstream.address, &more);
+    eventually("the store is followed", || gateway.process_log().contains("change notifications are arriving"));
+    let mut lags = Vec::new();
+    for token in &tokens {
+        let mut caller = Caller::of(&gateway);
+        eventually("it is known", || caller.status(token) == 200);
+        // At any moment between two probes.
+        std::thread::sleep(Duration::from_millis(fastrand::u64(0..500)));
+        gateway.signal("STOP");
+        store.revoke(token);
+        let (revoked, mut last) = (Instant::now(), Duration::ZERO);
+        std::thread::sleep(Duration::from_millis(700));
+        gateway.signal("CONT");
+        while caller.status(token) == 200 {
+            last = revoked.elapsed();
+            assert!(last < PATIENCE, "{token} still works");
+        }
+        lags.push(last);
+    }
+    lags.sort();
+    let worst = lags.last().copied().unwrap_or_default();
+    println!("| {} | {} standstills of 700 ms | worst {worst:.0?} |", store.name(), lags.len());
+    assert!(worst < BOUND, "{}: {lags:?}", store.name());
+}
+
+#[test]
+fn a_gateway_that_stood_still_for_a_moment_wakes_in_time_on_postgres() {
+    wakes_in_time(Box::new(PostgresOwn::new()));
+}
+
+#[test]
+fn a_gateway_that_stood_still_for_a_moment_wakes_in_time_on_redis() {
+    wakes_in_time(Box::new(RedisOwn::new()));
 }

@@ -3,8 +3,10 @@
 
 use super::{BOUND, Backing as _, Caller, Config, PostgresGitlab, PostgresOwn};
 use crate::harness::*;
+use crate::servers::Server as _;
+use crate::servers::postgres::signal;
 use crate::support::{run, stderr, stdout};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const MORE: &str = "[cache]\npositive_ttl = \"10m\"\n[log]\naccess = \"off\"\n";
 
@@ -46,6 +48,52 @@ fn a_late_standby_among_the_hosts_brings_no_revoked_token_back() {
         for token in &tokens[number * 2..number * 2 + 2] {
             refused_in_time(&store, &gateway, token);
         }
+    }
+}
+
+/// A server that says nothing for a little longer than it takes to find the subscription silent. That alone does not make an
+/// old answer good: the token was revoked meanwhile, and lookups are answered in time.
+#[test]
+fn a_silent_subscription_brings_no_revoked_token_back() {
+    const ROUNDS: usize = 5;
+    let mut store = PostgresOwn::new();
+    let tokens: Vec<String> = (0..ROUNDS).map(|number| format!("token-{number}")).collect();
+    store.add(&tokens);
+    let upstream = Upstream::start();
+    let section = store.section().replace("timeout = \"1s\"", "timeout = \"3s\"");
+    let gateway = Gateway::start(upstream.address, &format!("{section}{MORE}"));
+    let subscribed = || gateway.metric("tollgate_store_subscribed{store=\"postgres\"}") == 1.0;
+    // Not by the metric, which is read when no request is in flight.
+    let silences = || gateway.process_log().matches("the server sent nothing").count();
+    for (round, token) in tokens.iter().enumerate() {
+        eventually("it is subscribed", subscribed);
+        let mut caller = Caller::of(&gateway);
+        assert_eq!(caller.status(token), 200, "{token}");
+        let processes = store.server.psql(
+            "postgres",
+            "SELECT string_agg(pid::text, ' ') FROM pg_stat_activity WHERE application_name LIKE 'tollgate%'",
+        );
+        let processes: Vec<u32> = processes.split(' ').map(|pid| pid.parse().unwrap()).collect();
+        signal("STOP", &processes);
+        store.server.psql(
+            "postgres",
+            &format!("UPDATE tollgate.token SET revoked = 1 WHERE digest = '\\x{}'", sha256_hex(token)),
+        );
+        // With all who could answer a new connection.
+        store.server.freeze();
+        let (revoked, mut last) = (Instant::now(), Instant::now());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                eventually("the subscription is found silent", || silences() > round);
+                std::thread::sleep(Duration::from_millis(600));
+                store.server.thaw();
+            });
+            while caller.status(token) == 200 {
+                last = Instant::now();
+                assert!(last - revoked < PATIENCE, "{token} still works");
+            }
+        });
+        assert!(last - revoked < BOUND, "{token} worked for {:?}", last - revoked);
     }
 }
 
@@ -122,7 +170,7 @@ fn the_log_names_a_trigger_that_is_off() {
         server.psql("postgres", &format!("ALTER TABLE {table} DISABLE TRIGGER {found}"));
         eventually("nothing is promised", || subscribed() == 0.0);
         let command = format!("TRIGGER {found}");
-        std::thread::sleep(std::time::Duration::from_secs(4));
+        std::thread::sleep(Duration::from_secs(4));
         println!("{}", gateway.process_log());
         eventually("the log names the trigger", || {
             let log = gateway.process_log();

@@ -235,6 +235,41 @@ async fn silence_is_noticed_within_a_beat_and_its_silence_and_said_once() {
     assert!(last_alive(deaf[0]) <= silent, "no sign of life without an answer");
 }
 
+/// The clock goes on, and nothing runs before it has.
+async fn stand_still(time: Duration) {
+    tokio::time::advance(time).await;
+    for _ in 0..20 {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// A machine without CPU time for this process: the timer fires late, and the answer may lie unread.
+#[tokio::test(start_paused = true)]
+async fn a_timer_that_fires_late_says_nothing_of_the_server() {
+    let (stage, _following) = play(Stage::new());
+    pass(A_WHILE).await;
+    *stage.answers.lock() = Answers::After(SILENCE + LATE * 3);
+    pass(BEAT / 2).await;
+    stand_still(SILENCE + LATE).await;
+    pass(SILENCE).await;
+    assert_eq!(stage.said(), ["begin", "on_hearing", "Hearing"]);
+}
+
+/// On a machine that is always busy, a server that is down is noticed nevertheless.
+#[tokio::test(start_paused = true)]
+async fn lateness_excuses_a_server_only_so_often() {
+    let (stage, _following) = play(Stage::new());
+    pass(A_WHILE).await;
+    *stage.answers.lock() = Answers::Never;
+    pass(BEAT / 2).await;
+    for _ in 0..EXCUSES {
+        stand_still(SILENCE + LATE * 2).await;
+        assert_eq!(stage.said(), ["begin", "on_hearing", "Hearing"]);
+    }
+    stand_still(SILENCE + LATE * 2).await;
+    assert!(stage.said().contains(&"Silent".into()), "{:?}", stage.said());
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_answer_that_takes_its_time_is_none_of_silence_where_the_source_is_local() {
     let (stage, _following) = play(Stage { silence: None, ..Stage::new() });
