@@ -48,9 +48,8 @@ pub(super) enum StoreCommand {
     },
     /// Look whether a store keeps its promise: connection, rights, triggers, notifications, the server's settings and clock.
     ///
-    /// Run it as the user, and with the configuration, of the gateway. Changes no token; like a gateway that starts and
-    /// stops, it makes a SQLite database that is missing, and may stand in the register for up to 10 s. Exit codes: 0 nothing
-    /// is wrong (there may be warnings), 1 something is.
+    /// Run it as the user, and with the configuration, of the gateway. Changes no token, and makes no database. Exit codes: 0
+    /// nothing is wrong (there may be warnings), 1 something is.
     Check {
         /// Configuration file with the store
         #[arg(long, value_name = "FILE")]

@@ -1,6 +1,6 @@
 //! `tollgate store check`: what an operator can find out about a store before the night in which it matters. Asks the store as a
 //! gateway does, by a token that nobody has and by following its changes for a moment, and each kind of server for the
-//! settings that decide whether the promise holds. Changes no token; what a gateway does when it starts, it does as well.
+//! settings that decide whether the promise holds. Changes no token, makes no database, and is no gateway that others wait for.
 
 use super::credential::{Credential, Digest};
 use super::{Event, NamedStore, StoreError, StoreSettings, TokenStore};
@@ -72,10 +72,17 @@ impl Finding {
 impl NamedStore {
     /// Everything that is to be said of the store, the good as well.
     pub async fn examine(&self, metrics: Arc<StoreMetrics>, clock: fn() -> Now) -> Vec<Finding> {
+        if let StoreSettings::Sqlite(path) = &self.kind
+            && !path.exists()
+        {
+            let what = format!("{} is not there: every token is unknown", path.display());
+            return vec![Finding::warning(what, "start a gateway, or create a token: either makes it")];
+        }
         let store = match self.kind.open(self.timeout, metrics, clock) {
             Ok(store) => store,
             Err(problem) => return vec![Finding::error(problem.to_string(), "")],
         };
+        store.stay_unregistered();
         let mut found = vec![self.looks_up(&*store).await];
         found.push(hears(&*store).await);
         match &self.kind {

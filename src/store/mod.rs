@@ -240,6 +240,9 @@ pub trait TokenStore: Send + Sync {
         false
     }
 
+    /// Before [`Self::follow`]: whoever follows confirms nothing, and does not stand in the register of gateways.
+    fn stay_unregistered(&self) {}
+
     /// Tells of changes until it is dropped, connections lost and found again included. A store that can hear of
     /// changes says first whether it does; one that can't never says anything.
     async fn follow(&self, _heard: Heard<'_>) {

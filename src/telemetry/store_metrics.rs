@@ -26,6 +26,9 @@ pub(super) struct StoreFamilies {
     subscribed: IntGaugeVec,
     unheard: IntGaugeVec,
     losses: IntCounterVec,
+    server: IntGaugeVec,
+    /// Of each user of a name.
+    servers: Mutex<Vec<(String, String)>>,
     breaker_open: IntGaugeVec,
     file_current: IntGaugeVec,
     rechecks: IntCounterVec,
@@ -74,6 +77,11 @@ impl StoreFamilies {
                 "Times that change notifications stopped arriving.",
                 &["store"],
             )?,
+            server: families.gauges(
+                "tollgate_store_server_info",
+                "1 for the server that change notifications are heard from and lookups go to.",
+                &["store", "server"],
+            )?,
             breaker_open: families.gauges(
                 "tollgate_store_breaker_open",
                 "1 while the circuit breaker of the token store is open.",
@@ -105,6 +113,7 @@ impl StoreFamilies {
                 &["store"],
                 LAG_SECONDS,
             )?,
+            servers: Mutex::default(),
             users: Mutex::default(),
         })
     }
@@ -121,6 +130,7 @@ impl StoreFamilies {
             lag: self.lag.with_label_values(&[name]),
             failed: Mutex::default(),
             unheard: Mutex::default(),
+            server: Mutex::default(),
             families: Arc::clone(self),
         }
     }
@@ -169,12 +179,15 @@ pub struct StoreMetrics {
     failed: Mutex<Vec<&'static str>>,
     /// Why no notifications arrive.
     unheard: Mutex<Option<&'static str>>,
+    /// The server in use.
+    server: Mutex<Option<String>>,
     families: Arc<StoreFamilies>,
 }
 
 impl Drop for StoreMetrics {
     fn drop(&mut self) {
         self.unheard(None);
+        self.server(None);
         self.families.leave(&self.name, self.failed.get_mut());
     }
 }
@@ -224,6 +237,24 @@ impl StoreMetrics {
             self.families.unheard.with_label_values(&[self.name.as_str(), cause]).set(1);
         }
         *last = cause;
+    }
+
+    /// The server in use, as the configuration names it.
+    pub fn server(&self, place: Option<&str>) {
+        let (mut last, mut servers) = (self.server.lock(), self.families.servers.lock());
+        if let Some(place) = place {
+            self.families.server.with_label_values(&[self.name.as_str(), place]).set(1);
+            servers.push((self.name.clone(), place.to_owned()));
+        }
+        let Some(gone) = std::mem::replace(&mut *last, place.map(str::to_owned)) else { return };
+        let gone = (self.name.clone(), gone);
+        if let Some(at) = servers.iter().position(|server| *server == gone) {
+            servers.swap_remove(at);
+        }
+        // The store of a reload may be on the same server.
+        if !servers.contains(&gone) {
+            let _ = self.families.server.remove_label_values(&[gone.0.as_str(), gone.1.as_str()]);
+        }
     }
 
     pub fn subscribed(&self, yes: bool) {
@@ -282,6 +313,8 @@ mod tests {
             store.subscribed(false);
             store.unheard(Some("timeout"));
             store.unheard(Some("denied"));
+            store.server(Some("db-1:5432"));
+            store.server(Some("db-2:5432"));
             store.breaker_open(true);
             store.file_current(false);
             store.rechecked();
@@ -303,6 +336,12 @@ mod tests {
             "{text}"
         );
         drop(next);
+        let (old, new) = (metrics.store("a"), metrics.store("a"));
+        old.server(Some("db-1:5432"));
+        new.server(Some("db-1:5432"));
+        drop(old);
+        assert!(metrics.render().unwrap().contains("server_info{server=\"db-1:5432\",store=\"a\"} 1"));
+        drop(new);
         assert!(!metrics.render().unwrap().contains("store=\"a\""), "{}", metrics.render().unwrap());
     }
 }

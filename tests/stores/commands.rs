@@ -116,6 +116,15 @@ fn a_check_of_a_store_finds_what_breaks_its_promise_in_postgres() {
     let section = store.section();
     let (healthy, said) = check(&section);
     assert!(healthy == 0 && said.ends_with("0 errors, 0 warnings\n") && said.contains("changes are heard"), "{said}");
+    assert_eq!(store.server.psql("postgres", "SELECT count(*) FROM tollgate.replica"), "0", "it is no gateway");
+    let replace = "CREATE OR REPLACE FUNCTION tollgate.token_altered() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'";
+    store.server.psql("postgres", replace);
+    finds(
+        &section,
+        "error",
+        &["not heard", "function \"tollgate\".token_altered is not as it was made", "store migrate"],
+    );
+    Config::new(&section).tollgate(&["store", "migrate"], &[]).unwrap();
     // A user with nothing, and with everything but one right.
     store.server.psql("postgres", "CREATE ROLE gateway LOGIN");
     let of_gateway = section.replace("postgres://postgres@", "postgres://gateway@");
@@ -134,6 +143,18 @@ fn a_check_of_a_store_finds_what_breaks_its_promise_in_postgres() {
     finds(&of_standby, "error", &["a standby", "name the primary in url"]);
     finds(&of_standby, "error", &["changes are not heard", "standby"]);
     finds(&PostgresOwn::section_for(&Postgres::start()), "error", &["lookups fail", "tollgate store migrate"]);
+}
+
+#[test]
+fn a_check_of_a_store_makes_no_database_and_is_no_gateway() {
+    let store = Embedded::new("sqlite");
+    finds(&store.section(), "warning", &["is not there", "start a gateway"]);
+    assert!(!store.path.exists());
+    store.config.import(&["known".into()]);
+    finds(&store.section(), "ok", &["changes are heard"]);
+    let db = rusqlite::Connection::open(&store.path).unwrap();
+    let gateways: i64 = db.query_row("SELECT count(*) FROM replica", [], |row| row.get(0)).unwrap();
+    assert_eq!(gateways, 0);
 }
 
 #[test]

@@ -45,6 +45,9 @@ fn a_late_standby_among_the_hosts_brings_no_revoked_token_back() {
              timeout = \"1s\"\n"
         );
         let gateway = Gateway::start(upstream.address, &format!("{section}{MORE}"));
+        let in_use =
+            format!("tollgate_store_server_info{{server=\"127.0.0.1:{}\",store=\"postgres\"}}", store.server.port());
+        eventually("the primary is named as the server in use", || gateway.metric(&in_use) == 1.0);
         for token in &tokens[number * 2..number * 2 + 2] {
             refused_in_time(&store, &gateway, token);
         }

@@ -13,6 +13,7 @@ use super::presets::TriggerCheck;
 use super::schema::{ChangesSeen, ListedChange};
 use super::{Source, presets, schema};
 use crate::store::credential::Digest;
+use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use parking_lot::{Mutex, Once};
@@ -63,8 +64,11 @@ pub(super) struct PostgresChanges {
     /// This store's key in the register, and its channel for echoes.
     id: String,
     name: String,
+    /// Whether this is a gateway that others wait for.
+    registers: bool,
     /// Whether there is an entry in the register.
     entered: Arc<AtomicBool>,
+    metrics: Arc<StoreMetrics>,
     /// The server of this session.
     home: Option<Home>,
     warnings: Arc<PostgresWarnings>,
@@ -81,14 +85,22 @@ struct PostgresWarnings {
 }
 
 impl PostgresChanges {
-    pub(super) fn new(target: &Arc<Target>, source: &Source, channel: &str) -> Self {
+    pub(super) fn new(
+        target: &Arc<Target>,
+        source: &Source,
+        channel: &str,
+        registers: bool,
+        metrics: Arc<StoreMetrics>,
+    ) -> Self {
         Self {
             target: Arc::clone(target),
             source: source.clone(),
             channel: channel.into(),
             id: format!("tollgate_{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..)),
             name: replica_name(),
+            registers,
             entered: Arc::default(),
+            metrics,
             home: None,
             warnings: Arc::default(),
         }
@@ -152,6 +164,7 @@ impl ChangeSource for PostgresChanges {
             id: self.id.clone(),
             nobody: Digest::of(self.id.as_bytes()).to_hex(),
             name: self.name.clone(),
+            registers: self.registers,
             entered: Arc::clone(&self.entered),
             tidies: AtomicBool::new(false),
             trigger_check: presets::trigger_check(&self.source, &self.channel),
@@ -182,11 +195,13 @@ impl ChangeSource for PostgresChanges {
     /// Before it is said: no answer that counts for longer may come from elsewhere.
     fn on_hearing(&mut self) {
         self.target.settle(self.home.clone());
+        self.metrics.server(self.home.as_ref().map(Home::place).as_deref());
     }
 
     /// Now that answers count for a moment only, anybody may give them.
     fn on_lost(&mut self) {
         self.target.settle(None);
+        self.metrics.server(None);
     }
 
     fn sign_off(&mut self) {
@@ -315,6 +330,7 @@ pub(super) struct Listener {
     /// The digest of no token, in hex: a change of it, told as triggers tell, proves that theirs arrive.
     nobody: String,
     name: String,
+    registers: bool,
     entered: Arc<AtomicBool>,
     /// Whether old rows may be deleted, and have to be right away.
     tidies: AtomicBool,
@@ -425,13 +441,14 @@ impl Listener {
             let listening = timeout(LISTENING, self.listen()).await;
             listening.unwrap_or_else(|_| Err(unavailable(format!("LISTEN got no answer within {LISTENING:?}"))))?;
         }
-        self.in_time(async {
-            if listens {
-                self.echo().await?;
-            }
-            self.hear_another(home, listens).await
-        })
-        .await?;
+        if listens {
+            self.in_time(self.ask_for_echo()).await?;
+            arrives(&self.signs.echo).await?;
+        }
+        self.in_time(self.try_another(home, listens)).await?;
+        if listens {
+            arrives(&self.signs.proof).await?;
+        }
         match (&self.list, &self.schema) {
             (Some(list), _) => {
                 *list.echoed.lock() = listens.then(Instant::now);
@@ -457,10 +474,7 @@ impl Listener {
     async fn in_time<T, E: Into<Loss>>(&self, step: impl Future<Output = Result<T, E>>) -> Result<T, Loss> {
         match timeout(PATIENCE, step).await {
             Ok(done) => done.map_err(Into::into),
-            Err(_) => {
-                let what = format!("subscribing got no answer, or a message of its own never arrived: {POOLER}");
-                Err(unavailable(what).into())
-            }
+            Err(_) => Err(unavailable(format!("subscribing got no answer within {PATIENCE:?}")).into()),
         }
     }
 
@@ -558,9 +572,16 @@ impl Listener {
         }
     }
 
-    /// Asks for a message of one's own, and waits for it. In our own tables it says on which channel the triggers tell,
-    /// how far the list of changes was told, and of which version the tables are.
+    /// Asks for a message of one's own, and waits for it.
     async fn echo(&self) -> Result<(), StoreError> {
+        self.ask_for_echo().await?;
+        self.signs.echo.notified().await;
+        Ok(())
+    }
+
+    /// In our own tables it says on which channel the triggers tell,
+    /// how far the list of changes was told, and of which version the tables are.
+    async fn ask_for_echo(&self) -> Result<(), StoreError> {
         let (word, from) = match &self.schema {
             Some(schema) => (
                 format!(
@@ -581,13 +602,12 @@ impl Listener {
         if !answer.iter().any(|message| matches!(message, SimpleQueryMessage::Row(_))) {
             return Err(queue_is_full());
         }
-        self.signs.echo.notified().await;
         Ok(())
     }
 
     /// Enters this gateway in the register, where there is one, or says that it is still there.
     async fn enter(&self) -> Result<(), StoreError> {
-        let Some(schema) = &self.schema else { return Ok(()) };
+        let Some(schema) = self.schema.as_ref().filter(|_| self.registers) else { return Ok(()) };
         let name: String = self.name.chars().filter(|c| !"'\\\0".contains(*c)).collect();
         let sql = schema::fill(
             &format!(
@@ -676,7 +696,7 @@ impl Listener {
     /// Changes come from others, at rest, and on the triggers' channel. A pooler that gives each transaction another
     /// connection brings back the echo of one's own, and drops all else. The second connection is made as lookups make
     /// theirs: it must get to the same server.
-    async fn hear_another(&self, home: &Home, listens: bool) -> Result<(), StoreError> {
+    async fn try_another(&self, home: &Home, listens: bool) -> Result<(), StoreError> {
         let at = |error: StoreError| error.at(&"a second connection, to try the first");
         // Where lookups would go if changes were heard from here.
         let reached = self.target.reach_from(Some(home), "", PATIENCE).await.map_err(|why| at(why.into()))?;
@@ -688,9 +708,7 @@ impl Listener {
             return Ok(());
         }
         let _driver = AbortOnDropHandle::new(drive(driver));
-        other.batch_execute(&self.proof_sql()).await.map_err(|error| at(failed(error)))?;
-        self.signs.proof.notified().await;
-        Ok(())
+        other.batch_execute(&self.proof_sql()).await.map_err(|error| at(failed(error)))
     }
 
     /// A change of nobody's token, on the channel that the triggers tell on at this moment, as they find it.
@@ -720,6 +738,14 @@ impl Listener {
             (error, _) => error,
         }
     }
+}
+
+/// A message that the server took, and that another session's would follow.
+async fn arrives(sign: &Notify) -> Result<(), Loss> {
+    let arrived = timeout(PATIENCE, sign.notified()).await;
+    arrived.map_err(|_| {
+        unavailable(format!("the server took a message of this gateway that never arrived: {POOLER}")).into()
+    })
 }
 
 fn unavailable(what: impl Into<String>) -> StoreError {

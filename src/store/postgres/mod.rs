@@ -191,6 +191,7 @@ pub struct PostgresStore {
     /// Not any more once nobody follows the store: a reload has replaced it, and whoever still asks it must not keep
     /// connections open for the next question.
     keeps_connections: AtomicBool,
+    is_unregistered: AtomicBool,
 }
 
 /// A random text that every row of a result begins with. A prepared statement is run by its name alone: on a connection that
@@ -251,7 +252,16 @@ impl PostgresStore {
             _ => return Err(Problem::error("preset", "has no query", "report this fault of tollgate")),
         };
         let pool = connect::pool(&target, settings.connections, settings.timeout)?;
-        Ok(Self { pool, target, query, nonce, settings, metrics, keeps_connections: AtomicBool::new(true) })
+        Ok(Self {
+            pool,
+            target,
+            query,
+            nonce,
+            settings,
+            metrics,
+            keeps_connections: AtomicBool::new(true),
+            is_unregistered: AtomicBool::new(false),
+        })
     }
 
     /// Puts a question on a pooled connection. One that was lost meanwhile is replaced and the question put again; a new
@@ -516,11 +526,18 @@ impl TokenStore for PostgresStore {
         self.settings.channel.is_some()
     }
 
+    fn stay_unregistered(&self) {
+        self.is_unregistered.store(true, Ordering::Relaxed);
+    }
+
     async fn follow(&self, heard: Heard<'_>) {
         let _in_use = CurrentStore::new(self);
         match &self.settings.channel {
             Some(channel) => {
-                let changes = follow::PostgresChanges::new(&self.target, &self.settings.source, channel);
+                let registers = !self.is_unregistered.load(Ordering::Relaxed);
+                let metrics = Arc::clone(&self.metrics);
+                let changes =
+                    follow::PostgresChanges::new(&self.target, &self.settings.source, channel, registers, metrics);
                 feed::follow(changes, crate::clock::now, heard).await;
             }
             None => std::future::pending().await,

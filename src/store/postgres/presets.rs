@@ -144,7 +144,8 @@ pub async fn run_triggers_sql(settings: &PostgresSettings, sql: &str) -> Result<
 
 /// A query with one row: whether the triggers exist, fire and notify on the channel, whether some of them are of an older
 /// version, whose functions use the search path and the rights of the session that changes the table, the other channels
-/// on which tollgate's triggers notify, and which of them are switched off.
+/// on which tollgate's triggers notify, and which of them are switched off or have a function that somebody replaced. A gateway
+/// may only read the tables, so that it looks at the path instead of writing through it.
 pub(super) struct TriggerCheck(pub(super) String);
 
 /// `None`: tollgate's own triggers are part of its schema. If the tables are unknown, any trigger on the channel
@@ -182,13 +183,22 @@ pub(super) fn trigger_check(source: &Source, channel: &str) -> Option<TriggerChe
     let there = wanted.iter().map(exists).collect::<Vec<_>>().join(" AND ");
     let any = wanted.iter().map(|condition| format!("({condition})")).collect::<Vec<_>>().join(" OR ");
     let current = format!("coalesce('search_path={SEARCH_PATH}' = ANY (p.proconfig), false) AND p.prosecdef");
+    // Functions of an older version say nothing of what they were.
+    let said = "pg_catalog.obj_description(p.oid, 'pg_proc')";
+    let replaced = format!(
+        "pg_catalog.starts_with({said}, 'tollgate {channel} ') AND {said} <> 'tollgate {channel} ' || {FINGERPRINT}"
+    );
     let other = r"pg_catalog.substring(p.prosrc, 'pg_notify\(''([^'']+)''')";
-    let off = "pg_catalog.format('trigger %I of %s is off: `ALTER TABLE %s ENABLE ALWAYS TRIGGER %I` switches it on'::text, \
-        t.tgname, t.tgrelid::pg_catalog.regclass, t.tgrelid::pg_catalog.regclass, t.tgname)";
+    let off = format!(
+        "CASE WHEN {replaced} THEN pg_catalog.format('function %s is not as it was made: `tollgate store install-triggers \
+        --config FILE` makes it again', p.oid::pg_catalog.regproc) \
+        ELSE pg_catalog.format('trigger %I of %s is off: `ALTER TABLE %s ENABLE ALWAYS TRIGGER %I` switches it on', \
+        t.tgname, t.tgrelid::pg_catalog.regclass, t.tgrelid::pg_catalog.regclass, t.tgname) END"
+    );
     Some(TriggerCheck(format!(
         "SELECT {there}, EXISTS (SELECT {all} WHERE {ours} AND {tells} AND NOT ({current})), \
         (SELECT pg_catalog.string_agg(DISTINCT {other}, ', ') {all} WHERE {ours} AND NOT {tells}), \
-        (SELECT pg_catalog.string_agg({off}, '; ' ORDER BY t.tgname) {all} WHERE ({any}) AND {tells} AND NOT {fires})"
+        (SELECT pg_catalog.string_agg(DISTINCT {off}, '; ') {all} WHERE ({any}) AND ({tells} AND NOT {fires} OR {replaced}))"
     )))
 }
 
@@ -232,6 +242,7 @@ fn for_column(
         function(
             &format!("tollgate.emptied_{tag}"),
             &table_sql,
+            channel,
             &format!(
                 "BEGIN\n{QUEUE_IS_FULL}    PERFORM pg_catalog.pg_notify('{channel}', '*');\n    RETURN NULL;\nEND"
             ),
@@ -254,16 +265,24 @@ fn drop_triggers(names: &[&str], tag: &str, table: &str) -> String {
 const QUEUE_IS_FULL: &str =
     "    IF pg_catalog.pg_notification_queue_usage() >= 0.5 THEN\n        RETURN NULL;\n    END IF;\n";
 
+/// Of what a function does.
+const FINGERPRINT: &str = "pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to(p.prosrc, 'UTF8')), 'hex')";
+
 /// A trigger function. It runs with the rights of the table's owner: who changes the table needs no right on what the
 /// function reads. Its search path must not be controlled by users who may create objects in some schema, and nobody else
 /// may attach it to a table of theirs.
-fn function(name: &str, table: &str, body: &str) -> String {
+fn function(name: &str, table: &str, channel: &str, body: &str) -> String {
     let table = table.replace('\'', "''");
     format!(
         "DROP FUNCTION IF EXISTS {name}();\n\
         CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = {SEARCH_PATH} AS \
         $tollgate$\n{body}\n$tollgate$;\n\
         REVOKE EXECUTE ON FUNCTION {name}() FROM PUBLIC;\n\
+        -- Gateways compare the function with what it was when it was made.\n\
+        DO $tollgate$ BEGIN\n    \
+            EXECUTE (SELECT pg_catalog.format('COMMENT ON FUNCTION {name}() IS %L', 'tollgate {channel} ' || {FINGERPRINT}) \
+            FROM pg_catalog.pg_proc p WHERE p.oid = '{name}()'::pg_catalog.regprocedure);\n\
+        END $tollgate$;\n\
         -- A superuser's rights are not lent to whoever changes the table.\n\
         DO $tollgate$ BEGIN\n    \
             IF (SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.rolname = current_user) THEN\n        \
@@ -316,6 +335,7 @@ fn function_that_tells(name_of_function: &str, table: &str, tokens: &str, bind: 
     function(
         name_of_function,
         table,
+        channel,
         &format!(
             "DECLARE\n    \
                 token text;\n    \

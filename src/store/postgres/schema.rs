@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::error::Error;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
-use tokio_postgres::{Client, Row, SimpleQueryMessage};
+use tokio_postgres::{Client, GenericClient, Row, SimpleQueryMessage};
 
 /// Numbered from 1, and never changed once released.
 const MIGRATIONS: &[&str] = &[include_str!("1.sql"), include_str!("2.sql"), include_str!("3.sql")];
@@ -64,18 +64,30 @@ const CHANGED: &str = "SELECT '{mark}'::text, NULL::bytea, v.version, v.readers_
 
 /// The first version whose list of changes can be read behind a snapshot.
 pub(super) const LISTED_SINCE: i32 = 3;
-/// Which triggers of the token table do not fire, and what to do about it; NULL: all fire.
-const OFF: &str = "(SELECT pg_catalog.string_agg(pg_catalog.format('trigger %s of table {schema}.token is %s'::text, w.name, \
+/// Which triggers of the token table do not fire, which of their functions are other than they were made, and what to do about
+/// it; NULL: all is as it should be. Gateways may not write tokens, so that they look at the path instead of using it.
+const OFF: &str = "(SELECT pg_catalog.string_agg(w.what, '; '::text) FROM (\
+    SELECT pg_catalog.format('trigger %s of table {schema}.token is %s'::text, w.name, \
     CASE WHEN t.tgname IS NULL THEN 'missing: `tollgate store migrate --config FILE` makes it'::text \
-    ELSE pg_catalog.format('off: `ALTER TABLE {schema}.token ENABLE %s %s` switches it on'::text, w.how, w.name) END), \
-    '; '::text) FROM (VALUES ('tollgate_added'::text, 'O'::text, 'TRIGGER'::text), \
+    ELSE pg_catalog.format('off: `ALTER TABLE {schema}.token ENABLE %s %s` switches it on'::text, w.how, w.name) END) \
+    AS what FROM (VALUES ('tollgate_added'::text, 'O'::text, 'TRIGGER'::text), \
     ('tollgate_removed'::text, 'O'::text, 'TRIGGER'::text), ('tollgate_altered'::text, 'O'::text, 'TRIGGER'::text), \
     ('tollgate_emptied'::text, 'O'::text, 'ALWAYS TRIGGER'::text), \
     ('tollgate_replicated'::text, 'R'::text, 'REPLICA TRIGGER'::text), \
     ('tollgate_replicated_change'::text, 'R'::text, 'REPLICA TRIGGER'::text)) AS w (name, mode, how) \
     LEFT JOIN pg_catalog.pg_trigger t ON t.tgrelid OPERATOR(pg_catalog.=) \
     '{schema}.token'::pg_catalog.regclass::pg_catalog.oid AND t.tgname::text OPERATOR(pg_catalog.=) w.name \
-    WHERE (t.tgenabled::text OPERATOR(pg_catalog.=) ANY (ARRAY['A'::text, w.mode])) IS NOT TRUE)";
+    WHERE (t.tgenabled::text OPERATOR(pg_catalog.=) ANY (ARRAY['A'::text, w.mode])) IS NOT TRUE \
+    UNION ALL \
+    SELECT pg_catalog.format('function {schema}.%s is not as it was made: `tollgate store migrate --config FILE` makes it again'\
+    ::text, f.name) FROM (VALUES ('tell'::text), ('token_added'::text), ('token_removed'::text), ('token_altered'::text), \
+    ('token_emptied'::text), ('token_replicated'::text)) AS f (name) \
+    WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.proname::text OPERATOR(pg_catalog.=) f.name \
+    AND p.pronamespace OPERATOR(pg_catalog.=) (SELECT c.relnamespace FROM pg_catalog.pg_class c \
+    WHERE c.oid OPERATOR(pg_catalog.=) '{schema}.token'::pg_catalog.regclass::pg_catalog.oid) \
+    AND pg_catalog.obj_description(p.oid, 'pg_proc'::name) OPERATOR(pg_catalog.=) ('tollgate '::text \
+    OPERATOR(pg_catalog.||) pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to(p.prosrc, 'UTF8'::name)), 'hex'::text)))\
+    ) AS w (what))";
 /// What a gateway asks again and again, in one snapshot: first how things are, then what changed behind an earlier
 /// snapshot, then who waits for a confirmation. It takes no transaction id. Rows of `change` that another server has
 /// numbered, as after a restore, have been seen by no snapshot of this one.
@@ -414,56 +426,78 @@ pub(super) struct Tables {
     pub(super) moved: Option<(String, String)>,
 }
 
+/// What a migration finds.
+struct Before {
+    has_schema: bool,
+    /// The version, 0 for none, and the channel.
+    version: i32,
+    channel: Option<String>,
+    /// Triggers that do not fire.
+    off: bool,
+}
+
+impl Before {
+    async fn read(client: &impl GenericClient, schema: &str) -> Result<Self, QueryFailure> {
+        // Whoever may only write tokens need not be allowed to create tables: this reads the catalog only.
+        let sql = "SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace n WHERE n.nspname = $1), \
+            EXISTS (SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+            WHERE n.nspname = $1 AND c.relname = 'version')";
+        let row = client.query_one(sql, &[&schema]).await.map_err(QueryFailure::own)?;
+        let [has_schema, has_version] = [0, 1].map(|at| row.try_get(at));
+        let mut before = Self { has_schema: has_schema.map_err(misread)?, version: 0, channel: None, off: false };
+        if has_version.map_err(misread)?
+            && let Some((found, channel)) = version(client, schema).await?
+        {
+            (before.version, before.channel) = (found, Some(channel));
+        }
+        if before.version == VERSION {
+            let sql = fill(&format!("SELECT {OFF} IS NOT NULL"), schema);
+            let row = client.query_one(&sql, &[]).await.map_err(QueryFailure::own)?;
+            before.off = row.try_get(0).map_err(misread)?;
+        }
+        Ok(before)
+    }
+
+    /// What a transaction has to do; empty: nothing. A newer schema is not changed, but for its channel.
+    fn steps(&self, schema: &str, channel: Option<&str>) -> String {
+        let moves = channel.filter(|channel| self.channel.as_deref() != Some(*channel));
+        if self.version >= VERSION && !self.off && moves.is_none() {
+            return String::new();
+        }
+        let mut sql = "SET LOCAL lock_timeout = '5s';\n".to_owned();
+        if !self.has_schema {
+            sql += "CREATE SCHEMA {schema};\n";
+        }
+        MIGRATIONS.iter().skip(usize::try_from(self.version).unwrap_or(0)).for_each(|migration| sql += migration);
+        // They need the table to themselves: whoever looks up tokens meanwhile must not wait for long.
+        if self.version < VERSION || self.off {
+            sql += TRIGGERS;
+        }
+        if moves.is_some() && self.version > 0 {
+            // A change made now would be notified on the channel that gateways are about to leave.
+            sql += "SET LOCAL lock_timeout = 0;\nLOCK TABLE {schema}.token IN SHARE ROW EXCLUSIVE MODE;\n";
+        }
+        // The channel's letters need no quoting: see `check_channel`.
+        let channel = moves.map_or_else(|| "channel".to_owned(), |channel| format!("'{channel}'"));
+        sql += &format!("UPDATE {{schema}}.version SET channel = {channel}, version = greatest(version, {VERSION});\n");
+        fill(&sql, schema)
+    }
+}
+
 /// Creates or migrates tollgate's own tables. The only place that changes the channel.
 pub(super) async fn migrate(client: &mut Client, schema: &str, channel: Option<&str>) -> Result<Tables, QueryFailure> {
-    // A user who may only write tokens need not be allowed to create tables.
-    let before = version(client, schema).await?;
-    let off = match &before {
-        Some((VERSION, _)) => triggers_off(client, schema).await?.is_some(),
-        _ => false,
-    };
-    if let Some((version, told)) = &before
-        && *version >= VERSION
-        && channel.is_none_or(|channel| channel == told)
-        && !off
-    {
-        return Ok(Tables { version: *version, moved: None });
+    let before = Before::read(client, schema).await?;
+    if before.steps(schema, channel).is_empty() {
+        return Ok(Tables { version: before.version, moved: None });
     }
-    let moved = before.zip(channel).map(|((_, was), now)| (was, now.to_owned())).filter(|(was, now)| was != now);
     let transaction = client.transaction().await.map_err(QueryFailure::own)?;
     transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK]).await.map_err(QueryFailure::own)?;
-    let has_schema = "SELECT 1 FROM pg_catalog.pg_namespace WHERE nspname = $1";
-    if transaction.query_opt(has_schema, &[&schema]).await.map_err(QueryFailure::own)?.is_none() {
-        transaction.batch_execute(&fill("CREATE SCHEMA {schema}", schema)).await.map_err(QueryFailure::own)?;
-    }
-    let has_version = "SELECT 1 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-        WHERE n.nspname = $1 AND c.relname = 'version'";
-    let mut current: i32 = 0;
-    if transaction.query_opt(has_version, &[&schema]).await.map_err(QueryFailure::own)?.is_some() {
-        let sql = fill("SELECT version FROM {schema}.version", schema);
-        current = transaction.query_one(&sql, &[]).await.and_then(|row| row.try_get(0)).map_err(QueryFailure::own)?;
-    }
-    let done = usize::try_from(current).unwrap_or(0);
-    transaction.batch_execute("SET LOCAL lock_timeout = '5s'").await.map_err(QueryFailure::own)?;
-    for migration in MIGRATIONS.iter().skip(done) {
-        transaction.batch_execute(&fill(migration, schema)).await.map_err(QueryFailure::own)?;
-    }
-    // They need the table to themselves: whoever looks up tokens meanwhile must not wait for long.
-    if current < VERSION || (current == VERSION && off) {
-        transaction.batch_execute(&fill(TRIGGERS, schema)).await.map_err(QueryFailure::own)?;
-    }
-    transaction.batch_execute("SET LOCAL lock_timeout = 0").await.map_err(QueryFailure::own)?;
-    if moved.is_some() {
-        // A change made now would be notified on the channel that gateways are about to leave.
-        let lock = fill("LOCK TABLE {schema}.token IN SHARE ROW EXCLUSIVE MODE", schema);
-        transaction.batch_execute(&lock).await.map_err(QueryFailure::own)?;
-    }
-    // A newer schema is not changed.
-    let sql =
-        fill("UPDATE {schema}.version SET channel = coalesce($1, channel), version = greatest(version, $2)", schema);
-    transaction.execute(&sql, &[&channel, &VERSION]).await.map_err(QueryFailure::own)?;
+    // Another migration may have been first.
+    let before = Before::read(&transaction, schema).await?;
+    transaction.batch_execute(&before.steps(schema, channel)).await.map_err(QueryFailure::own)?;
     transaction.commit().await.map_err(QueryFailure::own)?;
-    Ok(Tables { version: current.max(VERSION), moved })
+    let moved = before.channel.zip(channel.map(str::to_owned)).filter(|(was, now)| was != now);
+    Ok(Tables { version: before.version.max(VERSION), moved })
 }
 
 /// The SQL that [`migrate`] would run now, for whoever runs it by hand. Empty: there is nothing to do.
@@ -472,37 +506,11 @@ pub(super) async fn migration_sql(
     schema: &str,
     channel: Option<&str>,
 ) -> Result<String, QueryFailure> {
-    let before = version(client, schema).await?;
-    let (current, told) = before.map_or((0, None), |(version, told)| (version, Some(told)));
-    let off = current == VERSION && triggers_off(client, schema).await?.is_some();
-    let moves = channel.filter(|channel| told.as_deref() != Some(*channel));
-    if current >= VERSION && !off && moves.is_none() {
-        return Ok(String::new());
+    let steps = Before::read(client, schema).await?.steps(schema, channel);
+    if steps.is_empty() {
+        return Ok(steps);
     }
-    let mut sql = format!("BEGIN;\nSELECT pg_advisory_xact_lock({LOCK});\nSET LOCAL lock_timeout = '5s';\n");
-    if current == 0 {
-        sql += &fill("CREATE SCHEMA IF NOT EXISTS {schema};\n", schema);
-    }
-    for migration in MIGRATIONS.iter().skip(usize::try_from(current).unwrap_or(0)) {
-        sql += &fill(migration, schema);
-    }
-    if current < VERSION || off {
-        sql += &fill(TRIGGERS, schema);
-    }
-    if moves.is_some() && current > 0 {
-        sql += &fill("LOCK TABLE {schema}.token IN SHARE ROW EXCLUSIVE MODE;\n", schema);
-    }
-    // The channel's letters need no quoting: see `check_channel`.
-    let channel = moves.map_or_else(|| "channel".to_owned(), |channel| format!("'{channel}'"));
-    let version =
-        format!("UPDATE {{schema}}.version SET channel = {channel}, version = greatest(version, {VERSION});\n");
-    Ok(sql + &fill(&version, schema) + "COMMIT;\n")
-}
-
-/// Which triggers do not fire.
-async fn triggers_off(client: &Client, schema: &str) -> Result<Option<String>, QueryFailure> {
-    let row = client.query_one(&fill(&format!("SELECT {OFF}"), schema), &[]).await.map_err(QueryFailure::own)?;
-    row.try_get(0).map_err(misread)
+    Ok(format!("BEGIN;\nSELECT pg_advisory_xact_lock({LOCK});\n{steps}COMMIT;\n"))
 }
 
 /// Checks that this version can read and write these tables.
@@ -514,7 +522,7 @@ pub(super) async fn check(client: &Client, schema: &str) -> Result<(), QueryFail
 }
 
 /// The schema's version and channel; `None`: it does not exist.
-pub(super) async fn version(client: &Client, schema: &str) -> Result<Option<(i32, String)>, QueryFailure> {
+pub(super) async fn version(client: &impl GenericClient, schema: &str) -> Result<Option<(i32, String)>, QueryFailure> {
     let sql = fill("SELECT version, readers_from, channel FROM {schema}.version", schema);
     let rows = match client.query(&sql, &[]).await {
         Ok(rows) => rows,

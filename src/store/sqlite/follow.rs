@@ -62,6 +62,9 @@ impl<'a> ChangeSource for SqliteChanges<'a> {
     }
 
     fn sign_off(&mut self) {
+        if self.store.is_unregistered.load(Ordering::Relaxed) {
+            return;
+        }
         // With a full queue it counts as gone after a while, as a process does that is killed.
         let _ = self.store.writes.try_send(Question::Gone(self.replica.clone()));
     }
@@ -81,6 +84,9 @@ pub(super) struct Watched<'a> {
 impl Watched<'_> {
     /// Says in the register that this gateway is there, and how far it has taken in changes.
     async fn register(&self) {
+        if self.store.is_unregistered.load(Ordering::Relaxed) {
+            return;
+        }
         let (reply, answer) = oneshot::channel();
         let applied = self.applied.load(Ordering::Relaxed);
         let entered = self.store.ask(Question::Alive(self.replica.clone(), applied, reply), answer).await;

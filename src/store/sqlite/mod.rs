@@ -17,6 +17,7 @@ use rusqlite::types::Type;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, params};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -225,6 +226,7 @@ pub struct SqliteStore {
     questions: SyncSender<Question>,
     /// What is written has a thread of its own: one that waits for the lock of a writer keeps no lookup waiting.
     writes: SyncSender<Question>,
+    is_unregistered: AtomicBool,
 }
 
 /// This process in the register of gateways.
@@ -260,7 +262,7 @@ impl SqliteStore {
             Ok(questions)
         };
         let (questions, writes) = (serving(QUEUE, 0..READERS)?, serving(WRITE_QUEUE, READERS..READERS + 1)?);
-        Ok(Self { path: path.into(), questions, writes })
+        Ok(Self { path: path.into(), questions, writes, is_unregistered: AtomicBool::new(false) })
     }
 
     async fn ask<T>(
@@ -297,6 +299,10 @@ impl TokenStore for SqliteStore {
 
     fn tells_changes(&self) -> bool {
         true
+    }
+
+    fn stay_unregistered(&self) {
+        self.is_unregistered.store(true, Ordering::Relaxed);
     }
 
     async fn follow(&self, heard: Heard<'_>) {

@@ -2077,6 +2077,55 @@ async fn triggers_that_are_off_tell_of_nothing() {
     ear.change_of(before, &*store, "known").await;
 }
 
+/// Triggers that fire, and whose function somebody replaced by one that does nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn triggers_whose_function_was_replaced_tell_of_nothing() {
+    let server = Postgres::start();
+    writer(&settings(&server, own())).await;
+    server.psql("postgres", Foreign::TABLES);
+    let gitlab = settings(&server, Source::GitlabPat);
+    let install = Foreign::Pat.triggers(&gitlab);
+    run_triggers_sql(&gitlab, &install).await.unwrap();
+    let functions = server.psql(
+        "postgres",
+        "SELECT p.oid::regprocedure FROM pg_proc p WHERE pronamespace = 'tollgate'::regnamespace ORDER BY 1",
+    );
+    assert_eq!(functions.lines().count(), 9, "{functions}");
+    let (own, gitlab_store) = (open(settings(&server, own())), open(gitlab.clone()));
+    let begin = Instant::now();
+    let ears = [Ear::on(&own), Ear::on(&gitlab_store)];
+    for ear in &ears {
+        ear.hearing(begin).await;
+    }
+    for function in functions.lines() {
+        let is_own = ["tell", "token_"].iter().any(|name| function.contains(name));
+        let ear = &ears[usize::from(!is_own)];
+        let (nothing, kind) = match function.contains("tell(") {
+            true => ("BEGIN END", "void"),
+            // It names the channel, as the true one does.
+            false => ("BEGIN RETURN NULL; PERFORM pg_notify('tollgate_change', '*'); END", "trigger"),
+        };
+        let replace = server.psql("postgres", &format!("SELECT pg_get_function_arguments('{function}'::regprocedure)"));
+        let name = function.split('(').next().unwrap();
+        let before = Instant::now();
+        server.psql(
+            "postgres",
+            &format!(
+                "CREATE OR REPLACE FUNCTION {name}({replace}) RETURNS {kind} LANGUAGE plpgsql AS '{}'",
+                nothing.replace('\'', "''")
+            ),
+        );
+        ear.heard(before, "deafness", |event| *event == Event::Deaf).await;
+        let before = Instant::now();
+        if is_own {
+            PostgresAdmin::migrate(&settings(&server, self::own())).await.unwrap();
+        } else {
+            run_triggers_sql(&gitlab, &install).await.unwrap();
+        }
+        ear.hearing(before).await;
+    }
+}
+
 /// In a session like those that load a copy, triggers fire only if they are told to.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn triggers_fire_for_whoever_loads_a_copy() {
