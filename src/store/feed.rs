@@ -68,8 +68,8 @@ pub(super) enum Loss {
     Store(StoreError),
     /// The connection was closed.
     Closed,
-    /// Nothing arrived for so long.
-    Silent(Duration),
+    /// Nothing arrived from a server for so long.
+    Silent { server: String, time: Duration },
     /// More changes arrived than wait to be taken in.
     Overrun,
     /// Nobody takes in what arrives.
@@ -87,9 +87,8 @@ impl From<StoreError> for Loss {
 impl Loss {
     const fn cause(&self) -> Unheard {
         match self {
-            Self::Store(StoreError::Timeout | StoreError::Overloaded | StoreError::CircuitOpen) | Self::Silent(_) => {
-                Unheard::Timeout
-            }
+            Self::Store(StoreError::Timeout | StoreError::Overloaded | StoreError::CircuitOpen)
+            | Self::Silent { .. } => Unheard::Timeout,
             Self::Store(StoreError::Unavailable(_)) | Self::Closed => Unheard::Unavailable,
             Self::Store(StoreError::Denied(_)) => Unheard::Denied,
             Self::Store(StoreError::ReadOnly(_)) => Unheard::Standby,
@@ -113,7 +112,7 @@ impl fmt::Display for Loss {
             ) => f.write_str(why),
             Self::Store(error) => error.fmt(f),
             Self::Closed => f.write_str("the connection was closed"),
-            Self::Silent(time) => write!(f, "the server sent nothing for {time:?}"),
+            Self::Silent { server, time } => write!(f, "{server} sent nothing for {time:?}"),
             Self::Overrun => write!(f, "more than {INBOX} changes arrived before they could be taken in"),
             Self::Abandoned => f.write_str("nobody takes in what arrives"),
             Self::Untold(why) => f.write_str(why),
@@ -426,7 +425,7 @@ impl<S: ChangeSource> Following<'_, S> {
     fn lost(&mut self, why: &Loss) {
         match self.state {
             State::Hearing => {
-                if matches!(why, Loss::Silent(_)) {
+                if matches!(why, Loss::Silent { .. }) {
                     (self.heard)(Event::Silent);
                 }
                 self.deaf();
@@ -508,7 +507,7 @@ async fn answer_within<S: Subscription>(
         let by_now = counts.arrived.load(Ordering::Relaxed);
         let is_late = due.elapsed() > LATE && excused < EXCUSES;
         if by_now == arrived && !is_late {
-            return Err(Loss::Silent(silence));
+            return Err(Loss::Silent { server: "the server".into(), time: silence });
         }
         excused = if is_late { excused + 1 } else { 0 };
         arrived = by_now;

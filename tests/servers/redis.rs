@@ -155,16 +155,31 @@ impl Watched {
     }
 }
 
-/// Three masters that share the slots.
+/// Three masters that share the slots, and behind them their replicas if there are any.
 pub struct Cluster {
     pub nodes: Vec<Redis>,
 }
 
 impl Cluster {
     pub fn start() -> Self {
-        let nodes: Vec<_> = (0..3).map(|_| Self::node()).collect();
+        Self::of(3, &[])
+    }
+
+    pub fn with_replicas() -> Self {
+        let cluster = Self::of(6, &["--cluster-replicas", "1"]);
+        for node in &cluster.nodes {
+            eventually("every master has its replica", || {
+                let info = node.cli(&["INFO", "replication"]);
+                info.contains("connected_slaves:1") || info.contains("master_link_status:up")
+            });
+        }
+        cluster
+    }
+
+    fn of(count: usize, more: &[&str]) -> Self {
+        let nodes: Vec<_> = (0..count).map(|_| Self::node()).collect();
         let addresses: Vec<_> = nodes.iter().map(Redis::address).collect();
-        run(Command::new("redis-cli").args(["--cluster", "create"]).args(&addresses).arg("--cluster-yes"));
+        run(Command::new("redis-cli").args(["--cluster", "create"]).args(&addresses).args(more).arg("--cluster-yes"));
         for node in &nodes {
             eventually("the cluster is up", || node.cli(&["CLUSTER", "INFO"]).contains("cluster_state:ok"));
         }

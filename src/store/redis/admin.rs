@@ -8,7 +8,7 @@ use super::super::{
 use super::follow::WAIT_KEPT;
 use super::link::{Connector, RedisConnection, failed};
 use super::record::{Stored, edited, to_json};
-use super::{Found, Keys, RedisChanges, RedisSettings, Topology, is_open, questions, read, stored};
+use super::{Found, Keys, RedisChanges, RedisSettings, Topology, is_open, is_wrong_type, questions, read, stored};
 use crate::store::credential::Digest;
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, stream};
@@ -24,6 +24,8 @@ const ANSWER: Duration = Duration::from_secs(10);
 const ATTEMPTS: usize = 10;
 /// Records in one round trip.
 const BATCH: usize = 1_000;
+/// Keys that one SCAN looks at. It keeps the server from everything else for about a millisecond.
+const SCANNED: usize = 4_000;
 /// With more new tokens than this, one notification for all tokens is sent instead of one for each.
 const NAMED: usize = 10_000;
 const FOUND_MOST: usize = 100;
@@ -164,10 +166,11 @@ impl RedisAdmin {
     }
 
     /// Passes on the records whose digest begins with these digits, in no order, some of them twice, until `each` says that
-    /// it is enough. Those that cannot be read are noted and left out.
+    /// it is enough. Those that cannot be read are noted and left out. With a user, some records of others are passed over.
     async fn scan(
         &mut self,
         hex: &str,
+        user: Option<&str>,
         mut each: impl FnMut(TokenRecord) -> ControlFlow<()> + Send,
     ) -> Result<(), AdminError> {
         let pattern = self.keys.pattern(hex);
@@ -177,11 +180,12 @@ impl RedisAdmin {
             for mut node in nodes {
                 let mut cursor = 0_u64;
                 loop {
-                    let page = redis::cmd("SCAN").arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(BATCH).take();
+                    let page =
+                        redis::cmd("SCAN").arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(SCANNED).take();
                     let (next, keys): (u64, Vec<Vec<u8>>) = node.ask(&page).await?;
                     let keys = keys.into_iter().filter_map(|key| String::from_utf8(key).ok());
                     let digests: Vec<_> = keys.filter_map(|key| self.keys.digest(&key)).collect();
-                    for (digest, record) in self.read_at(&mut node, &digests).await? {
+                    for (digest, record) in self.read_at(&mut node, &digests, user).await? {
                         match record {
                             Ok(Some(record)) => {
                                 if each(record).is_break() {
@@ -211,17 +215,20 @@ impl RedisAdmin {
         &mut self,
         node: &mut RedisConnection,
         digests: &[Digest],
+        user: Option<&str>,
     ) -> Result<Vec<(Digest, Result<Option<TokenRecord>, String>)>, AdminError> {
-        let mut records = Vec::with_capacity(digests.len());
-        if digests.is_empty() {
-            return Ok(records);
-        }
-        let mut pipe = redis::Pipeline::new();
-        pipe.ignore_errors();
-        digests.iter().for_each(|digest| read(&mut pipe, &self.keys.token(digest)));
-        let answers: Vec<Value> = pipe.query_async(node).await.map_err(|error| broken(&error))?;
-        for (digest, answers) in digests.iter().zip(answers.chunks(2)) {
-            let record = match stored(answers, *digest) {
+        let mut records = Vec::new();
+        let texts = self.ask_each(node, "GET", digests).await?;
+        let hashes: Vec<Digest> =
+            digests.iter().zip(&texts).filter(|(_, text)| is_wrong_type(text)).map(|(digest, _)| *digest).collect();
+        let mut hashes = self.ask_each(node, "HGETALL", &hashes).await?.into_iter();
+        for (digest, text) in digests.iter().zip(texts) {
+            if user.is_some_and(|user| is_of_another(&text, user)) {
+                continue;
+            }
+            let hash = if is_wrong_type(&text) { hashes.next() } else { None };
+            let answers: Vec<Value> = [Some(text), hash].into_iter().flatten().collect();
+            let record = match stored(&answers, *digest) {
                 _ if self.is_cluster() && answers.iter().any(is_elsewhere) => self.get(digest).await,
                 Ok(Found::Record(stored)) => self.parse(&stored, *digest).map(|record| Some((stored, record))),
                 Ok(Found::Nothing) => Ok(None),
@@ -233,12 +240,34 @@ impl RedisAdmin {
         Ok(records)
     }
 
-    /// Every record once, in no order.
-    async fn all(&mut self, mut is: impl FnMut(&TokenRecord) -> bool + Send) -> Result<Vec<TokenRecord>, AdminError> {
+    /// The replies to one command for each key.
+    async fn ask_each(
+        &self,
+        node: &mut RedisConnection,
+        command: &str,
+        digests: &[Digest],
+    ) -> Result<Vec<Value>, AdminError> {
+        if digests.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut pipe = redis::Pipeline::new();
+        pipe.ignore_errors();
+        for digest in digests {
+            pipe.cmd(command).arg(self.keys.token(digest));
+        }
+        pipe.query_async(node).await.map_err(|error| broken(&error))
+    }
+
+    /// Every record once, in no order; of one user, if one is named.
+    async fn all(
+        &mut self,
+        user: Option<&str>,
+        mut is: impl FnMut(&TokenRecord) -> bool + Send,
+    ) -> Result<Vec<TokenRecord>, AdminError> {
         // A scan may return a key twice.
         let mut found = BTreeMap::new();
-        self.scan("", |record| {
-            if is(&record) {
+        self.scan("", user, |record| {
+            if user.is_none_or(|user| record.user == user) && is(&record) {
                 found.insert(*record.digest.as_bytes(), record);
             }
             ControlFlow::Continue(())
@@ -326,6 +355,12 @@ impl RedisAdmin {
     }
 }
 
+/// Whether a JSON record cannot be this user's, without reading it: a name without escapes stands there as it is.
+fn is_of_another(text: &Value, user: &str) -> bool {
+    let Value::BulkString(text) = text else { return false };
+    !text.contains(&b'\\') && memchr::memmem::find(text, user.as_bytes()).is_none()
+}
+
 fn no_master() -> AdminError {
     AdminError::Store("no node of the cluster has slots: see CLUSTER SLOTS".into())
 }
@@ -397,7 +432,7 @@ impl TokenAdmin for RedisAdmin {
     }
 
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
-        let mut records = self.all(|_| true).await?;
+        let mut records = self.all(None, |_| true).await?;
         records.sort_by_key(|record| Reverse(record.created));
         Ok(records)
     }
@@ -405,7 +440,7 @@ impl TokenAdmin for RedisAdmin {
     /// Their order takes 40 bytes for each; the records are read again in that order.
     async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
         let mut order = Vec::new();
-        self.scan("", |record| {
+        self.scan("", None, |record| {
             order.push((Reverse(record.created), *record.digest.as_bytes()));
             ControlFlow::Continue(())
         })
@@ -422,7 +457,7 @@ impl TokenAdmin for RedisAdmin {
                 records
             } else {
                 let mut node = self.link.clone();
-                self.read_at(&mut node, &digests).await?
+                self.read_at(&mut node, &digests, None).await?
             };
             for (digest, record) in records {
                 match record {
@@ -436,14 +471,14 @@ impl TokenAdmin for RedisAdmin {
     }
 
     async fn of_user(&mut self, user: &str) -> Result<Vec<TokenRecord>, AdminError> {
-        let mut records = self.all(|record| record.user == user).await?;
+        let mut records = self.all(Some(user), |_| true).await?;
         records.sort_by_key(|record| Reverse(record.created));
         Ok(records)
     }
 
     async fn blocked_users(&mut self) -> Result<BTreeSet<String>, AdminError> {
         let mut users = BTreeSet::new();
-        self.scan("", |record| {
+        self.scan("", None, |record| {
             if record.blocked {
                 users.insert(record.user);
             }
@@ -466,7 +501,7 @@ impl TokenAdmin for RedisAdmin {
             Some(digest) => Ok(self.get(&digest).await?.map(|(_, record)| record).into_iter().collect()),
             None => {
                 let mut found = BTreeMap::new();
-                self.scan(&hex, |record| {
+                self.scan(&hex, None, |record| {
                     found.insert(*record.digest.as_bytes(), record);
                     if found.len() < FOUND_MOST { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
                 })
@@ -521,7 +556,7 @@ impl TokenAdmin for RedisAdmin {
     /// One token after the other. After a failure the others are unchanged, and repeating the command continues.
     async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
         let mut changed = 0;
-        for record in self.all(|record| record.user == user && record.blocked != blocked).await? {
+        for record in self.all(Some(user), |record| record.blocked != blocked).await? {
             let mut attempts = 0;
             let mut open = true;
             while open {

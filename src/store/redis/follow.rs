@@ -34,7 +34,7 @@ pub(super) const WAIT_KEPT: Duration = Duration::from_secs(300);
 pub(super) async fn follow(store: &RedisStore, heard: Heard<'_>) {
     if store.settings.changes != RedisChanges::None {
         let register = Arc::new(Register::new(store));
-        return feed::follow(RedisFeed { store, register, master: None }, crate::clock::now, heard).await;
+        return feed::follow(RedisFeed { store, register, followed: Vec::new() }, crate::clock::now, heard).await;
     }
     match store.connector.topology() {
         // Without messages, one thing is still to be noticed: that lookups ask a server that is the master no more.
@@ -60,15 +60,16 @@ async fn watch_master(store: &RedisStore) {
 struct RedisFeed<'a> {
     store: &'a RedisStore,
     register: Arc<Register>,
-    /// The one that was followed last.
-    master: Option<Address>,
+    /// Those that were followed last: one, or a cluster's masters.
+    followed: Vec<Address>,
 }
 
 type ChannelMessage = feed::Message<String>;
 
 impl RedisFeed<'_> {
-    fn is_sentinel(&self) -> bool {
-        matches!(self.store.connector.topology(), Topology::Sentinel { .. })
+    /// Whether another server may take over.
+    fn fails_over(&self) -> bool {
+        matches!(self.store.connector.topology(), Topology::Sentinel { .. } | Topology::Cluster)
     }
 }
 
@@ -81,7 +82,12 @@ impl<'a> ChangeSource for RedisFeed<'a> {
     }
 
     fn pace(&self) -> Pace {
-        Pace { beat: BEAT, silence: Some(BEAT_ANSWER), upkeep: Some(REGISTER) }
+        let silence = match self.store.connector.topology() {
+            // Each of the connections is watched by itself, so that the log can name the server.
+            Topology::Cluster => 2 * BEAT_ANSWER,
+            Topology::Single | Topology::Sentinel { .. } => BEAT_ANSWER,
+        };
+        Pace { beat: BEAT, silence: Some(silence), upkeep: Some(REGISTER) }
     }
 
     async fn begin(&mut self, inbox: Inbox<String>) -> Result<Begun<Subscribed<'a>>, Loss> {
@@ -90,8 +96,13 @@ impl<'a> ChangeSource for RedisFeed<'a> {
         Ok(Begun { servers: Some(servers.join(", ")), ..Begun::new(subscribed) })
     }
 
+    fn on_hearing(&mut self) {
+        self.store.lost.send_replace(false);
+    }
+
     fn on_lost(&mut self) {
-        if self.is_sentinel() {
+        self.store.lost.send_replace(true);
+        if self.fails_over() {
             self.store.pool.renew();
         }
     }
@@ -102,16 +113,14 @@ impl<'a> ChangeSource for RedisFeed<'a> {
 }
 
 impl<'a> RedisFeed<'a> {
-    async fn subscribe(&mut self, inbox: Inbox<String>) -> Result<Subscribed<'a>, StoreError> {
+    async fn subscribe(&mut self, inbox: Inbox<String>) -> Result<Subscribed<'a>, Loss> {
         let inbox = Arc::new(inbox);
         let (masters, ears) = self.connect(&inbox).await?;
-        if let [ear] = ears.as_slice()
-            && self.is_sentinel()
-            && self.master.as_ref() != Some(&ear.address)
-        {
+        let addresses: Vec<Address> = ears.iter().map(|ear| ear.address.clone()).collect();
+        if self.fails_over() && self.followed != addresses {
             // Lookups may have come back to the old one in between.
             self.store.pool.renew();
-            self.master = Some(ear.address.clone());
+            self.followed = addresses;
         }
         try_join_all(ears.iter().map(|ear| hear_of_flushes(ear.link.clone(), self.store))).await?;
         let mut waits = Vec::new();
@@ -297,8 +306,8 @@ fn now_ms() -> u64 {
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
-async fn bounded<T>(future: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-    timeout(BEAT_ANSWER, future).await.unwrap_or(Err(StoreError::Timeout))
+async fn bounded<T, E: From<StoreError>>(future: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+    timeout(BEAT_ANSWER, future).await.unwrap_or(Err(StoreError::Timeout.into()))
 }
 
 /// Neither messages nor keyspace events tell of FLUSHALL and FLUSHDB, but the server tells every client whose keys it
@@ -439,24 +448,24 @@ impl Subscribed<'_> {
         }
     }
 
-    async fn check(&self) -> Result<(), StoreError> {
+    async fn check(&self) -> Result<(), Loss> {
         match self.ears.as_slice() {
-            [ear] => self.check_one(ear).await,
+            [ear] => Ok(self.check_one(ear).await?),
             ears => try_join_all(ears.iter().map(|ear| self.check_within(ear))).await.map(drop),
         }
     }
 
     /// The messages of other connections are no sign of life of this one.
-    async fn check_within(&self, ear: &ServerEar) -> Result<(), StoreError> {
+    async fn check_within(&self, ear: &ServerEar) -> Result<(), Loss> {
         let mut answer = pin!(self.check_one(ear));
         let mut arrived = ear.arrived.load(Ordering::Relaxed);
         loop {
             if let Ok(answer) = timeout(BEAT_ANSWER, &mut answer).await {
-                return answer.map_err(|error| error.at(&ear.address));
+                return answer.map_err(|error| error.at(&ear.address).into());
             }
             let by_now = ear.arrived.load(Ordering::Relaxed);
             if by_now == arrived {
-                return Err(StoreError::Unavailable(format!("{}: no answer within {BEAT_ANSWER:?}", ear.address)));
+                return Err(Loss::Silent { server: ear.address.to_string(), time: BEAT_ANSWER });
             }
             arrived = by_now;
         }
@@ -476,7 +485,11 @@ impl Subscribed<'_> {
             }
         }
         if !self.may_ask_role.load(Ordering::Relaxed) {
-            link.ask::<Value>(&redis::cmd("PING")).await?;
+            match link.ask::<Value>(&redis::cmd("PING")).await {
+                // A master that can't save refuses PING like a write (MISCONF). It hears and tells nevertheless.
+                Ok(_) | Err(StoreError::ReadOnly(_)) => {}
+                Err(error) => return Err(error),
+            }
             if !self.masters.is_empty() {
                 self.same_masters(ear).await?;
             }

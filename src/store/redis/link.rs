@@ -30,6 +30,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// Name resolution, TCP, TLS and greeting together.
 const CONNECT: Duration = Duration::from_secs(1);
+/// The same to one node of a cluster: the whole must not fail because one of them is silent.
+const CONNECT_NODE: Duration = Duration::from_millis(500);
 /// Before the other sentinels, or nodes of a cluster, are asked as well.
 const HEAD_START: Duration = Duration::from_millis(100);
 /// How long the server may take for one answer. Lookups usually end before, by the store's own timeout.
@@ -242,7 +244,7 @@ pub(super) struct Connector {
     identity: RedisConnectionInfo,
     tls: Option<tokio_rustls::TlsConnector>,
     tls_settings: TlsSettings,
-    cluster: Option<ClusterClient>,
+    settings: RedisSettings,
     answer: Duration,
     /// The place among the addresses of the one that answered last.
     answered_last: AtomicUsize,
@@ -260,13 +262,13 @@ impl Connector {
             identity = identity.set_password(password.expose());
         }
         let tls = settings.tls.client_config()?.map(|config| tokio_rustls::TlsConnector::from(Arc::new(config)));
-        let cluster = match settings.topology {
-            Topology::Cluster => Some(cluster_client(settings, &addresses, &identity)?),
-            _ => None,
-        };
+        if settings.topology == Topology::Cluster {
+            cluster_client(settings, &addresses, &identity)?;
+        }
         let (topology, tls_settings) = (settings.topology.clone(), settings.tls.clone());
         let answered_last = AtomicUsize::new(0);
-        Ok(Self { addresses, topology, identity, tls, tls_settings, cluster, answer: ANSWER, answered_last })
+        let settings = settings.clone();
+        Ok(Self { addresses, topology, identity, tls, tls_settings, settings, answer: ANSWER, answered_last })
     }
 
     /// For work that may take longer than a lookup.
@@ -281,13 +283,15 @@ impl Connector {
 
     /// A connection for commands: to the server, to the master, or to the whole cluster.
     pub(super) async fn open(&self) -> Result<RedisConnection, StoreError> {
-        match (&self.topology, &self.cluster) {
-            (Topology::Cluster, Some(client)) => {
-                let connection = bounded(client.get_async_connection()).await?;
-                Ok(RedisConnection::new(Wire::Cluster(connection.map_err(|error| failed(&error))?)))
-            }
-            _ => self.server(None).await.map(|(link, _)| link),
+        let (link, node) = self.server(None).await?;
+        if self.topology != Topology::Cluster {
+            return Ok(link);
         }
+        // The library waits for every node that it is given, so it gets one that answers, and asks that for the others.
+        let client = cluster_client(&self.settings, &[node], &self.identity)
+            .map_err(|problem| StoreError::Unusable(problem.to_string()))?;
+        let connection = bounded(client.get_async_connection()).await?;
+        Ok(RedisConnection::new(Wire::Cluster(connection.map_err(|error| failed(&error))?)))
     }
 
     /// A connection that receives messages, which `push` takes: to the server, or to the master that the sentinels name.
@@ -391,7 +395,7 @@ impl Connector {
     /// The masters of a cluster, for what must be asked of each.
     pub(super) async fn masters(&self) -> Result<Vec<RedisConnection>, StoreError> {
         let (mut any, at) = self.server(None).await?;
-        if self.cluster.is_none() {
+        if self.topology != Topology::Cluster {
             return Ok(vec![any]);
         }
         let mut links = Vec::new();
@@ -403,7 +407,7 @@ impl Connector {
 
     /// Which node of a cluster has which keys, and which are on their way; to be compared.
     pub(super) async fn layout(&self) -> Result<Vec<String>, StoreError> {
-        if self.cluster.is_none() {
+        if self.topology != Topology::Cluster {
             return Ok(Vec::new());
         }
         let mut all = Vec::new();
@@ -545,7 +549,7 @@ fn cluster_client(
     let read = |file: &PemFile, key| file.content(key).map(<[u8]>::to_vec);
     let scheme = if settings.tls.is_plain() { "redis" } else { "rediss" };
     let mut builder = ClusterClient::builder(addresses.iter().map(|address| format!("{scheme}://{address}")))
-        .connection_timeout(CONNECT)
+        .connection_timeout(CONNECT_NODE)
         .response_timeout(ANSWER)
         .retries(3)
         .max_retry_wait(200);

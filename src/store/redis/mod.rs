@@ -35,12 +35,14 @@ use link::{Address, Connector, RedisPool, server_failed};
 use record::Stored;
 use redis::Value;
 use std::sync::Arc;
-use tokio::sync::Semaphore;
+use std::time::Duration;
+use tokio::sync::watch;
 
-/// Maximum number of lookups in progress at once.
-const IN_FLIGHT: usize = 1_024;
-/// Tokens that are looked up together when lookups wait for their turn.
-const LOOKUP_TOKENS: usize = 16;
+/// Lookups under way at once, and the tokens that each may be for: 1,024 tokens.
+const LOOKUPS: LookupLimits = LookupLimits { at_once: 64, tokens: 16 };
+/// How long a lookup may take while one of a cluster's masters is missing: the library tries it again for longer, and callers
+/// whose tokens are known wait meanwhile.
+const LOST_ANSWER: Duration = Duration::from_millis(500);
 /// How often a key is read again if its type changes meanwhile.
 const ATTEMPTS: usize = 3;
 
@@ -210,7 +212,8 @@ pub struct RedisStore {
     keys: Keys,
     connector: Arc<Connector>,
     pool: Arc<RedisPool>,
-    in_flight: Semaphore,
+    /// Whether the subscription of a cluster is lost.
+    lost: watch::Sender<bool>,
     warnings: Arc<follow::RedisWarnings>,
     metrics: Arc<StoreMetrics>,
 }
@@ -224,7 +227,7 @@ impl RedisStore {
             keys: Keys { prefix: settings.prefix.clone() },
             connector,
             pool: Arc::new(pool),
-            in_flight: Semaphore::new(IN_FLIGHT),
+            lost: watch::Sender::new(false),
             warnings: Arc::default(),
             metrics,
             settings,
@@ -236,11 +239,38 @@ impl RedisStore {
 impl TokenStore for RedisStore {
     /// Commands of many lookups share a connection.
     fn lookup_limits(&self) -> LookupLimits {
-        LookupLimits { at_once: IN_FLIGHT / LOOKUP_TOKENS, tokens: LOOKUP_TOKENS }
+        LOOKUPS
     }
 
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
-        let _permit = self.in_flight.try_acquire().map_err(|_| StoreError::Overloaded)?;
+        if self.settings.topology != Topology::Cluster {
+            return self.record(credential).await;
+        }
+        let mut lost = self.lost.subscribe();
+        let too_long = async {
+            let _ = lost.wait_for(|lost| *lost).await;
+            tokio::time::sleep(LOST_ANSWER).await;
+        };
+        tokio::select! {
+            record = self.record(credential) => record,
+            () = too_long => Err(StoreError::Timeout),
+        }
+    }
+
+    fn tells_changes(&self) -> bool {
+        self.settings.changes != RedisChanges::None
+    }
+
+    async fn follow(&self, heard: Heard<'_>) {
+        follow::follow(self, heard).await;
+    }
+
+    // `changed_since` is not implemented: other programs write here too, keys expire, and a failover may lose writes.
+    // Only looking everything up again is safe.
+}
+
+impl RedisStore {
+    async fn record(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
         let digest = *credential.digest();
         let key = self.keys.token(&digest);
         let questions = questions(&self.settings.topology, &key);
@@ -262,17 +292,6 @@ impl TokenStore for RedisStore {
         }
         Err(StoreError::Unavailable(format!("token {}: the key changed repeatedly while it was read", digest.id())))
     }
-
-    fn tells_changes(&self) -> bool {
-        self.settings.changes != RedisChanges::None
-    }
-
-    async fn follow(&self, heard: Heard<'_>) {
-        follow::follow(self, heard).await;
-    }
-
-    // `changed_since` is not implemented: other programs write here too, keys expire, and a failover may lose writes.
-    // Only looking everything up again is safe.
 }
 
 /// The commands for a key: GET and HGETALL in one round trip, one of which fails with WRONGTYPE. In a cluster one after

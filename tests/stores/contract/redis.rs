@@ -457,6 +457,45 @@ async fn a_record_that_cannot_be_read_is_named_and_left_out() {
     assert!(admin.take_unreadable().is_empty());
 }
 
+/// One command for each record, and no record of another user read any further: the time is the server's.
+#[tokio::test]
+async fn a_user_is_blocked_among_a_hundred_thousand_tokens() {
+    const TOKENS: u64 = 100_000;
+    let server = Redis::start(&Options::default());
+    let mut admin = admin(&settings(&[server.address()])).await;
+    let fill = r#"for i = 1, ARGV[1] do
+        local key, user = 'tollgate:' .. string.format('%064x', i), 'user-' .. i % 5000 .. '.'
+        if i % 50000 == 7 then redis.call('HSET', key, 'user', user, 'created', i)
+        else redis.call('SET', key, '{"user":"' .. user .. '","scopes":["api"],"created":' .. i .. '}') end end"#;
+    server.cli(&["EVAL", fill, "0", &TOKENS.to_string()]);
+    // An escape in a name is read as what it means.
+    server.cli(&["SET", &key("escaped"), r#"{"user":"user\u002d7."}"#]);
+    server.cli(&["CONFIG", "RESETSTAT"]);
+    let begin = Instant::now();
+    assert_eq!(admin.block("user-7.", true).await.unwrap(), TOKENS / 5_000 + 1);
+    let took = begin.elapsed();
+    let calls = |command: &str| -> u64 {
+        let stats = server.cli(&["INFO", "commandstats"]);
+        let line = stats.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
+        line.map_or(0, |line| line.split(',').next().unwrap().parse().unwrap())
+    };
+    assert!(calls("get") < TOKENS + 100 && calls("hgetall") < 100, "{} {}", calls("get"), calls("hgetall"));
+    assert!(calls("scan") < 100, "{}", calls("scan"));
+    let blocked = admin.of_user("user-7.").await.unwrap();
+    assert!(blocked.len() as u64 == TOKENS / 5_000 + 1 && blocked.iter().all(|record| record.blocked));
+    assert_eq!(admin.blocked_users().await.unwrap().len(), 1);
+    let (mut visited, mut last) = (0, u64::MAX);
+    let mut each = |record: TokenRecord| {
+        assert!(record.created <= last, "newest first");
+        (visited, last) = (visited + 1, record.created);
+        Ok(())
+    };
+    admin.visit(&mut each).await.unwrap();
+    assert_eq!(visited, TOKENS + 1);
+    println!("redis: a user of {TOKENS} tokens is blocked within {took:.1?}");
+    assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
+}
+
 #[tokio::test]
 async fn an_edit_keeps_the_end_of_a_key_and_what_others_wrote() {
     let server = Redis::start(&Options::default());
@@ -639,33 +678,61 @@ async fn a_frozen_sentinel_keeps_nobody_waiting() {
 /// A server that takes no writes cannot enter a gateway in the register; it is heard nevertheless, and the log has the cause.
 #[tokio::test]
 async fn a_server_that_takes_no_writes_is_heard() {
-    let server = Redis::start(&Options::default());
+    // A user without +role probes by PING, which a server that cannot save refuses.
+    let users = ["user no-role on >S3CRET ~* &* +@all -role"];
+    let server = Redis::start(&Options { users: &users, ..Options::default() });
     let settings = settings(&[server.address()]);
+    let no_role =
+        RedisSettings { username: Some("no-role".into()), password: Some(Secret::new("S3CRET")), ..settings.clone() };
     let mut writer = admin(&settings).await;
     writer.create(&record("known")).await.unwrap();
-    let store = open(&settings);
+    let stores = [open(&settings), open(&no_role)];
     let begin = Instant::now();
-    let ear = Ear::on(&store);
-    ear.hearing(begin).await;
-    for (refuse, allow, code) in [
-        (["maxmemory", "1"], ["maxmemory", "0"], "OOM"),
-        (["min-replicas-to-write", "1"], ["min-replicas-to-write", "0"], "NOREPLICAS"),
-    ] {
-        server.cli(&["CONFIG", "SET", refuse[0], refuse[1]]);
+    let ears = stores.each_ref().map(Ear::on);
+    for ear in &ears {
+        ear.hearing(begin).await;
+    }
+    // A folder in the place of the file that is to be written.
+    let unwritable = server.socket().with_file_name("dump.rdb");
+    let save = async |status: &str| {
+        server.cli(&["BGSAVE"]);
+        let ended = format!("rdb_last_bgsave_status:{status}");
+        until("the save has ended", || server.cli(&["INFO", "persistence"]).contains(&ended)).await;
+    };
+    let set = |name: &str, value: &str| drop(server.cli(&["CONFIG", "SET", name, value]));
+    for code in ["OOM", "NOREPLICAS", "MISCONF"] {
+        match code {
+            "OOM" => set("maxmemory", "1"),
+            "NOREPLICAS" => set("min-replicas-to-write", "1"),
+            _ => {
+                std::fs::create_dir(&unwritable).unwrap();
+                set("save", "3600 1000000");
+                save("err").await;
+            }
+        }
         let why = writer.create(&record("more")).await.unwrap_err().to_string();
         assert!(why.contains(code), "{why}");
         let before = Instant::now();
         server.cut();
-        assert!(ear.hearing(before).await - before < LAG, "{code}");
-        assert!(lookup(&*store, b"known").await.is_some());
-        server.cli(&["CONFIG", "SET", allow[0], allow[1]]);
+        for (ear, store) in ears.iter().zip(&stores) {
+            assert!(ear.hearing(before).await - before < LAG, "{code}");
+            assert!(lookup(&**store, b"known").await.is_some());
+        }
+        match code {
+            "OOM" => set("maxmemory", "0"),
+            "NOREPLICAS" => set("min-replicas-to-write", "0"),
+            _ => {
+                std::fs::remove_dir(&unwritable).unwrap();
+                save("ok").await;
+            }
+        }
         writer = admin(&settings).await;
-        // It is in the register again within a second.
+        // They are in the register again within a second.
         let (mut waited, before) = (Vec::new(), Instant::now());
-        while waited.is_empty() && before.elapsed() < PATIENCE {
+        while waited.len() < 2 && before.elapsed() < PATIENCE {
             waited = writer.wait(PATIENCE).await.unwrap();
         }
-        assert_eq!(waited.len(), 1, "{code}");
+        assert_eq!(waited.len(), 2, "{code}");
     }
 }
 
