@@ -210,8 +210,14 @@ fn triggers_are_removed_as_they_were_made_and_migrations_can_be_read() {
 fn a_check_of_a_store_finds_what_breaks_its_promise_in_redis() {
     let store = RedisOwn::new();
     let section = store.section();
+    store.server.cli(&["CONFIG", "RESETSTAT"]);
     let (healthy, said) = check(&section);
     assert!(healthy == 0 && said.ends_with("0 errors, 0 warnings\n") && said.contains("noeviction"), "{said}");
+    let commands = store.server.cli(&["INFO", "commandstats"]);
+    assert!(
+        commands.contains("cmdstat_subscribe") && !commands.contains("cmdstat_zadd"),
+        "it is no gateway: {commands}"
+    );
     let set = |setting: &str, value: &str| store.server.cli(&["CONFIG", "SET", setting, value]);
     set("maxmemory-policy", "allkeys-lru");
     finds(&section, "warning", &["allkeys-lru", "maxmemory is 0 now"]);

@@ -561,6 +561,8 @@ struct Register {
     keys: Keys,
     name: String,
     warnings: Arc<RedisWarnings>,
+    /// Whether this gateway enters itself.
+    is_open: bool,
 }
 
 /// Warnings that a store logs once, although their cause may be found again and again; a new cause is a new warning.
@@ -581,7 +583,13 @@ impl Register {
         // Two generations of a configuration may follow at once: each confirms for itself.
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("{}/{}", replica_name(), COUNT.fetch_add(1, Ordering::Relaxed));
-        Self { pool: Arc::clone(&store.pool), keys: store.keys.clone(), name, warnings: Arc::clone(&store.warnings) }
+        Self {
+            pool: Arc::clone(&store.pool),
+            keys: store.keys.clone(),
+            name,
+            warnings: Arc::clone(&store.warnings),
+            is_open: !store.is_unregistered.load(Ordering::Relaxed),
+        }
     }
 
     async fn now(&self) -> Result<u64, StoreError> {
@@ -593,6 +601,9 @@ impl Register {
 
     /// Enters this gateway. One that may not write goes on without; one that can't at the moment does not.
     async fn note(&self) -> Result<(), StoreError> {
+        if !self.is_open {
+            return Ok(());
+        }
         let entered = async {
             let now = self.now().await?;
             let mut pipe = redis::Pipeline::new();
@@ -619,6 +630,9 @@ impl Register {
 
     /// Says that this gateway has taken in all that was told before. `false`: to be tried again.
     async fn confirm(&self, wait: &str) -> bool {
+        if !self.is_open {
+            return true;
+        }
         let key = self.keys.confirmed(wait);
         let mut pipe = redis::Pipeline::new();
         pipe.cmd("SADD").arg(&key).arg(&self.name).cmd("EXPIRE").arg(&key).arg(WAIT_KEPT.as_secs());
@@ -646,6 +660,9 @@ impl Register {
 
     /// Takes its leave, so that nobody waits [`REPLICA_GONE`] for a gateway that has been told to go.
     fn sign_off(&self) {
+        if !self.is_open {
+            return;
+        }
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let mut pipe = redis::Pipeline::new();
         pipe.cmd("ZREM").arg(self.keys.replicas()).arg(&self.name);

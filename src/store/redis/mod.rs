@@ -35,6 +35,7 @@ use link::{Address, Connector, RedisPool, server_failed};
 use record::Stored;
 use redis::Value;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -216,6 +217,8 @@ pub struct RedisStore {
     lost: watch::Sender<bool>,
     warnings: Arc<follow::RedisWarnings>,
     metrics: Arc<StoreMetrics>,
+    /// It confirms nothing, and nobody waits for it.
+    is_unregistered: AtomicBool,
 }
 
 impl RedisStore {
@@ -231,6 +234,7 @@ impl RedisStore {
             warnings: Arc::default(),
             metrics,
             settings,
+            is_unregistered: AtomicBool::new(false),
         })
     }
 }
@@ -259,6 +263,10 @@ impl TokenStore for RedisStore {
 
     fn tells_changes(&self) -> bool {
         self.settings.changes != RedisChanges::None
+    }
+
+    fn stay_unregistered(&self) {
+        self.is_unregistered.store(true, Ordering::Relaxed);
     }
 
     async fn follow(&self, heard: Heard<'_>) {
