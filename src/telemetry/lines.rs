@@ -289,9 +289,6 @@ struct Writer {
     reported_at: Option<Instant>,
 }
 
-/// How long lines are collected before the next batch is written.
-const GATHERING: Duration = Duration::from_millis(5);
-
 impl Writer {
     /// Writes queued lines in batches, and waits while the queue is empty.
     fn run(mut self, queue: &Receiver<QueueItem>) {
@@ -314,10 +311,6 @@ impl Writer {
             self.reopen();
             if !batch.is_empty() {
                 self.write(&batch);
-            }
-            if waiting.is_empty() && batch.len() < BATCH_BYTES {
-                // Lines that come now find the thread busy, so that they do not wake it: a request must not pay for that.
-                std::thread::sleep(GATHERING);
             }
             for done in waiting.drain(..) {
                 // Fails only if the caller has stopped waiting.

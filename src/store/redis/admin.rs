@@ -22,9 +22,10 @@ use std::time::{Duration, Instant};
 const ANSWER: Duration = Duration::from_secs(10);
 /// How often a change is retried after a concurrent change.
 const ATTEMPTS: usize = 10;
-/// Records in one round trip.
+/// Records in one round trip. More would show in the memory of a list.
 const BATCH: usize = 1_000;
-/// Keys that one SCAN looks at. It keeps the server from everything else for about a millisecond.
+/// Keys that one SCAN looks at for the records of one user, of which few are kept. It keeps the server from everything else
+/// for about a millisecond.
 const SCANNED: usize = 4_000;
 /// With more new tokens than this, one notification for all tokens is sent instead of one for each.
 const NAMED: usize = 10_000;
@@ -174,14 +175,14 @@ impl RedisAdmin {
         mut each: impl FnMut(TokenRecord) -> ControlFlow<()> + Send,
     ) -> Result<(), AdminError> {
         let pattern = self.keys.pattern(hex);
+        let count = if user.is_some() { SCANNED } else { BATCH };
         for _ in 0..ATTEMPTS {
             let before = self.connector.layout().await?;
             let nodes = if self.is_cluster() { self.connector.masters().await? } else { vec![self.link.clone()] };
             for mut node in nodes {
                 let mut cursor = 0_u64;
                 loop {
-                    let page =
-                        redis::cmd("SCAN").arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(SCANNED).take();
+                    let page = redis::cmd("SCAN").arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(count).take();
                     let (next, keys): (u64, Vec<Vec<u8>>) = node.ask(&page).await?;
                     let keys = keys.into_iter().filter_map(|key| String::from_utf8(key).ok());
                     let digests: Vec<_> = keys.filter_map(|key| self.keys.digest(&key)).collect();
