@@ -198,7 +198,7 @@ impl ClientStream {
 
     async fn fill(&mut self) -> io::Result<usize> {
         let Some(socket) = &mut self.socket else { return Ok(0) };
-        make_room(&mut self.ahead);
+        make_room(&mut self.ahead, READ_BYTES);
         socket.read_buf(&mut self.ahead).await
     }
 
@@ -408,9 +408,7 @@ impl ClientReader<'_> {
     }
 
     async fn fill(&mut self, bytes: usize) -> io::Result<usize> {
-        if self.ahead.capacity() - self.ahead.len() < bytes / 4 {
-            self.ahead.reserve(bytes);
-        }
+        make_room(self.ahead, bytes);
         poll_fn(|cx| self.socket.poll_fill(cx, self.ahead)).await
     }
 }
@@ -503,7 +501,7 @@ impl ClientStream {
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let Some(socket) = &mut self.socket else { return Poll::Ready(Ok(0)) };
-        make_room(&mut self.ahead);
+        make_room(&mut self.ahead, READ_BYTES);
         // The future holds nothing between polls, so a new one each time reads on where the last one waited.
         std::pin::pin!(socket.read_buf(&mut self.ahead)).poll(cx)
     }
@@ -517,9 +515,9 @@ impl ClientStream {
 }
 
 /// Room for the next read, without a new allocation while enough is left of the last one.
-fn make_room(ahead: &mut BytesMut) {
-    if ahead.capacity() - ahead.len() < READ_BYTES / 4 {
-        ahead.reserve(READ_BYTES);
+fn make_room(ahead: &mut BytesMut, bytes: usize) {
+    if ahead.capacity() - ahead.len() < bytes / 4 {
+        ahead.reserve(bytes);
     }
 }
 

@@ -53,8 +53,6 @@ enum Breakage {
 
 impl Breakage {
     const CLOSED: Self = Self::Backend(UpstreamFault::Broken, UpstreamError::Closed);
-    /// In the midst of an answer.
-    const CUT: Self = Self::Backend(UpstreamFault::Broken, UpstreamError::Closed);
     const MALFORMED: Self = Self::Backend(UpstreamFault::Malformed, UpstreamError::Malformed);
     const TIMED_OUT: Self = Self::Backend(UpstreamFault::TimedOut, UpstreamError::Timeout);
 }
@@ -201,7 +199,7 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
         match result {
             Ok(Answered::Switched) => {
                 tunnel(client, &mut backend, &progress).await;
-                over(ticket, &progress, By::Backend, false);
+                over(ticket, &progress, false);
                 return After::Close;
             }
             Ok(Answered::Whole { backend_reusable, client_reusable }) => {
@@ -209,7 +207,7 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
                 if backend_reusable && sent && backend.buffer.is_empty() {
                     backend.keep(&server, peers.timeouts.idle, Instant::now());
                 }
-                over(ticket, &progress, By::Backend, false);
+                over(ticket, &progress, false);
                 let goes_on = client_reusable && sent && !progress.flooded.is_set();
                 return if goes_on { After::Next } else { After::Close };
             }
@@ -241,7 +239,7 @@ async fn end_broken(client: &mut ClientStream, ticket: &mut Ticket, progress: &T
     let cause = match broken {
         Breakage::ClientGone => {
             ticket.exchange.client_gone();
-            over(ticket, progress, By::Backend, true);
+            over(ticket, progress, true);
             return After::Drop;
         }
         Breakage::Request(fault) => Cause::Request(fault),
@@ -250,7 +248,7 @@ async fn end_broken(client: &mut ClientStream, ticket: &mut Ticket, progress: &T
     if progress.status().is_some() {
         // With a part of the answer out, only a broken connection tells the client that the rest is missing.
         ticket.exchange.refused(cause.into());
-        over(ticket, progress, By::Backend, true);
+        over(ticket, progress, true);
         return After::Reset;
     }
     refuse(client, ticket, cause.into(), progress.body_sent.get()).await
@@ -273,11 +271,12 @@ async fn refuse(client: &mut ClientStream, ticket: &mut Ticket, refusal: Refusal
     After::Close
 }
 
-fn over(ticket: &mut Ticket, progress: &Transfer, by: By, failed: bool) {
+/// What the client got of the backend's answer.
+fn over(ticket: &mut Ticket, progress: &Transfer, failed: bool) {
     let status = progress.status();
     ticket.exchange.over(End {
         status: status.unwrap_or(0),
-        by: status.map(|_| by),
+        by: status.map(|_| By::Backend),
         bytes_received: progress.body_sent.get(),
         bytes_sent: progress.body_written.get(),
         failed,
@@ -432,17 +431,17 @@ fn judge(
     verdict.map_err(|fault| Breakage::Request(RequestFault::Body(fault)))
 }
 
-/// The line before a chunk.
+/// Room for the line before a chunk: 16 digits and its end.
 #[derive(Default)]
-struct ChunkSize([u8; 18], usize);
+struct ChunkSize([u8; 18]);
 
 impl ChunkSize {
     fn of(&mut self, length: usize) -> &[u8] {
         let mut rest = &mut self.0[..];
-        // 16 digits and a line end fit.
+        // It fits.
         let _ = write!(rest, "{length:x}\r\n");
-        self.1 = 18 - rest.len();
-        &self.0[..self.1]
+        let written = 18 - rest.len();
+        &self.0[..written]
     }
 }
 
@@ -535,8 +534,7 @@ impl Download<'_> {
                 return Err(Breakage::MALFORMED);
             }
             if !self.fill(HEAD_BYTES).await? {
-                // With half a head, it is no connection that was closed between two requests.
-                return Err(if scanned == 0 { Breakage::CLOSED } else { Breakage::CUT });
+                return Err(Breakage::CLOSED);
             }
             self.progress.heard.set(true);
         }
@@ -566,7 +564,7 @@ impl Download<'_> {
                         return Ok(());
                     }
                     if !self.fill(usize::try_from(left).unwrap_or(BODY_BYTES).min(BODY_BYTES)).await? {
-                        return Err(Breakage::CUT);
+                        return Err(Breakage::CLOSED);
                     }
                 }
             }
@@ -584,7 +582,7 @@ impl Download<'_> {
                         return Ok(());
                     }
                     if !self.fill(BODY_BYTES).await? {
-                        return Err(Breakage::CUT);
+                        return Err(Breakage::CLOSED);
                     }
                 }
             }
@@ -645,8 +643,7 @@ impl Download<'_> {
         }
         let read = poll_fn(|cx| self.backend.poll_fill(cx, self.buffer)).await;
         // A reset is no end of a body.
-        read.map(|bytes| bytes > 0)
-            .map_err(|_| if self.progress.heard.is_set() { Breakage::CUT } else { Breakage::CLOSED })
+        read.map(|bytes| bytes > 0).map_err(|_| Breakage::CLOSED)
     }
 }
 
