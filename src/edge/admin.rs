@@ -32,7 +32,7 @@ pub(super) struct AdminGate {
 }
 
 impl Serve for AdminGate {
-    async fn serve(self: Arc<Self>, socket: Socket) {
+    async fn serve(self: Arc<Self>, socket: Socket, _guard: impl Send + 'static) {
         let mut client = ClientStream::new(socket);
         loop {
             let head = match client.read_head(|| LIMITS, pin!(std::future::pending())).await {

@@ -6,6 +6,7 @@ use super::socket::Socket;
 use crate::telemetry::metrics::UpstreamError;
 use crate::upstream::{Server, ServerAddress};
 use bytes::BytesMut;
+use foldhash::fast::RandomState;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::ErrorKind;
@@ -41,8 +42,8 @@ thread_local! {
 
 #[derive(Default)]
 struct Pool {
-    /// By the number of the server.
-    servers: HashMap<u64, Vec<KeptConnection>>,
+    /// By the number of the server, which no client chooses.
+    servers: HashMap<u64, Vec<KeptConnection>, RandomState>,
     swept: bool,
 }
 

@@ -9,7 +9,6 @@ use crate::request::head::{self, HeadFault};
 use crate::request::view::Framing;
 use async_trait::async_trait;
 use bytes::{Buf as _, Bytes, BytesMut};
-use pingora::prelude::fast_timeout::fast_timeout as timeout;
 use pingora::protocols::raw_connect::ProxyDigest;
 use pingora::protocols::{
     GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID,
@@ -18,15 +17,14 @@ use pingora::protocols::{
 use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufWriter, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::time::timeout;
 
-/// Writes are collected up to one TCP segment.
-const WRITE_BUFFER: usize = 1460;
 /// What one read asks the socket for. A request's head nearly always fits.
 const READ_BYTES: usize = 4 * 1024;
 /// The same, for a body.
@@ -43,7 +41,7 @@ const LINGER_BYTES: usize = 1024 * 1024;
 
 pub(super) struct ClientStream {
     /// `None` once the connection has been handed to a lingering close.
-    socket: Option<BufWriter<Socket>>,
+    socket: Option<Socket>,
     /// Read from the socket and not yet taken.
     ahead: BytesMut,
     body: RemainingBody,
@@ -114,7 +112,6 @@ pub(super) enum Head {
 impl ClientStream {
     pub(super) fn new(socket: Socket) -> Self {
         let peer = socket.peer();
-        let socket = BufWriter::with_capacity(WRITE_BUFFER, socket);
         Self {
             socket: Some(socket),
             ahead: BytesMut::new(),
@@ -197,9 +194,7 @@ impl ClientStream {
     }
 
     async fn fill(&mut self) -> io::Result<usize> {
-        let Some(socket) = &mut self.socket else { return Ok(0) };
-        make_room(&mut self.ahead, READ_BYTES);
-        socket.read_buf(&mut self.ahead).await
+        poll_fn(|cx| self.poll_fill(cx)).await
     }
 
     /// Sets what the next reads may give out.
@@ -242,18 +237,25 @@ impl ClientStream {
 
     /// Writes an answer of our own in one go.
     pub(super) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let Some(socket) = &mut self.socket else { return Err(io::ErrorKind::NotConnected.into()) };
-        let write = async {
-            socket.write_all(bytes).await?;
-            socket.flush().await
-        };
-        timeout(DRAIN_TIME, write).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        let Self { socket, timer, .. } = self;
+        let Some(socket) = socket else { return Err(io::ErrorKind::NotConnected.into()) };
+        let mut write = pin!(socket.write_all(bytes));
+        // Made only when the client does not take the bytes at once.
+        let mut deadline = None;
+        poll_fn(|cx| {
+            if let Poll::Ready(written) = write.as_mut().poll(cx) {
+                return Poll::Ready(written);
+            }
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + DRAIN_TIME);
+            timer.poll_passed(cx, deadline).map(|()| Err(io::ErrorKind::TimedOut.into()))
+        })
+        .await
     }
 
     /// Both directions at once, for the lane of our own.
     pub(super) fn split(&mut self) -> Option<(ClientReader<'_>, SocketWriter<'_>, &mut Timer)> {
         let Self { socket, ahead, body, timer, .. } = self;
-        let (socket, writer) = socket.as_mut()?.get_mut().split();
+        let (socket, writer) = socket.as_mut()?.split();
         Some((ClientReader { socket, ahead, body }, writer, timer))
     }
 
@@ -288,7 +290,7 @@ impl ClientStream {
         let Some(socket) = self.socket.take() else { return };
         match after {
             After::Close => linger(socket).await,
-            After::Reset => socket.get_ref().reset_when_dropped(),
+            After::Reset => socket.reset_when_dropped(),
             After::Next | After::Drop => {}
         }
     }
@@ -408,13 +410,12 @@ impl ClientReader<'_> {
     }
 
     async fn fill(&mut self, bytes: usize) -> io::Result<usize> {
-        make_room(self.ahead, bytes);
-        poll_fn(|cx| self.socket.poll_fill(cx, self.ahead)).await
+        poll_fn(|cx| self.socket.poll_fill(cx, self.ahead, bytes)).await
     }
 }
 
 /// Says that nothing more will come, and reads on for a short while.
-async fn linger(mut socket: BufWriter<Socket>) {
+async fn linger(mut socket: Socket) {
     let read_on = async {
         if socket.shutdown().await.is_err() {
             return;
@@ -501,9 +502,7 @@ impl ClientStream {
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let Some(socket) = &mut self.socket else { return Poll::Ready(Ok(0)) };
-        make_room(&mut self.ahead, READ_BYTES);
-        // The future holds nothing between polls, so a new one each time reads on where the last one waited.
-        std::pin::pin!(socket.read_buf(&mut self.ahead)).poll(cx)
+        socket.split().0.poll_fill(cx, &mut self.ahead, READ_BYTES)
     }
 
     fn poll_socket(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
@@ -511,13 +510,6 @@ impl ClientStream {
             Some(socket) => Pin::new(socket).poll_read(cx, out),
             None => Poll::Ready(Ok(())),
         }
-    }
-}
-
-/// Room for the next read, without a new allocation while enough is left of the last one.
-fn make_room(ahead: &mut BytesMut, bytes: usize) {
-    if ahead.capacity() - ahead.len() < bytes / 4 {
-        ahead.reserve(bytes);
     }
 }
 
@@ -563,7 +555,7 @@ impl Shutdown for ClientStream {
 
 impl UniqueID for ClientStream {
     fn id(&self) -> UniqueIDType {
-        self.socket.as_ref().map_or(-1, |socket| socket.get_ref().id())
+        self.socket.as_ref().map_or(-1, |socket| socket.id())
     }
 }
 

@@ -12,11 +12,11 @@ use super::workers::Serve;
 use super::{Lifecycle, Snapshot};
 use crate::forward::{Http1Head, Plan, request_id};
 use crate::identity::Mode;
-use crate::pipeline::{Admission, Facts, Verdict};
+use crate::pipeline::{Admission, Pending, Verdict};
 use crate::reply::cors::CorsGrant;
 use crate::reply::{Cause, Envelope, Http1Answer, Refusal};
 use crate::request::origin::Origin;
-use crate::request::view::{FieldKind, Method, RequestView, Version};
+use crate::request::view::{FieldKind, Framing, Method, RequestView, Version};
 use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
 use arc_swap::ArcSwap;
@@ -25,6 +25,7 @@ use pingora::apps::HttpServerApp as _;
 use pingora::protocols::http::{ServerSession, date::get_cached_date};
 use pingora::proxy::HttpProxy;
 use pingora::server::ShutdownWatch;
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -40,7 +41,7 @@ pub(super) struct Gate {
 }
 
 impl Serve for Gate {
-    async fn serve(self: Arc<Self>, socket: Socket) {
+    async fn serve(self: Arc<Self>, socket: Socket, _guard: impl Send + 'static) {
         let _open = self.snapshot.load().metrics.connection_opened();
         let mut client = ClientStream::new(socket);
         let mut draining = pin!(self.lifecycle.draining());
@@ -80,45 +81,88 @@ fn unread(head: &Head) -> RequestFault {
     }
 }
 
+/// What was decided on a request, with all that is needed to carry it out: neither the request's view nor the pipeline's
+/// own state waits for a backend.
+enum Judged<'r> {
+    Permitted {
+        head: Vec<u8>,
+        ticket: Ticket,
+    },
+    Refused(Refused),
+    /// The head is no request.
+    Unreadable(Exchange, RequestFault),
+    Waiting(Box<Undecided<'r>>),
+}
+
+/// An answer of tollgate's own.
+struct Refused {
+    exchange: Exchange,
+    refusal: Refusal,
+    answer: Vec<u8>,
+    close: bool,
+    /// What the client still sends.
+    body: Framing,
+}
+
+/// A request that waits for the token store.
+struct Undecided<'r> {
+    view: RequestView<'r>,
+    origin: Origin<'r>,
+    exchange: Exchange,
+    pending: Pending<'r>,
+}
+
 impl Gate {
     /// One request and its answer. It is counted and logged when this comes back.
-    async fn exchange(&self, client: &mut ClientStream, bytes: Bytes, mut exchange: Exchange) -> After {
+    async fn exchange(&self, client: &mut ClientStream, bytes: Bytes, exchange: Exchange) -> After {
         let snapshot = Arc::clone(&exchange.snapshot);
-        let view = match head::parse(&bytes) {
-            Ok(view) => view,
-            Err(fault) => return refuse_unread(client, exchange, fault.into()).await,
+        let judged = match self.judge(client.peer(), &snapshot, &bytes, exchange) {
+            // In a box of its own, which few requests need: every connection pays for the largest state of this.
+            Judged::Waiting(waiting) => Box::pin(waiting.verdict()).await,
+            judged => judged,
         };
-        let origin = Origin::of(&view, client.peer(), &snapshot.pipeline.rules.trusted_proxies);
-        let id = request_id(&view).map_or_else(new_request_id, str::to_owned);
-        exchange.is_asked(&view, origin.client, id);
-
-        let (verdict, facts) = if self.lifecycle.is_draining() {
-            (Verdict::Refuse(Cause::Draining.into()), Facts::none(view.method, origin.client))
-        } else {
-            match snapshot.pipeline.admit(&view, &origin, exchange.now, Mode::Serve) {
-                Admission::Decided(verdict, facts) => (verdict, facts),
-                Admission::Waiting(pending) => {
-                    // The client may be gone before the store answers.
-                    exchange.learned(pending.facts().clone());
-                    pending.verdict().await
-                }
-            }
-        };
-        exchange.learned(facts);
-        match verdict {
-            Verdict::Refuse(refusal) => refuse(client, exchange, &view, refusal).await,
-            Verdict::Forward(plan) => {
-                let tunnel = view.websocket.then(|| Arc::new(AtomicBool::new(false)));
-                let mut head = Vec::with_capacity(bytes.len() + 256);
-                let (rules, sink) = (&snapshot.pipeline.forward, &mut Http1Head(&mut head));
-                let dropped = plan.write_head(&view, rules, &origin, &exchange.request_id, sink);
-                exchange.permitted(dropped);
-                client.begin_body(view.body, tunnel.clone());
-                let mut ticket = ticket(exchange, plan, &view, tunnel);
+        match judged {
+            Judged::Permitted { head, mut ticket } => {
+                client.begin_body(ticket.framing, ticket.tunnel.clone());
                 match &self.framework {
                     None => http1::carry(client, &head, &mut ticket, &self.lifecycle).await,
-                    Some(lane) => self.proxied(lane, client, head, ticket).await,
+                    Some(lane) => Box::pin(self.proxied(lane, client, head, ticket)).await,
                 }
+            }
+            Judged::Refused(refused) => refuse(client, refused).await,
+            Judged::Unreadable(exchange, fault) => refuse_unread(client, exchange, fault).await,
+            // Waited for above.
+            Judged::Waiting(_) => After::Drop,
+        }
+    }
+
+    /// Asks the pipeline.
+    fn judge<'r>(
+        &self,
+        peer: Option<IpAddr>,
+        snapshot: &'r Snapshot,
+        bytes: &'r [u8],
+        mut exchange: Exchange,
+    ) -> Judged<'r> {
+        let view = match head::parse(bytes) {
+            Ok(view) => view,
+            Err(fault) => return Judged::Unreadable(exchange, fault.into()),
+        };
+        let origin = Origin::of(&view, peer, &snapshot.pipeline.rules.trusted_proxies);
+        let id = request_id(&view).map_or_else(new_request_id, str::to_owned);
+        exchange.is_asked(&view, origin.client, id);
+        if self.lifecycle.is_draining() {
+            return settle(exchange, &view, &origin, Verdict::Refuse(Cause::Draining.into()));
+        }
+        match snapshot.pipeline.admit(&view, &origin, exchange.now, Mode::Serve) {
+            Admission::Decided(verdict, facts) => {
+                exchange.learned(facts);
+                settle(exchange, &view, &origin, verdict)
+            }
+            Admission::Waiting(pending) => {
+                // The client may be gone before the store answers.
+                exchange.learned(pending.facts().clone());
+                Judged::Waiting(Box::new(Undecided { view, origin, exchange, pending }))
             }
         }
     }
@@ -172,10 +216,38 @@ async fn refuse_unread(client: &mut ClientStream, mut exchange: Exchange, fault:
     After::Close
 }
 
+impl<'r> Undecided<'r> {
+    async fn verdict(self: Box<Self>) -> Judged<'r> {
+        let Self { view, origin, mut exchange, pending } = *self;
+        let (verdict, facts) = pending.verdict().await;
+        exchange.learned(facts);
+        settle(exchange, &view, &origin, verdict)
+    }
+}
+
+/// Writes down what a verdict means for this request.
+fn settle<'r>(mut exchange: Exchange, view: &RequestView<'_>, origin: &Origin<'_>, verdict: Verdict<'_>) -> Judged<'r> {
+    match verdict {
+        Verdict::Refuse(refusal) => {
+            let close =
+                refusal.must_close() || !view.keep_alive || !ClientStream::can_skip(view.body, view.expects_continue);
+            let grant = grant(view, &exchange.snapshot);
+            let answer = render(refusal, view.method == Method::Head, close, &exchange, grant);
+            Judged::Refused(Refused { exchange, refusal, answer, close, body: view.body })
+        }
+        Verdict::Forward(plan) => {
+            let mut head = Vec::with_capacity(exchange.head.len() + 256);
+            let (rules, sink) = (&exchange.snapshot.pipeline.forward, &mut Http1Head(&mut head));
+            let dropped = plan.write_head(view, rules, origin, &exchange.request_id, sink);
+            exchange.permitted(dropped);
+            Judged::Permitted { head, ticket: ticket(exchange, plan, view) }
+        }
+    }
+}
+
 /// Answers a request that was refused.
-async fn refuse(client: &mut ClientStream, mut exchange: Exchange, view: &RequestView<'_>, refusal: Refusal) -> After {
-    let close = refusal.must_close() || !view.keep_alive || !ClientStream::can_skip(view.body, view.expects_continue);
-    let answer = render(refusal, view.method == Method::Head, close, &exchange, grant(view, &exchange.snapshot));
+async fn refuse(client: &mut ClientStream, refused: Refused) -> After {
+    let Refused { mut exchange, refusal, answer, close, body } = refused;
     let written = client.write(&answer).await.is_ok();
     exchange.refused(refusal);
     exchange.over(End {
@@ -187,11 +259,11 @@ async fn refuse(client: &mut ClientStream, mut exchange: Exchange, view: &Reques
     });
     // Counted and logged before the rest of its body is waited for.
     drop(exchange);
-    if close || !written || !client.skip_body(view.body).await { After::Close } else { After::Next }
+    if close || !written || !client.skip_body(body).await { After::Close } else { After::Next }
 }
 
 /// The right to use a lane: the one place where a ticket is made, from a plan.
-fn ticket(exchange: Exchange, plan: Plan<'_>, view: &RequestView<'_>, tunnel: Option<Arc<AtomicBool>>) -> Ticket {
+fn ticket(exchange: Exchange, plan: Plan<'_>, view: &RequestView<'_>) -> Ticket {
     let from_query = plan.from_query();
     Ticket {
         token: plan.presented.map(|presented| OwnToken::of(presented.value, &exchange.head)),
@@ -203,7 +275,7 @@ fn ticket(exchange: Exchange, plan: Plan<'_>, view: &RequestView<'_>, tunnel: Op
         keep_alive: view.keep_alive,
         http10: view.version == Version::Http10,
         deprecated: from_query && exchange.snapshot.pipeline.forward.deprecate_query_token,
-        tunnel,
+        tunnel: view.websocket.then(|| Arc::new(AtomicBool::new(false))),
         _permit: plan.permit,
         exchange,
     }

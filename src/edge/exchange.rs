@@ -38,7 +38,7 @@ struct Ending {
     /// Why it failed behind the verdict, where no refusal says so.
     reason: Option<&'static str>,
     /// `None`: aborted, by the end of the process or by an internal error.
-    end: Option<End>,
+    end: Option<(End, Instant)>,
 }
 
 /// What a client got.
@@ -184,12 +184,18 @@ impl Exchange {
         self.ending.reason = Some("client_gone");
     }
 
-    /// The exchange is complete; this is what the client got.
-    pub(super) fn over(&mut self, end: End) {
+    /// The exchange is complete; this is what the client got. Returns when that was.
+    pub(super) fn over(&mut self, end: End) -> Instant {
         if end.failed && self.ending.refusal.is_none() {
             self.ending.reason = self.ending.reason.or(Some("failed"));
         }
-        self.ending.end = Some(end);
+        let now = Instant::now();
+        self.ending.end = Some((end, now));
+        now
+    }
+
+    fn end(&self) -> Option<&End> {
+        self.ending.end.as_ref().map(|(end, _)| end)
     }
 
     fn reason(&self) -> &'static str {
@@ -204,7 +210,7 @@ impl Exchange {
     /// One verdict for each request that a stage has judged.
     fn count(&self, took: Duration) {
         let (metrics, facts) = (&self.snapshot.metrics, &self.facts);
-        self.snapshot.count(facts.route, facts.method, self.ending.end.as_ref().map_or(0, |end| end.status), took);
+        self.snapshot.count(facts.route, facts.method, self.end().map_or(0, |end| end.status), took);
         if let Some(result) = facts.cache {
             metrics.cache_lookup(result);
         }
@@ -242,7 +248,7 @@ impl Exchange {
         let snapshot = &self.snapshot;
         let (facts, ending, head) = (&self.facts, &self.ending, &self.head);
         let target = self.logged.as_ref().map_or(&b""[..], |places| places.target.within(head));
-        let end = ending.end.as_ref();
+        let end = self.end();
         // A target that was refused for its form is not taken apart for the log.
         let path_only = ending.refusal.is_some_and(|refusal| refusal.status() == 400) && !self.permitted;
         let path = memchr::memchr(b'?', target).map_or(target, |at| &target[..at]);
@@ -284,8 +290,9 @@ impl Exchange {
 
 impl Drop for Exchange {
     fn drop(&mut self) {
-        let took = self.started.elapsed();
-        self.upstream.tries.given_up(Instant::now());
+        let ended = self.ending.end.as_ref().map_or_else(Instant::now, |(_, ended)| *ended);
+        let took = ended.saturating_duration_since(self.started);
+        self.upstream.tries.given_up(ended);
         self.count(took);
         if self.snapshot.log.is_on() {
             self.log(took);

@@ -11,7 +11,7 @@ use super::peers::Peers;
 use super::socket::{SocketReader, SocketWriter};
 use super::ticket::Ticket;
 use crate::forward::{FieldSink as _, Http1Head};
-use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerView as _};
+use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerName, AnswerView as _};
 use crate::reply::head::{AnswerBody, AnswerHead, MAX_HEAD_BYTES, end_of_head};
 use crate::reply::{Cause, Refusal, UpstreamFault};
 use crate::request::RequestFault;
@@ -83,9 +83,9 @@ struct Transfer {
 }
 
 impl Transfer {
-    fn begin(expecting: bool) -> Self {
+    fn begin(now: Instant, expecting: bool) -> Self {
         let progress = Self {
-            started: Instant::now(),
+            started: now,
             begun: Flag::default(),
             sent: Flag::default(),
             body_sent: Count::default(),
@@ -174,7 +174,8 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             ticket.exchange.upstream_failed(UpstreamError::NoServer);
             return refuse(client, ticket, Cause::Upstream(UpstreamFault::Absent).into(), 0).await;
         };
-        let kept = if fresh { None } else { BackendConnection::kept(&server, Instant::now()) };
+        let now = Instant::now();
+        let kept = if fresh { None } else { BackendConnection::kept(&server, now) };
         let reused = kept.is_some();
         let connected = match kept {
             Some(kept) => Ok(kept),
@@ -194,7 +195,7 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             }
         };
         ticket.exchange.connected(reused);
-        let progress = Transfer::begin(ticket.expects_continue);
+        let progress = Transfer::begin(now, ticket.expects_continue);
         let result = attempt(client, &mut backend, head, ticket, peers, &progress, lifecycle).await;
         match result {
             Ok(Answered::Switched) => {
@@ -204,10 +205,10 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             }
             Ok(Answered::Whole { backend_reusable, client_reusable }) => {
                 let sent = progress.sent.is_set() && client.end_body();
+                let now = over(ticket, &progress, false);
                 if backend_reusable && sent && backend.buffer.is_empty() {
-                    backend.keep(&server, peers.timeouts.idle, Instant::now());
+                    backend.keep(&server, peers.timeouts.idle, now);
                 }
-                over(ticket, &progress, false);
                 let goes_on = client_reusable && sent && !progress.flooded.is_set();
                 return if goes_on { After::Next } else { After::Close };
             }
@@ -271,8 +272,8 @@ async fn refuse(client: &mut ClientStream, ticket: &mut Ticket, refusal: Refusal
     After::Close
 }
 
-/// What the client got of the backend's answer.
-fn over(ticket: &mut Ticket, progress: &Transfer, failed: bool) {
+/// What the client got of the backend's answer. Returns when the exchange was over.
+fn over(ticket: &mut Ticket, progress: &Transfer, failed: bool) -> Instant {
     let status = progress.status();
     ticket.exchange.over(End {
         status: status.unwrap_or(0),
@@ -280,7 +281,7 @@ fn over(ticket: &mut Ticket, progress: &Transfer, failed: bool) {
         bytes_received: progress.body_sent.get(),
         bytes_sent: progress.body_written.get(),
         failed,
-    });
+    })
 }
 
 /// One request over one connection.
@@ -467,11 +468,11 @@ struct Download<'d> {
 
 impl Download<'_> {
     async fn run(mut self) -> Result<Answered, Breakage> {
-        let (mut lower, mut out) = (Vec::with_capacity(HEAD_CAPACITY), Vec::with_capacity(HEAD_CAPACITY));
+        let mut out = Vec::with_capacity(HEAD_CAPACITY);
         let mut interim = 0;
         loop {
             let end = self.read_head().await?;
-            let answer = self.take_head(end, interim, &mut lower, &mut out)?;
+            let answer = self.take_head(end, interim, &mut out)?;
             match answer.kind {
                 AnswerKind::Interim => {
                     interim += 1;
@@ -496,14 +497,8 @@ impl Download<'_> {
     }
 
     /// Takes a whole head from the buffer, judges it, and writes what the client gets into `out`.
-    fn take_head(
-        &mut self,
-        end: usize,
-        interim: usize,
-        lower: &mut Vec<u8>,
-        out: &mut Vec<u8>,
-    ) -> Result<TakenHead, Breakage> {
-        let head = AnswerHead::parse(&self.buffer[..end], lower).map_err(|_| Breakage::MALFORMED)?;
+    fn take_head(&mut self, end: usize, interim: usize, out: &mut Vec<u8>) -> Result<TakenHead, Breakage> {
+        let head = AnswerHead::parse(&self.buffer[..end]).map_err(|_| Breakage::MALFORMED)?;
         let status = head.status();
         self.ticket.exchange.answered(status);
         let kind = answer::judge(&head, self.ticket.tunnel.is_some(), interim).map_err(|_| Breakage::MALFORMED)?;
@@ -638,10 +633,7 @@ impl Download<'_> {
     /// Reads on. False: the backend has closed the connection.
     async fn fill(&mut self, room: usize) -> Result<bool, Breakage> {
         self.progress.waits_for_answer(self.peers.timeouts.read);
-        if self.buffer.capacity() - self.buffer.len() < room.min(HEAD_BYTES) {
-            self.buffer.reserve(room);
-        }
-        let read = poll_fn(|cx| self.backend.poll_fill(cx, self.buffer)).await;
+        let read = poll_fn(|cx| self.backend.poll_fill(cx, self.buffer, room)).await;
         // A reset is no end of a body.
         read.map(|bytes| bytes > 0).map_err(|_| Breakage::CLOSED)
     }
@@ -680,31 +672,41 @@ fn write_head(
     out.extend_from_slice(b"\r\n");
     let edits = answer::edits(head, kind, &ticket.credentials());
     let mut has_date = false;
+    // Lines that are as they should be stand side by side mostly, and are copied together.
+    let mut run = 0..0;
     for field in head.fields() {
-        let name = field.name;
-        let ends_here = match field.lower() {
-            b"date" => {
+        let ends_here = match field.name {
+            AnswerName::Date => {
                 has_date = true;
                 false
             }
             // 204 has none of both, 304 has no body that could be chunked.
-            b"content-length" => status == 204,
-            b"transfer-encoding" => matches!(status, 204 | 304) || ticket.http10,
+            AnswerName::ContentLength => status == 204,
+            AnswerName::TransferEncoding => matches!(status, 204 | 304) || ticket.http10,
             // tollgate's own stands in its place.
-            b"x-request-id" => kind == AnswerKind::Final,
-            b"deprecation" => ticket.deprecated,
+            AnswerName::RequestId => kind == AnswerKind::Final,
+            AnswerName::Deprecation => ticket.deprecated,
             _ => false,
         };
         let edited = edits.iter().any(|edit| match edit {
-            AnswerEdit::Remove(removed) => removed.eq_ignore_ascii_case(name),
-            AnswerEdit::Replace(replaced, _) => replaced.as_bytes().eq_ignore_ascii_case(name),
+            AnswerEdit::Remove(removed) => removed.eq_ignore_ascii_case(field.spelling()),
+            AnswerEdit::Replace(replaced, _) => replaced.as_bytes().eq_ignore_ascii_case(field.spelling()),
         });
-        match field.plain_line() {
-            _ if ends_here || edited => {}
-            Some(line) => out.extend_from_slice(line),
-            None => Http1Head(out).field(name, field.value),
+        if ends_here || edited {
+            continue;
+        }
+        let is_plain = field.is_plain();
+        if !is_plain || field.place.start != run.end {
+            out.extend_from_slice(head.part(run));
+            run = field.place.start..field.place.start;
+        }
+        if is_plain {
+            run.end = field.place.end;
+        } else {
+            Http1Head(out).field(field.spelling(), field.value());
         }
     }
+    out.extend_from_slice(head.part(run));
     let mut sink = Http1Head(out);
     for edit in &edits {
         if let AnswerEdit::Replace(name, values) = edit {
@@ -754,8 +756,7 @@ async fn tunnel(client: &mut ClientStream, backend: &mut BackendConnection, prog
                 progress.body_written.add(buffer.len());
                 buffer.clear();
             }
-            buffer.reserve(HEAD_BYTES);
-            if !matches!(poll_fn(|cx| from_backend.poll_fill(cx, buffer)).await, Ok(1..)) {
+            if !matches!(poll_fn(|cx| from_backend.poll_fill(cx, buffer, BODY_BYTES)).await, Ok(1..)) {
                 break;
             }
         }

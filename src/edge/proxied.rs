@@ -7,7 +7,7 @@ use super::exchange::{End, Exchange};
 use super::http1::{BODY_READ_TIMEOUT, WRITE_TIMEOUT};
 use super::ticket::Ticket;
 use crate::forward::FieldSink;
-use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerView};
+use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerName, AnswerView};
 use crate::reply::{AnswerSink, Cause, Envelope, Refusal, UpstreamFault};
 use crate::request::body::BodyScanner;
 use crate::request::view::Method;
@@ -312,8 +312,11 @@ impl AnswerView for Received<'_> {
         self.0.version == Version::HTTP_11
     }
 
-    fn fields(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        self.0.headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
+    fn fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])> {
+        self.0.headers.iter().map(|(name, value)| {
+            let name = name.as_str().as_bytes();
+            (AnswerName::of(name), name, value.as_bytes())
+        })
     }
 }
 

@@ -88,7 +88,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
             reloads: reloads.clone(),
             started_unix_ms,
         });
-        background.spawn(listener.accept(move |socket| drop(tokio::spawn(Arc::clone(&gate).serve(socket)))));
+        background.spawn(listener.accept(move |socket| drop(tokio::spawn(Arc::clone(&gate).serve(socket, ())))));
     }
     let replaced = Arc::new(Notify::new());
     let reloader = Reloader {

@@ -1,11 +1,11 @@
 //! A connected socket, TCP or Unix, as the kernel gave it. It must not know what is spoken over it.
 
-use bytes::BufMut;
+use bytes::BytesMut;
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::pin::{Pin, pin};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 
@@ -96,13 +96,34 @@ enum WriteHalf<'s> {
 }
 
 impl SocketReader<'_> {
-    /// Reads into the free capacity. 0: the other end has closed.
-    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>, buffer: &mut impl BufMut) -> Poll<io::Result<usize>> {
+    /// Reads into the buffer's free capacity, with `room` made there first: only when something has come, so that a wait
+    /// holds no memory. 0: the other end has closed.
+    pub(super) fn poll_fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut BytesMut,
+        room: usize,
+    ) -> Poll<io::Result<usize>> {
         match self {
-            // The future holds nothing between polls.
-            Self::Tcp(half) => pin!(half.read_buf(buffer)).poll(cx),
-            Self::Unix(half) => pin!(half.read_buf(buffer)).poll(cx),
+            Self::Tcp(half) => {
+                ready!(half.as_ref().poll_read_ready(cx))?;
+                make_room(buffer, room);
+                // The future holds nothing between polls.
+                pin!(half.read_buf(buffer)).poll(cx)
+            }
+            Self::Unix(half) => {
+                ready!(half.as_ref().poll_read_ready(cx))?;
+                make_room(buffer, room);
+                pin!(half.read_buf(buffer)).poll(cx)
+            }
         }
+    }
+}
+
+/// Room for the next read, without a new allocation while enough is left of the last one.
+fn make_room(buffer: &mut BytesMut, bytes: usize) {
+    if buffer.capacity() - buffer.len() < (bytes / 4).max(1) {
+        buffer.reserve(bytes);
     }
 }
 

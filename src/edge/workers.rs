@@ -24,7 +24,8 @@ const BLOCKING_AT_END: Duration = Duration::from_secs(1);
 
 /// Serves one connection to its end.
 pub(super) trait Serve: Send + Sync + 'static {
-    fn serve(self: Arc<Self>, socket: Socket) -> impl Future<Output = ()> + Send;
+    /// `guard` is dropped at its end.
+    fn serve(self: Arc<Self>, socket: Socket, guard: impl Send + 'static) -> impl Future<Output = ()> + Send;
 }
 
 /// A bound address. Each worker has its own handle to the one socket.
@@ -236,10 +237,6 @@ impl<S: Serve> WorkPlace<S> {
     }
 
     fn serve(&self, socket: Socket, count: Counted) {
-        let served = Arc::clone(&self.service).serve(socket);
-        tokio::spawn(async move {
-            served.await;
-            drop(count);
-        });
+        tokio::spawn(Arc::clone(&self.service).serve(socket, count));
     }
 }

@@ -18,21 +18,78 @@ pub trait AnswerView {
     /// HTTP/1.1, which brought chunks; false for the versions before it.
     fn knows_chunks(&self) -> bool;
 
-    /// Names, in lower case, and values.
-    fn fields(&self) -> impl Iterator<Item = (&[u8], &[u8])>;
+    /// What each field is, its name as it came, and its value.
+    fn fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])>;
 }
+
+/// What a field of an answer is, as far as anything depends on it. Told once for each field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnswerName {
+    Other,
+    Connection,
+    ContentLength,
+    TransferEncoding,
+    Upgrade,
+    Date,
+    RequestId,
+    Deprecation,
+    /// It holds URLs.
+    Urls(UrlField),
+    /// It is for a server behind the gateway, or for one hop only: it ends here.
+    EndsHere,
+}
+
+impl AnswerName {
+    /// Tells it from a name in any letter case. The first letter and the length leave few names to compare with.
+    pub fn of(name: &[u8]) -> Self {
+        let is = |known: &str| name.eq_ignore_ascii_case(known.as_bytes());
+        let Some(first) = name.first() else { return Self::Other };
+        let known = match (first.to_ascii_lowercase(), name.len()) {
+            (b'c', 10) => ("connection", Self::Connection),
+            (b'c', 14) => ("content-length", Self::ContentLength),
+            (b'c', 16) => ("content-location", Self::Urls(UrlField::ContentLocation)),
+            (b'd', 4) => ("date", Self::Date),
+            (b'd', 11) => ("deprecation", Self::Deprecation),
+            (b'k', 10) => ("keep-alive", Self::EndsHere),
+            (b'l', 4) => ("link", Self::Urls(UrlField::Link)),
+            (b'l', 8) => ("location", Self::Urls(UrlField::Location)),
+            (b'p', 16) => ("proxy-connection", Self::EndsHere),
+            (b'r', 7) => ("refresh", Self::Urls(UrlField::Refresh)),
+            (b't', 2) => ("te", Self::EndsHere),
+            (b't', 7) => ("trailer", Self::EndsHere),
+            (b't', 17) => ("transfer-encoding", Self::TransferEncoding),
+            (b'u', 7) => ("upgrade", Self::Upgrade),
+            (b'x', 12) => ("x-request-id", Self::RequestId),
+            (b'g', 16..) if name[..16].eq_ignore_ascii_case(b"gitlab-workhorse") => return Self::EndsHere,
+            // They make a front server act (send a file, fetch a blob); a client must neither see nor trigger them.
+            (b'x', 10..=24) if FOR_FRONT_SERVERS.into_iter().any(is) => return Self::EndsHere,
+            _ => return Self::Other,
+        };
+        if is(known.0) { known.1 } else { Self::Other }
+    }
+}
+
+const FOR_FRONT_SERVERS: [&str; 7] = [
+    "x-sendfile",
+    "x-accel-redirect",
+    "x-lighttpd-send-file",
+    "x-lighttpd-send-tempfile",
+    "x-litespeed-location",
+    "x-reproxy-url",
+    "x-reproxy-file",
+];
 
 /// Whether a response can be forwarded: its framing must be unambiguous, it must not switch protocols unless the client asked
 /// for it, and `interim`, the number of interim responses before it, is bounded.
 pub fn judge(view: &impl AnswerView, asked_to_switch: bool, interim: usize) -> Result<AnswerKind, UpstreamFault> {
     let (mut lengths, mut codings, mut in_doubt) = (0, 0, false);
-    for (name, value) in view.fields() {
+    for (name, _, value) in view.fields() {
         match name {
-            b"content-length" => {
+            AnswerName::ContentLength => {
                 lengths += 1;
                 in_doubt |= content_length(value).is_err();
             }
-            b"transfer-encoding" => {
+            AnswerName::TransferEncoding => {
                 codings += 1;
                 in_doubt |= !value.eq_ignore_ascii_case(b"chunked");
             }
@@ -67,25 +124,28 @@ pub fn edits<'v>(
 ) -> SmallVec<[AnswerEdit<'v>; 4]> {
     let mut edits: SmallVec<[AnswerEdit<'v>; 4]> = SmallVec::new();
     let mut urls: SmallVec<[UrlField; 4]> = SmallVec::new();
-    for (name, value) in view.fields() {
-        match fate(name, kind) {
-            Fate::Keep => {}
-            Fate::Drop => edits.push(AnswerEdit::Remove(name)),
-            Fate::Clean(field) if urls.contains(&field) => {}
-            Fate::Clean(field) => urls.push(field),
-            Fate::Nominates if kind == AnswerKind::Switching => {}
-            Fate::Nominates => {
+    let interim = kind == AnswerKind::Interim;
+    for (known, name, value) in view.fields() {
+        match known {
+            AnswerName::Urls(field) if urls.contains(&field) => {}
+            AnswerName::Urls(field) => urls.push(field),
+            AnswerName::EndsHere => edits.push(AnswerEdit::Remove(name)),
+            AnswerName::Upgrade if kind != AnswerKind::Switching => edits.push(AnswerEdit::Remove(name)),
+            AnswerName::ContentLength | AnswerName::TransferEncoding if interim => {
+                edits.push(AnswerEdit::Remove(name));
+            }
+            AnswerName::Connection if kind != AnswerKind::Switching => {
                 let options = value.split(|b| *b == b',').map(<[u8]>::trim_ascii);
                 edits.extend(options.filter(|name| may_nominate(name)).map(AnswerEdit::Remove));
                 // The lane writes its own.
                 edits.push(AnswerEdit::Remove(name));
             }
+            _ => {}
         }
     }
     for field in urls {
         let name = field.name();
-        let values =
-            || view.fields().filter(|(known, _)| known.eq_ignore_ascii_case(name.as_bytes())).map(|(_, value)| value);
+        let values = || view.fields().filter(|(known, ..)| *known == AnswerName::Urls(field)).map(|(.., value)| value);
         let cleaned: SmallVec<[Option<Vec<u8>>; 2]> =
             values().map(|value| without_credentials(value, field, credentials)).collect();
         if cleaned.iter().any(Option::is_some) {
@@ -122,20 +182,9 @@ impl AnswerKind {
     }
 }
 
-/// What becomes of a field of an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
-    Keep,
-    Drop,
-    /// It holds URLs.
-    Clean(UrlField),
-    /// Connection, which may name other fields that end here.
-    Nominates,
-}
-
 /// A field that holds URLs, and in which form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum UrlField {
+pub enum UrlField {
     /// `<URL>; rel="next", <URL>; …`
     Link,
     /// One URL.
@@ -155,44 +204,6 @@ impl UrlField {
             Self::Refresh => "Refresh",
         }
     }
-}
-
-/// Tells a field's fate from its name, which is in lower case.
-fn fate(name: &[u8], kind: AnswerKind) -> Fate {
-    let interim = kind == AnswerKind::Interim;
-    // The first letter decides which few names are worth comparing: most fields have nothing to do with any of this.
-    let drop = match name.first() {
-        Some(b'c') => match name {
-            b"connection" => return Fate::Nominates,
-            b"content-location" => return Fate::Clean(UrlField::ContentLocation),
-            b"content-length" => interim,
-            _ => false,
-        },
-        Some(b'g') => name.starts_with(b"gitlab-workhorse"),
-        Some(b'k') => name == b"keep-alive",
-        Some(b'l') => match name {
-            b"link" => return Fate::Clean(UrlField::Link),
-            b"location" => return Fate::Clean(UrlField::Location),
-            _ => false,
-        },
-        Some(b'p') => name == b"proxy-connection",
-        Some(b'r') if name == b"refresh" => return Fate::Clean(UrlField::Refresh),
-        Some(b't') => name == b"te" || name == b"trailer" || (interim && name == b"transfer-encoding"),
-        Some(b'u') => name == b"upgrade" && kind != AnswerKind::Switching,
-        // They make a front server act (send a file, fetch a blob); a client must neither see nor trigger them.
-        Some(b'x') => matches!(
-            name,
-            b"x-sendfile"
-                | b"x-accel-redirect"
-                | b"x-lighttpd-send-file"
-                | b"x-lighttpd-send-tempfile"
-                | b"x-litespeed-location"
-                | b"x-reproxy-url"
-                | b"x-reproxy-file"
-        ),
-        _ => false,
-    };
-    if drop { Fate::Drop } else { Fate::Keep }
 }
 
 /// Whether an option of Connection takes a field away. It can't take what frames the response.
@@ -550,8 +561,8 @@ mod tests {
             self.1
         }
 
-        fn fields(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-            self.2.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()))
+        fn fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])> {
+            self.2.iter().map(|(name, value)| (AnswerName::of(name.as_bytes()), name.as_bytes(), value.as_bytes()))
         }
     }
 
@@ -806,30 +817,47 @@ mod tests {
     #[test]
     fn every_sort_of_answer_has_its_fields() {
         use AnswerKind::{Final, Interim, Switching};
-        for (name, last, interim, switching) in [
-            ("content-length", Fate::Keep, Fate::Drop, Fate::Keep),
-            ("transfer-encoding", Fate::Keep, Fate::Drop, Fate::Keep),
-            ("upgrade", Fate::Drop, Fate::Drop, Fate::Keep),
-            ("connection", Fate::Nominates, Fate::Nominates, Fate::Nominates),
-            ("keep-alive", Fate::Drop, Fate::Drop, Fate::Drop),
-            ("trailer", Fate::Drop, Fate::Drop, Fate::Drop),
-            ("x-sendfile", Fate::Drop, Fate::Drop, Fate::Drop),
-            ("gitlab-workhorse-send-data", Fate::Drop, Fate::Drop, Fate::Drop),
-            ("content-type", Fate::Keep, Fate::Keep, Fate::Keep),
-            ("x-accel-buffering", Fate::Keep, Fate::Keep, Fate::Keep),
+        let names = Names { token: "private_token".into() };
+        let credentials = Credentials { names: &names, token: None, fragments_pass: false };
+        // Which of a final, an interim and a switching answer lose it.
+        for (name, expected) in [
+            ("Content-Length", [false, true, false]),
+            ("transfer-encoding", [false, true, false]),
+            ("Upgrade", [true, true, false]),
+            ("connection", [true, true, false]),
+            ("Keep-Alive", [true; 3]),
+            ("proxy-connection", [true; 3]),
+            ("te", [true; 3]),
+            ("Trailer", [true; 3]),
+            ("X-Sendfile", [true; 3]),
+            ("x-accel-redirect", [true; 3]),
+            ("x-lighttpd-send-file", [true; 3]),
+            ("x-lighttpd-send-tempfile", [true; 3]),
+            ("X-LiteSpeed-Location", [true; 3]),
+            ("x-reproxy-url", [true; 3]),
+            ("x-reproxy-file", [true; 3]),
+            ("Gitlab-Workhorse", [true; 3]),
+            ("gitlab-workhorse-send-data", [true; 3]),
+            ("gitlab-lb", [false; 3]),
+            ("content-type", [false; 3]),
+            ("content-location", [false; 3]),
+            ("x-accel-buffering", [false; 3]),
+            ("x-request-id", [false; 3]),
+            ("date", [false; 3]),
+            ("x", [false; 3]),
         ] {
-            assert_eq!(
-                (fate(name.as_bytes(), Final), fate(name.as_bytes(), Interim), fate(name.as_bytes(), Switching)),
-                (last, interim, switching),
-                "{name}"
-            );
+            let head = Head(200, true, vec![(name, "")]);
+            let lost = [Final, Interim, Switching]
+                .map(|kind| edits(&head, kind, &credentials).contains(&AnswerEdit::Remove(name.as_bytes())));
+            assert_eq!(lost, expected, "{name}");
         }
-        for name in ["link", "location", "content-location", "refresh"] {
-            assert!(
-                matches!(fate(name.as_bytes(), Interim), Fate::Clean(_))
-                    && matches!(fate(name.as_bytes(), Final), Fate::Clean(_)),
-                "{name}"
-            );
+        for (name, field) in [
+            ("Link", UrlField::Link),
+            ("LOCATION", UrlField::Location),
+            ("content-location", UrlField::ContentLocation),
+            ("Refresh", UrlField::Refresh),
+        ] {
+            assert_eq!(AnswerName::of(name.as_bytes()), AnswerName::Urls(field), "{name}");
         }
         for (status, kind) in
             [(100, Interim), (101, Switching), (103, Interim), (199, Interim), (200, Final), (304, Final)]

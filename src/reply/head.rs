@@ -2,31 +2,44 @@
 //! repair anything: what deviates becomes a 502, because the client might read it in another way.
 
 use super::UpstreamFault;
-use super::answer::AnswerView;
+use super::answer::{AnswerName, AnswerView};
 use crate::request::head::{content_length, empty_line, is_text_in_lines, is_token_byte, trim_blanks};
 use smallvec::SmallVec;
+use std::ops::Range;
 
 /// Size of a head with all its fields. Backends stay far below; nginx takes 4 to 8 KiB by default.
 pub const MAX_HEAD_BYTES: usize = 64 * 1024;
 const MAX_FIELDS: usize = 256;
 
-/// A whole head. Names are kept as they came, for the client, and in lower case, for those who look at them.
+/// A whole head, walked over once: where each field stands, and what it is.
 pub struct AnswerHead<'b> {
+    head: &'b [u8],
     status: u16,
     http11: bool,
-    fields: SmallVec<[AnswerField<'b>; 32]>,
+    fields: SmallVec<[FieldPlace; 24]>,
     /// What Connection and the version say.
     keep_alive: bool,
     framing: Declared,
 }
 
+/// Where a field stands in its head, which is shorter than [`MAX_HEAD_BYTES`].
 #[derive(Clone, Copy)]
+struct FieldPlace {
+    name: AnswerName,
+    start: u32,
+    colon: u32,
+    /// Behind the end of its line.
+    end: u32,
+}
+
+/// One field of a head.
 pub struct AnswerField<'b> {
-    pub name: &'b [u8],
-    pub value: &'b [u8],
+    pub name: AnswerName,
+    /// Where its line stands in the head.
+    pub place: Range<usize>,
     /// The line as it came, with its end.
     line: &'b [u8],
-    lower: &'b [u8],
+    colon: usize,
 }
 
 /// How the head says that its body ends.
@@ -54,16 +67,22 @@ pub fn end_of_head(bytes: &[u8], scanned: usize) -> Option<usize> {
 }
 
 impl<'b> AnswerHead<'b> {
-    /// Parses a complete head. `lower` takes the bytes in lower case.
-    pub fn parse(head: &'b [u8], lower: &'b mut Vec<u8>) -> Result<Self, UpstreamFault> {
-        lower.clear();
-        lower.extend_from_slice(head);
-        lower.make_ascii_lowercase();
-        parse(head, lower).ok_or(UpstreamFault::Malformed)
+    /// Parses a complete head.
+    pub fn parse(head: &'b [u8]) -> Result<Self, UpstreamFault> {
+        parse(head).ok_or(UpstreamFault::Malformed)
     }
 
-    pub fn fields(&self) -> impl Iterator<Item = &AnswerField<'b>> {
-        self.fields.iter()
+    pub fn fields(&self) -> impl Iterator<Item = AnswerField<'b>> {
+        let head = self.head;
+        self.fields.iter().map(move |known| {
+            let (place, colon) = (known.start as usize..known.end as usize, (known.colon - known.start) as usize);
+            AnswerField { name: known.name, line: &head[place.clone()], place, colon }
+        })
+    }
+
+    /// A part of the head as it came.
+    pub fn part(&self, place: Range<usize>) -> &'b [u8] {
+        self.head.get(place).unwrap_or_default()
     }
 
     /// Whether the backend lets the connection be used again, once the body has ended.
@@ -84,15 +103,22 @@ impl<'b> AnswerHead<'b> {
 }
 
 impl<'b> AnswerField<'b> {
-    /// The whole line, if it is as tollgate would write it: one blank behind the colon, none at the end.
-    pub fn plain_line(&self) -> Option<&'b [u8]> {
-        let is_plain = self.line.len() == self.name.len() + self.value.len() + 4 && !self.value.is_empty();
-        (is_plain && self.line[self.name.len() + 1] == b' ').then_some(self.line)
+    /// The name as it came.
+    pub fn spelling(&self) -> &'b [u8] {
+        &self.line[..self.colon]
     }
 
-    /// The name in lower case.
-    pub fn lower(&self) -> &'b [u8] {
-        self.lower
+    pub fn value(&self) -> &'b [u8] {
+        // Behind the colon, without CR and LF.
+        trim_blanks(&self.line[self.colon + 1..self.line.len() - 2])
+    }
+
+    /// Whether the line is as tollgate would write it: a value, one blank in front of it, none behind.
+    pub fn is_plain(&self) -> bool {
+        match &self.line[self.colon + 1..] {
+            [b' ', value @ .., b'\r', b'\n'] => value.len() == trim_blanks(value).len() && !value.is_empty(),
+            _ => false,
+        }
     }
 }
 
@@ -105,49 +131,56 @@ impl AnswerView for AnswerHead<'_> {
         self.http11
     }
 
-    fn fields(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        self.fields.iter().map(|field| (field.lower, field.value))
+    fn fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])> {
+        self.fields().map(|field| (field.name, field.spelling(), field.value()))
     }
 }
 
-fn parse<'b>(head: &'b [u8], lower: &'b [u8]) -> Option<AnswerHead<'b>> {
-    if !is_text_in_lines(head) {
+fn parse(head: &[u8]) -> Option<AnswerHead<'_>> {
+    // From here on, a line ends where LF stands, and CR is in front of it.
+    if head.len() > MAX_HEAD_BYTES || !is_text_in_lines(head) {
         return None;
     }
     let line_end = memchr::memchr(b'\n', head)?;
     let (status, http11) = status_line(head[..line_end].strip_suffix(b"\r")?)?;
-    let mut answer =
-        AnswerHead { status, http11, fields: SmallVec::new(), keep_alive: http11, framing: Declared::Nothing };
+    let fields = SmallVec::new();
+    let mut answer = AnswerHead { head, status, http11, fields, keep_alive: http11, framing: Declared::Nothing };
     let mut at = line_end + 1;
     loop {
-        let end = at + memchr::memchr(b'\n', &head[at..])?;
-        let line = head[at..end].strip_suffix(b"\r")?;
-        if line.is_empty() {
-            return (end + 1 == head.len()).then_some(answer);
+        let rest = &head[at..];
+        if rest.starts_with(b"\r\n") {
+            return (rest.len() == 2).then_some(answer);
         }
-        let colon = memchr::memchr(b':', line)?;
-        let (name, value) = (&line[..colon], &line[colon + 1..]);
         // A folded line begins with a blank, which no name does.
-        if name.is_empty() || !name.iter().all(|b| is_token_byte(*b)) || answer.fields.len() == MAX_FIELDS {
+        let colon = rest.iter().position(|b| !is_token_byte(*b))?;
+        if colon == 0 || rest[colon] != b':' || answer.fields.len() == MAX_FIELDS {
             return None;
         }
-        let line = &head[at..=end];
-        let field = AnswerField { name, value: trim_blanks(value), line, lower: &lower[at..at + colon] };
-        match field.lower {
+        let length = colon + memchr::memchr(b'\n', &rest[colon..])? + 1;
+        let (name, line) = (AnswerName::of(&rest[..colon]), &rest[..length]);
+        answer.note(&AnswerField { name, place: at..at + length, line, colon });
+        let short = |of: usize| u32::try_from(of).ok();
+        let (start, colon, end) = (short(at)?, short(at + colon)?, short(at + length)?);
+        answer.fields.push(FieldPlace { name, start, colon, end });
+        at += length;
+    }
+}
+
+impl AnswerHead<'_> {
+    /// What a field says of the body's end and of the connection.
+    fn note(&mut self, field: &AnswerField<'_>) {
+        match field.name {
             // `judge` refuses what is malformed or there twice.
-            b"content-length" => answer.framing = content_length(field.value).map_or(answer.framing, Declared::Length),
-            b"transfer-encoding" => answer.framing = Declared::Chunked,
-            b"connection" => {
-                for option in field.value.split(|b| *b == b',').map(trim_blanks) {
-                    if option.eq_ignore_ascii_case(b"close") {
-                        answer.keep_alive = false;
-                    }
-                }
+            AnswerName::ContentLength => {
+                self.framing = content_length(field.value()).map_or(self.framing, Declared::Length);
+            }
+            AnswerName::TransferEncoding => self.framing = Declared::Chunked,
+            AnswerName::Connection => {
+                let mut options = field.value().split(|b| *b == b',').map(trim_blanks);
+                self.keep_alive &= !options.any(|option| option.eq_ignore_ascii_case(b"close"));
             }
             _ => {}
         }
-        answer.fields.push(field);
-        at = end + 1;
     }
 }
 
@@ -170,8 +203,7 @@ mod tests {
     use super::*;
 
     fn read(head: &str) -> Option<(u16, AnswerBody, bool)> {
-        let mut lower = Vec::new();
-        let head = AnswerHead::parse(head.as_bytes(), &mut lower).ok()?;
+        let head = AnswerHead::parse(head.as_bytes()).ok()?;
         judge(&head, false, 0).ok()?;
         Some((head.status, head.body(false), head.keep_alive()))
     }
@@ -223,10 +255,27 @@ mod tests {
     }
 
     #[test]
+    fn a_line_is_plain_when_tollgate_would_write_it_so() {
+        let head = b"HTTP/1.1 200 OK\r\nA: b\r\nB:c\r\nC:  d\r\nD: e \r\nE: \r\nF:\r\nG: h i\r\nH:\t\r\n\r\n";
+        let parsed = AnswerHead::parse(head).unwrap_or_else(|fault| panic!("{fault:?}"));
+        let seen: Vec<_> = parsed.fields().map(|field| (field.spelling(), field.value(), field.is_plain())).collect();
+        let expected: [(&[u8], &[u8], bool); 8] = [
+            (b"A", b"b", true),
+            (b"B", b"c", false),
+            (b"C", b"d", false),
+            (b"D", b"e", false),
+            (b"E", b"", false),
+            (b"F", b"", false),
+            (b"G", b"h i", true),
+            (b"H", b"", false),
+        ];
+        assert_eq!(seen, expected);
+    }
+
+    #[test]
     fn head_has_no_body_whatever_it_says() {
-        let mut lower = Vec::new();
         let head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
-        let parsed = AnswerHead::parse(head, &mut lower).unwrap_or_else(|fault| panic!("{fault:?}"));
+        let parsed = AnswerHead::parse(head).unwrap_or_else(|fault| panic!("{fault:?}"));
         assert_eq!((parsed.body(true), parsed.body(false)), (AnswerBody::Empty, AnswerBody::Chunked));
         assert_eq!(judge(&parsed, false, 0), Ok(AnswerKind::Final));
     }
