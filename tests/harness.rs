@@ -389,6 +389,14 @@ impl Client {
         n
     }
 
+    /// What comes next, whatever it is; `None` when the connection is over.
+    pub fn next_bytes(&mut self) -> Option<Vec<u8>> {
+        if self.buffer.is_empty() && self.more() == 0 {
+            return None;
+        }
+        Some(std::mem::take(&mut self.buffer))
+    }
+
     /// Raw bytes, for tunnels.
     pub fn read_exactly(&mut self, count: usize) -> Vec<u8> {
         while self.buffer.len() < count {

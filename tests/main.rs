@@ -37,6 +37,7 @@ mod reload;
 mod scopes;
 mod slow;
 mod smoke;
+mod standing;
 mod stores;
 mod token;
 mod under_load;

@@ -2,7 +2,7 @@
 //! It must not know what is asked over them.
 
 use super::dial::dial;
-use super::socket::Socket;
+use super::socket::{Socket, give_back};
 use crate::telemetry::metrics::UpstreamError;
 use crate::upstream::{Server, ServerAddress};
 use bytes::BytesMut;
@@ -84,8 +84,7 @@ impl BackendConnection {
 
     /// Gives the connection back to this worker, for as long as it may stay unused.
     pub(super) fn keep(mut self, server: &Server, idle: Duration, now: Instant) {
-        // An idle connection holds no buffer.
-        self.buffer = BytesMut::new();
+        give_back(&mut self.buffer);
         let kept = KeptConnection { connection: self, until: now + idle };
         KEPT.with_borrow_mut(|pool| {
             match pool.servers.get_mut(&server.number()) {

@@ -3,7 +3,7 @@
 //! request, of a body that is framed in doubt, or of a tunnel that no backend has agreed to.
 
 use super::patience::{Flag, Timer};
-use super::socket::{Socket, SocketReader, SocketWriter};
+use super::socket::{Socket, SocketReader, SocketWriter, give_back};
 use crate::request::chunked::ChunkedBody;
 use crate::request::head::{self, HeadFault};
 use crate::request::view::Framing;
@@ -149,6 +149,7 @@ impl ClientStream {
                 return head;
             }
             scanned = self.ahead.len();
+            give_back(&mut self.ahead);
             let is_read = poll_fn(|cx| {
                 if let Poll::Ready(read) = self.poll_fill(cx) {
                     return Poll::Ready(Ok(matches!(read, Ok(1..))));

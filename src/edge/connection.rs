@@ -125,7 +125,7 @@ impl Gate {
             Judged::Permitted { head, mut ticket } => {
                 client.begin_body(ticket.framing, ticket.tunnel.clone());
                 match &self.framework {
-                    None => http1::carry(client, &head, &mut ticket, &self.lifecycle).await,
+                    None => http1::carry(client, &head, &mut ticket, self).await,
                     Some(lane) => Box::pin(self.proxied(lane, client, head, ticket)).await,
                 }
             }

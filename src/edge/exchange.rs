@@ -179,6 +179,11 @@ impl Exchange {
         self.ending.refusal = Some(refusal);
     }
 
+    /// Its token stopped being valid while it went on. Where an answer has begun, only the log and this tell of it.
+    pub(super) fn lost_its_token(&mut self, refusal: Refusal) {
+        self.snapshot.metrics.exchange_ended(refusal.reason());
+    }
+
     /// The client has gone before its answer was whole.
     pub(super) fn client_gone(&mut self) {
         self.ending.reason = Some("client_gone");

@@ -2,12 +2,13 @@
 //! move at the same time, each through one buffer. What goes upstream was written by `forward`, what must not leave in an
 //! answer is said by `reply::answer`; here are the connections, the watch over the body, and what is said when a side fails.
 
-use super::Lifecycle;
 use super::backend::BackendConnection;
 use super::client::{After, BodyEnd, ClientReader, ClientStream};
+use super::connection::Gate;
 use super::exchange::End;
 use super::patience::{Count, Flag, Patience, Timer};
 use super::peers::Peers;
+use super::recheck::{Recheck, Standing};
 use super::socket::{SocketReader, SocketWriter};
 use super::ticket::Ticket;
 use crate::forward::{FieldSink as _, Http1Head};
@@ -48,6 +49,8 @@ enum Breakage {
     ClientGone,
     /// The request's own fault, found while its body was passing.
     Request(RequestFault),
+    /// The token gives no right any more.
+    Token(Cause),
     Backend(UpstreamFault, UpstreamError),
 }
 
@@ -164,7 +167,7 @@ enum Answered {
 }
 
 /// Carries the request out and answers it.
-pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut Ticket, lifecycle: &Lifecycle) -> After {
+pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut Ticket, gate: &Gate) -> After {
     let snapshot = Arc::clone(&ticket.exchange.snapshot);
     let Some(peers) = snapshot.upstream(ticket.exchange.facts.route) else {
         return refuse(client, ticket, Cause::Bug.into(), 0).await;
@@ -196,12 +199,17 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
         };
         ticket.exchange.connected(reused);
         let progress = Transfer::begin(now, ticket.expects_continue);
-        let result = attempt(client, &mut backend, head, ticket, peers, &progress, lifecycle).await;
+        let result = attempt(client, &mut backend, head, ticket, peers, &progress, gate).await;
         match result {
             Ok(Answered::Switched) => {
-                tunnel(client, &mut backend, &progress).await;
-                over(ticket, &progress, false);
-                return After::Close;
+                let standing = Recheck::of(ticket, &gate.snapshot);
+                return match tunnel(client, &mut backend, &progress, standing).await {
+                    None => {
+                        over(ticket, &progress, false);
+                        After::Close
+                    }
+                    Some(cause) => end_broken(client, ticket, &progress, Breakage::Token(cause)).await,
+                };
             }
             Ok(Answered::Whole { backend_reusable, client_reusable }) => {
                 let sent = progress.sent.is_set() && client.end_body();
@@ -244,6 +252,10 @@ async fn end_broken(client: &mut ClientStream, ticket: &mut Ticket, progress: &T
             return After::Drop;
         }
         Breakage::Request(fault) => Cause::Request(fault),
+        Breakage::Token(cause) => {
+            ticket.exchange.lost_its_token(cause.into());
+            cause
+        }
         Breakage::Backend(fault, _) => Cause::Upstream(fault),
     };
     if progress.status().is_some() {
@@ -292,9 +304,10 @@ async fn attempt(
     ticket: &mut Ticket,
     peers: &Peers,
     progress: &Transfer,
-    lifecycle: &Lifecycle,
+    gate: &Gate,
 ) -> Result<Answered, Breakage> {
     let Some((reader, mut writer, timer)) = client.split() else { return Err(Breakage::ClientGone) };
+    let standing = Standing::since(progress.started, Recheck::of(ticket, &gate.snapshot));
     let BackendConnection { socket, buffer, .. } = backend;
     let (from_backend, to_backend) = socket.split();
     let upload = Upload {
@@ -307,16 +320,17 @@ async fn attempt(
         may_half_close: !ticket.keep_alive,
         progress,
     };
-    let download = Download { backend: from_backend, buffer, client: &mut writer, ticket, peers, progress, lifecycle };
-    drive(upload.run(head), download.run(), timer, progress).await
+    let download = Download { backend: from_backend, buffer, client: &mut writer, ticket, peers, progress, gate };
+    drive(upload.run(head), download.run(), timer, progress, standing).await
 }
 
-/// Runs both directions until the answer is whole or something broke.
+/// Runs both directions until the answer is whole, something broke, or the token gives no right any more.
 async fn drive(
     upload: impl Future<Output = Result<(), Breakage>>,
     download: impl Future<Output = Result<Answered, Breakage>>,
     timer: &mut Timer,
     progress: &Transfer,
+    mut standing: Standing<'_>,
 ) -> Result<Answered, Breakage> {
     let (mut upload, mut download) = (pin!(upload), pin!(download));
     let mut uploading = true;
@@ -333,10 +347,22 @@ async fn drive(
         if let Poll::Ready(result) = download.as_mut().poll(cx) {
             return Poll::Ready(result);
         }
-        match progress.deadline() {
-            Some((deadline, broken)) if timer.poll_passed(cx, deadline).is_ready() => Poll::Ready(Err(broken)),
-            _ => Poll::Pending,
+        if let Poll::Ready(cause) = standing.poll_ended(cx) {
+            return Poll::Ready(Err(Breakage::Token(cause)));
         }
+        let (deadline, due) = (progress.deadline(), standing.due());
+        if let Some((deadline, broken)) = deadline
+            && due.is_none_or(|due| deadline <= due)
+        {
+            return timer.poll_passed(cx, deadline).map(|()| Err(broken));
+        }
+        if let Some(due) = due
+            && timer.poll_passed(cx, due).is_ready()
+        {
+            standing.begin();
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
     })
     .await
 }
@@ -463,7 +489,7 @@ struct Download<'d> {
     ticket: &'d mut Ticket,
     peers: &'d Peers,
     progress: &'d Transfer,
-    lifecycle: &'d Lifecycle,
+    gate: &'d Gate,
 }
 
 impl Download<'_> {
@@ -506,7 +532,7 @@ impl Download<'_> {
         // An answer that does not wait for the end of the request ends the connection with it.
         let client_reusable = self.ticket.keep_alive
             && self.progress.sent.is_set()
-            && !self.lifecycle.is_draining()
+            && !self.gate.lifecycle.is_draining()
             && !(self.ticket.http10 && matches!(body, AnswerBody::Chunked | AnswerBody::UntilClose));
         out.clear();
         write_head(out, &head, kind, body, self.ticket, client_reusable);
@@ -675,6 +701,10 @@ fn write_head(
     // Lines that are as they should be stand side by side mostly, and are copied together.
     let mut run = 0..0;
     for field in head.fields() {
+        if field.name == AnswerName::Other && field.is_plain && edits.is_empty() && field.place.start == run.end {
+            run.end = field.place.end;
+            continue;
+        }
         let ends_here = match field.name {
             AnswerName::Date => {
                 has_date = true;
@@ -695,12 +725,11 @@ fn write_head(
         if ends_here || edited {
             continue;
         }
-        let is_plain = field.is_plain();
-        if !is_plain || field.place.start != run.end {
+        if !field.is_plain || field.place.start != run.end {
             out.extend_from_slice(head.part(run));
             run = field.place.start..field.place.start;
         }
-        if is_plain {
+        if field.is_plain {
             run.end = field.place.end;
         } else {
             Http1Head(out).field(field.spelling(), field.value());
@@ -732,9 +761,15 @@ fn write_head(
     out.extend_from_slice(b"\r\n");
 }
 
-/// Moves bytes both ways until both sides have ended. When one has, the other one gets a while.
-async fn tunnel(client: &mut ClientStream, backend: &mut BackendConnection, progress: &Transfer) {
-    let Some((mut from_client, mut to_client, _)) = client.split() else { return };
+/// Moves bytes both ways until both sides have ended. When one has, the other one gets a while. `Some`: it was ended because
+/// of its token.
+async fn tunnel(
+    client: &mut ClientStream,
+    backend: &mut BackendConnection,
+    progress: &Transfer,
+    recheck: Option<Recheck<'_>>,
+) -> Option<Cause> {
+    let (mut from_client, mut to_client, _) = client.split()?;
     let BackendConnection { socket, buffer, .. } = backend;
     let (mut from_backend, mut to_backend) = socket.split();
     let mut up = pin!(async {
@@ -763,9 +798,21 @@ async fn tunnel(client: &mut ClientStream, backend: &mut BackendConnection, prog
         // The client may have gone.
         let _ = to_client.shutdown().await;
     });
-    // Whichever side is left when its time is over ends with the tunnel.
-    let _ = tokio::select! {
-        () = &mut up => tokio::time::timeout(WRITE_TIMEOUT, down).await,
-        () = &mut down => tokio::time::timeout(WRITE_TIMEOUT, up).await,
+    let both = async {
+        // Whichever side is left when its time is over ends with the tunnel.
+        let _ = tokio::select! {
+            () = &mut up => tokio::time::timeout(WRITE_TIMEOUT, down).await,
+            () = &mut down => tokio::time::timeout(WRITE_TIMEOUT, up).await,
+        };
     };
+    let ended = async {
+        match recheck {
+            Some(recheck) => recheck.ended().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = both => None,
+        cause = ended => Some(cause),
+    }
 }

@@ -14,6 +14,7 @@ mod log_levels;
 mod patience;
 mod peers;
 mod proxied;
+mod recheck;
 mod server;
 mod socket;
 mod ticket;

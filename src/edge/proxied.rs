@@ -312,7 +312,7 @@ impl AnswerView for Received<'_> {
         self.0.version == Version::HTTP_11
     }
 
-    fn fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])> {
+    fn known_fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])> {
         self.0.headers.iter().map(|(name, value)| {
             let name = name.as_str().as_bytes();
             (AnswerName::of(name), name, value.as_bytes())

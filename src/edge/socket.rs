@@ -1,6 +1,7 @@
 //! A connected socket, TCP or Unix, as the kernel gave it. It must not know what is spoken over it.
 
 use bytes::BytesMut;
+use std::cell::RefCell;
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, RawFd};
@@ -120,11 +121,39 @@ impl SocketReader<'_> {
     }
 }
 
-/// Room for the next read, without a new allocation while enough is left of the last one.
+thread_local! {
+    /// Buffers of this worker that nobody uses.
+    static SPARE: RefCell<Vec<BytesMut>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Spare buffers of one worker, of a few KiB each and 32 KiB at most.
+const MAX_SPARE: usize = 32;
+const MAX_SPARE_BYTES: usize = 32 * 1024;
+
+/// Room for the next read, without a new allocation while enough is left of the last one or a spare one is there.
 fn make_room(buffer: &mut BytesMut, bytes: usize) {
-    if buffer.capacity() - buffer.len() < (bytes / 4).max(1) {
-        buffer.reserve(bytes);
+    if buffer.capacity() - buffer.len() >= (bytes / 4).max(1) {
+        return;
     }
+    if buffer.capacity() == 0
+        && let Some(spare) = SPARE.with_borrow_mut(Vec::pop)
+    {
+        *buffer = spare;
+    }
+    buffer.reserve(bytes);
+}
+
+/// Takes the memory of an empty buffer back, for the next one that is read into: who waits must not hold any.
+pub(super) fn give_back(buffer: &mut BytesMut) {
+    if !buffer.is_empty() || buffer.capacity() == 0 {
+        return;
+    }
+    let buffer = std::mem::take(buffer);
+    SPARE.with_borrow_mut(|spare| {
+        if spare.len() < MAX_SPARE && buffer.capacity() <= MAX_SPARE_BYTES {
+            spare.push(buffer);
+        }
+    });
 }
 
 impl SocketWriter<'_> {

@@ -33,6 +33,7 @@ pub(super) struct Ticket {
 }
 
 /// The token of a request. Its type prints nothing, and it lives as long as the exchange.
+#[derive(Clone)]
 pub(super) enum OwnToken {
     InHead(HeadSlice),
     /// It was written with escapes.
@@ -46,14 +47,19 @@ impl OwnToken {
             Cow::Owned(token) => Self::Decoded(token.into()),
         }
     }
+
+    /// Its bytes, with the head that it came in.
+    pub(super) fn within<'a>(&'a self, head: &'a [u8]) -> &'a [u8] {
+        match self {
+            Self::InHead(place) => place.within(head),
+            Self::Decoded(token) => token,
+        }
+    }
 }
 
 impl Ticket {
     fn token(&self) -> Option<&[u8]> {
-        self.token.as_ref().map(|token| match token {
-            OwnToken::InHead(place) => place.within(&self.exchange.head),
-            OwnToken::Decoded(token) => token,
-        })
+        self.token.as_ref().map(|token| token.within(&self.exchange.head))
     }
 
     /// What of this request must not leave in a URL of the answer.

@@ -4,10 +4,12 @@
 mod cache;
 mod cache_file;
 mod principal;
+mod watch;
 
 pub use cache::CacheSettings;
 pub use cache_file::problems as snapshot_problems;
 pub use principal::{Invalid, Principal, TokenStatus, judge};
+pub use watch::TokenWatch;
 
 use crate::clock::{LATE, Now};
 use crate::store::chain::{Chain, Link};
@@ -24,6 +26,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio::time::timeout_at;
+use watch::TokenWatches;
 
 /// Whether a check may change any state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +89,8 @@ struct Inner {
     /// Lookups in progress. A change of a token takes the same lock as the end of its lookup, so that either the change
     /// finds the flight and invalidates it, or the lookup's result is in the cache and the change removes it.
     flights: [Mutex<HashMap<Digest, Arc<Flight>>>; FLIGHT_SHARDS],
+    /// Told of every change behind the cache: who is woken finds none of it there any more.
+    watched: Arc<TokenWatches>,
     strangers: AtomicUsize,
     refreshes: AtomicUsize,
     /// Until this monotonic millisecond the store counts as failing; 0 after any successful lookup.
@@ -205,6 +210,7 @@ impl Authenticator {
             chain,
             cache,
             flights: std::array::from_fn(|_| Mutex::default()),
+            watched: Arc::default(),
             strangers: AtomicUsize::new(0),
             refreshes: AtomicUsize::new(0),
             ailing_until: AtomicU64::new(0),
@@ -253,6 +259,12 @@ impl Authenticator {
         }
     }
 
+    /// Tells of changes of one token until it is dropped. They are changes of the cache: [`Self::check`] says what has come
+    /// of them.
+    pub fn watch(&self, digest: &Digest) -> TokenWatch {
+        self.inner.watched.watch(digest)
+    }
+
     /// Removes a token from the cache, and invalidates a lookup in progress.
     pub fn forget(&self, digest: &Digest) {
         self.inner.forget(digest);
@@ -261,12 +273,15 @@ impl Authenticator {
     /// Removes all tokens whose digest has this prefix, and returns how many were in the cache.
     pub fn forget_prefix(&self, prefix: &DigestPrefix) -> usize {
         self.inner.invalidate_flights(|digest, _| digest.begins_with(prefix));
-        self.inner.cache.forget_prefix(prefix)
+        let forgotten = self.inner.cache.forget_prefix(prefix);
+        self.inner.watched.all_changed();
+        forgotten
     }
 
     pub fn forget_all(&self) {
         self.inner.invalidate_flights(|_, _| true);
         self.inner.cache.forget_all();
+        self.inner.watched.all_changed();
     }
 
     /// Valid and invalid entries in the cache.
@@ -526,6 +541,8 @@ impl Inner {
             flight.invalidated.store(true, Ordering::Relaxed);
         }
         self.cache.forget(digest);
+        drop(shard);
+        self.watched.changed(digest);
     }
 
     /// Invalidates some of the lookups in progress. One lock at a time: a lookup that completed before its lock was
@@ -544,6 +561,7 @@ impl Inner {
     fn forget_handles(&self, handles: &HashSet<Digest>) {
         self.invalidate_flights(|_, flight| flight.handles.iter().any(|handle| handles.contains(handle)));
         self.cache.forget_handles(handles);
+        self.watched.all_changed();
     }
 
     fn apply(&self, link: usize, event: Event) {
@@ -625,6 +643,7 @@ impl Inner {
         self.cache.hear_until(Hearing::until(&all));
         self.invalidate_flights(|_, _| true);
         self.cache.doubt_all();
+        self.watched.all_changed();
         metrics.subscribed(hears);
         metrics.rechecked();
     }

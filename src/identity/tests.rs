@@ -3,6 +3,7 @@
 use super::*;
 use crate::store::{Change, Heard, LookupLimits, TokenRecord, TokenStore};
 use async_trait::async_trait;
+use futures_util::FutureExt as _;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use tokio::sync::{Semaphore, mpsc};
@@ -1328,4 +1329,35 @@ async fn forgetting_by_prefix_reaches_cache_and_flights() {
     bench.open();
     let Ok(TokenStatus::Valid(principal)) = waiting.answer().await.0 else { panic!("no answer") };
     assert_eq!((principal.user(), bench.asked()), ("after", 3));
+}
+
+/// Whoever watches a token is woken by every change that may concern it, and finds nothing in the cache that was there before.
+#[tokio::test]
+async fn who_watches_a_token_is_told_of_its_changes() {
+    type Cause = (&'static str, fn(&Bench));
+    let told: [Cause; 6] = [
+        ("a change", |bench| bench.authenticator.forget(&Digest::of(b"one"))),
+        ("its prefix", |bench| {
+            let prefix = DigestPrefix::from_hex(Digest::of(b"one").id().as_str()).unwrap();
+            bench.authenticator.forget_prefix(&prefix);
+        }),
+        ("all forgotten", |bench| bench.authenticator.forget_all()),
+        ("a lost subscription", |bench| bench.authenticator.inner.apply(0, Event::Deaf)),
+        ("a restored one", |bench| bench.authenticator.inner.apply(0, Event::Hearing)),
+        ("a handle", |bench| {
+            let token = Named::Handle(Digest::of(b"handle"));
+            bench.authenticator.inner.apply(0, Event::Changed(vec![Change { token, at_ms: 0 }]));
+        }),
+    ];
+    for (what, cause) in told {
+        let bench = bench_of(&[Says::User("alice")], true);
+        assert_eq!(bench.user("one").await, "alice", "{what}");
+        let watch = bench.authenticator.watch(&Digest::of(b"one"));
+        let mut changed = std::pin::pin!(watch.changed());
+        changed.as_mut().enable();
+        bench.authenticator.forget(&Digest::of(b"two"));
+        assert!(changed.as_mut().now_or_never().is_none(), "{what}: another token");
+        cause(&bench);
+        assert!(changed.now_or_never().is_some(), "{what}");
+    }
 }

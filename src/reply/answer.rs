@@ -18,8 +18,8 @@ pub trait AnswerView {
     /// HTTP/1.1, which brought chunks; false for the versions before it.
     fn knows_chunks(&self) -> bool;
 
-    /// What each field is, its name as it came, and its value.
-    fn fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])>;
+    /// The fields that anything depends on: what each one is, its name as it came, and its value.
+    fn known_fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])>;
 }
 
 /// What a field of an answer is, as far as anything depends on it. Told once for each field.
@@ -60,30 +60,26 @@ impl AnswerName {
             (b't', 17) => ("transfer-encoding", Self::TransferEncoding),
             (b'u', 7) => ("upgrade", Self::Upgrade),
             (b'x', 12) => ("x-request-id", Self::RequestId),
+            // These make a front server act (send a file, fetch a blob); a client must neither see nor trigger them.
             (b'g', 16..) if name[..16].eq_ignore_ascii_case(b"gitlab-workhorse") => return Self::EndsHere,
-            // They make a front server act (send a file, fetch a blob); a client must neither see nor trigger them.
-            (b'x', 10..=24) if FOR_FRONT_SERVERS.into_iter().any(is) => return Self::EndsHere,
+            (b'x', 10) => ("x-sendfile", Self::EndsHere),
+            (b'x', 13) => ("x-reproxy-url", Self::EndsHere),
+            (b'x', 14) => ("x-reproxy-file", Self::EndsHere),
+            (b'x', 16) => ("x-accel-redirect", Self::EndsHere),
+            (b'x', 20) if is("x-lighttpd-send-file") => return Self::EndsHere,
+            (b'x', 20) => ("x-litespeed-location", Self::EndsHere),
+            (b'x', 24) => ("x-lighttpd-send-tempfile", Self::EndsHere),
             _ => return Self::Other,
         };
         if is(known.0) { known.1 } else { Self::Other }
     }
 }
 
-const FOR_FRONT_SERVERS: [&str; 7] = [
-    "x-sendfile",
-    "x-accel-redirect",
-    "x-lighttpd-send-file",
-    "x-lighttpd-send-tempfile",
-    "x-litespeed-location",
-    "x-reproxy-url",
-    "x-reproxy-file",
-];
-
 /// Whether a response can be forwarded: its framing must be unambiguous, it must not switch protocols unless the client asked
 /// for it, and `interim`, the number of interim responses before it, is bounded.
 pub fn judge(view: &impl AnswerView, asked_to_switch: bool, interim: usize) -> Result<AnswerKind, UpstreamFault> {
     let (mut lengths, mut codings, mut in_doubt) = (0, 0, false);
-    for (name, _, value) in view.fields() {
+    for (name, _, value) in view.known_fields() {
         match name {
             AnswerName::ContentLength => {
                 lengths += 1;
@@ -125,7 +121,7 @@ pub fn edits<'v>(
     let mut edits: SmallVec<[AnswerEdit<'v>; 4]> = SmallVec::new();
     let mut urls: SmallVec<[UrlField; 4]> = SmallVec::new();
     let interim = kind == AnswerKind::Interim;
-    for (known, name, value) in view.fields() {
+    for (known, name, value) in view.known_fields() {
         match known {
             AnswerName::Urls(field) if urls.contains(&field) => {}
             AnswerName::Urls(field) => urls.push(field),
@@ -145,7 +141,8 @@ pub fn edits<'v>(
     }
     for field in urls {
         let name = field.name();
-        let values = || view.fields().filter(|(known, ..)| *known == AnswerName::Urls(field)).map(|(.., value)| value);
+        let values =
+            || view.known_fields().filter(|(known, ..)| *known == AnswerName::Urls(field)).map(|(.., value)| value);
         let cleaned: SmallVec<[Option<Vec<u8>>; 2]> =
             values().map(|value| without_credentials(value, field, credentials)).collect();
         if cleaned.iter().any(Option::is_some) {
@@ -561,7 +558,7 @@ mod tests {
             self.1
         }
 
-        fn fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])> {
+        fn known_fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])> {
             self.2.iter().map(|(name, value)| (AnswerName::of(name.as_bytes()), name.as_bytes(), value.as_bytes()))
         }
     }

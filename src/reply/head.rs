@@ -30,6 +30,8 @@ struct FieldPlace {
     colon: u32,
     /// Behind the end of its line.
     end: u32,
+    /// The line is as tollgate would write it: a value, one blank in front of it, none behind.
+    is_plain: bool,
 }
 
 /// One field of a head.
@@ -38,6 +40,7 @@ pub struct AnswerField<'b> {
     /// Where its line stands in the head.
     pub place: Range<usize>,
     /// The line as it came, with its end.
+    pub is_plain: bool,
     line: &'b [u8],
     colon: usize,
 }
@@ -73,11 +76,13 @@ impl<'b> AnswerHead<'b> {
     }
 
     pub fn fields(&self) -> impl Iterator<Item = AnswerField<'b>> {
-        let head = self.head;
-        self.fields.iter().map(move |known| {
-            let (place, colon) = (known.start as usize..known.end as usize, (known.colon - known.start) as usize);
-            AnswerField { name: known.name, line: &head[place.clone()], place, colon }
-        })
+        self.fields.iter().map(|place| self.field(place))
+    }
+
+    fn field(&self, known: &FieldPlace) -> AnswerField<'b> {
+        let (place, colon) = (known.start as usize..known.end as usize, (known.colon - known.start) as usize);
+        let line = self.part(place.clone());
+        AnswerField { name: known.name, is_plain: known.is_plain, line, place, colon }
     }
 
     /// A part of the head as it came.
@@ -112,14 +117,6 @@ impl<'b> AnswerField<'b> {
         // Behind the colon, without CR and LF.
         trim_blanks(&self.line[self.colon + 1..self.line.len() - 2])
     }
-
-    /// Whether the line is as tollgate would write it: a value, one blank in front of it, none behind.
-    pub fn is_plain(&self) -> bool {
-        match &self.line[self.colon + 1..] {
-            [b' ', value @ .., b'\r', b'\n'] => value.len() == trim_blanks(value).len() && !value.is_empty(),
-            _ => false,
-        }
-    }
 }
 
 impl AnswerView for AnswerHead<'_> {
@@ -131,8 +128,12 @@ impl AnswerView for AnswerHead<'_> {
         self.http11
     }
 
-    fn fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])> {
-        self.fields().map(|field| (field.name, field.spelling(), field.value()))
+    fn known_fields(&self) -> impl Iterator<Item = (AnswerName, &[u8], &[u8])> {
+        let known = self.fields.iter().filter(|place| place.name != AnswerName::Other);
+        known.map(|place| {
+            let field = self.field(place);
+            (field.name, field.spelling(), field.value())
+        })
     }
 }
 
@@ -152,18 +153,31 @@ fn parse(head: &[u8]) -> Option<AnswerHead<'_>> {
             return (rest.len() == 2).then_some(answer);
         }
         // A folded line begins with a blank, which no name does.
-        let colon = rest.iter().position(|b| !is_token_byte(*b))?;
+        let mut colon = 0;
+        while is_token_byte(*rest.get(colon)?) {
+            colon += 1;
+        }
         if colon == 0 || rest[colon] != b':' || answer.fields.len() == MAX_FIELDS {
             return None;
         }
         let length = colon + memchr::memchr(b'\n', &rest[colon..])? + 1;
-        let (name, line) = (AnswerName::of(&rest[..colon]), &rest[..length]);
-        answer.note(&AnswerField { name, place: at..at + length, line, colon });
-        let short = |of: usize| u32::try_from(of).ok();
-        let (start, colon, end) = (short(at)?, short(at + colon)?, short(at + length)?);
-        answer.fields.push(FieldPlace { name, start, colon, end });
+        let name = AnswerName::of(&rest[..colon]);
+        let is_plain = is_plain(&rest[colon + 1..length - 2]);
+        // They fit, as the head is short.
+        let (start, colon, end) = (at as u32, (at + colon) as u32, (at + length) as u32);
+        let place = FieldPlace { name, start, colon, end, is_plain };
+        if name != AnswerName::Other {
+            answer.note(&answer.field(&place));
+        }
+        answer.fields.push(place);
         at += length;
     }
+}
+
+/// What stands behind the colon is one blank and a value without blanks around it.
+fn is_plain(behind: &[u8]) -> bool {
+    let is_blank = |b: &u8| matches!(b, b' ' | b'\t');
+    matches!(behind, [b' ', first, ..] if !is_blank(first)) && !behind.last().is_some_and(is_blank)
 }
 
 impl AnswerHead<'_> {
@@ -258,7 +272,7 @@ mod tests {
     fn a_line_is_plain_when_tollgate_would_write_it_so() {
         let head = b"HTTP/1.1 200 OK\r\nA: b\r\nB:c\r\nC:  d\r\nD: e \r\nE: \r\nF:\r\nG: h i\r\nH:\t\r\n\r\n";
         let parsed = AnswerHead::parse(head).unwrap_or_else(|fault| panic!("{fault:?}"));
-        let seen: Vec<_> = parsed.fields().map(|field| (field.spelling(), field.value(), field.is_plain())).collect();
+        let seen: Vec<_> = parsed.fields().map(|field| (field.spelling(), field.value(), field.is_plain)).collect();
         let expected: [(&[u8], &[u8], bool); 8] = [
             (b"A", b"b", true),
             (b"B", b"c", false),

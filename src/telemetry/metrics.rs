@@ -72,6 +72,7 @@ pub struct Metrics {
     connections: IntGauge,
     auth: IntCounterVec,
     auth_valid_header: IntCounter,
+    exchanges_ended: IntCounterVec,
     cache_lookups: Vec<IntCounter>,
     cache_entries: IntGaugeVec,
     stores: Arc<StoreFamilies>,
@@ -199,6 +200,11 @@ impl Metrics {
             )?,
             in_flight: families.gauge("tollgate_requests_in_flight", "Requests in progress.")?,
             connections: families.gauge("tollgate_connections", "Open client connections.")?,
+            exchanges_ended: families.counters(
+                "tollgate_exchanges_ended_total",
+                "Requests that were in progress for more than a second when their token stopped being valid, by reason.",
+                &["reason"],
+            )?,
             auth_valid_header: auth.with_label_values(&["valid", "ok", "header"]),
             cache_lookups: CacheResult::ALL.iter().map(|r| cache.with_label_values(&[r.as_str()])).collect(),
             cache_entries: families.gauges("tollgate_cache_entries", "Tokens in the cache.", &["kind"])?,
@@ -283,6 +289,11 @@ impl Metrics {
         } else {
             self.auth.with_label_values(&[result.as_str(), reason, source.as_str()]).inc();
         }
+    }
+
+    /// The token of an exchange stopped being valid while it went on.
+    pub fn exchange_ended(&self, reason: &'static str) {
+        self.exchanges_ended.with_label_values(&[reason]).inc();
     }
 
     pub fn method_overridden(&self) {
