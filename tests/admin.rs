@@ -538,8 +538,9 @@ fn a_socket_that_another_process_took_over_is_left_to_it() {
 #[test]
 fn cache_entries_are_right_at_once() {
     let upstream = Upstream::start();
+    let store = Store::with([(GOOD, "alice"), (OTHER, "bob")]);
     // However long a machine takes for a thousand requests, none of these entries may end meanwhile.
-    let gateway = Gateway::start(upstream.address, "[cache]\nnegative_ttl = \"1h\"\n");
+    let gateway = Gateway::start(upstream.address, &(store.section() + "[cache]\nnegative_ttl = \"1h\"\n"));
     let entries = |kind: &str| gateway.metric(&format!("tollgate_cache_entries{{kind=\"{kind}\"}}"));
     let json = |gateway: &Gateway| -> serde_json::Value {
         serde_json::from_slice(&gateway.admin_get("/status").unwrap().body).unwrap()
@@ -557,6 +558,20 @@ fn cache_entries_are_right_at_once() {
     assert_eq!(entries("positive"), 1.0);
     assert_eq!(gateway.admin_post("/cache/forget").status, 200);
     assert_eq!((entries("positive"), entries("negative")), (0.0, 0.0));
+}
+
+/// A file's tokens are in memory: who is unknown there is not kept besides.
+#[test]
+fn unknown_tokens_of_a_file_are_asked_for_each_time() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let asked =
+        |result: &str| gateway.metric(&format!("tollgate_store_lookups_total{{result=\"{result}\",store=\"file\"}}"));
+    for _ in 0..3 {
+        assert_eq!((status(&gateway, BAD), status(&gateway, GOOD)), (401, 200));
+    }
+    assert_eq!((asked("unknown"), asked("found")), (3.0, 1.0));
+    assert_eq!(gateway.metric("tollgate_cache_entries{kind=\"negative\"}"), 0.0);
 }
 
 #[test]

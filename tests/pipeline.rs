@@ -86,10 +86,11 @@ fn both_versions_get_the_same_fields() {
     let origin = Origin::of(&view, "192.0.2.1".parse().ok(), &TrustedProxies::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let Admission::Waiting(pending) = pipeline.admit(&view, &origin, clock::now(), Mode::Serve) else {
-            panic!("nothing can be known")
+        let verdict = match pipeline.admit(&view, &origin, clock::now(), Mode::Serve) {
+            Admission::Decided(verdict, _) => verdict,
+            Admission::Waiting(pending) => pending.verdict().await.0,
         };
-        let (Verdict::Forward(plan), _) = pending.verdict().await else { panic!("refused") };
+        let Verdict::Forward(plan) = verdict else { panic!("refused") };
         let (mut http1, mut http2) = (Vec::new(), Http2Head::default());
         let dropped = plan.write_head(&view, &pipeline.forward, &origin, "id-1", &mut Http1Head(&mut http1));
         assert_eq!(plan.write_head(&view, &pipeline.forward, &origin, "id-1", &mut http2), dropped);

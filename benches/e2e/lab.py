@@ -146,7 +146,7 @@ path = "{lab.derived(tokens, "toml", tollgate_token)}"
 name = "api"
 servers = ["127.0.0.1:{upstream}"]
 [log]
-access = "off"
+access = "/dev/null"
 level = "warn"
 """ + lab.extra)
     return [str(lab.tollgate), "run", "--config", str(config)]

@@ -4,12 +4,13 @@
     verify         checks that they do the same job, with raw requests and an echoing upstream
     cpu            CPU time per request, throughput and latency; one worker on CPU 0, everything else on CPU 1
     instructions   instructions in user space per request under callgrind: exact where the clock is noisy
+    memory         resident memory with all known tokens cached, and for each connection: idle, waiting, not reading
     load           known and unknown tokens mixed: are all answers right, how long do they take, does memory grow?
     flood          a flood of distinct unknown tokens: do known ones still get through, does memory stay bounded?
 
 Needs gcc; for the peers `apt-get install haproxy nginx`; for instructions `apt-get install valgrind`.
 README.md in this folder explains the tables."""
-import argparse, contextlib, os, platform, re, signal, subprocess, sys, time
+import argparse, contextlib, json, os, platform, re, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -65,6 +66,12 @@ def arguments():
     p.add_argument("--requests", type=positive, default=10_000, help="per measurement (default: %(default)s)")
     p.add_argument("--workloads", type=names(WORKLOADS), default=list(WORKLOADS), help="of h,q,i (default: all)")
     p.add_argument("--peers", action="store_true", help="haproxy and nginx as well")
+    p.add_argument("--guard", metavar="FILE", help="compare tollgate's counts with those in FILE: more than 3 %% above is a failure")
+    p.add_argument("--update", action="store_true", help="with --guard: write the counts to FILE instead")
+
+    p = command(memory, "resident memory: known tokens in the cache, idle connections, waiting ones, clients that do not read")
+    p.add_argument("--gateways", type=names(GATEWAYS), default=list(GATEWAYS))
+    p.add_argument("--connections", type=positive, default=500, help="of each kind (default: %(default)s)")
 
     for function, help in ((load, "known and unknown tokens mixed over many connections: right answers, latency, memory"),
                            (flood, "distinct unknown tokens as fast as they go, beside a trickle of known ones")):
@@ -318,6 +325,25 @@ def instructions(args):
     print(f"\nInstructions in user space per request ({args.requests} requests, 64 connections, {lab.known} known tokens)")
     table(["gateway", *(f"{work}: {WORKLOADS[work]}" for work in args.workloads)],
           [[name, *(f"{counts[name, work]:.0f}" for work in args.workloads)] for name in gateways])
+    if args.guard:
+        return guard(Path(args.guard), {work: round(counts["tollgate", work]) for work in args.workloads}, args.update)
+
+
+def guard(file, counts, update):
+    """Compares with the counts that the repository keeps."""
+    if update:
+        file.write_text(json.dumps(counts, indent=2) + "\n")
+        return 0
+    status = 0
+    for work, kept in json.loads(file.read_text()).items():
+        change = counts[work] / kept - 1
+        print(f"{work}: {counts[work]} instructions, {change:+.1%} from the {kept} in {file.name}")
+        if change > 0.03:
+            print(f"{work}: more than 3 % above. If that is what the change is worth, run this with --update and say why")
+            status = 1
+        elif change < -0.03:
+            print(f"{work}: more than 3 % below. Run this with --update, so that it stays so")
+    return status
 
 
 def per_request(lab, wire, vgdb, running, work, requests):
@@ -389,6 +415,34 @@ def print_groups(groups):
 def print_memory(memory):
     if memory:
         print(f"\nRSS MiB: start {memory.first:.1f}, max {memory.top:.1f}, end {memory.last:.1f}")
+
+
+HELD = {"idle": "idle", "hang": "waiting for the backend", "big": "not reading a 20 MB answer", "unfinished": "head of 31 KB, unfinished"}
+
+
+def memory(args):
+    """Each gateway anew for each kind, so that memory that a kind leaves behind is not taken for the next one's."""
+    import held
+    lab = open_lab(args)
+    gateways, tokens = lab.available(args.gateways), lab.tokens()
+    print_machine(lab, gateways)
+    known = lab.read_tokens(tokens)
+    rows = []
+    for name in gateways:
+        row = [name]
+        with lab.wire(tokens) as wire, lab.gateway(name, tokens, wire.upstream) as running:
+            started = rss_mib(running.pid)
+            group = wire.run({"kind": "h", "count": 3 * len(known), "spread": len(known), "conns": 512}, port=running.port, limit=600)["groups"][0]
+            if why := faults(group):
+                raise Problem(f"{name}: {why}")
+            row += [f"{started:.0f}", f"{rss_mib(running.pid):.0f}"]
+        for what in HELD:
+            with held.Backend() as backend, lab.gateway(name, tokens, backend.port) as running:
+                held.per_connection(running, known[0], "idle", 20)
+                row.append(f"{held.per_connection(running, known[0], what, args.connections):.1f}")
+        rows.append(row)
+    print(f"\nResident memory with {lab.known} known tokens, and KiB for each of {args.connections} connections")
+    table(["gateway", "started, MiB", "tokens used, 512 connections, MiB", *(f"{text}, KiB" for text in HELD.values())], rows)
 
 
 def load(args):

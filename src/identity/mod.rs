@@ -248,6 +248,10 @@ impl Authenticator {
             }
             _ if mode == Mode::Observe => Checked::NotAsked,
             stale_or_nothing => {
+                let was_known = matches!(stale_or_nothing, Cached::Stale(_));
+                if let Some(answer) = self.inner.look_up_at_once(digest, was_known, now) {
+                    return Checked::Known(answer, CacheResult::Miss);
+                }
                 let stale = match stale_or_nothing {
                     Cached::Stale(stale) => Some(stale),
                     _ => None,
@@ -460,6 +464,23 @@ impl Inner {
         let task = LookupTask { credential, flight: Arc::clone(&flight), counted };
         tokio::spawn(task.run());
         flight
+    }
+
+    /// Asks stores that answer from memory. `None`: they do not, or a lookup is in progress. Those who are unknown to them are
+    /// not kept in the cache: it would cost more than to ask again.
+    fn look_up_at_once(&self, digest: &Digest, was_known: bool, now: Now) -> Option<TokenStatus> {
+        // As at the end of a lookup: no change comes between the answer and its place in the cache.
+        let flights = self.shard(digest).lock();
+        if flights.contains_key(digest) {
+            return None;
+        }
+        let record = self.chain.lookup_at_once(digest)?;
+        let (answer, until_unix_ms) = judge(record.as_ref(), digest, now);
+        if was_known || matches!(answer, TokenStatus::Valid(_)) {
+            let learned = Learned { answer: &answer, until_unix_ms, handles: Vec::new(), asked_ms: now.mono_ms };
+            self.cache.put(*digest, learned, now, fastrand::f64());
+        }
+        Some(answer)
     }
 
     fn count(self: &Arc<Self>, reason: Reason) -> Option<CountedLookup> {

@@ -173,10 +173,10 @@ fn request_line(line: &[u8]) -> Result<(&[u8], &[u8], Version), HeadFault> {
 /// `is_text`: all values of the head are known to have legal bytes only.
 fn field(line: &[u8], is_text: bool) -> Result<Field<'_>, HeadFault> {
     // A line that begins with a blank (obs-fold) does not begin with a token byte, so it is refused here as well.
-    let colon = memchr::memchr(b':', line).ok_or(HeadFault::FieldLine)?;
+    let colon = line.iter().position(|b| !is_token_byte(*b)).ok_or(HeadFault::FieldLine)?;
     let (name, value) = (&line[..colon], &line[colon + 1..]);
     let is_legal = is_text || value.iter().all(|b| is_value_byte(*b));
-    if name.is_empty() || !name.iter().all(|b| is_token_byte(*b)) || !is_legal {
+    if name.is_empty() || line[colon] != b':' || !is_legal {
         return Err(HeadFault::FieldLine);
     }
     Ok(Field { name, value: trim_blanks(value), kind: FieldKind::of(name) })

@@ -227,6 +227,13 @@ pub trait TokenStore: Send + Sync {
         join_all(credentials.iter().map(|credential| self.lookup(credential))).await
     }
 
+    /// The record, from a store that has all tokens in memory and knows them to be current. It has no handles, and is asked
+    /// for every token that is not known to be valid: nothing is gained by keeping its answer. `None`: [`Self::lookup`] must be
+    /// asked.
+    fn lookup_at_once(&self, _token: &Digest) -> Option<Option<TokenRecord>> {
+        None
+    }
+
     /// How many lookups it can take at once, and of how many tokens each. Others wait for their turn.
     fn lookup_limits(&self) -> LookupLimits;
 

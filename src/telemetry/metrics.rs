@@ -10,7 +10,7 @@ use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// From well under a cache miss on SQLite to a backend's slowest page.
@@ -71,7 +71,8 @@ pub struct Metrics {
     in_flight: IntGauge,
     connections: IntGauge,
     auth: IntCounterVec,
-    auth_valid_header: IntCounter,
+    /// The series of nearly all requests, by source: valid ones, and unknown tokens.
+    auth_common: [[OnceLock<IntCounter>; TokenSource::ALL.len()]; 2],
     exchanges_ended: IntCounterVec,
     cache_lookups: Vec<IntCounter>,
     cache_entries: IntGaugeVec,
@@ -205,7 +206,7 @@ impl Metrics {
                 "Requests that were in progress for more than a second when their token stopped being valid, by reason.",
                 &["reason"],
             )?,
-            auth_valid_header: auth.with_label_values(&["valid", "ok", "header"]),
+            auth_common: Default::default(),
             cache_lookups: CacheResult::ALL.iter().map(|r| cache.with_label_values(&[r.as_str()])).collect(),
             cache_entries: families.gauges("tollgate_cache_entries", "Tokens in the cache.", &["kind"])?,
             stores: Arc::new(StoreFamilies::new(&families)?),
@@ -284,11 +285,13 @@ impl Metrics {
     }
 
     pub fn auth(&self, result: AuthResult, reason: &'static str, source: TokenSource) {
-        if result == AuthResult::Valid && source == TokenSource::Header {
-            self.auth_valid_header.inc();
-        } else {
-            self.auth.with_label_values(&[result.as_str(), reason, source.as_str()]).inc();
-        }
+        let series = || self.auth.with_label_values(&[result.as_str(), reason, source.as_str()]);
+        let common = match (result, reason) {
+            (AuthResult::Valid, "ok") => &self.auth_common[0],
+            (AuthResult::Refused, "unknown") => &self.auth_common[1],
+            _ => return series().inc(),
+        };
+        common[source as usize].get_or_init(series).inc();
     }
 
     /// The token of an exchange stopped being valid while it went on.

@@ -1,0 +1,70 @@
+"""Memory that connections hold: idle ones, requests that wait for their backend, clients that do not read a large answer, heads
+that are never finished. The backend is here as well: it answers, hangs, or sends 20 MB, as the path asks."""
+import asyncio, contextlib, socket, threading, time
+
+from lab import Problem, free_port, rss_mib
+
+BIG = 20_000_000
+SMALL = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n[]'
+
+
+class Backend:
+    def __enter__(self):
+        self.port, self.loop, up = free_port(), asyncio.new_event_loop(), threading.Event()
+
+        def run():
+            asyncio.set_event_loop(self.loop)
+            self.loop.run_until_complete(asyncio.start_server(self.serve, "127.0.0.1", self.port, backlog=4096))
+            up.set()
+            self.loop.run_forever()
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+        if not up.wait(10):
+            raise Problem("the backend did not start")
+        return self
+
+    async def serve(self, reader, writer):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                if b"/hang" in head[:200]:
+                    await asyncio.sleep(3600)
+                elif b"/big" in head[:200]:
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % BIG)
+                    for _ in range(BIG // 50_000):
+                        writer.write(b"x" * 50_000)
+                        await writer.drain()
+                else:
+                    writer.write(SMALL)
+                    await writer.drain()
+
+    def __exit__(self, *_):
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(5)
+
+
+def per_connection(running, token, what, count):
+    """KiB of resident memory that each of so many connections adds."""
+    head = f"GET /api/v3/{'projects' if what in ('idle', 'unfinished') else what}?per_page=20 HTTP/1.1\r\nHost: h.test\r\nPRIVATE-TOKEN: {token}\r\n"
+    before, held = rss_mib(running.pid), []
+    try:
+        for _ in range(count):
+            s = socket.socket()
+            if what == "big":
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            s.settimeout(20)
+            s.connect(("127.0.0.1", running.port))
+            if what == "unfinished":
+                s.sendall(head.encode() + b"X-Filler: " + b"f" * (31_000 - len(head)))
+            else:
+                s.sendall(head.encode() + b"\r\n")
+            if what == "idle" and not s.recv(65536).startswith(b"HTTP/1.1 200"):
+                raise Problem(f"{running.name} refuses a known token")
+            held.append(s)
+        time.sleep(3)
+        return (rss_mib(running.pid) - before) * 1024 / count
+    finally:
+        for s in held:
+            s.close()
+        time.sleep(1)
