@@ -2,6 +2,7 @@
 //! both versions of HTTP.
 
 use crate::servers::Folder;
+use crate::support::Store;
 use tollgate::forward::{Http1Head, Http2Head};
 use tollgate::identity::Mode;
 use tollgate::pipeline::{Admission, Facts, Pipeline, Verdict};
@@ -9,13 +10,10 @@ use tollgate::request::head;
 use tollgate::request::origin::{Origin, TrustedProxies};
 use tollgate::{assembly, clock, config};
 
-/// A pipeline with a token file that has one token.
-fn pipeline(folder: &Folder) -> tollgate::edge::Snapshot {
-    let sha256 = crate::harness::sha256_hex("known");
-    folder.write("tokens.toml", &format!("[[token]]\nsha256 = \"{sha256}\"\nuser = \"ann\"\n"));
-    let text = "[store]\nkind = \"file\"\npath = \"tokens.toml\"\n[log]\naccess = \"off\"\n[[upstream]]\nname = \"api\"\n\
-                servers = [\"127.0.0.1:9\"]\n";
-    let settings = config::parse(text, &folder.0.join("tollgate.toml"), config::Probe::Settings)
+/// A pipeline before a store that has one token.
+fn pipeline(store: &Store, folder: &Folder) -> tollgate::edge::Snapshot {
+    let text = store.section() + "[log]\naccess = \"off\"\n[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:9\"]\n";
+    let settings = config::parse(&text, &folder.0.join("tollgate.toml"), config::Probe::Settings)
         .unwrap_or_else(|problems| panic!("{problems:?}"));
     assembly::assemble(settings, None).unwrap().snapshot
 }
@@ -44,8 +42,8 @@ async fn admit(pipeline: &Pipeline, token: &str, mode: Mode) -> (String, Facts) 
 
 #[test]
 fn observing_changes_nothing() {
-    let folder = Folder::new("observe");
-    let snapshot = pipeline(&folder);
+    let (folder, store) = (Folder::new("observe"), Store::with([("known", "ann")]));
+    let snapshot = pipeline(&store, &folder);
     let pipeline = &snapshot.pipeline;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -76,8 +74,8 @@ fn observing_changes_nothing() {
 
 #[test]
 fn both_versions_get_the_same_fields() {
-    let folder = Folder::new("heads");
-    let snapshot = pipeline(&folder);
+    let (folder, store) = (Folder::new("heads"), Store::with([("known", "ann")]));
+    let snapshot = pipeline(&store, &folder);
     let pipeline = &snapshot.pipeline;
     let bytes =
         b"GET /api/v3/x?page=2&private_token=known HTTP/1.1\r\nHost: h.test\r\nAccept: */*\r\nX-A: 1\r\nx-a: 2\r\n\
