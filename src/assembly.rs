@@ -120,7 +120,7 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         };
         let next_log = if next.access_log == settings.access_log {
             reopened?;
-            log.with_parameter(&next.rules.names.token)
+            log.with_parameter(&next.rules.names.token).map_err(|error| error.to_string())?
         } else {
             access_log(&next, &metrics).map_err(describe)?
         };

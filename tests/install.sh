@@ -27,6 +27,8 @@ packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv 
 packages+=(nginx-light)
 # For tests/readers: PHP, and a compiler for the reader in Go.
 packages+=(php-cgi golang-go)
+# For `make guard`, which counts instructions.
+packages+=(valgrind gcc libc6-dev libc6-dbg)
 # Node and npm by whatever way they came; Debian's own otherwise.
 if ! command -v node >/dev/null || ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
 

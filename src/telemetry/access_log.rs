@@ -3,6 +3,7 @@
 
 use super::lines::{Destination, LineQueue};
 use super::metrics::Metrics;
+use aho_corasick::{AhoCorasick, AhoCorasickKind};
 use memchr::memchr;
 use percent_encoding::percent_decode;
 use std::borrow::Cow;
@@ -78,8 +79,43 @@ pub struct Upstreamed<'a> {
 #[derive(Clone)]
 pub struct AccessLog {
     lines: Option<Arc<LineQueue>>,
-    /// Words, in lower case, beside which a value is taken for a secret.
-    secret_words: Arc<[String]>,
+    secret_words: Arc<SecretWords>,
+}
+
+/// Words beside which a value is taken for a secret.
+struct SecretWords(AhoCorasick);
+
+impl SecretWords {
+    fn beside(token_parameter: &str) -> std::io::Result<Self> {
+        Self::new(&["token", "password", "secret", "private", token_parameter])
+    }
+
+    fn new(words: &[&str]) -> std::io::Result<Self> {
+        // Most text is short and has none of them: what prepares for long text would cost more than it saves.
+        let mut builder = AhoCorasick::builder();
+        builder.ascii_case_insensitive(true).prefilter(false).kind(Some(AhoCorasickKind::DFA));
+        builder.build(words).map(Self).map_err(std::io::Error::other)
+    }
+
+    /// Whether one stands in a text that backends read as it is: without escapes and what they fold.
+    fn stand_in(&self, text: &[u8]) -> bool {
+        self.0.is_match(text)
+    }
+
+    /// Whether one stands in a text, in plain or encoded, or folded as PHP does: `api.key` is `api_key`.
+    fn may_stand_in(&self, text: &[u8]) -> bool {
+        if !text.iter().any(is_read_otherwise) {
+            return self.stand_in(text);
+        }
+        let folded: Vec<u8> =
+            decode(text).iter().map(|b| if matches!(b, b'.' | b' ' | b'+' | b'[') { b'_' } else { *b }).collect();
+        self.stand_in(&folded)
+    }
+}
+
+/// Whether some reader takes the byte for another one.
+fn is_read_otherwise(byte: &u8) -> bool {
+    matches!(byte, b'%' | b'.' | b' ' | b'+' | b'[')
 }
 
 impl AccessLog {
@@ -87,13 +123,15 @@ impl AccessLog {
     /// tokens.
     pub fn start(to: Option<Destination>, token_parameter: &str, metrics: Arc<Metrics>) -> std::io::Result<Self> {
         let queue = |to| LineQueue::start("access", to, move |lines| metrics.access_log_lost(lines));
-        Ok(Self { lines: to.map(queue).transpose()?.map(Arc::new), secret_words: secret_words(token_parameter) })
+        let lines = to.map(queue).transpose()?.map(Arc::new);
+        let secret_words = SecretWords::beside(token_parameter)?;
+        Ok(Self { lines, secret_words: Arc::new(secret_words) })
     }
 
     /// The same log for another token parameter.
-    #[must_use]
-    pub fn with_parameter(&self, token_parameter: &str) -> Self {
-        Self { lines: self.lines.clone(), secret_words: secret_words(token_parameter) }
+    pub fn with_parameter(&self, token_parameter: &str) -> std::io::Result<Self> {
+        let secret_words = SecretWords::beside(token_parameter)?;
+        Ok(Self { lines: self.lines.clone(), secret_words: Arc::new(secret_words) })
     }
 
     pub fn is_on(&self) -> bool {
@@ -120,12 +158,19 @@ impl AccessLog {
     }
 }
 
-fn secret_words(token_parameter: &str) -> Arc<[String]> {
-    let words = ["token", "password", "secret", "private"].map(str::to_owned).into_iter();
-    words.chain([token_parameter.to_ascii_lowercase()]).collect()
+/// What stands between two values, in one piece.
+macro_rules! text_key {
+    ($key:literal) => {
+        concat!(",\"", $key, "\":\"")
+    };
+}
+macro_rules! number_key {
+    ($key:literal) => {
+        concat!(",\"", $key, "\":")
+    };
 }
 
-fn format(entry: &AccessLogEntry<'_>, secret_words: &[String]) -> Vec<u8> {
+fn format(entry: &AccessLogEntry<'_>, secret_words: &SecretWords) -> Vec<u8> {
     let mut line = Vec::with_capacity(512);
     let (path, query) = match memchr(b'?', entry.target) {
         Some(at) => (&entry.target[..at], Some(&entry.target[at + 1..])),
@@ -134,64 +179,72 @@ fn format(entry: &AccessLogEntry<'_>, secret_words: &[String]) -> Vec<u8> {
     line.extend_from_slice(b"{\"time\":\"");
     time(&mut line, entry.unix_ms);
     line.push(b'"');
-    text(&mut line, "request_id", entry.request_id.as_bytes());
+    text(&mut line, text_key!("request_id"), entry.request_id.as_bytes());
     if let Some(client) = entry.client {
-        text(&mut line, "client", client.to_string().as_bytes());
+        address(&mut line, client);
     }
-    text(&mut line, "method", entry.method);
+    text(&mut line, text_key!("method"), entry.method);
     if entry.overridden {
         line.extend_from_slice(b",\"method_override\":true");
     }
-    text(&mut line, "path", &redacted_path(path, secret_words));
+    text(&mut line, text_key!("path"), &redacted_path(path, secret_words));
     if let Some(query) = query {
-        text(&mut line, "query", &redacted(query, secret_words));
+        text(&mut line, text_key!("query"), &redacted(query, secret_words));
     }
-    text(&mut line, "route", entry.route.as_bytes());
-    number(&mut line, "status", entry.status.into());
+    text(&mut line, text_key!("route"), entry.route.as_bytes());
+    number(&mut line, number_key!("status"), entry.status.into());
     if let Some(by) = entry.by {
-        text(&mut line, "by", by.as_str().as_bytes());
+        text(&mut line, text_key!("by"), by.as_str().as_bytes());
     }
-    text(&mut line, "reason", entry.reason.as_bytes());
-    text(&mut line, "source", entry.source.as_bytes());
-    for (key, value) in [("token", entry.token), ("user", entry.user)] {
+    text(&mut line, text_key!("reason"), entry.reason.as_bytes());
+    text(&mut line, text_key!("source"), entry.source.as_bytes());
+    for (key, value) in [(text_key!("token"), entry.token), (text_key!("user"), entry.user)] {
         if let Some(value) = value {
             text(&mut line, key, value.as_bytes());
         }
     }
     if let Some(upstream) = &entry.upstream {
-        text(&mut line, "upstream", upstream.name.as_bytes());
+        text(&mut line, text_key!("upstream"), upstream.name.as_bytes());
         if let Some(server) = upstream.server {
-            text(&mut line, "upstream_server", server.as_bytes());
+            text(&mut line, text_key!("upstream_server"), server.as_bytes());
         }
         if let Some(status) = upstream.status {
-            number(&mut line, "upstream_status", status.into());
+            number(&mut line, number_key!("upstream_status"), status.into());
         }
         if let Some(took) = upstream.took {
-            milliseconds(&mut line, "upstream_duration_ms", took);
+            milliseconds(&mut line, number_key!("upstream_duration_ms"), took);
         }
-        number(&mut line, "attempts", upstream.attempts as u64);
+        number(&mut line, number_key!("attempts"), upstream.attempts as u64);
     }
-    milliseconds(&mut line, "duration_ms", entry.duration);
-    number(&mut line, "bytes_received", entry.bytes_received);
-    number(&mut line, "bytes_sent", entry.bytes_sent);
-    text(&mut line, "user_agent", entry.user_agent);
+    milliseconds(&mut line, number_key!("duration_ms"), entry.duration);
+    number(&mut line, number_key!("bytes_received"), entry.bytes_received);
+    number(&mut line, number_key!("bytes_sent"), entry.bytes_sent);
+    text(&mut line, text_key!("user_agent"), entry.user_agent);
     line.extend_from_slice(b"}\n");
     line
 }
 
-/// A query without what may be a secret: every parameter in whose name or value a secret's word stands, in plain or
-/// encoded, however the parameters are separated, keeps its name at most.
-fn redacted(query: &[u8], secret_words: &[String]) -> Vec<u8> {
+/// A query without what may be a secret. Most have none, and nothing that somebody reads otherwise than it stands there.
+fn redacted<'q>(query: &'q [u8], secret_words: &SecretWords) -> Cow<'q, [u8]> {
+    if !query.iter().any(is_read_otherwise) && !secret_words.stand_in(query) {
+        return query.into();
+    }
+    redacted_pieces(query, secret_words).into()
+}
+
+/// Every parameter in whose name or value a secret's word stands, in plain or encoded, however the parameters are separated,
+/// keeps its name at most.
+fn redacted_pieces(query: &[u8], secret_words: &SecretWords) -> Vec<u8> {
     let mut out = Vec::with_capacity(query.len());
     for piece in query.split_inclusive(|b| matches!(b, b'&' | b';')) {
-        if !has_secret_word(piece, secret_words) {
+        if !secret_words.may_stand_in(piece) {
             out.extend_from_slice(piece);
             continue;
         }
         // A plain name that is itself the telling word is no secret; anything else may be.
         let name = piece.split(|b| *b == b'=').next().unwrap_or_default();
         let plain = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'[' | b']');
-        if name.len() < piece.len() && name.iter().all(plain) && has_secret_word(name, secret_words) {
+        if name.len() < piece.len() && name.iter().all(plain) && secret_words.may_stand_in(name) {
             out.extend_from_slice(&name[..name.len().min(64)]);
             out.push(b'=');
         }
@@ -203,7 +256,7 @@ fn redacted(query: &[u8], secret_words: &[String]) -> Vec<u8> {
 
 /// A path without what may be a secret that somebody put in the wrong place: behind a `;`, a forgotten or encoded `?`,
 /// or in a target that is no path at all.
-fn redacted_path<'p>(path: &'p [u8], secret_words: &[String]) -> Cow<'p, [u8]> {
+fn redacted_path<'p>(path: &'p [u8], secret_words: &SecretWords) -> Cow<'p, [u8]> {
     if !path.starts_with(b"/") {
         return b"-".into();
     }
@@ -214,7 +267,7 @@ fn redacted_path<'p>(path: &'p [u8], secret_words: &[String]) -> Cow<'p, [u8]> {
     let mut out = Vec::with_capacity(path.len());
     for piece in path.split_inclusive(|b| *b == b'/') {
         let decoded = decode(piece);
-        if decoded.iter().any(says_value) && has_secret_word(piece, secret_words) {
+        if decoded.iter().any(says_value) && secret_words.may_stand_in(piece) {
             out.extend_from_slice(b"[redacted]");
             out.extend(piece.last().filter(|b| **b == b'/'));
         } else {
@@ -222,13 +275,6 @@ fn redacted_path<'p>(path: &'p [u8], secret_words: &[String]) -> Cow<'p, [u8]> {
         }
     }
     out.into()
-}
-
-fn has_secret_word(piece: &[u8], secret_words: &[String]) -> bool {
-    let mut lower = decode(piece).to_ascii_lowercase();
-    // As PHP folds names: `api.key` is `api_key`.
-    lower.iter_mut().filter(|b| matches!(b, b'.' | b' ' | b'+' | b'[')).for_each(|b| *b = b'_');
-    secret_words.iter().any(|word| memchr::memmem::find(&lower, word.as_bytes()).is_some())
 }
 
 /// Undoes `%hh`, twice: a nested URL carries its own query encoded. Most parameters have none.
@@ -263,17 +309,13 @@ fn milliseconds(line: &mut Vec<u8>, key: &str, time: Duration) {
 }
 
 fn number(line: &mut Vec<u8>, key: &str, value: u64) {
-    line.extend_from_slice(b",\"");
     line.extend_from_slice(key.as_bytes());
-    line.extend_from_slice(b"\":");
     digits(line, value);
 }
 
 /// A JSON string of bytes that nobody has checked: what is not visible ASCII is escaped.
 fn text(line: &mut Vec<u8>, key: &str, value: &[u8]) {
-    line.extend_from_slice(b",\"");
     line.extend_from_slice(key.as_bytes());
-    line.extend_from_slice(b"\":\"");
     let value = &value[..value.len().min(MAX_TEXT)];
     // Without branches, so that it looks at many bytes at once. Most text needs no escape.
     let is_plain = |b: &u8| (*b >= b' ') & (*b <= b'~') & (*b != b'"') & (*b != b'\\');
@@ -299,6 +341,21 @@ fn escaped(line: &mut Vec<u8>, value: &[u8]) {
     }
 }
 
+/// The client's address. Lines of one client often follow each other.
+fn address(line: &mut Vec<u8>, client: IpAddr) {
+    thread_local! {
+        static LAST: RefCell<(Option<IpAddr>, String)> = const { RefCell::new((None, String::new())) };
+    }
+    LAST.with_borrow_mut(|(known, text)| {
+        if *known != Some(client) {
+            (*known, *text) = (Some(client), client.to_string());
+        }
+        line.extend_from_slice(text_key!("client").as_bytes());
+        line.extend_from_slice(text.as_bytes());
+        line.push(b'"');
+    });
+}
+
 /// A time as RFC 3339 writes it. The date and the second are written once for all lines that need them.
 fn time(line: &mut Vec<u8>, unix_ms: u64) {
     thread_local! {
@@ -322,8 +379,8 @@ fn time(line: &mut Vec<u8>, unix_ms: u64) {
 mod tests {
     use super::*;
 
-    fn words() -> Vec<String> {
-        ["token", "password", "secret", "private", "apikey", "api_key"].map(str::to_owned).to_vec()
+    fn words() -> SecretWords {
+        SecretWords::new(&["token", "password", "secret", "private", "apikey", "api_key"]).unwrap()
     }
 
     #[test]
@@ -331,8 +388,8 @@ mod tests {
         let mut seen = 0;
         for micros in [0, 1, 9, 10, 999, 1_000, 1_001, 12_345, 99_999, 1_000_000, 86_400_000_000, 123_456_789_012] {
             let mut line = Vec::new();
-            milliseconds(&mut line, "k", Duration::from_micros(micros));
-            number(&mut line, "n", micros);
+            milliseconds(&mut line, number_key!("k"), Duration::from_micros(micros));
+            number(&mut line, number_key!("n"), micros);
             let expected = format!(",\"k\":{}.{:03},\"n\":{micros}", micros / 1000, micros % 1000);
             assert_eq!(String::from_utf8(line).unwrap(), expected);
             let mut line = Vec::new();
@@ -343,7 +400,7 @@ mod tests {
         }
         assert_eq!(seen, 12);
         let mut line = Vec::new();
-        text(&mut line, "k", "a\"b\\c\u{1}\u{e9}\u{1f600}~".as_bytes());
+        text(&mut line, text_key!("k"), "a\"b\\c\u{1}\u{e9}\u{1f600}~".as_bytes());
         assert_eq!(String::from_utf8(line).unwrap(), r#","k":"a\"b\\c\u0001\u00e9\ud83d\ude00~""#);
     }
 
@@ -369,7 +426,7 @@ mod tests {
             "api%5bkey=S3CRET",
             "S3CRET=private_token",
         ] {
-            let text = String::from_utf8(redacted(query.as_bytes(), &words())).unwrap();
+            let text = String::from_utf8(redacted(query.as_bytes(), &words()).into_owned()).unwrap();
             assert!(!text.contains("S3CRET"), "{query} -> {text}");
         }
         for path in [
@@ -386,8 +443,8 @@ mod tests {
             redacted_path(b"/api/v3/projects/private-repo/x", &words()).as_ref(),
             b"/api/v3/projects/private-repo/x"
         );
-        assert_eq!(redacted(b"a=1&private_token=S&b=2", &words()), b"a=1&private_token=[redacted]&b=2");
-        assert_eq!(redacted(b"page=2&per_page=5", &words()), b"page=2&per_page=5");
+        assert_eq!(*redacted(b"a=1&private_token=S&b=2", &words()), *b"a=1&private_token=[redacted]&b=2");
+        assert_eq!(*redacted(b"page=2&per_page=5", &words()), *b"page=2&per_page=5");
     }
 
     #[test]

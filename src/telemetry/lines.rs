@@ -21,6 +21,8 @@ const LONG_LINE: usize = 1_024;
 const LONG_LINES_BYTES: usize = 8 * 1024 * 1024;
 /// How much is written at once.
 const BATCH_BYTES: usize = 64 * 1024;
+/// While lines come this close together they are gathered for as long, so that their writers need not wake this thread for each.
+const GATHERING: Duration = Duration::from_millis(2);
 /// Pause before the next attempt to write to a stream that another process has set to non-blocking.
 const BLOCKED_PAUSE: Duration = Duration::from_millis(10);
 /// Shortest interval between two messages about dropped lines.
@@ -293,8 +295,12 @@ impl Writer {
     /// Writes queued lines in batches, and waits while the queue is empty.
     fn run(mut self, queue: &Receiver<QueueItem>) {
         let mut batch = Vec::with_capacity(BATCH_BYTES);
-        let mut waiting = Vec::new();
+        let (mut waiting, mut last) = (Vec::new(), None::<Instant>);
         while let Ok(message) = queue.recv() {
+            let now = Instant::now();
+            if last.replace(now).is_some_and(|last| now.duration_since(last) < 2 * GATHERING) {
+                std::thread::sleep(GATHERING);
+            }
             batch.clear();
             let mut next = Some(message);
             while let Some(message) = next {
