@@ -9,9 +9,14 @@ use crate::store::{AdminError, MissingStore, NamedStore, ShownRecord, TokenAdmin
 use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
 use data_encoding::BASE32_NOPAD;
+use parking_lot::Mutex;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, IsTerminal as _, Read as _, Write as _};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 #[derive(clap::Args)]
@@ -396,7 +401,8 @@ fn moment(option: &str, text: Option<&str>) -> Result<Option<u64>, Failure> {
 async fn list(options: &TokenOptions) -> Result<(), Failure> {
     let mut opened = open(options).await?;
     let notes_uses = opened.admin.notes_uses();
-    let (mut count, mut progress) = (0, Progress::new("tokens"));
+    let (mut count, progress) = (0, Progress::beside_output("reading"));
+    opened.admin.count_into(Arc::clone(&progress.count));
     let mut out = std::io::BufWriter::new(std::io::stdout());
     if !options.json {
         let header = format_args!(
@@ -408,13 +414,16 @@ async fn list(options: &TokenOptions) -> Result<(), Failure> {
     let mut printed = Ok(());
     let mut each = |record| {
         count += 1;
-        progress.tick(count);
+        if count == 1 {
+            progress.step("printing");
+        }
+        progress.set(count);
         printed = print_listed(&mut out, options.json, count == 1, notes_uses, &record);
         // Whoever reads may have seen enough.
         if printed.is_ok() { Ok(()) } else { Err(AdminError::Input("standard output".into())) }
     };
     let visited = opened.admin.visit(&mut each).await;
-    progress.end();
+    drop(progress);
     let end = if count == 0 { "[]" } else { "]" };
     let printed = printed.and_then(|()| if options.json { writeln!(out, "{end}") } else { Ok(()) });
     match printed.and_then(|()| out.flush()) {
@@ -631,6 +640,8 @@ async fn revoke(options: &TokenOptions, id: &str, wait: Option<Duration>, least:
 async fn block(options: &TokenOptions, user: &str, blocked: bool) -> Result<(), Failure> {
     let mut opened = open(options).await?;
     let name = plain(user);
+    let progress = Progress::new("looking for the user's tokens");
+    opened.admin.count_into(Arc::clone(&progress.count));
     let were_blocked: BTreeSet<String> = match opened.admin.of_user(user).await? {
         none if none.is_empty() => {
             let how = if blocked { "blocked" } else { "unblocked" };
@@ -638,8 +649,11 @@ async fn block(options: &TokenOptions, user: &str, blocked: bool) -> Result<(), 
         }
         records => records.iter().filter(|record| record.blocked).map(|record| record.digest.to_hex()).collect(),
     };
+    progress.step(if blocked { "blocking" } else { "unblocking" });
     let changed = opened.admin.block(user, blocked).await?;
+    progress.step("reading them again");
     let records = opened.admin.of_user(user).await?;
+    drop(progress);
     if let Some(other) = records.iter().find(|record| record.blocked != blocked) {
         let id = other.digest.id();
         return Err(anyhow!("store {}: accepted the change but does not return it for token {id}", opened.store).into());
@@ -705,14 +719,18 @@ async fn import(options: &TokenOptions, file: &std::path::Path) -> Result<(), Fa
     };
     let blocked = opened.admin.blocked_users().await?;
     let started = Instant::now();
-    let mut progress = Progress::new("lines");
+    let progress = Progress::new("reading");
     let mut reading = Reading::new(input, now());
     let mut held_back: BTreeSet<String> = BTreeSet::new();
     // Atomic: an invalid entry leaves the store unchanged.
     let imported = {
         let mut records = std::iter::from_fn(|| {
-            let mut next = reading.next()?;
-            progress.tick(reading.entries());
+            let next = reading.next();
+            progress.set(reading.entries());
+            let Some(mut next) = next else {
+                progress.step("writing");
+                return None;
+            };
             if let Ok(record) = &mut next
                 && !record.blocked
                 && blocked.contains(&record.user)
@@ -724,7 +742,7 @@ async fn import(options: &TokenOptions, file: &std::path::Path) -> Result<(), Fa
         });
         opened.admin.import(&mut records).await
     };
-    progress.end();
+    drop(progress);
     let (imported, read) = (imported?, reading.entries());
     let (new, differing) = (imported.new, imported.differing);
     let seconds = started.elapsed().as_secs_f64();
@@ -754,33 +772,68 @@ async fn import(options: &TokenOptions, file: &std::path::Path) -> Result<(), Fa
     }
 }
 
-/// A progress display on a terminal.
+/// A line on standard error, if that is a terminal, which says how far a command is. It is removed at the end.
 struct Progress {
-    what: &'static str,
-    shown: Option<Instant>,
+    step: Arc<Mutex<&'static str>>,
+    /// Tokens of this step.
+    count: Arc<AtomicU64>,
+    /// Once the sender is dropped, the thread ends.
+    line: Option<(mpsc::Sender<()>, JoinHandle<()>)>,
 }
 
 impl Progress {
-    fn new(what: &'static str) -> Self {
-        // Where both are on one terminal, what is printed is the progress.
-        let shows = std::io::stderr().is_terminal() && (what == "lines" || !std::io::stdout().is_terminal());
-        Self { what, shown: shows.then(Instant::now) }
+    const EVERY: Duration = Duration::from_millis(250);
+
+    /// Of a command that prints as it proceeds: on one terminal, what is printed is the progress.
+    fn beside_output(step: &'static str) -> Self {
+        Self::shown(step, !std::io::stdout().is_terminal())
     }
 
-    fn tick(&mut self, count: u64) {
-        if let Some(shown) = &mut self.shown
-            && shown.elapsed() > Duration::from_millis(200)
-        {
-            *shown = Instant::now();
-            // The progress display is optional.
-            let _ = write!(std::io::stderr(), "\r{count} {}", self.what);
+    fn new(step: &'static str) -> Self {
+        Self::shown(step, true)
+    }
+
+    fn shown(step: &'static str, wanted: bool) -> Self {
+        let mut progress = Self { step: Arc::new(Mutex::new(step)), count: Arc::default(), line: None };
+        if wanted && std::io::stderr().is_terminal() {
+            let (sender, end) = mpsc::channel();
+            let (step, count) = (Arc::clone(&progress.step), Arc::clone(&progress.count));
+            // A thread, because a step may be one statement or may block.
+            progress.line = Some((sender, std::thread::spawn(move || Self::show(&step, &count, &end))));
         }
+        progress
     }
 
-    fn end(&self) {
-        if self.shown.is_some() {
-            // As above.
-            let _ = write!(std::io::stderr(), "\r\x1b[K");
+    fn show(step: &Mutex<&'static str>, count: &AtomicU64, end: &mpsc::Receiver<()>) {
+        let (began, mut erase) = (Instant::now(), "");
+        while end.recv_timeout(Self::EVERY) == Err(RecvTimeoutError::Timeout) {
+            erase = "\r\x1b[K";
+            let step = *step.lock();
+            let counted = match count.load(Ordering::Relaxed) {
+                0 => String::new(),
+                count => format!(" {count} tokens,"),
+            };
+            // Nobody needs it: an error changes nothing.
+            let _ = write!(std::io::stderr(), "{erase}{step}:{counted} {} s", began.elapsed().as_secs());
+        }
+        let _ = write!(std::io::stderr(), "{erase}");
+    }
+
+    fn step(&self, step: &'static str) {
+        *self.step.lock() = step;
+        self.set(0);
+    }
+
+    fn set(&self, count: u64) {
+        self.count.store(count, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some((sender, thread)) = self.line.take() {
+            drop(sender);
+            let _ = thread.join();
         }
     }
 }

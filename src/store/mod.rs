@@ -31,6 +31,8 @@ use async_trait::async_trait;
 use credential::{Credential, Digest};
 use futures_util::future::join_all;
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 /// What a store keeps about a token. Times are unix seconds.
@@ -286,6 +288,8 @@ pub trait TokenAdmin: Send {
     async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
         self.list().await?.into_iter().try_for_each(each)
     }
+    /// Counts the records that it reads or changes there, where it has to read all of them to find some.
+    fn count_into(&mut self, _count: Arc<AtomicU64>) {}
     /// Takes the records that were found since the last call and could not be read, with what is wrong with each. They are
     /// left out of what was returned, and unchanged.
     fn take_unreadable(&mut self) -> Vec<String> {

@@ -4,7 +4,8 @@ use super::{Backing, Config, Embedded, PostgresGitlab, PostgresOwn, RedisOwn};
 use crate::harness::*;
 use crate::servers::postgres::Postgres;
 use crate::support::{run, stderr, stdout};
-use std::process::{Command, Output};
+use std::io::Read as _;
+use std::process::{Command, Output, Stdio};
 
 fn code(output: &Output) -> i32 {
     output.status.code().unwrap()
@@ -92,6 +93,65 @@ fn a_long_list_is_printed_in_bounded_memory() {
         let begun = run(Command::new("bash").args(["-o", "pipefail", "-c", &script]));
         assert_eq!(stdout(&begun).lines().count(), 3);
         assert_eq!((code(&begun), stderr(&begun)), (0, String::new()), "{}", store.name());
+        // Redis has to read all of them to find one.
+        let said = stdout(&run(&mut on_a_terminal(&config, "out", &["block", "user-of-token-0000007"])));
+        let counts = store.name() != "redis"
+            || said.contains("looking for the user's tokens: ") && said.contains("000 tokens, ");
+        assert!(counts, "{said:?}");
+    }
+}
+
+/// Runs a command with standard error on a terminal and standard output in a file. Prints what the terminal gets.
+const ON_A_TERMINAL: &str = "import os, subprocess, sys\n\
+    terminal, error = os.openpty()\n\
+    child = subprocess.Popen(sys.argv[2:], stdout=open(sys.argv[1], 'wb'), stderr=error)\n\
+    os.close(error)\n\
+    try:\n    \
+        while said := os.read(terminal, 4096): os.write(1, said)\n\
+    except OSError: pass\n\
+    sys.exit(child.wait())";
+
+fn on_a_terminal(config: &Config, output: &str, token: &[&str]) -> Command {
+    let mut command = Command::new("python3");
+    command.args(["-c", ON_A_TERMINAL]).arg(config.folder.file(output)).args([env!("CARGO_BIN_EXE_tollgate"), "token"]);
+    command.args(token).arg("--config").arg(&config.path);
+    command
+}
+
+#[test]
+fn a_command_that_takes_long_says_so_on_a_terminal_and_nowhere_else() {
+    let mut store = PostgresOwn::new();
+    store.add(&["one".into()]);
+    let config = Config::new(&store.section());
+    let (locked, driver) =
+        store.runtime.block_on(tokio_postgres::connect(&store.server.url("postgres"), tokio_postgres::NoTls)).unwrap();
+    store.runtime.spawn(driver);
+    store.runtime.block_on(locked.batch_execute("BEGIN; LOCK TABLE tollgate.token")).unwrap();
+    let block = ["block", "user-of-one"];
+    let mut piped = tollgate();
+    piped.arg("token").args(block).arg("--config").arg(&config.path).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let piped = piped.spawn().unwrap();
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+    eventually("it waits", || store.server.psql("postgres", waiting) == "1");
+    let mut shown = on_a_terminal(&config, "out", &block).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut said, mut bytes) = (String::new(), [0; 4096]);
+    let mut terminal = shown.stdout.take().unwrap();
+    while !said.contains("looking for the user's tokens: 1 s") {
+        let read = terminal.read(&mut bytes).unwrap();
+        assert!(read > 0, "{said:?}");
+        said.push_str(std::str::from_utf8(&bytes[..read]).unwrap());
+    }
+    store.runtime.block_on(locked.batch_execute("ROLLBACK")).unwrap();
+    let mut rest = String::new();
+    terminal.read_to_string(&mut rest).unwrap();
+    assert!(shown.wait().unwrap().success());
+    let said = said + &rest;
+    assert!(said.ends_with("\r\u{1b}[K"), "the line is removed: {said:?}");
+    assert!(said.matches('\r').count() < 20, "a few times a second: {said:?}");
+    let silent = piped.wait_with_output().unwrap();
+    assert_eq!((code(&silent), stderr(&silent)), (0, String::new()));
+    for output in [stdout(&silent), std::fs::read_to_string(config.folder.file("out")).unwrap()] {
+        assert!(output.starts_with("1 token of user-of-one is blocked"), "{output}");
     }
 }
 

@@ -17,6 +17,8 @@ use serde_json::{Value as Json, json};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const ANSWER: Duration = Duration::from_secs(10);
@@ -69,6 +71,8 @@ pub struct RedisAdmin {
     default_scopes: Vec<String>,
     /// Records that could not be read, by their digest.
     unreadable: BTreeMap<[u8; 32], String>,
+    /// Records read or changed, for who waits.
+    count: Arc<AtomicU64>,
 }
 
 /// The change of one key.
@@ -120,6 +124,7 @@ impl RedisAdmin {
             channel,
             default_scopes,
             unreadable: BTreeMap::new(),
+            count: Arc::default(),
         })
     }
 
@@ -186,6 +191,7 @@ impl RedisAdmin {
                     let (next, keys): (u64, Vec<Vec<u8>>) = node.ask(&page).await?;
                     let keys = keys.into_iter().filter_map(|key| String::from_utf8(key).ok());
                     let digests: Vec<_> = keys.filter_map(|key| self.keys.digest(&key)).collect();
+                    self.count.fetch_add(digests.len() as u64, Ordering::Relaxed);
                     for (digest, record) in self.read_at(&mut node, &digests, user).await? {
                         match record {
                             Ok(Some(record)) => {
@@ -489,6 +495,10 @@ impl TokenAdmin for RedisAdmin {
         Ok(users)
     }
 
+    fn count_into(&mut self, count: Arc<AtomicU64>) {
+        self.count = count;
+    }
+
     fn take_unreadable(&mut self) -> Vec<String> {
         std::mem::take(&mut self.unreadable).into_values().collect()
     }
@@ -571,6 +581,7 @@ impl TokenAdmin for RedisAdmin {
                     return Err(contended(record.digest));
                 }
                 changed += u64::from(!open);
+                self.count.fetch_add(u64::from(!open), Ordering::Relaxed);
             }
         }
         Ok(changed)
