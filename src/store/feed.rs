@@ -76,6 +76,8 @@ pub(super) enum Loss {
     Abandoned,
     /// Nobody notifies of all changes, and why.
     Untold(String),
+    /// Of several servers that have a part of the records each, one is missing, and why.
+    Incomplete(String),
 }
 
 impl From<StoreError> for Loss {
@@ -95,6 +97,7 @@ impl Loss {
             Self::Store(StoreError::Garbage(_) | StoreError::Unusable(_)) => Unheard::Garbage,
             Self::Overrun | Self::Abandoned => Unheard::Overrun,
             Self::Untold(_) => Unheard::NoTriggers,
+            Self::Incomplete(_) => Unheard::Incomplete,
         }
     }
 }
@@ -115,7 +118,7 @@ impl fmt::Display for Loss {
             Self::Silent { server, time } => write!(f, "{server} sent nothing for {time:?}"),
             Self::Overrun => write!(f, "more than {INBOX} changes arrived before they could be taken in"),
             Self::Abandoned => f.write_str("nobody takes in what arrives"),
-            Self::Untold(why) => f.write_str(why),
+            Self::Untold(why) | Self::Incomplete(why) => f.write_str(why),
         }
     }
 }

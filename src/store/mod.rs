@@ -177,6 +177,8 @@ pub enum Unheard {
     Garbage,
     /// More arrives than is taken in.
     Overrun,
+    /// A master of a cluster cannot be reached.
+    Incomplete,
 }
 
 impl Unheard {
@@ -190,6 +192,7 @@ impl Unheard {
             Self::NoTriggers => "no_triggers",
             Self::Garbage => "garbage",
             Self::Overrun => "overrun",
+            Self::Incomplete => "incomplete",
         }
     }
 }

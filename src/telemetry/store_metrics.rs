@@ -29,6 +29,7 @@ pub(super) struct StoreFamilies {
     server: IntGaugeVec,
     /// Of each user of a name.
     servers: Mutex<Vec<(String, String)>>,
+    writable: IntGaugeVec,
     breaker_open: IntGaugeVec,
     file_current: IntGaugeVec,
     rechecks: IntCounterVec,
@@ -79,8 +80,13 @@ impl StoreFamilies {
             )?,
             server: families.gauges(
                 "tollgate_store_server_info",
-                "1 for the server that change notifications are heard from and lookups go to.",
+                "1 for each server that change notifications are heard from and lookups go to.",
                 &["store", "server"],
+            )?,
+            writable: families.gauges(
+                "tollgate_store_writable",
+                "1 while the token store's server takes writes, 0 while it does not and no token can be revoked.",
+                &["store"],
             )?,
             breaker_open: families.gauges(
                 "tollgate_store_breaker_open",
@@ -130,7 +136,7 @@ impl StoreFamilies {
             lag: self.lag.with_label_values(&[name]),
             failed: Mutex::default(),
             unheard: Mutex::default(),
-            server: Mutex::default(),
+            servers: Mutex::default(),
             families: Arc::clone(self),
         }
     }
@@ -148,7 +154,7 @@ impl StoreFamilies {
         let store = [name];
         let _ = self.duration.remove_label_values(&store);
         let _ = self.lag.remove_label_values(&store);
-        for family in [&self.waiting, &self.subscribed, &self.breaker_open, &self.file_current] {
+        for family in [&self.waiting, &self.subscribed, &self.writable, &self.breaker_open, &self.file_current] {
             let _ = family.remove_label_values(&store);
         }
         for family in [&self.losses, &self.rechecks, &self.evicted] {
@@ -179,15 +185,15 @@ pub struct StoreMetrics {
     failed: Mutex<Vec<&'static str>>,
     /// Why no notifications arrive.
     unheard: Mutex<Option<&'static str>>,
-    /// The server in use.
-    server: Mutex<Option<String>>,
+    /// The servers in use.
+    servers: Mutex<Vec<String>>,
     families: Arc<StoreFamilies>,
 }
 
 impl Drop for StoreMetrics {
     fn drop(&mut self) {
         self.unheard(None);
-        self.server(None);
+        self.servers(Vec::new());
         self.families.leave(&self.name, self.failed.get_mut());
     }
 }
@@ -239,21 +245,31 @@ impl StoreMetrics {
         *last = cause;
     }
 
-    /// The server in use, as the configuration names it.
-    pub fn server(&self, place: Option<&str>) {
-        let (mut last, mut servers) = (self.server.lock(), self.families.servers.lock());
-        if let Some(place) = place {
-            self.families.server.with_label_values(&[self.name.as_str(), place]).set(1);
-            servers.push((self.name.clone(), place.to_owned()));
+    /// The servers in use: one, or the masters of a cluster.
+    pub fn servers(&self, places: Vec<String>) {
+        let (mut last, mut servers) = (self.servers.lock(), self.families.servers.lock());
+        for place in &places {
+            self.families.server.with_label_values(&[&self.name, place]).set(1);
+            servers.push((self.name.clone(), place.clone()));
         }
-        let Some(gone) = std::mem::replace(&mut *last, place.map(str::to_owned)) else { return };
-        let gone = (self.name.clone(), gone);
-        if let Some(at) = servers.iter().position(|server| *server == gone) {
-            servers.swap_remove(at);
+        for place in std::mem::replace(&mut *last, places) {
+            let gone = (self.name.clone(), place);
+            if let Some(at) = servers.iter().position(|server| *server == gone) {
+                servers.swap_remove(at);
+            }
+            // The store of a reload may be on the same server.
+            if !servers.contains(&gone) {
+                let _ = self.families.server.remove_label_values(&[gone.0.as_str(), gone.1.as_str()]);
+            }
         }
-        // The store of a reload may be on the same server.
-        if !servers.contains(&gone) {
-            let _ = self.families.server.remove_label_values(&[gone.0.as_str(), gone.1.as_str()]);
+    }
+
+    /// Whether the server takes writes. `None`: nobody tries.
+    pub fn writable(&self, yes: Option<bool>) {
+        let store = [self.name.as_str()];
+        match yes {
+            Some(yes) => self.families.writable.with_label_values(&store).set(i64::from(yes)),
+            None => drop(self.families.writable.remove_label_values(&store)),
         }
     }
 
@@ -313,8 +329,9 @@ mod tests {
             store.subscribed(false);
             store.unheard(Some("timeout"));
             store.unheard(Some("denied"));
-            store.server(Some("db-1:5432"));
-            store.server(Some("db-2:5432"));
+            store.servers(vec!["db-1:5432".into(), "db-2:5432".into()]);
+            store.servers(vec!["db-2:5432".into(), "db-3:5432".into()]);
+            store.writable(Some(false));
             store.breaker_open(true);
             store.file_current(false);
             store.rechecked();
@@ -328,17 +345,19 @@ mod tests {
         let text = metrics.render().unwrap();
         let families = text.lines().filter(|line| line.starts_with("# TYPE")).count()
             - before.lines().filter(|line| line.starts_with("# TYPE")).count();
-        assert_eq!(families, 12, "the other store of this name goes on:\n{text}");
+        assert_eq!(families, 13, "the other store of this name goes on:\n{text}");
         touch(&next);
         let text = metrics.render().unwrap();
+        let servers: Vec<&str> = text.lines().filter(|line| line.starts_with("tollgate_store_server_info{")).collect();
+        assert!(servers.len() == 2 && servers.iter().all(|line| !line.contains("db-1")), "{servers:?}");
         assert!(
             text.contains("problem{cause=\"denied\",store=\"a\"} 1") && !text.contains("cause=\"timeout\""),
             "{text}"
         );
         drop(next);
         let (old, new) = (metrics.store("a"), metrics.store("a"));
-        old.server(Some("db-1:5432"));
-        new.server(Some("db-1:5432"));
+        old.servers(vec!["db-1:5432".into()]);
+        new.servers(vec!["db-1:5432".into()]);
         drop(old);
         assert!(metrics.render().unwrap().contains("server_info{server=\"db-1:5432\",store=\"a\"} 1"));
         drop(new);

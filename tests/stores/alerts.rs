@@ -5,7 +5,8 @@ use super::{Backing, Config, Embedded, Introspected, PostgresGitlab, PostgresOwn
 use crate::harness::*;
 use crate::servers::http::{HttpServer, Reply};
 use crate::servers::postgres::Postgres;
-use crate::servers::{Fault, Process, free_port};
+use crate::servers::redis::{Cluster, Redis};
+use crate::servers::{Fault, Process, Server as _, free_port};
 use crate::support::get;
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
@@ -116,6 +117,33 @@ fn broken(
     store.add(&known());
     let section = store.section();
     case(fault, alerts, backend, &section, move || inject(&mut *store))
+}
+
+/// A Redis server that takes no writes any more.
+fn unwritable(fault: &'static str, backend: &HttpServer, inject: fn(&Redis)) -> Case {
+    let (mut store, mut done) = (RedisOwn::new(), false);
+    store.add(&known());
+    let section = store.section();
+    case(fault, &["TollgateStoreNotWritable"], backend, &section, move || {
+        if !std::mem::replace(&mut done, true) {
+            inject(&store.server);
+        }
+    })
+}
+
+/// A cluster of which one master fails, and no replica takes its place.
+fn incomplete(fault: &'static str, backend: &HttpServer, inject: fn(&mut Redis)) -> Case {
+    let (mut cluster, mut done) = (Cluster::start(), false);
+    let servers: Vec<String> = cluster.nodes.iter().map(|node| format!("\"{}\"", node.address())).collect();
+    let servers = servers.join(", ");
+    let section =
+        format!("[store]\nkind = \"redis\"\ntopology = \"cluster\"\nservers = [{servers}]\ntimeout = \"1s\"\n");
+    Config::new(&section).import(&known());
+    case(fault, &["TollgateStoreClusterIncomplete"], backend, &section, move || {
+        if !std::mem::replace(&mut done, true) {
+            inject(&mut cluster.nodes[0]);
+        }
+    })
 }
 
 /// Tokens that are known, and a few that are not, at a rate that nobody takes for an attack.
@@ -235,6 +263,18 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
             // Only keys with an end are removed, so that nobody is refused meanwhile.
             evicting.server.cli(&["SET", &format!("filler:{filled}"), &"x".repeat(100_000), "EX", "3600"]);
         }),
+        unwritable("Redis is out of memory", &backend, |server| drop(server.cli(&["CONFIG", "SET", "maxmemory", "1"]))),
+        unwritable("Redis cannot save", &backend, |server| {
+            // A folder in the place of the file that is to be written.
+            std::fs::create_dir(server.socket().with_file_name("dump.rdb")).unwrap();
+            server.cli(&["CONFIG", "SET", "save", "3600 1000000"]);
+            server.cli(&["BGSAVE"]);
+        }),
+        unwritable("Redis has too few replicas", &backend, |server| {
+            server.cli(&["CONFIG", "SET", "min-replicas-to-write", "1"]);
+        }),
+        incomplete("a master of a cluster is down", &backend, |node| node.stop()),
+        incomplete("a master of a cluster does not answer", &backend, |node| node.freeze()),
         case("tables are missing", &["TollgateStoreFailing"], &backend, &empty_section, || {}),
         case("a record that cannot be read", &["TollgateStoreRecordInvalid"], &backend, &spoiled.section(), || {}),
         case("an invalid token file", &["TollgateStoreFileBroken"], &backend, &file_section, move || {
@@ -242,7 +282,7 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
         }),
         case("a store that was down is removed by a reload", &[], &backend, &removed.section(), || {}),
     ];
-    assert_eq!(cases.len(), 17);
+    assert_eq!(cases.len(), 22);
     let over = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = cases
         .iter()

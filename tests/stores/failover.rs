@@ -1,7 +1,7 @@
 //! A master of a Redis cluster fails, killed or silent, and its replica takes over: known callers notice nothing, nobody who
 //! was revoked passes, and revocations of the tokens that it had work within a second again.
 
-use super::{BOUND, Caller, Config};
+use super::{BOUND, Caller, Config, servers_in_use};
 use crate::harness::*;
 use crate::servers::Server as _;
 use crate::servers::redis::{Cluster, Redis};
@@ -44,6 +44,8 @@ fn replica_follows(fault: &str, fail: fn(&mut Redis), mend: fn(&mut Redis)) {
     let gateway = Gateway::start(upstream.address, &more);
     let heard = || gateway.process_log().matches("change notifications are arriving").count();
     eventually("the cluster is followed", || heard() == 1);
+    let masters = || cluster.nodes.iter().filter(|node| is_master(node)).map(Redis::address).collect();
+    assert_eq!(servers_in_use(&gateway), masters(), "{fault}: a series for each master");
     let mut caller = Caller::of(&gateway);
     for token in [&known[..], &gone, &doomed].concat() {
         assert_eq!(caller.status(&token), 200, "{token}");
@@ -113,6 +115,10 @@ fn replica_follows(fault: &str, fail: fn(&mut Redis), mend: fn(&mut Redis)) {
         work(&mut caller, early);
         config.tollgate(&["token", "revoke"], &[&sha256_hex(late[0]), "--wait"]).unwrap();
         assert_eq!(caller.status(late[0]), 401, "{fault}: confirmed");
+        let promoted = cluster.nodes[3..].iter().filter(|node| is_master(node));
+        let others = (0..3).filter(|index| *index != failing).map(|index| &cluster.nodes[index]);
+        let masters = others.chain(promoted).map(Redis::address).collect();
+        assert_eq!(servers_in_use(&gateway), masters, "{fault}: those that are masters now");
         mend(&mut cluster.nodes[failing]);
         eventually("the old master follows", || !is_master(&cluster.nodes[failing]));
         work(&mut caller, &late[1..]);

@@ -19,7 +19,7 @@ use crate::servers::postgres::Postgres;
 use crate::servers::redis::{Options, Redis};
 use crate::servers::{Fault, Server as _};
 use crate::support::{get, run, stderr};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -400,6 +400,13 @@ impl Caller {
     pub fn status(&mut self, token: &str) -> u16 {
         self.ask(token).status
     }
+}
+
+/// The servers that the metrics name, whatever the store.
+pub fn servers_in_use(gateway: &Gateway) -> BTreeSet<String> {
+    let metrics = gateway.metrics();
+    let series = metrics.lines().filter_map(|line| line.strip_prefix("tollgate_store_server_info{server=\""));
+    series.map(|rest| rest.split('"').next().unwrap().to_owned()).collect()
 }
 
 /// A number from the environment, for the long forms.

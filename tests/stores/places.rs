@@ -1,11 +1,12 @@
 //! PostgreSQL with several servers, and with several configurations: lookups use the server that the subscription is on, and
-//! only `store migrate` changes the channel.
+//! only `store migrate` changes the channel. The metrics name the server in use, of Redis as well.
 
-use super::{BOUND, Backing as _, Caller, Config, PostgresGitlab, PostgresOwn};
+use super::{BOUND, Backing as _, Caller, Config, PostgresGitlab, PostgresOwn, RedisOwn, servers_in_use};
 use crate::harness::*;
-use crate::servers::Server as _;
 use crate::servers::postgres::signal;
+use crate::servers::{Fault, Server as _};
 use crate::support::{run, stderr, stdout};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 const MORE: &str = "[cache]\npositive_ttl = \"10m\"\n[log]\naccess = \"off\"\n";
@@ -52,6 +53,23 @@ fn a_late_standby_among_the_hosts_brings_no_revoked_token_back() {
             refused_in_time(&store, &gateway, token);
         }
     }
+}
+
+/// No series of a server is left when it is down, or when a reload names another.
+#[test]
+fn the_server_in_use_of_redis_is_in_the_metrics() {
+    let (mut first, second) = (RedisOwn::new(), RedisOwn::new());
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, &format!("{}{MORE}", first.section()));
+    let in_use = |server: &RedisOwn| BTreeSet::from([server.server.address()]);
+    eventually("the first server is named", || servers_in_use(&gateway) == in_use(&first));
+    first.inject(Fault::Stop);
+    eventually("no server is named", || servers_in_use(&gateway).is_empty());
+    first.inject(Fault::Start);
+    eventually("the first server is named again", || servers_in_use(&gateway) == in_use(&first));
+    gateway.rewrite(|text| text.replace(&first.section(), &second.section()));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    eventually("the second server is named", || servers_in_use(&gateway) == in_use(&second));
 }
 
 /// A server that says nothing for a little longer than it takes to find the subscription silent. That alone does not make an

@@ -197,13 +197,13 @@ impl ChangeSource for PostgresChanges {
     /// Before it is said: no answer that counts for longer may come from elsewhere.
     fn on_hearing(&mut self) {
         self.target.settle(self.home.clone());
-        self.metrics.server(self.home.as_ref().map(Home::place).as_deref());
+        self.metrics.servers(self.home.iter().map(Home::place).collect());
     }
 
     /// Now that answers count for a moment only, anybody may give them.
     fn on_lost(&mut self) {
         self.target.settle(None);
-        self.metrics.server(None);
+        self.metrics.servers(Vec::new());
     }
 
     fn sign_off(&mut self) {

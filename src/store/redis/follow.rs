@@ -7,6 +7,7 @@ use super::super::{Change, Heard, Mark, Named, REPLICA_GONE, StoreError, replica
 use super::link::{Address, Push, RedisConnection, RedisPool, masters_by};
 use super::{Keys, RedisChanges, RedisStore, Topology};
 use crate::store::credential::Digest;
+use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use futures_util::future::try_join_all;
 use parking_lot::{Mutex, Once};
@@ -97,11 +98,14 @@ impl<'a> ChangeSource for RedisFeed<'a> {
     }
 
     fn on_hearing(&mut self) {
+        self.store.metrics.servers(self.followed.iter().map(Address::to_string).collect());
         self.store.lost.send_replace(false);
     }
 
     fn on_lost(&mut self) {
         self.store.lost.send_replace(true);
+        self.store.metrics.servers(Vec::new());
+        self.store.metrics.writable(None);
         if self.fails_over() {
             self.store.pool.renew();
         }
@@ -120,8 +124,8 @@ impl<'a> RedisFeed<'a> {
         if self.fails_over() && self.followed != addresses {
             // Lookups may have come back to the old one in between.
             self.store.pool.renew();
-            self.followed = addresses;
         }
+        self.followed = addresses;
         try_join_all(ears.iter().map(|ear| hear_of_flushes(ear.link.clone(), self.store))).await?;
         let mut waits = Vec::new();
         let keyspace = match &self.store.settings.changes {
@@ -153,10 +157,7 @@ impl<'a> RedisFeed<'a> {
     }
 
     /// Connections that nothing is subscribed on yet, and of a cluster its masters.
-    async fn connect(
-        &self,
-        inbox: &Arc<Inbox<String>>,
-    ) -> Result<(BTreeMap<String, Address>, Vec<ServerEar>), StoreError> {
+    async fn connect(&self, inbox: &Arc<Inbox<String>>) -> Result<(BTreeMap<String, Address>, Vec<ServerEar>), Loss> {
         let connector = &self.store.connector;
         if *connector.topology() != Topology::Cluster {
             let (push, arrived) = self.push(inbox, &Arc::new(Gathering::of(1)), 0);
@@ -168,8 +169,13 @@ impl<'a> RedisFeed<'a> {
         let ears = masters.values().enumerate().map(|(index, address)| {
             let (push, arrived) = self.push(inbox, &gathering, index);
             async move {
-                let link = connector.subscriber_at(address, push).await?;
-                Ok::<_, StoreError>(ServerEar::new(link, address.clone(), arrived))
+                match connector.subscriber_at(address, push).await {
+                    Ok(link) => Ok(ServerEar::new(link, address.clone(), arrived)),
+                    // Another node answered, and knows it as a master.
+                    Err(StoreError::Unavailable(why)) => Err(Loss::Incomplete(format!("a master is missing: {why}"))),
+                    Err(StoreError::Timeout) => Err(Loss::Incomplete(format!("the master {address} does not answer"))),
+                    Err(error) => Err(Loss::from(error)),
+                }
             }
         });
         let ears = try_join_all(ears).await?;
@@ -563,6 +569,7 @@ struct Register {
     warnings: Arc<RedisWarnings>,
     /// Whether this gateway enters itself.
     is_open: bool,
+    metrics: Arc<StoreMetrics>,
 }
 
 /// Warnings that a store logs once, although their cause may be found again and again; a new cause is a new warning.
@@ -589,6 +596,7 @@ impl Register {
             name,
             warnings: Arc::clone(&store.warnings),
             is_open: !store.is_unregistered.load(Ordering::Relaxed),
+            metrics: Arc::clone(&store.metrics),
         }
     }
 
@@ -610,7 +618,15 @@ impl Register {
             pipe.cmd("ZADD").arg(self.keys.replicas()).arg(now).arg(&self.name);
             self.pool.ask::<Value>(&pipe).await
         };
-        match timeout(REGISTER, entered).await.unwrap_or(Err(StoreError::Timeout)) {
+        let entered = timeout(REGISTER, entered).await.unwrap_or(Err(StoreError::Timeout));
+        match &entered {
+            Ok(_) => self.metrics.writable(Some(true)),
+            Err(StoreError::ReadOnly(_)) => self.metrics.writable(Some(false)),
+            // It says nothing of those who may.
+            Err(StoreError::Denied(_)) => self.metrics.writable(None),
+            Err(_) => {}
+        }
+        match entered {
             Ok(_) => {
                 *self.warnings.register.lock() = None;
                 Ok(())
