@@ -6,6 +6,7 @@ mod alerts;
 mod commands;
 mod contract;
 mod crowd;
+mod documents;
 mod failover;
 mod faults;
 mod frozen;
