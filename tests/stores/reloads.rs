@@ -2,9 +2,11 @@
 
 use super::{BOUND, Backing, Caller, Embedded, Introspected, PostgresOwn, RedisOwn};
 use crate::harness::*;
+use crate::servers::http::{HttpServer, Reply};
 use crate::servers::redis::{Options, Redis};
 use crate::servers::tls::Authority;
 use crate::support::{run, status, stderr, stdout};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 /// Changes in a store from a reload are followed from the first lookup on.
@@ -33,6 +35,50 @@ fn a_revocation_right_behind_a_reload_is_not_lost() {
         assert!(revoked.elapsed() < BOUND, "{}: {:?}", store.name(), revoked.elapsed());
         assert_eq!(caller.status("known"), 200);
     }
+}
+
+/// The store that a reload replaces still waits for answers while its successor begins: together they ask the endpoint for no
+/// more tokens at once than one of them may.
+#[test]
+fn an_endpoint_gets_no_more_requests_at_once_beside_a_reload() {
+    let asked: Arc<(Mutex<(usize, usize, bool)>, Condvar)> = Arc::default();
+    let state = Arc::clone(&asked);
+    let endpoint = HttpServer::start(move |_| {
+        let (state, released) = &*state;
+        let mut state = state.lock().unwrap();
+        state.0 += 1;
+        state.1 = state.1.max(state.0);
+        let mut state = released.wait_while(state, |(_, _, is_open)| !*is_open).unwrap();
+        state.0 -= 1;
+        Reply::json("{\"username\":\"root\",\"state\":\"active\"}")
+    });
+    let url = endpoint.url("/api/v3/user");
+    let section =
+        format!("[store]\nkind = \"introspection\"\nendpoint = \"{url}\"\nconnections = 2\ntimeout = \"20s\"\n");
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, &section);
+    let waiting = "tollgate_store_lookups_waiting{store=\"introspection\"}";
+    std::thread::scope(|scope| {
+        let callers = |generation: &'static str, count: usize| {
+            let gateway = &gateway;
+            let call = move |number| Caller::of(gateway).status(&format!("{generation}-{number}"));
+            (0..count).map(|number| scope.spawn(move || call(number))).collect::<Vec<_>>()
+        };
+        let before = callers("before", 5);
+        eventually("two are asked for, three wait", || gateway.metric(waiting) == 3.0);
+        gateway.rewrite(|text| text.replace("timeout = \"20s\"", "timeout = \"21s\""));
+        assert_eq!(gateway.admin_post("/reload").status, 200);
+        let behind = callers("behind", 6);
+        eventually("of the new ones, two are under way, four wait", || gateway.metric(waiting) == 4.0);
+        // What would be sent is sent by now, or soon.
+        eventually("the first two have arrived", || asked.0.lock().unwrap().1 >= 2);
+        asked.0.lock().unwrap().2 = true;
+        asked.1.notify_all();
+        for caller in before.into_iter().chain(behind) {
+            assert_eq!(caller.join().unwrap(), 200);
+        }
+    });
+    assert_eq!(asked.0.lock().unwrap().1, 2, "the most at once");
 }
 
 /// A reload that changes how the records are reached, and not which are meant: the cache is taken over, without a snapshot.

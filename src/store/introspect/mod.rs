@@ -22,8 +22,9 @@ use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, Heade
 use hyper::{Method, Request, StatusCode};
 use parking_lot::Mutex;
 use pool::{Answer, BODY_BYTES, Body, HttpPool};
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
@@ -65,6 +66,23 @@ pub enum IntrospectMode {
     Rfc7662 { client_id: String, client_secret: Secret },
 }
 
+/// By endpoint and `connections`.
+static PERMITS: Mutex<BTreeMap<(String, usize), Weak<Semaphore>>> = Mutex::new(BTreeMap::new());
+
+/// The requests that an endpoint may get at once: from all stores that ask it, like the one that a reload replaces and its
+/// successor, and not from each.
+fn permits_of(url: &str, connections: usize) -> Arc<Semaphore> {
+    let mut all = PERMITS.lock();
+    all.retain(|_, permits| permits.strong_count() > 0);
+    let key = (url.to_owned(), connections);
+    if let Some(permits) = all.get(&key).and_then(Weak::upgrade) {
+        return permits;
+    }
+    let permits = Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS)));
+    all.insert(key, Arc::downgrade(&permits));
+    permits
+}
+
 pub struct IntrospectStore {
     /// The request without the token.
     request: Request<()>,
@@ -74,7 +92,7 @@ pub struct IntrospectStore {
     unknown: Vec<StatusCode>,
     pool: HttpPool,
     connections: usize,
-    permits: Semaphore,
+    permits: Arc<Semaphore>,
     timeout: Duration,
     breaker: Mutex<Breaker>,
     metrics: Arc<StoreMetrics>,
@@ -117,7 +135,7 @@ impl IntrospectStore {
             unknown,
             pool: HttpPool::new(endpoint, settings.connections, Arc::clone(&metrics)),
             connections: settings.connections,
-            permits: Semaphore::new(settings.connections.min(Semaphore::MAX_PERMITS)),
+            permits: permits_of(&settings.url, settings.connections),
             timeout,
             breaker: Mutex::new(Breaker::new(settings.breaker_failures, settings.breaker_pause)),
             metrics,
@@ -144,7 +162,8 @@ impl IntrospectStore {
     }
 
     async fn permit(&self) -> Result<SemaphorePermit<'_>, StoreError> {
-        match tokio::time::timeout(self.timeout / 4, self.permits.acquire()).await {
+        // Only the lookups of another generation are waited for: those of this one have their own queue.
+        match tokio::time::timeout(self.timeout / 2, self.permits.acquire()).await {
             Ok(Ok(permit)) => Ok(permit),
             Ok(Err(_)) | Err(_) => Err(StoreError::Overloaded),
         }
