@@ -10,7 +10,7 @@ use crate::problem::Problem;
 use crate::store::introspect::{IntrospectMode, IntrospectSettings};
 use crate::store::postgres::{self, Bind, PostgresSettings, Source};
 use crate::store::redis::{RedisChanges, RedisSettings, Topology};
-use crate::store::{NamedStore, PemFile, Place, Secret, StoreSettings, TlsMode, TlsSettings};
+use crate::store::{IDLE, NamedStore, PemFile, Place, Secret, StoreSettings, TlsMode, TlsSettings};
 use crate::upstream::{ServerAddress, UpstreamSettings};
 use std::path::Path;
 use std::time::Duration;
@@ -83,6 +83,7 @@ impl Gather<'_, '_> {
             channel: s.notify.then(|| s.channel.0.clone()),
             default_scopes: s.scopes.clone(),
             timeout: s.timeout,
+            idle: IDLE,
         }
     }
 
@@ -115,6 +116,7 @@ impl Gather<'_, '_> {
                 RedisChangesBy::None => RedisChanges::None,
             },
             connections: count(s.connections),
+            idle: IDLE,
             default_scopes: s.scopes.clone(),
         }
     }

@@ -35,6 +35,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
+/// How long a connection for lookups is kept while nothing is asked on it: shorter than the 350 s and more after which devices
+/// in between forget it. One connection stays.
+pub const IDLE: Duration = Duration::from_secs(300);
+
 /// What a store keeps about a token. Times are unix seconds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenRecord {

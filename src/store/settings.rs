@@ -155,6 +155,7 @@ mod tests {
             tls: tls(),
             connections: 4,
             timeout: Duration::from_secs(1),
+            idle: super::super::IDLE,
             source: Source::Own { schema: "tollgate".into() },
             channel: Some("c".into()),
             default_scopes: Vec::new(),
@@ -197,6 +198,7 @@ mod tests {
                 prefix: prefix.into(),
                 changes: RedisChanges::None,
                 connections,
+                idle: super::super::IDLE,
                 default_scopes: Vec::new(),
             }))
             .records()

@@ -689,6 +689,8 @@ impl Manager for Connections {
 pub(super) fn pool(target: &Arc<Target>, connections: usize, timeout: Duration) -> Result<PostgresPool, Problem> {
     PostgresPool::builder(Connections { target: Arc::clone(target), time: timeout })
         .max_size(connections.max(1))
+        // The one that was used last comes first, so that those that a burst opened are used no more.
+        .queue_mode(managed::QueueMode::Lifo)
         .wait_timeout(Some(timeout / 2))
         .create_timeout(Some(timeout.max(CONNECT)))
         .recycle_timeout(Some(timeout))

@@ -47,6 +47,8 @@ pub struct PostgresSettings {
     pub connections: usize,
     /// How long a lookup may take. The server ends a query that takes longer, also when nobody waits for it any more.
     pub timeout: Duration,
+    /// How long a connection for lookups is kept while nothing is asked on it.
+    pub idle: Duration,
     pub source: Source,
     /// The channel that tells of changes; `None`: they are not followed.
     pub channel: Option<String>,
@@ -344,6 +346,21 @@ impl PostgresStore {
         }
     }
 
+    /// Closes what was not used for long, but for one connection.
+    async fn shrink(&self) {
+        let mut ticks = tokio::time::interval(self.settings.idle / 4);
+        loop {
+            ticks.tick().await;
+            let mut kept = 0;
+            drop(self.pool.retain(|_, used| {
+                let stays = kept == 0 || used.last_used() < self.settings.idle;
+                kept += usize::from(stays);
+                stays
+            }));
+            self.count_connections();
+        }
+    }
+
     fn close_idle_connections(&self) {
         drop(self.pool.retain(|_, _| false));
     }
@@ -538,9 +555,9 @@ impl TokenStore for PostgresStore {
                 let metrics = Arc::clone(&self.metrics);
                 let changes =
                     follow::PostgresChanges::new(&self.target, &self.settings.source, channel, registers, metrics);
-                feed::follow(changes, crate::clock::now, heard).await;
+                tokio::join!(feed::follow(changes, crate::clock::now, heard), self.shrink());
             }
-            None => std::future::pending().await,
+            None => self.shrink().await,
         }
     }
 

@@ -4,7 +4,7 @@
 
 use super::super::feed::{self, Begun, ChangeSource, Coverage, Inbox, Loss, Pace, Subscription};
 use super::super::{Change, Heard, Mark, Named, REPLICA_GONE, StoreError, replica_name};
-use super::link::{Address, Push, RedisConnection, RedisPool, masters_by};
+use super::link::{Address, Push, READ_ONLY_REPLICA, RedisConnection, RedisPool, masters_by};
 use super::{Keys, RedisChanges, RedisStore, Topology};
 use crate::store::credential::Digest;
 use crate::telemetry::metrics::StoreMetrics;
@@ -621,9 +621,10 @@ impl Register {
         let entered = timeout(REGISTER, entered).await.unwrap_or(Err(StoreError::Timeout));
         match &entered {
             Ok(_) => self.metrics.writable(Some(true)),
-            Err(StoreError::ReadOnly(_)) => self.metrics.writable(Some(false)),
-            // It says nothing of those who may.
+            // That says nothing of those who may, or of the master.
             Err(StoreError::Denied(_)) => self.metrics.writable(None),
+            Err(StoreError::ReadOnly(why)) if why == READ_ONLY_REPLICA => self.metrics.writable(None),
+            Err(StoreError::ReadOnly(_)) => self.metrics.writable(Some(false)),
             Err(_) => {}
         }
         match entered {

@@ -112,6 +112,9 @@ pub(super) fn failed(error: &RedisError) -> StoreError {
     }
 }
 
+/// Its master may well take writes.
+pub(super) const READ_ONLY_REPLICA: &str =
+    "the server is a read-only replica (READONLY): name the master in servers, or use sentinels";
 const WRONG_PASSWORD: &str = "the server refused the user or the password: check username and password";
 
 pub(super) fn server_failed(error: &ServerError) -> StoreError {
@@ -122,11 +125,7 @@ fn refused(code: &str, details: &str) -> StoreError {
     let what = match code {
         "LOADING" => "the server still loads its data (LOADING): wait",
         "MASTERDOWN" => "the server is a replica without its master (MASTERDOWN): restore replication",
-        "READONLY" => {
-            return unwritable(
-                "the server is a read-only replica (READONLY): name the master in servers, or use sentinels",
-            );
-        }
+        "READONLY" => return unwritable(READ_ONLY_REPLICA),
         "NOAUTH" => "the server wants a password (NOAUTH): set password, and username for an ACL user",
         "WRONGPASS" => WRONG_PASSWORD,
         "NOPERM" => {
@@ -192,6 +191,11 @@ impl RedisConnection {
 
     fn elapsed(&self) -> u64 {
         u64::try_from(self.seen.since.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// Since the last answer.
+    fn unused_for(&self) -> Duration {
+        Duration::from_micros(self.elapsed().saturating_sub(self.seen.answered.load(Ordering::Relaxed)))
     }
 
     fn is(&self, other: &Self) -> bool {
@@ -587,7 +591,6 @@ fn cluster_client(
 pub(super) struct RedisPool {
     connector: Arc<Connector>,
     slots: Vec<Arc<Slot>>,
-    next: AtomicUsize,
     metrics: Arc<StoreMetrics>,
 }
 
@@ -603,7 +606,7 @@ struct Slot {
 impl RedisPool {
     pub(super) fn new(connector: Arc<Connector>, size: usize, metrics: Arc<StoreMetrics>) -> Self {
         let slots = (0..size.max(1)).map(|_| Arc::default()).collect();
-        Self { connector, slots, next: AtomicUsize::new(0), metrics }
+        Self { connector, slots, metrics }
     }
 
     /// Forgets all connections, since they may lead to a server that is the master no more.
@@ -614,10 +617,23 @@ impl RedisPool {
         self.count();
     }
 
+    /// Closes connections that were not used for so long, but for the first.
+    pub(super) async fn shrink(&self, idle: Duration) {
+        let mut ticks = tokio::time::interval(idle / 4);
+        loop {
+            ticks.tick().await;
+            for slot in self.slots.iter().skip(1).filter(|slot| slot.in_use.load(Ordering::Relaxed) == 0) {
+                drop(slot.link.lock().take_if(|link| link.unused_for() >= idle));
+            }
+            self.count();
+        }
+    }
+
     /// Asks, and once more on a new connection when the old one turns out to be closed. Only for what may be done twice.
     pub(super) async fn ask<T: FromRedisValue>(&self, pipe: &Pipeline) -> Result<T, StoreError> {
-        let index = self.next.fetch_add(1, Ordering::Relaxed) % self.slots.len();
-        let Some(slot) = self.slots.get(index) else { return Err(StoreError::Overloaded) };
+        // The first of those with the least to do, so that the last ones are idle unless they are needed.
+        let least = self.slots.iter().min_by_key(|slot| slot.in_use.load(Ordering::Relaxed));
+        let Some(slot) = least else { return Err(StoreError::Overloaded) };
         let _used = InUse::new(self, slot);
         let mut again = true;
         loop {

@@ -63,6 +63,8 @@ pub struct RedisSettings {
     pub changes: RedisChanges,
     /// Connections for lookups; one more is for change notifications.
     pub connections: usize,
+    /// How long a connection for lookups is kept while nothing is asked on it.
+    pub idle: Duration,
     /// For records without scopes.
     pub default_scopes: Vec<String>,
 }
@@ -270,7 +272,7 @@ impl TokenStore for RedisStore {
     }
 
     async fn follow(&self, heard: Heard<'_>) {
-        follow::follow(self, heard).await;
+        tokio::join!(follow::follow(self, heard), self.pool.shrink(self.settings.idle));
     }
 
     // `changed_since` is not implemented: other programs write here too, keys expire, and a failover may lose writes.

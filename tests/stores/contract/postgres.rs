@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use tollgate::store::postgres::{
     Bind, PostgresAdmin, PostgresSettings, PostgresStore, Source, run_triggers_sql, triggers_sql,
 };
-use tollgate::store::{Imported, Records, Secret, TlsMode, TlsSettings};
+use tollgate::store::{IDLE, Imported, Records, Secret, TlsMode, TlsSettings};
 
 const PLAIN: TlsSettings = TlsSettings { mode: TlsMode::Disable, ca: None, client: None };
 
@@ -31,6 +31,7 @@ fn settings(server: &Postgres, source: Source) -> PostgresSettings {
         channel: Some("tollgate_change".into()),
         default_scopes: vec![],
         timeout: TIMEOUT,
+        idle: IDLE,
     }
 }
 
@@ -567,6 +568,36 @@ async fn a_slow_query_ends_with_its_look_up() {
         .parse()
         .unwrap();
     assert!(open <= 2, "{open} connections");
+}
+
+/// Connections that a burst of lookups opened are closed, and one stays.
+#[tokio::test]
+async fn a_pool_shrinks_after_a_burst() {
+    const IDLE: Duration = Duration::from_secs(2);
+    let server = Postgres::start();
+    let settings = PostgresSettings { idle: IDLE, ..settings(&server, own()) };
+    writer(&settings).await.create(&record("known")).await.unwrap();
+    let store = open(settings);
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    let sessions = || -> usize {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'tollgate %'";
+        server.psql("postgres", sql).parse().unwrap()
+    };
+    let burst = || futures_util::future::join_all((0..8).map(|_| lookup(&*store, b"known")));
+    assert!(burst().await.iter().all(Option::is_some));
+    assert_eq!(sessions(), 9, "and one that follows changes");
+    let before = Instant::now();
+    soon("one stays", || {
+        let left = sessions();
+        assert!(left == 9 || before.elapsed() > IDLE / 2, "{left} after {:?}", before.elapsed());
+        left == 2
+    })
+    .await;
+    assert!(lookup(&*store, b"known").await.is_some());
+    assert_eq!(sessions(), 2, "it is the one that is used");
+    assert!(burst().await.iter().all(Option::is_some));
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use super::*;
 use crate::servers::redis::{Cluster, Options, Redis, Watched};
 use crate::servers::tls::Authority;
 use tollgate::store::redis::{KEYSPACE_EVENTS, RedisAdmin, RedisChanges, RedisSettings, RedisStore, Topology};
-use tollgate::store::{Imported, Records, Secret, TlsMode, TlsSettings};
+use tollgate::store::{IDLE, Imported, Records, Secret, TlsMode, TlsSettings};
 use tollgate::telemetry::metrics::{Metrics, StoreMetrics};
 
 const CHANNEL: &str = "tollgate:changes";
@@ -24,6 +24,7 @@ fn settings(servers: &[String]) -> RedisSettings {
         prefix: "tollgate:".into(),
         changes: RedisChanges::Channel(CHANNEL.into()),
         connections: 2,
+        idle: IDLE,
         default_scopes: vec!["default".into()],
     }
 }
@@ -734,6 +735,32 @@ async fn a_server_that_takes_no_writes_is_heard() {
         }
         assert_eq!(waited.len(), 2, "{code}");
     }
+}
+
+/// Connections that a burst of lookups opened are closed, and one stays.
+#[tokio::test]
+async fn a_pool_shrinks_after_a_burst() {
+    const IDLE: Duration = Duration::from_secs(2);
+    let server = Redis::start(&Options::default());
+    let settings = RedisSettings { connections: 4, idle: IDLE, ..settings(&[server.address()]) };
+    admin(&settings).await.create(&record("known")).await.unwrap();
+    let store = open(&settings);
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    let clients = || server.cli(&["CLIENT", "LIST"]).lines().filter(|line| line.contains(" name=tollgate-")).count();
+    let known = credential(b"known");
+    let burst = || futures_util::future::join_all((0..8).map(|_| store.lookup(&known)));
+    assert!(burst().await.iter().all(|answer| matches!(answer, Ok(Some(_)))));
+    assert_eq!(clients(), 5, "and one that follows changes");
+    let before = Instant::now();
+    until("one stays", || {
+        let left = clients();
+        assert!(left == 5 || before.elapsed() > IDLE / 2, "{left} after {:?}", before.elapsed());
+        left == 2
+    })
+    .await;
+    assert!(burst().await.iter().all(|answer| matches!(answer, Ok(Some(_)))));
 }
 
 /// The ACL rules of docs/stores.md, as they stand there: what each is for works, on a server that allows nothing else.
