@@ -10,7 +10,7 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
 use data_encoding::BASE32_NOPAD;
 use parking_lot::Mutex;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, IsTerminal as _, Read as _, Write as _};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -640,47 +640,59 @@ async fn revoke(options: &TokenOptions, id: &str, wait: Option<Duration>, least:
 async fn block(options: &TokenOptions, user: &str, blocked: bool) -> Result<(), Failure> {
     let mut opened = open(options).await?;
     let name = plain(user);
-    let progress = Progress::new("looking for the user's tokens");
+    let works = |state: &str| matches!(state, "active" | "rotated");
+    let progress = Progress::new(if blocked { "blocking the user's tokens" } else { "unblocking the user's tokens" });
     opened.admin.count_into(Arc::clone(&progress.count));
-    let were_blocked: BTreeSet<String> = match opened.admin.of_user(user).await? {
-        none if none.is_empty() => {
-            let how = if blocked { "blocked" } else { "unblocked" };
-            return Err(anyhow!("store {} has no token of \"{name}\": nobody was {how}", opened.store).into());
+    // What the tokens that were blocked are without that.
+    let mut freed: BTreeMap<&str, usize> = BTreeMap::new();
+    let (mut count, mut in_force, mut unchanged) = (0, 0, None);
+    let mut before = |record: TokenRecord| {
+        if record.blocked {
+            *freed.entry(state(&TokenRecord { blocked: false, ..record })).or_default() += 1;
         }
-        records => records.iter().filter(|record| record.blocked).map(|record| record.digest.to_hex()).collect(),
+        Ok(())
     };
-    progress.step(if blocked { "blocking" } else { "unblocking" });
-    let changed = opened.admin.block(user, blocked).await?;
-    progress.step("reading them again");
-    let records = opened.admin.of_user(user).await?;
+    let mut now = |record: TokenRecord| {
+        if count == 0 {
+            progress.step("reading them again");
+        }
+        count += 1;
+        progress.set(count);
+        in_force += usize::from(works(state(&record)));
+        if record.blocked != blocked {
+            unchanged = Some(record.digest.id());
+        }
+        Ok(())
+    };
+    let changed = opened.admin.block_each(user, blocked, &mut before, &mut now).await;
     drop(progress);
-    if let Some(other) = records.iter().find(|record| record.blocked != blocked) {
-        let id = other.digest.id();
+    let changed = changed?;
+    if count == 0 {
+        let how = if blocked { "blocked" } else { "unblocked" };
+        return Err(anyhow!("store {} has no token of \"{name}\": nobody was {how}", opened.store).into());
+    }
+    if let Some(id) = unchanged {
         return Err(anyhow!("store {}: accepted the change but does not return it for token {id}", opened.store).into());
     }
-    let works = |record: &&TokenRecord| matches!(state(record), "active" | "rotated");
     if options.json {
-        let in_force = records.iter().filter(works).count();
-        let tokens = records.len();
         say!(
             "{}",
             serde_json::json!({
-                "user": user, "blocked": blocked, "changed": changed, "tokens": tokens, "in_force": in_force
+                "user": user, "blocked": blocked, "changed": changed, "tokens": count, "in_force": in_force
             })
         )?;
     } else if blocked {
-        let before = match (records.len() as u64).saturating_sub(changed) {
+        let before = match count.saturating_sub(changed) {
             0 => String::new(),
             _ if changed == 0 => ", as before".into(),
             before => format!(", {before} of them as before"),
         };
-        say!("{} of {name} {} blocked{before}", tokens(records.len()), if records.len() == 1 { "is" } else { "are" })?;
+        say!("{} of {name} {} blocked{before}", tokens(count), if count == 1 { "is" } else { "are" })?;
     } else {
-        let freed: Vec<_> = records.iter().filter(|record| were_blocked.contains(&record.digest.to_hex())).collect();
-        let again = freed.iter().copied().filter(works).count();
-        let still = |what: &str| match freed.iter().filter(|record| state(record) == what).count() {
-            0 => String::new(),
-            count => format!("; {} {what}", if count == 1 { "1 is".into() } else { format!("{count} are") }),
+        let again: usize = freed.iter().filter(|(state, _)| works(state)).map(|(_, count)| count).sum();
+        let still = |what: &str| match freed.get(what) {
+            None => String::new(),
+            Some(count) => format!("; {} {what}", if *count == 1 { "1 is".into() } else { format!("{count} are") }),
         };
         let rest: String =
             ["revoked", "expired", "not yet"].map(|what| still(what).replace("not yet", "not valid yet")).concat();
@@ -699,14 +711,14 @@ async fn block(options: &TokenOptions, user: &str, blocked: bool) -> Result<(), 
             let what = format!(
                 "{} could not be read, and may be of {name}: correct or remove what is named above; {name} is \
                 {how} but for these",
-                tokens(count)
+                tokens(count as u64)
             );
             Err(anyhow!(what).into())
         }
     }
 }
 
-fn tokens(count: usize) -> String {
+fn tokens(count: u64) -> String {
     if count == 1 { "1 token".into() } else { format!("{count} tokens") }
 }
 

@@ -308,6 +308,10 @@ pub trait TokenAdmin: Send {
     async fn of_user(&mut self, user: &str) -> Result<Vec<TokenRecord>, AdminError> {
         Ok(self.list().await?.into_iter().filter(|record| record.user == user).collect())
     }
+    /// All tokens of a user, one after the other, in no order.
+    async fn visit_user(&mut self, user: &str, each: Visitor<'_>) -> Result<(), AdminError> {
+        self.of_user(user).await?.into_iter().try_for_each(each)
+    }
     /// The users of whom a token is blocked.
     async fn blocked_users(&mut self) -> Result<BTreeSet<String>, AdminError> {
         Ok(self.list().await?.into_iter().filter(|record| record.blocked).map(|record| record.user).collect())
@@ -323,6 +327,19 @@ pub trait TokenAdmin: Send {
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError>;
     /// Blocks a user's tokens, or no longer. Returns how many changed.
     async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError>;
+    /// The same, for users of any number of tokens: passes on each as it was before and, read again, as it is now.
+    async fn block_each(
+        &mut self,
+        user: &str,
+        blocked: bool,
+        before: Visitor<'_>,
+        now: Visitor<'_>,
+    ) -> Result<u64, AdminError> {
+        self.visit_user(user, before).await?;
+        let changed = self.block(user, blocked).await?;
+        self.visit_user(user, now).await?;
+        Ok(changed)
+    }
     /// Waits until every gateway that runs on this store has taken in all that was written before. Returns the names of
     /// those that did; fails with the names of those that did not within the time.
     async fn wait(&mut self, timeout: Duration) -> Result<Vec<String>, AdminError>;

@@ -225,22 +225,12 @@ impl TokenAdmin for PostgresAdmin {
         self.records(NEWEST_FIRST, &[]).await
     }
 
-    /// In slices of one portal: the server sorts, and what arrives is what was asked for.
     async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
-        let sql = self.fill(&format!("SELECT {} FROM {{schema}}.token {NEWEST_FIRST}", schema::COLUMNS));
-        let place = self.session.place.clone();
-        let failed = |error: Error| failed(&place, &error);
-        let transaction = self.session.client.transaction().await.map_err(failed)?;
-        let portal = transaction.bind(&sql, &[]).await.map_err(failed)?;
-        loop {
-            let rows = transaction.query_portal(&portal, VISITED_AT_ONCE).await.map_err(failed)?;
-            if rows.is_empty() {
-                return Ok(());
-            }
-            for row in &rows {
-                each(schema::record(row, 0).map_err(|failure| garbled(&place, &failure))?)?;
-            }
-        }
+        self.visit_those(NEWEST_FIRST, &[], each).await
+    }
+
+    async fn visit_user(&mut self, user: &str, each: Visitor<'_>) -> Result<(), AdminError> {
+        self.visit_those("WHERE \"user\" = $1", &[&user], each).await
     }
 
     async fn find(&mut self, hex_prefix: &str) -> Result<Vec<TokenRecord>, AdminError> {
@@ -307,7 +297,15 @@ impl TokenAdmin for PostgresAdmin {
     async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
         self.prune().await?;
         let sql = self.fill("UPDATE {schema}.token SET blocked = $2 WHERE \"user\" = $1 AND blocked <> $2");
-        self.execute(&sql, &[&user, &blocked]).await
+        let place = self.session.place.clone();
+        let failed = |error: Error| failed(&place, &error);
+        let transaction = self.session.client.transaction().await.map_err(failed)?;
+        // Of a user with a million tokens this takes about as long as the timeout; a lock is not waited for that long.
+        let limits = format!("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {}", STATEMENT.as_millis());
+        transaction.batch_execute(&limits).await.map_err(failed)?;
+        let changed = transaction.execute(&sql, &[&user, &blocked]).await.map_err(failed)?;
+        transaction.commit().await.map_err(failed)?;
+        Ok(changed)
     }
 
     async fn wait(&mut self, timeout: Duration) -> Result<Vec<String>, AdminError> {
@@ -332,6 +330,29 @@ impl TokenAdmin for PostgresAdmin {
 }
 
 impl PostgresAdmin {
+    /// In slices of one portal: the server sorts, and what arrives is what was asked for.
+    async fn visit_those(
+        &mut self,
+        rest: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+        each: Visitor<'_>,
+    ) -> Result<(), AdminError> {
+        let sql = self.fill(&format!("SELECT {} FROM {{schema}}.token {rest}", schema::COLUMNS));
+        let place = self.session.place.clone();
+        let failed = |error: Error| failed(&place, &error);
+        let transaction = self.session.client.transaction().await.map_err(failed)?;
+        let portal = transaction.bind(&sql, parameters).await.map_err(failed)?;
+        loop {
+            let rows = transaction.query_portal(&portal, VISITED_AT_ONCE).await.map_err(failed)?;
+            if rows.is_empty() {
+                return Ok(());
+            }
+            for row in &rows {
+                each(schema::record(row, 0).map_err(|failure| garbled(&place, &failure))?)?;
+            }
+        }
+    }
+
     /// Gateways in containers may have one name: then a part of the id tells them apart.
     async fn answers(&self, id: &str, timeout: Duration) -> Result<Vec<String>, AdminError> {
         let sql = self.fill(

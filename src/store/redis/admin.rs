@@ -217,6 +217,41 @@ impl RedisAdmin {
         Err(AdminError::Store("the cluster moves slots all the time: try again when it is done".into()))
     }
 
+    async fn block_one(&mut self, digest: Digest, user: &str, blocked: bool) -> Result<bool, AdminError> {
+        for _ in 0..ATTEMPTS {
+            let Some((was, now)) = self.get(&digest).await? else { return Ok(false) };
+            if now.user != user || now.blocked == blocked {
+                return Ok(false);
+            }
+            if self.change(&[Step::edit(digest, &was, &[("blocked", blocked.into())])?]).await? {
+                return Ok(true);
+            }
+        }
+        Err(contended(digest))
+    }
+
+    /// Reads some tokens, and passes on those that can be read.
+    async fn visit_those(&mut self, digests: &[Digest], each: Visitor<'_>) -> Result<(), AdminError> {
+        let records = if self.is_cluster() {
+            let mut records = Vec::with_capacity(digests.len());
+            for digest in digests {
+                records.push((*digest, only_record(self.get(digest).await)?));
+            }
+            records
+        } else {
+            let mut node = self.link.clone();
+            self.read_at(&mut node, digests, None).await?
+        };
+        for (digest, record) in records {
+            match record {
+                Ok(Some(record)) => each(record)?,
+                Ok(None) => {}
+                Err(why) => drop(self.unreadable.insert(*digest.as_bytes(), why)),
+            }
+        }
+        Ok(())
+    }
+
     /// The records of some keys on a node that has them, or had them a moment ago. An error is what is wrong with a record.
     async fn read_at(
         &mut self,
@@ -266,15 +301,11 @@ impl RedisAdmin {
     }
 
     /// Every record once, in no order; of one user, if one is named.
-    async fn all(
-        &mut self,
-        user: Option<&str>,
-        mut is: impl FnMut(&TokenRecord) -> bool + Send,
-    ) -> Result<Vec<TokenRecord>, AdminError> {
+    async fn all(&mut self, user: Option<&str>) -> Result<Vec<TokenRecord>, AdminError> {
         // A scan may return a key twice.
         let mut found = BTreeMap::new();
         self.scan("", user, |record| {
-            if user.is_none_or(|user| record.user == user) && is(&record) {
+            if user.is_none_or(|user| record.user == user) {
                 found.insert(*record.digest.as_bytes(), record);
             }
             ControlFlow::Continue(())
@@ -439,7 +470,7 @@ impl TokenAdmin for RedisAdmin {
     }
 
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError> {
-        let mut records = self.all(None, |_| true).await?;
+        let mut records = self.all(None).await?;
         records.sort_by_key(|record| Reverse(record.created));
         Ok(records)
     }
@@ -456,29 +487,13 @@ impl TokenAdmin for RedisAdmin {
         order.dedup();
         for batch in order.chunks(BATCH) {
             let digests: Vec<_> = batch.iter().map(|(_, bytes)| Digest::from_bytes(*bytes)).collect();
-            let records = if self.is_cluster() {
-                let mut records = Vec::with_capacity(digests.len());
-                for digest in &digests {
-                    records.push((*digest, only_record(self.get(digest).await)?));
-                }
-                records
-            } else {
-                let mut node = self.link.clone();
-                self.read_at(&mut node, &digests, None).await?
-            };
-            for (digest, record) in records {
-                match record {
-                    Ok(Some(record)) => each(record)?,
-                    Ok(None) => {}
-                    Err(why) => drop(self.unreadable.insert(*digest.as_bytes(), why)),
-                }
-            }
+            self.visit_those(&digests, each).await?;
         }
         Ok(())
     }
 
     async fn of_user(&mut self, user: &str) -> Result<Vec<TokenRecord>, AdminError> {
-        let mut records = self.all(Some(user), |_| true).await?;
+        let mut records = self.all(Some(user)).await?;
         records.sort_by_key(|record| Reverse(record.created));
         Ok(records)
     }
@@ -564,25 +579,41 @@ impl TokenAdmin for RedisAdmin {
         Err(contended(*old))
     }
 
-    /// One token after the other. After a failure the others are unchanged, and repeating the command continues.
     async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
-        let mut changed = 0;
-        for record in self.all(Some(user), |record| record.blocked != blocked).await? {
-            let mut attempts = 0;
-            let mut open = true;
-            while open {
-                let Some((was, now)) = self.get(&record.digest).await? else { break };
-                if now.user != user || now.blocked == blocked {
-                    break;
+        self.block_each(user, blocked, &mut |_| Ok(()), &mut |_| Ok(())).await
+    }
+
+    /// All keys are read once, since there is no index by user. The user's tokens are changed one after the other: after a
+    /// failure the others are unchanged, and repeating the command continues.
+    async fn block_each(
+        &mut self,
+        user: &str,
+        blocked: bool,
+        before: Visitor<'_>,
+        now: Visitor<'_>,
+    ) -> Result<u64, AdminError> {
+        // There may be very many: 32 bytes of each are kept.
+        let (mut found, mut open, mut visited) = (BTreeSet::new(), Vec::new(), Ok(()));
+        self.scan("", Some(user), |record| {
+            if record.user == user && found.insert(*record.digest.as_bytes()) {
+                if record.blocked != blocked {
+                    open.push(record.digest);
                 }
-                open = !self.change(&[Step::edit(record.digest, &was, &[("blocked", blocked.into())])?]).await?;
-                attempts += 1;
-                if open && attempts >= ATTEMPTS {
-                    return Err(contended(record.digest));
-                }
-                changed += u64::from(!open);
-                self.count.fetch_add(u64::from(!open), Ordering::Relaxed);
+                visited = before(record);
             }
+            if visited.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })
+        .await?;
+        visited?;
+        let mut changed = 0;
+        for digest in open {
+            changed += u64::from(self.block_one(digest, user, blocked).await?);
+            self.count.fetch_add(1, Ordering::Relaxed);
+        }
+        let found: Vec<_> = found.into_iter().map(Digest::from_bytes).collect();
+        let mut of_user = |record: TokenRecord| if record.user == user { now(record) } else { Ok(()) };
+        for batch in found.chunks(BATCH) {
+            self.visit_those(batch, &mut of_user).await?;
         }
         Ok(changed)
     }

@@ -143,9 +143,21 @@ impl TokenAdmin for SqliteAdmin {
     }
 
     async fn of_user(&mut self, user: &str) -> Result<Vec<TokenRecord>, AdminError> {
-        let sql = format!("SELECT {COLUMNS} FROM token WHERE user = ?1 ORDER BY created DESC, digest");
-        let records = self.db.prepare(&sql)?.query_map([user], record)?.collect::<Result<_, _>>()?;
+        let mut records = Vec::new();
+        let mut each = |record| {
+            records.push(record);
+            Ok(())
+        };
+        self.visit_user(user, &mut each).await?;
         Ok(records)
+    }
+
+    async fn visit_user(&mut self, user: &str, each: Visitor<'_>) -> Result<(), AdminError> {
+        let sql = format!("SELECT {COLUMNS} FROM token WHERE user = ?1 ORDER BY created DESC, digest");
+        for found in self.db.prepare(&sql)?.query_map([user], record)? {
+            each(found?)?;
+        }
+        Ok(())
     }
 
     async fn blocked_users(&mut self) -> Result<BTreeSet<String>, AdminError> {
