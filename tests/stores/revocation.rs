@@ -78,13 +78,18 @@ fn promised(mut store: Box<dyn Backing>, count: (usize, usize), mut beside: Vec<
         // Also when this panics: the threads would go on for ever, and nobody would see why.
         let ends = EndsWith(&over);
         let scene = Scene { gateways: &gateways, writing: &writing };
-        let (done, now, beside) = (&done, &now, &mut beside);
+        let (done, now, over, beside) = (&done, &now, &over, &mut beside);
         let disturbing = scope.spawn(move || {
             let all = beside.len();
             for (index, Disturbance { name, work }) in beside.iter_mut().enumerate() {
+                let due = (index * 2 + 1) * count / (all * 2);
                 within(Duration::from_secs(3_600), "so many are revoked", || {
-                    done.load(Ordering::Relaxed) >= (index * 2 + 1) * count / (all * 2)
+                    done.load(Ordering::Relaxed) >= due || over.load(Ordering::Relaxed)
                 });
+                // It failed, and no more are.
+                if done.load(Ordering::Relaxed) < due {
+                    return;
+                }
                 *now.lock().unwrap() = name;
                 work(&scene);
                 // What it leads to comes a little later.
