@@ -489,3 +489,110 @@ fn checks_take_a_server_away_and_bring_it_back_without_a_request() {
     assert_eq!(outcome(&crowd(&gateway, 8, 10, "POST")).0, only_200(80));
     assert_eq!(gateway.metric("tollgate_upstream_errors_total{kind=\"connect\",upstream=\"api\"}"), 0.0);
 }
+
+/// The entries of `servers`, as they are written.
+fn listed(entries: &[String], more: &str) -> String {
+    pool(&[]).replace("[]", &format!("[{}]", entries.join(", "))) + more
+}
+
+fn plain(server: &HttpServer) -> String {
+    format!("\"{}\"", server.address())
+}
+
+fn with(server: &HttpServer, what: &str) -> String {
+    format!("{{ address = \"{}\", {what} }}", server.address())
+}
+
+fn servers<const N: usize>() -> [HttpServer; N] {
+    std::array::from_fn(|nth| HttpServer::start(move |_| Reply::ok(&nth.to_string())))
+}
+
+fn page(gateway: &Gateway) -> serde_json::Value {
+    serde_json::from_slice(&gateway.admin_get("/upstreams").unwrap().body).unwrap()
+}
+
+#[test]
+fn servers_get_requests_by_their_weights_and_backups_when_the_others_are_gone() {
+    let [mut light, mut heavy, spare] = servers();
+    let entries = [plain(&light), with(&heavy, "weight = 3"), with(&spare, "backup = true")];
+    let gateway = Gateway::start(light.address(), &listed(&entries, ""));
+    let asked = |count: usize| {
+        let before = [light.requests(), heavy.requests(), spare.requests()];
+        assert_eq!(outcome(&crowd(&gateway, 1, count, "GET")).0, only_200(count));
+        let after = [light.requests(), heavy.requests(), spare.requests()];
+        [0, 1, 2].map(|nth| after[nth] - before[nth])
+    };
+    assert_eq!(asked(40), [10, 30, 0]);
+    let known = &page(&gateway)[0]["servers"];
+    let weights: Vec<_> =
+        (0..3).map(|nth| (known[nth]["weight"].as_u64().unwrap(), known[nth]["backup"] == true)).collect();
+    assert_eq!(weights, [(1, false), (3, false), (1, true)]);
+    // A reload changes the weights of servers that stay.
+    gateway.rewrite(|text| text.replace("weight = 3", "weight = 1"));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    assert_eq!(asked(40), [20, 20, 0]);
+    heavy.stop();
+    light.stop();
+    let before = spare.requests();
+    assert_eq!(outcome(&crowd(&gateway, 4, 10, "POST")).0, only_200(40), "refused connections are no loss");
+    assert_eq!(spare.requests(), before + 40);
+    light.start_again();
+    eventually("the first one is back", || gateway.metric(&up(light.address())) == 1.0);
+    let before = spare.requests();
+    assert_eq!(outcome(&crowd(&gateway, 4, 10, "GET")).0, only_200(40));
+    assert_eq!(spare.requests(), before);
+}
+
+#[test]
+fn the_server_with_fewer_requests_in_flight_gets_the_next() {
+    let [quick, slow] = servers();
+    slow.script(|_| Reply::ok("slow").after(Duration::from_millis(100)));
+    let entries = [plain(&quick), plain(&slow)];
+    let gateway = Gateway::start(quick.address(), &listed(&entries, "balance = \"least_requests\"\n"));
+    assert_eq!(outcome(&crowd(&gateway, 8, 50, "GET")).0, only_200(400));
+    assert!(slow.requests() * 5 < quick.requests(), "slow {}, quick {}", slow.requests(), quick.requests());
+    eventually("none is in flight", || {
+        let known = &page(&gateway)[0]["servers"];
+        known[0]["in_flight"] == 0 && known[1]["in_flight"] == 0
+    });
+}
+
+/// Requests with one key go to one server; those without it to all in turn.
+#[test]
+fn requests_with_the_same_key_go_to_the_same_server() {
+    for (by, field) in [
+        ("header:X-Project", Some("x-PROJECT: {}\n")),
+        ("cookie:shard", Some("Cookie: other=1; shard={}; last=2\n")),
+        ("user", None),
+        ("token", None),
+    ] {
+        let all: [HttpServer; 4] = servers();
+        let entries: Vec<_> = all.iter().map(plain).collect();
+        let gateway =
+            Gateway::start(all[0].address(), &listed(&entries, &format!("balance = \"hash\"\nhash = \"{by}\"\n")));
+        let ask = |token: &str, field: &str| {
+            let answer = gateway.ask(&format!("GET {TARGET} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {token}\n{field}\n"));
+            assert_eq!(answer.status, 200);
+            answer.text()
+        };
+        let Some(field) = field else {
+            for token in [GOOD, OTHER] {
+                let first = ask(token, "");
+                assert!((0..10).all(|_| ask(token, "") == first), "{by}");
+            }
+            continue;
+        };
+        let owner = |key: &str| ask(GOOD, &field.replace("{}", key));
+        let owners: Vec<_> = (0..40).map(|key| owner(&key.to_string())).collect();
+        assert!((0..40).all(|key| owner(&key.to_string()) == owners[key]), "{by}");
+        assert!((0..4).all(|nth| owners.contains(&nth.to_string())), "{by}: {owners:?}");
+        let without: Vec<_> = (0..4).map(|_| ask(OTHER, "")).collect();
+        assert!((0..4).all(|nth| without.contains(&nth.to_string())), "{by}: {without:?}");
+        // After a restart, and on another gateway, too.
+        let again =
+            Gateway::start(all[0].address(), &listed(&entries, &format!("balance = \"hash\"\nhash = \"{by}\"\n")));
+        let answer = again
+            .ask(&format!("GET {TARGET} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n{}\n", field.replace("{}", "7")));
+        assert_eq!(answer.text(), owners[7], "{by}");
+    }
+}

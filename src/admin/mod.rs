@@ -8,7 +8,7 @@ use crate::request::view::{FieldKind, Method, RequestView};
 use crate::store::credential::DigestPrefix;
 use crate::store::rfc3339;
 use crate::telemetry::metrics::Metrics;
-use crate::upstream::{Server, Upstream};
+use crate::upstream::{Member, Upstream};
 use std::time::Instant;
 
 /// What the responses are made from.
@@ -190,7 +190,7 @@ fn status(operator: &Operator<'_>) -> AdminResponse {
 }
 
 fn upstreams(operator: &Operator<'_>) -> AdminResponse {
-    let server = |server: &Server| {
+    let server = |Member { server, weight, backup, .. }: &Member| {
         let state = server.state();
         let age = operator.instant.saturating_duration_since(state.since).as_secs();
         serde_json::json!({
@@ -200,13 +200,16 @@ fn upstreams(operator: &Operator<'_>) -> AdminResponse {
             "reason": state.down.map(|reason| reason.as_str()),
             "since": rfc3339((operator.now.unix_ms / 1000).saturating_sub(age)),
             "unanswered": state.unanswered,
+            "in_flight": server.in_flight(),
+            "weight": weight,
+            "backup": backup,
         })
     };
     let upstream = |upstream: &&Upstream| {
-        let servers = upstream.servers();
+        let members = upstream.members();
         serde_json::json!({
             "upstream": upstream.name(),
-            "servers": servers.iter().map(|known| server(known)).collect::<Vec<_>>(),
+            "servers": members.iter().map(server).collect::<Vec<_>>(),
         })
     };
     let body = serde_json::Value::from(operator.upstreams.iter().map(upstream).collect::<Vec<_>>());

@@ -42,7 +42,7 @@ fn summary(settings: &Settings, path: &Path) -> [String; 5] {
     let listeners = settings.server.listen.iter().map(ToString::to_string).collect();
     let admin = settings.server.admin.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
     let upstreams = settings.upstreams.iter().map(|upstream| {
-        let servers = upstream.servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let servers = upstream.servers.iter().map(|server| server.address.to_string()).collect::<Vec<_>>().join(", ");
         format!("{} ({servers})", upstream.name)
     });
     let mut open: Vec<String> =

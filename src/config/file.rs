@@ -5,7 +5,7 @@ use super::section::{Bytes, InvalidValue, Section, Setting, invalid, section, te
 use crate::edge::Listen;
 use crate::request::route::Pattern;
 use crate::request::view::Method;
-use crate::upstream::ServerAddress;
+use crate::upstream::{HashBy, ListedServer, ServerAddress};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -378,10 +378,22 @@ section! {
         name: String = r#"!"api""#,
         /// `"host:port"` or `"unix:/path"`. A server that refuses connections or does not answer is left alone and looked
         /// at in the background until it is back; if all are down, all are used.
-        servers: Vec<UpstreamAddress> = "![]",
+        /// An entry can also say `{ address = "host:port", weight = 3, backup = true }`: a server gets requests as its
+        /// weight (1 to 100, else 1) is to those of the others, and a backup only while no other server is up.
+        servers: Vec<ListedServer> = "![]",
         /// A name with several addresses is one server, reached at whichever address answers. With `true`, each address
         /// is a server of its own.
         expand: bool = "false",
+        /// How the server of a request is chosen: "round_robin" (in turn), "least_requests" (of two at random, the one with
+        /// fewer requests in flight for its weight) or "hash" (requests with the same key go to the same server while it
+        /// is up and has no more than 1.25 times its part of the requests in flight).
+        balance: BalanceBy = r#""round_robin""#,
+        /// With "hash": the key. "user", "token", "header:NAME" or "cookie:NAME". Requests without it go to the servers in
+        /// turn.
+        hash: HashKey = r#""user""#,
+        /// A server that comes back gets a tenth of its weight first, and all of it after this time; or "none". It does not
+        /// go with balance = "hash".
+        slow_start: Option<Duration> = r#""none""#,
         /// How often the names in `servers` are resolved again.
         resolve_interval: Duration = r#""30s""#,
         /// Active checks of every server: "none", "tcp" (a connection) or "http" (GET, without a token). A server that
@@ -488,6 +500,7 @@ words! { Beyond { Clamp = "clamp", Refuse = "refuse" } }
 words! { AuthMode { Required = "required", Optional = "optional", None = "none" } }
 words! { QueryToken { Accept = "accept", Refuse = "refuse" } }
 words! { CheckKind { None = "none", Tcp = "tcp", Http = "http" } }
+words! { BalanceBy { RoundRobin = "round_robin", LeastRequests = "least_requests", Hash = "hash" } }
 words! { Level { Error = "error", Warn = "warn", Info = "info" } }
 
 macro_rules! settings {
@@ -523,6 +536,20 @@ settings! {
                 Ok(ServerAddress::Tcp(text.into()))
             }
             (None, _) => Err(invalid("is not the address of a server", instead)),
+        }
+    };
+    HashKey(HashBy) = |text| {
+        let name = |name: &str| {
+            let plain = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b));
+            plain.then(|| name.to_owned())
+        };
+        let named = |kind: &str| text.strip_prefix(kind).and_then(name);
+        match (text, named("header:"), named("cookie:")) {
+            ("user", ..) => Ok(HashBy::User),
+            ("token", ..) => Ok(HashBy::Token),
+            (_, Some(header), _) => Ok(HashBy::Header(header)),
+            (_, _, Some(cookie)) => Ok(HashBy::Cookie(cookie)),
+            _ => Err(invalid("is nothing to choose a server by", "use \"user\", \"token\", \"header:NAME\" or \"cookie:NAME\"")),
         }
     };
     Proxy(TrustedPeer) = |text| match (text, text.parse::<ipnet::IpNet>(), text.parse::<std::net::IpAddr>()) {
@@ -646,5 +673,34 @@ impl StoreSection {
                 Self::Sqlite(SqliteSection::read(section))
             }
         }
+    }
+}
+
+/// An address, or a table with more about the server.
+impl Setting for ListedServer {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        let plain = |address: UpstreamAddress| Self { address: address.0, weight: 1, backup: false };
+        let Some(table) = value.as_table() else { return UpstreamAddress::read(value).map(plain) };
+        let Some(address) = table.get("address") else {
+            return Err(vec![invalid("has no address", "write it like { address = \"127.0.0.1:3000\", weight = 2 }")]);
+        };
+        let mut listed = plain(UpstreamAddress::read(address.get_ref())?);
+        for (key, value) in table.iter() {
+            let read = match key.get_ref().as_ref() {
+                "address" => Ok(()),
+                // One that is too large for its type is out of range, which is checked later.
+                "weight" => {
+                    u64::read(value.get_ref()).map(|weight| listed.weight = u32::try_from(weight).unwrap_or(u32::MAX))
+                }
+                "backup" => bool::read(value.get_ref()).map(|backup| listed.backup = backup),
+                key => Err(vec![invalid(format!("has the unknown key `{key}`"), "use address, weight and backup")]),
+            };
+            let within = |invalid: InvalidValue| InvalidValue {
+                what: format!("{}: {}", key.get_ref(), invalid.what),
+                ..invalid
+            };
+            read.map_err(|all| all.into_iter().map(within).collect::<Vec<_>>())?;
+        }
+        Ok(listed)
     }
 }

@@ -21,7 +21,7 @@ use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::store::NamedStore;
 use crate::telemetry::lines::LogTarget;
-use crate::upstream::{CheckSettings, HttpCheck, UpstreamSettings};
+use crate::upstream::{Balance, CheckSettings, HttpCheck, UpstreamSettings};
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::path::{Path, PathBuf};
@@ -173,8 +173,14 @@ impl Gather<'_, '_> {
         for upstream in upstreams {
             let settings = UpstreamSettings {
                 name: upstream.name.clone(),
-                servers: upstream.servers.iter().map(|server| server.0.clone()).collect(),
+                servers: upstream.servers.clone(),
                 expand: upstream.expand,
+                balance: match upstream.balance {
+                    file::BalanceBy::RoundRobin => Balance::RoundRobin,
+                    file::BalanceBy::LeastRequests => Balance::LeastRequests,
+                    file::BalanceBy::Hash => Balance::Hash(upstream.hash.0.clone()),
+                },
+                slow_start: upstream.slow_start,
                 resolve_interval: upstream.resolve_interval,
                 check: check(upstream),
                 failure_statuses: upstream.failure_statuses.iter().map(|value| status(*value)).collect(),

@@ -130,7 +130,7 @@ impl Gather<'_, '_> {
     ) -> IntrospectSettings {
         let prefix = file.api.prefixes.first().map_or("", |prefix| prefix.0.trim_end_matches('/'));
         let server = upstreams.first().and_then(|upstream| upstream.servers.first());
-        let url = match (s.endpoint.as_str(), server) {
+        let url = match (s.endpoint.as_str(), server.map(|server| &server.address)) {
             ("", Some(ServerAddress::Tcp(address))) => format!("http://{address}{prefix}/user"),
             ("", Some(ServerAddress::Unix(path))) => format!("unix:{path}:{prefix}/user"),
             (endpoint, _) => endpoint.to_owned(),

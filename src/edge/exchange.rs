@@ -9,7 +9,7 @@ use crate::reply::Refusal;
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
-use crate::upstream::{FailedTry, Pick, Server, Tries};
+use crate::upstream::{FailedTry, HashBy, Pick, Server, Tries};
 use bytes::Bytes;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -126,9 +126,24 @@ impl Exchange {
     }
 
     /// The pipeline has permitted it. `fields_dropped`: header fields that were not forwarded for their name.
-    pub(super) fn permitted(&mut self, fields_dropped: usize) {
+    pub(super) fn permitted(&mut self, view: &RequestView<'_>, fields_dropped: usize) {
         self.permitted = true;
         self.upstream.fields_dropped = fields_dropped;
+        let Some(peers) = self.snapshot.upstream(self.facts.route) else { return };
+        let Some(by) = peers.upstream.hash_by() else { return };
+        let field = |name: &str| {
+            let named = view.fields.iter().find(|field| field.name.eq_ignore_ascii_case(name.as_bytes()));
+            named.map(|field| field.value)
+        };
+        let key = match by {
+            HashBy::User => self.facts.principal.as_ref().map(|principal| principal.user().as_bytes()),
+            HashBy::Token => self.facts.token.as_ref().map(|digest| digest.as_bytes().as_slice()),
+            HashBy::Header(name) => field(name),
+            HashBy::Cookie(name) => field("cookie").and_then(|cookies| cookie(cookies, name.as_bytes())),
+        };
+        if let Some(key) = key {
+            self.upstream.tries.keyed(peers.upstream.key_of(key));
+        }
     }
 
     /// The server for the next try. `None`: there is none that has not been tried.
@@ -303,6 +318,11 @@ impl Drop for Exchange {
             self.log(took);
         }
     }
+}
+
+/// The value of a cookie.
+fn cookie<'a>(cookies: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
+    cookies.split(|byte| *byte == b';').find_map(|pair| pair.trim_ascii().strip_prefix(name)?.strip_prefix(b"="))
 }
 
 /// The client's own name for itself; empty when it has none.

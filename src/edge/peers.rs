@@ -5,7 +5,9 @@ use super::dial::{self, Dialer};
 use crate::problem::Problem;
 use crate::telemetry::metrics::{Metrics, UpstreamError};
 use crate::telemetry::outage::Recovery;
-use crate::upstream::{Pick, ResolvedName, Server, ServerAddress, ServerChange, Upstream, UpstreamSettings};
+use crate::upstream::{
+    ListedServer, Pick, ResolvedName, Server, ServerAddress, ServerChange, Upstream, UpstreamSettings,
+};
 use pingora::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
 use std::net::ToSocketAddrs as _;
 use std::sync::Arc;
@@ -39,7 +41,7 @@ fn resolve(settings: &UpstreamSettings) -> Vec<ResolvedName> {
 /// The servers whose names cannot be resolved: they get no request until they can. May block for as long as resolving takes.
 /// Keys of an `[[upstream]]`.
 pub fn unresolved(settings: &UpstreamSettings) -> Vec<Problem> {
-    let problem = |(index, server): (usize, &ServerAddress)| {
+    let problem = |(index, ListedServer { address: server, .. }): (usize, &ListedServer)| {
         let why = match server.name()?.to_socket_addrs() {
             Ok(mut addresses) => addresses.next().is_none().then(|| "it has no address".to_owned())?,
             Err(error) => error.to_string(),

@@ -6,10 +6,14 @@
 //! whether to pick again. What is done in the background is said by [`Upstream::looks`] and [`Upstream::names`].
 
 mod check;
+mod ring;
+mod roster;
 mod server;
 mod tries;
 
 pub use check::{CheckFault, CheckSettings, HttpCheck, verdict};
+pub use ring::HashBy;
+pub use roster::Member;
 pub use server::{DownReason, Look, Server, ServerChange, ServerState};
 pub use tries::{FailedTry, Tries};
 
@@ -18,6 +22,8 @@ use crate::telemetry::metrics::{Metrics, UpstreamError, UpstreamMetrics};
 use crate::telemetry::outage::{Outage, Recovery};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
+use ring::{KeyHash, Ring};
+use roster::{Roster, RosterRules};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -28,9 +34,12 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UpstreamSettings {
     pub name: String,
-    pub servers: Vec<ServerAddress>,
+    pub servers: Vec<ListedServer>,
     /// Each address of a name is a server.
     pub expand: bool,
+    pub balance: Balance,
+    /// How long a server that comes back gets less than its weight.
+    pub slow_start: Option<Duration>,
     /// How often names are resolved again.
     pub resolve_interval: Duration,
     pub check: Option<CheckSettings>,
@@ -55,11 +64,26 @@ impl UpstreamSettings {
         if self.servers.is_empty() {
             problems.push(Problem::error("servers", "is empty", "write it like [\"127.0.0.1:3000\"]"));
         }
+        if !self.servers.is_empty() && self.servers.iter().all(|server| server.backup) {
+            let instead = "remove `backup = true` from those that are to serve";
+            problems.push(Problem::error("servers", "has backups only", instead));
+        }
         for (index, server) in self.servers.iter().enumerate() {
-            if let ServerAddress::Unix(path) = server
+            if let ServerAddress::Unix(path) = &server.address
                 && let Some(what) = socket_path_too_long(path)
             {
                 problems.push(Problem::error("servers", what, "use a shorter path").element(index));
+            }
+            let weight = Problem::out_of_range("servers", server.weight.into(), 1..=MAX_WEIGHT);
+            problems.extend(
+                weight.map(|problem| Problem { what: "has a weight out of range".into(), ..problem }.element(index)),
+            );
+        }
+        if let Some(time) = self.slow_start {
+            problems.extend(Problem::too_short("slow_start", time, Duration::from_secs(1)));
+            if let Balance::Hash(_) = self.balance {
+                let what = "does not go with balance = \"hash\": a key belongs to its server at once";
+                problems.push(Problem::error("slow_start", what, "use \"none\"").with("balance"));
             }
         }
         let least = Duration::from_millis(1);
@@ -77,7 +101,11 @@ impl UpstreamSettings {
 
     /// The names that have to be resolved.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.servers.iter().filter_map(ServerAddress::name)
+        self.servers.iter().filter_map(|server| server.address.name())
+    }
+
+    fn roster_rules(&self) -> RosterRules {
+        RosterRules { panic_below: self.panic_below, slow_start: self.slow_start }
     }
 
     /// Whether one pool can serve by both: they differ in nothing but times, which belong to a connection.
@@ -85,6 +113,29 @@ impl UpstreamSettings {
         let Self { connect_timeout, read_timeout, idle_timeout, .. } = *self;
         *self == Self { connect_timeout, read_timeout, idle_timeout, ..other.clone() }
     }
+}
+
+/// An entry of the configuration's list of servers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedServer {
+    pub address: ServerAddress,
+    /// Its part of the requests, beside the weights of the others.
+    pub weight: u32,
+    /// It gets requests only while no other is up.
+    pub backup: bool,
+}
+
+/// Weights are compared with each other, so that more would not mean more.
+const MAX_WEIGHT: u64 = 100;
+
+/// How the server of a request is chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Balance {
+    RoundRobin,
+    /// Of two at random, the one with fewer requests in flight for its weight.
+    LeastRequests,
+    /// The one that the request's key belongs to. Requests without the key take turns.
+    Hash(HashBy),
 }
 
 /// A server as the configuration names it.
@@ -140,9 +191,10 @@ pub struct AfterFailure {
     pub change: Option<ServerChange>,
 }
 
-/// The servers of one `[[upstream]]`, taken in turn, and their state.
+/// The servers of one `[[upstream]]` and their state.
 pub struct Upstream {
     settings: UpstreamSettings,
+    hash: KeyHash,
     roster: ArcSwap<Roster>,
     turn: AtomicUsize,
     answers: AtomicU64,
@@ -150,32 +202,6 @@ pub struct Upstream {
     metrics: Arc<Metrics>,
     series: UpstreamMetrics,
     names: Mutex<KnownNames>,
-}
-
-/// Who is there, and whose turn it is when.
-struct Roster {
-    servers: Vec<Arc<Server>>,
-    /// The places of those that get requests, in turn.
-    schedule: Vec<usize>,
-    /// Too few are up: all of them get requests.
-    panics: bool,
-}
-
-impl Roster {
-    fn of(servers: Vec<Arc<Server>>, panic_below: u64) -> Self {
-        let places =
-            |wanted: fn(&Server) -> bool| (0..servers.len()).filter(|place| wanted(&servers[*place])).collect();
-        let up: Vec<usize> = places(Server::is_up);
-        let panics = up.is_empty() || (up.len() as u64 * 100) < panic_below * servers.len() as u64;
-        let schedule = if panics { places(Server::has_address) } else { up };
-        Self { servers, schedule, panics }
-    }
-
-    /// Those of the schedule, from a turn on.
-    fn in_turn(&self, turn: usize) -> impl Iterator<Item = &Arc<Server>> {
-        let count = self.schedule.len();
-        (0..count).filter_map(move |step| self.servers.get(*self.schedule.get((turn % count + step) % count)?))
-    }
 }
 
 /// What is known of names.
@@ -200,9 +226,13 @@ impl Upstream {
             Some(running) if running.settings.same_pool(settings) => Arc::clone(running),
             _ => Arc::new(Self {
                 settings: settings.clone(),
+                hash: KeyHash::of_pool(&settings.name),
+                // Its servers are found by `resolved`, which takes over those that it knows.
                 roster: ArcSwap::from_pointee(Roster::of(
-                    running.map_or_else(Vec::new, |running| running.servers()),
-                    0,
+                    running.map_or_else(Vec::new, |running| running.members()),
+                    None,
+                    settings.roster_rules(),
+                    now,
                 )),
                 turn: AtomicUsize::new(0),
                 // Those of the pool before may have been many.
@@ -225,8 +255,21 @@ impl Upstream {
         self.settings.check.as_ref()
     }
 
-    pub fn servers(&self) -> Vec<Arc<Server>> {
-        self.roster.load().servers.clone()
+    pub fn members(&self) -> Vec<Member> {
+        self.roster.load().members.clone()
+    }
+
+    /// What a request's server is chosen by, if that is a part of the request.
+    pub fn hash_by(&self) -> Option<&HashBy> {
+        match &self.settings.balance {
+            Balance::Hash(by) => Some(by),
+            Balance::RoundRobin | Balance::LeastRequests => None,
+        }
+    }
+
+    /// Where a key stands, for [`Tries::keyed`].
+    pub fn key_of(&self, text: &[u8]) -> u64 {
+        self.hash.of(text)
     }
 
     /// The server for the next try of a request. A request tries no server twice, but for a kept connection that was dead.
@@ -239,21 +282,59 @@ impl Upstream {
         }
         let roster = self.roster.load();
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let fitting = || roster.in_turn(turn).filter(|server| !tries.has(server));
-        let (answers, many) = (self.answers.load(Ordering::Relaxed), MANY_ANSWERS * roster.servers.len() as u64);
-        let all = roster.panics || !fitting().any(|server| server.is_up());
-        let in_turn = || fitting().filter(|server| server.is_up() || all);
-        let untried = || roster.servers.iter().filter(|server| !tries.has(server) && server.has_address());
-        let server = in_turn()
-            .find(|server| server.has_room())
-            .or_else(|| in_turn().min_by_key(|server| (server.is_suspect(answers, many), server.unanswered())))
-            .or_else(|| untried().next())?;
-        let server = Arc::clone(server);
+        let server = Arc::clone(&self.choose(&roster, tries, turn)?.server);
         if tries.count() > 0 {
             self.series.retried();
         }
         tries.begin(Arc::clone(&server), now);
         Some(Pick { server, fresh: false })
+    }
+
+    fn choose<'r>(&self, roster: &'r Roster, tries: &Tries, turn: usize) -> Option<&'r Member> {
+        let (answers, many) = (self.answers.load(Ordering::Relaxed), MANY_ANSWERS * roster.members.len() as u64);
+        let untried = |member: &Member| !tries.has(&member.server);
+        let all = roster.panics || !roster.in_turn(turn).any(|member| untried(member) && member.server.is_up());
+        let fits = |member: &Member| untried(member) && (member.server.is_up() || all);
+        let from = |turn: usize| roster.in_turn(turn).filter(|member| fits(member));
+        let has_room = |member: &&Member| member.has_room(answers, many);
+        // A server that is merely busy keeps its keys, and is known to be by its requests in flight.
+        let serves = |member: &&Member| member.server.has_room(1) || !member.server.is_suspect(answers, many);
+        let by_key = || {
+            let (ring, key) = roster.ring.as_deref().zip(tries.key())?;
+            let owner = |place| roster.members.get(place).filter(|member: &&Member| member.share > 0 && fits(member));
+            let owners = || ring.from(key).filter_map(owner).filter(serves);
+            owners().find(|member| roster.is_within_bound(member)).or_else(|| owners().next())
+        };
+        let less_loaded_of_two = || {
+            // Mixed, a counter is as good as a random number, and the same again in a test.
+            let (one, other) = (mixed(turn as u64), mixed(!(turn as u64)));
+            let one = from(one as usize).find(serves)?;
+            let other = from(other as usize).filter(serves).find(|other| !Arc::ptr_eq(&other.server, &one.server));
+            let less = |other: &&Member| other.is_less_loaded(other.server.in_flight(), one, one.server.in_flight());
+            Some(other.filter(less).unwrap_or(one))
+        };
+        let chosen = match self.settings.balance {
+            Balance::RoundRobin => from(turn).find(has_room),
+            Balance::LeastRequests => less_loaded_of_two(),
+            Balance::Hash(_) => by_key().or_else(|| from(turn).find(has_room)),
+        };
+        chosen
+            .or_else(|| {
+                // None has room: all are busy, or silent.
+                from(turn).reduce(|best, member| {
+                    let suspect = |member: &Member| member.server.is_suspect(answers, many);
+                    let better = match (suspect(member), suspect(best)) {
+                        (false, true) => true,
+                        (true, false) => false,
+                        _ => member.is_less_loaded(member.server.unanswered(), best, best.server.unanswered()),
+                    };
+                    if better { member } else { best }
+                })
+            })
+            .or_else(|| {
+                let left = roster.members.iter().filter(|member| untried(member) && member.server.has_address());
+                left.min_by_key(|member| (!member.server.is_up(), member.backup))
+            })
     }
 
     /// A connection to a server is established.
@@ -282,7 +363,7 @@ impl Upstream {
             Some(reason) => server.answered_badly(reason, answers, now),
             None => server.answered(asked, answers, now),
         };
-        self.noted(change.is_some());
+        self.noted(change.is_some(), now);
         (Some(took), self.outage.succeeded(asked, now), change)
     }
 
@@ -294,8 +375,9 @@ impl Upstream {
             return AfterFailure { again: false, change: None };
         };
         let change = server.failed(failure, asked, now);
-        self.noted(change.is_some());
-        let left = || self.roster.load().servers.iter().any(|server| !tries.has(server) && server.has_address());
+        self.noted(change.is_some(), now);
+        let is_left = |member: &Member| !tries.has(&member.server) && member.server.has_address();
+        let left = || self.roster.load().members.iter().any(is_left);
         AfterFailure { again: again && (tries.will_ask_once_more() || left()), change }
     }
 
@@ -311,20 +393,19 @@ impl Upstream {
 
     /// The servers that are to be looked at now, and what has to be seen. The result goes to [`Self::seen`].
     pub fn looks(&self, now: Instant) -> Vec<(Arc<Server>, Look)> {
+        // Requests of an earlier snapshot report to an earlier pool of the same servers; and a slow start goes on.
+        self.noted(true, now);
         let roster = self.roster.load();
-        // Requests of an earlier snapshot report to an earlier pool of the same servers.
-        let fresh = Roster::of(roster.servers.clone(), self.settings.panic_below);
-        self.noted((&fresh.schedule, fresh.panics) != (&roster.schedule, roster.panics));
-        let others = roster.servers.len() > 1;
+        let others = roster.members.len() > 1;
         let check = self.settings.check.as_ref();
-        let due = |server: &Arc<Server>| Some((Arc::clone(server), server.due(check, others, now)?));
-        roster.servers.iter().filter_map(due).collect()
+        let due = |Member { server, .. }: &Member| Some((Arc::clone(server), server.due(check, others, now)?));
+        roster.members.iter().filter_map(due).collect()
     }
 
     /// How a look ended.
     pub fn seen(&self, server: &Server, found: Result<(), CheckFault>, now: Instant) -> Option<ServerChange> {
         let change = server.seen(self.settings.check.as_ref(), found, now);
-        self.noted(change.is_some());
+        self.noted(change.is_some(), now);
         change
     }
 
@@ -360,10 +441,11 @@ impl Upstream {
         names.due = self.settings.names().next().map(|_| now + wait);
         let roster = self.roster.load();
         let mut changes = Vec::new();
-        let mut servers = Vec::new();
-        for address in &self.settings.servers {
-            for (address, addresses) in self.listed(address, &names.known) {
-                let known = roster.servers.iter().find(|known| *known.address() == address);
+        let mut members: Vec<Member> = Vec::new();
+        for listed in &self.settings.servers {
+            for (address, addresses) in self.listed(&listed.address, &names.known) {
+                let known =
+                    roster.members.iter().map(|member| &member.server).find(|known| *known.address() == address);
                 let server = known.cloned().unwrap_or_else(|| {
                     let metrics = self.metrics.server(&self.settings.name, &address.to_string());
                     Arc::new(Server::new(address, Vec::new(), metrics, now))
@@ -371,10 +453,11 @@ impl Upstream {
                 if let ServerAddress::Tcp(_) = server.address() {
                     changes.extend(server.resolved(addresses, now));
                 }
-                servers.push(server);
+                members.push(Member::new(server, listed.weight, listed.backup));
             }
         }
-        self.roster.store(Arc::new(Roster::of(servers, self.settings.panic_below)));
+        let ring = self.hash_by().map(|_| Arc::new(Ring::of(&members, self.hash)));
+        self.roster.store(Arc::new(Roster::of(members, ring, self.settings.roster_rules(), now)));
         changes
     }
 
@@ -394,11 +477,23 @@ impl Upstream {
     }
 
     /// Takes turns anew, if the state of a server changed.
-    fn noted(&self, changed: bool) {
-        if changed {
-            self.roster.rcu(|roster| Roster::of(roster.servers.clone(), self.settings.panic_below));
+    fn noted(&self, changed: bool, now: Instant) {
+        if changed && self.roster.load().renewed(self.settings.roster_rules(), now).is_some() {
+            let renewed = |roster: &Arc<Roster>| match roster.renewed(self.settings.roster_rules(), now) {
+                Some(renewed) => Arc::new(renewed),
+                None => Arc::clone(roster),
+            };
+            self.roster.rcu(renewed);
         }
     }
+}
+
+/// SplitMix64: numbers next to each other get places far from each other.
+fn mixed(number: u64) -> u64 {
+    let number = number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ (number >> 31)
 }
 
 /// A server is suspect when its pool has given so many answers for each of its servers, and it none of them.
@@ -407,21 +502,29 @@ const MANY_ANSWERS: u64 = 2;
 const UNRESOLVED_AGAIN: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
+mod pool_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
-    const REFUSED: FailedTry = FailedTry::Connect(UpstreamError::Connect);
+    pub(super) const REFUSED: FailedTry = FailedTry::Connect(UpstreamError::Connect);
     const CLOSED: FailedTry = FailedTry::Exchange { kept: false, error: UpstreamError::Closed };
 
-    fn settings(servers: &[&str]) -> UpstreamSettings {
+    pub(super) fn settings(servers: &[&str]) -> UpstreamSettings {
         let address = |text: &&str| match text.strip_prefix("unix:") {
             Some(path) => ServerAddress::Unix(path.into()),
             None => ServerAddress::Tcp((*text).into()),
         };
         UpstreamSettings {
             name: "api".into(),
-            servers: servers.iter().map(address).collect(),
+            servers: servers
+                .iter()
+                .map(|text| ListedServer { address: address(text), weight: 1, backup: false })
+                .collect(),
             expand: false,
+            balance: Balance::RoundRobin,
+            slow_start: None,
             resolve_interval: Duration::from_secs(30),
             check: None,
             failure_statuses: Vec::new(),
@@ -433,7 +536,7 @@ mod tests {
         }
     }
 
-    fn metrics() -> Arc<Metrics> {
+    pub(super) fn metrics() -> Arc<Metrics> {
         Arc::new(Metrics::new("test").unwrap())
     }
 
@@ -552,7 +655,7 @@ mod tests {
         let now = Instant::now();
         let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2"], now);
         assert_eq!(tried(&pool, REFUSED, false, now).len(), 2);
-        assert!(pool.servers().iter().all(|server| !server.is_up()));
+        assert!(pool.members().iter().all(|member| !member.server.is_up()));
         let mut tries = Tries::default();
         let picked = pool.pick(&mut tries, now).unwrap().server;
         assert!(pool.answered(&mut tries, 200, now).2.is_some_and(|change| change.back_after.is_some()));
@@ -597,7 +700,7 @@ mod tests {
         assert!(Arc::ptr_eq(&pool, &Upstream::build(&times, Vec::new(), Some(&pool), &metrics, now).0));
         let other = build(&["127.0.0.1:3", "127.0.0.1:1"], Some(&pool));
         assert!(!Arc::ptr_eq(&pool, &other));
-        let up: Vec<_> = other.servers().iter().map(|server| server.is_up()).collect();
+        let up: Vec<_> = other.members().iter().map(|member| member.server.is_up()).collect();
         assert_eq!(up, [true, false]);
         drop(pool);
         let text = metrics.render().unwrap();
@@ -626,20 +729,20 @@ mod tests {
         let name =
             |addresses: &[SocketAddr]| vec![ResolvedName { name: "localhost:1".into(), addresses: addresses.to_vec() }];
         let labels =
-            |pool: &Upstream| pool.servers().iter().map(|server| server.label().to_owned()).collect::<Vec<_>>();
+            |pool: &Upstream| pool.members().iter().map(|member| member.server.label().to_owned()).collect::<Vec<_>>();
         let one = settings(&["localhost:1"]);
         let (pool, _) = Upstream::build(&one, name(&[a, b]), None, &metrics(), now);
         assert_eq!(labels(&pool), ["localhost:1"]);
-        assert_eq!(pool.servers()[0].addresses().collect::<Vec<_>>(), [a, b]);
+        assert_eq!(pool.members()[0].server.addresses().collect::<Vec<_>>(), [a, b]);
         let each = UpstreamSettings { expand: true, ..one };
         let (pool, _) = Upstream::build(&each, name(&[a, b]), None, &metrics(), now);
         assert_eq!(labels(&pool), ["127.0.0.1:1", "[::1]:1"]);
         assert_eq!(pool.names(now), [] as [String; 0], "not before its time");
         let later = now + Duration::from_secs(30);
         assert_eq!((pool.names(later).len(), pool.names(later).len()), (1, 0), "once at a time");
-        let kept = Arc::clone(&pool.servers()[1]);
+        let kept = Arc::clone(&pool.members()[1].server);
         pool.resolved(name(&[b]), later);
-        assert!(labels(&pool) == ["[::1]:1"] && Arc::ptr_eq(&kept, &pool.servers()[0]));
+        assert!(labels(&pool) == ["[::1]:1"] && Arc::ptr_eq(&kept, &pool.members()[0].server));
         pool.resolved(name(&[]), later);
         assert_eq!(labels(&pool), ["[::1]:1"], "a resolver that fails takes nothing away");
         assert!(!pool.names(later + UNRESOLVED_AGAIN).is_empty(), "and is asked again soon");
@@ -692,7 +795,7 @@ mod tests {
                 pool.pick(&mut tries, now);
                 pool.failed(&mut tries, REFUSED, false, now);
             }
-            assert_eq!(pool.servers().iter().filter(|server| server.is_up()).count(), 1);
+            assert_eq!(pool.members().iter().filter(|member| member.server.is_up()).count(), 1);
             let mut served: Vec<_> = (0..8)
                 .map(|_| {
                     let mut tries = Tries::default();

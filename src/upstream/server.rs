@@ -97,6 +97,8 @@ pub struct Server {
     unanswered: AtomicU32,
     /// One of them has failed.
     failed: AtomicBool,
+    /// Requests that are with it, to the end of their responses.
+    in_flight: AtomicU32,
     /// How many answers its pool had given when it gave its last one.
     last_answer: AtomicU64,
     health: Mutex<Health>,
@@ -106,6 +108,8 @@ pub struct Server {
 /// What only changes when something fails.
 struct Health {
     since: Instant,
+    /// When its last outage ended.
+    back: Option<Instant>,
     /// Failures since the last answer.
     failures: u32,
     down: Option<DownReason>,
@@ -139,9 +143,11 @@ impl Server {
             known: AtomicBool::new(false),
             unanswered: AtomicU32::new(0),
             failed: AtomicBool::new(false),
+            in_flight: AtomicU32::new(0),
             last_answer: AtomicU64::new(0),
             health: Mutex::new(Health {
                 since: now,
+                back: None,
                 failures: 0,
                 down: None,
                 bad: 0,
@@ -199,14 +205,32 @@ impl Server {
         matches!(self.address, ServerAddress::Unix(_)) || !self.addresses.load().is_empty()
     }
 
+    /// Since when it has been back after an outage. `None`: it had none, or is in one.
+    pub(super) fn back_since(&self) -> Option<Instant> {
+        self.health.lock().back
+    }
+
+    /// Requests that are with it.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.load(Relaxed)
+    }
+
+    pub(super) fn takes(&self) {
+        self.in_flight.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn is_done(&self) {
+        self.in_flight.fetch_sub(1, Relaxed);
+    }
+
     pub(super) fn unanswered(&self) -> u32 {
         self.unanswered.load(Relaxed)
     }
 
-    /// Whether it is not to be passed over at the moment.
-    pub(super) fn has_room(&self) -> bool {
+    /// Whether it is not to be passed over at the moment. `multiple`: how many times as many requests as another one it gets.
+    pub(super) fn has_room(&self, multiple: u32) -> bool {
         let patience = if self.known.load(Relaxed) { PATIENCE } else { PATIENCE_WITH_A_STRANGER };
-        self.unanswered.load(Relaxed) < patience
+        self.unanswered.load(Relaxed) < patience * multiple
     }
 
     /// Whether it stands out: its tries fail, or its pool has given so many answers since its last one. Where there is no
@@ -302,7 +326,7 @@ impl Server {
         if !self.has_address() {
             return None;
         }
-        let is_well = self.is_up() && (self.has_room() || !others);
+        let is_well = self.is_up() && (self.has_room(1) || !others);
         let look = match (check, health.down) {
             (Some(_), _) => Look::Check,
             (None, None) if is_well => {
@@ -355,7 +379,7 @@ impl Server {
                 let enough = health.checks_passed >= check.map_or(1, |check| check.successes);
                 if enough { self.back(&mut health, now) } else { None }
             }
-            (None, Ok(())) if !self.has_room() => {
+            (None, Ok(())) if !self.has_room(1) => {
                 // It is slow, or it answers looks only: a stranger again.
                 health.bad = 0;
                 self.known.store(false, Relaxed);
@@ -366,7 +390,7 @@ impl Server {
             (None, Err(fault)) => {
                 let reason = match check {
                     Some(check) if is_first || health.checks_failed >= check.failures => DownReason::Check(fault),
-                    None if !self.has_room() => DownReason::Failing(UpstreamError::Timeout),
+                    None if !self.has_room(1) => DownReason::Failing(UpstreamError::Timeout),
                     _ => return None,
                 };
                 Some(self.down(&mut health, reason, now))
@@ -376,7 +400,7 @@ impl Server {
     }
 
     fn down(&self, health: &mut Health, reason: DownReason, now: Instant) -> ServerChange {
-        (health.down, health.since, health.checks_passed) = (Some(reason), now, 0);
+        (health.down, health.since, health.back, health.checks_passed) = (Some(reason), now, None, 0);
         health.next_look = Some(now + pause(health.looks));
         self.up.store(false, Relaxed);
         // If all servers have to be used, it is one to be tried with care.
@@ -390,7 +414,7 @@ impl Server {
     fn back(&self, health: &mut Health, now: Instant) -> Option<ServerChange> {
         let reason = health.down.take()?;
         let lasted = now.saturating_duration_since(health.since);
-        (health.since, health.failures, health.bad) = (now, 0, 0);
+        (health.since, health.back, health.failures, health.bad) = (now, Some(now), 0, 0);
         self.unanswered.store(0, Relaxed);
         self.failed.store(false, Relaxed);
         self.up.store(true, Relaxed);
@@ -529,23 +553,23 @@ mod tests {
     fn a_silent_server_is_passed_over_and_a_look_says_whether_it_is_down() {
         let start = Instant::now();
         let server = server(start);
-        assert!(server.has_room());
+        assert!(server.has_room(1));
         server.asks();
-        assert!(!server.has_room(), "a stranger gets one");
+        assert!(!server.has_room(1), "a stranger gets one");
         server.answered(start, 1, start);
         for _ in 0..PATIENCE {
-            assert!(server.has_room());
+            assert!(server.has_room(1));
             server.asks();
         }
-        assert!(!server.has_room());
+        assert!(!server.has_room(1));
         assert_eq!(server.due(None, false, start), None, "the only server is never passed over");
         assert_eq!(server.due(None, true, start), None, "a pause comes first");
         let later = start + FIRST_PAUSE * 2;
         assert_eq!((server.due(None, true, later), server.due(None, true, later)), (Some(Look::Answer), None));
         assert_eq!(server.seen(None, Ok(()), later), None);
-        assert!(server.has_room(), "it is only slow");
+        assert!(server.has_room(1), "it is only slow");
         server.asks();
-        assert!(!server.has_room(), "and has to show that it answers requests as well");
+        assert!(!server.has_room(1), "and has to show that it answers requests as well");
         assert_eq!(server.due(None, true, later + FIRST_PAUSE), None, "the pauses grow");
         let later = later + FIRST_PAUSE * 3;
         assert_eq!(server.due(None, true, later), Some(Look::Answer));

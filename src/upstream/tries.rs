@@ -37,6 +37,9 @@ pub struct Tries {
     once_more: Option<Arc<Server>>,
     count: usize,
     costly: usize,
+    key: Option<u64>,
+    /// The server of the last try counts this request as one in flight.
+    counted: bool,
 }
 
 struct CurrentTry {
@@ -45,6 +48,15 @@ struct CurrentTry {
 }
 
 impl Tries {
+    /// The request's place among the servers, from [`super::Upstream::key_of`].
+    pub fn keyed(&mut self, key: u64) {
+        self.key = Some(key);
+    }
+
+    pub(super) fn key(&self) -> Option<u64> {
+        self.key
+    }
+
     /// How many there were.
     pub fn count(&self) -> usize {
         self.count
@@ -61,6 +73,10 @@ impl Tries {
 
     pub(super) fn begin(&mut self, server: Arc<Server>, now: Instant) {
         server.asks();
+        if !self.counted {
+            server.takes();
+            self.counted = true;
+        }
         self.count += 1;
         self.current = Some(CurrentTry { server, asked: now });
     }
@@ -92,6 +108,8 @@ impl Tries {
         // The connection was dead already, which is not the server's fault.
         if again && matches!(failure, FailedTry::Exchange { kept: true, error: UpstreamError::Closed }) {
             self.once_more = Some(Arc::clone(&server));
+        } else if std::mem::take(&mut self.counted) {
+            server.is_done();
         }
         self.tried.push(Arc::clone(&server));
         Some((server, asked, again && self.costly <= REPEATS))
@@ -103,6 +121,16 @@ impl Tries {
     pub fn given_up(&mut self, now: Instant) {
         if let Some(CurrentTry { server, asked }) = self.current.take() {
             server.given_up(asked, now);
+        }
+    }
+}
+
+impl Drop for Tries {
+    fn drop(&mut self) {
+        if self.counted
+            && let Some(server) = self.last()
+        {
+            server.is_done();
         }
     }
 }
