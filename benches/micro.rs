@@ -13,6 +13,7 @@ use tollgate::request::origin::{Origin, TrustedProxies};
 use tollgate::request::view::RequestView;
 use tollgate::request::{self, head, query};
 use tollgate::store::credential::Digest;
+use tollgate::upstream::{Tries, Upstream};
 use tollgate::{config, edge};
 
 #[global_allocator]
@@ -204,5 +205,29 @@ fn body(bencher: Bencher<'_, '_>, name: &str) {
             scanner.feed(black_box(piece)).unwrap();
         }
         scanner.finish().unwrap();
+    });
+}
+
+/// A request's server, from the choice to the answer.
+#[divan::bench(args = ["two", "weighted", "least_requests", "hash"])]
+fn choose_a_server(bencher: Bencher<'_, '_>, how: &str) {
+    let more = match how {
+        "weighted" => "servers = [\"127.0.0.1:1\", { address = \"127.0.0.1:2\", weight = 3 }]",
+        "least_requests" => "servers = [\"127.0.0.1:1\", \"127.0.0.1:2\"]\nbalance = \"least_requests\"",
+        "hash" => "servers = [\"127.0.0.1:1\", \"127.0.0.1:2\"]\nbalance = \"hash\"",
+        _ => "servers = [\"127.0.0.1:1\", \"127.0.0.1:2\"]",
+    };
+    let text = format!("[[upstream]]\nname = \"api\"\n{more}\n");
+    let settings = config::parse(&text, std::path::Path::new("tollgate.toml"), config::Probe::Settings).unwrap();
+    let metrics = std::sync::Arc::new(tollgate::telemetry::metrics::Metrics::new("bench").unwrap());
+    let now = std::time::Instant::now();
+    let (pool, _) = Upstream::build(&settings.upstreams[0], Vec::new(), None, &metrics, now);
+    bencher.bench_local(|| {
+        let mut tries = Tries::default();
+        if pool.hash_by().is_some() {
+            tries.keyed(pool.key_of(b"alice"));
+        }
+        black_box(pool.pick(&mut tries, now).unwrap().fresh);
+        pool.answered(&mut tries, 200, now);
     });
 }

@@ -596,3 +596,124 @@ fn requests_with_the_same_key_go_to_the_same_server() {
         assert_eq!(answer.text(), owners[7], "{by}");
     }
 }
+
+const WAITING: &str = "tollgate_upstream_requests_waiting{upstream=\"api\"}";
+
+fn in_flight(server: &HttpServer) -> String {
+    format!("tollgate_upstream_server_requests_in_flight{{server=\"{}\",upstream=\"api\"}}", server.address())
+}
+
+fn failed(kind: &str) -> String {
+    format!("tollgate_upstream_errors_total{{kind=\"{kind}\",upstream=\"api\"}}")
+}
+
+fn get(id: &str) -> String {
+    format!("GET {TARGET}?id={id} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n\n")
+}
+
+/// The reasons of requests in the access log, by their ids.
+fn reasons(gateway: &Gateway) -> BTreeMap<String, String> {
+    let lines = gateway.access_log();
+    let entry = |line: &serde_json::Value| {
+        (line["query"].as_str().unwrap_or_default().into(), line["reason"].as_str().unwrap_or_default().into())
+    };
+    lines.iter().map(entry).collect()
+}
+
+#[test]
+fn no_server_has_more_requests_than_it_may() {
+    let all: [HttpServer; 2] = servers();
+    all.iter().for_each(|server| server.script(|_| Reply::ok("ok").after(Duration::from_millis(2))));
+    for balance in ["round_robin", "least_requests", "hash"] {
+        let more = format!("max_requests = 2\nbalance = \"{balance}\"\n");
+        let gateway = Gateway::start(all[0].address(), &listed(&all.each_ref().map(plain), &more));
+        for method in ["GET", "POST"] {
+            assert_eq!(outcome(&crowd(&gateway, 16, 30, method)).0, only_200(480), "{balance} {method}");
+        }
+        assert_eq!(gateway.metric(WAITING), 0.0);
+        assert!(all.iter().all(|server| server.most_under_way() <= 2 && gateway.metric(&in_flight(server)) == 0.0));
+    }
+    assert!(all.iter().all(|server| server.most_under_way() == 2), "nothing was at its bound: the test shows nothing");
+}
+
+#[test]
+fn requests_wait_in_their_order_and_leave_the_queue_with_their_client() {
+    let server = HttpServer::start(|_| Reply::ok("ok"));
+    let more = "max_requests = 1\nqueue = 6\nqueue_timeout = \"60s\"\nread_timeout = \"60s\"\n";
+    let section = listed(&[plain(&server)], more).replacen("read_timeout = \"1s\"\n", "", 1);
+    let gateway = Gateway::start(server.address(), &section);
+    server.freeze();
+    let mut clients: Vec<Client> = Vec::new();
+    for id in 0..7 {
+        let mut client = gateway.client();
+        // One of them brings a body that is still on its way.
+        match id {
+            3 => client.send_head(&format!(
+                "POST {TARGET}?id=3 HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\nContent-Type: application/octet-stream\nContent-Length: 300000\n\n"
+            )),
+            _ => client.send_head(&get(&id.to_string())),
+        }
+        eventually("it waits", || gateway.metric(WAITING) == f64::from(id));
+        clients.push(client);
+    }
+    assert_eq!(gateway.metric(&in_flight(&server)), 1.0);
+    let answer = gateway.ask(&get("refused"));
+    assert_eq!((answer.status, answer.header("Retry-After")), (503, Some("1")));
+    assert_eq!(gateway.metric(&failed("queue_full")), 1.0);
+    // Two clients go; who half-closes its connection has announced nothing, and so is gone as well.
+    drop(clients.remove(5));
+    eventually("a client that closes leaves the queue", || gateway.metric(WAITING) == 5.0);
+    clients[1].finish_sending();
+    eventually("a client that stops leaves the queue", || gateway.metric(WAITING) == 4.0);
+    drop(clients.remove(1));
+    let body = vec![b'x'; 300_000];
+    let mut late = clients.remove(2);
+    let sender = late.socket.try_clone().unwrap();
+    let upload = std::thread::spawn(move || std::io::Write::write_all(&mut &sender, &body).unwrap());
+    server.thaw();
+    for client in &mut clients {
+        assert_eq!(client.answer().status, 200);
+    }
+    assert_eq!(late.answer().status, 200);
+    upload.join().unwrap();
+    let order: Vec<_> =
+        server.asked().iter().map(|asked| asked.target.rsplit('=').next().unwrap().to_owned()).collect();
+    assert_eq!(order, ["0", "2", "3", "4", "6"]);
+    assert_eq!(server.asked()[2].body.len(), 300_000);
+    eventually("all are logged", || reasons(&gateway).len() == 8);
+    let reasons = reasons(&gateway);
+    let of = |id: &str| reasons[&format!("id={id}")].as_str();
+    assert_eq!([of("refused"), of("1"), of("5"), of("6")], ["upstream_queue_full", "client_gone", "client_gone", "ok"]);
+    assert_eq!((gateway.metric(WAITING), gateway.metric(&in_flight(&server))), (0.0, 0.0));
+}
+
+#[test]
+fn who_waits_for_too_long_is_refused() {
+    let server = HttpServer::start(|_| Reply::ok("ok"));
+    let more = "max_requests = 1\nqueue_timeout = \"200ms\"\n";
+    let gateway = Gateway::start(server.address(), &listed(&[plain(&server)], more).replace("1s", "60s"));
+    server.freeze();
+    let mut first = gateway.client();
+    first.send_head(&get("first"));
+    eventually("the server has it", || gateway.metric(&in_flight(&server)) == 1.0);
+    let begun = Instant::now();
+    let answer = gateway.ask(&get("late"));
+    assert_eq!((answer.status, answer.header("Retry-After")), (503, Some("1")));
+    assert!(begun.elapsed() >= Duration::from_millis(200), "{:?}", begun.elapsed());
+    assert_eq!((gateway.metric(&failed("queue_timeout")), gateway.metric(WAITING)), (1.0, 0.0));
+    server.thaw();
+    assert_eq!(first.answer().status, 200);
+    assert_eq!(gateway.get(TARGET).status, 200);
+    eventually("it is logged", || {
+        reasons(&gateway).get("id=late").is_some_and(|reason| reason == "upstream_queue_timeout")
+    });
+    // Without a queue it is refused at once. A reload changes that for a pool that runs.
+    gateway.rewrite(|text| text.replace("queue_timeout = \"200ms\"", "queue_timeout = \"60s\"\nqueue = 0"));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    server.freeze();
+    first.send_head(&get("again"));
+    eventually("the server has it", || gateway.metric(&in_flight(&server)) == 1.0);
+    assert_eq!(gateway.ask(&get("at-once")).status, 503);
+    server.thaw();
+    assert_eq!(first.answer().status, 200);
+}

@@ -165,6 +165,7 @@ fn metrics(operator: &Operator<'_>) -> AdminResponse {
     let (valid, invalid) = operator.pipeline.authenticator.cache_sizes();
     operator.metrics.cache_entries(valid, invalid);
     operator.metrics.ready(operator.ready);
+    operator.upstreams.iter().for_each(|upstream| upstream.publish());
     match operator.metrics.render() {
         Ok(body) => {
             AdminResponse { status: 200, content_type: "text/plain; version=0.0.4; charset=utf-8", allow: None, body }

@@ -394,6 +394,13 @@ section! {
         /// A server that comes back gets a tenth of its weight first, and all of it after this time; or "none". It does not
         /// go with balance = "hash".
         slow_start: Option<Duration> = r#""none""#,
+        /// Most requests in flight to one server, to the end of their responses; or "none". Further requests wait in a
+        /// queue.
+        max_requests: Option<u64> = r#""none""#,
+        /// Most requests that wait, in order of arrival, while all servers have `max_requests`. Further ones get 503.
+        queue: u64 = "100",
+        /// The longest time that a request waits. After that the client gets 503.
+        queue_timeout: Duration = r#""5s""#,
         /// How often the names in `servers` are resolved again.
         resolve_interval: Duration = r#""30s""#,
         /// Active checks of every server: "none", "tcp" (a connection) or "http" (GET, without a token). A server that

@@ -388,6 +388,18 @@ impl ClientReader<'_> {
         }
     }
 
+    /// Comes back when the client has gone, before anything of its body is taken. What it sends meanwhile is kept, up to a limit.
+    pub(super) async fn wait_for_end(&mut self, may_half_close: bool) {
+        while self.ahead.len() < MAX_AHEAD_BYTES {
+            match self.fill(READ_BYTES).await {
+                Ok(0) if may_half_close => break,
+                Ok(1..) => {}
+                Ok(0) | Err(_) => return,
+            }
+        }
+        std::future::pending().await
+    }
+
     /// Comes back when the client has gone. What it sends meanwhile is kept for its next request; what is too much for that
     /// is dropped, and `flooded` says so.
     pub(super) async fn watch(&mut self, flooded: &Flag) {

@@ -239,7 +239,7 @@ fn settle<'r>(mut exchange: Exchange, view: &RequestView<'_>, origin: &Origin<'_
             let mut head = Vec::with_capacity(exchange.head.len() + 256);
             let (rules, sink) = (&exchange.snapshot.pipeline.forward, &mut Http1Head(&mut head));
             let dropped = plan.write_head(view, rules, origin, &exchange.request_id, sink);
-            exchange.permitted(&view, dropped);
+            exchange.permitted(view, dropped);
             Judged::Permitted { head, ticket: ticket(exchange, plan, view) }
         }
     }

@@ -5,12 +5,13 @@
 use super::Snapshot;
 use crate::clock::Now;
 use crate::pipeline::Facts;
-use crate::reply::Refusal;
+use crate::reply::{Refusal, UpstreamFault};
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
-use crate::upstream::{FailedTry, HashBy, Pick, Server, Tries};
+use crate::upstream::{FailedTry, HashBy, NoServer, Pick, Server, Tries};
 use bytes::Bytes;
+use std::future::poll_fn;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -146,11 +147,37 @@ impl Exchange {
         }
     }
 
-    /// The server for the next try. `None`: there is none that has not been tried.
-    pub(super) fn pick(&mut self) -> Option<Pick> {
+    /// The server for the next try. With [`NoServer::Busy`] the request can wait for one with [`Self::queued`].
+    pub(super) fn pick(&mut self) -> Result<Pick, NoServer> {
         (self.upstream.status, self.upstream.took) = (None, None);
-        let peers = self.snapshot.upstream(self.facts.route)?;
+        let peers = self.snapshot.upstream(self.facts.route).ok_or(NoServer::Absent)?;
         peers.upstream.pick(&mut self.upstream.tries, Instant::now())
+    }
+
+    /// Waits in the queue of the upstream.
+    pub(super) async fn queued(&mut self) -> Result<Pick, NoServer> {
+        let peers = self.snapshot.upstream(self.facts.route).ok_or(NoServer::Absent)?;
+        let tries = &mut self.upstream.tries;
+        let picked = poll_fn(|cx| peers.upstream.poll_pick(tries, cx.waker(), Instant::now()));
+        let picked = tokio::time::timeout(peers.timeouts.queue, picked).await;
+        self.upstream.tries.leave_queue();
+        picked.unwrap_or(Err(NoServer::QueueTimeout))
+    }
+
+    /// There is no server for the request: what the client is told.
+    pub(super) fn no_server(&mut self, why: NoServer) -> UpstreamFault {
+        let (fault, kind) = match why {
+            NoServer::Absent => (UpstreamFault::Absent, UpstreamError::NoServer),
+            NoServer::Busy | NoServer::QueueFull => (UpstreamFault::QueueFull, UpstreamError::QueueFull),
+            NoServer::QueueTimeout => (UpstreamFault::QueueTimeout, UpstreamError::QueueTimeout),
+        };
+        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+            peers.upstream.error(kind);
+        }
+        if why == NoServer::Absent {
+            self.upstream_failed(kind);
+        }
+        fault
     }
 
     /// A connection to the server is established.
@@ -182,11 +209,9 @@ impl Exchange {
 
     /// The request failed for what a server did, or because there is none.
     pub(super) fn upstream_failed(&mut self, kind: UpstreamError) {
-        let Some(peers) = self.snapshot.upstream(self.facts.route) else { return };
-        if kind == UpstreamError::NoServer {
-            peers.upstream.error(kind);
+        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+            peers.request_failed(kind, &self.request_id);
         }
-        peers.request_failed(kind, &self.request_id);
     }
 
     /// Refused by tollgate, at whatever stage. Whether the client gets to read it is said by [`Self::over`].

@@ -22,7 +22,7 @@ use crate::request::head::HeadFault;
 use crate::request::view::{Framing, Method};
 use crate::telemetry::access_log::By;
 use crate::telemetry::metrics::UpstreamError;
-use crate::upstream::{FailedTry, Pick};
+use crate::upstream::{FailedTry, NoServer, Pick};
 use bytes::{Buf as _, BytesMut};
 use pingora::protocols::http::date::get_cached_date;
 use std::future::poll_fn;
@@ -173,9 +173,22 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
         return refuse(client, ticket, Cause::Bug.into(), 0).await;
     };
     loop {
-        let Some(Pick { server, fresh }) = ticket.exchange.pick() else {
-            ticket.exchange.upstream_failed(UpstreamError::NoServer);
-            return refuse(client, ticket, Cause::Upstream(UpstreamFault::Absent).into(), 0).await;
+        let picked = match ticket.exchange.pick() {
+            Err(NoServer::Busy) => match Box::pin(wait_for_server(client, ticket)).await {
+                Some(picked) => picked,
+                None => {
+                    let nothing = Transfer::begin(Instant::now(), false);
+                    return end_broken(client, ticket, &nothing, Breakage::ClientGone).await;
+                }
+            },
+            picked => picked,
+        };
+        let Pick { server, fresh } = match picked {
+            Ok(pick) => pick,
+            Err(why) => {
+                let fault = ticket.exchange.no_server(why);
+                return refuse(client, ticket, Cause::Upstream(fault).into(), 0).await;
+            }
         };
         let now = Instant::now();
         let kept = if fresh { None } else { BackendConnection::kept(&server, now) };
@@ -236,6 +249,17 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
                 return end_broken(client, ticket, &progress, broken).await;
             }
         }
+    }
+}
+
+/// Waits in the queue of the upstream. `None`: the client has gone meanwhile.
+async fn wait_for_server(client: &mut ClientStream, ticket: &mut Ticket) -> Option<Result<Pick, NoServer>> {
+    let (mut reader, ..) = client.split()?;
+    // Who said that this is its last request may close its side and wait for the answer.
+    let gone = reader.wait_for_end(!ticket.keep_alive);
+    tokio::select! {
+        picked = ticket.exchange.queued() => Some(picked),
+        () = gone => None,
     }
 }
 

@@ -27,6 +27,8 @@ pub(super) struct UpstreamTimeouts {
     pub(super) read: Duration,
     /// How long an unused connection is kept.
     pub(super) idle: Duration,
+    /// How long a request waits for a server with room.
+    pub(super) queue: Duration,
 }
 
 /// Resolves the servers' names. May block for as long as resolving takes.
@@ -59,8 +61,13 @@ impl Peers {
         let running = running.iter().map(|peers| &peers.upstream).find(|known| known.name() == settings.name);
         let names = resolve(settings);
         let (upstream, changes) = Upstream::build(settings, names, running, metrics, Instant::now());
-        let UpstreamSettings { connect_timeout: connect, read_timeout: read, idle_timeout: idle, .. } = *settings;
-        let peers = Self { upstream, timeouts: UpstreamTimeouts { connect, read, idle } };
+        let timeouts = UpstreamTimeouts {
+            connect: settings.connect_timeout,
+            read: settings.read_timeout,
+            idle: settings.idle_timeout,
+            queue: settings.queue_timeout,
+        };
+        let peers = Self { upstream, timeouts };
         changes.iter().for_each(|change| peers.log(change));
         peers
     }

@@ -14,7 +14,7 @@ use crate::request::view::Method;
 use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
 use crate::telemetry::metrics::UpstreamError;
-use crate::upstream::FailedTry;
+use crate::upstream::{FailedTry, NoServer};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::Version;
@@ -102,14 +102,22 @@ impl ProxyHttp for ProxiedLane {
         let ticket = ctx.ticket()?;
         let scanner = ticket.body.clone();
         let exchange = &mut ticket.exchange;
-        let pick = exchange.pick();
+        let pick = match exchange.pick() {
+            Err(NoServer::Busy) => exchange.queued().await,
+            pick => pick,
+        };
         let peers = exchange.snapshot.upstream(exchange.facts.route);
-        let peer = peers.zip(pick).and_then(|(peers, pick)| peers.peer(&pick, ticket.tunnel.is_some()));
+        let peer = pick.and_then(|pick| {
+            peers.and_then(|peers| peers.peer(&pick, ticket.tunnel.is_some())).ok_or(NoServer::Absent)
+        });
         ctx.scanner = scanner;
         ctx.body_bytes = 0;
         match peer {
-            Some(peer) => Ok(Box::new(peer)),
-            None => ctx.break_off(Cause::Upstream(UpstreamFault::Absent)),
+            Ok(peer) => Ok(Box::new(peer)),
+            Err(why) => {
+                let fault = ctx.exchange()?.no_server(why);
+                ctx.break_off(Cause::Upstream(fault))
+            }
         }
     }
 
@@ -257,11 +265,10 @@ impl ProxyHttp for ProxiedLane {
         if let Ok(exchange) = ctx.exchange() {
             exchange.refused(refusal);
         }
-        if let Cause::Upstream(fault) = cause {
-            let kind = if fault == UpstreamFault::Absent { UpstreamError::NoServer } else { kind_of(error) };
-            if let Ok(exchange) = ctx.exchange() {
-                exchange.upstream_failed(kind);
-            }
+        if let Cause::Upstream(UpstreamFault::Broken | UpstreamFault::Malformed | UpstreamFault::TimedOut) = cause
+            && let Ok(exchange) = ctx.exchange()
+        {
+            exchange.upstream_failed(kind_of(error));
         }
         // With a part of the answer out, only a broken connection tells the client that the rest is missing.
         if session.response_written().is_some_and(|answer| !answer.status.is_informational()) {

@@ -38,6 +38,10 @@ pub enum UpstreamFault {
     TimedOut,
     /// None that could be tried.
     Absent,
+    /// All servers are busy, and so many requests are waiting.
+    QueueFull,
+    /// All servers were busy for too long.
+    QueueTimeout,
 }
 
 /// The client's no.
@@ -172,6 +176,8 @@ impl Refusal {
             Cause::Upstream(UpstreamFault::Broken) => (502, "upstream_broken"),
             Cause::Upstream(UpstreamFault::Malformed) => (502, "upstream_malformed"),
             Cause::Upstream(UpstreamFault::Absent) => (503, "upstream_absent"),
+            Cause::Upstream(UpstreamFault::QueueFull) => (503, "upstream_queue_full"),
+            Cause::Upstream(UpstreamFault::QueueTimeout) => (503, "upstream_queue_timeout"),
             Cause::CannotTell(CannotTell::Store) => (503, "store"),
             Cause::CannotTell(CannotTell::Record) => (503, "store_record"),
             Cause::CannotTell(CannotTell::Busy) => (503, "store_busy"),

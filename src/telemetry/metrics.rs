@@ -59,7 +59,8 @@ labels! {
     /// How an exchange with an upstream ended when it did not end well.
     UpstreamError {
         Connect = "connect", ConnectTimeout = "connect_timeout", Timeout = "timeout", Closed = "closed",
-        Malformed = "malformed", NoServer = "no_server", Other = "other",
+        Malformed = "malformed", NoServer = "no_server", QueueFull = "queue_full", QueueTimeout = "queue_timeout",
+        Other = "other",
     }
 }
 
@@ -87,6 +88,7 @@ pub struct Metrics {
     upstream_connects: IntCounterVec,
     upstream_errors: IntCounterVec,
     upstream_retries: IntCounterVec,
+    upstream_waiting: IntGaugeVec,
     servers: Arc<ServerFamilies>,
     /// Access log, process log.
     log_dropped: [IntCounter; 2],
@@ -246,6 +248,11 @@ impl Metrics {
                 "Attempts after the first one.",
                 &["upstream"],
             )?,
+            upstream_waiting: families.gauges(
+                "tollgate_upstream_requests_waiting",
+                "Requests that wait in the queue for a server with room.",
+                &["upstream"],
+            )?,
             log_dropped: ["access", "process"].map(|log| log_dropped.with_label_values(&[log])),
             reloads: families.counters(
                 "tollgate_config_reloads_total",
@@ -355,6 +362,7 @@ impl Metrics {
                 .map(|e| self.upstream_errors.with_label_values(&[name, e.as_str()]))
                 .collect(),
             retries: self.upstream_retries.with_label_values(&[name]),
+            waiting: self.upstream_waiting.with_label_values(&[name]),
         }
     }
 
@@ -393,6 +401,7 @@ pub struct UpstreamMetrics {
     connects: [IntCounter; 2],
     errors: Vec<IntCounter>,
     retries: IntCounter,
+    waiting: IntGauge,
 }
 
 impl UpstreamMetrics {
@@ -408,6 +417,10 @@ impl UpstreamMetrics {
         if let Some(counter) = self.errors.get(error as usize) {
             counter.inc();
         }
+    }
+
+    pub fn waiting(&self, requests: usize) {
+        self.waiting.set(i64::try_from(requests).unwrap_or(i64::MAX));
     }
 
     pub fn retried(&self) {

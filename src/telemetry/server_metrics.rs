@@ -11,6 +11,7 @@ use std::sync::Arc;
 pub(super) struct ServerFamilies {
     up: IntGaugeVec,
     outages: IntCounterVec,
+    in_flight: IntGaugeVec,
     /// Users of each upstream and server: the pool that a reload replaces ends after its successor began.
     users: Mutex<HashMap<[String; 2], usize>>,
 }
@@ -28,6 +29,11 @@ impl ServerFamilies {
                 "Times that the server was found to be down.",
                 &["upstream", "server"],
             )?,
+            in_flight: families.gauges(
+                "tollgate_upstream_server_requests_in_flight",
+                "Requests with the server, to the end of their responses.",
+                &["upstream", "server"],
+            )?,
             users: Mutex::default(),
         })
     }
@@ -38,6 +44,7 @@ impl ServerFamilies {
         let series = ServerMetrics {
             up: self.up.with_label_values(&labels),
             outages: self.outages.with_label_values(&labels),
+            in_flight: self.in_flight.with_label_values(&labels),
             labels,
             families: Arc::clone(self),
         };
@@ -51,6 +58,7 @@ pub struct ServerMetrics {
     labels: [String; 2],
     up: IntGauge,
     outages: IntCounter,
+    in_flight: IntGauge,
     families: Arc<ServerFamilies>,
 }
 
@@ -58,6 +66,10 @@ impl ServerMetrics {
     pub fn went_down(&self) {
         self.up.set(0);
         self.outages.inc();
+    }
+
+    pub fn in_flight(&self, requests: u32) {
+        self.in_flight.set(requests.into());
     }
 
     pub fn came_back(&self) {
@@ -77,6 +89,7 @@ impl Drop for ServerMetrics {
         // One that was never there cannot be removed, which is no error.
         let _ = self.families.up.remove_label_values(&self.labels);
         let _ = self.families.outages.remove_label_values(&self.labels);
+        let _ = self.families.in_flight.remove_label_values(&self.labels);
     }
 }
 

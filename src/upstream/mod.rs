@@ -6,6 +6,7 @@
 //! whether to pick again. What is done in the background is said by [`Upstream::looks`] and [`Upstream::names`].
 
 mod check;
+mod queue;
 mod ring;
 mod roster;
 mod server;
@@ -22,12 +23,14 @@ use crate::telemetry::metrics::{Metrics, UpstreamError, UpstreamMetrics};
 use crate::telemetry::outage::{Outage, Recovery};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
+use queue::Queue;
 use ring::{KeyHash, Ring};
 use roster::{Roster, RosterRules};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// One `[[upstream]]`.
@@ -40,6 +43,11 @@ pub struct UpstreamSettings {
     pub balance: Balance,
     /// How long a server that comes back gets less than its weight.
     pub slow_start: Option<Duration>,
+    /// Most requests in flight to one server.
+    pub max_requests: Option<u32>,
+    /// Most requests that wait for a server with room, and for how long.
+    pub queue: usize,
+    pub queue_timeout: Duration,
     /// How often names are resolved again.
     pub resolve_interval: Duration,
     pub check: Option<CheckSettings>,
@@ -86,7 +94,11 @@ impl UpstreamSettings {
                 problems.push(Problem::error("slow_start", what, "use \"none\"").with("balance"));
             }
         }
+        let most = self.max_requests.and_then(|most| Problem::out_of_range("max_requests", most.into(), 1..=1_000_000));
+        problems.extend(most);
+        problems.extend(Problem::out_of_range("queue", self.queue as u64, 0..=100_000));
         let least = Duration::from_millis(1);
+        problems.extend(Problem::too_short("queue_timeout", self.queue_timeout, least));
         problems.extend(Problem::too_short("connect_timeout", self.connect_timeout, least));
         problems.extend(Problem::too_short("read_timeout", self.read_timeout, least));
         problems.extend(Problem::too_short("resolve_interval", self.resolve_interval, Duration::from_secs(1)));
@@ -110,8 +122,8 @@ impl UpstreamSettings {
 
     /// Whether one pool can serve by both: they differ in nothing but times, which belong to a connection.
     fn same_pool(&self, other: &Self) -> bool {
-        let Self { connect_timeout, read_timeout, idle_timeout, .. } = *self;
-        *self == Self { connect_timeout, read_timeout, idle_timeout, ..other.clone() }
+        let Self { connect_timeout, read_timeout, idle_timeout, queue_timeout, .. } = *self;
+        *self == Self { connect_timeout, read_timeout, idle_timeout, queue_timeout, ..other.clone() }
     }
 }
 
@@ -182,6 +194,19 @@ pub struct Pick {
     pub fresh: bool,
 }
 
+/// Why there is no server for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoServer {
+    /// None that it has not tried.
+    Absent,
+    /// Each that it could go to has as many requests as it may have.
+    Busy,
+    /// The same, and so many are waiting.
+    QueueFull,
+    /// It has waited for too long.
+    QueueTimeout,
+}
+
 /// What is to be done about a failed try.
 #[derive(Debug, PartialEq, Eq)]
 pub struct AfterFailure {
@@ -195,6 +220,7 @@ pub struct AfterFailure {
 pub struct Upstream {
     settings: UpstreamSettings,
     hash: KeyHash,
+    queue: Arc<Queue>,
     roster: ArcSwap<Roster>,
     turn: AtomicUsize,
     answers: AtomicU64,
@@ -227,6 +253,7 @@ impl Upstream {
             _ => Arc::new(Self {
                 settings: settings.clone(),
                 hash: KeyHash::of_pool(&settings.name),
+                queue: running.map_or_else(Arc::default, |running| Arc::clone(&running.queue)),
                 // Its servers are found by `resolved`, which takes over those that it knows.
                 roster: ArcSwap::from_pointee(Roster::of(
                     running.map_or_else(Vec::new, |running| running.members()),
@@ -274,27 +301,56 @@ impl Upstream {
 
     /// The server for the next try of a request. A request tries no server twice, but for a kept connection that was dead.
     /// Servers that are down come last: a pool is never given up while one of its servers has not been tried.
-    pub fn pick(&self, tries: &mut Tries, now: Instant) -> Option<Pick> {
+    pub fn pick(&self, tries: &mut Tries, now: Instant) -> Result<Pick, NoServer> {
         if let Some(server) = tries.once_more() {
             tries.begin(Arc::clone(&server), now);
             self.series.retried();
-            return Some(Pick { server, fresh: true });
+            return Ok(Pick { server, fresh: true });
+        }
+        // Nobody overtakes those that wait.
+        if self.settings.max_requests.is_some() && !tries.is_queued() && self.queue.waiting() > 0 {
+            return Err(NoServer::Busy);
         }
         let roster = self.roster.load();
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let server = Arc::clone(&self.choose(&roster, tries, turn)?.server);
+        let server = loop {
+            let server = &self.choose(&roster, tries, turn)?.server;
+            // Another request may have been quicker.
+            if server.takes(self.settings.max_requests) {
+                break Arc::clone(server);
+            }
+        };
         if tries.count() > 0 {
             self.series.retried();
         }
         tries.begin(Arc::clone(&server), now);
-        Some(Pick { server, fresh: false })
+        Ok(Pick { server, fresh: false })
     }
 
-    fn choose<'r>(&self, roster: &'r Roster, tries: &Tries, turn: usize) -> Option<&'r Member> {
+    /// The same for a request that found all servers busy: it waits in the queue, and `waker` is called when it is its turn. If it
+    /// gives up, [`Tries::leave_queue`] says so.
+    pub fn poll_pick(&self, tries: &mut Tries, waker: &Waker, now: Instant) -> Poll<Result<Pick, NoServer>> {
+        match tries.queue(&self.queue, self.settings.queue, waker) {
+            None => return Poll::Ready(Err(NoServer::QueueFull)),
+            Some(false) => return Poll::Pending,
+            Some(true) => {}
+        }
+        let picked = self.pick(tries, now);
+        if let Err(NoServer::Busy) = picked {
+            return Poll::Pending;
+        }
+        tries.leave_queue();
+        Poll::Ready(picked)
+    }
+
+    fn choose<'r>(&self, roster: &'r Roster, tries: &Tries, turn: usize) -> Result<&'r Member, NoServer> {
         let (answers, many) = (self.answers.load(Ordering::Relaxed), MANY_ANSWERS * roster.members.len() as u64);
         let untried = |member: &Member| !tries.has(&member.server);
         let all = roster.panics || !roster.in_turn(turn).any(|member| untried(member) && member.server.is_up());
-        let fits = |member: &Member| untried(member) && (member.server.is_up() || all);
+        let is_busy =
+            |member: &Member| self.settings.max_requests.is_some_and(|most| member.server.in_flight() >= most);
+        let serves_this = |member: &Member| untried(member) && (member.server.is_up() || all);
+        let fits = |member: &Member| serves_this(member) && !is_busy(member);
         let from = |turn: usize| roster.in_turn(turn).filter(|member| fits(member));
         let has_room = |member: &&Member| member.has_room(answers, many);
         // A server that is merely busy keeps its keys, and is known to be by its requests in flight.
@@ -318,23 +374,34 @@ impl Upstream {
             Balance::LeastRequests => less_loaded_of_two(),
             Balance::Hash(_) => by_key().or_else(|| from(turn).find(has_room)),
         };
-        chosen
-            .or_else(|| {
-                // None has room: all are busy, or silent.
-                from(turn).reduce(|best, member| {
-                    let suspect = |member: &Member| member.server.is_suspect(answers, many);
-                    let better = match (suspect(member), suspect(best)) {
-                        (false, true) => true,
-                        (true, false) => false,
-                        _ => member.is_less_loaded(member.server.unanswered(), best, best.server.unanswered()),
-                    };
-                    if better { member } else { best }
-                })
+        let least_waited_for = || {
+            from(turn).reduce(|best, member| {
+                let suspect = |member: &Member| member.server.is_suspect(answers, many);
+                let better = match (suspect(member), suspect(best)) {
+                    (false, true) => true,
+                    (true, false) => false,
+                    _ => member.is_less_loaded(member.server.unanswered(), best, best.server.unanswered()),
+                };
+                if better { member } else { best }
             })
-            .or_else(|| {
-                let left = roster.members.iter().filter(|member| untried(member) && member.server.has_address());
-                left.min_by_key(|member| (!member.server.is_up(), member.backup))
-            })
+        };
+        if let Some(member) = chosen.or_else(least_waited_for) {
+            return Ok(member);
+        }
+        // Backups and servers that are down do not get what is too much for the others.
+        if roster.in_turn(turn).any(serves_this) {
+            return Err(NoServer::Busy);
+        }
+        let left = || roster.members.iter().filter(|member| untried(member) && member.server.has_address());
+        let best =
+            left().filter(|member| !is_busy(member)).min_by_key(|member| (!member.server.is_up(), member.backup));
+        best.ok_or_else(|| if left().next().is_some() { NoServer::Busy } else { NoServer::Absent })
+    }
+
+    /// Brings those metrics up to date that are read from the state of servers.
+    pub fn publish(&self) {
+        self.series.waiting(self.queue.waiting());
+        self.roster.load().members.iter().for_each(|member| member.server.publish());
     }
 
     /// A connection to a server is established.
@@ -448,7 +515,7 @@ impl Upstream {
                     roster.members.iter().map(|member| &member.server).find(|known| *known.address() == address);
                 let server = known.cloned().unwrap_or_else(|| {
                     let metrics = self.metrics.server(&self.settings.name, &address.to_string());
-                    Arc::new(Server::new(address, Vec::new(), metrics, now))
+                    Arc::new(Server::new(address, Vec::new(), metrics, Arc::clone(&self.queue), now))
                 });
                 if let ServerAddress::Tcp(_) = server.address() {
                     changes.extend(server.resolved(addresses, now));
@@ -458,6 +525,7 @@ impl Upstream {
         }
         let ring = self.hash_by().map(|_| Arc::new(Ring::of(&members, self.hash)));
         self.roster.store(Arc::new(Roster::of(members, ring, self.settings.roster_rules(), now)));
+        self.queue.wake();
         changes
     }
 
@@ -484,6 +552,7 @@ impl Upstream {
                 None => Arc::clone(roster),
             };
             self.roster.rcu(renewed);
+            self.queue.wake();
         }
     }
 }
@@ -503,6 +572,9 @@ const UNRESOLVED_AGAIN: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
 mod pool_tests;
+
+#[cfg(test)]
+mod queue_tests;
 
 #[cfg(test)]
 mod tests {
@@ -525,6 +597,9 @@ mod tests {
             expand: false,
             balance: Balance::RoundRobin,
             slow_start: None,
+            max_requests: None,
+            queue: 0,
+            queue_timeout: Duration::from_secs(1),
             resolve_interval: Duration::from_secs(30),
             check: None,
             failure_statuses: Vec::new(),
@@ -555,7 +630,7 @@ mod tests {
     /// The servers that a request is tried on while each try fails.
     fn tried(pool: &Upstream, failure: FailedTry, repeatable: bool, now: Instant) -> Vec<String> {
         let (mut tries, mut labels) = (Tries::default(), Vec::new());
-        while let Some(pick) = pool.pick(&mut tries, now) {
+        while let Ok(pick) = pool.pick(&mut tries, now) {
             labels.push(pick.server.label().to_owned());
             if !pool.failed(&mut tries, failure, repeatable, now).again {
                 break;
@@ -570,7 +645,7 @@ mod tests {
         let two = upstream(&["127.0.0.1:1", "unix:/run/app.sock"], now);
         let turns: Vec<_> = (0..4).map(|_| served_by(&two, now)).collect();
         assert_eq!(turns, ["127.0.0.1:1", "unix:/run/app.sock", "127.0.0.1:1", "unix:/run/app.sock"]);
-        assert!(upstream(&[], now).pick(&mut Tries::default(), now).is_none());
+        assert!(upstream(&[], now).pick(&mut Tries::default(), now).is_err());
     }
 
     #[test]
@@ -625,7 +700,7 @@ mod tests {
         let other = pool.pick(&mut tries, now).unwrap();
         assert!(!Arc::ptr_eq(&first.server, &other.server) && !other.fresh);
         let mut post = Tries::default();
-        pool.pick(&mut post, now);
+        pool.pick(&mut post, now).unwrap();
         assert!(!pool.failed(&mut post, dead, false, now).again);
     }
 
@@ -634,10 +709,10 @@ mod tests {
         let now = Instant::now();
         let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"], now);
         let mut tries = Tries::default();
-        pool.pick(&mut tries, now);
+        pool.pick(&mut tries, now).unwrap();
         let after = pool.failed(&mut tries, REFUSED, false, now);
         assert!(after.again && after.change.is_some_and(|change| change.server == "127.0.0.1:1"));
-        pool.pick(&mut tries, now);
+        pool.pick(&mut tries, now).unwrap();
         pool.answered(&mut tries, 200, now);
         let mut served: Vec<_> = (0..10).map(|_| served_by(&pool, now)).collect();
         served.sort_unstable();
@@ -694,7 +769,7 @@ mod tests {
             |servers: &[&str], running| Upstream::build(&settings(servers), Vec::new(), running, &metrics, now).0;
         let pool = build(&["127.0.0.1:1", "127.0.0.1:2"], None);
         let mut tries = Tries::default();
-        pool.pick(&mut tries, now);
+        pool.pick(&mut tries, now).unwrap();
         pool.failed(&mut tries, REFUSED, false, now);
         let times = UpstreamSettings { idle_timeout: Duration::ZERO, ..settings(&["127.0.0.1:1", "127.0.0.1:2"]) };
         assert!(Arc::ptr_eq(&pool, &Upstream::build(&times, Vec::new(), Some(&pool), &metrics, now).0));
@@ -716,7 +791,7 @@ mod tests {
             |servers: &[&str], running| Upstream::build(&settings(servers), Vec::new(), running, &metrics, now).0;
         let before = build(&["127.0.0.1:1"], None);
         let mut tries = Tries::default();
-        before.pick(&mut tries, now);
+        before.pick(&mut tries, now).unwrap();
         let after = build(&["127.0.0.1:1", "127.0.0.1:2"], Some(&before));
         before.failed(&mut tries, REFUSED, false, now);
         assert!((0..4).all(|_| served_by(&after, now) == "127.0.0.1:2"));
@@ -760,7 +835,7 @@ mod tests {
         let found = vec![ResolvedName { name: "a.invalid:1".into(), addresses: vec!["127.0.0.1:2".parse().unwrap()] }];
         assert!(pool.resolved(found, now)[0].back_after.is_some());
         let (only, _) = Upstream::build(&settings(&["a.invalid:1"]), unresolved, None, &metrics(), now);
-        assert!(only.pick(&mut Tries::default(), now).is_none());
+        assert!(only.pick(&mut Tries::default(), now).is_err());
     }
 
     #[test]
@@ -770,7 +845,7 @@ mod tests {
             let (pool, _) = Upstream::build(settings, Vec::new(), None, &metrics(), now);
             let answer = |_: &usize| {
                 let mut tries = Tries::default();
-                pool.pick(&mut tries, now);
+                pool.pick(&mut tries, now).unwrap();
                 pool.answered(&mut tries, status, now + took).2.is_some()
             };
             (1..10).find(answer)
@@ -792,7 +867,7 @@ mod tests {
             let (pool, _) = Upstream::build(&settings, Vec::new(), None, &metrics(), now);
             let mut tries = Tries::default();
             for _ in 0..3 {
-                pool.pick(&mut tries, now);
+                pool.pick(&mut tries, now).unwrap();
                 pool.failed(&mut tries, REFUSED, false, now);
             }
             assert_eq!(pool.members().iter().filter(|member| member.server.is_up()).count(), 1);

@@ -4,16 +4,16 @@ use super::tests::{REFUSED, metrics, settings};
 use super::*;
 use std::collections::{BTreeMap, BTreeSet};
 
-type Random = fastrand::Rng;
+pub(super) type Random = fastrand::Rng;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-fn build(settings: &UpstreamSettings, now: Instant) -> Arc<Upstream> {
+pub(super) fn build(settings: &UpstreamSettings, now: Instant) -> Arc<Upstream> {
     Upstream::build(settings, Vec::new(), None, &metrics(), now).0
 }
 
 /// Servers with these weights; 0 stands for a backup.
-fn weighted(weights: &[u32], balance: Balance) -> UpstreamSettings {
+pub(super) fn weighted(weights: &[u32], balance: Balance) -> UpstreamSettings {
     let mut settings = UpstreamSettings { balance, ..settings(&[]) };
     let listed = |(index, weight): (usize, &u32)| ListedServer {
         address: ServerAddress::Tcp(format!("127.0.0.1:{}", index + 1)),
@@ -28,11 +28,11 @@ fn by_user() -> Balance {
     Balance::Hash(HashBy::User)
 }
 
-fn balances() -> [Balance; 3] {
+pub(super) fn balances() -> [Balance; 3] {
     [Balance::RoundRobin, Balance::LeastRequests, by_user()]
 }
 
-fn keyed(pool: &Upstream, key: Option<u64>) -> Tries {
+pub(super) fn keyed(pool: &Upstream, key: Option<u64>) -> Tries {
     let mut tries = Tries::default();
     if let Some(key) = key {
         tries.keyed(pool.key_of(&key.to_le_bytes()));
@@ -41,12 +41,12 @@ fn keyed(pool: &Upstream, key: Option<u64>) -> Tries {
 }
 
 /// Its place in the configuration.
-fn place(server: &Server) -> usize {
+pub(super) fn place(server: &Server) -> usize {
     server.label().rsplit(':').next().unwrap().parse::<usize>().unwrap() - 1
 }
 
 /// A request that is with its server.
-fn begun(pool: &Upstream, key: Option<u64>, now: Instant) -> (usize, Tries) {
+pub(super) fn begun(pool: &Upstream, key: Option<u64>, now: Instant) -> (usize, Tries) {
     let mut tries = keyed(pool, key);
     let pick = pool.pick(&mut tries, now).unwrap();
     (place(&pick.server), tries)
@@ -65,7 +65,7 @@ fn counts(pool: &Upstream, servers: usize, requests: u64, now: Instant) -> Vec<u
     counts
 }
 
-fn go_down(pool: &Upstream, place: usize, now: Instant) {
+pub(super) fn go_down(pool: &Upstream, place: usize, now: Instant) {
     pool.members()[place].server.asks();
     assert!(pool.members()[place].server.failed(REFUSED, now, now).is_some());
     pool.noted(true, now);
@@ -165,7 +165,7 @@ fn no_server_is_tried_twice_and_none_is_passed_over_for_ever() {
         for _ in 0..4 {
             let mut tries = keyed(&pool, random.bool().then(|| random.u64(..)));
             let mut tried = Vec::new();
-            while let Some(pick) = pool.pick(&mut tries, now) {
+            while let Ok(pick) = pool.pick(&mut tries, now) {
                 tried.push(place(&pick.server));
                 if !pool.failed(&mut tries, REFUSED, false, now).again {
                     break;
@@ -193,7 +193,7 @@ fn backups_serve_only_while_no_other_server_is_up() {
         go_down(&pool, 1, now);
         go_down(&pool, 3, now);
         let (mut tries, mut tried) = (Tries::default(), BTreeSet::new());
-        while let Some(pick) = pool.pick(&mut tries, now) {
+        while let Ok(pick) = pool.pick(&mut tries, now) {
             tried.insert(place(&pick.server));
             pool.failed(&mut tries, REFUSED, false, now);
         }

@@ -7,13 +7,17 @@
 //! If that lasts, a look in the background tells a server that is only slow from one that is down. No request is spent on it.
 
 use super::check::{CheckFault, CheckSettings};
+use super::queue::Queue;
 use super::{FailedTry, ServerAddress};
 use crate::telemetry::metrics::{ServerMetrics, UpstreamError};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU32, AtomicU64, AtomicUsize,
+    Ordering::{Relaxed, SeqCst},
+};
 use std::time::{Duration, Instant};
 
 /// Requests without an answer after which a server is passed over, and failed ones in a row after which it is down.
@@ -99,6 +103,8 @@ pub struct Server {
     failed: AtomicBool,
     /// Requests that are with it, to the end of their responses.
     in_flight: AtomicU32,
+    /// Those that wait for one of them to end.
+    queue: Arc<Queue>,
     /// How many answers its pool had given when it gave its last one.
     last_answer: AtomicU64,
     health: Mutex<Health>,
@@ -130,6 +136,7 @@ impl Server {
         address: ServerAddress,
         addresses: Vec<SocketAddr>,
         metrics: ServerMetrics,
+        queue: Arc<Queue>,
         now: Instant,
     ) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
@@ -144,6 +151,7 @@ impl Server {
             unanswered: AtomicU32::new(0),
             failed: AtomicBool::new(false),
             in_flight: AtomicU32::new(0),
+            queue,
             last_answer: AtomicU64::new(0),
             health: Mutex::new(Health {
                 since: now,
@@ -212,15 +220,26 @@ impl Server {
 
     /// Requests that are with it.
     pub fn in_flight(&self) -> u32 {
-        self.in_flight.load(Relaxed)
+        self.in_flight.load(SeqCst)
     }
 
-    pub(super) fn takes(&self) {
-        self.in_flight.fetch_add(1, Relaxed);
+    /// It gets one more request, if it has fewer than so many.
+    pub(super) fn takes(&self, at_most: Option<u32>) -> bool {
+        let Some(at_most) = at_most else {
+            self.in_flight.fetch_add(1, SeqCst);
+            return true;
+        };
+        self.in_flight.fetch_update(SeqCst, SeqCst, |count| (count < at_most).then_some(count + 1)).is_ok()
     }
 
     pub(super) fn is_done(&self) {
-        self.in_flight.fetch_sub(1, Relaxed);
+        self.in_flight.fetch_sub(1, SeqCst);
+        self.queue.wake();
+    }
+
+    /// The metrics that are read from it say what is so now.
+    pub(super) fn publish(&self) {
+        self.metrics.in_flight(self.in_flight());
     }
 
     pub(super) fn unanswered(&self) -> u32 {
@@ -445,7 +464,7 @@ mod tests {
     fn server(now: Instant) -> Server {
         let address = ServerAddress::Tcp("127.0.0.1:1".into());
         let metrics = Metrics::new("test").unwrap().server("api", "127.0.0.1:1");
-        Server::new(address, vec!["127.0.0.1:1".parse().unwrap()], metrics, now)
+        Server::new(address, vec!["127.0.0.1:1".parse().unwrap()], metrics, Arc::default(), now)
     }
 
     #[test]

@@ -2,9 +2,11 @@
 //! know how a request is sent.
 
 use super::Server;
+use super::queue::{Queue, QueuePlace};
 use crate::telemetry::metrics::UpstreamError;
 use smallvec::SmallVec;
 use std::sync::Arc;
+use std::task::Waker;
 use std::time::Instant;
 
 /// How often a request is repeated after tries that took their time or reached a server. Connections that were refused at
@@ -40,6 +42,7 @@ pub struct Tries {
     key: Option<u64>,
     /// The server of the last try counts this request as one in flight.
     counted: bool,
+    queued: Option<QueuePlace>,
 }
 
 struct CurrentTry {
@@ -71,14 +74,29 @@ impl Tries {
         self.tried.iter().any(|tried| Arc::ptr_eq(tried, server))
     }
 
+    /// The server counts it already as one in flight.
     pub(super) fn begin(&mut self, server: Arc<Server>, now: Instant) {
         server.asks();
-        if !self.counted {
-            server.takes();
-            self.counted = true;
-        }
+        self.counted = true;
         self.count += 1;
         self.current = Some(CurrentTry { server, asked: now });
+    }
+
+    pub(super) fn is_queued(&self) -> bool {
+        self.queued.is_some()
+    }
+
+    /// Waits in the queue, and says whether it is its turn. `None`: there is no room in the queue.
+    pub(super) fn queue(&mut self, queue: &Arc<Queue>, most: usize, waker: &Waker) -> Option<bool> {
+        if self.queued.is_none() {
+            self.queued = Some(queue.enter(most, self.count > 0, waker)?);
+        }
+        self.queued.as_ref().map(|place| place.is_its_turn(waker))
+    }
+
+    /// It waits no longer.
+    pub fn leave_queue(&mut self) {
+        self.queued = None;
     }
 
     pub(super) fn will_ask_once_more(&self) -> bool {

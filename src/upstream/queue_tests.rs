@@ -1,0 +1,210 @@
+//! Properties of the bounds and of the queue, over generated pools: seeded, so that a failure can be repeated.
+
+use super::pool_tests::{Random, balances, begun, build, go_down, keyed, place, weighted};
+use super::tests::REFUSED;
+use super::*;
+use std::sync::atomic::AtomicBool;
+use std::task::Wake;
+use std::thread::Thread;
+
+/// Whether a request was woken. A new one has to look once.
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+struct Waiter {
+    number: u32,
+    tries: Tries,
+    woken: Arc<Woken>,
+}
+
+fn bounded(weights: &[u32], balance: Balance, most: u32, queue: usize) -> UpstreamSettings {
+    UpstreamSettings { max_requests: Some(most), queue, ..weighted(weights, balance) }
+}
+
+/// Polls those that were woken, until none is. Gives those that have a server now.
+fn settle(pool: &Upstream, waiting: &mut Vec<Waiter>, now: Instant) -> Vec<(u32, Tries)> {
+    let mut served = Vec::new();
+    while let Some(index) = waiting.iter().position(|waiter| waiter.woken.0.swap(false, Ordering::SeqCst)) {
+        let waker = Waker::from(Arc::clone(&waiting[index].woken));
+        match pool.poll_pick(&mut waiting[index].tries, &waker, now) {
+            Poll::Pending => {}
+            Poll::Ready(picked) => {
+                picked.unwrap();
+                let waiter = waiting.remove(index);
+                served.push((waiter.number, waiter.tries));
+            }
+        }
+    }
+    served
+}
+
+/// Requests come, end, fail and give up, servers go down and come back: nobody waits while a server has room for it, who came
+/// first is served first, and no server has more than it may.
+#[test]
+fn nobody_waits_for_nothing_and_nobody_overtakes() {
+    let (mut now, mut random) = (Instant::now(), Random::with_seed(11));
+    for case in 0..150 {
+        let weights: Vec<u32> = (0..random.usize(1..5)).map(|_| random.u32(1..3)).collect();
+        let most = random.u32(1..4);
+        let balance = balances()[random.usize(0..3)].clone();
+        let pool = build(&bounded(&weights, balance, most, 20), now);
+        let (mut running, mut waiting): (Vec<(u32, Tries)>, Vec<Waiter>) = Default::default();
+        let mut last_served = 0;
+        for number in 1..400 {
+            now += Duration::from_millis(10);
+            match random.u8(0..20) {
+                0..8 => {
+                    let mut tries = keyed(&pool, random.bool().then(|| random.u64(0..3)));
+                    match pool.pick(&mut tries, now) {
+                        Ok(_) => running.push((number, tries)),
+                        Err(NoServer::Busy) => {
+                            let woken = Arc::new(Woken(true.into()));
+                            waiting.push(Waiter { number, tries, woken });
+                        }
+                        Err(why) => panic!("{why:?}"),
+                    }
+                    if waiting.len() > 20 {
+                        let mut waiter = waiting.pop().unwrap();
+                        let polled = pool.poll_pick(&mut waiter.tries, Waker::noop(), now);
+                        assert!(matches!(polled, Poll::Ready(Err(NoServer::QueueFull))));
+                    }
+                }
+                8..14 if !running.is_empty() => {
+                    let (_, mut tries) = running.swap_remove(random.usize(0..running.len()));
+                    pool.answered(&mut tries, 200, now);
+                }
+                14..17 if !waiting.is_empty() => drop(waiting.remove(random.usize(0..waiting.len()))),
+                17 => {
+                    let place = random.usize(0..weights.len());
+                    if pool.members()[place].server.is_up() {
+                        go_down(&pool, place, now);
+                    }
+                }
+                18 => {
+                    for member in pool.members() {
+                        pool.seen(&member.server, Ok(()), now);
+                    }
+                }
+                _ => {}
+            }
+            for (served, tries) in settle(&pool, &mut waiting, now) {
+                assert!(served > last_served, "case {case}: {served} after {last_served}");
+                last_served = served;
+                running.push((served, tries));
+            }
+            let members = pool.members();
+            assert!(members.iter().all(|member| member.server.in_flight() <= most), "case {case}");
+            let in_flight: u32 = members.iter().map(|member| member.server.in_flight()).sum();
+            assert_eq!((in_flight as usize, pool.queue.waiting()), (running.len(), waiting.len()), "case {case}");
+            let up = members.iter().any(|member| member.server.is_up());
+            let has_room = |member: &Member| member.server.in_flight() < most && (member.server.is_up() || !up);
+            assert!(waiting.is_empty() || !members.iter().any(has_room), "case {case}: {} wait", waiting.len());
+        }
+    }
+}
+
+/// A request that was failed by the one server with room does not keep it from those behind.
+#[test]
+fn what_the_first_one_cannot_use_is_for_the_next() {
+    let now = Instant::now();
+    let pool = build(&bounded(&[1, 1], Balance::RoundRobin, 1, 10), now);
+    let (_, mut first) = begun(&pool, None, now);
+    let (_, second) = begun(&pool, None, now);
+    let closed = FailedTry::Exchange { kept: false, error: UpstreamError::Closed };
+    let mut waiting = Vec::new();
+    let mut join = |tries| waiting.push(Waiter { number: 0, tries, woken: Arc::new(Woken(true.into())) });
+    let mut behind = Tries::default();
+    assert!(matches!(pool.pick(&mut behind, now), Err(NoServer::Busy)));
+    assert!(pool.failed(&mut first, closed, true, now).again);
+    // The first server has room now, and this request must not go there again.
+    assert!(matches!(pool.pick(&mut first, now), Err(NoServer::Busy)));
+    join(first);
+    join(behind);
+    assert_eq!(settle(&pool, &mut waiting, now).len(), 1);
+    drop(second);
+    let (_, tries) = settle(&pool, &mut waiting, now).pop().unwrap();
+    assert_eq!((tries.count(), tries.last().map(place)), (2, Some(1)));
+}
+
+/// Backups are for servers that are down, not for those that are busy.
+#[test]
+fn what_is_too_much_does_not_go_to_backups_or_servers_that_are_down() {
+    let now = Instant::now();
+    let pool = build(&bounded(&[1, 1, 0], Balance::RoundRobin, 1, 10), now);
+    go_down(&pool, 0, now);
+    let (_, held) = begun(&pool, None, now);
+    assert!(matches!(pool.pick(&mut Tries::default(), now), Err(NoServer::Busy)));
+    drop(held);
+    go_down(&pool, 1, now);
+    let (spare, _held) = begun(&pool, None, now);
+    assert_eq!(spare, 2);
+    assert!(matches!(pool.pick(&mut Tries::default(), now), Err(NoServer::Busy)));
+    // Refused by all: there is nothing to wait for.
+    let (mut tries, pool) = (Tries::default(), build(&bounded(&[1, 1], Balance::RoundRobin, 1, 10), now));
+    for _ in 0..2 {
+        pool.pick(&mut tries, now).unwrap();
+        pool.failed(&mut tries, REFUSED, false, now);
+    }
+    assert!(matches!(pool.pick(&mut tries, now), Err(NoServer::Absent)));
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// The same between threads: a waiter that is lost would make this end by its deadline.
+#[test]
+fn no_waiter_is_lost_between_threads() {
+    const THREADS: usize = 8;
+    const EACH: usize = 3_000;
+    let start = Instant::now();
+    let deadline = start + Duration::from_secs(30);
+    let pool = build(&bounded(&[1, 2], Balance::RoundRobin, 1, THREADS), start);
+    let served: usize = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS as u64)
+            .map(|seed| {
+                let pool = &pool;
+                scope.spawn(move || {
+                    let mut random = Random::with_seed(seed);
+                    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+                    let mut served = 0;
+                    for _ in 0..EACH {
+                        let mut tries = Tries::default();
+                        let mut picked = pool.pick(&mut tries, start);
+                        while let Err(NoServer::Busy) = picked {
+                            match pool.poll_pick(&mut tries, &waker, start) {
+                                Poll::Ready(ready) => picked = ready,
+                                Poll::Pending if random.u8(..) < 20 => break,
+                                Poll::Pending => {
+                                    let left = deadline.saturating_duration_since(Instant::now());
+                                    assert!(!left.is_zero(), "a request waits for ever");
+                                    std::thread::park_timeout(left);
+                                }
+                            }
+                        }
+                        assert!(pool.members().iter().all(|member| member.server.in_flight() <= 1));
+                        served += usize::from(picked.is_ok());
+                        if picked.is_ok() && random.bool() {
+                            std::thread::yield_now();
+                        }
+                    }
+                    served
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    assert!(served > THREADS * EACH / 2, "{served} were served");
+    assert_eq!(pool.queue.waiting(), 0);
+    assert!(pool.members().iter().all(|member| member.server.in_flight() == 0));
+}
