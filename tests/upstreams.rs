@@ -695,7 +695,7 @@ fn who_waits_for_too_long_is_refused() {
     server.freeze();
     let mut first = gateway.client();
     first.send_head(&get("first"));
-    eventually("the server has it", || gateway.metric(&in_flight(&server)) == 1.0);
+    eventually("the server has it", || page(&gateway)[0]["servers"][0]["in_flight"] == 1);
     let begun = Instant::now();
     let answer = gateway.ask(&get("late"));
     assert_eq!((answer.status, answer.header("Retry-After")), (503, Some("1")));
@@ -712,8 +712,96 @@ fn who_waits_for_too_long_is_refused() {
     assert_eq!(gateway.admin_post("/reload").status, 200);
     server.freeze();
     first.send_head(&get("again"));
-    eventually("the server has it", || gateway.metric(&in_flight(&server)) == 1.0);
+    eventually("the server has it", || page(&gateway)[0]["servers"][0]["in_flight"] == 1);
     assert_eq!(gateway.ask(&get("at-once")).status, 503);
     server.thaw();
     assert_eq!(first.answer().status, 200);
+}
+
+#[test]
+fn a_try_that_takes_too_long_to_begin_goes_to_another_server_where_that_is_safe() {
+    let [slow, quick] = servers();
+    slow.script(|asked| match asked.target.contains("slow") {
+        true => Reply::ok("late").after(Duration::from_millis(600)),
+        false => Reply::ok("ok"),
+    });
+    let more = "per_try_timeout = \"150ms\"\n";
+    let gateway = Gateway::start(slow.address(), &listed(&[plain(&slow), plain(&quick)], more));
+    let mut caller = Caller::of(&gateway);
+    let answers = || (0..2).for_each(|_| assert_eq!(gateway.ask(&get("plain")).status, 200));
+    answers();
+    for nth in 0..12 {
+        let asked = caller.ask("GET", &format!("slow-{nth}"));
+        assert!(asked.status == 200 && asked.took < Duration::from_millis(550), "{asked:?}");
+        answers();
+    }
+    let tried = gateway.metric(&failed("try_timeout"));
+    assert!(tried >= 3.0, "{tried}");
+    assert_eq!(gateway.metric(&up(slow.address())), 1.0, "one slow URL takes no server away");
+    let posts: Vec<_> = (0..12).map(|nth| caller.ask("POST", &format!("slow-post-{nth}"))).collect();
+    let late = posts.iter().filter(|post| post.status == 504).count();
+    assert!(late > 0 && posts.iter().all(|post| matches!(post.status, 200 | 504)), "{posts:?}");
+    let seen = |server: &HttpServer| server.asked().iter().filter(|asked| asked.method == "POST").count();
+    assert_eq!(seen(&slow) + seen(&quick), 12, "no POST is sent twice");
+    eventually("it is logged", || {
+        reasons(&gateway).values().filter(|reason| *reason == "upstream_timeout").count() == late
+    });
+}
+
+#[test]
+fn a_request_that_takes_too_long_as_a_whole_is_ended() {
+    let hangs = HttpServer::start(|asked| match asked.target.rsplit('=').next().unwrap() {
+        "begun" => Reply::ok(&"x".repeat(1000)).slowly(100, Duration::from_millis(100)),
+        "hangs" => Reply::hang(),
+        _ => Reply::ok("ok"),
+    });
+    let more = "request_timeout = \"300ms\"\nmax_requests = 1\n";
+    let section = listed(&[plain(&hangs)], more).replace("1s", "60s");
+    let gateway = Gateway::start(hangs.address(), &section);
+    let limit = Duration::from_millis(300)..Duration::from_secs(5);
+    let mut asked = Caller::of(&gateway).ask("GET", "hangs");
+    assert!(asked.status == 504 && limit.contains(&asked.took), "{asked:?}");
+    asked = Caller::of(&gateway).ask("GET", "quick");
+    assert_eq!(asked.status, 200);
+    let answer = gateway.ask(&get("begun"));
+    assert!(answer.status == 200 && answer.cut, "{answer:?}");
+    // A body that does not come is a part of it.
+    let mut client = gateway.client();
+    client.send_head(&format!("PUT {TARGET}?id=body HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\nContent-Length: 9\n\n"));
+    eventually("the server has it", || page(&gateway)[0]["servers"][0]["in_flight"] == 1);
+    assert_eq!(client.answer().status, 504);
+    let unreachable = dead(Dead::Unreachable);
+    let section = pool(&[unreachable.0]).replace("1s", "60s") + "request_timeout = \"300ms\"\n";
+    let other = Gateway::start(unreachable.0, &section);
+    asked = Caller::of(&other).ask("GET", "connect");
+    assert!(asked.status == 504 && limit.contains(&asked.took), "{asked:?}");
+    assert_eq!(other.metric(&failed("request_timeout")), 1.0);
+    assert_eq!(gateway.metric(&failed("request_timeout")), 3.0);
+    eventually("all are logged", || reasons(&gateway).len() == 4);
+    let reasons = reasons(&gateway);
+    let of = |id: &str| reasons[&format!("id={id}")].as_str();
+    assert_eq!(
+        ["hangs", "quick", "begun", "body"].map(of),
+        ["upstream_request_timeout", "ok", "upstream_request_timeout", "upstream_request_timeout", "ok"]
+    );
+}
+
+/// Servers that take requests and break off get a bounded number of them again.
+#[test]
+fn what_is_sent_again_is_bounded_by_a_budget() {
+    let closing = || HttpServer::start(|_| Reply::raw("").then_close());
+    let all = [closing(), closing()];
+    let more = "retry_budget = 0.1\nretry_floor = 0\n";
+    let gateway = Gateway::start(all[0].address(), &listed(&all.each_ref().map(plain), more));
+    let asked = crowd(&gateway, 4, 50, "GET");
+    assert_eq!(outcome(&asked).0, BTreeMap::from([(502, 200)]));
+    let seen = all[0].requests() + all[1].requests();
+    // Ten that were saved, a tenth of 200, and as repeats are requests too, a tenth of those.
+    assert!((220..=235).contains(&seen), "{seen}");
+    let refused = gateway.metric("tollgate_upstream_retries_refused_total{upstream=\"api\"}");
+    assert_eq!(refused, 400.0 - seen as f64);
+    // Without a bound, everything is sent twice.
+    let gateway = Gateway::start(all[0].address(), &listed(&all.each_ref().map(plain), "retry_budget = \"none\"\n"));
+    crowd(&gateway, 4, 50, "GET");
+    assert_eq!(all[0].requests() + all[1].requests() - seen, 400);
 }

@@ -1,7 +1,7 @@
 //! The file: every section and key with its default. The comments here are the reference; `config/tollgate.example.toml`
 //! is generated from them.
 
-use super::section::{Bytes, InvalidValue, Section, Setting, invalid, section, text, words};
+use super::section::{Bytes, Fraction, InvalidValue, Section, Setting, invalid, section, text, words};
 use crate::edge::Listen;
 use crate::request::route::Pattern;
 use crate::request::view::Method;
@@ -431,11 +431,22 @@ section! {
         /// If fewer than this percentage of the servers are up, all are used: those that are left could not carry the
         /// load. 0: if none is up.
         panic_below: u64 = "0",
+        /// How many requests may be sent again after a try that failed, as a share of all requests; "none" for no bound.
+        /// Repeats after a refused connection do not count.
+        retry_budget: Option<Fraction> = "0.2",
+        /// So many may be sent again each second in any case. Ten seconds of it can be saved up.
+        retry_floor: u64 = "10",
         /// Timeout of a connection attempt. Another server is tried after it, up to three times; then the client gets
         /// 504. The addresses of one name share it.
         connect_timeout: Duration = r#""2s""#,
         /// The longest pause between two parts of a response. After that the client gets 504.
         read_timeout: Duration = r#""60s""#,
+        /// The longest time from the end of the request to the first byte of the response, or "none" for read_timeout. After
+        /// that, another server is tried if the request can be repeated safely; the client gets 504 if not.
+        per_try_timeout: Option<Duration> = r#""none""#,
+        /// The longest time for the whole exchange, all tries, waits and both bodies included; or "none". After that the
+        /// client gets 504, or its connection is closed if the response has begun. Not for WebSockets.
+        request_timeout: Option<Duration> = r#""none""#,
         /// How long an unused connection is kept. It must be shorter than the backend's own keep-alive time (20s in
         /// Puma).
         idle_timeout: Duration = r#""15s""#,

@@ -21,7 +21,7 @@ use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::store::NamedStore;
 use crate::telemetry::lines::LogTarget;
-use crate::upstream::{Balance, CheckSettings, HttpCheck, UpstreamSettings};
+use crate::upstream::{Balance, CheckSettings, HttpCheck, RetryLimits, UpstreamSettings};
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::path::{Path, PathBuf};
@@ -189,6 +189,12 @@ impl Gather<'_, '_> {
                 failure_statuses: upstream.failure_statuses.iter().map(|value| status(*value)).collect(),
                 failure_latency: upstream.failure_latency,
                 panic_below: upstream.panic_below,
+                retries: upstream.retry_budget.map(|share| RetryLimits {
+                    per_thousand: share.per_thousand,
+                    floor: u32::try_from(upstream.retry_floor).unwrap_or(u32::MAX),
+                }),
+                per_try_timeout: upstream.per_try_timeout,
+                request_timeout: upstream.request_timeout,
                 connect_timeout: upstream.connect_timeout,
                 read_timeout: upstream.read_timeout,
                 idle_timeout: upstream.idle_timeout,

@@ -220,6 +220,21 @@ impl Setting for std::time::Duration {
     }
 }
 
+/// A share between 0 and 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fraction {
+    pub per_thousand: u32,
+}
+
+impl Setting for Fraction {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        let text = value.as_float().map(|number| number.as_str()).or(value.as_integer().map(|number| number.as_str()));
+        let share = text.and_then(|text| text.parse::<f64>().ok()).filter(|share| (0.0..=1.0).contains(share));
+        let read = share.map(|share| Self { per_thousand: (share * 1000.0).round() as u32 });
+        read.ok_or_else(|| vec![invalid("must be a number from 0 to 1", "write it like 0.2")])
+    }
+}
+
 /// A size in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bytes(pub u64);

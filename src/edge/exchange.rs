@@ -154,12 +154,26 @@ impl Exchange {
         peers.upstream.pick(&mut self.upstream.tries, Instant::now())
     }
 
+    /// When the exchange has to be over.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        Some(self.started + self.snapshot.upstream(self.facts.route)?.timeouts.request?)
+    }
+
+    /// The exchange took too long.
+    pub(super) fn overdue(&self) {
+        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+            peers.upstream.error(UpstreamError::RequestTimeout);
+        }
+    }
+
     /// Waits in the queue of the upstream.
     pub(super) async fn queued(&mut self) -> Result<Pick, NoServer> {
         let peers = self.snapshot.upstream(self.facts.route).ok_or(NoServer::Absent)?;
+        let longest = Instant::now() + peers.timeouts.queue;
+        let until = self.deadline().map_or(longest, |deadline| deadline.min(longest));
         let tries = &mut self.upstream.tries;
         let picked = poll_fn(|cx| peers.upstream.poll_pick(tries, cx.waker(), Instant::now()));
-        let picked = tokio::time::timeout(peers.timeouts.queue, picked).await;
+        let picked = tokio::time::timeout_at(until.into(), picked).await;
         self.upstream.tries.leave_queue();
         picked.unwrap_or(Err(NoServer::QueueTimeout))
     }

@@ -58,6 +58,8 @@ impl Breakage {
     const CLOSED: Self = Self::Backend(UpstreamFault::Broken, UpstreamError::Closed);
     const MALFORMED: Self = Self::Backend(UpstreamFault::Malformed, UpstreamError::Malformed);
     const TIMED_OUT: Self = Self::Backend(UpstreamFault::TimedOut, UpstreamError::Timeout);
+    const TRY_TIMED_OUT: Self = Self::Backend(UpstreamFault::TimedOut, UpstreamError::TryTimeout);
+    const OVERDUE: Self = Self::Backend(UpstreamFault::Overdue, UpstreamError::RequestTimeout);
 }
 
 /// How far an attempt has got: what each direction knows of the other.
@@ -83,10 +85,14 @@ struct Transfer {
     /// The download waits for the backend, not for the client.
     backend_is_due: Flag,
     download: Patience,
+    /// The first byte of an answer may take no longer.
+    per_try: Option<Duration>,
+    /// When the whole exchange has to be over.
+    end: Option<Instant>,
 }
 
 impl Transfer {
-    fn begin(now: Instant, expecting: bool) -> Self {
+    fn begin(now: Instant, ticket: &Ticket, per_try: Option<Duration>) -> Self {
         let progress = Self {
             started: now,
             begun: Flag::default(),
@@ -101,14 +107,25 @@ impl Transfer {
             upload: Patience::default(),
             backend_is_due: Flag::default(),
             download: Patience::default(),
+            per_try,
+            end: ticket.exchange.deadline(),
         };
-        progress.expecting.set(expecting);
+        progress.expecting.set(ticket.expects_continue);
         progress
+    }
+
+    /// When the exchange has to be over, or one side has let the other one wait for too long; and what that means.
+    fn deadline(&self) -> Option<(Instant, Breakage)> {
+        match (self.pause_deadline(), self.end) {
+            (Some(pause), Some(end)) if pause.0 <= end => Some(pause),
+            (_, Some(end)) => Some((end, Breakage::OVERDUE)),
+            (pause, None) => pause,
+        }
     }
 
     /// When one side has let the other one wait for too long, and what that means. A client that waits for 100 need not send,
     /// and a backend need not answer before it has the request.
-    fn deadline(&self) -> Option<(Instant, Breakage)> {
+    fn pause_deadline(&self) -> Option<(Instant, Breakage)> {
         let mut now = None;
         let mut clock = || *now.get_or_insert_with(Instant::now);
         let up = if self.client_is_due.is_set() && self.expecting.is_set() {
@@ -129,7 +146,11 @@ impl Transfer {
             let slow_client = Breakage::Request(RequestFault::BodyTimeout);
             return Some((up, if self.client_is_due.is_set() { slow_client } else { Breakage::TIMED_OUT }));
         }
-        let slow = if self.backend_is_due.is_set() { Breakage::TIMED_OUT } else { Breakage::ClientGone };
+        let slow = match (self.backend_is_due.is_set(), self.heard.is_set() || self.per_try.is_none()) {
+            (false, _) => Breakage::ClientGone,
+            (true, true) => Breakage::TIMED_OUT,
+            (true, false) => Breakage::TRY_TIMED_OUT,
+        };
         down.map(|down| (down, slow))
     }
 
@@ -149,7 +170,7 @@ impl Transfer {
 
     fn waits_for_answer(&self, at_most: Duration) {
         self.backend_is_due.set(true);
-        self.download.begin(at_most);
+        self.download.begin(self.per_try.filter(|_| !self.heard.is_set()).unwrap_or(at_most));
     }
 
     fn waits_for_client_to_take(&self) {
@@ -177,7 +198,7 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             Err(NoServer::Busy) => match Box::pin(wait_for_server(client, ticket)).await {
                 Some(picked) => picked,
                 None => {
-                    let nothing = Transfer::begin(Instant::now(), false);
+                    let nothing = Transfer::begin(Instant::now(), ticket, None);
                     return end_broken(client, ticket, &nothing, Breakage::ClientGone).await;
                 }
             },
@@ -195,10 +216,17 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
         let reused = kept.is_some();
         let connected = match kept {
             Some(kept) => Ok(kept),
-            None => BackendConnection::connect(&server, peers.timeouts.connect).await,
+            None => {
+                let left = ticket.exchange.deadline().map(|end| end.saturating_duration_since(now));
+                BackendConnection::connect(&server, peers.timeouts.connect.min(left.unwrap_or(Duration::MAX))).await
+            }
         };
         let mut backend = match connected {
             Ok(backend) => backend,
+            Err(_) if ticket.exchange.deadline().is_some_and(|end| end <= Instant::now()) => {
+                ticket.exchange.overdue();
+                return refuse(client, ticket, Cause::Upstream(UpstreamFault::Overdue).into(), 0).await;
+            }
             Err(kind) => {
                 // Nothing of the request was sent.
                 if ticket.exchange.try_failed(FailedTry::Connect(kind), true) {
@@ -211,7 +239,7 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             }
         };
         ticket.exchange.connected(reused);
-        let progress = Transfer::begin(now, ticket.expects_continue);
+        let progress = Transfer::begin(now, ticket, peers.timeouts.per_try);
         let result = attempt(client, &mut backend, head, ticket, peers, &progress, gate).await;
         match result {
             Ok(Answered::Switched) => {
@@ -235,10 +263,17 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             }
             Err(broken) => {
                 drop(backend);
-                let Breakage::Backend(_, kind) = broken else {
-                    return end_broken(client, ticket, &progress, broken).await;
+                let kind = match broken {
+                    Breakage::Backend(UpstreamFault::Overdue, _) => {
+                        ticket.exchange.overdue();
+                        return end_broken(client, ticket, &progress, broken).await;
+                    }
+                    Breakage::Backend(_, kind) => kind,
+                    _ => return end_broken(client, ticket, &progress, broken).await,
                 };
-                let lost = matches!(kind, UpstreamError::Closed | UpstreamError::Timeout) && !progress.heard.is_set();
+                let is_lost =
+                    matches!(kind, UpstreamError::Closed | UpstreamError::Timeout | UpstreamError::TryTimeout);
+                let lost = is_lost && !progress.heard.is_set();
                 let repeatable = lost
                     && (!progress.begun.is_set() || is_idempotent(ticket.method))
                     && client.body_is_at_hand(ticket.framing);

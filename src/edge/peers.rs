@@ -25,6 +25,10 @@ pub(super) struct UpstreamTimeouts {
     pub(super) connect: Duration,
     /// Between two pieces of an answer, and to its first.
     pub(super) read: Duration,
+    /// To the first byte of an answer, where that is less.
+    pub(super) per_try: Option<Duration>,
+    /// For the whole exchange.
+    pub(super) request: Option<Duration>,
     /// How long an unused connection is kept.
     pub(super) idle: Duration,
     /// How long a request waits for a server with room.
@@ -64,6 +68,8 @@ impl Peers {
         let timeouts = UpstreamTimeouts {
             connect: settings.connect_timeout,
             read: settings.read_timeout,
+            per_try: settings.per_try_timeout,
+            request: settings.request_timeout,
             idle: settings.idle_timeout,
             queue: settings.queue_timeout,
         };

@@ -36,6 +36,8 @@ pub enum UpstreamFault {
     /// An answer that can't be framed or parsed in one way.
     Malformed,
     TimedOut,
+    /// The whole exchange took too long.
+    Overdue,
     /// None that could be tried.
     Absent,
     /// All servers are busy, and so many requests are waiting.
@@ -184,6 +186,7 @@ impl Refusal {
             Cause::CannotTell(CannotTell::NotAsked) => (503, "store_not_asked"),
             Cause::Draining => (503, "draining"),
             Cause::Upstream(UpstreamFault::TimedOut) => (504, "upstream_timeout"),
+            Cause::Upstream(UpstreamFault::Overdue) => (504, "upstream_request_timeout"),
         }
     }
 

@@ -58,9 +58,9 @@ labels! {
 labels! {
     /// How an exchange with an upstream ended when it did not end well.
     UpstreamError {
-        Connect = "connect", ConnectTimeout = "connect_timeout", Timeout = "timeout", Closed = "closed",
-        Malformed = "malformed", NoServer = "no_server", QueueFull = "queue_full", QueueTimeout = "queue_timeout",
-        Other = "other",
+        Connect = "connect", ConnectTimeout = "connect_timeout", Timeout = "timeout", TryTimeout = "try_timeout",
+        RequestTimeout = "request_timeout", Closed = "closed", Malformed = "malformed", NoServer = "no_server",
+        QueueFull = "queue_full", QueueTimeout = "queue_timeout", Other = "other",
     }
 }
 
@@ -88,6 +88,7 @@ pub struct Metrics {
     upstream_connects: IntCounterVec,
     upstream_errors: IntCounterVec,
     upstream_retries: IntCounterVec,
+    upstream_retries_refused: IntCounterVec,
     upstream_waiting: IntGaugeVec,
     servers: Arc<ServerFamilies>,
     /// Access log, process log.
@@ -248,6 +249,11 @@ impl Metrics {
                 "Attempts after the first one.",
                 &["upstream"],
             )?,
+            upstream_retries_refused: families.counters(
+                "tollgate_upstream_retries_refused_total",
+                "Requests that failed because the retry budget was spent.",
+                &["upstream"],
+            )?,
             upstream_waiting: families.gauges(
                 "tollgate_upstream_requests_waiting",
                 "Requests that wait in the queue for a server with room.",
@@ -362,6 +368,7 @@ impl Metrics {
                 .map(|e| self.upstream_errors.with_label_values(&[name, e.as_str()]))
                 .collect(),
             retries: self.upstream_retries.with_label_values(&[name]),
+            retries_refused: self.upstream_retries_refused.with_label_values(&[name]),
             waiting: self.upstream_waiting.with_label_values(&[name]),
         }
     }
@@ -401,6 +408,7 @@ pub struct UpstreamMetrics {
     connects: [IntCounter; 2],
     errors: Vec<IntCounter>,
     retries: IntCounter,
+    retries_refused: IntCounter,
     waiting: IntGauge,
 }
 
@@ -421,6 +429,10 @@ impl UpstreamMetrics {
 
     pub fn waiting(&self, requests: usize) {
         self.waiting.set(i64::try_from(requests).unwrap_or(i64::MAX));
+    }
+
+    pub fn retry_refused(&self) {
+        self.retries_refused.inc();
     }
 
     pub fn retried(&self) {

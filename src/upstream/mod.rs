@@ -5,6 +5,7 @@
 //! A lane calls [`Upstream::pick`] for each try of a request, then [`Upstream::answered`] or [`Upstream::failed`], which says
 //! whether to pick again. What is done in the background is said by [`Upstream::looks`] and [`Upstream::names`].
 
+mod budget;
 mod check;
 mod queue;
 mod ring;
@@ -12,6 +13,7 @@ mod roster;
 mod server;
 mod tries;
 
+pub use budget::RetryLimits;
 pub use check::{CheckFault, CheckSettings, HttpCheck, verdict};
 pub use ring::HashBy;
 pub use roster::Member;
@@ -22,6 +24,7 @@ use crate::problem::{Problem, socket_path_too_long};
 use crate::telemetry::metrics::{Metrics, UpstreamError, UpstreamMetrics};
 use crate::telemetry::outage::{Outage, Recovery};
 use arc_swap::ArcSwap;
+use budget::RetryBudget;
 use parking_lot::Mutex;
 use queue::Queue;
 use ring::{KeyHash, Ring};
@@ -56,8 +59,13 @@ pub struct UpstreamSettings {
     pub failure_latency: Option<Duration>,
     /// With fewer servers up than these of a hundred, all are used.
     pub panic_below: u64,
+    /// How often requests are sent again. `None`: as often as their tries fail.
+    pub retries: Option<RetryLimits>,
     pub connect_timeout: Duration,
     pub read_timeout: Duration,
+    /// To the first byte of a response, and to the end of the exchange.
+    pub per_try_timeout: Option<Duration>,
+    pub request_timeout: Option<Duration>,
     /// How long an unused connection is kept; below the backend's own keep-alive time.
     pub idle_timeout: Duration,
 }
@@ -101,6 +109,19 @@ impl UpstreamSettings {
         problems.extend(Problem::too_short("queue_timeout", self.queue_timeout, least));
         problems.extend(Problem::too_short("connect_timeout", self.connect_timeout, least));
         problems.extend(Problem::too_short("read_timeout", self.read_timeout, least));
+        for (key, time) in [("per_try_timeout", self.per_try_timeout), ("request_timeout", self.request_timeout)] {
+            problems.extend(time.and_then(|time| Problem::too_short(key, time, least)));
+        }
+        if let Some(time) = self.per_try_timeout
+            && time >= self.read_timeout
+        {
+            let what = "is not below read_timeout, which ends a try before it";
+            problems
+                .push(Problem::error("per_try_timeout", what, "use a shorter time, or \"none\"").with("read_timeout"));
+        }
+        if let Some(retries) = self.retries {
+            problems.extend(Problem::out_of_range("retry_floor", retries.floor.into(), 0..=10_000));
+        }
         problems.extend(Problem::too_short("resolve_interval", self.resolve_interval, Duration::from_secs(1)));
         problems.extend(self.check.iter().flat_map(CheckSettings::problems));
         problems.extend(Problem::out_of_range("panic_below", self.panic_below, 0..=100));
@@ -122,8 +143,10 @@ impl UpstreamSettings {
 
     /// Whether one pool can serve by both: they differ in nothing but times, which belong to a connection.
     fn same_pool(&self, other: &Self) -> bool {
-        let Self { connect_timeout, read_timeout, idle_timeout, queue_timeout, .. } = *self;
-        *self == Self { connect_timeout, read_timeout, idle_timeout, queue_timeout, ..other.clone() }
+        let Self { connect_timeout, read_timeout, per_try_timeout, request_timeout, .. } = *self;
+        let Self { idle_timeout, queue_timeout, .. } = *self;
+        let times = Self { connect_timeout, read_timeout, per_try_timeout, request_timeout, ..other.clone() };
+        *self == Self { idle_timeout, queue_timeout, ..times }
     }
 }
 
@@ -221,6 +244,7 @@ pub struct Upstream {
     settings: UpstreamSettings,
     hash: KeyHash,
     queue: Arc<Queue>,
+    budget: Arc<RetryBudget>,
     roster: ArcSwap<Roster>,
     turn: AtomicUsize,
     answers: AtomicU64,
@@ -261,7 +285,9 @@ impl Upstream {
                     settings.roster_rules(),
                     now,
                 )),
-                turn: AtomicUsize::new(0),
+                // The budget counts on.
+                budget: running.map_or_else(Arc::default, |running| Arc::clone(&running.budget)),
+                turn: AtomicUsize::new(running.map_or(0, |running| running.turn.load(Ordering::Relaxed))),
                 // Those of the pool before may have been many.
                 answers: AtomicU64::new(running.map_or(0, |running| running.answers.load(Ordering::Relaxed))),
                 outage: Outage::default(),
@@ -445,7 +471,18 @@ impl Upstream {
         self.noted(change.is_some(), now);
         let is_left = |member: &Member| !tries.has(&member.server) && member.server.has_address();
         let left = || self.roster.load().members.iter().any(is_left);
-        AfterFailure { again: again && (tries.will_ask_once_more() || left()), change }
+        let again = again && (tries.will_ask_once_more() || left());
+        // A refused connection costs no server anything, and a kept one that was dead is no try.
+        let is_free = tries.will_ask_once_more() || failure == FailedTry::Connect(UpstreamError::Connect);
+        let within = |limits| is_free || self.budget.take(limits, self.turn.load(Ordering::Relaxed), now);
+        let again = again && {
+            let may = self.settings.retries.is_none_or(within);
+            if !may {
+                self.series.retry_refused();
+            }
+            may
+        };
+        AfterFailure { again, change }
     }
 
     /// A try failed for another reason than the server's connection, or there was no server.
@@ -605,6 +642,9 @@ mod tests {
             failure_statuses: Vec::new(),
             failure_latency: None,
             panic_below: 0,
+            retries: None,
+            per_try_timeout: None,
+            request_timeout: None,
             connect_timeout: Duration::from_secs(2),
             read_timeout: Duration::from_secs(60),
             idle_timeout: Duration::from_secs(15),

@@ -331,6 +331,48 @@ fn a_request_without_a_key_takes_turns() {
     assert_eq!(turns, [0, 1, 2, 0, 1, 2]);
 }
 
+/// A pool whose servers take requests and break off: what is sent again is bounded, over a reload too, and counted.
+#[test]
+fn repeats_are_bounded_and_those_that_are_not_made_are_counted() {
+    let (now, metrics) = (Instant::now(), metrics());
+    let limits = RetryLimits { per_thousand: 200, floor: 1 };
+    let settings = UpstreamSettings { retries: Some(limits), ..weighted(&[1, 1, 1, 1], Balance::RoundRobin) };
+    let pool = Upstream::build(&settings, Vec::new(), None, &metrics, now).0;
+    let ask = |pool: &Upstream, failure| {
+        let mut tries = Tries::default();
+        while pool.pick(&mut tries, now).is_ok() && pool.failed(&mut tries, failure, true, now).again {}
+        tries.count() - 1
+    };
+    let closed = FailedTry::Exchange { kept: false, error: UpstreamError::Closed };
+    let first: usize = (0..1_000).map(|_| ask(&pool, closed)).sum();
+    // 10 saved, and a fifth of the requests, for which repeats count as well.
+    assert!((200..=10 + 300).contains(&first), "{first}");
+    let slower = UpstreamSettings { expand: true, ..settings };
+    let reloaded = Upstream::build(&slower, Vec::new(), Some(&pool), &metrics, now).0;
+    assert!(!Arc::ptr_eq(&pool, &reloaded));
+    assert_eq!(ask(&reloaded, closed) + ask(&reloaded, closed), 0, "a reload gives nothing");
+    assert_eq!(ask(&reloaded, REFUSED), 3, "a refused connection costs nothing");
+    let text = metrics.render().unwrap();
+    let refused =
+        text.lines().find_map(|line| line.strip_prefix("tollgate_upstream_retries_refused_total{upstream=\"api\"} "));
+    assert!(refused.unwrap().parse::<usize>().unwrap() >= 700, "{refused:?}");
+}
+
+#[test]
+fn a_slow_first_byte_takes_no_server_away() {
+    let now = Instant::now();
+    let pool = build(&weighted(&[1, 1], Balance::RoundRobin), now);
+    (0..4).for_each(|_| assert!(served(&pool, None, now) < 2));
+    let late = FailedTry::Exchange { kept: false, error: UpstreamError::TryTimeout };
+    for _ in 0..20 {
+        let (first, mut tries) = begun(&pool, None, now);
+        assert!(pool.failed(&mut tries, late, true, now).again);
+        assert_ne!(place(&pool.pick(&mut tries, now).unwrap().server), first);
+        pool.answered(&mut tries, 200, now);
+    }
+    assert!(pool.members().iter().all(|member| member.server.is_up()));
+}
+
 #[test]
 fn what_does_not_fit_together_is_said() {
     let problems = |settings: &UpstreamSettings| {
@@ -343,4 +385,7 @@ fn what_does_not_fit_together_is_said() {
     assert!(problems(&ramp(SECOND, Balance::LeastRequests)).is_empty());
     assert_eq!(problems(&ramp(SECOND / 2, Balance::RoundRobin))["slow_start"], "is too short");
     assert!(problems(&ramp(SECOND, by_user()))["slow_start"].contains("balance"));
+    let per_try = |time| UpstreamSettings { per_try_timeout: Some(time), ..weighted(&[1], Balance::RoundRobin) };
+    assert!(problems(&per_try(SECOND)).is_empty());
+    assert!(problems(&per_try(60 * SECOND))["per_try_timeout"].contains("read_timeout"));
 }

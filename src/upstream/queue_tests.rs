@@ -77,7 +77,11 @@ fn nobody_waits_for_nothing_and_nobody_overtakes() {
                 }
                 8..14 if !running.is_empty() => {
                     let (_, mut tries) = running.swap_remove(random.usize(0..running.len()));
-                    pool.answered(&mut tries, 200, now);
+                    match random.u8(0..3) {
+                        0 => drop(pool.answered(&mut tries, 200, now)),
+                        1 => tries.given_up(now),
+                        _ => {}
+                    }
                 }
                 14..17 if !waiting.is_empty() => drop(waiting.remove(random.usize(0..waiting.len()))),
                 17 => {

@@ -312,6 +312,8 @@ impl Server {
         let enough = match failure {
             FailedTry::Connect(_) => 0,
             FailedTry::Exchange { kept: true, error: UpstreamError::Closed } => return None,
+            // One slow URL must not take servers away. A silent one is passed over, and then looked at.
+            FailedTry::Exchange { error: UpstreamError::TryTimeout, .. } => return None,
             FailedTry::Exchange { .. } => PATIENCE,
         };
         self.failed.store(true, Relaxed);

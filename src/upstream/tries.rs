@@ -139,6 +139,9 @@ impl Tries {
     pub fn given_up(&mut self, now: Instant) {
         if let Some(CurrentTry { server, asked }) = self.current.take() {
             server.given_up(asked, now);
+            if std::mem::take(&mut self.counted) {
+                server.is_done();
+            }
         }
     }
 }
