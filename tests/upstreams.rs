@@ -599,6 +599,12 @@ fn requests_with_the_same_key_go_to_the_same_server() {
 
 const WAITING: &str = "tollgate_upstream_requests_waiting{upstream=\"api\"}";
 
+/// At this moment: `Gateway::metric` waits until no request is in flight.
+fn waiting(gateway: &Gateway) -> usize {
+    let text = gateway.admin_get("/metrics").unwrap().text();
+    text.lines().find_map(|line| line.strip_prefix(WAITING)?.trim().parse().ok()).unwrap()
+}
+
 fn in_flight(server: &HttpServer) -> String {
     format!("tollgate_upstream_server_requests_in_flight{{server=\"{}\",upstream=\"api\"}}", server.address())
 }
@@ -653,7 +659,7 @@ fn requests_wait_in_their_order_and_leave_the_queue_with_their_client() {
             )),
             _ => client.send_head(&get(&id.to_string())),
         }
-        eventually("it waits", || gateway.metric(WAITING) == f64::from(id));
+        eventually("it waits", || waiting(&gateway) == id);
         clients.push(client);
     }
     assert_eq!(gateway.metric(&in_flight(&server)), 1.0);
@@ -662,9 +668,9 @@ fn requests_wait_in_their_order_and_leave_the_queue_with_their_client() {
     assert_eq!(gateway.metric(&failed("queue_full")), 1.0);
     // Two clients go; who half-closes its connection has announced nothing, and so is gone as well.
     drop(clients.remove(5));
-    eventually("a client that closes leaves the queue", || gateway.metric(WAITING) == 5.0);
+    eventually("a client that closes leaves the queue", || waiting(&gateway) == 5);
     clients[1].finish_sending();
-    eventually("a client that stops leaves the queue", || gateway.metric(WAITING) == 4.0);
+    eventually("a client that stops leaves the queue", || waiting(&gateway) == 4);
     drop(clients.remove(1));
     let body = vec![b'x'; 300_000];
     let mut late = clients.remove(2);
@@ -782,7 +788,7 @@ fn a_request_that_takes_too_long_as_a_whole_is_ended() {
     let of = |id: &str| reasons[&format!("id={id}")].as_str();
     assert_eq!(
         ["hangs", "quick", "begun", "body"].map(of),
-        ["upstream_request_timeout", "ok", "upstream_request_timeout", "upstream_request_timeout", "ok"]
+        ["upstream_request_timeout", "ok", "upstream_request_timeout", "upstream_request_timeout"]
     );
 }
 
@@ -804,4 +810,127 @@ fn what_is_sent_again_is_bounded_by_a_budget() {
     let gateway = Gateway::start(all[0].address(), &listed(&all.each_ref().map(plain), "retry_budget = \"none\"\n"));
     crowd(&gateway, 4, 50, "GET");
     assert_eq!(all[0].requests() + all[1].requests() - seen, 400);
+}
+
+/// A token that is revoked while its request waits gets nothing to the backend.
+#[test]
+fn a_revoked_token_leaves_the_queue() {
+    let server = HttpServer::start(|_| Reply::ok("ok"));
+    let section = listed(&[plain(&server)], "max_requests = 1\nqueue_timeout = \"60s\"\n").replace("\"1s\"", "\"60s\"");
+    let gateway = Gateway::start(server.address(), &section);
+    server.freeze();
+    let mut holder = gateway.client();
+    holder.send_head(&get("holder").replace(GOOD, OTHER));
+    eventually("the server has it", || page(&gateway)[0]["servers"][0]["in_flight"] == 1);
+    let mut late = gateway.client();
+    late.send_head(&get("late"));
+    eventually("it waits", || waiting(&gateway) == 1);
+    let tokens = std::fs::read_to_string(gateway.folder.file("tokens.toml")).unwrap();
+    let (good, other) = (sha256_hex(GOOD), sha256_hex(OTHER));
+    assert!(tokens.contains(&good) && tokens.contains(&other));
+    gateway.folder.write("tokens.toml", &format!("[[token]]\nsha256 = \"{other}\"\nuser = \"user-0002\"\n"));
+    assert_eq!(late.answer().status, 401);
+    server.thaw();
+    assert_eq!(holder.answer().status, 200);
+    assert_eq!(server.requests(), 1);
+}
+
+#[test]
+fn a_drained_server_ends_what_it_has_and_gets_nothing_new() {
+    let all: [HttpServer; 2] = servers();
+    let gateway = Gateway::start(
+        all[0].address(),
+        &(listed(&all.each_ref().map(plain), "") + "read_timeout = \"60s\"\n").replacen(
+            "read_timeout = \"1s\"\n",
+            "",
+            1,
+        ),
+    );
+    let post = |server: &HttpServer, what: &str| {
+        gateway.admin_post(&format!("/upstreams/api/servers/{}/{what}", server.address()))
+    };
+    let state = |nth: usize| page(&gateway)[0]["servers"][nth].clone();
+    let draining = |server: &HttpServer| {
+        gateway
+            .metric(&format!("tollgate_upstream_server_draining{{server=\"{}\",upstream=\"api\"}}", server.address()))
+    };
+    all[0].freeze();
+    let mut held = gateway.client();
+    held.send_head(&get("held"));
+    eventually("the first one has it", || state(0)["in_flight"] == 1);
+    let answer = post(&all[0], "drain");
+    let said: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+    assert_eq!((answer.status, &said["result"], &said["in_flight"]), (200, &"draining".into(), &1.into()));
+    let before = all[0].requests();
+    assert_eq!(outcome(&crowd(&gateway, 4, 25, "POST")).0, only_200(100));
+    assert_eq!(all[0].requests(), before);
+    all[0].thaw();
+    assert_eq!(held.answer().status, 200);
+    eventually("it has nothing left", || state(0)["in_flight"] == 0);
+    assert_eq!(
+        (&state(0)["draining"], &state(0)["up"], &state(1)["draining"]),
+        (&true.into(), &true.into(), &false.into())
+    );
+    assert_eq!((draining(&all[0]), draining(&all[1])), (1.0, 0.0));
+    // It outlives a reload that changes the pool.
+    gateway.rewrite(|text| text.replace("[[upstream]]\n", "[[upstream]]\nmax_requests = 50\n"));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    assert_eq!(outcome(&crowd(&gateway, 4, 25, "GET")).0, only_200(100));
+    assert_eq!((all[0].requests(), &state(0)["draining"]), (before, &true.into()));
+    // The last one, too: the operator has said so.
+    assert_eq!(post(&all[1], "drain").status, 200);
+    assert_eq!(gateway.get(TARGET).status, 503);
+    let reasons = reasons(&gateway);
+    assert!(reasons.values().any(|reason| reason == "upstream_absent"), "{reasons:?}");
+    assert_eq!(post(&all[0], "undrain").status, 200);
+    assert_eq!(outcome(&crowd(&gateway, 4, 25, "GET")).0, only_200(100));
+    assert_eq!((all[0].requests(), draining(&all[0])), (before + 100, 0.0));
+    let log = gateway.process_log();
+    let lines = |what: &str| log.lines().filter(|line| line.contains(&format!("{} {what}", all[0].address()))).count();
+    assert_eq!((lines("is drained"), lines("is no longer drained")), (1, 1), "{log}");
+    // On the command line.
+    let cli = |what: &str, server: &str| {
+        let config = gateway.folder.file("tollgate.toml");
+        let output = tollgate().args(["server", what, "api", server, "--config"]).arg(config).output().unwrap();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr),
+        )
+    };
+    let address = all[0].address().to_string();
+    let (code, said) = cli("drain", &address);
+    assert!(code == Some(0) && said.contains("gets no new requests; 0 are in flight"), "{said}");
+    assert_eq!(state(0)["draining"], true);
+    let (code, said) = cli("undrain", &address);
+    assert!(code == Some(0) && said.contains("gets requests again"), "{said}");
+    assert_eq!(state(0)["draining"], false);
+    let (code, said) = cli("drain", "127.0.0.1:1");
+    assert!(code == Some(1) && said.contains("404 Not Found: There is no such server"), "{said}");
+}
+
+#[test]
+fn servers_are_named_in_admin_requests_as_the_configuration_names_them() {
+    let alive = Upstream::start();
+    let section = "[[upstream]]\nname = \"a b\"\nservers = [\"[::1]:9\", \"unix:/run/app.sock\", \"localhost:9\"]\n";
+    let gateway = Gateway::start(alive.address, section);
+    for (path, nth) in [
+        ("/upstreams/a%20b/servers/[::1]:9/drain", 0),
+        ("/upstreams/a%20b/servers/unix:/run/app.sock/drain", 1),
+        ("/upstreams/%61%20b/servers/localhost%3A9/drain", 2),
+    ] {
+        assert_eq!(page(&gateway)[0]["servers"][nth]["draining"], false);
+        assert_eq!(gateway.admin_post(path).status, 200, "{path}");
+        assert_eq!(page(&gateway)[0]["servers"][nth]["draining"], true);
+    }
+    for (path, status) in [
+        ("/upstreams/a/servers/localhost:9/drain", 404),
+        ("/upstreams/a%20b/servers/localhost:8/drain", 404),
+        ("/upstreams/a%20b/servers/localhost:9/drain2", 404),
+        ("/upstreams/a%20b/servers/localhost:9", 404),
+        ("/upstreams/a%20b/drain", 404),
+        ("/upstreams", 405),
+    ] {
+        assert_eq!(gateway.admin_post(path).status, status, "{path}");
+    }
+    assert_eq!(gateway.admin_get("/upstreams/a%20b/servers/localhost:9/drain").unwrap().status, 405);
 }

@@ -67,6 +67,8 @@ GET  /healthz                   200 while the process serves
 GET  /readyz                    200 while requests are taken, 503 while draining
 GET  /status                    version, uptime, store and cache as JSON
 GET  /upstreams                 servers, whether they are up, why not and since when, as JSON
+POST /upstreams/NAME/servers/ADDRESS/drain     send no new requests to the server; those in flight go on
+POST /upstreams/NAME/servers/ADDRESS/undrain   send requests to it again
 POST /reload                    reload the configuration
 POST /cache/forget              remove every token from the cache
 POST /cache/forget?sha256=HEX   remove the tokens whose SHA-256 begins with these 12 to 64 hex digits
@@ -98,7 +100,11 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
         (b"/cache/forget", Method::Post) => forget(view.query(), operator).into(),
         (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams", _) => not_allowed("GET, HEAD"),
         (b"/reload" | b"/cache/forget", _) => not_allowed("POST"),
-        _ => text(404, "Not found. GET / lists the available requests.\n").into(),
+        (path, method) => match drain_call(path) {
+            Some(call) if method == Method::Post => drain(&call, operator).into(),
+            Some(_) => not_allowed("POST"),
+            None => text(404, "Not found. GET / lists the available requests.\n").into(),
+        },
     }
 }
 
@@ -201,6 +207,7 @@ fn upstreams(operator: &Operator<'_>) -> AdminResponse {
             "reason": state.down.map(|reason| reason.as_str()),
             "since": rfc3339((operator.now.unix_ms / 1000).saturating_sub(age)),
             "unanswered": state.unanswered,
+            "draining": server.is_drained(),
             "in_flight": server.in_flight(),
             "weight": weight,
             "backup": backup,
@@ -214,6 +221,45 @@ fn upstreams(operator: &Operator<'_>) -> AdminResponse {
         })
     };
     let body = serde_json::Value::from(operator.upstreams.iter().map(upstream).collect::<Vec<_>>());
+    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
+}
+
+/// A request to drain a server, or to end that.
+struct DrainCall {
+    upstream: String,
+    server: String,
+    drained: bool,
+}
+
+/// Reads `/upstreams/NAME/servers/ADDRESS/drain`. The address of a Unix socket has slashes of its own.
+fn drain_call(path: &[u8]) -> Option<DrainCall> {
+    let (upstream, rest) = std::str::from_utf8(path).ok()?.strip_prefix("/upstreams/")?.split_once("/servers/")?;
+    let (server, word) = rest.rsplit_once('/')?;
+    let drained = match word {
+        "drain" => true,
+        "undrain" => false,
+        _ => return None,
+    };
+    let decoded = |text| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
+    Some(DrainCall { upstream: decoded(upstream), server: decoded(server), drained })
+}
+
+fn drain(call: &DrainCall, operator: &Operator<'_>) -> AdminResponse {
+    let DrainCall { upstream, server, drained } = call;
+    let pool = operator.upstreams.iter().find(|pool| pool.name() == upstream);
+    let Some((known, changed)) = pool.and_then(|pool| pool.drain(server, *drained, operator.instant)) else {
+        return text(404, "There is no such server. GET /upstreams lists them.\n");
+    };
+    if changed {
+        let what = if *drained { "is drained: it gets no new requests" } else { "is no longer drained" };
+        log::warn!("upstream {upstream}: server {server} {what}");
+    }
+    let body = serde_json::json!({
+        "result": if *drained { "draining" } else { "undrained" },
+        "upstream": upstream,
+        "server": server,
+        "in_flight": known.in_flight(),
+    });
     AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
 }
 

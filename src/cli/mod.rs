@@ -10,6 +10,7 @@ mod check;
 mod demo;
 mod reload;
 mod run;
+mod server;
 mod store;
 mod token;
 
@@ -49,7 +50,12 @@ enum Command {
     /// Reload the configuration of a running gateway, and show which changes are in force.
     ///
     /// Exit codes: 0 all changes are in force, 2 some need a restart, 1 nothing changed.
-    Reload(reload::ReloadArguments),
+    Reload(reload::AdminTarget),
+    /// Drain a server of a running gateway, or end that.
+    Server {
+        #[command(subcommand)]
+        command: server::ServerCommand,
+    },
     /// Create, list, show, rotate, revoke, block and import tokens.
     Token {
         #[command(subcommand)]
@@ -101,6 +107,7 @@ pub fn main() -> ExitCode {
         Command::Demo { listen } => demo::run(listen),
         Command::Check(arguments) => check::run(&arguments),
         Command::Reload(arguments) => reload::run(&arguments),
+        Command::Server { command } => server::run(&command),
         Command::Token { command } => block_on(token::run(command)),
         Command::Store { command } => block_on(store::run(command)),
         Command::ExampleConfig => say!("{}", config::example().trim_end()).map_err(Failure::from),

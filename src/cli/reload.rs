@@ -11,8 +11,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// Where the gateway's admin listener is.
 #[derive(clap::Args)]
-pub(super) struct ReloadArguments {
+pub(super) struct AdminTarget {
     /// Configuration of the gateway, for the address of its admin listener (default address if not given)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -30,7 +31,8 @@ const CONNECT: Duration = Duration::from_secs(5);
 const NOT_REACHED: &str = "the gateway cannot be reached, nothing changed. If [admin] listen was changed since the start, \
                            pass the old address with --admin";
 
-pub(super) fn run(arguments: &ReloadArguments) -> Result<(), Failure> {
+/// Sends a POST to the admin listener, and reads its answer.
+pub(super) fn post(what: &str, arguments: &AdminTarget) -> Result<serde_json::Value, Failure> {
     let address = address(arguments)?;
     // The shortest time there is: a read timeout of 0 would mean none.
     let timeout = arguments.timeout.max(Duration::from_millis(1));
@@ -38,13 +40,17 @@ pub(super) fn run(arguments: &ReloadArguments) -> Result<(), Failure> {
         AdminAddress::Tcp(address) => TcpStream::connect_timeout(address, CONNECT)
             .and_then(|stream| stream.set_read_timeout(Some(timeout)).map(|()| stream))
             .context(NOT_REACHED)
-            .and_then(|stream| ask(stream, timeout, &address.to_string())),
+            .and_then(|stream| ask(stream, what, timeout, &address.to_string())),
         AdminAddress::Unix(path) => UnixStream::connect(path)
             .and_then(|stream| stream.set_read_timeout(Some(timeout)).map(|()| stream))
             .context(NOT_REACHED)
-            .and_then(|stream| ask(stream, timeout, "localhost")),
+            .and_then(|stream| ask(stream, what, timeout, "localhost")),
     };
-    let answer = answer.with_context(|| format!("the admin listener at {address}"))?;
+    Ok(answer.with_context(|| format!("the admin listener at {address}"))?)
+}
+
+pub(super) fn run(target: &AdminTarget) -> Result<(), Failure> {
+    let answer = post("/reload", target)?;
     let keys = |name: &str| -> Vec<&str> {
         answer[name].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str).collect()
     };
@@ -62,7 +68,7 @@ pub(super) fn run(arguments: &ReloadArguments) -> Result<(), Failure> {
             Err(Failure::Restart)
         }
         Some("failed") => Err(anyhow!("nothing changed\n{}", keys("errors").join("\n")).into()),
-        _ => Err(anyhow!("the admin listener at {address}: unknown response; is it another version?").into()),
+        _ => Err(anyhow!("unknown response of the admin listener; is it another version?").into()),
     }
 }
 
@@ -81,7 +87,7 @@ impl std::fmt::Display for AdminAddress {
     }
 }
 
-fn address(arguments: &ReloadArguments) -> Result<AdminAddress, Failure> {
+fn address(arguments: &AdminTarget) -> Result<AdminAddress, Failure> {
     if let Some(text) = &arguments.admin {
         return parse(text).ok_or_else(|| Failure::Usage(format!("{text}: not `address:port` or `unix:/path`")));
     }
@@ -115,16 +121,16 @@ fn parse(text: &str) -> Option<AdminAddress> {
 }
 
 /// Sends the request and reads the whole answer. `timeout` is only for the message: the stream has it set.
-fn ask(mut stream: impl Read + Write, timeout: Duration, host: &str) -> anyhow::Result<serde_json::Value> {
+fn ask(mut stream: impl Read + Write, what: &str, timeout: Duration, host: &str) -> anyhow::Result<serde_json::Value> {
     let request = format!(
-        "POST /reload HTTP/1.1\r\nHost: {host}\r\nAccept: application/json\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        "POST {what} HTTP/1.1\r\nHost: {host}\r\nAccept: application/json\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     );
     stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     stream.take(MAX_ANSWER).read_to_end(&mut answer).map_err(|error| match error.kind() {
         std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
             let timeout = humantime::format_duration(timeout);
-            anyhow!("no response within {timeout}: the reload may still take effect, see the gateway's log")
+            anyhow!("no response within {timeout}: it may still take effect, see the gateway's log")
         }
         _ => error.into(),
     })?;

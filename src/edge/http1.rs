@@ -2,6 +2,7 @@
 //! move at the same time, each through one buffer. What goes upstream was written by `forward`, what must not leave in an
 //! answer is said by `reply::answer`; here are the connections, the watch over the body, and what is said when a side fails.
 
+use super::Snapshot;
 use super::backend::BackendConnection;
 use super::client::{After, BodyEnd, ClientReader, ClientStream};
 use super::connection::Gate;
@@ -23,6 +24,7 @@ use crate::request::view::{Framing, Method};
 use crate::telemetry::access_log::By;
 use crate::telemetry::metrics::UpstreamError;
 use crate::upstream::{FailedTry, NoServer, Pick};
+use arc_swap::ArcSwap;
 use bytes::{Buf as _, BytesMut};
 use pingora::protocols::http::date::get_cached_date;
 use std::future::poll_fn;
@@ -195,11 +197,11 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
     };
     loop {
         let picked = match ticket.exchange.pick() {
-            Err(NoServer::Busy) => match Box::pin(wait_for_server(client, ticket)).await {
-                Some(picked) => picked,
-                None => {
+            Err(NoServer::Busy) => match Box::pin(wait_for_server(client, ticket, &gate.snapshot)).await {
+                Ok(picked) => picked,
+                Err(broken) => {
                     let nothing = Transfer::begin(Instant::now(), ticket, None);
-                    return end_broken(client, ticket, &nothing, Breakage::ClientGone).await;
+                    return end_broken(client, ticket, &nothing, broken).await;
                 }
             },
             picked => picked,
@@ -287,14 +289,27 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
     }
 }
 
-/// Waits in the queue of the upstream. `None`: the client has gone meanwhile.
-async fn wait_for_server(client: &mut ClientStream, ticket: &mut Ticket) -> Option<Result<Pick, NoServer>> {
-    let (mut reader, ..) = client.split()?;
+/// Waits in the queue of the upstream, for as long as there is a client and its token gives it the right to.
+async fn wait_for_server(
+    client: &mut ClientStream,
+    ticket: &mut Ticket,
+    live: &ArcSwap<Snapshot>,
+) -> Result<Result<Pick, NoServer>, Breakage> {
+    let recheck = Recheck::of(ticket, live);
+    let ended = async {
+        match recheck {
+            Some(recheck) => recheck.ended().await,
+            None => std::future::pending().await,
+        }
+    };
+    let (mut reader, ..) = client.split().ok_or(Breakage::ClientGone)?;
     // Who said that this is its last request may close its side and wait for the answer.
     let gone = reader.wait_for_end(!ticket.keep_alive);
     tokio::select! {
-        picked = ticket.exchange.queued() => Some(picked),
-        () = gone => None,
+        biased;
+        cause = ended => Err(Breakage::Token(cause)),
+        () = gone => Err(Breakage::ClientGone),
+        picked = ticket.exchange.queued() => Ok(picked),
     }
 }
 

@@ -12,6 +12,7 @@ pub(super) struct ServerFamilies {
     up: IntGaugeVec,
     outages: IntCounterVec,
     in_flight: IntGaugeVec,
+    draining: IntGaugeVec,
     /// Users of each upstream and server: the pool that a reload replaces ends after its successor began.
     users: Mutex<HashMap<[String; 2], usize>>,
 }
@@ -21,7 +22,7 @@ impl ServerFamilies {
         Ok(Self {
             up: families.gauges(
                 "tollgate_upstream_server_up",
-                "1 while the server gets requests, 0 while it is left alone.",
+                "1 while the server is well, 0 while it is left alone.",
                 &["upstream", "server"],
             )?,
             outages: families.counters(
@@ -32,6 +33,11 @@ impl ServerFamilies {
             in_flight: families.gauges(
                 "tollgate_upstream_server_requests_in_flight",
                 "Requests with the server, to the end of their responses.",
+                &["upstream", "server"],
+            )?,
+            draining: families.gauges(
+                "tollgate_upstream_server_draining",
+                "1 while the server gets no new requests because an operator drains it.",
                 &["upstream", "server"],
             )?,
             users: Mutex::default(),
@@ -45,6 +51,7 @@ impl ServerFamilies {
             up: self.up.with_label_values(&labels),
             outages: self.outages.with_label_values(&labels),
             in_flight: self.in_flight.with_label_values(&labels),
+            draining: self.draining.with_label_values(&labels),
             labels,
             families: Arc::clone(self),
         };
@@ -59,6 +66,7 @@ pub struct ServerMetrics {
     up: IntGauge,
     outages: IntCounter,
     in_flight: IntGauge,
+    draining: IntGauge,
     families: Arc<ServerFamilies>,
 }
 
@@ -70,6 +78,10 @@ impl ServerMetrics {
 
     pub fn in_flight(&self, requests: u32) {
         self.in_flight.set(requests.into());
+    }
+
+    pub fn draining(&self, drained: bool) {
+        self.draining.set(drained.into());
     }
 
     pub fn came_back(&self) {
@@ -90,6 +102,7 @@ impl Drop for ServerMetrics {
         let _ = self.families.up.remove_label_values(&self.labels);
         let _ = self.families.outages.remove_label_values(&self.labels);
         let _ = self.families.in_flight.remove_label_values(&self.labels);
+        let _ = self.families.draining.remove_label_values(&self.labels);
     }
 }
 

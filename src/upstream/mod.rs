@@ -418,10 +418,19 @@ impl Upstream {
         if roster.in_turn(turn).any(serves_this) {
             return Err(NoServer::Busy);
         }
-        let left = || roster.members.iter().filter(|member| untried(member) && member.server.has_address());
+        let left = || roster.members.iter().filter(|member| untried(member) && member.server.is_usable());
         let best =
             left().filter(|member| !is_busy(member)).min_by_key(|member| (!member.server.is_up(), member.backup));
         best.ok_or_else(|| if left().next().is_some() { NoServer::Busy } else { NoServer::Absent })
+    }
+
+    /// Keeps new requests away from a server, or lets them go to it again; those that it has go on. Returns the server and whether
+    /// anything changed. `None`: the pool has no such server.
+    pub fn drain(&self, label: &str, drained: bool, now: Instant) -> Option<(Arc<Server>, bool)> {
+        let server = self.members().into_iter().find(|member| member.server.label() == label)?.server;
+        let changed = server.set_drained(drained, now);
+        self.noted(changed, now);
+        Some((server, changed))
     }
 
     /// Brings those metrics up to date that are read from the state of servers.
@@ -469,7 +478,7 @@ impl Upstream {
         };
         let change = server.failed(failure, asked, now);
         self.noted(change.is_some(), now);
-        let is_left = |member: &Member| !tries.has(&member.server) && member.server.has_address();
+        let is_left = |member: &Member| !tries.has(&member.server) && member.server.is_usable();
         let left = || self.roster.load().members.iter().any(is_left);
         let again = again && (tries.will_ask_once_more() || left());
         // A refused connection costs no server anything, and a kept one that was dead is no try.

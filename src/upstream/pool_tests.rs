@@ -389,3 +389,45 @@ fn what_does_not_fit_together_is_said() {
     assert!(problems(&per_try(SECOND)).is_empty());
     assert!(problems(&per_try(60 * SECOND))["per_try_timeout"].contains("read_timeout"));
 }
+
+#[test]
+fn a_drained_server_gets_nothing_whatever_else_is_wrong() {
+    let now = Instant::now();
+    for balance in balances() {
+        let pool = build(&weighted(&[1, 1, 0], balance), now);
+        let drain = |place: usize, drained| pool.drain(&format!("127.0.0.1:{}", place + 1), drained, now).unwrap().1;
+        let who = || counts(&pool, 3, 60, now).iter().map(|count| *count > 0).collect::<Vec<_>>();
+        assert!(drain(0, true) && !drain(0, true), "once is enough");
+        assert_eq!(who(), [false, true, false]);
+        assert!(pool.looks(now + 10 * SECOND).is_empty(), "it is well, and nobody has to look");
+        // A backup takes over for a drained server as for one that is down.
+        go_down(&pool, 1, now);
+        assert_eq!(who(), [false, false, true]);
+        go_down(&pool, 2, now);
+        let (mut tries, mut tried) = (Tries::default(), BTreeSet::new());
+        while let Ok(pick) = pool.pick(&mut tries, now) {
+            tried.insert(place(&pick.server));
+            pool.failed(&mut tries, REFUSED, false, now);
+        }
+        assert_eq!(tried, BTreeSet::from([1, 2]));
+        // What happens to it meanwhile does not end it.
+        go_down(&pool, 0, now);
+        come_back(&pool, 0, now + SECOND);
+        assert!(!pool.members()[0].server.is_up() && pool.members()[0].server.state().down.is_none());
+        assert!(drain(0, false));
+        assert_eq!(who(), [true, false, false]);
+    }
+    assert!(build(&weighted(&[1], Balance::RoundRobin), now).drain("127.0.0.1:2", true, now).is_none());
+}
+
+/// After a drain a server ramps up as after an outage.
+#[test]
+fn a_drain_ends_with_a_slow_start() {
+    let now = Instant::now();
+    let settings = UpstreamSettings { slow_start: Some(10 * SECOND), ..weighted(&[1, 1], Balance::RoundRobin) };
+    let pool = build(&settings, now);
+    pool.drain("127.0.0.1:1", true, now);
+    assert_eq!(counts(&pool, 2, 22, now), [0, 22]);
+    pool.drain("127.0.0.1:1", false, now);
+    assert_eq!(counts(&pool, 2, 22, now), [2, 20]);
+}

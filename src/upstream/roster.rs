@@ -97,7 +97,9 @@ impl Roster {
 /// Says which members get requests, and how many of them. True: too few are up, and all get some.
 fn give_shares(members: &mut [Member], rules: RosterRules, now: Instant) -> bool {
     let count = |backups: bool, up: bool| {
-        let counted = |member: &&Member| member.backup == backups && (!up || member.server.is_up());
+        let counted = |member: &&Member| {
+            member.backup == backups && !member.server.is_drained() && (!up || member.server.is_up())
+        };
         members.iter().filter(counted).count() as u64
     };
     // Backups get requests only while nobody else is up.
@@ -108,8 +110,8 @@ fn give_shares(members: &mut [Member], rules: RosterRules, now: Instant) -> bool
     for member in members.iter_mut() {
         member.multiple = member.weight.div_ceil(least);
         let serves = match (up, panics) {
-            (0, _) => member.server.has_address(),
-            (_, true) => member.backup == backups && member.server.has_address(),
+            (0, _) => member.server.is_usable(),
+            (_, true) => member.backup == backups && member.server.is_usable(),
             (_, false) => member.backup == backups && member.server.is_up(),
         };
         member.share = if serves { member.weight * steps(&member.server, rules.slow_start, now) } else { 0 };

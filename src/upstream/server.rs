@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{
-    AtomicBool, AtomicU32, AtomicU64, AtomicUsize,
+    AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize,
     Ordering::{Relaxed, SeqCst},
 };
 use std::time::{Duration, Instant};
@@ -27,6 +27,9 @@ const PATIENCE_WITH_A_STRANGER: u32 = 1;
 /// Until the first look at a server that is down or passed over; doubled each time, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Reasons for which a server gets no requests.
+const DOWN: u8 = 1;
+const DRAINED: u8 = 2;
 
 /// Why a server is down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,8 +96,8 @@ pub struct Server {
     addresses: ArcSwap<Vec<SocketAddr>>,
     /// The address to begin with: the one that was connected to last.
     preferred: AtomicUsize,
-    /// `false`: down. Read for each request.
-    up: AtomicBool,
+    /// Why it gets no new requests: [`DOWN`], [`DRAINED`], both, or 0 for neither. Read for each request.
+    absent: AtomicU8,
     /// It has answered since its start or its last outage.
     known: AtomicBool,
     /// Tries since its last answer, but for those that were given up early.
@@ -146,7 +149,7 @@ impl Server {
             address,
             addresses: ArcSwap::from_pointee(addresses),
             preferred: AtomicUsize::new(0),
-            up: AtomicBool::new(true),
+            absent: AtomicU8::new(0),
             known: AtomicBool::new(false),
             unanswered: AtomicU32::new(0),
             failed: AtomicBool::new(false),
@@ -199,8 +202,37 @@ impl Server {
         }
     }
 
+    /// Whether it gets requests.
     pub fn is_up(&self) -> bool {
-        self.up.load(Relaxed)
+        self.absent.load(Relaxed) == 0
+    }
+
+    fn is_down(&self) -> bool {
+        self.absent.load(Relaxed) & DOWN != 0
+    }
+
+    /// The operator keeps new requests away from it.
+    pub fn is_drained(&self) -> bool {
+        self.absent.load(Relaxed) & DRAINED != 0
+    }
+
+    /// False: it was so before.
+    pub(super) fn set_drained(&self, drained: bool, now: Instant) -> bool {
+        let before = match drained {
+            true => self.absent.fetch_or(DRAINED, Relaxed),
+            false => self.absent.fetch_and(!DRAINED, Relaxed),
+        };
+        self.metrics.draining(drained);
+        let changed = (before & DRAINED != 0) != drained;
+        if changed && before & DOWN == 0 {
+            self.health.lock().back = (!drained).then_some(now);
+        }
+        changed
+    }
+
+    /// Whether a request can go to it if there is no better server.
+    pub(super) fn is_usable(&self) -> bool {
+        self.has_address() && !self.is_drained()
     }
 
     pub fn state(&self) -> ServerState {
@@ -209,7 +241,7 @@ impl Server {
     }
 
     /// Whether there is any way to connect to it.
-    pub(super) fn has_address(&self) -> bool {
+    fn has_address(&self) -> bool {
         matches!(self.address, ServerAddress::Unix(_)) || !self.addresses.load().is_empty()
     }
 
@@ -289,7 +321,7 @@ impl Server {
             self.failed.store(false, Relaxed);
             self.health.lock().bad = 0;
         }
-        if self.known.load(Relaxed) && self.is_up() {
+        if self.known.load(Relaxed) && !self.is_down() {
             return None;
         }
         let mut health = self.health.lock();
@@ -347,7 +379,7 @@ impl Server {
         if !self.has_address() {
             return None;
         }
-        let is_well = self.is_up() && (self.has_room(1) || !others);
+        let is_well = !self.is_down() && (self.has_room(1) || !others);
         let look = match (check, health.down) {
             (Some(_), _) => Look::Check,
             (None, None) if is_well => {
@@ -423,7 +455,7 @@ impl Server {
     fn down(&self, health: &mut Health, reason: DownReason, now: Instant) -> ServerChange {
         (health.down, health.since, health.back, health.checks_passed) = (Some(reason), now, None, 0);
         health.next_look = Some(now + pause(health.looks));
-        self.up.store(false, Relaxed);
+        self.absent.fetch_or(DOWN, Relaxed);
         // If all servers have to be used, it is one to be tried with care.
         self.known.store(false, Relaxed);
         self.unanswered.store(0, Relaxed);
@@ -438,7 +470,7 @@ impl Server {
         (health.since, health.back, health.failures, health.bad) = (now, Some(now), 0, 0);
         self.unanswered.store(0, Relaxed);
         self.failed.store(false, Relaxed);
-        self.up.store(true, Relaxed);
+        self.absent.fetch_and(!DOWN, Relaxed);
         self.metrics.came_back();
         Some(ServerChange { server: self.label.clone(), reason, back_after: Some(lasted) })
     }
