@@ -339,12 +339,16 @@ impl Upstream {
         }
         let roster = self.roster.load();
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let server = loop {
-            let server = &self.choose(&roster, tries, turn)?.server;
-            // Another request may have been quicker.
-            if server.takes(self.settings.max_requests) {
-                break Arc::clone(server);
+        // The common case: the first try, and the next one in turn is well.
+        let next = match self.settings.balance {
+            Balance::RoundRobin if tries.count() == 0 && !roster.panics => roster.in_turn(turn).next(),
+            _ => None,
+        };
+        let server = match next.map(|member| &member.server) {
+            Some(server) if server.is_up() && server.has_room(1) && server.takes(self.settings.max_requests) => {
+                Arc::clone(server)
             }
+            _ => self.take_chosen(&roster, tries, turn)?,
         };
         if tries.count() > 0 {
             self.series.retried();
@@ -367,6 +371,17 @@ impl Upstream {
         }
         tries.leave_queue();
         Poll::Ready(picked)
+    }
+
+    #[inline(never)]
+    fn take_chosen(&self, roster: &Roster, tries: &Tries, turn: usize) -> Result<Arc<Server>, NoServer> {
+        loop {
+            let server = &self.choose(roster, tries, turn)?.server;
+            // Another request may have been quicker.
+            if server.takes(self.settings.max_requests) {
+                return Ok(Arc::clone(server));
+            }
+        }
     }
 
     fn choose<'r>(&self, roster: &'r Roster, tries: &Tries, turn: usize) -> Result<&'r Member, NoServer> {
