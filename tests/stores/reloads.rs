@@ -41,7 +41,7 @@ fn a_revocation_right_behind_a_reload_is_not_lost() {
 /// more tokens at once than one of them may.
 #[test]
 fn an_endpoint_gets_no_more_requests_at_once_beside_a_reload() {
-    let asked: Arc<(Mutex<(usize, usize, bool)>, Condvar)> = Arc::default();
+    let asked = Arc::new((Mutex::new((0_usize, 0_usize, false)), Condvar::new()));
     let state = Arc::clone(&asked);
     let endpoint = HttpServer::start(move |_| {
         let (state, released) = &*state;
