@@ -40,7 +40,11 @@ class Backend:
                     await writer.drain()
 
     def __exit__(self, *_):
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        def end():
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
+            self.loop.call_later(0.2, self.loop.stop)
+        self.loop.call_soon_threadsafe(end)
         self.thread.join(5)
 
 
