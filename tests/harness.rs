@@ -184,9 +184,31 @@ impl Gateway {
         metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok()).unwrap_or(0.0)
     }
 
-    /// The access log so far, a JSON object a line. A line that crosses a page of the file can be seen half written:
-    /// it counts once its end is there.
+    /// The access log so far, a JSON object a line, with a line for each request that was counted: another thread writes
+    /// them, a moment later.
     pub fn access_log(&self) -> Vec<serde_json::Value> {
+        let counted = || {
+            let metrics = self.admin_get("/metrics").map_or_else(String::new, |answer| answer.text());
+            let of = |name: &str| -> f64 {
+                let lines = metrics.lines().filter(|line| line.starts_with(name));
+                lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+            };
+            of("tollgate_requests_total{") - of("tollgate_log_lines_dropped_total{log=\"access\"}")
+        };
+        // A log that was moved, or that goes elsewhere, never has all of them.
+        let (all, patience) = (counted() as usize, Instant::now() + Duration::from_secs(1));
+        loop {
+            let lines = self.written_access_log();
+            if lines.len() >= all || Instant::now() > patience {
+                return lines;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// What of it is in the file. A line that crosses a page of the file can be seen half written: it counts once its end is
+    /// there.
+    fn written_access_log(&self) -> Vec<serde_json::Value> {
         let text = std::fs::read_to_string(self.folder.0.join("access.log")).unwrap_or_default();
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         whole.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
