@@ -51,7 +51,7 @@ enum Command {
     ///
     /// Exit codes: 0 all changes are in force, 2 some need a restart, 1 nothing changed.
     Reload(reload::AdminTarget),
-    /// Drain a server of a running gateway, or end that.
+    /// Drain a server of a running gateway, or return it to service.
     Server {
         #[command(subcommand)]
         command: server::ServerCommand,
