@@ -83,7 +83,7 @@ fn unread(head: &Head) -> RequestFault {
 
 /// What was decided on a request, with all that is needed to carry it out: neither the request's view nor the pipeline's
 /// own state waits for a backend.
-enum Judged<'r> {
+enum Judged {
     Permitted {
         head: Vec<u8>,
         ticket: Ticket,
@@ -91,7 +91,6 @@ enum Judged<'r> {
     Refused(Refused),
     /// The head is no request.
     Unreadable(Exchange, RequestFault),
-    Waiting(Box<Undecided<'r>>),
 }
 
 /// An answer of tollgate's own.
@@ -117,9 +116,9 @@ impl Gate {
     async fn exchange(&self, client: &mut ClientStream, bytes: Bytes, exchange: Exchange) -> After {
         let snapshot = Arc::clone(&exchange.snapshot);
         let judged = match self.judge(client.peer(), &snapshot, &bytes, exchange) {
+            Ok(judged) => judged,
             // In a box of its own, which few requests need: every connection pays for the largest state of this.
-            Judged::Waiting(waiting) => Box::pin(waiting.verdict()).await,
-            judged => judged,
+            Err(undecided) => Box::pin(undecided.verdict()).await,
         };
         match judged {
             Judged::Permitted { head, mut ticket } => {
@@ -131,38 +130,36 @@ impl Gate {
             }
             Judged::Refused(refused) => refuse(client, refused).await,
             Judged::Unreadable(exchange, fault) => refuse_unread(client, exchange, fault).await,
-            // Waited for above.
-            Judged::Waiting(_) => After::Drop,
         }
     }
 
-    /// Asks the pipeline.
+    /// Asks the pipeline. `Err`: the token store has to be waited for.
     fn judge<'r>(
         &self,
         peer: Option<IpAddr>,
         snapshot: &'r Snapshot,
         bytes: &'r [u8],
         mut exchange: Exchange,
-    ) -> Judged<'r> {
+    ) -> Result<Judged, Box<Undecided<'r>>> {
         let view = match head::parse(bytes) {
             Ok(view) => view,
-            Err(fault) => return Judged::Unreadable(exchange, fault.into()),
+            Err(fault) => return Ok(Judged::Unreadable(exchange, fault.into())),
         };
         let origin = Origin::of(&view, peer, &snapshot.pipeline.rules.trusted_proxies);
         let id = request_id(&view).map_or_else(new_request_id, str::to_owned);
         exchange.is_asked(&view, origin.client, id);
         if self.lifecycle.is_draining() {
-            return settle(exchange, &view, &origin, Verdict::Refuse(Cause::Draining.into()));
+            return Ok(settle(exchange, &view, &origin, Verdict::Refuse(Cause::Draining.into())));
         }
         match snapshot.pipeline.admit(&view, &origin, exchange.now, Mode::Serve) {
             Admission::Decided(verdict, facts) => {
                 exchange.learned(facts);
-                settle(exchange, &view, &origin, verdict)
+                Ok(settle(exchange, &view, &origin, verdict))
             }
             Admission::Waiting(pending) => {
                 // The client may be gone before the store answers.
                 exchange.learned(pending.facts().clone());
-                Judged::Waiting(Box::new(Undecided { view, origin, exchange, pending }))
+                Err(Box::new(Undecided { view, origin, exchange, pending }))
             }
         }
     }
@@ -216,8 +213,8 @@ async fn refuse_unread(client: &mut ClientStream, mut exchange: Exchange, fault:
     After::Close
 }
 
-impl<'r> Undecided<'r> {
-    async fn verdict(self: Box<Self>) -> Judged<'r> {
+impl Undecided<'_> {
+    async fn verdict(self: Box<Self>) -> Judged {
         let Self { view, origin, mut exchange, pending } = *self;
         let (verdict, facts) = pending.verdict().await;
         exchange.learned(facts);
@@ -226,7 +223,7 @@ impl<'r> Undecided<'r> {
 }
 
 /// Writes down what a verdict means for this request.
-fn settle<'r>(mut exchange: Exchange, view: &RequestView<'_>, origin: &Origin<'_>, verdict: Verdict<'_>) -> Judged<'r> {
+fn settle(mut exchange: Exchange, view: &RequestView<'_>, origin: &Origin<'_>, verdict: Verdict<'_>) -> Judged {
     match verdict {
         Verdict::Refuse(refusal) => {
             let close =

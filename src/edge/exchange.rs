@@ -132,15 +132,11 @@ impl Exchange {
         self.upstream.fields_dropped = fields_dropped;
         let Some(peers) = self.snapshot.upstream(self.facts.route) else { return };
         let Some(by) = peers.upstream.hash_by() else { return };
-        let field = |name: &str| {
-            let named = view.fields.iter().find(|field| field.name.eq_ignore_ascii_case(name.as_bytes()));
-            named.map(|field| field.value)
-        };
         let key = match by {
             HashBy::User => self.facts.principal.as_ref().map(|principal| principal.user().as_bytes()),
             HashBy::Token => self.facts.token.as_ref().map(|digest| digest.as_bytes().as_slice()),
-            HashBy::Header(name) => field(name),
-            HashBy::Cookie(name) => field("cookie").and_then(|cookies| cookie(cookies, name.as_bytes())),
+            HashBy::Header(name) => field(view, name),
+            HashBy::Cookie(name) => field(view, "cookie").and_then(|cookies| cookie(cookies, name.as_bytes())),
         };
         if let Some(key) = key {
             self.upstream.tries.keyed(peers.upstream.key_of(key));
@@ -366,6 +362,11 @@ fn cookie<'a>(cookies: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
 
 /// The client's own name for itself; empty when it has none.
 fn user_agent<'a>(view: &RequestView<'a>) -> &'a [u8] {
-    let named = view.fields.iter().find(|field| field.name.eq_ignore_ascii_case(b"user-agent"));
-    named.map_or(&view.target[..0], |field| field.value)
+    field(view, "user-agent").unwrap_or(&view.target[..0])
+}
+
+/// The value of the first field of a name.
+fn field<'a>(view: &RequestView<'a>, name: &str) -> Option<&'a [u8]> {
+    let named = view.fields.iter().find(|field| field.name.eq_ignore_ascii_case(name.as_bytes()));
+    named.map(|field| field.value)
 }

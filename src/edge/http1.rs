@@ -9,7 +9,7 @@ use super::connection::Gate;
 use super::exchange::End;
 use super::patience::{Count, Flag, Patience, Timer};
 use super::peers::Peers;
-use super::recheck::{Recheck, Standing};
+use super::recheck::{self, Recheck, Standing};
 use super::socket::{SocketReader, SocketWriter};
 use super::ticket::Ticket;
 use crate::forward::{FieldSink as _, Http1Head};
@@ -295,13 +295,7 @@ async fn wait_for_server(
     ticket: &mut Ticket,
     live: &ArcSwap<Snapshot>,
 ) -> Result<Result<Pick, NoServer>, Breakage> {
-    let recheck = Recheck::of(ticket, live);
-    let ended = async {
-        match recheck {
-            Some(recheck) => recheck.ended().await,
-            None => std::future::pending().await,
-        }
-    };
+    let ended = recheck::ended(Recheck::of(ticket, live));
     let (mut reader, ..) = client.split().ok_or(Breakage::ClientGone)?;
     // Who said that this is its last request may close its side and wait for the answer.
     let gone = reader.wait_for_end(!ticket.keep_alive);
@@ -879,14 +873,8 @@ async fn tunnel(
             () = &mut down => tokio::time::timeout(WRITE_TIMEOUT, up).await,
         };
     };
-    let ended = async {
-        match recheck {
-            Some(recheck) => recheck.ended().await,
-            None => std::future::pending().await,
-        }
-    };
     tokio::select! {
         () = both => None,
-        cause = ended => Some(cause),
+        cause = recheck::ended(recheck) => Some(cause),
     }
 }

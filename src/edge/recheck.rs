@@ -63,6 +63,14 @@ impl<'g> Recheck<'g> {
     }
 }
 
+/// The same for an exchange that may need no token, and then goes on for ever.
+pub(super) async fn ended(recheck: Option<Recheck<'_>>) -> Cause {
+    match recheck {
+        Some(recheck) => recheck.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The watch over one exchange: nothing but a point in time until it lasts.
 pub(super) enum Standing<'g> {
     Unwatched,
