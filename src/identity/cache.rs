@@ -195,8 +195,11 @@ impl Cache {
 
     /// What is known of a token. With [`Mode::Observe`], asking leaves no trace.
     pub(super) fn get(&self, digest: &Digest, now: Now, mode: Mode) -> Cached {
+        // Before the entry: a change is taken in before the confirmation of all that was told until then. The other way
+        // round, an entry from before a revocation would meet the confirmation from behind it.
+        let hears = self.hears(now);
         if let Some(entry) = self.positive.get(digest) {
-            return entry.get(now, self.hears(now), mode);
+            return entry.get(now, hears, mode);
         }
         match self.negative.get(digest) {
             Some(entry) if now.mono_ms < entry.until => {
@@ -204,6 +207,13 @@ impl Cache {
             }
             _ => Cached::Nothing,
         }
+    }
+
+    /// Whether a stale entry is still there, and still may be used if the store fails.
+    pub(super) fn holds(&self, digest: &Digest, stale: &Stale, now: Now) -> bool {
+        let same =
+            |entry: Arc<Positive>| Arc::ptr_eq(&entry.principal, &stale.principal) && now.mono_ms < entry.stale_until;
+        self.positive.get(digest).is_some_and(same) && stale.principal.in_force(now)
     }
 
     /// Stores a result. `random` is a number in 0..1 that sets the jitter.
@@ -290,12 +300,13 @@ impl Cache {
 
     /// Until when no change can have been missed.
     pub(super) fn hear_until(&self, mono_ms: u64) {
-        self.heard_until.store(mono_ms, Ordering::Relaxed);
+        // Who sees it sees the changes before it.
+        self.heard_until.store(mono_ms, Ordering::Release);
     }
 
     /// Whether no change can have been missed.
     pub(super) fn hears(&self, now: Now) -> bool {
-        now.mono_ms < self.heard_until.load(Ordering::Relaxed)
+        now.mono_ms < self.heard_until.load(Ordering::Acquire)
     }
 
     pub(super) fn set_deaf(&self, deaf: bool) {

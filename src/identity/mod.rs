@@ -189,6 +189,7 @@ pub enum Checked {
 
 /// A caller that waits for a lookup.
 pub struct PendingLookup {
+    digest: Digest,
     flight: Arc<Flight>,
     stale: Option<Stale>,
     inner: Arc<Inner>,
@@ -258,7 +259,7 @@ impl Authenticator {
                 };
                 let reason = if stale.is_some() { Reason::Stale } else { Reason::Stranger };
                 let flight = self.inner.join(token, digest, reason);
-                Checked::Waiting(PendingLookup { flight, stale, inner: Arc::clone(&self.inner) })
+                Checked::Waiting(PendingLookup { digest: *digest, flight, stale, inner: Arc::clone(&self.inner) })
             }
         }
     }
@@ -412,7 +413,11 @@ impl PendingLookup {
             },
         };
         match (outcome, self.stale) {
-            (Err(why), Some(stale)) if self.inner.excuses(why, &stale) => {
+            // A change that was told meanwhile has removed the entry: what it said is known to be outdated.
+            (Err(why), Some(stale))
+                if self.inner.excuses(why, &stale)
+                    && self.inner.cache.holds(&self.digest, &stale, (self.inner.clock)()) =>
+            {
                 (Ok(TokenStatus::Valid(stale.principal)), CacheResult::Stale)
             }
             (outcome, _) => (outcome, CacheResult::Miss),

@@ -379,6 +379,19 @@ async fn a_background_refresh_cannot_resurrect_either() {
 }
 
 #[tokio::test]
+async fn a_failed_lookup_cannot_resurrect_what_was_revoked_meanwhile() {
+    let bench = bench(&[Says::User("a"), Says::CannotTell]);
+    assert_eq!(bench.user("t").await, "a");
+    pass(TTL + Duration::from_secs(1));
+    bench.shut();
+    let Checked::Waiting(waiting) = check(&bench, "t") else { panic!("the entry has expired") };
+    settle().await;
+    bench.authenticator.forget(&Digest::of(b"t"));
+    bench.open();
+    assert_eq!(waiting.answer().await.0.err(), Some(CannotTell::Store));
+}
+
+#[tokio::test]
 async fn a_token_that_changes_all_the_time_is_refused() {
     let bench = bench(&[Says::User("a")]);
     bench.shut();
@@ -830,6 +843,49 @@ async fn tokens_are_looked_up_again_after_a_lost_subscription() {
 // Without a confirmed subscription, results are cached for a moment only.
 
 const MOMENT: Duration = Duration::from_millis(700);
+
+/// A check that runs while a revocation is taken in: it may find the entry, which is not confirmed yet, or the confirmation,
+/// behind which the entry is gone. Never both.
+#[test]
+fn a_confirmation_does_not_reach_an_entry_that_was_found_before_it() {
+    const ROUNDS: u64 = 60_000;
+    let cache = Cache::new(CacheSettings {
+        positive_ttl: TTL,
+        negative_ttl: NEGATIVE_TTL,
+        stale_if_error: Duration::ZERO,
+        positive_capacity: ROUNDS,
+        negative_capacity: ROUNDS,
+    });
+    let record = TokenRecord::new(Digest::of(b""), "a");
+    let now = Now { mono_ms: 10_000, unix_ms: 10_000 };
+    let (answer, _) = judge(Some(&record), &record.digest, now);
+    let token = |round: u64| Digest::of(&round.to_be_bytes());
+    let current = AtomicU64::new(0);
+    cache.hear_until(0);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                loop {
+                    let round = current.load(Ordering::Acquire);
+                    if round == ROUNDS {
+                        return;
+                    }
+                    let found = cache.get(&token(round), now, Mode::Serve);
+                    assert!(!matches!(found, Cached::Fresh { .. }), "round {round}: revoked, and used as confirmed");
+                }
+            });
+        }
+        for round in 1..=ROUNDS {
+            cache.hear_until(0);
+            let learned = Learned { answer: &answer, until_unix_ms: None, handles: Vec::new(), asked_ms: 0 };
+            cache.put(token(round), learned, now, 0.0);
+            current.store(round, Ordering::Release);
+            // As in `Inner::apply`: the change first, then the confirmation that all before it was told.
+            cache.forget(&token(round));
+            cache.hear_until(20_000);
+        }
+    });
+}
 
 #[tokio::test]
 async fn before_the_subscription_results_are_cached_for_a_moment() {
