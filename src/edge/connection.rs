@@ -90,12 +90,12 @@ enum Judged {
     },
     Refused(Refused),
     /// The head is no request.
-    Unreadable(Exchange, RequestFault),
+    Unreadable(Box<Exchange>, RequestFault),
 }
 
 /// An answer of tollgate's own.
 struct Refused {
-    exchange: Exchange,
+    exchange: Box<Exchange>,
     refusal: Refusal,
     answer: Vec<u8>,
     close: bool,
@@ -107,13 +107,13 @@ struct Refused {
 struct Undecided<'r> {
     view: RequestView<'r>,
     origin: Origin<'r>,
-    exchange: Exchange,
+    exchange: Box<Exchange>,
     pending: Pending<'r>,
 }
 
 impl Gate {
     /// One request and its answer. It is counted and logged when this comes back.
-    async fn exchange(&self, client: &mut ClientStream, bytes: Bytes, exchange: Exchange) -> After {
+    async fn exchange(&self, client: &mut ClientStream, bytes: Bytes, exchange: Box<Exchange>) -> After {
         let snapshot = Arc::clone(&exchange.snapshot);
         let judged = match self.judge(client.peer(), &snapshot, &bytes, exchange) {
             Ok(judged) => judged,
@@ -139,7 +139,7 @@ impl Gate {
         peer: Option<IpAddr>,
         snapshot: &'r Snapshot,
         bytes: &'r [u8],
-        mut exchange: Exchange,
+        mut exchange: Box<Exchange>,
     ) -> Result<Judged, Box<Undecided<'r>>> {
         let view = match head::parse(bytes) {
             Ok(view) => view,
@@ -194,7 +194,7 @@ impl Gate {
 }
 
 /// Answers a request whose head could not be read, and closes the connection. The response may not reach the client.
-async fn refuse_unread(client: &mut ClientStream, mut exchange: Exchange, fault: RequestFault) -> After {
+async fn refuse_unread(client: &mut ClientStream, mut exchange: Box<Exchange>, fault: RequestFault) -> After {
     exchange.request_id = new_request_id();
     let refusal = Refusal::from(Cause::Request(fault));
     let read = if exchange.head.is_empty() { client.unread() } else { &exchange.head };
@@ -223,7 +223,7 @@ impl Undecided<'_> {
 }
 
 /// Writes down what a verdict means for this request.
-fn settle(mut exchange: Exchange, view: &RequestView<'_>, origin: &Origin<'_>, verdict: Verdict<'_>) -> Judged {
+fn settle(mut exchange: Box<Exchange>, view: &RequestView<'_>, origin: &Origin<'_>, verdict: Verdict<'_>) -> Judged {
     match verdict {
         Verdict::Refuse(refusal) => {
             let close =
@@ -260,7 +260,7 @@ async fn refuse(client: &mut ClientStream, refused: Refused) -> After {
 }
 
 /// The right to use a lane: the one place where a ticket is made, from a plan.
-fn ticket(exchange: Exchange, plan: Plan<'_>, view: &RequestView<'_>) -> Ticket {
+fn ticket(exchange: Box<Exchange>, plan: Plan<'_>, view: &RequestView<'_>) -> Ticket {
     let from_query = plan.from_query();
     Ticket {
         token: plan.presented.map(|presented| OwnToken::of(presented.value, &exchange.head)),

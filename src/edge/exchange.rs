@@ -92,10 +92,10 @@ impl HeadSlice {
 }
 
 impl Exchange {
-    /// An exchange whose request has just come, or has come as far as it ever will.
-    pub(super) fn begin(snapshot: Arc<Snapshot>, peer: Option<IpAddr>, head: Bytes) -> Self {
+    /// An exchange whose request has just come, or has come as far as it ever will. In a box, as it is handed on many times.
+    pub(super) fn begin(snapshot: Arc<Snapshot>, peer: Option<IpAddr>, head: Bytes) -> Box<Self> {
         let in_flight = snapshot.metrics.request_started();
-        Self {
+        Box::new(Self {
             snapshot,
             now: super::now(),
             request_id: String::new(),
@@ -107,7 +107,7 @@ impl Exchange {
             ending: Ending::default(),
             upstream: UpstreamSide::default(),
             _in_flight: in_flight,
-        }
+        })
     }
 
     /// The head was read as a request of this client.

@@ -96,6 +96,25 @@ enum WriteHalf<'s> {
     Unix(unix::WriteHalf<'s>),
 }
 
+/// A head and a small body.
+const LITTLE: usize = 8 * 1024;
+
+impl WriteHalf<'_> {
+    fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(half) => half.try_write(bytes),
+            Self::Unix(half) => half.try_write(bytes),
+        }
+    }
+
+    fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(half) => half.try_write_vectored(slices),
+            Self::Unix(half) => half.try_write_vectored(slices),
+        }
+    }
+}
+
 impl SocketReader<'_> {
     /// Reads into the buffer's free capacity, with `room` made there first: only when something has come, so that a wait
     /// holds no memory. 0: the other end has closed.
@@ -167,9 +186,12 @@ impl SocketWriter<'_> {
         // Takes empty slices away.
         IoSlice::advance_slices(&mut slices, 0);
         while !slices.is_empty() {
-            let written = match &mut self.half {
-                WriteHalf::Tcp(half) => half.write_vectored(slices).await?,
-                WriteHalf::Unix(half) => half.write_vectored(slices).await?,
+            let written = match self.write_now(slices) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => match &mut self.half {
+                    WriteHalf::Tcp(half) => half.write_vectored(slices).await?,
+                    WriteHalf::Unix(half) => half.write_vectored(slices).await?,
+                },
+                written => written?,
             };
             if written == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
@@ -178,6 +200,22 @@ impl SocketWriter<'_> {
             IoSlice::advance_slices(&mut slices, written);
         }
         Ok(())
+    }
+
+    /// Little is put together first: one buffer is sent in less time than several are gathered by the kernel.
+    fn write_now(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        thread_local! {
+            static TOGETHER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
+        match slices {
+            [one] => self.half.try_write(one),
+            _ if slices.iter().map(|slice| slice.len()).sum::<usize>() > LITTLE => self.half.try_write_vectored(slices),
+            _ => TOGETHER.with_borrow_mut(|together| {
+                together.clear();
+                slices.iter().for_each(|slice| together.extend_from_slice(slice));
+                self.half.try_write(together)
+            }),
+        }
     }
 
     /// Says that nothing more will come.

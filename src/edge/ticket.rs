@@ -29,7 +29,7 @@ pub(super) struct Ticket {
     pub(super) grant: CorsGrant,
     /// Raised when the backend has agreed to a WebSocket. `None`: the client asked for none.
     pub(super) tunnel: Option<Arc<AtomicBool>>,
-    pub(super) exchange: Exchange,
+    pub(super) exchange: Box<Exchange>,
 }
 
 /// The token of a request. Its type prints nothing, and it lives as long as the exchange.
