@@ -2,6 +2,7 @@
 //! Valid and invalid tokens have separate capacities, so that a flood of guesses cannot evict valid tokens.
 
 use super::Mode;
+use super::entries::{Entries, Evictable};
 use super::principal::{Invalid, Principal, TokenStatus};
 use crate::clock::Now;
 use crate::problem::Problem;
@@ -110,7 +111,7 @@ struct Negative {
 
 pub(super) struct Cache {
     settings: CacheSettings,
-    positive: Bounded<Digest, Arc<Positive>, RandomState>,
+    positive: Entries<Positive>,
     negative: Bounded<Digest, Negative, RandomState>,
     /// Until this monotonic millisecond no change can have been missed, because the subscriptions to all stores were
     /// confirmed. After it, and at 0, results are cached for a moment only. [`u64::MAX`]: no store has notifications.
@@ -184,9 +185,8 @@ const DEAF_TTL: Duration = Duration::from_millis(700);
 
 impl Cache {
     pub(super) fn new(settings: CacheSettings) -> Self {
+        let positive = Entries::new(settings.positive_capacity);
         // The hasher has a random key, because colliding tokens could be computed for a fixed one.
-        let positive =
-            Bounded::builder().max_capacity(settings.positive_capacity).build_with_hasher(RandomState::default());
         let negative =
             Bounded::builder().max_capacity(settings.negative_capacity).build_with_hasher(RandomState::default());
         let (heard_until, deaf) = (AtomicU64::new(u64::MAX), AtomicBool::new(false));
@@ -234,7 +234,7 @@ impl Cache {
                     certain_until: learned.asked_ms + DEAF_TTL.as_millis() as u64,
                     confirmable_until: 0,
                 };
-                self.positive.insert(digest, Arc::new(entry));
+                self.insert(digest, entry);
                 self.negative.invalidate(&digest);
             }
             TokenStatus::Invalid(why) => {
@@ -251,13 +251,23 @@ impl Cache {
         self.negative.invalidate(digest);
     }
 
+    fn insert(&self, digest: Digest, entry: Positive) {
+        if let Some((evicted, entry)) = self.positive.insert(digest, Arc::new(entry)) {
+            self.keep_use(&evicted, &entry);
+        }
+    }
+
     /// Removes a valid token's entry, but keeps its last use.
     fn drop_positive(&self, digest: &Digest) {
         if let Some(entry) = self.positive.remove(digest) {
-            let used = entry.last_used.load(Ordering::Relaxed);
-            if self.uses.is_pending(used) {
-                self.uses.keep(*digest, used);
-            }
+            self.keep_use(digest, &entry);
+        }
+    }
+
+    fn keep_use(&self, digest: &Digest, entry: &Positive) {
+        let used = entry.last_used();
+        if self.uses.is_pending(used) {
+            self.uses.keep(*digest, used);
         }
     }
 
@@ -265,24 +275,30 @@ impl Cache {
         for (digest, used) in self.pending_uses() {
             self.uses.keep(digest, used);
         }
-        self.positive.invalidate_all();
+        self.positive.clear();
         self.negative.invalidate_all();
     }
 
     /// Removes valid tokens by the stores' identifiers. Iterates over all entries once, for any number of handles.
     pub(super) fn forget_handles(&self, handles: &HashSet<Digest>) {
-        for (digest, entry) in &self.positive {
+        let mut found = Vec::new();
+        self.positive.for_each(|digest, entry| {
             if entry.handles.iter().any(|handle| handles.contains(handle)) {
-                self.drop_positive(digest.as_ref());
+                found.push(*digest);
             }
-        }
+        });
+        found.iter().for_each(|digest| self.drop_positive(digest));
     }
 
     /// Removes the entries whose digest has this prefix, and returns their number. Iterates over all entries.
     pub(super) fn forget_prefix(&self, prefix: &DigestPrefix) -> usize {
-        let valid = self.positive.iter().map(|(digest, _)| *digest).filter(|digest| digest.begins_with(prefix));
         let invalid = self.negative.iter().map(|(digest, _)| *digest).filter(|digest| digest.begins_with(prefix));
-        let found: HashSet<Digest> = valid.chain(invalid).collect();
+        let mut found: HashSet<Digest> = invalid.collect();
+        self.positive.for_each(|digest, _| {
+            if digest.begins_with(prefix) {
+                found.insert(*digest);
+            }
+        });
         found.iter().for_each(|digest| self.forget(digest));
         found.len()
     }
@@ -290,11 +306,11 @@ impl Cache {
     /// Marks all entries as not to be used before a new lookup, unless the store fails. Entries inserted meanwhile are
     /// not marked: the caller must ensure that they are from lookups after whatever was missed.
     pub(super) fn doubt_all(&self) {
-        for (_, entry) in &self.positive {
+        self.positive.for_each(|_, entry| {
             entry.fresh_until.store(DOUBTFUL, Ordering::Relaxed);
             // Due immediately: while the store fails, each entry in use continues to request its own refresh.
             entry.refresh_at.store(0, Ordering::Relaxed);
-        }
+        });
         self.negative.invalidate_all();
     }
 
@@ -318,9 +334,13 @@ impl Cache {
     }
 
     fn pending_uses(&self) -> Vec<(Digest, u64)> {
-        let used =
-            |entry: &Positive| Some(entry.last_used.load(Ordering::Relaxed)).filter(|at| self.uses.is_pending(*at));
-        self.positive.iter().filter_map(|(digest, entry)| Some((*digest, used(&entry)?))).collect()
+        let mut pending = Vec::new();
+        self.positive.for_each(|digest, entry| {
+            if self.uses.is_pending(entry.last_used()) {
+                pending.push((*digest, entry.last_used()));
+            }
+        });
+        pending
     }
 
     /// Takes the tokens used since the last call, with the time of a recent use in Unix milliseconds. If they cannot be
@@ -342,7 +362,7 @@ impl Cache {
     /// The valid entries that may be useful after a restart.
     pub(super) fn saved_entries(&self, now: Now) -> Vec<SavedEntry> {
         let unix = |mono: u64| now.unix_ms.saturating_sub(now.mono_ms).saturating_add(mono);
-        let keep = |digest: Digest, entry: Arc<Positive>| {
+        let keep = |digest: Digest, entry: &Positive| {
             let useful = entry.principal.in_force(now) && now.mono_ms < entry.stale_until;
             let fresh_until = entry.fresh_until.load(Ordering::Relaxed);
             useful.then(|| SavedEntry {
@@ -353,7 +373,9 @@ impl Cache {
                 handles: entry.handles.to_vec(),
             })
         };
-        self.positive.iter().filter_map(|(digest, entry)| keep(*digest, entry)).collect()
+        let mut saved = Vec::new();
+        self.positive.for_each(|digest, entry| saved.extend(keep(*digest, entry)));
+        saved
     }
 
     /// Inserts an entry from the cache file: doubtful until [`Cache::confirm_all`].
@@ -372,30 +394,31 @@ impl Cache {
             certain_until: 0,
             confirmable_until: mono(kept.fresh_until).min(longest(self.settings.positive_ttl)),
         };
-        self.positive.insert(kept.digest, Arc::new(entry));
+        self.insert(kept.digest, entry);
     }
 
     /// Makes the remaining entries from the cache file fresh. The store has listed all changes since, and the caller
     /// has removed those tokens.
     pub(super) fn confirm_all(&self, now: Now) {
-        for (_, entry) in &self.positive {
+        self.positive.for_each(|_, entry| {
             if entry.confirmable_until > now.mono_ms {
                 entry.refresh_at.store(entry.confirmable_until, Ordering::Relaxed);
                 entry.fresh_until.store(entry.confirmable_until, Ordering::Relaxed);
             }
-        }
-    }
-
-    /// Runs moka's pending maintenance: applies writes, evicts down to the capacity, and updates the counts.
-    pub(super) fn run_pending(&self) {
-        self.positive.run_pending_tasks();
-        self.negative.run_pending_tasks();
+        });
     }
 
     /// The current numbers of valid and invalid entries.
     pub(super) fn sizes(&self) -> (u64, u64) {
-        self.run_pending();
-        (self.positive.entry_count(), self.negative.entry_count())
+        // Applies what was written meanwhile, and evicts down to the capacity.
+        self.negative.run_pending_tasks();
+        (self.positive.len(), self.negative.entry_count())
+    }
+}
+
+impl Evictable for Positive {
+    fn last_used(&self) -> u64 {
+        self.last_used.load(Ordering::Relaxed)
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod cache;
 mod cache_file;
+mod entries;
 mod principal;
 mod watch;
 

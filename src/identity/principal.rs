@@ -5,8 +5,10 @@ use crate::clock::Now;
 use crate::store::TokenRecord;
 use crate::store::credential::{Digest, TokenId};
 use crate::telemetry::metrics::Generation;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::sync::{Arc, LazyLock};
 
 /// What is known about a token.
 #[derive(Clone, Debug)]
@@ -18,7 +20,8 @@ pub enum TokenStatus {
 #[derive(Debug)]
 pub struct Principal {
     user: Box<str>,
-    scopes: Box<[String]>,
+    /// Shared by all who have the same.
+    scopes: Arc<[String]>,
     token: TokenId,
     /// Unix milliseconds.
     expires: Option<u64>,
@@ -44,6 +47,24 @@ pub(super) struct SavedPrincipal {
     scopes: Vec<String>,
     expires: Option<u64>,
     rotated: Option<bool>,
+}
+
+/// Lists of scopes that are known to repeat. More different ones than this are begun anew: then some stand in memory twice.
+const MAX_SHARED: usize = 1_024;
+
+/// The one copy of a list of scopes: a cache of tokens holds few different lists.
+fn shared(scopes: &[String]) -> Arc<[String]> {
+    static SHARED: LazyLock<Mutex<HashSet<Arc<[String]>>>> = LazyLock::new(Mutex::default);
+    let mut all = SHARED.lock();
+    if let Some(known) = all.get(scopes) {
+        return Arc::clone(known);
+    }
+    if all.len() == MAX_SHARED {
+        all.clear();
+    }
+    let new: Arc<[String]> = scopes.into();
+    all.insert(Arc::clone(&new));
+    new
 }
 
 /// The status of a token by its record, and the Unix millisecond at which it changes by itself.
@@ -73,7 +94,7 @@ impl Principal {
         let expires = record.expires.map(|seconds| seconds.saturating_mul(1000));
         let principal = Self {
             user: record.user.as_str().into(),
-            scopes: record.scopes.clone().into(),
+            scopes: shared(&record.scopes),
             token: digest.id(),
             expires,
             generation: match (record.superseded, record.replaces) {
@@ -120,7 +141,7 @@ impl Principal {
     pub(super) fn from_kept(kept: SavedPrincipal, digest: &Digest) -> Self {
         Self {
             user: kept.user.into(),
-            scopes: kept.scopes.into(),
+            scopes: shared(&kept.scopes),
             token: digest.id(),
             expires: kept.expires,
             generation: kept.rotated.map(|new| if new { Generation::New } else { Generation::Old }),

@@ -13,6 +13,7 @@ use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
+use foldhash::quality::RandomState;
 use serde::Deserialize;
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt as _;
@@ -27,7 +28,7 @@ const POLL: Duration = Duration::from_millis(200);
 
 pub struct FileStore {
     path: PathBuf,
-    table: ArcSwap<Table>,
+    table: ArcSwap<KnownTokens>,
     /// What the file looked like when it was last read, good or broken.
     seen: Mutex<Option<Stamp>>,
     /// When it was last looked at, in monotonic milliseconds.
@@ -38,7 +39,64 @@ pub struct FileStore {
     clock: fn() -> crate::clock::Now,
 }
 
+/// All that the file says.
 type Table = HashMap<Digest, TokenRecord>;
+
+/// What a gateway needs of the file, which it holds as a whole.
+type KnownTokens = HashMap<Digest, KnownToken, RandomState>;
+
+/// What a gateway needs of one entry, in little memory.
+#[derive(PartialEq, Eq)]
+struct KnownToken {
+    user: Box<str>,
+    /// Shared by all who have the same.
+    scopes: Arc<[String]>,
+    /// Unix seconds; 0: none.
+    not_before: u64,
+    /// Unix seconds; [`u64::MAX`]: none.
+    expires: u64,
+    revoked: bool,
+    blocked: bool,
+    /// A rotation has put another token in its place, or it in another one's.
+    superseded: bool,
+    replaces: bool,
+}
+
+impl KnownToken {
+    /// `lists`: the scopes of those before it.
+    fn of(record: TokenRecord, lists: &mut HashSet<Arc<[String]>>) -> Self {
+        let scopes = lists.get(record.scopes.as_slice()).cloned().unwrap_or_else(|| {
+            let new: Arc<[String]> = record.scopes.into();
+            lists.insert(Arc::clone(&new));
+            new
+        });
+        Self {
+            user: record.user.into(),
+            scopes,
+            not_before: record.not_before.unwrap_or(0),
+            expires: record.expires.unwrap_or(u64::MAX),
+            revoked: record.revoked.is_some(),
+            blocked: record.blocked,
+            superseded: record.superseded.is_some(),
+            replaces: record.replaces.is_some(),
+        }
+    }
+
+    /// As far as a gateway is concerned.
+    fn record(&self, digest: Digest) -> TokenRecord {
+        TokenRecord {
+            scopes: self.scopes.to_vec(),
+            not_before: (self.not_before > 0).then_some(self.not_before),
+            expires: (self.expires < u64::MAX).then_some(self.expires),
+            revoked: self.revoked.then_some(0),
+            blocked: self.blocked,
+            superseded: self.superseded.then_some(0),
+            // Which one it was is of no account.
+            replaces: self.replaces.then_some(digest),
+            ..TokenRecord::new(digest, &*self.user)
+        }
+    }
+}
 
 /// Changes whenever an editor, `mv` or `cp` puts new content in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,6 +227,10 @@ impl FileStore {
         Ok(Self { path: path.into(), table, seen, looked_ms, untold, metrics, clock })
     }
 
+    fn known(&self, token: &Digest) -> Option<TokenRecord> {
+        self.table.load().get(token).map(|known| known.record(*token))
+    }
+
     /// Reads the file if it changed since the last look.
     async fn look(&self) {
         let mut seen = self.seen.lock().await;
@@ -198,7 +260,7 @@ impl FileStore {
         &self,
         seen: &mut Option<Stamp>,
         stamp: Option<Stamp>,
-        read: Result<(Table, HashSet<Digest>), FileError>,
+        read: Result<(KnownTokens, HashSet<Digest>), FileError>,
     ) {
         *seen = stamp;
         self.metrics.file_current(read.is_ok());
@@ -235,7 +297,7 @@ impl TokenStore for FileStore {
     fn lookup_at_once(&self, token: &Digest) -> Option<Option<TokenRecord>> {
         // Nobody follows the file, or the process stood still: what the table says may be long over.
         let age = (self.clock)().mono_ms.saturating_sub(self.looked_ms.load(Ordering::Relaxed));
-        (age <= 3 * POLL.as_millis() as u64).then(|| self.table.load().get(token).cloned())
+        (age <= 3 * POLL.as_millis() as u64).then(|| self.known(token))
     }
 
     async fn lookup(&self, credential: &Credential) -> Result<Option<TokenRecord>, StoreError> {
@@ -243,7 +305,7 @@ impl TokenStore for FileStore {
             return Ok(found);
         }
         self.look().await;
-        Ok(self.table.load().get(credential.digest()).cloned())
+        Ok(self.known(credential.digest()))
     }
 
     fn tells_changes(&self) -> bool {
@@ -256,13 +318,17 @@ impl TokenStore for FileStore {
 }
 
 /// What a gateway reads. A file without a word is one that somebody is just writing, or lost: never a list of nobody.
-fn read(path: &Path) -> Result<Table, FileError> {
+fn read(path: &Path) -> Result<KnownTokens, FileError> {
     let read = || {
         let text = std::fs::read_to_string(path)?;
         if text.trim().is_empty() {
             return Err(Broken::Empty);
         }
-        parse(&text, Format::of(path))
+        let table = parse(&text, Format::of(path))?;
+        // Freed before the table is put into its final form.
+        drop(text);
+        let mut lists = HashSet::new();
+        Ok(table.into_iter().map(|(digest, record)| (digest, KnownToken::of(record, &mut lists))).collect())
     };
     read().map_err(|why| FileError { path: path.into(), why })
 }
