@@ -16,6 +16,7 @@ use async_trait::async_trait;
 use foldhash::quality::RandomState;
 use serde::Deserialize;
 use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU64;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,58 +43,88 @@ pub struct FileStore {
 /// All that the file says.
 type Table = HashMap<Digest, TokenRecord>;
 
-/// What a gateway needs of the file, which it holds as a whole.
+/// The same as a gateway holds it, in little memory.
 type KnownTokens = HashMap<Digest, KnownToken, RandomState>;
 
-/// What a gateway needs of one entry, in little memory.
+/// An entry without its digest.
 #[derive(PartialEq, Eq)]
 struct KnownToken {
     user: Box<str>,
     /// Shared by all who have the same.
     scopes: Arc<[String]>,
-    /// Unix seconds; 0: none.
-    not_before: u64,
-    /// Unix seconds; [`u64::MAX`]: none.
-    expires: u64,
-    revoked: bool,
+    expires: Option<NonZeroU64>,
+    rest: Option<Box<RestOfRecord>>,
+}
+
+/// What many entries do not say.
+#[derive(Default, PartialEq, Eq)]
+struct RestOfRecord {
+    /// It expired in 1970, which has no number above 0.
+    expired_always: bool,
+    description: Box<str>,
+    created: u64,
+    not_before: Option<u64>,
+    revoked: Option<u64>,
     blocked: bool,
-    /// A rotation has put another token in its place, or it in another one's.
-    superseded: bool,
-    replaces: bool,
+    superseded: Option<u64>,
+    replaces: Option<Digest>,
+    last_used: Option<u64>,
 }
 
 impl KnownToken {
     /// `lists`: the scopes of those before it.
     fn of(record: TokenRecord, lists: &mut HashSet<Arc<[String]>>) -> Self {
-        let scopes = lists.get(record.scopes.as_slice()).cloned().unwrap_or_else(|| {
-            let new: Arc<[String]> = record.scopes.into();
+        // Named one by one, so that a new field is not forgotten.
+        let TokenRecord {
+            digest: _,
+            user,
+            scopes,
+            description,
+            created,
+            not_before,
+            expires,
+            revoked,
+            blocked,
+            superseded,
+            replaces,
+            last_used,
+        } = record;
+        let scopes = lists.get(scopes.as_slice()).cloned().unwrap_or_else(|| {
+            let new: Arc<[String]> = scopes.into();
             lists.insert(Arc::clone(&new));
             new
         });
-        Self {
-            user: record.user.into(),
-            scopes,
-            not_before: record.not_before.unwrap_or(0),
-            expires: record.expires.unwrap_or(u64::MAX),
-            revoked: record.revoked.is_some(),
-            blocked: record.blocked,
-            superseded: record.superseded.is_some(),
-            replaces: record.replaces.is_some(),
-        }
+        let rest = RestOfRecord {
+            expired_always: expires == Some(0),
+            description: description.into(),
+            created,
+            not_before,
+            revoked,
+            blocked,
+            superseded,
+            replaces,
+            last_used,
+        };
+        let rest = (rest != RestOfRecord::default()).then(|| Box::new(rest));
+        Self { user: user.into(), scopes, expires: expires.and_then(NonZeroU64::new), rest }
     }
 
-    /// As far as a gateway is concerned.
     fn record(&self, digest: Digest) -> TokenRecord {
+        let (user, scopes) = (self.user.to_string(), self.scopes.to_vec());
+        let record =
+            TokenRecord { scopes, expires: self.expires.map(NonZeroU64::get), ..TokenRecord::new(digest, user) };
+        let Some(rest) = &self.rest else { return record };
         TokenRecord {
-            scopes: self.scopes.to_vec(),
-            not_before: (self.not_before > 0).then_some(self.not_before),
-            expires: (self.expires < u64::MAX).then_some(self.expires),
-            revoked: self.revoked.then_some(0),
-            blocked: self.blocked,
-            superseded: self.superseded.then_some(0),
-            // Which one it was is of no account.
-            replaces: self.replaces.then_some(digest),
-            ..TokenRecord::new(digest, &*self.user)
+            description: rest.description.to_string(),
+            created: rest.created,
+            not_before: rest.not_before,
+            expires: record.expires.or(rest.expired_always.then_some(0)),
+            revoked: rest.revoked,
+            blocked: rest.blocked,
+            superseded: rest.superseded,
+            replaces: rest.replaces,
+            last_used: rest.last_used,
+            ..record
         }
     }
 }
@@ -407,4 +438,32 @@ fn parse(text: &str, format: Format) -> Result<Table, Broken> {
         }
     }
     Ok(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_known_token_says_what_its_record_said() {
+        let digest = Digest::of(b"t");
+        let plain = TokenRecord { scopes: vec!["api".into()], expires: Some(7), ..TokenRecord::new(digest, "u") };
+        let full = TokenRecord {
+            description: "d".into(),
+            created: 1,
+            not_before: Some(2),
+            expires: Some(0),
+            revoked: Some(3),
+            blocked: true,
+            superseded: Some(4),
+            replaces: Some(Digest::of(b"before")),
+            last_used: Some(5),
+            ..plain.clone()
+        };
+        let mut lists = HashSet::new();
+        for record in [plain, full] {
+            assert_eq!(KnownToken::of(record.clone(), &mut lists).record(digest), record);
+        }
+        assert_eq!(lists.len(), 1);
+    }
 }
