@@ -402,10 +402,13 @@ impl Client {
     /// Bytes that came and were not asked for yet; 0 when the connection is over.
     fn more(&mut self) -> usize {
         let mut piece = [0; 16 * 1024];
-        let n = match self.socket.read(&mut piece) {
-            Ok(n) => n,
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => 0,
-            Err(error) => panic!("no answer: {error}"),
+        let n = loop {
+            match self.socket.read(&mut piece) {
+                Ok(n) => break n,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break 0,
+                Err(error) => panic!("no answer: {error}"),
+            }
         };
         self.buffer.extend_from_slice(&piece[..n]);
         n

@@ -309,7 +309,7 @@ section! {
         negative_ttl: Duration = r#""10s""#,
         /// How much longer a valid token is accepted while the store cannot be asked.
         stale_if_error: Duration = r#""10m""#,
-        /// Valid tokens in memory, about 550 bytes each.
+        /// Valid tokens in memory, about 300 bytes each.
         positive_capacity: u64 = "100000",
         /// Invalid tokens in memory, counted separately, about 200 bytes each.
         negative_capacity: u64 = "100000",

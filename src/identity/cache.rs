@@ -20,7 +20,7 @@ pub struct CacheSettings {
     pub positive_ttl: Duration,
     pub negative_ttl: Duration,
     pub stale_if_error: Duration,
-    /// In entries, of about 550 bytes each (measured by benches/scale.py).
+    /// In entries, of about 300 bytes each (measured by benches/scale.py).
     pub positive_capacity: u64,
     /// In entries, of about 200 bytes each.
     pub negative_capacity: u64,
