@@ -10,7 +10,7 @@ use tollgate::identity::Mode;
 use tollgate::pipeline::{Admission, Pipeline, Verdict};
 use tollgate::request::body::{BodyHead, BodyRules, BodyScanner, KeySet, UntypedBody};
 use tollgate::request::origin::{Origin, TrustedProxies};
-use tollgate::request::view::RequestView;
+use tollgate::request::view::{Method, RequestView};
 use tollgate::request::{self, head, query};
 use tollgate::store::credential::Digest;
 use tollgate::upstream::{Tries, Upstream};
@@ -230,4 +230,20 @@ fn choose_a_server(bencher: Bencher<'_, '_>, how: &str) {
         black_box(pool.pick(&mut tries, now).unwrap().fresh);
         pool.answered(&mut tries, 200, now);
     });
+}
+
+/// The route of a request among so many: half of them for paths of their own, half for a host each.
+#[divan::bench(args = [1, 100, 10_000])]
+fn find_a_route(bencher: Bencher<'_, '_>, count: usize) {
+    let mut text = String::from("[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n");
+    for number in 1..count {
+        text += &match number % 2 {
+            0 => format!("[[route]]\npath = \"/api/v3/projects/:id/part{number}\"\n"),
+            _ => format!("[[route]]\npath = \"/api/v3/*\"\nhosts = [\"h{number}.test\"]\n"),
+        };
+    }
+    let settings = config::parse(&text, std::path::Path::new("tollgate.toml"), config::Probe::Settings).unwrap();
+    let routes = &settings.rules.routes;
+    assert_eq!(routes.iter().count(), count);
+    bencher.bench_local(|| routes.find(Method::Get, black_box(b"h51.test"), black_box(b"/api/v3/projects/7/part50")));
 }

@@ -70,7 +70,7 @@ fn said(settings: &Settings, path: &Path) -> Result<(), Failure> {
             Auth::None { pass_token: false } => "no token",
             Auth::None { pass_token: true } => "the backend checks tokens itself",
         };
-        say!("  {}  ({}; {how}): {}", route.name, methods(route), route.reason)?;
+        say!("  {}  ({}; {how}): {}", route.name, requests(route), route.reason)?;
     }
     Ok(())
 }
@@ -80,9 +80,12 @@ pub(super) fn open_routes(settings: &Settings) -> impl Iterator<Item = &Route> {
     settings.rules.routes.iter().filter(|route| route.auth != Auth::Required)
 }
 
-pub(super) fn methods(route: &Route) -> String {
-    match route.methods {
+/// The methods of a route, and its hosts.
+pub(super) fn requests(route: &Route) -> String {
+    let methods = match route.methods {
         Methods::ALL => "any method".to_owned(),
         some => some.names().collect::<Vec<_>>().join(" "),
-    }
+    };
+    let hosts: Vec<String> = route.hosts.iter().map(ToString::to_string).collect();
+    if hosts.is_empty() { methods } else { format!("{methods} on {}", hosts.join(", ")) }
 }

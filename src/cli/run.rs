@@ -46,7 +46,7 @@ fn summary(settings: &Settings, path: &Path) -> [String; 5] {
         format!("{} ({servers})", upstream.name)
     });
     let mut open: Vec<String> =
-        check::open_routes(settings).map(|route| format!("{} ({})", route.name, check::methods(route))).collect();
+        check::open_routes(settings).map(|route| format!("{} ({})", route.name, check::requests(route))).collect();
     let more = open.len().saturating_sub(NAMED);
     open.truncate(NAMED);
     if more > 0 {

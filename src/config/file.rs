@@ -3,6 +3,7 @@
 
 use super::section::{Bytes, Fraction, InvalidValue, Section, Setting, invalid, section, text, words};
 use crate::edge::Listen;
+use crate::request::host::HostPattern;
 use crate::request::route::Pattern;
 use crate::request::view::Method;
 use crate::upstream::{HashBy, ListedServer, ServerAddress};
@@ -454,10 +455,14 @@ section! {
 }
 
 section! {
-    /// A path with rules of its own. The most specific pattern applies, wherever it is in the file.
+    /// A path with rules of its own. The most specific path applies, wherever it is in the file; of several with the same
+    /// path, the one with the most specific host.
     RouteSection {
         /// A path pattern: `:name` is any one segment, a final `*` everything below, `/` alone every path.
         path: RoutePattern = r#"!"/""#,
+        /// The hosts that the rules apply to, without port: names, and `"*.example.com"` for every name below one. Empty for
+        /// every host. Clients can send any Host: one that no route with this path names gets the rules of a wider route.
+        hosts: Vec<RouteHost> = "[]",
         /// The methods that the rules apply to.
         methods: Vec<MethodName> = r#"["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]"#,
         /// "required", "optional" (requests without a token are forwarded; a token that is present must be valid) or
@@ -584,6 +589,10 @@ settings! {
     RoutePattern(PatternText) = |text| match text.parse::<Pattern>() {
         Ok(pattern) => Ok(PatternText { text: text.into(), pattern }),
         Err(error) => Err(invalid(error.to_string(), "write it like \"/api/v3/projects/:id/issues\" or \"/api/v3/templates/*\"")),
+    };
+    RouteHost(HostPattern) = |text| match text.parse::<HostPattern>() {
+        Ok(pattern) => Ok(pattern),
+        Err(error) => Err(invalid(error.to_string(), "write a name alone, without scheme or port, like \"api.example.com\" or \"*.example.com\"")),
     };
     MethodName(Method) = |text| match Method::of(text.as_bytes()) {
         Method::Other => Err(invalid("is not a method that is forwarded", "use GET, HEAD, POST, PUT, PATCH, DELETE or OPTIONS")),

@@ -15,7 +15,8 @@ use crate::request::body::{BodyRules, KeySet, UntypedBody};
 use crate::request::origin::TrustedProxies;
 use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
-use crate::request::route::{Auth, Methods, Pattern, Route, Routes};
+use crate::request::route::{Auth, Methods, Pattern, Route};
+use crate::request::routes::Routes;
 use crate::request::token::TokenRules;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
@@ -226,6 +227,7 @@ impl Gather<'_, '_> {
             let settings = Route {
                 pattern: route.path.0.pattern.clone(),
                 name: route.path.0.text.clone(),
+                hosts: route.hosts.iter().map(|host| host.0.clone()).collect(),
                 methods: Methods::only(route.methods.iter().map(|method| method.0)),
                 auth: match route.auth {
                     AuthMode::Required => Auth::Required,
@@ -245,7 +247,7 @@ impl Gather<'_, '_> {
             }
             let first = routes.iter().position(|other| other.answers_the_same(&settings));
             if let Some(first) = first {
-                let what = "is in an earlier [[route]] for the same method";
+                let what = "is in an earlier [[route]] for the same method and host";
                 let first = format!("{}.path", file.routes[first].at);
                 self.places.report(&route.at, Problem::error("path", what, "join the two"), Some(first));
             }
@@ -266,6 +268,7 @@ impl Gather<'_, '_> {
             routes.push(Route {
                 pattern,
                 name: format!("{}/*", plain(&prefix.0)),
+                hosts: Vec::new(),
                 methods: Methods::ALL,
                 auth: Auth::Required,
                 reason: String::new(),

@@ -44,7 +44,7 @@ fn the_example_says_all_and_is_right() {
     });
     load(&everything.collect::<String>(), Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
     let keys: usize = REFERENCE.iter().map(|section| section.fields.len()).sum();
-    assert_eq!(keys, 151, "the reference lost or gained keys: update this number on purpose");
+    assert_eq!(keys, 152, "the reference lost or gained keys: update this number on purpose");
     assert!(
         REFERENCE
             .iter()
@@ -113,7 +113,7 @@ fn what_contradicts_itself() {
         ("[[route]]\npath = \"/x\"\npass_token = true\n", "route[0].pass_token: goes with auth = \"none\" only"),
         (
             "[[route]]\npath = \"/x\"\n[[route]]\npath = \"/x\"\n",
-            "route[1].path: is in an earlier [[route]] for the same method",
+            "route[1].path: is in an earlier [[route]] for the same method and host",
         ),
         ("[token]\nheader = \"Host\"\n", "token.header: is a header with another meaning"),
         (
@@ -129,6 +129,18 @@ fn what_contradicts_itself() {
         ),
         ("[api]\ncors_origins = \"*\"\n", "api.cors_origins: must be a list"),
         ("[token]\npath_and_user_headers = \"drop\"\n", "token.path_and_user_headers: is not allowed here"),
+        (
+            "[[route]]\npath = \"/a\"\nhosts = [\"A.test\", \"*.b.test\"]\n[[route]]\npath = \"/a\"\nhosts = [\"b\", \"a.test.\"]\n",
+            "5:8: route[1].path: is in an earlier [[route]] for the same method and host (see /conf/c.toml:2:8)",
+        ),
+        (
+            "[[route]]\npath = \"/a\"\nhosts = [\"a.test:80\"]\n",
+            "3:10: route[0].hosts: is not a host name, found \"a.test:80\"; write a name alone",
+        ),
+        (
+            "[[route]]\npath = \"/a\"\nhosts = [\"a.test\", \"A.test\"]\n",
+            "3:20: route[0].hosts: is in the list twice (see /conf/c.toml:3:10)",
+        ),
         ("[token\n", "is not TOML: "),
         ("store = 1\n", "store: must be a table"),
         ("route = 1\n", "route: must be a list of tables"),
@@ -140,10 +152,24 @@ fn what_contradicts_itself() {
 }
 
 #[test]
+fn routes_that_no_request_matches_alike_may_have_the_same_path() {
+    let route = |rest: &str| format!("[[route]]\npath = \"/a\"\n{rest}\n");
+    let text = [
+        MINIMAL.into(),
+        route(""),
+        route("hosts = [\"a.test\"]\nmethods = [\"GET\"]"),
+        route("hosts = [\"a.test\"]\nmethods = [\"POST\"]"),
+        route("hosts = [\"*.test\", \"*.a.test\"]"),
+        route("hosts = [\"*.b.test\"]"),
+    ];
+    assert_eq!(problems(&text.concat()), Vec::<String>::new());
+}
+
+#[test]
 fn a_route_for_a_whole_prefix_takes_its_place() {
     let text = format!("{MINIMAL}[[route]]\npath = \"/api/v3/*\"\nauth = \"optional\"\nreason = \"public mirror\"\n");
     let settings = load(&text, Path::new("")).unwrap();
-    let index = settings.rules.routes.find(crate::request::view::Method::Get, b"/api/v3/projects").unwrap();
+    let index = settings.rules.routes.find(crate::request::view::Method::Get, b"h", b"/api/v3/projects").unwrap();
     assert_eq!(settings.rules.routes.get(index).unwrap().reason, "public mirror");
 }
 
@@ -467,7 +493,7 @@ fn a_duplicate_names_both_places() {
         ),
         (
             "@[[route]]\npath = \"/x\"\n[[route]]\npath = \"/x\"\n",
-            "7:8: route[1].path: is in an earlier [[route]] for the same method (see /conf/c.toml:5:8)",
+            "7:8: route[1].path: is in an earlier [[route]] for the same method and host (see /conf/c.toml:5:8)",
         ),
         (
             "@[server]\nlisten = [\"127.0.0.1:1\", \"127.0.0.1:1\"]\n",

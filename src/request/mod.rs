@@ -17,10 +17,12 @@ macro_rules! byte_set {
 pub mod body;
 pub mod chunked;
 pub mod head;
+pub mod host;
 pub mod origin;
 pub mod page;
 pub mod query;
 pub mod route;
+pub mod routes;
 pub(crate) mod seeded;
 pub mod target;
 pub mod token;
@@ -33,7 +35,8 @@ use head::HeadFault;
 use origin::TrustedProxies;
 use page::{Clamped, Pagination};
 use query::{Edits, Key, Names, ParamAction};
-use route::{Auth, Route, Routes};
+use route::{Auth, Route};
+use routes::Routes;
 use seeded::Rule;
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -234,7 +237,7 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
     }
     target::check(view.target).map_err(|fault| early(RequestFault::Target(fault)))?;
     let canonical = target::canonical(view.path());
-    let found = rules.routes.find(method, &canonical).and_then(|index| rules.routes.get(index));
+    let found = rules.routes.find(method, view.host, &canonical).and_then(|index| rules.routes.get(index));
     let route = found.ok_or_else(|| early(RequestFault::NoRoute))?;
     rules.examine_on(route, view, asked, canonical).map_err(|fault| rules.refused(fault, view, Some(route), method))
 }
@@ -286,7 +289,7 @@ impl Rules {
         let in_query = scan.params.iter().any(|param| param.key == Key::Method);
         let (method, overridden) = match web_page {
             // If another route covers some methods of this path, the override would bypass that route.
-            true if (overrides || in_query) && !self.is_web_page_for_all(&canonical) => {
+            true if (overrides || in_query) && !self.is_web_page_for_all(view.host, &canonical) => {
                 return Err(RequestFault::MethodOverride);
             }
             true => (view.method, false),
@@ -377,9 +380,9 @@ impl Rules {
     }
 
     /// Whether the path is passed through as a web page for every method.
-    fn is_web_page_for_all(&self, canonical: &[u8]) -> bool {
+    fn is_web_page_for_all(&self, host: &[u8], canonical: &[u8]) -> bool {
         Method::FORWARDED.into_iter().all(|method| {
-            let found = self.routes.find(method, canonical).and_then(|index| self.routes.get(index));
+            let found = self.routes.find(method, host, canonical).and_then(|index| self.routes.get(index));
             found.is_some_and(Route::is_web_page)
         })
     }

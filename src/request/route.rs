@@ -1,6 +1,7 @@
-//! Finds the route of a request: path patterns, methods, and whether a token is needed. Pure; knows no identities.
-//! Only the most specific pattern applies, so that adding a wide route never opens a narrower one.
+//! A route: the requests that it is for, by path, host and method, and what is asked of them. Pure; knows no identities.
+//! `routes` finds the one of a request.
 
+use super::host::HostPattern;
 use super::view::Method;
 use crate::problem::Problem;
 
@@ -8,12 +9,12 @@ use crate::problem::Problem;
 /// `/` alone matches every path, like nginx's `location /`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pattern {
-    segments: Vec<Segment>,
-    below: bool,
+    pub(super) segments: Vec<Segment>,
+    pub(super) below: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Segment {
+pub(super) enum Segment {
     Any,
     Literal(Vec<u8>),
 }
@@ -94,7 +95,7 @@ impl Pattern {
     }
 
     /// Orders patterns from wide to narrow: more segments, then an exact end, then literals before `:name`.
-    fn specificity(&self) -> (usize, bool, &[Segment]) {
+    pub(super) fn specificity(&self) -> (usize, bool, &[Segment]) {
         (self.segments.len(), !self.below, &self.segments)
     }
 }
@@ -115,6 +116,8 @@ pub struct Route {
     pub pattern: Pattern,
     /// The pattern as it was written: log field and metric label.
     pub name: String,
+    /// None: every host.
+    pub hosts: Vec<HostPattern>,
     pub methods: Methods,
     pub auth: Auth,
     /// Why this route may be reached without a token; empty where one is required.
@@ -123,7 +126,7 @@ pub struct Route {
     pub refuse_query_token: bool,
     /// Which `[[upstream]]` serves it, by its place in the configuration.
     pub upstream: usize,
-    /// The route's own place in the table; [`Routes::new`] sets it.
+    /// The route's own place in the table; [`Routes::new`](super::routes::Routes::new) sets it.
     pub index: usize,
 }
 
@@ -140,12 +143,20 @@ impl Route {
             let instead = "remove it for all methods";
             problems.push(Problem::error("methods", "is empty: the route would match nothing", instead));
         }
+        for (index, host) in self.hosts.iter().enumerate() {
+            if let Some(first) = self.hosts[..index].iter().position(|other| other == host) {
+                let problem = Problem::error("hosts", "is in the list twice", "remove one of them");
+                problems.push(problem.element(index).repeats("hosts", first));
+            }
+        }
         problems
     }
 
     /// Whether a request could match both with the same precedence.
     pub fn answers_the_same(&self, other: &Self) -> bool {
-        self.pattern == other.pattern && self.methods.overlaps(other.methods)
+        let same_hosts = (self.hosts.is_empty() && other.hosts.is_empty())
+            || self.hosts.iter().any(|host| other.hosts.contains(host));
+        self.pattern == other.pattern && same_hosts && self.methods.overlaps(other.methods)
     }
 
     /// The pass-through for everything outside the API: what a browser sends to a web page is forwarded unchanged,
@@ -180,74 +191,9 @@ impl Methods {
     }
 }
 
-/// All routes, the most specific first.
-#[derive(Clone, Debug)]
-pub struct Routes {
-    routes: Vec<Route>,
-}
-
-impl Routes {
-    pub fn new(mut routes: Vec<Route>) -> Self {
-        routes.sort_by(|a, b| b.pattern.specificity().cmp(&a.pattern.specificity()));
-        routes.iter_mut().enumerate().for_each(|(index, route)| route.index = index);
-        Self { routes }
-    }
-
-    pub fn find(&self, method: Method, canonical: &[u8]) -> Option<usize> {
-        self.routes.iter().position(|route| route.methods.has(method) && route.pattern.matches(canonical))
-    }
-
-    pub fn get(&self, index: usize) -> Option<&Route> {
-        self.routes.get(index)
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = &Route> {
-        self.routes.iter()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn route(pattern: &str, methods: Methods, auth: Auth) -> Route {
-        Route {
-            pattern: pattern.parse().unwrap(),
-            name: pattern.into(),
-            methods,
-            auth,
-            reason: String::new(),
-            refuse_query_token: false,
-            upstream: 0,
-            index: 0,
-        }
-    }
-
-    #[test]
-    fn the_narrowest_route_decides() {
-        let open = Auth::None { pass_token: false };
-        let routes = Routes::new(vec![
-            route("/", Methods::ALL, open),
-            route("/api/*", Methods::ALL, open),
-            route("/api/v3/*", Methods::ALL, Auth::Required),
-            route("/api/v3/session", Methods::only([Method::Post]), open),
-            route("/api/v3/:kind/open", Methods::ALL, open),
-            route("/api/v3/closed/open", Methods::ALL, Auth::Required),
-        ]);
-        let name = |method, path: &str| {
-            routes.find(method, path.as_bytes()).map(|i| routes.get(i).unwrap().name.clone()).unwrap()
-        };
-        assert_eq!(name(Method::Get, "/api/v3/projects"), "/api/v3/*");
-        assert_eq!(name(Method::Get, "/api/v3"), "/api/v3/*");
-        assert_eq!(name(Method::Get, "/api/v3x"), "/api/*");
-        assert_eq!(name(Method::Post, "/api/v3/session"), "/api/v3/session");
-        assert_eq!(name(Method::Get, "/api/v3/session"), "/api/v3/*");
-        assert_eq!(name(Method::Post, "/api/v3/session/x"), "/api/v3/*");
-        assert_eq!(name(Method::Get, "/api/v3/any/open"), "/api/v3/:kind/open");
-        assert_eq!(name(Method::Get, "/api/v3/closed/open"), "/api/v3/closed/open");
-        assert_eq!(name(Method::Get, "/users/sign_in"), "/");
-        assert_eq!(routes.find(Method::Other, b"/api/v3"), None);
-    }
 
     #[test]
     fn patterns_are_canonical() {
