@@ -34,6 +34,7 @@ mod readers;
 mod real_clients;
 mod regressions;
 mod reload;
+mod routes;
 mod scopes;
 mod slow;
 mod smoke;

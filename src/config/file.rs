@@ -362,7 +362,7 @@ section! {
         header_bytes: Bytes = r#""32KiB""#,
         /// Path and query. Longer ones get 414.
         target_bytes: Bytes = r#""8KiB""#,
-        /// The request body, or "none". A larger one gets 413.
+        /// The request body, or "none". A larger one gets 413. A [[route]] can have a limit of its own.
         body_bytes: Option<Bytes> = r#""none""#,
         /// Time for the whole request head, from its first byte. A slower one gets 408.
         header_timeout: Duration = r#""10s""#,
@@ -476,6 +476,12 @@ section! {
         pass_token: bool = "false",
         /// The name of the [[upstream]] for these requests; empty for the first one.
         upstream: String = r#""""#,
+        /// The largest request body, or "none". "inherit": as in [limits].
+        body_bytes: Inherited<Option<Bytes>> = r#""inherit""#,
+        /// The longest pause between two parts of a response. "inherit": as in the [[upstream]].
+        read_timeout: Inherited<Duration> = r#""inherit""#,
+        /// The longest time for the whole exchange, or "none". "inherit": as in the [[upstream]].
+        request_timeout: Inherited<Option<Duration>> = r#""inherit""#,
     }
 }
 

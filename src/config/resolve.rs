@@ -15,7 +15,7 @@ use crate::request::body::{BodyRules, KeySet, UntypedBody};
 use crate::request::origin::TrustedProxies;
 use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
-use crate::request::route::{Auth, Methods, Pattern, Route};
+use crate::request::route::{Auth, Methods, Pattern, RequestTimeout, Route, RouteTimeouts};
 use crate::request::routes::Routes;
 use crate::request::token::TokenRules;
 use crate::request::view::Method;
@@ -69,7 +69,6 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         limits: Limits {
             header_bytes: usize::try_from(file.limits.header_bytes.0).unwrap_or(usize::MAX),
             target_bytes: usize::try_from(file.limits.target_bytes.0).unwrap_or(usize::MAX),
-            body_bytes: file.limits.body_bytes.map(|size| size.0),
         },
         routes: gather.routes(file, &upstreams),
         cors_preflight: file.api.cors_preflight,
@@ -213,6 +212,7 @@ impl Gather<'_, '_> {
 
     fn routes(&mut self, file: &File, upstreams: &[UpstreamSettings]) -> Routes {
         let mut routes: Vec<Route> = Vec::new();
+        let body_bytes = file.limits.body_bytes.map(|size| size.0);
         for route in &file.routes {
             let named = upstreams.iter().position(|upstream| upstream.name == route.upstream);
             if !route.upstream.is_empty() && named.is_none() {
@@ -225,8 +225,6 @@ impl Gather<'_, '_> {
                 self.places.report(&route.at, problem, echo);
             }
             let settings = Route {
-                pattern: route.path.0.pattern.clone(),
-                name: route.path.0.text.clone(),
                 hosts: route.hosts.iter().map(|host| host.0.clone()).collect(),
                 methods: Methods::only(route.methods.iter().map(|method| method.0)),
                 auth: match route.auth {
@@ -238,7 +236,15 @@ impl Gather<'_, '_> {
                 refuse_query_token: route.query_token == QueryToken::Refuse,
                 // Without a name, the first one.
                 upstream: named.unwrap_or(0),
-                index: 0,
+                body_bytes: route.body_bytes.0.map_or(body_bytes, |own| own.map(|size| size.0)),
+                timeouts: RouteTimeouts {
+                    read: route.read_timeout.0,
+                    request: route
+                        .request_timeout
+                        .0
+                        .map(|own| own.map_or(RequestTimeout::Never, RequestTimeout::After)),
+                },
+                ..Route::new(route.path.0.pattern.clone(), route.path.0.text.clone())
             };
             self.all(&route.at, settings.problems());
             if route.pass_token && route.auth != AuthMode::None {
@@ -265,17 +271,7 @@ impl Gather<'_, '_> {
                 let problem = Problem::warning("prefixes", "is in the list twice", "remove one of them");
                 self.places.add("api", problem.element(index).repeats("prefixes", first));
             }
-            routes.push(Route {
-                pattern,
-                name: format!("{}/*", plain(&prefix.0)),
-                hosts: Vec::new(),
-                methods: Methods::ALL,
-                auth: Auth::Required,
-                reason: String::new(),
-                refuse_query_token: false,
-                upstream: 0,
-                index: 0,
-            });
+            routes.push(Route { body_bytes, ..Route::new(pattern, format!("{}/*", plain(&prefix.0))) });
         }
         // A [[route]] for a whole prefix comes first in the stable order, and so stands in the prefix's place.
         Routes::new(routes)

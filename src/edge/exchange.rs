@@ -3,9 +3,11 @@
 //! nothing and writes to no socket.
 
 use super::Snapshot;
+use super::peers::Peers;
 use crate::clock::Now;
 use crate::pipeline::Facts;
 use crate::reply::{Refusal, UpstreamFault};
+use crate::request::route::{RequestTimeout, Route};
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
@@ -27,6 +29,8 @@ pub(super) struct Exchange {
     logged: Option<LogPlaces>,
     /// The pipeline has permitted it.
     permitted: bool,
+    /// Which `[[upstream]]` serves it; `None` before the verdict.
+    pub(super) pool: Option<usize>,
     ending: Ending,
     upstream: UpstreamSide,
     _in_flight: Guard,
@@ -104,6 +108,7 @@ impl Exchange {
             started: Instant::now(),
             logged: None,
             permitted: false,
+            pool: None,
             ending: Ending::default(),
             upstream: UpstreamSide::default(),
             _in_flight: in_flight,
@@ -130,7 +135,8 @@ impl Exchange {
     pub(super) fn permitted(&mut self, view: &RequestView<'_>, fields_dropped: usize) {
         self.permitted = true;
         self.upstream.fields_dropped = fields_dropped;
-        let Some(peers) = self.snapshot.upstream(self.facts.route) else { return };
+        self.pool = self.route().map(|route| route.upstream);
+        let Some(peers) = self.snapshot.pool(self.pool) else { return };
         let Some(by) = peers.upstream.hash_by() else { return };
         let key = match by {
             HashBy::User => self.facts.principal.as_ref().map(|principal| principal.user().as_bytes()),
@@ -146,25 +152,43 @@ impl Exchange {
     /// The server for the next try. With [`NoServer::Busy`] the request can wait for one with [`Self::queued`].
     pub(super) fn pick(&mut self) -> Result<Pick, NoServer> {
         (self.upstream.status, self.upstream.took) = (None, None);
-        let peers = self.snapshot.upstream(self.facts.route).ok_or(NoServer::Absent)?;
+        let peers = self.snapshot.pool(self.pool).ok_or(NoServer::Absent)?;
         peers.upstream.pick(&mut self.upstream.tries, Instant::now())
+    }
+
+    pub(super) fn route(&self) -> Option<&Route> {
+        self.facts.route.and_then(|index| self.snapshot.pipeline.rules.routes.get(index))
+    }
+
+    /// The largest body that the request may have.
+    pub(super) fn body_limit(&self) -> Option<u64> {
+        self.route()?.body_bytes
     }
 
     /// When the exchange has to be over.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        Some(self.started + self.snapshot.upstream(self.facts.route)?.timeouts.request?)
+        match self.route()?.timeouts.request {
+            None => Some(self.started + self.snapshot.pool(self.pool)?.timeouts.request?),
+            Some(RequestTimeout::After(time)) => Some(self.started + time),
+            Some(RequestTimeout::Never) => None,
+        }
+    }
+
+    /// How long a server may pause within its answer.
+    pub(super) fn read_timeout(&self, peers: &Peers) -> Duration {
+        self.route().and_then(|route| route.timeouts.read).unwrap_or(peers.timeouts.read)
     }
 
     /// The exchange took too long.
     pub(super) fn overdue(&self) {
-        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+        if let Some(peers) = self.snapshot.pool(self.pool) {
             peers.upstream.error(UpstreamError::RequestTimeout);
         }
     }
 
     /// Waits in the queue of the upstream.
     pub(super) async fn queued(&mut self) -> Result<Pick, NoServer> {
-        let peers = self.snapshot.upstream(self.facts.route).ok_or(NoServer::Absent)?;
+        let peers = self.snapshot.pool(self.pool).ok_or(NoServer::Absent)?;
         let longest = Instant::now() + peers.timeouts.queue;
         let until = self.deadline().map_or(longest, |deadline| deadline.min(longest));
         let tries = &mut self.upstream.tries;
@@ -181,7 +205,7 @@ impl Exchange {
             NoServer::Busy | NoServer::QueueFull => (UpstreamFault::QueueFull, UpstreamError::QueueFull),
             NoServer::QueueTimeout => (UpstreamFault::QueueTimeout, UpstreamError::QueueTimeout),
         };
-        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+        if let Some(peers) = self.snapshot.pool(self.pool) {
             peers.upstream.error(kind);
         }
         if why == NoServer::Absent {
@@ -192,14 +216,14 @@ impl Exchange {
 
     /// A connection to the server is established.
     pub(super) fn connected(&self, reused: bool) {
-        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+        if let Some(peers) = self.snapshot.pool(self.pool) {
             peers.upstream.connected(reused);
         }
     }
 
     /// The server has sent the head of a response, interim or final.
     pub(super) fn answered(&mut self, status: u16) {
-        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+        if let Some(peers) = self.snapshot.pool(self.pool) {
             let (took, recovery, change) = peers.upstream.answered(&mut self.upstream.tries, status, Instant::now());
             self.upstream.took = self.upstream.took.or(took);
             recovery.iter().for_each(|over| peers.recovered(over));
@@ -211,7 +235,7 @@ impl Exchange {
     /// A try failed, and nothing of an answer has reached the client. Whether [`Self::pick`] has another server.
     /// `repeatable`: sending the request twice does no harm, and all of it that was sent is at hand.
     pub(super) fn try_failed(&mut self, failure: FailedTry, repeatable: bool) -> bool {
-        let Some(peers) = self.snapshot.upstream(self.facts.route) else { return false };
+        let Some(peers) = self.snapshot.pool(self.pool) else { return false };
         let after = peers.upstream.failed(&mut self.upstream.tries, failure, repeatable, Instant::now());
         after.change.iter().for_each(|change| peers.log(change));
         after.again
@@ -219,7 +243,7 @@ impl Exchange {
 
     /// The request failed for what a server did, or because there is none.
     pub(super) fn upstream_failed(&mut self, kind: UpstreamError) {
-        if let Some(peers) = self.snapshot.upstream(self.facts.route) {
+        if let Some(peers) = self.snapshot.pool(self.pool) {
             peers.request_failed(kind, &self.request_id);
         }
     }
@@ -313,7 +337,7 @@ impl Exchange {
             Some(places) => places.method.within(head),
         };
         let token = facts.token.map(|digest| digest.id());
-        let peers = snapshot.upstream(facts.route).filter(|_| self.permitted);
+        let peers = snapshot.pool(self.pool);
         snapshot.log.write(&AccessLogEntry {
             unix_ms: self.now.unix_ms,
             request_id: &self.request_id,

@@ -192,10 +192,10 @@ enum Answered {
 /// Carries the request out and answers it.
 pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut Ticket, gate: &Gate) -> After {
     let snapshot = Arc::clone(&ticket.exchange.snapshot);
-    let Some(peers) = snapshot.upstream(ticket.exchange.facts.route) else {
-        return refuse(client, ticket, Cause::Bug.into(), 0).await;
-    };
     loop {
+        let Some(peers) = snapshot.pool(ticket.exchange.pool) else {
+            return refuse(client, ticket, Cause::Bug.into(), 0).await;
+        };
         let picked = match ticket.exchange.pick() {
             Err(NoServer::Busy) => match Box::pin(wait_for_server(client, ticket, &gate.snapshot)).await {
                 Ok(picked) => picked,
@@ -241,7 +241,9 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             }
         };
         ticket.exchange.connected(reused);
-        let progress = Transfer::begin(now, ticket, peers.timeouts.per_try);
+        // A route's own time for a response may be less.
+        let per_try = peers.timeouts.per_try.filter(|time| *time < ticket.exchange.read_timeout(peers));
+        let progress = Transfer::begin(now, ticket, per_try);
         let result = attempt(client, &mut backend, head, ticket, peers, &progress, gate).await;
         match result {
             Ok(Answered::Switched) => {
@@ -382,13 +384,15 @@ async fn attempt(
         client: reader,
         backend: to_backend,
         scanner: ticket.body.clone(),
-        limit: ticket.exchange.snapshot.pipeline.rules.limits.body_bytes,
+        limit: ticket.exchange.body_limit(),
         chunked: ticket.framing == Framing::Chunked,
         // Who said that this is its last request may close its side and wait for the answer.
         may_half_close: !ticket.keep_alive,
         progress,
     };
-    let download = Download { backend: from_backend, buffer, client: &mut writer, ticket, peers, progress, gate };
+    let read_timeout = ticket.exchange.read_timeout(peers);
+    let download =
+        Download { backend: from_backend, buffer, client: &mut writer, ticket, read_timeout, progress, gate };
     drive(upload.run(head), download.run(), timer, progress, standing).await
 }
 
@@ -555,7 +559,7 @@ struct Download<'d> {
     buffer: &'d mut BytesMut,
     client: &'d mut SocketWriter<'d>,
     ticket: &'d mut Ticket,
-    peers: &'d Peers,
+    read_timeout: Duration,
     progress: &'d Transfer,
     gate: &'d Gate,
 }
@@ -726,7 +730,7 @@ impl Download<'_> {
 
     /// Reads on. False: the backend has closed the connection.
     async fn fill(&mut self, room: usize) -> Result<bool, Breakage> {
-        self.progress.waits_for_answer(self.peers.timeouts.read);
+        self.progress.waits_for_answer(self.read_timeout);
         let read = poll_fn(|cx| self.backend.poll_fill(cx, self.buffer, room)).await;
         // A reset is no end of a body.
         read.map(|bytes| bytes > 0).map_err(|_| Breakage::CLOSED)

@@ -105,8 +105,9 @@ impl Snapshot {
         index.and_then(|index| self.pipeline.rules.routes.get(index)).map_or("none", |route| &route.name)
     }
 
-    fn upstream(&self, route: Option<usize>) -> Option<&Peers> {
-        self.upstreams.get(self.pipeline.rules.routes.get(route?)?.upstream).map(|peers| &**peers)
+    /// An upstream by its place in the configuration.
+    fn pool(&self, place: Option<usize>) -> Option<&Peers> {
+        self.upstreams.get(place?).map(|peers| &**peers)
     }
 
     fn count(&self, route: Option<usize>, method: Method, status: u16, took: Duration) {

@@ -101,8 +101,8 @@ impl Peers {
         }
     }
 
-    /// How to reach a server. A tunnel has no read timeout. `None`: it has no address.
-    pub(super) fn peer(&self, pick: &Pick, tunnel: bool) -> Option<HttpPeer> {
+    /// How to reach a server. `None`: it has no address.
+    pub(super) fn peer(&self, pick: &Pick, read_timeout: Option<Duration>) -> Option<HttpPeer> {
         let mut peer = match pick.server.address() {
             ServerAddress::Unix(path) => HttpPeer::new_uds(path, false, String::new()).ok()?,
             ServerAddress::Tcp(_) => self.tcp_peer(&pick.server)?,
@@ -110,7 +110,7 @@ impl Peers {
         let options = &mut peer.options;
         options.connection_timeout = Some(self.timeouts.connect);
         options.total_connection_timeout = Some(self.timeouts.connect);
-        options.read_timeout = (!tunnel).then_some(self.timeouts.read);
+        options.read_timeout = read_timeout;
         options.write_timeout = Some(self.timeouts.read);
         options.idle_timeout = Some(self.timeouts.idle);
         // The head was written by `forward`, which has taken out all that ends here.

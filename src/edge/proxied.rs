@@ -106,9 +106,11 @@ impl ProxyHttp for ProxiedLane {
             Err(NoServer::Busy) => exchange.queued().await,
             pick => pick,
         };
-        let peers = exchange.snapshot.upstream(exchange.facts.route);
+        let read = |peers| exchange.read_timeout(peers);
+        let peers = exchange.snapshot.pool(exchange.pool);
         let peer = pick.and_then(|pick| {
-            peers.and_then(|peers| peers.peer(&pick, ticket.tunnel.is_some())).ok_or(NoServer::Absent)
+            let peer = peers.and_then(|peers| peers.peer(&pick, Some(read(peers)).filter(|_| ticket.tunnel.is_none())));
+            peer.ok_or(NoServer::Absent)
         });
         ctx.scanner = scanner;
         ctx.body_bytes = 0;
@@ -151,7 +153,7 @@ impl ProxyHttp for ProxiedLane {
         }
         let piece = body.as_deref().unwrap_or_default();
         ctx.body_bytes += piece.len() as u64;
-        let limit = ctx.exchange()?.snapshot.pipeline.rules.limits.body_bytes;
+        let limit = ctx.exchange()?.body_limit();
         if limit.is_some_and(|limit| ctx.body_bytes > limit) {
             return ctx.break_off(Cause::Request(RequestFault::BodyTooLarge));
         }

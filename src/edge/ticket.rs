@@ -5,6 +5,7 @@ use crate::policy::Permit;
 use crate::reply::answer::Credentials;
 use crate::reply::cors::CorsGrant;
 use crate::request::body::BodyScanner;
+use crate::request::route::Route;
 use crate::request::view::{Framing, Method};
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -65,11 +66,10 @@ impl Ticket {
     /// What of this request must not leave in a URL of the answer.
     pub(super) fn credentials(&self) -> Credentials<'_> {
         let rules = &self.exchange.snapshot.pipeline.rules;
-        let route = self.exchange.facts.route.and_then(|index| rules.routes.get(index));
         Credentials {
             names: &rules.names,
             token: self.token(),
-            fragments_pass: route.is_some_and(|route| route.is_web_page()),
+            fragments_pass: self.exchange.route().is_some_and(Route::is_web_page),
         }
     }
 }

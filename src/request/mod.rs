@@ -70,8 +70,6 @@ pub struct Limits {
     /// The head of a request, including its request line.
     pub header_bytes: usize,
     pub target_bytes: usize,
-    /// `None`: no limit.
-    pub body_bytes: Option<u64>,
 }
 
 impl Limits {
@@ -296,7 +294,7 @@ impl Rules {
             false if in_query && !seeded::off(Rule::QueryMethod) => return Err(RequestFault::MethodOverride),
             false => (asked?, overrides && !seeded::off(Rule::MethodOverride)),
         };
-        if let (Framing::Length(length), Some(limit)) = (view.body, self.limits.body_bytes)
+        if let (Framing::Length(length), Some(limit)) = (view.body, route.body_bytes)
             && length > limit
         {
             return Err(RequestFault::BodyTooLarge);

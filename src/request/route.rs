@@ -4,6 +4,7 @@
 use super::host::HostPattern;
 use super::view::Method;
 use crate::problem::Problem;
+use std::time::Duration;
 
 /// A path pattern: literal segments, `:name` for any one segment, and a final `*` for everything below.
 /// `/` alone matches every path, like nginx's `location /`.
@@ -126,11 +127,46 @@ pub struct Route {
     pub refuse_query_token: bool,
     /// Which `[[upstream]]` serves it, by its place in the configuration.
     pub upstream: usize,
+    /// The largest body; `None`: no limit.
+    pub body_bytes: Option<u64>,
+    /// In place of the upstream's own.
+    pub timeouts: RouteTimeouts,
     /// The route's own place in the table; [`Routes::new`](super::routes::Routes::new) sets it.
     pub index: usize,
 }
 
+/// `None`: the upstream's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RouteTimeouts {
+    pub read: Option<Duration>,
+    pub request: Option<RequestTimeout>,
+}
+
+/// The longest time for a whole exchange.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestTimeout {
+    After(Duration),
+    Never,
+}
+
 impl Route {
+    /// For all requests below a path, with a token.
+    pub fn new(pattern: Pattern, name: String) -> Self {
+        Self {
+            pattern,
+            name,
+            hosts: Vec::new(),
+            methods: Methods::ALL,
+            auth: Auth::Required,
+            reason: String::new(),
+            refuse_query_token: false,
+            upstream: 0,
+            body_bytes: None,
+            timeouts: RouteTimeouts::default(),
+            index: 0,
+        }
+    }
+
     /// Keys of a `[[route]]`.
     pub fn problems(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -148,6 +184,11 @@ impl Route {
                 let problem = Problem::error("hosts", "is in the list twice", "remove one of them");
                 problems.push(problem.element(index).repeats("hosts", first));
             }
+        }
+        let least = Duration::from_millis(1);
+        problems.extend(self.timeouts.read.and_then(|time| Problem::too_short("read_timeout", time, least)));
+        if let Some(RequestTimeout::After(time)) = self.timeouts.request {
+            problems.extend(Problem::too_short("request_timeout", time, least));
         }
         problems
     }

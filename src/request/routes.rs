@@ -164,17 +164,9 @@ mod tests {
     use super::*;
 
     fn route(hosts: &[&str], pattern: &str, methods: Methods, auth: Auth) -> Route {
-        Route {
-            pattern: pattern.parse().unwrap(),
-            name: format!("{}{pattern}", hosts.join(",")),
-            hosts: hosts.iter().map(|host| host.parse().unwrap()).collect(),
-            methods,
-            auth,
-            reason: String::new(),
-            refuse_query_token: false,
-            upstream: 0,
-            index: 0,
-        }
+        let name = format!("{}{pattern}", hosts.join(","));
+        let hosts = hosts.iter().map(|host| host.parse().unwrap()).collect();
+        Route { hosts, methods, auth, ..Route::new(pattern.parse().unwrap(), name) }
     }
 
     const OPEN: Auth = Auth::None { pass_token: false };

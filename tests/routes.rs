@@ -1,0 +1,154 @@
+//! Routes: which upstream serves a request, and the options that a route carries. On both lanes, with real sockets.
+
+use crate::harness::{Answer, Client, GOOD, Gateway, Upstream, eventually};
+use crate::servers::http::Reply;
+use std::net::SocketAddr;
+
+/// Selects the framework's lane (src/edge/server.rs).
+const FRAMEWORK: &str = "TOLLGATE_TEST_FRAMEWORK_LANE";
+
+fn start(framework: bool, upstream: SocketAddr, more: &str) -> Gateway {
+    Gateway::start_with(upstream, more, |command| {
+        if framework {
+            command.env(FRAMEWORK, "1");
+        }
+    })
+}
+
+/// The lane of tollgate's own, and the framework's.
+fn on_both_lanes(upstream: SocketAddr, more: &str, test: impl Fn(&Gateway)) {
+    [false, true].into_iter().for_each(|framework| test(&start(framework, upstream, more)));
+}
+
+/// The access log, once it has so many lines: a request is logged a moment behind its answer.
+fn lines(gateway: &Gateway, count: usize) -> Vec<serde_json::Value> {
+    let mut lines = Vec::new();
+    eventually("the requests are logged", || {
+        lines = gateway.access_log();
+        lines.len() >= count
+    });
+    lines
+}
+
+fn pools(pools: &[(&str, SocketAddr)]) -> String {
+    let pool =
+        |(name, address): &(&str, SocketAddr)| format!("[[upstream]]\nname = \"{name}\"\nservers = [\"{address}\"]\n");
+    pools.iter().map(pool).collect()
+}
+
+fn head(line: &str, host: &str, more: &str) -> String {
+    format!("{line} HTTP/1.1\nHost: {host}\nPRIVATE-TOKEN: {GOOD}\n{more}\n")
+}
+
+fn get(gateway: &Gateway, host: &str, path: &str) -> Answer {
+    gateway.ask(&head(&format!("GET {path}"), host, ""))
+}
+
+#[test]
+fn a_host_has_routes_of_its_own_and_opens_no_path_of_another_route() {
+    let (one, other) = (Upstream::answering(|_| Reply::ok("one")), Upstream::answering(|_| Reply::ok("other")));
+    let more = pools(&[("one", one.address), ("other", other.address)])
+        + "[[route]]\npath = \"/api/v3/*\"\nhosts = [\"b.test\", \"*.c.test\"]\nupstream = \"other\"\n\
+           [[route]]\npath = \"/\"\nhosts = [\"www.test\"]\nauth = \"none\"\nreason = \"pages\"\n";
+    on_both_lanes(one.address, &more, |gateway| {
+        for (host, expected) in [
+            ("a.test", "one"),
+            ("b.test", "other"),
+            ("B.Test.:8080", "other"),
+            ("x.b.test", "one"),
+            ("c.test", "one"),
+            ("x.y.c.test", "other"),
+            ("www.test", "one"),
+        ] {
+            assert_eq!(get(gateway, host, "/api/v3/x").text(), expected, "{host}");
+        }
+        let without_token = |host: &str, path: &str| gateway.ask(&format!("GET {path} HTTP/1.1\nHost: {host}\n\n"));
+        assert_eq!(without_token("www.test", "/pages").status, 200);
+        assert_eq!(without_token("other.test", "/pages").status, 404);
+        for host in ["www.test", "WWW.test.", "www.test:80"] {
+            assert_eq!(without_token(host, "/api/v3/x").status, 401, "the client chose {host}");
+        }
+        // The other spelling of the name is forwarded as it came.
+        assert!(other.seen().iter().any(|seen| seen.header("Host") == Some("B.Test.:8080")));
+        other.forget();
+    });
+}
+
+#[test]
+fn a_route_has_a_body_limit_of_its_own() {
+    let upstream = Upstream::start();
+    let more = "[limits]\nbody_bytes = \"1KiB\"\n\
+                [[route]]\npath = \"/api/v3/small\"\nbody_bytes = \"10B\"\n\
+                [[route]]\npath = \"/api/v3/large\"\nbody_bytes = \"none\"\n";
+    on_both_lanes(upstream.address, more, |gateway| {
+        let post = |path: &str, length: usize, chunked: bool| {
+            let body = "x".repeat(length);
+            let (framing, bytes) = match chunked {
+                true => ("Transfer-Encoding: chunked".into(), format!("{length:x}\r\n{body}\r\n0\r\n\r\n")),
+                false => (format!("Content-Length: {length}"), body),
+            };
+            let mut client = gateway.client();
+            let head = head(&format!("POST {path}"), "h", &format!("Content-Type: text/plain\n{framing}\n"));
+            client.send(&[head.replace('\n', "\r\n").into_bytes(), bytes.into_bytes()].concat());
+            client.answer().status
+        };
+        for chunked in [false, true] {
+            for (path, length, status) in [
+                ("/api/v3/small", 10, 200),
+                ("/api/v3/small", 11, 413),
+                ("/api/v3/x", 1024, 200),
+                ("/api/v3/x", 1025, 413),
+                ("/api/v3/large", 100_000, 200),
+            ] {
+                assert_eq!(post(path, length, chunked), status, "{path} {length} {chunked}");
+            }
+        }
+        let whole = upstream.seen().into_iter().filter(|seen| seen.complete).map(|seen| seen.body.len());
+        assert_eq!(whole.collect::<Vec<_>>(), [10, 1024, 100_000, 10, 1024, 100_000], "never as if whole");
+        upstream.forget();
+    });
+}
+
+#[test]
+fn a_route_has_a_read_timeout_of_its_own() {
+    let more = "[[route]]\npath = \"/api/v3/quick\"\nread_timeout = \"200ms\"\n";
+    for framework in [false, true] {
+        let (upstream, latch) = Upstream::holding(|_| true, "late");
+        let gateway = start(framework, upstream.address, more);
+        let mut patient = gateway.client();
+        patient.send_head(&head("GET /api/v3/patient", "h", ""));
+        let quick = gateway.ask(&head("POST /api/v3/quick", "h", ""));
+        assert_eq!(quick.status, 504);
+        assert_eq!(lines(&gateway, 1)[0]["reason"], "upstream_timeout");
+        latch.open();
+        assert_eq!(patient.answer().text(), "late");
+    }
+}
+
+#[test]
+fn a_route_has_a_request_timeout_of_its_own() {
+    let (upstream, latch) = Upstream::holding(|seen| !seen.target.ends_with("now"), "late");
+    let more = format!(
+        "[[upstream]]\nname = \"api\"\nservers = [\"{}\"]\nrequest_timeout = \"400ms\"\n\
+         [[route]]\npath = \"/api/v3/quick\"\nrequest_timeout = \"200ms\"\n\
+         [[route]]\npath = \"/api/v3/export\"\nrequest_timeout = \"none\"\n",
+        upstream.address
+    );
+    let gateway = Gateway::start(upstream.address, &more);
+    let mut waiting: Vec<Client> = Vec::new();
+    for path in ["export", "other", "quick"] {
+        let mut client = gateway.client();
+        client.send_head(&head(&format!("GET /api/v3/{path}"), "h", ""));
+        waiting.push(client);
+    }
+    // The last one that was sent is the first one that is over.
+    assert_eq!(waiting.pop().unwrap().answer().status, 504);
+    assert_eq!(waiting.pop().unwrap().answer().status, 504);
+    let log = lines(&gateway, 2);
+    let over: Vec<_> =
+        log.iter().map(|line| (line["path"].as_str().unwrap(), line["reason"].as_str().unwrap())).collect();
+    let late = "upstream_request_timeout";
+    assert_eq!(over, [("/api/v3/quick", late), ("/api/v3/other", late)]);
+    latch.open();
+    assert_eq!(waiting.pop().unwrap().answer().text(), "late");
+}
