@@ -152,3 +152,44 @@ fn a_route_has_a_request_timeout_of_its_own() {
     latch.open();
     assert_eq!(waiting.pop().unwrap().answer().text(), "late");
 }
+
+#[test]
+fn a_route_sets_and_removes_headers_on_both_sides() {
+    let upstream = Upstream::answering(|seen| {
+        let early = "HTTP/1.1 103 Early Hints\r\nX-Powered-By: Rails\r\nX-Early: 1\r\n\r\n";
+        let last = "HTTP/1.1 200 OK\r\nX-Powered-By: Rails\r\nx-frame-options: A\r\nX-Frame-Options: B\r\nX-Kept: 1\r\n\
+                    Content-Length: 2\r\n\r\nok";
+        Reply::raw(if seen.target.ends_with("early") { [early, last].concat() } else { last.into() })
+    });
+    let more = "[[route]]\npath = \"/api/v3/*\"\n\
+                [route.request_headers]\nset = { \"X-Site\" = \"main, 1\" }\nremove = [\"accept-encoding\"]\n\
+                [route.response_headers]\nset = { \"X-Frame-Options\" = \"DENY\", \"X-New\" = \"n\" }\nremove = [\"x-powered-by\"]\n\
+                [[route]]\npath = \"/api/v3/plain\"\n";
+    on_both_lanes(upstream.address, more, |gateway| {
+        let fields = "Accept-Encoding: gzip\nACCEPT-ENCODING: br\nx-site: mine\nX-SITE: mine\nX_Site: mine\nX.Site: mine\n\
+                      Connection: X-Site\nX-Other: kept\n";
+        let answer = gateway.ask(&head("GET /api/v3/x", "h", fields));
+        let seen = upstream.only();
+        assert_eq!(seen.all("X-Site"), ["main, 1"], "not even by Connection");
+        assert_eq!(seen.all("Accept-Encoding"), [""; 0]);
+        assert_eq!(seen.header("X-Other"), Some("kept"));
+        assert!(!seen.head.contains("mine"), "{}", seen.head);
+        assert_eq!(answer.header("X-Frame-Options"), Some("DENY"));
+        assert_eq!((answer.header("X-New"), answer.header("X-Kept")), (Some("n"), Some("1")));
+        assert_eq!(answer.header("X-Powered-By"), None);
+        assert_eq!(answer.text(), "ok");
+
+        let mut client = gateway.client();
+        client.send_head(&head("GET /api/v3/early", "h", ""));
+        let interim = client.any_answer("GET").unwrap();
+        assert_eq!((interim.status, interim.header("X-Early")), (103, Some("1")));
+        assert_eq!((interim.header("X-Powered-By"), interim.header("X-New")), (None, None));
+        assert_eq!(client.answer().header("X-New"), Some("n"));
+
+        // Neither on another route, nor in what tollgate says itself.
+        assert_eq!(get(gateway, "h", "/api/v3/plain").header("X-Powered-By"), Some("Rails"));
+        let refused = gateway.ask("GET /api/v3/x HTTP/1.1\nHost: h\n\n");
+        assert_eq!((refused.status, refused.header("X-New")), (401, None));
+        upstream.forget();
+    });
+}

@@ -4,7 +4,7 @@
 use super::section::{Bytes, Fraction, InvalidValue, Section, Setting, invalid, section, text, words};
 use crate::edge::Listen;
 use crate::request::host::HostPattern;
-use crate::request::route::Pattern;
+use crate::request::route::{HeaderEdits, Pattern};
 use crate::request::view::Method;
 use crate::upstream::{HashBy, ListedServer, ServerAddress};
 use std::net::SocketAddr;
@@ -482,6 +482,11 @@ section! {
         read_timeout: Inherited<Duration> = r#""inherit""#,
         /// The longest time for the whole exchange, or "none". "inherit": as in the [[upstream]].
         request_timeout: Inherited<Option<Duration>> = r#""inherit""#,
+        /// Fields of the request as the backend gets it: those in `set` take the place of what the client sent, those in
+        /// `remove` go. Not for credentials, and not for fields that tollgate writes or judges itself.
+        request_headers: HeaderEdits = "{ set = {}, remove = [] }",
+        /// The same for the backend's response. Responses of tollgate itself are not changed.
+        response_headers: HeaderEdits = "{ set = {}, remove = [] }",
     }
 }
 
@@ -707,6 +712,33 @@ impl StoreSection {
             }
         }
     }
+}
+
+impl Setting for HeaderEdits {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        let like = "write it like { set = { \"X-Site\" = \"main\" }, remove = [\"X-Debug\"] }";
+        let table = value.as_table().ok_or_else(|| vec![invalid("must be a table", like)])?;
+        let mut edits = Self::default();
+        for (key, value) in table.iter() {
+            match (key.get_ref().as_ref(), value.get_ref().as_table()) {
+                ("set", Some(fields)) => {
+                    for (name, value) in fields.iter() {
+                        let value = text(value.get_ref()).map_err(|invalid| vec![invalid])?;
+                        edits.set.push((name.get_ref().to_string(), value.to_owned()));
+                    }
+                }
+                ("remove", _) => edits.remove = Vec::read(value.get_ref()).map_err(whole)?,
+                ("set", None) => return Err(vec![invalid("set: must be a table", like)]),
+                (key, _) => return Err(vec![invalid(format!("has the unknown key `{key}`"), "use set and remove")]),
+            }
+        }
+        Ok(edits)
+    }
+}
+
+/// Of a list within a value: no element of the value itself.
+fn whole(all: Vec<InvalidValue>) -> Vec<InvalidValue> {
+    all.into_iter().map(|invalid| InvalidValue { element: None, ..invalid }).collect()
 }
 
 /// An address, or a table with more about the server.

@@ -10,6 +10,7 @@ use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{Policy, ScopeRule, Scopes};
 use crate::problem::Problem;
+use crate::reply::answer;
 use crate::reply::cors::Cors;
 use crate::request::body::{BodyRules, KeySet, UntypedBody};
 use crate::request::origin::TrustedProxies;
@@ -63,6 +64,17 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     };
     let token = TokenRules { header: file.token.header.0.clone(), bearer: file.token.bearer };
     let names = Names { token: file.token.query.0.clone() };
+    let forward = ForwardRules {
+        credential: match file.token.forward {
+            Forward::Token => BackendCredential::Token,
+            Forward::Identity => BackendCredential::Identity,
+            Forward::Both => BackendCredential::Both,
+            Forward::None => BackendCredential::None,
+        },
+        token: token.clone(),
+        switches,
+        deprecate_query_token: file.token.query_deprecation,
+    };
     let mut gather = Gather { places };
     let upstreams = gather.upstreams(&file.upstreams);
     let rules = Rules {
@@ -70,9 +82,9 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
             header_bytes: usize::try_from(file.limits.header_bytes.0).unwrap_or(usize::MAX),
             target_bytes: usize::try_from(file.limits.target_bytes.0).unwrap_or(usize::MAX),
         },
-        routes: gather.routes(file, &upstreams),
+        routes: gather.routes(file, &upstreams, &forward),
         cors_preflight: file.api.cors_preflight,
-        token: token.clone(),
+        token,
         names: names.clone(),
         method_override: match file.token.method_override {
             file::OverridePolicy::Refuse => MethodOverride::Refuse,
@@ -108,17 +120,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         server,
         admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
         rules,
-        forward: ForwardRules {
-            credential: match file.token.forward {
-                Forward::Token => BackendCredential::Token,
-                Forward::Identity => BackendCredential::Identity,
-                Forward::Both => BackendCredential::Both,
-                Forward::None => BackendCredential::None,
-            },
-            token,
-            switches,
-            deprecate_query_token: file.token.query_deprecation,
-        },
+        forward,
         cors,
         policy: Policy { switches, scopes: gather.scopes(file) },
         stores: gather.stores(file, folder, &upstreams),
@@ -210,7 +212,7 @@ impl Gather<'_, '_> {
         all
     }
 
-    fn routes(&mut self, file: &File, upstreams: &[UpstreamSettings]) -> Routes {
+    fn routes(&mut self, file: &File, upstreams: &[UpstreamSettings], forward: &ForwardRules) -> Routes {
         let mut routes: Vec<Route> = Vec::new();
         let body_bytes = file.limits.body_bytes.map(|size| size.0);
         for route in &file.routes {
@@ -244,9 +246,13 @@ impl Gather<'_, '_> {
                         .0
                         .map(|own| own.map_or(RequestTimeout::Never, RequestTimeout::After)),
                 },
+                request_headers: route.request_headers.clone(),
+                response_headers: route.response_headers.clone(),
                 ..Route::new(route.path.0.pattern.clone(), route.path.0.text.clone())
             };
             self.all(&route.at, settings.problems());
+            self.all(&route.at, forward.problems_of(&settings));
+            self.all(&route.at, answer::problems_of(&settings));
             if route.pass_token && route.auth != AuthMode::None {
                 let problem = Problem::error("pass_token", "goes with auth = \"none\" only", "remove it");
                 self.places.add(&route.at, problem.with("auth"));

@@ -768,7 +768,7 @@ fn write_head(
     out.extend_from_slice(&[digit(100), digit(10), digit(1), b' ']);
     out.extend_from_slice(phrase.unwrap_or_default().as_bytes());
     out.extend_from_slice(b"\r\n");
-    let edits = answer::edits(head, kind, &ticket.credentials());
+    let edits = answer::edits(head, kind, &ticket.credentials(), ticket.response_headers());
     let mut has_date = false;
     // Lines that are as they should be stand side by side mostly, and are copied together.
     let mut run = 0..0;

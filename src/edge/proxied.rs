@@ -334,23 +334,23 @@ fn clean(answer: &mut ResponseHeader, kind: AnswerKind, ticket: &Ticket) -> Resu
     answer.set_version(Version::HTTP_11);
     answer.set_reason_phrase(None)?;
     let view = Received(answer);
-    let edits = answer::edits(&view, kind, &ticket.credentials());
+    let edits = answer::edits(&view, kind, &ticket.credentials(), ticket.response_headers());
     let mut removed: SmallVec<[HeaderName; 4]> = SmallVec::new();
-    let mut replaced: Vec<(&'static str, Vec<Vec<u8>>)> = Vec::new();
+    let mut replaced: Vec<(String, Vec<Vec<u8>>)> = Vec::new();
     for edit in edits {
         match edit {
             // What is no name is no field of this head either.
             AnswerEdit::Remove(name) => removed.extend(HeaderName::from_bytes(name).ok()),
-            AnswerEdit::Replace(name, values) => replaced.push((name, values)),
+            AnswerEdit::Replace(name, values) => replaced.push((name.to_owned(), values)),
         }
     }
     for name in removed {
         answer.remove_header(&name);
     }
     for (name, values) in replaced {
-        answer.remove_header(name);
+        answer.remove_header(name.as_str());
         for value in values {
-            answer.append_header(name, value)?;
+            answer.append_header(name.clone(), value)?;
         }
     }
     Ok(())

@@ -5,7 +5,7 @@ use crate::policy::Permit;
 use crate::reply::answer::Credentials;
 use crate::reply::cors::CorsGrant;
 use crate::request::body::BodyScanner;
-use crate::request::route::Route;
+use crate::request::route::{HeaderEdits, Route};
 use crate::request::view::{Framing, Method};
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -61,6 +61,12 @@ impl OwnToken {
 impl Ticket {
     fn token(&self) -> Option<&[u8]> {
         self.token.as_ref().map(|token| token.within(&self.exchange.head))
+    }
+
+    /// What the route writes into the backend's answer, and takes out.
+    pub(super) fn response_headers(&self) -> &HeaderEdits {
+        const NONE: &HeaderEdits = &HeaderEdits { set: Vec::new(), remove: Vec::new() };
+        self.exchange.route().map_or(NONE, |route| &route.response_headers)
     }
 
     /// What of this request must not leave in a URL of the answer.

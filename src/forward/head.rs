@@ -123,6 +123,8 @@ impl Plan<'_> {
         sink.field(b"Host", view.host);
 
         let nominated = nominated(view);
+        let own = &self.route.request_headers;
+        let edits = !own.is_empty();
         let mut dropped = 0;
         // The type by which the body is judged, where the client spelled it in another way or gave none.
         if let Some(content_type) = &self.content_type {
@@ -136,6 +138,9 @@ impl Plan<'_> {
             // Content-Type, for one, a body would be read in another way than it was watched.
             let ends_here =
                 field.kind == FieldKind::EndToEnd && nominated.iter().any(|name| name.eq_ignore_ascii_case(field.name));
+            if edits && own.takes_out(field.name) {
+                continue;
+            }
             match self.passes(field, rules) {
                 Passes::Yes if !ends_here => sink.field(field.name, field.value),
                 Passes::NoAndCounted => dropped += 1,
@@ -146,6 +151,7 @@ impl Plan<'_> {
             // The backend must run the method that was judged.
             sink.field(METHOD_OVERRIDE.as_bytes(), self.method.as_str().as_bytes());
         }
+        own.set.iter().for_each(|(name, value)| sink.field(name.as_bytes(), value.as_bytes()));
         self.write_identity(rules, sink);
         write_origin(origin, sink);
         sink.field(b"X-Request-Id", request_id.as_bytes());

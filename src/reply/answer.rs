@@ -2,8 +2,10 @@
 //! Pure. A token of the request must never leave in a field of an answer that tollgate looks at.
 
 use super::UpstreamFault;
+use crate::problem::Problem;
 use crate::request::head::content_length;
 use crate::request::query::{Key, Names};
+use crate::request::route::{HeaderEdits, Route};
 use crate::request::target::escape;
 use smallvec::SmallVec;
 use std::ops::Range;
@@ -109,17 +111,22 @@ pub enum AnswerEdit<'v> {
     /// All fields of the name, in any letter case.
     Remove(&'v [u8]),
     /// All fields of the name get other values.
-    Replace(&'static str, Vec<Vec<u8>>),
+    Replace(&'v str, Vec<Vec<u8>>),
 }
 
 /// What must change in an answer before a client gets it: fields that end here, fields that servers behind the gateway say to
-/// each other, and credentials in URLs. Looks at every field once: most answers need no change.
+/// each other, credentials in URLs, and what the route says. Looks at every field once: most answers need no change.
 pub fn edits<'v>(
     view: &'v impl AnswerView,
     kind: AnswerKind,
     credentials: &Credentials<'_>,
+    own: &'v HeaderEdits,
 ) -> SmallVec<[AnswerEdit<'v>; 4]> {
     let mut edits: SmallVec<[AnswerEdit<'v>; 4]> = SmallVec::new();
+    edits.extend(own.remove.iter().map(|name| AnswerEdit::Remove(name.as_bytes())));
+    // An interim answer is only a message about the final one.
+    let set = own.set.iter().filter(|_| kind != AnswerKind::Interim);
+    edits.extend(set.map(|(name, value)| AnswerEdit::Replace(name, vec![value.clone().into_bytes()])));
     let mut urls: SmallVec<[UrlField; 4]> = SmallVec::new();
     let interim = kind == AnswerKind::Interim;
     for (known, name, value) in view.known_fields() {
@@ -152,6 +159,27 @@ pub fn edits<'v>(
         }
     }
     edits
+}
+
+/// Whether a route may write or take out a field of an answer. `Err`: why not.
+fn may_edit(name: &str) -> Result<(), &'static str> {
+    let lower = name.to_ascii_lowercase();
+    match AnswerName::of(name.as_bytes()) {
+        AnswerName::Other if ["content-encoding", "content-range", "content-type"].contains(&lower.as_str()) => {
+            Err("says how the body is to be read")
+        }
+        AnswerName::Other if lower == "set-cookie" => Err("is the backend's to say"),
+        AnswerName::Other if lower.starts_with("x-tollgate-") || lower.starts_with("proxy-") => {
+            Err("is written by servers")
+        }
+        AnswerName::Other => Ok(()),
+        _ => Err("is written or judged by tollgate"),
+    }
+}
+
+/// Keys of a `[[route]]`.
+pub fn problems_of(route: &Route) -> Vec<Problem> {
+    route.response_headers.problems("response_headers", may_edit)
 }
 
 /// What tollgate says in every final answer of a backend.
@@ -614,7 +642,7 @@ mod tests {
             ("link", "</b>; rel=\"first\""),
             ("location", "/plain"),
         ];
-        let head = Head(200, true, fields);
+        let (head, none) = (Head(200, true, fields), HeaderEdits::default());
         let removed = |name: &'static str| AnswerEdit::Remove(name.as_bytes());
         let expected = [
             removed("keep-alive"),
@@ -623,8 +651,8 @@ mod tests {
             removed("x-sendfile"),
             AnswerEdit::Replace("Link", vec![b"</a?page=2>; rel=\"next\"".to_vec(), b"</b>; rel=\"first\"".to_vec()]),
         ];
-        assert_eq!(edits(&head, AnswerKind::Final, &credentials).into_vec(), expected);
-        let switching = edits(&head, AnswerKind::Switching, &credentials);
+        assert_eq!(edits(&head, AnswerKind::Final, &credentials, &none).into_vec(), expected);
+        let switching = edits(&head, AnswerKind::Switching, &credentials, &none);
         assert!(!switching.contains(&removed("connection")), "{switching:?}");
     }
 
@@ -845,8 +873,9 @@ mod tests {
             ("x", [false; 3]),
         ] {
             let head = Head(200, true, vec![(name, "")]);
-            let lost = [Final, Interim, Switching]
-                .map(|kind| edits(&head, kind, &credentials).contains(&AnswerEdit::Remove(name.as_bytes())));
+            let lost = [Final, Interim, Switching].map(|kind| {
+                edits(&head, kind, &credentials, &HeaderEdits::default()).contains(&AnswerEdit::Remove(name.as_bytes()))
+            });
             assert_eq!(lost, expected, "{name}");
         }
         for (name, field) in [

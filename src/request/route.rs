@@ -131,8 +131,63 @@ pub struct Route {
     pub body_bytes: Option<u64>,
     /// In place of the upstream's own.
     pub timeouts: RouteTimeouts,
+    /// Of the request as the backend gets it, and of the backend's answer. What they may name is said by `forward` and `reply`.
+    pub request_headers: HeaderEdits,
+    pub response_headers: HeaderEdits,
     /// The route's own place in the table; [`Routes::new`](super::routes::Routes::new) sets it.
     pub index: usize,
+}
+
+/// Fields that a route writes into a head in place of those of the same name, and fields that it takes out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HeaderEdits {
+    pub set: Vec<(String, String)>,
+    pub remove: Vec<String>,
+}
+
+impl HeaderEdits {
+    /// Whether a field of this name does not pass.
+    pub fn takes_out(&self, name: &[u8]) -> bool {
+        self.names().any(|known| known.as_bytes().eq_ignore_ascii_case(name))
+    }
+
+    /// What is wrong with them, beside the names that `may_name` refuses with a reason.
+    pub fn problems(&self, key: &'static str, may_name: impl Fn(&str) -> Result<(), &'static str>) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let names: Vec<&str> = self.names().collect();
+        for (place, name) in names.iter().enumerate() {
+            let plain = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+            let what = match may_name(name) {
+                _ if !plain => "has bytes other than letters, digits and `-`",
+                _ if names[..place].iter().any(|other| other.eq_ignore_ascii_case(name)) => {
+                    "is named twice; `set` replaces the field that came"
+                }
+                Err(why) => why,
+                Ok(()) => continue,
+            };
+            problems.push(Problem::error(key, format!("`{}` {what}", name.escape_default()), "use another name"));
+        }
+        for (name, value) in &self.set {
+            let visible =
+                value.bytes().all(|b| (0x20..0x7f).contains(&b)) && value.trim() == value && !value.is_empty();
+            if !visible {
+                let what = format!(
+                    "the value of `{}` is empty, or has other bytes than visible ASCII with blanks between",
+                    name.escape_default()
+                );
+                problems.push(Problem::error(key, what, "write it like { \"X-Site\" = \"main\" }"));
+            }
+        }
+        problems
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.set.iter().map(|(name, _)| name.as_str()).chain(self.remove.iter().map(String::as_str))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.set.is_empty() && self.remove.is_empty()
+    }
 }
 
 /// `None`: the upstream's.
@@ -163,6 +218,8 @@ impl Route {
             upstream: 0,
             body_bytes: None,
             timeouts: RouteTimeouts::default(),
+            request_headers: HeaderEdits::default(),
+            response_headers: HeaderEdits::default(),
             index: 0,
         }
     }
