@@ -3,6 +3,7 @@
 use crate::harness::{Answer, Client, GOOD, Gateway, Upstream, eventually};
 use crate::servers::http::Reply;
 use std::net::SocketAddr;
+use std::process::{Command, Stdio};
 
 /// Selects the framework's lane (src/edge/server.rs).
 const FRAMEWORK: &str = "TOLLGATE_TEST_FRAMEWORK_LANE";
@@ -191,5 +192,79 @@ fn a_route_sets_and_removes_headers_on_both_sides() {
         let refused = gateway.ask("GET /api/v3/x HTTP/1.1\nHost: h\n\n");
         assert_eq!((refused.status, refused.header("X-New")), (401, None));
         upstream.forget();
+    });
+}
+
+/// Reads pairs of targets as sent and as forwarded, and says where the segments behind the prefix or the query differ.
+const INDEPENDENT_READER: &str = r#"
+import json, sys
+from urllib.parse import urlsplit, unquote_to_bytes
+old, new = b"/api/v3".split(b"/"), sys.argv[1].encode().rstrip(b"/").split(b"/")
+def read(target):
+    parts = urlsplit("http://h" + target)
+    assert parts.netloc == "h" and urlsplit(target).netloc == "", target
+    return [unquote_to_bytes(segment) for segment in parts.path.split("/")], parts.query
+for sent, forwarded in json.load(sys.stdin):
+    (before, query), (after, same) = read(sent), read(forwarded)
+    assert before[:3] == old, sent
+    rest = before[3:]
+    if after != new + (rest or ([b""] if new == [b""] else [])) or query != same:
+        print(sent, forwarded)
+"#;
+
+#[test]
+fn what_is_behind_a_replaced_prefix_reads_as_it_was_judged() {
+    let tails = ["", "/", "/a", "//a", "/a%2Fb", "/%61", "/a/.x", "/a;b=c", "/a%20b", "/@h/x", "/a:80", "/x%3Fy"];
+    let queries = ["", "?", "?a=1&b", "?per_page=5", "?url=http://h//x", "?a=%2F../"];
+    for new in ["/internal/api", "/"] {
+        let upstream = Upstream::start();
+        let more = format!("[[route]]\npath = \"/api/v3/*\"\nrewrite_prefix = \"{new}\"\n");
+        for framework in [false, true] {
+            let gateway = start(framework, upstream.address, &more);
+            let (mut sent, mut refused) = (Vec::new(), 0);
+            for prefix in ["/api/v3", "/api/v3", "/%61pi/v3", "//api/v3", "/api//v3"] {
+                for (one, two) in tails.iter().flat_map(|one| tails.map(|two| (*one, two))) {
+                    let target = format!("{prefix}{one}{two}{}", queries[(one.len() * 3 + two.len()) % queries.len()]);
+                    let is_spelled = prefix == "/api/v3" && !(new == "/" && target.starts_with("/api/v3//"));
+                    let status = gateway.get(&target).status;
+                    assert_eq!(status, if is_spelled { 200 } else { 400 }, "{target}");
+                    if is_spelled { sent.push(target) } else { refused += 1 }
+                }
+            }
+            let seen: Vec<String> = upstream.seen().into_iter().map(|seen| seen.target).collect();
+            assert_eq!(seen.len(), sent.len());
+            assert!(sent.len() > 200 && refused > 400, "{} {refused}", sent.len());
+            let pairs: Vec<_> = sent.iter().zip(&seen).collect();
+            let mut reader = Command::new("python3")
+                .args(["-c", INDEPENDENT_READER, new])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            serde_json::to_writer(reader.stdin.take().unwrap(), &pairs).unwrap();
+            let read = reader.wait_with_output().unwrap();
+            assert!(read.status.success());
+            assert_eq!(String::from_utf8_lossy(&read.stdout), "");
+            upstream.forget();
+        }
+    }
+}
+
+#[test]
+fn a_replaced_prefix_changes_nothing_else() {
+    let location = Reply::new(302, &[("Location", "http://h/internal/api/y")], "");
+    let upstream = Upstream::answering(move |_| location.clone());
+    let more = "[[route]]\npath = \"/api/v3/*\"\nrewrite_prefix = \"/internal/api\"\n";
+    on_both_lanes(upstream.address, more, |gateway| {
+        let target = format!("/api/v3/projects?private_token={GOOD}&per_page=9999&x=%41");
+        let answer = gateway.ask(&format!("GET {target} HTTP/1.1\nHost: h\n\n"));
+        assert_eq!(upstream.only().target, "/internal/api/projects?per_page=100&x=%41");
+        assert_eq!(answer.header("Location"), Some("http://h/internal/api/y"));
+        let log = lines(gateway, 1);
+        assert_eq!((&log[0]["path"], &log[0]["route"]), (&"/api/v3/projects".into(), &"/api/v3/*".into()));
+        upstream.forget();
+        gateway.get("/api//v3/projects");
+        assert_eq!(lines(gateway, 2)[1]["reason"], "prefix_spelling");
+        assert_eq!(upstream.seen().len(), 0);
     });
 }

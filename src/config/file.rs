@@ -482,6 +482,10 @@ section! {
         read_timeout: Inherited<Duration> = r#""inherit""#,
         /// The longest time for the whole exchange, or "none". "inherit": as in the [[upstream]].
         request_timeout: Inherited<Option<Duration>> = r#""inherit""#,
+        /// What the backend gets in place of the literal beginning of `path` (up to the first `:name` or `*`), or "none". What is
+        /// behind it is forwarded byte for byte. A beginning that is spelled in another way (`/%61pi`, `//`) gets 400. Responses
+        /// are not changed, so a `Location` has the backend's own prefix.
+        rewrite_prefix: Option<Prefix> = r#""none""#,
         /// Fields of the request as the backend gets it: those in `set` take the place of what the client sent, those in
         /// `remove` go. Not for credentials, and not for fields that tollgate writes or judges itself.
         request_headers: HeaderEdits = "{ set = {}, remove = [] }",

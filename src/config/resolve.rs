@@ -16,7 +16,7 @@ use crate::request::body::{BodyRules, KeySet, UntypedBody};
 use crate::request::origin::TrustedProxies;
 use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
-use crate::request::route::{Auth, Methods, Pattern, RequestTimeout, Route, RouteTimeouts};
+use crate::request::route::{Auth, Methods, Pattern, PrefixRewrite, RequestTimeout, Route, RouteTimeouts};
 use crate::request::routes::Routes;
 use crate::request::token::TokenRules;
 use crate::request::view::Method;
@@ -246,6 +246,7 @@ impl Gather<'_, '_> {
                         .0
                         .map(|own| own.map_or(RequestTimeout::Never, RequestTimeout::After)),
                 },
+                rewrite: route.rewrite_prefix.as_ref().map(|to| PrefixRewrite::new(&route.path.0.pattern, &to.0)),
                 request_headers: route.request_headers.clone(),
                 response_headers: route.response_headers.clone(),
                 ..Route::new(route.path.0.pattern.clone(), route.path.0.text.clone())

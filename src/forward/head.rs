@@ -116,9 +116,15 @@ impl Plan<'_> {
         request_id: &str,
         sink: &mut impl RequestSink,
     ) -> usize {
-        sink.request(view.method_bytes, |target| match self.edits.is_empty() {
-            true => target.extend_from_slice(view.target),
-            false => self.edits.write_target(view.path(), view.query(), target),
+        sink.request(view.method_bytes, |target| match &self.route.rewrite {
+            None if self.edits.is_empty() => target.extend_from_slice(view.target),
+            None => self.edits.write_target(view.path(), view.query(), target),
+            Some(rewrite) => {
+                // `examine` has refused every other path.
+                let rest = rewrite.rest(view.path()).unwrap_or_default();
+                rewrite.write_prefix(rest, target);
+                self.edits.write_target(rest, view.query(), target);
+            }
         });
         sink.field(b"Host", view.host);
 

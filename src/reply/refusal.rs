@@ -129,6 +129,7 @@ impl Refusal {
                     TargetFault::Backslash => "backslash",
                     TargetFault::ControlByte => "control_byte",
                     TargetFault::Fragment => "fragment",
+                    TargetFault::PrefixSpelling => "prefix_spelling",
                 },
             ),
             Cause::Request(R::MethodOverride) => (400, "method_override"),

@@ -294,6 +294,9 @@ impl Rules {
             false if in_query && !seeded::off(Rule::QueryMethod) => return Err(RequestFault::MethodOverride),
             false => (asked?, overrides && !seeded::off(Rule::MethodOverride)),
         };
+        if route.rewrite.as_ref().is_some_and(|rewrite| rewrite.rest(view.path()).is_none()) {
+            return Err(RequestFault::Target(TargetFault::PrefixSpelling));
+        }
         if let (Framing::Length(length), Some(limit)) = (view.body, route.body_bytes)
             && length > limit
         {

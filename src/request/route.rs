@@ -131,11 +131,54 @@ pub struct Route {
     pub body_bytes: Option<u64>,
     /// In place of the upstream's own.
     pub timeouts: RouteTimeouts,
+    /// What stands in place of the pattern's first segments when the request is forwarded.
+    pub rewrite: Option<PrefixRewrite>,
     /// Of the request as the backend gets it, and of the backend's answer. What they may name is said by `forward` and `reply`.
     pub request_headers: HeaderEdits,
     pub response_headers: HeaderEdits,
     /// The route's own place in the table; [`Routes::new`](super::routes::Routes::new) sets it.
     pub index: usize,
+}
+
+/// Another prefix for the backend. What is behind it goes on byte for byte, as it was judged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PrefixRewrite {
+    /// The literal segments that the pattern begins with; empty for none.
+    from: Vec<u8>,
+    /// Empty for `/`.
+    to: Vec<u8>,
+}
+
+impl PrefixRewrite {
+    /// `to`: a path in its canonical form.
+    pub fn new(pattern: &Pattern, to: &str) -> Self {
+        let mut from = Vec::new();
+        for segment in &pattern.segments {
+            let Segment::Literal(literal) = segment else { break };
+            from.push(b'/');
+            from.extend_from_slice(literal);
+        }
+        Self { from, to: to.trim_end_matches('/').into() }
+    }
+
+    /// What is behind the prefix of a path that the pattern matches. `None`: the prefix is spelled in another way than the pattern
+    /// (with escapes, with `//`), or what is behind it would not be read as it was before.
+    pub fn rest<'p>(&self, path: &'p [u8]) -> Option<&'p [u8]> {
+        let rest = path.strip_prefix(self.from.as_slice())?;
+        let goes_on = match rest {
+            // Some would read a host behind `//` at the beginning.
+            [b'/', b'/', ..] => !self.to.is_empty(),
+            [] | [b'/', ..] => true,
+            // Which is no part of the canonical form.
+            _ => rest.starts_with(b".json") && !self.from.is_empty() && !self.to.is_empty(),
+        };
+        goes_on.then_some(rest)
+    }
+
+    /// Writes the prefix in front of what [`Self::rest`] gave.
+    pub fn write_prefix(&self, rest: &[u8], out: &mut Vec<u8>) {
+        out.extend_from_slice(if self.to.is_empty() && rest.is_empty() { b"/" } else { &self.to });
+    }
 }
 
 /// Fields that a route writes into a head in place of those of the same name, and fields that it takes out.
@@ -218,6 +261,7 @@ impl Route {
             upstream: 0,
             body_bytes: None,
             timeouts: RouteTimeouts::default(),
+            rewrite: None,
             request_headers: HeaderEdits::default(),
             response_headers: HeaderEdits::default(),
             index: 0,
@@ -292,6 +336,39 @@ impl Methods {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_prefix_is_replaced_where_it_is_spelled_as_the_pattern() {
+        for (pattern, to, path, expected) in [
+            ("/api/v3/*", "/internal/api", "/api/v3/a//b%2Fc/", Some("/internal/api/a//b%2Fc/")),
+            ("/api/v3/*", "/internal/api", "/api/v3", Some("/internal/api")),
+            ("/api/v3/*", "/internal/api", "/api/v3/", Some("/internal/api/")),
+            ("/api/v3/*", "/internal/api", "/api/v3.json", Some("/internal/api.json")),
+            ("/api/v3/*", "/internal/api", "/api/v3//x", Some("/internal/api//x")),
+            ("/api/v3/*", "/", "/api/v3/x", Some("/x")),
+            ("/api/v3/*", "/", "/api/v3", Some("/")),
+            ("/api/v3/*", "/", "/api/v3/", Some("/")),
+            ("/api/v3/*", "/", "/api/v3.json", None),
+            ("/api/v3/*", "/", "/api/v3//host/x", None),
+            ("/api/:v/x", "/y", "/api/v3/x.json", Some("/y/v3/x.json")),
+            ("/", "/y", "/a", Some("/y/a")),
+            ("/", "/y", "/", Some("/y/")),
+            ("/", "/y", "*", None),
+            ("/:a", "/", "//a", None),
+            ("/api/v3/*", "/x", "/%61pi/v3/a", None),
+            ("/api/v3/*", "/x", "//api/v3/a", None),
+            ("/api/v3/*", "/x", "/api//v3/a", None),
+            ("/api/v3/*", "/x", "/api/v3%2Ejson", None),
+        ] {
+            let rewrite = PrefixRewrite::new(&pattern.parse().unwrap(), to);
+            let written = rewrite.rest(path.as_bytes()).map(|rest| {
+                let mut out = Vec::new();
+                rewrite.write_prefix(rest, &mut out);
+                String::from_utf8([&out, rest].concat()).unwrap()
+            });
+            assert_eq!(written.as_deref(), expected, "{pattern} {to} {path}");
+        }
+    }
 
     #[test]
     fn patterns_are_canonical() {

@@ -19,6 +19,8 @@ pub enum TargetFault {
     ControlByte,
     #[error("a fragment")]
     Fragment,
+    #[error("a prefix that is to be replaced, in another spelling than the route's")]
+    PrefixSpelling,
 }
 
 /// Refuses every target that two parsers could split, decode or resolve differently.
