@@ -1,7 +1,7 @@
 //! Routes: which upstream serves a request, and the options that a route carries. On both lanes, with real sockets.
 
-use crate::harness::{Answer, Client, GOOD, Gateway, Upstream, eventually};
-use crate::servers::http::Reply;
+use crate::harness::{Answer, Client, GOOD, Gateway, OTHER, Upstream, eventually, free_port, sha256_hex};
+use crate::servers::http::{Reply, Step};
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 
@@ -266,5 +266,99 @@ fn a_replaced_prefix_changes_nothing_else() {
         gateway.get("/api//v3/projects");
         assert_eq!(lines(gateway, 2)[1]["reason"], "prefix_spelling");
         assert_eq!(upstream.seen().len(), 0);
+    });
+}
+
+#[test]
+fn a_scope_of_the_token_chooses_the_upstream() {
+    let all = ["main", "admin", "reports"].map(|name| (name, Upstream::answering(move |_| Reply::ok(name))));
+    let token = |token: &str, scopes: &str| {
+        format!("[[token]]\nsha256 = \"{}\"\nuser = \"u\"\nscopes = [{scopes}]\n", sha256_hex(token))
+    };
+    let tokens = token("plain-token-0001", "")
+        + &token("admin-token-0001", "\"x\", \"admin\"")
+        + &token("both-tokens-0001", "\"reports\", \"admin\"")
+        + &token("prefix-token-001", "\"admin2\"");
+    let more = pools(&all.each_ref().map(|(name, upstream)| (*name, upstream.address)))
+        + "[[route]]\npath = \"/api/v3/*\"\nauth = \"optional\"\nreason = \"public\"\n\
+           canary = { upstream = \"reports\", share = 0, by = \"token\" }\n\
+           [[route.pool]]\nscope = \"admin\"\nupstream = \"admin\"\n\
+           [[route.pool]]\nscope = \"reports\"\nupstream = \"reports\"\n";
+    let gateway = Gateway::start_with_tokens(all[0].1.address, &tokens, &more);
+    for (before, (token, expected)) in [
+        ("plain-token-0001", "main"),
+        ("admin-token-0001", "admin"),
+        ("both-tokens-0001", "admin"),
+        ("prefix-token-001", "main"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let answer = gateway.ask(&format!("GET /api/v3/x HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {token}\n\n"));
+        assert_eq!(answer.text(), expected, "{token}");
+        assert_eq!(lines(&gateway, before + 1)[before]["upstream"], expected);
+    }
+    assert_eq!(gateway.ask("GET /api/v3/x HTTP/1.1\nHost: h\n\n").text(), "main", "without a token");
+    let unknown = gateway.ask("GET /api/v3/x HTTP/1.1\nHost: h\nPRIVATE-TOKEN: unknown-token-1\n\n");
+    assert_eq!(unknown.status, 401);
+}
+
+#[test]
+fn a_canary_gets_its_share() {
+    let (main, next) = (Upstream::answering(|_| Reply::ok("main")), Upstream::answering(|_| Reply::ok("next")));
+    let route = |path: &str, share: &str, by: &str| {
+        format!(
+            "[[route]]\npath = \"/api/v3/{path}\"\ncanary = {{ upstream = \"next\", share = {share}, by = \"{by}\" }}\n"
+        )
+    };
+    let more = pools(&[("main", main.address), ("next", next.address)])
+        + &["user", "token", "request"].map(|by| route(&format!("none/{by}"), "0", by) + &route(&format!("all/{by}"), "1.0", by)).concat()
+        // user-0001 stands at 0.79 of the canary `next`, and user-0002 at 0.49.
+        + &route("some", "0.6", "user")
+        + &route("half", "0.5", "request");
+    on_both_lanes(main.address, &more, |gateway| {
+        for (before, by) in ["user", "token", "request"].into_iter().enumerate() {
+            assert_eq!(gateway.get(&format!("/api/v3/none/{by}")).text(), "main", "{by}");
+            assert_eq!(gateway.get(&format!("/api/v3/all/{by}")).text(), "next", "{by}");
+            assert_eq!(lines(gateway, 2 * before + 2)[2 * before + 1]["upstream"], "next");
+        }
+        for _ in 0..3 {
+            let of = |token: &str| {
+                gateway.ask(&format!("GET /api/v3/some HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {token}\n\n")).text()
+            };
+            assert_eq!((of(GOOD).as_str(), of(OTHER).as_str()), ("main", "next"));
+        }
+        let mut client = gateway.client();
+        let mut half = || {
+            client.send_head(&head("GET /api/v3/half", "h", ""));
+            client.answer().text()
+        };
+        let next = (0..400).filter(|_| half() == "next").count();
+        assert!((120..280).contains(&next), "{next} of 400: eight standard deviations off");
+    });
+}
+
+#[test]
+fn what_a_canary_has_no_server_for_goes_to_the_main_upstream() {
+    let main = Upstream::answering(|_| Reply::ok("main"));
+    let nobody = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let broken = Upstream::answering(|_| Reply(vec![Step::Close]));
+    let more = pools(&[("main", main.address), ("next", nobody), ("broken", broken.address)])
+        + "[[route]]\npath = \"/api/v3/*\"\ncanary = { upstream = \"next\", share = 1, by = \"request\" }\n\
+           [[route]]\npath = \"/api/v3/broken\"\ncanary = { upstream = \"broken\", share = 1, by = \"request\" }\n";
+    on_both_lanes(main.address, &more, |gateway| {
+        for number in 1..=5 {
+            let answer = gateway.ask(&head("POST /api/v3/x", "h", ""));
+            assert_eq!((answer.status, answer.text().as_str()), (200, "main"), "request {number}");
+        }
+        assert_eq!(gateway.metric("tollgate_upstream_canary_fallbacks_total{upstream=\"next\"}"), 5.0);
+        let log = lines(gateway, 5);
+        let tries: Vec<_> = log.iter().map(|line| (&line["upstream"], line["attempts"].as_u64().unwrap())).collect();
+        let main = &serde_json::Value::from("main");
+        // The first one was refused there; the others were not tried while it is down.
+        assert_eq!(tries, [(main, 2), (main, 1), (main, 1), (main, 1), (main, 1)]);
+        // What may have been done is not done again.
+        assert_eq!(gateway.ask(&head("POST /api/v3/broken", "h", "")).status, 502);
+        assert_eq!(gateway.get("/api/v3/broken").text(), "main");
     });
 }

@@ -476,6 +476,14 @@ section! {
         pass_token: bool = "false",
         /// The name of the [[upstream]] for these requests; empty for the first one.
         upstream: String = r#""""#,
+        /// Other upstreams for tokens with a scope, like `[{ scope = "admin_api", upstream = "admin" }]`, or a
+        /// `[[route.pool]]` for each. The first one whose scope the token has serves the request.
+        pool: Vec<PoolText> = "[]",
+        /// A share of the requests for another upstream, like `{ upstream = "next", share = 0.05, by = "user" }`, or "none".
+        /// by: "user" and "token" (each stays on one side, and a growing share only moves more of them to the canary) or
+        /// "request". Requests that have no such key, or for which the canary has no server, go to `upstream`. Not for
+        /// those that go to a `pool`.
+        canary: Option<CanaryText> = r#""none""#,
         /// The largest request body, or "none". "inherit": as in [limits].
         body_bytes: Inherited<Option<Bytes>> = r#""inherit""#,
         /// The longest pause between two parts of a response. "inherit": as in the [[upstream]].
@@ -539,6 +547,7 @@ words! { AuthMode { Required = "required", Optional = "optional", None = "none" 
 words! { QueryToken { Accept = "accept", Refuse = "refuse" } }
 words! { CheckKind { None = "none", Tcp = "tcp", Http = "http" } }
 words! { BalanceBy { RoundRobin = "round_robin", LeastRequests = "least_requests", Hash = "hash" } }
+words! { CanaryKey { User = "user", Token = "token", Request = "request" } }
 words! { Level { Error = "error", Warn = "warn", Info = "info" } }
 
 macro_rules! settings {
@@ -738,6 +747,66 @@ impl Setting for HeaderEdits {
         }
         Ok(edits)
     }
+}
+
+/// An entry of a route's list of pools.
+#[derive(Clone, Debug)]
+pub(crate) struct PoolText {
+    pub(crate) scope: String,
+    pub(crate) upstream: String,
+}
+
+impl Setting for PoolText {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        let like = "write it like { scope = \"admin_api\", upstream = \"admin\" }";
+        let [scope, upstream] = entries(value, ["scope", "upstream"], like)?;
+        let word = |value: &DeValue<'_>| match text(value) {
+            Ok(word) if !word.is_empty() && !word.contains(char::is_whitespace) => Ok(word.to_owned()),
+            Ok(_) => Err(vec![invalid("scope: must be one word", like)]),
+            Err(invalid) => Err(vec![invalid]),
+        };
+        Ok(Self { scope: word(scope)?, upstream: String::read(upstream)? })
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct CanaryText {
+    pub(crate) upstream: String,
+    pub(crate) share: f64,
+    pub(crate) by: CanaryKey,
+}
+
+impl Setting for CanaryText {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        let like = "write it like { upstream = \"next\", share = 0.05, by = \"user\" }";
+        let [upstream, share, by] = entries(value, ["upstream", "share", "by"], like)?;
+        let number =
+            share.as_float().map(|number| number.as_str()).or(share.as_integer().map(|number| number.as_str()));
+        let share = number.and_then(|text| text.parse::<f64>().ok()).filter(|share| (0.0..=1.0).contains(share));
+        let share = share.ok_or_else(|| vec![invalid("share: must be a number from 0 to 1", like)])?;
+        let by = CanaryKey::read(by)
+            .map_err(|_| vec![invalid("by: is not allowed here", "use one of: \"user\", \"token\", \"request\"")])?;
+        Ok(Self { upstream: String::read(upstream)?, share, by })
+    }
+}
+
+/// The values of a table that has these keys and no others.
+fn entries<'v, 't, const N: usize>(
+    value: &'v DeValue<'t>,
+    keys: [&str; N],
+    like: &str,
+) -> Result<[&'v DeValue<'t>; N], Vec<InvalidValue>> {
+    let table = value.as_table().ok_or_else(|| vec![invalid("must be a table", like)])?;
+    let unknown = table.iter().map(|(key, _)| key.get_ref().as_ref()).find(|key| !keys.contains(key));
+    if let Some(key) = unknown {
+        return Err(vec![invalid(format!("has the unknown key `{key}`"), like)]);
+    }
+    let mut found = [value; N];
+    for (place, key) in keys.into_iter().enumerate() {
+        let value = table.get(key).ok_or_else(|| vec![invalid(format!("has no `{key}`"), like)])?;
+        found[place] = value.get_ref();
+    }
+    Ok(found)
 }
 
 /// Of a list within a value: no element of the value itself.

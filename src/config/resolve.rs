@@ -16,7 +16,9 @@ use crate::request::body::{BodyRules, KeySet, UntypedBody};
 use crate::request::origin::TrustedProxies;
 use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
-use crate::request::route::{Auth, Methods, Pattern, PrefixRewrite, RequestTimeout, Route, RouteTimeouts};
+use crate::request::route::{
+    Auth, Canary, CanaryBy, Methods, Pattern, PrefixRewrite, RequestTimeout, Route, RouteTimeouts, ScopePool,
+};
 use crate::request::routes::Routes;
 use crate::request::token::TokenRules;
 use crate::request::view::Method;
@@ -216,16 +218,38 @@ impl Gather<'_, '_> {
         let mut routes: Vec<Route> = Vec::new();
         let body_bytes = file.limits.body_bytes.map(|size| size.0);
         for route in &file.routes {
-            let named = upstreams.iter().position(|upstream| upstream.name == route.upstream);
-            if !route.upstream.is_empty() && named.is_none() {
-                let names = || upstreams.iter().map(|upstream| upstream.name.as_str());
-                let instead = suggestion(nearest(&route.upstream, names()), names());
-                let problem = Problem::error("upstream", "is not the name of an [[upstream]]", instead);
-                // One of them may have a name that could not be read.
-                let unread = file.upstreams.iter().map(|upstream| format!("{}.name", upstream.at));
-                let echo = unread.chain(["upstream".to_owned()]).find(|path| self.places.is_broken(path));
-                self.places.report(&route.at, problem, echo);
+            let mut named = |key: &'static str, element: Option<usize>, name: &str| {
+                let place = upstreams.iter().position(|upstream| upstream.name == name);
+                if place.is_none() {
+                    let names = || upstreams.iter().map(|upstream| upstream.name.as_str());
+                    let instead = suggestion(nearest(name, names()), names());
+                    let what = match key {
+                        "upstream" => "is not the name of an [[upstream]]".to_owned(),
+                        _ => format!("upstream: `{}` is not the name of an [[upstream]]", name.escape_debug()),
+                    };
+                    // One of them may have a name that could not be read.
+                    let unread = file.upstreams.iter().map(|upstream| format!("{}.name", upstream.at));
+                    let echo = unread.chain(["upstream".to_owned()]).find(|path| self.places.is_broken(path));
+                    self.places.report(&route.at, Problem { element, ..Problem::error(key, what, instead) }, echo);
+                }
+                // One that is unknown is an error, whatever stands in for it.
+                place.unwrap_or(0)
+            };
+            // Without a name, the first one.
+            let upstream = if route.upstream.is_empty() { 0 } else { named("upstream", None, &route.upstream) };
+            let mut pools = Vec::new();
+            for (index, pool) in route.pool.iter().enumerate() {
+                let upstream = named("pool", Some(index), &pool.upstream);
+                pools.push(ScopePool { scope: pool.scope.clone(), upstream });
             }
+            let canary = route.canary.as_ref().map(|canary| {
+                let by = match canary.by {
+                    file::CanaryKey::User => CanaryBy::User,
+                    file::CanaryKey::Token => CanaryBy::Token,
+                    file::CanaryKey::Request => CanaryBy::Request,
+                };
+                Canary::new(named("canary", None, &canary.upstream), &canary.upstream, by, canary.share)
+            });
             let settings = Route {
                 hosts: route.hosts.iter().map(|host| host.0.clone()).collect(),
                 methods: Methods::only(route.methods.iter().map(|method| method.0)),
@@ -236,8 +260,9 @@ impl Gather<'_, '_> {
                 },
                 reason: route.reason.trim().into(),
                 refuse_query_token: route.query_token == QueryToken::Refuse,
-                // Without a name, the first one.
-                upstream: named.unwrap_or(0),
+                upstream,
+                pools,
+                canary,
                 body_bytes: route.body_bytes.0.map_or(body_bytes, |own| own.map(|size| size.0)),
                 timeouts: RouteTimeouts {
                     read: route.read_timeout.0,

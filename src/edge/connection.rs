@@ -236,7 +236,7 @@ fn settle(mut exchange: Box<Exchange>, view: &RequestView<'_>, origin: &Origin<'
             let mut head = Vec::with_capacity(exchange.head.len() + 256);
             let (rules, sink) = (&exchange.snapshot.pipeline.forward, &mut Http1Head(&mut head));
             let dropped = plan.write_head(view, rules, origin, &exchange.request_id, sink);
-            exchange.permitted(view, dropped);
+            exchange.permitted(view, &plan, dropped);
             Judged::Permitted { head, ticket: ticket(exchange, plan, view) }
         }
     }

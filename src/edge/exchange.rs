@@ -5,9 +5,10 @@
 use super::Snapshot;
 use super::peers::Peers;
 use crate::clock::Now;
+use crate::forward::Plan;
 use crate::pipeline::Facts;
 use crate::reply::{Refusal, UpstreamFault};
-use crate::request::route::{RequestTimeout, Route};
+use crate::request::route::{Canary, CanaryBy, RequestTimeout, Route};
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
@@ -31,6 +32,8 @@ pub(super) struct Exchange {
     permitted: bool,
     /// Which `[[upstream]]` serves it; `None` before the verdict.
     pub(super) pool: Option<usize>,
+    /// The one that serves it if `pool` is a canary that cannot.
+    main_pool: Option<usize>,
     ending: Ending,
     upstream: UpstreamSide,
     _in_flight: Guard,
@@ -109,6 +112,7 @@ impl Exchange {
             logged: None,
             permitted: false,
             pool: None,
+            main_pool: None,
             ending: Ending::default(),
             upstream: UpstreamSide::default(),
             _in_flight: in_flight,
@@ -132,28 +136,76 @@ impl Exchange {
     }
 
     /// The pipeline has permitted it. `fields_dropped`: header fields that were not forwarded for their name.
-    pub(super) fn permitted(&mut self, view: &RequestView<'_>, fields_dropped: usize) {
+    pub(super) fn permitted(&mut self, view: &RequestView<'_>, plan: &Plan<'_>, fields_dropped: usize) {
         self.permitted = true;
         self.upstream.fields_dropped = fields_dropped;
-        self.pool = self.route().map(|route| route.upstream);
+        self.pool = Some(plan.upstream);
+        if let Some(canary) = plan.canary
+            && self.is_for(canary)
+        {
+            (self.pool, self.main_pool) = (Some(canary.upstream), Some(plan.upstream));
+            if self.snapshot.pool(self.pool).is_none_or(|peers| !peers.upstream.is_up()) {
+                self.leave_canary();
+            }
+        }
         let Some(peers) = self.snapshot.pool(self.pool) else { return };
         let Some(by) = peers.upstream.hash_by() else { return };
         let key = match by {
-            HashBy::User => self.facts.principal.as_ref().map(|principal| principal.user().as_bytes()),
-            HashBy::Token => self.facts.token.as_ref().map(|digest| digest.as_bytes().as_slice()),
+            HashBy::User => self.user(),
+            HashBy::Token => self.token(),
             HashBy::Header(name) => field(view, name),
             HashBy::Cookie(name) => field(view, "cookie").and_then(|cookies| cookie(cookies, name.as_bytes())),
         };
-        if let Some(key) = key {
-            self.upstream.tries.keyed(peers.upstream.key_of(key));
+        let key = key.map(|key| peers.upstream.key_of(key));
+        self.upstream.tries.keyed(key);
+    }
+
+    fn user(&self) -> Option<&[u8]> {
+        self.facts.principal.as_ref().map(|principal| principal.user().as_bytes())
+    }
+
+    fn token(&self) -> Option<&[u8]> {
+        self.facts.token.as_ref().map(|digest| digest.as_bytes().as_slice())
+    }
+
+    fn is_for(&self, canary: &Canary) -> bool {
+        match canary.by {
+            CanaryBy::User => self.user().is_some_and(|user| canary.takes(user)),
+            CanaryBy::Token => self.token().is_some_and(|token| canary.takes(token)),
+            CanaryBy::Request => canary.takes_place(fastrand::u64(..)),
         }
+    }
+
+    /// The canary has no server for the request: the main upstream gets it. False: it is there already.
+    fn leave_canary(&mut self) -> bool {
+        let Some(main) = self.main_pool.take() else { return false };
+        if let Some(peers) = self.snapshot.pool(self.pool) {
+            peers.upstream.passed_on();
+        }
+        self.pool = Some(main);
+        // The key stood for a place among the canary's servers. One that is a header is not at hand any more: the servers take turns.
+        let key = self.snapshot.pool(self.pool).and_then(|peers| {
+            let key = match peers.upstream.hash_by()? {
+                HashBy::User => self.user()?,
+                HashBy::Token => self.token()?,
+                HashBy::Header(_) | HashBy::Cookie(_) => return None,
+            };
+            Some(peers.upstream.key_of(key))
+        });
+        self.upstream.tries.keyed(key);
+        true
     }
 
     /// The server for the next try. With [`NoServer::Busy`] the request can wait for one with [`Self::queued`].
     pub(super) fn pick(&mut self) -> Result<Pick, NoServer> {
         (self.upstream.status, self.upstream.took) = (None, None);
-        let peers = self.snapshot.pool(self.pool).ok_or(NoServer::Absent)?;
-        peers.upstream.pick(&mut self.upstream.tries, Instant::now())
+        loop {
+            let peers = self.snapshot.pool(self.pool).ok_or(NoServer::Absent)?;
+            match peers.upstream.pick(&mut self.upstream.tries, Instant::now()) {
+                Err(NoServer::Absent) if self.leave_canary() => {}
+                picked => return picked,
+            }
+        }
     }
 
     pub(super) fn route(&self) -> Option<&Route> {
@@ -238,7 +290,7 @@ impl Exchange {
         let Some(peers) = self.snapshot.pool(self.pool) else { return false };
         let after = peers.upstream.failed(&mut self.upstream.tries, failure, repeatable, Instant::now());
         after.change.iter().for_each(|change| peers.log(change));
-        after.again
+        after.again || (after.exhausted && self.leave_canary())
     }
 
     /// The request failed for what a server did, or because there is none.

@@ -6,7 +6,7 @@ use crate::policy::Permit;
 use crate::request::Examined;
 use crate::request::body::BodyScanner;
 use crate::request::query::Edits;
-use crate::request::route::{Auth, Route};
+use crate::request::route::{Auth, Canary, Route};
 use crate::request::seeded::{self, Rule};
 use crate::request::token::{Presented, bearer, is_token_header};
 use crate::request::view::{Field, FieldKind, Method, RequestView};
@@ -25,6 +25,10 @@ pub struct Plan<'r> {
     pub(super) edits: Edits,
     pub(super) content_type: Option<Vec<u8>>,
     auth: Auth,
+    /// Which `[[upstream]]` serves it, but for the route's canary.
+    pub upstream: usize,
+    /// It may take the request.
+    pub canary: Option<&'r Canary>,
 }
 
 pub fn plan(permit: Permit, examined: Examined<'_>) -> Plan<'_> {
@@ -41,7 +45,10 @@ pub fn plan(permit: Permit, examined: Examined<'_>) -> Plan<'_> {
         content_type,
         canonical: _,
     } = examined;
-    Plan { route, method, overridden, permit, presented, body, edits, content_type, auth }
+    let held = permit.principal().map_or(&[][..], |principal| principal.scopes());
+    let by_scope = route.pools.iter().find(|pool| held.contains(&pool.scope));
+    let (upstream, canary) = by_scope.map_or((route.upstream, route.canary.as_ref()), |pool| (pool.upstream, None));
+    Plan { route, method, overridden, permit, presented, body, edits, content_type, auth, upstream, canary }
 }
 
 /// X-Request-Id as Rails takes it: letters, digits, `_` and `-`; longer ones are replaced.

@@ -4,6 +4,8 @@
 use super::host::HostPattern;
 use super::view::Method;
 use crate::problem::Problem;
+use siphasher::sip::SipHasher13;
+use std::hash::Hasher as _;
 use std::time::Duration;
 
 /// A path pattern: literal segments, `:name` for any one segment, and a final `*` for everything below.
@@ -127,6 +129,10 @@ pub struct Route {
     pub refuse_query_token: bool,
     /// Which `[[upstream]]` serves it, by its place in the configuration.
     pub upstream: usize,
+    /// Other upstreams for tokens with a scope; the first one that fits.
+    pub pools: Vec<ScopePool>,
+    /// Another upstream that takes a share of what `upstream` would get.
+    pub canary: Option<Canary>,
     /// The largest body; `None`: no limit.
     pub body_bytes: Option<u64>,
     /// In place of the upstream's own.
@@ -139,6 +145,56 @@ pub struct Route {
     /// The route's own place in the table; [`Routes::new`](super::routes::Routes::new) sets it.
     pub index: usize,
 }
+
+/// The upstream for tokens with a scope.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScopePool {
+    pub scope: String,
+    pub upstream: usize,
+}
+
+/// What a request's side is chosen by. One without it goes to the main upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CanaryBy {
+    User,
+    Token,
+    /// By chance.
+    Request,
+}
+
+/// A share of a route's requests for another upstream.
+#[derive(Clone, Debug)]
+pub struct Canary {
+    pub upstream: usize,
+    pub by: CanaryBy,
+    /// Of 2³², so that all of it is more than any hash.
+    share: u64,
+    hash: SipHasher13,
+}
+
+impl Canary {
+    /// `name`: the upstream's. All routes with the same canary, on all gateways, send a key to the same side. `share`: from 0 to 1.
+    pub fn new(upstream: usize, name: &str, by: CanaryBy, share: f64) -> Self {
+        let mut hash = SipHasher13::new();
+        hash.write(name.as_bytes());
+        hash.write(b"\0canary\0");
+        Self { upstream, by, share: (share * SHARES as f64).round() as u64, hash }
+    }
+
+    /// Whether a key belongs to the canary. A larger share keeps all keys of a smaller one.
+    pub fn takes(&self, key: &[u8]) -> bool {
+        let mut hash = self.hash;
+        hash.write(key);
+        self.takes_place(hash.finish())
+    }
+
+    /// The same for any number, of which all are equally likely.
+    pub fn takes_place(&self, place: u64) -> bool {
+        place >> 32 < self.share
+    }
+}
+
+const SHARES: u64 = 1 << 32;
 
 /// Another prefix for the backend. What is behind it goes on byte for byte, as it was judged.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -259,6 +315,8 @@ impl Route {
             reason: String::new(),
             refuse_query_token: false,
             upstream: 0,
+            pools: Vec::new(),
+            canary: None,
             body_bytes: None,
             timeouts: RouteTimeouts::default(),
             rewrite: None,
@@ -284,6 +342,21 @@ impl Route {
             if let Some(first) = self.hosts[..index].iter().position(|other| other == host) {
                 let problem = Problem::error("hosts", "is in the list twice", "remove one of them");
                 problems.push(problem.element(index).repeats("hosts", first));
+            }
+        }
+        let no_token = matches!(self.auth, Auth::None { .. });
+        if no_token && !self.pools.is_empty() {
+            let what = "goes with a token, which auth = \"none\" does not look up";
+            problems.push(Problem::error("pool", what, "use `upstream`").with("auth"));
+        }
+        if let Some(canary) = &self.canary {
+            if no_token && canary.by != CanaryBy::Request {
+                let what = "by: goes with a token, which auth = \"none\" does not look up";
+                problems.push(Problem::error("canary", what, "use by = \"request\"").with("auth"));
+            }
+            if canary.upstream == self.upstream {
+                let what = "upstream: is the upstream that serves the other requests of this route";
+                problems.push(Problem::error("canary", what, "use another [[upstream]]").with("upstream"));
             }
         }
         let least = Duration::from_millis(1);
@@ -336,6 +409,36 @@ impl Methods {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_share_is_met_and_only_grows_by_new_keys() {
+        let keys: Vec<String> = (0..100_000).map(|number| format!("user-{number}")).collect();
+        let of = |name: &str, share| {
+            let canary = Canary::new(1, name, CanaryBy::User, share);
+            keys.iter().map(|key| canary.takes(key.as_bytes())).collect::<Vec<bool>>()
+        };
+        let count = |taken: &[bool]| taken.iter().filter(|taken| **taken).count();
+        let mut before = vec![false; keys.len()];
+        for share in [0.0, 0.0001, 0.01, 0.05, 0.5, 0.95, 1.0] {
+            let taken = of("next", share);
+            assert_eq!(taken, of("next", share), "the same key, the same side");
+            assert!(
+                before.iter().zip(&taken).all(|(before, after)| after >= before),
+                "a key left the canary at {share}"
+            );
+            // Five standard deviations.
+            let (expected, spread) = (share * 100_000.0, 5.0 * (100_000.0 * share * (1.0 - share)).sqrt());
+            let count = count(&taken) as f64;
+            assert!((count - expected).abs() <= spread, "{count} at {share}");
+            before = taken;
+        }
+        // Another canary tries other users: a quarter of all has both.
+        let both = of("next", 0.5).iter().zip(of("other", 0.5)).filter(|(one, other)| **one && *other).count();
+        assert!((24_000..26_000).contains(&both), "{both}");
+        // All gateways of a fleet, whatever their version, agree.
+        let known: String = of("next", 0.5)[..24].iter().map(|taken| if *taken { '1' } else { '0' }).collect();
+        assert_eq!(known, "100010110111010100111001");
+    }
 
     #[test]
     fn a_prefix_is_replaced_where_it_is_spelled_as_the_pattern() {

@@ -89,6 +89,7 @@ pub struct Metrics {
     upstream_errors: IntCounterVec,
     upstream_retries: IntCounterVec,
     upstream_retries_refused: IntCounterVec,
+    upstream_passed_on: IntCounterVec,
     upstream_waiting: IntGaugeVec,
     servers: Arc<ServerFamilies>,
     /// Access log, process log.
@@ -254,6 +255,11 @@ impl Metrics {
                 "Requests that failed because the retry budget was spent.",
                 &["upstream"],
             )?,
+            upstream_passed_on: families.counters(
+                "tollgate_upstream_canary_fallbacks_total",
+                "Requests for this upstream as a canary that went to the main one, because it had no server for them.",
+                &["upstream"],
+            )?,
             upstream_waiting: families.gauges(
                 "tollgate_upstream_requests_waiting",
                 "Requests that wait in the queue for a server with room.",
@@ -369,6 +375,7 @@ impl Metrics {
                 .collect(),
             retries: self.upstream_retries.with_label_values(&[name]),
             retries_refused: self.upstream_retries_refused.with_label_values(&[name]),
+            passed_on: self.upstream_passed_on.with_label_values(&[name]),
             waiting: self.upstream_waiting.with_label_values(&[name]),
         }
     }
@@ -409,6 +416,7 @@ pub struct UpstreamMetrics {
     errors: Vec<IntCounter>,
     retries: IntCounter,
     retries_refused: IntCounter,
+    passed_on: IntCounter,
     waiting: IntGauge,
 }
 
@@ -429,6 +437,10 @@ impl UpstreamMetrics {
 
     pub fn waiting(&self, requests: usize) {
         self.waiting.set(i64::try_from(requests).unwrap_or(i64::MAX));
+    }
+
+    pub fn passed_on(&self) {
+        self.passed_on.inc();
     }
 
     pub fn retry_refused(&self) {

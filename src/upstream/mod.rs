@@ -235,6 +235,8 @@ pub enum NoServer {
 pub struct AfterFailure {
     /// [`Upstream::pick`] has another server.
     pub again: bool,
+    /// There would be another try if there were another server.
+    pub exhausted: bool,
     /// To be logged.
     pub change: Option<ServerChange>,
 }
@@ -310,6 +312,16 @@ impl Upstream {
 
     pub fn members(&self) -> Vec<Member> {
         self.roster.load().members.clone()
+    }
+
+    /// Whether any server is up.
+    pub fn is_up(&self) -> bool {
+        self.roster.load().members.iter().any(|member| member.server.is_up())
+    }
+
+    /// A request for this pool, which is a canary, went to the main one for want of a server.
+    pub fn passed_on(&self) {
+        self.series.passed_on();
     }
 
     /// What a request's server is chosen by, if that is a part of the request.
@@ -489,13 +501,15 @@ impl Upstream {
     pub fn failed(&self, tries: &mut Tries, failure: FailedTry, repeatable: bool, now: Instant) -> AfterFailure {
         self.series.failed(failure.error());
         let Some((server, asked, again)) = tries.failed(failure, repeatable) else {
-            return AfterFailure { again: false, change: None };
+            return AfterFailure { again: false, exhausted: false, change: None };
         };
         let change = server.failed(failure, asked, now);
         self.noted(change.is_some(), now);
         let is_left = |member: &Member| !tries.has(&member.server) && member.server.is_usable();
         let left = || self.roster.load().members.iter().any(is_left);
-        let again = again && (tries.will_ask_once_more() || left());
+        let is_left = tries.will_ask_once_more() || left();
+        let exhausted = again && !is_left;
+        let again = again && is_left;
         // A refused connection costs no server anything, and a kept one that was dead is no try.
         let is_free = tries.will_ask_once_more() || failure == FailedTry::Connect(UpstreamError::Connect);
         let within = |limits| is_free || self.budget.take(limits, self.turn.load(Ordering::Relaxed), now);
@@ -506,7 +520,7 @@ impl Upstream {
             }
             may
         };
-        AfterFailure { again, change }
+        AfterFailure { again, exhausted, change }
     }
 
     /// A try failed for another reason than the server's connection, or there was no server.

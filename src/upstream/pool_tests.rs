@@ -35,7 +35,7 @@ pub(super) fn balances() -> [Balance; 3] {
 pub(super) fn keyed(pool: &Upstream, key: Option<u64>) -> Tries {
     let mut tries = Tries::default();
     if let Some(key) = key {
-        tries.keyed(pool.key_of(&key.to_le_bytes()));
+        tries.keyed(Some(pool.key_of(&key.to_le_bytes())));
     }
     tries
 }

@@ -51,9 +51,9 @@ struct CurrentTry {
 }
 
 impl Tries {
-    /// The request's place among the servers, from [`super::Upstream::key_of`].
-    pub fn keyed(&mut self, key: u64) {
-        self.key = Some(key);
+    /// The request's place among the servers, from [`super::Upstream::key_of`], if it has one.
+    pub fn keyed(&mut self, key: Option<u64>) {
+        self.key = key;
     }
 
     pub(super) fn key(&self) -> Option<u64> {
