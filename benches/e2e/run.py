@@ -3,6 +3,7 @@
 
     verify         checks that they do the same job, with raw requests and an echoing upstream
     cpu            CPU time per request, throughput and latency; one worker on CPU 0, everything else on CPU 1
+    peers          both for every peer and every workload, on one and two workers, and latency at half of saturation
     instructions   instructions in user space per request under callgrind: exact where the clock is noisy
     memory         resident memory with all known tokens cached, and for each connection: idle, waiting, not reading
     load           known and unknown tokens mixed: are all answers right, how long do they take, does memory grow?
@@ -14,15 +15,27 @@ import argparse, contextlib, json, os, platform, re, signal, subprocess, sys, ti
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 sys.dont_write_bytecode = True
-from lab import GATEWAYS, REFUSAL, TARGET, Client, Lab, Problem, Running, RssWatch, rss_mib, tell
+from lab import GATEWAYS, REFUSAL, TARGET, USUAL, Client, Lab, Problem, Running, RssWatch, family, pss_mib, rss_mib, tell
+
+
+class Work(NamedTuple):
+    text: str
+    group: dict  # as wire.c reads it
+
 
 WORKLOADS = {
-    "h": "known token in the header, nothing to rewrite",
-    "q": "known token in the query and per_page=1000: strip and clamp",
-    "i": "unknown token, refused (half of them never seen before)",
+    "h": Work("known token in the header, nothing to rewrite", {"kind": "h"}),
+    "q": Work("known token in the query and per_page=1000: strip and clamp", {"kind": "q"}),
+    "i": Work("unknown token, refused (half of them never seen before)", {"kind": "i"}),
+    "h512": Work("as h, over 512 connections", {"kind": "h", "conns": 512}),
+    "down64k": Work("an answer of 64 KiB", {"kind": "h", "down": 1 << 16}),
+    "down1m": Work("an answer of 1 MiB, over 8 connections", {"kind": "h", "down": 1 << 20, "conns": 8}),
+    "up1m": Work("a request body of 1 MiB, over 8 connections", {"kind": "h", "up": 1 << 20, "conns": 8}),
 }
+SHORT = ["h", "q", "i"]
 SPREAD = 10_000  # known tokens in use at a time: more than fit the CPU's caches, few enough to meet again in a second
 
 
@@ -53,24 +66,34 @@ def arguments():
         return p
 
     p = command(verify, "check by raw requests that each gateway does the same job")
-    p.add_argument("--gateways", type=names(GATEWAYS), default=list(GATEWAYS))
+    p.add_argument("--gateways", type=names(GATEWAYS), default=USUAL)
 
     p = command(cpu, "CPU time per request, throughput and latency, in interleaved rounds")
-    p.add_argument("--gateways", type=names(GATEWAYS), default=list(GATEWAYS))
-    p.add_argument("--workloads", type=names(WORKLOADS), default=list(WORKLOADS), help="of h,q,i (default: all)")
+    p.add_argument("--gateways", type=names(GATEWAYS), default=USUAL)
+    p.add_argument("--workloads", type=names(WORKLOADS), default=SHORT, help=f"of {','.join(WORKLOADS)} (default: {','.join(SHORT)})")
     p.add_argument("--seconds", type=positive, default=4, help="length of one measurement (default: %(default)s)")
     p.add_argument("--rounds", type=positive, default=9, help="(default: %(default)s)")
     p.add_argument("--connections", type=positive, default=64, help="(default: %(default)s)")
 
+    p = command(peers, "verify, then CPU time, throughput, latency and memory of all peers, on one and on two workers")
+    p.add_argument("--gateways", type=names(GATEWAYS), default=list(GATEWAYS))
+    p.add_argument("--workloads", type=names(WORKLOADS), default=list(WORKLOADS), help=f"of {','.join(WORKLOADS)} (default: all)")
+    p.add_argument("--workers", type=positive, action="append", help="1 or 2 (default: both)")
+    p.add_argument("--seconds", type=positive, default=3, help="length of one measurement (default: %(default)s)")
+    p.add_argument("--rounds", type=positive, default=5, help="(default: %(default)s)")
+    p.add_argument("--quick", action="store_true", help="one round of 0.8 s: less than three minutes")
+    p.set_defaults(connections=64)
+
     p = command(instructions, "instructions in user space per request, under callgrind")
     p.add_argument("--requests", type=positive, default=10_000, help="per measurement (default: %(default)s)")
-    p.add_argument("--workloads", type=names(WORKLOADS), default=list(WORKLOADS), help="of h,q,i (default: all)")
-    p.add_argument("--peers", action="store_true", help="haproxy and nginx as well")
+    p.add_argument("--workloads", type=names(WORKLOADS), default=SHORT, help=f"of {','.join(WORKLOADS)} (default: {','.join(SHORT)})")
+    p.add_argument("--peers", action="store_true", help="the peers as well")
+    p.add_argument("--gateways", type=names(GATEWAYS), default=USUAL)
     p.add_argument("--guard", metavar="FILE", help="compare tollgate's counts with those in FILE: more than 3 %% above is a failure")
     p.add_argument("--update", action="store_true", help="with --guard: write the counts to FILE instead")
 
     p = command(memory, "resident memory: known tokens in the cache, idle connections, waiting ones, clients that do not read")
-    p.add_argument("--gateways", type=names(GATEWAYS), default=list(GATEWAYS))
+    p.add_argument("--gateways", type=names(GATEWAYS), default=USUAL)
     p.add_argument("--connections", type=positive, default=500, help="of each kind (default: %(default)s)")
 
     for function, help in ((load, "known and unknown tokens mixed over many connections: right answers, latency, memory"),
@@ -153,15 +176,20 @@ def verify(args):
     gateways, tokens = lab.available(args.gateways), lab.tokens()
     print_machine(lab, gateways)
     with lab.wire(tokens) as wire:
-        for name in gateways:
-            with lab.gateway(name, tokens, wire.upstream) as running:
-                results = [(what, outcome(check)) for what, check in checks(running.port, lab.read_tokens(tokens))]
-            bad = [(what, why) for what, why in results if why]
+        for name, holds, bad in (verified(lab, wire, name, tokens) for name in gateways):
             failed += len(bad)
-            print(f"\n{name}: {len(results) - len(bad)} of {len(results)} checks hold")
+            print(f"\n{name}: {holds} of {holds + len(bad)} checks hold")
             for what, why in bad:
                 print(f"  FAILS  {what}: {why}")
     return 1 if failed else 0
+
+
+def verified(lab, wire, name, tokens):
+    """The gateway's name, how many checks hold, and those that do not with what was seen."""
+    with lab.gateway(name, tokens, wire.upstream) as running:
+        results = [(what, outcome(check)) for what, check in checks(running.port, lab.read_tokens(tokens))]
+    bad = [(what, why) for what, why in results if why]
+    return name, len(results) - len(bad), bad
 
 
 def outcome(check):
@@ -256,45 +284,96 @@ def cpu(args):
     lab = open_lab(args)
     gateways, tokens = lab.available(args.gateways), lab.tokens()
     print_machine(lab, gateways)
-    samples = {(name, work): [] for name in gateways for work in args.workloads}
+    with lab.wire(tokens, busy=True) as wire:
+        samples = interleaved(lab, wire, gateways, tokens, args)
+    print_samples(samples, gateways, args.workloads)
+    return status_of(samples)
+
+
+def interleaved(lab, wire, gateways, tokens, args, half=False):
+    """Lists of samples by gateway and workload. `half`: each also at half the rate that it has just reached."""
+    samples = {}
     # The gateways are all up (the idle ones cost nothing) and take turns every few seconds, each round in another order:
     # a noisy minute affects all of them. They are restarted each round, because the memory layout influences the figures.
-    with lab.wire(tokens, busy=True) as wire:
-        for n in range(args.rounds):
-            tell(f"round {n + 1} of {args.rounds}")
-            turn = n % len(gateways)
-            with contextlib.ExitStack() as stack:
-                up = [stack.enter_context(lab.gateway(name, tokens, wire.upstream)) for name in gateways]
-                for work in args.workloads:
-                    for running in up[turn:] + up[:turn]:
-                        samples[running.name, work].append(sample(wire, running, work, args))
-    for work in args.workloads:
-        print(f"\n### {work}: {WORKLOADS[work]}")
+    for n in range(args.rounds):
+        tell(f"round {n + 1} of {args.rounds}")
+        turn = n % len(gateways)
+        with contextlib.ExitStack() as stack:
+            up = [stack.enter_context(lab.gateway(name, tokens, wire.upstream)) for name in gateways]
+            for work in args.workloads:
+                for running in up[turn:] + up[:turn]:
+                    group = sample(wire, running, WORKLOADS[work].group, args)
+                    samples.setdefault((running.name, work), []).append(group)
+                    if half:
+                        group["half"] = sample(wire, running, {**WORKLOADS[work].group, "rate": group["rps"] / 2}, args)
+    return samples
+
+
+def print_samples(samples, gateways, workloads):
+    for work in workloads:
+        print(f"\n### {work}: {WORKLOADS[work].text}")
         rows = []
         for name in gateways:
             taken = samples[name, work]
-            middle = lambda key: median(group[key] for group in taken)
+            middle = lambda key: f"{median(group[key] for group in taken):.0f}"
             ratios = [ratio(taken, samples.get((peer, work))) for peer in ("haproxy", "nginx")]
             costs = [group["cpu"] for group in taken]
-            rows.append([name, f"{median(costs):.2f}", f"{min(costs):.2f}..{max(costs):.2f}", *ratios, f"{middle('rps'):.0f}",
-                         f"{middle('p50'):.0f}", f"{middle('p99'):.0f}", f"{middle('rss'):.0f}",
-                         sum(map(wrong, taken)), sum(group["errors"] for group in taken)])
-        table(["gateway", "CPU µs/request", "min..max", "x haproxy", "x nginx", "req/s", "p50 µs", "p99 µs", "RSS MiB", "wrong", "errors"], rows)
+            rows.append([name, f"{median(costs):.2f}", f"{min(costs):.2f}..{max(costs):.2f}", *ratios, middle("rps"),
+                         middle("p50"), middle("p99"), middle("pss"), sum(map(wrong, taken)), sum(group["errors"] for group in taken)])
+        table(["gateway", "CPU ms/1,000 requests", "min..max", "x haproxy", "x nginx", "req/s", "p50 µs", "p99 µs", "PSS MiB", "wrong", "errors"], rows)
+
+
+def status_of(samples):
     for (name, work), taken in samples.items():
         for why in filter(None, map(faults, taken)):
             tell(f"{name} {work}: {why}")
     return 1 if any(faults(group) for taken in samples.values() for group in taken) else 0
 
 
-def sample(wire, running, work, args):
-    result = wire.run({"kind": work, "conns": args.connections, "spread": SPREAD},
-                      port=running.port, pid=running.pid, warm=1, secs=args.seconds)
+def sample(wire, running, group, args):
+    result = wire.run({"conns": args.connections, "spread": SPREAD, **group}, port=running.port,
+                      pid=",".join(map(str, family(running.pid))), warm=min(1, args.seconds / 3), secs=args.seconds)
     group = result["groups"][0]
     if not group["in_time"]:
         raise Problem(f"{running.name} answered nothing in {args.seconds} s: {faults(group)}")
     group["cpu"] = result["cpu_ns"] / group["in_time"] / 1000
-    group["rss"] = rss_mib(running.pid)
+    group["pss"] = pss_mib(running.pid)
     return group
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------
+
+def peers(args):
+    if args.quick:
+        args.rounds, args.seconds = 1, 0.8
+    lab = open_lab(args)
+    lab.install()
+    gateways, tokens = lab.available(args.gateways), lab.tokens()
+    print_machine(lab, gateways)
+    with lab.wire(tokens) as wire:
+        rows = [verified(lab, wire, name, tokens) for name in gateways]
+    print("\n### Do they do the same job?")
+    table(["gateway", "checks that hold", "what it does otherwise"],
+          [[name, f"{holds} of {holds + len(bad)}", "; ".join(f"{what}: {why}" for what, why in bad) or "-"] for name, holds, bad in rows])
+    status = 0
+    for workers in args.workers or (1, 2):
+        lab.set_threads(workers)
+        # With two workers the load shares their CPUs: it sleeps when it has nothing to do, and the throughput is the machine's.
+        with lab.wire(tokens, busy=workers == 1) as wire:
+            samples = interleaved(lab, wire, gateways, tokens, args, half=workers == 1)
+        print(f"\n## {workers} worker{'s' * (workers > 1)}")
+        print_samples(samples, gateways, args.workloads)
+        if workers == 1:
+            print_half(samples, gateways, args.workloads)
+        status |= status_of(samples)
+    return status
+
+
+def print_half(samples, gateways, workloads):
+    print("\n### At half of its own saturation (sent at a fixed rate; from when each was due), p50 / p99 / p99.9 in µs")
+    middle = lambda name, work, key: f"{median(group['half'][key] for group in samples[name, work]):.0f}"
+    table(["gateway", *workloads],
+          [[name, *(" / ".join(middle(name, work, key) for key in ("p50", "p99", "p999")) for work in workloads)] for name in gateways])
 
 
 def ratio(ours, theirs):
@@ -308,7 +387,7 @@ def ratio(ours, theirs):
 
 def instructions(args):
     lab = open_lab(args)
-    gateways, tokens = lab.available(list(GATEWAYS) if args.peers else ["tollgate"]), lab.tokens()
+    gateways, tokens = lab.available(args.gateways if args.peers else ["tollgate"]), lab.tokens()
     valgrind, vgdb = lab.program("valgrind"), lab.program("vgdb")
     print_machine(lab, gateways)
     counts = {}
@@ -323,7 +402,7 @@ def instructions(args):
                 for work in args.workloads:
                     counts[name, work] = per_request(lab, wire, vgdb, running, work, args.requests)
     print(f"\nInstructions in user space per request ({args.requests} requests, 64 connections, {lab.known} known tokens)")
-    table(["gateway", *(f"{work}: {WORKLOADS[work]}" for work in args.workloads)],
+    table(["gateway", *(f"{work}: {WORKLOADS[work].text}" for work in args.workloads)],
           [[name, *(f"{counts[name, work]:.0f}" for work in args.workloads)] for name in gateways])
     if args.guard:
         return guard(Path(args.guard), {work: round(counts["tollgate", work]) for work in args.workloads}, args.update)
@@ -354,7 +433,7 @@ def per_request(lab, wire, vgdb, running, work, requests):
             raise Problem(f"vgdb cannot reach valgrind (is ptrace allowed here?): {done.stderr.strip()[-300:]}")
 
     def send(count):
-        group = wire.run({"kind": work, "count": count, "spread": 1000}, port=running.port, stall=60, limit=1800)["groups"][0]
+        group = wire.run({**WORKLOADS[work].group, "count": count, "spread": 1000}, port=running.port, stall=60, limit=1800)["groups"][0]
         if why := faults(group):
             raise Problem(f"{running.name} {work}: {why}")
 

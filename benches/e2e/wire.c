@@ -1,7 +1,8 @@
 // The upstream and the clients of a gateway under test, in one single-threaded process.
 //
 //   wire [-U PORT] [-m] [-b] -t TOKENS
-//     -U PORT    be an upstream on 127.0.0.1:PORT: 1 KiB of JSON for every GET; under /api/v3/echo the request head as received
+//     -U PORT    be an upstream on 127.0.0.1:PORT: 1 KiB of JSON for every request, after its body; N bytes under
+//                /api/v3/bytes/N; under /api/v3/echo the request head as received
 //     -m         the upstream returns a hash of the token it saw, and the clients check that it is the one they sent
 //     -b         never sleep during a run, so that the gateway never has to wake this process (the fairest comparison)
 //     -t TOKENS  the known tokens, one per line
@@ -9,8 +10,8 @@
 // After "ready", each line on standard input starts a run, whose result is one line of JSON; then the next line may follow.
 // The process exits at the end of standard input, also during a run, so that it never outlives run.py.
 //
-//   port=N [pid=N] [secs=S] [warm=S] [stall=S] [seed=N] [path=P] | GROUP [| GROUP]
-//   GROUP: kind=K [conns=N] [count=N] [rate=R] [bad=PERCENT] [spread=N]
+//   port=N [pid=N,N] [secs=S] [warm=S] [stall=S] [seed=N] [path=P] | GROUP [| GROUP]
+//   GROUP: kind=K [conns=N] [count=N] [rate=R] [bad=PERCENT] [spread=N] [down=N] [up=N] [fields=N] [query=N] [paths=N]
 //     kind     h  known token in the header, nothing to rewrite
 //              q  known token in the query and per_page=1000: strip and clamp
 //              m  h and q in turn
@@ -21,8 +22,13 @@
 //              without it the loop is closed: each connection sends again when it has its response
 //     bad      this share of h, q and m becomes i
 //     spread   how many of the known tokens are used, each in turn
+//     down     ask for a response of N bytes
+//     up       POST with a body of N bytes
+//     fields   so many more header fields
+//     query    so many more bytes in the query
+//     paths    the path ends in /rI/x, with I from 0 to N-1 in turn
 //
-// It supports only what the benchmark needs: GET without a body, responses with a Content-Length.
+// It supports only what the benchmark needs: bodies with a Content-Length.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -111,6 +117,21 @@ static const char *header(const char *head, const char *end, const char *name, s
     return NULL;
 }
 
+// What bodies consist of.
+static char block[65536];
+
+// Sends up to `*left` bytes of a body. False if the connection is broken.
+static bool send_body(int fd, long *left)
+{
+    while (*left) {
+        ssize_t n = send(fd, block, *left < (long)sizeof block ? *left : (long)sizeof block, MSG_NOSIGNAL);
+        if (n < 0)
+            return errno == EAGAIN;
+        *left -= n;
+    }
+    return true;
+}
+
 // ---- upstream ------------------------------------------------------------------------------------------------------
 
 enum { HEAD_MAX = 16384, BODY = 1024 };
@@ -120,6 +141,8 @@ struct upstream {
     int fd;
     bool blocked; // waits for room to write
     size_t have, out_at, out_have;
+    long body_left, fill_left; // of the request's body; of a response's that is taken from `block`
+    bool owes;                 // `out` is to be sent once the request's body has been read
     char in[HEAD_MAX], out[HEAD_MAX + 1024];
 };
 
@@ -161,6 +184,14 @@ static void upstream_answer(struct upstream *u, size_t length)
         memcpy(json + BODY - 2, "\"]", 2);
     }
     u->out_at = 0;
+    size_t digits = 0;
+    const char *body = header(u->in, u->in + length, "content-length", &digits);
+    u->body_left = body ? atol(body) : 0;
+    if (length > 18 && !memcmp(u->in, "GET /api/v3/bytes/", 18)) {
+        u->fill_left = atol(u->in + 18);
+        u->out_have = sprintf(u->out, "HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: %ld\r\n\r\n", u->fill_left);
+        return;
+    }
     if (length > 17 && !memcmp(u->in, "GET /api/v3/echo", 16)) {
         int n = sprintf(u->out, "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %zu\r\n\r\n", length);
         memcpy(u->out + n, u->in, length);
@@ -192,7 +223,9 @@ static bool upstream_flush(struct upstream *u)
             break;
         u->out_at += n;
     }
-    bool blocked = u->out_at < u->out_have;
+    if (u->out_at == u->out_have && !send_body(u->fd, &u->fill_left))
+        return false;
+    bool blocked = u->out_at < u->out_have || u->fill_left;
     if (blocked != u->blocked)
         watch(u->fd, u, EPOLLIN | (blocked ? EPOLLOUT : 0), EPOLL_CTL_MOD);
     u->blocked = blocked;
@@ -205,19 +238,35 @@ static void upstream_event(struct upstream *u, uint32_t events)
     if (events & EPOLLOUT)
         alive = upstream_flush(u);
     if (alive && (events & (EPOLLIN | EPOLLHUP | EPOLLERR)) && u->have < HEAD_MAX) {
-        ssize_t n = recv(u->fd, u->in + u->have, HEAD_MAX - u->have, 0);
-        if (n > 0)
-            u->have += n;
-        else
+        static char sink[65536];
+        bool in_body = u->body_left > 0;
+        size_t room = !in_body ? HEAD_MAX - u->have : u->body_left < (long)sizeof sink ? u->body_left : sizeof sink;
+        ssize_t n = recv(u->fd, in_body ? sink : u->in + u->have, room, 0);
+        if (n <= 0)
             alive = n < 0 && errno == EAGAIN;
+        else if (in_body)
+            u->body_left -= n;
+        else
+            u->have += n;
     }
-    char *end;
-    while (alive && !u->blocked && (end = memmem(u->in, u->have, "\r\n\r\n", 4))) {
+    while (alive && !u->blocked) {
+        if (u->owes) {
+            if (u->body_left)
+                break;
+            u->owes = false;
+            alive = upstream_flush(u);
+            continue;
+        }
+        char *end = memmem(u->in, u->have, "\r\n\r\n", 4);
+        if (!end)
+            break;
         size_t length = end + 4 - u->in;
         upstream_answer(u, length);
-        memmove(u->in, u->in + length, u->have - length);
-        u->have -= length;
-        alive = upstream_flush(u);
+        size_t body = u->have - length < (size_t)u->body_left ? u->have - length : (size_t)u->body_left;
+        u->body_left -= body;
+        u->have -= length + body;
+        memmove(u->in, u->in + length + body, u->have);
+        u->owes = true;
     }
     if (!alive || (u->have == HEAD_MAX && !u->blocked)) {
         close(u->fd);
@@ -280,7 +329,8 @@ enum { BUCKETS = 256 + 56 * 128 };
 struct group {
     char kind;
     int conns, bad_percent;
-    u64 count, spread;
+    u64 count, spread, paths;
+    long down, up, fields, query;
     double rate;
 
     struct client *all;
@@ -299,12 +349,13 @@ struct client {
     u64 due, token, seen;   // `token`, `seen`: fingerprints of what was sent and what the upstream saw
     int status;
     long body_left; // -1 while the head is being read
+    long up_left;   // of the request's body
     size_t have;
     char in[8192];
 };
 
 static struct {
-    int port, pid;
+    int port, pids[32], pid_count;
     double secs, warm, stall;
     u64 seed;
     char path[256];
@@ -354,6 +405,15 @@ static void redial(struct client *c)
     dial(c);
 }
 
+// Sends what fits of the request's body, and waits for room for the rest. False if the connection is broken.
+static bool push(struct client *c)
+{
+    bool alive = send_body(c->fd, &c->up_left);
+    if (alive)
+        watch(c->fd, c, EPOLLIN | (c->up_left ? EPOLLOUT : 0), EPOLL_CTL_MOD);
+    return alive;
+}
+
 static void rest(struct client *c)
 {
     struct group *g = c->group;
@@ -382,28 +442,59 @@ static char next_token(struct group *g, struct client *c, char out[256])
     return "hq"[n & 1];
 }
 
+// Writes the head of the next request of the group.
+static int write_head(struct client *c, char out[HEAD_MAX])
+{
+    struct group *g = c->group;
+    char token[256], path[sizeof run.path + 64], query[320];
+    u64 turn = g->picked;
+    char place = next_token(g, c, token);
+    if (g->down)
+        sprintf(path, "/api/v3/bytes/%ld", g->down);
+    else if (g->paths)
+        sprintf(path, "%s/r%lu/x", run.path, turn % g->paths);
+    else
+        strcpy(path, run.path);
+    if (place == 'h')
+        strcpy(query, "per_page=20&order_by=id");
+    else
+        sprintf(query, "private_token=%s&per_page=1000&order_by=id", token);
+    int n = sprintf(out, "%s %s?%s", g->up ? "POST" : "GET", path, query);
+    for (long i = 0; i < g->query; i++)
+        out[n++] = i % 16 == 0 ? '&' : i % 16 == 4 ? '=' : 'a' + i % 16;
+    n += sprintf(out + n, " HTTP/1.1\r\nHost: gitlab.example.com\r\nUser-Agent: wire/1\r\nAccept: */*\r\n");
+    if (place == 'h')
+        n += sprintf(out + n, "PRIVATE-TOKEN: %s\r\n", token);
+    for (long i = 0; i < g->fields; i++)
+        n += sprintf(out + n, "X-Field-%02ld: value of a field\r\n", i);
+    if (g->up)
+        n += sprintf(out + n, "Content-Type: application/octet-stream\r\nContent-Length: %ld\r\n", g->up);
+    n += sprintf(out + n, "\r\n");
+    c->token = mirror ? fingerprint(token, strlen(token)) : 0;
+    return n;
+}
+
 static void fire(struct client *c, u64 due)
 {
-    static const char common[] = "Host: gitlab.example.com\r\nUser-Agent: wire/1\r\nAccept: */*\r\n";
-    char token[256], request[1024];
-    char place = next_token(c->group, c, token);
-    int n = place == 'h' ? snprintf(request, sizeof request, "GET %s?per_page=20&order_by=id HTTP/1.1\r\n%sPRIVATE-TOKEN: %s\r\n\r\n", run.path, common, token)
-                         : snprintf(request, sizeof request, "GET %s?private_token=%s&per_page=1000&order_by=id HTTP/1.1\r\n%s\r\n", run.path, token, common);
+    static char request[HEAD_MAX];
+    int n = write_head(c, request);
     c->due = due;
-    c->token = mirror ? fingerprint(token, strlen(token)) : 0;
     c->have = 0;
     c->body_left = -1;
     c->last = false;
     c->busy = true;
     in_flight++;
     c->group->sent++;
-    if (send(c->fd, request, n, MSG_NOSIGNAL) == n)
-        return;
-    redial(c); // it was closed while idle: a client would retry on a new one
-    if (send(c->fd, request, n, MSG_NOSIGNAL) != n) {
-        c->group->errors++;
-        rest(c);
+    bool sent = send(c->fd, request, n, MSG_NOSIGNAL) == n;
+    if (!sent) {
+        redial(c); // it was closed while idle: a client would retry on a new one
+        sent = send(c->fd, request, n, MSG_NOSIGNAL) == n;
     }
+    c->up_left = c->group->up;
+    if (sent && (!c->up_left || push(c)))
+        return;
+    c->group->errors++;
+    rest(c);
 }
 
 static void finish(struct client *c)
@@ -460,9 +551,15 @@ static int read_head(struct client *c)
     return c->body_left < 0 ? -1 : 1; // surplus bytes after the response
 }
 
-static void client_event(struct client *c)
+static void client_event(struct client *c, uint32_t events)
 {
     static char sink[65536];
+    if (c->busy && c->up_left && (events & EPOLLOUT) && !push(c)) {
+        broken(c);
+        return;
+    }
+    if (!(events & ~EPOLLOUT))
+        return;
     bool in_head = !c->busy || c->body_left < 0;
     size_t room = sizeof sink;
     if (!c->busy)
@@ -491,19 +588,19 @@ static void client_event(struct client *c)
     } else {
         c->body_left -= n;
     }
-    if (c->body_left == 0)
+    if (c->body_left == 0 && c->up_left)
+        broken(c); // answered before the request was sent
+    else if (c->body_left == 0)
         finish(c);
 }
 
 // ---- runs ----------------------------------------------------------------------------------------------------------
 
-// CPU time of all threads of the gateway. Its main thread's file alone would leave out the workers.
-static u64 cpu_ns(int pid)
+// CPU time of all threads of a process. Its main thread's file alone would leave out the workers.
+static u64 process_ns(int pid)
 {
     char name[300];
     u64 sum = 0;
-    if (!pid)
-        return 0;
     sprintf(name, "/proc/%d/task", pid);
     DIR *tasks = opendir(name);
     if (!tasks)
@@ -525,6 +622,14 @@ static u64 cpu_ns(int pid)
     return sum;
 }
 
+static u64 cpu_ns(void)
+{
+    u64 sum = 0;
+    for (int i = 0; i < run.pid_count; i++)
+        sum += process_ns(run.pids[i]);
+    return sum;
+}
+
 // Reads " key=value key=value" into the run (g == NULL) or into a group.
 static void read_settings(char *text, struct group *g)
 {
@@ -535,7 +640,9 @@ static void read_settings(char *text, struct group *g)
             fatal("not key=value", word);
         *value++ = 0;
         if (!g && !strcmp(word, "port")) run.port = atoi(value);
-        else if (!g && !strcmp(word, "pid")) run.pid = atoi(value);
+        else if (!g && !strcmp(word, "pid"))
+            for (char *next = value; *next && run.pid_count < 32; next += *next == ',')
+                run.pids[run.pid_count++] = strtol(next, &next, 10);
         else if (!g && !strcmp(word, "secs")) run.secs = atof(value);
         else if (!g && !strcmp(word, "warm")) run.warm = atof(value);
         else if (!g && !strcmp(word, "stall")) run.stall = atof(value);
@@ -547,6 +654,11 @@ static void read_settings(char *text, struct group *g)
         else if (g && !strcmp(word, "rate")) g->rate = atof(value);
         else if (g && !strcmp(word, "bad")) g->bad_percent = atoi(value);
         else if (g && !strcmp(word, "spread")) g->spread = strtoull(value, NULL, 10);
+        else if (g && !strcmp(word, "down")) g->down = atol(value);
+        else if (g && !strcmp(word, "up")) g->up = atol(value);
+        else if (g && !strcmp(word, "fields")) g->fields = atol(value);
+        else if (g && !strcmp(word, "query")) g->query = atol(value);
+        else if (g && !strcmp(word, "paths")) g->paths = strtoull(value, NULL, 10);
         else fatal("unknown setting", word);
     }
 }
@@ -570,6 +682,8 @@ static void read_run(char *line)
         read_settings(part, g);
         if (!g->kind || !strchr("hqmix", g->kind) || g->conns < 1)
             fatal("a group", "needs a kind of h, q, m, i or x and at least one connection");
+        if (g->fields < 0 || g->query < 0 || 1200 + 32 * g->fields + g->query > HEAD_MAX)
+            fatal("a group", "has a larger head than fits");
         if (!g->spread || g->spread > token_count)
             g->spread = token_count;
         counted |= g->count > 0;
@@ -623,7 +737,7 @@ static void wait_for_events(u64 timeout_ns)
         switch (*(enum source *)entry) {
         case LISTENER: upstream_accept(); break;
         case UPSTREAM: upstream_event(entry, events[i].events); break;
-        case CLIENT: client_event(entry); break;
+        case CLIENT: client_event(entry, events[i].events); break;
         case STDIN:
             if (!(events[i].events & EPOLLIN))
                 exit(0);
@@ -676,7 +790,7 @@ static void do_run(void)
             rest(&g->all[k]);
         }
     }
-    u64 t = now_ns(), end = 0, cpu_from = cpu_ns(run.pid), cpu = 0, drain_until = 0;
+    u64 t = now_ns(), end = 0, cpu_from = cpu_ns(), cpu = 0, drain_until = 0;
     u64 warm_until = t + (u64)(run.warm * 1e9);
     bool warming = run.warm > 0, over = false;
     double secs = 0;
@@ -687,14 +801,14 @@ static void do_run(void)
         if (warming && t >= warm_until) {
             warming = false;
             reset_counters();
-            cpu_from = cpu_ns(run.pid);
+            cpu_from = cpu_ns();
             measured_from = t = now_ns();
             if (run.secs > 0)
                 end = t + (u64)(run.secs * 1e9);
         }
         if (!over && !warming && ((end && t >= end) || all_counted())) {
             over = true;
-            cpu = cpu_ns(run.pid) - cpu_from;
+            cpu = cpu_ns() - cpu_from;
             secs = (t - measured_from) / 1e9;
             for (int i = 0; i < run.group_count; i++)
                 run.groups[i].done_in_time = run.groups[i].done;
@@ -720,7 +834,7 @@ static void do_run(void)
     }
     if (!over) { // stalled: the gateway does not respond
         secs = (t - measured_from) / 1e9;
-        cpu = cpu_ns(run.pid) - cpu_from;
+        cpu = cpu_ns() - cpu_from;
         for (int i = 0; i < run.group_count; i++)
             run.groups[i].done_in_time = run.groups[i].done;
     }
@@ -755,6 +869,7 @@ int main(int argc, char **argv)
         return 2;
     }
     signal(SIGPIPE, SIG_IGN);
+    memset(block, 'x', sizeof block);
     prctl(PR_SET_TIMERSLACK, 1); // paced requests leave on time
     epoll_fd = epoll_create1(0);
     load_tokens(token_file);
