@@ -1,6 +1,7 @@
 //! Section 2 of the contract: what tollgate answers itself, in which form, and what becomes of the connection.
 
 use crate::harness::*;
+use crate::lanes::not_named;
 use crate::servers::http::HttpServer;
 use std::io::{Read as _, Write as _};
 use std::time::Duration;
@@ -365,10 +366,11 @@ fn a_long_target_is_414_and_a_long_head_431() {
 
 #[test]
 fn a_broken_upstream_is_502() {
-    let nobody = format!("127.0.0.1:{}", free_port()).parse().unwrap();
-    let refused = Gateway::start(nobody, "");
-    let answer = refused.get(TARGET);
-    assert_own(&answer, 502, "Bad Gateway", "connection refused");
+    for framework in [false, true] {
+        let nobody = format!("127.0.0.1:{}", free_port()).parse().unwrap();
+        let answer = Gateway::start_on_lane(framework, nobody).get(TARGET);
+        assert_own(&answer, 502, "Bad Gateway", "connection refused");
+    }
     let mut passed = Vec::new();
     for (what, bytes) in [
         ("closed without an answer", &b""[..]),
@@ -396,16 +398,20 @@ fn a_broken_upstream_is_502() {
         ("bytes behind the last chunk", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nx"),
         ("unrequested 101", b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nhi"),
     ] {
-        let upstream = HttpServer::answering_once(bytes);
-        let gateway = Gateway::start(upstream.address(), "");
-        // Read as it is: what is passed on may be more than the client can frame.
-        let mut client = gateway.client();
-        client.send(&get(TARGET, "Connection: close\n"));
-        let mut answer = Vec::new();
-        drop(client.socket.read_to_end(&mut answer));
-        let answer = String::from_utf8_lossy(&answer).into_owned();
-        if !answer.starts_with("HTTP/1.1 502 ") || !answer.ends_with("\r\n\r\n{\"message\":\"502 Bad Gateway\"}") {
-            passed.push((what, answer));
+        for framework in [false, true] {
+            let upstream = HttpServer::answering_once(bytes);
+            let gateway = Gateway::start_on_lane(framework, upstream.address());
+            // Read as it is: what is passed on may be more than the client can frame.
+            let mut client = gateway.client();
+            client.send(&get(TARGET, "Connection: close\n"));
+            let mut answer = Vec::new();
+            drop(client.socket.read_to_end(&mut answer));
+            let answer = String::from_utf8_lossy(&answer).into_owned();
+            let right =
+                answer.starts_with("HTTP/1.1 502 ") && answer.ends_with("\r\n\r\n{\"message\":\"502 Bad Gateway\"}");
+            let problems = if right { Vec::new() } else { vec![answer] };
+            let problems = if framework { not_named(what, problems) } else { problems };
+            passed.extend(problems.into_iter().map(|answer| (what, framework, answer)));
         }
     }
     assert!(passed.is_empty(), "not 502: {passed:#?}");

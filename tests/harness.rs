@@ -17,6 +17,9 @@ pub const GOOD: &str = "good-token-0001";
 pub const OTHER: &str = "good-token-0002";
 pub const BAD: &str = "bad-token-9999";
 
+/// Selects the framework's lane (src/edge/server.rs).
+pub const FRAMEWORK_LANE: &str = "TOLLGATE_TEST_FRAMEWORK_LANE";
+
 /// How long anything may take before a test fails.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -58,6 +61,15 @@ impl Gateway {
     /// With another environment or other standard streams.
     pub fn start_with(upstream: SocketAddr, more: &str, change: impl FnOnce(&mut Command)) -> Self {
         Self::started(tollgate(), upstream, &Self::known_tokens(), more, change)
+    }
+
+    /// With HTTP/1 carried by the framework (`FRAMEWORK_LANE`), or as users have it.
+    pub fn start_on_lane(framework: bool, upstream: SocketAddr) -> Self {
+        Self::start_with(upstream, "", |command| {
+            if framework {
+                command.env(FRAMEWORK_LANE, "1");
+            }
+        })
     }
 
     pub fn start_with_tokens(upstream: SocketAddr, tokens: &str, more: &str) -> Self {

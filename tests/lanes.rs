@@ -5,8 +5,37 @@ use crate::harness::{Answer, Client, GOOD, Gateway, Seen, Upstream};
 use crate::servers::http::{Reply, Step};
 use std::time::Duration;
 
-/// Selects the framework's lane (src/edge/server.rs).
-const ORACLE: &str = "TOLLGATE_TEST_FRAMEWORK_LANE";
+/// Cases of other tests in which the framework's lane does otherwise, and why that is so. All are about a backend's answers, and
+/// in all the framework has read the answer before tollgate can judge it.
+const DIFFERENCES: &[(&str, &str)] = &[
+    ("both framings", LENGTH_DROPPED),
+    ("a length and a coding", LENGTH_DROPPED),
+    ("a coding and a length", LENGTH_DROPPED),
+    ("a blank behind a name", LENIENT),
+    ("a bare LF", LENIENT),
+    ("a folded line", LENIENT),
+    ("bytes behind the end", SURPLUS),
+    ("bytes behind no body", SURPLUS),
+    ("bytes behind the last chunk", SURPLUS),
+    ("surplus behind the length", SURPLUS),
+    ("surplus behind the last chunk", SURPLUS),
+    ("a second answer", SURPLUS),
+    ("a second answer behind chunks", SURPLUS),
+    ("a second answer behind no body", SURPLUS),
+    ("a body behind 304", SURPLUS),
+];
+const LENGTH_DROPPED: &str = "the length is removed from an answer with both framings before the first filter";
+const LENIENT: &str = "the framework's parser takes the line, and hands over clean fields";
+const SURPLUS: &str = "bytes behind the end are not handed over: the answer passes, and its connection is closed";
+
+/// What went wrong on the framework's lane, without what is named above.
+pub(crate) fn not_named(case: &str, problems: Vec<String>) -> Vec<String> {
+    match DIFFERENCES.iter().any(|(name, _)| *name == case) {
+        false => problems,
+        true if problems.is_empty() => vec!["is named as a difference of the lanes, and does not differ".into()],
+        true => Vec::new(),
+    }
+}
 
 /// A small generator, so that a case can be had again by its number.
 struct Dice(u64);
@@ -195,11 +224,7 @@ struct Outcome {
 impl Lane {
     fn start(framework: bool) -> Self {
         let upstream = Upstream::answering(reply);
-        let gateway = Gateway::start_with(upstream.address, "", |command| {
-            if framework {
-                command.env(ORACLE, "1");
-            }
-        });
+        let gateway = Gateway::start_on_lane(framework, upstream.address);
         Self { upstream, gateway, client: None }
     }
 
@@ -245,12 +270,29 @@ fn comparable(answer: Answer) -> Answer {
     Answer { status, headers, body, cut }
 }
 
+/// Each pair of lanes carries its share of the cases: most of their time is waiting.
+const PAIRS: usize = 4;
+
 #[test]
 fn both_lanes_carry_the_same() {
-    let count = std::env::var("TOLLGATE_LANES").ok().and_then(|text| text.parse().ok()).unwrap_or(3_000);
+    let count = std::env::var("TOLLGATE_LANES").ok().and_then(|text| text.parse().ok()).unwrap_or(20_000);
+    let different: Vec<String> = std::thread::scope(|scope| {
+        let share = |first: usize| scope.spawn(move || differences((first..count).step_by(PAIRS)));
+        let shares: Vec<_> = (0..PAIRS).map(share).collect();
+        shares.into_iter().flat_map(|share| share.join().unwrap()).collect()
+    });
+    assert!(
+        different.is_empty(),
+        "{} of {count} cases differ, first:\n{}",
+        different.len(),
+        different[..different.len().min(3)].join("\n\n")
+    );
+}
+
+fn differences(numbers: impl Iterator<Item = usize>) -> Vec<String> {
     let (mut own, mut framework) = (Lane::start(false), Lane::start(true));
     let mut different = Vec::new();
-    for number in 0..count {
+    for number in numbers {
         let case = case(number);
         let (ours, theirs) = (own.carry(&case), framework.carry(&case));
         if ours != theirs {
@@ -276,10 +318,5 @@ fn both_lanes_carry_the_same() {
             ));
         }
     }
-    assert!(
-        different.is_empty(),
-        "{} of {count} cases differ, first:\n{}",
-        different.len(),
-        different[..different.len().min(3)].join("\n\n")
-    );
+    different
 }

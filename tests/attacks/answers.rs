@@ -1,8 +1,9 @@
 //! Malformed and ambiguous responses of a backend: 502 as long as nothing was forwarded, an incomplete body stays visibly
 //! incomplete, and a connection with an error is not reused for the next client.
 
-use super::{End, Talk, expand};
+use super::{End, LANES, Talk, expand};
 use crate::harness::*;
+use crate::lanes::not_named;
 use crate::servers::http::{HttpServer, Reply};
 
 /// None of these is about responses.
@@ -28,11 +29,13 @@ enum Then {
 use Gets::{Cut, Refusal, Whole};
 use Then::{Closes, Waits};
 
+type AnswerCase = (&'static str, &'static str, Then, Gets);
+
 const HELLO: Gets = Whole(200, "hello");
 
 /// Name, what the backend answers, what it does next, and what the client gets. Text as in the other tables.
 #[rustfmt::skip]
-const CASES: &[(&str, &str, Then, Gets)] = &[
+const CASES: &[AnswerCase] = &[
     ("plain",                              "HTTP/1.1 200 OK\nContent-Length: 5\n\nhello", Waits, HELLO),
     ("plain, in chunks",                   "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n5\nhello\n0\n\n", Waits, HELLO),
     ("two different lengths",              "HTTP/1.1 200 OK\nContent-Length: 5\nContent-Length: 6\n\nhello!", Waits, Refusal),
@@ -92,51 +95,65 @@ const CASES: &[(&str, &str, Then, Gets)] = &[
 #[test]
 fn no_answer_of_a_backend_is_believed_blindly() {
     const { assert!(CASES.len() >= 50) };
-    let backend = Backend::start();
-    let gateway = Gateway::start(backend.0.address(), "");
-    let mut failures = Vec::new();
-    for (name, text, then, gets) in CASES {
-        let mut problem = |what: String| failures.push(format!("{name}: {what}"));
-        backend.answer_with(expand(text), *then);
-        let request = expand("GET <P>/asked HTTP/1.1\n<H><T>\n");
-        let end = if matches!(gets, Cut) { End::Closed } else { End::AsSaid };
-        let mut talk = Talk::with(gateway.address, &request, 1, end, false);
-        let asked = backend.connections("/asked");
+    let failures = [false, true].map(|framework| {
+        let backend = Backend::start();
+        let gateway = Gateway::start_on_lane(framework, backend.0.address());
+        let judged = |(name, text, then, gets): &AnswerCase| {
+            let problems = problems(&backend, &gateway, (name, text, *then, *gets));
+            let problems = if framework { not_named(name, problems) } else { problems };
+            problems
+                .into_iter()
+                .map(|what| format!("{}, {name}: {what}", LANES[usize::from(framework)]))
+                .collect::<Vec<_>>()
+        };
+        CASES.iter().flat_map(judged).collect::<Vec<_>>()
+    });
+    let failures = failures.concat();
+    assert!(failures.is_empty(), "{} problems\n  {}", failures.len(), failures.join("\n  "));
+}
 
-        // Other clients meanwhile: each gets its own response, over another connection if this one had an error.
-        for number in 0..3 {
-            let target = format!("/api/v3/canary/{}{number}", name.len());
-            let answer = gateway.get(&target);
-            if answer.status != 200 || answer.text() != target {
-                problem(format!("the canary got {} {}", answer.status, answer.text()));
-            }
-        }
-        let spoilt = !matches!(*name, "plain" | "plain, in chunks" | "fields that end here");
-        if spoilt && backend.connections("/canary/").iter().any(|connection| asked.contains(connection)) {
-            problem("its connection was used again".into());
-        }
-        while talk.read(std::time::Duration::from_millis(5)) {}
+fn problems(backend: &Backend, gateway: &Gateway, (name, text, then, gets): AnswerCase) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut problem = |what: String| problems.push(what);
+    backend.answer_with(expand(text), then);
+    let request = expand("GET <P>/asked HTTP/1.1\n<H><T>\n");
+    let end = if matches!(gets, Cut) { End::Closed } else { End::AsSaid };
+    let mut talk = Talk::with(gateway.address, &request, 1, end, false);
+    let asked = backend.connections("/asked");
 
-        let raw = String::from_utf8_lossy(talk.bytes()).into_owned();
-        if raw.contains("evil") {
-            problem(format!("the client got what is not its own: {raw:?}"));
-        }
-        match (gets, talk.answers()) {
-            (Cut, Err(_)) if raw.starts_with("HTTP/1.1 200") && talk.closed => {}
-            // Nothing was forwarded yet: a 502 is accepted as well.
-            (Cut | Refusal, Ok(answers))
-                if answers.len() == 1
-                    && answers[0].status == 502
-                    && answers[0].text() == "{\"message\":\"502 Bad Gateway\"}" => {}
-            (Whole(status, body), Ok(answers))
-                if answers.len() == 1 && answers[0].status == *status && answers[0].text() == *body => {}
-            (_, answers) => problem(format!("wanted {gets:?}, but the client got {raw:?} ({answers:?})")),
-        }
-        if asked.len() > 1 && *then == Waits {
-            problem(format!("asked {} times", asked.len()));
+    // Other clients meanwhile: each gets its own response, over another connection if this one had an error.
+    for number in 0..3 {
+        let target = format!("/api/v3/canary/{}{number}", name.len());
+        let answer = gateway.get(&target);
+        if answer.status != 200 || answer.text() != target {
+            problem(format!("the canary got {} {}", answer.status, answer.text()));
         }
     }
-    assert!(failures.is_empty(), "{} problems\n  {}", failures.len(), failures.join("\n  "));
+    let spoilt = !matches!(name, "plain" | "plain, in chunks" | "fields that end here");
+    if spoilt && backend.connections("/canary/").iter().any(|connection| asked.contains(connection)) {
+        problem("its connection was used again".into());
+    }
+    while talk.read(std::time::Duration::from_millis(5)) {}
+
+    let raw = String::from_utf8_lossy(talk.bytes()).into_owned();
+    if raw.contains("evil") {
+        problem(format!("the client got what is not its own: {raw:?}"));
+    }
+    match (gets, talk.answers()) {
+        (Cut, Err(_)) if raw.starts_with("HTTP/1.1 200") && talk.closed => {}
+        // Nothing was forwarded yet: a 502 is accepted as well.
+        (Cut | Refusal, Ok(answers))
+            if answers.len() == 1
+                && answers[0].status == 502
+                && answers[0].text() == "{\"message\":\"502 Bad Gateway\"}" => {}
+        (Whole(status, body), Ok(answers))
+            if answers.len() == 1 && answers[0].status == status && answers[0].text() == body => {}
+        (_, answers) => problem(format!("wanted {gets:?}, but the client got {raw:?} ({answers:?})")),
+    }
+    if asked.len() > 1 && then == Waits {
+        problem(format!("asked {} times", asked.len()));
+    }
+    problems
 }
 
 /// A request that changes something is never sent twice, whatever happens to its response.

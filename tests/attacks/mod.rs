@@ -131,6 +131,8 @@ fn placeholder(word: &str) -> Vec<u8> {
     }
 }
 
+const LANES: [&str; 2] = ["the own lane", "the framework's lane"];
+
 static SSRF_CONNECTIONS: AtomicU32 = AtomicU32::new(0);
 
 /// A port that the gateway would connect to only if a client could choose the address.
@@ -366,11 +368,15 @@ pub(crate) struct Scene {
 
 impl Scene {
     pub fn new(more: &str) -> Self {
+        Self::before(|upstream| Gateway::start(upstream, more))
+    }
+
+    fn before(start: impl FnOnce(std::net::SocketAddr) -> Gateway) -> Self {
         let upstream = Upstream::answering(|seen| match seen.method.as_str() {
             "HEAD" => Reply::raw("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n"),
             _ => Reply::ok(&format!("{{\"upstream\":true,\"target\":{:?}}}", seen.target)),
         });
-        Self { gateway: Gateway::start(upstream.address, more), upstream }
+        Self { gateway: start(upstream.address), upstream }
     }
 
     /// Runs one case and returns what failed.
@@ -483,18 +489,20 @@ impl Scene {
     }
 }
 
-/// Runs the cases of a class and fails with all violations.
+/// Runs the cases of a class on both lanes and fails with all violations.
 fn play_all(class: &str) {
     let cases: Vec<Case> = tables::all().into_iter().filter(|case| case.class == class).collect();
     assert!(!cases.is_empty(), "no cases of {class}");
-    let scene = Scene::new("");
     let mut failures = Vec::new();
-    for case in &cases {
-        for problem in scene.play(case) {
-            failures.push(format!("{}: {problem}", case.name));
+    for framework in [false, true] {
+        let lane = LANES[usize::from(framework)];
+        let scene = Scene::before(|upstream| Gateway::start_on_lane(framework, upstream));
+        for case in &cases {
+            let problems = scene.play(case).into_iter();
+            failures.extend(problems.map(|problem| format!("{lane}, {}: {problem}", case.name)));
         }
+        failures.extend(scene.written());
     }
-    failures.extend(scene.written());
     // The violations were printed case by case.
     if !failures.is_empty() {
         panic!("{class}: {} problems in {} cases\n  {}", failures.len(), cases.len(), failures.join("\n  "));
