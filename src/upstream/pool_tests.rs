@@ -354,15 +354,29 @@ fn repeats_are_bounded_and_those_that_are_not_made_are_counted() {
     assert!(!Arc::ptr_eq(&pool, &reloaded));
     assert_eq!(ask(&reloaded, closed) + ask(&reloaded, closed), 0, "a reload gives nothing");
     assert_eq!(ask(&reloaded, REFUSED), 3, "a refused connection costs nothing");
-    // Until what has been earned meanwhile is spent.
-    while ask(&reloaded, closed) == 0 {}
-    let (mut tries, dead) = (Tries::default(), FailedTry::Exchange { kept: true, error: UpstreamError::Closed });
-    reloaded.pick(&mut tries, now).unwrap();
-    assert!(reloaded.failed(&mut tries, dead, true, now).again, "a kept connection that was dead is no try");
     let text = metrics.render().unwrap();
     let refused =
         text.lines().find_map(|line| line.strip_prefix("tollgate_upstream_retries_refused_total{upstream=\"api\"} "));
     assert!(refused.unwrap().parse::<usize>().unwrap() >= 700, "{refused:?}");
+}
+
+/// It is no try: nothing is taken from the budget for it, and it is sent again when the budget is spent.
+#[test]
+fn a_kept_connection_that_was_dead_costs_no_budget() {
+    let now = Instant::now();
+    // Nothing is earned: there are the ten repeats of the start, and no more.
+    let limits = RetryLimits { per_thousand: 0, floor: 0 };
+    let pool = build(&UpstreamSettings { retries: Some(limits), ..weighted(&[1, 1], Balance::RoundRobin) }, now);
+    let again = |failure| {
+        let (_, mut tries) = begun(&pool, None, now);
+        pool.failed(&mut tries, failure, true, now).again
+    };
+    let dead = FailedTry::Exchange { kept: true, error: UpstreamError::Closed };
+    // Takes no server away, and costs.
+    let late = FailedTry::Exchange { kept: false, error: UpstreamError::TryTimeout };
+    assert!((0..30).all(|_| again(dead)));
+    assert_eq!((0..30).filter(|_| again(late)).count(), 10);
+    assert!((0..30).all(|_| again(dead) && !again(late)));
 }
 
 #[test]
