@@ -1,7 +1,7 @@
 //! What goes on when its token ends: downloads, uploads, waiting requests and tunnels. Each within the store's bound, and
 //! nobody else's.
 
-use crate::harness::{Client, Gateway, Latch, Upstream, eventually, sha256_hex};
+use crate::harness::{Client, FRAMEWORK_LANE, Gateway, Latch, PATIENCE, Upstream, eventually, sha256_hex};
 use crate::servers::http::{HttpServer, Reply};
 use crate::support::{Store, stderr};
 use std::io::{Read as _, Write as _};
@@ -15,11 +15,14 @@ const BOUND: Duration = Duration::from_millis(1_500);
 /// An exchange of this age is watched.
 const WATCHED: Duration = Duration::from_millis(1_200);
 
+const HANDSHAKE: &str = "Connection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: dGhl\n";
+const UPLOAD: &str = "Content-Type: application/octet-stream\nContent-Length: 1000000\n";
+
 fn request(method: &str, token: &str, fields: &str) -> String {
     format!("{method} {TARGET} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {token}\n{fields}\n")
 }
 
-/// A backend that sends a byte of an endless answer each 20 ms, and echoes in a tunnel.
+/// A backend that sends a byte of an endless answer each 20 ms, echoes in a tunnel, and reads what is posted without an answer.
 fn endless() -> (HttpServer, Arc<AtomicBool>) {
     let done = Arc::new(AtomicBool::new(false));
     let ends = Arc::clone(&done);
@@ -35,6 +38,10 @@ fn endless() -> (HttpServer, Arc<AtomicBool>) {
             let switching = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n";
             let _ = socket.write_all(switching.as_bytes());
             while socket.read(&mut byte).unwrap_or(0) > 0 && socket.write_all(&byte).is_ok() {}
+            return;
+        }
+        if head.starts_with(b"POST ") {
+            while socket.read(&mut [0; 4096]).unwrap_or(0) > 0 {}
             return;
         }
         let _ = socket.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
@@ -55,10 +62,12 @@ fn revoke(store: &Store, token: &str) -> Instant {
     Instant::now()
 }
 
-/// Reads until the connection ends; says what came, and after how long.
+/// Reads until the connection ends, or for so long; says what came, and after how long.
 fn to_the_end(client: &mut Client, since: Instant) -> (Vec<u8>, Duration) {
     let mut all = Vec::new();
-    while let Some(bytes) = client.next_bytes() {
+    while since.elapsed() < PATIENCE
+        && let Some(bytes) = client.next_bytes()
+    {
         all.extend(bytes);
     }
     (all, since.elapsed())
@@ -81,8 +90,7 @@ fn a_revoked_token_ends_what_goes_on() {
     };
     let mut download = ask(&request("GET", &token, ""));
     let mut other = ask(&request("GET", "stays-valid-0001", ""));
-    let handshake = "Connection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: dGhl\n";
-    let mut tunnel = ask(&request("GET", &token, handshake));
+    let mut tunnel = ask(&request("GET", &token, HANDSHAKE));
     assert_eq!(tunnel.answer_to("HEAD").unwrap().status, 101);
     tunnel.send(b"ping");
     assert_eq!(tunnel.read_exactly(4), b"ping");
@@ -116,7 +124,7 @@ fn a_revoked_token_ends_an_upload_and_a_request_that_waits() {
     let mut waiting = gateway.client();
     waiting.send_head(&request("GET", &token, ""));
     let mut upload = gateway.client();
-    upload.send_head(&request("POST", &token, "Content-Type: application/octet-stream\nContent-Length: 1000000\n"));
+    upload.send_head(&request("POST", &token, UPLOAD));
     upload.send(&[b'x'; 1000]);
     std::thread::sleep(WATCHED);
     let revoked = revoke(&store, &token);
@@ -127,6 +135,71 @@ fn a_revoked_token_ends_an_upload_and_a_request_that_waits() {
     }
     latch.open();
     assert_eq!(gateway.metric("tollgate_exchanges_ended_total{reason=\"revoked\"}"), 2.0);
+}
+
+/// Downloads, uploads and tunnels of eight clients, with two tokens of one user who is blocked.
+#[test]
+fn a_blocked_user_loses_all_that_goes_on() {
+    for framework in [false, true] {
+        let (backend, done) = endless();
+        let store = Store::with([("stays-valid-0001", "bob")]);
+        let gateway = Gateway::start_with(backend.address(), &store.section(), |command| {
+            if framework {
+                command.env(FRAMEWORK_LANE, "1");
+            }
+        });
+        let tokens = [store.create("alice"), store.create("alice")];
+        let clients: Vec<Client> = (0..8)
+            .map(|number| {
+                let (mut client, token) = (gateway.client(), &tokens[number % 2]);
+                match number % 3 {
+                    0 => client.send_head(&request("GET", token, "")),
+                    1 => client.send_head(&request("POST", token, UPLOAD)),
+                    _ => {
+                        client.send_head(&request("GET", token, HANDSHAKE));
+                        assert_eq!(client.answer_to("HEAD").unwrap().status, 101);
+                        client.send(b"ping");
+                        assert_eq!(client.read_exactly(4), b"ping");
+                    }
+                }
+                client
+            })
+            .collect();
+        let mut other = gateway.client();
+        other.send_head(&request("GET", "stays-valid-0001", ""));
+        std::thread::sleep(WATCHED);
+        let output = store.token(&["block"], &["alice"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let blocked = Instant::now();
+        let ends: Vec<_> = clients
+            .into_iter()
+            .enumerate()
+            .map(|(number, mut client)| {
+                std::thread::spawn(move || match number % 3 {
+                    // With its refusal, where there is one, the connection is not over yet.
+                    1 => (client.next_bytes().unwrap_or_default(), blocked.elapsed()),
+                    _ => to_the_end(&mut client, blocked),
+                })
+            })
+            .collect();
+        for (number, end) in ends.into_iter().enumerate() {
+            let (got, after) = end.join().unwrap();
+            let text = String::from_utf8_lossy(&got);
+            assert!(after < BOUND, "framework: {framework}, client {number} went on for {after:?}");
+            match number % 3 {
+                0 => assert!(text.starts_with("HTTP/1.1 200 ") && !text.ends_with("0\r\n\r\n"), "{text}"),
+                // The framework's lane ends the connection without a word.
+                1 => assert!(text.starts_with("HTTP/1.1 401 ") || (framework && text.is_empty()), "{text}"),
+                _ => assert!(text.is_empty(), "{text}"),
+            }
+        }
+        done.store(true, SeqCst);
+        assert!(other.answer().body.len() > 20);
+        eventually("all are logged", || reasons(&gateway).len() == 9);
+        let blocked = reasons(&gateway).iter().filter(|reason| *reason == "blocked").count();
+        assert_eq!(blocked, 8, "framework: {framework}, {:?}", reasons(&gateway));
+        assert_eq!(gateway.metric("tollgate_exchanges_ended_total{reason=\"blocked\"}"), 8.0);
+    }
 }
 
 /// No store tells of the end of a token's own time.

@@ -5,7 +5,8 @@
 use super::client::{After, ClientStream, Head};
 use super::exchange::{End, Exchange};
 use super::http1;
-use super::proxied::ProxiedLane;
+use super::proxied::{Handed, ProxiedLane};
+use super::recheck::{self, Recheck};
 use super::socket::Socket;
 use super::ticket::{OwnToken, Ticket};
 use super::workers::Serve;
@@ -27,8 +28,10 @@ use pingora::proxy::HttpProxy;
 use pingora::server::ShutdownWatch;
 use std::net::IpAddr;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
+use tokio::select;
+use tokio::time::sleep;
 
 /// Serves the API listeners.
 pub(super) struct Gate {
@@ -178,10 +181,23 @@ impl Gate {
         {
             head[end + 2] = b'0';
         }
+        let recheck = Recheck::of(&ticket, &self.snapshot);
+        let ended = Arc::new(OnceLock::new());
+        let watched = async {
+            sleep(recheck::AFTER).await;
+            let cause = recheck::ended(recheck).await;
+            // Before the framework's work is dropped, which closes both ends.
+            let _ = ended.set(cause);
+        };
         let mut session = ServerSession::new_http1(Box::new(client.take()));
-        session.set_connection_user_context(Some(Box::new(ticket)));
+        session.set_connection_user_context(Some(Box::new(Handed { ticket, ended: Arc::clone(&ended) })));
         session.set_pipelined_prefix(BytesMut::from(Bytes::from(head)));
-        let Some(reusable) = lane.process_new_http(session, &self.shutdown).await else { return After::Drop };
+        let reusable = select! {
+            biased;
+            reusable = lane.process_new_http(session, &self.shutdown) => reusable,
+            () = watched => None,
+        };
+        let Some(reusable) = reusable else { return After::Drop };
         let (stream, _) = reusable.consume();
         match stream.into_any().downcast::<ClientStream>() {
             Ok(reusable) => {

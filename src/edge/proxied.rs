@@ -29,18 +29,26 @@ use pingora::{Error, ErrorSource, ErrorType, Result};
 use smallvec::SmallVec;
 use std::any::Any;
 use std::os::fd::RawFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 pub(super) struct ProxiedLane {
     pub(super) lifecycle: Arc<Lifecycle>,
 }
 
+/// What a connection hands to the framework with a request.
+pub(super) struct Handed {
+    pub(super) ticket: Ticket,
+    /// Why the exchange had to end: set before the framework's work on it is dropped.
+    pub(super) ended: Arc<OnceLock<Cause>>,
+}
+
 /// One request on its way through the framework.
 #[derive(Default)]
 pub(super) struct Transit {
     ticket: Option<Box<Ticket>>,
+    ended: Arc<OnceLock<Cause>>,
     interim_answers: usize,
     /// This attempt's own walk over the body: a retry sends the body again.
     scanner: Option<BodyScanner>,
@@ -67,6 +75,17 @@ impl Transit {
     }
 }
 
+impl Drop for Transit {
+    /// With a ticket only if the framework did not get to the end of the request.
+    fn drop(&mut self) {
+        if let (Some(ticket), Some(cause)) = (&mut self.ticket, self.ended.get()) {
+            let refusal = Refusal::from(*cause);
+            ticket.exchange.lost_its_token(refusal);
+            ticket.exchange.refused(refusal);
+        }
+    }
+}
+
 /// Never made: `connection` hands over a ticket with each request.
 fn no_ticket() -> Box<Error> {
     Error::explain(ErrorType::InternalError, "a request without a ticket")
@@ -86,7 +105,8 @@ impl ProxyHttp for ProxiedLane {
     /// The framework's name for it is "reuse"; it is how a connection hands something to a request, and `connection` does
     /// so for every single one.
     fn on_connection_reuse(&self, session: &mut Session, ctx: &mut Transit, handed: Box<dyn Any + Send + Sync>) {
-        let Ok(ticket) = handed.downcast::<Ticket>() else { return };
+        let Ok(handed) = handed.downcast::<Handed>() else { return };
+        let Handed { ticket, ended } = *handed;
         // The wait for the next head is ours, so this only says whether there will be one.
         session.set_keepalive(ticket.keep_alive.then_some(60));
         // The framework's own defaults hold for a connection's first request only: set them each time.
@@ -95,7 +115,7 @@ impl ProxyHttp for ProxiedLane {
         session.set_total_drain_timeout(Some(Duration::from_secs(5)));
         // HTTP/1.0 knows no interim answers.
         session.set_ignore_info_resp(ticket.http10);
-        ctx.ticket = Some(ticket);
+        (ctx.ticket, ctx.ended) = (Some(Box::new(ticket)), ended);
     }
 
     async fn upstream_peer(&self, _session: &mut Session, ctx: &mut Transit) -> Result<Box<HttpPeer>> {
