@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers load flood readers faults faults-table revocations crowd contract scale
+.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers load flood readers faults faults-table revocations crowd contract scale
 
 check: lint doc test deploy-check
 
@@ -66,6 +66,23 @@ bench-peers:
 	cargo build --locked --profile dist
 	benches/e2e/run.py peers $(PEERS)
 	$(if $(findstring --quick,$(PEERS)),,benches/e2e/run.py instructions --peers --requests 4000 --gateways tollgate,haproxy,nginx,haproxy-pypi,nginx-pypi)
+
+# 5 GiB in one body, either way, and with a receiver that is slow: memory must not grow by more than 2 MiB. 90 seconds.
+bench-bodies:
+	cargo build --locked --profile dist
+	benches/e2e/run.py bodies
+
+# Some servers of the upstream are dead: failed requests and those that waited, beside nginx and HAProxy. 3 minutes.
+bench-servers:
+	cargo build --locked --profile dist
+	benches/e2e/run.py servers
+
+# Instructions a request against known tokens, routes, servers, connections, fields and bytes of the query, into docs/growth.
+# 20 minutes; make bench-growth GROWTH="known --at 10000000" for ten million tokens.
+bench-growth:
+	cargo build --locked --profile dist
+	benches/e2e/growth.py measure $(GROWTH)
+	benches/e2e/growth.py draw
 
 bench: bench-micro bench-instructions bench-cpu
 

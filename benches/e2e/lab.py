@@ -65,9 +65,9 @@ def family(pid):
 
 
 def pss_mib(pid):
-    """Resident memory of a family, with pages that processes share counted once."""
+    """Memory of a family, with pages that processes share counted once, and those that the system has put into swap as well."""
     texts = [Path(f"/proc/{member}/smaps_rollup").read_text() for member in family(pid)]
-    return sum(int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1]) for text in texts) / 1024
+    return sum(int(kib) for text in texts for kib in re.findall(r"^(?:Pss|SwapPss):\s+(\d+)", text, re.M)) / 1024
 
 
 def rss_mib(pid):
@@ -112,9 +112,9 @@ class RssWatch:
 class Wire:
     """wire.c as a process: the upstream while it runs, and load during run()."""
 
-    def __init__(self, lab, tokens, busy=False, mirror=False, upstream=None):
+    def __init__(self, lab, tokens, busy=False, mirror=False, upstream=None, addresses=1):
         self.upstream = free_port() if upstream is None else upstream
-        command = [str(lab.wire_binary()), "-t", str(tokens), "-U", str(self.upstream)]
+        command = [str(lab.wire_binary()), "-t", str(tokens), "-U", str(self.upstream), "-A", str(addresses)]
         command += ["-b"] * busy + ["-m"] * mirror
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                         preexec_fn=child_setup(lab.load_cpu))
@@ -159,7 +159,9 @@ kind = "file"
 path = "{lab.derived(tokens, "toml", tollgate_token)}"
 [[upstream]]
 name = "api"
-servers = ["127.0.0.1:{upstream}"]
+servers = {json.dumps(lab.addresses(upstream))}
+connect_timeout = "{lab.timeouts()['CONNECT']}"
+read_timeout = "{lab.timeouts()['READ']}"
 [log]
 access = "/dev/null"
 level = "warn"
@@ -173,7 +175,10 @@ def tollgate_token(token):
 
 def haproxy(lab, tokens, port, upstream, name="haproxy"):
     known = lab.derived(tokens, "haproxy", lambda token: f"{token} 1\n")
-    config = lab.fill("haproxy.cfg", name, PORT=port, UPSTREAM=upstream, TOKENS=known, THREADS=lab.threads)
+    # With other servers to turn to, as its documentation advises: checks, and what is safe is sent again, to another server.
+    check, again = (" check inter 1s", "  option redispatch 1\n  retry-on all-retryable-errors\n") if lab.dead else ("", "")
+    servers = again + "\n".join(f"  server s{n} {address}{check}" for n, address in enumerate(lab.addresses(upstream)))
+    config = lab.fill("haproxy.cfg", name, PORT=port, SERVERS=servers, TOKENS=known, THREADS=lab.threads, **lab.timeouts())
     return [lab.program(name), "-db", "-f", str(config)]
 
 
@@ -181,7 +186,8 @@ def nginx(lab, tokens, port, upstream, name="nginx"):
     known = lab.derived(tokens, "nginx", lambda token: f'"{token}" "{token}";\n')
     # nginx searches for the smallest table without an overfull bucket; four slots per token are enough
     size = max(2048, 1 << (4 * len(lab.read_tokens(tokens))).bit_length())
-    config = lab.fill("nginx.conf", name, PORT=port, UPSTREAM=upstream, TOKENS=known, HASH_SIZE=size, WORK=lab.work, NAME=name,
+    servers = "\n".join(f"    server {address};" for address in lab.addresses(upstream))
+    config = lab.fill("nginx.conf", name, PORT=port, SERVERS=servers, **lab.timeouts(), TOKENS=known, HASH_SIZE=size, WORK=lab.work, NAME=name,
                       THREADS=lab.threads, MASTER="on" if lab.threads > 1 else "off")
     return [lab.program(name), "-e", "stderr", "-p", str(lab.work), "-c", str(config)]
 
@@ -213,6 +219,8 @@ class Lab:
 
     def __init__(self, work, tollgate, known, threads=1, extra=None):
         self.work, self.tollgate, self.known = Path(work).resolve(), Path(tollgate).resolve(), known
+        self.servers = 1  # of the upstream, at one loopback address each
+        self.dead = []  # addresses of servers that are dead
         self.extra = Path(extra).read_text() if extra else ""
         self.work.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.work / "lock", "w")
@@ -231,6 +239,13 @@ class Lab:
         self.gateway_cpu, self.load_cpu = cpus[:2] if pinned else (None, None)
         if not pinned:
             tell("note: nothing is pinned to a CPU (that needs two CPUs and one worker)")
+
+    def addresses(self, upstream):
+        """Of all servers, the dead ones first."""
+        return [*self.dead, *(f"127.0.{n >> 8}.{n & 255}:{upstream}" for n in range(1, self.servers + 1))]
+
+    def timeouts(self):
+        return {"CONNECT": "1s", "READ": "1s"} if self.dead else {"CONNECT": "5s", "READ": "60s"}
 
     def program(self, name):
         if name in WHEELS:

@@ -6,12 +6,14 @@
     peers          both for every peer and every workload, on one and two workers, and latency at half of saturation
     instructions   instructions in user space per request under callgrind: exact where the clock is noisy
     memory         resident memory with all known tokens cached, and for each connection: idle, waiting, not reading
+    bodies         a body of 5 GiB either way, and with a slow receiver: does memory stay constant?
+    servers        some servers of the upstream are dead: errors, and requests that waited for a timeout
     load           known and unknown tokens mixed: are all answers right, how long do they take, does memory grow?
     flood          a flood of distinct unknown tokens: do known ones still get through, does memory stay bounded?
 
 Needs gcc; for the peers `apt-get install haproxy nginx`; for instructions `apt-get install valgrind`.
 README.md in this folder explains the tables."""
-import argparse, contextlib, json, os, platform, re, signal, subprocess, sys, time
+import argparse, contextlib, json, os, platform, re, signal, socket, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -95,6 +97,14 @@ def arguments():
     p = command(memory, "resident memory: known tokens in the cache, idle connections, waiting ones, clients that do not read")
     p.add_argument("--gateways", type=names(GATEWAYS), default=USUAL)
     p.add_argument("--connections", type=positive, default=500, help="of each kind (default: %(default)s)")
+
+    p = command(bodies, "a large body in each direction, and with a slow receiver: memory must not grow with it")
+    p.add_argument("--gateways", type=names(GATEWAYS), default=["tollgate"])
+    p.add_argument("--mib", type=positive, default=5120, help="size of each body (default: %(default)s)")
+    p.add_argument("--slow", type=positive, default=15, help="seconds for which a slow receiver takes 1 MiB a second (default: %(default)s)")
+
+    p = command(servers, "some servers of the upstream are dead: errors, and requests that waited for a timeout")
+    p.add_argument("--gateways", type=names(GATEWAYS), default=USUAL)
 
     for function, help in ((load, "known and unknown tokens mixed over many connections: right answers, latency, memory"),
                            (flood, "distinct unknown tokens as fast as they go, beside a trickle of known ones")):
@@ -388,19 +398,15 @@ def ratio(ours, theirs):
 def instructions(args):
     lab = open_lab(args)
     gateways, tokens = lab.available(args.gateways if args.peers else ["tollgate"]), lab.tokens()
-    valgrind, vgdb = lab.program("valgrind"), lab.program("vgdb")
+    under = under_callgrind(lab)
     print_machine(lab, gateways)
     counts = {}
     with lab.wire(tokens) as wire:
         for name in gateways:
             tell(f"{name} under callgrind (it starts slowly)")
-            for old in lab.work.glob("callgrind.*"):
-                old.unlink()
-            # Instrumentation is off during start-up and the first requests, which is also much faster.
-            under = [valgrind, "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={lab.work}/callgrind"]
             with lab.gateway(name, tokens, wire.upstream, under, patience=300) as running:
                 for work in args.workloads:
-                    counts[name, work] = per_request(lab, wire, vgdb, running, work, args.requests)
+                    counts[name, work] = per_request(lab, wire, running, {"spread": 1000, **WORKLOADS[work].group}, args.requests)
     print(f"\nInstructions in user space per request ({args.requests} requests, 64 connections, {lab.known} known tokens)")
     table(["gateway", *(f"{work}: {WORKLOADS[work].text}" for work in args.workloads)],
           [[name, *(f"{counts[name, work]:.0f}" for work in args.workloads)] for name in gateways])
@@ -425,17 +431,27 @@ def guard(file, counts, update):
     return status
 
 
-def per_request(lab, wire, vgdb, running, work, requests):
-    """The difference of two runs, in which connecting and other fixed costs cancel out."""
+def under_callgrind(lab):
+    """The command to run a gateway with. Instrumentation is off during start-up and the first requests, which is also much faster."""
+    return [lab.program("valgrind"), "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={lab.work}/callgrind"]
+
+
+def per_request(lab, wire, running, load, requests, first=2000):
+    """The difference of two runs, in which connecting and other fixed costs cancel out. `first`: requests before that, so that
+    what can be cached is."""
+    vgdb = lab.program("vgdb")
+    for old in lab.work.glob("callgrind.*"):
+        old.unlink()
+
     def ask(what):
         done = subprocess.run([vgdb, f"--pid={running.pid}", *what.split()], text=True, capture_output=True, timeout=120)
         if done.returncode:
             raise Problem(f"vgdb cannot reach valgrind (is ptrace allowed here?): {done.stderr.strip()[-300:]}")
 
     def send(count):
-        group = wire.run({**WORKLOADS[work].group, "count": count, "spread": 1000}, port=running.port, stall=60, limit=1800)["groups"][0]
+        group = wire.run({**load, "count": count}, port=running.port, stall=60, limit=1800)["groups"][0]
         if why := faults(group):
-            raise Problem(f"{running.name} {work}: {why}")
+            raise Problem(f"{running.name} {load}: {why}")
 
     def cost(count):
         before = set(lab.work.glob("callgrind.*"))
@@ -448,8 +464,9 @@ def per_request(lab, wire, vgdb, running, work, requests):
             raise Problem(f"no total in the profile that callgrind left in {lab.work}")
         return int(total[1])
 
+    send(first)
     ask("instrumentation on")
-    send(2000)  # every token of the spread twice: what can be cached now is
+    send(200)
     once = requests // 4
     return (cost(once + requests) - cost(once)) / requests
 
@@ -496,6 +513,45 @@ def print_memory(memory):
         print(f"\nRSS MiB: start {memory.first:.1f}, max {memory.top:.1f}, end {memory.last:.1f}")
 
 
+DEAD = {"one of two refuses": ("refusing", 1, 1), "one of two is silent": ("silent", 1, 1),
+        "three of four refuse": ("refusing", 3, 1), "three of four are silent": ("silent", 3, 1)}
+
+
+def servers(args):
+    """GET, which may be sent again. The gateway is started anew for each row, so that it has to find out."""
+    args.known = 100
+    lab = open_lab(args)
+    gateways, tokens = lab.available(args.gateways), lab.tokens()
+    print_machine(lab, gateways)
+    rows = []
+    for what, (how, dead, alive) in DEAD.items():
+        lab.servers = alive
+        for name in gateways:
+            row = [what, name]
+            for clients in (1, 8, 32):
+                with lab.wire(tokens, addresses=alive) as wire, contextlib.ExitStack() as stack:
+                    lab.dead = [stack.enter_context(dead_server(how)) for _ in range(dead)]
+                    running = stack.enter_context(lab.gateway(name, tokens, wire.upstream))
+                    group = wire.run({"kind": "h", "conns": clients}, port=running.port, secs=4)["groups"][0]
+                    failed = sum(n for status, n in group["statuses"].items() if status != "200") + group["errors"]
+                    row.append(f"{failed} / {group['slow']} of {group['requests'] + group['errors']}")
+            rows.append(row)
+    print("\nFailed / waited 0.9 s or more, of all requests in 4 s; timeouts of 1 s to connect and to read")
+    table(["servers", "gateway", *(f"{n} client{'s' * (n > 1)}" for n in (1, 8, 32))], rows)
+
+
+@contextlib.contextmanager
+def dead_server(how):
+    """The address of a server that refuses connections, or takes them and says nothing."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        if how == "silent":
+            s.listen(4096)
+        yield f"127.0.0.1:{s.getsockname()[1]}"
+
+
+BODY_MEMORY = 2  # MiB by which a body of any size may raise the memory of the process
+
 HELD = {"idle": "idle", "hang": "waiting for the backend", "big": "not reading a 20 MB answer", "unfinished": "head of 31 KB, unfinished"}
 
 
@@ -522,6 +578,43 @@ def memory(args):
         rows.append(row)
     print(f"\nResident memory with {lab.known} known tokens, and KiB for each of {args.connections} connections")
     table(["gateway", "started, MiB", "tokens used, 512 connections, MiB", *(f"{text}, KiB" for text in HELD.values())], rows)
+
+
+def bodies(args):
+    import held
+    args.known = 100  # memory that reading many tokens left behind would take the bodies in
+    lab, size, rows = open_lab(args), args.mib << 20, []
+    gateways, tokens = lab.available(args.gateways), lab.tokens()
+    token = lab.read_tokens(tokens)[0]
+    print_machine(lab, gateways)
+
+    def carried(wire, running, **body):
+        group = wire.run({"kind": "h", "conns": 1, "count": 1, **body}, port=running.port, stall=300, limit=300)["groups"][0]
+        return 0 if faults(group) else size
+
+    def carry(name, what, how, wire, running):
+        with RssWatch(running.pid, 0.05) as memory:
+            began = time.monotonic()
+            whole = how(wire, running) == size
+        grown = memory.top - memory.first
+        rows.append([name, what, "whole" if whole else "CUT", f"{time.monotonic() - began:.1f}", f"{memory.first:.1f}", f"{memory.top:.1f}", f"{grown:.1f}"])
+        return whole and grown <= BODY_MEMORY
+
+    good = True
+    for name in gateways:
+        with lab.wire(tokens) as wire:
+            for what, how in {
+                "answer": lambda wire, running: carried(wire, running, down=size),
+                "request": lambda wire, running: carried(wire, running, up=size),
+                "answer, slow client": lambda _, running: held.slow_answer(running.port, token, size, args.slow),
+            }.items():
+                with lab.gateway(name, tokens, wire.upstream) as running:
+                    good &= carry(name, what, how, wire, running)
+        with held.Backend() as backend, lab.gateway(name, tokens, backend.port) as running:
+            good &= carry(name, "request, slow backend", lambda _, running: held.slow_upload(running.port, token, size, args.slow), None, running)
+    print(f"\nBodies of {args.mib} MiB; a slow receiver takes 1 MiB a second for {args.slow} s, then all that comes")
+    table(["gateway", "body", "arrived", "seconds", "RSS before, MiB", "at most", "grown by"], rows)
+    return 0 if good else 1
 
 
 def load(args):

@@ -3,6 +3,7 @@
 //   wire [-U PORT] [-m] [-b] -t TOKENS
 //     -U PORT    be an upstream on 127.0.0.1:PORT: 1 KiB of JSON for every request, after its body; N bytes under
 //                /api/v3/bytes/N; under /api/v3/echo the request head as received
+//     -A N       the same on 127.0.0.2 and the addresses behind it, N in all
 //     -m         the upstream returns a hash of the token it saw, and the clients check that it is the one they sent
 //     -b         never sleep during a run, so that the gateway never has to wake this process (the fairest comparison)
 //     -t TOKENS  the known tokens, one per line
@@ -146,26 +147,29 @@ struct upstream {
     char in[HEAD_MAX], out[HEAD_MAX + 1024];
 };
 
-static struct {
+struct listener {
     enum source source;
     int fd;
-} listener = {LISTENER, -1};
+};
 
-static void upstream_listen(int port)
+static void upstream_listen(int port, int nth)
 {
     struct sockaddr_in address = loopback(port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK + nth);
     int one = 1;
-    listener.fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
-    setsockopt(listener.fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-    if (bind(listener.fd, (void *)&address, sizeof address) || listen(listener.fd, 4096))
+    struct listener *listener = calloc(1, sizeof *listener);
+    listener->source = LISTENER;
+    listener->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    setsockopt(listener->fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    if (bind(listener->fd, (void *)&address, sizeof address) || listen(listener->fd, 4096))
         fatal("cannot listen for the upstream", strerror(errno));
-    watch(listener.fd, &listener, EPOLLIN, EPOLL_CTL_ADD);
+    watch(listener->fd, listener, EPOLLIN, EPOLL_CTL_ADD);
 }
 
-static void upstream_accept(void)
+static void upstream_accept(struct listener *listener)
 {
     int fd;
-    while ((fd = accept4(listener.fd, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
+    while ((fd = accept4(listener->fd, NULL, NULL, SOCK_NONBLOCK)) >= 0) {
         struct upstream *u = calloc(1, sizeof *u);
         u->source = UPSTREAM;
         u->fd = fd;
@@ -338,7 +342,7 @@ struct group {
     u64 picked;                    // requests made so far, to take tokens and places in turn
 
     u64 sent, done, done_in_time, errors, reconnects, known_wrong, unknown_wrong, mixed_up;
-    u64 status[600], latency[BUCKETS], latency_max;
+    u64 status[600], latency[BUCKETS], latency_max, slow; // `slow`: 0.9 s or more
 };
 
 struct client {
@@ -513,6 +517,7 @@ static void finish(struct client *c)
     if (c->due >= measured_from) {
         u64 us = (t - c->due) / 1000;
         g->latency[bucket(us)]++;
+        g->slow += us >= 900000;
         if (us > g->latency_max)
             g->latency_max = us;
     }
@@ -735,7 +740,7 @@ static void wait_for_events(u64 timeout_ns)
     for (int i = 0; i < n; i++) {
         void *entry = events[i].data.ptr;
         switch (*(enum source *)entry) {
-        case LISTENER: upstream_accept(); break;
+        case LISTENER: upstream_accept(entry); break;
         case UPSTREAM: upstream_event(entry, events[i].events); break;
         case CLIENT: client_event(entry, events[i].events); break;
         case STDIN:
@@ -750,7 +755,7 @@ static void reset_counters(void)
 {
     for (int i = 0; i < run.group_count; i++) {
         struct group *g = &run.groups[i];
-        g->sent = g->done = g->errors = g->reconnects = g->known_wrong = g->unknown_wrong = g->mixed_up = g->latency_max = 0;
+        g->sent = g->done = g->errors = g->reconnects = g->known_wrong = g->unknown_wrong = g->mixed_up = g->latency_max = g->slow = 0;
         memset(g->status, 0, sizeof g->status);
         memset(g->latency, 0, sizeof g->latency);
     }
@@ -762,9 +767,9 @@ static void print_result(double secs, u64 cpu)
     for (int i = 0; i < run.group_count; i++) {
         struct group *g = &run.groups[i];
         printf("%s{\"requests\":%lu,\"in_time\":%lu,\"rps\":%.1f,\"errors\":%lu,\"reconnects\":%lu,\"known_wrong\":%lu,"
-               "\"unknown_wrong\":%lu,\"mixed_up\":%lu,\"p50\":%lu,\"p99\":%lu,\"p999\":%lu,\"max\":%lu,\"statuses\":{",
+               "\"unknown_wrong\":%lu,\"mixed_up\":%lu,\"p50\":%lu,\"p99\":%lu,\"p999\":%lu,\"max\":%lu,\"slow\":%lu,\"statuses\":{",
                i ? "," : "", g->done, g->done_in_time, g->done_in_time / secs, g->errors, g->reconnects, g->known_wrong,
-               g->unknown_wrong, g->mixed_up, percentile(g, .5), percentile(g, .99), percentile(g, .999), g->latency_max);
+               g->unknown_wrong, g->mixed_up, percentile(g, .5), percentile(g, .99), percentile(g, .999), g->latency_max, g->slow);
         for (int s = 0, first = 1; s < 600; s++)
             if (g->status[s]) {
                 printf("%s\"%d\":%lu", first ? "" : ",", s, g->status[s]);
@@ -854,18 +859,19 @@ static void do_run(void)
 
 int main(int argc, char **argv)
 {
-    int option, port = 0;
+    int option, port = 0, addresses = 1;
     const char *token_file = NULL;
-    while ((option = getopt(argc, argv, "U:mbt:")) > 0)
+    while ((option = getopt(argc, argv, "U:A:mbt:")) > 0)
         switch (option) {
         case 'U': port = atoi(optarg); break;
+        case 'A': addresses = atoi(optarg); break;
         case 'm': mirror = true; break;
         case 'b': busy_poll = true; break;
         case 't': token_file = optarg; break;
         default: return 2;
         }
     if (!token_file) {
-        fputs("usage: wire [-U PORT] [-m] [-b] -t TOKENS (run.py starts it)\n", stderr);
+        fputs("usage: wire [-U PORT] [-A N] [-m] [-b] -t TOKENS (run.py starts it)\n", stderr);
         return 2;
     }
     signal(SIGPIPE, SIG_IGN);
@@ -873,8 +879,8 @@ int main(int argc, char **argv)
     prctl(PR_SET_TIMERSLACK, 1); // paced requests leave on time
     epoll_fd = epoll_create1(0);
     load_tokens(token_file);
-    if (port)
-        upstream_listen(port);
+    for (int i = 0; port && i < addresses; i++)
+        upstream_listen(port, i);
     static enum source standard_input = STDIN;
     watch(0, &standard_input, EPOLLIN, EPOLL_CTL_ADD);
     puts("ready");
