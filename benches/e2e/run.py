@@ -312,10 +312,12 @@ def interleaved(lab, wire, gateways, tokens, args, half=False):
             up = [stack.enter_context(lab.gateway(name, tokens, wire.upstream)) for name in gateways]
             for work in args.workloads:
                 for running in up[turn:] + up[:turn]:
+                    taken = samples.setdefault((running.name, work), [])
                     group = sample(wire, running, WORKLOADS[work].group, args)
-                    samples.setdefault((running.name, work), []).append(group)
-                    if half:
+                    if group and half:
                         group["half"] = sample(wire, running, {**WORKLOADS[work].group, "rate": group["rps"] / 2}, args)
+                    # An overloaded machine may cost a sample, and then the ratios of this round, but not the others.
+                    taken.append(group if group and group.get("half", True) else None)
     return samples
 
 
@@ -324,9 +326,12 @@ def print_samples(samples, gateways, workloads):
         print(f"\n### {work}: {WORKLOADS[work].text}")
         rows = []
         for name in gateways:
-            taken = samples[name, work]
+            ratios = [ratio(samples[name, work], samples.get((peer, work))) for peer in ("haproxy", "nginx")]
+            taken = list(filter(None, samples[name, work]))
+            if not taken:
+                rows.append([name, *["-"] * 10])
+                continue
             middle = lambda key: f"{median(group[key] for group in taken):.0f}"
-            ratios = [ratio(taken, samples.get((peer, work))) for peer in ("haproxy", "nginx")]
             costs = [group["cpu"] for group in taken]
             rows.append([name, f"{median(costs):.2f}", f"{min(costs):.2f}..{max(costs):.2f}", *ratios, middle("rps"),
                          middle("p50"), middle("p99"), middle("pss"), sum(map(wrong, taken)), sum(group["errors"] for group in taken)])
@@ -335,17 +340,19 @@ def print_samples(samples, gateways, workloads):
 
 def status_of(samples):
     for (name, work), taken in samples.items():
-        for why in filter(None, map(faults, taken)):
+        for why in filter(None, map(faults, filter(None, taken))):
             tell(f"{name} {work}: {why}")
-    return 1 if any(faults(group) for taken in samples.values() for group in taken) else 0
+    return 1 if any(not group or faults(group) for taken in samples.values() for group in taken) else 0
 
 
 def sample(wire, running, group, args):
+    """What was measured; `None` if nothing was answered."""
     result = wire.run({"conns": args.connections, "spread": SPREAD, **group}, port=running.port,
                       pid=",".join(map(str, family(running.pid))), warm=min(1, args.seconds / 3), secs=args.seconds)
     group = result["groups"][0]
     if not group["in_time"]:
-        raise Problem(f"{running.name} answered nothing in {args.seconds} s: {faults(group)}")
+        tell(f"{running.name} answered nothing in {args.seconds} s: {faults(group)}")
+        return None
     group["cpu"] = result["cpu_ns"] / group["in_time"] / 1000
     group["pss"] = pss_mib(running.pid)
     return group
@@ -381,16 +388,16 @@ def peers(args):
 
 def print_half(samples, gateways, workloads):
     print("\n### At half of its own saturation (sent at a fixed rate; from when each was due), p50 / p99 / p99.9 in µs")
-    middle = lambda name, work, key: f"{median(group['half'][key] for group in samples[name, work]):.0f}"
-    table(["gateway", *workloads],
-          [[name, *(" / ".join(middle(name, work, key) for key in ("p50", "p99", "p999")) for work in workloads)] for name in gateways])
+    def cell(taken):
+        return " / ".join(f"{median(group['half'][key] for group in taken):.0f}" for key in ("p50", "p99", "p999")) if taken else "-"
+
+    table(["gateway", *workloads], [[name, *(cell(list(filter(None, samples[name, work]))) for work in workloads)] for name in gateways])
 
 
 def ratio(ours, theirs):
     """Median of the ratios within each round; '-' if the peer was not measured."""
-    if not theirs:
-        return "-"
-    return f"{median(a['cpu'] / b['cpu'] for a, b in zip(ours, theirs)):.2f}"
+    both = [a["cpu"] / b["cpu"] for a, b in zip(ours, theirs or []) if a and b]
+    return f"{median(both):.2f}" if both else "-"
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------
