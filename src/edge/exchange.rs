@@ -183,7 +183,8 @@ impl Exchange {
             peers.upstream.passed_on();
         }
         self.pool = Some(main);
-        // The key stood for a place among the canary's servers. One that is a header is not at hand any more: the servers take turns.
+        // The key stood for a place among the canary's servers. One that is a header is not at hand any more: the servers take
+        // turns.
         let key = self.snapshot.pool(self.pool).and_then(|peers| {
             let key = match peers.upstream.hash_by()? {
                 HashBy::User => self.user()?,

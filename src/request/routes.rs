@@ -1,11 +1,11 @@
-//! All routes, and the index that finds the one of a request: it looks for each segment of the path among those that follow the
-//! one before, in the logarithm of their number. Pure; knows no identities.
+//! All routes, and the index that finds the one of a request: its cost depends on the path, and hardly on how many routes there
+//! are. Pure; knows no identities.
 //!
 //! Of the routes that match a request, the one with the most specific path applies; of these, the one with the most specific
 //! host: a name, then `*.` before most labels, then every host. The path comes first because clients choose their Host: a route
 //! for a host and all paths must not open a path that has a route of its own. So a wider route never takes a request from a
-//! narrower one; a route with several hosts is as many routes with one each. Two routes of the same rank for one request are an error of the configuration
-//! ([`Route::answers_the_same`]).
+//! narrower one; a route with several hosts is as many routes with one each. Two routes of the same rank for one request are an
+//! error of the configuration ([`Route::answers_the_same`]).
 
 use super::host::{self, ByHost};
 use super::route::{Route, Segment};
