@@ -355,11 +355,11 @@ fn read(path: &Path) -> Result<KnownTokens, FileError> {
         if text.trim().is_empty() {
             return Err(Broken::Empty);
         }
-        let table = parse(&text, Format::of(path))?;
-        // Freed before the table is put into its final form.
-        drop(text);
-        let mut lists = HashSet::new();
-        Ok(table.into_iter().map(|(digest, record)| (digest, KnownToken::of(record, &mut lists))).collect())
+        let (known, _lists) =
+            entries(&text, Format::of(path), |(known, lists): &mut (KnownTokens, HashSet<_>), record| {
+                known.insert(record.digest, KnownToken::of(record, lists)).is_none()
+            })?;
+        Ok(known)
     };
     read().map_err(|why| FileError { path: path.into(), why })
 }
@@ -426,18 +426,63 @@ fn without_values(message: &str) -> String {
 }
 
 fn parse(text: &str, format: Format) -> Result<Table, Broken> {
-    let file = format.shape(text)?;
-    let mut table = HashMap::with_capacity(file.token.len());
-    for (index, token) in file.token.into_iter().enumerate() {
+    entries(text, format, |table: &mut Table, record| table.insert(record.digest, record).is_none())
+}
+
+/// Reads all entries. `put` says whether a digest is new.
+fn entries<T: Default>(text: &str, format: Format, put: impl Fn(&mut T, TokenRecord) -> bool) -> Result<T, Broken> {
+    let read = |all: &mut T, index: usize, token: TokenShape| {
         let entry = FileEntry { index, token };
         let digest = Digest::from_hex(&entry.token.sha256).ok_or_else(|| {
             entry.broken("sha256", "must be 64 hex digits, the SHA-256 of the token (printf %s TOKEN | sha256sum)")
         })?;
-        if table.insert(digest, record::read(digest, &entry, &Unsaid::NOTHING)?).is_some() {
-            return Err(entry.broken("sha256", "stands in the file twice: which one holds?"));
+        match put(all, record::read(digest, &entry, &Unsaid::NOTHING)?) {
+            true => Ok(()),
+            false => Err(entry.broken("sha256", "stands in the file twice: which one holds?")),
+        }
+    };
+    if format == Format::Toml
+        && let Some(all) = in_pieces(text, read)
+    {
+        return all;
+    }
+    let mut all = T::default();
+    let tokens = format.shape(text)?.token.into_iter().enumerate();
+    tokens.map(|(index, token)| read(&mut all, index, token)).collect::<Result<(), _>>()?;
+    Ok(all)
+}
+
+/// Reads one entry after the other, because the parser's tree of a whole file takes a hundred times the memory of what it
+/// says. `None`: the file has another form than `[[token]]` and what belongs to it, or a piece is no TOML by itself, as in the
+/// midst of a text of several lines. It must be read as a whole then, which also tells where a mistake is.
+fn in_pieces<T: Default>(
+    text: &str,
+    read: impl Fn(&mut T, usize, TokenShape) -> Result<(), Broken>,
+) -> Option<Result<T, Broken>> {
+    const HEADER: &str = "[[token]]";
+    let mut begins = Vec::new();
+    let mut at = 0;
+    for line in text.split_inclusive('\n') {
+        let content = line.trim();
+        if content == HEADER {
+            begins.push(at);
+        } else if begins.is_empty() && !content.is_empty() && !content.starts_with('#') {
+            return None;
+        }
+        at += line.len();
+    }
+    let ends = begins.iter().skip(1).copied().chain([text.len()]);
+    let (mut all, mut index) = (T::default(), 0);
+    for (begin, end) in begins.iter().copied().zip(ends) {
+        let piece: FileShape = toml::from_str(text.get(begin..end)?).ok()?;
+        for token in piece.token {
+            if let Err(why) = read(&mut all, index, token) {
+                return Some(Err(why));
+            }
+            index += 1;
         }
     }
-    Ok(table)
+    Some(Ok(all))
 }
 
 #[cfg(test)]
@@ -465,5 +510,55 @@ mod tests {
             assert_eq!(KnownToken::of(record.clone(), &mut lists).record(digest), record);
         }
         assert_eq!(lists.len(), 1);
+    }
+
+    /// All pieces of a file read as the file does.
+    #[test]
+    fn a_file_in_pieces_says_what_the_whole_says() {
+        let entry =
+            |number: u32, more: &str| format!("[[token]]\nsha256 = \"{:064x}\"\nuser = \"u{number}\"\n{more}", number);
+        let plain = format!("# head\n\n{}{}", entry(1, "scopes = [\n\"a\",\n\"b\" ]\n\n"), entry(2, "# tail\n"));
+        let table = "description = \"\"\"x\n[[token]]\nsha256 = 1\"\"\"\n";
+        let cases = [
+            (plain.clone(), true),
+            (plain.replace('\n', "\r\n"), true),
+            (plain.replace("[[token]]", "  [[token]] \t"), true),
+            (format!("{}[[token]] # another\nsha256 = \"{:064x}\"\nuser = \"v\"\n", entry(1, ""), 7), true),
+            ("# nobody\n".into(), true),
+            // Read as a whole.
+            (entry(1, table), false),
+            (format!("{}{}", entry(1, table), entry(2, "")), false),
+            (format!("token = []\n{}", entry(1, "")), false),
+            (format!("token = [{{ sha256 = \"{:064x}\", user = \"u\" }}]\n", 9), false),
+            (format!("{}other = 1\n", entry(1, "")), false),
+            (format!("{}[other]\n", entry(1, "")), false),
+            (format!("{}{}", entry(1, "[token.x]\n"), entry(2, "")), false),
+            (format!("{}user = \"twice\"\n", entry(1, "")), false),
+            (format!("{}scopes = [\n{}]\n", entry(1, ""), entry(2, "")), false),
+            (format!("[token]\n{}", entry(1, "")), false),
+            (format!("\u{feff}{}", entry(1, "")), false),
+        ];
+        let mut seen = 0;
+        for (text, in_one_go) in cases {
+            let record = |all: &mut Table, _, token: TokenShape| {
+                let digest = Digest::from_hex(&token.sha256).unwrap();
+                let entry = FileEntry { index: 0, token };
+                all.insert(digest, record::read(digest, &entry, &Unsaid::NOTHING)?);
+                Ok(())
+            };
+            let whole = Format::Toml.shape(&text).map(|shape| {
+                let mut all = Table::new();
+                shape.token.into_iter().try_for_each(|token| record(&mut all, 0, token)).unwrap();
+                all
+            });
+            let pieces = in_pieces(&text, record);
+            assert_eq!(pieces.is_some(), in_one_go, "{text}");
+            if let Some(pieces) = pieces {
+                assert_eq!(pieces.ok(), whole.ok(), "{text}");
+            }
+            assert_eq!(parse(&text, Format::Toml).is_ok(), Format::Toml.shape(&text).is_ok(), "{text}");
+            seen += 1;
+        }
+        assert_eq!(seen, 16);
     }
 }
