@@ -447,8 +447,8 @@ fn entries<T: Default>(text: &str, format: Format, put: impl Fn(&mut T, TokenRec
         return all;
     }
     let mut all = T::default();
-    let tokens = format.shape(text)?.token.into_iter().enumerate();
-    tokens.map(|(index, token)| read(&mut all, index, token)).collect::<Result<(), _>>()?;
+    let mut tokens = format.shape(text)?.token.into_iter().enumerate();
+    tokens.try_for_each(|(index, token)| read(&mut all, index, token))?;
     Ok(all)
 }
 
