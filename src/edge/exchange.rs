@@ -28,9 +28,7 @@ pub(super) struct Exchange {
     pub(super) head: Bytes,
     started: Instant,
     logged: Option<LogPlaces>,
-    /// The pipeline has permitted it.
-    permitted: bool,
-    /// Which `[[upstream]]` serves it; `None` before the verdict.
+    /// Which `[[upstream]]` serves it; `None` if the pipeline has not permitted it.
     pub(super) pool: Option<usize>,
     /// The one that serves it if `pool` is a canary that cannot.
     main_pool: Option<usize>,
@@ -110,7 +108,6 @@ impl Exchange {
             head,
             started: Instant::now(),
             logged: None,
-            permitted: false,
             pool: None,
             main_pool: None,
             ending: Ending::default(),
@@ -137,7 +134,6 @@ impl Exchange {
 
     /// The pipeline has permitted it. `fields_dropped`: header fields that were not forwarded for their name.
     pub(super) fn permitted(&mut self, view: &RequestView<'_>, plan: &Plan<'_>, fields_dropped: usize) {
-        self.permitted = true;
         self.upstream.fields_dropped = fields_dropped;
         self.pool = Some(plan.upstream);
         if let Some(canary) = plan.canary
@@ -148,16 +144,25 @@ impl Exchange {
                 self.leave_canary();
             }
         }
-        let Some(peers) = self.snapshot.pool(self.pool) else { return };
-        let Some(by) = peers.upstream.hash_by() else { return };
-        let key = match by {
-            HashBy::User => self.user(),
-            HashBy::Token => self.token(),
-            HashBy::Header(name) => field(view, name),
-            HashBy::Cookie(name) => field(view, "cookie").and_then(|cookies| cookie(cookies, name.as_bytes())),
-        };
-        let key = key.map(|key| peers.upstream.key_of(key));
+        let key = self.key(Some(view));
         self.upstream.tries.keyed(key);
+    }
+
+    /// The request's place among the servers of its pool, if it has one. Without its head's view, what a header says is not at
+    /// hand: the servers take turns.
+    fn key(&self, view: Option<&RequestView<'_>>) -> Option<u64> {
+        let peers = self.snapshot.pool(self.pool)?;
+        let key = match peers.upstream.hash_by()? {
+            HashBy::User => self.user()?,
+            HashBy::Token => self.token()?,
+            HashBy::Header(name) => field(view?, name)?,
+            HashBy::Cookie(name) => cookie(field(view?, "cookie")?, name.as_bytes())?,
+        };
+        Some(peers.upstream.key_of(key))
+    }
+
+    fn is_permitted(&self) -> bool {
+        self.pool.is_some()
     }
 
     fn user(&self) -> Option<&[u8]> {
@@ -183,16 +188,8 @@ impl Exchange {
             peers.upstream.passed_on();
         }
         self.pool = Some(main);
-        // The key stood for a place among the canary's servers. One that is a header is not at hand any more: the servers take
-        // turns.
-        let key = self.snapshot.pool(self.pool).and_then(|peers| {
-            let key = match peers.upstream.hash_by()? {
-                HashBy::User => self.user()?,
-                HashBy::Token => self.token()?,
-                HashBy::Header(_) | HashBy::Cookie(_) => return None,
-            };
-            Some(peers.upstream.key_of(key))
-        });
+        // The other one stood for a place among the canary's servers.
+        let key = self.key(None);
         self.upstream.tries.keyed(key);
         true
     }
@@ -352,13 +349,13 @@ impl Exchange {
         let refused = self.ending.refusal.and_then(|refusal| Some((refusal.auth_result()?, refusal.reason())));
         match refused {
             Some((result, reason)) => metrics.auth(result, reason, facts.source),
-            None if self.permitted => {
+            None if self.is_permitted() => {
                 let result = if facts.principal.is_some() { AuthResult::Valid } else { AuthResult::Anonymous };
                 metrics.auth(result, "ok", facts.source);
             }
             None => {}
         }
-        if !self.permitted {
+        if !self.is_permitted() {
             return;
         }
         if let Some(generation) = facts.principal.as_ref().and_then(|principal| principal.generation()) {
@@ -382,7 +379,7 @@ impl Exchange {
         let target = self.logged.as_ref().map_or(&b""[..], |places| places.target.within(head));
         let end = self.end();
         // A target that was refused for its form is not taken apart for the log.
-        let path_only = ending.refusal.is_some_and(|refusal| refusal.status() == 400) && !self.permitted;
+        let path_only = ending.refusal.is_some_and(|refusal| refusal.status() == 400) && !self.is_permitted();
         let path = memchr::memchr(b'?', target).map_or(target, |at| &target[..at]);
         let method = match &self.logged {
             None => b"-",

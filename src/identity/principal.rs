@@ -2,13 +2,11 @@
 //! holding one proves authentication.
 
 use crate::clock::Now;
-use crate::store::TokenRecord;
 use crate::store::credential::{Digest, TokenId};
+use crate::store::{TokenRecord, shared_scopes};
 use crate::telemetry::metrics::Generation;
-use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use std::collections::HashSet;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 /// What is known about a token.
 #[derive(Clone, Debug)]
@@ -49,24 +47,6 @@ pub(super) struct SavedPrincipal {
     rotated: Option<bool>,
 }
 
-/// Lists of scopes that are known to repeat. More different ones than this are begun anew: then some stand in memory twice.
-const MAX_SHARED: usize = 1_024;
-
-/// The one copy of a list of scopes: a cache of tokens holds few different lists.
-fn shared(scopes: &[String]) -> Arc<[String]> {
-    static SHARED: LazyLock<Mutex<HashSet<Arc<[String]>>>> = LazyLock::new(Mutex::default);
-    let mut all = SHARED.lock();
-    if let Some(known) = all.get(scopes) {
-        return Arc::clone(known);
-    }
-    if all.len() == MAX_SHARED {
-        all.clear();
-    }
-    let new: Arc<[String]> = scopes.into();
-    all.insert(Arc::clone(&new));
-    new
-}
-
 /// The status of a token by its record, and the Unix millisecond at which it changes by itself.
 pub fn judge(record: Option<&TokenRecord>, digest: &Digest, now: Now) -> (TokenStatus, Option<u64>) {
     let Some(record) = record else { return (TokenStatus::Invalid(Invalid::Unknown), None) };
@@ -94,7 +74,7 @@ impl Principal {
         let expires = record.expires.map(|seconds| seconds.saturating_mul(1000));
         let principal = Self {
             user: record.user.as_str().into(),
-            scopes: shared(&record.scopes),
+            scopes: shared_scopes(&record.scopes),
             token: digest.id(),
             expires,
             generation: match (record.superseded, record.replaces) {
@@ -141,7 +121,7 @@ impl Principal {
     pub(super) fn from_kept(kept: SavedPrincipal, digest: &Digest) -> Self {
         Self {
             user: kept.user.into(),
-            scopes: shared(&kept.scopes),
+            scopes: shared_scopes(&kept.scopes),
             token: digest.id(),
             expires: kept.expires,
             generation: kept.rotated.map(|new| if new { Generation::New } else { Generation::Old }),

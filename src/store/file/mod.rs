@@ -7,7 +7,7 @@ mod follow;
 pub use admin::FileAdmin;
 
 use super::record::{self, RecordField, RecordSource, Unsaid};
-use super::{Change, Heard, LookupLimits, Named, StoreError, TokenRecord, TokenStore, feed, parse_time};
+use super::{Change, Heard, LookupLimits, Named, StoreError, TokenRecord, TokenStore, feed, parse_time, shared_scopes};
 use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
 use crate::telemetry::metrics::StoreMetrics;
@@ -71,9 +71,8 @@ struct RestOfRecord {
     last_used: Option<u64>,
 }
 
-impl KnownToken {
-    /// `lists`: the scopes of those before it.
-    fn of(record: TokenRecord, lists: &mut HashSet<Arc<[String]>>) -> Self {
+impl From<TokenRecord> for KnownToken {
+    fn from(record: TokenRecord) -> Self {
         // Named one by one, so that a new field is not forgotten.
         let TokenRecord {
             digest: _,
@@ -89,11 +88,6 @@ impl KnownToken {
             replaces,
             last_used,
         } = record;
-        let scopes = lists.get(scopes.as_slice()).cloned().unwrap_or_else(|| {
-            let new: Arc<[String]> = scopes.into();
-            lists.insert(Arc::clone(&new));
-            new
-        });
         let rest = RestOfRecord {
             expired_always: expires == Some(0),
             description: description.into(),
@@ -106,9 +100,12 @@ impl KnownToken {
             last_used,
         };
         let rest = (rest != RestOfRecord::default()).then(|| Box::new(rest));
-        Self { user: user.into(), scopes, expires: expires.and_then(NonZeroU64::new), rest }
+        let (scopes, expires) = (shared_scopes(&scopes), expires.and_then(NonZeroU64::new));
+        Self { user: user.into(), scopes, expires, rest }
     }
+}
 
+impl KnownToken {
     fn record(&self, digest: Digest) -> TokenRecord {
         let (user, scopes) = (self.user.to_string(), self.scopes.to_vec());
         let record =
@@ -355,11 +352,9 @@ fn read(path: &Path) -> Result<KnownTokens, FileError> {
         if text.trim().is_empty() {
             return Err(Broken::Empty);
         }
-        let (known, _lists) =
-            entries(&text, Format::of(path), |(known, lists): &mut (KnownTokens, HashSet<_>), record| {
-                known.insert(record.digest, KnownToken::of(record, lists)).is_none()
-            })?;
-        Ok(known)
+        entries(&text, Format::of(path), |known: &mut KnownTokens, record| {
+            known.insert(record.digest, record.into()).is_none()
+        })
     };
     read().map_err(|why| FileError { path: path.into(), why })
 }
@@ -505,11 +500,11 @@ mod tests {
             last_used: Some(5),
             ..plain.clone()
         };
-        let mut lists = HashSet::new();
-        for record in [plain, full] {
-            assert_eq!(KnownToken::of(record.clone(), &mut lists).record(digest), record);
+        for record in [plain.clone(), full] {
+            assert_eq!(KnownToken::from(record.clone()).record(digest), record);
         }
-        assert_eq!(lists.len(), 1);
+        let [one, other] = [plain.clone(), plain].map(KnownToken::from);
+        assert!(Arc::ptr_eq(&one.scopes, &other.scopes), "one list for both");
     }
 
     /// All pieces of a file read as the file does.
