@@ -240,7 +240,10 @@ impl ClientStream {
     pub(super) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Self { socket, timer, .. } = self;
         let Some(socket) = socket else { return Err(io::ErrorKind::NotConnected.into()) };
-        let mut write = pin!(socket.write_all(bytes));
+        let mut write = pin!(async {
+            socket.write_all(bytes).await?;
+            socket.flush().await
+        });
         // Made only when the client does not take the bytes at once.
         let mut deadline = None;
         poll_fn(|cx| {

@@ -1,19 +1,59 @@
-//! A connected socket, TCP or Unix, as the kernel gave it. It must not know what is spoken over it.
+//! A connected socket: TCP or Unix as the kernel gave it, or TLS over TCP. It must not know what is spoken over it.
 
 use bytes::BytesMut;
+use parking_lot::Mutex;
 use std::cell::RefCell;
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, RawFd};
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::io::{AsyncBufRead as _, AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
+use tokio_rustls::TlsStream;
 
 #[derive(Debug)]
 pub(super) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Tls(Box<TlsSocket>),
+}
+
+/// One task uses both directions, so nobody waits for the lock; only the compiler has to be shown that.
+#[derive(Debug)]
+pub(super) struct TlsSocket(Mutex<TlsStream<TcpStream>>);
+
+impl From<TlsStream<TcpStream>> for Socket {
+    fn from(stream: TlsStream<TcpStream>) -> Self {
+        Self::Tls(Box::new(TlsSocket(Mutex::new(stream))))
+    }
+}
+
+impl TlsSocket {
+    /// Moves what was decrypted into the buffer. 0: the other end has said that nothing more will come. An end that was not
+    /// announced is an error: somebody in between may have made it.
+    fn poll_fill(&self, cx: &mut Context<'_>, buffer: &mut BytesMut) -> Poll<io::Result<usize>> {
+        let mut stream = self.0.lock();
+        let mut stream = Pin::new(&mut *stream);
+        let bytes = ready!(stream.as_mut().poll_fill_buf(cx))?;
+        buffer.extend_from_slice(bytes);
+        let taken = bytes.len();
+        stream.consume(taken);
+        Poll::Ready(Ok(taken))
+    }
+
+    fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.lock()).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.lock()).poll_flush(cx)
+    }
+
+    fn poll_shutdown(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.lock()).poll_shutdown(cx)
+    }
 }
 
 /// A socket between two workers: it belongs to no event loop.
@@ -29,6 +69,9 @@ impl Socket {
         match self {
             Self::Tcp(socket) => socket.peer_addr().ok().map(|address| address.ip().to_canonical()),
             Self::Unix(_) => None,
+            Self::Tls(socket) => {
+                socket.0.lock().get_ref().0.peer_addr().ok().map(|address| address.ip().to_canonical())
+            }
         }
     }
 
@@ -36,6 +79,7 @@ impl Socket {
         match self {
             Self::Tcp(socket) => socket.as_raw_fd(),
             Self::Unix(socket) => socket.as_raw_fd(),
+            Self::Tls(socket) => socket.0.lock().as_raw_fd(),
         }
     }
 
@@ -50,22 +94,27 @@ impl Socket {
                 let (reader, writer) = socket.split();
                 (SocketReader::Unix(reader), SocketWriter { half: WriteHalf::Unix(writer), written: 0 })
             }
+            Self::Tls(socket) => (SocketReader::Tls(socket), SocketWriter { half: WriteHalf::Tls(socket), written: 0 }),
         }
     }
 
     /// Makes the end of the connection a reset, which no reader takes for the end of a body.
     pub(super) fn reset_when_dropped(&self) {
-        if let Self::Tcp(socket) = self {
-            // If it fails, the connection has ended already.
-            let _ = socket.set_zero_linger();
-        }
+        // If it fails, the connection has ended already.
+        let _ = match self {
+            Self::Tcp(socket) => socket.set_zero_linger(),
+            Self::Tls(socket) => socket.0.lock().get_ref().0.set_zero_linger(),
+            Self::Unix(_) => Ok(()),
+        };
     }
 
-    /// Takes the socket out of this thread's event loop.
+    /// Takes the socket out of this thread's event loop. Not possible once TLS is spoken, which begins on the worker that
+    /// keeps the connection.
     pub(super) fn detach(self) -> io::Result<DetachedSocket> {
         Ok(match self {
             Self::Tcp(socket) => DetachedSocket::Tcp(socket.into_std()?),
             Self::Unix(socket) => DetachedSocket::Unix(socket.into_std()?),
+            Self::Tls(_) => return Err(io::ErrorKind::Unsupported.into()),
         })
     }
 }
@@ -83,6 +132,7 @@ impl DetachedSocket {
 pub(super) enum SocketReader<'s> {
     Tcp(tcp::ReadHalf<'s>),
     Unix(unix::ReadHalf<'s>),
+    Tls(&'s TlsSocket),
 }
 
 pub(super) struct SocketWriter<'s> {
@@ -94,6 +144,7 @@ pub(super) struct SocketWriter<'s> {
 enum WriteHalf<'s> {
     Tcp(tcp::WriteHalf<'s>),
     Unix(unix::WriteHalf<'s>),
+    Tls(&'s TlsSocket),
 }
 
 /// A head and a small body.
@@ -104,6 +155,8 @@ impl WriteHalf<'_> {
         match self {
             Self::Tcp(half) => half.try_write(bytes),
             Self::Unix(half) => half.try_write(bytes),
+            // What is encrypted has to be waited for: see `write_all`.
+            Self::Tls(_) => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 
@@ -111,6 +164,7 @@ impl WriteHalf<'_> {
         match self {
             Self::Tcp(half) => half.try_write_vectored(slices),
             Self::Unix(half) => half.try_write_vectored(slices),
+            Self::Tls(_) => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 }
@@ -136,6 +190,7 @@ impl SocketReader<'_> {
                 make_room(buffer, room);
                 pin!(half.read_buf(buffer)).poll(cx)
             }
+            Self::Tls(socket) => socket.poll_fill(cx, buffer),
         }
     }
 }
@@ -185,11 +240,15 @@ impl SocketWriter<'_> {
     pub(super) async fn write_all(&mut self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
         // Takes empty slices away.
         IoSlice::advance_slices(&mut slices, 0);
+        if let WriteHalf::Tls(socket) = self.half {
+            return encrypt_all(socket, slices, &mut self.written).await;
+        }
         while !slices.is_empty() {
             let written = match self.write_now(slices) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => match &mut self.half {
                     WriteHalf::Tcp(half) => half.write_vectored(slices).await?,
                     WriteHalf::Unix(half) => half.write_vectored(slices).await?,
+                    WriteHalf::Tls(_) => return Err(error),
                 },
                 written => written?,
             };
@@ -223,8 +282,33 @@ impl SocketWriter<'_> {
         match &mut self.half {
             WriteHalf::Tcp(half) => half.shutdown().await,
             WriteHalf::Unix(half) => half.shutdown().await,
+            WriteHalf::Tls(socket) => poll_fn(|cx| socket.poll_shutdown(cx)).await,
         }
     }
+}
+
+/// Encrypts and sends all of the slices. Little is put together first, so that it is one record.
+async fn encrypt_all(socket: &TlsSocket, slices: &[IoSlice<'_>], written: &mut u64) -> io::Result<()> {
+    let mut together = Vec::new();
+    let length = slices.iter().map(|slice| slice.len()).sum::<usize>();
+    let is_little = slices.len() > 1 && length <= LITTLE;
+    if is_little {
+        together.reserve_exact(length);
+        slices.iter().for_each(|slice| together.extend_from_slice(slice));
+    }
+    let single = IoSlice::new(&together);
+    for slice in if is_little { std::slice::from_ref(&single) } else { slices } {
+        let mut rest: &[u8] = slice;
+        while !rest.is_empty() {
+            let taken = poll_fn(|cx| socket.poll_write(cx, rest)).await?;
+            if taken == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            *written += taken as u64;
+            rest = &rest[taken..];
+        }
+    }
+    poll_fn(|cx| socket.poll_flush(cx)).await
 }
 
 impl AsyncRead for Socket {
@@ -232,6 +316,7 @@ impl AsyncRead for Socket {
         match self.get_mut() {
             Self::Tcp(socket) => Pin::new(socket).poll_read(cx, out),
             Self::Unix(socket) => Pin::new(socket).poll_read(cx, out),
+            Self::Tls(socket) => Pin::new(socket.0.get_mut()).poll_read(cx, out),
         }
     }
 }
@@ -241,6 +326,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Self::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
             Self::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
+            Self::Tls(socket) => socket.poll_write(cx, bytes),
         }
     }
 
@@ -252,6 +338,7 @@ impl AsyncWrite for Socket {
         match self.get_mut() {
             Self::Tcp(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
             Self::Unix(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
+            Self::Tls(socket) => Pin::new(socket.0.get_mut()).poll_write_vectored(cx, slices),
         }
     }
 
@@ -259,14 +346,18 @@ impl AsyncWrite for Socket {
         true
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(_) | Self::Unix(_) => Poll::Ready(Ok(())),
+            Self::Tls(socket) => socket.poll_flush(cx),
+        }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
+            Self::Tls(socket) => socket.poll_shutdown(cx),
         }
     }
 }
