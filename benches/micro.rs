@@ -9,7 +9,7 @@ use tollgate::forward::Http1Head;
 use tollgate::identity::Mode;
 use tollgate::pipeline::{Admission, Pipeline, Verdict};
 use tollgate::request::body::{BodyHead, BodyRules, BodyScanner, KeySet, UntypedBody};
-use tollgate::request::origin::{Origin, TrustedProxies};
+use tollgate::request::origin::{Arrival, Origin, TrustedProxies};
 use tollgate::request::view::{Method, RequestView};
 use tollgate::request::{self, head, query};
 use tollgate::store::credential::Digest;
@@ -73,7 +73,9 @@ fn pipeline() -> &'static Pipeline {
 
 /// As a client on this machine sends it.
 fn origin<'a>(view: &RequestView<'a>) -> Origin<'a> {
-    Origin::of(view, Some(std::net::Ipv4Addr::LOCALHOST.into()), &TrustedProxies::default())
+    static LOCAL: std::sync::LazyLock<Arrival> =
+        std::sync::LazyLock::new(|| Arrival::of(Some(std::net::Ipv4Addr::LOCALHOST.into())));
+    Origin::of(view, &LOCAL, &TrustedProxies::default())
 }
 
 fn now() -> Now {

@@ -141,7 +141,7 @@ operations() {
     sed -n 's/^| `\(tollgate_[a-z_]*\)` | \(counter\|gauge\|histogram\) |.*/\1/p' docs/operations.md | sort >"$work/said"
     same metrics || return 1
     cp "$work/reasons" "$work/known"
-    sed -n 's/^| `\([a-z_]*\)` | [45][0-9][0-9] |.*/\1/p' docs/operations.md | sort >"$work/said"
+    sed -n 's/^| `\([a-z_]*\)` | [345][0-9][0-9] |.*/\1/p' docs/operations.md | sort >"$work/said"
     same reasons || return 1
     sed -n 's/^ *- alert: //p' deploy/prometheus/alerts.yml | sort >"$work/known"
     sed -n '/^### Alerts/,/^## /p' docs/operations.md | grep '^| Tollgate' | cut -d'|' -f2 | grep -o 'Tollgate[A-Za-z0-9]*' | sort >"$work/said"

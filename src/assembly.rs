@@ -23,7 +23,8 @@ pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Run
     let authenticator = authenticator(&settings, &metrics, None)?;
     let log = access_log(&settings, &metrics)?;
     let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), log.clone(), None);
-    Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, log) })
+    let watched = path.clone().filter(|_| settings.server.watch);
+    Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, log), watched })
 }
 
 fn snapshot(
@@ -40,8 +41,7 @@ fn snapshot(
         cors: settings.cors.clone(),
         authenticator,
     };
-    let hosts = settings.admin_hosts.clone();
-    Snapshot::build(pipeline, metrics, &settings.upstreams, settings.timeouts, log, hosts, running)
+    Snapshot::build(pipeline, metrics, &settings.upstreams, settings.edge.clone(), log, running)
 }
 
 /// `before`: one of the same records, whose cache is taken over.
@@ -97,13 +97,13 @@ fn access_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Acc
 fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild {
     let started = settings.server.clone();
     let authorities = system_authorities(&settings.stores);
-    let current = Mutex::new((settings, log, authorities));
+    let current = Arc::new(Mutex::new((settings, log, authorities)));
     Arc::new(move |running: &Snapshot, reopened: Result<(), String>| {
         let path = path.as_deref().ok_or("there is no configuration file to read")?;
-        let mut current = current.lock();
-        let next = config::load(path, Probe::Reload(&current.0)).map_err(|problems| report(&problems))?;
+        let held = current.lock();
+        let (settings, log, authorities) = &*held;
+        let next = config::load(path, Probe::Reload(settings)).map_err(|problems| report(&problems))?;
         next.warnings.iter().for_each(|warning| log::warn!("{warning}"));
-        let (settings, log, authorities) = &mut *current;
         let next_authorities = system_authorities(&next.stores);
         let describe = |error: anyhow::Error| format!("{error:#}");
         let metrics = Arc::clone(&running.metrics);
@@ -128,9 +128,12 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
         let changed = settings.document.changes(&next.document).into_iter();
         let report = Reloaded { applied: changed.filter(|key| !restart.contains(key)).collect(), restart };
-        log::set_max_level(next.level);
-        (*settings, *log, *authorities) = (next, next_log, next_authorities);
-        Ok(Rebuilt { snapshot, report })
+        let (server, current) = (next.server.clone(), Arc::clone(&current));
+        let done = Box::new(move || {
+            log::set_max_level(next.level);
+            *current.lock() = (next, next_log, next_authorities);
+        });
+        Ok(Rebuilt { snapshot, settings: server, report, done })
     })
 }
 

@@ -10,8 +10,9 @@ use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
 use crate::request::origin::Origin;
 use crate::request::page::Clamped;
-use crate::request::view::{Method, RequestView};
-use crate::request::{self, Examined};
+use crate::request::route::Auth;
+use crate::request::view::{Framing, Method, RequestView};
+use crate::request::{self, Examined, RequestFault};
 use crate::store::credential::Digest;
 use crate::telemetry::metrics::{CacheResult, TokenSource};
 use std::net::IpAddr;
@@ -100,6 +101,24 @@ pub struct Pending<'r> {
 }
 
 impl Pipeline {
+    /// Judges a request in plain text that should come over TLS. Nothing that was sent with a credential is sent elsewhere: who
+    /// listened has it already, and the client should learn that it is wrong.
+    pub fn redirect<'r>(&'r self, view: &RequestView<'r>) -> Cause {
+        let is_asked =
+            |examined: &Examined<'_>| !matches!(examined.route.auth, Auth::None { .. }) || view.query().is_none();
+        let can_come_again = matches!(view.method, Method::Get | Method::Head) && view.body == Framing::Empty;
+        match request::examine(view, &self.rules) {
+            // A route without a look-up was not asked whether there is a token in the query.
+            Ok(examined) if can_come_again && examined.presented.is_none() && is_asked(&examined) => Cause::Redirect,
+            Err(refused) if can_come_again && refused.fault == RequestFault::TokenMissing => Cause::Redirect,
+            Err(refused) => match Refusal::from(Cause::Request(refused.fault)) {
+                refusal if refusal.auth_result().is_some() => Cause::PlainText,
+                refusal => refusal.cause(),
+            },
+            Ok(_) => Cause::PlainText,
+        }
+    }
+
     /// Judges a request that came from an origin.
     pub fn admit<'r>(&'r self, view: &RequestView<'r>, origin: &Origin<'_>, now: Now, mode: Mode) -> Admission<'r> {
         let examined = match request::examine(view, &self.rules) {

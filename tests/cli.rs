@@ -157,7 +157,7 @@ fn check_names_every_problem_with_its_key_and_its_line() {
         ("9:21", "cache.positive_capacity: must not be 0"),
         ("11:16", "pagination.max_per_page: is less than default_per_page"),
         ("14:16", "limits.target_bytes: is more than header_bytes (see"),
-        ("15:2", "colour: is not a known section; use one of: server, admin"),
+        ("15:2", "colour: is not a known section; use one of: server, listener, admin"),
         ("16:1", "upstream[0].name: is missing"),
         ("17:11", "upstream[0].servers: is empty, found []"),
         ("19:8", "route[0].path: "),

@@ -375,7 +375,10 @@ fn a_blocked_log_does_not_keep_a_reload_from_taking_effect() {
     let text = std::fs::read_to_string(config(&gateway)).unwrap();
     std::fs::write(config(&gateway), text.replace("max_per_page = 100", "max_per_page = 50")).unwrap();
     let answer = gateway.admin_post("/reload");
-    assert_eq!((answer.status, answer.text().as_str()), (200, "reloaded\n"));
+    assert_eq!(
+        (answer.status, answer.text().as_str()),
+        (200, "reloaded; changed and in force: pagination.max_per_page\n")
+    );
     upstream.forget();
     assert_eq!(gateway.get("/api/v3/projects?per_page=1000").status, 200);
     assert_eq!(upstream.only().target, "/api/v3/projects?per_page=50");

@@ -25,6 +25,7 @@ mod deploy;
 mod forwarding;
 mod lanes;
 mod ledger;
+mod listeners;
 mod logs;
 mod method_override;
 mod names;

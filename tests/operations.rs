@@ -62,26 +62,51 @@ fn sigint_loses_no_request_in_flight() {
 }
 
 #[test]
-fn new_requests_during_the_drain_get_503_and_the_end_of_the_connection() {
+fn during_the_drain_the_listeners_are_closed_and_accepted_connections_are_served() {
     // The drain lasts until the test has checked everything.
     let (upstream, latch) = slow_upstream();
     let gateway = Gateway::start(upstream.address, "");
     let mut clients = in_flight(&gateway, &upstream, 1);
+    // Connections without a request: one asks in time, one asks for nothing, one is told that its token is bad.
+    let [mut late, mut silent, mut refused] = [(); 3].map(|()| gateway.client());
+    eventually("they are accepted", || gateway.metric("tollgate_connections") >= 4.0);
     gateway.signal("TERM");
-    eventually("draining", || gateway.admin_get("/readyz").is_some_and(|answer| answer.status == 503));
-    for pause in [Duration::ZERO, Duration::from_millis(100)] {
-        let mut late = gateway.client();
-        // As with a slow client, the connection is established before the request is sent.
-        std::thread::sleep(pause);
-        late.send_head(&get(GOOD, "/api/v3/user"));
-        let answer = late.try_answer().unwrap_or_else(|| panic!("no answer to a request sent {pause:?} after connect"));
-        assert_eq!((answer.status, answer.header("Connection")), (503, Some("close")));
-        assert!(answer.header("Retry-After").is_some(), "{:?}", answer.headers);
-        assert!(late.is_closed_within(PATIENCE));
+    eventually("the listener is closed", || Client::try_connect(gateway.address).is_none());
+    late.send_head(&get(GOOD, "/api/v3/user"));
+    refused.send_head(&get(BAD, "/api/v3/user"));
+    for (client, status) in [(&mut late, 200), (&mut refused, 401)] {
+        let answer = client.answer();
+        assert_eq!((answer.status, answer.header("Connection")), (status, Some("close")));
+        assert!(client.is_closed_within(PATIENCE));
     }
+    assert!(silent.is_closed_within(PATIENCE), "a connection without a request holds up the end");
     latch.open();
-    assert_eq!(clients[0].answer().status, 200);
-    assert_eq!(upstream.seen().len(), 1, "a request that came during the drain was forwarded");
+    assert_eq!((clients[0].answer().status, upstream.seen().len()), (200, 2));
+}
+
+#[test]
+fn requests_are_served_as_before_during_the_drain_delay() {
+    let upstream = Upstream::start();
+    let more = "[server]\nlisten = [\"@LISTEN@\"]\ndrain_delay = \"10m\"\n";
+    let mut gateway = Gateway::start(upstream.address, more);
+    let mut kept = gateway.client();
+    kept.send_head(&get(GOOD, "/api/v3/user"));
+    assert_eq!(kept.answer().status, 200);
+    // The delay is as the last reload says.
+    gateway.rewrite(|text| text.replace("\"10m\"", "\"1500ms\""));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    let asked = Instant::now();
+    gateway.signal("TERM");
+    eventually("balancers are told", || gateway.admin_get("/readyz").is_some_and(|answer| answer.status == 503));
+    assert_eq!(gateway.metric("tollgate_ready"), 0.0);
+    for client in [&mut kept, &mut gateway.client()] {
+        client.send_head(&get(GOOD, "/api/v3/user"));
+        let answer = client.answer();
+        assert_eq!((answer.status, answer.header("Connection")), (200, None), "as before");
+    }
+    assert!(kept.is_closed_within(PATIENCE), "an idle connection ends behind the delay");
+    assert_eq!(gateway.try_ended(2 * PATIENCE).and_then(|status| status.code()), Some(0), "{}", gateway.process_log());
+    assert!(asked.elapsed() >= Duration::from_millis(1500), "ended after {:?}", asked.elapsed());
 }
 
 #[test]
@@ -105,7 +130,12 @@ fn no_request_sent_before_sigterm_goes_without_an_answer() {
                         Err(_) => None,
                     };
                     match answer {
-                        Some(answer) if answer.status == 200 => answered += 1,
+                        Some(answer) if answer.status == 200 => {
+                            answered += 1;
+                            if answer.header("Connection") == Some("close") {
+                                return (answered, Some(200));
+                            }
+                        }
                         None if !stop.load(Ordering::SeqCst) => panic!("a request was lost before the signal"),
                         other => return (answered, other.map(|answer| answer.status)),
                     }
@@ -119,7 +149,7 @@ fn no_request_sent_before_sigterm_goes_without_an_answer() {
     let mut total = 0;
     for worker in workers {
         let (answered, last) = worker.join().expect("a request was lost");
-        assert!(matches!(last, None | Some(503)), "the load ended with {last:?}");
+        assert!(matches!(last, None | Some(200)), "the load ended with {last:?}");
         total += answered;
     }
     latch.open();
@@ -237,7 +267,7 @@ fn post_reload_takes_a_new_configuration_and_refuses_a_broken_one() {
     a_reload_takes_effect(|gateway| {
         let answer = gateway.admin_post("/reload");
         match answer.status {
-            200 => assert_eq!(answer.text(), "reloaded\n"),
+            200 => assert_eq!(answer.text(), "reloaded; changed and in force: pagination.max_per_page\n"),
             _ => {
                 assert_eq!(answer.status, 500);
                 assert!(
@@ -274,16 +304,18 @@ fn every_part_that_can_break_leaves_a_reload_without_effect() {
 fn what_needs_a_restart_is_said_and_left_as_it_is() {
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
-    let elsewhere = format!("127.0.0.1:{}", free_port());
-    gateway.rewrite(|text| text.replace(&gateway.address.to_string(), &elsewhere));
+    gateway.rewrite(|text| text.replace("threads = 1", "threads = 2"));
     let answer = gateway.admin_post("/reload");
     assert!(answer.status == 200 && answer.text().contains("restart"), "{}", answer.text());
     eventually("the log names the key", || {
         let log = gateway.process_log();
-        log.lines().any(|line| line.contains("server.listen") && line.contains("restart"))
+        log.lines().any(|line| line.contains("server.threads") && line.contains("restart"))
     });
     assert_eq!(status(&gateway, GOOD), 200);
-    assert!(Client::try_connect(elsewhere.parse().unwrap()).is_none());
+    let workers = |name: &str| name.starts_with("worker-");
+    let threads = std::fs::read_dir(format!("/proc/{}/task", gateway.pid())).unwrap();
+    let names = threads.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap());
+    assert_eq!(names.filter(|name| workers(name)).count(), 1);
 }
 
 #[test]

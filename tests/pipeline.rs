@@ -7,7 +7,7 @@ use tollgate::forward::{Http1Head, Http2Head};
 use tollgate::identity::Mode;
 use tollgate::pipeline::{Admission, Facts, Pipeline, Verdict};
 use tollgate::request::head;
-use tollgate::request::origin::{Origin, TrustedProxies};
+use tollgate::request::origin::{Arrival, Origin, TrustedProxies};
 use tollgate::{assembly, clock, config};
 
 /// A pipeline before a store that has one token.
@@ -22,7 +22,8 @@ fn pipeline(store: &Store, folder: &Folder) -> tollgate::edge::Snapshot {
 async fn admit(pipeline: &Pipeline, token: &str, mode: Mode) -> (String, Facts) {
     let bytes = format!("GET /api/v3/user HTTP/1.1\r\nHost: t\r\nPRIVATE-TOKEN: {token}\r\n\r\n").into_bytes();
     let view = head::parse(&bytes).unwrap();
-    let origin = Origin::of(&view, None, &TrustedProxies::default());
+    let arrival = Arrival::default();
+    let origin = Origin::of(&view, &arrival, &TrustedProxies::default());
     let (verdict, facts) = match pipeline.admit(&view, &origin, clock::now(), mode) {
         Admission::Decided(verdict, facts) => (verdict, facts),
         Admission::Waiting(pending) => {
@@ -81,7 +82,8 @@ fn both_versions_get_the_same_fields() {
         b"GET /api/v3/x?page=2&private_token=known HTTP/1.1\r\nHost: h.test\r\nAccept: */*\r\nX-A: 1\r\nx-a: 2\r\n\
                   X_B: 3\r\nConnection: X-C, upgrade\r\nUpgrade: h2c\r\nX-C: gone\r\nTE: trailers\r\n\r\n";
     let view = head::parse(bytes).unwrap();
-    let origin = Origin::of(&view, "192.0.2.1".parse().ok(), &TrustedProxies::default());
+    let arrival = Arrival::of("192.0.2.1".parse().ok());
+    let origin = Origin::of(&view, &arrival, &TrustedProxies::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let verdict = match pipeline.admit(&view, &origin, clock::now(), Mode::Serve) {

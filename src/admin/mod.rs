@@ -143,7 +143,10 @@ pub fn reloaded(result: Result<Reloaded, String>, json: bool) -> AdminResponse {
         return AdminResponse { status, content_type: "application/json", allow: None, body: format!("{body:#}\n") };
     }
     match result {
-        Ok(Reloaded { restart, .. }) if restart.is_empty() => text(status, "reloaded\n"),
+        Ok(Reloaded { restart, applied }) if restart.is_empty() && applied.is_empty() => text(status, "reloaded\n"),
+        Ok(Reloaded { restart, applied }) if restart.is_empty() => {
+            text(status, &format!("reloaded; changed and in force: {}\n", applied.join(", ")))
+        }
         Ok(Reloaded { restart, .. }) => {
             let keys = restart.join(", ");
             text(status, &format!("reloaded, but these changes need a restart and are not in force: {keys}\n"))
@@ -422,9 +425,10 @@ mod tests {
             let answer = reloaded(result, json);
             (answer.status, answer.body)
         };
-        assert_eq!(said(done(&[]), false), (200, "reloaded\n".into()));
-        let (status, body) = said(done(&["server.listen", "admin.listen"]), false);
-        assert!(status == 200 && body.contains("restart") && body.contains("server.listen, admin.listen"), "{body}");
+        assert_eq!(said(done(&[]), false), (200, "reloaded; changed and in force: upstream\n".into()));
+        assert_eq!(said(Ok(Reloaded::default()), false), (200, "reloaded\n".into()));
+        let (status, body) = said(done(&["server.threads", "server.watch"]), false);
+        assert!(status == 200 && body.contains("restart") && body.contains("server.threads, server.watch"), "{body}");
         assert_eq!(said(broken(), false), (500, "nothing changed: line 1: a\nline 2: b\n".into()));
         for (result, status, word) in [
             (done(&[]), 200, "reloaded"),

@@ -39,7 +39,7 @@ fn serve(settings: Settings, path: &Path) -> Result<(), Failure> {
 /// What is being served, in a few lines.
 fn summary(settings: &Settings, path: &Path) -> [String; 5] {
     let list = |all: Vec<String>| if all.is_empty() { "none".to_owned() } else { all.join(", ") };
-    let listeners = settings.server.listen.iter().map(ToString::to_string).collect();
+    let listeners = settings.server.listeners.iter().map(ToString::to_string).collect();
     let admin = settings.server.admin.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
     let upstreams = settings.upstreams.iter().map(|upstream| {
         let servers = upstream.servers.iter().map(|server| server.address.to_string()).collect::<Vec<_>>().join(", ");

@@ -22,8 +22,48 @@ section! {
         /// Networks of the proxies in front of tollgate whose X-Forwarded-* headers are believed, like `"10.0.0.0/8"`,
         /// and `"unix"` for peers on a Unix socket. These headers are removed from all other requests.
         trusted_proxies: Vec<Proxy> = "[]",
-        /// How long requests in flight may continue after SIGTERM. New requests get 503 meanwhile.
+        /// How long requests are served as before after SIGTERM, while /readyz of the admin listener says 503 already, so that
+        /// balancers and Kubernetes send new ones elsewhere. Use more than the interval of their health checks.
+        drain_delay: Duration = r#""0s""#,
+        /// How long requests in flight may continue after that. The listeners are closed by then, and each connection ends with
+        /// its next response.
         shutdown_grace: Duration = r#""25s""#,
+        /// Reload when this configuration file changes, as `tollgate reload` does.
+        watch: bool = "false",
+    }
+}
+
+section! {
+    /// A listener with more than an address: TLS, HTTP/2, the PROXY protocol. With any of these, [server] listen is empty
+    /// unless it is set.
+    ListenerSection {
+        /// `"address:port"`, or `"unix:/path"` for a socket file (mode 0660).
+        address: ListenAddress = r#"!"127.0.0.1:8443""#,
+        /// PEM files, relative to the folder of this configuration: the certificate followed by its intermediates, and its
+        /// private key. With any of these, the listener speaks TLS. Clients get the certificate for the name that they ask
+        /// for (SNI), otherwise the first one. A reload reads the files again; so does tollgate by itself when they change.
+        certificates: Vec<CertificateText> = "[]",
+        /// "intermediate" (TLS 1.2 and 1.3) or "modern" (TLS 1.3 only), as Mozilla recommends.
+        tls: TlsVersions = r#""intermediate""#,
+        /// Certificate authorities for certificates of clients, a PEM file; empty for none. The subject of a client's
+        /// certificate is in the access log, and the backend gets it as X-Tollgate-Client-Certificate.
+        client_ca: String = r#""""#,
+        /// With `client_ca`: "required" (a client without a certificate cannot connect) or "optional".
+        client_certificate: ClientCertificate = r#""required""#,
+        /// Speak HTTP/2 as well: with TLS, with clients that choose it; otherwise with those that begin with its preface.
+        http2: bool = "true",
+        /// Networks of load balancers that begin their connections with a PROXY protocol header (version 1 or 2), like
+        /// `"10.0.0.0/8"`, and `"unix"` for peers on a Unix socket. With any of these, the header is mandatory, and other peers
+        /// are closed.
+        proxy_protocol: Vec<Proxy> = "[]",
+        /// Time for the PROXY protocol header and the TLS handshake together.
+        handshake_timeout: Duration = r#""10s""#,
+        /// Without certificates: the port, like 443, for redirects (308) of GET and HEAD to the same URL with https, or "none".
+        /// Requests with a token, which has been sent in plain text by then, and those of other methods get 403.
+        redirect_to_https: Option<u64> = r#""none""#,
+        /// With certificates: send Strict-Transport-Security with this time in every response, or "none". Browsers then use
+        /// https alone for this host, on every port.
+        hsts: Option<Duration> = r#""none""#,
     }
 }
 
@@ -547,6 +587,8 @@ words! { AuthMode { Required = "required", Optional = "optional", None = "none" 
 words! { QueryToken { Accept = "accept", Refuse = "refuse" } }
 words! { CheckKind { None = "none", Tcp = "tcp", Http = "http" } }
 words! { BalanceBy { RoundRobin = "round_robin", LeastRequests = "least_requests", Hash = "hash" } }
+words! { TlsVersions { Intermediate = "intermediate", Modern = "modern" } }
+words! { ClientCertificate { Required = "required", Optional = "optional" } }
 words! { CanaryKey { User = "user", Token = "token", Request = "request" } }
 words! { Level { Error = "error", Warn = "warn", Info = "info" } }
 
@@ -746,6 +788,21 @@ impl Setting for HeaderEdits {
             }
         }
         Ok(edits)
+    }
+}
+
+/// A certificate of a listener.
+#[derive(Clone, Debug)]
+pub(crate) struct CertificateText {
+    pub(crate) chain: String,
+    pub(crate) key: String,
+}
+
+impl Setting for CertificateText {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        let like = "write it like { chain = \"api.pem\", key = \"api.key\" }";
+        let [chain, key] = entries(value, ["chain", "key"], like)?;
+        Ok(Self { chain: String::read(chain)?, key: String::read(key)? })
     }
 }
 

@@ -26,6 +26,7 @@ use toml::de::{DeTable, DeValue};
 /// All that the file says.
 struct File {
     server: file::ServerSection,
+    listeners: Vec<file::ListenerSection>,
     admin: file::AdminSection,
     api: file::ApiSection,
     token: file::TokenSection,
@@ -101,8 +102,21 @@ pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
 }
 
 /// The tables that can stand at the top of the file.
-const SECTIONS: [&str; 12] =
-    ["server", "admin", "api", "scope", "token", "store", "cache", "pagination", "limits", "upstream", "route", "log"];
+const SECTIONS: [&str; 13] = [
+    "server",
+    "listener",
+    "admin",
+    "api",
+    "scope",
+    "token",
+    "store",
+    "cache",
+    "pagination",
+    "limits",
+    "upstream",
+    "route",
+    "log",
+];
 
 fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
     for (name, _) in root.iter().filter(|(name, _)| !SECTIONS.contains(&name.get_ref().as_ref())) {
@@ -116,6 +130,7 @@ fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
         root.iter().find(|(key, _)| key.get_ref() == "pagination").and_then(|(_, value)| value.get_ref().as_table());
     File {
         server: one(places, root, "server", file::ServerSection::read),
+        listeners: many(places, root, "listener", "listener", file::ListenerSection::read),
         admin: one(places, root, "admin", file::AdminSection::read),
         api: one(places, root, "api", file::ApiSection::read),
         token: one(places, root, "token", file::TokenSection::read),
@@ -200,8 +215,9 @@ const fn commented(header: &'static str, doc: &'static [&'static str], fields: &
 }
 
 /// All sections, in the order in which they are documented.
-const REFERENCE: [Reference; 17] = [
+const REFERENCE: [Reference; 18] = [
     shown("[server]", file::ServerSection::DOC, file::ServerSection::FIELDS),
+    commented("[[listener]]", file::ListenerSection::DOC, file::ListenerSection::FIELDS),
     shown("[admin]", file::AdminSection::DOC, file::AdminSection::FIELDS),
     shown("[[upstream]]", file::UpstreamSection::DOC, file::UpstreamSection::FIELDS),
     shown("[api]", file::ApiSection::DOC, file::ApiSection::FIELDS),

@@ -5,7 +5,10 @@ use super::file::{self, AuthMode, Beyond, BodyPolicy, Forward, QueryToken, Scope
 use super::places::Places;
 use super::section::{nearest, suggestion};
 use super::{Diagnostic, Document, File};
-use crate::edge::{ServerSettings, Timeouts};
+use crate::edge::{
+    CertificateFiles, EdgeSettings, ListenerSettings, ListenerTlsSettings, ServerSettings, ShutdownTimes, Timeouts,
+    TlsProfile,
+};
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{Policy, ScopeRule, Scopes};
@@ -23,20 +26,19 @@ use crate::request::routes::Routes;
 use crate::request::token::TokenRules;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
-use crate::store::NamedStore;
+use crate::store::{NamedStore, PemFile};
 use crate::telemetry::lines::LogTarget;
 use crate::upstream::{Balance, CheckSettings, HttpCheck, RetryLimits, UpstreamSettings};
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 /// Everything that is configured, checked.
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub server: ServerSettings,
-    /// Names that the admin listener answers to, in lower case.
-    pub admin_hosts: Vec<String>,
     pub rules: Rules,
     pub policy: Policy,
     pub forward: ForwardRules,
@@ -46,7 +48,7 @@ pub struct Settings {
     pub snapshot: Option<PathBuf>,
     pub cache: CacheSettings,
     pub upstreams: Vec<UpstreamSettings>,
-    pub timeouts: Timeouts,
+    pub edge: EdgeSettings,
     pub access_log: LogTarget,
     pub level: LevelFilter,
     /// What is allowed and dangerous, for people: said at every start and reload, and by `check`.
@@ -100,7 +102,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     };
     gather.all("limits", rules.limits.problems());
     gather.all("token", rules.problems());
-    let server = gather.server(file);
+    let server = gather.server(file, folder);
     let timeouts = Timeouts { header: file.limits.header_timeout, idle: file.limits.idle_timeout };
     gather.all("limits", timeouts.problems());
     gather.all("server", rules.trusted_proxies.problems());
@@ -120,7 +122,6 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     }
     Settings {
         server,
-        admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
         rules,
         forward,
         cors,
@@ -129,7 +130,11 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         snapshot: Some(&file.cache.snapshot).filter(|path| !path.is_empty()).map(|path| folder.join(path)),
         cache,
         upstreams,
-        timeouts,
+        edge: EdgeSettings {
+            timeouts,
+            shutdown: ShutdownTimes { drain_delay: file.server.drain_delay, grace: file.server.shutdown_grace },
+            admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
+        },
         access_log: match file.log.access.as_str() {
             "off" => LogTarget::Off,
             "stdout" => LogTarget::Stdout,
@@ -154,15 +159,29 @@ impl Gather<'_, '_> {
         problems.into_iter().for_each(|problem| self.places.add(section, problem));
     }
 
-    fn server(&mut self, file: &File) -> ServerSettings {
+    fn server(&mut self, file: &File, folder: &Path) -> ServerSettings {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads =
             if file.server.threads == 0 { cores } else { usize::try_from(file.server.threads).unwrap_or(cores) };
+        // The default is for those who name no listener at all.
+        let short =
+            if file.listeners.is_empty() || self.places.has("server.listen") { &file.server.listen[..] } else { &[] };
+        let mut listeners: Vec<_> = short.iter().map(|address| ListenerSettings::plain(address.0.clone())).collect();
+        for listener in &file.listeners {
+            let settings = listener_settings(listener, folder);
+            self.all(&listener.at, settings.problems(SystemTime::now()));
+            if settings.tls.is_none() && !listener.client_ca.is_empty() {
+                let problem = Problem::error("client_ca", "goes with certificates only", "remove it");
+                self.places.add(&listener.at, problem.with("certificates"));
+            }
+            listeners.push(settings);
+        }
         let server = ServerSettings {
-            listen: file.server.listen.iter().map(|address| address.0.clone()).collect(),
+            short: short.len(),
+            listeners,
             admin: file.admin.listen.as_ref().map(|address| address.0.clone()),
             threads,
-            grace: file.server.shutdown_grace,
+            watch: file.server.watch,
         };
         self.all("", server.problems());
         server
@@ -357,6 +376,34 @@ impl Gather<'_, '_> {
         }
         self.all(&section.at, general);
         Pagination { default, overrides }
+    }
+}
+
+fn listener_settings(listener: &file::ListenerSection, folder: &Path) -> ListenerSettings {
+    let pem = |path: &str| PemFile::from(folder.join(path));
+    let certificates: Vec<_> = listener
+        .certificates
+        .iter()
+        .map(|files| CertificateFiles { chain: pem(&files.chain), key: pem(&files.key) })
+        .collect();
+    let tls = (!certificates.is_empty()).then(|| ListenerTlsSettings {
+        certificates,
+        client_ca: (!listener.client_ca.is_empty()).then(|| pem(&listener.client_ca)),
+        client_optional: listener.client_certificate == file::ClientCertificate::Optional,
+        profile: match listener.tls {
+            file::TlsVersions::Intermediate => TlsProfile::Intermediate,
+            file::TlsVersions::Modern => TlsProfile::Modern,
+        },
+        http2: listener.http2,
+    });
+    ListenerSettings {
+        address: listener.address.0.clone(),
+        tls,
+        http2: listener.http2,
+        proxy_protocol: (!listener.proxy_protocol.is_empty()).then(|| trusted(&listener.proxy_protocol)),
+        handshake_timeout: listener.handshake_timeout,
+        redirect: listener.redirect_to_https.map(|port| u16::try_from(port).unwrap_or(0)),
+        hsts: listener.hsts,
     }
 }
 

@@ -1,11 +1,13 @@
 //! The admin listener: reads plain requests and lets `admin` answer them. Never on the API listeners.
 
 use super::client::{After, ClientStream, Head, HeadLimits};
+use super::listener::ListenerState;
 use super::socket::Socket;
 use super::workers::Serve;
 use super::{Lifecycle, Snapshot};
 use crate::admin::{self, Action, Operator, Reloaded, Unread};
 use crate::request::head;
+use crate::request::origin::Arrival;
 use crate::request::view::{Framing, Method};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -21,8 +23,8 @@ const LIMITS: HeadLimits = HeadLimits {
     idle_timeout: Duration::from_secs(75),
 };
 
-/// Asks for a reload and says how it went.
-pub(super) type ReloadRequest = oneshot::Sender<Result<Reloaded, String>>;
+/// Asks for a reload. `None`: nobody waits to hear how it went.
+pub(super) type ReloadRequest = Option<oneshot::Sender<Result<Reloaded, String>>>;
 
 pub(super) struct AdminGate {
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
@@ -32,8 +34,9 @@ pub(super) struct AdminGate {
 }
 
 impl Serve for AdminGate {
-    async fn serve(self: Arc<Self>, socket: Socket, _guard: impl Send + 'static) {
-        let mut client = ClientStream::new(socket);
+    async fn serve(self: Arc<Self>, socket: Socket, _: Arc<ListenerState>, _guard: impl Send + 'static) {
+        let arrival = Arrival::of(socket.peer());
+        let mut client = ClientStream::new(socket, arrival);
         loop {
             let head = match client.read_head(|| LIMITS, pin!(std::future::pending())).await {
                 Head::Complete(bytes) => match LIMITS.judge(&bytes) {
@@ -58,8 +61,8 @@ impl Serve for AdminGate {
                 pipeline: &snapshot.pipeline,
                 metrics: &snapshot.metrics,
                 upstreams: snapshot.upstreams.iter().map(|peers| &*peers.upstream).collect(),
-                hosts: &snapshot.admin_hosts,
-                ready: !self.lifecycle.is_draining(),
+                hosts: &snapshot.settings.admin_hosts,
+                ready: self.lifecycle.is_ready(),
                 started_unix_ms: self.started_unix_ms,
                 now: super::now(),
                 instant: Instant::now(),
@@ -82,7 +85,7 @@ impl AdminGate {
     async fn reload(&self) -> Result<Reloaded, String> {
         let (reply, answer) = oneshot::channel();
         let gone = || "the reload service has ended".to_owned();
-        self.reloads.send(reply).await.map_err(|_| gone())?;
+        self.reloads.send(Some(reply)).await.map_err(|_| gone())?;
         answer.await.unwrap_or_else(|_| Err(gone()))
     }
 }

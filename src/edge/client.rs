@@ -6,6 +6,7 @@ use super::patience::{Flag, Timer};
 use super::socket::{Socket, SocketReader, SocketWriter, give_back};
 use crate::request::chunked::ChunkedBody;
 use crate::request::head::{self, HeadFault};
+use crate::request::origin::Arrival;
 use crate::request::view::Framing;
 use async_trait::async_trait;
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -16,7 +17,6 @@ use pingora::protocols::{
 };
 use std::future::poll_fn;
 use std::io;
-use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,7 +45,7 @@ pub(super) struct ClientStream {
     /// Read from the socket and not yet taken.
     ahead: BytesMut,
     body: RemainingBody,
-    peer: Option<IpAddr>,
+    arrival: Arrival,
     served: u64,
     timer: Timer,
 }
@@ -71,6 +71,9 @@ pub(super) enum After {
     /// There is nobody to say anything to.
     Drop,
 }
+
+/// How long the first request of a connection may take to begin once the process is on its way to the end.
+const FIRST_WHILE_DRAINING: Duration = Duration::from_secs(1);
 
 /// A deadline has passed.
 struct TimedOut;
@@ -110,21 +113,20 @@ pub(super) enum Head {
 }
 
 impl ClientStream {
-    pub(super) fn new(socket: Socket) -> Self {
-        let peer = socket.peer();
+    pub(super) fn new(socket: Socket, arrival: Arrival) -> Self {
         Self {
             socket: Some(socket),
             ahead: BytesMut::new(),
             body: RemainingBody::Ended(None),
-            peer,
+            arrival,
             served: 0,
             timer: Timer::default(),
         }
     }
 
-    /// The other end's address; `None` for a Unix socket.
-    pub(super) fn peer(&self) -> Option<IpAddr> {
-        self.peer
+    /// How the connection came.
+    pub(super) fn arrival(&self) -> &Arrival {
+        &self.arrival
     }
 
     /// Reads the head of the next request. `stop` ends the wait for a request that has not begun. The limits are asked for
@@ -137,7 +139,7 @@ impl ClientStream {
     ) -> Head {
         let mut scanned = 0;
         let first = self.served == 0;
-        let mut deadline = None;
+        let (mut deadline, mut stopping) = (None, false);
         loop {
             let begun = !self.ahead.is_empty();
             if begun && let Some(bytes) = self.take_head(scanned) {
@@ -154,11 +156,16 @@ impl ClientStream {
                 if let Poll::Ready(read) = self.poll_fill(cx) {
                     return Poll::Ready(Ok(matches!(read, Ok(1..))));
                 }
-                // A new connection is answered, if only with a 503; an idle one ends.
-                if !begun && !first && stop.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(Ok(false));
-                }
                 let time = if begun || first { limits.header_timeout } else { limits.idle_timeout };
+                // An idle connection ends. On a new one a request may be on its way, which is served.
+                if !begun && !stopping && stop.as_mut().poll(cx).is_ready() {
+                    if !first {
+                        return Poll::Ready(Ok(false));
+                    }
+                    stopping = true;
+                    let soon = Instant::now() + FIRST_WHILE_DRAINING;
+                    deadline = Some(deadline.map_or(soon, |deadline: Instant| deadline.min(soon)));
+                }
                 let deadline = *deadline.get_or_insert_with(|| Instant::now() + time);
                 self.timer.poll_passed(cx, deadline).map(|()| Err(TimedOut))
             });
@@ -305,7 +312,7 @@ impl ClientStream {
             socket: None,
             ahead: BytesMut::new(),
             body: RemainingBody::Ended(None),
-            peer: self.peer,
+            arrival: self.arrival.clone(),
             served: self.served,
             timer: Timer::default(),
         };

@@ -5,6 +5,7 @@
 use super::client::{After, ClientStream, Head};
 use super::exchange::{End, Exchange};
 use super::http1;
+use super::listener::{ListenerState, Welcomed};
 use super::proxied::{Handed, ProxiedLane};
 use super::recheck::{self, Recheck};
 use super::socket::Socket;
@@ -16,7 +17,7 @@ use crate::identity::Mode;
 use crate::pipeline::{Admission, Pending, Verdict};
 use crate::reply::cors::CorsGrant;
 use crate::reply::{Cause, Envelope, Http1Answer, Refusal};
-use crate::request::origin::Origin;
+use crate::request::origin::{Arrival, Origin};
 use crate::request::view::{FieldKind, Framing, Method, RequestView, Version};
 use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
@@ -26,7 +27,6 @@ use pingora::apps::HttpServerApp as _;
 use pingora::protocols::http::{ServerSession, date::get_cached_date};
 use pingora::proxy::HttpProxy;
 use pingora::server::ShutdownWatch;
-use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
@@ -44,9 +44,25 @@ pub(super) struct Gate {
 }
 
 impl Serve for Gate {
-    async fn serve(self: Arc<Self>, socket: Socket, _guard: impl Send + 'static) {
-        let _open = self.snapshot.load().metrics.connection_opened();
-        let mut client = ClientStream::new(socket);
+    async fn serve(self: Arc<Self>, socket: Socket, listener: Arc<ListenerState>, _guard: impl Send + 'static) {
+        let metrics = Arc::clone(&self.snapshot.load().metrics);
+        let _open = metrics.connection_opened();
+        let welcomed = match listener.is_plain() {
+            true => {
+                let arrival = Arrival::of(socket.peer());
+                Some(Welcomed { socket, arrival, http2: false })
+            }
+            // In a box: every connection would pay for its size.
+            false => Box::pin(listener.welcome(socket, metrics)).await,
+        };
+        let Some(Welcomed { socket, arrival, .. }) = welcomed else { return };
+        self.converse(ClientStream::new(socket, arrival)).await;
+    }
+}
+
+impl Gate {
+    /// Requests and their answers, one after the other.
+    async fn converse(&self, mut client: ClientStream) {
         let mut draining = pin!(self.lifecycle.draining());
         loop {
             let head = client.read_head(|| self.snapshot.load().head_limits(), draining.as_mut()).await;
@@ -60,7 +76,7 @@ impl Serve for Gate {
                 Head::Closed => break,
                 fault => (Bytes::new(), Some(fault)),
             };
-            let exchange = Exchange::begin(snapshot, client.peer(), bytes.clone());
+            let exchange = Exchange::begin(snapshot, client.arrival(), bytes.clone());
             let after = match fault {
                 None => self.exchange(&mut client, bytes, exchange).await,
                 Some(fault) => refuse_unread(&mut client, exchange, unread(&fault)).await,
@@ -108,6 +124,7 @@ struct Refused {
 
 /// A request that waits for the token store.
 struct Undecided<'r> {
+    gate: &'r Gate,
     view: RequestView<'r>,
     origin: Origin<'r>,
     exchange: Box<Exchange>,
@@ -118,7 +135,7 @@ impl Gate {
     /// One request and its answer. It is counted and logged when this comes back.
     async fn exchange(&self, client: &mut ClientStream, bytes: Bytes, exchange: Box<Exchange>) -> After {
         let snapshot = Arc::clone(&exchange.snapshot);
-        let judged = match self.judge(client.peer(), &snapshot, &bytes, exchange) {
+        let judged = match self.judge(client.arrival(), &snapshot, &bytes, exchange) {
             Ok(judged) => judged,
             // In a box of its own, which few requests need: every connection pays for the largest state of this.
             Err(undecided) => Box::pin(undecided.verdict()).await,
@@ -138,8 +155,8 @@ impl Gate {
 
     /// Asks the pipeline. `Err`: the token store has to be waited for.
     fn judge<'r>(
-        &self,
-        peer: Option<IpAddr>,
+        &'r self,
+        arrival: &Arrival,
         snapshot: &'r Snapshot,
         bytes: &'r [u8],
         mut exchange: Box<Exchange>,
@@ -148,21 +165,23 @@ impl Gate {
             Ok(view) => view,
             Err(fault) => return Ok(Judged::Unreadable(exchange, fault.into())),
         };
-        let origin = Origin::of(&view, peer, &snapshot.pipeline.rules.trusted_proxies);
+        let origin = Origin::of(&view, arrival, &snapshot.pipeline.rules.trusted_proxies);
         let id = request_id(&view).map_or_else(new_request_id, str::to_owned);
         exchange.is_asked(&view, origin.client, id);
-        if self.lifecycle.is_draining() {
-            return Ok(settle(exchange, &view, &origin, Verdict::Refuse(Cause::Draining.into())));
+        if let Some(port) = arrival.redirect {
+            let cause = snapshot.pipeline.redirect(&view);
+            exchange.redirects(&view, port);
+            return Ok(self.settle(exchange, &view, &origin, Verdict::Refuse(cause.into())));
         }
         match snapshot.pipeline.admit(&view, &origin, exchange.now, Mode::Serve) {
             Admission::Decided(verdict, facts) => {
                 exchange.learned(facts);
-                Ok(settle(exchange, &view, &origin, verdict))
+                Ok(self.settle(exchange, &view, &origin, verdict))
             }
             Admission::Waiting(pending) => {
                 // The client may be gone before the store answers.
                 exchange.learned(pending.facts().clone());
-                Err(Box::new(Undecided { view, origin, exchange, pending }))
+                Err(Box::new(Undecided { gate: self, view, origin, exchange, pending }))
             }
         }
     }
@@ -231,29 +250,39 @@ async fn refuse_unread(client: &mut ClientStream, mut exchange: Box<Exchange>, f
 
 impl Undecided<'_> {
     async fn verdict(self: Box<Self>) -> Judged {
-        let Self { view, origin, mut exchange, pending } = *self;
+        let Self { gate, view, origin, mut exchange, pending } = *self;
         let (verdict, facts) = pending.verdict().await;
         exchange.learned(facts);
-        settle(exchange, &view, &origin, verdict)
+        gate.settle(exchange, &view, &origin, verdict)
     }
 }
 
-/// Writes down what a verdict means for this request.
-fn settle(mut exchange: Box<Exchange>, view: &RequestView<'_>, origin: &Origin<'_>, verdict: Verdict<'_>) -> Judged {
-    match verdict {
-        Verdict::Refuse(refusal) => {
-            let close =
-                refusal.must_close() || !view.keep_alive || !ClientStream::can_skip(view.body, view.expects_continue);
-            let grant = grant(view, &exchange.snapshot);
-            let answer = render(refusal, view.method == Method::Head, close, &exchange, grant);
-            Judged::Refused(Refused { exchange, refusal, answer, close, body: view.body })
-        }
-        Verdict::Forward(plan) => {
-            let mut head = Vec::with_capacity(exchange.head.len() + 256);
-            let (rules, sink) = (&exchange.snapshot.pipeline.forward, &mut Http1Head(&mut head));
-            let dropped = plan.write_head(view, rules, origin, &exchange.request_id, sink);
-            exchange.permitted(view, &plan, dropped);
-            Judged::Permitted { head, ticket: ticket(exchange, plan, view) }
+impl Gate {
+    /// Writes down what a verdict means for this request.
+    fn settle(
+        &self,
+        mut exchange: Box<Exchange>,
+        view: &RequestView<'_>,
+        origin: &Origin<'_>,
+        verdict: Verdict<'_>,
+    ) -> Judged {
+        match verdict {
+            Verdict::Refuse(refusal) => {
+                let close = refusal.must_close()
+                    || !view.keep_alive
+                    || !ClientStream::can_skip(view.body, view.expects_continue)
+                    || self.lifecycle.is_draining();
+                let grant = grant(view, &exchange.snapshot);
+                let answer = render(refusal, view.method == Method::Head, close, &exchange, grant);
+                Judged::Refused(Refused { exchange, refusal, answer, close, body: view.body })
+            }
+            Verdict::Forward(plan) => {
+                let mut head = Vec::with_capacity(exchange.head.len() + 256);
+                let (rules, sink) = (&exchange.snapshot.pipeline.forward, &mut Http1Head(&mut head));
+                let dropped = plan.write_head(view, rules, origin, &exchange.request_id, sink);
+                exchange.permitted(view, &plan, dropped);
+                Judged::Permitted { head, ticket: ticket(exchange, plan, view) }
+            }
         }
     }
 }
@@ -299,7 +328,15 @@ pub(super) fn render(refusal: Refusal, head_only: bool, close: bool, exchange: &
     let date = date.to_str().unwrap_or_default();
     let mut out = Vec::with_capacity(384);
     let cors = &exchange.snapshot.pipeline.cors;
-    let envelope = Envelope { date, request_id: &exchange.request_id, cors, grant };
+    let location = (refusal.cause() == Cause::Redirect).then(|| exchange.elsewhere()).flatten();
+    let envelope = Envelope {
+        date,
+        request_id: &exchange.request_id,
+        cors,
+        grant,
+        hsts: exchange.hsts(),
+        location: location.as_deref(),
+    };
     refusal.render(&envelope, &mut Http1Answer { out: &mut out, head_only, close });
     out
 }

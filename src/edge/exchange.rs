@@ -8,6 +8,7 @@ use crate::clock::Now;
 use crate::forward::Plan;
 use crate::pipeline::Facts;
 use crate::reply::{Refusal, UpstreamFault};
+use crate::request::origin::{Arrival, TlsArrival};
 use crate::request::route::{Canary, CanaryBy, RequestTimeout, Route};
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
@@ -24,6 +25,10 @@ pub(super) struct Exchange {
     pub(super) now: Now,
     pub(super) request_id: String,
     pub(super) facts: Facts,
+    /// Where the request is sent in place of an answer.
+    elsewhere: Option<Box<[u8]>>,
+    /// Of the client's connection.
+    tls: Option<Arc<TlsArrival>>,
     /// The request's head as it came; the places below are in it. Empty when it could not be read.
     pub(super) head: Bytes,
     started: Instant,
@@ -98,13 +103,15 @@ impl HeadSlice {
 
 impl Exchange {
     /// An exchange whose request has just come, or has come as far as it ever will. In a box, as it is handed on many times.
-    pub(super) fn begin(snapshot: Arc<Snapshot>, peer: Option<IpAddr>, head: Bytes) -> Box<Self> {
+    pub(super) fn begin(snapshot: Arc<Snapshot>, arrival: &Arrival, head: Bytes) -> Box<Self> {
         let in_flight = snapshot.metrics.request_started();
         Box::new(Self {
             snapshot,
             now: super::now(),
             request_id: String::new(),
-            facts: Facts::none(Method::Other, peer),
+            facts: Facts::none(Method::Other, arrival.nearest()),
+            elsewhere: None,
+            tls: arrival.tls.clone(),
             head,
             started: Instant::now(),
             logged: None,
@@ -125,6 +132,22 @@ impl Exchange {
             target: HeadSlice::of(view.target, &self.head),
             user_agent: HeadSlice::of(user_agent(view), &self.head),
         });
+    }
+
+    /// It may be sent to the same place on another port, with https.
+    pub(super) fn redirects(&mut self, view: &RequestView<'_>, port: u16) {
+        let host = view.host.strip_suffix(port_of(view.host)).unwrap_or(view.host);
+        let port = if port == 443 { String::new() } else { format!(":{port}") };
+        self.elsewhere = Some([b"https://", host, port.as_bytes(), view.target].concat().into());
+    }
+
+    pub(super) fn elsewhere(&self) -> Option<Box<[u8]>> {
+        self.elsewhere.clone()
+    }
+
+    /// The value of Strict-Transport-Security in its answer.
+    pub(super) fn hsts(&self) -> Option<&str> {
+        self.tls.as_ref()?.hsts.as_deref()
     }
 
     /// Takes over what the pipeline knows so far.
@@ -402,6 +425,7 @@ impl Exchange {
             source: facts.source.as_str(),
             token: token.as_ref().map(|token| token.as_str()),
             user: facts.principal.as_ref().map(|principal| principal.user()),
+            client_certificate: self.tls.as_ref().and_then(|tls| tls.subject.as_deref()),
             upstream: peers.map(|peers| Upstreamed {
                 name: peers.upstream.name(),
                 server: self.upstream.tries.last().map(Server::label),
@@ -427,6 +451,12 @@ impl Drop for Exchange {
             self.log(took);
         }
     }
+}
+
+/// The port of a host, with its colon; empty if it has none.
+fn port_of(host: &[u8]) -> &[u8] {
+    let colon = memchr::memrchr(b':', host).filter(|at| host[at + 1..].iter().all(u8::is_ascii_digit));
+    colon.map_or(b"", |at| &host[at..])
 }
 
 /// The value of a cookie.

@@ -248,7 +248,7 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
         match result {
             Ok(Answered::Switched) => {
                 let standing = Recheck::of(ticket, &gate.snapshot);
-                return match tunnel(client, &mut backend, &progress, standing).await {
+                return match tunnel(client, &mut backend, &progress, standing, gate.lifecycle.draining()).await {
                     None => {
                         over(ticket, &progress, false);
                         After::Close
@@ -788,6 +788,7 @@ fn write_head(
             // tollgate's own stands in its place.
             AnswerName::RequestId => kind == AnswerKind::Final,
             AnswerName::Deprecation => ticket.deprecated,
+            AnswerName::StrictTransportSecurity => ticket.exchange.hsts().is_some(),
             _ => false,
         };
         let edited = edits.iter().any(|edit| match edit {
@@ -815,7 +816,8 @@ fn write_head(
         }
     }
     if kind == AnswerKind::Final {
-        for (name, value) in answer::own_fields(&ticket.exchange.request_id, ticket.deprecated) {
+        for (name, value) in answer::own_fields(&ticket.exchange.request_id, ticket.deprecated, ticket.exchange.hsts())
+        {
             sink.field(name.as_bytes(), value.as_bytes());
         }
         if !has_date && let Ok(date) = get_cached_date().to_str() {
@@ -840,6 +842,7 @@ async fn tunnel(
     backend: &mut BackendConnection,
     progress: &Transfer,
     recheck: Option<Recheck<'_>>,
+    draining: impl Future<Output = ()>,
 ) -> Option<Cause> {
     let (mut from_client, mut to_client, _) = client.split()?;
     let BackendConnection { socket, buffer, .. } = backend;
@@ -880,5 +883,6 @@ async fn tunnel(
     tokio::select! {
         () = both => None,
         cause = recheck::ended(recheck) => Some(cause),
+        () = draining => Some(Cause::Draining),
     }
 }

@@ -1,26 +1,88 @@
 //! The listeners' settings, and the check whether their addresses can be bound: an address may be in use, or something else
 //! may exist at the path of a socket file. It must not create or remove anything.
 
+use super::tls::ListenerTlsSettings;
 use crate::problem::{Problem, Severity, no_new_file, socket_path_too_long};
+use crate::request::origin::TrustedProxies;
 use std::fmt;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ServerSettings {
-    pub listen: Vec<Listen>,
+    /// Those of `server.listen` come first.
+    pub listeners: Vec<ListenerSettings>,
+    /// How many of them are from `server.listen`.
+    pub short: usize,
     /// `None`: no admin listener.
     pub admin: Option<Listen>,
     /// Worker threads.
     pub threads: usize,
-    /// How long requests in flight may take after the signal to shut down.
-    pub grace: Duration,
+    /// Reload when the configuration file changes.
+    pub watch: bool,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A listener for the API.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ListenerSettings {
+    pub address: Listen,
+    /// `None`: plain HTTP.
+    pub tls: Option<ListenerTlsSettings>,
+    /// HTTP/2 is spoken with those who begin with its preface, or choose it in the TLS handshake.
+    pub http2: bool,
+    /// Peers whose connections begin with a PROXY protocol header; all others are closed. `None`: nobody sends one.
+    pub proxy_protocol: Option<TrustedProxies>,
+    /// For what comes before HTTP: the PROXY protocol and TLS.
+    pub handshake_timeout: Duration,
+    /// Requests get a redirect to this port with https, or a refusal if they carry a token.
+    pub redirect: Option<u16>,
+    /// Browsers are told to use https alone, for this time.
+    pub hsts: Option<Duration>,
+}
+
+impl ListenerSettings {
+    const LEAST_HANDSHAKE: Duration = Duration::from_millis(100);
+
+    /// Plain HTTP/1.
+    pub fn plain(address: Listen) -> Self {
+        Self {
+            address,
+            tls: None,
+            http2: false,
+            proxy_protocol: None,
+            handshake_timeout: Duration::from_secs(10),
+            redirect: None,
+            hsts: None,
+        }
+    }
+
+    /// Keys of `[[listener]]`.
+    pub fn problems(&self, now: SystemTime) -> Vec<Problem> {
+        let mut problems: Vec<Problem> = self.tls.iter().flat_map(|tls| tls.problems(now)).collect();
+        if let (Listen::Unix(..), Some(_)) = (&self.address, &self.tls) {
+            let instead = "remove the certificates, or listen on an address and a port";
+            problems.push(Problem::error("certificates", "goes with TCP only", instead).with("address"));
+        }
+        if self.redirect.is_some() && self.tls.is_some() {
+            let instead = "use it on a listener for plain HTTP";
+            problems
+                .push(Problem::error("redirect_to_https", "goes without certificates", instead).with("certificates"));
+        }
+        if self.redirect == Some(0) {
+            problems.push(Problem::error("redirect_to_https", "is out of range", "use a port from 1 to 65535"));
+        }
+        if self.hsts.is_some() && self.tls.is_none() {
+            problems.push(Problem::error("hsts", "goes with certificates only", "remove it").with("certificates"));
+        }
+        problems.extend(Problem::too_short("handshake_timeout", self.handshake_timeout, Self::LEAST_HANDSHAKE));
+        problems
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Listen {
     /// `address:port`.
     Tcp(String),
@@ -29,14 +91,9 @@ pub enum Listen {
 }
 
 impl ServerSettings {
-    /// The keys whose values differ.
+    /// The keys whose values differ, and take effect with a restart only.
     pub fn changes(&self, other: &Self) -> Vec<&'static str> {
-        let all = [
-            ("server.listen", self.listen != other.listen),
-            ("server.threads", self.threads != other.threads),
-            ("server.shutdown_grace", self.grace != other.grace),
-            ("admin.listen", self.admin != other.admin),
-        ];
+        let all = [("server.threads", self.threads != other.threads), ("server.watch", self.watch != other.watch)];
         all.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
     }
 }
@@ -56,11 +113,11 @@ impl ServerSettings {
     /// Problems that show without binding an address. Keys of `[server]` and `[admin]`, with their section.
     pub fn problems(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
-        if self.listen.is_empty() {
+        if self.listeners.is_empty() {
             let what = "is empty: the API would be unreachable";
             problems.push(Problem::error("server.listen", what, "write it like [\"127.0.0.1:8080\"]"));
         }
-        let all: Vec<_> = self.listeners().collect();
+        let all: Vec<_> = self.addresses().collect();
         for (number, (listen, key, index)) in all.iter().enumerate() {
             let problem = |what: &str, instead: &str| {
                 let problem = Problem::error(key, what, instead);
@@ -104,7 +161,7 @@ impl ServerSettings {
         let mut problems = Vec::new();
         // All stay bound to the end: two of them may conflict with each other.
         let mut held: Vec<(TcpListener, SocketAddr, &'static str, Option<usize>)> = Vec::new();
-        for (listen, key, index) in self.listeners() {
+        for (listen, key, index) in self.addresses() {
             let (severity, why, related, instead) = match listen {
                 Listen::Tcp(text) => {
                     let Ok(address) = text.parse::<SocketAddr>() else { continue };
@@ -159,8 +216,11 @@ impl ServerSettings {
     }
 
     /// Every listener, with its key and its index in that key's list.
-    fn listeners(&self) -> impl Iterator<Item = (&Listen, &'static str, Option<usize>)> {
-        let api = self.listen.iter().enumerate().map(|(index, listen)| (listen, "server.listen", Some(index)));
+    fn addresses(&self) -> impl Iterator<Item = (&Listen, &'static str, Option<usize>)> {
+        let api = self.listeners.iter().enumerate().map(|(index, listener)| match index.checked_sub(self.short) {
+            None => (&listener.address, "server.listen", Some(index)),
+            Some(index) => (&listener.address, "listener", Some(index)),
+        });
         api.chain(self.admin.iter().map(|listen| (listen, "admin.listen", None)))
     }
 }
@@ -198,6 +258,22 @@ impl fmt::Display for Listen {
             Self::Tcp(address) => f.write_str(address),
             Self::Unix(path, _) => write!(f, "unix:{path}"),
         }
+    }
+}
+
+impl fmt::Display for ListenerSettings {
+    /// For people.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address.fmt(f)?;
+        let said = [
+            (self.tls.is_some(), "TLS"),
+            (self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some()), "client certificates"),
+            (self.http2, "HTTP/2"),
+            (self.proxy_protocol.is_some(), "PROXY protocol"),
+            (self.redirect.is_some(), "redirect to https"),
+        ];
+        let said: Vec<_> = said.into_iter().filter(|(is, _)| *is).map(|(_, what)| what).collect();
+        if said.is_empty() { Ok(()) } else { write!(f, " ({})", said.join(", ")) }
     }
 }
 

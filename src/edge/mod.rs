@@ -7,9 +7,12 @@ mod client;
 mod connection;
 mod dial;
 mod exchange;
+mod file_watch;
 mod health;
 mod http1;
 mod listen;
+mod listener;
+mod listeners;
 mod log_levels;
 mod patience;
 mod peers;
@@ -18,13 +21,16 @@ mod recheck;
 mod server;
 mod socket;
 mod ticket;
+mod tls;
+
 mod workers;
 
 pub use crate::clock::now;
-pub use listen::{AddressInUse, Listen, ServerSettings};
+pub use listen::{AddressInUse, Listen, ListenerSettings, ServerSettings};
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
 pub use peers::unresolved;
 pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
+pub use tls::{CertificateFiles, ListenerTlsSettings, TlsProfile};
 
 use crate::pipeline::Pipeline;
 use crate::problem::Problem;
@@ -37,7 +43,7 @@ use peers::Peers;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 /// The whole running configuration. A request takes one at its start and keeps it to its log line; a reload puts
 /// another in its place.
@@ -46,13 +52,20 @@ pub struct Snapshot {
     pub metrics: Arc<Metrics>,
     /// In the configuration's order, by which routes name them.
     upstreams: Vec<Arc<Peers>>,
-    timeouts: Timeouts,
+    settings: EdgeSettings,
     log: AccessLog,
-    /// Names that the admin listener answers to.
-    admin_hosts: Vec<String>,
     /// One for each route, and one for requests that got to none.
     route_metrics: Vec<RouteMetrics>,
     unrouted: RouteMetrics,
+}
+
+/// What a reload changes for the connections, besides the listeners themselves.
+#[derive(Clone, Debug)]
+pub struct EdgeSettings {
+    pub timeouts: Timeouts,
+    pub shutdown: ShutdownTimes,
+    /// Names that the admin listener answers to, in lower case.
+    pub admin_hosts: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,9 +91,8 @@ impl Snapshot {
         pipeline: Pipeline,
         metrics: Arc<Metrics>,
         upstreams: &[UpstreamSettings],
-        timeouts: Timeouts,
+        settings: EdgeSettings,
         log: AccessLog,
-        admin_hosts: Vec<String>,
         running: Option<&Self>,
     ) -> Self {
         let running = running.map_or(&[][..], |running| &running.upstreams);
@@ -88,7 +100,7 @@ impl Snapshot {
         let upstreams = upstreams.iter().map(build).collect();
         let route_metrics = pipeline.rules.routes.iter().map(|route| metrics.route(&route.name)).collect();
         let unrouted = metrics.route("none");
-        Self { pipeline, metrics, upstreams, timeouts, log, admin_hosts, route_metrics, unrouted }
+        Self { pipeline, metrics, upstreams, settings, log, route_metrics, unrouted }
     }
 
     fn head_limits(&self) -> HeadLimits {
@@ -96,8 +108,8 @@ impl Snapshot {
         HeadLimits {
             header_bytes: limits.header_bytes,
             target_bytes: limits.target_bytes,
-            header_timeout: self.timeouts.header,
-            idle_timeout: self.timeouts.idle,
+            header_timeout: self.settings.timeouts.header,
+            idle_timeout: self.settings.timeouts.idle,
         }
     }
 
@@ -116,30 +128,46 @@ impl Snapshot {
     }
 }
 
-/// Whether new requests are taken.
+/// How far the process is on the way to its end.
 #[derive(Default)]
 pub struct Lifecycle {
+    leaving: AtomicBool,
     draining: AtomicBool,
-    begun: Notify,
+    begun: CancellationToken,
 }
 
 impl Lifecycle {
+    /// Whether balancers should send requests here.
+    fn is_ready(&self) -> bool {
+        !self.leaving.load(Ordering::Acquire)
+    }
+
+    /// Balancers are told to send requests elsewhere; those that come are served as before.
+    fn leave(&self) {
+        self.leaving.store(true, Ordering::Release);
+    }
+
+    /// Whether each connection ends with its next answer.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
     }
 
     fn drain(&self) {
         self.draining.store(true, Ordering::Release);
-        self.begun.notify_waiters();
+        self.begun.cancel();
     }
 
-    /// Comes back when draining has begun.
-    async fn draining(&self) {
-        let begun = self.begun.notified();
-        tokio::pin!(begun);
-        begun.as_mut().enable();
-        if !self.is_draining() {
-            begun.await;
-        }
+    /// Comes back when draining has begun; may be asked again after that.
+    fn draining(&self) -> impl Future<Output = ()> {
+        self.begun.cancelled()
     }
+}
+
+/// How a shutdown goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShutdownTimes {
+    /// For how long requests are served as before, while balancers learn that this gateway is leaving.
+    pub drain_delay: Duration,
+    /// How long requests in flight may take after that.
+    pub grace: Duration,
 }

@@ -220,7 +220,8 @@ impl ProxyHttp for ProxiedLane {
         if self.lifecycle.is_draining() {
             session.set_keepalive(None);
         }
-        for (name, value) in answer::own_fields(&ticket.exchange.request_id, ticket.deprecated) {
+        for (name, value) in answer::own_fields(&ticket.exchange.request_id, ticket.deprecated, ticket.exchange.hsts())
+        {
             answer.insert_header(name, value)?;
         }
         if ticket.http10 && answer.headers.contains_key(header::TRANSFER_ENCODING) {
@@ -415,6 +416,8 @@ async fn write_refusal(session: &mut Session, refusal: Refusal, ticket: Option<&
         request_id: &ticket.exchange.request_id,
         cors: &ticket.exchange.snapshot.pipeline.cors,
         grant: ticket.grant,
+        hsts: ticket.exchange.hsts(),
+        location: None,
     };
     let mut answer = FrameworkAnswer { head: Err(no_ticket()), body: Bytes::new() };
     refusal.render(&envelope, &mut answer);

@@ -3,15 +3,19 @@
 
 use super::admin::{AdminGate, ReloadRequest};
 use super::connection::Gate;
-use super::listen::{Listen, ServerSettings, SocketPlace};
+use super::listen::{ServerSettings, SocketPlace};
+use super::listeners::Listeners;
 use super::proxied::ProxiedLane;
-use super::workers::{Acceptor, Serve as _, Workers};
-use super::{Lifecycle, Snapshot, health};
+use super::workers::{Serve as _, Workers};
+use super::{Lifecycle, ShutdownTimes, Snapshot, file_watch, health};
 use crate::admin::Reloaded;
+use crate::problem::Problem;
 use crate::telemetry::metrics::Metrics;
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -30,10 +34,13 @@ const USES_AT_STOP: Duration = Duration::from_secs(2);
 /// could be reopened. Blocks: reads files and resolves names.
 pub type Rebuild = Arc<dyn Fn(&Snapshot, Result<(), String>) -> Result<Rebuilt, String> + Send + Sync>;
 
-/// The result of a rebuild: the snapshot to serve with, and what to report.
+/// The result of a rebuild: what to serve with, and what to report. Nothing is in force yet.
 pub struct Rebuilt {
     pub snapshot: Snapshot,
+    pub settings: ServerSettings,
     pub report: Reloaded,
+    /// Called when it is in force: the next rebuild starts from here.
+    pub done: Box<dyn FnOnce() + Send>,
 }
 
 /// What [`serve`] runs with.
@@ -41,11 +48,13 @@ pub struct Running {
     pub settings: ServerSettings,
     pub snapshot: Snapshot,
     pub rebuild: Rebuild,
+    /// The configuration file, if changes of it are to be taken without being asked.
+    pub watched: Option<PathBuf>,
 }
 
 /// Serves until a signal ends the process. The error names the address that cannot be bound.
 pub fn serve(running: Running) -> Result<(), ServeError> {
-    let Running { settings, snapshot, rebuild } = running;
+    let Running { settings, snapshot, rebuild, watched } = running;
     // Everything but the exchanges: the store's changes, reloads, the admin listener. Two threads, so that a slow scrape
     // holds up neither.
     let background = tokio::runtime::Builder::new_multi_thread()
@@ -57,12 +66,6 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     let entered = background.enter();
     // Before a connection is accepted: who gets an answer may send a signal.
     let signals = ProcessSignals::handled();
-    let bind = |listen: &Listen| {
-        Acceptor::bind(listen).map_err(|error| ServeError::Bind { address: listen.to_string(), error })
-    };
-    let listeners = settings.listen.iter().map(bind).collect::<Result<Vec<_>, _>>()?;
-    let admin = settings.admin.as_ref().map(bind).transpose()?;
-
     let started_unix_ms = super::now().unix_ms;
     let metrics = Arc::clone(&snapshot.metrics);
     metrics.reloaded(true, started_unix_ms / 1000);
@@ -80,20 +83,30 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         .map(|_| Arc::new(http_proxy(&conf, ProxiedLane { lifecycle: Arc::clone(&lifecycle) })));
     let gate = Gate { snapshot: Arc::clone(&snapshot), framework, lifecycle: Arc::clone(&lifecycle), shutdown };
 
+    let workers = Workers::start(settings.threads, &Arc::new(gate)).map_err(ServeError::Runtime)?;
     let (reloads, requests) = mpsc::channel(1);
-    if let Some(listener) = admin {
-        let gate = Arc::new(AdminGate {
-            snapshot: Arc::clone(&snapshot),
-            lifecycle: Arc::clone(&lifecycle),
-            reloads: reloads.clone(),
-            started_unix_ms,
-        });
-        background.spawn(listener.accept(move |socket| drop(tokio::spawn(Arc::clone(&gate).serve(socket, ())))));
-    }
+    let asked = reloads.clone();
+    let gate = Arc::new(AdminGate {
+        snapshot: Arc::clone(&snapshot),
+        lifecycle: Arc::clone(&lifecycle),
+        reloads: reloads.clone(),
+        started_unix_ms,
+    });
+    let runtime = background.handle().clone();
+    let mut listeners = Listeners::new(workers.doors(), Arc::clone(&metrics), move |acceptor| {
+        let gate = Arc::clone(&gate);
+        let spawner = runtime.clone();
+        let serve = move |socket, listener| drop(spawner.spawn(Arc::clone(&gate).serve(socket, listener, ())));
+        runtime.spawn(acceptor.accept(serve));
+    });
+    let prepared = listeners.prepare(&settings)?;
+    listeners.apply(prepared);
+    let listeners = Arc::new(Mutex::new(listeners));
     let replaced = Arc::new(Notify::new());
     let reloader = Reloader {
         snapshot: Arc::clone(&snapshot),
         rebuild,
+        listeners: Arc::clone(&listeners),
         requests,
         hangup: signals.hangup,
         replaced: Arc::clone(&replaced),
@@ -102,13 +115,14 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     // A reload resolves names: reopening a rotated log must not wait for it.
     background.spawn(reopen_when_asked(Arc::clone(&snapshot), signals.reopen));
     background.spawn(reloader.run());
+    background.spawn(file_watch::run(Arc::clone(&listeners), watched, move || {
+        log::info!("the configuration file has changed");
+        // If one is asked for already, it reads the same file.
+        let _ = asked.try_send(None);
+    }));
     background.spawn(health::run(Arc::clone(&snapshot)));
     background.spawn(Tokens { snapshot: Arc::clone(&snapshot), replaced }.run());
-    let workers = Workers::start(settings.threads, &listeners, &Arc::new(gate)).map_err(ServeError::Runtime)?;
-    // The workers have handles of their own; with this one, the sockets would outlive them.
-    drop(listeners);
-
-    let drain = Drain { lifecycle, metrics, grace: settings.grace, snapshot: Arc::clone(&snapshot) };
+    let drain = Drain { lifecycle, metrics, listeners: Arc::clone(&listeners), snapshot: Arc::clone(&snapshot) };
     background.block_on(drain.run(signals.terminate, signals.interrupt));
     // The receivers may be gone.
     let _ = end.send(true);
@@ -119,11 +133,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     let last = snapshot.load();
     last.pipeline.authenticator.save();
     last.log.flush(Duration::from_secs(2));
-    for listen in settings.listen.iter().chain(&settings.admin) {
-        if let Listen::Unix(path, _) = listen {
-            remove_socket(path);
-        }
-    }
+    listeners.lock().socket_files().iter().for_each(|path| remove_socket(path));
     Ok(())
 }
 
@@ -132,13 +142,15 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
 pub enum ServeError {
     #[error("{address} cannot be bound: {error}")]
     Bind { address: String, error: std::io::Error },
+    #[error("listener {address}: {problem}")]
+    Listener { address: String, problem: Box<Problem> },
     #[error("no threads, event loops or listeners can be made: {0}")]
     Runtime(std::io::Error),
 }
 
 /// Removes the socket file of a listener that is closing, unless another process listens on it by now. One that still
 /// accepts connections at the deadline is left, and the next start replaces it.
-fn remove_socket(path: &str) {
+pub(super) fn remove_socket(path: &str) {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {
         match SocketPlace::of(path) {
@@ -157,7 +169,7 @@ fn remove_socket(path: &str) {
 struct Drain {
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
-    grace: Duration,
+    listeners: Arc<Mutex<Listeners>>,
     snapshot: Arc<ArcSwap<Snapshot>>,
 }
 
@@ -165,30 +177,44 @@ impl Drain {
     async fn run(&self, mut terminate: Signals, mut interrupt: Signals) {
         next(&mut terminate, &mut interrupt).await;
         self.metrics.ready(false);
-        self.lifecycle.drain();
-        // Logged last, so that it is true when somebody reads it.
-        let grace = humantime::format_duration(self.grace);
-        log::info!("shutting down: requests in flight have {grace} to complete, new ones get 503");
+        self.lifecycle.leave();
+        // As the configuration is now: a reload may have changed it since the start.
+        let ShutdownTimes { drain_delay, grace } = self.snapshot.load().settings.shutdown;
+        let orderly = async {
+            if !drain_delay.is_zero() {
+                let delay = humantime::format_duration(drain_delay);
+                log::info!("shutting down: not ready, requests are served as before for {delay}");
+                tokio::time::sleep(drain_delay).await;
+            }
+            self.listeners.lock().close_all();
+            self.lifecycle.drain();
+            // Logged last, so that it is true when somebody reads it.
+            let grace_text = humantime::format_duration(grace);
+            log::info!("shutting down: listeners closed, requests in flight have {grace_text} to complete");
+            self.quiet(grace).await;
+            self.last_uses().await;
+        };
         tokio::select! {
-            () = async {
-                self.quiet().await;
-                self.last_uses().await;
-            } => {}
+            () = orderly => {}
             () = next(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
         }
     }
 
-    async fn quiet(&self) {
-        let deadline = Instant::now() + self.grace;
-        while self.metrics.requests_in_flight() > 0 {
+    /// Waits for every connection to end: after its request, or because it has none.
+    async fn quiet(&self, grace: Duration) {
+        let deadline = Instant::now() + grace;
+        // Connections that were just accepted are on their way to a worker, where they are counted.
+        tokio::time::sleep(Duration::from_millis(50).min(grace)).await;
+        while self.metrics.requests_in_flight() > 0 || self.metrics.open_connections() > 0 {
             if Instant::now() >= deadline {
-                log::warn!("the grace period is over: {} requests are aborted", self.metrics.requests_in_flight());
+                let aborted = self.metrics.requests_in_flight();
+                if aborted > 0 {
+                    log::warn!("the grace period is over: {aborted} requests are aborted");
+                }
                 return;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        // Responses that were just written need their connections for a moment longer.
-        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 
     /// Writes the last uses that the store does not have yet.
@@ -237,6 +263,7 @@ const SIGXFSZ: i32 = 25;
 struct Reloader {
     snapshot: Arc<ArcSwap<Snapshot>>,
     rebuild: Rebuild,
+    listeners: Arc<Mutex<Listeners>>,
     requests: mpsc::Receiver<ReloadRequest>,
     hangup: Signals,
     /// Notified of each new snapshot.
@@ -274,7 +301,7 @@ impl Reloader {
         loop {
             let reply = tokio::select! {
                 () = self.hangup.next() => None,
-                request = self.requests.recv() => request,
+                request = self.requests.recv() => request.flatten(),
             };
             let result = self.reload().await;
             if let Some(reply) = reply {
@@ -290,11 +317,19 @@ impl Reloader {
         let reopened = reopen(&self.snapshot).await.map(|_| ());
         let (current, rebuild) = (self.snapshot.load_full(), Arc::clone(&self.rebuild));
         let metrics = Arc::clone(&current.metrics);
-        let result = blocking(move || rebuild(&current, reopened)).await.and_then(|built| built);
+        let listeners = Arc::clone(&self.listeners);
+        let prepare = move || {
+            let built = rebuild(&current, reopened)?;
+            let prepared = listeners.lock().prepare(&built.settings).map_err(|error| error.to_string())?;
+            Ok((built, prepared))
+        };
+        let result = blocking(prepare).await.and_then(|built| built);
         metrics.reloaded(result.is_ok(), super::now().unix_ms / 1000);
         match result {
-            Ok(Rebuilt { snapshot, report }) => {
+            Ok((Rebuilt { snapshot, report, done, .. }, prepared)) => {
                 self.snapshot.store(Arc::new(snapshot));
+                self.listeners.lock().apply(prepared);
+                done();
                 self.replaced.notify_one();
                 log::info!("configuration reloaded");
                 if !report.restart.is_empty() {

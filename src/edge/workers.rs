@@ -3,7 +3,9 @@
 //! said over a connection.
 
 use super::listen::{Listen, SocketPlace};
+use super::listener::ListenerState;
 use super::socket::{DetachedSocket, Socket};
+use arc_swap::ArcSwap;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
@@ -14,6 +16,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 /// Connections that wait to be accepted; the kernel's own bound (`net.core.somaxconn`) is lower on most machines.
 const BACKLOG: u32 = 65_535;
@@ -25,13 +28,21 @@ const BLOCKING_AT_END: Duration = Duration::from_secs(1);
 /// Serves one connection to its end.
 pub(super) trait Serve: Send + Sync + 'static {
     /// `guard` is dropped at its end.
-    fn serve(self: Arc<Self>, socket: Socket, guard: impl Send + 'static) -> impl Future<Output = ()> + Send;
+    fn serve(
+        self: Arc<Self>,
+        socket: Socket,
+        listener: Arc<ListenerState>,
+        guard: impl Send + 'static,
+    ) -> impl Future<Output = ()> + Send;
 }
 
 /// A bound address. Each worker has its own handle to the one socket.
 pub(super) struct Acceptor {
     socket: ListeningSocket,
-    address: Listen,
+    /// As it is configured now.
+    listener: Arc<ArcSwap<ListenerState>>,
+    /// It is to be closed.
+    closing: CancellationToken,
     /// Whether the last accept failed, so that an error is logged as it begins and as it ends.
     failing: Arc<AtomicBool>,
 }
@@ -43,8 +54,8 @@ enum ListeningSocket {
 
 impl Acceptor {
     /// Binds the address; a stale socket file is replaced. Within an event loop.
-    pub(super) fn bind(listen: &Listen) -> io::Result<Self> {
-        let socket = match listen {
+    pub(super) fn bind(listener: ListenerState) -> io::Result<Self> {
+        let socket = match &listener.settings.address {
             Listen::Tcp(address) => {
                 let address: SocketAddr =
                     address.parse().map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))?;
@@ -64,7 +75,13 @@ impl Acceptor {
                 ListeningSocket::Unix(socket)
             }
         };
-        Ok(Self { socket, address: listen.clone(), failing: Arc::default() })
+        let listener = Arc::new(ArcSwap::from_pointee(listener));
+        Ok(Self { socket, listener, closing: CancellationToken::new(), failing: Arc::default() })
+    }
+
+    /// What holds on to it while it accepts.
+    pub(super) fn open(&self) -> OpenListener {
+        OpenListener { listener: Arc::clone(&self.listener), closing: self.closing.clone() }
     }
 
     /// A handle to the same socket.
@@ -73,23 +90,35 @@ impl Acceptor {
             ListeningSocket::Tcp(socket) => ListeningSocket::Tcp(socket.try_clone()?),
             ListeningSocket::Unix(socket) => ListeningSocket::Unix(socket.try_clone()?),
         };
-        Ok(Self { socket, address: self.address.clone(), failing: Arc::clone(&self.failing) })
+        Ok(Self {
+            socket,
+            listener: Arc::clone(&self.listener),
+            closing: self.closing.clone(),
+            failing: Arc::clone(&self.failing),
+        })
     }
 
-    /// Hands each connection to `take`, for as long as the event loop runs that this is polled by.
-    pub(super) async fn accept(self, take: impl Fn(Socket)) -> io::Result<()> {
-        let Self { socket, address, failing } = self;
+    /// Hands each connection to `take` until the listener is closed. Those that the kernel has accepted by then are taken
+    /// first: closing the socket would reset them.
+    pub(super) async fn accept(self, take: impl Fn(Socket, Arc<ListenerState>)) -> io::Result<()> {
+        let Self { socket, listener, closing, failing } = self;
+        let address = listener.load().settings.address.clone();
         let socket = match socket {
             ListeningSocket::Tcp(socket) => AsyncListener::Tcp(TcpListener::from_std(socket)?),
             ListeningSocket::Unix(socket) => AsyncListener::Unix(UnixListener::from_std(socket)?),
         };
         loop {
-            match socket.accept().await {
+            let accepted = tokio::select! {
+                biased;
+                accepted = socket.accept() => accepted,
+                () = closing.cancelled() => return Ok(()),
+            };
+            match accepted {
                 Ok(connection) => {
                     if failing.load(Ordering::Relaxed) && failing.swap(false, Ordering::Relaxed) {
                         log::warn!("listener {address}: connections are accepted again");
                     }
-                    take(connection);
+                    take(connection, listener.load_full());
                 }
                 // That one client is gone.
                 Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset) => {}
@@ -123,15 +152,44 @@ impl AsyncListener {
     }
 }
 
+/// A listener that accepts connections, on however many workers.
+pub(super) struct OpenListener {
+    listener: Arc<ArcSwap<ListenerState>>,
+    closing: CancellationToken,
+}
+
+impl OpenListener {
+    pub(super) fn current(&self) -> Arc<ListenerState> {
+        self.listener.load_full()
+    }
+
+    /// Connections from now on are served by these settings.
+    pub(super) fn change(&self, to: ListenerState) {
+        self.listener.store(Arc::new(to));
+    }
+
+    /// No further connection is accepted. The sockets close a moment later, on each worker.
+    pub(super) fn close(self) {
+        self.closing.cancel();
+    }
+}
+
+/// What a worker is given by others.
+enum GivenWork {
+    Connection(DetachedSocket, Arc<ListenerState>, Counted),
+    Acceptor(Acceptor),
+}
+
 /// A worker as the others see it.
+#[derive(Clone)]
 struct Worker {
     /// Holds no more than a worker has yet to look at: as many as were accepted while it served something else.
-    handed_over: mpsc::UnboundedSender<(DetachedSocket, Counted)>,
+    handed_over: mpsc::UnboundedSender<GivenWork>,
     /// Its connections, with those on their way to it.
     open: Arc<AtomicUsize>,
 }
 
-type HandedOver = mpsc::UnboundedReceiver<(DetachedSocket, Counted)>;
+type HandedOver = mpsc::UnboundedReceiver<GivenWork>;
 
 /// One connection in its worker's count.
 struct Counted(Arc<AtomicUsize>);
@@ -150,11 +208,30 @@ impl Drop for Counted {
 }
 
 /// The running workers. When this is dropped they end, with the connections that they have.
-pub(super) struct Workers(Vec<(oneshot::Sender<()>, JoinHandle<()>)>);
+pub(super) struct Workers {
+    threads: Vec<(oneshot::Sender<()>, JoinHandle<()>)>,
+    doors: WorkerDoors,
+}
+
+/// Where all workers are given new listeners.
+#[derive(Clone)]
+pub(super) struct WorkerDoors(Arc<[Worker]>);
+
+impl WorkerDoors {
+    /// Every worker accepts from it, until it is closed.
+    pub(super) fn open(&self, acceptor: &Acceptor) -> io::Result<()> {
+        let shares = self.0.iter().map(|_| acceptor.share()).collect::<io::Result<Vec<_>>>()?;
+        for (worker, share) in self.0.iter().zip(shares) {
+            // At the end of the process, the worker may have ended.
+            let _ = worker.handed_over.send(GivenWork::Acceptor(share));
+        }
+        Ok(())
+    }
+}
 
 impl Workers {
-    /// Starts them. Each accepts from every listener.
-    pub(super) fn start<S: Serve>(count: usize, listeners: &[Acceptor], service: &Arc<S>) -> io::Result<Self> {
+    /// Starts them, without a listener.
+    pub(super) fn start<S: Serve>(count: usize, service: &Arc<S>) -> io::Result<Self> {
         let (all, inboxes): (Vec<_>, Vec<_>) = (0..count.max(1))
             .map(|_| {
                 let (handed_over, inbox) = mpsc::unbounded_channel();
@@ -164,20 +241,23 @@ impl Workers {
         let all: Arc<[Worker]> = all.into();
         let mut threads = Vec::with_capacity(all.len());
         for (own, inbox) in inboxes.into_iter().enumerate() {
-            let listeners = listeners.iter().map(Acceptor::share).collect::<io::Result<Vec<_>>>()?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let (end, ended) = oneshot::channel();
             let place = WorkPlace { own, all: Arc::clone(&all), service: Arc::clone(service) };
-            let run = move || place.run(runtime, listeners, inbox, ended);
+            let run = move || place.run(runtime, inbox, ended);
             threads.push((end, std::thread::Builder::new().name(format!("worker-{own}")).spawn(run)?));
         }
-        Ok(Self(threads))
+        Ok(Self { threads, doors: WorkerDoors(all) })
+    }
+
+    pub(super) fn doors(&self) -> WorkerDoors {
+        self.doors.clone()
     }
 }
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        let (ends, threads): (Vec<_>, Vec<_>) = self.0.drain(..).unzip();
+        let (ends, threads): (Vec<_>, Vec<_>) = self.threads.drain(..).unzip();
         drop(ends);
         for thread in threads {
             // A panic has been reported where it happened.
@@ -194,23 +274,19 @@ struct WorkPlace<S> {
 }
 
 impl<S: Serve> WorkPlace<S> {
-    fn run(self, runtime: Runtime, listeners: Vec<Acceptor>, mut inbox: HandedOver, ended: oneshot::Receiver<()>) {
+    fn run(self, runtime: Runtime, mut inbox: HandedOver, ended: oneshot::Receiver<()>) {
         let place = Arc::new(self);
         runtime.block_on(async {
-            for listener in listeners {
-                let place = Arc::clone(&place);
-                tokio::spawn(async move {
-                    let address = listener.address.clone();
-                    if let Err(error) = listener.accept(|socket| place.assign(socket)).await {
-                        log::error!("listener {address}: a worker cannot accept connections: {error}");
-                    }
-                });
-            }
             let take_over = async {
-                while let Some((socket, count)) = inbox.recv().await {
-                    // If it fails, the connection ends: there is nothing to say it with.
-                    if let Ok(socket) = socket.attach() {
-                        place.serve(socket, count);
+                while let Some(handed) = inbox.recv().await {
+                    match handed {
+                        GivenWork::Connection(socket, listener, count) => {
+                            // If it fails, the connection ends: there is nothing to say it with.
+                            if let Ok(socket) = socket.attach() {
+                                place.serve(socket, listener, count);
+                            }
+                        }
+                        GivenWork::Acceptor(acceptor) => place.accept(acceptor),
                     }
                 }
             };
@@ -223,20 +299,31 @@ impl<S: Serve> WorkPlace<S> {
         runtime.shutdown_timeout(BLOCKING_AT_END);
     }
 
+    fn accept(self: &Arc<Self>, acceptor: Acceptor) {
+        let place = Arc::clone(self);
+        tokio::spawn(async move {
+            let open = acceptor.open();
+            if let Err(error) = acceptor.accept(|socket, listener| place.assign(socket, listener)).await {
+                let address = &open.current().settings.address;
+                log::error!("listener {address}: a worker cannot accept connections: {error}");
+            }
+        });
+    }
+
     /// Gives a new connection to the worker with the fewest, this one if there are several.
-    fn assign(&self, socket: Socket) {
+    fn assign(&self, socket: Socket, listener: Arc<ListenerState>) {
         let open = |worker: &&Worker| worker.open.load(Ordering::Relaxed);
         let (Some(own), Some(least)) = (self.all.get(self.own), self.all.iter().min_by_key(open)) else { return };
         if open(&own) <= open(&least) {
-            return self.serve(socket, Counted::at(own));
+            return self.serve(socket, listener, Counted::at(own));
         }
         if let Ok(socket) = socket.detach() {
             // At the end of the process, the other worker may have ended.
-            let _ = least.handed_over.send((socket, Counted::at(least)));
+            let _ = least.handed_over.send(GivenWork::Connection(socket, listener, Counted::at(least)));
         }
     }
 
-    fn serve(&self, socket: Socket, count: Counted) {
-        tokio::spawn(Arc::clone(&self.service).serve(socket, count));
+    fn serve(&self, socket: Socket, listener: Arc<ListenerState>, count: Counted) {
+        tokio::spawn(Arc::clone(&self.service).serve(socket, listener, count));
     }
 }

@@ -159,6 +159,9 @@ impl Plan<'_> {
         }
         own.set.iter().for_each(|(name, value)| sink.field(name.as_bytes(), value.as_bytes()));
         self.write_identity(rules, sink);
+        if let Some(subject) = origin.tls.as_ref().and_then(|tls| tls.subject.as_deref()) {
+            text(sink, b"X-Tollgate-Client-Certificate", subject);
+        }
         write_origin(origin, sink);
         sink.field(b"X-Request-Id", request_id.as_bytes());
         match view.body {

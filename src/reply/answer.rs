@@ -35,6 +35,7 @@ pub enum AnswerName {
     Date,
     RequestId,
     Deprecation,
+    StrictTransportSecurity,
     /// It holds URLs.
     Urls(UrlField),
     /// It is for a server behind the gateway, or for one hop only: it ends here.
@@ -58,6 +59,7 @@ impl AnswerName {
             (b'l', 8) => ("location", Self::Urls(UrlField::Location)),
             (b'p', 16) => ("proxy-connection", Self::EndsHere),
             (b'r', 7) => ("refresh", Self::Urls(UrlField::Refresh)),
+            (b's', 25) => ("strict-transport-security", Self::StrictTransportSecurity),
             (b't', 2) => ("te", Self::EndsHere),
             (b't', 7) => ("trailer", Self::EndsHere),
             (b't', 17) => ("transfer-encoding", Self::TransferEncoding),
@@ -183,9 +185,14 @@ pub fn problems_of(route: &Route) -> Vec<Problem> {
 }
 
 /// What tollgate says in every final answer of a backend.
-pub fn own_fields(request_id: &str, query_token_deprecated: bool) -> impl Iterator<Item = (&'static str, &str)> {
+pub fn own_fields<'a>(
+    request_id: &'a str,
+    query_token_deprecated: bool,
+    hsts: Option<&'a str>,
+) -> impl Iterator<Item = (&'static str, &'a str)> {
     let deprecation = query_token_deprecated.then_some(("Deprecation", "true"));
-    std::iter::once(("X-Request-Id", request_id)).chain(deprecation)
+    let hsts = hsts.map(|value| ("Strict-Transport-Security", value));
+    std::iter::once(("X-Request-Id", request_id)).chain(deprecation).chain(hsts)
 }
 
 /// What sort of answer a head belongs to.

@@ -23,6 +23,10 @@ pub enum Cause {
     CannotTell(CannotTell),
     Policy(PolicyFault),
     Upstream(UpstreamFault),
+    /// Came in plain text, and may come again over TLS.
+    Redirect,
+    /// Came in plain text with what should not have, or in a way that cannot be sent elsewhere.
+    PlainText,
     /// Shutting down.
     Draining,
     /// A bug of ours.
@@ -66,6 +70,10 @@ pub struct Envelope<'a> {
     pub request_id: &'a str,
     pub cors: &'a Cors,
     pub grant: CorsGrant,
+    /// The value of Strict-Transport-Security.
+    pub hsts: Option<&'a str>,
+    /// Where the client is sent, if it is.
+    pub location: Option<&'a [u8]>,
 }
 
 impl Refusal {
@@ -93,8 +101,10 @@ impl Refusal {
                     | RequestFault::BodyTimeout
                     | RequestFault::Body(_)
             ),
-            Cause::Draining | Cause::Bug => true,
-            Cause::Identity(_) | Cause::CannotTell(_) | Cause::Policy(_) | Cause::Upstream(_) => false,
+            Cause::Draining | Cause::PlainText | Cause::Bug => true,
+            Cause::Identity(_) | Cause::CannotTell(_) | Cause::Policy(_) | Cause::Upstream(_) | Cause::Redirect => {
+                false
+            }
         }
     }
 
@@ -185,6 +195,8 @@ impl Refusal {
             Cause::CannotTell(CannotTell::Record) => (503, "store_record"),
             Cause::CannotTell(CannotTell::Busy) => (503, "store_busy"),
             Cause::CannotTell(CannotTell::NotAsked) => (503, "store_not_asked"),
+            Cause::Redirect => (308, "redirect_to_https"),
+            Cause::PlainText => (403, "plain_http"),
             Cause::Draining => (503, "draining"),
             Cause::Upstream(UpstreamFault::TimedOut) => (504, "upstream_timeout"),
             Cause::Upstream(UpstreamFault::Overdue) => (504, "upstream_request_timeout"),
@@ -207,6 +219,12 @@ impl Refusal {
             }
             503 => sink.field(b"Retry-After", b"1"),
             _ => {}
+        }
+        if let Some(location) = envelope.location {
+            sink.field(b"Location", location);
+        }
+        if let Some(hsts) = envelope.hsts {
+            sink.field(b"Strict-Transport-Security", hsts.as_bytes());
         }
         for (name, value) in envelope.cors.fields(envelope.grant) {
             sink.field(name.as_bytes(), value.as_bytes());
@@ -298,6 +316,7 @@ macro_rules! answers {
     };
 }
 answers! {
+    308 "Permanent Redirect",
     400 "Bad Request",
     401 "Unauthorized",
     403 "Forbidden",
@@ -321,7 +340,7 @@ mod tests {
     fn written(cause: Cause, head_only: bool, close: bool) -> String {
         let mut out = Vec::new();
         let (cors, grant) = (&Cors::Off, CorsGrant::Off);
-        let envelope = Envelope { date: "D", request_id: "id", cors, grant };
+        let envelope = Envelope { date: "D", request_id: "id", cors, grant, hsts: None, location: None };
         Refusal::from(cause).render(&envelope, &mut Http1Answer { out: &mut out, head_only, close });
         String::from_utf8(out).unwrap()
     }

@@ -20,6 +20,7 @@ pub mod head;
 pub mod host;
 pub mod origin;
 pub mod page;
+pub mod proxy_protocol;
 pub mod query;
 pub mod route;
 pub mod routes;

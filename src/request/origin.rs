@@ -6,13 +6,14 @@ use crate::problem::Problem;
 use ipnet::IpNet;
 use smallvec::SmallVec;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 /// Maximum number of addresses read from X-Forwarded-For, from the right. Real chains have a handful; a longer list is
 /// forged.
 const MAX_HOPS: usize = 64;
 
 /// Peers whose X-Forwarded-* fields are accepted. None by default.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TrustedProxies {
     pub networks: Vec<IpNet>,
     /// Peers on a Unix socket.
@@ -38,7 +39,7 @@ impl TrustedProxies {
         self.networks.iter().filter(wide).map(warning).collect()
     }
 
-    fn trusts(&self, peer: Option<IpAddr>) -> bool {
+    pub fn trusts(&self, peer: Option<IpAddr>) -> bool {
         match peer {
             Some(ip) => self.networks.iter().any(|network| network.contains(&ip)),
             None => self.unix_peers,
@@ -46,10 +47,44 @@ impl TrustedProxies {
     }
 }
 
+/// How a connection came, which is the same for all of its requests.
+#[derive(Clone, Debug, Default)]
+pub struct Arrival {
+    /// The socket's other end; `None` for a Unix socket.
+    pub peer: Option<IpAddr>,
+    /// The client's address, as a load balancer said it by the PROXY protocol.
+    pub announced: Option<IpAddr>,
+    /// `None`: in plain text.
+    pub tls: Option<Arc<TlsArrival>>,
+    /// The port with TLS that requests are sent to in place of an answer.
+    pub redirect: Option<u16>,
+}
+
+/// What else is known of a connection over TLS.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TlsArrival {
+    /// The subject of the client's certificate, which was verified.
+    pub subject: Option<String>,
+    /// The value of Strict-Transport-Security in every answer.
+    pub hsts: Option<String>,
+}
+
+impl Arrival {
+    /// A plain connection.
+    pub fn of(peer: Option<IpAddr>) -> Self {
+        Self { peer, ..Self::default() }
+    }
+
+    /// The nearest address that may be the client's.
+    pub fn nearest(&self) -> Option<IpAddr> {
+        self.announced.or(self.peer)
+    }
+}
+
 /// Where a request came from. All addresses are canonical: `::ffff:a.b.c.d` is `a.b.c.d`.
 #[derive(Clone, Debug)]
 pub struct Origin<'a> {
-    /// The socket's other end; `None` for a Unix socket.
+    /// The connection's other end, or the one that a load balancer announced; `None` for a Unix socket.
     pub peer: Option<IpAddr>,
     /// The client's address in logs and limits.
     pub client: Option<IpAddr>,
@@ -58,14 +93,24 @@ pub struct Origin<'a> {
     https: bool,
     host: &'a [u8],
     port: Option<&'a [u8]>,
+    /// What the listener knows of it, if it speaks TLS.
+    pub tls: Option<Arc<TlsArrival>>,
 }
 
 impl<'a> Origin<'a> {
-    pub fn of(view: &RequestView<'a>, peer: Option<IpAddr>, proxies: &TrustedProxies) -> Self {
-        let peer = peer.map(|ip| ip.to_canonical());
-        // tollgate does not support TLS: unless a trusted proxy reports another scheme, it is http.
-        let mut origin = Self { peer, client: peer, told: SmallVec::new(), https: false, host: view.host, port: None };
-        if proxies.trusts(peer) {
+    /// Whether X-Forwarded-* is believed is judged by the socket's other end, never by an address that was announced over it.
+    pub fn of(view: &RequestView<'a>, arrival: &Arrival, proxies: &TrustedProxies) -> Self {
+        let peer = arrival.nearest().map(|ip| ip.to_canonical());
+        let mut origin = Self {
+            peer,
+            client: peer,
+            told: SmallVec::new(),
+            https: arrival.tls.is_some(),
+            host: view.host,
+            port: None,
+            tls: arrival.tls.clone(),
+        };
+        if proxies.trusts(arrival.peer.map(|ip| ip.to_canonical())) {
             origin.take_chain(view, proxies);
             origin.take_scheme_and_host(view);
         }
@@ -84,7 +129,8 @@ impl<'a> Origin<'a> {
     }
 
     fn take_scheme_and_host(&mut self, view: &RequestView<'a>) {
-        self.https = agreed(view, FieldKind::ForwardedProto, scheme).unwrap_or(false);
+        // Unless the proxy reports a scheme, it is that of its own connection.
+        self.https = agreed(view, FieldKind::ForwardedProto, scheme).unwrap_or(self.https);
         self.host = agreed(view, FieldKind::ForwardedHost, host).unwrap_or(view.host);
         self.port = agreed(view, FieldKind::ForwardedPort, port);
     }
@@ -172,7 +218,8 @@ mod tests {
     fn told(peer: &str, lines: &str) -> (String, String, &'static str, String, String) {
         let bytes = format!("GET / HTTP/1.1\r\nHost: h.test\r\n{}\r\n", lines.replace('\n', "\r\n")).into_bytes();
         let view = head::parse(&bytes).unwrap();
-        let origin = Origin::of(&view, peer.parse().ok(), &proxies());
+        let arrival = Arrival::of(peer.parse().ok());
+        let origin = Origin::of(&view, &arrival, &proxies());
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
         (
             origin.client.map_or("-".into(), |ip| ip.to_string()),
@@ -290,5 +337,25 @@ mod tests {
             let (.., found_host, found_port) = told("127.0.0.1", &format!("{lines}\n"));
             assert_eq!((found_host.as_str(), found_port.as_str()), (host, port), "{lines}");
         }
+    }
+
+    #[test]
+    fn an_announced_address_is_the_clients_and_is_never_trusted_for_it() {
+        let bytes = b"GET / HTTP/1.1\r\nHost: h.test\r\nX-Forwarded-For: 6.6.6.6\r\nX-Forwarded-Proto: http\r\n\r\n";
+        let view = head::parse(bytes).unwrap();
+        let client = |peer: &str, announced: &str| {
+            let tls = Some(Arc::default());
+            let arrival = Arrival { announced: announced.parse().ok(), tls, ..Arrival::of(peer.parse().ok()) };
+            let origin = Origin::of(&view, &arrival, &proxies());
+            let chain = origin.chain().map(|ip| ip.to_string()).collect::<Vec<_>>().join(", ");
+            (origin.client.unwrap().to_string(), chain, origin.scheme())
+        };
+        let told = |client: &str, chain: &str, scheme| (client.to_owned(), chain.to_owned(), scheme);
+        // The balancer is no trusted proxy: the announced address counts, though it claims to be one itself.
+        assert_eq!(client("192.0.2.1", "198.51.100.7"), told("198.51.100.7", "198.51.100.7", "https"));
+        assert_eq!(client("192.0.2.1", "10.0.0.1"), told("10.0.0.1", "10.0.0.1", "https"));
+        // The balancer is one: what it forwards is read on behind the announced address.
+        assert_eq!(client("127.0.0.1", "10.0.0.1"), told("6.6.6.6", "6.6.6.6, 10.0.0.1", "http"));
+        assert_eq!(client("127.0.0.1", ""), told("6.6.6.6", "6.6.6.6, 127.0.0.1", "http"));
     }
 }

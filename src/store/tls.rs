@@ -127,21 +127,30 @@ impl std::fmt::Debug for PemFile {
 }
 
 impl PemFile {
+    /// The same file as it is now.
+    pub(crate) fn again(&self) -> Self {
+        Self::from(self.path.clone())
+    }
+
+    pub(crate) fn path(&self) -> &std::path::Path {
+        &self.path
+    }
+
     /// Every error is about `key`, the setting that names this file.
     pub(super) fn content(&self, key: &'static str) -> Result<&[u8], Problem> {
         self.content.as_deref().map_err(|why| self.wrong(key, why))
     }
 
-    fn certificates(&self, key: &'static str) -> Result<Vec<CertificateDer<'static>>, Problem> {
+    pub(crate) fn certificates(&self, key: &'static str) -> Result<Vec<CertificateDer<'static>>, Problem> {
         let found = CertificateDer::pem_slice_iter(self.content(key)?);
         found.collect::<Result<_, _>>().map_err(|error| self.wrong(key, error))
     }
 
-    fn key(&self, key: &'static str) -> Result<PrivateKeyDer<'static>, Problem> {
+    pub(crate) fn key(&self, key: &'static str) -> Result<PrivateKeyDer<'static>, Problem> {
         PrivateKeyDer::from_pem_slice(self.content(key)?).map_err(|error| self.wrong(key, error))
     }
 
-    fn wrong(&self, key: &'static str, why: impl std::fmt::Display) -> Problem {
+    pub(crate) fn wrong(&self, key: &'static str, why: impl std::fmt::Display) -> Problem {
         Problem::error(key, format!("{}: {why}", self.path.display()), "name a PEM file that tollgate may read")
     }
 }

@@ -39,6 +39,8 @@ pub struct AccessLogEntry<'a> {
     /// The first 12 hex digits of the token's digest, and nothing else.
     pub token: Option<&'a str>,
     pub user: Option<&'a str>,
+    /// Of the client's certificate, which was verified.
+    pub client_certificate: Option<&'a str>,
     pub upstream: Option<Upstreamed<'a>>,
     pub duration: Duration,
     pub bytes_received: u64,
@@ -203,6 +205,9 @@ fn format(entry: &AccessLogEntry<'_>, secret_words: &SecretWords) -> Vec<u8> {
     }
     if let Some(user) = entry.user {
         text(&mut line, text_key!("user"), user.as_bytes());
+    }
+    if let Some(subject) = entry.client_certificate {
+        text(&mut line, text_key!("client_certificate"), subject.as_bytes());
     }
     if let Some(upstream) = &entry.upstream {
         text(&mut line, text_key!("upstream"), upstream.name.as_bytes());

@@ -1,6 +1,7 @@
 //! Every metric of tollgate, with its help text. Labels are enums or configured names, never a client's bytes, so that
 //! no client can mint a series. Series that a request touches are resolved once, at start.
 
+pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::server_metrics::ServerFamilies;
 pub use super::server_metrics::ServerMetrics;
 use super::store_metrics::StoreFamilies;
@@ -20,10 +21,10 @@ pub const METHODS: [&str; 8] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE",
 const STATUS_CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
 
 macro_rules! labels {
-    ($(#[$doc:meta])* $name:ident { $($variant:ident = $text:literal),* $(,)? }) => {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal),* $(,)? }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum $name { $($variant),* }
+        pub enum $name { $($(#[$variant_doc])* $variant),* }
 
         impl $name {
             pub const ALL: &'static [Self] = &[$(Self::$variant),*];
@@ -34,6 +35,8 @@ macro_rules! labels {
         }
     };
 }
+
+pub(super) use labels;
 
 labels! {
     /// What the cache said.
@@ -92,6 +95,7 @@ pub struct Metrics {
     upstream_passed_on: IntCounterVec,
     upstream_waiting: IntGaugeVec,
     servers: Arc<ServerFamilies>,
+    listeners: ListenerMetrics,
     /// Access log, process log.
     log_dropped: [IntCounter; 2],
     reloads: IntCounterVec,
@@ -215,6 +219,7 @@ impl Metrics {
             cache_entries: families.gauges("tollgate_cache_entries", "Tokens in the cache.", &["kind"])?,
             stores: Arc::new(StoreFamilies::new(&families)?),
             servers: Arc::new(ServerFamilies::new(&families)?),
+            listeners: ListenerMetrics::new(&families)?,
             lookups_refused: families
                 .counter("tollgate_lookups_refused_total", "Lookups refused because too many were in progress.")?,
             rotated: Generation::ALL.iter().map(|g| rotated.with_label_values(&[g.as_str()])).collect(),
@@ -294,6 +299,11 @@ impl Metrics {
         Guard(self.in_flight.clone())
     }
 
+    /// Those about connections.
+    pub fn listeners(&self) -> &ListenerMetrics {
+        &self.listeners
+    }
+
     pub fn requests_in_flight(&self) -> i64 {
         self.in_flight.get()
     }
@@ -301,6 +311,10 @@ impl Metrics {
     pub fn connection_opened(&self) -> Guard {
         self.connections.inc();
         Guard(self.connections.clone())
+    }
+
+    pub fn open_connections(&self) -> i64 {
+        self.connections.get()
     }
 
     pub fn auth(&self, result: AuthResult, reason: &'static str, source: TokenSource) {

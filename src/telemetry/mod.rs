@@ -3,6 +3,7 @@
 
 pub mod access_log;
 pub mod lines;
+mod listener_metrics;
 pub mod metrics;
 pub mod outage;
 pub mod process_log;

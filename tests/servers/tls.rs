@@ -36,4 +36,22 @@ impl Authority {
     pub fn key(&self) -> PathBuf {
         self.folder.file("server.key")
     }
+
+    /// Another certificate of the same authority, as `name.pem` and `name.key`. `days` can be negative. `san` is like
+    /// `DNS:a.test,DNS:*.b.test`.
+    pub fn issue(&self, name: &str, san: &str, days: i32) -> (PathBuf, PathBuf) {
+        let openssl = |arguments: &str| {
+            run(Command::new("openssl").current_dir(&self.folder.0).args(arguments.split(' ')));
+        };
+        let extensions = format!("subjectAltName={san}\nbasicConstraints=CA:FALSE\n");
+        std::fs::write(self.folder.file(&format!("{name}.ext")), extensions).unwrap();
+        openssl(&format!(
+            "req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout {name}.key -out {name}.csr -subj /O=tollgate/CN={name}"
+        ));
+        // `-days -1` makes one that has ended.
+        openssl(&format!(
+            "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days {days} -extfile {name}.ext -out {name}.pem"
+        ));
+        (self.folder.file(&format!("{name}.pem")), self.folder.file(&format!("{name}.key")))
+    }
 }
