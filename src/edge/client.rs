@@ -124,6 +124,15 @@ impl ClientStream {
         }
     }
 
+    /// The connection as it was before `head` was read from it. `None`: it has ended.
+    pub(super) fn into_parts(mut self, head: &[u8]) -> Option<(Socket, BytesMut, Arrival)> {
+        let socket = self.socket.take()?;
+        let mut ahead = BytesMut::from(head);
+        ahead.extend_from_slice(&self.ahead);
+        self.ahead.clear();
+        Some((socket, ahead, self.arrival.clone()))
+    }
+
     /// How the connection came.
     pub(super) fn arrival(&self) -> &Arrival {
         &self.arrival

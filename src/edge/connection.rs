@@ -2,16 +2,15 @@
 //! to a lane with a head that holds exactly what the pipeline decided. This is the one place where requests come in,
 //! whichever lane they go out by.
 
-use super::client::{After, ClientStream, Head};
+use super::client::{After, ClientStream, Head, HeadLimits};
 use super::exchange::{End, Exchange};
-use super::http1;
 use super::listener::{ListenerState, Welcomed};
 use super::proxied::{Handed, ProxiedLane};
 use super::recheck::{self, Recheck};
 use super::socket::Socket;
 use super::ticket::{OwnToken, Ticket};
 use super::workers::Serve;
-use super::{Lifecycle, Snapshot};
+use super::{Lifecycle, Snapshot, http1, http2};
 use crate::forward::{Http1Head, Plan, request_id};
 use crate::identity::Mode;
 use crate::pipeline::{Admission, Pending, Verdict};
@@ -21,6 +20,7 @@ use crate::request::origin::{Arrival, Origin};
 use crate::request::view::{FieldKind, Framing, Method, RequestView, Version};
 use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
+use crate::telemetry::outage::LogThrottle;
 use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use pingora::apps::HttpServerApp as _;
@@ -30,6 +30,7 @@ use pingora::server::ShutdownWatch;
 use std::pin::pin;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 use tokio::select;
 use tokio::time::sleep;
 
@@ -39,6 +40,8 @@ pub(super) struct Gate {
     /// The framework's lane in place of our own: only for tests that compare the two.
     pub(super) framework: Option<Arc<HttpProxy<ProxiedLane>>>,
     pub(super) lifecycle: Arc<Lifecycle>,
+    /// One line for many HTTP/2 connections that were closed.
+    pub(super) floods: LogThrottle,
     /// Tells the framework's lane of the end of the process.
     pub(super) shutdown: ShutdownWatch,
 }
@@ -55,27 +58,44 @@ impl Serve for Gate {
             // In a box: every connection would pay for its size.
             false => Box::pin(listener.welcome(socket, metrics)).await,
         };
-        let Some(Welcomed { socket, arrival, .. }) = welcomed else { return };
-        self.converse(ClientStream::new(socket, arrival)).await;
+        match welcomed {
+            None => {}
+            Some(Welcomed { socket, arrival, http2: true }) => {
+                Box::pin(http2::serve(self, socket, BytesMut::new(), arrival)).await;
+            }
+            Some(Welcomed { socket, arrival, http2: false }) => {
+                if let Some((socket, ahead, arrival)) = self.converse(socket, arrival, listener.settings.http2).await {
+                    Box::pin(http2::serve(self, socket, ahead, arrival)).await;
+                }
+            }
+        }
     }
 }
 
 impl Gate {
-    /// Requests and their answers, one after the other.
-    async fn converse(&self, mut client: ClientStream) {
+    /// Requests and their answers, one after the other. With `http2`, a connection that begins with its preface comes back.
+    pub(super) async fn converse(
+        &self,
+        socket: Socket,
+        arrival: Arrival,
+        mut http2: bool,
+    ) -> Option<(Socket, BytesMut, Arrival)> {
+        let mut client = ClientStream::new(socket, arrival);
         let mut draining = pin!(self.lifecycle.draining());
         loop {
             let head = client.read_head(|| self.snapshot.load().head_limits(), draining.as_mut()).await;
             // Never before the wait: it may take minutes, and what a reload closed meanwhile must be closed.
             let snapshot = self.snapshot.load_full();
             let (bytes, fault) = match head {
+                Head::Complete(bytes) if http2 && bytes == http2::PREFACE_HEAD => return client.into_parts(&bytes),
                 Head::Complete(bytes) => {
                     let fault = snapshot.head_limits().judge(&bytes);
                     (bytes, fault)
                 }
-                Head::Closed => break,
+                Head::Closed => return None,
                 fault => (Bytes::new(), Some(fault)),
             };
+            http2 = false;
             let exchange = Exchange::begin(snapshot, client.arrival(), bytes.clone());
             let after = match fault {
                 None => self.exchange(&mut client, bytes, exchange).await,
@@ -83,8 +103,23 @@ impl Gate {
             };
             client.end(after).await;
             if after != After::Next {
-                break;
+                return None;
             }
+        }
+    }
+
+    pub(super) fn head_limits(&self) -> HeadLimits {
+        self.snapshot.load().head_limits()
+    }
+
+    /// A connection is ended because of its frames.
+    pub(super) fn flooded(&self, frame: &'static str, arrival: &Arrival) {
+        self.snapshot.load().metrics.listeners().http2_flood(frame);
+        if let Some(suppressed) = self.floods.due(Instant::now()) {
+            let peer = arrival.nearest().map_or_else(|| "a Unix socket".to_owned(), |ip| ip.to_string());
+            log::warn!(
+                "an HTTP/2 connection from {peer} was closed: {frame} flood ({suppressed} more since the last line)"
+            );
         }
     }
 }

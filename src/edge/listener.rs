@@ -64,7 +64,7 @@ impl ListenerState {
     }
 
     /// What comes before HTTP. `None`: the connection has been closed, and counted.
-    pub(super) async fn welcome(self: Arc<Self>, socket: Socket, metrics: Arc<Metrics>) -> Option<Welcomed> {
+    pub(super) async fn welcome(&self, socket: Socket, metrics: Arc<Metrics>) -> Option<Welcomed> {
         let peer = socket.peer();
         let result = match tokio::time::timeout(self.settings.handshake_timeout, self.prepare(socket, peer)).await {
             Ok(Ok(welcomed)) => {

@@ -11,6 +11,7 @@ use super::{Lifecycle, ShutdownTimes, Snapshot, file_watch, health};
 use crate::admin::Reloaded;
 use crate::problem::Problem;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::outage::LogThrottle;
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use pingora::proxy::http_proxy;
@@ -81,7 +82,13 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     });
     let framework = std::env::var_os(ORACLE)
         .map(|_| Arc::new(http_proxy(&conf, ProxiedLane { lifecycle: Arc::clone(&lifecycle) })));
-    let gate = Gate { snapshot: Arc::clone(&snapshot), framework, lifecycle: Arc::clone(&lifecycle), shutdown };
+    let gate = Gate {
+        snapshot: Arc::clone(&snapshot),
+        framework,
+        lifecycle: Arc::clone(&lifecycle),
+        floods: LogThrottle::default(),
+        shutdown,
+    };
 
     let workers = Workers::start(settings.threads, &Arc::new(gate)).map_err(ServeError::Runtime)?;
     let (reloads, requests) = mpsc::channel(1);

@@ -1,5 +1,6 @@
 //! A connected socket: TCP or Unix as the kernel gave it, or TLS over TCP. It must not know what is spoken over it.
 
+use super::http2::{Http2Reader, Http2Stream, Http2Writer};
 use bytes::BytesMut;
 use parking_lot::Mutex;
 use std::cell::RefCell;
@@ -18,6 +19,8 @@ pub(super) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
     Tls(Box<TlsSocket>),
+    /// One request over HTTP/2, which speaks HTTP/1 here.
+    Stream(Box<Http2Stream>),
 }
 
 /// One task uses both directions, so nobody waits for the lock; only the compiler has to be shown that.
@@ -68,7 +71,7 @@ impl Socket {
     pub(super) fn peer(&self) -> Option<IpAddr> {
         match self {
             Self::Tcp(socket) => socket.peer_addr().ok().map(|address| address.ip().to_canonical()),
-            Self::Unix(_) => None,
+            Self::Unix(_) | Self::Stream(_) => None,
             Self::Tls(socket) => {
                 socket.0.lock().get_ref().0.peer_addr().ok().map(|address| address.ip().to_canonical())
             }
@@ -80,6 +83,7 @@ impl Socket {
             Self::Tcp(socket) => socket.as_raw_fd(),
             Self::Unix(socket) => socket.as_raw_fd(),
             Self::Tls(socket) => socket.0.lock().as_raw_fd(),
+            Self::Stream(_) => -1,
         }
     }
 
@@ -95,6 +99,10 @@ impl Socket {
                 (SocketReader::Unix(reader), SocketWriter { half: WriteHalf::Unix(writer), written: 0 })
             }
             Self::Tls(socket) => (SocketReader::Tls(socket), SocketWriter { half: WriteHalf::Tls(socket), written: 0 }),
+            Self::Stream(stream) => {
+                let (reader, writer) = stream.split();
+                (SocketReader::Stream(reader), SocketWriter { half: WriteHalf::Stream(writer), written: 0 })
+            }
         }
     }
 
@@ -105,6 +113,10 @@ impl Socket {
             Self::Tcp(socket) => socket.set_zero_linger(),
             Self::Tls(socket) => socket.0.lock().get_ref().0.set_zero_linger(),
             Self::Unix(_) => Ok(()),
+            Self::Stream(stream) => {
+                stream.reset_when_dropped();
+                Ok(())
+            }
         };
     }
 
@@ -114,7 +126,7 @@ impl Socket {
         Ok(match self {
             Self::Tcp(socket) => DetachedSocket::Tcp(socket.into_std()?),
             Self::Unix(socket) => DetachedSocket::Unix(socket.into_std()?),
-            Self::Tls(_) => return Err(io::ErrorKind::Unsupported.into()),
+            Self::Tls(_) | Self::Stream(_) => return Err(io::ErrorKind::Unsupported.into()),
         })
     }
 }
@@ -133,6 +145,7 @@ pub(super) enum SocketReader<'s> {
     Tcp(tcp::ReadHalf<'s>),
     Unix(unix::ReadHalf<'s>),
     Tls(&'s TlsSocket),
+    Stream(Http2Reader<'s>),
 }
 
 pub(super) struct SocketWriter<'s> {
@@ -145,6 +158,7 @@ enum WriteHalf<'s> {
     Tcp(tcp::WriteHalf<'s>),
     Unix(unix::WriteHalf<'s>),
     Tls(&'s TlsSocket),
+    Stream(Http2Writer<'s>),
 }
 
 /// A head and a small body.
@@ -156,7 +170,7 @@ impl WriteHalf<'_> {
             Self::Tcp(half) => half.try_write(bytes),
             Self::Unix(half) => half.try_write(bytes),
             // What is encrypted has to be waited for: see `write_all`.
-            Self::Tls(_) => Err(io::ErrorKind::WouldBlock.into()),
+            Self::Tls(_) | Self::Stream(_) => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 
@@ -164,7 +178,7 @@ impl WriteHalf<'_> {
         match self {
             Self::Tcp(half) => half.try_write_vectored(slices),
             Self::Unix(half) => half.try_write_vectored(slices),
-            Self::Tls(_) => Err(io::ErrorKind::WouldBlock.into()),
+            Self::Tls(_) | Self::Stream(_) => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 }
@@ -191,6 +205,7 @@ impl SocketReader<'_> {
                 pin!(half.read_buf(buffer)).poll(cx)
             }
             Self::Tls(socket) => socket.poll_fill(cx, buffer),
+            Self::Stream(reader) => reader.poll_fill(cx, buffer),
         }
     }
 }
@@ -240,15 +255,17 @@ impl SocketWriter<'_> {
     pub(super) async fn write_all(&mut self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
         // Takes empty slices away.
         IoSlice::advance_slices(&mut slices, 0);
-        if let WriteHalf::Tls(socket) = self.half {
-            return encrypt_all(socket, slices, &mut self.written).await;
+        match &mut self.half {
+            WriteHalf::Tls(socket) => return encrypt_all(socket, slices, &mut self.written).await,
+            WriteHalf::Stream(writer) => return writer.write_all(slices, &mut self.written).await,
+            WriteHalf::Tcp(_) | WriteHalf::Unix(_) => {}
         }
         while !slices.is_empty() {
             let written = match self.write_now(slices) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => match &mut self.half {
                     WriteHalf::Tcp(half) => half.write_vectored(slices).await?,
                     WriteHalf::Unix(half) => half.write_vectored(slices).await?,
-                    WriteHalf::Tls(_) => return Err(error),
+                    WriteHalf::Tls(_) | WriteHalf::Stream(_) => return Err(error),
                 },
                 written => written?,
             };
@@ -283,6 +300,10 @@ impl SocketWriter<'_> {
             WriteHalf::Tcp(half) => half.shutdown().await,
             WriteHalf::Unix(half) => half.shutdown().await,
             WriteHalf::Tls(socket) => poll_fn(|cx| socket.poll_shutdown(cx)).await,
+            WriteHalf::Stream(writer) => {
+                writer.shutdown();
+                Ok(())
+            }
         }
     }
 }
@@ -317,6 +338,8 @@ impl AsyncRead for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_read(cx, out),
             Self::Unix(socket) => Pin::new(socket).poll_read(cx, out),
             Self::Tls(socket) => Pin::new(socket.0.get_mut()).poll_read(cx, out),
+            // Behind the answer: there is nothing to linger for.
+            Self::Stream(_) => Poll::Ready(Ok(())),
         }
     }
 }
@@ -327,6 +350,7 @@ impl AsyncWrite for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
             Self::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
             Self::Tls(socket) => socket.poll_write(cx, bytes),
+            Self::Stream(stream) => stream.poll_write(cx, bytes),
         }
     }
 
@@ -339,6 +363,10 @@ impl AsyncWrite for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
             Self::Unix(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
             Self::Tls(socket) => Pin::new(socket.0.get_mut()).poll_write_vectored(cx, slices),
+            Self::Stream(stream) => {
+                let first = slices.iter().find(|slice| !slice.is_empty());
+                stream.poll_write(cx, first.map_or(&[], |slice| slice))
+            }
         }
     }
 
@@ -348,7 +376,7 @@ impl AsyncWrite for Socket {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(_) | Self::Unix(_) => Poll::Ready(Ok(())),
+            Self::Tcp(_) | Self::Unix(_) | Self::Stream(_) => Poll::Ready(Ok(())),
             Self::Tls(socket) => socket.poll_flush(cx),
         }
     }
@@ -358,6 +386,10 @@ impl AsyncWrite for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Tls(socket) => socket.poll_shutdown(cx),
+            Self::Stream(stream) => {
+                stream.reset_when_dropped();
+                Poll::Ready(Ok(()))
+            }
         }
     }
 }
