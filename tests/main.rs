@@ -42,5 +42,6 @@ mod smoke;
 mod standing;
 mod stores;
 mod token;
+mod trace;
 mod under_load;
 mod upstreams;

@@ -503,6 +503,17 @@ section! {
 }
 
 section! {
+    /// Distributed traces (W3C Trace Context).
+    TraceSection {
+        /// The fields `traceparent` and `tracestate`: "pass" (a client's go to the backend as they came), "make" (the same, with
+        /// a span of tollgate's own in between; a request without a trace begins one), "restart" (every request begins a
+        /// trace: for clients who must not choose ids and sampling) or "drop". A malformed or repeated traceparent is
+        /// removed together with tracestate.
+        context: TraceFields = r#""pass""#,
+    }
+}
+
+section! {
     /// Logs. They never contain tokens.
     LogSection {
         /// Access log, one JSON object for each request: "stdout", "off", or a file (relative to the folder of this
@@ -548,6 +559,7 @@ words! { QueryToken { Accept = "accept", Refuse = "refuse" } }
 words! { CheckKind { None = "none", Tcp = "tcp", Http = "http" } }
 words! { BalanceBy { RoundRobin = "round_robin", LeastRequests = "least_requests", Hash = "hash" } }
 words! { CanaryKey { User = "user", Token = "token", Request = "request" } }
+words! { TraceFields { Pass = "pass", Make = "make", Restart = "restart", Drop = "drop" } }
 words! { Level { Error = "error", Warn = "warn", Info = "info" } }
 
 macro_rules! settings {

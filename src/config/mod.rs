@@ -37,6 +37,7 @@ struct File {
     limits: file::LimitsSection,
     upstreams: Vec<file::UpstreamSection>,
     routes: Vec<file::RouteSection>,
+    trace: file::TraceSection,
     log: file::LogSection,
 }
 
@@ -101,8 +102,21 @@ pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
 }
 
 /// The tables that can stand at the top of the file.
-const SECTIONS: [&str; 12] =
-    ["server", "admin", "api", "scope", "token", "store", "cache", "pagination", "limits", "upstream", "route", "log"];
+const SECTIONS: [&str; 13] = [
+    "server",
+    "admin",
+    "api",
+    "scope",
+    "token",
+    "store",
+    "cache",
+    "pagination",
+    "limits",
+    "upstream",
+    "route",
+    "trace",
+    "log",
+];
 
 fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
     for (name, _) in root.iter().filter(|(name, _)| !SECTIONS.contains(&name.get_ref().as_ref())) {
@@ -123,6 +137,7 @@ fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
         scopes: many(places, root, "scope", "scope", file::ScopeSection::read),
         cache: one(places, root, "cache", file::CacheSection::read),
         limits: one(places, root, "limits", file::LimitsSection::read),
+        trace: one(places, root, "trace", file::TraceSection::read),
         log: one(places, root, "log", file::LogSection::read),
         upstreams: many(places, root, "upstream", "upstream", file::UpstreamSection::read),
         routes: many(places, root, "route", "route", file::RouteSection::read),
@@ -200,7 +215,7 @@ const fn commented(header: &'static str, doc: &'static [&'static str], fields: &
 }
 
 /// All sections, in the order in which they are documented.
-const REFERENCE: [Reference; 17] = [
+const REFERENCE: [Reference; 18] = [
     shown("[server]", file::ServerSection::DOC, file::ServerSection::FIELDS),
     shown("[admin]", file::AdminSection::DOC, file::AdminSection::FIELDS),
     shown("[[upstream]]", file::UpstreamSection::DOC, file::UpstreamSection::FIELDS),
@@ -217,6 +232,7 @@ const REFERENCE: [Reference; 17] = [
     commented("[[pagination.route]]", file::PaginationRouteSection::DOC, file::PaginationRouteSection::FIELDS),
     shown("[limits]", file::LimitsSection::DOC, file::LimitsSection::FIELDS),
     commented("[[route]]", file::RouteSection::DOC, file::RouteSection::FIELDS),
+    shown("[trace]", file::TraceSection::DOC, file::TraceSection::FIELDS),
     shown("[log]", file::LogSection::DOC, file::LogSection::FIELDS),
 ];
 

@@ -21,6 +21,7 @@ use crate::request::route::{
 };
 use crate::request::routes::Routes;
 use crate::request::token::TokenRules;
+use crate::request::trace::TraceMode;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::store::NamedStore;
@@ -76,6 +77,12 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         token: token.clone(),
         switches,
         deprecate_query_token: file.token.query_deprecation,
+        trace: match file.trace.context {
+            file::TraceFields::Pass => TraceMode::Pass,
+            file::TraceFields::Make => TraceMode::Make,
+            file::TraceFields::Restart => TraceMode::Restart,
+            file::TraceFields::Drop => TraceMode::Drop,
+        },
     };
     let mut gather = Gather { places };
     let upstreams = gather.upstreams(&file.upstreams);

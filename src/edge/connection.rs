@@ -251,7 +251,7 @@ fn settle(mut exchange: Box<Exchange>, view: &RequestView<'_>, origin: &Origin<'
         Verdict::Forward(plan) => {
             let mut head = Vec::with_capacity(exchange.head.len() + 256);
             let (rules, sink) = (&exchange.snapshot.pipeline.forward, &mut Http1Head(&mut head));
-            let dropped = plan.write_head(view, rules, origin, &exchange.request_id, sink);
+            let dropped = plan.write_head(view, rules, origin, &exchange.request_id, exchange.trace.as_ref(), sink);
             exchange.permitted(view, &plan, dropped);
             Judged::Permitted { head, ticket: ticket(exchange, plan, view) }
         }

@@ -9,6 +9,7 @@ use crate::forward::Plan;
 use crate::pipeline::Facts;
 use crate::reply::{Refusal, UpstreamFault};
 use crate::request::route::{Canary, CanaryBy, RequestTimeout, Route};
+use crate::request::trace::TraceContext;
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
@@ -23,6 +24,7 @@ pub(super) struct Exchange {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) now: Now,
     pub(super) request_id: String,
+    pub(super) trace: Option<TraceContext>,
     pub(super) facts: Facts,
     /// The request's head as it came; the places below are in it. Empty when it could not be read.
     pub(super) head: Bytes,
@@ -104,6 +106,7 @@ impl Exchange {
             snapshot,
             now: super::now(),
             request_id: String::new(),
+            trace: None,
             facts: Facts::none(Method::Other, peer),
             head,
             started: Instant::now(),
@@ -119,6 +122,7 @@ impl Exchange {
     /// The head was read as a request of this client.
     pub(super) fn is_asked(&mut self, view: &RequestView<'_>, client: Option<IpAddr>, request_id: String) {
         self.request_id = request_id;
+        self.trace = TraceContext::begin(self.snapshot.pipeline.forward.trace, view, || self.snapshot.new_trace_ids());
         self.facts = Facts::none(view.method, client);
         self.logged = self.snapshot.log.is_on().then(|| LogPlaces {
             method: HeadSlice::of(view.method_bytes, &self.head),
@@ -391,6 +395,7 @@ impl Exchange {
         snapshot.log.write(&AccessLogEntry {
             unix_ms: self.now.unix_ms,
             request_id: &self.request_id,
+            trace_id: self.trace.as_ref().map(TraceContext::trace_id_hex),
             client: facts.client,
             method,
             overridden: facts.overridden,

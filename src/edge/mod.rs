@@ -28,12 +28,14 @@ pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
 
 use crate::pipeline::Pipeline;
 use crate::problem::Problem;
+use crate::request::trace::NewIds;
 use crate::request::view::Method;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::metrics::{Metrics, RouteMetrics};
 use crate::upstream::UpstreamSettings;
 use client::HeadLimits;
 use peers::Peers;
+use std::num::{NonZeroU64, NonZeroU128};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -110,10 +112,25 @@ impl Snapshot {
         self.upstreams.get(place?).map(|peers| &**peers)
     }
 
+    /// For a trace that begins with a request, and for tollgate's span in it.
+    fn new_trace_ids(&self) -> NewIds {
+        NewIds {
+            // One in 2^64 is zero, and gets the next best.
+            trace_id: NonZeroU128::new(fastrand::u128(..)).unwrap_or(NonZeroU128::MIN),
+            span: new_span_id(),
+            // Without a recorder of its own, tollgate leaves to the backend what it would do with a request from nobody.
+            sampled: true,
+        }
+    }
+
     fn count(&self, route: Option<usize>, method: Method, status: u16, took: Duration) {
         let series = route.and_then(|index| self.route_metrics.get(index)).unwrap_or(&self.unrouted);
         series.count(method.index(), status, took);
     }
+}
+
+fn new_span_id() -> NonZeroU64 {
+    NonZeroU64::new(fastrand::u64(..)).unwrap_or(NonZeroU64::MIN)
 }
 
 /// Whether new requests are taken.

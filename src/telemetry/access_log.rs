@@ -22,6 +22,8 @@ const REOPEN: Duration = Duration::from_secs(2);
 pub struct AccessLogEntry<'a> {
     pub unix_ms: u64,
     pub request_id: &'a str,
+    /// In lower-case hex.
+    pub trace_id: Option<[u8; 32]>,
     pub client: Option<IpAddr>,
     /// The method that was judged.
     pub method: &'a [u8],
@@ -180,6 +182,9 @@ fn format(entry: &AccessLogEntry<'_>, secret_words: &SecretWords) -> Vec<u8> {
     time(&mut line, entry.unix_ms);
     line.push(b'"');
     text(&mut line, text_key!("request_id"), entry.request_id.as_bytes());
+    if let Some(trace_id) = &entry.trace_id {
+        text(&mut line, text_key!("trace_id"), trace_id);
+    }
     if let Some(client) = entry.client {
         address(&mut line, client);
     }
