@@ -10,7 +10,6 @@ use crate::store::chain::{Chain, Link};
 use crate::store::credential::Digest;
 use crate::store::{self, NamedStore, TlsSettings};
 use crate::telemetry::access_log::AccessLog;
-use crate::telemetry::lines::{Destination, LogTarget};
 use crate::telemetry::metrics::Metrics;
 use anyhow::{Context as _, anyhow};
 use parking_lot::Mutex;
@@ -85,11 +84,7 @@ fn origin(stores: &[NamedStore]) -> String {
 }
 
 fn access_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<AccessLog> {
-    let to = match &settings.access_log {
-        LogTarget::Off => None,
-        LogTarget::Stdout => Some(Destination::stdout().context("log.access: standard output")?),
-        LogTarget::File(path) => Some(Destination::file(path).map_err(|why| anyhow!("log.access: {why}"))?),
-    };
+    let to = settings.access_log.open("access").map_err(|why| anyhow!("log.access: {why}"))?;
     AccessLog::start(to, &settings.rules.names.token, Arc::clone(metrics)).context("access log")
 }
 

@@ -6,6 +6,7 @@ use crate::edge::Listen;
 use crate::request::host::HostPattern;
 use crate::request::route::{HeaderEdits, Pattern};
 use crate::request::view::Method;
+use crate::telemetry::datagrams::SyslogAddress;
 use crate::upstream::{HashBy, ListedServer, ServerAddress};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -516,9 +517,13 @@ section! {
 section! {
     /// Logs. They never contain tokens.
     LogSection {
-        /// Access log, one JSON object for each request: "stdout", "off", or a file (relative to the folder of this
-        /// configuration).
+        /// Access log, one JSON object for each request: "stdout", "off", "syslog", "journald", or a file (relative to the
+        /// folder of this configuration).
         access: String = r#""stdout""#,
+        /// Where "syslog" sends lines, as RFC 5424: `"unix:/path"` of a datagram socket, or `"host:port"` for UDP.
+        syslog: SyslogTarget = r#""unix:/dev/log""#,
+        /// The socket of "journald".
+        journald: FilePath = r#""/run/systemd/journal/socket""#,
         /// Level of the process log on stderr: "error", "warn" or "info".
         level: Level = r#""info""#,
     }
@@ -585,6 +590,17 @@ settings! {
             Ok(_) => Ok(Listen::Tcp(text.into())),
             Err(_) => Err(invalid("is not an address to listen on", "write it like \"127.0.0.1:8080\", \"[::]:8080\" or \"unix:/path\"")),
         },
+    };
+    SyslogTarget(SyslogAddress) = |text| {
+        let instead = "write it like \"unix:/dev/log\" or \"loghost:514\"";
+        match (text.strip_prefix("unix:"), text.rsplit_once(':')) {
+            (Some(path), _) if path.starts_with('/') => Ok(SyslogAddress::Unix(path.into())),
+            (Some(_), _) => Err(invalid("a socket's path must be absolute", instead)),
+            (None, Some((host, port))) if !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0) && !text.contains('/') => {
+                Ok(SyslogAddress::Udp(text.into()))
+            }
+            (None, _) => Err(invalid("is not the address of a syslog daemon", instead)),
+        }
     };
     UpstreamAddress(ServerAddress) = |text| {
         let instead = "write it like \"127.0.0.1:3000\", \"backend:3000\" or \"unix:/path\"";

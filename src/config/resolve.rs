@@ -122,7 +122,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     let cors = Cors::new(&file.api.cors_origins);
     gather.all("api", cors.problems());
     if file.log.access.is_empty() {
-        let instead = "write \"stdout\", \"off\" or the path of a file";
+        let instead = "write \"stdout\", \"off\", \"syslog\", \"journald\" or the path of a file";
         gather.places.add("log", Problem::error("access", "is empty", instead));
     }
     Settings {
@@ -140,6 +140,8 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         access_log: match file.log.access.as_str() {
             "off" => LogTarget::Off,
             "stdout" => LogTarget::Stdout,
+            "syslog" => LogTarget::Syslog(file.log.syslog.0.clone()),
+            "journald" => LogTarget::Journal(folder.join(&file.log.journald.0)),
             path => LogTarget::File(folder.join(path)),
         },
         level: match file.log.level {
