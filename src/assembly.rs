@@ -3,13 +3,14 @@
 
 use crate::admin::Reloaded;
 use crate::config::{self, Diagnostic, Probe, Settings};
-use crate::edge::{self, Rebuild, Rebuilt, Running, Snapshot};
+use crate::edge::{self, Logs, Rebuild, Rebuilt, Running, Snapshot};
 use crate::identity::Authenticator;
 use crate::pipeline::Pipeline;
 use crate::store::chain::{Chain, Link};
 use crate::store::credential::Digest;
 use crate::store::{self, NamedStore, TlsSettings};
 use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::audit_log::AuditLog;
 use crate::telemetry::metrics::Metrics;
 use anyhow::{Context as _, anyhow};
 use parking_lot::Mutex;
@@ -20,16 +21,16 @@ use std::sync::Arc;
 pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Running> {
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).context("metrics")?);
     let authenticator = authenticator(&settings, &metrics, None)?;
-    let log = access_log(&settings, &metrics)?;
-    let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), log.clone(), None);
-    Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, log) })
+    let logs = Logs { access: access_log(&settings, &metrics)?, audit: audit_log(&settings, &metrics)? };
+    let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), logs.clone(), None);
+    Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, logs) })
 }
 
 fn snapshot(
     settings: &Settings,
     authenticator: Arc<Authenticator>,
     metrics: Arc<Metrics>,
-    log: AccessLog,
+    logs: Logs,
     running: Option<&Snapshot>,
 ) -> Snapshot {
     let pipeline = Pipeline {
@@ -40,7 +41,7 @@ fn snapshot(
         authenticator,
     };
     let hosts = settings.admin_hosts.clone();
-    Snapshot::build(pipeline, metrics, &settings.upstreams, settings.timeouts, log, hosts, running)
+    Snapshot::build(pipeline, metrics, &settings.upstreams, settings.timeouts, logs, hosts, running)
 }
 
 /// `before`: one of the same records, whose cache is taken over.
@@ -88,17 +89,22 @@ fn access_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Acc
     AccessLog::start(to, &settings.rules.names.token, Arc::clone(metrics)).context("access log")
 }
 
+fn audit_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<AuditLog> {
+    let to = settings.audit_log.open("audit").map_err(|why| anyhow!("admin.audit: {why}"))?;
+    AuditLog::start(to, Arc::clone(metrics)).context("audit log")
+}
+
 /// Makes the next snapshot from the file as it is then. What needs a restart is said, and left as it is.
-fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild {
+fn rebuild(settings: Settings, path: Option<PathBuf>, logs: Logs) -> Rebuild {
     let started = settings.server.clone();
     let authorities = system_authorities(&settings.stores);
-    let current = Mutex::new((settings, log, authorities));
+    let current = Mutex::new((settings, logs, authorities));
     Arc::new(move |running: &Snapshot, reopened: Result<(), String>| {
         let path = path.as_deref().ok_or("there is no configuration file to read")?;
         let mut current = current.lock();
         let next = config::load(path, Probe::Reload(&current.0)).map_err(|problems| report(&problems))?;
         next.warnings.iter().for_each(|warning| log::warn!("{warning}"));
-        let (settings, log, authorities) = &mut *current;
+        let (settings, logs, authorities) = &mut *current;
         let next_authorities = system_authorities(&next.stores);
         let describe = |error: anyhow::Error| format!("{error:#}");
         let metrics = Arc::clone(&running.metrics);
@@ -115,16 +121,21 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         };
         let next_log = if next.access_log == settings.access_log {
             reopened?;
-            log.with_parameter(&next.rules.names.token).map_err(|error| error.to_string())?
+            logs.access.with_parameter(&next.rules.names.token).map_err(|error| error.to_string())?
         } else {
             access_log(&next, &metrics).map_err(describe)?
         };
-        let snapshot = snapshot(&next, authenticator, metrics, next_log.clone(), Some(running));
+        let audit = match next.audit_log == settings.audit_log {
+            true => logs.audit.clone(),
+            false => audit_log(&next, &metrics).map_err(describe)?,
+        };
+        let next_logs = Logs { access: next_log, audit };
+        let snapshot = snapshot(&next, authenticator, metrics, next_logs.clone(), Some(running));
         let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
         let changed = settings.document.changes(&next.document).into_iter();
         let report = Reloaded { applied: changed.filter(|key| !restart.contains(key)).collect(), restart };
         log::set_max_level(next.level);
-        (*settings, *log, *authorities) = (next, next_log, next_authorities);
+        (*settings, *logs, *authorities) = (next, next_logs, next_authorities);
         Ok(Rebuilt { snapshot, report })
     })
 }

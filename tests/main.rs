@@ -16,6 +16,7 @@ mod admin;
 mod answers;
 mod architecture;
 mod attacks;
+mod audit;
 mod backend_faults;
 mod bodies;
 mod cli;

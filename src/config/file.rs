@@ -37,6 +37,9 @@ section! {
         /// `"tollgate.internal"` if Prometheus scrapes that name. Requests with any other Host get 403, so that a web
         /// page cannot reach the listener through a name of its own.
         hosts: Vec<HostName> = "[]",
+        /// Log of what the admin listener and signals change, one JSON object for each change: "off", "stdout", "stderr",
+        /// "syslog", "journald", or a file (relative to the folder of this configuration). Never with tokens or values.
+        audit: String = r#""off""#,
     }
 }
 
@@ -517,8 +520,8 @@ section! {
 section! {
     /// Logs. They never contain tokens.
     LogSection {
-        /// Access log, one JSON object for each request: "stdout", "off", "syslog", "journald", or a file (relative to the
-        /// folder of this configuration).
+        /// Access log, one JSON object for each request: "stdout", "stderr", "off", "syslog", "journald", or a file (relative to
+        /// the folder of this configuration).
         access: String = r#""stdout""#,
         /// Where "syslog" sends lines, as RFC 5424: `"unix:/path"` of a datagram socket, or `"host:port"` for UDP.
         syslog: SyslogTarget = r#""unix:/dev/log""#,

@@ -49,6 +49,7 @@ pub struct Settings {
     pub upstreams: Vec<UpstreamSettings>,
     pub timeouts: Timeouts,
     pub access_log: LogTarget,
+    pub audit_log: LogTarget,
     pub level: LevelFilter,
     /// What is allowed and dangerous, for people: said at every start and reload, and by `check`.
     pub warnings: Vec<Diagnostic>,
@@ -122,9 +123,21 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     let cors = Cors::new(&file.api.cors_origins);
     gather.all("api", cors.problems());
     if file.log.access.is_empty() {
-        let instead = "write \"stdout\", \"off\", \"syslog\", \"journald\" or the path of a file";
+        let instead = "write \"stdout\", \"stderr\", \"off\", \"syslog\", \"journald\" or the path of a file";
         gather.places.add("log", Problem::error("access", "is empty", instead));
     }
+    if file.admin.audit.is_empty() {
+        let instead = "write \"off\", \"stdout\", \"stderr\", \"syslog\", \"journald\" or the path of a file";
+        gather.places.add("admin", Problem::error("audit", "is empty", instead));
+    }
+    let log_target = |text: &str| match text {
+        "off" => LogTarget::Off,
+        "stdout" => LogTarget::Stdout,
+        "stderr" => LogTarget::Stderr,
+        "syslog" => LogTarget::Syslog(file.log.syslog.0.clone()),
+        "journald" => LogTarget::Journal(folder.join(&file.log.journald.0)),
+        path => LogTarget::File(folder.join(path)),
+    };
     Settings {
         server,
         admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
@@ -137,13 +150,8 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         cache,
         upstreams,
         timeouts,
-        access_log: match file.log.access.as_str() {
-            "off" => LogTarget::Off,
-            "stdout" => LogTarget::Stdout,
-            "syslog" => LogTarget::Syslog(file.log.syslog.0.clone()),
-            "journald" => LogTarget::Journal(folder.join(&file.log.journald.0)),
-            path => LogTarget::File(folder.join(path)),
-        },
+        access_log: log_target(&file.log.access),
+        audit_log: log_target(&file.admin.audit),
         level: match file.log.level {
             file::Level::Error => LevelFilter::Error,
             file::Level::Warn => LevelFilter::Warn,

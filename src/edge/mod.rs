@@ -31,6 +31,7 @@ use crate::problem::Problem;
 use crate::request::trace::NewIds;
 use crate::request::view::Method;
 use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::audit_log::{AuditLog, AuditSource, AuditedAction};
 use crate::telemetry::metrics::{Metrics, RouteMetrics};
 use crate::upstream::UpstreamSettings;
 use client::HeadLimits;
@@ -50,11 +51,19 @@ pub struct Snapshot {
     upstreams: Vec<Arc<Peers>>,
     timeouts: Timeouts,
     log: AccessLog,
+    audit: AuditLog,
     /// Names that the admin listener answers to.
     admin_hosts: Vec<String>,
     /// One for each route, and one for requests that got to none.
     route_metrics: Vec<RouteMetrics>,
     unrouted: RouteMetrics,
+}
+
+/// What is written of the traffic and of changes.
+#[derive(Clone)]
+pub struct Logs {
+    pub access: AccessLog,
+    pub audit: AuditLog,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,16 +90,17 @@ impl Snapshot {
         metrics: Arc<Metrics>,
         upstreams: &[UpstreamSettings],
         timeouts: Timeouts,
-        log: AccessLog,
+        logs: Logs,
         admin_hosts: Vec<String>,
         running: Option<&Self>,
     ) -> Self {
+        let Logs { access: log, audit } = logs;
         let running = running.map_or(&[][..], |running| &running.upstreams);
         let build = |settings: &UpstreamSettings| Arc::new(Peers::build(settings, running, &metrics));
         let upstreams = upstreams.iter().map(build).collect();
         let route_metrics = pipeline.rules.routes.iter().map(|route| metrics.route(&route.name)).collect();
         let unrouted = metrics.route("none");
-        Self { pipeline, metrics, upstreams, timeouts, log, admin_hosts, route_metrics, unrouted }
+        Self { pipeline, metrics, upstreams, timeouts, log, audit, admin_hosts, route_metrics, unrouted }
     }
 
     fn head_limits(&self) -> HeadLimits {
@@ -105,6 +115,16 @@ impl Snapshot {
 
     fn route_name(&self, index: Option<usize>) -> &str {
         index.and_then(|index| self.pipeline.rules.routes.get(index)).map_or("none", |route| &route.name)
+    }
+
+    /// Writes down a change. One that replaced the snapshot stands in the log of either, so that a log that is switched off or on
+    /// says by whom.
+    fn audit(&self, next: &Self, source: AuditSource, action: &AuditedAction) {
+        let unix_ms = now().unix_ms;
+        self.audit.write(unix_ms, source, action);
+        if !self.audit.is_same(&next.audit) {
+            next.audit.write(unix_ms, source, action);
+        }
     }
 
     /// An upstream by its place in the configuration.

@@ -7,7 +7,8 @@ use super::listen::{Listen, ServerSettings, SocketPlace};
 use super::proxied::ProxiedLane;
 use super::workers::{Acceptor, Serve as _, Workers};
 use super::{Lifecycle, Snapshot, health};
-use crate::admin::Reloaded;
+use crate::admin::{Reloaded, audited_reload};
+use crate::telemetry::audit_log::{AuditResult, AuditSource, AuditedAction};
 use crate::telemetry::metrics::Metrics;
 use arc_swap::ArcSwap;
 use pingora::proxy::http_proxy;
@@ -108,6 +109,9 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     // The workers have handles of their own; with this one, the sockets would outlive them.
     drop(listeners);
 
+    let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
+    let first = snapshot.load_full();
+    first.audit(&first, AuditSource::Process, &version);
     let drain = Drain { lifecycle, metrics, grace: settings.grace, snapshot: Arc::clone(&snapshot) };
     background.block_on(drain.run(signals.terminate, signals.interrupt));
     // The receivers may be gone.
@@ -119,6 +123,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     let last = snapshot.load();
     last.pipeline.authenticator.save();
     last.log.flush(Duration::from_secs(2));
+    last.audit.flush(Duration::from_secs(1));
     for listen in settings.listen.iter().chain(&settings.admin) {
         if let Listen::Unix(path, _) = listen {
             remove_socket(path);
@@ -163,7 +168,9 @@ struct Drain {
 
 impl Drain {
     async fn run(&self, mut terminate: Signals, mut interrupt: Signals) {
-        next(&mut terminate, &mut interrupt).await;
+        let signal = next(&mut terminate, &mut interrupt).await;
+        let snapshot = self.snapshot.load_full();
+        snapshot.audit(&snapshot, AuditSource::Signal(signal), &AuditedAction::new("stop", AuditResult::Done));
         self.metrics.ready(false);
         self.lifecycle.drain();
         // Logged last, so that it is true when somebody reads it.
@@ -174,7 +181,7 @@ impl Drain {
                 self.quiet().await;
                 self.last_uses().await;
             } => {}
-            () = next(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
+            _ = next(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
         }
     }
 
@@ -201,10 +208,11 @@ impl Drain {
     }
 }
 
-async fn next(terminate: &mut Signals, interrupt: &mut Signals) {
+/// The name of the next signal to stop.
+async fn next(terminate: &mut Signals, interrupt: &mut Signals) -> &'static str {
     tokio::select! {
-        () = terminate.next() => {}
-        () = interrupt.next() => {}
+        () = terminate.next() => "SIGTERM",
+        () = interrupt.next() => "SIGINT",
     }
 }
 
@@ -249,16 +257,26 @@ struct Reloader {
 async fn reopen_when_asked(snapshot: Arc<ArcSwap<Snapshot>>, mut asked: Signals) {
     loop {
         asked.next().await;
-        if reopen(&snapshot).await.is_ok_and(|done| done) {
+        let done = reopen(&snapshot).await;
+        if done == Ok(true) {
             log::info!("access log reopened");
         }
+        let result = if done.is_ok() { AuditResult::Done } else { AuditResult::Failed };
+        let snapshot = snapshot.load();
+        snapshot.audit(&snapshot, AuditSource::Signal("SIGUSR1"), &AuditedAction::new("reopen_logs", result));
     }
 }
 
 /// Whether the log has been reopened; `false` if that has to wait for the log's reader.
 async fn reopen(snapshot: &ArcSwap<Snapshot>) -> Result<bool, String> {
-    let log = snapshot.load().log.clone();
-    let result = blocking(move || log.reopen()).await?.map_err(|why| format!("log.access: {why}"));
+    let (log, audit) = (snapshot.load().log.clone(), snapshot.load().audit.clone());
+    let reopen_all = move || {
+        if let Err(why) = audit.reopen() {
+            log::error!("audit log not reopened, lines go to the old file: admin.audit: {why}");
+        }
+        log.reopen()
+    };
+    let result = blocking(reopen_all).await?.map_err(|why| format!("log.access: {why}"));
     match &result {
         Ok(true) => {}
         Ok(false) => {
@@ -272,11 +290,13 @@ async fn reopen(snapshot: &ArcSwap<Snapshot>) -> Result<bool, String> {
 impl Reloader {
     async fn run(mut self) {
         loop {
-            let reply = tokio::select! {
-                () = self.hangup.next() => None,
-                request = self.requests.recv() => request,
+            let (source, reply) = tokio::select! {
+                () = self.hangup.next() => (AuditSource::Signal("SIGHUP"), None),
+                Some((source, reply)) = self.requests.recv() => (source, Some(reply)),
             };
+            let before = self.snapshot.load_full();
             let result = self.reload().await;
+            before.audit(&self.snapshot.load(), source, &audited_reload(&result));
             if let Some(reply) = reply {
                 // The client may be gone.
                 let _ = reply.send(result);

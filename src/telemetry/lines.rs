@@ -34,6 +34,7 @@ const LOSS_REPORT_INTERVAL: Duration = Duration::from_secs(10);
 pub enum LogTarget {
     Off,
     Stdout,
+    Stderr,
     File(PathBuf),
     Syslog(SyslogAddress),
     /// The socket of systemd's journal.
@@ -41,10 +42,11 @@ pub enum LogTarget {
 }
 
 impl LogTarget {
-    /// What keeps the log from being written, looked for without making a file. Keys of `[log]`.
-    pub fn problems(&self) -> Vec<Problem> {
+    /// What keeps the log from being written, looked for without making a file. `key` names a file; sockets have keys of their
+    /// own in `[log]`.
+    pub fn problems(&self, key: &'static str) -> Vec<Problem> {
         let path = match self {
-            Self::Off | Self::Stdout => return Vec::new(),
+            Self::Off | Self::Stdout | Self::Stderr => return Vec::new(),
             Self::Syslog(to) => return to.problems(),
             Self::Journal(path) => return absent("journald", path),
             Self::File(path) => path,
@@ -58,7 +60,7 @@ impl LogTarget {
         };
         let problem = |why| {
             let what = format!("{} cannot be written: {why}", path.display());
-            Problem::error("access", what, "name a file in a folder that tollgate may write to")
+            Problem::error(key, what, "name a file in a folder that tollgate may write to")
         };
         why.map(problem).into_iter().collect()
     }
@@ -68,6 +70,7 @@ impl LogTarget {
         Ok(Some(match self {
             Self::Off => return Ok(None),
             Self::Stdout => Destination::stdout().map_err(|error| format!("standard output: {error}"))?.into(),
+            Self::Stderr => Destination::stderr().map_err(|error| format!("standard error: {error}"))?.into(),
             Self::File(path) => Destination::file(path)?.into(),
             Self::Syslog(to) => Datagrams::syslog(to.clone(), log).into(),
             Self::Journal(path) => Datagrams::journal(path.clone(), log).into(),

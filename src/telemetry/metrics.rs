@@ -93,7 +93,7 @@ pub struct Metrics {
     upstream_waiting: IntGaugeVec,
     servers: Arc<ServerFamilies>,
     /// Access log, process log.
-    log_dropped: [IntCounter; 2],
+    log_dropped: [IntCounter; 3],
     reloads: IntCounterVec,
     config_loaded: IntGauge,
     ready: IntGauge,
@@ -265,7 +265,7 @@ impl Metrics {
                 "Requests that wait in the queue for a server with room.",
                 &["upstream"],
             )?,
-            log_dropped: ["access", "process"].map(|log| log_dropped.with_label_values(&[log])),
+            log_dropped: ["access", "process", "audit"].map(|log| log_dropped.with_label_values(&[log])),
             reloads: families.counters(
                 "tollgate_config_reloads_total",
                 "Configuration reloads by result.",
@@ -387,6 +387,10 @@ impl Metrics {
 
     pub fn access_log_lost(&self, lines: u64) {
         self.log_dropped[0].inc_by(lines);
+    }
+
+    pub fn audit_log_lost(&self, lines: u64) {
+        self.log_dropped[2].inc_by(lines);
     }
 
     pub fn reloaded(&self, ok: bool, at_unix_seconds: u64) {

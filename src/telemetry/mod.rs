@@ -2,6 +2,7 @@
 //! uses it.
 
 pub mod access_log;
+pub mod audit_log;
 pub mod datagrams;
 pub mod lines;
 pub mod metrics;
