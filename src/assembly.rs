@@ -12,6 +12,7 @@ use crate::store::{self, NamedStore, TlsSettings};
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::audit_log::AuditLog;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::spans::SpanExporter;
 use anyhow::{Context as _, anyhow};
 use parking_lot::Mutex;
 use std::path::PathBuf;
@@ -21,7 +22,11 @@ use std::sync::Arc;
 pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Running> {
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).context("metrics")?);
     let authenticator = authenticator(&settings, &metrics, None)?;
-    let logs = Logs { access: access_log(&settings, &metrics)?, audit: audit_log(&settings, &metrics)? };
+    let logs = Logs {
+        access: access_log(&settings, &metrics)?,
+        audit: audit_log(&settings, &metrics)?,
+        spans: spans(&settings, &metrics)?,
+    };
     let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), logs.clone(), None);
     Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, logs) })
 }
@@ -94,6 +99,10 @@ fn audit_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<Audi
     AuditLog::start(to, Arc::clone(metrics)).context("audit log")
 }
 
+fn spans(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<SpanExporter> {
+    SpanExporter::start(settings.otlp.as_ref(), Arc::clone(metrics)).context("export of spans")
+}
+
 /// Makes the next snapshot from the file as it is then. What needs a restart is said, and left as it is.
 fn rebuild(settings: Settings, path: Option<PathBuf>, logs: Logs) -> Rebuild {
     let started = settings.server.clone();
@@ -129,7 +138,11 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, logs: Logs) -> Rebuild {
             true => logs.audit.clone(),
             false => audit_log(&next, &metrics).map_err(describe)?,
         };
-        let next_logs = Logs { access: next_log, audit };
+        let spans = match next.otlp == settings.otlp {
+            true => logs.spans.clone(),
+            false => spans(&next, &metrics).map_err(describe)?,
+        };
+        let next_logs = Logs { access: next_log, audit, spans };
         let snapshot = snapshot(&next, authenticator, metrics, next_logs.clone(), Some(running));
         let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
         let changed = settings.document.changes(&next.document).into_iter();

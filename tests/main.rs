@@ -40,6 +40,7 @@ mod routes;
 mod scopes;
 mod slow;
 mod smoke;
+mod spans;
 mod standing;
 mod stores;
 mod token;

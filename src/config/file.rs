@@ -1,7 +1,7 @@
 //! The file: every section and key with its default. The comments here are the reference; `config/tollgate.example.toml`
 //! is generated from them.
 
-use super::section::{Bytes, Fraction, InvalidValue, Section, Setting, invalid, section, text, words};
+use super::section::{Bytes, Fraction, InvalidValue, Ratio, Section, Setting, invalid, section, text, words};
 use crate::edge::Listen;
 use crate::request::host::HostPattern;
 use crate::request::route::{HeaderEdits, Pattern};
@@ -514,6 +514,11 @@ section! {
         /// trace: for clients who must not choose ids and sampling) or "drop". A malformed or repeated traceparent is
         /// removed together with tracestate.
         context: TraceFields = r#""pass""#,
+        /// Collector that spans are sent to by OTLP over HTTP (JSON, without TLS), like `"http://127.0.0.1:4318/v1/traces"`, or
+        /// "none". With context "make" or "restart" only.
+        otlp: Option<CollectorUrl> = r#""none""#,
+        /// The share of traces begun here that are recorded. One that a client began is recorded if its sampled flag says so.
+        sample: Ratio = "1.0",
     }
 }
 
@@ -605,6 +610,24 @@ settings! {
             (None, _) => Err(invalid("is not the address of a syslog daemon", instead)),
         }
     };
+    CollectorUrl(CollectorPlace) = |text| {
+        let instead = "write it like \"http://127.0.0.1:4318/v1/traces\"";
+        let url = match text.parse::<http::Uri>() {
+            Ok(url) if url.scheme_str() == Some("https") => {
+                return Err(invalid("has TLS, which tollgate does not speak to a collector", "use a collector on this machine, which sends on by TLS"));
+            }
+            Ok(url) if url.scheme_str() == Some("http") => url,
+            _ => return Err(invalid("is not the URL of a collector", instead)),
+        };
+        match url.authority() {
+            Some(authority) if authority.port_u16().is_some_and(|port| port > 0) && !authority.as_str().contains('@') => {
+                let path = url.path_and_query().map_or("/", |path| path.as_str());
+                let path = if path == "/" { "/v1/traces" } else { path };
+                Ok(CollectorPlace { authority: authority.as_str().into(), path: path.into() })
+            }
+            _ => Err(invalid("must have a host and a port", instead)),
+        }
+    };
     UpstreamAddress(ServerAddress) = |text| {
         let instead = "write it like \"127.0.0.1:3000\", \"backend:3000\" or \"unix:/path\"";
         match (text.strip_prefix("unix:"), text.rsplit_once(':')) {
@@ -689,6 +712,12 @@ settings! {
         "" => Err(invalid("is empty", "write the path of a file")),
         _ => Ok(text.into()),
     };
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct CollectorPlace {
+    pub(crate) authority: String,
+    pub(crate) path: String,
 }
 
 #[derive(Clone, Debug)]

@@ -26,6 +26,7 @@ use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::store::NamedStore;
 use crate::telemetry::lines::LogTarget;
+use crate::telemetry::spans::OtlpSettings;
 use crate::upstream::{Balance, CheckSettings, HttpCheck, RetryLimits, UpstreamSettings};
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
@@ -50,6 +51,8 @@ pub struct Settings {
     pub timeouts: Timeouts,
     pub access_log: LogTarget,
     pub audit_log: LogTarget,
+    /// `None`: no spans are exported.
+    pub otlp: Option<OtlpSettings>,
     pub level: LevelFilter,
     /// What is allowed and dangerous, for people: said at every start and reload, and by `check`.
     pub warnings: Vec<Diagnostic>,
@@ -130,6 +133,10 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         let instead = "write \"off\", \"stdout\", \"stderr\", \"syslog\", \"journald\" or the path of a file";
         gather.places.add("admin", Problem::error("audit", "is empty", instead));
     }
+    if file.trace.otlp.is_some() && !forward.trace.makes_spans() {
+        let problem = Problem::error("otlp", "needs spans of tollgate's own", "set context = \"make\" or \"restart\"");
+        gather.places.add("trace", problem.with("context"));
+    }
     let log_target = |text: &str| match text {
         "off" => LogTarget::Off,
         "stdout" => LogTarget::Stdout,
@@ -152,6 +159,11 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         timeouts,
         access_log: log_target(&file.log.access),
         audit_log: log_target(&file.admin.audit),
+        otlp: file.trace.otlp.as_ref().map(|collector| OtlpSettings {
+            authority: collector.0.authority.clone(),
+            path: collector.0.path.clone(),
+            per_million: file.trace.sample.per_million,
+        }),
         level: match file.log.level {
             file::Level::Error => LevelFilter::Error,
             file::Level::Warn => LevelFilter::Warn,

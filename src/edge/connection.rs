@@ -162,6 +162,7 @@ impl Gate {
             Admission::Waiting(pending) => {
                 // The client may be gone before the store answers.
                 exchange.learned(pending.facts().clone());
+                exchange.asks_store();
                 Err(Box::new(Undecided { view, origin, exchange, pending }))
             }
         }

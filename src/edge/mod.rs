@@ -17,6 +17,7 @@ mod proxied;
 mod recheck;
 mod server;
 mod socket;
+mod spans;
 mod ticket;
 mod workers;
 
@@ -33,6 +34,7 @@ use crate::request::view::Method;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::audit_log::{AuditLog, AuditSource, AuditedAction};
 use crate::telemetry::metrics::{Metrics, RouteMetrics};
+use crate::telemetry::spans::SpanExporter;
 use crate::upstream::UpstreamSettings;
 use client::HeadLimits;
 use peers::Peers;
@@ -52,6 +54,7 @@ pub struct Snapshot {
     timeouts: Timeouts,
     log: AccessLog,
     audit: AuditLog,
+    spans: SpanExporter,
     /// Names that the admin listener answers to.
     admin_hosts: Vec<String>,
     /// One for each route, and one for requests that got to none.
@@ -64,6 +67,7 @@ pub struct Snapshot {
 pub struct Logs {
     pub access: AccessLog,
     pub audit: AuditLog,
+    pub spans: SpanExporter,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,13 +98,13 @@ impl Snapshot {
         admin_hosts: Vec<String>,
         running: Option<&Self>,
     ) -> Self {
-        let Logs { access: log, audit } = logs;
+        let Logs { access: log, audit, spans } = logs;
         let running = running.map_or(&[][..], |running| &running.upstreams);
         let build = |settings: &UpstreamSettings| Arc::new(Peers::build(settings, running, &metrics));
         let upstreams = upstreams.iter().map(build).collect();
         let route_metrics = pipeline.rules.routes.iter().map(|route| metrics.route(&route.name)).collect();
         let unrouted = metrics.route("none");
-        Self { pipeline, metrics, upstreams, timeouts, log, audit, admin_hosts, route_metrics, unrouted }
+        Self { pipeline, metrics, upstreams, timeouts, log, audit, spans, admin_hosts, route_metrics, unrouted }
     }
 
     fn head_limits(&self) -> HeadLimits {
@@ -138,8 +142,7 @@ impl Snapshot {
             // One in 2^64 is zero, and gets the next best.
             trace_id: NonZeroU128::new(fastrand::u128(..)).unwrap_or(NonZeroU128::MIN),
             span: new_span_id(),
-            // Without a recorder of its own, tollgate leaves to the backend what it would do with a request from nobody.
-            sampled: true,
+            sampled: self.spans.samples(|| fastrand::u32(..1_000_000)),
         }
     }
 

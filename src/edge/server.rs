@@ -124,6 +124,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     last.pipeline.authenticator.save();
     last.log.flush(Duration::from_secs(2));
     last.audit.flush(Duration::from_secs(1));
+    last.spans.flush(Duration::from_secs(2));
     for listen in settings.listen.iter().chain(&settings.admin) {
         if let Listen::Unix(path, _) = listen {
             remove_socket(path);

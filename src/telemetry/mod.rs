@@ -9,4 +9,5 @@ pub mod metrics;
 pub mod outage;
 pub mod process_log;
 mod server_metrics;
+pub mod spans;
 mod store_metrics;
