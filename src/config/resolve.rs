@@ -145,6 +145,11 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         "journald" => LogTarget::Journal(folder.join(&file.log.journald.0)),
         path => LogTarget::File(folder.join(path)),
     };
+    let audit_log = log_target(&file.admin.audit);
+    if matches!(&audit_log, LogTarget::File(path) if log_target(&file.log.access) == LogTarget::File(path.clone())) {
+        let problem = Problem::error("audit", "is the file of log.access", "give each log its own file");
+        gather.places.add("admin", problem);
+    }
     Settings {
         server,
         admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
@@ -158,7 +163,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         upstreams,
         timeouts,
         access_log: log_target(&file.log.access),
-        audit_log: log_target(&file.admin.audit),
+        audit_log,
         otlp: file.trace.otlp.as_ref().map(|collector| OtlpSettings {
             authority: collector.0.authority.clone(),
             path: collector.0.path.clone(),
