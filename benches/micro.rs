@@ -155,7 +155,7 @@ fn bytes_for_the_upstream(bencher: Bencher<'_, '_>) {
         };
         out.clear();
         let id = "0123456789abcdef0123456789abcdef";
-        plan.write_head(&view, &pipeline.forward, &origin, id, &mut Http1Head(&mut out));
+        plan.write_head(&view, &pipeline.forward, &origin, id, None, &mut Http1Head(&mut out));
         out.len()
     });
 }

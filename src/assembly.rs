@@ -3,15 +3,16 @@
 
 use crate::admin::Reloaded;
 use crate::config::{self, Diagnostic, Probe, Settings};
-use crate::edge::{self, Rebuild, Rebuilt, Running, Snapshot};
+use crate::edge::{self, Logs, Rebuild, Rebuilt, Running, Snapshot};
 use crate::identity::Authenticator;
 use crate::pipeline::Pipeline;
 use crate::store::chain::{Chain, Link};
 use crate::store::credential::Digest;
 use crate::store::{self, NamedStore, TlsSettings};
 use crate::telemetry::access_log::AccessLog;
-use crate::telemetry::lines::{Destination, LogTarget};
+use crate::telemetry::audit_log::AuditLog;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::spans::SpanExporter;
 use anyhow::{Context as _, anyhow};
 use parking_lot::Mutex;
 use std::path::PathBuf;
@@ -21,17 +22,21 @@ use std::sync::Arc;
 pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Running> {
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).context("metrics")?);
     let authenticator = authenticator(&settings, &metrics, None)?;
-    let log = access_log(&settings, &metrics)?;
-    let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), log.clone(), None);
+    let logs = Logs {
+        access: access_log(&settings, &metrics)?,
+        audit: audit_log(&settings, &metrics)?,
+        spans: spans(&settings, &metrics)?,
+    };
+    let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), logs.clone(), None);
     let watched = path.clone().filter(|_| settings.server.watch);
-    Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, log), watched })
+    Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, logs), watched })
 }
 
 fn snapshot(
     settings: &Settings,
     authenticator: Arc<Authenticator>,
     metrics: Arc<Metrics>,
-    log: AccessLog,
+    logs: Logs,
     running: Option<&Snapshot>,
 ) -> Snapshot {
     let pipeline = Pipeline {
@@ -41,7 +46,7 @@ fn snapshot(
         cors: settings.cors.clone(),
         authenticator,
     };
-    Snapshot::build(pipeline, metrics, &settings.upstreams, settings.edge.clone(), log, running)
+    Snapshot::build(pipeline, metrics, &settings.upstreams, settings.edge.clone(), logs, running)
 }
 
 /// `before`: one of the same records, whose cache is taken over.
@@ -85,23 +90,28 @@ fn origin(stores: &[NamedStore]) -> String {
 }
 
 fn access_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<AccessLog> {
-    let to = match &settings.access_log {
-        LogTarget::Off => None,
-        LogTarget::Stdout => Some(Destination::stdout().context("log.access: standard output")?),
-        LogTarget::File(path) => Some(Destination::file(path).map_err(|why| anyhow!("log.access: {why}"))?),
-    };
+    let to = settings.access_log.open("access").map_err(|why| anyhow!("log.access: {why}"))?;
     AccessLog::start(to, &settings.rules.names.token, Arc::clone(metrics)).context("access log")
 }
 
+fn audit_log(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<AuditLog> {
+    let to = settings.audit_log.open("audit").map_err(|why| anyhow!("admin.audit: {why}"))?;
+    AuditLog::start(to, Arc::clone(metrics)).context("audit log")
+}
+
+fn spans(settings: &Settings, metrics: &Arc<Metrics>) -> anyhow::Result<SpanExporter> {
+    SpanExporter::start(settings.otlp.as_ref(), Arc::clone(metrics)).context("export of spans")
+}
+
 /// Makes the next snapshot from the file as it is then. What needs a restart is said, and left as it is.
-fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild {
+fn rebuild(settings: Settings, path: Option<PathBuf>, logs: Logs) -> Rebuild {
     let started = settings.server.clone();
     let authorities = system_authorities(&settings.stores);
-    let current = Arc::new(Mutex::new((settings, log, authorities)));
+    let current = Arc::new(Mutex::new((settings, logs, authorities)));
     Arc::new(move |running: &Snapshot, reopened: Result<(), String>| {
         let path = path.as_deref().ok_or("there is no configuration file to read")?;
         let held = current.lock();
-        let (settings, log, authorities) = &*held;
+        let (settings, logs, authorities) = &*held;
         let next = config::load(path, Probe::Reload(settings)).map_err(|problems| report(&problems))?;
         next.warnings.iter().for_each(|warning| log::warn!("{warning}"));
         let next_authorities = system_authorities(&next.stores);
@@ -120,18 +130,27 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         };
         let next_log = if next.access_log == settings.access_log {
             reopened?;
-            log.with_parameter(&next.rules.names.token).map_err(|error| error.to_string())?
+            logs.access.with_parameter(&next.rules.names.token).map_err(|error| error.to_string())?
         } else {
             access_log(&next, &metrics).map_err(describe)?
         };
-        let snapshot = snapshot(&next, authenticator, metrics, next_log.clone(), Some(running));
+        let audit = match next.audit_log == settings.audit_log {
+            true => logs.audit.clone(),
+            false => audit_log(&next, &metrics).map_err(describe)?,
+        };
+        let spans = match next.otlp == settings.otlp {
+            true => logs.spans.clone(),
+            false => spans(&next, &metrics).map_err(describe)?,
+        };
+        let next_logs = Logs { access: next_log, audit, spans };
+        let snapshot = snapshot(&next, authenticator, metrics, next_logs.clone(), Some(running));
         let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
         let changed = settings.document.changes(&next.document).into_iter();
         let report = Reloaded { applied: changed.filter(|key| !restart.contains(key)).collect(), restart };
         let (server, current) = (next.server.clone(), Arc::clone(&current));
         let done = Box::new(move || {
             log::set_max_level(next.level);
-            *current.lock() = (next, next_log, next_authorities);
+            *current.lock() = (next, next_logs, next_authorities);
         });
         Ok(Rebuilt { snapshot, settings: server, report, done })
     })

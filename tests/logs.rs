@@ -2,9 +2,11 @@
 //! wait, and every line is complete or counted as lost.
 
 use crate::harness::*;
+use crate::servers::Folder;
 use crate::support::*;
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -383,4 +385,85 @@ fn a_blocked_log_does_not_keep_a_reload_from_taking_effect() {
     assert_eq!(gateway.get("/api/v3/projects?per_page=1000").status, 200);
     assert_eq!(upstream.only().target, "/api/v3/projects?per_page=50");
     eventually("it is logged", || !lines_with(&gateway, &["access log is blocked"]).is_empty());
+}
+
+// ---- Syslog and the journal ----
+
+fn received(socket: &UnixDatagram) -> Option<String> {
+    let mut buffer = vec![0; 64 * 1024];
+    socket.set_read_timeout(Some(5 * SECOND)).unwrap();
+    socket.recv(&mut buffer).ok().map(|length| String::from_utf8(buffer[..length].to_vec()).unwrap())
+}
+
+/// The JSON object in what a socket got.
+fn object(text: &str) -> serde_json::Value {
+    let (start, end) = (text.find('{').unwrap(), text.rfind('}').unwrap());
+    serde_json::from_str(&text[start..=end]).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+#[test]
+fn the_access_log_goes_to_a_syslog_socket_that_may_go_and_come_back() {
+    let (upstream, folder) = (Upstream::start(), Folder::new("syslog"));
+    let path = folder.0.join("log");
+    let more = format!("[log]\naccess = \"syslog\"\nsyslog = \"unix:{}\"\n", path.display());
+    // A gateway starts without it, and `check` says so.
+    let gateway = Gateway::start(upstream.address, &more);
+    let check = || {
+        let path = config(&gateway);
+        let output = run(tollgate().args(["check", "--offline", "--config"]).arg(path));
+        assert!(output.status.success(), "{}", stderr(&output));
+        stdout(&output) + &stderr(&output)
+    };
+    assert!(check().contains("log.syslog"), "{}", check());
+    assert_eq!(status(&gateway, GOOD), 200);
+    eventually("a line without a reader is counted", || lost(&gateway, "access") == 1.0);
+    let socket = UnixDatagram::bind(&path).unwrap();
+    std::thread::sleep(SECOND / 5);
+    assert!(!check().contains("log.syslog"), "{}", check());
+    assert_eq!(status(&gateway, BAD), 401);
+    let text = received(&socket).unwrap();
+    assert!(text.starts_with("<30>1 20"), "{text}");
+    assert!(text.contains(&format!(" tollgate {} access - {{", gateway.pid())), "{text}");
+    assert_eq!((object(&text)["status"].as_u64(), object(&text)["reason"].as_str()), (Some(401), Some("unknown")));
+    // The daemon is restarted.
+    drop(socket);
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(status(&gateway, GOOD), 200);
+    eventually("a lost line is counted", || lost(&gateway, "access") == 2.0);
+    let socket = UnixDatagram::bind(&path).unwrap();
+    std::thread::sleep(SECOND / 5);
+    assert_eq!(status(&gateway, GOOD), 200);
+    assert_eq!(object(&received(&socket).unwrap())["status"], 200);
+    eventually("it is said", || !lines_with(&gateway, &["access log is written again", "lines were lost"]).is_empty());
+    // Nobody reads: requests do not wait, and a stop neither.
+    let slowest = load(&gateway, 4, 500, |_| (get(GOOD, "/api/v3/user"), 200));
+    assert!(slowest < 3 * SECOND, "{slowest:?}");
+    let mut gateway = gateway;
+    let asked = Instant::now();
+    gateway.signal("TERM");
+    assert_eq!(gateway.ended().code(), Some(0));
+    assert!(asked.elapsed() < 6 * SECOND, "{:?}", asked.elapsed());
+}
+
+#[test]
+fn a_reload_moves_the_access_log_to_the_journal() {
+    let (upstream, folder) = (Upstream::start(), Folder::new("journal"));
+    let path = folder.0.join("socket");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    let gateway = Gateway::start(upstream.address, "");
+    let journal = format!("access = \"journald\"\njournald = \"{}\"", path.display());
+    gateway.rewrite(|text| text.replace("access = \"access.log\"", &journal));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
+    for _ in 0..20 {
+        gateway.ask(&format!("GET /api/v3/user HTTP/1.1\nHost: t\nPRIVATE-TOKEN: {GOOD}\nX-Request-Id: j-1\n\n"));
+    }
+    gateway.ask(&format!("GET /api/v3/x?{} HTTP/1.1\nHost: t\n\n", "%22".repeat(1_500)));
+    for _ in 0..20 {
+        let text = received(&socket).unwrap();
+        assert!(text.starts_with("MESSAGE={\"time\":"), "{text}");
+        assert!(text.ends_with("}\nPRIORITY=6\nSYSLOG_FACILITY=3\nSYSLOG_IDENTIFIER=tollgate\nTOLLGATE_LOG=access\n"));
+        assert_eq!((text.lines().count(), object(&text)["request_id"].as_str()), (5, Some("j-1")));
+    }
+    assert_eq!(object(&received(&socket).unwrap())["status"], 401);
+    assert_eq!(lost(&gateway, "access"), 0.0);
 }

@@ -8,6 +8,7 @@ use tollgate::identity::Mode;
 use tollgate::pipeline::{Admission, Facts, Pipeline, Verdict};
 use tollgate::request::head;
 use tollgate::request::origin::{Arrival, Origin, TrustedProxies};
+use tollgate::request::trace::TraceContext;
 use tollgate::{assembly, clock, config};
 
 /// A pipeline before a store that has one token.
@@ -33,7 +34,7 @@ async fn admit(pipeline: &Pipeline, token: &str, mode: Mode) -> (String, Facts) 
     };
     let said = match verdict {
         Verdict::Forward(plan) => {
-            plan.write_head(&view, &pipeline.forward, &origin, "id", &mut Http1Head(&mut Vec::new()));
+            plan.write_head(&view, &pipeline.forward, &origin, "id", None, &mut Http1Head(&mut Vec::new()));
             "forwarded".to_owned()
         }
         Verdict::Refuse(refusal) => refusal.reason().to_owned(),
@@ -80,8 +81,11 @@ fn both_versions_get_the_same_fields() {
     let pipeline = &snapshot.pipeline;
     let bytes =
         b"GET /api/v3/x?page=2&private_token=known HTTP/1.1\r\nHost: h.test\r\nAccept: */*\r\nX-A: 1\r\nx-a: 2\r\n\
-                  X_B: 3\r\nConnection: X-C, upgrade\r\nUpgrade: h2c\r\nX-C: gone\r\nTE: trailers\r\n\r\n";
+                  X_B: 3\r\nConnection: X-C, upgrade\r\nUpgrade: h2c\r\nX-C: gone\r\nTE: trailers\r\n\
+                  traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\ntracestate: a=1\r\n\r\n";
     let view = head::parse(bytes).unwrap();
+    let trace = TraceContext::of(&view);
+    assert!(trace.is_some());
     let arrival = Arrival::of("192.0.2.1".parse().ok());
     let origin = Origin::of(&view, &arrival, &TrustedProxies::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -92,8 +96,9 @@ fn both_versions_get_the_same_fields() {
         };
         let Verdict::Forward(plan) = verdict else { panic!("refused") };
         let (mut http1, mut http2) = (Vec::new(), Http2Head::default());
-        let dropped = plan.write_head(&view, &pipeline.forward, &origin, "id-1", &mut Http1Head(&mut http1));
-        assert_eq!(plan.write_head(&view, &pipeline.forward, &origin, "id-1", &mut http2), dropped);
+        let dropped =
+            plan.write_head(&view, &pipeline.forward, &origin, "id-1", trace.as_ref(), &mut Http1Head(&mut http1));
+        assert_eq!(plan.write_head(&view, &pipeline.forward, &origin, "id-1", trace.as_ref(), &mut http2), dropped);
         assert_eq!(dropped, 1, "X_B");
         let text = String::from_utf8(http1).unwrap();
         let (line, fields) = text.split_once("\r\n").unwrap();

@@ -7,6 +7,7 @@ use crate::request::head::HeadFault;
 use crate::request::view::{FieldKind, Method, RequestView};
 use crate::store::credential::DigestPrefix;
 use crate::store::rfc3339;
+use crate::telemetry::audit_log::{AuditResult, AuditedAction};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Member, Upstream};
 use std::time::Instant;
@@ -27,6 +28,8 @@ pub struct Operator<'a> {
 
 pub enum Action {
     Respond(AdminResponse),
+    /// Something was changed, or was to be.
+    Changed(AdminResponse, AuditedAction),
     /// Reload the configuration and respond with [`reloaded`].
     Reload {
         /// Respond with JSON.
@@ -97,11 +100,11 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
         (b"/status", _) if reads => status(operator).into(),
         (b"/upstreams", _) if reads => upstreams(operator).into(),
         (b"/reload", Method::Post) => Action::Reload { json: wants_json(view) },
-        (b"/cache/forget", Method::Post) => forget(view.query(), operator).into(),
+        (b"/cache/forget", Method::Post) => forget(view.query(), operator),
         (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams", _) => not_allowed("GET, HEAD"),
         (b"/reload" | b"/cache/forget", _) => not_allowed("POST"),
         (path, method) => match drain_call(path) {
-            Some(call) if method == Method::Post => drain(&call, operator).into(),
+            Some(call) if method == Method::Post => drain(&call, operator),
             Some(_) => not_allowed("POST"),
             None => text(404, "Not found. GET / lists the available requests.\n").into(),
         },
@@ -118,6 +121,20 @@ pub fn unreadable(why: Unread) -> AdminResponse {
             text(400, "Malformed request: expected `GET /healthz HTTP/1.1` or HTTP/1.0, CRLF line ends, no TLS.\n")
         }
         Unread::Malformed(fault) => text(400, &format!("Malformed request: {fault}.\n")),
+    }
+}
+
+/// What a reload is in the audit log.
+pub fn audited_reload(result: &Result<Reloaded, String>) -> AuditedAction {
+    match result {
+        Ok(Reloaded { applied, restart }) => {
+            let same = applied.is_empty() && restart.is_empty();
+            let result = if same { AuditResult::Unchanged } else { AuditResult::Done };
+            AuditedAction::new("reload", result)
+                .with("applied", applied.as_slice())
+                .with("restart_needed", restart.as_slice())
+        }
+        Err(why) => AuditedAction::new("reload", AuditResult::Failed).with("errors", why.lines().collect::<Vec<_>>()),
     }
 }
 
@@ -247,11 +264,14 @@ fn drain_call(path: &[u8]) -> Option<DrainCall> {
     Some(DrainCall { upstream: decoded(upstream), server: decoded(server), drained })
 }
 
-fn drain(call: &DrainCall, operator: &Operator<'_>) -> AdminResponse {
+fn drain(call: &DrainCall, operator: &Operator<'_>) -> Action {
     let DrainCall { upstream, server, drained } = call;
+    let action = if *drained { "drain" } else { "undrain" };
     let pool = operator.upstreams.iter().find(|pool| pool.name() == upstream);
     let Some((known, changed)) = pool.and_then(|pool| pool.drain(server, *drained, operator.instant)) else {
-        return text(404, "There is no such server. GET /upstreams lists them.\n");
+        let answer = text(404, "There is no such server. GET /upstreams lists them.\n");
+        // The names are whatever the client sent.
+        return Action::Changed(answer, AuditedAction::new(action, AuditResult::Refused));
     };
     if changed {
         let what = if *drained { "is drained: it gets no new requests" } else { "is no longer drained" };
@@ -263,27 +283,45 @@ fn drain(call: &DrainCall, operator: &Operator<'_>) -> AdminResponse {
         "server": server,
         "in_flight": known.in_flight(),
     });
-    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
+    let answer =
+        AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") };
+    let result = if changed { AuditResult::Done } else { AuditResult::Unchanged };
+    let action = AuditedAction::new(action, result)
+        .with("upstream", upstream.as_str())
+        .with("server", server.as_str())
+        .with("in_flight", known.in_flight());
+    Action::Changed(answer, action)
 }
 
-fn forget(query: Option<&[u8]>, operator: &Operator<'_>) -> AdminResponse {
+fn forget(query: Option<&[u8]>, operator: &Operator<'_>) -> Action {
+    let changed = |answer, result| (answer, AuditedAction::new("cache_forget", result));
     let authenticator = &operator.pipeline.authenticator;
     let Some(query) = query else {
         authenticator.forget_all();
-        return text(200, "cache cleared; every token is looked up again on its next request\n");
+        let (answer, action) = changed(
+            text(200, "cache cleared; every token is looked up again on its next request\n"),
+            AuditResult::Done,
+        );
+        return Action::Changed(answer, action.with("tokens", "all"));
     };
     let value = [b"sha256=".as_slice(), b"id=", b"token="].into_iter().find_map(|key| query.strip_prefix(key));
     let hex = value.and_then(|value| std::str::from_utf8(value).ok()).unwrap_or_default();
     let Some(prefix) = DigestPrefix::from_hex(hex) else {
         let why = "Expected ?sha256= and the first 12 to 64 hex digits of the token's SHA-256; the access log's field \
                    `token` has the first 12. Do not send the token itself.\n";
-        return text(400, why);
+        // What was sent may be a token.
+        let (answer, action) = changed(text(400, why), AuditResult::Refused);
+        return Action::Changed(answer, action);
     };
-    match authenticator.forget_prefix(&prefix) {
+    let removed = authenticator.forget_prefix(&prefix);
+    let answer = match removed {
         0 => text(200, "no such token in the cache; its next request asks the store\n"),
         1 => text(200, "1 token removed; it is looked up again on its next request\n"),
         count => text(200, &format!("{count} tokens removed; they are looked up again on their next request\n")),
-    }
+    };
+    let result = if removed == 0 { AuditResult::Unchanged } else { AuditResult::Done };
+    let (answer, action) = changed(answer, result);
+    Action::Changed(answer, action.with("token", hex.get(..12).unwrap_or_default()).with("removed", removed))
 }
 
 /// Whether a Host is an address, localhost or one of the configured names, with any port.

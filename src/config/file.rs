@@ -1,11 +1,12 @@
 //! The file: every section and key with its default. The comments here are the reference; `config/tollgate.example.toml`
 //! is generated from them.
 
-use super::section::{Bytes, Fraction, InvalidValue, Section, Setting, invalid, section, text, words};
+use super::section::{Bytes, Fraction, InvalidValue, Ratio, Section, Setting, invalid, section, text, words};
 use crate::edge::Listen;
 use crate::request::host::HostPattern;
 use crate::request::route::{HeaderEdits, Pattern};
 use crate::request::view::Method;
+use crate::telemetry::datagrams::SyslogAddress;
 use crate::upstream::{HashBy, ListedServer, ServerAddress};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -76,6 +77,9 @@ section! {
         /// `"tollgate.internal"` if Prometheus scrapes that name. Requests with any other Host get 403, so that a web
         /// page cannot reach the listener through a name of its own.
         hosts: Vec<HostName> = "[]",
+        /// Log of what the admin listener and signals change, one JSON object for each change: "off", "stdout", "stderr",
+        /// "syslog", "journald", or a file (relative to the folder of this configuration). Never with tokens or values.
+        audit: String = r#""off""#,
     }
 }
 
@@ -543,11 +547,31 @@ section! {
 }
 
 section! {
+    /// Distributed traces (W3C Trace Context).
+    TraceSection {
+        /// The fields `traceparent` and `tracestate`: "pass" (a client's go to the backend as they came), "make" (the same, with
+        /// a span of tollgate's own in between; a request without a trace begins one), "restart" (every request begins a
+        /// trace: for clients who must not choose ids and sampling) or "drop". A malformed or repeated traceparent is
+        /// removed together with tracestate.
+        context: TraceFields = r#""pass""#,
+        /// Collector that spans are sent to by OTLP over HTTP (JSON, without TLS), like `"http://127.0.0.1:4318/v1/traces"`, or
+        /// "none". With context "make" or "restart" only.
+        otlp: Option<CollectorUrl> = r#""none""#,
+        /// The share of traces begun here that are recorded. One that a client began is recorded if its sampled flag says so.
+        sample: Ratio = "1.0",
+    }
+}
+
+section! {
     /// Logs. They never contain tokens.
     LogSection {
-        /// Access log, one JSON object for each request: "stdout", "off", or a file (relative to the folder of this
-        /// configuration).
+        /// Access log, one JSON object for each request: "stdout", "stderr", "off", "syslog", "journald", or a file (relative to
+        /// the folder of this configuration).
         access: String = r#""stdout""#,
+        /// Where "syslog" sends lines, as RFC 5424: `"unix:/path"` of a datagram socket, or `"host:port"` for UDP.
+        syslog: SyslogTarget = r#""unix:/dev/log""#,
+        /// The socket of "journald".
+        journald: FilePath = r#""/run/systemd/journal/socket""#,
         /// Level of the process log on stderr: "error", "warn" or "info".
         level: Level = r#""info""#,
     }
@@ -590,6 +614,7 @@ words! { BalanceBy { RoundRobin = "round_robin", LeastRequests = "least_requests
 words! { TlsVersions { Intermediate = "intermediate", Modern = "modern" } }
 words! { ClientCertificate { Required = "required", Optional = "optional" } }
 words! { CanaryKey { User = "user", Token = "token", Request = "request" } }
+words! { TraceFields { Pass = "pass", Make = "make", Restart = "restart", Drop = "drop" } }
 words! { Level { Error = "error", Warn = "warn", Info = "info" } }
 
 macro_rules! settings {
@@ -615,6 +640,35 @@ settings! {
             Ok(_) => Ok(Listen::Tcp(text.into())),
             Err(_) => Err(invalid("is not an address to listen on", "write it like \"127.0.0.1:8080\", \"[::]:8080\" or \"unix:/path\"")),
         },
+    };
+    SyslogTarget(SyslogAddress) = |text| {
+        let instead = "write it like \"unix:/dev/log\" or \"loghost:514\"";
+        match (text.strip_prefix("unix:"), text.rsplit_once(':')) {
+            (Some(path), _) if path.starts_with('/') => Ok(SyslogAddress::Unix(path.into())),
+            (Some(_), _) => Err(invalid("a socket's path must be absolute", instead)),
+            (None, Some((host, port))) if !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0) && !text.contains('/') => {
+                Ok(SyslogAddress::Udp(text.into()))
+            }
+            (None, _) => Err(invalid("is not the address of a syslog daemon", instead)),
+        }
+    };
+    CollectorUrl(CollectorPlace) = |text| {
+        let instead = "write it like \"http://127.0.0.1:4318/v1/traces\"";
+        let url = match text.parse::<http::Uri>() {
+            Ok(url) if url.scheme_str() == Some("https") => {
+                return Err(invalid("has TLS, which tollgate does not speak to a collector", "use a collector on this machine, which sends on by TLS"));
+            }
+            Ok(url) if url.scheme_str() == Some("http") => url,
+            _ => return Err(invalid("is not the URL of a collector", instead)),
+        };
+        match url.authority() {
+            Some(authority) if authority.port_u16().is_some_and(|port| port > 0) && !authority.as_str().contains('@') => {
+                let path = url.path_and_query().map_or("/", |path| path.as_str());
+                let path = if path == "/" { "/v1/traces" } else { path };
+                Ok(CollectorPlace { authority: authority.as_str().into(), path: path.into() })
+            }
+            _ => Err(invalid("must have a host and a port", instead)),
+        }
     };
     UpstreamAddress(ServerAddress) = |text| {
         let instead = "write it like \"127.0.0.1:3000\", \"backend:3000\" or \"unix:/path\"";
@@ -700,6 +754,12 @@ settings! {
         "" => Err(invalid("is empty", "write the path of a file")),
         _ => Ok(text.into()),
     };
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct CollectorPlace {
+    pub(crate) authority: String,
+    pub(crate) path: String,
 }
 
 #[derive(Clone, Debug)]

@@ -38,6 +38,7 @@ struct File {
     limits: file::LimitsSection,
     upstreams: Vec<file::UpstreamSection>,
     routes: Vec<file::RouteSection>,
+    trace: file::TraceSection,
     log: file::LogSection,
 }
 
@@ -102,7 +103,7 @@ pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
 }
 
 /// The tables that can stand at the top of the file.
-const SECTIONS: [&str; 13] = [
+const SECTIONS: [&str; 14] = [
     "server",
     "listener",
     "admin",
@@ -115,6 +116,7 @@ const SECTIONS: [&str; 13] = [
     "limits",
     "upstream",
     "route",
+    "trace",
     "log",
 ];
 
@@ -138,6 +140,7 @@ fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
         scopes: many(places, root, "scope", "scope", file::ScopeSection::read),
         cache: one(places, root, "cache", file::CacheSection::read),
         limits: one(places, root, "limits", file::LimitsSection::read),
+        trace: one(places, root, "trace", file::TraceSection::read),
         log: one(places, root, "log", file::LogSection::read),
         upstreams: many(places, root, "upstream", "upstream", file::UpstreamSection::read),
         routes: many(places, root, "route", "route", file::RouteSection::read),
@@ -215,7 +218,7 @@ const fn commented(header: &'static str, doc: &'static [&'static str], fields: &
 }
 
 /// All sections, in the order in which they are documented.
-const REFERENCE: [Reference; 18] = [
+const REFERENCE: [Reference; 19] = [
     shown("[server]", file::ServerSection::DOC, file::ServerSection::FIELDS),
     commented("[[listener]]", file::ListenerSection::DOC, file::ListenerSection::FIELDS),
     shown("[admin]", file::AdminSection::DOC, file::AdminSection::FIELDS),
@@ -233,6 +236,7 @@ const REFERENCE: [Reference; 18] = [
     commented("[[pagination.route]]", file::PaginationRouteSection::DOC, file::PaginationRouteSection::FIELDS),
     shown("[limits]", file::LimitsSection::DOC, file::LimitsSection::FIELDS),
     commented("[[route]]", file::RouteSection::DOC, file::RouteSection::FIELDS),
+    shown("[trace]", file::TraceSection::DOC, file::TraceSection::FIELDS),
     shown("[log]", file::LogSection::DOC, file::LogSection::FIELDS),
 ];
 

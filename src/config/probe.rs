@@ -6,6 +6,7 @@ use crate::edge::{self, AddressInUse};
 use crate::identity;
 use crate::problem::{Problem, Severity};
 use crate::store::NamedStore;
+use crate::telemetry::lines::LogTarget;
 use std::time::Duration;
 
 /// How far to look.
@@ -42,7 +43,13 @@ pub(super) fn look(settings: &Settings, file: &File, probe: Probe<'_>, places: &
         Probe::Settings | Probe::Reload(_) => {}
     }
     if running.is_none_or(|running| running.access_log != settings.access_log) {
-        add("log", settings.access_log.problems());
+        add("log", settings.access_log.problems("access"));
+    }
+    if settings.audit_log != settings.access_log
+        && running.is_none_or(|running| running.audit_log != settings.audit_log)
+    {
+        let section = if matches!(settings.audit_log, LogTarget::File(_)) { "admin" } else { "log" };
+        add(section, settings.audit_log.problems("audit"));
     }
     if let Some(path) = &settings.snapshot
         && running.is_none_or(|running| running.snapshot != settings.snapshot)

@@ -24,10 +24,12 @@ use crate::request::route::{
 };
 use crate::request::routes::Routes;
 use crate::request::token::TokenRules;
+use crate::request::trace::TraceMode;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::store::{NamedStore, PemFile};
 use crate::telemetry::lines::LogTarget;
+use crate::telemetry::spans::OtlpSettings;
 use crate::upstream::{Balance, CheckSettings, HttpCheck, RetryLimits, UpstreamSettings};
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
@@ -50,6 +52,9 @@ pub struct Settings {
     pub upstreams: Vec<UpstreamSettings>,
     pub edge: EdgeSettings,
     pub access_log: LogTarget,
+    pub audit_log: LogTarget,
+    /// `None`: no spans are exported.
+    pub otlp: Option<OtlpSettings>,
     pub level: LevelFilter,
     /// What is allowed and dangerous, for people: said at every start and reload, and by `check`.
     pub warnings: Vec<Diagnostic>,
@@ -78,6 +83,12 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         token: token.clone(),
         switches,
         deprecate_query_token: file.token.query_deprecation,
+        trace: match file.trace.context {
+            file::TraceFields::Pass => TraceMode::Pass,
+            file::TraceFields::Make => TraceMode::Make,
+            file::TraceFields::Restart => TraceMode::Restart,
+            file::TraceFields::Drop => TraceMode::Drop,
+        },
     };
     let mut gather = Gather { places };
     let upstreams = gather.upstreams(&file.upstreams);
@@ -117,8 +128,29 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     let cors = Cors::new(&file.api.cors_origins);
     gather.all("api", cors.problems());
     if file.log.access.is_empty() {
-        let instead = "write \"stdout\", \"off\" or the path of a file";
+        let instead = "write \"stdout\", \"stderr\", \"off\", \"syslog\", \"journald\" or the path of a file";
         gather.places.add("log", Problem::error("access", "is empty", instead));
+    }
+    if file.admin.audit.is_empty() {
+        let instead = "write \"off\", \"stdout\", \"stderr\", \"syslog\", \"journald\" or the path of a file";
+        gather.places.add("admin", Problem::error("audit", "is empty", instead));
+    }
+    if file.trace.otlp.is_some() && !forward.trace.makes_spans() {
+        let problem = Problem::error("otlp", "needs spans of tollgate's own", "set context = \"make\" or \"restart\"");
+        gather.places.add("trace", problem.with("context"));
+    }
+    let log_target = |text: &str| match text {
+        "off" => LogTarget::Off,
+        "stdout" => LogTarget::Stdout,
+        "stderr" => LogTarget::Stderr,
+        "syslog" => LogTarget::Syslog(file.log.syslog.0.clone()),
+        "journald" => LogTarget::Journal(folder.join(&file.log.journald.0)),
+        path => LogTarget::File(folder.join(path)),
+    };
+    let audit_log = log_target(&file.admin.audit);
+    if matches!(&audit_log, LogTarget::File(path) if log_target(&file.log.access) == LogTarget::File(path.clone())) {
+        let problem = Problem::error("audit", "is the file of log.access", "give each log its own file");
+        gather.places.add("admin", problem);
     }
     Settings {
         server,
@@ -135,11 +167,13 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
             shutdown: ShutdownTimes { drain_delay: file.server.drain_delay, grace: file.server.shutdown_grace },
             admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
         },
-        access_log: match file.log.access.as_str() {
-            "off" => LogTarget::Off,
-            "stdout" => LogTarget::Stdout,
-            path => LogTarget::File(folder.join(path)),
-        },
+        access_log: log_target(&file.log.access),
+        audit_log,
+        otlp: file.trace.otlp.as_ref().map(|collector| OtlpSettings {
+            authority: collector.0.authority.clone(),
+            path: collector.0.path.clone(),
+            per_million: file.trace.sample.per_million,
+        }),
         level: match file.log.level {
             file::Level::Error => LevelFilter::Error,
             file::Level::Warn => LevelFilter::Warn,

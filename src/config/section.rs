@@ -235,6 +235,21 @@ impl Setting for Fraction {
     }
 }
 
+/// The same for what may be very little.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ratio {
+    pub per_million: u32,
+}
+
+impl Setting for Ratio {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        let text = value.as_float().map(|number| number.as_str()).or(value.as_integer().map(|number| number.as_str()));
+        let share = text.and_then(|text| text.parse::<f64>().ok()).filter(|share| (0.0..=1.0).contains(share));
+        let read = share.map(|share| Self { per_million: (share * 1e6).round() as u32 });
+        read.ok_or_else(|| vec![invalid("must be a number from 0 to 1", "write it like 0.01")])
+    }
+}
+
 /// A size in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Bytes(pub u64);

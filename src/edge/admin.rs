@@ -9,6 +9,7 @@ use crate::admin::{self, Action, Operator, Reloaded, Unread};
 use crate::request::head;
 use crate::request::origin::Arrival;
 use crate::request::view::{Framing, Method};
+use crate::telemetry::audit_log::AuditSource;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use std::pin::pin;
@@ -23,8 +24,8 @@ const LIMITS: HeadLimits = HeadLimits {
     idle_timeout: Duration::from_secs(75),
 };
 
-/// Asks for a reload. `None`: nobody waits to hear how it went.
-pub(super) type ReloadRequest = Option<oneshot::Sender<Result<Reloaded, String>>>;
+/// Who asks for a reload, and where to say how it went if somebody waits for that.
+pub(super) type ReloadRequest = (AuditSource, Option<oneshot::Sender<Result<Reloaded, String>>>);
 
 pub(super) struct AdminGate {
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
@@ -35,6 +36,7 @@ pub(super) struct AdminGate {
 
 impl Serve for AdminGate {
     async fn serve(self: Arc<Self>, socket: Socket, _: Arc<ListenerState>, _guard: impl Send + 'static) {
+        let source = source(&socket);
         let arrival = Arrival::of(socket.peer());
         let mut client = ClientStream::new(socket, arrival);
         loop {
@@ -69,7 +71,11 @@ impl Serve for AdminGate {
             };
             let answer = match admin::respond(&view, &operator) {
                 Action::Respond(answer) => answer,
-                Action::Reload { json } => admin::reloaded(self.reload().await, json),
+                Action::Changed(answer, action) => {
+                    snapshot.audit(&snapshot, source, &action);
+                    answer
+                }
+                Action::Reload { json } => admin::reloaded(self.reload(source).await, json),
             };
             let keep = view.keep_alive && view.body == Framing::Empty;
             let written = client.write(&answer.render(view.method == Method::Head, !keep)).await;
@@ -82,11 +88,22 @@ impl Serve for AdminGate {
 }
 
 impl AdminGate {
-    async fn reload(&self) -> Result<Reloaded, String> {
+    async fn reload(&self, source: AuditSource) -> Result<Reloaded, String> {
         let (reply, answer) = oneshot::channel();
         let gone = || "the reload service has ended".to_owned();
-        self.reloads.send(Some(reply)).await.map_err(|_| gone())?;
+        self.reloads.send((source, Some(reply))).await.map_err(|_| gone())?;
         answer.await.unwrap_or_else(|_| Err(gone()))
+    }
+}
+
+/// Who is at the other end of a connection.
+fn source(socket: &Socket) -> AuditSource {
+    match socket {
+        Socket::Unix(stream) => {
+            let peer = stream.peer_cred().ok();
+            AuditSource::Unix { uid: peer.as_ref().map(|peer| peer.uid()), pid: peer.and_then(|peer| peer.pid()) }
+        }
+        Socket::Tcp(_) | Socket::Tls(_) | Socket::Stream(_) => AuditSource::Tcp(socket.peer()),
     }
 }
 

@@ -216,6 +216,7 @@ impl Gate {
             Admission::Waiting(pending) => {
                 // The client may be gone before the store answers.
                 exchange.learned(pending.facts().clone());
+                exchange.asks_store();
                 Err(Box::new(Undecided { gate: self, view, origin, exchange, pending }))
             }
         }
@@ -314,7 +315,7 @@ impl Gate {
             Verdict::Forward(plan) => {
                 let mut head = Vec::with_capacity(exchange.head.len() + 256);
                 let (rules, sink) = (&exchange.snapshot.pipeline.forward, &mut Http1Head(&mut head));
-                let dropped = plan.write_head(view, rules, origin, &exchange.request_id, sink);
+                let dropped = plan.write_head(view, rules, origin, &exchange.request_id, exchange.trace.as_ref(), sink);
                 exchange.permitted(view, &plan, dropped);
                 Judged::Permitted { head, ticket: ticket(exchange, plan, view) }
             }

@@ -4,19 +4,23 @@
 
 use super::Snapshot;
 use super::peers::Peers;
+use super::spans::SpanNotes;
 use crate::clock::Now;
 use crate::forward::Plan;
 use crate::pipeline::Facts;
 use crate::reply::{Refusal, UpstreamFault};
 use crate::request::origin::{Arrival, TlsArrival};
 use crate::request::route::{Canary, CanaryBy, RequestTimeout, Route};
+use crate::request::trace::TraceContext;
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
+use crate::telemetry::spans::ExchangeSpans;
 use crate::upstream::{FailedTry, HashBy, NoServer, Pick, Server, Tries};
 use bytes::Bytes;
 use std::future::poll_fn;
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +28,7 @@ pub(super) struct Exchange {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) now: Now,
     pub(super) request_id: String,
+    pub(super) trace: Option<TraceContext>,
     pub(super) facts: Facts,
     /// Where the request is sent in place of an answer.
     elsewhere: Option<Box<[u8]>>,
@@ -33,6 +38,8 @@ pub(super) struct Exchange {
     pub(super) head: Bytes,
     started: Instant,
     logged: Option<LogPlaces>,
+    /// `None`: no spans of it are exported.
+    spans: Option<Box<SpanNotes>>,
     /// Which `[[upstream]]` serves it; `None` if the pipeline has not permitted it.
     pub(super) pool: Option<usize>,
     /// The one that serves it if `pool` is a canary that cannot.
@@ -109,12 +116,14 @@ impl Exchange {
             snapshot,
             now: super::now(),
             request_id: String::new(),
+            trace: None,
             facts: Facts::none(Method::Other, arrival.nearest()),
             elsewhere: None,
             tls: arrival.tls.clone(),
             head,
             started: Instant::now(),
             logged: None,
+            spans: None,
             pool: None,
             main_pool: None,
             ending: Ending::default(),
@@ -126,6 +135,10 @@ impl Exchange {
     /// The head was read as a request of this client.
     pub(super) fn is_asked(&mut self, view: &RequestView<'_>, client: Option<IpAddr>, request_id: String) {
         self.request_id = request_id;
+        self.trace = TraceContext::begin(self.snapshot.pipeline.forward.trace, view, || self.snapshot.new_trace_ids());
+        if self.snapshot.spans.is_on() {
+            self.spans = self.trace.filter(TraceContext::is_sampled).map(|_| Box::default());
+        }
         self.facts = Facts::none(view.method, client);
         self.logged = self.snapshot.log.is_on().then(|| LogPlaces {
             method: HeadSlice::of(view.method_bytes, &self.head),
@@ -152,7 +165,19 @@ impl Exchange {
 
     /// Takes over what the pipeline knows so far.
     pub(super) fn learned(&mut self, facts: Facts) {
+        self.note(SpanNotes::learned);
         self.facts = facts;
+    }
+
+    /// The token store has to be waited for.
+    pub(super) fn asks_store(&mut self) {
+        self.note(SpanNotes::asks_store);
+    }
+
+    fn note(&mut self, note: impl FnOnce(&mut SpanNotes)) {
+        if let Some(spans) = &mut self.spans {
+            note(spans);
+        }
     }
 
     /// The pipeline has permitted it. `fields_dropped`: header fields that were not forwarded for their name.
@@ -224,8 +249,17 @@ impl Exchange {
             let peers = self.snapshot.pool(self.pool).ok_or(NoServer::Absent)?;
             match peers.upstream.pick(&mut self.upstream.tries, Instant::now()) {
                 Err(NoServer::Absent) if self.leave_canary() => {}
-                picked => return picked,
+                picked => {
+                    self.note_pick(&picked);
+                    return picked;
+                }
             }
+        }
+    }
+
+    fn note_pick(&mut self, picked: &Result<Pick, NoServer>) {
+        if let Ok(pick) = picked {
+            self.note(|spans| spans.tries(&pick.server));
         }
     }
 
@@ -268,7 +302,9 @@ impl Exchange {
         let picked = poll_fn(|cx| peers.upstream.poll_pick(tries, cx.waker(), Instant::now()));
         let picked = tokio::time::timeout_at(until.into(), picked).await;
         self.upstream.tries.leave_queue();
-        picked.unwrap_or(Err(NoServer::QueueTimeout))
+        let picked = picked.unwrap_or(Err(NoServer::QueueTimeout));
+        self.note_pick(&picked);
+        picked
     }
 
     /// There is no server for the request: what the client is told.
@@ -303,11 +339,14 @@ impl Exchange {
             change.iter().for_each(|change| peers.log(change));
         }
         self.upstream.status = Some(status);
+        self.note(|spans| spans.answered(status));
     }
 
     /// A try failed, and nothing of an answer has reached the client. Whether [`Self::pick`] has another server.
     /// `repeatable`: sending the request twice does no harm, and all of it that was sent is at hand.
     pub(super) fn try_failed(&mut self, failure: FailedTry, repeatable: bool) -> bool {
+        let (FailedTry::Connect(error) | FailedTry::Exchange { error, .. }) = failure;
+        self.note(|spans| spans.failed(error.as_str()));
         let Some(peers) = self.snapshot.pool(self.pool) else { return false };
         let after = peers.upstream.failed(&mut self.upstream.tries, failure, repeatable, Instant::now());
         after.change.iter().for_each(|change| peers.log(change));
@@ -414,6 +453,7 @@ impl Exchange {
         snapshot.log.write(&AccessLogEntry {
             unix_ms: self.now.unix_ms,
             request_id: &self.request_id,
+            trace_id: self.trace.as_ref().map(TraceContext::trace_id_hex),
             client: facts.client,
             method,
             overridden: facts.overridden,
@@ -441,6 +481,30 @@ impl Exchange {
     }
 }
 
+impl Exchange {
+    fn export(&self, notes: &SpanNotes, ended: Instant) {
+        let (snapshot, facts) = (&self.snapshot, &self.facts);
+        let Some((trace, own)) = self.trace.and_then(|trace| Some((trace, trace.span?))) else { return };
+        let reason = self.reason();
+        let failure = Some(reason).filter(|reason| *reason != "ok");
+        snapshot.spans.push(Box::new(ExchangeSpans {
+            trace_id: trace.trace_id.get(),
+            parent: trace.parent.map(NonZeroU64::get),
+            id: super::new_span_id().get(),
+            began_unix_ns: self.now.unix_ms.saturating_mul(1_000_000),
+            took: ended.saturating_duration_since(self.started),
+            method: facts.method.as_str(),
+            route: snapshot.route_name(facts.route).to_owned(),
+            request_id: self.request_id.clone(),
+            client: facts.client,
+            status: self.end().map_or(0, |end| end.status),
+            reason,
+            upstream: snapshot.pool(self.pool).map(|peers| peers.upstream.name().to_owned()),
+            waits: notes.waits(self.started, ended, own, failure),
+        }));
+    }
+}
+
 impl Drop for Exchange {
     fn drop(&mut self) {
         let ended = self.ending.end.as_ref().map_or_else(Instant::now, |(_, ended)| *ended);
@@ -449,6 +513,9 @@ impl Drop for Exchange {
         self.count(took);
         if self.snapshot.log.is_on() {
             self.log(took);
+        }
+        if let Some(notes) = &self.spans {
+            self.export(notes, ended);
         }
     }
 }

@@ -22,6 +22,7 @@ mod proxied;
 mod recheck;
 mod server;
 mod socket;
+mod spans;
 mod ticket;
 mod tls;
 
@@ -36,12 +37,16 @@ pub use tls::{CertificateFiles, ListenerTlsSettings, TlsProfile};
 
 use crate::pipeline::Pipeline;
 use crate::problem::Problem;
+use crate::request::trace::NewIds;
 use crate::request::view::Method;
 use crate::telemetry::access_log::AccessLog;
+use crate::telemetry::audit_log::{AuditLog, AuditSource, AuditedAction};
 use crate::telemetry::metrics::{Metrics, RouteMetrics};
+use crate::telemetry::spans::SpanExporter;
 use crate::upstream::UpstreamSettings;
 use client::HeadLimits;
 use peers::Peers;
+use std::num::{NonZeroU64, NonZeroU128};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -56,6 +61,8 @@ pub struct Snapshot {
     upstreams: Vec<Arc<Peers>>,
     settings: EdgeSettings,
     log: AccessLog,
+    audit: AuditLog,
+    spans: SpanExporter,
     /// One for each route, and one for requests that got to none.
     route_metrics: Vec<RouteMetrics>,
     unrouted: RouteMetrics,
@@ -68,6 +75,14 @@ pub struct EdgeSettings {
     pub shutdown: ShutdownTimes,
     /// Names that the admin listener answers to, in lower case.
     pub admin_hosts: Vec<String>,
+}
+
+/// What is written of the traffic and of changes.
+#[derive(Clone)]
+pub struct Logs {
+    pub access: AccessLog,
+    pub audit: AuditLog,
+    pub spans: SpanExporter,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,15 +109,16 @@ impl Snapshot {
         metrics: Arc<Metrics>,
         upstreams: &[UpstreamSettings],
         settings: EdgeSettings,
-        log: AccessLog,
+        logs: Logs,
         running: Option<&Self>,
     ) -> Self {
+        let Logs { access: log, audit, spans } = logs;
         let running = running.map_or(&[][..], |running| &running.upstreams);
         let build = |settings: &UpstreamSettings| Arc::new(Peers::build(settings, running, &metrics));
         let upstreams = upstreams.iter().map(build).collect();
         let route_metrics = pipeline.rules.routes.iter().map(|route| metrics.route(&route.name)).collect();
         let unrouted = metrics.route("none");
-        Self { pipeline, metrics, upstreams, settings, log, route_metrics, unrouted }
+        Self { pipeline, metrics, upstreams, settings, log, audit, spans, route_metrics, unrouted }
     }
 
     fn head_limits(&self) -> HeadLimits {
@@ -119,15 +135,39 @@ impl Snapshot {
         index.and_then(|index| self.pipeline.rules.routes.get(index)).map_or("none", |route| &route.name)
     }
 
+    /// Writes down a change. One that replaced the snapshot stands in the log of either, so that a log that is switched off or on
+    /// says by whom.
+    fn audit(&self, next: &Self, source: AuditSource, action: &AuditedAction) {
+        let unix_ms = now().unix_ms;
+        self.audit.write(unix_ms, source, action);
+        if !self.audit.is_same(&next.audit) {
+            next.audit.write(unix_ms, source, action);
+        }
+    }
+
     /// An upstream by its place in the configuration.
     fn pool(&self, place: Option<usize>) -> Option<&Peers> {
         self.upstreams.get(place?).map(|peers| &**peers)
+    }
+
+    /// For a trace that begins with a request, and for tollgate's span in it.
+    fn new_trace_ids(&self) -> NewIds {
+        NewIds {
+            // One in 2^64 is zero, and gets the next best.
+            trace_id: NonZeroU128::new(fastrand::u128(..)).unwrap_or(NonZeroU128::MIN),
+            span: new_span_id(),
+            sampled: self.spans.samples(|| fastrand::u32(..1_000_000)),
+        }
     }
 
     fn count(&self, route: Option<usize>, method: Method, status: u16, took: Duration) {
         let series = route.and_then(|index| self.route_metrics.get(index)).unwrap_or(&self.unrouted);
         series.count(method.index(), status, took);
     }
+}
+
+fn new_span_id() -> NonZeroU64 {
+    NonZeroU64::new(fastrand::u64(..)).unwrap_or(NonZeroU64::MIN)
 }
 
 /// How far the process is on the way to its end.

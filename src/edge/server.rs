@@ -8,8 +8,9 @@ use super::listeners::Listeners;
 use super::proxied::ProxiedLane;
 use super::workers::{Serve as _, Workers};
 use super::{Lifecycle, ShutdownTimes, Snapshot, file_watch, health};
-use crate::admin::Reloaded;
+use crate::admin::{Reloaded, audited_reload};
 use crate::problem::Problem;
+use crate::telemetry::audit_log::{AuditResult, AuditSource, AuditedAction};
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::outage::LogThrottle;
 use arc_swap::ArcSwap;
@@ -125,10 +126,14 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     background.spawn(file_watch::run(Arc::clone(&listeners), watched, move || {
         log::info!("the configuration file has changed");
         // If one is asked for already, it reads the same file.
-        let _ = asked.try_send(None);
+        let _ = asked.try_send((AuditSource::Process, None));
     }));
     background.spawn(health::run(Arc::clone(&snapshot)));
     background.spawn(Tokens { snapshot: Arc::clone(&snapshot), replaced }.run());
+    let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
+    let first = snapshot.load_full();
+    first.audit(&first, AuditSource::Process, &version);
+    drop(first);
     let drain = Drain { lifecycle, metrics, listeners: Arc::clone(&listeners), snapshot: Arc::clone(&snapshot) };
     background.block_on(drain.run(signals.terminate, signals.interrupt));
     // The receivers may be gone.
@@ -140,6 +145,8 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     let last = snapshot.load();
     last.pipeline.authenticator.save();
     last.log.flush(Duration::from_secs(2));
+    last.audit.flush(Duration::from_secs(1));
+    last.spans.flush(Duration::from_secs(2));
     listeners.lock().socket_files().iter().for_each(|path| remove_socket(path));
     Ok(())
 }
@@ -182,7 +189,9 @@ struct Drain {
 
 impl Drain {
     async fn run(&self, mut terminate: Signals, mut interrupt: Signals) {
-        next(&mut terminate, &mut interrupt).await;
+        let signal = next(&mut terminate, &mut interrupt).await;
+        let snapshot = self.snapshot.load_full();
+        snapshot.audit(&snapshot, AuditSource::Signal(signal), &AuditedAction::new("stop", AuditResult::Done));
         self.metrics.ready(false);
         self.lifecycle.leave();
         // As the configuration is now: a reload may have changed it since the start.
@@ -203,7 +212,7 @@ impl Drain {
         };
         tokio::select! {
             () = orderly => {}
-            () = next(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
+            _ = next(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
         }
     }
 
@@ -234,10 +243,11 @@ impl Drain {
     }
 }
 
-async fn next(terminate: &mut Signals, interrupt: &mut Signals) {
+/// The name of the next signal to stop.
+async fn next(terminate: &mut Signals, interrupt: &mut Signals) -> &'static str {
     tokio::select! {
-        () = terminate.next() => {}
-        () = interrupt.next() => {}
+        () = terminate.next() => "SIGTERM",
+        () = interrupt.next() => "SIGINT",
     }
 }
 
@@ -283,16 +293,26 @@ struct Reloader {
 async fn reopen_when_asked(snapshot: Arc<ArcSwap<Snapshot>>, mut asked: Signals) {
     loop {
         asked.next().await;
-        if reopen(&snapshot).await.is_ok_and(|done| done) {
+        let done = reopen(&snapshot).await;
+        if done == Ok(true) {
             log::info!("access log reopened");
         }
+        let result = if done.is_ok() { AuditResult::Done } else { AuditResult::Failed };
+        let snapshot = snapshot.load();
+        snapshot.audit(&snapshot, AuditSource::Signal("SIGUSR1"), &AuditedAction::new("reopen_logs", result));
     }
 }
 
 /// Whether the log has been reopened; `false` if that has to wait for the log's reader.
 async fn reopen(snapshot: &ArcSwap<Snapshot>) -> Result<bool, String> {
-    let log = snapshot.load().log.clone();
-    let result = blocking(move || log.reopen()).await?.map_err(|why| format!("log.access: {why}"));
+    let (log, audit) = (snapshot.load().log.clone(), snapshot.load().audit.clone());
+    let reopen_all = move || {
+        if let Err(why) = audit.reopen() {
+            log::error!("audit log not reopened, lines go to the old file: admin.audit: {why}");
+        }
+        log.reopen()
+    };
+    let result = blocking(reopen_all).await?.map_err(|why| format!("log.access: {why}"));
     match &result {
         Ok(true) => {}
         Ok(false) => {
@@ -306,11 +326,13 @@ async fn reopen(snapshot: &ArcSwap<Snapshot>) -> Result<bool, String> {
 impl Reloader {
     async fn run(mut self) {
         loop {
-            let reply = tokio::select! {
-                () = self.hangup.next() => None,
-                request = self.requests.recv() => request.flatten(),
+            let (source, reply) = tokio::select! {
+                () = self.hangup.next() => (AuditSource::Signal("SIGHUP"), None),
+                Some(request) = self.requests.recv() => request,
             };
+            let before = self.snapshot.load_full();
             let result = self.reload().await;
+            before.audit(&self.snapshot.load(), source, &audited_reload(&result));
             if let Some(reply) = reply {
                 // The client may be gone.
                 let _ = reply.send(result);

@@ -5,6 +5,7 @@ use super::plan::{Passes, Plan};
 use super::{BackendCredential, ForwardRules};
 use crate::request::METHOD_OVERRIDE;
 use crate::request::origin::Origin;
+use crate::request::trace::TraceContext;
 use crate::request::view::{FieldKind, Framing, Method, RequestView};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
@@ -114,6 +115,7 @@ impl Plan<'_> {
         rules: &ForwardRules,
         origin: &Origin<'_>,
         request_id: &str,
+        trace: Option<&TraceContext>,
         sink: &mut impl RequestSink,
     ) -> usize {
         sink.request(view.method_bytes, |target| match &self.route.rewrite {
@@ -164,6 +166,9 @@ impl Plan<'_> {
         }
         write_origin(origin, sink);
         sink.field(b"X-Request-Id", request_id.as_bytes());
+        if let Some(trace) = trace {
+            write_trace(view, trace, sink);
+        }
         match view.body {
             // A method that usually has a body says that it has none; other requests say nothing, as they came.
             Framing::Empty if matches!(view.method, Method::Post | Method::Put | Method::Patch) => {
@@ -229,6 +234,14 @@ fn write_origin(origin: &Origin<'_>, sink: &mut impl FieldSink) {
     sink.field(b"X-Forwarded-Proto", origin.scheme().as_bytes());
     sink.field(b"X-Forwarded-Host", origin.host());
     sink.field(b"X-Forwarded-Port", origin.port());
+}
+
+/// A state goes with the trace that it was sent with, and with no other one.
+fn write_trace(view: &RequestView<'_>, trace: &TraceContext, sink: &mut impl FieldSink) {
+    sink.field_by(b"traceparent", |out| trace.write(out));
+    if trace.goes_on() {
+        view.fields_of(FieldKind::TraceState).for_each(|field| sink.field(b"tracestate", field.value));
+    }
 }
 
 /// The common form without the formatter, which costs more than all the rest of a field.

@@ -11,6 +11,7 @@ use crate::problem::Problem;
 use crate::request::Switches;
 use crate::request::route::Route;
 use crate::request::token::{TokenRules, is_token_header};
+use crate::request::trace::TraceMode;
 use crate::request::view::FieldKind;
 
 /// What is configured about forwarding.
@@ -21,6 +22,7 @@ pub struct ForwardRules {
     pub switches: Switches,
     /// Answer a query token with a `Deprecation` header.
     pub deprecate_query_token: bool,
+    pub trace: TraceMode,
 }
 
 impl ForwardRules {
@@ -43,6 +45,7 @@ impl ForwardRules {
                 Err("chooses a path or a user for some backends, see [token] path_and_user_headers")
             }
             FieldKind::Cookie | FieldKind::Authorization => Err("has a key of its own in [token]"),
+            FieldKind::TraceParent | FieldKind::TraceState => Err("has a key of its own: [trace] context"),
             _ => Err("is written or judged by tollgate"),
         }
     }

@@ -107,6 +107,8 @@ impl Plan<'_> {
             | FieldKind::ForwardedPort
             | FieldKind::Forwarded
             | FieldKind::RequestId
+            | FieldKind::TraceParent
+            | FieldKind::TraceState
             | FieldKind::Identity
             | FieldKind::Internal => false,
         };

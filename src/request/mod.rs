@@ -27,6 +27,7 @@ pub mod routes;
 pub(crate) mod seeded;
 pub mod target;
 pub mod token;
+pub mod trace;
 pub mod view;
 
 use crate::problem::Problem;

@@ -153,6 +153,9 @@ pub enum FieldKind {
     /// Every other field that states where a request came from: Forwarded, X-Real-IP, other X-Forwarded-*.
     Forwarded,
     RequestId,
+    /// W3C Trace Context.
+    TraceParent,
+    TraceState,
     Sudo,
     /// JOB-TOKEN, DEPLOY-TOKEN, BUILD-TOKEN: credentials of other kinds.
     OtherToken,
@@ -212,6 +215,8 @@ impl FieldKind {
             b't' if is("transfer-encoding") => K::TransferEncoding,
             b't' if is("te") || is("trailer") => K::HopByHop,
             b't' if is("true-client-ip") => K::Forwarded,
+            b't' if is("traceparent") => K::TraceParent,
+            b't' if is("tracestate") => K::TraceState,
             b'u' if is("upgrade") => K::Upgrade,
             b'x' => Self::of_x(name),
             _ => K::EndToEnd,
@@ -478,7 +483,6 @@ mod tests {
             "Origin-Agent-Cluster",
             "Prefer",
             "Priority",
-            "traceparent",
             "Signature",
             "Save-Data",
             "Service-Worker",
@@ -489,6 +493,8 @@ mod tests {
             assert_eq!(FieldKind::of(name.as_bytes()), FieldKind::EndToEnd, "{name}");
         }
         for (name, kind) in [
+            ("TraceParent", FieldKind::TraceParent),
+            ("tracestate", FieldKind::TraceState),
             ("x-HTTP-Method-Override", FieldKind::MethodOverride),
             ("X-HTTP-Method", FieldKind::MethodOverride),
             ("X-Method-Override", FieldKind::MethodOverride),

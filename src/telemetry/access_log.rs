@@ -1,7 +1,7 @@
 //! One JSON object for each request. Lines are handed to a thread through a bounded queue: a log that stalls loses
 //! lines, which a metric counts, and never holds up a request. No token gets here, and what may hold one is cut out.
 
-use super::lines::{Destination, LineQueue};
+use super::lines::{LineQueue, LogOutput};
 use super::metrics::Metrics;
 use aho_corasick::{AhoCorasick, AhoCorasickKind};
 use memchr::memchr;
@@ -22,6 +22,8 @@ const REOPEN: Duration = Duration::from_secs(2);
 pub struct AccessLogEntry<'a> {
     pub unix_ms: u64,
     pub request_id: &'a str,
+    /// In lower-case hex.
+    pub trace_id: Option<[u8; 32]>,
     pub client: Option<IpAddr>,
     /// The method that was judged.
     pub method: &'a [u8],
@@ -123,7 +125,7 @@ fn is_read_otherwise(byte: &u8) -> bool {
 impl AccessLog {
     /// Starts the thread that writes; `None` switches the log off. `token_parameter` is the query parameter that carries
     /// tokens.
-    pub fn start(to: Option<Destination>, token_parameter: &str, metrics: Arc<Metrics>) -> std::io::Result<Self> {
+    pub fn start(to: Option<LogOutput>, token_parameter: &str, metrics: Arc<Metrics>) -> std::io::Result<Self> {
         let queue = |to| LineQueue::start("access", to, move |lines| metrics.access_log_lost(lines));
         let lines = to.map(queue).transpose()?.map(Arc::new);
         let secret_words = SecretWords::beside(token_parameter)?;
@@ -182,6 +184,9 @@ fn format(entry: &AccessLogEntry<'_>, secret_words: &SecretWords) -> Vec<u8> {
     time(&mut line, entry.unix_ms);
     line.push(b'"');
     text(&mut line, text_key!("request_id"), entry.request_id.as_bytes());
+    if let Some(trace_id) = &entry.trace_id {
+        text(&mut line, text_key!("trace_id"), trace_id);
+    }
     if let Some(client) = entry.client {
         address(&mut line, client);
     }

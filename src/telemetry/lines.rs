@@ -1,6 +1,7 @@
-//! Writes log lines to a file or a stream through a bounded queue and a writer thread. Logging never blocks the caller.
+//! Writes log lines to a file, a stream or a datagram socket through a bounded queue and a writer thread. Logging never blocks the caller.
 //! Lines that do not fit into the queue or cannot be written are dropped whole and counted.
 
+use super::datagrams::{Datagrams, SyslogAddress, absent};
 use super::outage::Outage;
 use crate::problem::{Problem, no_new_file, not_writable};
 use parking_lot::Mutex;
@@ -33,13 +34,23 @@ const LOSS_REPORT_INTERVAL: Duration = Duration::from_secs(10);
 pub enum LogTarget {
     Off,
     Stdout,
+    Stderr,
     File(PathBuf),
+    Syslog(SyslogAddress),
+    /// The socket of systemd's journal.
+    Journal(PathBuf),
 }
 
 impl LogTarget {
-    /// What keeps the log from being written, looked for without making a file. Keys of `[log]`.
-    pub fn problems(&self) -> Vec<Problem> {
-        let Self::File(path) = self else { return Vec::new() };
+    /// What keeps the log from being written, looked for without making a file. `key` names a file; sockets have keys of their
+    /// own in `[log]`.
+    pub fn problems(&self, key: &'static str) -> Vec<Problem> {
+        let path = match self {
+            Self::Off | Self::Stdout | Self::Stderr => return Vec::new(),
+            Self::Syslog(to) => return to.problems(),
+            Self::Journal(path) => return absent("journald", path),
+            Self::File(path) => path,
+        };
         // Never opened: the reader of a pipe would take the end of that for the end of the log.
         let why = match std::fs::metadata(path) {
             Ok(meta) if meta.is_dir() => Some("it is a folder".to_owned()),
@@ -49,9 +60,61 @@ impl LogTarget {
         };
         let problem = |why| {
             let what = format!("{} cannot be written: {why}", path.display());
-            Problem::error("access", what, "name a file in a folder that tollgate may write to")
+            Problem::error(key, what, "name a file in a folder that tollgate may write to")
         };
         why.map(problem).into_iter().collect()
+    }
+
+    /// Opens it; `None` when it is off. `log` is the log's name for readers of several.
+    pub fn open(&self, log: &str) -> Result<Option<LogOutput>, String> {
+        Ok(Some(match self {
+            Self::Off => return Ok(None),
+            Self::Stdout => Destination::stdout().map_err(|error| format!("standard output: {error}"))?.into(),
+            Self::Stderr => Destination::stderr().map_err(|error| format!("standard error: {error}"))?.into(),
+            Self::File(path) => Destination::file(path)?.into(),
+            Self::Syslog(to) => Datagrams::syslog(to.clone(), log).into(),
+            Self::Journal(path) => Datagrams::journal(path.clone(), log).into(),
+        }))
+    }
+}
+
+/// What a log is written to.
+pub enum LogOutput {
+    Stream(Destination),
+    Datagrams(Datagrams),
+}
+
+impl From<Destination> for LogOutput {
+    fn from(stream: Destination) -> Self {
+        Self::Stream(stream)
+    }
+}
+
+impl From<Datagrams> for LogOutput {
+    fn from(datagrams: Datagrams) -> Self {
+        Self::Datagrams(datagrams)
+    }
+}
+
+impl LogOutput {
+    /// Writes whole lines, or returns the error and the number of lines lost.
+    fn write(&mut self, lines: &[u8]) -> Result<(), (io::Error, u64)> {
+        match self {
+            Self::Stream(stream) => stream.write(lines),
+            Self::Datagrams(datagrams) => datagrams.write(lines),
+        }
+    }
+
+    fn has_path(&self) -> bool {
+        matches!(self, Self::Stream(Destination { path: Some(_), .. }))
+    }
+
+    /// Opens the path again. Returns whether a line is lost by it, of which the old file has the beginning.
+    fn reopen(&mut self) -> Result<bool, String> {
+        let Self::Stream(stream) = self else { return Ok(false) };
+        stream.reopen()?;
+        // The rest of a partial line belongs into the old file.
+        Ok(!std::mem::take(&mut stream.rest_of_line).is_empty())
     }
 }
 
@@ -214,19 +277,20 @@ impl LineQueue {
     /// Starts the writer thread. `count_lost` is called with the number of dropped lines.
     pub fn start(
         name: &'static str,
-        destination: Destination,
+        output: impl Into<LogOutput>,
         count_lost: impl Fn(u64) + Send + Sync + 'static,
     ) -> io::Result<Self> {
+        let output = output.into();
         let (messages, queue) = sync_channel(QUEUE_LINES);
         let shared = Arc::new(Shared {
             name,
             long_bytes: AtomicUsize::new(0),
             unreported: AtomicU64::new(0),
             count_lost: Box::new(count_lost),
-            has_path: destination.path.is_some(),
+            has_path: output.has_path(),
             reopen: Mutex::default(),
         });
-        let writer = Writer { destination, shared: Arc::clone(&shared), outage: Outage::default(), reported_at: None };
+        let writer = Writer { output, shared: Arc::clone(&shared), outage: Outage::default(), reported_at: None };
         std::thread::Builder::new().name(format!("{name}-log")).spawn(move || writer.run(&queue))?;
         Ok(Self { messages, shared })
     }
@@ -285,7 +349,7 @@ impl LineQueue {
 }
 
 struct Writer {
-    destination: Destination,
+    output: LogOutput,
     shared: Arc<Shared>,
     outage: Outage,
     reported_at: Option<Instant>,
@@ -330,12 +394,11 @@ impl Writer {
         if waiting.is_empty() {
             return;
         }
-        let result = self.destination.reopen();
-        if result.is_ok() && !self.destination.rest_of_line.is_empty() {
-            // The rest of a partial line belongs into the old file.
-            self.destination.rest_of_line.clear();
-            self.shared.lose(1);
-        }
+        let result = self.output.reopen().map(|loses_a_line| {
+            if loses_a_line {
+                self.shared.lose(1);
+            }
+        });
         for done in waiting {
             // Fails only if the caller has stopped waiting.
             let _: Result<(), _> = done.send(result.clone());
@@ -345,7 +408,7 @@ impl Writer {
     fn write(&mut self, batch: &[u8]) {
         let name = self.shared.name;
         let began = Instant::now();
-        match self.destination.write(batch) {
+        match self.output.write(batch) {
             Err((error, lost)) => {
                 self.shared.lose(lost);
                 if self.outage.failed(began).is_some() {

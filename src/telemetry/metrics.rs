@@ -67,6 +67,11 @@ labels! {
     }
 }
 
+labels! {
+    /// What became of spans: the collector took them; it was away or refused them; the queue for it was full.
+    SpanResult { Exported = "exported", Failed = "failed", Dropped = "dropped" }
+}
+
 /// All series. Made once; reloads keep it.
 pub struct Metrics {
     registry: Registry,
@@ -97,7 +102,8 @@ pub struct Metrics {
     servers: Arc<ServerFamilies>,
     listeners: ListenerMetrics,
     /// Access log, process log.
-    log_dropped: [IntCounter; 2],
+    log_dropped: [IntCounter; 3],
+    spans: Vec<IntCounter>,
     reloads: IntCounterVec,
     config_loaded: IntGauge,
     ready: IntGauge,
@@ -197,6 +203,11 @@ impl Metrics {
             "Log lines dropped because the reader was too slow or the disk was full.",
             &["log"],
         )?;
+        let spans = families.counters(
+            "tollgate_trace_spans_total",
+            "Spans that were to be exported to the OTLP collector.",
+            &["result"],
+        )?;
         let build = families.gauges("tollgate_build_info", "1, with the version as label.", &["version"])?;
         build.with_label_values(&[version]).set(1);
 
@@ -270,7 +281,8 @@ impl Metrics {
                 "Requests that wait in the queue for a server with room.",
                 &["upstream"],
             )?,
-            log_dropped: ["access", "process"].map(|log| log_dropped.with_label_values(&[log])),
+            spans: SpanResult::ALL.iter().map(|r| spans.with_label_values(&[r.as_str()])).collect(),
+            log_dropped: ["access", "process", "audit"].map(|log| log_dropped.with_label_values(&[log])),
             reloads: families.counters(
                 "tollgate_config_reloads_total",
                 "Configuration reloads by result.",
@@ -401,6 +413,14 @@ impl Metrics {
 
     pub fn access_log_lost(&self, lines: u64) {
         self.log_dropped[0].inc_by(lines);
+    }
+
+    pub fn spans(&self, result: SpanResult, count: u64) {
+        self.spans[result as usize].inc_by(count);
+    }
+
+    pub fn audit_log_lost(&self, lines: u64) {
+        self.log_dropped[2].inc_by(lines);
     }
 
     pub fn reloaded(&self, ok: bool, at_unix_seconds: u64) {

@@ -2,10 +2,13 @@
 //! uses it.
 
 pub mod access_log;
+pub mod audit_log;
+pub mod datagrams;
 pub mod lines;
 mod listener_metrics;
 pub mod metrics;
 pub mod outage;
 pub mod process_log;
 mod server_metrics;
+pub mod spans;
 mod store_metrics;
