@@ -43,4 +43,5 @@ mod standing;
 mod stores;
 mod token;
 mod under_load;
+mod upstream_tls;
 mod upstreams;

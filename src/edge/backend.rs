@@ -2,6 +2,8 @@
 //! It must not know what is asked over them.
 
 use super::dial::dial;
+use super::peers::Peers;
+use super::secure::BackendTls;
 use super::socket::{Socket, give_back};
 use crate::telemetry::metrics::UpstreamError;
 use crate::upstream::{Server, ServerAddress};
@@ -12,10 +14,12 @@ use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead as _, ReadBuf};
+use tokio::io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf};
 use tokio::net::UnixStream;
+use tokio::time::timeout_at;
 
 /// Unused connections of one worker to one server.
 const MAX_KEPT: usize = 1_024;
@@ -29,6 +33,8 @@ pub(super) struct BackendConnection {
     pub(super) buffer: BytesMut,
     /// Which of the server's addresses it goes to. `None`: a Unix socket.
     address: Option<SocketAddr>,
+    /// What it was made with. `None`: plain text.
+    tls: Option<Arc<BackendTls>>,
 }
 
 struct KeptConnection {
@@ -48,14 +54,15 @@ struct Pool {
 }
 
 impl BackendConnection {
-    /// The connection that was used last of those that this worker keeps and that is still good.
-    pub(super) fn kept(server: &Server, now: Instant) -> Option<Self> {
+    /// The connection that was used last of those that this worker keeps, that is still good, and that was made with the trust
+    /// that is asked for now.
+    pub(super) fn kept(server: &Server, peers: &Peers, now: Instant) -> Option<Self> {
         KEPT.with_borrow_mut(|pool| {
             let kept = pool.servers.get_mut(&server.number())?;
             while let Some(KeptConnection { mut connection, until }) = kept.pop() {
                 // The server's name may have other addresses by now.
                 let is_there = connection.address.is_none_or(|address| server.listens_at(address));
-                if until > now && is_there && connection.is_silent() {
+                if until > now && is_there && connection.is_trusted_by(peers) && connection.is_silent() {
                     return Some(connection);
                 }
             }
@@ -63,23 +70,22 @@ impl BackendConnection {
         })
     }
 
-    pub(super) async fn connect(server: &Server, time: Duration) -> Result<Self, UpstreamError> {
-        let connected = match server.address() {
-            ServerAddress::Tcp(_) => dial(server, None, time).await.map(|(socket, address)| {
-                // If it fails, the connection has ended already.
-                let _ = socket.set_nodelay(true);
-                (Socket::Tcp(socket), Some(address))
-            }),
-            ServerAddress::Unix(path) => match tokio::time::timeout(time, UnixStream::connect(path)).await {
-                Ok(connected) => connected.map(|socket| (Socket::Unix(socket), None)),
-                Err(_) => Err(ErrorKind::TimedOut.into()),
-            },
-        };
-        let (socket, address) = connected.map_err(|error| match error.kind() {
-            ErrorKind::TimedOut => UpstreamError::ConnectTimeout,
-            _ => UpstreamError::Connect,
-        })?;
-        Ok(Self { socket, buffer: BytesMut::new(), address })
+    fn is_trusted_by(&self, peers: &Peers) -> bool {
+        match (&self.tls, &peers.tls) {
+            (None, None) => true,
+            (Some(own), Some(asked)) => Arc::ptr_eq(own, asked),
+            _ => false,
+        }
+    }
+
+    pub(super) async fn connect(
+        server: &Server,
+        peers: &Peers,
+        greeting: &[u8],
+        time: Duration,
+    ) -> Result<Self, UpstreamError> {
+        let (socket, address) = open(server, peers, None, greeting, time).await?;
+        Ok(Self { socket, buffer: BytesMut::new(), address, tls: peers.tls.clone() })
     }
 
     /// Gives the connection back to this worker, for as long as it may stay unused.
@@ -106,6 +112,55 @@ impl BackendConnection {
         let mut read = ReadBuf::new(&mut byte);
         let look = Pin::new(&mut self.socket).poll_read(&mut Context::from_waker(Waker::noop()), &mut read);
         matches!(look, Poll::Pending)
+    }
+}
+
+/// A connection to the server, ready for a request: TLS included, where that is spoken. `port`: to another one than its own.
+/// `greeting`: what goes before everything else. All of it together takes no longer than `time`.
+pub(super) async fn open(
+    server: &Server,
+    peers: &Peers,
+    port: Option<u16>,
+    greeting: &[u8],
+    time: Duration,
+) -> Result<(Socket, Option<SocketAddr>), UpstreamError> {
+    let end = tokio::time::Instant::now() + time;
+    let connected = match server.address() {
+        ServerAddress::Tcp(_) => dial(server, port, time).await.map(|(socket, address)| {
+            // If it fails, the connection has ended already.
+            let _ = socket.set_nodelay(true);
+            (Socket::Tcp(socket), Some(address))
+        }),
+        ServerAddress::Unix(path) => match timeout_at(end, UnixStream::connect(path)).await {
+            Ok(connected) => connected.map(|socket| (Socket::Unix(socket), None)),
+            Err(_) => Err(ErrorKind::TimedOut.into()),
+        },
+    };
+    let (socket, address) = connected.map_err(|error| match error.kind() {
+        ErrorKind::TimedOut => UpstreamError::ConnectTimeout,
+        _ => UpstreamError::Connect,
+    })?;
+    if greeting.is_empty() && peers.tls.is_none() {
+        return Ok((socket, address));
+    }
+    // Rare and large: it must not make every request larger.
+    let begun = Box::pin(timeout_at(end, begin(socket, server, peers, greeting)));
+    Ok((begun.await.unwrap_or(Err(UpstreamError::ConnectTimeout))?, address))
+}
+
+/// What goes over a new connection before the first request.
+async fn begin(
+    mut socket: Socket,
+    server: &Server,
+    peers: &Peers,
+    greeting: &[u8],
+) -> Result<Socket, UpstreamError> {
+    socket.write_all(greeting).await.map_err(|_| UpstreamError::Connect)?;
+    match (&peers.tls, socket) {
+        (None, socket) => Ok(socket),
+        (Some(tls), Socket::Tcp(socket)) => tls.handshake(server, socket).await,
+        // The configuration refuses TLS over a Unix socket; nothing goes out in plain text instead.
+        (Some(_), _) => Err(UpstreamError::TlsHandshake),
     }
 }
 

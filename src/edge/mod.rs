@@ -15,6 +15,7 @@ mod patience;
 mod peers;
 mod proxied;
 mod recheck;
+mod secure;
 mod server;
 mod socket;
 mod ticket;

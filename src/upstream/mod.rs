@@ -11,6 +11,7 @@ mod queue;
 mod ring;
 mod roster;
 mod server;
+mod tls;
 mod tries;
 
 pub use budget::RetryLimits;
@@ -18,6 +19,7 @@ pub use check::{CheckFault, CheckSettings, HttpCheck, verdict};
 pub use ring::HashBy;
 pub use roster::Member;
 pub use server::{DownReason, Look, Server, ServerChange, ServerState};
+pub use tls::UpstreamTls;
 pub use tries::{FailedTry, Tries};
 
 use crate::problem::{Problem, socket_path_too_long};
@@ -68,6 +70,10 @@ pub struct UpstreamSettings {
     pub request_timeout: Option<Duration>,
     /// How long an unused connection is kept; below the backend's own keep-alive time.
     pub idle_timeout: Duration,
+    /// `None`: plain text.
+    pub tls: Option<UpstreamTls>,
+    /// Each connection begins with the client's address.
+    pub send_proxy: bool,
 }
 
 impl UpstreamSettings {
@@ -124,6 +130,7 @@ impl UpstreamSettings {
         }
         problems.extend(Problem::too_short("resolve_interval", self.resolve_interval, Duration::from_secs(1)));
         problems.extend(self.check.iter().flat_map(CheckSettings::problems));
+        problems.extend(self.tls.iter().flat_map(|tls| tls.problems(&self.servers)));
         problems.extend(Problem::out_of_range("panic_below", self.panic_below, 0..=100));
         for (index, status) in self.failure_statuses.iter().enumerate() {
             let problem = Problem::out_of_range("failure_statuses", (*status).into(), 400..=599);
@@ -141,12 +148,12 @@ impl UpstreamSettings {
         RosterRules { panic_below: self.panic_below, slow_start: self.slow_start }
     }
 
-    /// Whether one pool can serve by both: they differ in nothing but times, which belong to a connection.
+    /// Whether one pool can serve by both: they differ in nothing but times and what is spoken, which belong to a connection.
     fn same_pool(&self, other: &Self) -> bool {
         let Self { connect_timeout, read_timeout, per_try_timeout, request_timeout, .. } = *self;
-        let Self { idle_timeout, queue_timeout, .. } = *self;
+        let Self { idle_timeout, queue_timeout, send_proxy, .. } = *self;
         let times = Self { connect_timeout, read_timeout, per_try_timeout, request_timeout, ..other.clone() };
-        *self == Self { idle_timeout, queue_timeout, ..times }
+        *self == Self { idle_timeout, queue_timeout, send_proxy, tls: self.tls.clone(), ..times }
     }
 }
 
@@ -189,6 +196,11 @@ impl ServerAddress {
             Self::Tcp(address) if address.parse::<SocketAddr>().is_err() => Some(address),
             _ => None,
         }
+    }
+
+    /// The host, if it is a name.
+    pub fn host_name(&self) -> Option<&str> {
+        self.name()?.rsplit_once(':').map(|(host, _)| host)
     }
 }
 
@@ -510,8 +522,8 @@ impl Upstream {
         let is_left = tries.will_ask_once_more() || left();
         let exhausted = again && !is_left;
         let again = again && is_left;
-        // A refused connection costs no server anything, and a kept one that was dead is no try.
-        let is_free = tries.will_ask_once_more() || failure == FailedTry::Connect(UpstreamError::Connect);
+        // A refused connection, or one without trust, costs no server anything, and a kept one that was dead is no try.
+        let is_free = tries.will_ask_once_more() || failure.is_refused();
         let within = |limits| is_free || self.budget.take(limits, self.turn.load(Ordering::Relaxed), now);
         let again = again && {
             let may = self.settings.retries.is_none_or(within);
@@ -586,11 +598,14 @@ impl Upstream {
         let mut members: Vec<Member> = Vec::new();
         for listed in &self.settings.servers {
             for (address, addresses) in self.listed(&listed.address, &names.known) {
-                let known =
-                    roster.members.iter().map(|member| &member.server).find(|known| *known.address() == address);
+                // Found by another name, it would be trusted for another name.
+                let host = listed.address.host_name();
+                let is_it = |known: &&Arc<Server>| *known.address() == address && known.host() == host;
+                let known = roster.members.iter().map(|member| &member.server).find(is_it);
                 let server = known.cloned().unwrap_or_else(|| {
                     let metrics = self.metrics.server(&self.settings.name, &address.to_string());
-                    Arc::new(Server::new(address, Vec::new(), metrics, Arc::clone(&self.queue), now))
+                    let host = host.map(str::to_owned);
+                    Arc::new(Server::new(address, host, Vec::new(), metrics, Arc::clone(&self.queue), now))
                 });
                 if let ServerAddress::Tcp(_) = server.address() {
                     changes.extend(server.resolved(addresses, now));
@@ -686,6 +701,8 @@ mod tests {
             connect_timeout: Duration::from_secs(2),
             read_timeout: Duration::from_secs(60),
             idle_timeout: Duration::from_secs(15),
+            tls: None,
+            send_proxy: false,
         }
     }
 

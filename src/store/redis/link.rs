@@ -1,8 +1,8 @@
 //! Connections to a Redis server: where it stands, how it is reached and checked, and what its errors mean. Knows nothing
 //! of records.
 
-use super::super::tls::{TLS, TLS_CA, TLS_CERT, TLS_KEY};
-use super::super::{PemFile, StoreError, StoreMetrics, TlsMode, TlsSettings, replica_name};
+use crate::tls::{PemFile, TLS, TLS_CA, TLS_CERT, TLS_KEY};
+use super::super::{StoreError, StoreMetrics, TlsMode, TlsSettings, replica_name};
 use super::{RedisSettings, Topology};
 use crate::problem::Problem;
 use futures_util::StreamExt as _;
