@@ -126,8 +126,16 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, log: AccessLog) -> Rebuild
         };
         let snapshot = snapshot(&next, authenticator, metrics, next_log.clone(), Some(running));
         let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
-        let changed = settings.document.changes(&next.document).into_iter();
-        let report = Reloaded { applied: changed.filter(|key| !restart.contains(key)).collect(), restart };
+        let mut changed = settings.document.changes(&next.document);
+        // Files that the configuration names may have other contents: certificates, passwords.
+        let by_files = [("upstream", next.upstreams != settings.upstreams), ("store", next.stores != settings.stores)];
+        for (key, _) in by_files.into_iter().filter(|(_, differs)| *differs) {
+            if !changed.iter().any(|known| known.starts_with(key)) {
+                changed.push(key.to_owned());
+            }
+        }
+        let applied = changed.into_iter().filter(|key| !restart.contains(key)).collect();
+        let report = Reloaded { applied, restart };
         log::set_max_level(next.level);
         (*settings, *log, *authorities) = (next, next_log, next_authorities);
         Ok(Rebuilt { snapshot, report })

@@ -387,8 +387,9 @@ section! {
         tls: bool = "false",
         /// With TLS: a PEM file of the authorities that the servers' certificates are from. Empty: the system's.
         tls_ca: String = r#""""#,
-        /// With TLS: PEM files of a client certificate and its key, for servers that ask for one. Both or neither.
+        /// With TLS: a PEM file of a client certificate, for servers that ask for one.
         tls_cert: String = r#""""#,
+        /// The PEM file of its key.
         tls_key: String = r#""""#,
         /// With TLS: the name that the servers are asked for (SNI) and their certificates verified for. Empty: the host name
         /// in `servers`.

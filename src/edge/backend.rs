@@ -149,12 +149,7 @@ pub(super) async fn open(
 }
 
 /// What goes over a new connection before the first request.
-async fn begin(
-    mut socket: Socket,
-    server: &Server,
-    peers: &Peers,
-    greeting: &[u8],
-) -> Result<Socket, UpstreamError> {
+async fn begin(mut socket: Socket, server: &Server, peers: &Peers, greeting: &[u8]) -> Result<Socket, UpstreamError> {
     socket.write_all(greeting).await.map_err(|_| UpstreamError::Connect)?;
     match (&peers.tls, socket) {
         (None, socket) => Ok(socket),

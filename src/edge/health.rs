@@ -73,12 +73,7 @@ async fn look(peers: &Peers, server: &Server, what: Look) -> Result<(), CheckFau
 }
 
 /// Neither request carries a credential. Without a check, any response will do: whoever writes one is alive.
-async fn see(
-    server: &Server,
-    what: Look,
-    check: Option<&CheckSettings>,
-    mut socket: Socket,
-) -> Result<(), CheckFault> {
+async fn see(server: &Server, what: Look, check: Option<&CheckSettings>, mut socket: Socket) -> Result<(), CheckFault> {
     let http = check.and_then(|check| check.http.as_ref());
     if http.is_none() && what != Look::Answer {
         return Ok(());

@@ -123,7 +123,10 @@ impl Peers {
     /// How to reach a server. `None`: it has no address, or must be spoken to in a way that the framework's lane cannot.
     pub(super) fn peer(&self, pick: &Pick, read_timeout: Option<Duration>) -> Option<HttpPeer> {
         if self.tls.is_some() || self.send_proxy {
-            log::error!("upstream {}: the framework's lane speaks neither TLS nor the PROXY protocol", self.upstream.name());
+            log::error!(
+                "upstream {}: the framework's lane speaks neither TLS nor the PROXY protocol",
+                self.upstream.name()
+            );
             return None;
         }
         let mut peer = match pick.server.address() {

@@ -878,6 +878,63 @@ mod tests {
         assert!(!text.contains("127.0.0.1:2"), "{text}");
     }
 
+    /// What is spoken belongs to connections. What servers have shown, and which ones are drained, does not go with it.
+    #[test]
+    fn a_pool_outlives_a_change_of_its_tls() {
+        let (now, metrics) = (Instant::now(), metrics());
+        let plain = settings(&["a.test:1"]);
+        let build = |settings: &UpstreamSettings, running| {
+            let names = vec![ResolvedName { name: "a.test:1".into(), addresses: vec!["127.0.0.1:1".parse().unwrap()] }];
+            Upstream::build(settings, names, running, &metrics, now).0
+        };
+        let pool = build(&plain, None);
+        pool.drain("a.test:1", true, now);
+        let tls = |name: Option<&str>| UpstreamTls { authorities: None, client: None, name: name.map(str::to_owned) };
+        for changed in [
+            UpstreamSettings { tls: Some(tls(None)), ..plain.clone() },
+            UpstreamSettings { tls: Some(tls(Some("b.test"))), ..plain.clone() },
+            UpstreamSettings { send_proxy: true, ..plain.clone() },
+        ] {
+            assert!(Arc::ptr_eq(&pool, &build(&changed, Some(&pool))), "{changed:?}");
+        }
+    }
+
+    /// A connection to one address that was verified for one name must not serve requests for another.
+    #[test]
+    fn an_address_that_is_found_by_another_name_is_another_server() {
+        let (now, metrics) = (Instant::now(), metrics());
+        let build = |name: &str, running| {
+            let settings = UpstreamSettings { expand: true, ..settings(&[name]) };
+            let names = vec![ResolvedName { name: name.into(), addresses: vec!["127.0.0.1:1".parse().unwrap()] }];
+            Upstream::build(&settings, names, running, &metrics, now).0
+        };
+        let server = |pool: &Upstream| Arc::clone(&pool.members()[0].server);
+        let before = build("a.test:1", None);
+        assert_eq!((server(&before).host(), server(&before).label()), (Some("a.test"), "127.0.0.1:1"));
+        assert!(Arc::ptr_eq(&server(&before), &server(&build("a.test:1", Some(&before)))));
+        let after = build("b.test:1", Some(&before));
+        assert_eq!(server(&after).host(), Some("b.test"));
+        assert_ne!(server(&before).number(), server(&after).number());
+    }
+
+    #[test]
+    fn a_handshake_that_fails_takes_a_server_away_like_a_refused_connection() {
+        let now = Instant::now();
+        let untrusted = FailedTry::Connect(UpstreamError::TlsUntrusted);
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:4", "127.0.0.1:5"], now);
+        assert_eq!(tried(&pool, untrusted, false, now).len(), 5, "it is tried everywhere, at no cost");
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2"], now);
+        let mut begun_before = Tries::default();
+        pool.pick(&mut begun_before, now).unwrap();
+        let mut tries = Tries::default();
+        let (other, later) = (pool.pick(&mut tries, now).unwrap().server, now + Duration::from_millis(1));
+        pool.failed(&mut tries, untrusted, false, later);
+        assert!(!other.is_up());
+        // What goes on over connections that it has says nothing about new ones.
+        pool.answered(&mut begun_before, 200, later);
+        assert!(!other.is_up());
+    }
+
     /// A request that began before a reload reports to the pool that it began with.
     #[test]
     fn what_an_earlier_pool_learns_is_known_to_the_next() {

@@ -24,7 +24,8 @@ impl UpstreamTls {
     pub(super) fn problems(&self, servers: &[ListedServer]) -> Vec<Problem> {
         let mut problems = Vec::new();
         if self.authorities.is_none() {
-            let what = "is set: whoever answers at the servers' addresses gets the tokens of all clients, and their data";
+            let what =
+                "is set: whoever answers at the servers' addresses gets the tokens of all clients, and their data";
             let instead = "name the servers' authority in tls_ca, and remove this";
             problems.push(Problem::warning("insecure_skip_verify", what, instead));
         }

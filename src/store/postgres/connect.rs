@@ -2,10 +2,10 @@
 //! except that an error message must not contain one.
 
 use super::super::tls::NotAdmitted;
-use crate::tls::TLS;
 use super::super::{Place, StoreError, TlsMode, TlsSettings, replica_name};
 use super::{PostgresSettings, Source};
 use crate::problem::Problem;
+use crate::tls::TLS;
 use deadpool::managed::{self, Manager, Metrics, RecycleError, RecycleResult, TimeoutType};
 use deadpool_postgres::{ClientWrapper, Runtime};
 use futures_util::stream::FuturesUnordered;
