@@ -23,6 +23,7 @@ mod connections;
 mod deadlines;
 mod deploy;
 mod forwarding;
+mod http2_backends;
 mod lanes;
 mod ledger;
 mod logs;

@@ -397,6 +397,10 @@ section! {
         /// With TLS: take any certificate. Whoever can put themselves between tollgate and the servers then gets the tokens
         /// of all clients. Warned about at every start, reload and check.
         insecure_skip_verify: bool = "false",
+        /// The version of HTTP to speak with the servers: 1 or 2. HTTP/2 is negotiated over TLS (ALPN) and else presumed; a
+        /// server that does not speak it is down. Up to 100 requests share a connection, or fewer if the server says so.
+        /// WebSockets need 1.
+        http: u64 = "1",
         /// Begin each connection with the client's address, in a header of the PROXY protocol, version 2. Such a connection
         /// carries one request only, which costs more. Servers that do not expect the header fail.
         send_proxy: bool = "false",

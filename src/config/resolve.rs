@@ -207,9 +207,11 @@ impl Gather<'_, '_> {
                 read_timeout: upstream.read_timeout,
                 idle_timeout: upstream.idle_timeout,
                 tls: self.upstream_tls(upstream, folder, &system),
+                http2: upstream.http == 2,
                 send_proxy: upstream.send_proxy,
             };
             self.all(&upstream.at, settings.problems());
+            self.all(&upstream.at, Problem::out_of_range("http", upstream.http, 1..=2).into_iter().collect());
             if let Some(first) = all.iter().position(|other| other.name == upstream.name) {
                 let problem =
                     Problem::error("name", "is the name of an earlier [[upstream]]", "give each its own name");
@@ -253,6 +255,7 @@ impl Gather<'_, '_> {
             authorities: (!upstream.insecure_skip_verify).then(authorities),
             client: file(cert).zip(file(key)),
             name: Some(&upstream.tls_name).filter(|name| !name.is_empty()).cloned(),
+            http2: upstream.http == 2,
         })
     }
 

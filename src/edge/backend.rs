@@ -2,6 +2,7 @@
 //! It must not know what is asked over them.
 
 use super::dial::dial;
+use super::http2_backend::{self, StreamFate};
 use super::peers::Peers;
 use super::secure::BackendTls;
 use super::socket::{Socket, give_back};
@@ -57,6 +58,9 @@ impl BackendConnection {
     /// The connection that was used last of those that this worker keeps, that is still good, and that was made with the trust
     /// that is asked for now.
     pub(super) fn kept(server: &Server, peers: &Peers, now: Instant) -> Option<Self> {
+        if peers.http2 {
+            return http2_backend::shared(server, peers, None).map(Self::stream);
+        }
         KEPT.with_borrow_mut(|pool| {
             let kept = pool.servers.get_mut(&server.number())?;
             while let Some(KeptConnection { mut connection, until }) = kept.pop() {
@@ -71,25 +75,53 @@ impl BackendConnection {
     }
 
     fn is_trusted_by(&self, peers: &Peers) -> bool {
-        match (&self.tls, &peers.tls) {
-            (None, None) => true,
-            (Some(own), Some(asked)) => Arc::ptr_eq(own, asked),
-            _ => false,
-        }
+        BackendTls::is_same(self.tls.as_ref(), peers.tls.as_ref())
     }
 
+    /// One that was made now, or, over HTTP/2, has just been made for another request: `true` says that. `fresh`: it has to be
+    /// a new one. `greeting`: what goes before everything else.
     pub(super) async fn connect(
         server: &Server,
         peers: &Peers,
+        fresh: bool,
         greeting: &[u8],
         time: Duration,
-    ) -> Result<Self, UpstreamError> {
-        let (socket, address) = open(server, peers, None, greeting, time).await?;
-        Ok(Self { socket, buffer: BytesMut::new(), address, tls: peers.tls.clone() })
+    ) -> Result<(Self, bool), UpstreamError> {
+        if peers.http2 {
+            // Large, and not for every request.
+            let connected = Box::pin(http2_backend::connect(server, peers, fresh, greeting, time));
+            return connected.await.map(|(socket, reused)| (Self::stream(socket), reused));
+        }
+        let (socket, address) = transport(server, peers, None, greeting, time).await?;
+        Ok((Self { socket, buffer: BytesMut::new(), address, tls: peers.tls.clone() }, false))
+    }
+
+    /// A stream of a connection, which is kept elsewhere.
+    fn stream(socket: Socket) -> Self {
+        Self { socket, buffer: BytesMut::new(), address: None, tls: None }
+    }
+
+    /// What else is known of a failure on it.
+    pub(super) fn fate(&self) -> StreamFate {
+        match &self.socket {
+            Socket::Http2(stream) => stream.fate(),
+            // Each connection has one request only.
+            _ => StreamFate { lost_connection: true, ..StreamFate::default() },
+        }
+    }
+
+    /// Nothing came on it for too long: nobody else is to wait in the same way.
+    pub(super) fn is_silent_for_too_long(&self) {
+        if let Socket::Http2(stream) = &self.socket {
+            stream.retire_connection();
+        }
     }
 
     /// Gives the connection back to this worker, for as long as it may stay unused.
     pub(super) fn keep(mut self, server: &Server, idle: Duration, now: Instant) {
+        if let Socket::Http2(_) = self.socket {
+            return;
+        }
         give_back(&mut self.buffer);
         let kept = KeptConnection { connection: self, until: now + idle };
         KEPT.with_borrow_mut(|pool| {
@@ -115,9 +147,22 @@ impl BackendConnection {
     }
 }
 
-/// A connection to the server, ready for a request: TLS included, where that is spoken. `port`: to another one than its own.
-/// `greeting`: what goes before everything else. All of it together takes no longer than `time`.
-pub(super) async fn open(
+/// A connection of its own for a check. `port`: to another one than the server's.
+pub(super) async fn connect_alone(
+    server: &Server,
+    peers: &Peers,
+    port: Option<u16>,
+    greeting: &[u8],
+    time: Duration,
+) -> Result<Socket, UpstreamError> {
+    match peers.http2 {
+        true => http2_backend::connect_alone(server, peers, port, greeting, time).await,
+        false => transport(server, peers, port, greeting, time).await.map(|(socket, _)| socket),
+    }
+}
+
+/// What HTTP is spoken over: TLS included, where that is asked for. All of it together takes no longer than `time`.
+pub(super) async fn transport(
     server: &Server,
     peers: &Peers,
     port: Option<u16>,

@@ -2,7 +2,7 @@
 //! what is said by `upstream`; here it is carried out.
 
 use super::Snapshot;
-use super::backend::open;
+use super::backend::connect_alone;
 use super::dial;
 use super::peers::Peers;
 use super::socket::Socket;
@@ -66,7 +66,7 @@ async fn look(peers: &Peers, server: &Server, what: Look) -> Result<(), CheckFau
     let look = async {
         let greeting = peers.own_greeting();
         let port = check.and_then(|check| check.port);
-        let (socket, _) = open(server, peers, port, greeting, connect_within).await?;
+        let socket = connect_alone(server, peers, port, greeting, connect_within).await?;
         see(server, what, check, socket).await
     };
     tokio::time::timeout(whole, look).await.unwrap_or(Err(CheckFault::Timeout))

@@ -59,6 +59,7 @@ enum Breakage {
 
 impl Breakage {
     const CLOSED: Self = Self::Backend(UpstreamFault::Broken, UpstreamError::Closed);
+    const UNSPEAKABLE: Self = Self::Request(RequestFault::Head(HeadFault::RequestLine));
     const REFUSED: Self = Self::Backend(UpstreamFault::Broken, UpstreamError::TlsHandshake);
     const MALFORMED: Self = Self::Backend(UpstreamFault::Malformed, UpstreamError::Malformed);
     const TIMED_OUT: Self = Self::Backend(UpstreamFault::TimedOut, UpstreamError::Timeout);
@@ -218,18 +219,17 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
         let now = Instant::now();
         // A connection that says which client it is for carries no other one's request.
         let kept = if fresh || peers.send_proxy { None } else { BackendConnection::kept(&server, peers, now) };
-        let reused = kept.is_some();
         let connected = match kept {
-            Some(kept) => Ok(kept),
+            Some(kept) => Ok((kept, true)),
             None => {
                 let left = ticket.exchange.deadline().map(|end| end.saturating_duration_since(now));
                 let time = peers.timeouts.connect.min(left.unwrap_or(Duration::MAX));
                 let greeting = peers.greeting(ticket.exchange.facts.client);
-                BackendConnection::connect(&server, peers, &greeting, time).await
+                BackendConnection::connect(&server, peers, fresh, &greeting, time).await
             }
         };
-        let mut backend = match connected {
-            Ok(backend) => backend,
+        let (mut backend, reused) = match connected {
+            Ok(connected) => connected,
             Err(_) if ticket.exchange.deadline().is_some_and(|end| end <= Instant::now()) => {
                 ticket.exchange.overdue();
                 return refuse(client, ticket, Cause::Upstream(UpstreamFault::Overdue).into(), 0).await;
@@ -271,7 +271,17 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
                 return if goes_on { After::Next } else { After::Close };
             }
             Err(broken) => {
+                let fate = backend.fate();
+                if let Breakage::Backend(_, UpstreamError::Timeout | UpstreamError::TryTimeout) = broken {
+                    backend.is_silent_for_too_long();
+                }
                 drop(backend);
+                let broken = match broken {
+                    // No other server could be told it either, and this one is not to blame.
+                    Breakage::Backend(..) if fate.unspeakable => Breakage::UNSPEAKABLE,
+                    Breakage::Backend(..) if fate.malformed => Breakage::MALFORMED,
+                    broken => broken,
+                };
                 let kind = match broken {
                     Breakage::Backend(UpstreamFault::Overdue, _) => {
                         ticket.exchange.overdue();
@@ -289,9 +299,10 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
                 );
                 let lost = is_lost && !progress.heard.is_set();
                 let repeatable = lost
-                    && (!progress.begun.is_set() || is_idempotent(ticket.method))
+                    && (!progress.begun.is_set() || fate.unprocessed || is_idempotent(ticket.method))
                     && client.body_is_at_hand(ticket.framing);
-                if ticket.exchange.try_failed(FailedTry::Exchange { kept: reused, error: kind }, repeatable) {
+                let kept = reused && fate.lost_connection;
+                if ticket.exchange.try_failed(FailedTry::Exchange { kept, error: kind }, repeatable) {
                     continue;
                 }
                 ticket.exchange.upstream_failed(kind);

@@ -9,6 +9,7 @@ mod dial;
 mod exchange;
 mod health;
 mod http1;
+mod http2_backend;
 mod listen;
 mod log_levels;
 mod patience;

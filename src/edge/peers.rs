@@ -21,6 +21,8 @@ pub(super) struct Peers {
     pub(super) timeouts: UpstreamTimeouts,
     /// How its connections are protected. `None`: plain text.
     pub(super) tls: Option<Arc<BackendTls>>,
+    /// HTTP/2 is spoken.
+    pub(super) http2: bool,
     /// Each connection begins with the client's address, and is that client's alone.
     pub(super) send_proxy: bool,
 }
@@ -82,7 +84,7 @@ impl Peers {
             idle: settings.idle_timeout,
             queue: settings.queue_timeout,
         };
-        let peers = Self { upstream, timeouts, tls, send_proxy: settings.send_proxy };
+        let peers = Self { upstream, timeouts, tls, http2: settings.http2, send_proxy: settings.send_proxy };
         changes.iter().for_each(|change| peers.log(change));
         peers
     }
@@ -122,9 +124,9 @@ impl Peers {
 
     /// How to reach a server. `None`: it has no address, or must be spoken to in a way that the framework's lane cannot.
     pub(super) fn peer(&self, pick: &Pick, read_timeout: Option<Duration>) -> Option<HttpPeer> {
-        if self.tls.is_some() || self.send_proxy {
+        if self.tls.is_some() || self.http2 || self.send_proxy {
             log::error!(
-                "upstream {}: the framework's lane speaks neither TLS nor the PROXY protocol",
+                "upstream {}: the framework's lane speaks no TLS, HTTP/2 or PROXY protocol",
                 self.upstream.name()
             );
             return None;

@@ -5,6 +5,7 @@ use super::socket::Socket;
 use crate::problem::Problem;
 use crate::telemetry::metrics::UpstreamError;
 use crate::upstream::{Server, UpstreamTls};
+use rustls::AlertDescription;
 use rustls::pki_types::ServerName;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -31,6 +32,15 @@ impl BackendTls {
         }
     }
 
+    /// Whether a connection that was made with one is as good for the other.
+    pub(super) fn is_same(one: Option<&Arc<Self>>, other: Option<&Arc<Self>>) -> bool {
+        match (one, other) {
+            (None, None) => true,
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        }
+    }
+
     /// What the server's certificate has to be for, and what it is asked for.
     fn name(&self, server: &Server) -> Option<ServerName<'static>> {
         let named = |name: &str| ServerName::try_from(name.to_owned()).ok();
@@ -47,6 +57,9 @@ impl BackendTls {
             return Err(UpstreamError::TlsHandshake);
         };
         let stream = connector.connect(name, socket).await.map_err(|error| fault(&error))?;
+        if self.settings.http2 && stream.get_ref().1.alpn_protocol() != Some(b"h2") {
+            return Err(UpstreamError::NoHttp2);
+        }
         Ok(TlsStream::Client(stream).into())
     }
 }
@@ -55,7 +68,11 @@ impl BackendTls {
 fn fault(error: &io::Error) -> UpstreamError {
     use rustls::CertificateError as C;
     let tls = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>());
-    let Some(rustls::Error::InvalidCertificate(why)) = tls else { return UpstreamError::TlsHandshake };
+    let why = match tls {
+        Some(rustls::Error::InvalidCertificate(why)) => why,
+        Some(rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol)) => return UpstreamError::NoHttp2,
+        _ => return UpstreamError::TlsHandshake,
+    };
     match why {
         C::Expired | C::ExpiredContext { .. } | C::NotValidYet | C::NotValidYetContext { .. } => {
             UpstreamError::TlsExpired

@@ -1,5 +1,6 @@
 //! A connected socket: TCP or Unix as the kernel gave it, or TLS over TCP. It must not know what is spoken over it.
 
+use super::http2_backend::BackendStream;
 use bytes::BytesMut;
 use parking_lot::Mutex;
 use std::cell::RefCell;
@@ -18,6 +19,8 @@ pub(super) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
     Tls(Box<TlsSocket>),
+    /// A request to a backend over HTTP/2.
+    Http2(Box<BackendStream>),
 }
 
 /// One task uses both directions, so nobody waits for the lock; only the compiler has to be shown that.
@@ -68,7 +71,7 @@ impl Socket {
     pub(super) fn peer(&self) -> Option<IpAddr> {
         match self {
             Self::Tcp(socket) => socket.peer_addr().ok().map(|address| address.ip().to_canonical()),
-            Self::Unix(_) => None,
+            Self::Unix(_) | Self::Http2(_) => None,
             Self::Tls(socket) => {
                 socket.0.lock().get_ref().0.peer_addr().ok().map(|address| address.ip().to_canonical())
             }
@@ -80,6 +83,8 @@ impl Socket {
             Self::Tcp(socket) => socket.as_raw_fd(),
             Self::Unix(socket) => socket.as_raw_fd(),
             Self::Tls(socket) => socket.0.lock().as_raw_fd(),
+            // It has none of its own.
+            Self::Http2(_) => -1,
         }
     }
 
@@ -95,6 +100,9 @@ impl Socket {
                 (SocketReader::Unix(reader), SocketWriter { half: WriteHalf::Unix(writer), written: 0 })
             }
             Self::Tls(socket) => (SocketReader::Tls(socket), SocketWriter { half: WriteHalf::Tls(socket), written: 0 }),
+            Self::Http2(stream) => {
+                (SocketReader::Http2(stream), SocketWriter { half: WriteHalf::Http2(stream), written: 0 })
+            }
         }
     }
 
@@ -104,7 +112,7 @@ impl Socket {
         let _ = match self {
             Self::Tcp(socket) => socket.set_zero_linger(),
             Self::Tls(socket) => socket.0.lock().get_ref().0.set_zero_linger(),
-            Self::Unix(_) => Ok(()),
+            Self::Unix(_) | Self::Http2(_) => Ok(()),
         };
     }
 
@@ -114,7 +122,7 @@ impl Socket {
         Ok(match self {
             Self::Tcp(socket) => DetachedSocket::Tcp(socket.into_std()?),
             Self::Unix(socket) => DetachedSocket::Unix(socket.into_std()?),
-            Self::Tls(_) => return Err(io::ErrorKind::Unsupported.into()),
+            Self::Tls(_) | Self::Http2(_) => return Err(io::ErrorKind::Unsupported.into()),
         })
     }
 }
@@ -133,6 +141,7 @@ pub(super) enum SocketReader<'s> {
     Tcp(tcp::ReadHalf<'s>),
     Unix(unix::ReadHalf<'s>),
     Tls(&'s TlsSocket),
+    Http2(&'s BackendStream),
 }
 
 pub(super) struct SocketWriter<'s> {
@@ -145,6 +154,7 @@ enum WriteHalf<'s> {
     Tcp(tcp::WriteHalf<'s>),
     Unix(unix::WriteHalf<'s>),
     Tls(&'s TlsSocket),
+    Http2(&'s BackendStream),
 }
 
 /// A head and a small body.
@@ -156,7 +166,7 @@ impl WriteHalf<'_> {
             Self::Tcp(half) => half.try_write(bytes),
             Self::Unix(half) => half.try_write(bytes),
             // What is encrypted has to be waited for: see `write_all`.
-            Self::Tls(_) => Err(io::ErrorKind::WouldBlock.into()),
+            Self::Tls(_) | Self::Http2(_) => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 
@@ -164,7 +174,7 @@ impl WriteHalf<'_> {
         match self {
             Self::Tcp(half) => half.try_write_vectored(slices),
             Self::Unix(half) => half.try_write_vectored(slices),
-            Self::Tls(_) => Err(io::ErrorKind::WouldBlock.into()),
+            Self::Tls(_) | Self::Http2(_) => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 }
@@ -191,6 +201,7 @@ impl SocketReader<'_> {
                 pin!(half.read_buf(buffer)).poll(cx)
             }
             Self::Tls(socket) => socket.poll_fill(cx, buffer),
+            Self::Http2(stream) => stream.poll_fill(cx, buffer),
         }
     }
 }
@@ -243,12 +254,15 @@ impl SocketWriter<'_> {
         if let WriteHalf::Tls(socket) = self.half {
             return encrypt_all(socket, slices, &mut self.written).await;
         }
+        if let WriteHalf::Http2(stream) = self.half {
+            return ask_all(stream, slices, &mut self.written).await;
+        }
         while !slices.is_empty() {
             let written = match self.write_now(slices) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => match &mut self.half {
                     WriteHalf::Tcp(half) => half.write_vectored(slices).await?,
                     WriteHalf::Unix(half) => half.write_vectored(slices).await?,
-                    WriteHalf::Tls(_) => return Err(error),
+                    WriteHalf::Tls(_) | WriteHalf::Http2(_) => return Err(error),
                 },
                 written => written?,
             };
@@ -283,8 +297,23 @@ impl SocketWriter<'_> {
             WriteHalf::Tcp(half) => half.shutdown().await,
             WriteHalf::Unix(half) => half.shutdown().await,
             WriteHalf::Tls(socket) => poll_fn(|cx| socket.poll_shutdown(cx)).await,
+            // The end of a request is in its framing.
+            WriteHalf::Http2(_) => Ok(()),
         }
     }
+}
+
+/// Hands all of the slices to a stream, which sends them as the backend takes them.
+async fn ask_all(stream: &BackendStream, slices: &[IoSlice<'_>], written: &mut u64) -> io::Result<()> {
+    for slice in slices {
+        let mut rest: &[u8] = slice;
+        while !rest.is_empty() {
+            let taken = poll_fn(|cx| stream.poll_write(cx, rest)).await?;
+            *written += taken as u64;
+            rest = &rest[taken..];
+        }
+    }
+    Ok(())
 }
 
 /// Encrypts and sends all of the slices. Little is put together first, so that it is one record.
@@ -317,6 +346,7 @@ impl AsyncRead for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_read(cx, out),
             Self::Unix(socket) => Pin::new(socket).poll_read(cx, out),
             Self::Tls(socket) => Pin::new(socket.0.get_mut()).poll_read(cx, out),
+            Self::Http2(stream) => stream.poll_read(cx, out),
         }
     }
 }
@@ -327,6 +357,7 @@ impl AsyncWrite for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
             Self::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
             Self::Tls(socket) => socket.poll_write(cx, bytes),
+            Self::Http2(stream) => stream.poll_write(cx, bytes),
         }
     }
 
@@ -339,6 +370,10 @@ impl AsyncWrite for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
             Self::Unix(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
             Self::Tls(socket) => Pin::new(socket.0.get_mut()).poll_write_vectored(cx, slices),
+            Self::Http2(stream) => {
+                let first = slices.iter().find(|slice| !slice.is_empty());
+                stream.poll_write(cx, first.map_or(&[], |slice| slice))
+            }
         }
     }
 
@@ -348,7 +383,7 @@ impl AsyncWrite for Socket {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(_) | Self::Unix(_) => Poll::Ready(Ok(())),
+            Self::Tcp(_) | Self::Unix(_) | Self::Http2(_) => Poll::Ready(Ok(())),
             Self::Tls(socket) => socket.poll_flush(cx),
         }
     }
@@ -358,6 +393,7 @@ impl AsyncWrite for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Tls(socket) => socket.poll_shutdown(cx),
+            Self::Http2(_) => Poll::Ready(Ok(())),
         }
     }
 }

@@ -39,6 +39,7 @@ pub enum CheckFault {
     TlsName,
     TlsExpired,
     TlsHandshake,
+    NoHttp2,
 }
 
 impl From<UpstreamError> for CheckFault {
@@ -50,6 +51,7 @@ impl From<UpstreamError> for CheckFault {
             UpstreamError::TlsName => Self::TlsName,
             UpstreamError::TlsExpired => Self::TlsExpired,
             UpstreamError::TlsHandshake => Self::TlsHandshake,
+            UpstreamError::NoHttp2 => Self::NoHttp2,
             _ => Self::Connect,
         }
     }
@@ -67,6 +69,7 @@ impl CheckFault {
             Self::TlsName => "check_tls_name",
             Self::TlsExpired => "check_tls_expired",
             Self::TlsHandshake => "check_tls_handshake",
+            Self::NoHttp2 => "check_no_http2",
         }
     }
 }

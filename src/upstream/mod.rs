@@ -72,6 +72,8 @@ pub struct UpstreamSettings {
     pub idle_timeout: Duration,
     /// `None`: plain text.
     pub tls: Option<UpstreamTls>,
+    /// HTTP/2, and not HTTP/1.
+    pub http2: bool,
     /// Each connection begins with the client's address.
     pub send_proxy: bool,
 }
@@ -151,9 +153,9 @@ impl UpstreamSettings {
     /// Whether one pool can serve by both: they differ in nothing but times and what is spoken, which belong to a connection.
     fn same_pool(&self, other: &Self) -> bool {
         let Self { connect_timeout, read_timeout, per_try_timeout, request_timeout, .. } = *self;
-        let Self { idle_timeout, queue_timeout, send_proxy, .. } = *self;
+        let Self { idle_timeout, queue_timeout, http2, send_proxy, .. } = *self;
         let times = Self { connect_timeout, read_timeout, per_try_timeout, request_timeout, ..other.clone() };
-        *self == Self { idle_timeout, queue_timeout, send_proxy, tls: self.tls.clone(), ..times }
+        *self == Self { idle_timeout, queue_timeout, http2, send_proxy, tls: self.tls.clone(), ..times }
     }
 }
 
@@ -702,6 +704,7 @@ mod tests {
             read_timeout: Duration::from_secs(60),
             idle_timeout: Duration::from_secs(15),
             tls: None,
+            http2: false,
             send_proxy: false,
         }
     }
@@ -889,10 +892,16 @@ mod tests {
         };
         let pool = build(&plain, None);
         pool.drain("a.test:1", true, now);
-        let tls = |name: Option<&str>| UpstreamTls { authorities: None, client: None, name: name.map(str::to_owned) };
+        let tls = |name: Option<&str>| UpstreamTls {
+            authorities: None,
+            client: None,
+            name: name.map(str::to_owned),
+            http2: false,
+        };
         for changed in [
             UpstreamSettings { tls: Some(tls(None)), ..plain.clone() },
             UpstreamSettings { tls: Some(tls(Some("b.test"))), ..plain.clone() },
+            UpstreamSettings { http2: true, ..plain.clone() },
             UpstreamSettings { send_proxy: true, ..plain.clone() },
         ] {
             assert!(Arc::ptr_eq(&pool, &build(&changed, Some(&pool))), "{changed:?}");

@@ -15,6 +15,8 @@ pub struct UpstreamTls {
     pub client: Option<(PemFile, PemFile)>,
     /// What certificates have to be for; `None`: the host name of each server.
     pub name: Option<String>,
+    /// What is spoken over it: HTTP/2, and not HTTP/1.
+    pub http2: bool,
 }
 
 const TLS_NAME: &str = "tls_name";
@@ -60,8 +62,8 @@ impl UpstreamTls {
     pub fn config(&self) -> Result<ClientConfig, Problem> {
         let verified = self.authorities.clone().map_or(Verified::Nothing, Verified::AuthorityAndName);
         let mut config = tls::client_config(&verified, self.client.as_ref())?;
-        // A server that speaks HTTP/2 only has to say so now, and not in the middle of a response.
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        // A server that speaks something else has to say so now, and not in the middle of a response.
+        config.alpn_protocols = vec![if self.http2 { b"h2".to_vec() } else { b"http/1.1".to_vec() }];
         Ok(config)
     }
 }

@@ -38,7 +38,7 @@ impl FailedTry {
 /// Whether a server that fails in this way lets nobody in, however it answers on connections that it has.
 pub(super) fn is_refusal(error: UpstreamError) -> bool {
     use UpstreamError as E;
-    matches!(error, E::Connect | E::TlsUntrusted | E::TlsName | E::TlsExpired | E::TlsHandshake)
+    matches!(error, E::Connect | E::TlsUntrusted | E::TlsName | E::TlsExpired | E::TlsHandshake | E::NoHttp2)
 }
 
 /// Belongs to a request from its first try to its end.
