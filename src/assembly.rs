@@ -145,8 +145,21 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, logs: Logs) -> Rebuild {
         let next_logs = Logs { access: next_log, audit, spans };
         let snapshot = snapshot(&next, authenticator, metrics, next_logs.clone(), Some(running));
         let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
-        let changed = settings.document.changes(&next.document).into_iter();
-        let report = Reloaded { applied: changed.filter(|key| !restart.contains(key)).collect(), restart };
+        let mut changed = settings.document.changes(&next.document);
+        // Files that the configuration names may have other contents: certificates, passwords.
+        let by_files = [
+            ("upstream", next.upstreams != settings.upstreams),
+            ("store", next.stores != settings.stores),
+            ("listener", next.server.listeners != settings.server.listeners),
+        ];
+        for (key, _) in by_files.into_iter().filter(|(_, differs)| *differs) {
+            let own = if key == "listener" { "server.listen" } else { key };
+            if !changed.iter().any(|known| known.starts_with(key) || known == own) {
+                changed.push(key.to_owned());
+            }
+        }
+        let applied = changed.into_iter().filter(|key| !restart.contains(key)).collect();
+        let report = Reloaded { applied, restart };
         let (server, current) = (next.server.clone(), Arc::clone(&current));
         let done = Box::new(move || {
             log::set_max_level(next.level);

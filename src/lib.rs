@@ -15,6 +15,9 @@ pub mod clock;
 // What can be wrong with a setting.
 pub mod problem;
 
+// TLS to servers that tollgate connects to: trust and certificates.
+pub mod tls;
+
 // What the operator sees: metrics, access log, process log.
 pub mod telemetry;
 

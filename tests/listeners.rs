@@ -45,9 +45,9 @@ fn status(output: &Output) -> String {
 fn each_name_has_its_certificate_and_unknown_names_get_the_first() {
     let authority = Authority::new();
     let (upstream, at) = (Upstream::start(), free());
-    let first = authority.issue("first", "DNS:first.test", 2);
-    let wild = authority.issue("wild", "DNS:*.wild.test,DNS:second.test", 2);
-    let exact = authority.issue("exact", "DNS:exact.wild.test", 2);
+    let first = authority.issue_named("first", "DNS:first.test", 2);
+    let wild = authority.issue_named("wild", "DNS:*.wild.test,DNS:second.test", 2);
+    let exact = authority.issue_named("exact", "DNS:exact.wild.test", 2);
     let all = [&first, &wild, &exact].map(files).join(", ");
     let gateway = gateway(&upstream, at, &format!("certificates = [{all}]\nhsts = \"365d\"\n"));
     let served = |name: &str| {
@@ -98,7 +98,7 @@ fn each_name_has_its_certificate_and_unknown_names_get_the_first() {
 fn versions_are_those_of_the_profile() {
     let authority = Authority::new();
     let (upstream, at) = (Upstream::start(), [free(), free()]);
-    let certificate = files(&authority.issue("a", "DNS:a.test", 2));
+    let certificate = files(&authority.issue_named("a", "DNS:a.test", 2));
     let listener = |at: SocketAddr, tls: &str| {
         format!("[[listener]]\naddress = \"{at}\"\ncertificates = [{certificate}]\ntls = \"{tls}\"\n")
     };
@@ -133,10 +133,10 @@ fn versions_are_those_of_the_profile() {
 fn client_certificates_are_demanded_and_their_subject_is_told() {
     let (authority, stranger) = (Authority::new(), Authority::new());
     let (upstream, at) = (Upstream::start(), [free(), free()]);
-    let certificate = files(&authority.issue("a", "DNS:a.test", 2));
-    let client = authority.issue("client", "DNS:client.test", 2);
-    let other = stranger.issue("other", "DNS:client.test", 2);
-    let ended = authority.issue("ended", "DNS:client.test", -1);
+    let certificate = files(&authority.issue_named("a", "DNS:a.test", 2));
+    let client = authority.issue_named("client", "DNS:client.test", 2);
+    let other = stranger.issue_named("other", "DNS:client.test", 2);
+    let ended = authority.issue_named("ended", "DNS:client.test", -1);
     let ca = authority.ca();
     let listener = |at: SocketAddr, mode: &str| {
         format!(
@@ -178,7 +178,7 @@ fn client_certificates_are_demanded_and_their_subject_is_told() {
 #[test]
 fn a_reload_takes_a_new_certificate_and_keeps_the_old_one_if_the_new_one_is_broken() {
     let authority = Authority::new();
-    let (old, new) = (authority.issue("old", "DNS:a.test", 2), authority.issue("new", "DNS:a.test", 2));
+    let (old, new) = (authority.issue_named("old", "DNS:a.test", 2), authority.issue_named("new", "DNS:a.test", 2));
     let folder = Folder::new("certificates");
     let pair = (folder.0.join("api.pem"), folder.0.join("api.key"));
     let put = |from: &(PathBuf, PathBuf)| {
@@ -205,7 +205,7 @@ fn a_reload_takes_a_new_certificate_and_keeps_the_old_one_if_the_new_one_is_brok
 #[test]
 fn certificates_that_change_are_noticed_without_a_reload() {
     let authority = Authority::new();
-    let (old, new) = (authority.issue("old", "DNS:a.test", 2), authority.issue("new", "DNS:a.test", 2));
+    let (old, new) = (authority.issue_named("old", "DNS:a.test", 2), authority.issue_named("new", "DNS:a.test", 2));
     let folder = Folder::new("certificates");
     let pair = (folder.0.join("api.pem"), folder.0.join("api.key"));
     let put = |from: &(PathBuf, PathBuf)| {
@@ -227,8 +227,8 @@ fn certificates_that_change_are_noticed_without_a_reload() {
 fn tickets_do_not_outlive_the_authority_of_the_clients() {
     let (authority, next) = (Authority::new(), Authority::new());
     let (upstream, at) = (Upstream::start(), free());
-    let certificate = files(&authority.issue("a", "DNS:a.test", 2));
-    let client = authority.issue("client", "DNS:client.test", 2);
+    let certificate = files(&authority.issue_named("a", "DNS:a.test", 2));
+    let client = authority.issue_named("client", "DNS:client.test", 2);
     let keys = format!("certificates = [{certificate}]\nclient_ca = \"{}\"\n", authority.ca().display());
     let gateway = gateway(&upstream, at, &keys);
     let folder = Folder::new("tickets");
@@ -254,9 +254,9 @@ fn tickets_do_not_outlive_the_authority_of_the_clients() {
 #[test]
 fn what_is_wrong_with_certificates_is_an_error_of_the_configuration() {
     let authority = Authority::new();
-    let [good, other] = ["good", "other"].map(|name| authority.issue(name, "DNS:a.test", 200));
-    let ended = authority.issue("ended", "DNS:a.test", -1);
-    let soon = authority.issue("soon", "DNS:a.test", 3);
+    let [good, other] = ["good", "other"].map(|name| authority.issue_named(name, "DNS:a.test", 200));
+    let ended = authority.issue_named("ended", "DNS:a.test", -1);
+    let soon = authority.issue_named("soon", "DNS:a.test", 3);
     let folder = Folder::new("check");
     std::fs::write(folder.0.join("empty.pem"), "").unwrap();
     let empty = folder.0.join("empty.pem");
@@ -363,7 +363,7 @@ fn the_proxy_protocol_names_the_client() {
 fn the_proxy_protocol_is_taken_from_named_networks_alone_and_in_pieces() {
     let (upstream, at) = (Upstream::start(), [free(), free()]);
     let authority = Authority::new();
-    let certificate = files(&authority.issue("a", "DNS:a.test", 2));
+    let certificate = files(&authority.issue_named("a", "DNS:a.test", 2));
     let text = format!(
         "[[listener]]\naddress = \"{}\"\nproxy_protocol = [\"10.0.0.0/8\"]\n\
          [[listener]]\naddress = \"{}\"\nproxy_protocol = [\"127.0.0.1\"]\nhandshake_timeout = \"500ms\"\ncertificates = [{certificate}]\n",

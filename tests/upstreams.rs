@@ -859,7 +859,7 @@ fn a_drained_server_ends_what_it_has_and_gets_nothing_new() {
     all[0].freeze();
     let mut held = gateway.client();
     held.send_head(&get("held"));
-    eventually("the first one has it", || state(0)["in_flight"] == 1);
+    eventually("the first one has it", || state(0)["in_flight"] == 1 && all[0].requests() == 1);
     let answer = post(&all[0], "drain");
     let said: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
     assert_eq!((answer.status, &said["result"], &said["in_flight"]), (200, &"draining".into(), &1.into()));

@@ -426,6 +426,28 @@ section! {
         /// An entry can also say `{ address = "host:port", weight = 3, backup = true }`: a server gets requests as its
         /// weight (1 to 100, else 1) is to those of the others, and a backup only while no other server is up.
         servers: Vec<ListedServer> = "![]",
+        /// Speak TLS with the servers. Their certificates are verified, for the host name in `servers`. An IP address needs
+        /// `tls_name`, and a Unix socket has no TLS. Checks speak TLS as well.
+        tls: bool = "false",
+        /// With TLS: a PEM file of the authorities that the servers' certificates are from. Empty: the system's.
+        tls_ca: String = r#""""#,
+        /// With TLS: a PEM file of a client certificate, for servers that ask for one.
+        tls_cert: String = r#""""#,
+        /// The PEM file of its key.
+        tls_key: String = r#""""#,
+        /// With TLS: the name that the servers are asked for (SNI) and their certificates verified for. Empty: the host name
+        /// in `servers`.
+        tls_name: String = r#""""#,
+        /// With TLS: take any certificate. Whoever can put themselves between tollgate and the servers then gets the tokens
+        /// of all clients. Warned about at every start, reload and check.
+        insecure_skip_verify: bool = "false",
+        /// The version of HTTP to speak with the servers: 1 or 2. HTTP/2 is negotiated over TLS (ALPN) and else presumed; a
+        /// server that does not speak it is down. Up to 100 requests share a connection, or fewer if the server says so.
+        /// WebSockets need 1.
+        http: u64 = "1",
+        /// Begin each connection with the client's address, in a header of the PROXY protocol, version 2. Such a connection
+        /// carries one request only, which costs more. Servers that do not expect the header fail.
+        send_proxy: bool = "false",
         /// A name with several addresses is one server, reached at whichever address answers. With `true`, each address
         /// is a server of its own.
         expand: bool = "false",

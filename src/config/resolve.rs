@@ -27,12 +27,14 @@ use crate::request::token::TokenRules;
 use crate::request::trace::TraceMode;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
-use crate::store::{NamedStore, PemFile};
+use crate::store::NamedStore;
 use crate::telemetry::lines::LogTarget;
 use crate::telemetry::spans::OtlpSettings;
-use crate::upstream::{Balance, CheckSettings, HttpCheck, RetryLimits, UpstreamSettings};
+use crate::tls::{Authorities, PemFile, SystemAuthorities, TLS, TLS_CA, TLS_CERT, TLS_KEY};
+use crate::upstream::{Balance, CheckSettings, HttpCheck, RetryLimits, UpstreamSettings, UpstreamTls};
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
+use std::cell::LazyCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -91,7 +93,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         },
     };
     let mut gather = Gather { places };
-    let upstreams = gather.upstreams(&file.upstreams);
+    let upstreams = gather.upstreams(&file.upstreams, folder);
     let rules = Rules {
         limits: Limits {
             header_bytes: usize::try_from(file.limits.header_bytes.0).unwrap_or(usize::MAX),
@@ -221,12 +223,14 @@ impl Gather<'_, '_> {
         server
     }
 
-    fn upstreams(&mut self, upstreams: &[file::UpstreamSection]) -> Vec<UpstreamSettings> {
+    fn upstreams(&mut self, upstreams: &[file::UpstreamSection], folder: &Path) -> Vec<UpstreamSettings> {
         if upstreams.is_empty() {
             let instead = "write [[upstream]] with name = \"api\" and servers = [\"127.0.0.1:3000\"]";
             self.places.add("", Problem::error("upstream", "is missing: there is no backend to forward to", instead));
         }
         let mut all: Vec<UpstreamSettings> = Vec::new();
+        // Read once, when it is first asked for.
+        let system: LazyCell<SystemAuthorities> = LazyCell::new(SystemAuthorities::load);
         for upstream in upstreams {
             let settings = UpstreamSettings {
                 name: upstream.name.clone(),
@@ -255,8 +259,12 @@ impl Gather<'_, '_> {
                 connect_timeout: upstream.connect_timeout,
                 read_timeout: upstream.read_timeout,
                 idle_timeout: upstream.idle_timeout,
+                tls: self.upstream_tls(upstream, folder, &system),
+                http2: upstream.http == 2,
+                send_proxy: upstream.send_proxy,
             };
             self.all(&upstream.at, settings.problems());
+            self.all(&upstream.at, Problem::out_of_range("http", upstream.http, 1..=2).into_iter().collect());
             if let Some(first) = all.iter().position(|other| other.name == upstream.name) {
                 let problem =
                     Problem::error("name", "is the name of an earlier [[upstream]]", "give each its own name");
@@ -265,6 +273,43 @@ impl Gather<'_, '_> {
             all.push(settings);
         }
         all
+    }
+
+    fn upstream_tls(
+        &mut self,
+        upstream: &file::UpstreamSection,
+        folder: &Path,
+        system: &LazyCell<SystemAuthorities>,
+    ) -> Option<UpstreamTls> {
+        let file =
+            |text: &String| Some(text).filter(|text| !text.is_empty()).map(|text| PemFile::from(folder.join(text)));
+        let (ca, cert, key) = (&upstream.tls_ca, &upstream.tls_cert, &upstream.tls_key);
+        if !upstream.tls {
+            // Whoever names a certificate does not mean plain text.
+            let named = [(TLS_CA, ca), (TLS_CERT, cert), (TLS_KEY, key), ("tls_name", &upstream.tls_name)];
+            let named = named.into_iter().filter(|(_, text)| !text.is_empty()).map(|(key, _)| key);
+            for key in named.chain(upstream.insecure_skip_verify.then_some("insecure_skip_verify")) {
+                let problem = Problem::error(key, "goes with tls = true only", "set tls = true, or remove it");
+                self.places.add(&upstream.at, problem.with(TLS));
+            }
+            return None;
+        }
+        if cert.is_empty() != key.is_empty() {
+            let problem = Problem::error(TLS_CERT, "and tls_key go together", "name both files, or neither");
+            self.places.add(&upstream.at, problem);
+        }
+        if upstream.insecure_skip_verify && !ca.is_empty() {
+            let what = "is not used with insecure_skip_verify = true";
+            let problem = Problem::error(TLS_CA, what, "remove one of them");
+            self.places.add(&upstream.at, problem.with("insecure_skip_verify"));
+        }
+        let authorities = || file(ca).map_or_else(|| Authorities::System((**system).clone()), Authorities::File);
+        Some(UpstreamTls {
+            authorities: (!upstream.insecure_skip_verify).then(authorities),
+            client: file(cert).zip(file(key)),
+            name: Some(&upstream.tls_name).filter(|name| !name.is_empty()).cloned(),
+            http2: upstream.http == 2,
+        })
     }
 
     fn routes(&mut self, file: &File, upstreams: &[UpstreamSettings], forward: &ForwardRules) -> Routes {

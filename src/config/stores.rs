@@ -10,7 +10,8 @@ use crate::problem::Problem;
 use crate::store::introspect::{IntrospectMode, IntrospectSettings};
 use crate::store::postgres::{self, Bind, PostgresSettings, Source};
 use crate::store::redis::{RedisChanges, RedisSettings, Topology};
-use crate::store::{IDLE, NamedStore, PemFile, Place, Secret, StoreSettings, TlsMode, TlsSettings};
+use crate::store::{IDLE, NamedStore, Place, Secret, StoreSettings, TlsMode, TlsSettings};
+use crate::tls::PemFile;
 use crate::upstream::{ServerAddress, UpstreamSettings};
 use std::path::Path;
 use std::time::Duration;
@@ -130,6 +131,11 @@ impl Gather<'_, '_> {
     ) -> IntrospectSettings {
         let prefix = file.api.prefixes.first().map_or("", |prefix| prefix.0.trim_end_matches('/'));
         let server = upstreams.first().and_then(|upstream| upstream.servers.first());
+        if s.endpoint.is_empty() && upstreams.first().is_some_and(|upstream| upstream.tls.is_some()) {
+            // The store has TLS settings of its own; tokens must not go there in plain text by a default.
+            let what = "is missing: the first [[upstream]] speaks TLS, so there is no default";
+            self.store_problem(at, "endpoint", what, "write it like \"https://backend.example/api/v3/user\"");
+        }
         let url = match (s.endpoint.as_str(), server.map(|server| &server.address)) {
             ("", Some(ServerAddress::Tcp(address))) => format!("http://{address}{prefix}/user"),
             ("", Some(ServerAddress::Unix(path))) => format!("unix:{path}:{prefix}/user"),

@@ -44,7 +44,7 @@ fn the_example_says_all_and_is_right() {
     });
     load(&everything.collect::<String>(), Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
     let keys: usize = REFERENCE.iter().map(|section| section.fields.len()).sum();
-    assert_eq!(keys, 178, "the reference lost or gained keys: update this number on purpose");
+    assert_eq!(keys, 186, "the reference lost or gained keys: update this number on purpose");
     assert!(
         REFERENCE
             .iter()
@@ -650,6 +650,54 @@ fn a_duplicate_names_both_places() {
     ] {
         let found = problems(&text.replace('@', MINIMAL));
         assert!(found.iter().any(|found| found.contains(part)), "{text}: {found:#?}");
+    }
+}
+
+/// TLS to servers: what goes with what, and no name that could not be verified.
+#[test]
+fn what_is_wrong_with_an_upstreams_tls() {
+    let folder = folder();
+    std::fs::write(folder.path().join("none.pem"), "no certificate").unwrap();
+    let named = "servers = [\"backend.test:443\"]\n";
+    for (text, part) in [
+        (format!("{named}tls_ca = \"none.pem\""), "upstream[0].tls_ca: goes with tls = true only"),
+        (format!("{named}tls_name = \"a.test\""), "upstream[0].tls_name: goes with tls = true only"),
+        (format!("{named}insecure_skip_verify = true"), "upstream[0].insecure_skip_verify: goes with tls = true only"),
+        (format!("{named}tls = true\ntls_ca = \"none.pem\""), "none.pem: holds no certificate that can be used"),
+        (format!("{named}tls = true\ntls_ca = \"nowhere.pem\""), "nowhere.pem: No such file"),
+        (format!("{named}tls = true\ntls_cert = \"none.pem\""), "upstream[0].tls_cert: and tls_key go together"),
+        (
+            format!("{named}tls = true\ninsecure_skip_verify = true\ntls_ca = \"none.pem\""),
+            "upstream[0].tls_ca: is not used with insecure_skip_verify = true",
+        ),
+        (
+            format!("{named}tls = true\ninsecure_skip_verify = true\ntls_cert = \"none.pem\"\ntls_key = \"none.pem\""),
+            "upstream[0].tls_key: ",
+        ),
+        (format!("{named}tls = true\ntls_name = \"a b\""), "upstream[0].tls_name: is no host name"),
+        ("servers = [\"10.0.0.1:443\"]\ntls = true".into(), "upstream[0].servers: has no host name that its"),
+        ("servers = [\"[::1]:443\"]\ntls = true".into(), "upstream[0].servers: has no host name that its"),
+        ("servers = [\"unix:/x\"]\ntls = true\ntls_name = \"a.test\"".into(), "upstream[0].servers: is a Unix socket"),
+        (
+            format!("{named}tls = true\n[store]\nkind = \"introspection\""),
+            "store.endpoint: is missing: the first [[upstream]] speaks TLS",
+        ),
+    ] {
+        let text = format!("[[upstream]]\nname = \"api\"\n{text}\n");
+        let found = load(&text, folder.path()).map(|_| ()).expect_err(&text);
+        assert!(found.iter().any(|problem| problem.to_string().contains(part)), "{text}: {found:?}");
+    }
+    let skip = "tls = true\ninsecure_skip_verify = true";
+    for (text, warnings) in [
+        (format!("{named}tls = true\ninsecure_skip_verify = true"), 1),
+        // Nothing is verified, so that no name is needed.
+        (format!("servers = [\"10.0.0.1:443\"]\n{skip}"), 1),
+        (format!("servers = [\"10.0.0.1:443\"]\ntls_name = \"10.0.0.1\"\n{skip}"), 1),
+        (format!("{named}send_proxy = true"), 0),
+    ] {
+        let text = format!("[[upstream]]\nname = \"api\"\n{text}\n");
+        let settings = load(&text, folder.path()).unwrap_or_else(|found| panic!("{text}: {found:?}"));
+        assert_eq!(settings.warnings.len(), warnings, "{text}: {:?}", settings.warnings);
     }
 }
 

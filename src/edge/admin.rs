@@ -103,7 +103,9 @@ fn source(socket: &Socket) -> AuditSource {
             let peer = stream.peer_cred().ok();
             AuditSource::Unix { uid: peer.as_ref().map(|peer| peer.uid()), pid: peer.and_then(|peer| peer.pid()) }
         }
-        Socket::Tcp(_) | Socket::Tls(_) | Socket::Stream(_) => AuditSource::Tcp(socket.peer()),
+        Socket::Tcp(_) | Socket::Tls(_) | Socket::ClientHttp2(_) | Socket::BackendHttp2(_) => {
+            AuditSource::Tcp(socket.peer())
+        }
     }
 }
 

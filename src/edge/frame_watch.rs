@@ -79,7 +79,7 @@ struct Bucket {
 }
 
 /// Where in the stream of frames the reader is.
-struct Position {
+struct FramePosition {
     /// Of the preface, or of a frame's payload, still to come.
     skip: usize,
     head: [u8; FRAME_HEAD],
@@ -90,7 +90,7 @@ struct Position {
     buckets: [Bucket; KINDS.len()],
 }
 
-impl Position {
+impl FramePosition {
     fn new(now: Instant) -> Self {
         let bucket = |(_, burst, _): (&str, u32, u32)| Bucket { left: f64::from(burst), at: now };
         Self { skip: PREFACE, head: [0; FRAME_HEAD], got: 0, in_block: false, buckets: KINDS.map(bucket) }
@@ -153,13 +153,13 @@ pub(super) struct FrameWatch<S> {
     inner: S,
     /// Read already, and to be read again.
     ahead: BytesMut,
-    position: Position,
+    position: FramePosition,
     cut: Arc<Cut>,
 }
 
 impl<S> FrameWatch<S> {
     pub(super) fn new(inner: S, ahead: BytesMut) -> Self {
-        Self { inner, ahead, position: Position::new(Instant::now()), cut: Arc::default() }
+        Self { inner, ahead, position: FramePosition::new(Instant::now()), cut: Arc::default() }
     }
 
     pub(super) fn cut(&self) -> Arc<Cut> {
@@ -239,7 +239,7 @@ mod tests {
 
     fn counts(kind: u8, flags: u8, length: usize) -> usize {
         let now = Instant::now();
-        let mut position = Position::new(now);
+        let mut position = FramePosition::new(now);
         position.walk(&[b'x'; PREFACE], now).unwrap();
         (0..20_000).take_while(|_| position.walk(&frame(kind, flags, length), now).is_ok()).count()
     }
@@ -266,7 +266,7 @@ mod tests {
     #[test]
     fn time_gives_back_what_was_used() {
         let now = Instant::now();
-        let mut position = Position::new(now);
+        let mut position = FramePosition::new(now);
         position.walk(&[b'x'; PREFACE], now).unwrap();
         for second in 0..60 {
             for _ in 0..99 {
@@ -281,7 +281,7 @@ mod tests {
         let stream: Vec<u8> =
             [vec![b'x'; PREFACE], frame(HEADERS, 0, 300), frame(CONTINUATION, 0, 7), frame(PING, 0, 8)].concat();
         for size in [1, 2, 9, 10, 33, 400] {
-            let mut position = Position::new(now);
+            let mut position = FramePosition::new(now);
             for piece in stream.chunks(size) {
                 position.walk(piece, now).unwrap();
             }

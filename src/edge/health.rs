@@ -2,15 +2,15 @@
 //! what is said by `upstream`; here it is carried out.
 
 use super::Snapshot;
-use super::dial::{self, dial};
+use super::backend::connect_alone;
+use super::dial;
 use super::peers::Peers;
+use super::socket::Socket;
 use crate::upstream::{self, CheckFault, CheckSettings, Look, ResolvedName, Server, ServerAddress};
 use arc_swap::ArcSwap;
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::UnixStream;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// How often the servers are asked whether it is time for something.
 const TICK: Duration = Duration::from_millis(100);
@@ -64,31 +64,16 @@ async fn look(peers: &Peers, server: &Server, what: Look) -> Result<(), CheckFau
         None => (peers.timeouts.connect, peers.timeouts.connect + peers.timeouts.read.min(ANSWER_WITHIN)),
     };
     let look = async {
-        match server.address() {
-            ServerAddress::Unix(path) => {
-                let socket = UnixStream::connect(path).await.map_err(|_| CheckFault::Connect)?;
-                see(server, what, check, socket).await
-            }
-            ServerAddress::Tcp(_) => {
-                let connected = dial(server, check.and_then(|check| check.port), connect_within).await;
-                let fault = |error: io::Error| match error.kind() {
-                    io::ErrorKind::TimedOut => CheckFault::Timeout,
-                    _ => CheckFault::Connect,
-                };
-                see(server, what, check, connected.map_err(fault)?.0).await
-            }
-        }
+        let greeting = peers.own_greeting();
+        let port = check.and_then(|check| check.port);
+        let socket = connect_alone(server, peers, port, greeting, connect_within).await?;
+        see(server, what, check, socket).await
     };
     tokio::time::timeout(whole, look).await.unwrap_or(Err(CheckFault::Timeout))
 }
 
 /// Neither request carries a credential. Without a check, any response will do: whoever writes one is alive.
-async fn see(
-    server: &Server,
-    what: Look,
-    check: Option<&CheckSettings>,
-    mut socket: impl AsyncRead + AsyncWrite + Unpin,
-) -> Result<(), CheckFault> {
+async fn see(server: &Server, what: Look, check: Option<&CheckSettings>, mut socket: Socket) -> Result<(), CheckFault> {
     let http = check.and_then(|check| check.http.as_ref());
     if http.is_none() && what != Look::Answer {
         return Ok(());
@@ -100,6 +85,7 @@ async fn see(
     let line = http.map_or_else(|| "OPTIONS /".to_owned(), |http| format!("GET {}", http.path));
     let request = format!("{line} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: tollgate\r\nConnection: close\r\n\r\n");
     socket.write_all(request.as_bytes()).await.map_err(|_| CheckFault::Closed)?;
+    socket.flush().await.map_err(|_| CheckFault::Closed)?;
     let mut response = Vec::new();
     loop {
         let read = socket.read_buf(&mut response).await.map_err(|_| CheckFault::Closed)?;

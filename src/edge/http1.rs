@@ -10,6 +10,7 @@ use super::exchange::End;
 use super::patience::{Count, Flag, Patience, Timer};
 use super::peers::Peers;
 use super::recheck::{self, Recheck, Standing};
+use super::secure;
 use super::socket::{SocketReader, SocketWriter};
 use super::ticket::Ticket;
 use crate::forward::{FieldSink as _, Http1Head};
@@ -58,6 +59,8 @@ enum Breakage {
 
 impl Breakage {
     const CLOSED: Self = Self::Backend(UpstreamFault::Broken, UpstreamError::Closed);
+    const UNSPEAKABLE: Self = Self::Request(RequestFault::Head(HeadFault::RequestLine));
+    const REFUSED: Self = Self::Backend(UpstreamFault::Broken, UpstreamError::TlsHandshake);
     const MALFORMED: Self = Self::Backend(UpstreamFault::Malformed, UpstreamError::Malformed);
     const TIMED_OUT: Self = Self::Backend(UpstreamFault::TimedOut, UpstreamError::Timeout);
     const TRY_TIMED_OUT: Self = Self::Backend(UpstreamFault::TimedOut, UpstreamError::TryTimeout);
@@ -214,17 +217,19 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             }
         };
         let now = Instant::now();
-        let kept = if fresh { None } else { BackendConnection::kept(&server, now) };
-        let reused = kept.is_some();
+        // A connection that says which client it is for carries no other one's request.
+        let kept = if fresh || peers.send_proxy { None } else { BackendConnection::kept(&server, peers, now) };
         let connected = match kept {
-            Some(kept) => Ok(kept),
+            Some(kept) => Ok((kept, true)),
             None => {
                 let left = ticket.exchange.deadline().map(|end| end.saturating_duration_since(now));
-                BackendConnection::connect(&server, peers.timeouts.connect.min(left.unwrap_or(Duration::MAX))).await
+                let time = peers.timeouts.connect.min(left.unwrap_or(Duration::MAX));
+                let greeting = peers.greeting(ticket.exchange.facts.client);
+                BackendConnection::connect(&server, peers, fresh, &greeting, time).await
             }
         };
-        let mut backend = match connected {
-            Ok(backend) => backend,
+        let (mut backend, reused) = match connected {
+            Ok(connected) => connected,
             Err(_) if ticket.exchange.deadline().is_some_and(|end| end <= Instant::now()) => {
                 ticket.exchange.overdue();
                 return refuse(client, ticket, Cause::Upstream(UpstreamFault::Overdue).into(), 0).await;
@@ -259,14 +264,24 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             Ok(Answered::Whole { backend_reusable, client_reusable }) => {
                 let sent = progress.sent.is_set() && client.end_body();
                 let now = over(ticket, &progress, false);
-                if backend_reusable && sent && backend.buffer.is_empty() {
+                if backend_reusable && sent && backend.buffer.is_empty() && !peers.send_proxy {
                     backend.keep(&server, peers.timeouts.idle, now);
                 }
                 let goes_on = client_reusable && sent && !progress.flooded.is_set();
                 return if goes_on { After::Next } else { After::Close };
             }
             Err(broken) => {
+                let fate = backend.fate();
+                if let Breakage::Backend(_, UpstreamError::Timeout | UpstreamError::TryTimeout) = broken {
+                    backend.is_silent_for_too_long();
+                }
                 drop(backend);
+                let broken = match broken {
+                    // No other server could be told it either, and this one is not to blame.
+                    Breakage::Backend(..) if fate.unspeakable => Breakage::UNSPEAKABLE,
+                    Breakage::Backend(..) if fate.malformed => Breakage::MALFORMED,
+                    broken => broken,
+                };
                 let kind = match broken {
                     Breakage::Backend(UpstreamFault::Overdue, _) => {
                         ticket.exchange.overdue();
@@ -275,13 +290,19 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
                     Breakage::Backend(_, kind) => kind,
                     _ => return end_broken(client, ticket, &progress, broken).await,
                 };
-                let is_lost =
-                    matches!(kind, UpstreamError::Closed | UpstreamError::Timeout | UpstreamError::TryTimeout);
+                let is_lost = matches!(
+                    kind,
+                    UpstreamError::Closed
+                        | UpstreamError::Timeout
+                        | UpstreamError::TryTimeout
+                        | UpstreamError::TlsHandshake
+                );
                 let lost = is_lost && !progress.heard.is_set();
                 let repeatable = lost
-                    && (!progress.begun.is_set() || is_idempotent(ticket.method))
+                    && (!progress.begun.is_set() || fate.unprocessed || is_idempotent(ticket.method))
                     && client.body_is_at_hand(ticket.framing);
-                if ticket.exchange.try_failed(FailedTry::Exchange { kept: reused, error: kind }, repeatable) {
+                let kept = reused && fate.lost_connection;
+                if ticket.exchange.try_failed(FailedTry::Exchange { kept, error: kind }, repeatable) {
                     continue;
                 }
                 ticket.exchange.upstream_failed(kind);
@@ -732,8 +753,11 @@ impl Download<'_> {
     async fn fill(&mut self, room: usize) -> Result<bool, Breakage> {
         self.progress.waits_for_answer(self.read_timeout);
         let read = poll_fn(|cx| self.backend.poll_fill(cx, self.buffer, room)).await;
-        // A reset is no end of a body.
-        read.map(|bytes| bytes > 0).map_err(|_| Breakage::CLOSED)
+        // A reset is no end of a body, nor is one that TLS did not announce.
+        read.map(|bytes| bytes > 0).map_err(|error| match secure::is_alert(&error) && !self.progress.heard.is_set() {
+            true => Breakage::REFUSED,
+            false => Breakage::CLOSED,
+        })
     }
 }
 

@@ -149,7 +149,7 @@ impl Conversation {
         let working = Working(Arc::clone(&self.tasks));
         let (gate, arrival) = (Arc::clone(&self.gate), self.arrival.clone());
         tokio::spawn(async move {
-            gate.converse(Socket::Stream(Box::new(stream)), arrival, false).await;
+            gate.converse(Socket::ClientHttp2(Box::new(stream)), arrival, false).await;
             drop(working);
         });
     }

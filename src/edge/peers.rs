@@ -2,6 +2,8 @@
 //! before a snapshot goes live and then in the background, never on a request's way. The framework keeps the connections.
 
 use super::dial::{self, Dialer};
+use super::secure::BackendTls;
+use crate::forward::{PROXY_LOCAL, proxy_header};
 use crate::problem::Problem;
 use crate::telemetry::metrics::{Metrics, UpstreamError};
 use crate::telemetry::outage::Recovery;
@@ -9,7 +11,7 @@ use crate::upstream::{
     ListedServer, Pick, ResolvedName, Server, ServerAddress, ServerChange, Upstream, UpstreamSettings,
 };
 use pingora::upstreams::peer::{HttpPeer, HttpUpstreamRequestPolicy};
-use std::net::ToSocketAddrs as _;
+use std::net::{IpAddr, ToSocketAddrs as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +19,12 @@ use std::time::{Duration, Instant};
 pub(super) struct Peers {
     pub(super) upstream: Arc<Upstream>,
     pub(super) timeouts: UpstreamTimeouts,
+    /// How its connections are protected. `None`: plain text.
+    pub(super) tls: Option<Arc<BackendTls>>,
+    /// HTTP/2 is spoken.
+    pub(super) http2: bool,
+    /// Each connection begins with the client's address, and is that client's alone.
+    pub(super) send_proxy: bool,
 }
 
 /// How long a server may take.
@@ -62,9 +70,12 @@ pub fn unresolved(settings: &UpstreamSettings) -> Vec<Problem> {
 impl Peers {
     /// Resolves the names. A pool that runs already goes on, or hands over the state of its servers.
     pub(super) fn build(settings: &UpstreamSettings, running: &[Arc<Self>], metrics: &Arc<Metrics>) -> Self {
-        let running = running.iter().map(|peers| &peers.upstream).find(|known| known.name() == settings.name);
+        let running = running.iter().find(|known| known.upstream.name() == settings.name);
         let names = resolve(settings);
-        let (upstream, changes) = Upstream::build(settings, names, running, metrics, Instant::now());
+        let pool = running.map(|running| &running.upstream);
+        let (upstream, changes) = Upstream::build(settings, names, pool, metrics, Instant::now());
+        let tls = running.and_then(|running| running.tls.as_ref());
+        let tls = settings.tls.as_ref().map(|settings| BackendTls::of(settings, tls));
         let timeouts = UpstreamTimeouts {
             connect: settings.connect_timeout,
             read: settings.read_timeout,
@@ -73,9 +84,19 @@ impl Peers {
             idle: settings.idle_timeout,
             queue: settings.queue_timeout,
         };
-        let peers = Self { upstream, timeouts };
+        let peers = Self { upstream, timeouts, tls, http2: settings.http2, send_proxy: settings.send_proxy };
         changes.iter().for_each(|change| peers.log(change));
         peers
+    }
+
+    /// What a connection begins with that carries a client's requests.
+    pub(super) fn greeting(&self, client: Option<IpAddr>) -> Vec<u8> {
+        if self.send_proxy { proxy_header(client) } else { Vec::new() }
+    }
+
+    /// The same for a connection of tollgate's own.
+    pub(super) fn own_greeting(&self) -> &'static [u8] {
+        if self.send_proxy { &PROXY_LOCAL } else { b"" }
     }
 
     /// A request failed with its last attempt. Each stands in the access log; this is the line as an outage begins.
@@ -101,8 +122,15 @@ impl Peers {
         }
     }
 
-    /// How to reach a server. `None`: it has no address.
+    /// How to reach a server. `None`: it has no address, or must be spoken to in a way that the framework's lane cannot.
     pub(super) fn peer(&self, pick: &Pick, read_timeout: Option<Duration>) -> Option<HttpPeer> {
+        if self.tls.is_some() || self.http2 || self.send_proxy {
+            log::error!(
+                "upstream {}: the framework's lane speaks no TLS, HTTP/2 or PROXY protocol",
+                self.upstream.name()
+            );
+            return None;
+        }
         let mut peer = match pick.server.address() {
             ServerAddress::Unix(path) => HttpPeer::new_uds(path, false, String::new()).ok()?,
             ServerAddress::Tcp(_) => self.tcp_peer(&pick.server)?,

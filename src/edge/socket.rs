@@ -1,6 +1,7 @@
 //! A connected socket: TCP or Unix as the kernel gave it, or TLS over TCP. It must not know what is spoken over it.
 
 use super::http2::{Http2Reader, Http2Stream, Http2Writer};
+use super::http2_backend::BackendStream;
 use bytes::BytesMut;
 use parking_lot::Mutex;
 use std::cell::RefCell;
@@ -19,8 +20,10 @@ pub(super) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
     Tls(Box<TlsSocket>),
-    /// One request over HTTP/2, which speaks HTTP/1 here.
-    Stream(Box<Http2Stream>),
+    /// A client's request over HTTP/2, which speaks HTTP/1 here.
+    ClientHttp2(Box<Http2Stream>),
+    /// A request to a backend over HTTP/2.
+    BackendHttp2(Box<BackendStream>),
 }
 
 /// One task uses both directions, so nobody waits for the lock; only the compiler has to be shown that.
@@ -71,7 +74,7 @@ impl Socket {
     pub(super) fn peer(&self) -> Option<IpAddr> {
         match self {
             Self::Tcp(socket) => socket.peer_addr().ok().map(|address| address.ip().to_canonical()),
-            Self::Unix(_) | Self::Stream(_) => None,
+            Self::Unix(_) | Self::ClientHttp2(_) | Self::BackendHttp2(_) => None,
             Self::Tls(socket) => {
                 socket.0.lock().get_ref().0.peer_addr().ok().map(|address| address.ip().to_canonical())
             }
@@ -83,7 +86,9 @@ impl Socket {
             Self::Tcp(socket) => socket.as_raw_fd(),
             Self::Unix(socket) => socket.as_raw_fd(),
             Self::Tls(socket) => socket.0.lock().as_raw_fd(),
-            Self::Stream(_) => -1,
+            Self::ClientHttp2(_) => -1,
+            // It has none of its own.
+            Self::BackendHttp2(_) => -1,
         }
     }
 
@@ -99,9 +104,12 @@ impl Socket {
                 (SocketReader::Unix(reader), SocketWriter { half: WriteHalf::Unix(writer), written: 0 })
             }
             Self::Tls(socket) => (SocketReader::Tls(socket), SocketWriter { half: WriteHalf::Tls(socket), written: 0 }),
-            Self::Stream(stream) => {
+            Self::ClientHttp2(stream) => {
                 let (reader, writer) = stream.split();
-                (SocketReader::Stream(reader), SocketWriter { half: WriteHalf::Stream(writer), written: 0 })
+                (SocketReader::ClientHttp2(reader), SocketWriter { half: WriteHalf::ClientHttp2(writer), written: 0 })
+            }
+            Self::BackendHttp2(stream) => {
+                (SocketReader::BackendHttp2(stream), SocketWriter { half: WriteHalf::BackendHttp2(stream), written: 0 })
             }
         }
     }
@@ -112,8 +120,8 @@ impl Socket {
         let _ = match self {
             Self::Tcp(socket) => socket.set_zero_linger(),
             Self::Tls(socket) => socket.0.lock().get_ref().0.set_zero_linger(),
-            Self::Unix(_) => Ok(()),
-            Self::Stream(stream) => {
+            Self::Unix(_) | Self::BackendHttp2(_) => Ok(()),
+            Self::ClientHttp2(stream) => {
                 stream.reset_when_dropped();
                 Ok(())
             }
@@ -126,7 +134,9 @@ impl Socket {
         Ok(match self {
             Self::Tcp(socket) => DetachedSocket::Tcp(socket.into_std()?),
             Self::Unix(socket) => DetachedSocket::Unix(socket.into_std()?),
-            Self::Tls(_) | Self::Stream(_) => return Err(io::ErrorKind::Unsupported.into()),
+            Self::Tls(_) | Self::ClientHttp2(_) | Self::BackendHttp2(_) => {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
         })
     }
 }
@@ -145,7 +155,8 @@ pub(super) enum SocketReader<'s> {
     Tcp(tcp::ReadHalf<'s>),
     Unix(unix::ReadHalf<'s>),
     Tls(&'s TlsSocket),
-    Stream(Http2Reader<'s>),
+    ClientHttp2(Http2Reader<'s>),
+    BackendHttp2(&'s BackendStream),
 }
 
 pub(super) struct SocketWriter<'s> {
@@ -158,7 +169,8 @@ enum WriteHalf<'s> {
     Tcp(tcp::WriteHalf<'s>),
     Unix(unix::WriteHalf<'s>),
     Tls(&'s TlsSocket),
-    Stream(Http2Writer<'s>),
+    ClientHttp2(Http2Writer<'s>),
+    BackendHttp2(&'s BackendStream),
 }
 
 /// A head and a small body.
@@ -170,7 +182,7 @@ impl WriteHalf<'_> {
             Self::Tcp(half) => half.try_write(bytes),
             Self::Unix(half) => half.try_write(bytes),
             // What is encrypted has to be waited for: see `write_all`.
-            Self::Tls(_) | Self::Stream(_) => Err(io::ErrorKind::WouldBlock.into()),
+            Self::Tls(_) | Self::ClientHttp2(_) | Self::BackendHttp2(_) => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 
@@ -178,7 +190,7 @@ impl WriteHalf<'_> {
         match self {
             Self::Tcp(half) => half.try_write_vectored(slices),
             Self::Unix(half) => half.try_write_vectored(slices),
-            Self::Tls(_) | Self::Stream(_) => Err(io::ErrorKind::WouldBlock.into()),
+            Self::Tls(_) | Self::ClientHttp2(_) | Self::BackendHttp2(_) => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 }
@@ -205,7 +217,8 @@ impl SocketReader<'_> {
                 pin!(half.read_buf(buffer)).poll(cx)
             }
             Self::Tls(socket) => socket.poll_fill(cx, buffer),
-            Self::Stream(reader) => reader.poll_fill(cx, buffer),
+            Self::ClientHttp2(reader) => reader.poll_fill(cx, buffer),
+            Self::BackendHttp2(stream) => stream.poll_fill(cx, buffer),
         }
     }
 }
@@ -257,7 +270,8 @@ impl SocketWriter<'_> {
         IoSlice::advance_slices(&mut slices, 0);
         match &mut self.half {
             WriteHalf::Tls(socket) => return encrypt_all(socket, slices, &mut self.written).await,
-            WriteHalf::Stream(writer) => return writer.write_all(slices, &mut self.written).await,
+            WriteHalf::ClientHttp2(writer) => return writer.write_all(slices, &mut self.written).await,
+            WriteHalf::BackendHttp2(stream) => return ask_all(stream, slices, &mut self.written).await,
             WriteHalf::Tcp(_) | WriteHalf::Unix(_) => {}
         }
         while !slices.is_empty() {
@@ -265,7 +279,7 @@ impl SocketWriter<'_> {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => match &mut self.half {
                     WriteHalf::Tcp(half) => half.write_vectored(slices).await?,
                     WriteHalf::Unix(half) => half.write_vectored(slices).await?,
-                    WriteHalf::Tls(_) | WriteHalf::Stream(_) => return Err(error),
+                    WriteHalf::Tls(_) | WriteHalf::ClientHttp2(_) | WriteHalf::BackendHttp2(_) => return Err(error),
                 },
                 written => written?,
             };
@@ -300,12 +314,27 @@ impl SocketWriter<'_> {
             WriteHalf::Tcp(half) => half.shutdown().await,
             WriteHalf::Unix(half) => half.shutdown().await,
             WriteHalf::Tls(socket) => poll_fn(|cx| socket.poll_shutdown(cx)).await,
-            WriteHalf::Stream(writer) => {
+            WriteHalf::ClientHttp2(writer) => {
                 writer.shutdown();
                 Ok(())
             }
+            // The end of a request is in its framing.
+            WriteHalf::BackendHttp2(_) => Ok(()),
         }
     }
+}
+
+/// Hands all of the slices to a stream, which sends them as the backend takes them.
+async fn ask_all(stream: &BackendStream, slices: &[IoSlice<'_>], written: &mut u64) -> io::Result<()> {
+    for slice in slices {
+        let mut rest: &[u8] = slice;
+        while !rest.is_empty() {
+            let taken = poll_fn(|cx| stream.poll_write(cx, rest)).await?;
+            *written += taken as u64;
+            rest = &rest[taken..];
+        }
+    }
+    Ok(())
 }
 
 /// Encrypts and sends all of the slices. Little is put together first, so that it is one record.
@@ -339,7 +368,8 @@ impl AsyncRead for Socket {
             Self::Unix(socket) => Pin::new(socket).poll_read(cx, out),
             Self::Tls(socket) => Pin::new(socket.0.get_mut()).poll_read(cx, out),
             // Behind the answer: there is nothing to linger for.
-            Self::Stream(_) => Poll::Ready(Ok(())),
+            Self::ClientHttp2(_) => Poll::Ready(Ok(())),
+            Self::BackendHttp2(stream) => stream.poll_read(cx, out),
         }
     }
 }
@@ -350,7 +380,8 @@ impl AsyncWrite for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
             Self::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
             Self::Tls(socket) => socket.poll_write(cx, bytes),
-            Self::Stream(stream) => stream.poll_write(cx, bytes),
+            Self::ClientHttp2(stream) => stream.poll_write(cx, bytes),
+            Self::BackendHttp2(stream) => stream.poll_write(cx, bytes),
         }
     }
 
@@ -363,7 +394,11 @@ impl AsyncWrite for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
             Self::Unix(socket) => Pin::new(socket).poll_write_vectored(cx, slices),
             Self::Tls(socket) => Pin::new(socket.0.get_mut()).poll_write_vectored(cx, slices),
-            Self::Stream(stream) => {
+            Self::ClientHttp2(stream) => {
+                let first = slices.iter().find(|slice| !slice.is_empty());
+                stream.poll_write(cx, first.map_or(&[], |slice| slice))
+            }
+            Self::BackendHttp2(stream) => {
                 let first = slices.iter().find(|slice| !slice.is_empty());
                 stream.poll_write(cx, first.map_or(&[], |slice| slice))
             }
@@ -376,7 +411,7 @@ impl AsyncWrite for Socket {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Self::Tcp(_) | Self::Unix(_) | Self::Stream(_) => Poll::Ready(Ok(())),
+            Self::Tcp(_) | Self::Unix(_) | Self::ClientHttp2(_) | Self::BackendHttp2(_) => Poll::Ready(Ok(())),
             Self::Tls(socket) => socket.poll_flush(cx),
         }
     }
@@ -386,10 +421,11 @@ impl AsyncWrite for Socket {
             Self::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
             Self::Tls(socket) => socket.poll_shutdown(cx),
-            Self::Stream(stream) => {
+            Self::ClientHttp2(stream) => {
                 stream.reset_when_dropped();
                 Poll::Ready(Ok(()))
             }
+            Self::BackendHttp2(_) => Poll::Ready(Ok(())),
         }
     }
 }

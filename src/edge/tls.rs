@@ -3,8 +3,8 @@
 
 use super::socket::Socket;
 use crate::problem::Problem;
-use crate::store::PemFile;
 use crate::telemetry::metrics::HandshakeResult;
+use crate::tls::PemFile;
 use rustls::crypto::ring;
 use rustls::pki_types::CertificateDer;
 use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};

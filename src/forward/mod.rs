@@ -3,9 +3,11 @@
 
 mod head;
 mod plan;
+mod proxy_header;
 
 pub use head::{FieldSink, Http1Head, Http2Head, RequestSink};
 pub use plan::{Plan, plan, request_id};
+pub use proxy_header::{PROXY_LOCAL, proxy_header};
 
 use crate::problem::Problem;
 use crate::request::Switches;

@@ -24,7 +24,7 @@ pub use lookups::{Lane, LookupLimits};
 pub use portable::ShownRecord;
 pub use scopes::shared_scopes;
 pub use settings::{Bound, MissingStore, NamedStore, StoreSettings};
-pub use tls::{PemFile, Place, Secret, TlsMode, TlsSettings, system_authorities};
+pub use tls::{Place, Secret, TlsMode, TlsSettings, system_authorities};
 pub use values::{parse_time, rfc3339};
 
 use crate::problem::Problem;

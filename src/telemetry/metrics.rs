@@ -63,7 +63,8 @@ labels! {
     UpstreamError {
         Connect = "connect", ConnectTimeout = "connect_timeout", Timeout = "timeout", TryTimeout = "try_timeout",
         RequestTimeout = "request_timeout", Closed = "closed", Malformed = "malformed", NoServer = "no_server",
-        QueueFull = "queue_full", QueueTimeout = "queue_timeout", Other = "other",
+        QueueFull = "queue_full", QueueTimeout = "queue_timeout", TlsUntrusted = "tls_untrusted", TlsName = "tls_name",
+        TlsExpired = "tls_expired", TlsHandshake = "tls_handshake", NoHttp2 = "no_http2", Other = "other",
     }
 }
 

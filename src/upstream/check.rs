@@ -1,6 +1,7 @@
 //! What an active check of a server asks for, and what it may find. Pure: `edge` carries checks out.
 
 use crate::problem::Problem;
+use crate::telemetry::metrics::UpstreamError;
 use std::time::Duration;
 
 /// The keys `check…` of an `[[upstream]]`.
@@ -34,6 +35,26 @@ pub enum CheckFault {
     Closed,
     Status,
     Body,
+    TlsUntrusted,
+    TlsName,
+    TlsExpired,
+    TlsHandshake,
+    NoHttp2,
+}
+
+impl From<UpstreamError> for CheckFault {
+    /// Of a connection that could not be made.
+    fn from(error: UpstreamError) -> Self {
+        match error {
+            UpstreamError::ConnectTimeout => Self::Timeout,
+            UpstreamError::TlsUntrusted => Self::TlsUntrusted,
+            UpstreamError::TlsName => Self::TlsName,
+            UpstreamError::TlsExpired => Self::TlsExpired,
+            UpstreamError::TlsHandshake => Self::TlsHandshake,
+            UpstreamError::NoHttp2 => Self::NoHttp2,
+            _ => Self::Connect,
+        }
+    }
 }
 
 impl CheckFault {
@@ -44,6 +65,11 @@ impl CheckFault {
             Self::Closed => "check_closed",
             Self::Status => "check_status",
             Self::Body => "check_body",
+            Self::TlsUntrusted => "check_tls_untrusted",
+            Self::TlsName => "check_tls_name",
+            Self::TlsExpired => "check_tls_expired",
+            Self::TlsHandshake => "check_tls_handshake",
+            Self::NoHttp2 => "check_no_http2",
         }
     }
 }

@@ -11,6 +11,7 @@ mod queue;
 mod ring;
 mod roster;
 mod server;
+mod tls;
 mod tries;
 
 pub use budget::RetryLimits;
@@ -18,6 +19,7 @@ pub use check::{CheckFault, CheckSettings, HttpCheck, verdict};
 pub use ring::HashBy;
 pub use roster::Member;
 pub use server::{DownReason, Look, Server, ServerChange, ServerState};
+pub use tls::UpstreamTls;
 pub use tries::{FailedTry, Tries};
 
 use crate::problem::{Problem, socket_path_too_long};
@@ -68,6 +70,12 @@ pub struct UpstreamSettings {
     pub request_timeout: Option<Duration>,
     /// How long an unused connection is kept; below the backend's own keep-alive time.
     pub idle_timeout: Duration,
+    /// `None`: plain text.
+    pub tls: Option<UpstreamTls>,
+    /// HTTP/2, and not HTTP/1.
+    pub http2: bool,
+    /// Each connection begins with the client's address.
+    pub send_proxy: bool,
 }
 
 impl UpstreamSettings {
@@ -124,6 +132,7 @@ impl UpstreamSettings {
         }
         problems.extend(Problem::too_short("resolve_interval", self.resolve_interval, Duration::from_secs(1)));
         problems.extend(self.check.iter().flat_map(CheckSettings::problems));
+        problems.extend(self.tls.iter().flat_map(|tls| tls.problems(&self.servers)));
         problems.extend(Problem::out_of_range("panic_below", self.panic_below, 0..=100));
         for (index, status) in self.failure_statuses.iter().enumerate() {
             let problem = Problem::out_of_range("failure_statuses", (*status).into(), 400..=599);
@@ -141,12 +150,12 @@ impl UpstreamSettings {
         RosterRules { panic_below: self.panic_below, slow_start: self.slow_start }
     }
 
-    /// Whether one pool can serve by both: they differ in nothing but times, which belong to a connection.
+    /// Whether one pool can serve by both: they differ in nothing but times and what is spoken, which belong to a connection.
     fn same_pool(&self, other: &Self) -> bool {
         let Self { connect_timeout, read_timeout, per_try_timeout, request_timeout, .. } = *self;
-        let Self { idle_timeout, queue_timeout, .. } = *self;
+        let Self { idle_timeout, queue_timeout, http2, send_proxy, .. } = *self;
         let times = Self { connect_timeout, read_timeout, per_try_timeout, request_timeout, ..other.clone() };
-        *self == Self { idle_timeout, queue_timeout, ..times }
+        *self == Self { idle_timeout, queue_timeout, http2, send_proxy, tls: self.tls.clone(), ..times }
     }
 }
 
@@ -189,6 +198,11 @@ impl ServerAddress {
             Self::Tcp(address) if address.parse::<SocketAddr>().is_err() => Some(address),
             _ => None,
         }
+    }
+
+    /// The host, if it is a name.
+    pub fn host_name(&self) -> Option<&str> {
+        self.name()?.rsplit_once(':').map(|(host, _)| host)
     }
 }
 
@@ -510,8 +524,8 @@ impl Upstream {
         let is_left = tries.will_ask_once_more() || left();
         let exhausted = again && !is_left;
         let again = again && is_left;
-        // A refused connection costs no server anything, and a kept one that was dead is no try.
-        let is_free = tries.will_ask_once_more() || failure == FailedTry::Connect(UpstreamError::Connect);
+        // A refused connection, or one without trust, costs no server anything, and a kept one that was dead is no try.
+        let is_free = tries.will_ask_once_more() || failure.is_refused();
         let within = |limits| is_free || self.budget.take(limits, self.turn.load(Ordering::Relaxed), now);
         let again = again && {
             let may = self.settings.retries.is_none_or(within);
@@ -586,11 +600,14 @@ impl Upstream {
         let mut members: Vec<Member> = Vec::new();
         for listed in &self.settings.servers {
             for (address, addresses) in self.listed(&listed.address, &names.known) {
-                let known =
-                    roster.members.iter().map(|member| &member.server).find(|known| *known.address() == address);
+                // Found by another name, it would be trusted for another name.
+                let host = listed.address.host_name();
+                let is_it = |known: &&Arc<Server>| *known.address() == address && known.host() == host;
+                let known = roster.members.iter().map(|member| &member.server).find(is_it);
                 let server = known.cloned().unwrap_or_else(|| {
                     let metrics = self.metrics.server(&self.settings.name, &address.to_string());
-                    Arc::new(Server::new(address, Vec::new(), metrics, Arc::clone(&self.queue), now))
+                    let host = host.map(str::to_owned);
+                    Arc::new(Server::new(address, host, Vec::new(), metrics, Arc::clone(&self.queue), now))
                 });
                 if let ServerAddress::Tcp(_) = server.address() {
                     changes.extend(server.resolved(addresses, now));
@@ -686,6 +703,9 @@ mod tests {
             connect_timeout: Duration::from_secs(2),
             read_timeout: Duration::from_secs(60),
             idle_timeout: Duration::from_secs(15),
+            tls: None,
+            http2: false,
+            send_proxy: false,
         }
     }
 
@@ -859,6 +879,69 @@ mod tests {
         let text = metrics.render().unwrap();
         assert!(text.contains("server_up{server=\"127.0.0.1:1\",upstream=\"api\"} 0"), "{text}");
         assert!(!text.contains("127.0.0.1:2"), "{text}");
+    }
+
+    /// What is spoken belongs to connections. What servers have shown, and which ones are drained, does not go with it.
+    #[test]
+    fn a_pool_outlives_a_change_of_its_tls() {
+        let (now, metrics) = (Instant::now(), metrics());
+        let plain = settings(&["a.test:1"]);
+        let build = |settings: &UpstreamSettings, running| {
+            let names = vec![ResolvedName { name: "a.test:1".into(), addresses: vec!["127.0.0.1:1".parse().unwrap()] }];
+            Upstream::build(settings, names, running, &metrics, now).0
+        };
+        let pool = build(&plain, None);
+        pool.drain("a.test:1", true, now);
+        let tls = |name: Option<&str>| UpstreamTls {
+            authorities: None,
+            client: None,
+            name: name.map(str::to_owned),
+            http2: false,
+        };
+        for changed in [
+            UpstreamSettings { tls: Some(tls(None)), ..plain.clone() },
+            UpstreamSettings { tls: Some(tls(Some("b.test"))), ..plain.clone() },
+            UpstreamSettings { http2: true, ..plain.clone() },
+            UpstreamSettings { send_proxy: true, ..plain.clone() },
+        ] {
+            assert!(Arc::ptr_eq(&pool, &build(&changed, Some(&pool))), "{changed:?}");
+        }
+    }
+
+    /// A connection to one address that was verified for one name must not serve requests for another.
+    #[test]
+    fn an_address_that_is_found_by_another_name_is_another_server() {
+        let (now, metrics) = (Instant::now(), metrics());
+        let build = |name: &str, running| {
+            let settings = UpstreamSettings { expand: true, ..settings(&[name]) };
+            let names = vec![ResolvedName { name: name.into(), addresses: vec!["127.0.0.1:1".parse().unwrap()] }];
+            Upstream::build(&settings, names, running, &metrics, now).0
+        };
+        let server = |pool: &Upstream| Arc::clone(&pool.members()[0].server);
+        let before = build("a.test:1", None);
+        assert_eq!((server(&before).host(), server(&before).label()), (Some("a.test"), "127.0.0.1:1"));
+        assert!(Arc::ptr_eq(&server(&before), &server(&build("a.test:1", Some(&before)))));
+        let after = build("b.test:1", Some(&before));
+        assert_eq!(server(&after).host(), Some("b.test"));
+        assert_ne!(server(&before).number(), server(&after).number());
+    }
+
+    #[test]
+    fn a_handshake_that_fails_takes_a_server_away_like_a_refused_connection() {
+        let now = Instant::now();
+        let untrusted = FailedTry::Connect(UpstreamError::TlsUntrusted);
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:4", "127.0.0.1:5"], now);
+        assert_eq!(tried(&pool, untrusted, false, now).len(), 5, "it is tried everywhere, at no cost");
+        let pool = upstream(&["127.0.0.1:1", "127.0.0.1:2"], now);
+        let mut begun_before = Tries::default();
+        pool.pick(&mut begun_before, now).unwrap();
+        let mut tries = Tries::default();
+        let (other, later) = (pool.pick(&mut tries, now).unwrap().server, now + Duration::from_millis(1));
+        pool.failed(&mut tries, untrusted, false, later);
+        assert!(!other.is_up());
+        // What goes on over connections that it has says nothing about new ones.
+        pool.answered(&mut begun_before, 200, later);
+        assert!(!other.is_up());
     }
 
     /// A request that began before a reload reports to the pool that it began with.

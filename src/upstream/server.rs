@@ -8,6 +8,7 @@
 
 use super::check::{CheckFault, CheckSettings};
 use super::queue::Queue;
+use super::tries::is_refusal;
 use super::{FailedTry, ServerAddress};
 use crate::telemetry::metrics::{ServerMetrics, UpstreamError};
 use arc_swap::ArcSwap;
@@ -90,6 +91,8 @@ pub struct Server {
     /// No other server of this process ever has it.
     number: u64,
     address: ServerAddress,
+    /// The host name that the configuration finds it by. With `expand`, it is not in the address.
+    host: Option<String>,
     /// As logs, metrics and the admin listener name it.
     label: String,
     /// Where a TCP server listens: the addresses of its name.
@@ -137,6 +140,7 @@ struct Health {
 impl Server {
     pub(super) fn new(
         address: ServerAddress,
+        host: Option<String>,
         addresses: Vec<SocketAddr>,
         metrics: ServerMetrics,
         queue: Arc<Queue>,
@@ -147,6 +151,7 @@ impl Server {
             number: NUMBER.fetch_add(1, Relaxed),
             label: address.to_string(),
             address,
+            host,
             addresses: ArcSwap::from_pointee(addresses),
             preferred: AtomicUsize::new(0),
             absent: AtomicU8::new(0),
@@ -178,6 +183,10 @@ impl Server {
 
     pub fn address(&self) -> &ServerAddress {
         &self.address
+    }
+
+    pub fn host(&self) -> Option<&str> {
+        self.host.as_deref()
     }
 
     pub fn label(&self) -> &str {
@@ -325,7 +334,7 @@ impl Server {
             return None;
         }
         let mut health = self.health.lock();
-        let refuses = matches!(health.down, Some(DownReason::Failing(UpstreamError::Connect)));
+        let refuses = matches!(health.down, Some(DownReason::Failing(error)) if is_refusal(error));
         let checks = matches!(health.down, Some(DownReason::Check(_)));
         // A server that stops still answers what it had begun; and what a check found, only a check takes back.
         if checks || (refuses && asked < health.since) {
@@ -498,7 +507,7 @@ mod tests {
     fn server(now: Instant) -> Server {
         let address = ServerAddress::Tcp("127.0.0.1:1".into());
         let metrics = Metrics::new("test").unwrap().server("api", "127.0.0.1:1");
-        Server::new(address, vec!["127.0.0.1:1".parse().unwrap()], metrics, Arc::default(), now)
+        Server::new(address, None, vec!["127.0.0.1:1".parse().unwrap()], metrics, Arc::default(), now)
     }
 
     #[test]

@@ -23,11 +23,22 @@ pub enum FailedTry {
 }
 
 impl FailedTry {
+    /// There was no connection, and that was said at once: it cost the server next to nothing.
+    pub(super) fn is_refused(self) -> bool {
+        matches!(self, Self::Connect(error) if is_refusal(error))
+    }
+
     pub fn error(self) -> UpstreamError {
         match self {
             Self::Connect(error) | Self::Exchange { error, .. } => error,
         }
     }
+}
+
+/// Whether a server that fails in this way lets nobody in, however it answers on connections that it has.
+pub(super) fn is_refusal(error: UpstreamError) -> bool {
+    use UpstreamError as E;
+    matches!(error, E::Connect | E::TlsUntrusted | E::TlsName | E::TlsExpired | E::TlsHandshake | E::NoHttp2)
 }
 
 /// Belongs to a request from its first try to its end.
@@ -118,7 +129,7 @@ impl Tries {
     /// `repeatable`: sending it twice does no harm, and all that was sent is at hand.
     pub(super) fn failed(&mut self, failure: FailedTry, repeatable: bool) -> Option<(Arc<Server>, Instant, bool)> {
         let CurrentTry { server, asked } = self.current.take()?;
-        self.costly += usize::from(failure != FailedTry::Connect(UpstreamError::Connect));
+        self.costly += usize::from(!failure.is_refused());
         let again = match failure {
             FailedTry::Connect(_) => true,
             FailedTry::Exchange { .. } => repeatable,

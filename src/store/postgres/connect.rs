@@ -1,10 +1,11 @@
 //! Connections to PostgreSQL: addresses, TLS, selection of one of several servers, and error messages. Knows no tokens,
 //! except that an error message must not contain one.
 
-use super::super::tls::{NotAdmitted, TLS};
+use super::super::tls::NotAdmitted;
 use super::super::{Place, StoreError, TlsMode, TlsSettings, replica_name};
 use super::{PostgresSettings, Source};
 use crate::problem::Problem;
+use crate::tls::TLS;
 use deadpool::managed::{self, Manager, Metrics, RecycleError, RecycleResult, TimeoutType};
 use deadpool_postgres::{ClientWrapper, Runtime};
 use futures_util::stream::FuturesUnordered;

@@ -1,10 +1,10 @@
 //! Connections to a Redis server: where it stands, how it is reached and checked, and what its errors mean. Knows nothing
 //! of records.
 
-use super::super::tls::{TLS, TLS_CA, TLS_CERT, TLS_KEY};
-use super::super::{PemFile, StoreError, StoreMetrics, TlsMode, TlsSettings, replica_name};
+use super::super::{StoreError, StoreMetrics, TlsMode, TlsSettings, replica_name};
 use super::{RedisSettings, Topology};
 use crate::problem::Problem;
+use crate::tls::{PemFile, TLS, TLS_CA, TLS_CERT, TLS_KEY};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
