@@ -544,7 +544,7 @@ fn checks_ask_in_http2() {
         backend
             .asked()
             .iter()
-            .all(|asked| asked.uri.ends_with("/health") == !asked.headers.contains_key("private-token"))
+            .all(|asked| asked.uri.ends_with("/health") != asked.headers.contains_key("private-token"))
     );
     eventually("a check leaves no connection behind", || backend.state.open.load(SeqCst) <= 2);
 }

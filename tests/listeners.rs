@@ -552,3 +552,36 @@ fn a_changed_configuration_is_taken_if_that_is_wanted() {
     });
     assert!(TcpStream::connect(moved).is_ok());
 }
+
+#[test]
+fn connections_are_bounded_in_all_and_for_each_address() {
+    let (upstream, at) = (Upstream::start(), free());
+    let more = format!(
+        "[limits]\nconnections = 6\nconnections_per_address = 2\nrequests_per_connection = 3\n[[listener]]\naddress = \"{at}\"\nproxy_protocol = [\"127.0.0.1\"]\n"
+    );
+    let gateway = Gateway::start(upstream.address, &more);
+    let get = format!("GET /api/v3/projects HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n\n");
+    let from = |address: &str| {
+        let mut client = announce(at, format!("PROXY TCP4 {address} 10.0.0.1 5 6\r\n").as_bytes());
+        client.send_head(&get);
+        client.try_answer().map(|answer| (answer.status, client))
+    };
+    eventually("the harness's own connection has gone", || gateway.metric("tollgate_connections") == 0.0);
+    let mut all: Vec<_> =
+        ["192.0.2.1", "192.0.2.1", "192.0.2.2"].into_iter().map(|address| from(address).unwrap().1).collect();
+    assert!(from("192.0.2.1").is_none(), "a third one of one address");
+    assert_eq!(gateway.metric("tollgate_connections_limited_total{limit=\"max_connections_per_address\"}"), 1.0);
+    drop(all.remove(0));
+    eventually("one is given back", || gateway.metric("tollgate_connections") == 2.0);
+    all.extend(["192.0.2.1", "192.0.2.3", "192.0.2.3", "192.0.2.4"].map(|address| from(address).unwrap().1));
+    assert!(from("192.0.2.5").is_none(), "a seventh one in all");
+    assert_eq!(gateway.metric("tollgate_connections_limited_total{limit=\"max_connections\"}"), 1.0);
+    // The third request of a connection is its last.
+    let client = &mut all[0];
+    for (status, last) in [(200, None), (200, Some("close"))] {
+        client.send_head(&get);
+        let answer = client.answer();
+        assert_eq!((answer.status, answer.header("Connection")), (status, last));
+    }
+    assert!(client.is_closed_within(crate::harness::PATIENCE));
+}

@@ -412,6 +412,14 @@ section! {
         header_timeout: Duration = r#""10s""#,
         /// How long a connection may stay open without a request.
         idle_timeout: Duration = r#""75s""#,
+        /// Connections of all clients together, or "none". Further ones are closed before their first byte. In any case, a quarter
+        /// of the open files that the process may have (LimitNOFILE) is kept for backends, stores and the admin listener.
+        connections: Option<u64> = r#""none""#,
+        /// Connections from one IPv4 address, or one IPv6 network of 64 bits, or "none". With the PROXY protocol, the address is
+        /// the one that the balancer says.
+        connections_per_address: Option<u64> = r#""none""#,
+        /// Requests on one HTTP/1 connection, which ends with the last response; or "none".
+        requests_per_connection: Option<u64> = r#""none""#,
     }
 }
 

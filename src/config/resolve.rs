@@ -6,8 +6,8 @@ use super::places::Places;
 use super::section::{nearest, suggestion};
 use super::{Diagnostic, Document, File};
 use crate::edge::{
-    CertificateFiles, EdgeSettings, ListenerSettings, ListenerTlsSettings, ServerSettings, ShutdownTimes, Timeouts,
-    TlsProfile,
+    CertificateFiles, ConnectionLimits, EdgeSettings, ListenerSettings, ListenerTlsSettings, ServerSettings,
+    ShutdownTimes, Timeouts, TlsProfile,
 };
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
@@ -118,6 +118,12 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     let server = gather.server(file, folder);
     let timeouts = Timeouts { header: file.limits.header_timeout, idle: file.limits.idle_timeout };
     gather.all("limits", timeouts.problems());
+    let connections = ConnectionLimits {
+        total: file.limits.connections,
+        per_address: file.limits.connections_per_address,
+        requests: file.limits.requests_per_connection,
+    };
+    gather.all("limits", connections.problems());
     gather.all("server", rules.trusted_proxies.problems());
     let cache = CacheSettings {
         positive_ttl: file.cache.positive_ttl,
@@ -167,6 +173,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         edge: EdgeSettings {
             timeouts,
             shutdown: ShutdownTimes { drain_delay: file.server.drain_delay, grace: file.server.shutdown_grace },
+            connections,
             admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
         },
         access_log: log_target(&file.log.access),

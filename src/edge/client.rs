@@ -133,6 +133,11 @@ impl ClientStream {
         Some((socket, ahead, self.arrival.clone()))
     }
 
+    /// Whether it has had so many requests, the current one included.
+    pub(super) fn is_last(&self, most: Option<u64>) -> bool {
+        most.is_some_and(|most| self.served >= most)
+    }
+
     /// How the connection came.
     pub(super) fn arrival(&self) -> &Arrival {
         &self.arrival

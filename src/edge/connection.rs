@@ -3,6 +3,7 @@
 //! whichever lane they go out by.
 
 use super::client::{After, ClientStream, Head, HeadLimits};
+use super::crowd::Crowd;
 use super::exchange::{End, Exchange};
 use super::listener::{ListenerState, Welcomed};
 use super::proxied::{Handed, ProxiedLane};
@@ -20,6 +21,7 @@ use crate::request::origin::{Arrival, Origin};
 use crate::request::view::{FieldKind, Framing, Method, RequestView, Version};
 use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
+use crate::telemetry::metrics::ConnectionLimit;
 use crate::telemetry::outage::LogThrottle;
 use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
@@ -40,6 +42,7 @@ pub(super) struct Gate {
     /// The framework's lane in place of our own: only for tests that compare the two.
     pub(super) framework: Option<Arc<HttpProxy<ProxiedLane>>>,
     pub(super) lifecycle: Arc<Lifecycle>,
+    pub(super) crowd: Arc<Crowd>,
     /// One line for many HTTP/2 connections that were closed.
     pub(super) floods: LogThrottle,
     /// Tells the framework's lane of the end of the process.
@@ -48,15 +51,26 @@ pub(super) struct Gate {
 
 impl Serve for Gate {
     async fn serve(self: Arc<Self>, socket: Socket, listener: Arc<ListenerState>, _guard: impl Send + 'static) {
-        let metrics = Arc::clone(&self.snapshot.load().metrics);
+        let (metrics, limits) = {
+            let snapshot = self.snapshot.load();
+            (Arc::clone(&snapshot.metrics), snapshot.settings.connections)
+        };
         let _open = metrics.connection_opened();
+        if !self.crowd.has_room(limits, metrics.open_connections()) {
+            return metrics.listeners().limited(ConnectionLimit::Total);
+        }
         let welcomed = match listener.is_plain() {
             true => {
                 let arrival = Arrival::of(socket.peer());
                 Some(Welcomed { socket, arrival, http2: false })
             }
             // In a box: every connection would pay for its size.
-            false => Box::pin(listener.welcome(socket, metrics)).await,
+            false => Box::pin(listener.welcome(socket, Arc::clone(&metrics))).await,
+        };
+        let client = welcomed.as_ref().and_then(|welcomed| welcomed.arrival.nearest());
+        let _present = match self.crowd.enter(limits, client) {
+            Ok(present) => present,
+            Err(limit) => return metrics.listeners().limited(limit),
         };
         match welcomed {
             None => {}
@@ -96,7 +110,8 @@ impl Gate {
                 fault => (Bytes::new(), Some(fault)),
             };
             http2 = false;
-            let exchange = Exchange::begin(snapshot, client.arrival(), bytes.clone());
+            let mut exchange = Exchange::begin(snapshot, client.arrival(), bytes.clone());
+            exchange.is_last = client.is_last(exchange.snapshot.settings.connections.requests);
             let after = match fault {
                 None => self.exchange(&mut client, bytes, exchange).await,
                 Some(fault) => refuse_unread(&mut client, exchange, unread(&fault)).await,
@@ -307,6 +322,7 @@ impl Gate {
                 let close = refusal.must_close()
                     || !view.keep_alive
                     || !ClientStream::can_skip(view.body, view.expects_continue)
+                    || exchange.is_last
                     || self.lifecycle.is_draining();
                 let grant = grant(view, &exchange.snapshot);
                 let answer = render(refusal, view.method == Method::Head, close, &exchange, grant);
@@ -350,7 +366,7 @@ fn ticket(exchange: Box<Exchange>, plan: Plan<'_>, view: &RequestView<'_>) -> Ti
         method: view.method,
         framing: view.body,
         expects_continue: view.expects_continue,
-        keep_alive: view.keep_alive,
+        keep_alive: view.keep_alive && !exchange.is_last,
         http10: view.version == Version::Http10,
         deprecated: from_query && exchange.snapshot.pipeline.forward.deprecate_query_token,
         tunnel: view.websocket.then(|| Arc::new(AtomicBool::new(false))),

@@ -28,6 +28,8 @@ pub(super) struct Exchange {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) now: Now,
     pub(super) request_id: String,
+    /// The connection ends with it.
+    pub(super) is_last: bool,
     pub(super) trace: Option<TraceContext>,
     pub(super) facts: Facts,
     /// Where the request is sent in place of an answer.
@@ -116,6 +118,7 @@ impl Exchange {
             snapshot,
             now: super::now(),
             request_id: String::new(),
+            is_last: false,
             trace: None,
             facts: Facts::none(Method::Other, arrival.nearest()),
             elsewhere: None,

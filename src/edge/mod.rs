@@ -5,6 +5,7 @@ mod admin;
 mod backend;
 mod client;
 mod connection;
+mod crowd;
 mod dial;
 mod exchange;
 mod file_watch;
@@ -31,6 +32,7 @@ mod tls;
 mod workers;
 
 pub use crate::clock::now;
+pub use crowd::ConnectionLimits;
 pub use listen::{AddressInUse, Listen, ListenerSettings, ServerSettings};
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
 pub use peers::unresolved;
@@ -75,6 +77,7 @@ pub struct Snapshot {
 pub struct EdgeSettings {
     pub timeouts: Timeouts,
     pub shutdown: ShutdownTimes,
+    pub connections: ConnectionLimits,
     /// Names that the admin listener answers to, in lower case.
     pub admin_hosts: Vec<String>,
 }

@@ -87,6 +87,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         snapshot: Arc::clone(&snapshot),
         framework,
         lifecycle: Arc::clone(&lifecycle),
+        crowd: Arc::default(),
         floods: LogThrottle::default(),
         shutdown,
     };
