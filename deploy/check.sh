@@ -35,11 +35,12 @@ done
 [ -x "$tollgate" ] || fail "$tollgate is missing (cargo build)"
 
 # Folders of the machine that a configuration is for; here others stand in their place.
-mkdir -p "$work/lib" "$work/log" "$work/run"
-here() { sed "s#/var/lib/tollgate#$work/lib#; s#/var/log/tollgate#$work/log#; s#/run/tollgate#$work/run#" "$1"; }
+mkdir -p "$work/tls" "$work/lib" "$work/log" "$work/run"
+here() { sed "s#/etc/tollgate/tls#$work/tls#g; s#\[::\]:443#127.0.0.1:58443#; s#\[::\]:80#127.0.0.1:58080#; s#/var/lib/tollgate#$work/lib#; s#/var/log/tollgate#$work/log#; s#/run/tollgate#$work/run#" "$1"; }
 
 # --- Presets -----------------------------------------------------------------
-for preset in minimal gitlab-v3; do
+"$tollgate" cert self-signed --name api --out "$work/tls" >"$work/out" || fail "tollgate cert self-signed"
+for preset in minimal gitlab-v3 at-the-edge; do
     here "config/$preset.toml" >"$work/$preset.toml"
     run "config/$preset.toml" "$tollgate" check --offline --config "$work/$preset.toml"
 done
@@ -127,7 +128,7 @@ run deploy/prometheus/alerts.yml promtool check rules deploy/prometheus/alerts.y
 run deploy/prometheus/alerts.test.yml promtool test rules deploy/prometheus/alerts.test.yml
 
 # --- Names, against the source -------------------------------------------------
-grep -oh '"tollgate_[a-z_]*"' src/telemetry/*metrics.rs | tr -d '"' | sort -u >"$work/metrics"
+grep -oh '"tollgate_[a-z0-9_]*"' src/telemetry/*metrics.rs | tr -d '"' | sort -u >"$work/metrics"
 sed -n '/const fn terms/,/^    }/p' src/reply/refusal.rs | grep -o '"[a-z_]*"' | tr -d '"' | sort -u >"$work/reasons"
 [ "$(wc -l <"$work/metrics")" -ge 20 ] && [ "$(wc -l <"$work/reasons")" -ge 40 ] || fail "cannot extract the names from the source"
 
@@ -138,7 +139,7 @@ same() {
 }
 operations() {
     cp "$work/metrics" "$work/known"
-    sed -n 's/^| `\(tollgate_[a-z_]*\)` | \(counter\|gauge\|histogram\) |.*/\1/p' docs/operations.md | sort >"$work/said"
+    sed -n 's/^| `\(tollgate_[a-z0-9_]*\)` | \(counter\|gauge\|histogram\) |.*/\1/p' docs/operations.md | sort >"$work/said"
     same metrics || return 1
     cp "$work/reasons" "$work/known"
     sed -n 's/^| `\([a-z_]*\)` | [345][0-9][0-9] |.*/\1/p' docs/operations.md | sort >"$work/said"
@@ -154,7 +155,7 @@ operations() {
 }
 run docs/operations.md operations
 known_names() {
-    grep -ohE '\btollgate_[a-z_]*[a-z]' deploy/prometheus/*.yml docs/*.md | sed -E 's/_(bucket|sum|count)$//' | sort -u >"$work/said"
+    grep -ohE '\btollgate_[a-z0-9_]*[a-z]' deploy/prometheus/*.yml docs/*.md | sed -E 's/_(bucket|sum|count)$//' | sort -u >"$work/said"
     comm -13 "$work/metrics" "$work/said" >"$work/differ"
     [ ! -s "$work/differ" ] || { echo "no such metrics:"; cat "$work/differ"; return 1; }
 }

@@ -923,3 +923,37 @@ fn a_demo_without_its_port_says_so_and_ends_with_1() {
     assert!(stderr(&output).contains(&address) && stderr(&output).contains("--listen"), "{}", all(&output));
     assert!(!stdout(&output).contains("tg-"));
 }
+
+#[test]
+fn a_certificate_of_ones_own_serves_its_names_and_replaces_nothing() {
+    let folder = Folder::new("cert");
+    let make = |names: &[&str]| {
+        let mut command = tollgate();
+        command.args(["cert", "self-signed", "--out"]).arg(&folder.0);
+        names.iter().for_each(|name| drop(command.args(["--name", name])));
+        run(&mut command)
+    };
+    let made = make(&["api.test", "*.api.test", "127.0.0.1", "::1"]);
+    assert!(made.status.success(), "{}", stderr(&made));
+    let (pem, key) = (folder.0.join("api.test.pem"), folder.0.join("api.test.key"));
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&key).unwrap().permissions());
+    assert_eq!((stdout(&made).lines().count(), mode & 0o777), (2, 0o600));
+    let text = run(Command::new("openssl").args(["x509", "-noout", "-text", "-in"]).arg(&pem));
+    let names = "DNS:api.test, DNS:*.api.test, IP Address:127.0.0.1, IP Address:0:0:0:0:0:0:0:1";
+    assert!(stdout(&text).contains(names), "{}", stdout(&text));
+    let before = std::fs::read(&key).unwrap();
+    let again = make(&["api.test"]);
+    assert!(again.status.code() == Some(1) && stderr(&again).contains("exists"), "{}", stderr(&again));
+    assert_eq!(std::fs::read(&key).unwrap(), before);
+    for name in ["a b", "", "../x", "a..b"] {
+        assert_eq!(make(&[name]).status.code(), Some(64), "{name:?}");
+    }
+    // It is one that a listener takes.
+    let config = folder.write(
+        "c.toml",
+        "[[listener]]\naddress = \"127.0.0.1:1\"\ncertificates = [{ chain = \"api.test.pem\", key = \"api.test.key\" }]\n\
+         [[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n",
+    );
+    let checked = run(tollgate().args(["check", "--offline", "--config"]).arg(config));
+    assert!(checked.status.success(), "{}", stderr(&checked));
+}

@@ -6,6 +6,7 @@ macro_rules! say {
     ($($line:tt)*) => { $crate::cli::print_line(format_args!($($line)*)) };
 }
 
+mod cert;
 mod check;
 mod demo;
 mod reload;
@@ -61,6 +62,11 @@ enum Command {
         #[command(subcommand)]
         command: token::TokenCommand,
     },
+    /// Make a certificate for trying TLS.
+    Cert {
+        #[command(subcommand)]
+        command: cert::CertCommand,
+    },
     /// Prepare a PostgreSQL store: make tollgate's tables, or install change triggers on other tables.
     Store {
         #[command(subcommand)]
@@ -109,6 +115,7 @@ pub fn main() -> ExitCode {
         Command::Reload(arguments) => reload::run(&arguments),
         Command::Server { command } => server::run(&command),
         Command::Token { command } => block_on(token::run(command)),
+        Command::Cert { command } => cert::run(&command),
         Command::Store { command } => block_on(store::run(command)),
         Command::ExampleConfig => say!("{}", config::example().trim_end()).map_err(Failure::from),
     };
