@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers load flood readers faults faults-table revocations crowd contract scale
+.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers load flood readers faults faults-table http2-table revocations crowd contract scale
 
 check: lint doc test deploy-check
 
@@ -109,6 +109,10 @@ faults:
 # Fault of a backend -> what the client saw, as a table; docs/faults.md keeps it. Half a minute.
 faults-table:
 	cargo test --locked --test main -- backend_faults:: --nocapture --test-threads 1 | grep '^| '
+
+# HTTP/2, frame by frame -> what follows, as a table; docs/http2.md keeps it. A few seconds.
+http2-table:
+	cargo test --locked --test main -- http2::every --nocapture | grep '^| '
 
 # Three gateways on one PostgreSQL and on one Redis, connections cut at random, beside an import of 200,000 tokens, servers that
 # change places, triggers that are off, gateways that stand still. 45 minutes.

@@ -42,6 +42,7 @@ fn every_case_of_rfc_9113_is_answered_as_it_says() {
         .output()
         .unwrap();
     let said = stdout(&output);
+    println!("{said}");
     assert!(output.status.success(), "{said}{}", stderr(&output));
     let number = |name: &str| -> usize {
         let summary = said.lines().last().unwrap_or_default();

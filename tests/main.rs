@@ -28,6 +28,7 @@ mod http2;
 mod http2_backends;
 mod lanes;
 mod ledger;
+mod lifecycle;
 mod listeners;
 mod logs;
 mod method_override;

@@ -18,6 +18,7 @@ mod listen;
 mod listener;
 mod listeners;
 mod log_levels;
+mod notify;
 mod patience;
 mod peers;
 mod proxied;

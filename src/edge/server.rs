@@ -5,6 +5,7 @@ use super::admin::{AdminGate, ReloadRequest};
 use super::connection::Gate;
 use super::listen::{ServerSettings, SocketPlace};
 use super::listeners::Listeners;
+use super::notify::ServiceManager;
 use super::proxied::ProxiedLane;
 use super::workers::{Serve as _, Workers};
 use super::{Lifecycle, ShutdownTimes, Snapshot, file_watch, health};
@@ -93,6 +94,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     };
 
     let workers = Workers::start(settings.threads, &Arc::new(gate)).map_err(ServeError::Runtime)?;
+    let manager = ServiceManager::of_this_process();
     let (reloads, requests) = mpsc::channel(1);
     let asked = reloads.clone();
     let gate = Arc::new(AdminGate {
@@ -115,6 +117,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     let reloader = Reloader {
         snapshot: Arc::clone(&snapshot),
         rebuild,
+        manager: manager.clone(),
         listeners: Arc::clone(&listeners),
         requests,
         hangup: signals.hangup,
@@ -131,11 +134,14 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     }));
     background.spawn(health::run(Arc::clone(&snapshot)));
     background.spawn(Tokens { snapshot: Arc::clone(&snapshot), replaced }.run());
+    manager.ready();
+    background.spawn(manager.clone().watch(workers.doors()));
     let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
     let first = snapshot.load_full();
     first.audit(&first, AuditSource::Process, &version);
     drop(first);
-    let drain = Drain { lifecycle, metrics, listeners: Arc::clone(&listeners), snapshot: Arc::clone(&snapshot) };
+    let drain =
+        Drain { manager, lifecycle, metrics, listeners: Arc::clone(&listeners), snapshot: Arc::clone(&snapshot) };
     background.block_on(drain.run(signals.terminate, signals.interrupt));
     // The receivers may be gone.
     let _ = end.send(true);
@@ -182,6 +188,7 @@ pub(super) fn remove_socket(path: &str) {
 
 /// Waits for the signal to shut down, then for the requests in flight.
 struct Drain {
+    manager: ServiceManager,
     lifecycle: Arc<Lifecycle>,
     metrics: Arc<Metrics>,
     listeners: Arc<Mutex<Listeners>>,
@@ -193,6 +200,7 @@ impl Drain {
         let signal = next(&mut terminate, &mut interrupt).await;
         let snapshot = self.snapshot.load_full();
         snapshot.audit(&snapshot, AuditSource::Signal(signal), &AuditedAction::new("stop", AuditResult::Done));
+        self.manager.stopping();
         self.metrics.ready(false);
         self.lifecycle.leave();
         // As the configuration is now: a reload may have changed it since the start.
@@ -281,6 +289,7 @@ const SIGXFSZ: i32 = 25;
 struct Reloader {
     snapshot: Arc<ArcSwap<Snapshot>>,
     rebuild: Rebuild,
+    manager: ServiceManager,
     listeners: Arc<Mutex<Listeners>>,
     requests: mpsc::Receiver<ReloadRequest>,
     hangup: Signals,
@@ -331,8 +340,10 @@ impl Reloader {
                 () = self.hangup.next() => (AuditSource::Signal("SIGHUP"), None),
                 Some(request) = self.requests.recv() => request,
             };
+            self.manager.reloading();
             let before = self.snapshot.load_full();
             let result = self.reload().await;
+            self.manager.ready();
             before.audit(&self.snapshot.load(), source, &audited_reload(&result));
             if let Some(reply) = reply {
                 // The client may be gone.

@@ -178,6 +178,8 @@ impl OpenListener {
 enum GivenWork {
     Connection(DetachedSocket, Arc<ListenerState>, Counted),
     Acceptor(Acceptor),
+    /// Is to be answered.
+    Question(oneshot::Sender<()>),
 }
 
 /// A worker as the others see it.
@@ -218,6 +220,23 @@ pub(super) struct Workers {
 pub(super) struct WorkerDoors(Arc<[Worker]>);
 
 impl WorkerDoors {
+    /// Whether every worker's event loop has answered.
+    pub(super) async fn answer(&self) -> bool {
+        let ask = |worker: &Worker| {
+            let (reply, answer) = oneshot::channel();
+            // One that has ended drops the question.
+            let _ = worker.handed_over.send(GivenWork::Question(reply));
+            answer
+        };
+        let asked: Vec<_> = self.0.iter().map(ask).collect();
+        for answer in asked {
+            if answer.await.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
     /// Every worker accepts from it, until it is closed.
     pub(super) fn open(&self, acceptor: &Acceptor) -> io::Result<()> {
         let shares = self.0.iter().map(|_| acceptor.share()).collect::<io::Result<Vec<_>>>()?;
@@ -287,6 +306,8 @@ impl<S: Serve> WorkPlace<S> {
                             }
                         }
                         GivenWork::Acceptor(acceptor) => place.accept(acceptor),
+                        // Who asked may have given up.
+                        GivenWork::Question(reply) => drop(reply.send(())),
                     }
                 }
             };
