@@ -58,7 +58,7 @@ impl UpstreamTls {
         problems
     }
 
-    /// What is spoken with the servers. An error is one of [`Self::problems`].
+    /// What is spoken with the servers. An error is one that `problems` reports as well.
     pub fn config(&self) -> Result<ClientConfig, Problem> {
         let verified = self.authorities.clone().map_or(Verified::Nothing, Verified::AuthorityAndName);
         let mut config = tls::client_config(&verified, self.client.as_ref())?;
