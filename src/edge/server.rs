@@ -110,8 +110,11 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     drop(listeners);
 
     let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
-    let first = snapshot.load_full();
-    first.audit(&first, AuditSource::Process, &version);
+    {
+        // Not for longer: who holds a snapshot keeps its pools and connections after a reload.
+        let first = snapshot.load();
+        first.audit(&first, AuditSource::Process, &version);
+    }
     let drain = Drain { lifecycle, metrics, grace: settings.grace, snapshot: Arc::clone(&snapshot) };
     background.block_on(drain.run(signals.terminate, signals.interrupt));
     // The receivers may be gone.
@@ -170,8 +173,10 @@ struct Drain {
 impl Drain {
     async fn run(&self, mut terminate: Signals, mut interrupt: Signals) {
         let signal = next(&mut terminate, &mut interrupt).await;
-        let snapshot = self.snapshot.load_full();
-        snapshot.audit(&snapshot, AuditSource::Signal(signal), &AuditedAction::new("stop", AuditResult::Done));
+        {
+            let snapshot = self.snapshot.load();
+            snapshot.audit(&snapshot, AuditSource::Signal(signal), &AuditedAction::new("stop", AuditResult::Done));
+        }
         self.metrics.ready(false);
         self.lifecycle.drain();
         // Logged last, so that it is true when somebody reads it.
