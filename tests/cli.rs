@@ -540,6 +540,8 @@ fn run_says_what_it_serves() {
     let upstream = Upstream::start();
     let open = "[[route]]\npath = \"/api/v3/session\"\nmethods = [\"POST\"]\nauth = \"none\"\nreason = \"log in\"\n[api]\ncors_preflight = true\n";
     let gateway = Gateway::start(upstream.address, open);
+    // Another thread writes it, perhaps after the gateway is ready.
+    eventually("the last line", || gateway.process_log().contains("] paths without a token: "));
     let log = gateway.process_log();
     for line in [
         format!(
