@@ -137,20 +137,13 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     manager.ready();
     background.spawn(manager.clone().watch(workers.doors()));
     let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
-<<<<<<< HEAD
-    let first = snapshot.load_full();
-    first.audit(&first, AuditSource::Process, &version);
-    drop(first);
-    let drain =
-        Drain { manager, lifecycle, metrics, listeners: Arc::clone(&listeners), snapshot: Arc::clone(&snapshot) };
-=======
     {
         // Not for longer: who holds a snapshot keeps its pools and connections after a reload.
         let first = snapshot.load();
         first.audit(&first, AuditSource::Process, &version);
     }
-    let drain = Drain { lifecycle, metrics, grace: settings.grace, snapshot: Arc::clone(&snapshot) };
->>>>>>> wt-B
+    let drain =
+        Drain { manager, lifecycle, metrics, listeners: Arc::clone(&listeners), snapshot: Arc::clone(&snapshot) };
     background.block_on(drain.run(signals.terminate, signals.interrupt));
     // The receivers may be gone.
     let _ = end.send(true);
@@ -207,16 +200,11 @@ struct Drain {
 impl Drain {
     async fn run(&self, mut terminate: Signals, mut interrupt: Signals) {
         let signal = next(&mut terminate, &mut interrupt).await;
-<<<<<<< HEAD
-        let snapshot = self.snapshot.load_full();
-        snapshot.audit(&snapshot, AuditSource::Signal(signal), &AuditedAction::new("stop", AuditResult::Done));
-        self.manager.stopping();
-=======
         {
             let snapshot = self.snapshot.load();
             snapshot.audit(&snapshot, AuditSource::Signal(signal), &AuditedAction::new("stop", AuditResult::Done));
         }
->>>>>>> wt-B
+        self.manager.stopping();
         self.metrics.ready(false);
         self.lifecycle.leave();
         // As the configuration is now: a reload may have changed it since the start.
