@@ -28,6 +28,8 @@ pub(super) struct Exchange {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) now: Now,
     pub(super) request_id: String,
+    /// It came over HTTP/2.
+    http2: bool,
     /// The connection ends with it.
     pub(super) is_last: bool,
     pub(super) trace: Option<TraceContext>,
@@ -118,6 +120,7 @@ impl Exchange {
             snapshot,
             now: super::now(),
             request_id: String::new(),
+            http2: arrival.http2,
             is_last: false,
             trace: None,
             facts: Facts::none(Method::Other, arrival.nearest()),
@@ -468,6 +471,7 @@ impl Exchange {
             source: facts.source.as_str(),
             token: token.as_ref().map(|token| token.as_str()),
             user: facts.principal.as_ref().map(|principal| principal.user()),
+            http2: self.http2,
             client_certificate: self.tls.as_ref().and_then(|tls| tls.subject.as_deref()),
             upstream: peers.map(|peers| Upstreamed {
                 name: peers.upstream.name(),

@@ -87,13 +87,22 @@ struct FramePosition {
     got: usize,
     /// Between HEADERS and END_HEADERS.
     in_block: bool,
+    /// What is skipped is a part of a header block.
+    skips_block: bool,
     buckets: [Bucket; KINDS.len()],
 }
 
 impl FramePosition {
     fn new(now: Instant) -> Self {
         let bucket = |(_, burst, _): (&str, u32, u32)| Bucket { left: f64::from(burst), at: now };
-        Self { skip: PREFACE, head: [0; FRAME_HEAD], got: 0, in_block: false, buckets: KINDS.map(bucket) }
+        Self {
+            skip: PREFACE,
+            head: [0; FRAME_HEAD],
+            got: 0,
+            in_block: false,
+            skips_block: false,
+            buckets: KINDS.map(bucket),
+        }
     }
 
     /// Walks over what was read. `Err`: too many frames of a kind.
@@ -118,6 +127,7 @@ impl FramePosition {
     fn frame(&mut self, now: Instant) -> Result<(), &'static str> {
         let [high, middle, low, kind, flags, ..] = self.head;
         self.skip = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
+        self.skips_block = matches!(kind, HEADERS | CONTINUATION);
         let counted = match kind {
             DATA if self.skip == 0 && flags & END_STREAM == 0 => 0,
             DATA | GOAWAY => return Ok(()),
@@ -144,7 +154,7 @@ impl FramePosition {
 
     /// Whether something has begun that the client must finish: a header block, a head of a frame, the preface.
     fn is_unfinished(&self) -> bool {
-        self.in_block || self.got > 0
+        self.in_block || self.got > 0 || (self.skips_block && self.skip > 0)
     }
 }
 
@@ -287,7 +297,13 @@ mod tests {
             }
             assert!(position.in_block && position.skip == 0 && position.got == 0);
             assert_eq!((position.buckets[4].left, position.buckets[6].left), (999.0, 499.0), "{size}");
-            position.walk(&frame(CONTINUATION, END_HEADERS, 1), now).unwrap();
+            let last = frame(CONTINUATION, END_HEADERS, 2);
+            position.walk(&last[..10], now).unwrap();
+            assert!(position.is_unfinished(), "its last byte is missing");
+            position.walk(&last[10..], now).unwrap();
+            assert!(!position.is_unfinished());
+            // The content of DATA may take its time.
+            position.walk(&frame(DATA, 0, 100)[..50], now).unwrap();
             assert!(!position.is_unfinished());
         }
     }

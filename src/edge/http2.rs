@@ -46,6 +46,7 @@ pub(super) const PREFACE_HEAD: &[u8] = b"PRI * HTTP/2.0\r\n\r\n";
 
 /// Serves a connection to its end. `ahead` was read from it already.
 pub(super) async fn serve(gate: Arc<Gate>, socket: Socket, ahead: BytesMut, arrival: Arrival) {
+    let arrival = Arrival { http2: true, ..arrival };
     let limits = gate.head_limits();
     let watch = FrameWatch::new(socket, ahead);
     let cut = watch.cut();

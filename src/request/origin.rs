@@ -54,6 +54,8 @@ pub struct Arrival {
     pub peer: Option<IpAddr>,
     /// The client's address, as a load balancer said it by the PROXY protocol.
     pub announced: Option<IpAddr>,
+    /// Over HTTP/2.
+    pub http2: bool,
     /// `None`: in plain text.
     pub tls: Option<Arc<TlsArrival>>,
     /// The port with TLS that requests are sent to in place of an answer.

@@ -41,6 +41,8 @@ pub struct AccessLogEntry<'a> {
     /// The first 12 hex digits of the token's digest, and nothing else.
     pub token: Option<&'a str>,
     pub user: Option<&'a str>,
+    /// The client spoke HTTP/2.
+    pub http2: bool,
     /// Of the client's certificate, which was verified.
     pub client_certificate: Option<&'a str>,
     pub upstream: Option<Upstreamed<'a>>,
@@ -210,6 +212,9 @@ fn format(entry: &AccessLogEntry<'_>, secret_words: &SecretWords) -> Vec<u8> {
     }
     if let Some(user) = entry.user {
         text(&mut line, text_key!("user"), user.as_bytes());
+    }
+    if entry.http2 {
+        word(&mut line, text_key!("protocol"), "HTTP/2");
     }
     if let Some(subject) = entry.client_certificate {
         text(&mut line, text_key!("client_certificate"), subject.as_bytes());
