@@ -4,8 +4,8 @@
 //! declared above it. `tests/architecture.rs` holds this.
 //!
 //! ```text
-//! socket -> edge/connection -> pipeline::admit - request -> identity -> policy -> forward --> edge/proxied -> backend
-//!              ^                   `---------- any Fault -> reply::Refusal --------.                |
+//! socket -> edge/connection -> pipeline::admit - request -> identity -> policy -> forward --> edge/http1 -> backend
+//!              ^                   `---------- any Fault -> reply::Refusal --------.               |
 //!              `------- edge/exchange: one ledger, counted and logged once --------+- reply::answer '
 //! ```
 
