@@ -85,20 +85,20 @@ class Process:
                     self.code = os.waitstatus_to_exitcode(status)
         return self.code is not None
 
-    def signal(self, number):
+    def send(self, number):
         if not self.is_over():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     async def end(self, number=signal.SIGTERM, within=PATIENCE):
-        self.signal(number)
+        self.send(number)
         await eventually(f"the end of process {self.pid}", self.is_over, within)
         return self.code
 
     @classmethod
     def kill_all(cls):
         for process in cls.all:
-            process.signal(signal.SIGKILL)
+            process.send(signal.SIGKILL)
 
 
 def free_ports(count):
@@ -522,7 +522,7 @@ backend gateways
         async def event(number, load):
             gateway = gateways[number % 2]
             load.ledger.happens()
-            gateway.process.signal(signal.SIGTERM)
+            gateway.process.send(signal.SIGTERM)
             code = await gateway.process.end(number=0, within=40)
             if code:
                 raise Failure(f"the gateway has ended with {code}")
