@@ -120,10 +120,9 @@ fn a_client_that_is_busy_is_told_of_the_stop_and_loses_no_request() {
     let mut slow = in_flight(&gateway, &upstream, 1);
     let workers: Vec<_> = (0..8)
         .map(|_| {
-            let address = gateway.address;
+            let mut client = gateway.client();
             std::thread::spawn(move || {
                 let mut answered = 0;
-                let mut client = Client::connect(address);
                 let request = get(GOOD, "/api/v3/user").replace('\n', "\r\n");
                 loop {
                     let answer = match client.socket.write_all(request.as_bytes()) {

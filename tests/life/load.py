@@ -106,7 +106,7 @@ class Question:
 
     def judge(self, status, answers, body):
         if status != 200:
-            raise Broken(f"status {status} {body[:80].decode('latin-1')}")
+            raise Broken(f"status {status} {' '.join(body[:80].decode('latin-1').split())}")
         if answers != self.name:
             raise Broken("the answer to another request")
         if self.what == "download":

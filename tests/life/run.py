@@ -502,9 +502,9 @@ backend gateways
             )
             Process.start("haproxy", "-db", "-f", config, log=self.folder / "haproxy.log")
             for gateway in gateways:
-                await is_up(gateway, "UP", "L7OK")
+                await is_seen(gateway, "UP", "L7OK")
 
-        async def is_up(gateway, state, check):
+        async def is_seen(gateway, state, check):
             async def asked():
                 with contextlib.suppress(OSError):
                     reader, writer = await asyncio.open_unix_connection(str(stats))
@@ -523,11 +523,13 @@ backend gateways
             gateway = gateways[number % 2]
             load.ledger.happens()
             gateway.process.send(signal.SIGTERM)
-            code = await gateway.process.end(number=0, within=40)
+            await is_seen(gateway, "DOWN", "L7STS")
+            await eventually(f"the end of {gateway.folder.name}", gateway.process.is_over, within=40)
+            code = gateway.process.code
             if code:
                 raise Failure(f"the gateway has ended with {code}")
             await gateway.start()
-            await is_up(gateway, "UP", "L7OK")
+            await is_seen(gateway, "UP", "L7OK")
 
         await self.phase("stops", count, gateways, (plain, secure), event, prepare)
         for gateway in gateways:
