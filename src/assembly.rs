@@ -3,7 +3,7 @@
 
 use crate::admin::Reloaded;
 use crate::config::{self, Diagnostic, Probe, Settings};
-use crate::edge::{self, Logs, Rebuild, Rebuilt, Running, Snapshot};
+use crate::edge::{self, Logs, PassedSockets, Rebuild, Rebuilt, Running, Snapshot, Successors};
 use crate::identity::Authenticator;
 use crate::pipeline::Pipeline;
 use crate::store::chain::{Chain, Link};
@@ -29,7 +29,11 @@ pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Run
     };
     let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), logs.clone(), None);
     let watched = path.clone().filter(|_| settings.server.watch);
-    Ok(Running { settings: settings.server.clone(), snapshot, rebuild: rebuild(settings, path, logs), watched })
+    // Without a file, another process would serve something else.
+    let successors = path.is_some().then(Successors::of_this_process).transpose().context("upgrade")?;
+    let server = settings.server.clone();
+    let rebuild = rebuild(settings, path, logs);
+    Ok(Running { settings: server, snapshot, rebuild, watched, passed: PassedSockets::default(), successors })
 }
 
 fn snapshot(

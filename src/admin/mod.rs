@@ -35,6 +35,20 @@ pub enum Action {
         /// Respond with JSON.
         json: bool,
     },
+    /// Start the binary again in place of this process, and respond with [`upgraded`].
+    Upgrade {
+        /// Respond with JSON.
+        json: bool,
+    },
+}
+
+/// The result of an upgrade.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Upgraded {
+    /// The process that accepts connections now.
+    pub pid: u32,
+    /// The one that completes its requests, and ends.
+    pub replaced: u32,
 }
 
 /// The result of a reload.
@@ -73,6 +87,7 @@ GET  /upstreams                 servers, whether they are up, why not and since 
 POST /upstreams/NAME/servers/ADDRESS/drain     send no new requests to the server; those in flight go on
 POST /upstreams/NAME/servers/ADDRESS/undrain   send requests to it again
 POST /reload                    reload the configuration
+POST /upgrade                   start the binary again, and pass it the listening sockets
 POST /cache/forget              remove every token from the cache
 POST /cache/forget?sha256=HEX   remove the tokens whose SHA-256 begins with these 12 to 64 hex digits
 ";
@@ -100,9 +115,10 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
         (b"/status", _) if reads => status(operator).into(),
         (b"/upstreams", _) if reads => upstreams(operator).into(),
         (b"/reload", Method::Post) => Action::Reload { json: wants_json(view) },
+        (b"/upgrade", Method::Post) => Action::Upgrade { json: wants_json(view) },
         (b"/cache/forget", Method::Post) => forget(view.query(), operator),
         (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams", _) => not_allowed("GET, HEAD"),
-        (b"/reload" | b"/cache/forget", _) => not_allowed("POST"),
+        (b"/reload" | b"/upgrade" | b"/cache/forget", _) => not_allowed("POST"),
         (path, method) => match drain_call(path) {
             Some(call) if method == Method::Post => drain(&call, operator),
             Some(_) => not_allowed("POST"),
@@ -168,6 +184,37 @@ pub fn reloaded(result: Result<Reloaded, String>, json: bool) -> AdminResponse {
             let keys = restart.join(", ");
             text(status, &format!("reloaded, but these changes need a restart and are not in force: {keys}\n"))
         }
+        Err(why) => text(status, &format!("nothing changed: {why}\n")),
+    }
+}
+
+/// What an upgrade is in the audit log.
+pub fn audited_upgrade(result: &Result<Upgraded, String>) -> AuditedAction {
+    match result {
+        Ok(Upgraded { pid, .. }) => AuditedAction::new("upgrade", AuditResult::Done).with("pid", *pid),
+        Err(why) => AuditedAction::new("upgrade", AuditResult::Failed).with("errors", why.lines().collect::<Vec<_>>()),
+    }
+}
+
+/// The response to an upgrade.
+pub fn upgraded(result: Result<Upgraded, String>, json: bool) -> AdminResponse {
+    let status = if result.is_ok() { 200 } else { 500 };
+    if json {
+        let body = match result {
+            Ok(Upgraded { pid, replaced }) => {
+                serde_json::json!({ "result": "upgraded", "pid": pid, "replaced": replaced, "errors": [] })
+            }
+            Err(why) => serde_json::json!({ "result": "failed", "errors": why.lines().collect::<Vec<_>>() }),
+        };
+        return AdminResponse { status, content_type: "application/json", allow: None, body: format!("{body:#}\n") };
+    }
+    match result {
+        Ok(Upgraded { pid, replaced }) => text(
+            status,
+            &format!(
+                "upgraded: process {pid} accepts connections, process {replaced} completes its requests and ends\n"
+            ),
+        ),
         Err(why) => text(status, &format!("nothing changed: {why}\n")),
     }
 }

@@ -14,6 +14,7 @@ mod run;
 mod server;
 mod store;
 mod token;
+mod upgrade;
 
 use crate::config::{self, Diagnostic, Probe, Settings};
 use clap::{Parser, Subcommand};
@@ -52,6 +53,11 @@ enum Command {
     ///
     /// Exit codes: 0 all changes are in force, 2 some need a restart, 1 nothing changed.
     Reload(reload::AdminTarget),
+    /// Replace a running gateway by the binary as it is on disk now, without losing a connection or a request.
+    ///
+    /// The running gateway starts its binary again with the arguments that it was started with, and passes it the listening
+    /// sockets. If the new process cannot start, nothing changes. Exit codes: 0 the new process serves, 1 nothing changed.
+    Upgrade(reload::AdminTarget),
     /// Drain a server of a running gateway, or return it to service.
     Server {
         #[command(subcommand)]
@@ -88,6 +94,16 @@ pub(crate) enum Failure {
     Restart,
 }
 
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Usage(text) => f.write_str(text),
+            Self::Failed(error) => write!(f, "{error:#}"),
+            Self::Reported | Self::Restart => Ok(()),
+        }
+    }
+}
+
 impl<E: Into<anyhow::Error>> From<E> for Failure {
     fn from(error: E) -> Self {
         Self::Failed(error.into())
@@ -113,6 +129,7 @@ pub fn main() -> ExitCode {
         Command::Demo { listen } => demo::run(listen),
         Command::Check(arguments) => check::run(&arguments),
         Command::Reload(arguments) => reload::run(&arguments),
+        Command::Upgrade(arguments) => upgrade::run(&arguments),
         Command::Server { command } => server::run(&command),
         Command::Token { command } => block_on(token::run(command)),
         Command::Cert { command } => cert::run(&command),

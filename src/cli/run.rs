@@ -2,6 +2,7 @@
 
 use super::{Failure, check};
 use crate::config::{self, Probe, Settings};
+use crate::edge::{PassedSockets, Running};
 use crate::telemetry::process_log;
 use crate::{assembly, edge};
 use anyhow::Context as _;
@@ -11,7 +12,17 @@ use std::path::Path;
 const NAMED: usize = 10;
 
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
-    let settings = config::load(path, Probe::Start).map_err(|found| {
+    let passed = PassedSockets::of_this_process().context("sockets that this process was started with")?;
+    let predecessor = passed.predecessor().cloned();
+    let result = start(path, passed);
+    if let (Some(predecessor), Err(failure)) = (predecessor, &result) {
+        predecessor.gave_up(&failure.to_string());
+    }
+    result
+}
+
+fn start(path: &Path, passed: PassedSockets) -> Result<(), Failure> {
+    let settings = config::load(path, Probe::Start(&passed)).map_err(|found| {
         let report = super::report(&found);
         // With a file that is right, the next start may succeed: the service manager should try again.
         match found.iter().filter(|found| found.is_error()).all(|found| found.surroundings) {
@@ -21,15 +32,15 @@ pub(super) fn run(path: &Path) -> Result<(), Failure> {
     })?;
     process_log::start(settings.level, edge::FRAMEWORK_LOG_LEVELS).context("the process log cannot be started")?;
     settings.warnings.iter().for_each(|warning| log::warn!("{warning}"));
-    let result = serve(settings, path);
+    let result = serve(settings, path, passed);
     // Above all the lines that say why it ended.
     log::logger().flush();
     result
 }
 
-fn serve(settings: Settings, path: &Path) -> Result<(), Failure> {
+fn serve(settings: Settings, path: &Path, passed: PassedSockets) -> Result<(), Failure> {
     let lines = summary(&settings, path);
-    let running = assembly::assemble(settings, Some(path.to_owned()))?;
+    let running = Running { passed, ..assembly::assemble(settings, Some(path.to_owned()))? };
     lines.iter().for_each(|line| log::info!("{line}"));
     edge::serve(running)?;
     log::info!("stopped");

@@ -2,7 +2,7 @@
 
 use super::places::Places;
 use super::{File, Settings};
-use crate::edge::{self, AddressInUse};
+use crate::edge::{self, AddressInUse, PassedSockets};
 use crate::identity;
 use crate::problem::{Problem, Severity};
 use crate::store::NamedStore;
@@ -15,8 +15,9 @@ pub enum Probe<'a> {
     /// At the file, and at the secrets and certificates that it names.
     Settings,
     /// At what a start needs: listeners that nobody else has, the log, files of stores, names of upstreams. No store is
-    /// connected to: a gateway starts while one is down.
-    Start,
+    /// connected to: a gateway starts while one is down. One that is to replace a running process does not: that process has
+    /// a cache of tokens, and this one would have none.
+    Start(&'a PassedSockets),
     /// At what a reload needs while these settings run: the same, but for files that did not change, and the listeners, which
     /// stay.
     Reload(&'a Settings),
@@ -31,15 +32,18 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(super) fn look(settings: &Settings, file: &File, probe: Probe<'_>, places: &mut Places<'_>) {
     let mut add =
         |section: &str, problems: Vec<Problem>| problems.into_iter().for_each(|found| places.add(section, found));
-    let (running, names, stores_too) = match probe {
+    let (running, names, connected) = match probe {
         Probe::Settings => return,
-        Probe::Start => (None, true, false),
-        Probe::Reload(running) => (Some(running), true, false),
-        Probe::Check { network } => (None, network, network),
+        Probe::Start(passed) if passed.predecessor().is_some() => (None, true, Some(Severity::Error)),
+        Probe::Start(_) => (None, true, None),
+        Probe::Reload(running) => (Some(running), true, None),
+        Probe::Check { network } => (None, network, network.then_some(Severity::Warning)),
     };
     match probe {
-        Probe::Start => add("", settings.server.unbound(AddressInUse::Error)),
-        Probe::Check { .. } => add("", settings.server.unbound(AddressInUse::Warning)),
+        Probe::Start(passed) => add("", settings.server.unbound(AddressInUse::Error, passed)),
+        Probe::Check { .. } => {
+            add("", settings.server.unbound(AddressInUse::Warning, &PassedSockets::default()));
+        }
         Probe::Settings | Probe::Reload(_) => {}
     }
     if running.is_none_or(|running| running.access_log != settings.access_log) {
@@ -64,23 +68,28 @@ pub(super) fn look(settings: &Settings, file: &File, probe: Probe<'_>, places: &
     let changed = |store: &NamedStore| running.is_none_or(|running| !running.stores.contains(store));
     let stores = || settings.stores.iter().zip(&file.stores).filter(|(store, _)| changed(store));
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-    let found =
-        runtime.block_on(futures_util::future::join_all(stores().map(|(store, _)| problems(store, stores_too))));
+    let found = runtime.block_on(futures_util::future::join_all(stores().map(|(store, _)| problems(store, connected))));
     stores().zip(found).for_each(|((_, section), found)| add(section.at(), found));
 }
 
-/// What is wrong with a store. What only the network tells is a warning: the gateway starts all the same, and answers 503
-/// until it is right.
-async fn problems(store: &NamedStore, network: bool) -> Vec<Problem> {
+/// What is wrong with a store. What only the network tells is a warning to somebody who asks: the gateway starts all the same,
+/// and answers 503 until it is right.
+async fn problems(store: &NamedStore, connected: Option<Severity>) -> Vec<Problem> {
     let mut found = store.kind.probe(false).await;
-    if network {
+    if let Some(severity) = connected {
         match tokio::time::timeout(PATIENCE, store.kind.probe(true)).await {
             Ok(all) => {
                 let new = all.into_iter().filter(|problem| !found.contains(problem));
-                let new: Vec<_> = new.map(|problem| Problem { severity: Severity::Warning, ..problem }).collect();
+                // A start that fails on a warning of the store itself would be worse than the warning.
+                let severity =
+                    |problem: &Problem| if problem.severity == Severity::Error { severity } else { Severity::Warning };
+                let new: Vec<_> = new.map(|problem| Problem { severity: severity(&problem), ..problem }).collect();
                 found.extend(new);
             }
-            Err(_) => found.push(Problem::warning("kind", "did not answer in time", "see whether the server is well")),
+            Err(_) => {
+                let problem = Problem::warning("kind", "did not answer in time", "see whether the server is well");
+                found.push(Problem { severity, ..problem });
+            }
         }
     }
     found

@@ -2,6 +2,7 @@
 
 use super::client::{After, ClientStream, Head, HeadLimits};
 use super::listener::ListenerState;
+use super::reloader::{ChangeRequest, PassedOn};
 use super::socket::Socket;
 use super::workers::Serve;
 use super::{Lifecycle, Snapshot};
@@ -24,13 +25,10 @@ const LIMITS: HeadLimits = HeadLimits {
     idle_timeout: Duration::from_secs(75),
 };
 
-/// Who asks for a reload, and where to say how it went if somebody waits for that.
-pub(super) type ReloadRequest = (AuditSource, Option<oneshot::Sender<Result<Reloaded, String>>>);
-
 pub(super) struct AdminGate {
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
     pub(super) lifecycle: Arc<Lifecycle>,
-    pub(super) reloads: mpsc::Sender<ReloadRequest>,
+    pub(super) changes: mpsc::Sender<ChangeRequest>,
     pub(super) started_unix_ms: u64,
 }
 
@@ -69,6 +67,8 @@ impl Serve for AdminGate {
                 now: super::now(),
                 instant: Instant::now(),
             };
+            // This process ends behind its answer.
+            let mut passed_on = None;
             let answer = match admin::respond(&view, &operator) {
                 Action::Respond(answer) => answer,
                 Action::Changed(answer, action) => {
@@ -76,8 +76,12 @@ impl Serve for AdminGate {
                     answer
                 }
                 Action::Reload { json } => admin::reloaded(self.reload(source).await, json),
+                Action::Upgrade { json } => {
+                    let result = self.upgrade(source).await.map(|done| passed_on.insert(done).upgraded);
+                    admin::upgraded(result, json)
+                }
             };
-            let keep = view.keep_alive && view.body == Framing::Empty;
+            let keep = view.keep_alive && view.body == Framing::Empty && passed_on.is_none();
             let written = client.write(&answer.render(view.method == Method::Head, !keep)).await;
             if !keep || written.is_err() {
                 break;
@@ -90,10 +94,19 @@ impl Serve for AdminGate {
 impl AdminGate {
     async fn reload(&self, source: AuditSource) -> Result<Reloaded, String> {
         let (reply, answer) = oneshot::channel();
-        let gone = || "the reload service has ended".to_owned();
-        self.reloads.send((source, Some(reply))).await.map_err(|_| gone())?;
-        answer.await.unwrap_or_else(|_| Err(gone()))
+        self.changes.send(ChangeRequest::Reload(source, Some(reply))).await.map_err(|_| ending())?;
+        answer.await.unwrap_or_else(|_| Err(ending()))
     }
+
+    async fn upgrade(&self, source: AuditSource) -> Result<PassedOn, String> {
+        let (reply, answer) = oneshot::channel();
+        self.changes.send(ChangeRequest::Upgrade(source, Some(reply))).await.map_err(|_| ending())?;
+        answer.await.unwrap_or_else(|_| Err(ending()))
+    }
+}
+
+fn ending() -> String {
+    "this process is ending: another one may have replaced it".to_owned()
 }
 
 /// Who is at the other end of a connection.

@@ -1,6 +1,7 @@
 //! The listeners' settings, and the check whether their addresses can be bound: an address may be in use, or something else
 //! may exist at the path of a socket file. It must not create or remove anything.
 
+use super::listening::PassedSockets;
 use super::tls::ListenerTlsSettings;
 use crate::problem::{Problem, Severity, no_new_file, socket_path_too_long};
 use crate::request::origin::TrustedProxies;
@@ -155,13 +156,13 @@ impl ServerSettings {
         problems
     }
 
-    /// The addresses that cannot be bound, found by binding all of them for a moment. The framework would retry for half a
+    /// The addresses that cannot be bound, found by binding all of them for a moment, but for those that are open already. The framework would retry for half a
     /// minute and then panic.
-    pub fn unbound(&self, in_use: AddressInUse) -> Vec<Problem> {
+    pub fn unbound(&self, in_use: AddressInUse, passed: &PassedSockets) -> Vec<Problem> {
         let mut problems = Vec::new();
         // All stay bound to the end: two of them may conflict with each other.
         let mut held: Vec<(TcpListener, SocketAddr, &'static str, Option<usize>)> = Vec::new();
-        for (listen, key, index) in self.addresses() {
+        for (listen, key, index) in self.addresses().filter(|(listen, ..)| !passed.has(listen)) {
             let (severity, why, related, instead) = match listen {
                 Listen::Tcp(text) => {
                     let Ok(address) = text.parse::<SocketAddr>() else { continue };

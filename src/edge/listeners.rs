@@ -1,8 +1,9 @@
-//! The listeners that are open: opened at the start, and opened, changed and closed by a reload. All that can fail is done
-//! before anything changes.
+//! The listeners that are open: opened at the start, opened, changed and closed by a reload, and passed to another process by
+//! an upgrade. All that can fail is done before anything changes.
 
 use super::listen::{Listen, ListenerSettings, ServerSettings};
 use super::listener::ListenerState;
+use super::listening::{ListeningSocket, PassedSockets};
 use super::server::ServeError;
 use super::tls::ListenerTlsSettings;
 use super::workers::{Acceptor, OpenListener, WorkerDoors};
@@ -15,8 +16,9 @@ use std::sync::Arc;
 pub(super) struct Listeners {
     open: HashMap<Listen, OpenListener>,
     admin: Option<(Listen, OpenListener)>,
-    /// At the end of the process.
-    closed: Vec<Listen>,
+    /// Socket files to be removed at the end of the process.
+    closed: Vec<String>,
+    passed: PassedSockets,
     doors: WorkerDoors,
     take_admin: Box<dyn Fn(Acceptor) + Send>,
     metrics: Arc<Metrics>,
@@ -24,10 +26,16 @@ pub(super) struct Listeners {
 
 /// What a reload will do to the listeners. Nothing of it can fail any more.
 pub(super) struct Prepared {
-    opened: Vec<Acceptor>,
+    opened: Vec<Opened>,
     changed: Vec<ListenerState>,
-    admin: Option<Option<Acceptor>>,
+    admin: Option<Option<Opened>>,
     settings: ServerSettings,
+}
+
+/// A listener that accepts as soon as somebody runs it.
+struct Opened {
+    acceptor: Acceptor,
+    open: OpenListener,
 }
 
 impl Listeners {
@@ -35,9 +43,11 @@ impl Listeners {
     pub(super) fn new(
         doors: WorkerDoors,
         metrics: Arc<Metrics>,
+        passed: PassedSockets,
         take_admin: impl Fn(Acceptor) + Send + 'static,
     ) -> Self {
-        Self { open: HashMap::new(), admin: None, closed: Vec::new(), doors, take_admin: Box::new(take_admin), metrics }
+        let (open, closed) = (HashMap::new(), Vec::new());
+        Self { open, admin: None, closed, passed, doors, take_admin: Box::new(take_admin), metrics }
     }
 
     /// Binds what is new, and reads the certificates of what has changed. Within an event loop.
@@ -47,23 +57,37 @@ impl Listeners {
             match self.open.get(&listener.address) {
                 Some(open) if open.current().settings == *listener => {}
                 Some(_) => changed.push(made(listener)?),
-                None => opened.push(bound(made(listener)?)?),
+                None => opened.push(self.opened(made(listener)?)?),
             }
         }
         let admin = match (&self.admin, &settings.admin) {
             (Some((open, _)), Some(wanted)) if open == wanted => None,
             (None, None) => None,
             (_, None) => Some(None),
-            (_, Some(wanted)) => Some(Some(bound(made(&ListenerSettings::plain(wanted.clone()))?)?)),
+            (_, Some(wanted)) => Some(Some(self.opened(made(&ListenerSettings::plain(wanted.clone()))?)?)),
         };
         Ok(Prepared { opened, changed, admin, settings: settings.clone() })
+    }
+
+    /// Takes a socket that is open already, or binds the address.
+    fn opened(&self, listener: ListenerState) -> Result<Opened, ServeError> {
+        let address = listener.settings.address.clone();
+        let socket = match self.passed.take(&address) {
+            Ok(Some(socket)) => Ok(socket),
+            Ok(None) => ListeningSocket::bind(&address),
+            Err(error) => Err(error),
+        };
+        let opened = socket.and_then(|socket| {
+            let acceptor = Acceptor::new(listener, socket);
+            Ok(Opened { open: acceptor.open()?, acceptor })
+        });
+        opened.map_err(|error| ServeError::Bind { address: address.to_string(), error })
     }
 
     /// Does what was prepared. New listeners accept before old ones are closed.
     pub(super) fn apply(&mut self, prepared: Prepared) {
         let Prepared { opened, changed, admin, settings } = prepared;
-        for acceptor in opened {
-            let open = acceptor.open();
+        for Opened { acceptor, open } in opened {
             let address = open.current().settings.address.clone();
             match self.doors.open(&acceptor) {
                 Ok(()) => drop(self.open.insert(address, open)),
@@ -80,20 +104,17 @@ impl Listeners {
         let gone: Vec<Listen> = self.open.keys().filter(|address| !is_wanted(address)).cloned().collect();
         for address in gone {
             if let Some(open) = self.open.remove(&address) {
-                open.close();
-                removed(&address);
+                close(&address, open);
             }
         }
         if let Some(next) = admin {
             let before = self.admin.take();
-            if let Some(acceptor) = next {
-                let open = acceptor.open();
+            if let Some(Opened { acceptor, open }) = next {
                 self.admin = Some((open.current().settings.address.clone(), open));
                 (self.take_admin)(acceptor);
             }
             if let Some((address, open)) = before {
-                open.close();
-                removed(&address);
+                close(&address, open);
             }
         }
         self.tell();
@@ -140,22 +161,46 @@ impl Listeners {
         self.metrics.listeners().certificates(current.iter().flat_map(of_one));
     }
 
-    /// No further connection is accepted.
+    /// The listeners of the API accept no further connection.
     pub(super) fn close_all(&mut self) {
         for (address, open) in self.open.drain() {
-            self.closed.push(address);
+            self.closed.extend(own_file(&address, &open));
             open.close();
         }
     }
 
     /// The paths of socket files that were in use to the end.
     pub(super) fn socket_files(&self) -> Vec<String> {
-        let all = self.open.keys().chain(&self.closed).chain(self.admin.iter().map(|(address, _)| address));
-        all.filter_map(|address| match address {
-            Listen::Unix(path, _) => Some(path.clone()),
-            Listen::Tcp(_) => None,
-        })
-        .collect()
+        let admin = self.admin.iter().filter_map(|(address, open)| own_file(address, open));
+        let open = self.open.iter().filter_map(|(address, open)| own_file(address, open));
+        self.closed.iter().cloned().chain(open).chain(admin).collect()
+    }
+
+    /// The sockets of all listeners, for the process that is to replace this one.
+    pub(super) fn to_pass_on(&self) -> std::io::Result<Vec<ListeningSocket>> {
+        let admin = self.admin.iter().map(|(_, open)| open);
+        self.open.values().chain(admin).map(|open| open.socket().try_clone()).collect()
+    }
+
+    /// Another process has all sockets, and accepts connections. Their files are that one's.
+    pub(super) fn passed_on(&mut self) {
+        let api = self.open.drain().map(|(_, open)| open);
+        let admin = self.admin.take().map(|(_, open)| open);
+        api.chain(admin).for_each(OpenListener::close);
+    }
+
+    /// Connections are accepted: the process before this one ends.
+    pub(super) fn serving(&self) {
+        if let Some(predecessor) = self.passed.predecessor() {
+            predecessor.serving();
+            for place in self.passed.drop_unwanted() {
+                log::warn!("{place}: the process before this one listened here, and no listener has this address");
+            }
+        }
+    }
+
+    pub(super) fn passed(&self) -> &PassedSockets {
+        &self.passed
     }
 }
 
@@ -164,15 +209,19 @@ fn made(settings: &ListenerSettings) -> Result<ListenerState, ServeError> {
     ListenerState::new(settings.clone()).map_err(|problem| ServeError::Listener { address, problem: problem.into() })
 }
 
-fn bound(listener: ListenerState) -> Result<Acceptor, ServeError> {
-    let address = listener.settings.address.to_string();
-    Acceptor::bind(listener).map_err(|error| ServeError::Bind { address, error })
+/// Its socket file, if this process has to remove it.
+fn own_file(address: &Listen, open: &OpenListener) -> Option<String> {
+    match address {
+        Listen::Unix(path, _) if !open.socket().managers => Some(path.clone()),
+        _ => None,
+    }
 }
 
 /// The file of a socket that nobody listens on any more goes with it.
-fn removed(address: &Listen) {
-    if let Listen::Unix(path, _) = address {
-        let path = path.clone();
+fn close(address: &Listen, open: OpenListener) {
+    let file = own_file(address, &open);
+    open.close();
+    if let Some(path) = file {
         // The workers need a moment to close it.
         std::thread::spawn(move || super::server::remove_socket(&path));
     }

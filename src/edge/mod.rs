@@ -17,28 +17,33 @@ mod http2_backend;
 mod listen;
 mod listener;
 mod listeners;
+mod listening;
 mod log_levels;
 mod notify;
 mod patience;
 mod peers;
 mod proxied;
 mod recheck;
+mod reloader;
 mod secure;
 mod server;
+mod signals;
 mod socket;
 mod spans;
 mod ticket;
 mod tls;
-
+mod upgrade;
 mod workers;
 
 pub use crate::clock::now;
 pub use crowd::ConnectionLimits;
 pub use listen::{AddressInUse, Listen, ListenerSettings, ServerSettings};
+pub use listening::PassedSockets;
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
 pub use peers::unresolved;
 pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
 pub use tls::{CertificateFiles, ListenerTlsSettings, TlsProfile};
+pub use upgrade::{Predecessor, Successors};
 
 use crate::pipeline::Pipeline;
 use crate::problem::Problem;

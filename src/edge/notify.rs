@@ -40,6 +40,11 @@ impl ServiceManager {
         self.say(&format!("RELOADING=1\nMONOTONIC_USEC={}", now.as_micros()));
     }
 
+    /// Another process serves in place of this one: the manager watches that one from now on, and does not listen to this.
+    pub(super) fn main_process(&self, pid: u32) {
+        self.say(&format!("MAINPID={pid}"));
+    }
+
     pub(super) fn stopping(&self) {
         self.say("STOPPING=1\nSTATUS=draining");
     }

@@ -1,15 +1,19 @@
 //! Runs the process: listeners, background services, signals, reload, and a graceful shutdown that loses no request in
 //! flight. It must not know how a request is judged.
 
-use super::admin::{AdminGate, ReloadRequest};
+use super::admin::AdminGate;
 use super::connection::Gate;
 use super::listen::{ServerSettings, SocketPlace};
 use super::listeners::Listeners;
+use super::listening::PassedSockets;
 use super::notify::ServiceManager;
 use super::proxied::ProxiedLane;
+use super::reloader::{ChangeRequest, Reloader, reopen_when_asked};
+use super::signals::{ProcessSignals, Signals, next_to_stop};
+use super::upgrade::Successors;
 use super::workers::{Serve as _, Workers};
 use super::{Lifecycle, ShutdownTimes, Snapshot, file_watch, health};
-use crate::admin::{Reloaded, audited_reload};
+use crate::admin::Reloaded;
 use crate::problem::Problem;
 use crate::telemetry::audit_log::{AuditResult, AuditSource, AuditedAction};
 use crate::telemetry::metrics::Metrics;
@@ -21,8 +25,8 @@ use pingora::server::configuration::ServerConf;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 /// Set by tests that compare the framework's lane with our own.
 const ORACLE: &str = "TOLLGATE_TEST_FRAMEWORK_LANE";
@@ -53,11 +57,15 @@ pub struct Running {
     pub rebuild: Rebuild,
     /// The configuration file, if changes of it are to be taken without being asked.
     pub watched: Option<PathBuf>,
+    /// Listening sockets that this process was started with.
+    pub passed: PassedSockets,
+    /// How an upgrade starts the process that replaces this one.
+    pub successors: Option<Successors>,
 }
 
 /// Serves until a signal ends the process. The error names the address that cannot be bound.
 pub fn serve(running: Running) -> Result<(), ServeError> {
-    let Running { settings, snapshot, rebuild, watched } = running;
+    let Running { settings, snapshot, rebuild, watched, passed, successors } = running;
     // Everything but the exchanges: the store's changes, reloads, the admin listener. Two threads, so that a slow scrape
     // holds up neither.
     let background = tokio::runtime::Builder::new_multi_thread()
@@ -95,25 +103,33 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
 
     let workers = Workers::start(settings.threads, &Arc::new(gate)).map_err(ServeError::Runtime)?;
     let manager = ServiceManager::of_this_process();
-    let (reloads, requests) = mpsc::channel(1);
-    let asked = reloads.clone();
+    let (changes, requests) = mpsc::channel(1);
+    let asked = changes.clone();
     let gate = Arc::new(AdminGate {
         snapshot: Arc::clone(&snapshot),
         lifecycle: Arc::clone(&lifecycle),
-        reloads: reloads.clone(),
+        changes: changes.clone(),
         started_unix_ms,
     });
     let runtime = background.handle().clone();
-    let mut listeners = Listeners::new(workers.doors(), Arc::clone(&metrics), move |acceptor| {
+    let mut listeners = Listeners::new(workers.doors(), Arc::clone(&metrics), passed, move |acceptor| {
         let gate = Arc::clone(&gate);
         let spawner = runtime.clone();
         let serve = move |socket, listener| drop(spawner.spawn(Arc::clone(&gate).serve(socket, listener, ())));
         runtime.spawn(acceptor.accept(serve));
     });
     let prepared = listeners.prepare(&settings)?;
+    let addresses = settings.listeners.iter().map(|listener| &listener.address).chain(&settings.admin);
+    if let Some(place) = listeners.passed().unused(addresses).first() {
+        return Err(ServeError::Unused(place.to_string()));
+    }
+    if let Some(predecessor) = listeners.passed().predecessor() {
+        predecessor.may_take_over().map_err(ServeError::TakeOver)?;
+        log::info!("taking over from the process before this one");
+    }
     listeners.apply(prepared);
     let listeners = Arc::new(Mutex::new(listeners));
-    let replaced = Arc::new(Notify::new());
+    let (replaced, passed_on) = (Arc::new(Notify::new()), CancellationToken::new());
     let reloader = Reloader {
         snapshot: Arc::clone(&snapshot),
         rebuild,
@@ -121,8 +137,11 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         listeners: Arc::clone(&listeners),
         requests,
         hangup: signals.hangup,
+        upgrade: signals.upgrade,
+        successors: successors.map(Arc::new),
+        passed_on: passed_on.clone(),
         replaced: Arc::clone(&replaced),
-        _open: reloads,
+        _open: changes,
     };
     // A reload resolves names: reopening a rotated log must not wait for it.
     background.spawn(reopen_when_asked(Arc::clone(&snapshot), signals.reopen));
@@ -130,11 +149,12 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     background.spawn(file_watch::run(Arc::clone(&listeners), watched, move || {
         log::info!("the configuration file has changed");
         // If one is asked for already, it reads the same file.
-        let _ = asked.try_send((AuditSource::Process, None));
+        let _ = asked.try_send(ChangeRequest::Reload(AuditSource::Process, None));
     }));
     background.spawn(health::run(Arc::clone(&snapshot)));
     background.spawn(Tokens { snapshot: Arc::clone(&snapshot), replaced }.run());
     manager.ready();
+    listeners.lock().serving();
     background.spawn(manager.clone().watch(workers.doors()));
     let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
     {
@@ -142,8 +162,14 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         let first = snapshot.load();
         first.audit(&first, AuditSource::Process, &version);
     }
-    let drain =
-        Drain { manager, lifecycle, metrics, listeners: Arc::clone(&listeners), snapshot: Arc::clone(&snapshot) };
+    let drain = Drain {
+        manager,
+        lifecycle,
+        metrics,
+        listeners: Arc::clone(&listeners),
+        snapshot: Arc::clone(&snapshot),
+        passed_on: passed_on.clone(),
+    };
     background.block_on(drain.run(signals.terminate, signals.interrupt));
     // The receivers may be gone.
     let _ = end.send(true);
@@ -152,7 +178,9 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     background.shutdown_timeout(Duration::from_secs(1));
 
     let last = snapshot.load();
-    last.pipeline.authenticator.save();
+    if !passed_on.is_cancelled() {
+        last.pipeline.authenticator.save();
+    }
     last.log.flush(Duration::from_secs(2));
     last.audit.flush(Duration::from_secs(1));
     last.spans.flush(Duration::from_secs(2));
@@ -167,6 +195,10 @@ pub enum ServeError {
     Bind { address: String, error: std::io::Error },
     #[error("listener {address}: {problem}")]
     Listener { address: String, problem: Box<Problem> },
+    #[error("systemd passes the socket {0}, and no listener has this address; see LISTEN_FDS in sd_listen_fds(3)")]
+    Unused(String),
+    #[error("the process that started this one to be replaced does not wait for it any more: {0}")]
+    TakeOver(std::io::Error),
     #[error("no threads, event loops or listeners can be made: {0}")]
     Runtime(std::io::Error),
 }
@@ -195,11 +227,16 @@ struct Drain {
     metrics: Arc<Metrics>,
     listeners: Arc<Mutex<Listeners>>,
     snapshot: Arc<ArcSwap<Snapshot>>,
+    /// Another process serves.
+    passed_on: CancellationToken,
 }
 
 impl Drain {
     async fn run(&self, mut terminate: Signals, mut interrupt: Signals) {
-        let signal = next(&mut terminate, &mut interrupt).await;
+        let signal = tokio::select! {
+            signal = next_to_stop(&mut terminate, &mut interrupt) => signal,
+            () = self.passed_on.cancelled() => return self.behind_an_upgrade(terminate, interrupt).await,
+        };
         {
             let snapshot = self.snapshot.load();
             snapshot.audit(&snapshot, AuditSource::Signal(signal), &AuditedAction::new("stop", AuditResult::Done));
@@ -216,17 +253,40 @@ impl Drain {
                 tokio::time::sleep(drain_delay).await;
             }
             self.listeners.lock().close_all();
-            self.lifecycle.drain();
-            // Logged last, so that it is true when somebody reads it.
-            let grace_text = humantime::format_duration(grace);
-            log::info!("shutting down: listeners closed, requests in flight have {grace_text} to complete");
-            self.quiet(grace).await;
-            self.last_uses().await;
+            self.finish(grace).await;
         };
         tokio::select! {
             () = orderly => {}
-            _ = next(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
+            _ = next_to_stop(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
         }
+    }
+
+    /// Another process accepts the connections: this one completes its requests. No balancer has to know.
+    async fn behind_an_upgrade(&self, mut terminate: Signals, mut interrupt: Signals) {
+        let grace = self.snapshot.load().settings.shutdown.grace;
+        let orderly = async {
+            self.listeners.lock().passed_on();
+            self.finish(grace).await;
+        };
+        let stopped = async {
+            // A service manager that stops the service tells all its processes: this one is ending already.
+            next_to_stop(&mut terminate, &mut interrupt).await;
+            next_to_stop(&mut terminate, &mut interrupt).await;
+        };
+        tokio::select! {
+            () = orderly => {}
+            () = stopped => log::warn!("second signal: shutting down immediately"),
+        }
+    }
+
+    /// No connection is accepted any more.
+    async fn finish(&self, grace: Duration) {
+        self.lifecycle.drain();
+        // Logged last, so that it is true when somebody reads it.
+        let grace_text = humantime::format_duration(grace);
+        log::info!("shutting down: listeners closed, requests in flight have {grace_text} to complete");
+        self.quiet(grace).await;
+        self.last_uses().await;
     }
 
     /// Waits for every connection to end: after its request, or because it has none.
@@ -252,166 +312,6 @@ impl Drain {
         if tokio::time::timeout(USES_AT_STOP, authenticator.flush_uses()).await.is_err() {
             let waited = humantime::format_duration(USES_AT_STOP);
             log::warn!("last uses of tokens were not recorded: no response from the store within {waited}");
-        }
-    }
-}
-
-/// The name of the next signal to stop.
-async fn next(terminate: &mut Signals, interrupt: &mut Signals) -> &'static str {
-    tokio::select! {
-        () = terminate.next() => "SIGTERM",
-        () = interrupt.next() => "SIGINT",
-    }
-}
-
-/// The signals that mean something to the gateway. One that is delivered before its receiver waits for it is kept.
-struct ProcessSignals {
-    terminate: Signals,
-    interrupt: Signals,
-    hangup: Signals,
-    reopen: Signals,
-}
-
-impl ProcessSignals {
-    /// From here on, none of them ends the process by itself. SIGXFSZ has a handler as well: a log file at its size limit
-    /// must not end the process, and the log counts the lines it loses.
-    fn handled() -> Self {
-        let _ = Signals::of(SignalKind::from_raw(SIGXFSZ), "SIGXFSZ");
-        Self {
-            terminate: Signals::of(SignalKind::terminate(), "SIGTERM"),
-            interrupt: Signals::of(SignalKind::interrupt(), "SIGINT"),
-            hangup: Signals::of(SignalKind::hangup(), "SIGHUP"),
-            reopen: Signals::of(SignalKind::user_defined1(), "SIGUSR1"),
-        }
-    }
-}
-
-/// The number on Linux, except on MIPS.
-const SIGXFSZ: i32 = 25;
-
-/// Reloads the configuration on SIGHUP and on requests of the admin listener, and reopens the access log first. A bad configuration changes nothing.
-struct Reloader {
-    snapshot: Arc<ArcSwap<Snapshot>>,
-    rebuild: Rebuild,
-    manager: ServiceManager,
-    listeners: Arc<Mutex<Listeners>>,
-    requests: mpsc::Receiver<ReloadRequest>,
-    hangup: Signals,
-    /// Notified of each new snapshot.
-    replaced: Arc<Notify>,
-    /// Keeps the channel open when there is no admin listener.
-    _open: mpsc::Sender<ReloadRequest>,
-}
-
-/// Reopens the access log on SIGUSR1.
-async fn reopen_when_asked(snapshot: Arc<ArcSwap<Snapshot>>, mut asked: Signals) {
-    loop {
-        asked.next().await;
-        let done = reopen(&snapshot).await;
-        if done == Ok(true) {
-            log::info!("access log reopened");
-        }
-        let result = if done.is_ok() { AuditResult::Done } else { AuditResult::Failed };
-        let snapshot = snapshot.load();
-        snapshot.audit(&snapshot, AuditSource::Signal("SIGUSR1"), &AuditedAction::new("reopen_logs", result));
-    }
-}
-
-/// Whether the log has been reopened; `false` if that has to wait for the log's reader.
-async fn reopen(snapshot: &ArcSwap<Snapshot>) -> Result<bool, String> {
-    let (log, audit) = (snapshot.load().log.clone(), snapshot.load().audit.clone());
-    let reopen_all = move || {
-        if let Err(why) = audit.reopen() {
-            log::error!("audit log not reopened, lines go to the old file: admin.audit: {why}");
-        }
-        log.reopen()
-    };
-    let result = blocking(reopen_all).await?.map_err(|why| format!("log.access: {why}"));
-    match &result {
-        Ok(true) => {}
-        Ok(false) => {
-            log::warn!("the access log is blocked: its reader reads nothing; it is reopened when that ends")
-        }
-        Err(why) => log::error!("access log not reopened, lines go to the old file: {why}"),
-    }
-    result
-}
-
-impl Reloader {
-    async fn run(mut self) {
-        loop {
-            let (source, reply) = tokio::select! {
-                () = self.hangup.next() => (AuditSource::Signal("SIGHUP"), None),
-                Some(request) = self.requests.recv() => request,
-            };
-            self.manager.reloading();
-            let before = self.snapshot.load_full();
-            let result = self.reload().await;
-            self.manager.ready();
-            before.audit(&self.snapshot.load(), source, &audited_reload(&result));
-            if let Some(reply) = reply {
-                // The client may be gone.
-                let _ = reply.send(result);
-            }
-        }
-    }
-
-    async fn reload(&self) -> Result<Reloaded, String> {
-        // First, because a rotated log must be reopened even if the reload fails. A blocked log does not keep the new
-        // configuration from taking effect.
-        let reopened = reopen(&self.snapshot).await.map(|_| ());
-        let (current, rebuild) = (self.snapshot.load_full(), Arc::clone(&self.rebuild));
-        let metrics = Arc::clone(&current.metrics);
-        let listeners = Arc::clone(&self.listeners);
-        let prepare = move || {
-            let built = rebuild(&current, reopened)?;
-            let prepared = listeners.lock().prepare(&built.settings).map_err(|error| error.to_string())?;
-            Ok((built, prepared))
-        };
-        let result = blocking(prepare).await.and_then(|built| built);
-        metrics.reloaded(result.is_ok(), super::now().unix_ms / 1000);
-        match result {
-            Ok((Rebuilt { snapshot, report, done, .. }, prepared)) => {
-                self.snapshot.store(Arc::new(snapshot));
-                self.listeners.lock().apply(prepared);
-                done();
-                self.replaced.notify_one();
-                log::info!("configuration reloaded");
-                if !report.restart.is_empty() {
-                    let keys = report.restart.join(", ");
-                    log::warn!("changed settings that need a restart are not in force: {keys}");
-                }
-                Ok(report)
-            }
-            Err(why) => {
-                log::error!("configuration not reloaded, nothing changed: {why}");
-                Err(why)
-            }
-        }
-    }
-}
-
-/// Runs blocking work on a thread of its own.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| format!("internal error: {error}"))
-}
-
-/// The deliveries of one signal. If it cannot be handled, there are none.
-struct Signals(Option<Signal>);
-
-impl Signals {
-    fn of(kind: SignalKind, name: &str) -> Self {
-        let handled = signal(kind).inspect_err(|error| log::error!("{name} cannot be handled: {error}"));
-        Self(handled.ok())
-    }
-
-    async fn next(&mut self) {
-        match &mut self.0 {
-            // The result only says whether the signal can be delivered again, which it always can.
-            Some(signal) => {
-                let _ = signal.recv().await;
-            }
-            None => std::future::pending().await,
         }
     }
 }

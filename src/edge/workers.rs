@@ -2,24 +2,20 @@
 //! sockets, and the one with the fewest connections takes a new one and keeps it to its end. Nothing here knows what is
 //! said over a connection.
 
-use super::listen::{Listen, SocketPlace};
 use super::listener::ListenerState;
+use super::listening::{ListeningSocket, SocketKind};
 use super::socket::{DetachedSocket, Socket};
 use arc_swap::ArcSwap;
 use std::io::{self, ErrorKind};
-use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpSocket, UnixListener};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-/// Connections that wait to be accepted; the kernel's own bound (`net.core.somaxconn`) is lower on most machines.
-const BACKLOG: u32 = 65_535;
 /// Pause after an accept that failed for a lack of descriptors or memory: the next one would fail as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long the end of a worker waits for blocking work.
@@ -47,51 +43,22 @@ pub(super) struct Acceptor {
     failing: Arc<AtomicBool>,
 }
 
-enum ListeningSocket {
-    Tcp(std::net::TcpListener),
-    Unix(std::os::unix::net::UnixListener),
-}
-
 impl Acceptor {
-    /// Binds the address; a stale socket file is replaced. Within an event loop.
-    pub(super) fn bind(listener: ListenerState) -> io::Result<Self> {
-        let socket = match &listener.settings.address {
-            Listen::Tcp(address) => {
-                let address: SocketAddr =
-                    address.parse().map_err(|error| io::Error::new(ErrorKind::InvalidInput, error))?;
-                let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-                // Connections of the process before this one may linger for a minute.
-                socket.set_reuseaddr(true)?;
-                socket.bind(address)?;
-                ListeningSocket::Tcp(socket.listen(BACKLOG)?.into_std()?)
-            }
-            Listen::Unix(path, mode) => {
-                if SocketPlace::of(path) == SocketPlace::Stale {
-                    std::fs::remove_file(path)?;
-                }
-                let socket = std::os::unix::net::UnixListener::bind(path)?;
-                std::fs::set_permissions(path, std::fs::Permissions::from_mode(*mode))?;
-                socket.set_nonblocking(true)?;
-                ListeningSocket::Unix(socket)
-            }
-        };
+    pub(super) fn new(listener: ListenerState, socket: ListeningSocket) -> Self {
         let listener = Arc::new(ArcSwap::from_pointee(listener));
-        Ok(Self { socket, listener, closing: CancellationToken::new(), failing: Arc::default() })
+        Self { socket, listener, closing: CancellationToken::new(), failing: Arc::default() }
     }
 
     /// What holds on to it while it accepts.
-    pub(super) fn open(&self) -> OpenListener {
-        OpenListener { listener: Arc::clone(&self.listener), closing: self.closing.clone() }
+    pub(super) fn open(&self) -> io::Result<OpenListener> {
+        let socket = self.socket.try_clone()?;
+        Ok(OpenListener { socket, listener: Arc::clone(&self.listener), closing: self.closing.clone() })
     }
 
     /// A handle to the same socket.
     pub(super) fn share(&self) -> io::Result<Self> {
-        let socket = match &self.socket {
-            ListeningSocket::Tcp(socket) => ListeningSocket::Tcp(socket.try_clone()?),
-            ListeningSocket::Unix(socket) => ListeningSocket::Unix(socket.try_clone()?),
-        };
         Ok(Self {
-            socket,
+            socket: self.socket.try_clone()?,
             listener: Arc::clone(&self.listener),
             closing: self.closing.clone(),
             failing: Arc::clone(&self.failing),
@@ -103,9 +70,9 @@ impl Acceptor {
     pub(super) async fn accept(self, take: impl Fn(Socket, Arc<ListenerState>)) -> io::Result<()> {
         let Self { socket, listener, closing, failing } = self;
         let address = listener.load().settings.address.clone();
-        let socket = match socket {
-            ListeningSocket::Tcp(socket) => AsyncListener::Tcp(TcpListener::from_std(socket)?),
-            ListeningSocket::Unix(socket) => AsyncListener::Unix(UnixListener::from_std(socket)?),
+        let socket = match socket.kind {
+            SocketKind::Tcp(socket) => AsyncListener::Tcp(TcpListener::from_std(socket)?),
+            SocketKind::Unix(socket) => AsyncListener::Unix(UnixListener::from_std(socket)?),
         };
         loop {
             let accepted = tokio::select! {
@@ -154,6 +121,8 @@ impl AsyncListener {
 
 /// A listener that accepts connections, on however many workers.
 pub(super) struct OpenListener {
+    /// To be passed on.
+    socket: ListeningSocket,
     listener: Arc<ArcSwap<ListenerState>>,
     closing: CancellationToken,
 }
@@ -166,6 +135,10 @@ impl OpenListener {
     /// Connections from now on are served by these settings.
     pub(super) fn change(&self, to: ListenerState) {
         self.listener.store(Arc::new(to));
+    }
+
+    pub(super) fn socket(&self) -> &ListeningSocket {
+        &self.socket
     }
 
     /// No further connection is accepted. The sockets close a moment later, on each worker.
@@ -323,9 +296,8 @@ impl<S: Serve> WorkPlace<S> {
     fn accept(self: &Arc<Self>, acceptor: Acceptor) {
         let place = Arc::clone(self);
         tokio::spawn(async move {
-            let open = acceptor.open();
+            let address = acceptor.listener.load().settings.address.clone();
             if let Err(error) = acceptor.accept(|socket, listener| place.assign(socket, listener)).await {
-                let address = &open.current().settings.address;
                 log::error!("listener {address}: a worker cannot accept connections: {error}");
             }
         });

@@ -1,0 +1,20 @@
+//! `tollgate upgrade`: asks the running gateway to replace itself by the binary as it is on disk now, and waits for the result.
+
+use super::Failure;
+use super::reload::{AdminTarget, post};
+use anyhow::anyhow;
+
+pub(super) fn run(target: &AdminTarget) -> Result<(), Failure> {
+    let answer = post("/upgrade", target)?;
+    match (answer["result"].as_str(), answer["pid"].as_u64(), answer["replaced"].as_u64()) {
+        (Some("upgraded"), Some(pid), Some(replaced)) => {
+            say!("upgraded: process {pid} accepts connections, process {replaced} completes its requests and ends")?;
+            Ok(())
+        }
+        (Some("failed"), ..) => {
+            let errors = answer["errors"].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str);
+            Err(anyhow!("nothing changed\n{}", errors.collect::<Vec<_>>().join("\n")).into())
+        }
+        _ => Err(anyhow!("unknown response of the admin listener; is it another version?").into()),
+    }
+}
