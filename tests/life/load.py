@@ -32,6 +32,7 @@ class NotTaken(Exception):
 class Exchange:
     kind: str
     began: float
+    connected: float = 0.0  # when the connection was there
     across: bool = False  # in flight when something happened
 
 
@@ -46,6 +47,8 @@ class Ledger:
     failed: collections.Counter = field(default_factory=collections.Counter)
     first: dict = field(default_factory=dict)  # of each failure, when it was
     times: list = field(default_factory=list)  # of the quick ones
+    longest: float = 0.0
+    slowest: str = ""
     across: int = 0
     ends: collections.Counter = field(default_factory=collections.Counter)  # of connections that were to be kept
     events: int = 0
@@ -71,6 +74,10 @@ class Ledger:
         elif counter is self.right:
             self.across += exchange.across
             if exchange.kind in QUICK:
+                if took > self.longest:
+                    self.longest = took
+                    connecting = exchange.connected - exchange.began
+                    self.slowest = f"{exchange.kind}, {took:.3f} s, {connecting:.3f} s of it to connect, after event {self.events}"
                 self.times.append(took)
 
     def close(self):
@@ -379,6 +386,7 @@ class Load:
             exchange, made = self.ledger.begin(kind), None
             try:
                 made = await connection()
+                exchange.connected = time.monotonic()
                 await asyncio.wait_for(made.ask(Question.new(what, self.token)), PATIENCE)
                 self.ledger.end(exchange, self.ledger.right)
             except NotTaken:

@@ -8,7 +8,7 @@
     stops          SIGTERM to one of two gateways behind HAProxy, which is then started again
 
 Clients and what counts as a failure are described in load.py. Needs the hpack package (tests/install.sh) and haproxy."""
-import argparse, asyncio, contextlib, ctypes, hashlib, itertools, os, platform, shutil, signal, socket, ssl, subprocess, sys, tempfile, time
+import argparse, asyncio, contextlib, ctypes, hashlib, itertools, os, platform, re, shutil, signal, socket, ssl, subprocess, sys, tempfile, time
 from pathlib import Path
 
 sys.dont_write_bytecode = True
@@ -272,6 +272,7 @@ class Run:
             for line in gateway.panics():
                 self.finding(name, line)
         tell(f"{name}: kept connections that were ended: {dict(ledger.ends) or 'none'}; repeated: {sum(ledger.not_taken.values())}")
+        tell(f"{name}: the slowest: {ledger.slowest}")
         self.rows.append(row(name, done, ledger))
 
     async def transfers(self, load):
@@ -412,18 +413,19 @@ class Run:
 
         async def upgrade(load):
             load.ledger.happens()
-            return await command(self.args.tollgate, "upgrade", "--config", gateway.config, within=90)
+            # With the address: the file may be one that cannot be read.
+            where = ("--config", gateway.config, "--admin", f"127.0.0.1:{gateway.admin}")
+            return await command(self.args.tollgate, "upgrade", *where, within=90)
 
         async def forward(number, load):
             old = gateway.process
             # A new file each time, as a package manager leaves it.
             replace_binary(gateway.binary, good)
             code, output = await upgrade(load)
-            pids = [int(word) for word in output.replace(",", " ").replace(".", " ").split() if word.isdigit()]
-            pid = next((pid for pid in pids if pid != old.pid and alive(pid)), None)
-            if code or pid is None:
-                raise Failure(f"upgrade: exit {code}, no pid of a new process: {output.strip()}")
-            gateway.process = Process(pid)
+            told = re.search(r"process (\d+) accepts connections, process (\d+) ", output)
+            if code or not told or int(told[2]) != old.pid:
+                raise Failure(f"upgrade of process {old.pid}: exit {code}: {output.strip()}")
+            gateway.process = Process(int(told[1]))
             if not gateway.ready():
                 raise Failure("the upgrade is over, and the gateway is not ready")
             await eventually(f"the end of the old process {old.pid}", old.is_over, within=40)
@@ -534,13 +536,6 @@ backend gateways
         await self.phase("stops", count, gateways, (plain, secure), event, prepare)
         for gateway in gateways:
             await self.over("stops", gateway)
-
-
-def alive(pid):
-    with contextlib.suppress(OSError):
-        os.kill(pid, 0)
-        return True
-    return False
 
 
 def replace_binary(path, content):
