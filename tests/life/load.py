@@ -4,7 +4,7 @@ A request has exactly one of three ends. It is *right*: 200, and the body that b
 the server said so, as HTTP/2 allows (a stream above the last one of GOAWAY, or REFUSED_STREAM); it is sent again. Or it has
 *failed*: anything else. A client does not send on a connection whose end it has been told of, by `Connection: close`, GOAWAY or
 the end itself; a request on any other connection has to be answered."""
-import asyncio, collections, hashlib, itertools, json, random, ssl, struct, time
+import asyncio, collections, functools, hashlib, itertools, json, random, ssl, struct, time
 from dataclasses import dataclass, field
 
 import hpack
@@ -19,6 +19,10 @@ UPLOAD_PIECES, BETWEEN_PIECES = 16, 0.03
 
 class Broken(Exception):
     """A request that has no whole answer."""
+
+
+class Ended(Exception):
+    """The client knew of the connection's end before it sent the request."""
 
 
 class NotTaken(Exception):
@@ -134,7 +138,7 @@ class Http1:
 
     def __init__(self, reader, writer):
         self.reader, self.writer = reader, writer
-        self.announced, self.unfinished = False, False
+        self.announced, self.unfinished, self.used = False, False, False
 
     @property
     def usable(self):
@@ -143,7 +147,9 @@ class Http1:
 
     async def ask(self, question):
         if not self.usable:
-            raise AssertionError("asked on a connection that is ending")
+            # In HTTP/1, a server has no way to say that it will not take a first request.
+            raise Ended if self.used else Broken("closed before the first request")
+        self.used = True
         body, self.unfinished = question.body, True
         method = "POST" if body else "GET"
         length = f"Content-Length: {len(body)}\r\n" if body else ""
@@ -190,6 +196,9 @@ def frame(kind, flags, stream, payload=b""):
     return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
 
+READING = set()  # the tasks that do, since nobody else may hold them
+
+
 class Stream:
     def __init__(self, window):
         self.ended = asyncio.get_running_loop().create_future()
@@ -211,8 +220,10 @@ class Http2:
         self.last, self.gone = None, False  # the last stream of GOAWAY; the connection itself
         settings = struct.pack(">HIHI", 2, 0, 4, OWN_WINDOW)  # no push
         writer.write(PREFACE + frame(SETTINGS, 0, 0, settings) + frame(WINDOW, 0, 0, struct.pack(">I", 1 << 30)))
-        self.received = 0
-        self.task = asyncio.get_running_loop().create_task(self.read())
+        self.received, self.used = 0, False
+        task = asyncio.get_running_loop().create_task(self.read())
+        READING.add(task)
+        task.add_done_callback(READING.discard)
 
     @property
     def usable(self):
@@ -220,7 +231,8 @@ class Http2:
 
     async def ask(self, question):
         if not self.usable:
-            raise AssertionError("asked on a connection that is ending")
+            raise Ended if self.used or self.last is not None else Broken("closed before the first request")
+        self.used = True
         number, self.next_stream = self.next_stream, self.next_stream + 2
         stream = self.streams[number] = Stream(self.stream_window)
         body = question.body
@@ -340,6 +352,15 @@ class Http2:
 # ---- Clients ----
 
 
+@functools.cache
+def tls_context(alpn):
+    # Who may be trusted is not what is tested here.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(list(alpn))
+    return context
+
+
 @dataclass(frozen=True)
 class Target:
     """Where a client connects, and what it offers there."""
@@ -348,12 +369,7 @@ class Target:
     alpn: tuple = ()  # with TLS
 
     async def connect(self):
-        context = None
-        if self.alpn:
-            # Who may be trusted is not what is tested here.
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            context.set_alpn_protocols(list(self.alpn))
+        context = tls_context(self.alpn) if self.alpn else None
         opening = asyncio.open_connection("127.0.0.1", self.port, ssl=context, limit=2 << 20)
         try:
             reader, writer = await asyncio.wait_for(opening, PATIENCE)
@@ -373,7 +389,15 @@ class Load:
 
     def __init__(self, token, pause):
         self.token, self.pause, self.ledger = token, pause, Ledger()
-        self.stopping, self.tasks = asyncio.Event(), []
+        self.stopping, self.tasks, self.stood_still = asyncio.Event(), [], 0.0
+        self.add(self.watch())
+
+    async def watch(self):
+        """How long the clients themselves had to wait for the processor, at worst."""
+        while not self.stopping.is_set():
+            before = time.monotonic()
+            await asyncio.sleep(0.02)
+            self.stood_still = max(self.stood_still, time.monotonic() - before - 0.02)
 
     def add(self, client):
         task = asyncio.get_running_loop().create_task(client)
@@ -382,19 +406,25 @@ class Load:
 
     async def one(self, kind, what, connection):
         """Asks once. `connection` gives the connection, made or kept."""
+        exchange = self.ledger.begin(kind)
         while True:
-            exchange, made = self.ledger.begin(kind), None
+            made = None
             try:
                 made = await connection()
                 exchange.connected = time.monotonic()
-                await asyncio.wait_for(made.ask(Question.new(what, self.token)), PATIENCE)
+                # Not wait_for(), which goes through the event loop before it begins.
+                async with asyncio.timeout(PATIENCE):
+                    await made.ask(Question.new(what, self.token))
                 self.ledger.end(exchange, self.ledger.right)
+            except Ended:
+                continue
             except NotTaken:
                 self.ledger.end(exchange, self.ledger.not_taken)
+                exchange = self.ledger.begin(kind)
                 continue
             except Broken as broken:
                 self.ledger.end(exchange, self.ledger.failed, str(broken))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 self.ledger.end(exchange, self.ledger.failed, f"no answer within {PATIENCE} s")
             return made
 

@@ -182,7 +182,7 @@ path = "tokens.toml"
         def asked():
             if self.process.is_over():
                 raise Failure(f"the gateway has ended with {self.process.code}:\n{self.log.read_text()[-2000:]}")
-            return self.ready()
+            return asyncio.to_thread(self.ready)
 
         await eventually("the gateway is ready", asked)
 
@@ -272,7 +272,8 @@ class Run:
             for line in gateway.panics():
                 self.finding(name, line)
         tell(f"{name}: kept connections that were ended: {dict(ledger.ends) or 'none'}; repeated: {sum(ledger.not_taken.values())}")
-        tell(f"{name}: the slowest: {ledger.slowest}")
+        still = f"the clients themselves stood still for up to {load.stood_still:.3f} s"
+        tell(f"{name}: the slowest: {ledger.slowest}; {still}")
         self.rows.append(row(name, done, ledger))
 
     async def transfers(self, load):
@@ -420,13 +421,13 @@ class Run:
         async def forward(number, load):
             old = gateway.process
             # A new file each time, as a package manager leaves it.
-            replace_binary(gateway.binary, good)
+            await asyncio.to_thread(replace_binary, gateway.binary, good)
             code, output = await upgrade(load)
             told = re.search(r"process (\d+) accepts connections, process (\d+) ", output)
             if code or not told or int(told[2]) != old.pid:
                 raise Failure(f"upgrade of process {old.pid}: exit {code}: {output.strip()}")
             gateway.process = Process(int(told[1]))
-            if not gateway.ready():
+            if not await asyncio.to_thread(gateway.ready):
                 raise Failure("the upgrade is over, and the gateway is not ready")
             await eventually(f"the end of the old process {old.pid}", old.is_over, within=40)
             if old.code:
@@ -445,15 +446,15 @@ class Run:
         async def back(number, load):
             what, apply = breaks[number % len(breaks)]
             pid = gateway.process.pid
-            apply()
+            await asyncio.to_thread(apply)
             try:
                 code, output = await upgrade(load)
             finally:
                 replace(gateway.config, text)
-                replace_binary(gateway.binary, good)
+                await asyncio.to_thread(replace_binary, gateway.binary, good)
             if code != 1 or "nothing changed" not in output:
                 raise Failure(f"upgrade with {what}: exit {code}: {output.strip()}")
-            if gateway.process.is_over() or not gateway.ready():
+            if gateway.process.is_over() or not await asyncio.to_thread(gateway.ready):
                 raise Failure(f"upgrade with {what}: process {pid} does not serve any more")
             await asyncio.sleep(0.1)
 
