@@ -136,10 +136,12 @@ scale:
 # One hundred reloads, certificates that are replaced, upgrades and roll-backs, stops behind HAProxy, all under load: not one request
 # may fail. Writes the table of docs/life.md. 6 minutes. The short form takes about a minute.
 life:
+	bash tests/install.sh
 	cargo build --locked --profile dist
 	$(LIFE) --tollgate target/dist/tollgate --page
 
 life-quick:
+	bash tests/install.sh
 	cargo build --locked
 	$(LIFE) --quick
 

@@ -473,6 +473,8 @@ class Load:
         p, s1, s2 = Target(plain), Target(secure, HTTP1), Target(secure, HTTP2)
         for _ in range(4):
             self.add(self.kept("HTTP/1 kept", "read", p))
+            # Mostly idle: it is in the pauses that a server may end a connection too early.
+            self.add(self.kept("HTTP/1 kept", "read", p, pause=0.4))
         for _ in range(2):
             self.add(self.kept("HTTP/1 kept", "read", s1))
         for _ in range(2):

@@ -78,11 +78,15 @@ class Process:
         return cls(started.pid)
 
     def is_over(self):
+        """`code` is how it ended; 0 if only its parent knows, another gateway, which logs an error if it is not."""
         if self.code is None:
-            with contextlib.suppress(ChildProcessError):
+            try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
                 if pid:
                     self.code = os.waitstatus_to_exitcode(status)
+            except ChildProcessError:
+                if not Path(f"/proc/{self.pid}").exists():
+                    self.code = 0
         return self.code is not None
 
     def send(self, number):
@@ -135,7 +139,7 @@ class Gateway:
         self.header_bytes, self.body_bytes, self.drain_delay = "32KiB", "none", "0s"
         self.has_extra, self.extra_http2 = False, True
         self.tls, self.second_http2, self.hsts = "intermediate", True, "none"
-        self.process = None
+        self.process, self.read_lines = None, 0
 
     def text(self):
         servers = ", ".join(f'"127.0.0.1:{port}"' for port in self.servers)
@@ -209,8 +213,11 @@ path = "tokens.toml"
 
         return await asyncio.to_thread(get)
 
-    def panics(self):
-        return [line for line in self.log.read_text(errors="replace").splitlines() if "panicked" in line]
+    def complaints(self, expected):
+        """Lines of the log since the last call that must not be there."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        new, self.read_lines = lines[self.read_lines :], len(lines)
+        return [line for line in new if "panicked" in line or (" ERROR " in line and not (expected and expected in line))]
 
 
 def replace(path, text):
@@ -240,8 +247,8 @@ class Run:
         tell(f"{phase}: FAILED: {text}")
         self.findings.append(f"{phase}: {text}")
 
-    async def phase(self, name, count, gateways, ports, event, prepare=None, more=None, keeps=False):
-        """`count` events under load. With `keeps`, none of them may end a connection."""
+    async def phase(self, name, count, gateways, ports, event, prepare=None, more=None, keeps=False, errors=None):
+        """`count` events under load. With `keeps`, none of them may end a connection; `errors` may be in the log."""
         if count == 0:
             return
         if prepare:
@@ -269,7 +276,7 @@ class Run:
         if keeps and ledger.ends:
             self.finding(name, f"connections were ended: {dict(ledger.ends)}")
         for gateway in gateways:
-            for line in gateway.panics():
+            for line in gateway.complaints(errors):
                 self.finding(name, line)
         tell(f"{name}: kept connections that were ended: {dict(ledger.ends) or 'none'}; repeated: {sum(ledger.not_taken.values())}")
         still = f"the clients themselves stood still for up to {load.stood_still:.3f} s"
@@ -387,7 +394,7 @@ class Run:
 
                 await eventually("the new certificate is served", is_served, within=TAKES_EFFECT)
 
-        await self.phase("certificates", count, [gateway], (gateway.plain, gateway.secure), event, gateway.start, keeps=True)
+        await self.phase("certificates", count, [gateway], (gateway.plain, gateway.secure), event, gateway.start, keeps=True, errors="certificates not reloaded")
         await self.over("certificates", gateway)
 
     async def over(self, phase, gateway):
@@ -418,48 +425,80 @@ class Run:
             where = ("--config", gateway.config, "--admin", f"127.0.0.1:{gateway.admin}")
             return await command(self.args.tollgate, "upgrade", *where, within=90)
 
+        leaving = []
+
         async def forward(number, load):
             old = gateway.process
             # A new file each time, as a package manager leaves it.
             await asyncio.to_thread(replace_binary, gateway.binary, good)
+            if number % 3 == 1:
+                # The new process is the one that opens or closes a listener.
+                gateway.has_extra = not gateway.has_extra
+                gateway.write()
             code, output = await upgrade(load)
             told = re.search(r"process (\d+) accepts connections, process (\d+) ", output)
             if code or not told or int(told[2]) != old.pid:
                 raise Failure(f"upgrade of process {old.pid}: exit {code}: {output.strip()}")
             gateway.process = Process(int(told[1]))
+            leaving.append(old)
             if not await asyncio.to_thread(gateway.ready):
                 raise Failure("the upgrade is over, and the gateway is not ready")
-            await eventually(f"the end of the old process {old.pid}", old.is_over, within=40)
-            if old.code:
-                raise Failure(f"the old process has ended with {old.code}")
+            if gateway.has_extra and not connects(gateway.extra):
+                raise Failure("the upgrade is over, and the new listener does not listen")
+            if not gateway.has_extra:
+                await eventually("the removed listener refuses", lambda: not connects(gateway.extra), within=2)
+            code, output = await command(gateway.binary, "reload", "--config", gateway.config)
+            if code:
+                raise Failure(f"reload after the upgrade: exit {code}: {output.strip()}")
+            # Two of three begin while the process before is still on its way to the end.
+            if number % 3 == 2:
+                await they_end()
 
-        text = gateway.text()
+        async def they_end():
+            while leaving:
+                old = leaving.pop(0)
+                await eventually(f"the end of the old process {old.pid}", old.is_over, within=40)
+                if old.code:
+                    raise Failure(f"the old process has ended with {old.code}")
+
+        def changed(old, new):
+            return lambda: replace(gateway.config, gateway.text().replace(old, new))
+
         breaks = [
-            ("a configuration that is no TOML", lambda: replace(gateway.config, text.replace("[server]", "[server", 1))),
+            ("a configuration that is no TOML", changed("[server]", "[server")),
             ("a program that fails", lambda: replace_binary(gateway.binary, Path("/bin/false").read_bytes())),
-            ("a key that does not exist", lambda: replace(gateway.config, text.replace("drain_delay", "drain_dela"))),
+            ("a key that does not exist", changed("drain_delay", "drain_dela")),
             ("a binary that is cut off", lambda: replace_binary(gateway.binary, good[: 1 << 20])),
-            ("a token file that is missing", lambda: replace(gateway.config, text.replace("tokens.toml", "none.toml"))),
+            ("a token file that is missing", changed("tokens.toml", "none.toml")),
             ("a program that ends without a word", lambda: replace_binary(gateway.binary, b"#!/bin/sh\nexit 0\n")),
         ]
+        hangs = ("a program that does nothing", lambda: replace_binary(gateway.binary, b"#!/bin/sh\nexec sleep 600\n"))
 
         async def back(number, load):
-            what, apply = breaks[number % len(breaks)]
+            # It takes 45 seconds until it is given up: once, and not in the short form.
+            what, apply = hangs if number == 19 else breaks[number % len(breaks)]
             pid = gateway.process.pid
             await asyncio.to_thread(apply)
             try:
                 code, output = await upgrade(load)
             finally:
-                replace(gateway.config, text)
+                gateway.write()
                 await asyncio.to_thread(replace_binary, gateway.binary, good)
             if code != 1 or "nothing changed" not in output:
                 raise Failure(f"upgrade with {what}: exit {code}: {output.strip()}")
             if gateway.process.is_over() or not await asyncio.to_thread(gateway.ready):
                 raise Failure(f"upgrade with {what}: process {pid} does not serve any more")
+            left = [one for file in Path(f"/proc/{pid}/task").glob("*/children") for one in file.read_text().split()]
+            if left:
+                raise Failure(f"upgrade with {what}: process {pid} still has the children {left}")
             await asyncio.sleep(0.1)
 
         await self.phase("upgrades", count, [gateway], ports, forward, gateway.start)
-        await self.phase("roll-backs", count, [gateway], ports, back, keeps=True)
+        try:
+            await they_end()
+        except Failure as failure:
+            self.finding("upgrades", str(failure))
+        await self.phase("roll-backs", count, [gateway], ports, back, keeps=True, errors="not upgraded, this process goes on")
         await self.over("upgrades", gateway)
 
     # ---- Stops ----
