@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers load flood readers faults faults-table http2-table revocations crowd contract scale
+.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick
 
 check: lint doc test deploy-check
 
@@ -132,3 +132,17 @@ contract:
 scale:
 	cargo build --locked --profile dist
 	benches/scale.py
+
+# One hundred reloads, certificates that are replaced, upgrades and roll-backs, stops behind HAProxy, all under load: not one request
+# may fail. Writes the table of docs/life.md. 6 minutes. The short form takes about a minute.
+life:
+	bash tests/install.sh
+	cargo build --locked --profile dist
+	$(LIFE) --tollgate target/dist/tollgate --page
+
+life-quick:
+	bash tests/install.sh
+	cargo build --locked
+	$(LIFE) --quick
+
+LIFE = $(or $(TOLLGATE_PY_VENV),target/py-clients)/bin/python tests/life/run.py

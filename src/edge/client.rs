@@ -72,8 +72,9 @@ pub(super) enum After {
     Drop,
 }
 
-/// How long the first request of a connection may take to begin once the process is on its way to the end.
-const FIRST_WHILE_DRAINING: Duration = Duration::from_secs(1);
+/// How long the next request of a connection may take to begin once the process is on its way to the end. A client that was
+/// not told of the end by its last response may have sent one already.
+const NEXT_WHILE_DRAINING: Duration = Duration::from_secs(1);
 
 /// A deadline has passed.
 struct TimedOut;
@@ -143,7 +144,7 @@ impl ClientStream {
         &self.arrival
     }
 
-    /// Reads the head of the next request. `stop` ends the wait for a request that has not begun. The limits are asked for
+    /// Reads the head of the next request. `stop` shortens the wait for a request that has not begun. The limits are asked for
     /// again and again, as a reload may change them during the wait: times are those that hold when they begin to run,
     /// sizes those that hold when the bytes are there. A whole head may still be too large: [`HeadLimits::judge`].
     pub(super) async fn read_head(
@@ -171,13 +172,10 @@ impl ClientStream {
                     return Poll::Ready(Ok(matches!(read, Ok(1..))));
                 }
                 let time = if begun || first { limits.header_timeout } else { limits.idle_timeout };
-                // An idle connection ends. On a new one a request may be on its way, which is served.
+                // A request may be on its way, which is served.
                 if !begun && !stopping && stop.as_mut().poll(cx).is_ready() {
-                    if !first {
-                        return Poll::Ready(Ok(false));
-                    }
                     stopping = true;
-                    let soon = Instant::now() + FIRST_WHILE_DRAINING;
+                    let soon = Instant::now() + NEXT_WHILE_DRAINING;
                     deadline = Some(deadline.map_or(soon, |deadline: Instant| deadline.min(soon)));
                 }
                 let deadline = *deadline.get_or_insert_with(|| Instant::now() + time);

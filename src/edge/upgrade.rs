@@ -140,8 +140,8 @@ impl Successors {
             (Ok(()), Some(child)) => {
                 let pid = child.id();
                 let watch = move |mut child: Child| match child.wait() {
-                    // It was stopped, or replaced in its turn.
-                    Ok(status) if status.success() => {}
+                    // Stopped, or replaced as well.
+                    Ok(status) if status.success() => log::info!("the process that replaced this one has ended"),
                     Ok(status) => log::error!("the process that replaced this one has ended: {status}"),
                     Err(error) => log::error!("the process that replaced this one is lost: {error}"),
                 };
