@@ -35,6 +35,7 @@ mod workers;
 pub use crate::clock::now;
 pub use crowd::ConnectionLimits;
 pub use listen::{AddressInUse, Listen, ListenerSettings, ServerSettings};
+pub use patience::BodyRate;
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
 pub use peers::unresolved;
 pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
@@ -79,6 +80,7 @@ pub struct EdgeSettings {
     pub timeouts: Timeouts,
     pub shutdown: ShutdownTimes,
     pub connections: ConnectionLimits,
+    pub body_rate: BodyRate,
     /// Names that the admin listener answers to, in lower case.
     pub admin_hosts: Vec<String>,
 }
@@ -99,12 +101,28 @@ pub struct Timeouts {
     pub idle: Duration,
 }
 
+/// A second.
+const MOST_BODY_RATE: u64 = 1 << 30;
+
 impl Timeouts {
     /// Keys of `[limits]`.
     pub fn problems(&self) -> Vec<Problem> {
         let least = Duration::from_millis(100);
         let all = [("header_timeout", self.header), ("idle_timeout", self.idle)];
         all.into_iter().filter_map(|(key, time)| Problem::too_short(key, time, least)).collect()
+    }
+}
+
+impl BodyRate {
+    /// Keys of `[limits]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems: Vec<Problem> =
+            Problem::too_short("body_grace", self.grace, Duration::from_secs(1)).into_iter().collect();
+        if self.bytes.is_some_and(|bytes| !(1..=MOST_BODY_RATE).contains(&bytes)) {
+            let instead = "use \"1B\" to \"1GiB\", or \"none\"";
+            problems.push(Problem::error("body_rate", "is no rate that a client can keep", instead));
+        }
+        problems
     }
 }
 
