@@ -143,8 +143,9 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         first.audit(&first, AuditSource::Process, &version);
     }
     let drain =
-        Drain { manager, lifecycle, metrics, listeners: Arc::clone(&listeners), snapshot: Arc::clone(&snapshot) };
-    background.block_on(drain.run(signals.terminate, signals.interrupt));
+        Drain { manager: manager.clone(), lifecycle, metrics, listeners: Arc::clone(&listeners), snapshot: Arc::clone(&snapshot) };
+    let aborted = background.block_on(drain.run(signals.terminate, signals.interrupt));
+    manager.stopped(aborted);
     // The receivers may be gone.
     let _ = end.send(true);
     drop(workers);
@@ -154,6 +155,8 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     let last = snapshot.load();
     last.pipeline.authenticator.save();
     last.log.flush(Duration::from_secs(2));
+    let result = if aborted == 0 { AuditResult::Done } else { AuditResult::Failed };
+    last.audit(&last, AuditSource::Process, &AuditedAction::new("stopped", result).with("aborted", aborted));
     last.audit.flush(Duration::from_secs(1));
     last.spans.flush(Duration::from_secs(2));
     listeners.lock().socket_files().iter().for_each(|path| remove_socket(path));
@@ -198,7 +201,8 @@ struct Drain {
 }
 
 impl Drain {
-    async fn run(&self, mut terminate: Signals, mut interrupt: Signals) {
+    /// Comes back with the number of requests that did not come to their end.
+    async fn run(&self, mut terminate: Signals, mut interrupt: Signals) -> i64 {
         let signal = next(&mut terminate, &mut interrupt).await;
         {
             let snapshot = self.snapshot.load();
@@ -220,17 +224,23 @@ impl Drain {
             // Logged last, so that it is true when somebody reads it.
             let grace_text = humantime::format_duration(grace);
             log::info!("shutting down: listeners closed, requests in flight have {grace_text} to complete");
-            self.quiet(grace).await;
+            let aborted = self.quiet(grace).await;
             self.last_uses().await;
+            aborted
         };
         tokio::select! {
-            () = orderly => {}
-            _ = next(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
+            aborted = orderly => aborted,
+            _ = next(&mut terminate, &mut interrupt) => {
+                let aborted = self.metrics.requests_in_flight();
+                log::warn!("second signal: shutting down immediately: {aborted} requests are aborted");
+                aborted
+            }
         }
     }
 
-    /// Waits for every connection to end: after its request, or because it has none.
-    async fn quiet(&self, grace: Duration) {
+    /// Waits for every connection to end: after its request, or because it has none. Comes back with the number of requests for
+    /// which that takes too long.
+    async fn quiet(&self, grace: Duration) -> i64 {
         let deadline = Instant::now() + grace;
         // Connections that were just accepted are on their way to a worker, where they are counted.
         tokio::time::sleep(Duration::from_millis(50).min(grace)).await;
@@ -240,10 +250,11 @@ impl Drain {
                 if aborted > 0 {
                     log::warn!("the grace period is over: {aborted} requests are aborted");
                 }
-                return;
+                return aborted;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        0
     }
 
     /// Writes the last uses that the store does not have yet.
