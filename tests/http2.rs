@@ -113,9 +113,15 @@ fn a_shutdown_serves_what_is_open() {
     assert_eq!(ended, Some(0), "{}", gateway.process_log());
 }
 
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let size = u32::try_from(payload.len()).unwrap().to_be_bytes();
     [&size[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// The head of a GET with a token.
+pub(crate) fn get_head(path: &str, token: &str) -> Vec<u8> {
+    let indexed = |name: u8, value: &str| [&[name, u8::try_from(value.len()).unwrap()], value.as_bytes()].concat();
+    [vec![0x82, 0x86], indexed(0x04, path), indexed(0x01, "h.test"), literal("private-token", token)].concat()
 }
 
 /// `:method GET`, `:scheme http`, a path and an authority, without huffman or the dynamic table.
@@ -222,13 +228,13 @@ fn post_head(path: &str) -> Vec<u8> {
 }
 
 /// One connection by hand: reads frames, and keeps them.
-struct Frames {
+pub(crate) struct Frames {
     socket: TcpStream,
     buffer: Vec<u8>,
 }
 
 impl Frames {
-    fn connect(at: SocketAddr) -> Self {
+    pub(crate) fn connect(at: SocketAddr) -> Self {
         let mut socket = TcpStream::connect(at).unwrap();
         socket.set_nodelay(true).unwrap();
         socket.set_read_timeout(Some(crate::harness::PATIENCE)).unwrap();
@@ -240,12 +246,12 @@ impl Frames {
         frames
     }
 
-    fn send(&mut self, frame: &[u8]) {
+    pub(crate) fn send(&mut self, frame: &[u8]) {
         self.socket.write_all(frame).unwrap();
     }
 
     /// The next frame: its kind, flags, stream and payload. `None`: the connection has ended, or nothing comes.
-    fn next(&mut self) -> Option<(u8, u8, u32, Vec<u8>)> {
+    pub(crate) fn next(&mut self) -> Option<(u8, u8, u32, Vec<u8>)> {
         loop {
             if let [a, b, c, kind, flags, stream @ ..] = &self.buffer[..]
                 && let (Some(stream), size) = (stream.first_chunk(), u32::from_be_bytes([0, *a, *b, *c]) as usize)
@@ -265,7 +271,7 @@ impl Frames {
     }
 
     /// The body of a stream's answer, to its end.
-    fn body(&mut self, wanted: u32) -> String {
+    pub(crate) fn body(&mut self, wanted: u32) -> String {
         let mut body = Vec::new();
         while let Some((kind, flags, stream, payload)) = self.next() {
             if stream == wanted && kind == 0 {
@@ -318,10 +324,7 @@ fn a_body_that_is_held_back_by_others_is_not_slow() {
     );
     let (gateway, at) = gateway(&upstream, &more);
     let mut client = Frames::connect(at);
-    let held = [head(), literal("private-token", GOOD)].concat();
-    let path = held.windows(16).position(|part| part == b"/api/v3/projects").unwrap();
-    let held = [&held[..path - 1], &[12], b"/api/v3/held", &held[path + 16..]].concat();
-    client.send(&frame(1, 5, 1, &held));
+    client.send(&frame(1, 5, 1, &get_head("/api/v3/held", GOOD)));
     eventually("the only place is taken", || upstream.seen().len() == 1);
     let waiting = [3, 5, 7, 9];
     for stream in waiting {
@@ -352,12 +355,59 @@ fn the_answer_to_an_upload_that_is_refused_is_seen() {
     for (more, answer) in [
         (&["-T", file][..], "{\"message\":\"413 Request Entity Too Large\"}\n413 2"),
         (&["-T", file, "-H", "Content-Length:"], "{\"message\":\"413 Request Entity Too Large\"}\n413 2"),
-        (&["-T", file, "-H", "PRIVATE-TOKEN: another"], "{\"message\":\"401 Unauthorized\"}\n401 2"),
-        (&["-X", "POST", "-T", file, "-H", "Sudo: root"], "{\"message\":\"403 Forbidden\"}\n403 2"),
+        (&["-T", file, "-H", "Content-Length:", "-H", "PRIVATE-TOKEN: another"], "{\"message\":\"401 Unauthorized\"}\n401 2"),
+        (&["-X", "POST", "-T", file, "-H", "Content-Length:", "-H", "Sudo: root"], "{\"message\":\"403 Forbidden\"}\n403 2"),
     ] {
         for _ in 0..5 {
             let output = curl(at, "/api/v3/up", &[&typed, more].concat());
             assert_eq!((stdout(&output).as_str(), output.status.code()), (answer, Some(0)), "{}", stderr(&output));
         }
     }
+}
+
+#[test]
+fn early_hints_pass_as_over_http1() {
+    let upstream = Upstream::answering(|_| {
+        Reply::raw(format!(
+            "HTTP/1.1 103 Early Hints\r\nLink: </a.css?private_token={GOOD}&x=1>; rel=preload\r\n\r\n\
+             HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
+        ))
+    });
+    let (gateway, at) = gateway(&upstream, "");
+    let answer = curl(at, "/api/v3/projects", &["-v"]);
+    assert_eq!(stdout(&answer), "body\n200 2");
+    let said = stderr(&answer);
+    let hints = said.find("< HTTP/2 103").expect(&said);
+    assert!(said.find("< HTTP/2 200").is_some_and(|last| last > hints), "{said}");
+    assert!(said.contains("< link: </a.css?x=1>; rel=preload"), "{said}");
+    // The client's own request is in there as well.
+    assert!(!said.lines().any(|line| line.starts_with("< ") && line.contains(GOOD)), "{said}");
+    let http1 = gateway.ask(&format!("GET /api/v3/projects HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n\n"));
+    assert_eq!((http1.status, http1.text().as_str()), (200, "body"));
+}
+
+/// RFC 8441 is not offered, and Upgrade does not exist.
+#[test]
+fn websockets_are_refused_and_the_connection_goes_on() {
+    let upstream = Upstream::start();
+    let (_gateway, at) = gateway(&upstream, "");
+    let mut client = Frames::connect(at);
+    let plain = get_head("/api/v3/socket", GOOD);
+    let connect = [&[0x02, 7], &b"CONNECT"[..], &literal(":protocol", "websocket"), &plain[1..]].concat();
+    client.send(&frame(1, 4, 1, &connect));
+    let upgrade = [plain, literal("connection", "upgrade"), literal("upgrade", "websocket")].concat();
+    client.send(&frame(1, 5, 3, &upgrade));
+    let mut ended = Vec::new();
+    while ended.len() < 2 {
+        let (kind, flags, stream, payload) = client.next().expect("the connection goes on");
+        assert!(kind != 7, "GOAWAY");
+        // 200 would be 0x88.
+        assert!(kind != 1 || payload[0] != 0x88, "accepted");
+        if (kind == 3 || matches!(kind, 0 | 1) && flags & 1 != 0) && !ended.contains(&stream) {
+            ended.push(stream);
+        }
+    }
+    assert_eq!(upstream.seen().len(), 0);
+    client.send(&frame(1, 5, 5, &get_head("/api/v3/projects", GOOD)));
+    assert_eq!(client.body(5), "{\"ok\":true}");
 }

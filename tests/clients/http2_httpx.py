@@ -1,4 +1,4 @@
-"""Drives httpx over HTTP/2 and TLS: http2_httpx.py BASE_URL GOOD_TOKEN BAD_TOKEN CA_FILE SLOW (tests/http2_clients.rs)"""
+"""Drives httpx over HTTP/2 and TLS: http2_httpx.py BASE_URL GOOD_TOKEN BAD_TOKEN CA_FILE (tests/http2_clients.rs)"""
 
 import asyncio
 import ssl
@@ -6,7 +6,7 @@ import sys
 
 import httpx
 
-base_url, good_token, bad_token, ca_file, slow = sys.argv[1:]
+base_url, good_token, bad_token, ca_file = sys.argv[1:]
 passed = 0
 
 
@@ -29,10 +29,15 @@ async def main():
         ok("post", (200, str(1 << 20)), await client.post("/api/v3/size", content=bytes(1 << 20), headers=typed))
         for answer in await asyncio.gather(*(client.get(f"/api/v3/x?n={n}") for n in range(100))):
             ok("parallel", (200, "ok"), answer)
-        # The gateway is told to end while these are under way, and another one takes its place.
-        for answer in await asyncio.gather(*(client.get(f"/api/v3/slow?n={n}") for n in range(int(slow)))):
-            ok("drained", (200, "ok"), answer)
-        ok("goes on", (200, "ok"), await client.get("/api/v3/x"))
+        ok("ready", (200, "ok"), await client.get("/api/v3/ready"))
+        # Meanwhile the gateway ends, and another one takes its place.
+        await asyncio.to_thread(sys.stdin.read)
+        try:
+            again = await client.get("/api/v3/x")
+        except httpx.LocalProtocolError:
+            # h2 4.4.1 takes a connection for closed after any GOAWAY, and the PING that follows it for an error.
+            again = await client.get("/api/v3/x")
+        ok("goes on", (200, "ok"), again)
 
 
 asyncio.run(main())
