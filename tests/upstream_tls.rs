@@ -271,12 +271,12 @@ fn a_backend_that_is_not_trusted_gets_nothing() {
     let client_authority = Authority::new();
     let demanding =
         |versions: &[&'static SupportedProtocolVersion]| configured(own(&authority), versions, Some(&client_authority));
-    for (what, served, kind) in [
-        ("another authority", config(own(&other), BOTH), "tls_untrusted"),
-        ("another name", config(authority.issue("DNS:elsewhere.test", 2), BOTH), "tls_name"),
-        ("an address only", config(authority.issue("IP:127.0.0.1", 2), BOTH), "tls_name"),
-        ("expired", config(expired, BOTH), "tls_expired"),
-        ("a client certificate is demanded, TLS 1.2", demanding(TLS12), "tls_handshake"),
+    for (what, served, kind, detail) in [
+        ("another authority", config(own(&other), BOTH), "tls_untrusted", "unknown issuer"),
+        ("another name", config(authority.issue("DNS:elsewhere.test", 2), BOTH), "tls_name", "not for the name localhost"),
+        ("an address only", config(authority.issue("IP:127.0.0.1", 2), BOTH), "tls_name", "not for the name localhost"),
+        ("expired", config(expired, BOTH), "tls_expired", "its certificate expired at 20"),
+        ("a client certificate is demanded, TLS 1.2", demanding(TLS12), "tls_handshake", "client certificate"),
     ] {
         let backend = Backend::start(served, answers_ok);
         let gateway = Gateway::start(nowhere(), &backend.trusting(&authority));
@@ -288,6 +288,8 @@ fn a_backend_that_is_not_trusted_gets_nothing() {
         assert!(backend.received().is_empty(), "{what}");
         let log = gateway.process_log();
         assert!(log.contains(&format!("is down: {kind}")), "{what}: {log}");
+        let told: Vec<&str> = log.lines().filter(|line| line.contains("the TLS handshake failed: ")).collect();
+        assert!(told.len() == 1 && told[0].contains(detail) && !told[0].contains("elsewhere"), "{what}: {log}");
         assert_eq!(gateway.access_log().last().unwrap()["reason"], "upstream_broken", "{what}");
         let upstreams = gateway.admin_get("/upstreams").unwrap().text();
         assert!(upstreams.contains(kind), "{what}: {upstreams}");
