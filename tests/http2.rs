@@ -355,8 +355,14 @@ fn the_answer_to_an_upload_that_is_refused_is_seen() {
     for (more, answer) in [
         (&["-T", file][..], "{\"message\":\"413 Request Entity Too Large\"}\n413 2"),
         (&["-T", file, "-H", "Content-Length:"], "{\"message\":\"413 Request Entity Too Large\"}\n413 2"),
-        (&["-T", file, "-H", "Content-Length:", "-H", "PRIVATE-TOKEN: another"], "{\"message\":\"401 Unauthorized\"}\n401 2"),
-        (&["-X", "POST", "-T", file, "-H", "Content-Length:", "-H", "Sudo: root"], "{\"message\":\"403 Forbidden\"}\n403 2"),
+        (
+            &["-T", file, "-H", "Content-Length:", "-H", "PRIVATE-TOKEN: another"],
+            "{\"message\":\"401 Unauthorized\"}\n401 2",
+        ),
+        (
+            &["-X", "POST", "-T", file, "-H", "Content-Length:", "-H", "Sudo: root"],
+            "{\"message\":\"403 Forbidden\"}\n403 2",
+        ),
     ] {
         for _ in 0..5 {
             let output = curl(at, "/api/v3/up", &[&typed, more].concat());

@@ -96,7 +96,9 @@ impl Setup {
 
 fn started(command: &mut Command) -> Child {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command.spawn().unwrap_or_else(|error| panic!("{} cannot be started: {error}; {HINT}", command.get_program().display()))
+    command
+        .spawn()
+        .unwrap_or_else(|error| panic!("{} cannot be started: {error}; {HINT}", command.get_program().display()))
 }
 
 /// A script with all of the checks in it.
@@ -137,7 +139,12 @@ fn curl_works_over_http2_and_goes_on_when_its_gateway_is_replaced() {
     let curl = |token: &str, more: &[&str]| {
         let mut command = Command::new("curl");
         command.args(["-sS", "--http2", "--max-time", "30", "--cacert", &setup.certificate()]);
-        command.args(["-H", &format!("PRIVATE-TOKEN: {token}"), "-w", " %{http_code} %{http_version} %{num_connects}\n"]);
+        command.args([
+            "-H",
+            &format!("PRIVATE-TOKEN: {token}"),
+            "-w",
+            " %{http_code} %{http_version} %{num_connects}\n",
+        ]);
         command.args(more);
         command
     };

@@ -225,7 +225,10 @@ fn told_of_aborted_requests(gateway: &Gateway, aborted: usize) {
     assert!(page.contains("[1-9][0-9]* requests are aborted"), "the page has an expression for this line");
     let audit = std::fs::read_to_string(gateway.folder.0.join("audit.log")).unwrap();
     let last: serde_json::Value = serde_json::from_str(audit.lines().last().unwrap()).unwrap();
-    assert_eq!((&last["action"], &last["result"], &last["aborted"]), (&"stopped".into(), &"failed".into(), &aborted.into()));
+    assert_eq!(
+        (&last["action"], &last["result"], &last["aborted"]),
+        (&"stopped".into(), &"failed".into(), &aborted.into())
+    );
     let lines = gateway.written_access_log();
     let cut = lines.iter().filter(|line| line["reason"] == "aborted" && line["status"] == 0).count();
     assert_eq!(cut, aborted, "{lines:?}");

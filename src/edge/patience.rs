@@ -209,6 +209,10 @@ mod tests {
         assert_eq!(patience.waited(first, || at(8)).as_secs(), 0);
         assert_eq!(patience.deadline(first, || at(8)).map(|end| end.duration_since(first).as_secs()), Some(17));
         patience.rest_until(first, at(3));
-        assert_eq!(patience.deadline(first, || at(8)).map(|end| end.duration_since(first).as_secs()), Some(17), "never back");
+        assert_eq!(
+            patience.deadline(first, || at(8)).map(|end| end.duration_since(first).as_secs()),
+            Some(17),
+            "never back"
+        );
     }
 }

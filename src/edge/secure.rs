@@ -159,7 +159,7 @@ fn described_certificate(why: &rustls::CertificateError) -> Cow<'static, str> {
             format!("its certificate is not for the name {}", expected.to_str()).into()
         }
         C::NotValidForName => "its certificate is not for the name".into(),
-        C::BadSignature => "a signature in its certificate's chain is wrong".into(),
+        C::BadSignature => "a signature in its certificate's chain is wrong: is it from an authority of the same name with another key?".into(),
         C::BadEncoding => "its certificate cannot be read".into(),
         C::InvalidPurpose | C::InvalidPurposeContext { .. } => "its certificate is not one for servers".into(),
         C::UnhandledCriticalExtension => "its certificate has a critical extension that is not known".into(),

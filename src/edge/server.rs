@@ -142,8 +142,13 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         let first = snapshot.load();
         first.audit(&first, AuditSource::Process, &version);
     }
-    let drain =
-        Drain { manager: manager.clone(), lifecycle, metrics, listeners: Arc::clone(&listeners), snapshot: Arc::clone(&snapshot) };
+    let drain = Drain {
+        manager: manager.clone(),
+        lifecycle,
+        metrics,
+        listeners: Arc::clone(&listeners),
+        snapshot: Arc::clone(&snapshot),
+    };
     let aborted = background.block_on(drain.run(signals.terminate, signals.interrupt));
     manager.stopped(aborted);
     // The receivers may be gone.

@@ -35,7 +35,9 @@ fn asked(case: &Case) -> Result<Asked, &'static str> {
     let (head, rest) = (&bytes[..end], &bytes[end + 4..]);
     let mut lines = split(head, b"\r\n").into_iter();
     let line: Vec<&[u8]> = lines.next().unwrap_or_default().split(|byte| *byte == b' ').collect();
-    let [method, target, b"HTTP/1.1"] = line[..] else { return Err("a request line of HTTP/1's own, or another version") };
+    let [method, target, b"HTTP/1.1"] = line[..] else {
+        return Err("a request line of HTTP/1's own, or another version");
+    };
     if !(target.starts_with(b"/") || target == b"*") {
         return Err("a target that is no path");
     }
@@ -53,7 +55,9 @@ fn asked(case: &Case) -> Result<Asked, &'static str> {
     }
     let body = match &framing[..] {
         [] if rest.is_empty() => Vec::new(),
-        [(name, length)] if name == b"content-length" && *length == rest.len().to_string().into_bytes() => rest.to_vec(),
+        [(name, length)] if name == b"content-length" && *length == rest.len().to_string().into_bytes() => {
+            rest.to_vec()
+        }
         [(name, coding)] if name == b"transfer-encoding" && coding == b"chunked" => {
             fields.retain(|(name, _)| name != b"transfer-encoding");
             unchunked(rest).ok_or("a framing of HTTP/1's own")?
@@ -193,7 +197,9 @@ impl Asked {
                 let mut piece = [0; 16_384];
                 match socket.read(&mut piece) {
                     Ok(n @ 1..) => buffer.extend_from_slice(&piece[..n]),
-                    Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {
+                    Err(error)
+                        if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) =>
+                    {
                         panic!("nothing comes for {:?}", String::from_utf8_lossy(&self.target));
                     }
                     _ => return status.map_or(Outcome::Ended, Outcome::Status),
