@@ -331,12 +331,18 @@ fn time_that_the_backend_takes_does_not_count_against_the_client() {
         let _: std::io::Result<()> = socket.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
     });
     // A rate that is missed by far if the pause counts.
-    let gateway = Gateway::start(upstream.address(), "[limits]\nbody_rate = \"1MiB\"\nbody_grace = \"1s\"\n");
+    let gateway = Gateway::start(upstream.address(), "[limits]\nbody_rate = \"64MiB\"\nbody_grace = \"1s\"\n");
     let mut client = gateway.client();
     client.send(&upload(&format!("Content-Length: {SIZE}")));
     let mut socket = client.socket.try_clone().unwrap();
-    // It may be refused meanwhile, which is seen below.
-    let sender = std::thread::spawn(move || (0..SIZE >> 18).all(|_| socket.write_all(&[b'x'; 1 << 18]).is_ok()));
+    let sender = std::thread::spawn(move || {
+        // It may be refused meanwhile, which is seen below.
+        let mut send = |count: usize| (0..count).all(|_| socket.write_all(&[b'x'; 1 << 20]).is_ok());
+        let most = send((SIZE >> 20) - 1);
+        // A pause that the grace allows once, if nothing else has used it up.
+        std::thread::sleep(Duration::from_millis(700));
+        most && send(1)
+    });
     std::thread::sleep(Duration::from_secs(4));
     assert!(!sender.is_finished(), "the backend holds nothing back");
     go.send(()).unwrap();
