@@ -92,8 +92,11 @@ fn every_change_is_written_down_with_who_made_it() {
     let all = entries(&gateway, "audit.log");
     assert_eq!(
         (all.len(), all[count]["action"].as_str(), all[count]["signal"].as_str()),
-        (count + 1, Some("stop"), Some("SIGTERM"))
+        (count + 2, Some("stop"), Some("SIGTERM"))
     );
+    let last = all[count + 1].as_object().unwrap();
+    assert_eq!((&last["source"], &last["action"]), (&json!("process"), &json!("stopped")));
+    assert_eq!((&last["result"], &last["aborted"]), (&json!("ok"), &json!(0)));
     let text = std::fs::read_to_string(gateway.folder.0.join("audit.log")).unwrap();
     assert!(!text.contains(GOOD), "a token is in the audit log");
 }

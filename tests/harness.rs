@@ -220,7 +220,7 @@ impl Gateway {
 
     /// What of it is in the file. A line that crosses a page of the file can be seen half written: it counts once its end is
     /// there.
-    fn written_access_log(&self) -> Vec<serde_json::Value> {
+    pub fn written_access_log(&self) -> Vec<serde_json::Value> {
         let text = std::fs::read_to_string(self.folder.0.join("access.log")).unwrap_or_default();
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         whole.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()

@@ -27,6 +27,8 @@ packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv 
 packages+=(nginx-light)
 # For tests/readers: PHP, and a compiler for the reader in Go.
 packages+=(php-cgi golang-go)
+# A client of HTTP/2 (tests/http2_clients.rs).
+packages+=(nghttp2-client)
 # For `make guard`, which counts instructions.
 packages+=(valgrind gcc libc6-dev libc6-dbg)
 # Node and npm by whatever way they came; Debian's own otherwise.
@@ -138,12 +140,12 @@ else
   say "Python clients installed in $venv"
 fi
 
-# ---- Readers on Node and Go ----
+# ---- Readers on Node and Go, and a client in Go ----
 
 readers=target/readers
 apps=tests/readers
 stamp=$readers/.tollgate-stamp
-wanted_stamp="$(node --version) $(go version) $(cat $apps/package.json $apps/package-lock.json $apps/apps/reader.go | sha256sum)"
+wanted_stamp="$(node --version) $(go version) $(cat $apps/package.json $apps/package-lock.json $apps/apps/reader.go tests/clients/http2_go.go | sha256sum)"
 if [[ -f $stamp && $(<"$stamp") == "$wanted_stamp" ]]; then
   say "readers are in $readers"
 else
@@ -154,6 +156,8 @@ else
     || fail "npm ci: see the lines above; is an npm registry reachable?"
   as_caller env GO111MODULE=off go build -o "$readers/reader-go" "$apps/apps/reader.go" \
     || fail "go build $apps/apps/reader.go: see the lines above"
+  as_caller env GO111MODULE=off go build -o "$readers/http2-go" tests/clients/http2_go.go \
+    || fail "go build tests/clients/http2_go.go: see the lines above"
   echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null
   say "readers installed in $readers"
 fi

@@ -37,5 +37,6 @@ fn the_service_manager_is_told_of_start_reload_and_stop_and_the_watchdog_is_fed(
     next("READY=1");
     gateway.signal("TERM");
     next("STOPPING=1");
+    next("STATUS=stopped, all requests were served");
     assert_eq!(gateway.ended().code(), Some(0));
 }

@@ -26,6 +26,7 @@ mod deploy;
 mod forwarding;
 mod http2;
 mod http2_backends;
+mod http2_clients;
 mod lanes;
 mod ledger;
 mod lifecycle;

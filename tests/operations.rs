@@ -195,6 +195,8 @@ fn the_grace_period_bounds_the_drain() {
     let (upstream, _closed) = slow_upstream();
     let more = "[server]\nlisten = [\"@LISTEN@\"]\nthreads = 1\nshutdown_grace = \"1s\"\n";
     let mut gateway = Gateway::start(upstream.address, more);
+    gateway.rewrite(|text| text.replace("[admin]\n", "[admin]\naudit = \"audit.log\"\n"));
+    assert_eq!(gateway.admin_post("/reload").status, 200);
     let mut clients = in_flight(&gateway, &upstream, 2);
     let asked = Instant::now();
     gateway.signal("TERM");
@@ -202,7 +204,24 @@ fn the_grace_period_bounds_the_drain() {
     let took = asked.elapsed();
     assert!((SECOND..4 * SECOND).contains(&took), "took {took:?}");
     assert!(clients[0].try_answer().is_none(), "an answer to a request that was cut off");
-    assert!(gateway.process_log().contains("are aborted"), "{}", gateway.process_log());
+    told_of_aborted_requests(&gateway, 2);
+}
+
+/// No scrape sees it, so the logs have to tell; by the same expressions as docs/operations.md gives for alerts.
+fn told_of_aborted_requests(gateway: &Gateway, aborted: usize) {
+    let page = std::fs::read_to_string(repository("docs/operations.md")).unwrap();
+    let told = format!("{aborted} requests are aborted");
+    assert!(gateway.process_log().contains(&told), "{}", gateway.process_log());
+    assert!(page.contains("[1-9][0-9]* requests are aborted"), "the page has an expression for this line");
+    let audit = std::fs::read_to_string(gateway.folder.0.join("audit.log")).unwrap();
+    let last: serde_json::Value = serde_json::from_str(audit.lines().last().unwrap()).unwrap();
+    assert_eq!(
+        (&last["action"], &last["result"], &last["aborted"]),
+        (&"stopped".into(), &"failed".into(), &aborted.into())
+    );
+    let lines = gateway.written_access_log();
+    let cut = lines.iter().filter(|line| line["reason"] == "aborted" && line["status"] == 0).count();
+    assert_eq!(cut, aborted, "{lines:?}");
 }
 
 // ---- Reloading ----

@@ -240,3 +240,112 @@ trait TakeWhileInclusive: Iterator<Item = f64> + Sized {
 }
 
 impl<I: Iterator<Item = f64>> TakeWhileInclusive for I {}
+
+const RATE: &str = "[limits]\nbody_rate = \"500B\"\nbody_grace = \"1s\"\n";
+
+fn upload(framing: &str) -> Vec<u8> {
+    let head = format!(
+        "POST /api/v3/x HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\nContent-Type: application/octet-stream\n{framing}\n\n"
+    );
+    head.replace('\n', "\r\n").into_bytes()
+}
+
+#[test]
+fn bodies_below_the_least_rate_are_cut_and_counted() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, RATE);
+    let every = Duration::from_millis(100);
+    let (length, chunked) = (upload("Content-Length: 100000"), upload("Transfer-Encoding: chunked"));
+    // 100 bytes a second use a second up in 1.25.
+    let cases: [(&str, &[u8], Pace); 4] = [
+        ("with a length", &length, Pace::Drip(b"0123456789", every)),
+        ("in chunks", &chunked, Pace::Drip(b"A\r\n0123456789\r\n", every)),
+        ("a chunk's length that goes on", &chunked, Pace::Drip(b"0", every)),
+        ("nothing at all", &length, Pace::Silence),
+    ];
+    std::thread::scope(|scope| {
+        for (name, start, pace) in cases {
+            let socket = TcpStream::connect(gateway.address).unwrap();
+            scope.spawn(move || {
+                let (took, said) = cut_after(socket, start, pace);
+                assert_about(name, took, Duration::from_millis(1_250));
+                let refused = said.starts_with("HTTP/1.1 408 ") && said.contains("Connection: close");
+                // What is no size of a chunk is found after 16 digits.
+                assert!(refused || name.starts_with("a chunk's"), "{name}: {said:?}");
+            });
+        }
+    });
+    let reasons = || -> Vec<String> {
+        gateway.access_log().iter().filter_map(|line| line["reason"].as_str().map(str::to_owned)).collect()
+    };
+    eventually("all are logged", || reasons().len() == 4);
+    let slow = reasons().iter().filter(|reason| *reason == "body_rate").count();
+    assert!(slow >= 3, "{:?}", reasons());
+    assert_eq!(gateway.metric("tollgate_slow_bodies_total{reason=\"body_rate\"}"), slow as f64);
+}
+
+#[test]
+fn bodies_above_the_least_rate_are_not_cut_and_may_pause_for_what_they_were_faster() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, RATE);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut steady = gateway.client();
+            steady.send(&upload("Content-Length: 2800"));
+            for _ in 0..40 {
+                steady.send(&[b'x'; 70]);
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            assert_eq!(steady.answer().status, 200);
+        });
+        scope.spawn(|| {
+            let mut pausing = gateway.client();
+            pausing.send(&upload("Content-Length: 5001"));
+            pausing.send(&[b'x'; 5000]);
+            // Ten seconds were bought.
+            std::thread::sleep(Duration::from_secs(4));
+            pausing.send(b"x");
+            assert_eq!(pausing.answer().status, 200);
+        });
+    });
+    assert_eq!(gateway.metric("tollgate_slow_bodies_total{reason=\"body_rate\"}"), 0.0);
+}
+
+/// A backend that takes nothing makes every client slow.
+#[test]
+fn time_that_the_backend_takes_does_not_count_against_the_client() {
+    const SIZE: usize = 32 << 20;
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let wait = std::sync::Mutex::new(wait);
+    let upstream = crate::servers::http::HttpServer::start_raw(move |mut socket| {
+        let mut piece = vec![0; 256 * 1024];
+        let Ok(n @ 1..) = socket.read(&mut piece) else { return };
+        let mut total = n - find(&piece[..n], b"\r\n\r\n").unwrap() - 4;
+        let _: Result<(), _> = wait.lock().unwrap().recv_timeout(PATIENCE);
+        while total < SIZE {
+            match socket.read(&mut piece) {
+                Ok(n @ 1..) => total += n,
+                _ => return,
+            }
+        }
+        let _: std::io::Result<()> = socket.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+    });
+    // A rate that is missed by far if the pause counts.
+    let gateway = Gateway::start(upstream.address(), "[limits]\nbody_rate = \"64MiB\"\nbody_grace = \"1s\"\n");
+    let mut client = gateway.client();
+    client.send(&upload(&format!("Content-Length: {SIZE}")));
+    let mut socket = client.socket.try_clone().unwrap();
+    let sender = std::thread::spawn(move || {
+        // It may be refused meanwhile, which is seen below.
+        let mut send = |count: usize| (0..count).all(|_| socket.write_all(&[b'x'; 1 << 20]).is_ok());
+        let most = send((SIZE >> 20) - 1);
+        // A pause that the grace allows once, if nothing else has used it up.
+        std::thread::sleep(Duration::from_millis(700));
+        most && send(1)
+    });
+    std::thread::sleep(Duration::from_secs(4));
+    assert!(!sender.is_finished(), "the backend holds nothing back");
+    go.send(()).unwrap();
+    assert_eq!(client.answer().status, 200);
+    assert!(sender.join().unwrap());
+}

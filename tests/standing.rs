@@ -2,6 +2,7 @@
 //! nobody else's.
 
 use crate::harness::{Client, FRAMEWORK_LANE, Gateway, Latch, PATIENCE, Upstream, eventually, sha256_hex};
+use crate::http2::{Frames, frame, get_head};
 use crate::servers::http::{HttpServer, Reply};
 use crate::support::{Store, stderr};
 use std::io::{Read as _, Write as _};
@@ -108,6 +109,45 @@ fn a_revoked_token_ends_what_goes_on() {
     eventually("all are logged", || reasons(&gateway).len() == 3);
     assert_eq!(reasons(&gateway).iter().filter(|reason| *reason == "revoked").count(), 2, "{:?}", reasons(&gateway));
     assert_eq!(gateway.metric("tollgate_exchanges_ended_total{reason=\"revoked\"}"), 2.0);
+}
+
+/// The streams of one connection have tokens of their own.
+#[test]
+fn over_http2_a_revoked_token_ends_its_streams_and_no_others() {
+    let (backend, done) = endless();
+    let store = Store::with([("stays-valid-0001", "bob")]);
+    let at = std::net::SocketAddr::from((std::net::Ipv4Addr::LOCALHOST, crate::harness::free_port()));
+    let gateway = Gateway::start(backend.address(), &format!("{}[[listener]]\naddress = \"{at}\"\n", store.section()));
+    let token = store.create("alice");
+    let mut client = Frames::connect(at);
+    client.send(&frame(1, 5, 1, &get_head(TARGET, &token)));
+    client.send(&frame(1, 5, 3, &get_head(TARGET, "stays-valid-0001")));
+    // Both have to be under way when the token ends.
+    let mut begun = [false; 2];
+    while begun != [true; 2] {
+        let (kind, _, stream, _) = client.next().expect("both answers begin");
+        begun[usize::from(stream == 3)] |= kind == 0;
+    }
+    std::thread::sleep(WATCHED);
+    let revoked = revoke(&store, &token);
+    let reset = loop {
+        let (kind, flags, stream, payload) = client.next().expect("the connection goes on");
+        assert!(kind != 7 && (kind != 0 || flags & 1 == 0), "no whole answer, no GOAWAY");
+        if kind == 3 {
+            break (stream, payload);
+        }
+    };
+    assert!(revoked.elapsed() < BOUND, "the download went on for {:?}", revoked.elapsed());
+    assert_eq!(reset, (1, vec![0, 0, 0, 2]), "INTERNAL_ERROR, so that nobody takes it for whole");
+    // The other one goes on, and comes to its end.
+    for _ in 0..5 {
+        let (kind, _, stream, _) = client.next().expect("the connection goes on");
+        assert_eq!((kind, stream), (0, 3));
+    }
+    done.store(true, SeqCst);
+    drop(client.body(3));
+    eventually("all are logged", || reasons(&gateway).len() == 2);
+    assert_eq!(reasons(&gateway), ["revoked", "ok"]);
 }
 
 #[test]

@@ -265,18 +265,24 @@ fn bodies_of_some_mebibytes_pass_both_ways() {
 /// Why no connection is made, as the client, the metric, the log and the operator see it.
 #[test]
 fn a_backend_that_is_not_trusted_gets_nothing() {
-    let (authority, other) = (Authority::new(), Authority::new());
+    let (authority, other, stranger) = (Authority::new(), Authority::new(), Authority::named("a-stranger"));
     let expired = authority.issue("DNS:localhost", 0);
     std::thread::sleep(Duration::from_millis(1_100));
     let client_authority = Authority::new();
     let demanding =
         |versions: &[&'static SupportedProtocolVersion]| configured(own(&authority), versions, Some(&client_authority));
-    for (what, served, kind) in [
-        ("another authority", config(own(&other), BOTH), "tls_untrusted"),
-        ("another name", config(authority.issue("DNS:elsewhere.test", 2), BOTH), "tls_name"),
-        ("an address only", config(authority.issue("IP:127.0.0.1", 2), BOTH), "tls_name"),
-        ("expired", config(expired, BOTH), "tls_expired"),
-        ("a client certificate is demanded, TLS 1.2", demanding(TLS12), "tls_handshake"),
+    for (what, served, kind, detail) in [
+        ("another authority", config(own(&stranger), BOTH), "tls_untrusted", "unknown issuer"),
+        ("one with the same name", config(own(&other), BOTH), "tls_untrusted", "an authority of the same name"),
+        (
+            "another name",
+            config(authority.issue("DNS:elsewhere.test", 2), BOTH),
+            "tls_name",
+            "not for the name localhost",
+        ),
+        ("an address only", config(authority.issue("IP:127.0.0.1", 2), BOTH), "tls_name", "not for the name localhost"),
+        ("expired", config(expired, BOTH), "tls_expired", "its certificate expired at 20"),
+        ("a client certificate is demanded, TLS 1.2", demanding(TLS12), "tls_handshake", "client certificate"),
     ] {
         let backend = Backend::start(served, answers_ok);
         let gateway = Gateway::start(nowhere(), &backend.trusting(&authority));
@@ -288,6 +294,8 @@ fn a_backend_that_is_not_trusted_gets_nothing() {
         assert!(backend.received().is_empty(), "{what}");
         let log = gateway.process_log();
         assert!(log.contains(&format!("is down: {kind}")), "{what}: {log}");
+        let told: Vec<&str> = log.lines().filter(|line| line.contains("the TLS handshake failed: ")).collect();
+        assert!(told.len() == 1 && told[0].contains(detail) && !told[0].contains("elsewhere"), "{what}: {log}");
         assert_eq!(gateway.access_log().last().unwrap()["reason"], "upstream_broken", "{what}");
         let upstreams = gateway.admin_get("/upstreams").unwrap().text();
         assert!(upstreams.contains(kind), "{what}: {upstreams}");

@@ -410,6 +410,12 @@ section! {
         body_bytes: Option<Bytes> = r#""none""#,
         /// Time for the whole request head, from its first byte. A slower one gets 408.
         header_timeout: Duration = r#""10s""#,
+        /// The least rate of a request body, in bytes a second: "1B" to "1GiB", or "none". A body that is slower gets 408. Time
+        /// in which the backend takes nothing does not count. 500B is what Apache asks for (mod_reqtimeout, MinRate=500).
+        body_rate: Option<Bytes> = r#""500B""#,
+        /// How much longer than at that rate a body may take: at least "1s". Bytes that come faster are counted for later waits, up
+        /// to a minute. A pause within a body may not be longer than a minute in any case.
+        body_grace: Duration = r#""20s""#,
         /// How long a connection may stay open without a request.
         idle_timeout: Duration = r#""75s""#,
         /// Connections of all clients together, or "none". Further ones are closed before their first byte. In any case, a quarter

@@ -6,7 +6,7 @@ use super::places::Places;
 use super::section::{nearest, suggestion};
 use super::{Diagnostic, Document, File};
 use crate::edge::{
-    CertificateFiles, ConnectionLimits, EdgeSettings, ListenerSettings, ListenerTlsSettings, ServerSettings,
+    BodyRate, CertificateFiles, ConnectionLimits, EdgeSettings, ListenerSettings, ListenerTlsSettings, ServerSettings,
     ShutdownTimes, Timeouts, TlsProfile,
 };
 use crate::forward::{BackendCredential, ForwardRules};
@@ -124,6 +124,8 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         requests: file.limits.requests_per_connection,
     };
     gather.all("limits", connections.problems());
+    let body_rate = BodyRate { bytes: file.limits.body_rate.map(|size| size.0), grace: file.limits.body_grace };
+    gather.all("limits", body_rate.problems());
     gather.all("server", rules.trusted_proxies.problems());
     let cache = CacheSettings {
         positive_ttl: file.cache.positive_ttl,
@@ -174,6 +176,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
             timeouts,
             shutdown: ShutdownTimes { drain_delay: file.server.drain_delay, grace: file.server.shutdown_grace },
             connections,
+            body_rate,
             admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
         },
         access_log: log_target(&file.log.access),

@@ -2,6 +2,7 @@
 //! the byte where it ends, and nothing beyond. The framework reads through this and so never sees a byte of a next
 //! request, of a body that is framed in doubt, or of a tunnel that no backend has agreed to.
 
+use super::http2::SharedWindow;
 use super::patience::{Flag, Timer};
 use super::socket::{Socket, SocketReader, SocketWriter, give_back};
 use crate::request::chunked::ChunkedBody;
@@ -275,6 +276,14 @@ impl ClientStream {
         .await
     }
 
+    /// What its body has to share with others before it can be sent.
+    pub(super) fn shared_window(&self) -> Option<SharedWindow> {
+        match &self.socket {
+            Some(Socket::ClientHttp2(stream)) => Some(stream.shared_window()),
+            _ => None,
+        }
+    }
+
     /// Both directions at once, for the lane of our own.
     pub(super) fn split(&mut self) -> Option<(ClientReader<'_>, SocketWriter<'_>, &mut Timer)> {
         let Self { socket, ahead, body, timer, .. } = self;
@@ -451,6 +460,9 @@ impl ClientReader<'_> {
 
 /// Says that nothing more will come, and reads on for a short while.
 async fn linger(mut socket: Socket) {
+    if let Socket::ClientHttp2(stream) = socket {
+        return stream.linger(LINGER_TIME, LINGER_BYTES).await;
+    }
     let read_on = async {
         if socket.shutdown().await.is_err() {
             return;

@@ -414,6 +414,9 @@ impl Exchange {
         if facts.query_token {
             metrics.query_token();
         }
+        if let Some(refusal) = self.ending.refusal.filter(Refusal::is_of_slow_body) {
+            metrics.slow_body(refusal.reason());
+        }
         let refused = self.ending.refusal.and_then(|refusal| Some((refusal.auth_result()?, refusal.reason())));
         match refused {
             Some((result, reason)) => metrics.auth(result, reason, facts.source),

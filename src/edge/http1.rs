@@ -7,7 +7,8 @@ use super::backend::BackendConnection;
 use super::client::{After, BodyEnd, ClientReader, ClientStream};
 use super::connection::Gate;
 use super::exchange::End;
-use super::patience::{Count, Flag, Patience, Timer};
+use super::http2::SharedWindow;
+use super::patience::{Count, Flag, Patience, Timer, WaitCredit};
 use super::peers::Peers;
 use super::recheck::{self, Recheck, Standing};
 use super::secure;
@@ -87,6 +88,10 @@ struct Transfer {
     /// The upload waits for the client, not for the backend.
     client_is_due: Flag,
     upload: Patience,
+    /// How long the client's body may still be waited for.
+    credit: WaitCredit,
+    /// What else the client has to wait for before it can send.
+    window: Option<SharedWindow>,
     /// The download waits for the backend, not for the client.
     backend_is_due: Flag,
     download: Patience,
@@ -97,7 +102,8 @@ struct Transfer {
 }
 
 impl Transfer {
-    fn begin(now: Instant, ticket: &Ticket, per_try: Option<Duration>) -> Self {
+    fn begin(now: Instant, ticket: &Ticket, per_try: Option<Duration>, window: Option<SharedWindow>) -> Self {
+        let rate = ticket.exchange.snapshot.settings.body_rate;
         let progress = Self {
             started: now,
             begun: Flag::default(),
@@ -110,6 +116,8 @@ impl Transfer {
             flooded: Flag::default(),
             client_is_due: Flag::default(),
             upload: Patience::default(),
+            credit: WaitCredit::new(rate, BODY_READ_TIMEOUT),
+            window,
             backend_is_due: Flag::default(),
             download: Patience::default(),
             per_try,
@@ -137,6 +145,7 @@ impl Transfer {
             self.upload.rest();
             None
         } else {
+            self.forgive_held_back();
             self.upload.deadline(self.started, &mut clock)
         };
         let down = if self.backend_is_due.is_set() && !self.sent.is_set() && !self.expecting.is_set() {
@@ -148,8 +157,7 @@ impl Transfer {
         if let Some(up) = up
             && down.is_none_or(|down| up <= down)
         {
-            let slow_client = Breakage::Request(RequestFault::BodyTimeout);
-            return Some((up, if self.client_is_due.is_set() { slow_client } else { Breakage::TIMED_OUT }));
+            return Some((up, if self.client_is_due.is_set() { self.slow_client() } else { Breakage::TIMED_OUT }));
         }
         let slow = match (self.backend_is_due.is_set(), self.heard.is_set() || self.per_try.is_none()) {
             (false, _) => Breakage::ClientGone,
@@ -159,13 +167,33 @@ impl Transfer {
         down.map(|down| (down, slow))
     }
 
+    /// A client that cannot send because the gateway does not read is not slow.
+    fn forgive_held_back(&self) {
+        let Some(window) = self.window.as_ref().filter(|_| self.client_is_due.is_set()) else { return };
+        if window.is_held_back() {
+            self.upload.rest();
+        } else if let Some(freed) = window.freed() {
+            self.upload.rest_until(self.started, freed);
+        }
+    }
+
+    /// What it means that the client was waited for in vain.
+    fn slow_client(&self) -> Breakage {
+        let is_pause = self.credit.left().is_none_or(|left| left >= BODY_READ_TIMEOUT);
+        Breakage::Request(if is_pause { RequestFault::BodyTimeout } else { RequestFault::BodyTooSlow })
+    }
+
     fn status(&self) -> Option<u16> {
         u16::try_from(self.status.get()).ok().filter(|status| *status > 0)
     }
 
     fn waits_for_client_body(&self) {
         self.client_is_due.set(true);
-        self.upload.begin(BODY_READ_TIMEOUT);
+        self.upload.begin(self.credit.left().map_or(BODY_READ_TIMEOUT, |left| left.min(BODY_READ_TIMEOUT)));
+    }
+
+    fn client_sent(&self, bytes: usize) {
+        self.credit.received(bytes, self.upload.waited(self.started, Instant::now));
     }
 
     fn waits_for_backend_to_take(&self) {
@@ -203,7 +231,7 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
             Err(NoServer::Busy) => match Box::pin(wait_for_server(client, ticket, &gate.snapshot)).await {
                 Ok(picked) => picked,
                 Err(broken) => {
-                    let nothing = Transfer::begin(Instant::now(), ticket, None);
+                    let nothing = Transfer::begin(Instant::now(), ticket, None, None);
                     return end_broken(client, ticket, &nothing, broken).await;
                 }
             },
@@ -248,7 +276,7 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
         ticket.exchange.connected(reused);
         // A route's own time for a response may be less.
         let per_try = peers.timeouts.per_try.filter(|time| *time < ticket.exchange.read_timeout(peers));
-        let progress = Transfer::begin(now, ticket, per_try);
+        let progress = Transfer::begin(now, ticket, per_try, client.shared_window());
         let result = attempt(client, &mut backend, head, ticket, peers, &progress, gate).await;
         match result {
             Ok(Answered::Switched) => {
@@ -512,6 +540,7 @@ impl Upload<'_> {
                 return Ok(());
             };
             let body = self.client.bytes(&piece);
+            self.progress.client_sent(body.len());
             judge(&mut self.scanner, self.limit, self.progress.body_sent.get(), body, piece.last)?;
             self.progress.waits_for_backend_to_take();
             let mut size = ChunkSize::default();

@@ -61,7 +61,8 @@ pub(super) async fn serve(gate: Arc<Gate>, socket: Socket, ahead: BytesMut, arri
         .handshake(watch);
     // A client that does not get on with it is gone.
     let Ok(Ok(connection)) = timeout(limits.header_timeout, handshake).await else { return };
-    Conversation { gate, arrival, cut, connection, tasks: Arc::default(), idle_since: Instant::now() }.run().await;
+    let (tasks, window) = (Arc::default(), SharedWindow::default());
+    Conversation { gate, arrival, cut, connection, tasks, window, idle_since: Instant::now() }.run().await;
 }
 
 struct Conversation {
@@ -71,7 +72,46 @@ struct Conversation {
     connection: Connection<FrameWatch<Socket>, Bytes>,
     /// Requests at work.
     tasks: Arc<AtomicUsize>,
+    window: SharedWindow,
     idle_since: Instant,
+}
+
+/// What all bodies of a connection have to share: the room for bytes that nobody has taken yet. Bodies that are not being read
+/// may fill it, and then the client cannot send any other one either.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SharedWindow(Arc<UnreadBodies>);
+
+#[derive(Debug, Default)]
+struct UnreadBodies {
+    /// Bodies that are not at their end, and that nobody waits for.
+    count: AtomicUsize,
+    /// When there were last so many that they could fill the window.
+    freed: Mutex<Option<Instant>>,
+}
+
+/// Bodies that fill the window if none of them is read.
+const BODIES_THAT_FILL: usize = (CONNECTION_WINDOW / STREAM_WINDOW) as usize;
+
+impl SharedWindow {
+    fn not_read(&self) {
+        self.0.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn read(&self) {
+        if self.0.count.fetch_sub(1, Ordering::Relaxed) == BODIES_THAT_FILL {
+            *self.0.freed.lock() = Some(Instant::now());
+        }
+    }
+
+    /// The client may be unable to send for what the gateway does not read.
+    pub(super) fn is_held_back(&self) -> bool {
+        self.0.count.load(Ordering::Relaxed) >= BODIES_THAT_FILL
+    }
+
+    /// Since when it is able to again.
+    pub(super) fn freed(&self) -> Option<Instant> {
+        *self.0.freed.lock()
+    }
 }
 
 /// One request at work.
@@ -143,7 +183,7 @@ impl Conversation {
             false => BodyBytes::Chunked,
         };
         let stream = Http2Stream {
-            request: RequestSide { head: Some(head), body, bytes: body_state },
+            request: RequestSide::new(head, body, body_state, self.window.clone()),
             answer: Mutex::new(AnswerSide::new(respond, parts.method == Method::HEAD)),
         };
         self.tasks.fetch_add(1, Ordering::Relaxed);
@@ -225,6 +265,26 @@ impl Http2Stream {
         (Http2Reader { request: &mut self.request, answer: &self.answer }, Http2Writer(&self.answer))
     }
 
+    pub(super) fn shared_window(&self) -> SharedWindow {
+        self.request.window.clone()
+    }
+
+    /// Reads on behind the answer, for a while and up to a number of bytes, and lets the client send no more then. Some clients
+    /// take a stream that is reset at once for one that has failed, and do not show its answer.
+    pub(super) async fn linger(mut self: Box<Self>, time: Duration, most: usize) {
+        self.reset_when_dropped();
+        let read_on = async {
+            let mut left = most;
+            while left > 0 {
+                let Some(Ok(data)) = poll_fn(|cx| self.request.poll_data(cx)).await else { return };
+                left = left.saturating_sub(data.len().max(1));
+            }
+            poll_fn(|cx| self.answer.lock().poll_reset(cx)).await;
+        };
+        // After the time-out or before: the stream ends here.
+        let _ = timeout(time, read_on).await;
+    }
+
     /// Nobody may take what was written for a whole answer.
     pub(super) fn reset_when_dropped(&self) {
         self.answer.lock().reset(Reason::INTERNAL_ERROR);
@@ -240,6 +300,43 @@ struct RequestSide {
     head: Option<Vec<u8>>,
     body: RecvStream,
     bytes: BodyBytes,
+    window: SharedWindow,
+    /// Somebody waits for the body, or it is over.
+    is_read: bool,
+}
+
+impl RequestSide {
+    fn new(head: Vec<u8>, body: RecvStream, bytes: BodyBytes, window: SharedWindow) -> Self {
+        let is_read = body.is_end_stream();
+        if !is_read {
+            window.not_read();
+        }
+        Self { head: Some(head), body, bytes, window, is_read }
+    }
+
+    fn set_read(&mut self, is_read: bool) {
+        if std::mem::replace(&mut self.is_read, is_read) != is_read {
+            if is_read { self.window.read() } else { self.window.not_read() }
+        }
+    }
+
+    /// The next piece of the body, which the client may replace at once. `None`: the body is over.
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        let polled = self.body.poll_data(cx);
+        self.set_read(!matches!(polled, Poll::Ready(Some(Ok(_)))));
+        Poll::Ready(ready!(polled).map(|data| {
+            let data = data.map_err(io::Error::other)?;
+            self.body.flow_control().release_capacity(data.len()).map_err(io::Error::other)?;
+            Ok(data)
+        }))
+    }
+}
+
+impl Drop for RequestSide {
+    /// What nobody has read is given back.
+    fn drop(&mut self) {
+        self.set_read(true);
+    }
 }
 
 /// How the rest of a request is written down.
@@ -265,9 +362,9 @@ impl Http2Reader<'_> {
             return Poll::Ready(Ok(head.len()));
         }
         while self.request.bytes != BodyBytes::Ended {
-            let data = match ready!(self.request.body.poll_data(cx)) {
+            let data = match ready!(self.request.poll_data(cx)) {
                 Some(Ok(data)) => data,
-                Some(Err(error)) => return Poll::Ready(Err(io::Error::other(error))),
+                Some(Err(error)) => return Poll::Ready(Err(error)),
                 None => {
                     let chunked = self.request.bytes == BodyBytes::Chunked;
                     self.request.bytes = BodyBytes::Ended;
@@ -278,12 +375,9 @@ impl Http2Reader<'_> {
                     break;
                 }
             };
-            // The client may send as much again.
-            let released = self.request.body.flow_control().release_capacity(data.len());
             if data.is_empty() {
                 continue;
             }
-            released.map_err(io::Error::other)?;
             let before = buffer.len();
             if self.request.bytes == BodyBytes::Plain {
                 buffer.extend_from_slice(&data);
@@ -462,6 +556,11 @@ impl AnswerSide {
             (None, Some(send)) => send.poll_reset(cx).map(drop),
             (None, None) => Poll::Ready(()),
         }
+    }
+
+    /// Ready when the client has given the stream up, behind its answer.
+    fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.send.as_mut().map_or(Poll::Ready(()), |send| send.poll_reset(cx).map(drop))
     }
 
     fn reset(&mut self, reason: Reason) {

@@ -7,6 +7,7 @@ mod client;
 mod connection;
 mod crowd;
 mod dial;
+mod drain;
 mod exchange;
 mod file_watch;
 mod frame_watch;
@@ -40,6 +41,7 @@ pub use crowd::ConnectionLimits;
 pub use listen::{AddressInUse, Listen, ListenerSettings, ServerSettings};
 pub use listening::PassedSockets;
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
+pub use patience::BodyRate;
 pub use peers::unresolved;
 pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
 pub use tls::{CertificateFiles, ListenerTlsSettings, TlsProfile};
@@ -84,6 +86,7 @@ pub struct EdgeSettings {
     pub timeouts: Timeouts,
     pub shutdown: ShutdownTimes,
     pub connections: ConnectionLimits,
+    pub body_rate: BodyRate,
     /// Names that the admin listener answers to, in lower case.
     pub admin_hosts: Vec<String>,
 }
@@ -104,12 +107,28 @@ pub struct Timeouts {
     pub idle: Duration,
 }
 
+/// A second.
+const MOST_BODY_RATE: u64 = 1 << 30;
+
 impl Timeouts {
     /// Keys of `[limits]`.
     pub fn problems(&self) -> Vec<Problem> {
         let least = Duration::from_millis(100);
         let all = [("header_timeout", self.header), ("idle_timeout", self.idle)];
         all.into_iter().filter_map(|(key, time)| Problem::too_short(key, time, least)).collect()
+    }
+}
+
+impl BodyRate {
+    /// Keys of `[limits]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems: Vec<Problem> =
+            Problem::too_short("body_grace", self.grace, Duration::from_secs(1)).into_iter().collect();
+        if self.bytes.is_some_and(|bytes| !(1..=MOST_BODY_RATE).contains(&bytes)) {
+            let instead = "use \"1B\" to \"1GiB\", or \"none\"";
+            problems.push(Problem::error("body_rate", "is no rate that a client can keep", instead));
+        }
+        problems
     }
 }
 

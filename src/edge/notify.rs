@@ -49,6 +49,14 @@ impl ServiceManager {
         self.say("STOPPING=1\nSTATUS=draining");
     }
 
+    /// The last word, which `systemctl status` still shows when the process has ended.
+    pub(super) fn stopped(&self, aborted: i64) {
+        self.say(&match aborted {
+            0 => "STATUS=stopped, all requests were served".to_owned(),
+            aborted => format!("STATUS=stopped, {aborted} requests were aborted"),
+        });
+    }
+
     fn say(&self, message: &str) {
         if let Some(manager) = &self.0 {
             let (socket, address) = &**manager;

@@ -65,6 +65,22 @@ impl Patience {
         self.at_most.set(0);
     }
 
+    /// How long it has had to wait since the wait began.
+    pub(super) fn waited(&self, first: Instant, now: impl FnOnce() -> Instant) -> Duration {
+        match self.since.get() {
+            0 => Duration::ZERO,
+            since => now().saturating_duration_since(first).saturating_sub(Duration::from_micros(since)),
+        }
+    }
+
+    /// The time up to then does not count.
+    pub(super) fn rest_until(&self, first: Instant, then: Instant) {
+        let then = u64::try_from(then.saturating_duration_since(first).as_micros()).unwrap_or(u64::MAX / 2) + 1;
+        if self.since.get() > 0 {
+            self.since.set(self.since.get().max(then));
+        }
+    }
+
     /// When the wait is over, counted from the first instant.
     pub(super) fn deadline(&self, first: Instant, now: impl FnOnce() -> Instant) -> Option<Instant> {
         let at_most = self.at_most.get();
@@ -76,6 +92,46 @@ impl Patience {
             self.since.set(u64::try_from(passed).unwrap_or(u64::MAX / 2) + 1);
         }
         Some(first + Duration::from_micros(self.since.get() + at_most))
+    }
+}
+
+/// The least rate of a body, and how long it may come slower than that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BodyRate {
+    /// A second. `None`: any rate will do.
+    pub bytes: Option<u64>,
+    pub grace: Duration,
+}
+
+/// How long a sender may still be waited for: each byte that it sends buys the time that it may take at the least rate, and a
+/// wait uses it up. What is not a wait costs nothing: neither the time in which nobody reads nor that in which bytes are there.
+#[derive(Debug)]
+pub(super) struct WaitCredit {
+    rate: BodyRate,
+    /// In microseconds.
+    left: Count,
+    most: u64,
+}
+
+impl WaitCredit {
+    /// More than `most`, or than the grace, cannot be saved up.
+    pub(super) fn new(rate: BodyRate, most: Duration) -> Self {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let credit = Self { rate, left: Count::default(), most: micros(most.max(rate.grace)) };
+        credit.left.set(micros(rate.grace));
+        credit
+    }
+
+    /// `None`: as long as it takes.
+    pub(super) fn left(&self) -> Option<Duration> {
+        self.rate.bytes.map(|_| Duration::from_micros(self.left.get()))
+    }
+
+    pub(super) fn received(&self, bytes: usize, waited: Duration) {
+        let Some(rate) = self.rate.bytes else { return };
+        let bought = (bytes as u64).saturating_mul(1_000_000) / rate.max(1);
+        let waited = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
+        self.left.set(self.left.get().saturating_sub(waited).saturating_add(bought).min(self.most));
     }
 }
 
@@ -100,5 +156,63 @@ impl Timer {
             sleep.as_mut().reset(at);
         }
         Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn credit(bytes: Option<u64>) -> WaitCredit {
+        WaitCredit::new(BodyRate { bytes, grace: 20 * SECOND }, 60 * SECOND)
+    }
+
+    #[test]
+    fn each_byte_buys_time_and_each_wait_uses_it_up() {
+        let credit = credit(Some(500));
+        assert_eq!(credit.left(), Some(20 * SECOND));
+        // As fast as it has to be: for ever.
+        (0..100).for_each(|_| credit.received(500, SECOND));
+        assert_eq!(credit.left(), Some(20 * SECOND));
+        // Half as fast: for twice the grace.
+        (0..39).for_each(|_| credit.received(250, SECOND));
+        assert_eq!(credit.left(), Some(SECOND / 2));
+        credit.received(1, 2 * SECOND);
+        assert_eq!(credit.left(), Some(Duration::from_millis(2)));
+    }
+
+    #[test]
+    fn what_is_saved_up_is_bounded() {
+        let saved = credit(Some(500));
+        saved.received(1 << 40, Duration::ZERO);
+        assert_eq!(saved.left(), Some(60 * SECOND));
+        let long = WaitCredit::new(BodyRate { bytes: Some(1), grace: 600 * SECOND }, 60 * SECOND);
+        long.received(1_000, Duration::ZERO);
+        assert_eq!(long.left(), Some(600 * SECOND), "a longer grace is kept");
+        let none = credit(None);
+        none.received(0, 1_000 * SECOND);
+        assert_eq!(none.left(), None);
+    }
+
+    #[test]
+    fn only_the_wait_itself_is_measured() {
+        let first = Instant::now();
+        let at = |seconds: u32| first + seconds * SECOND;
+        let patience = Patience::default();
+        patience.begin(10 * SECOND);
+        assert_eq!(patience.waited(first, || at(5)), Duration::ZERO, "it has not had to wait");
+        assert_eq!(patience.deadline(first, || at(5)), Some(at(15)));
+        assert_eq!(patience.waited(first, || at(8)).as_secs(), 2);
+        patience.rest_until(first, at(7));
+        assert_eq!(patience.waited(first, || at(8)).as_secs(), 0);
+        assert_eq!(patience.deadline(first, || at(8)).map(|end| end.duration_since(first).as_secs()), Some(17));
+        patience.rest_until(first, at(3));
+        assert_eq!(
+            patience.deadline(first, || at(8)).map(|end| end.duration_since(first).as_secs()),
+            Some(17),
+            "never back"
+        );
     }
 }

@@ -3,20 +3,20 @@
 
 use super::admin::AdminGate;
 use super::connection::Gate;
+use super::drain::Drain;
 use super::listen::{ServerSettings, SocketPlace};
 use super::listeners::Listeners;
 use super::listening::PassedSockets;
 use super::notify::ServiceManager;
 use super::proxied::ProxiedLane;
 use super::reloader::{ChangeRequest, Reloader, reopen_when_asked};
-use super::signals::{ProcessSignals, Signals, next_to_stop};
+use super::signals::ProcessSignals;
 use super::upgrade::Successors;
 use super::workers::{Serve as _, Workers};
-use super::{Lifecycle, ShutdownTimes, Snapshot, file_watch, health};
+use super::{Lifecycle, Snapshot, file_watch, health};
 use crate::admin::Reloaded;
 use crate::problem::Problem;
 use crate::telemetry::audit_log::{AuditResult, AuditSource, AuditedAction};
-use crate::telemetry::metrics::Metrics;
 use crate::telemetry::outage::LogThrottle;
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -34,8 +34,6 @@ const ORACLE: &str = "TOLLGATE_TEST_FRAMEWORK_LANE";
 const UPSTREAM_POOL: usize = 1_024;
 /// How often the last uses of tokens are written to the store, and the cache to its file.
 const USES_FLUSHED_EVERY: Duration = Duration::from_secs(60);
-/// How long a shutdown waits for the last uses to be written.
-const USES_AT_STOP: Duration = Duration::from_secs(2);
 
 /// Builds the next snapshot from the current configuration file. The second argument says whether the open access log
 /// could be reopened. Blocks: reads files and resolves names.
@@ -163,14 +161,17 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         first.audit(&first, AuditSource::Process, &version);
     }
     let drain = Drain {
-        manager,
+        manager: manager.clone(),
         lifecycle,
         metrics,
         listeners: Arc::clone(&listeners),
         snapshot: Arc::clone(&snapshot),
         passed_on: passed_on.clone(),
     };
-    background.block_on(drain.run(signals.terminate, signals.interrupt));
+    let aborted = background.block_on(drain.run(signals.terminate, signals.interrupt));
+    if !passed_on.is_cancelled() {
+        manager.stopped(aborted);
+    }
     // The receivers may be gone.
     let _ = end.send(true);
     drop(workers);
@@ -182,6 +183,8 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         last.pipeline.authenticator.save();
     }
     last.log.flush(Duration::from_secs(2));
+    let result = if aborted == 0 { AuditResult::Done } else { AuditResult::Failed };
+    last.audit(&last, AuditSource::Process, &AuditedAction::new("stopped", result).with("aborted", aborted));
     last.audit.flush(Duration::from_secs(1));
     last.spans.flush(Duration::from_secs(2));
     listeners.lock().socket_files().iter().for_each(|path| remove_socket(path));
@@ -216,102 +219,6 @@ pub(super) fn remove_socket(path: &str) {
             }
             SocketPlace::Taken(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
             _ => return,
-        }
-    }
-}
-
-/// Waits for the signal to shut down, then for the requests in flight.
-struct Drain {
-    manager: ServiceManager,
-    lifecycle: Arc<Lifecycle>,
-    metrics: Arc<Metrics>,
-    listeners: Arc<Mutex<Listeners>>,
-    snapshot: Arc<ArcSwap<Snapshot>>,
-    /// Another process serves.
-    passed_on: CancellationToken,
-}
-
-impl Drain {
-    async fn run(&self, mut terminate: Signals, mut interrupt: Signals) {
-        let signal = tokio::select! {
-            signal = next_to_stop(&mut terminate, &mut interrupt) => signal,
-            () = self.passed_on.cancelled() => return self.behind_an_upgrade(terminate, interrupt).await,
-        };
-        {
-            let snapshot = self.snapshot.load();
-            snapshot.audit(&snapshot, AuditSource::Signal(signal), &AuditedAction::new("stop", AuditResult::Done));
-        }
-        self.manager.stopping();
-        self.metrics.ready(false);
-        self.lifecycle.leave();
-        // As the configuration is now: a reload may have changed it since the start.
-        let ShutdownTimes { drain_delay, grace } = self.snapshot.load().settings.shutdown;
-        let orderly = async {
-            if !drain_delay.is_zero() {
-                let delay = humantime::format_duration(drain_delay);
-                log::info!("shutting down: not ready, requests are served as before for {delay}");
-                tokio::time::sleep(drain_delay).await;
-            }
-            self.listeners.lock().close_all();
-            self.finish(grace).await;
-        };
-        tokio::select! {
-            () = orderly => {}
-            _ = next_to_stop(&mut terminate, &mut interrupt) => log::warn!("second signal: shutting down immediately"),
-        }
-    }
-
-    /// Another process accepts the connections: this one completes its requests. No balancer has to know.
-    async fn behind_an_upgrade(&self, mut terminate: Signals, mut interrupt: Signals) {
-        let grace = self.snapshot.load().settings.shutdown.grace;
-        let orderly = async {
-            self.listeners.lock().passed_on();
-            self.finish(grace).await;
-        };
-        let stopped = async {
-            // A service manager that stops the service tells all its processes: this one is ending already.
-            next_to_stop(&mut terminate, &mut interrupt).await;
-            next_to_stop(&mut terminate, &mut interrupt).await;
-        };
-        tokio::select! {
-            () = orderly => {}
-            () = stopped => log::warn!("second signal: shutting down immediately"),
-        }
-    }
-
-    /// No connection is accepted any more.
-    async fn finish(&self, grace: Duration) {
-        self.lifecycle.drain();
-        // Logged last, so that it is true when somebody reads it.
-        let grace_text = humantime::format_duration(grace);
-        log::info!("shutting down: listeners closed, requests in flight have {grace_text} to complete");
-        self.quiet(grace).await;
-        self.last_uses().await;
-    }
-
-    /// Waits for every connection to end: after its request, or because it has none.
-    async fn quiet(&self, grace: Duration) {
-        let deadline = Instant::now() + grace;
-        // Connections that were just accepted are on their way to a worker, where they are counted.
-        tokio::time::sleep(Duration::from_millis(50).min(grace)).await;
-        while self.metrics.requests_in_flight() > 0 || self.metrics.open_connections() > 0 {
-            if Instant::now() >= deadline {
-                let aborted = self.metrics.requests_in_flight();
-                if aborted > 0 {
-                    log::warn!("the grace period is over: {aborted} requests are aborted");
-                }
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    /// Writes the last uses that the store does not have yet.
-    async fn last_uses(&self) {
-        let authenticator = Arc::clone(&self.snapshot.load().pipeline.authenticator);
-        if tokio::time::timeout(USES_AT_STOP, authenticator.flush_uses()).await.is_err() {
-            let waited = humantime::format_duration(USES_AT_STOP);
-            log::warn!("last uses of tokens were not recorded: no response from the store within {waited}");
         }
     }
 }

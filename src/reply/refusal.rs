@@ -99,6 +99,7 @@ impl Refusal {
                     | RequestFault::HeaderTooLarge
                     | RequestFault::HeaderTimeout
                     | RequestFault::BodyTimeout
+                    | RequestFault::BodyTooSlow
                     | RequestFault::Body(_)
             ),
             Cause::Draining | Cause::PlainText | Cause::Bug => true,
@@ -106,6 +107,11 @@ impl Refusal {
                 false
             }
         }
+    }
+
+    /// The client did not send its body fast enough.
+    pub const fn is_of_slow_body(&self) -> bool {
+        matches!(self.cause, Cause::Request(RequestFault::BodyTimeout | RequestFault::BodyTooSlow))
     }
 
     /// How the verdict counts, when it is one about a credential.
@@ -181,6 +187,7 @@ impl Refusal {
             Cause::Request(R::MethodNotAllowed) => (405, "method"),
             Cause::Request(R::HeaderTimeout) => (408, "header_timeout"),
             Cause::Request(R::BodyTimeout) => (408, "body_timeout"),
+            Cause::Request(R::BodyTooSlow) => (408, "body_rate"),
             Cause::Request(R::QueryCharset) => (415, "query_charset"),
             Cause::Request(R::BodyTooLarge) => (413, "body_size"),
             Cause::Request(R::TargetTooLong) => (414, "target_size"),

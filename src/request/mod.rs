@@ -160,6 +160,8 @@ pub enum RequestFault {
     HeaderTimeout,
     /// The client paused for too long within the body.
     BodyTimeout,
+    /// The client sent less of the body than the least rate.
+    BodyTooSlow,
     BodyTooLarge,
     NoRoute,
     PastDepth,

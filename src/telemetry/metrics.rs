@@ -84,6 +84,7 @@ pub struct Metrics {
     /// The series of nearly all requests, by source: valid ones, and unknown tokens.
     auth_common: [[OnceLock<IntCounter>; TokenSource::ALL.len()]; 2],
     exchanges_ended: IntCounterVec,
+    slow_bodies: IntCounterVec,
     cache_lookups: Vec<IntCounter>,
     cache_entries: IntGaugeVec,
     stores: Arc<StoreFamilies>,
@@ -226,6 +227,11 @@ impl Metrics {
                 "Requests that were in progress for more than a second when their token stopped being valid, by reason.",
                 &["reason"],
             )?,
+            slow_bodies: families.counters(
+                "tollgate_slow_bodies_total",
+                "Requests that were ended because their body came too slowly, by reason.",
+                &["reason"],
+            )?,
             auth_common: Default::default(),
             cache_lookups: CacheResult::ALL.iter().map(|r| cache.with_label_values(&[r.as_str()])).collect(),
             cache_entries: families.gauges("tollgate_cache_entries", "Tokens in the cache.", &["kind"])?,
@@ -343,6 +349,11 @@ impl Metrics {
     /// The token of an exchange stopped being valid while it went on.
     pub fn exchange_ended(&self, reason: &'static str) {
         self.exchanges_ended.with_label_values(&[reason]).inc();
+    }
+
+    /// A body was not waited for any longer.
+    pub fn slow_body(&self, reason: &'static str) {
+        self.slow_bodies.with_label_values(&[reason]).inc();
     }
 
     pub fn method_overridden(&self) {

@@ -4,6 +4,7 @@
 //! immediately.
 
 mod answers;
+mod over_http2;
 mod tables;
 mod traces;
 

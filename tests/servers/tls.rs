@@ -11,13 +11,18 @@ pub struct Authority {
 
 impl Authority {
     pub fn new() -> Self {
+        Self::named("tollgate-test-ca")
+    }
+
+    /// By its subject, certificates tell which authority they are from.
+    pub fn named(name: &str) -> Self {
         let folder = Folder::new("tls");
         let openssl = |arguments: &str| {
             run(Command::new("openssl").current_dir(&folder.0).args(arguments.split(' ')));
         };
         std::fs::write(folder.file("san"), "subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
             .unwrap();
-        openssl("req -x509 -newkey rsa:2048 -nodes -days 2 -keyout ca.key -out ca.pem -subj /CN=tollgate-test-ca");
+        openssl(&format!("req -x509 -newkey rsa:2048 -nodes -days 2 -keyout ca.key -out ca.pem -subj /CN={name}"));
         openssl("req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=localhost");
         openssl(
             "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile san -out server.pem",
