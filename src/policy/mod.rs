@@ -1,8 +1,16 @@
 //! 3 MAY THEY. Decides whether an identity may do what is asked. Pure. A [`Permit`] can only be made here, and nothing
 //! is forwarded without one.
 
+mod limit;
+mod limit_bucket;
+mod limit_table;
 mod scope;
 
+pub use limit::{
+    BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitResult,
+    LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits,
+};
+pub use limit_bucket::{CalendarPeriod, CalendarQuota, LimitAmounts, LimitedBy, RefillRate};
 pub use scope::{ScopeRule, Scopes};
 
 use crate::identity::Principal;
