@@ -433,8 +433,8 @@ impl RequestLimits {
     }
 
     /// Whether the request is within its limits. Takes nothing.
-    pub fn check(&self, subject: &LimitSubject<'_>, stage: LimitStage, now: Now) -> Result<LimitFacts, LimitExceeded> {
-        self.ask(subject, stage, now, false).map(|taken| taken.facts)
+    pub fn check(&self, subject: &LimitSubject<'_>, stage: LimitStage, now: Now) -> Result<LimitsTaken, LimitExceeded> {
+        self.ask(subject, stage, now, false)
     }
 
     /// Takes what the request costs from all of its limits, or nothing from any.

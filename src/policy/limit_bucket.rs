@@ -21,6 +21,8 @@ pub struct RefillRate {
     requests: u64,
     period_ms: u64,
     burst: u64,
+    /// As it was written: requests, and their time in seconds.
+    stated: (u64, u64),
 }
 
 /// So many requests in each period of the calendar.
@@ -79,7 +81,8 @@ impl RefillRate {
 
     pub fn new(requests: u64, period_ms: u64, burst: u64) -> Self {
         let common = greatest_divisor(requests, period_ms).max(1);
-        Self { requests: requests / common, period_ms: period_ms / common, burst }
+        let stated = (requests, period_ms / 1_000);
+        Self { requests: requests / common, period_ms: period_ms / common, burst, stated }
     }
 
     pub fn burst(&self) -> u64 {
@@ -108,6 +111,14 @@ impl RefillRate {
     /// What is owed: the units until the bucket is full.
     fn debt(&self, bucket: &LimitBucket, now: Now) -> u64 {
         bucket.full_at.saturating_sub(self.now(now))
+    }
+}
+
+impl LimitAmounts {
+    /// So many requests in so many seconds, as it was written; of the rate if there is one.
+    pub fn stated(&self) -> Option<(u64, u64)> {
+        let quota = self.quota.map(|quota| (quota.requests, quota.period.as_ms() / 1_000));
+        self.rate.map(|rate| rate.stated).or(quota)
     }
 }
 
