@@ -241,13 +241,7 @@ impl Pipeline {
     }
 
     /// Refuses a request for another reason than a limit. The limits of its address count it: guessing is what they bound.
-    fn refuse<'r>(
-        &self,
-        cause: Cause,
-        examined: &Examined<'_>,
-        limited: &Limited,
-        facts: &mut Facts,
-    ) -> Verdict<'r> {
+    fn refuse<'r>(&self, cause: Cause, examined: &Examined<'_>, limited: &Limited, facts: &mut Facts) -> Verdict<'r> {
         let counted = limited.early.is_some() || !self.limits.has_early(examined.route.index);
         match counted {
             true => Verdict::Refuse(cause.into()),

@@ -29,6 +29,7 @@ mod http2_backends;
 mod lanes;
 mod ledger;
 mod lifecycle;
+mod limits;
 mod listeners;
 mod logs;
 mod method_override;

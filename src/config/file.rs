@@ -992,10 +992,13 @@ impl Setting for LimitCostText {
             for (key, value) in table.iter() {
                 let key = key.get_ref().as_ref();
                 let cost = u64::read(value.get_ref()).ok().and_then(|cost| u32::try_from(cost).ok());
-                let cost = cost.ok_or_else(|| vec![invalid(format!("{key}: must be a whole number, 0 or more"), like)])?;
+                let cost =
+                    cost.ok_or_else(|| vec![invalid(format!("{key}: must be a whole number, 0 or more"), like)])?;
                 let mut set = |holds: &dyn Fn(Method) -> bool| {
                     let all = Method::FORWARDED.into_iter().filter(|method| holds(*method));
-                    all.for_each(|method| costs.methods.iter_mut().skip(method.index()).take(1).for_each(|own| *own = cost));
+                    all.for_each(|method| {
+                        costs.methods.iter_mut().skip(method.index()).take(1).for_each(|own| *own = cost)
+                    });
                 };
                 match (key, Method::of(key.as_bytes())) {
                     ("read", _) if by_kind => set(&is_read),

@@ -503,9 +503,8 @@ impl Gather<'_, '_> {
         }
         let LimitScope { methods, scopes, users, .. } = &settings.applies;
         // Those who are only known by a token.
-        let by_identity = |part: &LimitKeyPart| {
-            matches!(part, LimitKeyPart::Token | LimitKeyPart::User | LimitKeyPart::Scope)
-        };
+        let by_identity =
+            |part: &LimitKeyPart| matches!(part, LimitKeyPart::Token | LimitKeyPart::User | LimitKeyPart::Scope);
         let needs_token = !scopes.is_empty() || !users.is_empty() || settings.buckets.key.iter().any(by_identity);
         let matches = |route: &Route| {
             let is_meant = settings.applies.routes.is_empty() || settings.applies.routes.contains(&route.name);

@@ -144,12 +144,9 @@ impl LimitSettings {
         let buckets = u64::try_from(*most).unwrap_or(u64::MAX);
         problems.extend(Problem::out_of_range("buckets", buckets, BucketSettings::LEAST..=BucketSettings::MOST));
         if *amounts == LimitAmounts::default() {
-            let instead = "write rate, quota or concurrency";
-            problems.push(Problem::error(
-                "rate",
-                "is missing, and so are quota and concurrency: it limits nothing",
-                instead,
-            ));
+            let what = "is missing, and so are quota and concurrency: it limits nothing";
+            let problem = Problem::error("rate", what, "write rate, quota or concurrency");
+            problems.push(problem.with("quota"));
         }
         if amounts.concurrency == Some(0) {
             problems.push(Problem::error("concurrency", "is 0: nothing would pass", "use 1 or more, or \"none\""));
@@ -473,12 +470,9 @@ impl RequestLimits {
         if !rest.is_empty() {
             self.ask_rest(rest, asked);
         }
-        if asked.excess.is_some() {
-            return;
-        }
         let shared = locked.is_shared();
         let Some(bucket) = locked.get() else { return };
-        if fits && asked.takes {
+        if fits && asked.takes && asked.excess.is_none() {
             let before = *bucket;
             bucket.take(amounts, cost, asked.now);
             if asked.stage == LimitStage::Early {

@@ -295,7 +295,7 @@ mod tests {
         let (table, amounts) = (LimitTable::new(64), amounts(3));
         let mut model: HashMap<u64, LimitBucket> = HashMap::new();
         let (mut random, mut now, mut evicted) = (fastrand::Rng::with_seed(7), 0, 0);
-        for _ in 0..200_000 {
+        for _ in 0..50_000 {
             now += random.u64(0..40);
             // All within a few slots, around the end of the table.
             let key = (random.u64(0..400) << 8) | (120 + random.u64(0..16)) % 128;
@@ -304,9 +304,9 @@ mod tests {
             let occupied = table.shards[0].lock().occupied;
             let (fits, shared) = ask(&table, key, &amounts, at(now));
             evicted += usize::from(occupied == 64);
-            let live = model.values().filter(|bucket| bucket.idle_at(&amounts, at(now)) > now).count();
-            assert!(!shared || live >= 64, "{live} in use");
             if shared {
+                let live = model.values().filter(|bucket| bucket.idle_at(&amounts, at(now)) > now).count();
+                assert!(live >= 64, "{live} in use");
                 // Not counted in its own bucket.
                 continue;
             }

@@ -69,7 +69,11 @@ impl Policy {
     pub fn decide(&self, examined: &Examined<'_>, principal: Option<Arc<Principal>>) -> Result<Permit, PolicyFault> {
         let needed = examined.auth == Auth::Required || examined.presented.is_some();
         let Some(known) = &principal else {
-            return if needed { Err(PolicyFault::NoIdentity) } else { Ok(Permit { principal, in_flight: SmallVec::new() }) };
+            return if needed {
+                Err(PolicyFault::NoIdentity)
+            } else {
+                Ok(Permit { principal, in_flight: SmallVec::new() })
+            };
         };
         // Without an identity a `sudo` means nothing to a backend that trusts ours; with one it would change it.
         if examined.asks_sudo && !self.switches.sudo {

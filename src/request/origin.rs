@@ -88,7 +88,8 @@ impl AddressRules {
         for (index, network) in self.allow.networks.iter().enumerate() {
             if let Some(denied) = self.deny.networks.iter().find(|denied| denied.contains(network)) {
                 let what = format!("{network} is within {denied}, which is denied: it lets nobody in");
-                problems.push(Problem::error("allow", what, "remove it from one of the lists").element(index).with("deny"));
+                problems
+                    .push(Problem::error("allow", what, "remove it from one of the lists").element(index).with("deny"));
             }
         }
         if self.allow.unix_peers && self.deny.unix_peers {
