@@ -23,6 +23,7 @@ mod cli;
 mod connections;
 mod deadlines;
 mod deploy;
+mod exactness;
 mod forwarding;
 mod http2;
 mod http2_backends;
