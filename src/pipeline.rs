@@ -114,7 +114,7 @@ struct Limited {
     mode: Mode,
     headers: SmallVec<[u64; 2]>,
     /// Taken before the token store was asked.
-    early: Option<LimitsTaken>,
+    early: Option<Box<LimitsTaken>>,
 }
 
 impl Pipeline {
@@ -182,7 +182,7 @@ impl Pipeline {
                 if early {
                     // Counted before the wait: else any number could wait at once.
                     match self.take(&limited, &examined, &mut facts, LimitStage::Early) {
-                        Ok(taken) => limited.early = Some(taken),
+                        Ok(taken) => limited.early = Some(Box::new(taken)),
                         Err(fault) => return refused(fault, facts),
                     }
                 }
@@ -231,7 +231,7 @@ impl Pipeline {
                 Ok(taken) => permit.keep(early.into_iter().flat_map(|early| early.in_flight).chain(taken.in_flight)),
                 Err(fault) => {
                     if let Some(early) = early {
-                        self.limits.give_back(early);
+                        self.limits.give_back(&early);
                     }
                     return Verdict::Refuse(Cause::Policy(fault).into());
                 }

@@ -1004,11 +1004,8 @@ impl Setting for LimitCostText {
                     ("read", _) if by_kind => set(&is_read),
                     ("write", _) if by_kind => set(&|method| !is_read(method)),
                     ("read" | "write", _) => {}
-                    (path, _) if path.starts_with('/') => {
-                        if by_kind {
-                            costs.routes.push((path.to_owned(), cost));
-                        }
-                    }
+                    (path, _) if path.starts_with('/') && by_kind => costs.routes.push((path.to_owned(), cost)),
+                    (path, _) if path.starts_with('/') => {}
                     (_, Method::Other) => {
                         let what = format!("has the key `{key}`, which is no method and no path");
                         return Err(vec![invalid(what, like)]);

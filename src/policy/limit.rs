@@ -541,7 +541,7 @@ impl RequestLimits {
     }
 
     /// What an early stage took, when a later one refuses.
-    pub fn give_back(&self, taken: LimitsTaken) {
+    pub fn give_back(&self, taken: &LimitsTaken) {
         for change in &taken.taken {
             if let Some(limit) = self.limits.get(change.limit) {
                 let undo = |bucket: &mut LimitBucket| bucket.give_back(change.cost, &change.before, &change.after);

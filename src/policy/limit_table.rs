@@ -298,7 +298,7 @@ mod tests {
         for _ in 0..50_000 {
             now += random.u64(0..40);
             // All within a few slots, around the end of the table.
-            let key = (random.u64(0..400) << 8) | (120 + random.u64(0..16)) % 128;
+            let key = (random.u64(0..400) << 8) | ((120 + random.u64(0..16)) % 128);
             let known = model.entry(key.max(1)).or_default();
             let expected = known.check(&amounts, 1, at(now)).is_ok();
             let occupied = table.shards[0].lock().occupied;
