@@ -608,7 +608,7 @@ fn limits_that_contradict_themselves_are_refused() {
         ("rate = \"none\"\nquota = \"100/h\"", "limit[0].quota: is not a quota"),
         ("rate = \"600/min\"\nburst = 0", "limit[0].burst: is 0: nothing would pass"),
         ("rate = \"none\"\nquota = \"9/day\"\nburst = 9", "limit[0].burst: goes with a rate"),
-        ("rate = \"5000/s\"\nburst = 5", "limit[0].burst: is less than the rate has within two milliseconds"),
+        ("rate = \"5000/s\"\nburst = 5", "limit[0].burst: is no more than the rate has within a millisecond"),
         (
             "rate = \"9/s\"\nburst = 4\ncost = { write = 5 }",
             "limit[0].cost: is 5 for some requests, and the burst is 4",

@@ -164,7 +164,7 @@ impl LimitSettings {
             problems.push(Problem::error("cost", what, "use less here, or more there").with("burst"));
         }
         if let Some(rate) = amounts.rate.filter(|rate| rate.burst() > 0 && rate.is_too_fine()) {
-            let what = "is less than the rate has within two milliseconds: not all that is due would pass";
+            let what = "is no more than the rate has within a millisecond, a step of the clock: not all that is due would pass";
             let instead = format!("use {} or more", rate.requests_in(1) + 1);
             problems.push(Problem::error("burst", what, instead).with("rate"));
         }
