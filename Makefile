@@ -1,10 +1,10 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick
+.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness
 
 check: lint doc test deploy-check
 
 # What is promised in seconds, or measured in bytes under load, is tested by itself: no other test takes time away from it.
-ALONE = deadlines:: reload:: slow:: standing:: stores::alerts:: stores::crowd:: stores::faults:: stores::frozen:: stores::places:: stores::revocation:: under_load:: upstreams::
+ALONE = deadlines:: exactness:: reload:: slow:: standing:: stores::alerts:: stores::crowd:: stores::faults:: stores::frozen:: stores::places:: stores::revocation:: under_load:: upstreams::
 
 # Installs what the tests need from Debian, PyPI and npm, then runs all of them: the runner's summary comes last.
 test:
@@ -105,6 +105,10 @@ readers:
 faults:
 	TOLLGATE_FAULT_CROWD=1500 TOLLGATE_FAULT_ROUNDS=20 cargo test --locked --test main -- stores::faults --nocapture --test-threads 1 | tee target/faults.log
 	grep -o '^.*| .* |$$' target/faults.log | sed 's/^[^|]*//'
+
+# A limit against what gets through, for 1 to 4 workers, as a table; docs/limits.md keeps it. Half a minute.
+exactness:
+	TOLLGATE_EXACTNESS_SECONDS=5 cargo test --locked --test main -- exactness:: --nocapture | grep '^| '
 
 # Fault of a backend -> what the client saw, as a table; docs/faults.md keeps it. Half a minute.
 faults-table:

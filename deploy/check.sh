@@ -193,6 +193,6 @@ places() {
     done <"$work/tests"
 }
 for page in README security framework-traps clients; do run "docs/$page.md" places "docs/$page.md"; done
-for page in backup monitoring operations stores tls; do places "docs/$page.md" || fail "docs/$page.md names what does not exist"; done
+for page in backup limits monitoring operations stores tls; do places "docs/$page.md" || fail "docs/$page.md names what does not exist"; done
 
 echo "deploy/check.sh: $files files checked"

@@ -6,6 +6,7 @@ use crate::config::{self, Diagnostic, Probe, Settings};
 use crate::edge::{self, Logs, PassedSockets, Rebuild, Rebuilt, Running, Snapshot, Successors};
 use crate::identity::Authenticator;
 use crate::pipeline::Pipeline;
+use crate::policy::RequestLimits;
 use crate::store::chain::{Chain, Link};
 use crate::store::credential::Digest;
 use crate::store::{self, NamedStore, TlsSettings};
@@ -15,6 +16,7 @@ use crate::telemetry::metrics::Metrics;
 use crate::telemetry::spans::SpanExporter;
 use anyhow::{Context as _, anyhow};
 use parking_lot::Mutex;
+use std::hash::{BuildHasher as _, RandomState};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -43,14 +45,32 @@ fn snapshot(
     logs: Logs,
     running: Option<&Snapshot>,
 ) -> Snapshot {
+    let before = running.map(|running| &running.pipeline.limits);
+    // Every process, and every RandomState, has keys of its own.
+    let seed = || RandomState::new().hash_one(0);
+    let limits = RequestLimits::new(&settings.limits, settings.limit_fields, &settings.rules.routes, before, seed);
+    if let Some(before) = before {
+        say_what_limits_keep(&limits, before);
+    }
     let pipeline = Pipeline {
         rules: settings.rules.clone(),
         policy: settings.policy.clone(),
         forward: settings.forward.clone(),
         cors: settings.cors.clone(),
         authenticator,
+        limits,
     };
     Snapshot::build(pipeline, metrics, &settings.upstreams, settings.edge.clone(), logs, running)
+}
+
+fn say_what_limits_keep(limits: &RequestLimits, before: &RequestLimits) {
+    let kept: Vec<_> = limits.kept_from(before).collect();
+    let new: Vec<_> = limits.names().filter(|name| !kept.contains(name)).collect();
+    for (names, what) in [(kept, "keep their buckets"), (new, "begin with full buckets")] {
+        if !names.is_empty() {
+            log::info!("limits that {what}: {}", names.join(", "));
+        }
+    }
 }
 
 /// `before`: one of the same records, whose cache is taken over.

@@ -5,7 +5,9 @@
 use crate::clock::Now;
 use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::{Authenticator, CannotTell, Checked, Mode, PendingLookup, Principal, TokenStatus};
-use crate::policy::Policy;
+use crate::policy::{
+    LimitExceeded, LimitFacts, LimitResult, LimitStage, LimitSubject, LimitsTaken, Policy, PolicyFault, RequestLimits,
+};
 use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
 use crate::request::origin::Origin;
@@ -15,6 +17,7 @@ use crate::request::view::{Framing, Method, RequestView};
 use crate::request::{self, Examined, RequestFault};
 use crate::store::credential::Digest;
 use crate::telemetry::metrics::{CacheResult, TokenSource};
+use smallvec::SmallVec;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -25,6 +28,7 @@ pub struct Pipeline {
     pub forward: ForwardRules,
     pub cors: Cors,
     pub authenticator: Arc<Authenticator>,
+    pub limits: RequestLimits,
 }
 
 #[expect(clippy::large_enum_variant, reason = "a box would cost the common case an allocation")]
@@ -53,6 +57,8 @@ pub struct Facts {
     /// What the cache knew of the token, where it was asked.
     pub cache: Option<CacheResult>,
     pub clamped: Clamped,
+    /// What the limits made of it.
+    pub limits: LimitFacts,
 }
 
 impl Facts {
@@ -69,6 +75,7 @@ impl Facts {
             principal: None,
             cache: None,
             clamped: Clamped::default(),
+            limits: LimitFacts::new(),
         }
     }
 
@@ -98,6 +105,16 @@ pub struct Pending<'r> {
     examined: Examined<'r>,
     facts: Facts,
     waiting: PendingLookup,
+    limited: Limited,
+}
+
+/// What a request's limits are asked with, and have given so far.
+struct Limited {
+    now: Now,
+    mode: Mode,
+    headers: SmallVec<[u64; 2]>,
+    /// Taken before the token store was asked.
+    early: Option<Box<LimitsTaken>>,
 }
 
 impl Pipeline {
@@ -121,6 +138,9 @@ impl Pipeline {
 
     /// Judges a request that came from an origin.
     pub fn admit<'r>(&'r self, view: &RequestView<'r>, origin: &Origin<'_>, now: Now, mode: Mode) -> Admission<'r> {
+        if !self.policy.addresses.admit(origin.client) {
+            return refused(PolicyFault::Address, Facts::none(view.method, origin.client));
+        }
         let examined = match request::examine(view, &self.rules) {
             Ok(examined) => examined,
             Err(refused) => {
@@ -136,11 +156,21 @@ impl Pipeline {
             }
         };
         let mut facts = Facts::of(&examined, origin);
+        if !examined.route.addresses.admit(origin.client) {
+            return refused(PolicyFault::Address, facts);
+        }
+        let mut limited = Limited { now, mode, headers: self.limits.header_keys(view), early: None };
         let Some(presented) = &examined.presented else {
-            return Admission::Decided(self.settle(examined, None), facts);
+            let verdict = self.settle(examined, None, limited, &mut facts);
+            return Admission::Decided(verdict, facts);
         };
         let digest = Digest::of(&presented.value);
         facts.token = Some(digest);
+        // Whose address is over its limit makes no work for the token store.
+        let early = self.limits.has_early(examined.route.index);
+        if early && let Err(exceeded) = self.limits.check(&limited.subject(&examined, &facts), LimitStage::Early, now) {
+            return refused(exceeded.noted(&mut facts), facts);
+        }
         let checked = self.authenticator.check(&presented.value, &digest, now, mode);
         let answer = match checked {
             Checked::Known(answer, result) => {
@@ -149,11 +179,18 @@ impl Pipeline {
             }
             Checked::Waiting(waiting) => {
                 facts.cache = Some(CacheResult::Miss);
-                return Admission::Waiting(Pending { pipeline: self, examined, facts, waiting });
+                if early {
+                    // Counted before the wait: else any number could wait at once.
+                    match self.take(&limited, &examined, &mut facts, LimitStage::Early) {
+                        Ok(taken) => limited.early = Some(Box::new(taken)),
+                        Err(fault) => return refused(fault, facts),
+                    }
+                }
+                return Admission::Waiting(Pending { pipeline: self, examined, facts, waiting, limited });
             }
             Checked::NotAsked => Err(CannotTell::NotAsked),
         };
-        let verdict = self.answered(examined, answer, &mut facts);
+        let verdict = self.answered(examined, answer, limited, &mut facts);
         Admission::Decided(verdict, facts)
     }
 
@@ -161,24 +198,108 @@ impl Pipeline {
         &'r self,
         examined: Examined<'r>,
         answer: Result<TokenStatus, CannotTell>,
+        limited: Limited,
         facts: &mut Facts,
     ) -> Verdict<'r> {
-        match answer {
+        let cause = match answer {
             Ok(TokenStatus::Valid(principal)) => {
                 facts.principal = Some(Arc::clone(&principal));
-                self.settle(examined, Some(principal))
+                return self.settle(examined, Some(principal), limited, facts);
             }
-            Ok(TokenStatus::Invalid(why)) => Verdict::Refuse(Cause::Identity(why).into()),
-            Err(why) => Verdict::Refuse(Cause::CannotTell(why).into()),
+            Ok(TokenStatus::Invalid(why)) => Cause::Identity(why),
+            Err(why) => Cause::CannotTell(why),
+        };
+        self.refuse(cause, &examined, &limited, facts)
+    }
+
+    /// Asks the policy and the limits, and plans what goes upstream.
+    fn settle<'r>(
+        &'r self,
+        examined: Examined<'r>,
+        principal: Option<Arc<Principal>>,
+        mut limited: Limited,
+        facts: &mut Facts,
+    ) -> Verdict<'r> {
+        let mut permit = match self.policy.decide(&examined, principal) {
+            Ok(permit) => permit,
+            Err(fault) => return self.refuse(Cause::Policy(fault), &examined, &limited, facts),
+        };
+        if !self.limits.is_empty() {
+            let early = limited.early.take();
+            let stage = if early.is_some() { LimitStage::Late } else { LimitStage::Both };
+            match self.take(&limited, &examined, facts, stage) {
+                Ok(taken) => permit.keep(early.into_iter().flat_map(|early| early.in_flight).chain(taken.in_flight)),
+                Err(fault) => {
+                    if let Some(early) = early {
+                        self.limits.give_back(&early);
+                    }
+                    return Verdict::Refuse(Cause::Policy(fault).into());
+                }
+            }
+        }
+        Verdict::Forward(forward::plan(permit, examined))
+    }
+
+    /// Refuses a request for another reason than a limit. The limits of its address count it: guessing is what they bound.
+    fn refuse<'r>(&self, cause: Cause, examined: &Examined<'_>, limited: &Limited, facts: &mut Facts) -> Verdict<'r> {
+        let counted = limited.early.is_some() || !self.limits.has_early(examined.route.index);
+        match counted {
+            true => Verdict::Refuse(cause.into()),
+            false => match self.take(limited, examined, facts, LimitStage::Early) {
+                Ok(_) => Verdict::Refuse(cause.into()),
+                Err(fault) => Verdict::Refuse(Cause::Policy(fault).into()),
+            },
         }
     }
 
-    /// Asks the policy and plans what goes upstream.
-    fn settle<'r>(&'r self, examined: Examined<'r>, principal: Option<Arc<Principal>>) -> Verdict<'r> {
-        match self.policy.decide(&examined, principal) {
-            Ok(permit) => Verdict::Forward(forward::plan(permit, examined)),
-            Err(fault) => Verdict::Refuse(Cause::Policy(fault).into()),
+    /// Takes from the limits what the request costs, and notes what they said.
+    fn take(
+        &self,
+        limited: &Limited,
+        examined: &Examined<'_>,
+        facts: &mut Facts,
+        stage: LimitStage,
+    ) -> Result<LimitsTaken, PolicyFault> {
+        let subject = limited.subject(examined, facts);
+        let taken = match limited.mode {
+            Mode::Serve => self.limits.take(&subject, stage, limited.now),
+            Mode::Observe => self.limits.check(&subject, stage, limited.now),
+        };
+        match taken {
+            Ok(taken) => {
+                facts.limits.extend(taken.facts.iter().copied());
+                Ok(taken)
+            }
+            Err(exceeded) => Err(exceeded.noted(facts)),
         }
+    }
+}
+
+/// Before any stage that could have taken something.
+fn refused<'r>(fault: PolicyFault, facts: Facts) -> Admission<'r> {
+    Admission::Decided(Verdict::Refuse(Cause::Policy(fault).into()), facts)
+}
+
+impl Limited {
+    fn subject<'a>(&'a self, examined: &'a Examined<'_>, facts: &'a Facts) -> LimitSubject<'a> {
+        LimitSubject {
+            route: examined.route.index,
+            route_name: &examined.route.name,
+            method: examined.method,
+            client: facts.client,
+            token: facts.token.as_ref(),
+            principal: facts.principal.as_deref(),
+            headers: &self.headers,
+        }
+    }
+}
+
+impl LimitExceeded {
+    /// Says in the facts which limits refused; those that would have allowed the request have not counted it.
+    fn noted(self, facts: &mut Facts) -> PolicyFault {
+        facts.limits.retain(|fact| fact.result != LimitResult::Allowed);
+        facts.limits.extend(self.facts);
+        PolicyFault::Limit(self.excess)
     }
 }
 
@@ -190,10 +311,10 @@ impl<'r> Pending<'r> {
 
     /// Waits for the store and goes on from there.
     pub async fn verdict(self) -> (Verdict<'r>, Facts) {
-        let Self { pipeline, examined, mut facts, waiting } = self;
+        let Self { pipeline, examined, mut facts, waiting, limited } = self;
         let (answer, result) = waiting.answer().await;
         facts.cache = Some(result);
-        let verdict = pipeline.answered(examined, answer, &mut facts);
+        let verdict = pipeline.answered(examined, answer, limited, &mut facts);
         (verdict, facts)
     }
 }

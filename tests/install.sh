@@ -16,7 +16,9 @@ requirements=tests/clients/requirements.txt
 reader_requirements=tests/readers/requirements.txt
 # Apart from the rest, in a folder of its own: its package is called "gitlab", and so is python-gitlab's.
 pyapi="pyapi-gitlab==7.8.5"
-# Both clients come as source only; pip builds them quietly if this is there first.
+# The same: a python-gitlab of today, which waits when it gets 429 (API v4 only).
+python_gitlab_4="python-gitlab==4.13.0 requests-toolbelt==1.0.0"
+# Both clients of that era come as source only; pip builds them quietly if this is there first.
 wheel="wheel==0.45.1"
 # prometheus is here for promtool only; ca-certificates because pip needs it. PostgreSQL and Redis are started by the tests
 # themselves, with data of their own (PgBouncer between some of them); openssl makes the certificates for that. HAProxy
@@ -125,7 +127,7 @@ for file in "$requirements" "$reader_requirements"; do
 done
 # Changing any of these makes a new environment.
 stamp=$venv/.tollgate-stamp
-wanted_stamp="$("$python" --version) $pyapi $wheel $(cat "$requirements" "$reader_requirements" | sha256sum)"
+wanted_stamp="$("$python" --version) $pyapi $python_gitlab_4 $wheel $(cat "$requirements" "$reader_requirements" | sha256sum)"
 if [[ -f $stamp && $(<"$stamp") == "$wanted_stamp" ]]; then
   say "Python clients are in $venv"
 else
@@ -134,6 +136,9 @@ else
   pip_install "$wheel"
   pip_install --requirement "$requirements" --requirement "$reader_requirements"
   pip_install --no-deps --target "$venv/pyapi-gitlab" "$pyapi"
+  # shellcheck disable=SC2086 # two requirements
+  pip_install --no-deps --target "$venv/python-gitlab-4" $python_gitlab_4
+  try_client 'gitlab.Gitlab("http://localhost").http_get' "$venv/python-gitlab-4"
   try_client 'gitlab.Gitlab("http://localhost", api_version="3").projects.list'
   try_client 'gitlab.Gitlab("http://localhost").getprojects' "$venv/pyapi-gitlab"
   echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null

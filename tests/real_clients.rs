@@ -84,3 +84,34 @@ fn pyapi_gitlab_works_through_the_gateway() {
     let setup = Setup::new();
     setup.wants(python("pyapi_gitlab.py").args([&setup.base(), GOOD, BAD]), 12);
 }
+
+/// Sends more requests than a limit allows at once: the client waits as it is told, and all of them succeed.
+fn waits_and_goes_on(client: &mut Command, gateway: &Gateway) {
+    const REQUESTS: usize = 5;
+    let output = run(client.arg(format!("http://{}", gateway.address)).args([GOOD, &REQUESTS.to_string()]));
+    let (out, err) = (stdout(&output), stderr(&output));
+    assert_eq!(output.status.code(), Some(0), "{out}{err}\n(if a package is missing: {HINT})");
+    assert_eq!(out.lines().filter(|line| line.starts_with("ok ")).count(), REQUESTS, "{out}");
+    let count = |result| gateway.metric(&format!("tollgate_limit_requests_total{{limit=\"l\",result=\"{result}\"}}"));
+    assert_eq!(count("allowed"), REQUESTS as f64);
+    // Two at once, then one a second: each of the others is refused once and comes again when it was told to.
+    assert!((1.0..=3.0).contains(&count("refused")), "{} refused: {out}", count("refused"));
+}
+
+const ONE_A_SECOND: &str = "[[limit]]\nname = \"l\"\nrate = \"1/s\"\nburst = 2\n";
+
+#[test]
+fn python_gitlab_waits_by_itself_and_goes_on() {
+    let upstream = Upstream::answering(|_| Reply::ok("{\"username\":\"alice\"}"));
+    let gateway = Gateway::start(upstream.address, &format!("[api]\nprefixes = [\"/api/v4\"]\n{ONE_A_SECOND}"));
+    let mut client = python("python_gitlab_limits.py");
+    let venv = std::env::var_os("TOLLGATE_PY_VENV").map_or_else(|| repository("target/py-clients"), Into::into);
+    waits_and_goes_on(client.env("PYTHONPATH", venv.join("python-gitlab-4")), &gateway);
+}
+
+#[test]
+fn a_caller_of_the_ruby_client_can_wait_and_go_on() {
+    let upstream = Upstream::answering(|_| Reply::ok("{\"username\":\"alice\"}"));
+    let gateway = Gateway::start(upstream.address, ONE_A_SECOND);
+    waits_and_goes_on(Command::new("ruby").arg(repository("tests/clients/ruby_gitlab_limits.rb")), &gateway);
+}

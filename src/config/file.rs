@@ -3,6 +3,7 @@
 
 use super::section::{Bytes, Fraction, InvalidValue, Ratio, Section, Setting, invalid, section, text, words};
 use crate::edge::Listen;
+use crate::policy::{CalendarPeriod, CalendarQuota, LimitCosts, LimitKeyPart, RefillRate};
 use crate::request::host::HostPattern;
 use crate::request::route::{HeaderEdits, Pattern};
 use crate::request::view::Method;
@@ -426,6 +427,54 @@ section! {
         connections_per_address: Option<u64> = r#""none""#,
         /// Requests on one HTTP/1 connection, which ends with the last response; or "none".
         requests_per_connection: Option<u64> = r#""none""#,
+        /// Networks whose clients are let in, like `"10.0.0.0/8"`, and `"unix"` for peers on a Unix socket; with any of these, all
+        /// other addresses get 403. The client's address is the one in the access log. A [[route]] can have lists of its own.
+        allow: Vec<Proxy> = "[]",
+        /// Networks whose clients get 403, whatever `allow` says.
+        deny: Vec<Proxy> = "[]",
+        /// Tell clients what is left of their limits in every response, with the fields `RateLimit` and `RateLimit-Policy` of
+        /// the IETF's draft.
+        rate_limit_fields: bool = "false",
+    }
+}
+
+section! {
+    /// How many requests a token, a user, an address … may send. Those beyond get 429. Every limit that applies counts the
+    /// request, or none does if one of them refuses it. Each gateway counts for itself.
+    LimitSection {
+        /// Name in metrics, logs and response fields.
+        name: String = r#"!"per-token""#,
+        /// Whom a bucket is for: "token", "user", "address", "route", "scope" (the first of `scopes` that the token has),
+        /// "header:NAME", or several of them together; `[]`: one bucket for all. A request that has no token is not counted by
+        /// a limit for tokens. A limit by address, without token, user and scope, is asked before the token is looked up.
+        key: Vec<LimitKeyText> = r#"["token"]"#,
+        /// Requests in a time, like "10/s", "600/min" or "5000/h"; or "none", if there is a quota or concurrency.
+        rate: Option<RateText> = r#"!"600/min""#,
+        /// So many requests at once, after a time without any. "none": as many as the rate has in its time.
+        burst: Option<u64> = r#""none""#,
+        /// Requests in a day or a month of the calendar (UTC), like "10000/day", or "none". A restart forgets what was used.
+        quota: Option<QuotaText> = r#""none""#,
+        /// Requests in flight at the same time, WebSockets included; or "none".
+        concurrency: Option<u64> = r#""none""#,
+        /// What a request counts as, if not 1, like `{ write = 5, GET = 2, "/api/v3/search" = 10 }`: by path of a [[route]], else by
+        /// method, else "read" (GET, HEAD, OPTIONS) or "write" (all others). 0: not counted.
+        cost: LimitCostText = "{}",
+        /// The routes that it is for, by `path` of a [[route]], or a prefix with `/*`; empty for all.
+        routes: Vec<String> = "[]",
+        /// The methods that it is for.
+        methods: Vec<MethodName> = r#"["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]"#,
+        /// Only for tokens with one of these scopes; empty for all.
+        scopes: Vec<String> = "[]",
+        /// Only for these users; empty for all.
+        users: Vec<String> = "[]",
+        /// Bits of an IPv4 address that stand for it in a key.
+        prefix_v4: u64 = "32",
+        /// Bits of an IPv6 address.
+        prefix_v6: u64 = "64",
+        /// How many keys have a bucket of their own, up to 64 bytes each. While all of them are in use, new ones share one bucket.
+        buckets: u64 = "65536",
+        /// Count what would be refused, and refuse nothing.
+        dry_run: bool = "false",
     }
 }
 
@@ -564,6 +613,10 @@ section! {
         /// "request". Requests that have no such key, or for which the canary has no server, go to `upstream`. Not for
         /// those that go to a `pool`.
         canary: Option<CanaryText> = r#""none""#,
+        /// Networks whose clients are let in, besides what [limits] says; with any of these, others get 403.
+        allow: Vec<Proxy> = "[]",
+        /// Networks whose clients get 403, whatever `allow` says.
+        deny: Vec<Proxy> = "[]",
         /// The largest request body, or "none". "inherit": as in [limits].
         body_bytes: Inherited<Option<Bytes>> = r#""inherit""#,
         /// The longest pause between two parts of a response. "inherit": as in the [[upstream]].
@@ -731,6 +784,49 @@ settings! {
             _ => Err(invalid("is nothing to choose a server by", "use \"user\", \"token\", \"header:NAME\" or \"cookie:NAME\"")),
         }
     };
+    LimitKeyText(LimitKeyPart) = |text| {
+        let plain = |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+        match (text, text.strip_prefix("header:")) {
+            ("token", _) => Ok(LimitKeyPart::Token),
+            ("user", _) => Ok(LimitKeyPart::User),
+            ("address", _) => Ok(LimitKeyPart::Address),
+            ("route", _) => Ok(LimitKeyPart::Route),
+            ("scope", _) => Ok(LimitKeyPart::Scope),
+            (_, Some(name)) if plain(name) => Ok(LimitKeyPart::Header(name.into())),
+            ("header", _) | (_, Some(_)) => Err(invalid("is without the name of a header", "write it like \"header:X-Tenant\"")),
+            _ => Err(invalid("is nothing to count by", "use \"token\", \"user\", \"address\", \"route\", \"scope\" or \"header:NAME\"")),
+        }
+    };
+    RateText((u64, u64)) = |text| {
+        let like = "write it like \"10/s\", \"600/min\" or \"5000/h\"";
+        let (count, unit) = text.split_once('/').ok_or_else(|| invalid("is not a rate", like))?;
+        let period_ms = match unit.trim() {
+            "s" | "second" => 1_000,
+            "min" | "minute" => 60_000,
+            "h" | "hour" => 3_600_000,
+            "day" | "month" => return Err(invalid("is a quota", "use `quota` for days and months; a rate is by \"s\", \"min\" or \"h\"")),
+            _ => return Err(invalid("is not a rate", like)),
+        };
+        match count.trim().parse() {
+            Ok(count @ 1..=RefillRate::MOST_REQUESTS) => Ok((count, period_ms)),
+            Ok(_) => Err(invalid("is out of range", format!("use 1 to {} requests", RefillRate::MOST_REQUESTS))),
+            Err(_) => Err(invalid("is not a rate", like)),
+        }
+    };
+    QuotaText(CalendarQuota) = |text| {
+        let like = "write it like \"10000/day\" or \"200000/month\"";
+        let (count, unit) = text.split_once('/').ok_or_else(|| invalid("is not a quota", like))?;
+        let period = match unit.trim() {
+            "day" => CalendarPeriod::Day,
+            "month" => CalendarPeriod::Month,
+            _ => return Err(invalid("is not a quota", like)),
+        };
+        match count.trim().parse() {
+            Ok(requests @ 1..=CalendarQuota::MOST_REQUESTS) => Ok(CalendarQuota { requests, period }),
+            Ok(_) => Err(invalid("is out of range", format!("use 1 to {} requests", CalendarQuota::MOST_REQUESTS))),
+            Err(_) => Err(invalid("is not a quota", like)),
+        }
+    };
     Proxy(TrustedPeer) = |text| match (text, text.parse::<ipnet::IpNet>(), text.parse::<std::net::IpAddr>()) {
         ("unix", ..) => Ok(TrustedPeer::Unix),
         (_, Ok(network), _) => Ok(TrustedPeer::Network(network)),
@@ -884,6 +980,48 @@ impl Setting for HeaderEdits {
             }
         }
         Ok(edits)
+    }
+}
+
+/// What requests count as.
+#[derive(Clone, Debug)]
+pub(crate) struct LimitCostText(pub(crate) LimitCosts);
+
+impl Setting for LimitCostText {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        let like = "write it like { write = 5, GET = 2, \"/api/v3/search\" = 10 }";
+        let table = value.as_table().ok_or_else(|| vec![invalid("must be a table", like)])?;
+        let is_read = |method: Method| matches!(method, Method::Get | Method::Head | Method::Options);
+        let mut costs = LimitCosts::default();
+        // By kind first: a method says more.
+        for by_kind in [true, false] {
+            for (key, value) in table.iter() {
+                let key = key.get_ref().as_ref();
+                let cost = u64::read(value.get_ref()).ok().and_then(|cost| u32::try_from(cost).ok());
+                let cost =
+                    cost.ok_or_else(|| vec![invalid(format!("{key}: must be a whole number, 0 or more"), like)])?;
+                let mut set = |holds: &dyn Fn(Method) -> bool| {
+                    let all = Method::FORWARDED.into_iter().filter(|method| holds(*method));
+                    all.for_each(|method| {
+                        costs.methods.iter_mut().skip(method.index()).take(1).for_each(|own| *own = cost)
+                    });
+                };
+                match (key, Method::of(key.as_bytes())) {
+                    ("read", _) if by_kind => set(&is_read),
+                    ("write", _) if by_kind => set(&|method| !is_read(method)),
+                    ("read" | "write", _) => {}
+                    (path, _) if path.starts_with('/') && by_kind => costs.routes.push((path.to_owned(), cost)),
+                    (path, _) if path.starts_with('/') => {}
+                    (_, Method::Other) => {
+                        let what = format!("has the key `{key}`, which is no method and no path");
+                        return Err(vec![invalid(what, like)]);
+                    }
+                    (_, named) if !by_kind => set(&|method| method == named),
+                    _ => {}
+                }
+            }
+        }
+        Ok(Self(costs))
     }
 }
 

@@ -36,6 +36,7 @@ struct File {
     pagination: file::PaginationSection,
     pagination_routes: Vec<file::PaginationRouteSection>,
     limits: file::LimitsSection,
+    limit: Vec<file::LimitSection>,
     upstreams: Vec<file::UpstreamSection>,
     routes: Vec<file::RouteSection>,
     trace: file::TraceSection,
@@ -103,7 +104,7 @@ pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
 }
 
 /// The tables that can stand at the top of the file.
-const SECTIONS: [&str; 14] = [
+const SECTIONS: [&str; 15] = [
     "server",
     "listener",
     "admin",
@@ -114,6 +115,7 @@ const SECTIONS: [&str; 14] = [
     "cache",
     "pagination",
     "limits",
+    "limit",
     "upstream",
     "route",
     "trace",
@@ -140,6 +142,7 @@ fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
         scopes: many(places, root, "scope", "scope", file::ScopeSection::read),
         cache: one(places, root, "cache", file::CacheSection::read),
         limits: one(places, root, "limits", file::LimitsSection::read),
+        limit: many(places, root, "limit", "limit", file::LimitSection::read),
         trace: one(places, root, "trace", file::TraceSection::read),
         log: one(places, root, "log", file::LogSection::read),
         upstreams: many(places, root, "upstream", "upstream", file::UpstreamSection::read),
@@ -218,7 +221,7 @@ const fn commented(header: &'static str, doc: &'static [&'static str], fields: &
 }
 
 /// All sections, in the order in which they are documented.
-const REFERENCE: [Reference; 19] = [
+const REFERENCE: [Reference; 20] = [
     shown("[server]", file::ServerSection::DOC, file::ServerSection::FIELDS),
     commented("[[listener]]", file::ListenerSection::DOC, file::ListenerSection::FIELDS),
     shown("[admin]", file::AdminSection::DOC, file::AdminSection::FIELDS),
@@ -235,6 +238,7 @@ const REFERENCE: [Reference; 19] = [
     shown("[pagination]", file::PaginationSection::DOC, file::PaginationSection::FIELDS),
     commented("[[pagination.route]]", file::PaginationRouteSection::DOC, file::PaginationRouteSection::FIELDS),
     shown("[limits]", file::LimitsSection::DOC, file::LimitsSection::FIELDS),
+    commented("[[limit]]", file::LimitSection::DOC, file::LimitSection::FIELDS),
     commented("[[route]]", file::RouteSection::DOC, file::RouteSection::FIELDS),
     shown("[trace]", file::TraceSection::DOC, file::TraceSection::FIELDS),
     shown("[log]", file::LogSection::DOC, file::LogSection::FIELDS),

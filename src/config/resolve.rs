@@ -11,12 +11,14 @@ use crate::edge::{
 };
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
-use crate::policy::{Policy, ScopeRule, Scopes};
+use crate::policy::{
+    BucketSettings, LimitAmounts, LimitKeyPart, LimitScope, LimitSettings, Policy, RefillRate, ScopeRule, Scopes,
+};
 use crate::problem::Problem;
 use crate::reply::answer;
 use crate::reply::cors::Cors;
 use crate::request::body::{BodyRules, KeySet, UntypedBody};
-use crate::request::origin::TrustedProxies;
+use crate::request::origin::{AddressList, AddressRules, TrustedProxies};
 use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
 use crate::request::route::{
@@ -45,6 +47,9 @@ pub struct Settings {
     pub server: ServerSettings,
     pub rules: Rules,
     pub policy: Policy,
+    pub limits: Vec<LimitSettings>,
+    /// Answers say what is left of them.
+    pub limit_fields: bool,
     pub forward: ForwardRules,
     pub cors: Cors,
     pub stores: Vec<NamedStore>,
@@ -126,6 +131,9 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     gather.all("limits", connections.problems());
     let body_rate = BodyRate { bytes: file.limits.body_rate.map(|size| size.0), grace: file.limits.body_grace };
     gather.all("limits", body_rate.problems());
+    let addresses = AddressRules { allow: listed(&file.limits.allow), deny: listed(&file.limits.deny) };
+    gather.all("limits", addresses.problems());
+    let limits = gather.limits(file, &rules.routes);
     gather.all("server", rules.trusted_proxies.problems());
     let cache = CacheSettings {
         positive_ttl: file.cache.positive_ttl,
@@ -167,7 +175,9 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         rules,
         forward,
         cors,
-        policy: Policy { switches, scopes: gather.scopes(file) },
+        policy: Policy { switches, scopes: gather.scopes(file), addresses },
+        limits,
+        limit_fields: file.limits.rate_limit_fields,
         stores: gather.stores(file, folder, &upstreams),
         snapshot: Some(&file.cache.snapshot).filter(|path| !path.is_empty()).map(|path| folder.join(path)),
         cache,
@@ -367,6 +377,7 @@ impl Gather<'_, '_> {
                     AuthMode::None => Auth::None { pass_token: route.pass_token },
                 },
                 reason: route.reason.trim().into(),
+                addresses: AddressRules { allow: listed(&route.allow), deny: listed(&route.deny) },
                 refuse_query_token: route.query_token == QueryToken::Refuse,
                 upstream,
                 pools,
@@ -415,6 +426,98 @@ impl Gather<'_, '_> {
         }
         // A [[route]] for a whole prefix comes first in the stable order, and so stands in the prefix's place.
         Routes::new(routes)
+    }
+
+    fn limits(&mut self, file: &File, routes: &Routes) -> Vec<LimitSettings> {
+        const MOST: usize = 64;
+        let mut limits: Vec<LimitSettings> = Vec::new();
+        for limit in &file.limit {
+            let narrow = |bits: u64| u8::try_from(bits).unwrap_or(u8::MAX);
+            let settings = LimitSettings {
+                name: limit.name.clone(),
+                buckets: BucketSettings {
+                    key: limit.key.iter().map(|part| part.0.clone()).collect(),
+                    prefix_v4: narrow(limit.prefix_v4),
+                    prefix_v6: narrow(limit.prefix_v6),
+                    amounts: LimitAmounts {
+                        rate: limit.rate.as_ref().map(|rate| {
+                            let (requests, period_ms) = rate.0;
+                            RefillRate::new(requests, period_ms, limit.burst.unwrap_or(requests))
+                        }),
+                        quota: limit.quota.as_ref().map(|quota| quota.0),
+                        concurrency: limit.concurrency.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
+                    },
+                    most: usize::try_from(limit.buckets).unwrap_or(usize::MAX),
+                },
+                applies: LimitScope {
+                    routes: limit.routes.clone(),
+                    methods: Methods::only(limit.methods.iter().map(|method| method.0)),
+                    scopes: limit.scopes.clone(),
+                    users: limit.users.clone(),
+                },
+                costs: limit.cost.0.clone(),
+                dry_run: limit.dry_run,
+            };
+            self.all(&limit.at, settings.problems());
+            if limit.burst.is_some() && limit.rate.is_none() {
+                let problem = Problem::error("burst", "goes with a rate", "write rate as well, or remove it");
+                self.places.add(&limit.at, problem.with("rate"));
+            }
+            match limit.burst {
+                Some(0) => {
+                    let problem = Problem::error("burst", "is 0: nothing would pass", "use 1 or more, or \"none\"");
+                    self.places.add(&limit.at, problem);
+                }
+                Some(burst) => {
+                    let problem = Problem::out_of_range("burst", burst, 1..=RefillRate::MOST_BURST);
+                    self.all(&limit.at, problem.into_iter().collect());
+                }
+                None => {}
+            }
+            if let Some(first) = limits.iter().position(|other| other.name == settings.name) {
+                let first = format!("{}.name", file.limit[first].at);
+                let problem = Problem::error("name", "is the name of an earlier [[limit]]", "use another name");
+                self.places.report(&limit.at, problem, Some(first));
+            }
+            self.limit_routes(limit, &settings, routes);
+            limits.push(settings);
+        }
+        if limits.len() > MOST {
+            self.places.add("", Problem::error("limit", "is there too often", format!("use {MOST} or fewer")));
+        }
+        limits
+    }
+
+    /// What a limit says about routes.
+    fn limit_routes(&mut self, limit: &file::LimitSection, settings: &LimitSettings, routes: &Routes) {
+        let known = |name: &str| routes.iter().any(|route| route.name == name);
+        let names = || routes.iter().map(|route| route.name.as_str());
+        let mut unknown = false;
+        for (index, name) in settings.applies.routes.iter().enumerate().filter(|(_, name)| !known(name)) {
+            let instead = suggestion(nearest(name, names()), names());
+            let problem = Problem::error("routes", "is not the path of a route", instead).element(index);
+            self.places.add(&limit.at, problem);
+            unknown = true;
+        }
+        for (name, _) in settings.costs.routes.iter().filter(|(name, _)| !known(name)) {
+            let what = format!("`{}` is not the path of a route", name.escape_debug());
+            self.places.add(&limit.at, Problem::error("cost", what, suggestion(nearest(name, names()), names())));
+            unknown = true;
+        }
+        let LimitScope { methods, scopes, users, .. } = &settings.applies;
+        // Those who are only known by a token.
+        let by_identity =
+            |part: &LimitKeyPart| matches!(part, LimitKeyPart::Token | LimitKeyPart::User | LimitKeyPart::Scope);
+        let needs_token = !scopes.is_empty() || !users.is_empty() || settings.buckets.key.iter().any(by_identity);
+        let matches = |route: &Route| {
+            let is_meant = settings.applies.routes.is_empty() || settings.applies.routes.contains(&route.name);
+            is_meant && methods.overlaps(route.methods) && !(needs_token && matches!(route.auth, Auth::None { .. }))
+        };
+        if !unknown && *methods != Methods::only([]) && !routes.iter().any(matches) {
+            let key = if settings.applies.routes.is_empty() { "methods" } else { "routes" };
+            let what = "match no request: the routes have other methods, or no token to count by";
+            self.places.add(&limit.at, Problem::error(key, what, "see the [[route]] entries"));
+        }
     }
 
     /// `None` when a valid token may do everything.
@@ -553,14 +656,19 @@ fn body_rules(names: Names, switches: Switches, untyped: file::Untyped) -> BodyR
 }
 
 fn trusted(peers: &[file::Proxy]) -> TrustedProxies {
-    let mut trusted = TrustedProxies::default();
+    let AddressList { networks, unix_peers } = listed(peers);
+    TrustedProxies { networks, unix_peers }
+}
+
+fn listed(peers: &[file::Proxy]) -> AddressList {
+    let mut list = AddressList::default();
     for peer in peers {
         match &peer.0 {
-            TrustedPeer::Network(network) => trusted.networks.push(canonical(*network)),
-            TrustedPeer::Unix => trusted.unix_peers = true,
+            TrustedPeer::Network(network) => list.networks.push(canonical(*network)),
+            TrustedPeer::Unix => list.unix_peers = true,
         }
     }
-    trusted
+    list
 }
 
 /// IPv4 written as IPv6 is IPv4, as are the addresses that are looked for in it.

@@ -44,7 +44,7 @@ fn the_example_says_all_and_is_right() {
     });
     load(&everything.collect::<String>(), Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
     let keys: usize = REFERENCE.iter().map(|section| section.fields.len()).sum();
-    assert_eq!(keys, 191, "the reference lost or gained keys: update this number on purpose");
+    assert_eq!(keys, 211, "the reference lost or gained keys: update this number on purpose");
     assert!(
         REFERENCE
             .iter()
@@ -591,6 +591,66 @@ fn no_echoes() {
             found.len() == wanted.len() && found.iter().zip(&wanted).all(|(found, wanted)| found.starts_with(wanted)),
             "{text}: {found:#?}"
         );
+    }
+}
+
+#[test]
+fn limits_that_contradict_themselves_are_refused() {
+    for (text, wanted) in [
+        ("rate = \"600/min\"", ""),
+        ("rate = \"10/s\"\nburst = 5\ncost = { write = 5, GET = 2, \"/api/v3/*\" = 3 }", ""),
+        ("rate = \"none\"\nquota = \"100/day\"\nconcurrency = 1\nkey = []", ""),
+        ("", "limit[0].rate: is missing; it has no default"),
+        ("rate = \"none\"", "limit[0].rate: is missing, and so are quota and concurrency: it limits nothing"),
+        ("rate = \"600\"", "limit[0].rate: is not a rate"),
+        ("rate = \"0/s\"", "limit[0].rate: is out of range"),
+        ("rate = \"9/day\"", "limit[0].rate: is a quota"),
+        ("rate = \"none\"\nquota = \"100/h\"", "limit[0].quota: is not a quota"),
+        ("rate = \"600/min\"\nburst = 0", "limit[0].burst: is 0: nothing would pass"),
+        ("rate = \"none\"\nquota = \"9/day\"\nburst = 9", "limit[0].burst: goes with a rate"),
+        ("rate = \"5000/s\"\nburst = 5", "limit[0].burst: is no more than the rate has within a millisecond"),
+        (
+            "rate = \"9/s\"\nburst = 4\ncost = { write = 5 }",
+            "limit[0].cost: is 5 for some requests, and the burst is 4",
+        ),
+        (
+            "rate = \"none\"\nquota = \"4/day\"\ncost = { write = 5 }",
+            "limit[0].cost: is 5 for some requests, and the quota",
+        ),
+        ("rate = \"9/s\"\ncost = { read = 0, write = 0 }", "limit[0].cost: is 0 for all requests"),
+        ("rate = \"9/s\"\ncost = { reads = 0 }", "limit[0].cost: has the key `reads`"),
+        ("rate = \"9/s\"\ncost = { \"/x\" = 2 }", "limit[0].cost: `/x` is not the path of a route"),
+        ("rate = \"none\"\nconcurrency = 0", "limit[0].concurrency: is 0"),
+        ("rate = \"9/s\"\nkey = [\"header\"]", "limit[0].key: is without the name of a header"),
+        ("rate = \"9/s\"\nkey = [\"header:\"]", "limit[0].key: is without the name of a header"),
+        ("rate = \"9/s\"\nkey = [\"header:X-T\"]", "warning: limit[0].key: is what the client says"),
+        ("rate = \"9/s\"\nkey = [\"ip\"]", "limit[0].key: is nothing to count by"),
+        ("rate = \"9/s\"\nkey = [\"user\", \"user\"]", "limit[0].key: is in the list twice"),
+        ("rate = \"9/s\"\nkey = [\"scope\"]", "limit[0].key: has a scope, and `scopes` is empty"),
+        ("rate = \"9/s\"\nprefix_v4 = 33", "limit[0].prefix_v4: is out of range"),
+        ("rate = \"9/s\"\nbuckets = 1", "limit[0].buckets: is out of range"),
+        ("rate = \"9/s\"\nmethods = []", "limit[0].methods: is empty"),
+        ("rate = \"9/s\"\nroutes = [\"/api/v4/*\"]", "limit[0].routes: is not the path of a route"),
+        ("rate = \"9/s\"\nroutes = [\"/open\"]", "limit[0].routes: match no request"),
+        ("rate = \"9/s\"\nkey = [\"address\"]\nroutes = [\"/open\"]", ""),
+        ("rate = \"9/s\"\nkey = []\nroutes = [\"/open\"]\nmethods = [\"POST\"]", "limit[0].routes: match no request"),
+        (
+            "rate = \"9/s\"\n[[limit]]\nname = \"l\"\nrate = \"9/s\"",
+            "limit[1].name: is the name of an earlier [[limit]]",
+        ),
+        (
+            "rate = \"9/s\"\n[limits]\nallow = [\"10.1.0.0/16\"]\ndeny = [\"10.0.0.0/8\"]",
+            "limits.allow: 10.1.0.0/16 is within",
+        ),
+    ] {
+        let open = "[[route]]\npath = \"/open\"\nauth = \"none\"\nreason = \"r\"\nmethods = [\"GET\"]\n";
+        let found = problems(&format!("{MINIMAL}{open}[[limit]]\nname = \"l\"\n{text}\n"));
+        let without_place: Vec<_> =
+            found.iter().map(|found| found.split_once(": ").map_or("", |(_, rest)| rest)).collect();
+        match wanted {
+            "" => assert!(found.is_empty(), "{text}: {found:?}"),
+            wanted => assert!(found.len() == 1 && without_place[0].starts_with(wanted), "{text}: {found:?}"),
+        }
     }
 }
 

@@ -387,6 +387,7 @@ pub(super) fn render(refusal: Refusal, head_only: bool, close: bool, exchange: &
         cors,
         grant,
         hsts: exchange.hsts(),
+        limits: exchange.limit_fields(),
         location: location.as_deref(),
     };
     refusal.render(&envelope, &mut Http1Answer { out: &mut out, head_only, close });

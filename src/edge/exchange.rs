@@ -8,7 +8,8 @@ use super::spans::SpanNotes;
 use crate::clock::Now;
 use crate::forward::Plan;
 use crate::pipeline::Facts;
-use crate::reply::{Refusal, UpstreamFault};
+use crate::policy::PolicyFault;
+use crate::reply::{Cause, LimitFields, Refusal, UpstreamFault};
 use crate::request::origin::{Arrival, TlsArrival};
 use crate::request::route::{Canary, CanaryBy, RequestTimeout, Route};
 use crate::request::trace::TraceContext;
@@ -36,6 +37,8 @@ pub(super) struct Exchange {
     pub(super) facts: Facts,
     /// Where the request is sent in place of an answer.
     elsewhere: Option<Box<[u8]>>,
+    /// What the answer says of limits; `None`: nothing.
+    limit_fields: Option<Box<LimitFields>>,
     /// Of the client's connection.
     tls: Option<Arc<TlsArrival>>,
     /// The request's head as it came; the places below are in it. Empty when it could not be read.
@@ -125,6 +128,7 @@ impl Exchange {
             trace: None,
             facts: Facts::none(Method::Other, arrival.nearest()),
             elsewhere: None,
+            limit_fields: None,
             tls: arrival.tls.clone(),
             head,
             started: Instant::now(),
@@ -172,7 +176,13 @@ impl Exchange {
     /// Takes over what the pipeline knows so far.
     pub(super) fn learned(&mut self, facts: Facts) {
         self.note(SpanNotes::learned);
+        self.limit_fields = LimitFields::of(&self.snapshot.pipeline.limits, &facts.limits).map(Box::new);
         self.facts = facts;
+    }
+
+    /// What the answer says of the client's limits.
+    pub(super) fn limit_fields(&self) -> Option<&LimitFields> {
+        self.limit_fields.as_deref()
     }
 
     /// The token store has to be waited for.
@@ -404,6 +414,14 @@ impl Exchange {
         }
     }
 
+    /// The limit that refused it.
+    fn limit(&self) -> Option<&str> {
+        match self.ending.refusal?.cause() {
+            Cause::Policy(PolicyFault::Limit(excess)) => Some(self.snapshot.pipeline.limits.name(excess.limit)),
+            _ => None,
+        }
+    }
+
     /// One verdict for each request that a stage has judged.
     fn count(&self, took: Duration) {
         let (metrics, facts) = (&self.snapshot.metrics, &self.facts);
@@ -417,6 +435,7 @@ impl Exchange {
         if let Some(refusal) = self.ending.refusal.filter(Refusal::is_of_slow_body) {
             metrics.slow_body(refusal.reason());
         }
+        self.snapshot.count_limits(&facts.limits);
         let refused = self.ending.refusal.and_then(|refusal| Some((refusal.auth_result()?, refusal.reason())));
         match refused {
             Some((result, reason)) => metrics.auth(result, reason, facts.source),
@@ -471,6 +490,8 @@ impl Exchange {
             status: end.map_or(0, |end| end.status),
             by: end.and_then(|end| end.by),
             reason: self.reason(),
+            limit: self.limit(),
+            limit_dry_run: snapshot.dry_run_limit(facts),
             source: facts.source.as_str(),
             token: token.as_ref().map(|token| token.as_str()),
             user: facts.principal.as_ref().map(|principal| principal.user()),

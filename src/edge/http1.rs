@@ -841,6 +841,7 @@ fn write_head(
             // tollgate's own stands in its place.
             AnswerName::RequestId => kind == AnswerKind::Final,
             AnswerName::Deprecation => ticket.deprecated,
+            AnswerName::LimitFields => ticket.exchange.limit_fields().is_some(),
             AnswerName::StrictTransportSecurity => ticket.exchange.hsts().is_some(),
             _ => false,
         };
@@ -869,8 +870,7 @@ fn write_head(
         }
     }
     if kind == AnswerKind::Final {
-        for (name, value) in answer::own_fields(&ticket.exchange.request_id, ticket.deprecated, ticket.exchange.hsts())
-        {
+        for (name, value) in ticket.own_fields() {
             sink.field(name.as_bytes(), value.as_bytes());
         }
         if !has_date && let Ok(date) = get_cached_date().to_str() {

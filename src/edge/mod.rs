@@ -47,12 +47,14 @@ pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
 pub use tls::{CertificateFiles, ListenerTlsSettings, TlsProfile};
 pub use upgrade::{Predecessor, Successors};
 
-use crate::pipeline::Pipeline;
+use crate::pipeline::{Facts, Pipeline};
+use crate::policy::{LimitFacts, LimitResult};
 use crate::problem::Problem;
 use crate::request::trace::NewIds;
 use crate::request::view::Method;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::audit_log::{AuditLog, AuditSource, AuditedAction};
+use crate::telemetry::limit_metrics::{LimitCount, LimitMetrics};
 use crate::telemetry::metrics::{Metrics, RouteMetrics};
 use crate::telemetry::spans::SpanExporter;
 use crate::upstream::UpstreamSettings;
@@ -78,6 +80,8 @@ pub struct Snapshot {
     /// One for each route, and one for requests that got to none.
     route_metrics: Vec<RouteMetrics>,
     unrouted: RouteMetrics,
+    /// One for each limit.
+    limit_metrics: Vec<LimitMetrics>,
 }
 
 /// What a reload changes for the connections, besides the listeners themselves.
@@ -148,7 +152,8 @@ impl Snapshot {
         let upstreams = upstreams.iter().map(build).collect();
         let route_metrics = pipeline.rules.routes.iter().map(|route| metrics.route(&route.name)).collect();
         let unrouted = metrics.route("none");
-        Self { pipeline, metrics, upstreams, settings, log, audit, spans, route_metrics, unrouted }
+        let limit_metrics = pipeline.limits.names().map(|name| metrics.limit(name)).collect();
+        Self { pipeline, metrics, upstreams, settings, log, audit, spans, route_metrics, unrouted, limit_metrics }
     }
 
     fn head_limits(&self) -> HeadLimits {
@@ -188,6 +193,26 @@ impl Snapshot {
             span: new_span_id(),
             sampled: self.spans.samples(|| fastrand::u32(..1_000_000)),
         }
+    }
+
+    fn count_limits(&self, facts: &LimitFacts) {
+        for fact in facts {
+            let Some(series) = self.limit_metrics.get(usize::from(fact.limit)) else { continue };
+            series.count(match fact.result {
+                LimitResult::Allowed => LimitCount::Allowed,
+                LimitResult::Refused => LimitCount::Refused,
+                LimitResult::DryRun => LimitCount::DryRun,
+            });
+            if fact.shared {
+                series.shared();
+            }
+        }
+    }
+
+    /// The first limit that would have refused the request.
+    fn dry_run_limit(&self, facts: &Facts) -> Option<&str> {
+        let found = facts.limits.iter().find(|fact| fact.result == LimitResult::DryRun);
+        found.map(|fact| self.pipeline.limits.name(fact.limit))
     }
 
     fn count(&self, route: Option<usize>, method: Method, status: u16, took: Duration) {

@@ -220,8 +220,7 @@ impl ProxyHttp for ProxiedLane {
         if self.lifecycle.is_draining() {
             session.set_keepalive(None);
         }
-        for (name, value) in answer::own_fields(&ticket.exchange.request_id, ticket.deprecated, ticket.exchange.hsts())
-        {
+        for (name, value) in ticket.own_fields() {
             answer.insert_header(name, value)?;
         }
         if ticket.http10 && answer.headers.contains_key(header::TRANSFER_ENCODING) {
@@ -417,6 +416,7 @@ async fn write_refusal(session: &mut Session, refusal: Refusal, ticket: Option<&
         cors: &ticket.exchange.snapshot.pipeline.cors,
         grant: ticket.grant,
         hsts: ticket.exchange.hsts(),
+        limits: ticket.exchange.limit_fields(),
         location: None,
     };
     let mut answer = FrameworkAnswer { head: Err(no_ticket()), body: Bytes::new() };

@@ -2,7 +2,7 @@
 
 use super::exchange::{Exchange, HeadSlice};
 use crate::policy::Permit;
-use crate::reply::answer::Credentials;
+use crate::reply::answer::{self, Credentials};
 use crate::reply::cors::CorsGrant;
 use crate::request::body::BodyScanner;
 use crate::request::route::{HeaderEdits, Route};
@@ -67,6 +67,12 @@ impl Ticket {
     pub(super) fn response_headers(&self) -> &HeaderEdits {
         const NONE: &HeaderEdits = &HeaderEdits { set: Vec::new(), remove: Vec::new() };
         self.exchange.route().map_or(NONE, |route| &route.response_headers)
+    }
+
+    /// What tollgate says in the final answer.
+    pub(super) fn own_fields(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let exchange = &self.exchange;
+        answer::own_fields(&exchange.request_id, self.deprecated, exchange.hsts(), exchange.limit_fields())
     }
 
     /// What of this request must not leave in a URL of the answer.

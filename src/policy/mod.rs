@@ -1,25 +1,42 @@
 //! 3 MAY THEY. Decides whether an identity may do what is asked. Pure. A [`Permit`] can only be made here, and nothing
 //! is forwarded without one.
 
+mod limit;
+mod limit_bucket;
+mod limit_table;
 mod scope;
 
+pub use limit::{
+    BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitResult,
+    LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits,
+};
+pub use limit_bucket::{CalendarPeriod, CalendarQuota, LimitAmounts, LimitedBy, RefillRate};
 pub use scope::{ScopeRule, Scopes};
 
 use crate::identity::Principal;
+use crate::request::origin::AddressRules;
 use crate::request::route::Auth;
 use crate::request::{Examined, Switches};
+use smallvec::SmallVec;
 use std::sync::Arc;
 
 /// The right to have one request forwarded, and for whom.
 #[derive(Debug)]
 pub struct Permit {
     principal: Option<Arc<Principal>>,
+    /// Its place among the requests in flight of its limits, which ends with it.
+    in_flight: SmallVec<[InFlight; 1]>,
 }
 
 impl Permit {
     /// `None` on a route that lets requests pass without a token.
     pub fn principal(&self) -> Option<&Arc<Principal>> {
         self.principal.as_ref()
+    }
+
+    /// Keeps places as long as the request goes on.
+    pub fn keep(&mut self, in_flight: impl IntoIterator<Item = InFlight>) {
+        self.in_flight.extend(in_flight);
     }
 }
 
@@ -33,6 +50,9 @@ pub enum PolicyFault {
     Scope,
     /// None of the token's scopes allows acting as somebody else.
     SudoScope,
+    /// Nobody from this address is let in.
+    Address,
+    Limit(Excess),
 }
 
 /// What a valid token may do.
@@ -41,13 +61,19 @@ pub struct Policy {
     pub switches: Switches,
     /// `None`: a valid token may do everything.
     pub scopes: Option<Scopes>,
+    /// On every route.
+    pub addresses: AddressRules,
 }
 
 impl Policy {
     pub fn decide(&self, examined: &Examined<'_>, principal: Option<Arc<Principal>>) -> Result<Permit, PolicyFault> {
         let needed = examined.auth == Auth::Required || examined.presented.is_some();
         let Some(known) = &principal else {
-            return if needed { Err(PolicyFault::NoIdentity) } else { Ok(Permit { principal }) };
+            return if needed {
+                Err(PolicyFault::NoIdentity)
+            } else {
+                Ok(Permit { principal, in_flight: SmallVec::new() })
+            };
         };
         // Without an identity a `sudo` means nothing to a backend that trusts ours; with one it would change it.
         if examined.asks_sudo && !self.switches.sudo {
@@ -61,6 +87,6 @@ impl Policy {
                 return Err(PolicyFault::SudoScope);
             }
         }
-        Ok(Permit { principal })
+        Ok(Permit { principal, in_flight: SmallVec::new() })
     }
 }

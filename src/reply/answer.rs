@@ -2,6 +2,7 @@
 //! Pure. A token of the request must never leave in a field of an answer that tollgate looks at.
 
 use super::UpstreamFault;
+use super::limit_fields::LimitFields;
 use crate::problem::Problem;
 use crate::request::head::content_length;
 use crate::request::query::{Key, Names};
@@ -35,6 +36,8 @@ pub enum AnswerName {
     Date,
     RequestId,
     Deprecation,
+    /// `RateLimit` or `RateLimit-Policy`.
+    LimitFields,
     StrictTransportSecurity,
     /// It holds URLs.
     Urls(UrlField),
@@ -58,6 +61,8 @@ impl AnswerName {
             (b'l', 4) => ("link", Self::Urls(UrlField::Link)),
             (b'l', 8) => ("location", Self::Urls(UrlField::Location)),
             (b'p', 16) => ("proxy-connection", Self::EndsHere),
+            (b'r', 9) => ("ratelimit", Self::LimitFields),
+            (b'r', 16) => ("ratelimit-policy", Self::LimitFields),
             (b'r', 7) => ("refresh", Self::Urls(UrlField::Refresh)),
             (b's', 25) => ("strict-transport-security", Self::StrictTransportSecurity),
             (b't', 2) => ("te", Self::EndsHere),
@@ -189,10 +194,12 @@ pub fn own_fields<'a>(
     request_id: &'a str,
     query_token_deprecated: bool,
     hsts: Option<&'a str>,
+    limits: Option<&'a LimitFields>,
 ) -> impl Iterator<Item = (&'static str, &'a str)> {
     let deprecation = query_token_deprecated.then_some(("Deprecation", "true"));
     let hsts = hsts.map(|value| ("Strict-Transport-Security", value));
-    std::iter::once(("X-Request-Id", request_id)).chain(deprecation).chain(hsts)
+    let limits = limits.into_iter().flat_map(LimitFields::fields);
+    std::iter::once(("X-Request-Id", request_id)).chain(deprecation).chain(hsts).chain(limits)
 }
 
 /// What sort of answer a head belongs to.

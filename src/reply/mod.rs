@@ -3,6 +3,8 @@
 pub mod answer;
 pub mod cors;
 pub mod head;
+mod limit_fields;
 mod refusal;
 
+pub use limit_fields::LimitFields;
 pub use refusal::{AnswerSink, Cause, Envelope, Http1Answer, Refusal, UpstreamFault};

@@ -2,9 +2,10 @@
 //! One match without a wildcard, so that a new fault anywhere does not compile until it has an answer here.
 
 use super::cors::{Cors, CorsGrant};
+use super::limit_fields::LimitFields;
 use crate::forward::{FieldSink, Http1Head};
 use crate::identity::{CannotTell, Invalid};
-use crate::policy::PolicyFault;
+use crate::policy::{Excess, LimitedBy, PolicyFault};
 use crate::request::RequestFault;
 use crate::request::body::BodyFault;
 use crate::request::head::HeadFault;
@@ -72,6 +73,8 @@ pub struct Envelope<'a> {
     pub grant: CorsGrant,
     /// The value of Strict-Transport-Security.
     pub hsts: Option<&'a str>,
+    /// What is left of the client's limits, where answers say so.
+    pub limits: Option<&'a LimitFields>,
     /// Where the client is sent, if it is.
     pub location: Option<&'a [u8]>,
 }
@@ -183,6 +186,10 @@ impl Refusal {
             Cause::Policy(PolicyFault::Sudo) => (403, "sudo"),
             Cause::Policy(PolicyFault::Scope) => (403, "scope"),
             Cause::Policy(PolicyFault::SudoScope) => (403, "sudo_scope"),
+            Cause::Policy(PolicyFault::Address) => (403, "address"),
+            Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Rate, .. })) => (429, "limit_rate"),
+            Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Quota, .. })) => (429, "limit_quota"),
+            Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Concurrency, .. })) => (429, "limit_concurrency"),
             Cause::Request(R::NoRoute) => (404, "no_route"),
             Cause::Request(R::MethodNotAllowed) => (405, "method"),
             Cause::Request(R::HeaderTimeout) => (408, "header_timeout"),
@@ -227,6 +234,12 @@ impl Refusal {
             503 => sink.field(b"Retry-After", b"1"),
             _ => {}
         }
+        if let Cause::Policy(PolicyFault::Limit(excess)) = self.cause {
+            excess_fields(&excess, sink);
+        }
+        for (name, value) in envelope.limits.into_iter().flat_map(LimitFields::fields) {
+            sink.field(name.as_bytes(), value.as_bytes());
+        }
         if let Some(location) = envelope.location {
             sink.field(b"Location", location);
         }
@@ -238,6 +251,19 @@ impl Refusal {
         }
         sink.field(b"X-Request-Id", envelope.request_id.as_bytes());
         sink.body(body.as_bytes());
+    }
+}
+
+/// When the client may come again, as GitLab says it: its clients wait by these.
+fn excess_fields(excess: &Excess, sink: &mut impl AnswerSink) {
+    let mut field = |name: &[u8], value: u64| {
+        sink.field_by(name, |out| decimal(usize::try_from(value).unwrap_or(usize::MAX), out));
+    };
+    field(b"Retry-After", excess.retry_after);
+    if let Some(per_minute) = excess.per_minute {
+        field(b"RateLimit-Limit", per_minute);
+        field(b"RateLimit-Remaining", excess.remaining);
+        field(b"RateLimit-Reset", excess.reset);
     }
 }
 
@@ -333,6 +359,7 @@ answers! {
     413 "Request Entity Too Large",
     414 "URI Too Long",
     415 "Unsupported Media Type",
+    429 "Too Many Requests",
     431 "Request Header Fields Too Large",
     502 "Bad Gateway",
     503 "Service Unavailable",
@@ -347,7 +374,7 @@ mod tests {
     fn written(cause: Cause, head_only: bool, close: bool) -> String {
         let mut out = Vec::new();
         let (cors, grant) = (&Cors::Off, CorsGrant::Off);
-        let envelope = Envelope { date: "D", request_id: "id", cors, grant, hsts: None, location: None };
+        let envelope = Envelope { date: "D", request_id: "id", cors, grant, hsts: None, limits: None, location: None };
         Refusal::from(cause).render(&envelope, &mut Http1Answer { out: &mut out, head_only, close });
         String::from_utf8(out).unwrap()
     }

@@ -47,6 +47,59 @@ impl TrustedProxies {
     }
 }
 
+/// Networks, and peers on a Unix socket, which have no address.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AddressList {
+    pub networks: Vec<IpNet>,
+    pub unix_peers: bool,
+}
+
+impl AddressList {
+    fn is_empty(&self) -> bool {
+        self.networks.is_empty() && !self.unix_peers
+    }
+
+    fn has(&self, client: Option<IpAddr>) -> bool {
+        match client {
+            Some(ip) => self.networks.iter().any(|network| network.contains(&ip)),
+            None => self.unix_peers,
+        }
+    }
+}
+
+/// Whose requests are refused for the address that they come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AddressRules {
+    /// If there are any, all others are refused.
+    pub allow: AddressList,
+    /// These are refused, whatever is allowed.
+    pub deny: AddressList,
+}
+
+impl AddressRules {
+    /// Takes the client as [`Origin`] says it.
+    pub fn admit(&self, client: Option<IpAddr>) -> bool {
+        !self.deny.has(client) && (self.allow.is_empty() || self.allow.has(client))
+    }
+
+    /// Keys of `[limits]` and of a `[[route]]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        for (index, network) in self.allow.networks.iter().enumerate() {
+            if let Some(denied) = self.deny.networks.iter().find(|denied| denied.contains(network)) {
+                let what = format!("{network} is within {denied}, which is denied: it lets nobody in");
+                problems
+                    .push(Problem::error("allow", what, "remove it from one of the lists").element(index).with("deny"));
+            }
+        }
+        if self.allow.unix_peers && self.deny.unix_peers {
+            let instead = "remove it from one of the lists";
+            problems.push(Problem::error("allow", "has \"unix\", which is denied as well", instead).with("deny"));
+        }
+        problems
+    }
+}
+
 /// How a connection came, which is the same for all of its requests.
 #[derive(Clone, Debug, Default)]
 pub struct Arrival {

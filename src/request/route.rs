@@ -2,6 +2,7 @@
 //! `routes` finds the one of a request.
 
 use super::host::HostPattern;
+use super::origin::AddressRules;
 use super::view::Method;
 use crate::problem::Problem;
 use siphasher::sip::SipHasher13;
@@ -133,6 +134,8 @@ pub struct Route {
     pub pools: Vec<ScopePool>,
     /// Another upstream that takes a share of what `upstream` would get.
     pub canary: Option<Canary>,
+    /// Whom it is for, by address, among those whom the gateway lets in at all.
+    pub addresses: AddressRules,
     /// The largest body; `None`: no limit.
     pub body_bytes: Option<u64>,
     /// In place of the upstream's own.
@@ -317,6 +320,7 @@ impl Route {
             upstream: 0,
             pools: Vec::new(),
             canary: None,
+            addresses: AddressRules::default(),
             body_bytes: None,
             timeouts: RouteTimeouts::default(),
             rewrite: None,
@@ -328,7 +332,7 @@ impl Route {
 
     /// Keys of a `[[route]]`.
     pub fn problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
+        let mut problems = self.addresses.problems();
         if self.auth != Auth::Required && self.reason.is_empty() {
             let what = "is missing: these paths can be reached without a token";
             let instead = "write the reason; `tollgate check` lists it with the path";

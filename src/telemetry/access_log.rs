@@ -37,6 +37,10 @@ pub struct AccessLogEntry<'a> {
     pub by: Option<By>,
     /// Why it was refused or failed; `ok` otherwise.
     pub reason: &'static str,
+    /// The limit that refused it.
+    pub limit: Option<&'a str>,
+    /// One that would have.
+    pub limit_dry_run: Option<&'a str>,
     pub source: &'static str,
     /// The first 12 hex digits of the token's digest, and nothing else.
     pub token: Option<&'a str>,
@@ -206,6 +210,12 @@ fn format(entry: &AccessLogEntry<'_>, secret_words: &SecretWords) -> Vec<u8> {
         word(&mut line, text_key!("by"), by.as_str());
     }
     word(&mut line, text_key!("reason"), entry.reason);
+    if let Some(limit) = entry.limit {
+        word(&mut line, text_key!("limit"), limit);
+    }
+    if let Some(limit) = entry.limit_dry_run {
+        word(&mut line, text_key!("limit_dry_run"), limit);
+    }
     word(&mut line, text_key!("source"), entry.source);
     if let Some(token) = entry.token {
         word(&mut line, text_key!("token"), token);

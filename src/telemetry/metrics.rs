@@ -1,6 +1,7 @@
 //! Every metric of tollgate, with its help text. Labels are enums or configured names, never a client's bytes, so that
 //! no client can mint a series. Series that a request touches are resolved once, at start.
 
+use super::limit_metrics::{LimitFamilies, LimitMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::server_metrics::ServerFamilies;
 pub use super::server_metrics::ServerMetrics;
@@ -103,6 +104,7 @@ pub struct Metrics {
     upstream_waiting: IntGaugeVec,
     servers: Arc<ServerFamilies>,
     listeners: ListenerMetrics,
+    limits: LimitFamilies,
     /// Access log, process log.
     log_dropped: [IntCounter; 3],
     spans: Vec<IntCounter>,
@@ -238,6 +240,7 @@ impl Metrics {
             stores: Arc::new(StoreFamilies::new(&families)?),
             servers: Arc::new(ServerFamilies::new(&families)?),
             listeners: ListenerMetrics::new(&families)?,
+            limits: LimitFamilies::new(&families)?,
             lookups_refused: families
                 .counter("tollgate_lookups_refused_total", "Lookups refused because too many were in progress.")?,
             rotated: Generation::ALL.iter().map(|g| rotated.with_label_values(&[g.as_str()])).collect(),
@@ -311,6 +314,11 @@ impl Metrics {
             STATUS_CLASSES.iter().map(|class| self.requests.with_label_values(&[name, method, class]))
         });
         RouteMetrics { requests: series.collect(), duration: self.duration.with_label_values(&[name]) }
+    }
+
+    /// Those of one limit.
+    pub fn limit(&self, name: &str) -> LimitMetrics {
+        self.limits.of(name)
     }
 
     pub fn request_started(&self) -> Guard {

@@ -1,0 +1,644 @@
+//! Limits by amount: how many requests a token, a user, an address … may send. Pure; the time is an argument. What the limits
+//! of one request have in common is decided here: which apply, whose buckets they are, and that a request is counted by all of
+//! them or, if one refuses it, by none.
+//!
+//! Of the limits that are asked at once, all buckets are locked, then checked, then taken from. A request that waits for the
+//! token store is asked about its address before, and about the rest after that: what it took before is given back then, unless
+//! others took from the same bucket meanwhile.
+
+use super::limit_bucket::{LimitAmounts, LimitBucket, LimitedBy};
+use super::limit_table::{LimitTable, LockedBucket};
+use crate::clock::Now;
+use crate::identity::Principal;
+use crate::problem::Problem;
+use crate::request::route::Methods;
+use crate::request::routes::Routes;
+use crate::request::view::{Method, RequestView};
+use crate::store::credential::Digest;
+use siphasher::sip::SipHasher13;
+use smallvec::SmallVec;
+use std::hash::Hasher as _;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// A `[[limit]]`. Other sources of limits, like a plan or a token's record, have other amounts and the same rest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitSettings {
+    /// Log field and metric label.
+    pub name: String,
+    pub buckets: BucketSettings,
+    pub applies: LimitScope,
+    pub costs: LimitCosts,
+    /// Counts, and refuses nothing.
+    pub dry_run: bool,
+}
+
+/// What the state of a limit depends on: a reload that leaves these as they are keeps the buckets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BucketSettings {
+    pub key: Vec<LimitKeyPart>,
+    /// An address stands for its network of so many bits.
+    pub prefix_v4: u8,
+    pub prefix_v6: u8,
+    pub amounts: LimitAmounts,
+    /// How many keys have a bucket of their own.
+    pub most: usize,
+}
+
+/// What a bucket belongs to; none of these: one bucket for all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LimitKeyPart {
+    Token,
+    User,
+    Address,
+    Route,
+    /// The first one of the limit's scopes that the token has.
+    Scope,
+    /// The value of a field of the request, in lower case.
+    Header(String),
+}
+
+/// Which requests a limit is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitScope {
+    /// Names of routes; none: all.
+    pub routes: Vec<String>,
+    pub methods: Methods,
+    /// Those of the token; none: all, and requests without a token.
+    pub scopes: Vec<String>,
+    pub users: Vec<String>,
+}
+
+/// What a request counts as.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitCosts {
+    /// By method, as [`Method::index`] counts them.
+    pub methods: [u32; 7],
+    /// By name of the route, in place of its method's.
+    pub routes: Vec<(String, u32)>,
+}
+
+impl Default for LimitCosts {
+    fn default() -> Self {
+        Self { methods: [1; 7], routes: Vec::new() }
+    }
+}
+
+impl LimitCosts {
+    fn of(&self, route: &str, method: Method) -> u32 {
+        let own = self.routes.iter().find(|(name, _)| name == route).map(|(_, cost)| *cost);
+        own.unwrap_or_else(|| self.methods.get(method.index()).copied().unwrap_or(1))
+    }
+
+    fn highest(&self) -> u32 {
+        self.methods.iter().chain(self.routes.iter().map(|(_, cost)| cost)).copied().max().unwrap_or(1)
+    }
+}
+
+impl BucketSettings {
+    pub const LEAST: u64 = 16;
+    pub const MOST: u64 = 16_777_216;
+
+    /// Whether the buckets can be told before the token store is asked, and are about who is not known yet.
+    fn is_early(&self, applies: &LimitScope) -> bool {
+        let known =
+            |part: &LimitKeyPart| matches!(part, LimitKeyPart::Address | LimitKeyPart::Route | LimitKeyPart::Header(_));
+        // A limit for all would else be used up by those who have no token.
+        self.key.contains(&LimitKeyPart::Address)
+            && self.key.iter().all(known)
+            && applies.scopes.is_empty()
+            && applies.users.is_empty()
+    }
+}
+
+impl LimitSettings {
+    /// Keys of a `[[limit]]`.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+        if self.name.is_empty() || self.name.len() > 64 || !self.name.bytes().all(plain) {
+            let what = "must be 1 to 64 letters, digits, `-`, `_` or `.`";
+            problems.push(Problem::error("name", what, "write it like \"per-token\""));
+        }
+        let BucketSettings { key, prefix_v4, prefix_v6, amounts, most } = &self.buckets;
+        for (index, part) in key.iter().enumerate() {
+            if let Some(first) = key[..index].iter().position(|other| other == part) {
+                let problem = Problem::error("key", "is in the list twice", "remove one of them");
+                problems.push(problem.element(index).repeats("key", first));
+            }
+            match part {
+                LimitKeyPart::Scope if self.applies.scopes.is_empty() => {
+                    let problem = Problem::error("key", "has a scope, and `scopes` is empty", "list the scopes there");
+                    problems.push(problem.element(index).with("scopes"));
+                }
+                LimitKeyPart::Header(_) => {
+                    let what = "is what the client says: each other value is another bucket";
+                    let instead = "use it only where a proxy in front writes this field";
+                    problems.push(Problem::warning("key", what, instead).element(index));
+                }
+                _ => {}
+            }
+        }
+        problems.extend(Problem::out_of_range("prefix_v4", (*prefix_v4).into(), 1..=32));
+        problems.extend(Problem::out_of_range("prefix_v6", (*prefix_v6).into(), 1..=128));
+        let buckets = u64::try_from(*most).unwrap_or(u64::MAX);
+        problems.extend(Problem::out_of_range("buckets", buckets, BucketSettings::LEAST..=BucketSettings::MOST));
+        if *amounts == LimitAmounts::default() {
+            let what = "is missing, and so are quota and concurrency: it limits nothing";
+            let problem = Problem::error("rate", what, "write rate, quota or concurrency");
+            problems.push(problem.with("quota"));
+        }
+        if amounts.concurrency == Some(0) {
+            problems.push(Problem::error("concurrency", "is 0: nothing would pass", "use 1 or more, or \"none\""));
+        }
+        let highest = u64::from(self.costs.highest());
+        if highest == 0 {
+            problems.push(Problem::error("cost", "is 0 for all requests: it limits nothing", "use 1 or more for some"));
+        }
+        if let Some(rate) = &amounts.rate
+            && rate.burst() > 0
+            && highest > rate.burst()
+        {
+            let what =
+                format!("is {highest} for some requests, and the burst is {}: they would never pass", rate.burst());
+            problems.push(Problem::error("cost", what, "use less here, or more there").with("burst"));
+        }
+        if let Some(rate) = amounts.rate.filter(|rate| rate.burst() > 0 && rate.is_too_fine()) {
+            let what = "is no more than the rate has within a millisecond, a step of the clock: not all that is due would pass";
+            let instead = format!("use {} or more", rate.requests_in(1) + 1);
+            problems.push(Problem::error("burst", what, instead).with("rate"));
+        }
+        if let Some(quota) = &amounts.quota
+            && quota.requests > 0
+            && highest > quota.requests
+        {
+            let what =
+                format!("is {highest} for some requests, and the quota is {}: they would never pass", quota.requests);
+            problems.push(Problem::error("cost", what, "use less here, or more there").with("quota"));
+        }
+        if self.applies.methods == Methods::only([]) {
+            problems.push(Problem::error(
+                "methods",
+                "is empty: the limit would match nothing",
+                "remove it for all methods",
+            ));
+        }
+        problems
+    }
+}
+
+/// All limits, running.
+#[derive(Debug, Default)]
+pub struct RequestLimits {
+    limits: Vec<Arc<RunningLimit>>,
+    /// By the place of the route.
+    routes: Vec<Box<[LimitUse]>>,
+    /// Fields that keys are made from.
+    headers: Vec<String>,
+    /// Whether answers say what is left.
+    told: bool,
+}
+
+#[derive(Debug)]
+struct RunningLimit {
+    settings: LimitSettings,
+    table: Arc<LimitTable>,
+    /// Keys cannot be chosen to meet in one bucket.
+    seed: (u64, u64),
+    early: bool,
+    /// For each header of the key, its place in [`RequestLimits::headers`].
+    headers: Vec<usize>,
+}
+
+/// A limit on a route.
+#[derive(Debug)]
+struct LimitUse {
+    limit: usize,
+    /// By method; 0: it does not apply.
+    costs: [u32; 7],
+}
+
+/// What the limits of one request are told by.
+#[derive(Clone, Copy, Debug)]
+pub struct LimitSubject<'a> {
+    pub route: usize,
+    pub route_name: &'a str,
+    pub method: Method,
+    pub client: Option<IpAddr>,
+    pub token: Option<&'a Digest>,
+    /// `None` before the token store was asked, and without a token.
+    pub principal: Option<&'a Principal>,
+    /// From [`RequestLimits::header_keys`].
+    pub headers: &'a [u64],
+}
+
+/// Which of the limits are asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LimitStage {
+    /// By address, before the token store.
+    Early,
+    /// The others.
+    Late,
+    Both,
+}
+
+/// The limit that refuses a request for the longest time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Excess {
+    pub limit: u16,
+    pub by: LimitedBy,
+    /// Whole seconds, 1 or more.
+    pub retry_after: u64,
+    /// Unix seconds at which the same request would pass.
+    pub reset: u64,
+    /// What the limit allows in a minute, rounded up; `None` for requests in flight.
+    pub per_minute: Option<u64>,
+    pub remaining: u64,
+}
+
+/// What one limit made of a request, for metrics, the log and the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LimitFact {
+    pub limit: u16,
+    pub result: LimitResult,
+    /// The key had no bucket of its own.
+    pub shared: bool,
+    /// Only where answers say so.
+    pub remaining: u64,
+    pub full_in: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LimitResult {
+    Allowed,
+    Refused,
+    /// Would have been refused.
+    DryRun,
+}
+
+pub type LimitFacts = SmallVec<[LimitFact; 2]>;
+
+/// A place among the requests in flight, given back when it is dropped.
+#[derive(Debug)]
+pub struct InFlight {
+    table: Arc<LimitTable>,
+    key: u64,
+    shared: bool,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.table.change(self.key, self.shared, LimitBucket::release);
+    }
+}
+
+/// What a request has taken.
+#[derive(Debug, Default)]
+pub struct LimitsTaken {
+    pub facts: LimitFacts,
+    /// To be kept as long as the request goes on.
+    pub in_flight: SmallVec<[InFlight; 1]>,
+    taken: SmallVec<[BucketChange; 1]>,
+}
+
+#[derive(Debug)]
+struct BucketChange {
+    limit: usize,
+    key: u64,
+    shared: bool,
+    cost: u64,
+    before: LimitBucket,
+    after: LimitBucket,
+}
+
+/// A request that exceeds a limit.
+#[derive(Debug)]
+pub struct LimitExceeded {
+    pub excess: Excess,
+    pub facts: LimitFacts,
+}
+
+impl RequestLimits {
+    /// Takes over the buckets of limits that are running with the same settings. `seed` makes random numbers.
+    pub fn new(
+        settings: &[LimitSettings],
+        told: bool,
+        routes: &Routes,
+        running: Option<&Self>,
+        mut seed: impl FnMut() -> u64,
+    ) -> Self {
+        let mut headers: Vec<String> = Vec::new();
+        let limits: Vec<_> = settings
+            .iter()
+            .map(|settings| {
+                let kept = running.and_then(|running| running.buckets_of(settings));
+                let names = settings.buckets.key.iter().filter_map(|part| match part {
+                    LimitKeyPart::Header(name) => Some(name),
+                    _ => None,
+                });
+                let places = names.map(|name| {
+                    headers.iter().position(|known| known.eq_ignore_ascii_case(name)).unwrap_or_else(|| {
+                        headers.push(name.clone());
+                        headers.len() - 1
+                    })
+                });
+                let places = places.collect();
+                // One bucket for all needs no table.
+                let most = if settings.buckets.key.is_empty() { 1 } else { settings.buckets.most };
+                Arc::new(RunningLimit {
+                    table: kept.map_or_else(|| Arc::new(LimitTable::new(most)), |kept| Arc::clone(&kept.table)),
+                    seed: kept.map_or_else(|| (seed(), seed()), |kept| kept.seed),
+                    early: settings.buckets.is_early(&settings.applies),
+                    headers: places,
+                    settings: settings.clone(),
+                })
+            })
+            .collect();
+        let uses = |name: &str, methods: Methods| {
+            let on_route = |(limit, running): (usize, &Arc<RunningLimit>)| {
+                let LimitSettings { applies, costs, .. } = &running.settings;
+                let is_meant = applies.routes.is_empty() || applies.routes.iter().any(|route| route == name);
+                let cost = |method: Method| {
+                    let counts = is_meant && applies.methods.has(method) && methods.has(method);
+                    if counts { costs.of(name, method) } else { 0 }
+                };
+                let costs = Method::FORWARDED.map(cost);
+                costs.iter().any(|cost| *cost > 0).then_some(LimitUse { limit, costs })
+            };
+            limits.iter().enumerate().filter_map(on_route).collect()
+        };
+        let routes = routes.iter().map(|route| uses(&route.name, route.methods)).collect();
+        Self { limits, routes, headers, told }
+    }
+
+    /// The running limit whose buckets fit these settings.
+    fn buckets_of(&self, settings: &LimitSettings) -> Option<&RunningLimit> {
+        let same = |limit: &&Arc<RunningLimit>| {
+            limit.settings.name == settings.name && limit.settings.buckets == settings.buckets
+        };
+        self.limits.iter().find(same).map(|limit| &**limit)
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.limits.iter().map(|limit| limit.settings.name.as_str())
+    }
+
+    pub fn settings(&self, limit: u16) -> Option<&LimitSettings> {
+        self.limits.get(usize::from(limit)).map(|limit| &limit.settings)
+    }
+
+    pub fn name(&self, limit: u16) -> &str {
+        self.settings(limit).map_or("", |settings| settings.name.as_str())
+    }
+
+    /// Names of limits whose buckets another one has as well.
+    pub fn kept_from<'a>(&'a self, running: &'a Self) -> impl Iterator<Item = &'a str> {
+        let is_kept =
+            |limit: &&Arc<RunningLimit>| running.limits.iter().any(|other| Arc::ptr_eq(&other.table, &limit.table));
+        self.limits.iter().filter(is_kept).map(|limit| limit.settings.name.as_str())
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.limits.is_empty()
+    }
+
+    /// Whether answers say what is left.
+    pub fn are_told(&self) -> bool {
+        self.told
+    }
+
+    /// The values of the fields that keys are made from: a missing one is as good as an empty one.
+    pub fn header_keys(&self, view: &RequestView<'_>) -> SmallVec<[u64; 2]> {
+        let key = |name: &String| {
+            let mut hash = SipHasher13::new();
+            for field in view.fields.iter().filter(|field| field.name.eq_ignore_ascii_case(name.as_bytes())) {
+                field.value.iter().for_each(|byte| hash.write_u8(byte.to_ascii_lowercase()));
+                hash.write_u8(0);
+            }
+            hash.finish()
+        };
+        self.headers.iter().map(key).collect()
+    }
+
+    /// Whether limits of this route are asked before the token store.
+    pub fn has_early(&self, route: usize) -> bool {
+        self.uses(route).iter().any(|limit| self.limits.get(limit.limit).is_some_and(|limit| limit.early))
+    }
+
+    fn uses(&self, route: usize) -> &[LimitUse] {
+        self.routes.get(route).map_or(&[], |uses| uses)
+    }
+
+    /// Whether the request is within its limits. Takes nothing.
+    pub fn check(&self, subject: &LimitSubject<'_>, stage: LimitStage, now: Now) -> Result<LimitsTaken, LimitExceeded> {
+        self.ask(subject, stage, now, false)
+    }
+
+    /// Takes what the request costs from all of its limits, or nothing from any.
+    pub fn take(&self, subject: &LimitSubject<'_>, stage: LimitStage, now: Now) -> Result<LimitsTaken, LimitExceeded> {
+        self.ask(subject, stage, now, true)
+    }
+
+    fn ask(
+        &self,
+        subject: &LimitSubject<'_>,
+        stage: LimitStage,
+        now: Now,
+        takes: bool,
+    ) -> Result<LimitsTaken, LimitExceeded> {
+        let mut asked = Asked { subject, stage, now, takes, excess: None, taken: LimitsTaken::default() };
+        self.ask_rest(self.uses(subject.route), &mut asked);
+        let Asked { excess, mut taken, .. } = asked;
+        match excess {
+            None => Ok(taken),
+            Some((_, excess)) => {
+                taken.facts.retain(|fact| fact.result != LimitResult::Allowed);
+                Err(LimitExceeded { excess, facts: taken.facts })
+            }
+        }
+    }
+
+    /// Locks and checks the limits one after the other. On the way back, with all of them locked and none exceeded, takes.
+    fn ask_rest(&self, uses: &[LimitUse], asked: &mut Asked<'_, '_>) {
+        let Some((next, rest)) = uses.split_first() else { return };
+        let Some((limit, cost)) = self.applies(next, asked) else { return self.ask_rest(rest, asked) };
+        let Some(key) = limit.key(asked.subject) else { return self.ask_rest(rest, asked) };
+        let amounts = &limit.settings.buckets.amounts;
+        let Some(mut locked) = limit.table.lock(key, amounts, asked.now) else { return self.ask_rest(rest, asked) };
+        let fits = self.check_one(next, limit, cost, &mut locked, asked);
+        let place = asked.taken.facts.len() - 1;
+        if !rest.is_empty() {
+            self.ask_rest(rest, asked);
+        }
+        let shared = locked.is_shared();
+        let Some(bucket) = locked.get() else { return };
+        if fits && asked.takes && asked.excess.is_none() {
+            let before = *bucket;
+            bucket.take(amounts, cost, asked.now);
+            if asked.stage == LimitStage::Early {
+                let (limit, after) = (next.limit, *bucket);
+                asked.taken.taken.push(BucketChange { limit, key, shared, cost, before, after });
+            }
+            if amounts.concurrency.is_some() {
+                asked.taken.in_flight.push(InFlight { table: Arc::clone(&limit.table), key, shared });
+            }
+        }
+        if self.told
+            && let Some(fact) = asked.taken.facts.get_mut(place)
+        {
+            let level = bucket.level(amounts, asked.now);
+            (fact.remaining, fact.full_in) = (level.remaining, level.full_in_ms.div_ceil(1_000));
+        }
+    }
+
+    fn applies(&self, next: &LimitUse, asked: &Asked<'_, '_>) -> Option<(&RunningLimit, u64)> {
+        let cost = next.costs.get(asked.subject.method.index()).copied().filter(|cost| *cost > 0)?;
+        let limit = self.limits.get(next.limit)?;
+        let is_asked = match asked.stage {
+            LimitStage::Both => true,
+            LimitStage::Early => limit.early,
+            LimitStage::Late => !limit.early,
+        };
+        (is_asked && limit.is_for(asked.subject.principal)).then_some((limit, cost.into()))
+    }
+
+    /// Whether the request fits into one bucket.
+    fn check_one(
+        &self,
+        next: &LimitUse,
+        limit: &RunningLimit,
+        cost: u64,
+        locked: &mut LockedBucket<'_>,
+        asked: &mut Asked<'_, '_>,
+    ) -> bool {
+        let number = u16::try_from(next.limit).unwrap_or(u16::MAX);
+        let (settings, shared, now) = (&limit.settings, locked.is_shared(), asked.now);
+        let amounts = &settings.buckets.amounts;
+        let checked = locked.get().map_or(Ok(()), |bucket| bucket.check(amounts, cost, now));
+        let result = match checked {
+            Ok(()) => LimitResult::Allowed,
+            Err(_) if settings.dry_run => LimitResult::DryRun,
+            Err(shortage) => {
+                if asked.excess.is_none_or(|(longest, _)| longest < shortage.wait_ms) {
+                    let retry_after = shortage.wait_ms.div_ceil(1_000).max(1);
+                    let remaining = locked.get().map_or(0, |bucket| bucket.level(amounts, now).remaining);
+                    let excess = Excess {
+                        limit: number,
+                        by: shortage.by,
+                        retry_after,
+                        // Rounded up, as the wait is: who waits until then must not be early.
+                        reset: now.unix_ms.saturating_add(shortage.wait_ms.max(1)).div_ceil(1_000),
+                        per_minute: settings.buckets.per_minute(shortage.by),
+                        remaining,
+                    };
+                    asked.excess = Some((shortage.wait_ms, excess));
+                }
+                LimitResult::Refused
+            }
+        };
+        asked.taken.facts.push(LimitFact { limit: number, result, shared, remaining: 0, full_in: 0 });
+        result == LimitResult::Allowed
+    }
+
+    /// What an early stage took, when a later one refuses.
+    pub fn give_back(&self, taken: &LimitsTaken) {
+        for change in &taken.taken {
+            if let Some(limit) = self.limits.get(change.limit) {
+                let undo = |bucket: &mut LimitBucket| bucket.give_back(change.cost, &change.before, &change.after);
+                limit.table.change(change.key, change.shared, undo);
+            }
+        }
+    }
+}
+
+impl BucketSettings {
+    /// What is allowed in a minute.
+    fn per_minute(&self, by: LimitedBy) -> Option<u64> {
+        const MINUTE_MS: u64 = 60_000;
+        match by {
+            LimitedBy::Rate => self.amounts.rate.map(|rate| rate.requests_in(MINUTE_MS)),
+            LimitedBy::Quota => {
+                self.amounts.quota.map(|quota| (quota.requests * MINUTE_MS).div_ceil(quota.period.as_ms()))
+            }
+            LimitedBy::Concurrency => None,
+        }
+    }
+}
+
+struct Asked<'a, 's> {
+    subject: &'a LimitSubject<'s>,
+    stage: LimitStage,
+    now: Now,
+    takes: bool,
+    /// With its wait in milliseconds.
+    excess: Option<(u64, Excess)>,
+    taken: LimitsTaken,
+}
+
+impl RunningLimit {
+    fn is_for(&self, principal: Option<&Principal>) -> bool {
+        let LimitScope { scopes, users, .. } = &self.settings.applies;
+        if scopes.is_empty() && users.is_empty() {
+            return true;
+        }
+        let Some(principal) = principal else { return false };
+        let has_scope = scopes.is_empty() || scopes.iter().any(|scope| principal.scopes().contains(scope));
+        has_scope && (users.is_empty() || users.iter().any(|user| user == principal.user()))
+    }
+
+    /// Whose bucket it is. `None`: the request has no such key, and the limit is not about it.
+    fn key(&self, subject: &LimitSubject<'_>) -> Option<u64> {
+        // The digest of a token is a hash already.
+        if let [LimitKeyPart::Token] = self.settings.buckets.key.as_slice() {
+            let [a, b, c, d, e, f, g, h, ..] = subject.token?.as_bytes();
+            return Some(u64::from_ne_bytes([*a, *b, *c, *d, *e, *f, *g, *h]) ^ self.seed.0);
+        }
+        let mut hash = SipHasher13::new_with_keys(self.seed.0, self.seed.1);
+        let mut headers = self.headers.iter();
+        for part in &self.settings.buckets.key {
+            match part {
+                LimitKeyPart::Token => hash.write(subject.token?.as_bytes()),
+                LimitKeyPart::User => write_text(&mut hash, subject.principal?.user()),
+                LimitKeyPart::Address => self.write_address(&mut hash, subject.client),
+                LimitKeyPart::Route => write_text(&mut hash, subject.route_name),
+                LimitKeyPart::Scope => {
+                    let held = subject.principal?.scopes();
+                    let scopes = &self.settings.applies.scopes;
+                    write_text(&mut hash, scopes.iter().find(|scope| held.contains(scope))?);
+                }
+                LimitKeyPart::Header(_) => {
+                    let value = headers.next().and_then(|place| subject.headers.get(*place));
+                    hash.write_u64(value.copied().unwrap_or_default());
+                }
+            }
+        }
+        Some(hash.finish())
+    }
+
+    /// All peers of Unix sockets are one.
+    fn write_address(&self, hash: &mut SipHasher13, client: Option<IpAddr>) {
+        match client {
+            None => hash.write_u8(0),
+            Some(IpAddr::V4(ip)) => {
+                let cut = 32 - u32::from(self.settings.buckets.prefix_v4.min(32));
+                hash.write_u8(4);
+                hash.write_u32(ip.to_bits() & u32::MAX.checked_shl(cut).unwrap_or(0));
+            }
+            Some(IpAddr::V6(ip)) => {
+                let cut = 128 - u32::from(self.settings.buckets.prefix_v6.min(128));
+                hash.write_u8(6);
+                hash.write_u128(ip.to_bits() & u128::MAX.checked_shl(cut).unwrap_or(0));
+            }
+        }
+    }
+}
+
+/// With its end, so that two parts cannot be taken for others.
+fn write_text(hash: &mut SipHasher13, text: &str) {
+    hash.write(text.as_bytes());
+    hash.write_u8(0xff);
+}
+
+#[cfg(test)]
+#[path = "limit_tests.rs"]
+mod tests;

@@ -1,0 +1,320 @@
+//! The buckets of one limit, by key, in memory of a fixed size. Only a bucket that is as good as new makes room for another
+//! one, so that nobody gets more by being forgotten; while all are in use, newcomers share one bucket. It must not know what a
+//! key stands for.
+
+use super::limit_bucket::{LimitAmounts, LimitBucket};
+use crate::clock::Now;
+use parking_lot::{Mutex, MutexGuard};
+
+/// So many buckets share a lock, about.
+const SHARD: usize = 1_024;
+const MOST_SHARDS: usize = 64;
+/// A search that found all buckets of a shard in use is not repeated before this, unless one becomes idle earlier.
+const SEARCH_AGAIN_MS: u64 = 1_000;
+
+#[derive(Debug)]
+pub(super) struct LimitTable {
+    shards: Box<[Mutex<LimitShard>]>,
+    /// Bits of a key that are not those of its shard.
+    shift: u32,
+    /// For keys that have no bucket of their own.
+    shared: Mutex<LimitBucket>,
+}
+
+/// A bucket that is locked, alone or with its neighbours.
+pub(super) struct LockedBucket<'t> {
+    shard: MutexGuard<'t, LimitShard>,
+    at: usize,
+    shared: Option<MutexGuard<'t, LimitBucket>>,
+}
+
+impl LockedBucket<'_> {
+    pub(super) fn get(&mut self) -> Option<&mut LimitBucket> {
+        match &mut self.shared {
+            Some(shared) => Some(shared),
+            None => self.shard.slots.get_mut(self.at).map(|slot| &mut slot.bucket),
+        }
+    }
+
+    /// It is the one of the newcomers.
+    pub(super) fn is_shared(&self) -> bool {
+        self.shared.is_some()
+    }
+}
+
+/// Open addressing with linear probing: a key stands in the first free slot from its own place on.
+#[derive(Debug)]
+struct LimitShard {
+    /// A power of two, and more than `most`: a search always comes to an end.
+    slots: Box<[LimitSlot]>,
+    most: usize,
+    occupied: usize,
+    /// Where the search for an idle bucket goes on.
+    hand: usize,
+    /// All buckets are in use until then, by the monotonic clock.
+    full_until: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct LimitSlot {
+    /// 0: free.
+    key: u64,
+    bucket: LimitBucket,
+}
+
+/// Keys are spread evenly; none is 0.
+fn key(hash: u64) -> u64 {
+    hash.max(1)
+}
+
+impl LimitTable {
+    pub(super) fn new(buckets: usize) -> Self {
+        let shards = (buckets / SHARD).clamp(1, MOST_SHARDS).next_power_of_two();
+        let most = buckets.div_ceil(shards).max(1);
+        // A third of the slots stays free, so that searches are short.
+        let slots = (most + most / 2 + 1).next_power_of_two();
+        let shard = || LimitShard {
+            slots: vec![LimitSlot::default(); slots].into(),
+            most,
+            occupied: 0,
+            hand: 0,
+            full_until: 0,
+        };
+        Self {
+            shards: (0..shards).map(|_| Mutex::new(shard())).collect(),
+            shift: 64 - shards.trailing_zeros(),
+            shared: Mutex::default(),
+        }
+    }
+
+    fn shard(&self, key: u64) -> Option<&Mutex<LimitShard>> {
+        // With one shard there is nothing to shift by.
+        self.shards.get(key.checked_shr(self.shift).unwrap_or(0) as usize)
+    }
+
+    /// The bucket of a key. Locks are taken by place: of limits in their order, and of one limit the shared bucket last.
+    pub(super) fn lock(&self, hash: u64, amounts: &LimitAmounts, now: Now) -> Option<LockedBucket<'_>> {
+        let key = key(hash);
+        let mut shard = self.shard(key)?.lock();
+        match shard.find(key) {
+            Ok(at) => Some(LockedBucket { shard, at, shared: None }),
+            Err(free) => match shard.insert(key, free, amounts, now) {
+                Some(at) => Some(LockedBucket { shard, at, shared: None }),
+                None => Some(LockedBucket { shard, at: 0, shared: Some(self.shared.lock()) }),
+            },
+        }
+    }
+
+    /// The bucket of a key that has something in it.
+    pub(super) fn change(&self, hash: u64, shared: bool, change: impl FnOnce(&mut LimitBucket)) {
+        if shared {
+            return change(&mut self.shared.lock());
+        }
+        let key = key(hash);
+        let Some(shard) = self.shard(key) else { return };
+        let mut shard = shard.lock();
+        // It may be idle by now.
+        shard.full_until = 0;
+        if let Ok(at) = shard.find(key)
+            && let Some(slot) = shard.slots.get_mut(at)
+        {
+            change(&mut slot.bucket);
+        }
+    }
+}
+
+impl LimitShard {
+    fn mask(&self) -> usize {
+        self.slots.len() - 1
+    }
+
+    fn key_at(&self, at: usize) -> u64 {
+        self.slots.get(at).map_or(0, |slot| slot.key)
+    }
+
+    /// The slot of a key, or the free one where the search for it ended.
+    fn find(&self, key: u64) -> Result<usize, usize> {
+        let mut at = key as usize & self.mask();
+        loop {
+            match self.key_at(at) {
+                found if found == key => return Ok(at),
+                0 => return Err(at),
+                _ => at = (at + 1) & self.mask(),
+            }
+        }
+    }
+
+    /// Makes a bucket for a key that has none. `None`: all are in use.
+    #[cold]
+    fn insert(&mut self, key: u64, free: usize, amounts: &LimitAmounts, now: Now) -> Option<usize> {
+        // An idle one that stands in the way of the key gives its place.
+        let mut at = key as usize & self.mask();
+        while at != free {
+            if self.is_idle(at, amounts, now) {
+                return self.put(key, at);
+            }
+            at = (at + 1) & self.mask();
+        }
+        if self.occupied < self.most {
+            self.occupied += 1;
+            return self.put(key, free);
+        }
+        let idle = self.next_idle(amounts, now)?;
+        self.remove(idle);
+        // The removal may have moved others into the way.
+        let free = self.find(key).err()?;
+        self.occupied += 1;
+        self.put(key, free)
+    }
+
+    fn put(&mut self, key: u64, at: usize) -> Option<usize> {
+        *self.slots.get_mut(at)? = LimitSlot { key, bucket: LimitBucket::default() };
+        Some(at)
+    }
+
+    fn is_idle(&self, at: usize, amounts: &LimitAmounts, now: Now) -> bool {
+        self.slots.get(at).is_some_and(|slot| slot.key != 0 && slot.bucket.idle_at(amounts, now) <= now.mono_ms)
+    }
+
+    /// Goes round once. That no bucket is idle is remembered, so that many newcomers cost no search each.
+    fn next_idle(&mut self, amounts: &LimitAmounts, now: Now) -> Option<usize> {
+        if now.mono_ms < self.full_until {
+            return None;
+        }
+        let mut earliest = now.mono_ms.saturating_add(SEARCH_AGAIN_MS);
+        for step in 0..self.slots.len() {
+            let at = (self.hand + step) & self.mask();
+            let Some(slot) = self.slots.get(at).filter(|slot| slot.key != 0) else { continue };
+            let idle_at = slot.bucket.idle_at(amounts, now);
+            if idle_at <= now.mono_ms {
+                self.hand = (at + 1) & self.mask();
+                return Some(at);
+            }
+            earliest = earliest.min(idle_at);
+        }
+        self.full_until = earliest;
+        None
+    }
+
+    /// Frees a slot, and moves up those behind it whose search would end there.
+    fn remove(&mut self, at: usize) {
+        let (mut hole, mut next) = (at, (at + 1) & self.mask());
+        while let Some(slot) = self.slots.get(next).copied().filter(|slot| slot.key != 0) {
+            let own = slot.key as usize & self.mask();
+            let (from_own, from_hole) = (next.wrapping_sub(own) & self.mask(), next.wrapping_sub(hole) & self.mask());
+            if from_own >= from_hole {
+                if let Some(place) = self.slots.get_mut(hole) {
+                    *place = slot;
+                }
+                hole = next;
+            }
+            next = (next + 1) & self.mask();
+        }
+        if let Some(place) = self.slots.get_mut(hole) {
+            *place = LimitSlot::default();
+        }
+        self.occupied -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::limit_bucket::RefillRate;
+    use super::*;
+    use std::collections::HashMap;
+
+    fn at(mono_ms: u64) -> Now {
+        Now { mono_ms, unix_ms: mono_ms }
+    }
+
+    fn amounts(burst: u64) -> LimitAmounts {
+        LimitAmounts { rate: Some(RefillRate::new(1, 1_000, burst)), ..LimitAmounts::default() }
+    }
+
+    /// Takes one: whether it was there, and whether the bucket is the shared one.
+    fn ask(table: &LimitTable, key: u64, amounts: &LimitAmounts, now: Now) -> (bool, bool) {
+        let mut locked = table.lock(key, amounts, now).unwrap();
+        let shared = locked.is_shared();
+        let bucket = locked.get().unwrap();
+        let fits = bucket.check(amounts, 1, now).is_ok();
+        if fits {
+            bucket.take(amounts, 1, now);
+        }
+        (fits, shared)
+    }
+
+    #[test]
+    fn newcomers_share_one_bucket_while_all_are_in_use() {
+        let (table, amounts) = (LimitTable::new(100), amounts(2));
+        for key in 1..=100 {
+            assert_eq!(ask(&table, key, &amounts, at(10)), (true, false), "{key}");
+        }
+        let all: Vec<_> = (101..=110).map(|key| ask(&table, key, &amounts, at(10))).collect();
+        assert_eq!(all.iter().filter(|(fits, _)| *fits).count(), 2, "a burst for all of them together");
+        assert!(all.iter().all(|(_, shared)| *shared));
+        // Those who have a bucket keep it, with what is in it.
+        assert_eq!((1..=100).filter(|key| ask(&table, *key, &amounts, at(10)) == (true, false)).count(), 100);
+        assert_eq!((1..=100).filter(|key| ask(&table, *key, &amounts, at(10)) == (false, false)).count(), 100);
+        // Full again after two seconds, and not before: then newcomers take the places.
+        assert_eq!(ask(&table, 111, &amounts, at(2_009)), (true, true));
+        for key in 201..=300 {
+            assert_eq!(ask(&table, key, &amounts, at(2_010)), (true, false), "{key}");
+        }
+        assert!(ask(&table, 301, &amounts, at(2_010)).1);
+        assert_eq!(table.shards.iter().map(|shard| shard.lock().occupied).sum::<usize>(), 100);
+    }
+
+    #[test]
+    fn one_bucket_that_becomes_idle_is_found_at_once() {
+        let (table, amounts) = (LimitTable::new(50), amounts(100));
+        for key in 1..=50 {
+            let taken = if key == 17 { 1 } else { 60 };
+            (0..taken).for_each(|_| assert!(ask(&table, key, &amounts, at(0)).0));
+        }
+        assert!(ask(&table, 99, &amounts, at(0)).1);
+        assert!(ask(&table, 99, &amounts, at(999)).1);
+        assert!(!ask(&table, 99, &amounts, at(1_000)).1);
+    }
+
+    #[test]
+    fn a_bucket_with_a_request_in_flight_stays() {
+        let amounts = LimitAmounts { concurrency: Some(1), ..LimitAmounts::default() };
+        let table = LimitTable::new(1);
+        assert_eq!(ask(&table, 7, &amounts, at(0)), (true, false));
+        assert_eq!(ask(&table, 8, &amounts, at(100_000)), (true, true));
+        assert_eq!(ask(&table, 9, &amounts, at(100_000)), (false, true));
+        table.change(7, false, LimitBucket::release);
+        assert_eq!(ask(&table, 9, &amounts, at(100_000)), (true, false));
+        table.change(8, true, LimitBucket::release);
+        assert_eq!(ask(&table, 8, &amounts, at(100_000)), (true, true));
+    }
+
+    /// Against a map that forgets nothing, with keys that collide.
+    #[test]
+    fn a_table_tells_the_same_as_a_map_as_long_as_there_is_room() {
+        let (table, amounts) = (LimitTable::new(64), amounts(3));
+        let mut model: HashMap<u64, LimitBucket> = HashMap::new();
+        let (mut random, mut now, mut evicted) = (fastrand::Rng::with_seed(7), 0, 0);
+        for _ in 0..50_000 {
+            now += random.u64(0..40);
+            // All within a few slots, around the end of the table.
+            let key = (random.u64(0..400) << 8) | ((120 + random.u64(0..16)) % 128);
+            let known = model.entry(key.max(1)).or_default();
+            let expected = known.check(&amounts, 1, at(now)).is_ok();
+            let occupied = table.shards[0].lock().occupied;
+            let (fits, shared) = ask(&table, key, &amounts, at(now));
+            evicted += usize::from(occupied == 64);
+            if shared {
+                let live = model.values().filter(|bucket| bucket.idle_at(&amounts, at(now)) > now).count();
+                assert!(live >= 64, "{live} in use");
+                // Not counted in its own bucket.
+                continue;
+            }
+            assert_eq!(fits, expected, "{key} at {now}");
+            if fits {
+                model.entry(key.max(1)).or_default().take(&amounts, 1, at(now));
+            }
+        }
+        assert!(evicted > 1_000, "{evicted}");
+    }
+}

@@ -1,0 +1,352 @@
+//! Tests of the limits: what applies, whose bucket, all or nothing, and that threads admit what a bucket allows, to the request.
+
+use super::super::limit_bucket::{CalendarPeriod, CalendarQuota, RefillRate};
+use super::*;
+use crate::identity::{TokenStatus, judge};
+use crate::request::route::{Pattern, Route};
+use crate::store::TokenRecord;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+fn at(mono_ms: u64) -> Now {
+    Now { mono_ms, unix_ms: 1_700_000_000_000 + mono_ms }
+}
+
+fn rate(requests: u64, period_ms: u64, burst: u64) -> LimitAmounts {
+    LimitAmounts { rate: Some(RefillRate::new(requests, period_ms, burst)), ..LimitAmounts::default() }
+}
+
+fn limit(name: &str, key: &[LimitKeyPart], amounts: LimitAmounts) -> LimitSettings {
+    LimitSettings {
+        name: name.into(),
+        buckets: BucketSettings { key: key.to_vec(), prefix_v4: 32, prefix_v6: 64, amounts, most: 1_000 },
+        applies: LimitScope { routes: Vec::new(), methods: Methods::ALL, scopes: Vec::new(), users: Vec::new() },
+        costs: LimitCosts::default(),
+        dry_run: false,
+    }
+}
+
+/// Routes 0 and 1, by their specificity.
+fn routes() -> Routes {
+    let route = |path: &str| Route::new(path.parse::<Pattern>().unwrap(), path.into());
+    Routes::new(vec![route("/a/*"), route("/a/b/*")])
+}
+
+fn running(settings: &[LimitSettings]) -> RequestLimits {
+    next(settings, None)
+}
+
+fn next(settings: &[LimitSettings], before: Option<&RequestLimits>) -> RequestLimits {
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    RequestLimits::new(settings, true, &routes(), before, || {
+        seed = seed.wrapping_mul(0x2545_f491_4f6c_dd1d).rotate_left(17);
+        seed
+    })
+}
+
+fn caller(user: &str, scopes: &[&str]) -> (Digest, Arc<Principal>) {
+    let digest = Digest::of(format!("{user} {scopes:?}").as_bytes());
+    let mut record = TokenRecord::new(digest, user);
+    record.scopes = scopes.iter().map(|scope| (*scope).to_owned()).collect();
+    match judge(Some(&record), &digest, at(0)).0 {
+        TokenStatus::Valid(principal) => (digest, principal),
+        TokenStatus::Invalid(why) => panic!("{why:?}"),
+    }
+}
+
+fn anonymous(client: &str) -> LimitSubject<'static> {
+    LimitSubject {
+        route: 1,
+        route_name: "/a/*",
+        method: Method::Get,
+        client: client.parse().ok(),
+        token: None,
+        principal: None,
+        headers: &[],
+    }
+}
+
+fn of(caller: &(Digest, Arc<Principal>)) -> LimitSubject<'_> {
+    LimitSubject { token: Some(&caller.0), principal: Some(&caller.1), ..anonymous("192.0.2.1") }
+}
+
+fn passes(limits: &RequestLimits, subject: &LimitSubject<'_>, now: Now) -> bool {
+    limits.take(subject, LimitStage::Both, now).is_ok()
+}
+
+/// How many pass at once.
+fn burst(limits: &RequestLimits, subject: &LimitSubject<'_>) -> usize {
+    (0..1_000).take_while(|_| passes(limits, subject, at(0))).count()
+}
+
+#[test]
+fn a_key_has_a_bucket_and_another_key_has_another() {
+    use LimitKeyPart as K;
+    let (alice, twin, bob) = (caller("alice", &["api"]), caller("alice", &["api", "read"]), caller("bob", &["read"]));
+    let elsewhere = |subject| LimitSubject { client: "192.0.2.2".parse().ok(), ..subject };
+    let below = |subject| LimitSubject { route: 0, route_name: "/a/b/*", ..subject };
+    let says = |subject, headers| LimitSubject { headers, ..subject };
+    for (key, first, same, others) in [
+        (vec![], of(&alice), vec![of(&bob), anonymous("::1"), below(of(&twin))], vec![]),
+        (vec![K::Token], of(&alice), vec![below(of(&alice))], vec![of(&twin), of(&bob)]),
+        (vec![K::User], of(&alice), vec![of(&twin)], vec![of(&bob)]),
+        (
+            vec![K::Address],
+            of(&alice),
+            vec![of(&bob), anonymous("192.0.2.1")],
+            vec![elsewhere(of(&alice)), anonymous("")],
+        ),
+        (
+            vec![K::Address],
+            anonymous("2001:db8::1"),
+            vec![anonymous("2001:db8::ffff:1")],
+            vec![anonymous("2001:db8:0:1::1")],
+        ),
+        (vec![K::Route], of(&alice), vec![of(&bob)], vec![below(of(&alice))]),
+        (vec![K::User, K::Address], of(&alice), vec![of(&twin)], vec![elsewhere(of(&alice)), of(&bob)]),
+        (
+            vec![K::Header("X-A".into())],
+            says(of(&alice), &[1]),
+            vec![says(of(&bob), &[1])],
+            vec![says(of(&alice), &[2])],
+        ),
+    ] {
+        let limits = running(&[limit("l", &key, rate(1, 1_000, 3))]);
+        assert_eq!(burst(&limits, &first), 3, "{key:?}");
+        for same in &same {
+            assert!(!passes(&limits, same, at(0)), "{key:?} {same:?}");
+        }
+        for other in &others {
+            assert_eq!(burst(&limits, other), 3, "{key:?} {other:?}");
+        }
+    }
+    // A request without the key is not counted by the limit.
+    let limits = running(&[limit("l", &[K::Token], rate(1, 1_000, 3))]);
+    assert_eq!(burst(&limits, &anonymous("192.0.2.1")), 1_000);
+    // By the first of the limit's scopes that the token has.
+    let mut by_scope = limit("l", &[K::Scope], rate(1, 1_000, 3));
+    by_scope.applies.scopes = vec!["read".into(), "api".into()];
+    let limits = running(&[by_scope]);
+    assert_eq!((burst(&limits, &of(&alice)), burst(&limits, &of(&bob)), burst(&limits, &of(&twin))), (3, 3, 0));
+    assert_eq!(burst(&limits, &of(&caller("carol", &["other"]))), 1_000);
+}
+
+#[test]
+fn a_limit_is_for_what_it_says() {
+    let (alice, bob) = (caller("alice", &["api"]), caller("bob", &[]));
+    let mut only = limit("l", &[], rate(1, 1_000, 3));
+    only.applies = LimitScope {
+        routes: vec!["/a/b/*".into()],
+        methods: Methods::only([Method::Post]),
+        scopes: vec!["api".into()],
+        users: vec!["alice".into()],
+    };
+    let limits = running(&[only]);
+    let right = LimitSubject { route: 0, route_name: "/a/b/*", method: Method::Post, ..of(&alice) };
+    assert_eq!(burst(&limits, &right), 3);
+    for other in [
+        LimitSubject { method: Method::Get, ..right },
+        LimitSubject { route: 1, route_name: "/a/*", ..right },
+        LimitSubject { principal: Some(&bob.1), ..right },
+        LimitSubject { principal: None, ..right },
+    ] {
+        assert!(passes(&limits, &other, at(0)), "{other:?}");
+    }
+}
+
+#[test]
+fn a_write_costs_more() {
+    let alice = caller("alice", &[]);
+    let mut costly = limit("l", &[LimitKeyPart::Token], rate(1, 1_000, 10));
+    costly.costs.methods[Method::Post.index()] = 5;
+    costly.costs.methods[Method::Options.index()] = 0;
+    costly.costs.routes.push(("/a/b/*".into(), 4));
+    let limits = running(&[costly]);
+    let post = LimitSubject { method: Method::Post, ..of(&alice) };
+    assert_eq!(burst(&limits, &LimitSubject { method: Method::Options, ..of(&alice) }), 1_000, "free of cost");
+    assert!(passes(&limits, &post, at(0)), "5 of 10");
+    assert!(passes(&limits, &LimitSubject { route: 0, route_name: "/a/b/*", ..of(&alice) }, at(0)), "9 of 10");
+    let excess = limits.take(&post, LimitStage::Both, at(0)).unwrap_err().excess;
+    assert_eq!((excess.remaining, excess.retry_after, excess.per_minute), (1, 4, Some(60)));
+    assert!(passes(&limits, &of(&alice), at(0)), "10 of 10");
+}
+
+#[test]
+fn the_strictest_answers_and_who_is_refused_takes_nothing() {
+    let (alice, bob) = (caller("alice", &[]), caller("bob", &[]));
+    let limits = running(&[
+        limit("all", &[], rate(10, 1_000, 10)),
+        limit("user", &[LimitKeyPart::User], rate(1, 10_000, 2)),
+        limit("token", &[LimitKeyPart::Token], rate(1, 1_000, 2)),
+    ]);
+    assert_eq!(burst(&limits, &of(&alice)), 2);
+    let refused = limits.take(&of(&alice), LimitStage::Both, at(0)).unwrap_err();
+    assert_eq!((limits.name(refused.excess.limit), refused.excess.retry_after), ("user", 10));
+    assert_eq!(refused.excess.reset, 1_700_000_010);
+    assert_eq!(refused.facts.len(), 2, "both that refuse it are counted, and nothing else");
+    for _ in 0..100 {
+        assert!(!passes(&limits, &of(&alice), at(0)));
+    }
+    // 8 of the first limit are left.
+    let facts = limits.take(&of(&bob), LimitStage::Both, at(0)).unwrap().facts;
+    assert_eq!(facts.iter().map(|fact| fact.remaining).collect::<Vec<_>>(), [7, 1, 1]);
+}
+
+#[test]
+fn a_dry_run_refuses_nothing() {
+    let alice = caller("alice", &[]);
+    let dry = LimitSettings { dry_run: true, ..limit("dry", &[LimitKeyPart::User], rate(1, 1_000, 2)) };
+    let limits = running(&[dry, limit("real", &[LimitKeyPart::User], rate(1, 1_000, 4))]);
+    let results = |facts: LimitFacts| facts.iter().map(|fact| fact.result).collect::<Vec<_>>();
+    use LimitResult::{Allowed, DryRun, Refused};
+    for expected in [[Allowed, Allowed], [Allowed, Allowed], [DryRun, Allowed], [DryRun, Allowed]] {
+        assert_eq!(results(limits.take(&of(&alice), LimitStage::Both, at(0)).unwrap().facts), expected);
+    }
+    let refused = limits.take(&of(&alice), LimitStage::Both, at(0)).unwrap_err();
+    assert_eq!((limits.name(refused.excess.limit), results(refused.facts)), ("real", vec![DryRun, Refused]));
+}
+
+#[test]
+fn addresses_are_asked_before_the_token_store_and_get_back_what_a_later_limit_refuses() {
+    let alice = caller("alice", &[]);
+    let limits = running(&[
+        limit("token", &[LimitKeyPart::Token], rate(1, 1_000, 1)),
+        limit("address", &[LimitKeyPart::Address], rate(1, 1_000, 3)),
+        limit("all", &[], rate(100, 1_000, 100)),
+    ]);
+    assert!(limits.has_early(0) && limits.has_early(1));
+    let names = |facts: &LimitFacts| facts.iter().map(|fact| limits.name(fact.limit)).collect::<Vec<_>>().join(" ");
+    for round in 0..10 {
+        let early = limits.take(&of(&alice), LimitStage::Early, at(0)).unwrap();
+        assert_eq!(names(&early.facts), "address");
+        match limits.take(&of(&alice), LimitStage::Late, at(0)) {
+            Ok(late) => assert_eq!((round, names(&late.facts).as_str()), (0, "token all")),
+            Err(refused) => {
+                assert_eq!(names(&refused.facts), "token");
+                limits.give_back(&early);
+            }
+        }
+    }
+    // One is taken of three.
+    assert_eq!((0..5).filter(|_| limits.take(&of(&alice), LimitStage::Early, at(0)).is_ok()).count(), 2);
+    assert!(limits.check(&of(&alice), LimitStage::Early, at(0)).is_err());
+}
+
+#[test]
+fn requests_in_flight_are_given_back_with_their_place() {
+    let alice = caller("alice", &[]);
+    let most = LimitAmounts { concurrency: Some(2), ..LimitAmounts::default() };
+    let limits = running(&[limit("l", &[LimitKeyPart::User], most), limit("rate", &[], rate(1, 1_000, 3))]);
+    let take = || limits.take(&of(&alice), LimitStage::Both, at(0));
+    let (one, two) = (take().unwrap(), take().unwrap());
+    let excess = take().unwrap_err().excess;
+    assert_eq!((excess.by, excess.retry_after, excess.per_minute), (LimitedBy::Concurrency, 1, None));
+    drop(one);
+    let three = take().unwrap();
+    // The rate refuses: no place is kept for it.
+    drop(two);
+    assert_eq!(take().unwrap_err().excess.by, LimitedBy::Rate);
+    drop(three);
+    let both = [at(10_000), at(10_000)].map(|now| limits.take(&of(&alice), LimitStage::Both, now));
+    assert!(both.iter().all(Result::is_ok));
+    assert!(limits.take(&of(&alice), LimitStage::Both, at(10_000)).is_err());
+}
+
+#[test]
+fn a_reload_keeps_the_buckets_of_what_did_not_change() {
+    let alice = caller("alice", &[]);
+    let settings = [limit("one", &[LimitKeyPart::User], rate(1, 1_000, 3)), limit("two", &[], rate(1, 1_000, 9))];
+    let before = running(&settings);
+    assert_eq!(burst(&before, &of(&alice)), 3);
+    let mut changed = settings.clone();
+    changed.reverse();
+    changed[0].buckets.amounts = rate(1, 1_000, 8);
+    // To whom it applies may change.
+    changed[1].applies.methods = Methods::only([Method::Get]);
+    let after = next(&changed, Some(&before));
+    assert_eq!(after.kept_from(&before).collect::<Vec<_>>(), ["one"]);
+    assert!(!passes(&after, &of(&alice), at(0)));
+    assert_eq!(burst(&next(&changed[..1], Some(&after)), &anonymous("")), 8);
+}
+
+/// Many threads, one clock that goes forward: exactly what is due gets through, neither less nor more.
+#[test]
+fn threads_together_get_what_is_due_to_the_request() {
+    const THREADS: u64 = 8;
+    let (alice, bob) = (caller("alice", &[]), caller("bob", &[]));
+    let (requests, period, size) = (700, 1_000, 40);
+    let mut settings =
+        vec![limit("all", &[], rate(requests, period, size)), limit("user", &[LimitKeyPart::User], rate(1, 1_000, 5))];
+    settings[1].applies.users = vec!["bob".into()];
+    let limits = running(&settings);
+    let (clock, over, admitted, bobs) =
+        (AtomicU64::new(0), AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    const END: u64 = 3_000;
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (limits, clock, over, admitted, bobs, alice, bob) =
+                (&limits, &clock, &over, &admitted, &bobs, &alice, &bob);
+            scope.spawn(move || {
+                while !over.load(Ordering::Acquire) {
+                    let now = clock.load(Ordering::Acquire);
+                    // Half of the threads mostly fail at their own limit, and must not take from that of all.
+                    let (who, count) = if thread % 2 == 0 { (alice, admitted) } else { (bob, bobs) };
+                    if passes(limits, &of(who), at(now)) {
+                        count.fetch_add(1, Ordering::AcqRel);
+                    }
+                }
+            });
+        }
+        // The clock waits until all that is due at a time was taken: only then is there nothing to flow over.
+        for now in 0..=END {
+            clock.store(now, Ordering::Release);
+            let due = size + now * requests / period;
+            loop {
+                let all = admitted.load(Ordering::Acquire) + bobs.load(Ordering::Acquire);
+                assert!(all <= due, "{all} of {due} after {now} ms");
+                if all == due {
+                    break;
+                }
+                std::thread::yield_now();
+            }
+        }
+        over.store(true, Ordering::Release);
+    });
+    let bobs = bobs.into_inner();
+    assert!((1..=5 + END / 1_000).contains(&bobs), "{bobs}");
+}
+
+/// The same with requests in flight: never more than allowed, and all places are free in the end.
+#[test]
+fn threads_together_are_never_more_than_allowed() {
+    let alice = caller("alice", &[]);
+    let most = LimitAmounts {
+        concurrency: Some(3),
+        quota: Some(CalendarQuota { requests: 20_000, period: CalendarPeriod::Day }),
+        ..LimitAmounts::default()
+    };
+    let limits = running(&[limit("l", &[LimitKeyPart::User], most)]);
+    let (inside, highest, passed) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                loop {
+                    match limits.take(&of(&alice), LimitStage::Both, at(0)) {
+                        Ok(taken) => {
+                            highest.fetch_max(inside.fetch_add(1, Ordering::AcqRel) + 1, Ordering::AcqRel);
+                            passed.fetch_add(1, Ordering::AcqRel);
+                            std::thread::yield_now();
+                            inside.fetch_sub(1, Ordering::AcqRel);
+                            drop(taken);
+                        }
+                        Err(refused) if refused.excess.by == LimitedBy::Quota => break,
+                        Err(_) => std::thread::yield_now(),
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!((highest.into_inner(), passed.into_inner()), (3, 20_000));
+    let tomorrow = at(24 * 60 * 60 * 1_000);
+    let taken: Vec<_> = (0..4).map(|_| limits.take(&of(&alice), LimitStage::Both, tomorrow)).collect();
+    assert_eq!(taken.iter().filter(|taken| taken.is_ok()).count(), 3);
+}

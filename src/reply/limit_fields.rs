@@ -1,0 +1,47 @@
+//! What answers say of the client's limits, as the IETF's draft has it (draft-ietf-httpapi-ratelimit-headers): `RateLimit` with
+//! what is left of each limit, and `RateLimit-Policy` with what it allows. Pure.
+
+use crate::policy::{LimitFact, LimitFacts, RequestLimits};
+use std::fmt::Write as _;
+
+/// The values of both fields.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitFields {
+    left: String,
+    policy: String,
+}
+
+impl LimitFields {
+    /// `None`: answers say nothing, or no limit applied.
+    pub fn of(limits: &RequestLimits, facts: &LimitFacts) -> Option<Self> {
+        if !limits.are_told() || facts.is_empty() {
+            return None;
+        }
+        let mut fields = Self { left: String::new(), policy: String::new() };
+        for fact in facts {
+            fields.add(limits, fact);
+        }
+        Some(fields)
+    }
+
+    fn add(&mut self, limits: &RequestLimits, fact: &LimitFact) {
+        let Some(settings) = limits.settings(fact.limit) else { return };
+        let (name, amounts) = (&settings.name, &settings.buckets.amounts);
+        let between = if self.left.is_empty() { "" } else { ", " };
+        // Nothing can fail that is written to a string.
+        let _ = write!(self.left, "{between}\"{name}\";r={}", fact.remaining);
+        let _ = match (amounts.stated(), amounts.concurrency) {
+            (Some((requests, seconds)), _) => {
+                let _ = write!(self.left, ";t={}", fact.full_in);
+                write!(self.policy, "{between}\"{name}\";q={requests};w={seconds}")
+            }
+            (None, most) => {
+                write!(self.policy, "{between}\"{name}\";q={};qu=\"concurrent-requests\"", most.unwrap_or(0))
+            }
+        };
+    }
+
+    pub fn fields(&self) -> [(&'static str, &str); 2] {
+        [("RateLimit", &self.left), ("RateLimit-Policy", &self.policy)]
+    }
+}
