@@ -152,6 +152,7 @@ def tollgate(lab, tokens, port, upstream):
     config.write_text(f"""[server]
 listen = ["127.0.0.1:{port}"]
 threads = {lab.threads}
+{'shutdown_grace = "1s"' if lab.edge else ''}
 [admin]
 listen = "127.0.0.1:{free_port()}"
 [store]
