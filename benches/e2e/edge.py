@@ -25,9 +25,9 @@ class Size:
 
     def __init__(self, quick):
         of = lambda long, short: short if quick else long
-        self.rounds, self.handshake_seconds, self.requests = of(5, 1), of(2, 0.5), of(20_000, 4_000)
+        self.rounds, self.handshake_seconds, self.requests = of(5, 1), of(1, 0.5), of(20_000, 4_000)
         self.idle, self.waiting = of(10_000, 500), of(10, 2)
-        self.alone, self.flood, self.probe = of(3, 0.6), of(10, 2), of(4, 0.6)
+        self.alone, self.flood, self.probe = of(3, 0.6), of(10, 2), of(3, 0.6)
         self.attacks = of(list(floods.ATTACKS), [name for name in floods.ATTACKS if not name.endswith("_unread")])
 
 
@@ -318,7 +318,9 @@ def flooded(lab, gateways, size, report):
             report.figures.setdefault("floods", {}).setdefault(attack, {})[name] = row
             if name == "tollgate" and during["failed"]:
                 report.problems.append(f"{name}, {attack}: {during['failed']} requests of an honest client failed")
-            if probe["cut"] is not None:
+            if not kind.chunk or kind.pace:
+                ended = f"cut within {size.flood} s" if got["cuts"] else f"not cut in {size.flood} s"
+            elif probe["cut"] is not None:
                 ended = f"cut after {probe['cut']:,}, {probe['code']}"
             elif got["cuts"]:
                 ended = f"cut after about {got['units'] // got['connections']:,} in the flood"
@@ -327,7 +329,7 @@ def flooded(lab, gateways, size, report):
             rows.append([name, f"{spent:.2f}", f"{got['units'] / seconds:,.0f}", f"{row['grown MiB']:.1f}", ended,
                          f"{got['connections']:,} ({got['cuts']:,}" + (f", {got['failed']:,} refused)" if got["failed"] else ")"),
                          f"{alone['p50']} / {alone['p99']}", f"{during['p50']} / {during['p99']}", during["failed"]])
-        report.table(kind.text, ["gateway", "CPU s per s", f"{kind.unit} per s", "grown by, MiB", "the attacker's connection", "connections (cut)",
+        report.table(kind.text, ["gateway", "CPU s per s", f"{kind.unit} sent per s", "grown by, MiB", "the attacker's connection", "connections (cut)",
                                  "others alone, p50 / p99 ms", "others in the flood", "their failures"], rows)
 
 
