@@ -78,7 +78,7 @@ bench-servers:
 	benches/e2e/run.py servers
 
 # TLS, HTTP/2, memory of connections, and floods of HTTP/2 frames, beside nginx and HAProxy (apt-get install haproxy nginx
-# nghttp2-client). 13 minutes; make bench-edge EDGE=--quick: under two.
+# nghttp2-client). 12 minutes; make bench-edge EDGE=--quick: under two.
 bench-edge:
 	cargo build --locked --profile dist
 	benches/e2e/edge.py $(EDGE)

@@ -144,7 +144,8 @@ class Attack(NamedTuple):
 
 
 PATH = b"/api/v3/projects?per_page=20"
-POST = (b"POST", [(b"content-type", b"application/octet-stream")])
+# With a length, so that the backend waits for the rest.
+POST = (b"POST", [(b"content-type", b"application/octet-stream"), (b"content-length", b"1000")])
 
 
 def repeated(data):
