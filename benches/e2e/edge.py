@@ -105,8 +105,8 @@ def certificate(lab):
     """A certificate of our own with its key behind it, which HAProxy wants in one file."""
     pem, key = lab.work / "edge.pem", lab.work / "edge.key"
     if not pem.exists() or pem.stat().st_mtime < time.time() - 20 * 86400:
-        done = subprocess.run([lab.program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30",
-                               "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", pem],
+        done = subprocess.run([lab.program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                               "-days", "30", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", pem],
                               text=True, capture_output=True)
         if done.returncode:
             raise Problem(f"openssl made no certificate:\n{done.stderr}")
@@ -164,7 +164,8 @@ def order_of(gateways, turn):
 
 # ---- TLS -------------------------------------------------------------------------------------------------------------
 
-KINDS = {f"{version}, {'resumed' if resumed else 'full'}": {"version": version, "resumed": resumed} for resumed in (False, True) for version in ("1.3", "1.2")}
+KINDS = {f"{version}, {'resumed' if resumed else 'full'}": {"version": version, "resumed": resumed}
+         for resumed in (False, True) for version in ("1.3", "1.2")}
 
 
 def handshakes(lab, gateways, size, report):
@@ -192,8 +193,10 @@ def handshakes(lab, gateways, size, report):
 
 # ---- requests on kept connections ------------------------------------------------------------------------------------
 
+# Options of h2load; target, whether the token is in the header, and the class of the status.
 LOADS = {"HTTP/1, 32 connections": ["--h1", "-c", "32"], "HTTP/2, 8 connections of 8 streams": ["-c", "8", "-m", "8"]}
-WORKS = {"header": ("/api/v3/projects?per_page=20", True, 2), "query, strip and clamp": ("/api/v3/projects?private_token={token}&per_page=1000", False, 2),
+WORKS = {"header": ("/api/v3/projects?per_page=20", True, 2),
+         "query, strip and clamp": ("/api/v3/projects?private_token={token}&per_page=1000", False, 2),
          "unknown token": ("/api/v3/projects?private_token=unknown--AAAAAAAAAAA", False, 4)}
 
 
@@ -211,8 +214,8 @@ def requests(lab, gateways, size, report):
                 for work, (target, header, status) in WORKS.items():
                     for running in order_of(up, n):
                         before = cpu_seconds(running.pid)
-                        words = [lab.program("h2load"), *options, "-n", str(size.requests if n >= 0 else 500), *(["-H", f"private-token: {token}"] if header else []),
-                                 f"https://127.0.0.1:{running.tls}{target.format(token=token)}"]
+                        words = [lab.program("h2load"), *options, "-n", str(size.requests if n >= 0 else 500),
+                                 *(["-H", f"private-token: {token}"] if header else []), f"https://127.0.0.1:{running.tls}{target.format(token=token)}"]
                         try:
                             done = subprocess.run(words, text=True, capture_output=True, timeout=120)
                         except subprocess.TimeoutExpired:
@@ -244,33 +247,39 @@ def memory(lab, gateways, size, report):
         for what in ("idle, TLS", "idle, plain", "waiting streams"):
             with held.Backend() as backend, lab.gateway(name, tokens, backend.port) as running:
                 # A few first, for what the first of a kind allocates.
-                first = {"port": running.tls if what != "idle, plain" else running.port, "token": token, "tls": what == "idle, TLS"}
-                with client(lab, "hold", count=20, **(first | {"tls": what != "idle, plain"})) as process:
+                tls = what != "idle, plain"
+                common = {"port": running.tls if tls else running.port, "token": token, "tls": tls}
+                with client(lab, "hold", count=20, **common) as process:
                     told(process, 30)
                     result(started(process), 10)
                 before = rss_mib(running.pid)
                 count = size.waiting * streams if what == "waiting streams" else size.idle
-                more = {"role": "wait", "connections": size.waiting, "streams": streams} if what == "waiting streams" else {"role": "hold", "count": count}
-                with client(lab, **more, **first) as process:
+                more = {"role": "hold", "count": count}
+                if what == "waiting streams":
+                    more = {"role": "wait", "connections": size.waiting, "streams": streams}
+                with client(lab, **more, **common) as process:
                     told(process, 180)
                     if what == "waiting streams":
                         count = reached(backend, count)
                     time.sleep(1)
                     grown = rss_mib(running.pid) - before
                     lost = result(started(process), 30)["lost"]
-                row[what] = {"KiB": 1024 * grown / count if count else None, "count": count, "lost": lost, "before MiB": before}
+                row[what] = {"KiB": 1024 * grown / max(1, count), "count": count, "lost": lost, "before MiB": before}
                 if lost or what == "waiting streams" and count < size.waiting * streams:
                     tell(f"{name}, {what}: {count} held, {lost} lost")
-        rows.append([name, *(f"{cell['KiB']:.1f}" + (f" ({cell['count']:,} arrived, {cell['lost']} lost)" if cell["lost"] or cell["count"] not in (size.idle, size.waiting * streams) else "")
-                             for cell in row.values()), *(f"{row['idle, TLS']['before MiB']:.0f}",)])
+        cells = []
+        for cell in row.values():
+            whole = not cell["lost"] and cell["count"] in (size.idle, size.waiting * streams)
+            cells.append(f"{cell['KiB']:.1f}" + ("" if whole else f" ({cell['count']:,} arrived, {cell['lost']:,} lost)"))
+        rows.append([name, *cells, f"{row['idle, TLS']['before MiB']:.0f}"])
         report.figures.setdefault("memory", {})[name] = row
     report.table(f"Resident memory, KiB each: {size.idle:,} idle connections, {size.waiting * streams:,} streams on {size.waiting} connections",
-                 ["gateway", "idle HTTP/1 connection, TLS", "idle HTTP/1 connection, plain", "HTTP/2 stream that waits for its backend, TLS", "MiB before"], rows)
+                 ["gateway", "idle HTTP/1 connection, TLS", "idle HTTP/1 connection, plain", "HTTP/2 stream that waits for its backend, TLS",
+                  "MiB before"], rows)
 
 
 def told(process, seconds):
     """Until the client says that it holds what it should."""
-    import select
     poll = select.poll()
     poll.register(process.stdout, select.POLLIN)
     if not poll.poll(1000 * seconds):
@@ -317,8 +326,8 @@ def flooded(lab, gateways, size, report):
                 time.sleep(0.3)
                 after = rss_mib(running.pid)
             seconds = size.flood
-            row = {"CPU s per s": spent, "grown MiB": watch.top - watch.first, "kept MiB": after - watch.first, "units per s": got["units"] / seconds,
-                   "connections per s": got["connections"] / seconds, **got, "probe": probe, "alone": alone, "during": during}
+            row = {"CPU s per s": spent, "grown MiB": watch.top - watch.first, "kept MiB": after - watch.first,
+                   "units per s": got["units"] / seconds, "connections per s": got["connections"] / seconds, **got, "probe": probe, "alone": alone, "during": during}
             report.figures.setdefault("floods", {}).setdefault(attack, {})[name] = row
             if name == "tollgate" and during["failed"]:
                 report.problems.append(f"{name}, {attack}: {during['failed']} requests of an honest client failed")
@@ -333,8 +342,8 @@ def flooded(lab, gateways, size, report):
             rows.append([name, f"{spent:.2f}", f"{got['units'] / seconds:,.0f}", f"{row['grown MiB']:.1f}", ended,
                          f"{got['connections']:,} ({got['cuts']:,}" + (f", {got['failed']:,} refused)" if got["failed"] else ")"),
                          f"{alone['p50']} / {alone['p99']}", f"{during['p50']} / {during['p99']}", during["failed"]])
-        report.table(kind.text, ["gateway", "CPU s per s", f"{kind.unit} sent per s", "grown by, MiB", "the attacker's connection", "connections (cut)",
-                                 "others alone, p50 / p99 ms", "others in the flood", "their failures"], rows)
+        report.table(kind.text, ["gateway", "CPU s per s", f"{kind.unit} sent per s", "grown by, MiB", "the attacker's connection",
+                                 "connections (cut)", "others alone, p50 / p99 ms", "others in the flood", "their failures"], rows)
 
 
 if __name__ == "__main__":
