@@ -306,44 +306,53 @@ def reached(backend, count, seconds=15):
 
 # ---- floods ----------------------------------------------------------------------------------------------------------
 
+ATTACKING = 4  # connections at a time
+
+
 def flooded(lab, gateways, size, report):
     lab.edge = lab.edge._replace(requests=1_000)
-    tokens = lab.tokens()
+    tokens, all_rows = lab.tokens(), report.figures.setdefault("floods", {})
     token = lab.read_tokens(tokens)[0]
     for attack in size.attacks:
-        kind, rows = floods.ATTACKS[attack], []
+        tell(floods.ATTACKS[attack].text)
         for name in gateways:
             # Anew for each: what one attack leaves behind is not taken for the next one's.
             with lab.wire(tokens) as wire, lab.gateway(name, tokens, wire.upstream) as running:
-                person = {"port": running.tls, "token": token, "rate": 50}
-                alone = ask(lab, "honest", 30, seconds=size.alone, **person)
-                probe = ask(lab, "probe", 30, attack=attack, port=running.tls, token=token, most=20_000, seconds=size.probe)
-                before = cpu_seconds(running.pid)
-                with RssWatch(running.pid, 0.05) as watch, client(lab, "honest", seconds=size.flood, **person) as other:
-                    got = ask(lab, "attack", size.flood + 30, attack=attack, port=running.tls, token=token, seconds=size.flood, connections=4, nice=ATTACKERS_NICE)
-                    during = result(other, 30)
-                    spent = (cpu_seconds(running.pid) - before) / size.flood
-                time.sleep(0.3)
-                after = rss_mib(running.pid)
-            seconds = size.flood
-            row = {"CPU s per s": spent, "grown MiB": watch.top - watch.first, "kept MiB": after - watch.first,
-                   "units per s": got["units"] / seconds, "connections per s": got["connections"] / seconds, **got, "probe": probe, "alone": alone, "during": during}
-            report.figures.setdefault("floods", {}).setdefault(attack, {})[name] = row
-            if name == "tollgate" and during["failed"]:
-                report.problems.append(f"{name}, {attack}: {during['failed']} requests of an honest client failed")
-            if not kind.chunk or kind.pace:
-                ended = f"cut within {size.flood} s" if got["cuts"] else f"not cut in {size.flood} s"
-            elif probe["cut"] is not None:
-                ended = f"cut after {probe['cut']:,}, {probe['code']}"
-            elif got["cuts"]:
-                ended = f"cut after about {got['units'] // got['connections']:,} in the flood"
-            else:
-                ended = f"not cut ({got['units'] // max(1, got['connections']):,})"
-            rows.append([name, f"{spent:.2f}", f"{got['units'] / seconds:,.0f}", f"{row['grown MiB']:.1f}", ended,
-                         f"{got['connections']:,} ({got['cuts']:,}" + (f", {got['failed']:,} refused)" if got["failed"] else ")"),
-                         f"{alone['p50']} / {alone['p99']}", f"{during['p50']} / {during['p99']}", during["failed"]])
-        report.table(kind.text, ["gateway", "CPU s per s", f"{kind.unit} sent per s", "grown by, MiB", "the attacker's connection",
-                                 "connections (cut)", "others alone, p50 / p99 ms", "others in the flood", "their failures"], rows)
+                row = flood(lab, running, attack, token, size)
+            all_rows.setdefault(attack, {})[name] = row
+            if name == "tollgate" and row["during"]["failed"]:
+                report.problems.append(f"{name}, {attack}: {row['during']['failed']} requests of others failed")
+    report.table(f"Floods of HTTP/2 frames over {ATTACKING} connections, {size.flood} s each; others ask 50 times a second",
+                 ["attack", "gateway", "CPU s per s", "sent per s", "grown by, MiB", "the attacker's connection", "connections, refused",
+                  "others alone, p50 / p99 ms", "in the flood", "failed"],
+                 [flood_row(floods.ATTACKS[attack], name, row, size.flood) for attack, rows in all_rows.items() for name, row in rows.items()])
+
+
+def flood(lab, running, attack, token, size):
+    person = {"port": running.tls, "token": token, "rate": 50}
+    alone = ask(lab, "honest", 30, seconds=size.alone, **person)
+    attacker = {"attack": attack, "port": running.tls, "token": token}
+    probe = ask(lab, "probe", 30, most=20_000, seconds=size.probe, **attacker)
+    before = cpu_seconds(running.pid)
+    with RssWatch(running.pid, 0.05) as watch, client(lab, "honest", seconds=size.flood, **person) as other:
+        got = ask(lab, "attack", size.flood + 30, seconds=size.flood, connections=ATTACKING, nice=ATTACKERS_NICE, **attacker)
+        during = result(other, 30)
+        spent = cpu_seconds(running.pid) - before
+    return {"CPU s per s": spent / size.flood, "grown MiB": watch.top - watch.first, **got, "probe": probe, "alone": alone, "during": during}
+
+
+def flood_row(kind, name, row, seconds):
+    probe, each = row["probe"], row["units"] // max(1, row["connections"])
+    came_back = row["connections"] > ATTACKING
+    if not kind.chunk or kind.pace:
+        ended = f"cut within {seconds} s" if came_back else f"not cut in {seconds} s"
+    elif probe["cut"] is not None:
+        ended = f"cut after {probe['cut']:,}, {probe['code']}"
+    else:
+        ended = f"cut after about {each:,}" if came_back else f"not cut by {each:,} in {seconds} s"
+    return [kind.text, name, f"{row['CPU s per s']:.2f}", f"{row['units'] / seconds:,.0f} {kind.unit}", f"{row['grown MiB']:.1f}", ended,
+            f"{row['connections']:,}, {row['failed']:,}", f"{row['alone']['p50']} / {row['alone']['p99']}",
+            f"{row['during']['p50']} / {row['during']['p99']}", row["during"]["failed"]]
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def honest(job):
                 current = None if current is c else current
     failed += sum(len(c.open) for c in [*leaving, current] if c)
     latencies.sort()
-    at = lambda share: round(1000 * latencies[min(len(latencies) - 1, int(share * len(latencies)))], 3) if latencies else None
+    at = lambda share: round(1000 * latencies[min(len(latencies) - 1, int(share * len(latencies)))], 1) if latencies else None
     return {"asked": number, "answered": len(latencies), "failed": failed, "p50": at(0.5), "p99": at(0.99), "max": at(1)}
 
 
