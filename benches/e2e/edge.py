@@ -26,8 +26,8 @@ class Size:
     def __init__(self, quick):
         of = lambda long, short: short if quick else long
         self.rounds, self.handshake_seconds, self.requests = of(5, 1), of(1, 0.5), of(20_000, 4_000)
-        self.idle, self.waiting = of(10_000, 500), of(10, 2)
-        self.alone, self.flood, self.probe = of(3, 0.6), of(10, 2), of(3, 0.6)
+        self.idle, self.waiting = of(10_000, 200), of(10, 2)
+        self.alone, self.flood, self.probe = of(3, 0.5), of(10, 1.5), of(3, 0.5)
         self.attacks = of(list(floods.ATTACKS), [name for name in floods.ATTACKS if not name.endswith("_unread")])
 
 
