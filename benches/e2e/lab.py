@@ -169,6 +169,8 @@ level = "warn"
 """ + (f"""[[listener]]
 address = "127.0.0.1:{lab.edge.port}"
 certificates = [{{ chain = "{lab.edge.pem}", key = "{lab.edge.pem}" }}]
+[limits]
+idle_timeout = "300s"
 """ if lab.edge else "") + lab.extra)
     return [str(lab.tollgate), "run", "--config", str(config)]
 
@@ -201,7 +203,8 @@ def nginx(lab, tokens, port, upstream, name="nginx"):
     return [lab.program(name), "-e", "stderr", "-p", str(lab.work), "-c", str(config)]
 
 
-# TLS and HTTP/2 in front of the same rules, with tollgate's limits where there is a setting for them.
+# TLS and HTTP/2 in front of the same rules, with tollgate's limits where there is a setting for them. Ten thousand connections may
+# take more than a minute to open.
 HAPROXY_LIMITS = """  maxconn {connections}
   # maxconn times two may be more files than the process may open; connections to the backend are few here
   no strict-limits
@@ -209,6 +212,8 @@ HAPROXY_LIMITS = """  maxconn {connections}
 """
 HAPROXY_EDGE = """  bind 127.0.0.1:{port} ssl crt {pem} alpn h2,http/1.1 ssl-min-ver TLSv1.2
   timeout http-request 10s
+  timeout client 300s
+  timeout http-keep-alive 300s
 """
 NGINX_EDGE = """    listen 127.0.0.1:{port} ssl http2 backlog=4096;
     ssl_certificate {pem};
@@ -216,6 +221,7 @@ NGINX_EDGE = """    listen 127.0.0.1:{port} ssl http2 backlog=4096;
     ssl_protocols TLSv1.2 TLSv1.3;
     http2_max_concurrent_streams 128;
     client_header_timeout 10s;
+    keepalive_timeout 300s;
 """
 
 
