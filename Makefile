@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness
+.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness
 
 check: lint doc test deploy-check
 
@@ -76,6 +76,12 @@ bench-bodies:
 bench-servers:
 	cargo build --locked --profile dist
 	benches/e2e/run.py servers
+
+# TLS, HTTP/2, memory of connections, and floods of HTTP/2 frames, beside nginx and HAProxy (apt-get install haproxy nginx
+# nghttp2-client). 12 minutes; make bench-edge EDGE=--quick: under two.
+bench-edge:
+	cargo build --locked --profile dist
+	benches/e2e/edge.py $(EDGE)
 
 # Instructions a request against known tokens, routes, servers, connections, fields and bytes of the query, into docs/growth.
 # 20 minutes; make bench-growth GROWTH="known --at 10000000" for ten million tokens.

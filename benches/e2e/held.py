@@ -12,6 +12,7 @@ SMALL = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2
 class Backend:
     def __enter__(self):
         self.port, self.loop, up = free_port(), asyncio.new_event_loop(), threading.Event()
+        self.hanging = 0
 
         def run():
             asyncio.set_event_loop(self.loop)
@@ -26,10 +27,11 @@ class Backend:
         return self
 
     async def serve(self, reader, writer):
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 if b"/hang" in head[:200]:
+                    self.hanging += 1
                     await asyncio.sleep(3600)
                 elif slow := re.match(rb"POST /api/v3/slow/(\d+)[ ?]", head):
                     await read_slowly(reader, int(re.search(rb"(?i)content-length: (\d+)", head)[1]), int(slow[1]))

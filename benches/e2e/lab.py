@@ -152,6 +152,7 @@ def tollgate(lab, tokens, port, upstream):
     config.write_text(f"""[server]
 listen = ["127.0.0.1:{port}"]
 threads = {lab.threads}
+{'shutdown_grace = "1s"' if lab.edge else ''}
 [admin]
 listen = "127.0.0.1:{free_port()}"
 [store]
@@ -165,7 +166,12 @@ read_timeout = "{lab.timeouts()['READ']}"
 [log]
 access = "/dev/null"
 level = "warn"
-""" + lab.extra)
+""" + (f"""[[listener]]
+address = "127.0.0.1:{lab.edge.port}"
+certificates = [{{ chain = "{lab.edge.pem}", key = "{lab.edge.pem}" }}]
+[limits]
+idle_timeout = "300s"
+""" if lab.edge else "") + lab.extra)
     return [str(lab.tollgate), "run", "--config", str(config)]
 
 
@@ -178,7 +184,8 @@ def haproxy(lab, tokens, port, upstream, name="haproxy"):
     # With other servers to turn to, as its documentation advises: checks, and what is safe is sent again, to another server.
     check, again = (" check inter 1s", "  option redispatch 1\n  retry-on all-retryable-errors\n") if lab.dead else ("", "")
     servers = again + "\n".join(f"  server s{n} {address}{check}" for n, address in enumerate(lab.addresses(upstream)))
-    config = lab.fill("haproxy.cfg", name, PORT=port, SERVERS=servers, TOKENS=known, THREADS=lab.threads, **lab.timeouts())
+    config = lab.fill("haproxy.cfg", name, PORT=port, SERVERS=servers, TOKENS=known, THREADS=lab.threads, **lab.timeouts(),
+                      LIMITS=HAPROXY_LIMITS.format(**lab.edge._asdict()) if lab.edge else "  maxconn 8000\n", EDGE=HAPROXY_EDGE.format(**lab.edge._asdict()) if lab.edge else "")
     return [lab.program(name), "-db", "-f", str(config)]
 
 
@@ -188,8 +195,34 @@ def nginx(lab, tokens, port, upstream, name="nginx"):
     size = max(2048, 1 << (4 * len(lab.read_tokens(tokens))).bit_length())
     servers = "\n".join(f"    server {address};" for address in lab.addresses(upstream))
     config = lab.fill("nginx.conf", name, PORT=port, SERVERS=servers, **lab.timeouts(), TOKENS=known, HASH_SIZE=size, WORK=lab.work, NAME=name,
-                      THREADS=lab.threads, MASTER="on" if lab.threads > 1 else "off")
+                      THREADS=lab.threads, MASTER="on" if lab.threads > 1 else "off",
+                      # its own defaults at the edge, of which the second is its defence against resets
+                      CONNECTIONS=lab.edge.connections if lab.edge else 8192, REQUESTS=lab.edge.requests if lab.edge else 100_000_000,
+                      BUFFERS="8 8k" if lab.edge else "32 16k", BUSY="16k" if lab.edge else "64k",
+                      EDGE=NGINX_EDGE.format(**lab.edge._asdict()) if lab.edge else "")
     return [lab.program(name), "-e", "stderr", "-p", str(lab.work), "-c", str(config)]
+
+
+# TLS and HTTP/2 in front of the same rules, with tollgate's limits where there is a setting for them. Ten thousand connections may
+# take more than a minute to open.
+HAPROXY_LIMITS = """  maxconn {connections}
+  # maxconn times two may be more files than the process may open; connections to the backend are few here
+  no strict-limits
+  tune.h2.max-concurrent-streams 128
+"""
+HAPROXY_EDGE = """  bind 127.0.0.1:{port} ssl crt {pem} alpn h2,http/1.1 ssl-min-ver TLSv1.2
+  timeout http-request 10s
+  timeout client 300s
+  timeout http-keep-alive 300s
+"""
+NGINX_EDGE = """    listen 127.0.0.1:{port} ssl http2 backlog=4096;
+    ssl_certificate {pem};
+    ssl_certificate_key {pem};
+    ssl_protocols TLSv1.2 TLSv1.3;
+    http2_max_concurrent_streams 128;
+    client_header_timeout 10s;
+    keepalive_timeout 300s;
+"""
 
 
 def envoy(lab, tokens, port, upstream, name="envoy"):
@@ -212,6 +245,15 @@ class Running(NamedTuple):
     name: str
     port: int
     pid: int | None  # None: not started by us, and --pid not given
+    tls: int | None = None  # the port of the listener with TLS and HTTP/2
+
+
+class Edge(NamedTuple):
+    """A listener with TLS and HTTP/2 beside the plain one."""
+    pem: Path  # the certificate and its key
+    connections: int  # that the gateway must be able to hold
+    requests: int = 100_000_000  # that nginx serves on a connection; its default is 1,000
+    port: int | None = None
 
 
 class Lab:
@@ -221,6 +263,7 @@ class Lab:
         self.work, self.tollgate, self.known = Path(work).resolve(), Path(tollgate).resolve(), known
         self.servers = 1  # of the upstream, at one loopback address each
         self.dead = []  # addresses of servers that are dead
+        self.edge = None
         self.extra = Path(extra).read_text() if extra else ""
         self.work.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.work / "lock", "w")
@@ -351,13 +394,15 @@ class Lab:
     def gateway(self, name, tokens, upstream, under=(), patience=30):
         """A running gateway. Its upstream must be running. `under`: a command to run it with, such as valgrind."""
         port, log = free_port(), self.work / f"{name}.log"
+        tls = free_port() if self.edge else None
+        self.edge = self.edge and self.edge._replace(port=tls)
         command = [*under, *GATEWAYS[name](self, tokens, port, upstream)]
         with open(log, "w") as out:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                                        preexec_fn=child_setup(self.gateway_cpu))
         try:
             self.wait_until_it_serves(name, process, port, self.read_tokens(tokens)[0], log, patience)
-            yield Running(name, port, process.pid)
+            yield Running(name, port, process.pid, tls)
         except Problem as problem:
             if process.poll() is None:
                 raise

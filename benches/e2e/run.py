@@ -155,10 +155,14 @@ def open_lab(args):
     return Lab(args.work, args.tollgate, args.known, getattr(args, "threads", 1), args.extra)
 
 
-def print_machine(lab, gateways):
+def machine(lab, gateways):
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    print(f"{', '.join(map(lab.version, gateways))}; {os.cpu_count()} x {model[1] if model else platform.machine()}, "
-          f"Linux {platform.release()}, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d %H:%M')}")
+    return (f"{', '.join(map(lab.version, gateways))}; {os.cpu_count()} x {model[1] if model else platform.machine()}, "
+            f"Linux {platform.release()}, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d %H:%M')}")
+
+
+def print_machine(lab, gateways):
+    print(machine(lab, gateways))
 
 
 def table(columns, rows):
