@@ -367,7 +367,7 @@ class Run:
         gateway = self.gateway("certificates")
 
         async def event(number, load):
-            broken = number % 4 == 3
+            broken = number % 4 == 2
             fresh = Path(tempfile.mkdtemp(dir=self.folder))
             await gateway.new_pair(fresh)
             old = await gateway.served(gateway.secure)
