@@ -50,5 +50,6 @@ mod stores;
 mod token;
 mod trace;
 mod under_load;
+mod upgrade;
 mod upstream_tls;
 mod upstreams;
