@@ -105,6 +105,13 @@ unit() {
     systemd-analyze security --offline=yes --threshold=15 "$work/tollgate.service"
 }
 run deploy/systemd/tollgate.service unit
+
+cp deploy/systemd/tollgate.socket "$work/tollgate.socket"
+sockets() {
+  local said
+  said=$(systemd-analyze verify --man=no "$work/tollgate.socket" 2>&1) && [ -z "$said" ] || { echo "$said"; return 1; }
+}
+run deploy/systemd/tollgate.socket sockets
 sysusers() { grep -Eq '^u tollgate - "[^"]*" /var/lib/tollgate$' deploy/systemd/tollgate.sysusers.conf; }
 run deploy/systemd/tollgate.sysusers.conf sysusers
 
