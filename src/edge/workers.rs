@@ -18,6 +18,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Pause after an accept that failed for a lack of descriptors or memory: the next one would fail as well.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Connections that are taken from a listener that closes: the kernel holds no more (`net.core.somaxconn`) on most machines.
+const MOST_AT_CLOSE: usize = 4_096;
 /// How long the end of a worker waits for blocking work.
 const BLOCKING_AT_END: Duration = Duration::from_secs(1);
 
@@ -77,8 +79,9 @@ impl Acceptor {
         loop {
             let accepted = tokio::select! {
                 biased;
+                // First, or a flood of connections would keep it open.
+                () = closing.cancelled() => break,
                 accepted = socket.accept() => accepted,
-                () = closing.cancelled() => return Ok(()),
             };
             match accepted {
                 Ok(connection) => {
@@ -87,8 +90,7 @@ impl Acceptor {
                     }
                     take(connection, listener.load_full());
                 }
-                // That one client is gone.
-                Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset) => {}
+                Err(error) if is_of_one_client(&error) => {}
                 Err(error) => {
                     if !failing.swap(true, Ordering::Relaxed) {
                         log::error!("listener {address}: connections cannot be accepted and wait: {error}");
@@ -97,7 +99,39 @@ impl Acceptor {
                 }
             }
         }
+        let socket = socket.into_std()?;
+        for _ in 0..MOST_AT_CLOSE {
+            match accept_waiting(&socket) {
+                Ok(connection) => take(connection, listener.load_full()),
+                Err(error) if is_of_one_client(&error) => {}
+                // There are no more.
+                Err(_) => break,
+            }
+        }
+        Ok(())
     }
+}
+
+/// That client is gone.
+fn is_of_one_client(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset)
+}
+
+/// Asks the kernel itself: the event loop may not have been told yet of a connection that has just come.
+fn accept_waiting(listener: &SocketKind) -> io::Result<Socket> {
+    Ok(match listener {
+        SocketKind::Tcp(listener) => {
+            let (socket, _) = listener.accept()?;
+            socket.set_nonblocking(true)?;
+            let _ = socket.set_nodelay(true);
+            Socket::Tcp(tokio::net::TcpStream::from_std(socket)?)
+        }
+        SocketKind::Unix(listener) => {
+            let (socket, _) = listener.accept()?;
+            socket.set_nonblocking(true)?;
+            Socket::Unix(tokio::net::UnixStream::from_std(socket)?)
+        }
+    })
 }
 
 enum AsyncListener {
@@ -116,6 +150,13 @@ impl AsyncListener {
             }
             Self::Unix(listener) => Ok(Socket::Unix(listener.accept().await?.0)),
         }
+    }
+
+    fn into_std(self) -> io::Result<SocketKind> {
+        Ok(match self {
+            Self::Tcp(listener) => SocketKind::Tcp(listener.into_std()?),
+            Self::Unix(listener) => SocketKind::Unix(listener.into_std()?),
+        })
     }
 }
 
@@ -318,5 +359,41 @@ impl<S: Serve> WorkPlace<S> {
 
     fn serve(&self, socket: Socket, listener: Arc<ListenerState>, count: Counted) {
         tokio::spawn(Arc::clone(&self.service).serve(socket, listener, count));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::edge::listen::{Listen, ListenerSettings};
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    #[test]
+    fn what_the_kernel_has_accepted_before_a_listener_closes_is_taken() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime, async {
+            let settings = ListenerSettings::plain(Listen::Tcp("127.0.0.1:0".into()));
+            let socket = ListeningSocket::bind(&settings.address).unwrap();
+            let SocketKind::Tcp(bound) = &socket.kind else { unreachable!() };
+            let address = bound.local_addr().unwrap();
+            let acceptor = Acceptor::new(ListenerState::new(settings).unwrap(), socket);
+            let open = acceptor.open().unwrap();
+            let taken = Rc::new(Cell::new(0));
+            let count = Rc::clone(&taken);
+            let accepting = tokio::task::spawn_local(acceptor.accept(move |_, _| count.set(count.get() + 1)));
+            tokio::task::yield_now().await;
+            // The event loop hears of the first one, and has no time to hear of the others.
+            let mut clients = vec![std::net::TcpStream::connect(address).unwrap()];
+            while taken.get() == 0 {
+                tokio::task::yield_now().await;
+            }
+            clients.extend((0..9).map(|_| std::net::TcpStream::connect(address).unwrap()));
+            open.close();
+            accepting.await.unwrap().unwrap();
+            assert_eq!(taken.get(), clients.len());
+            assert!(std::net::TcpStream::connect(address).is_err());
+        });
     }
 }
