@@ -26,14 +26,14 @@ pub(super) struct Listeners {
 
 /// What a reload will do to the listeners. Nothing of it can fail any more.
 pub(super) struct Prepared {
-    opened: Vec<Opened>,
+    opened: Vec<ReadyListener>,
     changed: Vec<ListenerState>,
-    admin: Option<Option<Opened>>,
+    admin: Option<Option<ReadyListener>>,
     settings: ServerSettings,
 }
 
 /// A listener that accepts as soon as somebody runs it.
-struct Opened {
+struct ReadyListener {
     acceptor: Acceptor,
     open: OpenListener,
 }
@@ -70,7 +70,7 @@ impl Listeners {
     }
 
     /// Takes a socket that is open already, or binds the address.
-    fn opened(&self, listener: ListenerState) -> Result<Opened, ServeError> {
+    fn opened(&self, listener: ListenerState) -> Result<ReadyListener, ServeError> {
         let address = listener.settings.address.clone();
         let socket = match self.passed.take(&address) {
             Ok(Some(socket)) => Ok(socket),
@@ -79,7 +79,7 @@ impl Listeners {
         };
         let opened = socket.and_then(|socket| {
             let acceptor = Acceptor::new(listener, socket);
-            Ok(Opened { open: acceptor.open()?, acceptor })
+            Ok(ReadyListener { open: acceptor.open()?, acceptor })
         });
         opened.map_err(|error| ServeError::Bind { address: address.to_string(), error })
     }
@@ -87,7 +87,7 @@ impl Listeners {
     /// Does what was prepared. New listeners accept before old ones are closed.
     pub(super) fn apply(&mut self, prepared: Prepared) {
         let Prepared { opened, changed, admin, settings } = prepared;
-        for Opened { acceptor, open } in opened {
+        for ReadyListener { acceptor, open } in opened {
             let address = open.current().settings.address.clone();
             match self.doors.open(&acceptor) {
                 Ok(()) => drop(self.open.insert(address, open)),
@@ -109,7 +109,7 @@ impl Listeners {
         }
         if let Some(next) = admin {
             let before = self.admin.take();
-            if let Some(Opened { acceptor, open }) = next {
+            if let Some(ReadyListener { acceptor, open }) = next {
                 self.admin = Some((open.current().settings.address.clone(), open));
                 (self.take_admin)(acceptor);
             }

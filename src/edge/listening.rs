@@ -64,7 +64,7 @@ impl ListeningSocket {
     }
 
     /// One that another process opened. What it is, and where, is asked of the kernel.
-    pub(super) fn passed(socket: OwnedFd, managers: bool) -> io::Result<(Place, Self)> {
+    pub(super) fn passed(socket: OwnedFd, managers: bool) -> io::Result<(ListenPlace, Self)> {
         if !rustix::net::sockopt::socket_acceptconn(&socket)? {
             return Err(io::Error::new(ErrorKind::InvalidInput, "is not a listening socket"));
         }
@@ -74,12 +74,12 @@ impl ListeningSocket {
                 socket.set_nonblocking(true)?;
                 let path = socket.local_addr()?.as_pathname().map(PathBuf::from);
                 let path = path.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "is a socket without a path"))?;
-                (Place::Unix(path), SocketKind::Unix(socket))
+                (ListenPlace::Unix(path), SocketKind::Unix(socket))
             }
             _ => {
                 let socket = TcpListener::from(socket);
                 socket.set_nonblocking(true)?;
-                (Place::Tcp(socket.local_addr()?), SocketKind::Tcp(socket))
+                (ListenPlace::Tcp(socket.local_addr()?), SocketKind::Tcp(socket))
             }
         };
         Ok((place, Self { kind, managers }))
@@ -97,12 +97,12 @@ impl AsFd for ListeningSocket {
 
 /// What two spellings of one address have in common.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum ListenPlace {
     Tcp(SocketAddr),
     Unix(PathBuf),
 }
 
-impl Place {
+impl ListenPlace {
     fn of(listen: &Listen) -> Option<Self> {
         match listen {
             Listen::Tcp(address) => address.parse().ok().map(Self::Tcp),
@@ -111,7 +111,7 @@ impl Place {
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for ListenPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => address.fmt(f),
@@ -123,7 +123,7 @@ impl fmt::Display for Place {
 /// The listening sockets that this process was started with, and who started it with them. They are not bound again.
 #[derive(Default)]
 pub struct PassedSockets {
-    sockets: Mutex<Vec<(Place, ListeningSocket)>>,
+    sockets: Mutex<Vec<(ListenPlace, ListeningSocket)>>,
     predecessor: Option<Arc<Predecessor>>,
 }
 
@@ -145,13 +145,13 @@ impl PassedSockets {
 
     /// Whether the address is open already.
     pub fn has(&self, address: &Listen) -> bool {
-        let place = Place::of(address);
+        let place = ListenPlace::of(address);
         self.sockets.lock().iter().any(|(passed, _)| Some(passed) == place.as_ref())
     }
 
     /// One of systemd's may be taken again after a reload has closed it here: systemd keeps it open.
     pub(super) fn take(&self, address: &Listen) -> io::Result<Option<ListeningSocket>> {
-        let place = Place::of(address);
+        let place = ListenPlace::of(address);
         let mut sockets = self.sockets.lock();
         let Some(index) = sockets.iter().position(|(passed, _)| Some(passed) == place.as_ref()) else {
             return Ok(None);
@@ -164,13 +164,13 @@ impl PassedSockets {
 
     /// Closes what the predecessor passed and no listener wants: the configuration has changed since it read it. Their
     /// addresses.
-    pub(super) fn drop_unwanted(&self) -> Vec<Place> {
+    pub(super) fn drop_unwanted(&self) -> Vec<ListenPlace> {
         self.sockets.lock().extract_if(.., |(_, socket)| !socket.managers).map(|(place, _)| place).collect()
     }
 
     /// Addresses of systemd's sockets that none of `wanted` has: nobody would accept the connections that systemd lets in.
-    pub(super) fn unused<'a>(&self, wanted: impl Iterator<Item = &'a Listen>) -> Vec<Place> {
-        let wanted: Vec<_> = wanted.filter_map(Place::of).collect();
+    pub(super) fn unused<'a>(&self, wanted: impl Iterator<Item = &'a Listen>) -> Vec<ListenPlace> {
+        let wanted: Vec<_> = wanted.filter_map(ListenPlace::of).collect();
         let sockets = self.sockets.lock();
         let unused = sockets.iter().filter(|(place, socket)| socket.managers && !wanted.contains(place));
         unused.map(|(place, _)| place.clone()).collect()
@@ -184,7 +184,7 @@ impl fmt::Debug for PassedSockets {
 }
 
 /// systemd's sd_listen_fds(3).
-fn opened_by_systemd() -> io::Result<Vec<(Place, ListeningSocket)>> {
+fn opened_by_systemd() -> io::Result<Vec<(ListenPlace, ListeningSocket)>> {
     let mut passed = ListenFd::from_env();
     let mut sockets = Vec::new();
     for index in 0..passed.len() {
@@ -216,7 +216,7 @@ mod tests {
         let passed = PassedSockets { sockets: Mutex::new(sockets), predecessor: None };
         let path = Listen::Unix(path, 0o600);
         assert!(passed.has(&path) && passed.has(&address) && !passed.has(&Listen::Tcp("127.0.0.1:1".into())));
-        assert_eq!(passed.unused([&path].into_iter()), [Place::of(&address).unwrap()], "of systemd's");
+        assert_eq!(passed.unused([&path].into_iter()), [ListenPlace::of(&address).unwrap()], "of systemd's");
         assert_eq!(passed.unused([&address].into_iter()), []);
         for (listen, again) in [(&path, false), (&address, true)] {
             assert!(passed.take(listen).unwrap().is_some());

@@ -5,7 +5,7 @@
 //! They speak over a pair of connected sockets, one of which is the new process's standard input. Nobody else can connect to it,
 //! so there is no path, mode or user to get wrong.
 
-use super::listening::{ListeningSocket, Place};
+use super::listening::{ListenPlace, ListeningSocket};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
@@ -36,7 +36,7 @@ const LARGEST_MESSAGE: usize = 128 * 1024;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Message {
+enum HandoverMessage {
     /// From the old process: goes with a listening socket.
     Socket {
         /// The service manager holds it as well.
@@ -54,7 +54,7 @@ enum Message {
     Failed(String),
 }
 
-fn send(to: impl AsFd, message: &Message, socket: Option<BorrowedFd<'_>>) -> io::Result<()> {
+fn send(to: impl AsFd, message: &HandoverMessage, socket: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let bytes = serde_json::to_vec(message)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -70,7 +70,7 @@ fn send(to: impl AsFd, message: &Message, socket: Option<BorrowedFd<'_>>) -> io:
 }
 
 /// The next message. `UnexpectedEof`: the other process has ended.
-fn receive(from: impl AsFd, within: Duration) -> io::Result<(Message, Option<OwnedFd>)> {
+fn receive(from: impl AsFd, within: Duration) -> io::Result<(HandoverMessage, Option<OwnedFd>)> {
     set_socket_timeout(&from, Timeout::Recv, Some(within))?;
     let mut bytes = vec![0; LARGEST_MESSAGE];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -172,19 +172,19 @@ fn has_ended(error: &io::Error) -> bool {
 fn hand_over(to: &OwnedFd, sockets: &[ListeningSocket]) -> io::Result<()> {
     set_socket_timeout(to, Timeout::Send, Some(ANSWERED_WITHIN))?;
     for socket in sockets {
-        send(to, &Message::Socket { managers: socket.managers }, Some(socket.as_fd()))?;
+        send(to, &HandoverMessage::Socket { managers: socket.managers }, Some(socket.as_fd()))?;
     }
-    send(to, &Message::NoMoreSockets, None)?;
-    expect(to, STARTED_WITHIN, |message| matches!(message, Message::Prepared))?;
-    send(to, &Message::TakeOver, None)?;
-    expect(to, ANSWERED_WITHIN, |message| matches!(message, Message::Serving))
+    send(to, &HandoverMessage::NoMoreSockets, None)?;
+    expect(to, STARTED_WITHIN, |message| matches!(message, HandoverMessage::Prepared))?;
+    send(to, &HandoverMessage::TakeOver, None)?;
+    expect(to, ANSWERED_WITHIN, |message| matches!(message, HandoverMessage::Serving))
 }
 
 /// The next message must be this one.
-fn expect(from: impl AsFd, within: Duration, is_it: impl Fn(&Message) -> bool) -> io::Result<()> {
+fn expect(from: impl AsFd, within: Duration, is_it: impl Fn(&HandoverMessage) -> bool) -> io::Result<()> {
     match receive(from, within)?.0 {
         message if is_it(&message) => Ok(()),
-        Message::Failed(why) => Err(io::Error::other(why)),
+        HandoverMessage::Failed(why) => Err(io::Error::other(why)),
         other => Err(io::Error::other(format!("the other process speaks another version: {other:?}"))),
     }
 }
@@ -245,14 +245,14 @@ impl Predecessor {
     }
 
     /// The listening sockets that it passes.
-    pub(super) fn sockets(&self) -> io::Result<Vec<(Place, ListeningSocket)>> {
+    pub(super) fn sockets(&self) -> io::Result<Vec<(ListenPlace, ListeningSocket)>> {
         let mut sockets = Vec::new();
         loop {
             match receive(&self.channel, ANSWERED_WITHIN)? {
-                (Message::Socket { managers }, Some(socket)) => {
+                (HandoverMessage::Socket { managers }, Some(socket)) => {
                     sockets.push(ListeningSocket::passed(socket, managers)?);
                 }
-                (Message::NoMoreSockets, None) => return Ok(sockets),
+                (HandoverMessage::NoMoreSockets, None) => return Ok(sockets),
                 (other, _) => return Err(io::Error::other(format!("unexpected message: {other:?}"))),
             }
         }
@@ -260,15 +260,15 @@ impl Predecessor {
 
     /// Waits for its word that this process is to accept connections. An error: it goes on itself.
     pub(super) fn may_take_over(&self) -> io::Result<()> {
-        send(&self.channel, &Message::Prepared, None)?;
-        expect(&self.channel, ANSWERED_WITHIN, |message| matches!(message, Message::TakeOver))
+        send(&self.channel, &HandoverMessage::Prepared, None)?;
+        expect(&self.channel, ANSWERED_WITHIN, |message| matches!(message, HandoverMessage::TakeOver))
     }
 
     /// This process accepts connections.
     pub(super) fn serving(&self) {
         self.replaced.store(true, Ordering::Relaxed);
         // If it is gone, this process serves alone, as it should.
-        let _ = send(&self.channel, &Message::Serving, None);
+        let _ = send(&self.channel, &HandoverMessage::Serving, None);
     }
 
     /// This process ends, and the old one goes on.
@@ -277,7 +277,7 @@ impl Predecessor {
             let end = (0..=why.len().min(MOST_TEXT)).rev().find(|end| why.is_char_boundary(*end)).unwrap_or(0);
             let why = why.get(..end).unwrap_or_default().to_owned();
             // It sees that this process ends.
-            let _ = send(&self.channel, &Message::Failed(why), None);
+            let _ = send(&self.channel, &HandoverMessage::Failed(why), None);
         }
     }
 }
@@ -305,7 +305,7 @@ mod tests {
             let old = scope.spawn(|| hand_over(&ours, &sockets));
             let predecessor = at(theirs);
             let passed = predecessor.sockets().unwrap();
-            assert_eq!(passed.iter().map(|(place, _)| place.clone()).collect::<Vec<_>>(), [Place::Tcp(address)]);
+            assert_eq!(passed.iter().map(|(place, _)| place.clone()).collect::<Vec<_>>(), [ListenPlace::Tcp(address)]);
             assert!(passed[0].1.managers);
             predecessor.may_take_over().unwrap();
             assert!(!old.is_finished(), "before the new one accepts");
@@ -332,7 +332,7 @@ mod tests {
         assert!(has_ended(&hand_over(&ours, &[]).unwrap_err()));
         // And the other way round.
         let (ours, theirs) = pair();
-        send(&ours, &Message::NoMoreSockets, None).unwrap();
+        send(&ours, &HandoverMessage::NoMoreSockets, None).unwrap();
         drop(ours);
         let predecessor = at(theirs);
         assert!(predecessor.sockets().unwrap().is_empty());
@@ -344,7 +344,7 @@ mod tests {
         let (ours, theirs) = pair();
         rustix::net::send(&ours, b"{\"hello\":7}", SendFlags::empty()).unwrap();
         assert!(receive(&theirs, ANSWERED_WITHIN).is_err());
-        send(&ours, &Message::Socket { managers: false }, None).unwrap();
+        send(&ours, &HandoverMessage::Socket { managers: false }, None).unwrap();
         assert!(at(theirs).sockets().is_err(), "without a socket");
     }
 }
