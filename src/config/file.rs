@@ -527,8 +527,11 @@ section! {
         /// Most requests in flight to one server, to the end of their responses; or "none". Further requests wait in a
         /// queue.
         max_requests: Option<u64> = r#""none""#,
-        /// Most requests that wait, in order of arrival, while all servers have `max_requests`. Further ones get 503.
+        /// Most requests that wait while all servers have `max_requests`. Further ones get 503.
         queue: u64 = "100",
+        /// Which of them is next: "fair" (that of the caller who asks least, by token, else by client address; in a full queue,
+        /// those of callers who ask most are refused) or "arrival".
+        queue_order: QueueOrderWord = r#""fair""#,
         /// The longest time that a request waits. After that the client gets 503.
         queue_timeout: Duration = r#""5s""#,
         /// How often the names in `servers` are resolved again.
@@ -699,6 +702,7 @@ words! { Beyond { Clamp = "clamp", Refuse = "refuse" } }
 words! { AuthMode { Required = "required", Optional = "optional", None = "none" } }
 words! { QueryToken { Accept = "accept", Refuse = "refuse" } }
 words! { CheckKind { None = "none", Tcp = "tcp", Http = "http" } }
+words! { QueueOrderWord { Fair = "fair", Arrival = "arrival" } }
 words! { BalanceBy { RoundRobin = "round_robin", LeastRequests = "least_requests", Hash = "hash" } }
 words! { TlsVersions { Intermediate = "intermediate", Modern = "modern" } }
 words! { ClientCertificate { Required = "required", Optional = "optional" } }

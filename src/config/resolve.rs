@@ -33,7 +33,7 @@ use crate::store::NamedStore;
 use crate::telemetry::lines::LogTarget;
 use crate::telemetry::spans::OtlpSettings;
 use crate::tls::{Authorities, PemFile, SystemAuthorities, TLS, TLS_CA, TLS_CERT, TLS_KEY};
-use crate::upstream::{Balance, CheckSettings, HttpCheck, RetryLimits, UpstreamSettings, UpstreamTls};
+use crate::upstream::{Balance, CheckSettings, HttpCheck, QueueOrder, RetryLimits, UpstreamSettings, UpstreamTls};
 use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::cell::LazyCell;
@@ -264,6 +264,10 @@ impl Gather<'_, '_> {
                 slow_start: upstream.slow_start,
                 max_requests: upstream.max_requests.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
                 queue: usize::try_from(upstream.queue).unwrap_or(usize::MAX),
+                queue_order: match upstream.queue_order {
+                    file::QueueOrderWord::Fair => QueueOrder::Fair,
+                    file::QueueOrderWord::Arrival => QueueOrder::Arrival,
+                },
                 queue_timeout: upstream.queue_timeout,
                 resolve_interval: upstream.resolve_interval,
                 check: check(upstream),

@@ -25,6 +25,9 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// An odd number that spreads neighbours over all bits: 2^64 by the golden ratio.
+const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+
 pub(super) struct Exchange {
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) now: Now,
@@ -210,6 +213,17 @@ impl Exchange {
         }
         let key = self.key(Some(view));
         self.upstream.tries.keyed(key);
+        self.upstream.tries.called_by(self.caller());
+    }
+
+    /// Who asks, for a fair order of those that wait: a token, else a client's address or its network.
+    fn caller(&self) -> u64 {
+        match (&self.facts.token, self.facts.client) {
+            (Some(token), _) => token.spread(),
+            (None, Some(IpAddr::V4(ip))) => u64::from(ip.to_bits()).wrapping_mul(SPREAD),
+            (None, Some(IpAddr::V6(ip))) => ((ip.to_bits() >> 64) as u64).wrapping_mul(SPREAD),
+            (None, None) => 0,
+        }
     }
 
     /// The request's place among the servers of its pool, if it has one. Without its head's view, what a header says is not at
