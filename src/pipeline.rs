@@ -228,7 +228,12 @@ impl Pipeline {
             let early = limited.early.take();
             let stage = if early.is_some() { LimitStage::Late } else { LimitStage::Both };
             match self.take(&limited, &examined, facts, stage) {
-                Ok(taken) => permit.keep(early.into_iter().flat_map(|early| early.in_flight).chain(taken.in_flight)),
+                Ok(taken) => {
+                    permit.keep(taken.in_flight);
+                    if let Some(early) = early {
+                        permit.keep(early.in_flight);
+                    }
+                }
                 Err(fault) => {
                     if let Some(early) = early {
                         self.limits.give_back(&early);
@@ -266,8 +271,11 @@ impl Pipeline {
             Mode::Observe => self.limits.check(&subject, stage, limited.now),
         };
         match taken {
-            Ok(taken) => {
-                facts.limits.extend(taken.facts.iter().copied());
+            Ok(mut taken) => {
+                match facts.limits.is_empty() {
+                    true => facts.limits = std::mem::take(&mut taken.facts),
+                    false => facts.limits.extend(taken.facts.drain(..)),
+                }
                 Ok(taken)
             }
             Err(exceeded) => Err(exceeded.noted(facts)),

@@ -298,7 +298,8 @@ pub struct LimitsTaken {
     pub facts: LimitFacts,
     /// To be kept as long as the request goes on.
     pub in_flight: SmallVec<[InFlight; 1]>,
-    taken: SmallVec<[BucketChange; 1]>,
+    /// Only of the early stage.
+    taken: Vec<BucketChange>,
 }
 
 #[derive(Debug)]

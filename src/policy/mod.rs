@@ -35,8 +35,13 @@ impl Permit {
     }
 
     /// Keeps places as long as the request goes on.
-    pub fn keep(&mut self, in_flight: impl IntoIterator<Item = InFlight>) {
-        self.in_flight.extend(in_flight);
+    pub fn keep(&mut self, in_flight: SmallVec<[InFlight; 1]>) {
+        // Nearly always there are none, and those of one stage only otherwise.
+        if self.in_flight.is_empty() {
+            self.in_flight = in_flight;
+        } else {
+            self.in_flight.extend(in_flight);
+        }
     }
 }
 
