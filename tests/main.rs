@@ -24,6 +24,7 @@ mod connections;
 mod deadlines;
 mod deploy;
 mod forwarding;
+mod hardening;
 mod http2;
 mod http2_backends;
 mod lanes;
