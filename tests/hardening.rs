@@ -30,7 +30,8 @@ fn memory_gets_into_no_core_dump() {
         }
     });
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", gateway.pid())).unwrap();
-    let core: Vec<&str> = limits.lines().find(|line| line.starts_with("Max core")).unwrap().split_whitespace().collect();
+    let core: Vec<&str> =
+        limits.lines().find(|line| line.starts_with("Max core")).unwrap().split_whitespace().collect();
     assert_eq!(core[4..6], ["0", "0"], "{limits}");
     let status = std::fs::read_to_string(format!("/proc/{}/status", gateway.pid())).unwrap();
     let user = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap().split_whitespace().next().unwrap();
@@ -107,8 +108,7 @@ fn a_panic_costs_one_connection() {
 /// Ends a command that takes too long, and says how it ended.
 fn bounded(command: &mut Command) -> Output {
     let started = Instant::now();
-    let mut child =
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     while child.try_wait().unwrap().is_none() {
         if started.elapsed() > 3 * PATIENCE {
             drop(child.kill());
@@ -152,8 +152,7 @@ fn deep_files_are_errors() {
             assert!(stderr(&output).len() < 10_000, "{name}: {} bytes are said", stderr(&output).len());
         }
     }
-    let config =
-        folder.write("import.toml", &format!("[store]\nkind = \"sqlite\"\npath = \"tokens.db\"\n{upstream}"));
+    let config = folder.write("import.toml", &format!("[store]\nkind = \"sqlite\"\npath = \"tokens.db\"\n{upstream}"));
     for line in [
         "[".repeat(DEEP),
         format!("{{\"token\":\"a-token-0001\",\"user\":\"a\",\"x\":{}{}}}", "[".repeat(DEEP), "]".repeat(DEEP)),
@@ -190,8 +189,16 @@ fn deep_bodies_cost_nothing() {
         ("a long name", json, format!("{{\"{}\":1}}", "a".repeat(million))),
         ("many names", json, format!("{{{}\"z\":1}}", "\"a\":1,".repeat(million / 4))),
         ("parts within parts", "multipart/form-data; boundary=b0", nested(5_000)),
-        ("many parts", "multipart/form-data; boundary=b", "--b\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n".repeat(50_000)),
-        ("a long field of a part", "multipart/form-data; boundary=b", format!("--b\r\nX: {}\r\n\r\n", "a".repeat(million))),
+        (
+            "many parts",
+            "multipart/form-data; boundary=b",
+            "--b\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n".repeat(50_000),
+        ),
+        (
+            "a long field of a part",
+            "multipart/form-data; boundary=b",
+            format!("--b\r\nX: {}\r\n\r\n", "a".repeat(million)),
+        ),
         ("brackets", "application/x-www-form-urlencoded", format!("a{}=1", "[a]".repeat(million / 3))),
         ("many fields", "application/x-www-form-urlencoded", "a=1&".repeat(million / 4)),
         ("escapes", "application/x-www-form-urlencoded", "%25".repeat(million / 3)),
@@ -206,13 +213,15 @@ fn deep_bodies_cost_nothing() {
         let _: std::io::Result<()> = std::io::Write::write_all(&mut client.socket, head.as_bytes());
         let _: std::io::Result<()> = std::io::Write::write_all(&mut client.socket, body.as_bytes());
         let mut answer = Vec::new();
-        let _: std::io::Result<usize> =
-            std::io::Read::read(&mut std::io::Read::take(&client.socket, 64), {
-                answer.resize(64, 0);
-                &mut answer
-            });
+        let _: std::io::Result<usize> = std::io::Read::read(&mut std::io::Read::take(&client.socket, 64), {
+            answer.resize(64, 0);
+            &mut answer
+        });
         let said = String::from_utf8_lossy(&answer).into_owned();
-        assert!(said.starts_with("HTTP/1.1 200") || said.starts_with("HTTP/1.1 4") || said.starts_with('\0'), "{name}: {said}");
+        assert!(
+            said.starts_with("HTTP/1.1 200") || said.starts_with("HTTP/1.1 4") || said.starts_with('\0'),
+            "{name}: {said}"
+        );
         assert!(started.elapsed() < PATIENCE, "{name}: {:?}", started.elapsed());
         assert_eq!(gateway.get("/api/v3/projects").status, 200, "behind {name}");
     }

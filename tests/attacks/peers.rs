@@ -446,7 +446,7 @@ fn nothing_malformed_gets_from_http2_into_http1() {
         (b"content-length", b"18446744073709551618"),
     ];
     for field in evil {
-        for body in [&[][..], &[b"ab"], &[b"a", b"b"]] {
+        for body in [&[] as &[&[u8]], &[b"ab"], &[b"a", b"b"]] {
             upstream.forget();
             // A length that is right after all is no attack.
             let right = field.0 == b"content-length" && field.1 == b"2" && !body.is_empty();
