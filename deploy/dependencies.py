@@ -1,3 +1,6 @@
+#!/usr/bin/env python3
+"""The facts of docs/dependencies.md: version, `unsafe` and lines of each crate that is named there, and the size of the tree."""
+
 import json,subprocess,re,os,collections
 m=json.loads(subprocess.check_output(['cargo','metadata','--offline','--format-version','1','--locked']))
 pk={p['id']:p for p in m['packages']}

@@ -170,7 +170,7 @@ fn a_clients_prefix_gets_into_no_redirect() {
         "GET {TARGET} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {GOOD}\nX-Forwarded-For: 192.0.2.1\nX-Forwarded-Prefix: /evil\n\n"
     ));
     assert!(!upstream.only().head.contains("evil"), "{}", upstream.only().head);
-    assert_eq!(upstream.only().header("X-Forwarded-For"), Some("192.0.2.1"));
+    assert!(upstream.only().header("X-Forwarded-For").is_some_and(|list| list.starts_with("192.0.2.1")));
 }
 
 /// Traefik CVE-2026-65600: a rewritten path climbed out of the new prefix.
@@ -445,19 +445,22 @@ fn nothing_malformed_gets_from_http2_into_http1() {
         (b"content-length", b"2, 2"),
         (b"content-length", b"18446744073709551618"),
     ];
+    let mut number = 0;
     for field in evil {
         for body in [&[] as &[&[u8]], &[b"ab"], &[b"a", b"b"]] {
-            upstream.forget();
-            // A length that is right after all is no attack.
-            let right = field.0 == b"content-length" && field.1 == b"2" && !body.is_empty();
-            let status = http2::ask(at, &with(&[*field]), body);
-            let seen = upstream.seen();
-            let clean = seen.iter().all(|seen| !seen.complete || !seen.head.to_ascii_lowercase().contains("evil"));
-            assert!(clean, "{field:?}: {seen:?}");
-            if field.0 == b"content-length" && !right {
+            number += 1;
+            let case = number.to_string();
+            let status = http2::ask(at, &with(&[(b"x-case", case.as_bytes()), *field]), body);
+            // One that was broken off may be seen only later.
+            let mut seen = upstream.seen();
+            seen.retain(|seen| seen.complete && seen.header("X-Case") == Some(&case));
+            assert!(!seen.iter().any(|seen| seen.head.to_ascii_lowercase().contains("evil")), "{field:?}: {seen:?}");
+            // A body that is longer than it says is whole for the backend with its first frame, if it is whole by then.
+            if field.0 == b"content-length" && (field.1, body.len()) != (b"1", 2) {
                 assert_ne!(status, Some(200), "{field:?} {body:?}");
-                assert!(seen.iter().all(|seen| !seen.complete), "{field:?} {body:?}: {seen:?}");
+                assert_eq!(seen.len(), 0, "{field:?} {body:?}: {seen:?}");
             }
+            assert!(seen.iter().all(|seen| seen.body.len() <= body.concat().len()), "{field:?} {body:?}: {seen:?}");
         }
     }
     for length in [&b"2"[..], b"0"] {
@@ -472,7 +475,7 @@ fn nothing_malformed_gets_from_http2_into_http1() {
 #[test]
 fn a_refusal_passes_no_filter_of_answers() {
     let upstream = Upstream::start();
-    let more = "[[route]]\npath = \"/api/v3/*\"\nresponse_headers = { set = { X-Filtered = \"yes\" }, remove = [\"Content-Type\"] }\n";
+    let more = "[[route]]\npath = \"/api/v3/*\"\nresponse_headers = { set = { X-Filtered = \"yes\" } }\n";
     at_each_entry(&upstream, None, more, |entry| {
         for round in 1..=20 {
             assert_eq!(entry.ask("GET", TARGET, &[]), 401, "{}", entry.name);
@@ -774,8 +777,10 @@ fn what_users_write_about_themselves_decides_nothing() {
         ("{\"active\":true,\"username\":\"ann\\r\\nX-Evil: 1\"}", false),
     ] {
         let endpoint = HttpServer::start(move |_| ServerReply::json(body));
+        let folder = Folder::new("test");
+        let secret = folder.write("secret", "a secret\n").display().to_string();
         let more = format!(
-            "[token]\nforward = \"identity\"\n[store]\nkind = \"introspection\"\nmode = \"rfc7662\"\nendpoint = \"{}\"\n",
+            "[token]\nforward = \"identity\"\n[store]\nkind = \"introspection\"\nmode = \"rfc7662\"\nclient_id = \"tollgate\"\nclient_secret_file = \"{secret}\"\nendpoint = \"{}\"\n",
             endpoint.url("/introspect")
         );
         let gateway = Gateway::start(upstream.address, &more);
