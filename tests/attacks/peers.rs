@@ -121,13 +121,15 @@ fn every_known_bypass_has_its_test() {
             continue;
         }
         named += 1;
-        let path = module.replace("::", "/");
-        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/");
-        let text = std::fs::read_to_string(format!("{root}{path}.rs"))
-            .or_else(|_| std::fs::read_to_string(format!("{root}{path}/mod.rs")))
-            .unwrap_or_default();
-        if !text.contains(&format!("#[test]\nfn {function}() {{\n")) || !case.is_empty() {
-            problems.push(format!("{number}: no test {test}"));
+        for test in test.split(' ') {
+            let (module, function) = test.rsplit_once("::").unwrap();
+            let path = format!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/{}"), module.replace("::", "/"));
+            let text = std::fs::read_to_string(format!("{path}.rs"))
+                .or_else(|_| std::fs::read_to_string(format!("{path}/mod.rs")))
+                .unwrap_or_default();
+            if !text.contains(&format!("#[test]\nfn {function}() {{\n")) || !case.is_empty() {
+                problems.push(format!("{number}: no test {test}"));
+            }
         }
     }
     println!("{by_case} by a case of the tables, {named} by a test of their own");
@@ -269,6 +271,24 @@ fn a_route_without_a_check_gets_no_credential() {
             assert!(!upstream.only().head.contains(GOOD), "{}: {}", entry.name, upstream.only().head);
         }
     });
+}
+
+/// APISIX #13529: two consumers had one key, and the last one that was loaded counted.
+#[test]
+fn a_token_belongs_to_one_record() {
+    let upstream = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n";
+    let folder = Folder::new("test");
+    folder.write("tokens.toml", &(token("a-token-of-two", "") + &token("a-token-of-two", "scopes = [\"api\"]")));
+    let file = folder.write("file.toml", &format!("[store]\nkind = \"file\"\npath = \"tokens.toml\"\n{upstream}"));
+    let checked = tollgate().args(["check", "--config"]).arg(file).output().unwrap();
+    assert!(!checked.status.success() && stderr(&checked).contains("stands in the file twice"), "{}", stderr(&checked));
+
+    let store = Store::with([("a-token-of-two", "ann")]);
+    let lines = folder.write("tokens.jsonl", "{\"token\":\"a-token-of-two\",\"user\":\"ben\"}\n");
+    let imported = store.token(&["import"], &[lines.to_str().unwrap()]);
+    assert!(!imported.status.success() && stderr(&imported).contains("belongs to \"ann\""), "{}", stderr(&imported));
+    let listed = stdout(&store.token(&["list"], &[]));
+    assert!(listed.contains(" ann ") && !listed.contains(" ben "), "{listed}");
 }
 
 /// Caddy CVE-2026-27588: with more than a hundred hosts, another way of comparing them minded letter case.
