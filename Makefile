@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness
 
 check: lint doc test deploy-check
 
@@ -32,6 +32,18 @@ doc:
 # Needs cargo-deny (cargo install cargo-deny --locked).
 deny:
 	cargo deny --locked check bans licenses sources
+
+# Known vulnerabilities of the crates, by a copy of RustSec's database that this refreshes. Says so and passes if there is none.
+advisories:
+	bash deploy/advisories.sh
+
+# What is in the binary, as CycloneDX: target/tollgate.cdx.json. Needs cargo-cyclonedx (cargo install cargo-cyclonedx --locked).
+sbom:
+	bash deploy/sbom.sh
+
+# Two builds in two folders must be the same, byte for byte. PROFILE=dev is quicker. 20 minutes.
+reproducible:
+	bash deploy/reproducible.sh
 
 deploy-check:
 	cargo build --locked

@@ -25,6 +25,7 @@ mod deadlines;
 mod deploy;
 mod exactness;
 mod forwarding;
+mod hardening;
 mod http2;
 mod http2_backends;
 mod http2_clients;

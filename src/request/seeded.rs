@@ -39,6 +39,8 @@ pub(crate) enum Rule {
     PartStart,
     /// Nothing follows the last part.
     PartEnd,
+    /// No request makes the gateway panic.
+    Panic,
 }
 
 #[cfg(not(feature = "seeded-faults"))]
@@ -52,4 +54,10 @@ pub(crate) fn off(rule: Rule) -> bool {
     static NAME: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
     let name = NAME.get_or_init(|| std::env::var("TOLLGATE_SEEDED_FAULT").ok());
     name.as_deref() == Some(format!("{rule:?}").as_str())
+}
+
+/// Panics on a path that says so, if that rule is switched off: a panic within a request must cost no more than its connection.
+#[inline]
+pub(crate) fn trip(path: &[u8]) {
+    assert!(!off(Rule::Panic) || !path.ends_with(b"/seeded-panic"), "a seeded panic");
 }

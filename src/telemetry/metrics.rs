@@ -107,6 +107,7 @@ pub struct Metrics {
     limits: LimitFamilies,
     /// Access log, process log.
     log_dropped: [IntCounter; 3],
+    panics: IntCounter,
     spans: Vec<IntCounter>,
     reloads: IntCounterVec,
     config_loaded: IntGauge,
@@ -292,6 +293,10 @@ impl Metrics {
                 &["upstream"],
             )?,
             spans: SpanResult::ALL.iter().map(|r| spans.with_label_values(&[r.as_str()])).collect(),
+            panics: families.counter(
+                "tollgate_panics_total",
+                "Panics. One within a request ends its connection, and nothing else; each is a bug.",
+            )?,
             log_dropped: ["access", "process", "audit"].map(|log| log_dropped.with_label_values(&[log])),
             reloads: families.counters(
                 "tollgate_config_reloads_total",
@@ -459,6 +464,7 @@ impl Metrics {
         // The process log is there before any metric is.
         let process = &self.log_dropped[1];
         process.inc_by(super::process_log::lost().saturating_sub(process.get()));
+        self.panics.inc_by(super::process_log::panics().saturating_sub(self.panics.get()));
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 }
