@@ -861,8 +861,7 @@ pub(super) fn write_head(
         }
     }
     if kind == AnswerKind::Final {
-        for (name, value) in answer::own_fields(to.request_id, to.deprecated, to.hsts)
-        {
+        for (name, value) in answer::own_fields(to.request_id, to.deprecated, to.hsts) {
             sink.field(name.as_bytes(), value.as_bytes());
         }
         if !has_date && let Ok(date) = get_cached_date().to_str() {
