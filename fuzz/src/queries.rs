@@ -2,12 +2,20 @@
 
 use crate::heads::SETTINGS;
 use crate::spellings::{decoded, pairs, reads_as};
-use tollgate::request::{examine, head, target};
+use std::sync::LazyLock;
+use tollgate::request::{Rules, examine, head, target};
 
 const TOKEN: &str = "good-token-0001";
 /// The names that are taken out, changed or refused.
 const KNOWN: [&[u8]; 8] =
     [b"private_token", b"page", b"per_page", b"sudo", b"access_token", b"bearer_token", b"job_token", b"_method"];
+
+/// With missing page parameters added.
+static WITH_DEFAULTS: LazyLock<Rules> = LazyLock::new(|| {
+    let mut rules = SETTINGS.rules.clone();
+    rules.pagination.default.inject_defaults = true;
+    rules
+});
 
 fn is_known(pair: &[u8]) -> bool {
     KNOWN.iter().any(|known| reads_as(&decoded(pair).0, known))
@@ -50,9 +58,8 @@ pub fn edited(data: &[u8]) {
     }
     let bytes = head_of(&line, token);
     let Ok(view) = head::parse(&bytes) else { return };
-    let mut rules = SETTINGS.rules.clone();
-    rules.pagination.default.inject_defaults = options & 2 != 0;
-    let Ok(examined) = examine(&view, &rules) else { return };
+    let rules = if options & 2 == 0 { &SETTINGS.rules } else { &*WITH_DEFAULTS };
+    let Ok(examined) = examine(&view, rules) else { return };
     let presented = examined.presented.as_ref().expect("no token, and not refused");
     // Whoever reads the query decodes the one token that was judged.
     for pair in pairs(query) {
@@ -86,6 +93,6 @@ pub fn edited(data: &[u8]) {
 
     let bytes = head_of(&out, true);
     let view = head::parse(&bytes).expect("what was written cannot be read");
-    let again = examine(&view, &rules).expect("what was written is refused");
+    let again = examine(&view, rules).expect("what was written is refused");
     assert!(again.edits.is_empty(), "what was written changes again");
 }
