@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults
 
 check: lint doc test deploy-check
 
@@ -168,3 +168,20 @@ life-quick:
 	$(LIFE) --quick
 
 LIFE = $(or $(TOLLGATE_PY_VENV),target/py-clients)/bin/python tests/life/run.py
+
+# The fuzz targets of fuzz/ one after the other, TIME seconds each (60): make fuzz TIME=600 TARGET="head query". What they find
+# is kept in target/fuzz-corpus. Needs a C++ compiler.
+fuzz: fuzz-build
+	fuzz/run.py $(TARGET) --time $(or $(TIME),60)
+
+# All of them for two minutes together.
+fuzz-short: fuzz-build
+	fuzz/run.py --time 7
+
+# Switches rules of tollgate off, one at a time: each must be noticed within a minute. docs/fuzzing.md keeps the table.
+fuzz-faults: fuzz-build
+	fuzz/run.py --faults $(TARGET)
+
+# In its own folder, where cargo finds the settings that add coverage.
+fuzz-build:
+	cd fuzz && cargo build --locked

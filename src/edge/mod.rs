@@ -11,6 +11,9 @@ mod drain;
 mod exchange;
 mod file_watch;
 mod frame_watch;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod health;
 mod http1;
 mod http2;

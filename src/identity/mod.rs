@@ -4,6 +4,9 @@
 mod cache;
 mod cache_file;
 mod entries;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod principal;
 mod watch;
 

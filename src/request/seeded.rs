@@ -1,6 +1,6 @@
-//! Rules that can be switched off one at a time, so that the differential test suite can prove that it detects what
-//! each of them prevents. Only in the binary `tollgate-seeded` with the feature `seeded-faults`; in every other build
-//! [`off`] is the constant false and the environment is not read.
+//! Rules that can be switched off one at a time, so that the differential test suite and the fuzz targets can prove that
+//! they detect what each of them prevents. Only in the binaries with the feature `seeded-faults`, `tollgate-seeded` and the
+//! one of `fuzz/`; in every other build [`off`] is the constant false and the environment is not read.
 
 /// The rules that can be switched off, by variant name in TOLLGATE_SEEDED_FAULT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,34 @@ pub(crate) enum Rule {
     PartEnd,
     /// No request makes the gateway panic.
     Panic,
+
+    // From here on, what the fuzz targets alone are tested with.
+    /// Content-Length beside Transfer-Encoding is refused.
+    BothFramings,
+    /// The size of a chunk has at least one digit.
+    ChunkDigits,
+    /// Escaped dots count as dots.
+    EscapedDots,
+    /// The escapes of a canonical path are in capitals.
+    EscapeCase,
+    /// A backend's head has whole line ends and no control bytes.
+    AnswerText,
+    /// URLs in an answer lose the request's token.
+    AnswerToken,
+    /// Nothing follows the ports in a line of the PROXY protocol.
+    ProxyLineEnd,
+    /// A value of HTTP/2 has no blanks at its ends.
+    Http2Blanks,
+    /// A CONTINUATION frame can end a header block.
+    BlockEnd,
+    /// Hex digits of a trace context are in lower case.
+    TraceCase,
+    /// What is wrong with a token file is said without what stands in it.
+    FileQuotes,
+    /// A cache file has as many entries as its header says.
+    CacheCount,
+    /// A value that may be a secret is not shown.
+    ConfigSecret,
 }
 
 #[cfg(not(feature = "seeded-faults"))]

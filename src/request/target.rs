@@ -1,6 +1,7 @@
 //! Checks that a request target is unambiguous, and computes the canonical path that routes are matched on.
 //! Pure. The client's own bytes are forwarded; the canonical form is used for matching only.
 
+use super::seeded::{self, Rule};
 use super::view::split_target;
 use std::borrow::Cow;
 
@@ -47,6 +48,7 @@ fn check_path(path: &[u8]) -> Result<(), TargetFault> {
                     // could be an overlong `.` or `/`.
                     0xc0 | 0xc1 | 0xf5..=0xff => return Err(TargetFault::IllegalByte),
                     0xe0 | 0xf0 if is_overlong(decoded, rest) => return Err(TargetFault::IllegalByte),
+                    b'.' if seeded::off(Rule::EscapedDots) => segment.other = true,
                     // An encoded slash is legal inside a project path (`group%2Fproject`). It ends a segment here,
                     // because some servers decode it before they resolve dot segments.
                     _ => segment.push(decoded)?,
@@ -183,7 +185,8 @@ fn decode_and_squeeze(path: &[u8]) -> Vec<u8> {
             }
             (b'%', Some(_)) => {
                 out.push(b'%');
-                out.extend(tail[..2].iter().map(u8::to_ascii_uppercase));
+                let in_capitals = |b: &u8| if seeded::off(Rule::EscapeCase) { *b } else { b.to_ascii_uppercase() };
+                out.extend(tail[..2].iter().map(in_capitals));
                 rest = &tail[2..];
             }
             (b'/', _) if out.last() == Some(&b'/') => {}

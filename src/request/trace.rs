@@ -1,6 +1,7 @@
 //! A request's place in a trace, as W3C Trace Context (`traceparent`) has it. Pure: new ids come from the caller. A field that
 //! is not exactly of the grammar is no trace context, and must never be passed on.
 
+use super::seeded::{self, Rule};
 use super::view::{FieldKind, RequestView};
 use std::num::{NonZeroU64, NonZeroU128};
 
@@ -124,6 +125,7 @@ fn hex(text: &[u8]) -> Option<u128> {
         let digit = match byte {
             b'0'..=b'9' => byte - b'0',
             b'a'..=b'f' => byte - b'a' + 10,
+            b'A'..=b'F' if seeded::off(Rule::TraceCase) => byte - b'A' + 10,
             _ => return None,
         };
         Some(value << 4 | u128::from(digit))
