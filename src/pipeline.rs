@@ -6,7 +6,8 @@ use crate::clock::Now;
 use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::{Authenticator, CannotTell, Checked, Mode, PendingLookup, Principal, TokenStatus};
 use crate::policy::{
-    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LimitExceeded, LimitFacts, LimitResult, LimitStage, LimitSubject, LimitsTaken, Policy, PolicyFault, RequestLimits,
+    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LimitExceeded, LimitFacts, LimitResult, LimitStage,
+    LimitSubject, LimitsTaken, Policy, PolicyFault, RequestLimits,
 };
 use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
@@ -173,7 +174,7 @@ impl Pipeline {
         if !examined.route.addresses.admit(origin.client) {
             return refused(PolicyFault::Address, facts);
         }
-        let mut limited = Limited { now, mode, headers: self.limits.header_keys(view), early: None };
+        let limited = Limited { now, mode, headers: self.limits.header_keys(view), early: None };
         let Some(presented) = &examined.presented else {
             let verdict = self.settle(examined, None, limited, &mut facts);
             return Admission::Decided(verdict, facts);

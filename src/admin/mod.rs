@@ -127,7 +127,9 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
         (b"/guessing", _) if reads => guessing(operator).into(),
         (b"/guessing/lift", Method::Post) => lift(view.query(), operator),
         (b"/cache/forget", Method::Post) => forget(view.query(), operator),
-        (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams" | b"/guessing", _) => not_allowed("GET, HEAD"),
+        (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams" | b"/guessing", _) => {
+            not_allowed("GET, HEAD")
+        }
         (b"/reload" | b"/upgrade" | b"/cache/forget" | b"/guessing/lift", _) => not_allowed("POST"),
         (path, method) => match drain_call(path) {
             Some(call) if method == Method::Post => drain(&call, operator),
@@ -333,7 +335,8 @@ fn lift(query: Option<&[u8]>, operator: &Operator<'_>) -> Action {
         Some(value) => {
             let decoded = percent_encoding::percent_decode_str(value.unwrap_or_default()).decode_utf8_lossy();
             let Ok(client) = decoded.parse::<IpAddr>() else {
-                let why = "Expected ?client= and an address as GET /guessing lists it, without the length of its network.\n";
+                let why =
+                    "Expected ?client= and an address as GET /guessing lists it, without the length of its network.\n";
                 return Action::Changed(text(400, why), AuditedAction::new("guessing_lift", AuditResult::Refused));
             };
             Some(client.to_canonical())
@@ -443,7 +446,7 @@ fn is_own_name(host: &[u8], hosts: &[String]) -> bool {
     let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
     let plain = name.strip_suffix('.').unwrap_or(name);
     name.eq_ignore_ascii_case("localhost")
-        || name.parse::<std::net::IpAddr>().is_ok()
+        || name.parse::<IpAddr>().is_ok()
         || hosts.iter().any(|own| own.eq_ignore_ascii_case(plain))
 }
 

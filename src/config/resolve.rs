@@ -12,7 +12,8 @@ use crate::edge::{
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{
-    BucketSettings, GuessSettings, LimitAmounts, LimitKeyPart, LimitScope, LimitSettings, Policy, RefillRate, ScopeRule, Scopes,
+    BucketSettings, GuessSettings, LimitAmounts, LimitKeyPart, LimitScope, LimitSettings, Policy, RefillRate,
+    ScopeRule, Scopes,
 };
 use crate::problem::Problem;
 use crate::reply::answer;

@@ -234,9 +234,8 @@ impl GuessGuard {
     pub fn new(settings: Option<&GuessSettings>, running: Option<&Self>, mut seed: impl FnMut() -> u64) -> Self {
         Self(settings.map(|settings| {
             let kept = running.and_then(|running| running.0.as_ref());
-            let kept = kept.filter(|kept| {
-                (kept.settings.failures, kept.settings.per) == (settings.failures, settings.per)
-            });
+            let kept =
+                kept.filter(|kept| (kept.settings.failures, kept.settings.per) == (settings.failures, settings.per));
             let state = kept.map_or_else(
                 || {
                     Arc::new(GuessState {

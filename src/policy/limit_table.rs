@@ -194,7 +194,7 @@ impl<B: TableBucket> LimitShard<B> {
     }
 
     fn put(&mut self, key: u64, at: usize) -> Option<usize> {
-        *self.slots.get_mut(at)? = LimitSlot { key, bucket: LimitBucket::default() };
+        *self.slots.get_mut(at)? = LimitSlot { key, bucket: B::default() };
         Some(at)
     }
 

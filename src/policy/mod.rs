@@ -7,9 +7,7 @@ mod limit_bucket;
 mod limit_table;
 mod scope;
 
-pub use guessing::{
-    GuessCount, GuessEpisode, GuessGuard, GuessRefusal, GuessSettings, GuessTurn, GuessVerdict,
-};
+pub use guessing::{GuessCount, GuessEpisode, GuessGuard, GuessRefusal, GuessSettings, GuessTurn, GuessVerdict};
 pub use limit::{
     BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitResult,
     LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits,

@@ -150,7 +150,7 @@ impl Families<'_> {
         Ok(metric)
     }
 
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+    pub(super) fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
         self.registered(IntCounter::new(name, help)?)
     }
 
@@ -158,7 +158,7 @@ impl Families<'_> {
         self.registered(IntCounterVec::new(Opts::new(name, help), labels)?)
     }
 
-    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    pub(super) fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
         self.registered(IntGauge::new(name, help)?)
     }
 
