@@ -46,7 +46,8 @@ fn guess_until_noticed(gateway: &Gateway, from: &str) {
 #[test]
 fn beyond_the_budget_unknown_tokens_get_429_and_cached_ones_pass() {
     let upstream = Upstream::start();
-    let guessing = "[guessing]\nfailures = 10\nper = \"1h\"\npause = \"1h\"\nlongest_pause = \"1h\"\nlookups = 1\nwait = \"0s\"\n";
+    let guessing =
+        "[guessing]\nfailures = 10\nper = \"1h\"\npause = \"1h\"\nlongest_pause = \"1h\"\nlookups = 1\nwait = \"0s\"\n";
     let gateway = Gateway::start(upstream.address, &format!("{BEHIND_PROXY}{guessing}"));
     let office = "192.0.2.1";
     assert_eq!(ask(&gateway, office, GOOD).status, 200);

@@ -182,7 +182,7 @@ impl Drop for GuessTurn {
 }
 
 /// What a failed token meant for its address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GuessCount {
     /// Nobody watches, or it has counted before.
     Not,
@@ -190,7 +190,7 @@ pub enum GuessCount {
     /// All records are in use: the address is not watched.
     Untracked,
     /// An episode has begun.
-    Began(GuessEpisode),
+    Began(Box<GuessEpisode>),
 }
 
 impl TableBucket for GuessRecord {
@@ -409,7 +409,7 @@ impl RunningGuessGuard {
             return GuessCount::Counted;
         }
         self.state.active.fetch_add(1, Ordering::Relaxed);
-        GuessCount::Began(episode.seen(now))
+        GuessCount::Began(Box::new(episode.seen(now)))
     }
 }
 
