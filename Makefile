@@ -1,10 +1,10 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing
 
 check: lint doc test deploy-check
 
 # What is promised in seconds, or measured in bytes under load, is tested by itself: no other test takes time away from it.
-ALONE = deadlines:: exactness:: reload:: slow:: standing:: stores::alerts:: stores::crowd:: stores::faults:: stores::frozen:: stores::places:: stores::revocation:: under_load:: upstreams::
+ALONE = deadlines:: exactness:: guessing:: reload:: slow:: standing:: stores::alerts:: stores::crowd:: stores::faults:: stores::frozen:: stores::places:: stores::revocation:: under_load:: upstreams::
 
 # Installs what the tests need from Debian, PyPI and npm, then runs all of them: the runner's summary comes last.
 test:
@@ -127,6 +127,12 @@ faults:
 # A limit against what gets through, for 1 to 4 workers, as a table; docs/limits.md keeps it. Half a minute.
 exactness:
 	TOLLGATE_EXACTNESS_SECONDS=5 cargo test --locked --test main -- exactness:: --nocapture | grep '^| '
+
+# 10^5 guesses from one address and from 10,000, then an office behind one address, as tables; docs/limits.md keeps them. Two
+# minutes. The long form: make guessing GUESSES=1000000, 17 minutes.
+GUESSES = 100000
+guessing:
+	TOLLGATE_GUESSES=$(GUESSES) cargo test --locked --test main -- guessing:: --nocapture --test-threads 1 | grep '^| '
 
 # Fault of a backend -> what the client saw, as a table; docs/faults.md keeps it. Half a minute.
 faults-table:

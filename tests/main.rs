@@ -8,6 +8,7 @@
     reason = "a test that fails says so"
 )]
 
+mod guessing;
 mod harness;
 mod servers;
 mod support;

@@ -479,6 +479,28 @@ section! {
 }
 
 section! {
+    /// Clients that guess tokens, by address (IPv6: by network of 64 bits). From one that has sent too many failed tokens,
+    /// those that are cached as valid pass as before; others take turns at the token store, and some get 429.
+    GuessingSection {
+        /// So many failed tokens an address may send at once, and again in each `per`: 10 to 1000000; or "none". A token that
+        /// fails again and again counts once a minute; one that was valid before, as well; a missing one does not.
+        failures: Option<u64> = r#""none""#,
+        /// The time after which the budget is whole again: "1s" to "1h".
+        per: Duration = r#""1m""#,
+        /// How long the first pause takes. Each further one takes twice as long as the one before.
+        pause: Duration = r#""10s""#,
+        /// How long a pause can become.
+        longest_pause: Duration = r#""5m""#,
+        /// Lookups of unknown tokens in a second, for an address in a pause: 1 to 1000.
+        lookups: u64 = "10",
+        /// How long a request may wait for its turn; if it would have to wait for longer, it gets 429. "0s" to "1m".
+        wait: Duration = r#""5s""#,
+        /// Networks that are never counted, like that of an office: `"192.0.2.0/24"`.
+        allow: Vec<Proxy> = "[]",
+    }
+}
+
+section! {
     /// A backend. Requests are distributed to its servers in turn. A request goes to the first [[upstream]] unless its
     /// route names another one.
     UpstreamSection {

@@ -37,6 +37,7 @@ struct File {
     pagination_routes: Vec<file::PaginationRouteSection>,
     limits: file::LimitsSection,
     limit: Vec<file::LimitSection>,
+    guessing: file::GuessingSection,
     upstreams: Vec<file::UpstreamSection>,
     routes: Vec<file::RouteSection>,
     trace: file::TraceSection,
@@ -104,7 +105,7 @@ pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
 }
 
 /// The tables that can stand at the top of the file.
-const SECTIONS: [&str; 15] = [
+const SECTIONS: [&str; 16] = [
     "server",
     "listener",
     "admin",
@@ -116,6 +117,7 @@ const SECTIONS: [&str; 15] = [
     "pagination",
     "limits",
     "limit",
+    "guessing",
     "upstream",
     "route",
     "trace",
@@ -143,6 +145,7 @@ fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
         cache: one(places, root, "cache", file::CacheSection::read),
         limits: one(places, root, "limits", file::LimitsSection::read),
         limit: many(places, root, "limit", "limit", file::LimitSection::read),
+        guessing: one(places, root, "guessing", file::GuessingSection::read),
         trace: one(places, root, "trace", file::TraceSection::read),
         log: one(places, root, "log", file::LogSection::read),
         upstreams: many(places, root, "upstream", "upstream", file::UpstreamSection::read),
@@ -221,7 +224,7 @@ const fn commented(header: &'static str, doc: &'static [&'static str], fields: &
 }
 
 /// All sections, in the order in which they are documented.
-const REFERENCE: [Reference; 20] = [
+const REFERENCE: [Reference; 21] = [
     shown("[server]", file::ServerSection::DOC, file::ServerSection::FIELDS),
     commented("[[listener]]", file::ListenerSection::DOC, file::ListenerSection::FIELDS),
     shown("[admin]", file::AdminSection::DOC, file::AdminSection::FIELDS),
@@ -239,6 +242,7 @@ const REFERENCE: [Reference; 20] = [
     commented("[[pagination.route]]", file::PaginationRouteSection::DOC, file::PaginationRouteSection::FIELDS),
     shown("[limits]", file::LimitsSection::DOC, file::LimitsSection::FIELDS),
     commented("[[limit]]", file::LimitSection::DOC, file::LimitSection::FIELDS),
+    shown("[guessing]", file::GuessingSection::DOC, file::GuessingSection::FIELDS),
     commented("[[route]]", file::RouteSection::DOC, file::RouteSection::FIELDS),
     shown("[trace]", file::TraceSection::DOC, file::TraceSection::FIELDS),
     shown("[log]", file::LogSection::DOC, file::LogSection::FIELDS),

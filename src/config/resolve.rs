@@ -12,7 +12,8 @@ use crate::edge::{
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{
-    BucketSettings, LimitAmounts, LimitKeyPart, LimitScope, LimitSettings, Policy, RefillRate, ScopeRule, Scopes,
+    BucketSettings, GuessSettings, LimitAmounts, LimitKeyPart, LimitScope, LimitSettings, Policy, RefillRate,
+    ScopeRule, Scopes,
 };
 use crate::problem::Problem;
 use crate::reply::answer;
@@ -48,6 +49,8 @@ pub struct Settings {
     pub rules: Rules,
     pub policy: Policy,
     pub limits: Vec<LimitSettings>,
+    /// `None`: nobody is watched for guessing.
+    pub guessing: Option<GuessSettings>,
     /// Answers say what is left of them.
     pub limit_fields: bool,
     pub forward: ForwardRules,
@@ -134,6 +137,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     let addresses = AddressRules { allow: listed(&file.limits.allow), deny: listed(&file.limits.deny) };
     gather.all("limits", addresses.problems());
     let limits = gather.limits(file, &rules.routes);
+    let guessing = gather.guessing(file);
     gather.all("server", rules.trusted_proxies.problems());
     let cache = CacheSettings {
         positive_ttl: file.cache.positive_ttl,
@@ -177,6 +181,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         cors,
         policy: Policy { switches, scopes: gather.scopes(file), addresses },
         limits,
+        guessing,
         limit_fields: file.limits.rate_limit_fields,
         stores: gather.stores(file, folder, &upstreams),
         snapshot: Some(&file.cache.snapshot).filter(|path| !path.is_empty()).map(|path| folder.join(path)),
@@ -430,6 +435,34 @@ impl Gather<'_, '_> {
         }
         // A [[route]] for a whole prefix comes first in the stable order, and so stands in the prefix's place.
         Routes::new(routes)
+    }
+
+    fn guessing(&mut self, file: &File) -> Option<GuessSettings> {
+        let section = &file.guessing;
+        let allow = listed(&section.allow);
+        let Some(failures) = section.failures else {
+            if allow != AddressList::default() {
+                let what = "has networks, and `failures` is \"none\": no address is counted";
+                let problem = Problem::warning("allow", what, "write a number there, or remove the networks");
+                self.places.add("guessing", problem.with("failures"));
+            }
+            return None;
+        };
+        if allow.unix_peers {
+            let instead = "remove it: peers of Unix sockets have no address, and are never counted";
+            self.places.add("guessing", Problem::warning("allow", "has \"unix\"", instead));
+        }
+        let settings = GuessSettings {
+            failures,
+            per: section.per,
+            pause: section.pause,
+            longest_pause: section.longest_pause,
+            lookups: section.lookups,
+            wait: section.wait,
+            allow,
+        };
+        self.all("guessing", settings.problems());
+        Some(settings)
     }
 
     fn limits(&mut self, file: &File, routes: &Routes) -> Vec<LimitSettings> {

@@ -44,7 +44,7 @@ fn the_example_says_all_and_is_right() {
     });
     load(&everything.collect::<String>(), Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
     let keys: usize = REFERENCE.iter().map(|section| section.fields.len()).sum();
-    assert_eq!(keys, 212, "the reference lost or gained keys: update this number on purpose");
+    assert_eq!(keys, 219, "the reference lost or gained keys: update this number on purpose");
     assert!(
         REFERENCE
             .iter()
@@ -645,6 +645,31 @@ fn limits_that_contradict_themselves_are_refused() {
     ] {
         let open = "[[route]]\npath = \"/open\"\nauth = \"none\"\nreason = \"r\"\nmethods = [\"GET\"]\n";
         let found = problems(&format!("{MINIMAL}{open}[[limit]]\nname = \"l\"\n{text}\n"));
+        let without_place: Vec<_> =
+            found.iter().map(|found| found.split_once(": ").map_or("", |(_, rest)| rest)).collect();
+        match wanted {
+            "" => assert!(found.is_empty(), "{text}: {found:?}"),
+            wanted => assert!(found.len() == 1 && without_place[0].starts_with(wanted), "{text}: {found:?}"),
+        }
+    }
+}
+
+#[test]
+fn guards_against_guessing_that_contradict_themselves_are_refused() {
+    for (text, wanted) in [
+        ("", ""),
+        ("failures = 100", ""),
+        ("failures = 100\nallow = [\"10.0.0.0/8\"]\nwait = \"0s\"", ""),
+        ("failures = 9", "guessing.failures: is out of range"),
+        ("failures = 0", "guessing.failures: is out of range"),
+        ("failures = 100\nper = \"2h\"", "guessing.per: is out of range"),
+        ("failures = 100\nlookups = 0", "guessing.lookups: is out of range"),
+        ("failures = 100\nwait = \"2m\"", "guessing.wait: is out of range"),
+        ("failures = 100\npause = \"10m\"", "guessing.pause: is longer than the longest pause"),
+        ("allow = [\"10.0.0.0/8\"]", "warning: guessing.allow: has networks, and `failures` is \"none\""),
+        ("failures = 100\nallow = [\"unix\"]", "warning: guessing.allow: has \"unix\""),
+    ] {
+        let found = problems(&format!("{MINIMAL}[guessing]\n{text}\n"));
         let without_place: Vec<_> =
             found.iter().map(|found| found.split_once(": ").map_or("", |(_, rest)| rest)).collect();
         match wanted {

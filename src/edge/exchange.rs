@@ -8,13 +8,14 @@ use super::spans::SpanNotes;
 use crate::clock::Now;
 use crate::forward::Plan;
 use crate::pipeline::Facts;
-use crate::policy::PolicyFault;
+use crate::policy::{GuessCount, PolicyFault};
 use crate::reply::{Cause, LimitFields, Refusal, UpstreamFault};
 use crate::request::origin::{Arrival, TlsArrival};
 use crate::request::route::{Canary, CanaryBy, RequestTimeout, Route};
 use crate::request::trace::TraceContext;
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
+use crate::telemetry::guess_metrics::GuessResult;
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
 use crate::telemetry::spans::ExchangeSpans;
 use crate::upstream::{FailedTry, HashBy, NoServer, Pick, Server, Tries};
@@ -450,6 +451,7 @@ impl Exchange {
             metrics.slow_body(refusal.reason());
         }
         self.snapshot.count_limits(&facts.limits);
+        self.count_guess();
         let refused = self.ending.refusal.and_then(|refusal| Some((refusal.auth_result()?, refusal.reason())));
         match refused {
             Some((result, reason)) => metrics.auth(result, reason, facts.source),
@@ -475,6 +477,25 @@ impl Exchange {
             metrics.method_overridden();
         }
         metrics.fields_dropped(self.upstream.fields_dropped);
+    }
+
+    fn count_guess(&self) {
+        let (series, facts) = (self.snapshot.metrics.guessing(), &self.facts);
+        match self.ending.refusal.map(|refusal| refusal.cause()) {
+            Some(Cause::Policy(PolicyFault::Guessing(_))) => series.request(GuessResult::Refused),
+            _ if facts.took_turn => series.request(GuessResult::Waited),
+            _ => {}
+        }
+        match &facts.guess {
+            GuessCount::Not => {}
+            GuessCount::Untracked => series.untracked(),
+            GuessCount::Counted => series.failed(),
+            GuessCount::Began(episode) => {
+                series.failed();
+                series.began();
+                self.snapshot.say_guessing(episode);
+            }
+        }
     }
 
     fn log(&self, took: Duration) {

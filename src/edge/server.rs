@@ -33,6 +33,8 @@ const ORACLE: &str = "TOLLGATE_TEST_FRAMEWORK_LANE";
 /// Idle connections to backends that the framework keeps.
 const UPSTREAM_POOL: usize = 1_024;
 /// How often the last uses of tokens are written to the store, and the cache to its file.
+/// How soon it is told that an address has stopped guessing.
+const GUESSING_ENDED_EVERY: Duration = Duration::from_secs(1);
 const USES_FLUSHED_EVERY: Duration = Duration::from_secs(60);
 
 /// Builds the next snapshot from the current configuration file. The second argument says whether the open access log
@@ -233,6 +235,8 @@ impl Tokens {
     async fn run(self) {
         let mut flushing: Option<tokio::task::JoinHandle<()>> = None;
         let mut flush = tokio::time::interval_at(tokio::time::Instant::now() + USES_FLUSHED_EVERY, USES_FLUSHED_EVERY);
+        let mut guessing = tokio::time::interval(GUESSING_ENDED_EVERY);
+        guessing.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let authenticator = Arc::clone(&self.snapshot.load().pipeline.authenticator);
             // One future for as long as the store is the same, because it owns the subscriptions.
@@ -246,6 +250,7 @@ impl Tokens {
                         tokio::spawn(async move { last.flush_uses().await });
                         break;
                     }
+                    _ = guessing.tick() => self.snapshot.load().end_guessing(super::now()),
                     // With many tokens this takes a while: never two at once.
                     _ = flush.tick(), if flushing.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) => {
                         let last = Arc::clone(&authenticator);

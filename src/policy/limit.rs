@@ -202,7 +202,7 @@ pub struct RequestLimits {
 #[derive(Debug)]
 struct RunningLimit {
     settings: LimitSettings,
-    table: Arc<LimitTable>,
+    table: Arc<LimitTable<LimitBucket>>,
     /// Keys cannot be chosen to meet in one bucket.
     seed: (u64, u64),
     early: bool,
@@ -281,7 +281,7 @@ pub type LimitFacts = SmallVec<[LimitFact; 2]>;
 /// A place among the requests in flight, given back when it is dropped.
 #[derive(Debug)]
 pub struct InFlight {
-    table: Arc<LimitTable>,
+    table: Arc<LimitTable<LimitBucket>>,
     key: u64,
     shared: bool,
 }
@@ -509,7 +509,7 @@ impl RequestLimits {
         next: &LimitUse,
         limit: &RunningLimit,
         cost: u64,
-        locked: &mut LockedBucket<'_>,
+        locked: &mut LockedBucket<'_, LimitBucket>,
         asked: &mut Asked<'_, '_>,
     ) -> bool {
         let number = u16::try_from(next.limit).unwrap_or(u16::MAX);

@@ -1,11 +1,13 @@
 //! 3 MAY THEY. Decides whether an identity may do what is asked. Pure. A [`Permit`] can only be made here, and nothing
 //! is forwarded without one.
 
+mod guessing;
 mod limit;
 mod limit_bucket;
 mod limit_table;
 mod scope;
 
+pub use guessing::{GuessCount, GuessEpisode, GuessGuard, GuessRefusal, GuessSettings, GuessTurn, GuessVerdict};
 pub use limit::{
     BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitResult,
     LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits,
@@ -58,6 +60,8 @@ pub enum PolicyFault {
     /// Nobody from this address is let in.
     Address,
     Limit(Excess),
+    /// Too many failed tokens came from this address, and this one would have to be looked up.
+    Guessing(GuessRefusal),
 }
 
 /// What a valid token may do.

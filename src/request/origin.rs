@@ -59,7 +59,8 @@ impl AddressList {
         self.networks.is_empty() && !self.unix_peers
     }
 
-    fn has(&self, client: Option<IpAddr>) -> bool {
+    /// Takes the client as [`Origin`] says it.
+    pub fn has(&self, client: Option<IpAddr>) -> bool {
         match client {
             Some(ip) => self.networks.iter().any(|network| network.contains(&ip)),
             None => self.unix_peers,

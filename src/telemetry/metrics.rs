@@ -1,6 +1,7 @@
 //! Every metric of tollgate, with its help text. Labels are enums or configured names, never a client's bytes, so that
 //! no client can mint a series. Series that a request touches are resolved once, at start.
 
+use super::guess_metrics::GuessMetrics;
 use super::limit_metrics::{LimitFamilies, LimitMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::server_metrics::ServerFamilies;
@@ -105,6 +106,7 @@ pub struct Metrics {
     servers: Arc<ServerFamilies>,
     listeners: ListenerMetrics,
     limits: LimitFamilies,
+    guessing: GuessMetrics,
     /// Access log, process log.
     log_dropped: [IntCounter; 3],
     panics: IntCounter,
@@ -149,7 +151,7 @@ impl Families<'_> {
         Ok(metric)
     }
 
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+    pub(super) fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
         self.registered(IntCounter::new(name, help)?)
     }
 
@@ -157,7 +159,7 @@ impl Families<'_> {
         self.registered(IntCounterVec::new(Opts::new(name, help), labels)?)
     }
 
-    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    pub(super) fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
         self.registered(IntGauge::new(name, help)?)
     }
 
@@ -242,6 +244,7 @@ impl Metrics {
             servers: Arc::new(ServerFamilies::new(&families)?),
             listeners: ListenerMetrics::new(&families)?,
             limits: LimitFamilies::new(&families)?,
+            guessing: GuessMetrics::new(&families)?,
             lookups_refused: families
                 .counter("tollgate_lookups_refused_total", "Lookups refused because too many were in progress.")?,
             rotated: Generation::ALL.iter().map(|g| rotated.with_label_values(&[g.as_str()])).collect(),
@@ -324,6 +327,11 @@ impl Metrics {
     /// Those of one limit.
     pub fn limit(&self, name: &str) -> LimitMetrics {
         self.limits.of(name)
+    }
+
+    /// Those about addresses that guess tokens.
+    pub fn guessing(&self) -> &GuessMetrics {
+        &self.guessing
     }
 
     pub fn request_started(&self) -> Guard {
