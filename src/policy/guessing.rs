@@ -393,7 +393,7 @@ impl RunningGuessGuard {
             return GuessCount::Counted;
         }
         let begins = record.episode.is_none();
-        let episode = record.episode.get_or_insert_with(|| OpenEpisode {
+        let episode = record.episode.get_or_insert(OpenEpisode {
             counts: GuessEpisode { network, began: now, failures: 0, turns: 0, refused: 0, pauses: 0, retry_after: 0 },
             paused_until_ms: 0,
             next_turn_us: 0,

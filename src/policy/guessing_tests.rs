@@ -106,7 +106,9 @@ fn pauses_grow_up_to_a_bound_and_an_episode_ends_once() {
         assert!(matches!(guard.turn(client("192.0.2.1"), at(now)), GuessVerdict::Free), "the pause is over");
         assert_eq!(guard.ended(at(now - 1)), []);
         // What flowed in meanwhile is used up again.
-        (0..11).for_each(|token| assert_eq!(fail(&guard, "192.0.2.1", round << 32 | token, now), GuessCount::Counted));
+        (0..11).for_each(|token| {
+            assert_eq!(fail(&guard, "192.0.2.1", (round + 1) << 32 | token, now), GuessCount::Counted)
+        });
     }
     assert_eq!(pauses, [20, 40, 50, 50]);
     let end = now + 50_000;
