@@ -499,6 +499,8 @@ fn a_refusal_passes_no_filter_of_answers() {
     at_each_entry(&upstream, None, more, |entry| {
         for round in 1..=20 {
             assert_eq!(entry.ask("GET", TARGET, &[]), 401, "{}", entry.name);
+            // It is counted at its end, which may be a moment behind its answer.
+            eventually("it is logged", || entry.gateway.access_log().len() >= round);
             assert_eq!(entry.gateway.access_log().len(), round, "{}: one line for each", entry.name);
         }
         assert_eq!(upstream.seen().len(), 0);
@@ -849,6 +851,7 @@ fn one_token_is_used_by_many_while_it_is_forgotten() {
     let listen = "[server]\nlisten = [\"@LISTEN@\"]\nthreads = 2\n";
     let gateway = Gateway::start(upstream.address, &format!("{listen}{}", store.section()));
     let id = &sha256_hex("token-of-everyone")[..12];
+    let passed = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for _ in 0..6 {
             scope.spawn(|| {
@@ -857,7 +860,10 @@ fn one_token_is_used_by_many_while_it_is_forgotten() {
                     client.send_head(&format!(
                         "GET {TARGET}?n={n} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: token-of-everyone\n\n"
                     ));
-                    assert_eq!(client.answer().status, 200);
+                    // A lookup that was overtaken by changes four times says that it cannot tell.
+                    let status = client.answer().status;
+                    assert!([200, 503].contains(&status), "{status}");
+                    passed.fetch_add(usize::from(status == 200), std::sync::atomic::Ordering::Relaxed);
                 }
             });
         }
@@ -865,7 +871,10 @@ fn one_token_is_used_by_many_while_it_is_forgotten() {
             assert_eq!(gateway.admin_post(&format!("/cache/forget?sha256={id}")).status, 200);
         }
     });
-    assert_eq!(upstream.seen().len(), 900);
+    let passed = passed.into_inner();
+    assert!(passed == upstream.seen().len() && passed > 450, "{passed} of 900 passed, {} seen", upstream.seen().len());
+    let request = format!("GET {TARGET} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: token-of-everyone\n\n");
+    assert_eq!(gateway.ask(&request).status, 200);
     assert!(!gateway.process_log().contains("panic"), "{}", gateway.process_log());
 }
 
