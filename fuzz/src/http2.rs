@@ -53,7 +53,8 @@ pub fn written(data: &[u8]) {
     let known = |name: &str| ["host", "transfer-encoding"].contains(&name) || parts.headers.contains_key(name);
     assert!(read.fields.iter().all(|field| known(field.name)), "a field that nobody sent");
     let cookies: Vec<&[u8]> = parts.headers.get_all("cookie").iter().map(HeaderValue::as_bytes).collect();
-    assert_eq!(read.values("cookie").concat(), cookies.join(&b"; "[..]), "cookies");
+    // An empty one at the end leaves a blank, which no reader counts.
+    assert_eq!(read.values("cookie").concat(), cookies.join(&b"; "[..]).trim_ascii_end(), "cookies");
     let length = parts.headers.contains_key("content-length");
     match view.body {
         Framing::Chunked => assert!(!ended && !length, "chunks"),

@@ -31,7 +31,10 @@ fn php_array(name: &[u8]) -> Vec<u8> {
 
 /// Whether a decoded name is this one to some backend.
 pub fn reads_as(name: &[u8], known: &[u8]) -> bool {
-    let name = name.strip_prefix(b"\xef\xbb\xbf").unwrap_or(name);
+    let mut name = name;
+    while let Some(rest) = name.strip_prefix(b"\xef\xbb\xbf") {
+        name = rest;
+    }
     name == known
         || rack(name) == known
         || php(name) == known

@@ -163,7 +163,7 @@ pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
         let cut = match path.as_ref() {
             [b'/'] => return path,
             [rest @ .., b'/'] => rest.len(),
-            [rest @ .., b'.', b'j', b's', b'o', b'n'] if !rest.ends_with(b"/") => rest.len(),
+            [rest @ .., b'.', b'j', b's', b'o', b'n'] if ends_in_a_name(rest) => rest.len(),
             _ => return path,
         };
         match &mut path {
@@ -171,6 +171,11 @@ pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
             Cow::Owned(bytes) => bytes.truncate(cut),
         }
     }
+}
+
+/// Whether something would be left of the last segment without its `.json`, and no dot segment.
+fn ends_in_a_name(path: &[u8]) -> bool {
+    !matches!(path.rsplit(|b| *b == b'/').next(), None | Some(b"" | b"." | b".."))
 }
 
 fn decode_and_squeeze(path: &[u8]) -> Vec<u8> {
@@ -292,6 +297,9 @@ mod tests {
             ("//api/v3//", "/api/v3"),
             ("/api/v3/%73ession.json", "/api/v3/session"),
             ("/", "/"),
+            // Found by the fuzz target `path`: a canonical path holds no dot segment.
+            ("/a/..json", "/a/..json"),
+            ("/a/...json.json/", "/a/...json"),
             ("///", "/"),
             ("/a%2Fb", "/a%2Fb"),
             ("/a%2fb%c3%A4", "/a%2Fb%C3%A4"),
