@@ -565,6 +565,6 @@ mod tests {
             assert_eq!(parse(&text, Format::Toml).is_ok(), Format::Toml.shape(&text).is_ok(), "{text}");
             seen += 1;
         }
-        assert_eq!(seen, 16);
+        assert_eq!(seen, 17);
     }
 }
