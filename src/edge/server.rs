@@ -250,11 +250,7 @@ impl Tokens {
                         tokio::spawn(async move { last.flush_uses().await });
                         break;
                     }
-                    _ = guessing.tick() => {
-                        let snapshot = self.snapshot.load_full();
-                        // While an address guesses, this goes through a whole table: no request may wait for it.
-                        tokio::task::spawn_blocking(move || snapshot.end_guessing(super::now()));
-                    }
+                    _ = guessing.tick() => self.snapshot.load().end_guessing(super::now()),
                     // With many tokens this takes a while: never two at once.
                     _ = flush.tick(), if flushing.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) => {
                         let last = Arc::clone(&authenticator);

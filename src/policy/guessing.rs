@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// So many addresses have a record of their own: about 20 MiB, taken at start.
+/// So many addresses have a record of their own: about 25 MiB, taken at start.
 const ADDRESSES: usize = 65_536;
 /// So many requests may wait for a turn, of all addresses together.
 const MOST_WAITING: usize = 4_096;
