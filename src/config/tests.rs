@@ -361,6 +361,11 @@ fn every_kind_of_store_in_a_chain() {
     let StoreSettings::Postgres(own) = &settings.stores[2].kind else { panic!("the third one") };
     assert_eq!(own.password.as_ref().unwrap().expose(), "S3CRET-pass");
     assert!(!format!("{settings:?}").contains("S3CRET"), "nothing prints a secret");
+    // Found by the fuzz target `config`: the document was printed, and with it a URL's password.
+    let url = "[[store]]\nkind = \"postgres\"\nurl = \"postgres://u:S3CRET@127.0.0.1/x\"\n";
+    let text = format!("[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n{url}");
+    let settings = super::parse(&text, Path::new("t.toml"), Probe::Settings).unwrap();
+    assert!(!format!("{settings:?}").contains("S3CRET"), "nothing prints a password");
 }
 
 /// Plain text only where all places are this machine, and tokens to another one only where somebody said so.
