@@ -364,7 +364,7 @@ fn every_kind_of_store_in_a_chain() {
     // Found by the fuzz target `config`: the document was printed, and with it a URL's password.
     let url = "[[store]]\nkind = \"postgres\"\nurl = \"postgres://u:S3CRET@127.0.0.1/x\"\n";
     let text = format!("[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n{url}");
-    let settings = super::parse(&text, Path::new("t.toml"), Probe::Settings).unwrap();
+    let settings = parse(&text, Path::new("t.toml"), Probe::Settings).unwrap();
     assert!(!format!("{settings:?}").contains("S3CRET"), "nothing prints a password");
 }
 

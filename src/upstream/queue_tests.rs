@@ -236,7 +236,7 @@ struct Outcome {
 fn crowd(order: QueueOrder, busy_each_second: u64) -> Outcome {
     let (start, mut random) = (Instant::now(), Random::with_seed(3));
     let pool = build(&UpstreamSettings { queue_order: order, ..bounded(&[1], Balance::RoundRobin, 4, 20) }, start);
-    let (mut running, mut waiting): (Vec<(u64, Tries)>, Vec<(u64, Waiter)>) = Default::default();
+    let (mut running, mut waiting) = (Vec::<(u64, Tries)>::new(), Vec::<(u64, Waiter)>::new());
     let (mut outcome, mut times) = (Outcome::default(), Vec::new());
     let spread = |caller: u64| caller.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     for tick in 0..10_000u64 {

@@ -163,10 +163,8 @@ fn a_clients_prefix_gets_into_no_redirect() {
     ));
     let answer = client.answer();
     assert_eq!((answer.status, answer.header("Location")), (308, Some("https://h.test:8443/api/v3/projects")));
-    let trusting = format!(
-        "[server]\nlisten = [\"@LISTEN@\"]\nthreads = 1\ntrusted_proxies = [\"127.0.0.0/8\"]\n[api]\nprefixes = [\"/api/v3\"]\n"
-    );
-    let gateway = Gateway::start(upstream.address, &trusting);
+    let trusting = "[server]\nlisten = [\"@LISTEN@\"]\nthreads = 1\ntrusted_proxies = [\"127.0.0.0/8\"]\n[api]\nprefixes = [\"/api/v3\"]\n";
+    let gateway = Gateway::start(upstream.address, trusting);
     upstream.forget();
     gateway.ask(&format!(
         "GET {TARGET} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {GOOD}\nX-Forwarded-For: 192.0.2.1\nX-Forwarded-Prefix: /evil\n\n"
