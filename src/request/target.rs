@@ -175,7 +175,8 @@ pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
 
 /// Whether something would be left of the last segment without its `.json`, and no dot segment.
 fn ends_in_a_name(path: &[u8]) -> bool {
-    !matches!(path.rsplit(|b| *b == b'/').next(), None | Some(b"" | b"." | b".."))
+    // By its last bytes alone: it is asked for each ending of many.
+    !matches!(path, [] | b"." | b".." | [.., b'/'] | [.., b'/', b'.'] | [.., b'/', b'.', b'.'])
 }
 
 fn decode_and_squeeze(path: &[u8]) -> Vec<u8> {
