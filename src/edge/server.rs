@@ -189,7 +189,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     last.audit(&last, AuditSource::Process, &AuditedAction::new("stopped", result).with("aborted", aborted));
     last.audit.flush(Duration::from_secs(1));
     last.spans.flush(Duration::from_secs(2));
-    listeners.lock().socket_files().iter().for_each(|path| remove_socket(path));
+    listeners.lock().end().iter().for_each(|path| remove_socket(path));
     Ok(())
 }
 
