@@ -127,6 +127,13 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         predecessor.may_take_over().map_err(ServeError::TakeOver)?;
         log::info!("taking over from the process before this one");
     }
+    // Nothing can fail any more. Before a connection is accepted: nobody's action stands before it.
+    let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
+    {
+        // Not for longer: who holds a snapshot keeps its pools and connections after a reload.
+        let first = snapshot.load();
+        first.audit(&first, AuditSource::Process, &version);
+    }
     listeners.apply(prepared);
     let listeners = Arc::new(Mutex::new(listeners));
     let (replaced, passed_on) = (Arc::new(Notify::new()), CancellationToken::new());
@@ -156,12 +163,6 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     manager.ready();
     listeners.lock().serving();
     background.spawn(manager.clone().watch(workers.doors()));
-    let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
-    {
-        // Not for longer: who holds a snapshot keeps its pools and connections after a reload.
-        let first = snapshot.load();
-        first.audit(&first, AuditSource::Process, &version);
-    }
     let drain = Drain {
         manager: manager.clone(),
         lifecycle,
