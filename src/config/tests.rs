@@ -650,12 +650,16 @@ fn limits_that_contradict_themselves_are_refused() {
     ] {
         let open = "[[route]]\npath = \"/open\"\nauth = \"none\"\nreason = \"r\"\nmethods = [\"GET\"]\n";
         let found = problems(&format!("{MINIMAL}{open}[[limit]]\nname = \"l\"\n{text}\n"));
-        let without_place: Vec<_> =
-            found.iter().map(|found| found.split_once(": ").map_or("", |(_, rest)| rest)).collect();
-        match wanted {
-            "" => assert!(found.is_empty(), "{text}: {found:?}"),
-            wanted => assert!(found.len() == 1 && without_place[0].starts_with(wanted), "{text}: {found:?}"),
-        }
+        assert_only(&found, wanted, text);
+    }
+}
+
+/// That there is one problem, which begins so behind its place; or none.
+fn assert_only(found: &[String], wanted: &str, text: &str) {
+    let without_place: Vec<_> = found.iter().map(|found| found.split_once(": ").map_or("", |(_, rest)| rest)).collect();
+    match wanted {
+        "" => assert!(found.is_empty(), "{text}: {found:?}"),
+        wanted => assert!(found.len() == 1 && without_place[0].starts_with(wanted), "{text}: {found:?}"),
     }
 }
 
@@ -675,12 +679,7 @@ fn guards_against_guessing_that_contradict_themselves_are_refused() {
         ("failures = 100\nallow = [\"unix\"]", "warning: guessing.allow: has \"unix\""),
     ] {
         let found = problems(&format!("{MINIMAL}[guessing]\n{text}\n"));
-        let without_place: Vec<_> =
-            found.iter().map(|found| found.split_once(": ").map_or("", |(_, rest)| rest)).collect();
-        match wanted {
-            "" => assert!(found.is_empty(), "{text}: {found:?}"),
-            wanted => assert!(found.len() == 1 && without_place[0].starts_with(wanted), "{text}: {found:?}"),
-        }
+        assert_only(&found, wanted, text);
     }
 }
 

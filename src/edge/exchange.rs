@@ -10,7 +10,7 @@ use crate::forward::Plan;
 use crate::pipeline::Facts;
 use crate::policy::{GuessCount, PolicyFault};
 use crate::reply::{Cause, LimitFields, Refusal, UpstreamFault};
-use crate::request::origin::{Arrival, TlsArrival};
+use crate::request::origin::{Arrival, TlsArrival, network_of};
 use crate::request::route::{Canary, CanaryBy, RequestTimeout, Route};
 use crate::request::trace::TraceContext;
 use crate::request::view::{Method, RequestView};
@@ -219,7 +219,7 @@ impl Exchange {
 
     /// Who asks, for a fair order of those that wait: a token, else a client's address or its network.
     fn caller(&self) -> u64 {
-        match (&self.facts.token, self.facts.client) {
+        match (&self.facts.token, self.facts.client.map(network_of)) {
             (Some(token), _) => token.spread(),
             (None, Some(IpAddr::V4(ip))) => u64::from(ip.to_bits()).wrapping_mul(SPREAD),
             (None, Some(IpAddr::V6(ip))) => ((ip.to_bits() >> 64) as u64).wrapping_mul(SPREAD),

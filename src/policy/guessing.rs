@@ -10,11 +10,12 @@ use super::limit_table::{LimitTable, TableBucket};
 use crate::clock::Now;
 use crate::identity::Invalid;
 use crate::problem::Problem;
-use crate::request::origin::AddressList;
+use crate::request::origin::{AddressList, network_of};
 use crate::store::credential::Digest;
+use ipnet::IpNet;
 use siphasher::sip::SipHasher13;
 use std::hash::Hasher as _;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -140,7 +141,7 @@ struct OpenEpisode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuessEpisode {
     /// The address, or the IPv6 network of 64 bits.
-    pub network: ipnet::IpNet,
+    pub network: IpNet,
     pub began: Now,
     /// Failed tokens beyond the budget.
     pub failures: u64,
@@ -335,20 +336,20 @@ impl GuessGuard {
 
 impl GuessState {
     /// The place of an address, and what it stands for.
-    fn key(&self, client: IpAddr) -> (u64, ipnet::IpNet) {
+    fn key(&self, client: IpAddr) -> (u64, IpNet) {
         let mut hash = SipHasher13::new_with_keys(self.seed.0, self.seed.1);
-        let network = match client {
+        let network = network_of(client);
+        let bits = match network {
             IpAddr::V4(ip) => {
                 hash.write_u32(ip.to_bits());
-                ipnet::IpNet::from(client)
+                32
             }
             IpAddr::V6(ip) => {
-                let bits = ip.to_bits() & (u128::MAX << 64);
-                hash.write_u128(bits);
-                ipnet::Ipv6Net::new(Ipv6Addr::from_bits(bits), 64).map_or(client.into(), ipnet::IpNet::from)
+                hash.write_u128(ip.to_bits());
+                64
             }
         };
-        (hash.finish(), network)
+        (hash.finish(), IpNet::new(network, bits).unwrap_or(network.into()))
     }
 }
 
@@ -376,14 +377,7 @@ impl RunningGuessGuard {
         waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).is_ok()
     }
 
-    fn count(
-        &self,
-        record: &mut GuessRecord,
-        network: ipnet::IpNet,
-        digest: &Digest,
-        why: Invalid,
-        now: Now,
-    ) -> GuessCount {
+    fn count(&self, record: &mut GuessRecord, network: IpNet, digest: &Digest, why: Invalid, now: Now) -> GuessCount {
         if !record.recent.counts(digest, why, now) {
             return GuessCount::Not;
         }
@@ -415,7 +409,7 @@ impl RunningGuessGuard {
 
 impl GuessEpisode {
     /// A network of one address is said as the address.
-    pub fn name(network: &ipnet::IpNet) -> String {
+    pub fn name(network: &IpNet) -> String {
         if network.prefix_len() == network.max_prefix_len() { network.addr().to_string() } else { network.to_string() }
     }
 

@@ -591,8 +591,7 @@ impl RunningLimit {
     fn key(&self, subject: &LimitSubject<'_>) -> Option<u64> {
         // The digest of a token is a hash already.
         if let [LimitKeyPart::Token] = self.settings.buckets.key.as_slice() {
-            let [a, b, c, d, e, f, g, h, ..] = subject.token?.as_bytes();
-            return Some(u64::from_ne_bytes([*a, *b, *c, *d, *e, *f, *g, *h]) ^ self.seed.0);
+            return Some(subject.token?.spread() ^ self.seed.0);
         }
         let mut hash = SipHasher13::new_with_keys(self.seed.0, self.seed.1);
         let mut headers = self.headers.iter();
