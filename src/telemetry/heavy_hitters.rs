@@ -266,9 +266,10 @@ mod tests {
         (0..7).for_each(|_| hitters.note(start, || 0.5, || of("c", 0)));
         let ranking = hitters.ranking(start, MINUTE, 2);
         assert_eq!((ranking.sampled, ranking.covers), (507, MINUTE));
-        assert_eq!(ranking.all, HitterSums {
-            requests: 507, bytes: 23_000, refusals: 7, backend: Duration::from_millis(23_000)
-        });
+        assert_eq!(
+            ranking.all,
+            HitterSums { requests: 507, bytes: 23_000, refusals: 7, backend: Duration::from_millis(23_000) }
+        );
         assert_eq!(users(&ranking, HitterMeasure::Requests), [("a", 300), ("b", 200)]);
         assert_eq!(users(&ranking, HitterMeasure::Bytes), [("b", 20_000), ("a", 3_000)]);
         assert_eq!(users(&ranking, HitterMeasure::Refusals), [("c", 7)]);
