@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak
 
 check: lint doc test deploy-check
 
@@ -133,6 +133,12 @@ exactness:
 GUESSES = 100000
 guessing:
 	TOLLGATE_GUESSES=$(GUESSES) cargo test --locked --test main -- guessing:: --nocapture --test-threads 1 | grep '^| '
+
+# An hour at half of what the gateway can do, with a fault every other ten seconds: memory, descriptors, threads and latency must
+# stay as they are. Draws docs/soak.svg. make soak TIME=600 for ten minutes.
+soak:
+	cargo build --locked --profile dist
+	benches/e2e/soak.py --draw --seconds $(or $(TIME),3600)
 
 # Fault of a backend -> what the client saw, as a table; docs/faults.md keeps it. Half a minute.
 faults-table:
