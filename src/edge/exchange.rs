@@ -214,7 +214,6 @@ impl Exchange {
         }
         let key = self.key(Some(view));
         self.upstream.tries.keyed(key);
-        self.upstream.tries.called_by(self.caller());
     }
 
     /// Who asks, for a fair order of those that wait: a token, else a client's address or its network.
@@ -278,6 +277,9 @@ impl Exchange {
         (self.upstream.status, self.upstream.took) = (None, None);
         loop {
             let peers = self.snapshot.pool(self.pool).ok_or(NoServer::Absent)?;
+            if peers.upstream.ranks_callers() {
+                self.upstream.tries.called_by(self.caller());
+            }
             match peers.upstream.pick(&mut self.upstream.tries, Instant::now()) {
                 Err(NoServer::Absent) if self.leave_canary() => {}
                 picked => {

@@ -365,6 +365,11 @@ impl Upstream {
         self.hash.of(text)
     }
 
+    /// Whether it matters who asks: [`Tries::called_by`] is for these pools alone.
+    pub fn ranks_callers(&self) -> bool {
+        self.settings.max_requests.is_some() && self.settings.queue_order == QueueOrder::Fair
+    }
+
     /// The server for the next try of a request. A request tries no server twice, but for a kept connection that was dead.
     /// Servers that are down come last: a pool is never given up while one of its servers has not been tried.
     pub fn pick(&self, tries: &mut Tries, now: Instant) -> Result<Pick, NoServer> {
@@ -373,11 +378,7 @@ impl Upstream {
             self.series.retried();
             return Ok(Pick { server, fresh: true });
         }
-        if self.settings.max_requests.is_some()
-            && self.settings.queue_order == QueueOrder::Fair
-            && tries.count() == 0
-            && !tries.is_queued()
-        {
+        if self.ranks_callers() && tries.count() == 0 && !tries.is_queued() {
             tries.ranked(self.callers.asks(tries.caller(), now));
         }
         // Nobody overtakes those that wait.
