@@ -290,6 +290,11 @@ impl Exchange {
         }
     }
 
+    /// The backend gets the body as the client sends it.
+    pub(super) fn streams_body(&mut self) {
+        self.upstream.tries.streams_body();
+    }
+
     fn note_pick(&mut self, picked: &Result<Pick, NoServer>) {
         if let Ok(pick) = picked {
             self.note(|spans| spans.tries(&pick.server));

@@ -5,12 +5,12 @@ use super::guess_metrics::GuessMetrics;
 use super::limit_metrics::{LimitFamilies, LimitMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::server_metrics::ServerFamilies;
-pub use super::server_metrics::ServerMetrics;
+pub use super::server_metrics::{AdaptiveReading, ServerMetrics};
 use super::store_metrics::StoreFamilies;
 pub use super::store_metrics::StoreMetrics;
 use prometheus::core::Collector;
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
 use std::sync::{Arc, OnceLock};
@@ -165,6 +165,10 @@ impl Families<'_> {
 
     pub(super) fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
         self.registered(IntGaugeVec::new(Opts::new(name, help), labels)?)
+    }
+
+    pub(super) fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, prometheus::Error> {
+        self.registered(GaugeVec::new(Opts::new(name, help), labels)?)
     }
 
     pub(super) fn histograms(

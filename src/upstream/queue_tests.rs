@@ -24,7 +24,7 @@ struct Waiter {
 }
 
 fn bounded(weights: &[u32], balance: Balance, most: u32, queue: usize) -> UpstreamSettings {
-    UpstreamSettings { max_requests: Some(most), queue, ..weighted(weights, balance) }
+    UpstreamSettings { max_requests: Some(MaxRequests::Fixed(most)), queue, ..weighted(weights, balance) }
 }
 
 /// Polls those that were woken, until none is. Gives those that have a server now.
