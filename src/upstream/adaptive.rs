@@ -36,19 +36,21 @@ const FIRST_LIMIT: u32 = 20;
 /// The middle answer may take so many times as long as without load before the limit falls.
 const TOLERANCE: f64 = 1.25;
 /// How far a window moves the limit towards what it says.
-const SMOOTHING: f64 = 0.25;
+const SMOOTHING: f64 = 0.3;
+/// So much of the limit's square root may queue at the server: the part that looks for more.
+const ALLOWANCE: f64 = 0.5;
 /// However slow the answers are, a window says no less than this part of the limit.
 const STEEPEST: f64 = 0.5;
 /// What a failure leaves of the limit.
 const AFTER_FAILURE: f64 = 0.9;
-/// How far a window with quicker answers moves what is known of the time without load.
-const QUICKER: f64 = 0.05;
 
-/// A window is over with many samples, or after a longer time with few.
+/// A window is over with many samples, or after a longer time with few. It lasts so many times as long as an answer takes: in
+/// a shorter one, the quick ones among those sent within it would be seen first.
 const MANY: u32 = 50;
-const FEW: u32 = 10;
+const FEW: u32 = 20;
 const QUICK_WINDOW: u64 = 50_000;
 const SLOW_WINDOW: u64 = 500_000;
+const WINDOW_ANSWERS: f64 = 2.0;
 /// What was gathered for so long without being enough says nothing of now.
 const STALE: u64 = 60_000_000;
 
@@ -56,9 +58,11 @@ const STALE: u64 = 60_000_000;
 const PROBE_SOON: u64 = 5_000_000;
 const PROBE_LATER: u64 = 30_000_000;
 const PROBE_SAMPLES: u32 = 100;
-/// The longest probe: this, or so many times as long as an answer takes, up to the other.
+const PROBE_ANSWERS: f64 = 3.0;
+/// A probe is given up if requests are not down to what it lets through within so many windows, as when most of them are long
+/// polls, or if there are not enough samples within this time or as many windows.
+const PROBE_WINDOWS: u64 = 4;
 const PROBE_TIME: u64 = 2_000_000;
-const PROBE_ANSWERS: f64 = 5.0;
 const LONGEST_PROBE: u64 = 10_000_000;
 /// A probe with less than this part of the time before shows that requests queue at the server.
 const LESS: f64 = 0.8;
@@ -174,13 +178,17 @@ impl AdaptiveLimit {
         self.samples.fetch_add(1, Relaxed);
         let (asked, now) = (self.micros(asked), self.micros(now));
         let (awaited, window) = (self.awaited.load(Relaxed), &self.window);
-        if window.since.load(Relaxed) == NOT_YET && awaited <= self.limit.load(Relaxed) {
-            let _ = window.since.compare_exchange(NOT_YET, now, Relaxed, Relaxed);
+        let pace = window.pace.load(Relaxed);
+        if window.since.load(Relaxed) == NOT_YET
+            && awaited <= self.limit.load(Relaxed)
+            && window.since.compare_exchange(NOT_YET, now, Relaxed, Relaxed).is_ok()
+        {
+            let longest = PROBE_TIME.max(PROBE_WINDOWS * pace).min(LONGEST_PROBE);
+            window.ends.store(now + longest, Relaxed);
         }
         let since = window.since.load(Relaxed);
         let is_over = asked >= since && {
             let (samples, lasted) = (window.add(now.saturating_sub(asked), awaited), now.saturating_sub(since));
-            let pace = window.pace.load(Relaxed);
             (samples >= window.wanted.load(Relaxed) && lasted >= pace)
                 || (samples >= FEW && lasted >= SLOW_WINDOW.max(2 * pace) && window.wanted.load(Relaxed) == MANY)
         };
@@ -245,7 +253,7 @@ impl AdaptiveLimit {
         let probe = match (course.probe.take(), middle) {
             (Some(probe), Some(middle)) => course.probed(bounds, probe, middle, now),
             (Some(_), None) => {
-                course.is_probed(now, PROBE_SOON);
+                course.is_probed(now, PROBE_LATER);
                 None
             }
             (None, Some(middle)) => {
@@ -256,11 +264,12 @@ impl AdaptiveLimit {
         };
         course.probe = probe;
         let answer = course.unloaded.unwrap_or(0.0);
-        self.window.pace.store(QUICK_WINDOW.max(answer as u64), Relaxed);
-        let longest = PROBE_TIME.max((PROBE_ANSWERS * answer) as u64).min(LONGEST_PROBE);
+        let answers = if probe.is_some() { PROBE_ANSWERS } else { WINDOW_ANSWERS };
+        let pace = QUICK_WINDOW.max((answers * answer) as u64);
+        self.window.pace.store(pace, Relaxed);
         match probe {
             // Not before the server has no more than that.
-            Some(_) => self.window.begin(None, now + longest, PROBE_SAMPLES),
+            Some(_) => self.window.begin(None, now + (PROBE_WINDOWS * pace).min(LONGEST_PROBE), PROBE_SAMPLES),
             None => self.window.begin(Some(now), now + STALE, MANY),
         }
         self.publish(&course);
@@ -279,13 +288,9 @@ impl AdaptiveLimit {
 impl Course {
     /// A window without a probe has ended.
     fn follow(&mut self, bounds: AdaptiveBounds, middle: f64, most: u32) {
-        let unloaded = self.unloaded.get_or_insert(middle);
-        if middle < *unloaded {
-            *unloaded += QUICKER * (middle - *unloaded);
-        }
-        let gradient = (TOLERANCE * *unloaded / middle).clamp(STEEPEST, 1.0);
-        // So many may queue at the server.
-        let mut target = gradient * self.limit + self.limit.sqrt();
+        let unloaded = *self.unloaded.get_or_insert(middle);
+        let gradient = (TOLERANCE * unloaded / middle).clamp(STEEPEST, 1.0);
+        let mut target = gradient * self.limit + ALLOWANCE * self.limit.sqrt();
         if most < self.limit as u32 {
             // Nobody needs more, and what would come of it cannot be seen.
             target = target.min(self.limit);
@@ -311,10 +316,9 @@ impl Course {
         if is_less && !is_expected && probe.limit > bounds.least {
             return Some(Probe { limit: (probe.limit / 2).max(bounds.least), before: Some(middle) });
         }
-        let seen = probe.before.map_or(middle, |before| middle.min(before));
-        let known = self.unloaded.unwrap_or(seen);
-        let has_changed = !self.is_sure || seen > TOLERANCE * known || known > TOLERANCE * seen;
-        (self.unloaded, self.is_sure) = (Some(seen), true);
+        let known = self.unloaded.unwrap_or(middle);
+        let has_changed = !self.is_sure || middle > TOLERANCE * known || known > TOLERANCE * middle;
+        (self.unloaded, self.is_sure) = (Some(middle), true);
         self.is_probed(now, if has_changed { PROBE_SOON } else { PROBE_LATER });
         None
     }

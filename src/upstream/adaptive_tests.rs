@@ -2,6 +2,7 @@
 
 use super::adaptive::AdaptiveLimit;
 use super::pool_tests::{Random, weighted};
+use super::queue_tests::{Waiter, Woken};
 use super::tests::{REFUSED, metrics, settings};
 use super::*;
 use std::cmp::Reverse;
@@ -201,17 +202,17 @@ fn long_polls_among_others_do_not_press_the_limit() {
     server.polls = 0.1;
     let tally = server.overload(1.0, 120, 30);
     // 40 a second of two seconds each, besides the 8.
-    assert!(tally.mean_limit() > 60.0, "{}", tally.mean_limit());
+    assert!(tally.mean_limit() > 70.0, "{}", tally.mean_limit());
     assert!(tally.served as f64 > 0.8 * 30.0 * server.capacity(), "{}", tally.served);
 }
 
 #[test]
 fn it_does_not_grow_while_nobody_needs_more() {
-    let mut server = Simulated::of(100, true, 9);
+    let mut server = Simulated::of(100, false, 9);
     let first = server.limit.limit(BOUNDS);
     let tally = server.overload(0.05, 60, 60);
-    assert!(tally.limits.iter().all(|limit| *limit <= first), "{:?}", tally.limits.iter().max());
-    assert_eq!(tally.limits.last(), Some(&first), "nor does it fall");
+    assert!(tally.limits.iter().all(|limit| *limit == first), "{:?}", tally.limits.iter().max());
+    // As soon as somebody does, it grows.
     let tally = server.overload(0.5, 60, 30);
     assert!(tally.served as f64 > 0.95 * 30.0 * 0.5 * server.capacity(), "{}", tally.served);
 }
@@ -395,6 +396,7 @@ fn requests_count_to_their_heads_and_only_good_answers_are_samples() {
     tries.streams_body();
     pool.answered(&mut tries, 200, now);
     assert_eq!(reading(&pool).samples, before);
+    drop(tries);
     // Each way to end gives the place back.
     drop(begin().unwrap());
     begin().unwrap().given_up(now);
@@ -464,4 +466,91 @@ fn a_waiter_gets_the_place_of_a_head() {
     pool.answered(&mut first, 200, now);
     assert!(noted.0.load(Ordering::SeqCst) > 0, "nobody was woken");
     assert!(matches!(pool.poll_pick(&mut second, &waker, now), Poll::Ready(Ok(_))));
+}
+
+/// What became of the requests of those who ask little: how many were served, how many refused, and in milliseconds the time
+/// of 99 in 100, from when they came.
+#[derive(Debug, Default)]
+struct Crowd {
+    served: usize,
+    refused: usize,
+    p99: u64,
+}
+
+/// Twenty seconds at a server that works on 8 requests of 20 to 60 ms at once, the last ten of which count: 20 callers with 4
+/// requests a second, and one with so many more.
+fn crowd(max_requests: MaxRequests, busy_each_second: u64) -> Crowd {
+    fastrand::seed(5);
+    let (start, mut random) = (Instant::now(), Random::with_seed(5));
+    let settings =
+        UpstreamSettings { max_requests: Some(max_requests), queue: 40, ..weighted(&[1], Balance::RoundRobin) };
+    let pool = built(&settings, None, start);
+    let mut workers = [0_u64; 8];
+    let (mut running, mut waiting) = (Vec::<(u64, u64, u32, Tries)>::new(), Vec::<(u64, Waiter)>::new());
+    let (mut crowd, mut times) = (Crowd::default(), Vec::new());
+    let spread = |caller: u32| u64::from(caller + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    for tick in 0..20_000_u64 {
+        let now = start + Duration::from_millis(tick);
+        let mut sent = |came: u64, caller: u32, tries: Tries| {
+            let worker = workers.iter_mut().min().unwrap();
+            *worker = tick.max(*worker) + random.u64(20..=60);
+            (*worker, came, caller, tries)
+        };
+        let (ended, left) = running.into_iter().partition(|(ends, ..)| *ends <= tick);
+        running = left;
+        for (ends, came, caller, mut tries) in ended {
+            pool.answered(&mut tries, 200, now);
+            if caller > 0 && came >= 10_000 {
+                crowd.served += 1;
+                times.push(ends - came);
+            }
+        }
+        let busy = busy_each_second * (tick + 1) / 1_000 - busy_each_second * tick / 1_000;
+        let others = (1..=20).filter(|caller| (tick + u64::from(*caller) * 12).is_multiple_of(250));
+        for caller in std::iter::repeat_n(0, busy as usize).chain(others) {
+            let mut tries = Tries::default();
+            tries.called_by(spread(caller));
+            match pool.pick(&mut tries, now) {
+                Ok(_) => running.push(sent(tick, caller, tries)),
+                Err(NoServer::Busy) => {
+                    waiting.push((tick, Waiter { number: caller, tries, woken: Arc::new(Woken(true.into())) }));
+                }
+                Err(why) => panic!("{why:?}"),
+            }
+        }
+        while let Some(index) = waiting.iter().position(|(_, waiter)| waiter.woken.0.swap(false, Ordering::SeqCst)) {
+            let (_, waiter) = &mut waiting[index];
+            let waker = Waker::from(Arc::clone(&waiter.woken));
+            match pool.poll_pick(&mut waiter.tries, &waker, now) {
+                Poll::Pending => {}
+                Poll::Ready(Ok(_)) => {
+                    let (came, waiter) = waiting.remove(index);
+                    running.push(sent(came, waiter.number, waiter.tries));
+                }
+                Poll::Ready(Err(why)) => {
+                    assert_eq!(why, NoServer::QueueFull);
+                    let (came, waiter) = waiting.remove(index);
+                    crowd.refused += usize::from(waiter.number > 0 && came >= 10_000);
+                }
+            }
+        }
+    }
+    times.sort_unstable();
+    crowd.p99 = times[times.len() * 99 / 100];
+    crowd
+}
+
+#[test]
+fn one_caller_who_asks_fifty_times_as_much_costs_the_others_next_to_nothing_before_an_adaptive_limit() {
+    let adaptive = MaxRequests::Adaptive(BOUNDS);
+    let alone = crowd(adaptive, 0);
+    // 80 requests a second, where 200 fit, and 200 and 1,000 more.
+    for busy_each_second in [200, 1_000] {
+        let beside = crowd(adaptive, busy_each_second);
+        println!("{alone:?} {beside:?}");
+        assert!(2 * beside.p99 <= 3 * alone.p99 && beside.refused == 0 && beside.served >= 790, "{alone:?} {beside:?}");
+    }
+    // With a limit that is too high, the server's own queue is everybody's.
+    let beside = crowd(MaxRequests::Fixed(60), 1_000);
+    assert!(beside.p99 > 3 * alone.p99, "{beside:?}");
 }

@@ -9,7 +9,7 @@ use std::thread::Thread;
 
 /// Whether a request was woken. A new one has to look once.
 #[derive(Default)]
-struct Woken(AtomicBool);
+pub(super) struct Woken(pub(super) AtomicBool);
 
 impl Wake for Woken {
     fn wake(self: Arc<Self>) {
@@ -17,10 +17,10 @@ impl Wake for Woken {
     }
 }
 
-struct Waiter {
-    number: u32,
-    tries: Tries,
-    woken: Arc<Woken>,
+pub(super) struct Waiter {
+    pub(super) number: u32,
+    pub(super) tries: Tries,
+    pub(super) woken: Arc<Woken>,
 }
 
 fn bounded(weights: &[u32], balance: Balance, most: u32, queue: usize) -> UpstreamSettings {
