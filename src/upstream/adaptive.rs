@@ -34,38 +34,41 @@ impl Default for AdaptiveBounds {
 /// As Netflix begins.
 const FIRST_LIMIT: u32 = 20;
 /// The middle answer may take so many times as long as without load before the limit falls.
-const TOLERANCE: f64 = 1.25;
-/// How far a window moves the limit towards what it says.
-const SMOOTHING: f64 = 0.3;
+const TOLERANCE: f64 = 1.2;
 /// So much of the limit's square root may queue at the server: the part that looks for more.
-const ALLOWANCE: f64 = 0.5;
+const ALLOWANCE: f64 = 0.4;
+/// How far a window moves the limit towards what it says.
+const SMOOTHING: f64 = 0.4;
 /// However slow the answers are, a window says no less than this part of the limit.
 const STEEPEST: f64 = 0.5;
 /// What a failure leaves of the limit.
 const AFTER_FAILURE: f64 = 0.9;
 
-/// A window is over with many samples, or after a longer time with few. It lasts so many times as long as an answer takes: in
-/// a shorter one, the quick ones among those sent within it would be seen first.
-const MANY: u32 = 50;
+/// A window is over with many samples, or after a longer time with few; and it lasts so many times as long as an answer takes,
+/// so that the limit before is over.
+const MANY: u32 = 100;
 const FEW: u32 = 20;
 const QUICK_WINDOW: u64 = 50_000;
-const SLOW_WINDOW: u64 = 500_000;
-const WINDOW_ANSWERS: f64 = 2.0;
+const SLOW_WINDOW: u64 = 1_000_000;
+const WINDOW_ANSWERS: u64 = 2;
 /// What was gathered for so long without being enough says nothing of now.
 const STALE: u64 = 60_000_000;
 
 /// Until the next probe: if the last one changed something, and else. Each up to a quarter longer or shorter.
 const PROBE_SOON: u64 = 5_000_000;
 const PROBE_LATER: u64 = 30_000_000;
-const PROBE_SAMPLES: u32 = 100;
-const PROBE_ANSWERS: f64 = 3.0;
-/// A probe is given up if requests are not down to what it lets through within so many windows, as when most of them are long
-/// polls, or if there are not enough samples within this time or as many windows.
+/// Requests have to be down to what a probe lets through within so many windows. They are not if most of those that are with the
+/// server are long polls.
 const PROBE_WINDOWS: u64 = 4;
+/// So many times as long as an answer takes, a probe does not look: the quick ones among those sent since it began come first.
+const PROBE_ANSWERS: u64 = 3;
+/// The longest probe: this, or as many windows, up to the other.
 const PROBE_TIME: u64 = 2_000_000;
 const LONGEST_PROBE: u64 = 10_000_000;
 /// A probe with less than this part of the time before shows that requests queue at the server.
 const LESS: f64 = 0.8;
+/// How far a probe that could not be made moves what is known towards what is seen.
+const UNSEEN: f64 = 0.25;
 
 /// No request counts: more are with the server than the probe lets through.
 const NOT_YET: u64 = u64::MAX;
@@ -86,14 +89,13 @@ pub(super) struct AdaptiveLimit {
 
 /// Answers since a time. Written without a lock: a sample that comes as a window ends counts for either.
 struct Window {
-    /// Only requests that were sent since then count.
+    /// Only requests that were sent since then count, and answers that came since then.
     since: AtomicU64,
-    /// It is over by then, whatever it has.
+    from: AtomicU64,
+    /// When many are enough, when few are, and when it is over whatever it has.
+    many: AtomicU64,
+    few: AtomicU64,
     ends: AtomicU64,
-    /// Its shortest time.
-    pace: AtomicU64,
-    /// How many samples are enough.
-    wanted: AtomicU32,
     samples: AtomicU32,
     /// The most requests that waited for heads.
     most: AtomicU32,
@@ -103,7 +105,8 @@ struct Window {
 /// What only changes as a window ends.
 struct Course {
     limit: f64,
-    /// The middle time of answers without load.
+    /// The middle time of the last window, and without load.
+    middle: f64,
     unloaded: Option<f64>,
     /// It was seen by a probe.
     is_sure: bool,
@@ -133,15 +136,17 @@ impl AdaptiveLimit {
             samples: AtomicU64::new(0),
             window: Window {
                 since: AtomicU64::new(0),
+                from: AtomicU64::new(0),
+                many: AtomicU64::new(QUICK_WINDOW),
+                few: AtomicU64::new(SLOW_WINDOW),
                 ends: AtomicU64::new(STALE),
-                pace: AtomicU64::new(QUICK_WINDOW),
-                wanted: AtomicU32::new(MANY),
                 samples: AtomicU32::new(0),
                 most: AtomicU32::new(0),
                 times: std::array::from_fn(|_| AtomicU32::new(0)),
             },
             course: Mutex::new(Course {
                 limit: FIRST_LIMIT.into(),
+                middle: 0.0,
                 unloaded: None,
                 is_sure: false,
                 probe: None,
@@ -177,23 +182,15 @@ impl AdaptiveLimit {
     pub(super) fn sampled(&self, bounds: AdaptiveBounds, asked: Instant, now: Instant) {
         self.samples.fetch_add(1, Relaxed);
         let (asked, now) = (self.micros(asked), self.micros(now));
-        let (awaited, window) = (self.awaited.load(Relaxed), &self.window);
-        let pace = window.pace.load(Relaxed);
-        if window.since.load(Relaxed) == NOT_YET
-            && awaited <= self.limit.load(Relaxed)
-            && window.since.compare_exchange(NOT_YET, now, Relaxed, Relaxed).is_ok()
-        {
-            let longest = PROBE_TIME.max(PROBE_WINDOWS * pace).min(LONGEST_PROBE);
-            window.ends.store(now + longest, Relaxed);
+        let awaited = self.awaited.load(Relaxed);
+        let since = self.window.since.load(Relaxed);
+        if since == NOT_YET && awaited <= self.limit.load(Relaxed) {
+            self.settle(now);
+        } else if asked >= since && now >= self.window.from.load(Relaxed) {
+            self.window.add(now.saturating_sub(asked), awaited);
         }
-        let since = window.since.load(Relaxed);
-        let is_over = asked >= since && {
-            let (samples, lasted) = (window.add(now.saturating_sub(asked), awaited), now.saturating_sub(since));
-            (samples >= window.wanted.load(Relaxed) && lasted >= pace)
-                || (samples >= FEW && lasted >= SLOW_WINDOW.max(2 * pace) && window.wanted.load(Relaxed) == MANY)
-        };
-        if is_over || now >= window.ends.load(Relaxed) {
-            self.conclude(bounds, since, now);
+        if self.window.is_over(now) {
+            self.conclude(bounds, now);
         }
     }
 
@@ -226,7 +223,7 @@ impl AdaptiveLimit {
         course.limit = course.limit.min(FIRST_LIMIT.into());
         (course.is_sure, course.probe, course.next_probe) = (false, None, self.micros(now));
         self.window.take();
-        self.window.begin(Some(self.micros(now)), STALE + self.micros(now), MANY);
+        self.window.begin(self.micros(now), course.answer());
         self.publish(&course);
     }
 
@@ -242,18 +239,27 @@ impl AdaptiveLimit {
         }
     }
 
-    /// Ends the window that began at a time. Another request may be quicker.
+    /// With the server are no more than a probe lets through.
     #[inline(never)]
-    fn conclude(&self, bounds: AdaptiveBounds, since: u64, now: u64) {
+    fn settle(&self, now: u64) {
+        let Some(course) = self.course.try_lock() else { return };
+        if self.window.since.load(Relaxed) == NOT_YET {
+            self.window.settle(now, course.answer());
+        }
+    }
+
+    /// Ends the window, unless another request was quicker.
+    #[inline(never)]
+    fn conclude(&self, bounds: AdaptiveBounds, now: u64) {
         let Some(mut course) = self.course.try_lock() else { return };
-        if self.window.since.load(Relaxed) != since {
+        if !self.window.is_over(now) {
             return;
         }
         let (middle, most) = self.window.take();
-        let probe = match (course.probe.take(), middle) {
+        course.probe = match (course.probe.take(), middle) {
             (Some(probe), Some(middle)) => course.probed(bounds, probe, middle, now),
             (Some(_), None) => {
-                course.is_probed(now, PROBE_LATER);
+                course.probed_nothing(now);
                 None
             }
             (None, Some(middle)) => {
@@ -262,15 +268,9 @@ impl AdaptiveLimit {
             }
             (None, None) => None,
         };
-        course.probe = probe;
-        let answer = course.unloaded.unwrap_or(0.0);
-        let answers = if probe.is_some() { PROBE_ANSWERS } else { WINDOW_ANSWERS };
-        let pace = QUICK_WINDOW.max((answers * answer) as u64);
-        self.window.pace.store(pace, Relaxed);
-        match probe {
-            // Not before the server has no more than that.
-            Some(_) => self.window.begin(None, now + (PROBE_WINDOWS * pace).min(LONGEST_PROBE), PROBE_SAMPLES),
-            None => self.window.begin(Some(now), now + STALE, MANY),
+        match course.probe {
+            Some(_) => self.window.begin_probe(now, course.middle as u64),
+            None => self.window.begin(now, course.answer()),
         }
         self.publish(&course);
     }
@@ -288,6 +288,7 @@ impl AdaptiveLimit {
 impl Course {
     /// A window without a probe has ended.
     fn follow(&mut self, bounds: AdaptiveBounds, middle: f64, most: u32) {
+        self.middle = middle;
         let unloaded = *self.unloaded.get_or_insert(middle);
         let gradient = (TOLERANCE * unloaded / middle).clamp(STEEPEST, 1.0);
         let mut target = gradient * self.limit + ALLOWANCE * self.limit.sqrt();
@@ -300,8 +301,8 @@ impl Course {
     }
 
     fn probe_if_due(&self, bounds: AdaptiveBounds, most: u32, now: u64) -> Option<Probe> {
-        // While the limit is not used much, there is nothing to be learned, and nobody is to be kept waiting.
-        let is_used = f64::from(most) * 2.0 > self.limit;
+        // While nobody needs more, there is nothing to be learned, and nobody is to be kept waiting.
+        let is_used = most >= self.limit as u32;
         // If it fell that far, either the server can do less, or what is known of it is no longer so.
         let has_fallen = self.limit <= (self.probed_limit / 2.0).max(bounds.least.into());
         let is_due = now >= self.next_probe || (has_fallen && now >= self.probed.saturating_add(PROBE_SOON));
@@ -321,6 +322,19 @@ impl Course {
         (self.unloaded, self.is_sure) = (Some(middle), true);
         self.is_probed(now, if has_changed { PROBE_SOON } else { PROBE_LATER });
         None
+    }
+
+    /// Requests were not down to what the probe lets through, or there were too few: what is seen with the limit has to do.
+    fn probed_nothing(&mut self, now: u64) {
+        if let Some(unloaded) = &mut self.unloaded {
+            *unloaded += UNSEEN * (self.middle - *unloaded);
+        }
+        self.is_probed(now, PROBE_LATER);
+    }
+
+    /// What an answer takes, without load.
+    fn answer(&self) -> u64 {
+        self.unloaded.unwrap_or(0.0) as u64
     }
 
     fn is_probed(&mut self, now: u64, next: u64) {
@@ -349,15 +363,23 @@ fn times_of(place: usize) -> (f64, f64) {
 }
 
 impl Window {
-    /// How many it has now.
-    fn add(&self, micros: u64, awaited: u32) -> u32 {
+    fn add(&self, micros: u64, awaited: u32) {
         if let Some(count) = self.times.get(place_of(micros)) {
             count.fetch_add(1, Relaxed);
         }
         if awaited > self.most.load(Relaxed) {
             self.most.fetch_max(awaited, Relaxed);
         }
-        self.samples.fetch_add(1, Relaxed) + 1
+        self.samples.fetch_add(1, Relaxed);
+    }
+
+    fn is_over(&self, now: u64) -> bool {
+        let is_enough = match self.samples.load(Relaxed) {
+            MANY.. => now >= self.many.load(Relaxed),
+            FEW.. => now >= self.few.load(Relaxed),
+            _ => false,
+        };
+        is_enough || now >= self.ends.load(Relaxed)
     }
 
     /// The middle time, if there are enough, and the most requests. Empties it.
@@ -378,9 +400,28 @@ impl Window {
         (middle.filter(|_| all >= FEW), self.most.swap(0, Relaxed))
     }
 
-    fn begin(&self, since: Option<u64>, ends: u64, wanted: u32) {
-        self.wanted.store(wanted, Relaxed);
-        self.ends.store(ends, Relaxed);
-        self.since.store(since.unwrap_or(NOT_YET), Relaxed);
+    fn begin(&self, now: u64, answer: u64) {
+        let least = QUICK_WINDOW.max(WINDOW_ANSWERS * answer);
+        self.many.store(now + least, Relaxed);
+        self.few.store(now + SLOW_WINDOW.max(2 * least), Relaxed);
+        self.ends.store(now + STALE.max(2 * least), Relaxed);
+        self.from.store(now, Relaxed);
+        self.since.store(0, Relaxed);
+    }
+
+    /// Nothing counts before [`Self::settle`].
+    fn begin_probe(&self, now: u64, middle: u64) {
+        self.ends.store(now + (PROBE_WINDOWS * QUICK_WINDOW.max(middle)).min(LONGEST_PROBE), Relaxed);
+        self.since.store(NOT_YET, Relaxed);
+    }
+
+    fn settle(&self, now: u64, answer: u64) {
+        let from = now + (PROBE_ANSWERS * answer).min(LONGEST_PROBE / 2);
+        self.from.store(from, Relaxed);
+        self.many.store(from, Relaxed);
+        self.few.store(NOT_YET, Relaxed);
+        let longest = PROBE_TIME.max(PROBE_WINDOWS * WINDOW_ANSWERS * answer).min(LONGEST_PROBE);
+        self.ends.store(now + longest, Relaxed);
+        self.since.store(now, Relaxed);
     }
 }

@@ -200,7 +200,7 @@ fn one_request_that_hangs_changes_nothing() {
 fn long_polls_among_others_do_not_press_the_limit() {
     let mut server = Simulated::of(8, true, 8);
     server.polls = 0.1;
-    let tally = server.overload(1.0, 120, 30);
+    let tally = server.overload(1.0, 180, 30);
     // 40 a second of two seconds each, besides the 8.
     assert!(tally.mean_limit() > 70.0, "{}", tally.mean_limit());
     assert!(tally.served as f64 > 0.8 * 30.0 * server.capacity(), "{}", tally.served);
