@@ -143,7 +143,6 @@ fn it_finds_what_a_server_can_do_within_a_factor_of_two() {
                 let mut server = Simulated::of(workers, varied, seed);
                 let tally = server.overload(offered, 90, 45);
                 let (limit, goodput) = (tally.mean_limit(), tally.served as f64 / 45.0 / server.capacity());
-                println!("{workers} varied {varied} offered {offered}: {limit:.1}, goodput {goodput:.3}");
                 let knee = workers as f64;
                 assert!((knee / 2.0..=knee * 2.0).contains(&limit), "{workers} {varied} {offered}: {limit}");
                 assert!(goodput > 0.9, "{workers} {varied} {offered}: {goodput}");
@@ -547,7 +546,6 @@ fn one_caller_who_asks_fifty_times_as_much_costs_the_others_next_to_nothing_befo
     // 80 requests a second, where 200 fit, and 200 and 1,000 more.
     for busy_each_second in [200, 1_000] {
         let beside = crowd(adaptive, busy_each_second);
-        println!("{alone:?} {beside:?}");
         assert!(2 * beside.p99 <= 3 * alone.p99 && beside.refused == 0 && beside.served >= 790, "{alone:?} {beside:?}");
     }
     // With a limit that is too high, the server's own queue is everybody's.
