@@ -184,7 +184,7 @@ impl AdaptiveLimit {
         let (asked, now) = (self.micros(asked), self.micros(now));
         let awaited = self.awaited.load(Relaxed);
         let since = self.window.since.load(Relaxed);
-        if since == NOT_YET && awaited <= self.limit.load(Relaxed) {
+        if since == NOT_YET && awaited <= self.limit(bounds) {
             self.settle(now);
         } else if asked >= since && now >= self.window.from.load(Relaxed) {
             self.window.add(now.saturating_sub(asked), awaited);
