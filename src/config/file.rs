@@ -1155,7 +1155,7 @@ impl Setting for MaxRequests {
             let read = match key.get_ref().as_ref() {
                 "least" => number(value.get_ref()).map(|least| bounds.least = least),
                 "most" => number(value.get_ref()).map(|most| bounds.most = most),
-                key => Err(vec![invalid(format!("has the unknown key `{key}`"), like)]),
+                key => return Err(vec![invalid(format!("has the unknown key `{key}`"), like)]),
             };
             read.map_err(|all| all.into_iter().map(within).collect::<Vec<_>>())?;
         }
