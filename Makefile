@@ -1,10 +1,10 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload
 
 check: lint doc test deploy-check
 
 # What is promised in seconds, or measured in bytes under load, is tested by itself: no other test takes time away from it.
-ALONE = deadlines:: exactness:: guessing:: reload:: slow:: standing:: stores::alerts:: stores::crowd:: stores::faults:: stores::frozen:: stores::places:: stores::revocation:: under_load:: upstreams::
+ALONE = deadlines:: exactness:: guessing:: overload:: reload:: slow:: standing:: stores::alerts:: stores::crowd:: stores::faults:: stores::frozen:: stores::places:: stores::revocation:: under_load:: upstreams::
 
 # Installs what the tests need from Debian, PyPI and npm, then runs all of them: the runner's summary comes last.
 test:
@@ -139,6 +139,11 @@ guessing:
 soak:
 	cargo build --locked --profile dist
 	benches/e2e/soak.py --draw --seconds $(or $(TIME),3600)
+
+# More load than a server can take, without a limit, with a fixed one and with an adaptive one, then one busy caller beside others,
+# as tables; docs/operations.md keeps them. Two minutes.
+overload:
+	TOLLGATE_OVERLOAD_SECONDS=5 cargo test --locked --test main -- overload:: --nocapture --test-threads 1 | grep '^| '
 
 # Fault of a backend -> what the client saw, as a table; docs/faults.md keeps it. Half a minute.
 faults-table:

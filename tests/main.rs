@@ -39,6 +39,7 @@ mod logs;
 mod method_override;
 mod names;
 mod operations;
+mod overload;
 mod paging;
 mod pipeline;
 mod readers;

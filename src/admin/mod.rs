@@ -280,8 +280,9 @@ fn status(operator: &Operator<'_>) -> AdminResponse {
 }
 
 fn upstreams(operator: &Operator<'_>) -> AdminResponse {
-    let server = |Member { server, weight, backup, .. }: &Member| {
+    let server = |upstream: &Upstream, Member { server, weight, backup, .. }: &Member| {
         let state = server.state();
+        let (limit, adaptive) = upstream.limit_of(server);
         let age = operator.instant.saturating_duration_since(state.since).as_secs();
         serde_json::json!({
             "server": server.label(),
@@ -292,6 +293,12 @@ fn upstreams(operator: &Operator<'_>) -> AdminResponse {
             "unanswered": state.unanswered,
             "draining": server.is_drained(),
             "in_flight": server.in_flight(),
+            "max_requests": limit,
+            "adaptive": adaptive.map(|reading| serde_json::json!({
+                "unloaded_ms": reading.unloaded.map(|unloaded| unloaded.as_secs_f64() * 1000.0),
+                "samples": reading.samples,
+                "pinned": reading.is_pinned,
+            })),
             "weight": weight,
             "backup": backup,
         })
@@ -300,7 +307,7 @@ fn upstreams(operator: &Operator<'_>) -> AdminResponse {
         let members = upstream.members();
         serde_json::json!({
             "upstream": upstream.name(),
-            "servers": members.iter().map(server).collect::<Vec<_>>(),
+            "servers": members.iter().map(|member| server(upstream, member)).collect::<Vec<_>>(),
         })
     };
     let body = serde_json::Value::from(operator.upstreams.iter().map(upstream).collect::<Vec<_>>());

@@ -8,7 +8,7 @@ use crate::request::host::HostPattern;
 use crate::request::route::{HeaderEdits, Pattern};
 use crate::request::view::Method;
 use crate::telemetry::datagrams::SyslogAddress;
-use crate::upstream::{HashBy, ListedServer, ServerAddress};
+use crate::upstream::{AdaptiveBounds, HashBy, ListedServer, MaxRequests, ServerAddress};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -547,8 +547,9 @@ section! {
         /// go with balance = "hash".
         slow_start: Option<Duration> = r#""none""#,
         /// Most requests in flight to one server, to the end of their responses; or "none". Further requests wait in a
-        /// queue.
-        max_requests: Option<u64> = r#""none""#,
+        /// queue. "adaptive" finds the number by how long the server takes to answer, and counts requests up to the heads of
+        /// their responses. `{ least = 2, most = 1000 }` is the same with bounds, of which these are the defaults.
+        max_requests: Option<MaxRequests> = r#""none""#,
         /// Most requests that wait while all servers have `max_requests`. Further ones get 503.
         queue: u64 = "100",
         /// Which of them is next: "fair" (that of the caller who asks least, by token, else by client address; in a full queue,
@@ -1129,6 +1130,37 @@ fn entries<'v, 't, const N: usize>(
 /// Of a list within a value: no element of the value itself.
 fn whole(all: Vec<InvalidValue>) -> Vec<InvalidValue> {
     all.into_iter().map(|invalid| InvalidValue { element: None, ..invalid }).collect()
+}
+
+/// A number, "adaptive", or the bounds of that.
+impl Setting for MaxRequests {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        let like = "write it like 50, \"adaptive\" or { least = 2, most = 1000 }";
+        // One that is too large for its type is out of range, which is checked later.
+        let number = |value| u64::read(value).map(|number| u32::try_from(number).unwrap_or(u32::MAX));
+        let mut bounds = AdaptiveBounds::default();
+        let Some(table) = value.as_table() else {
+            return match value.as_str() {
+                Some("adaptive") => Ok(Self::Adaptive(bounds)),
+                _ => {
+                    number(value).map(Self::Fixed).map_err(|_| vec![invalid("must be a number or \"adaptive\"", like)])
+                }
+            };
+        };
+        for (key, value) in table.iter() {
+            let within = |invalid: InvalidValue| InvalidValue {
+                what: format!("{}: {}", key.get_ref(), invalid.what),
+                ..invalid
+            };
+            let read = match key.get_ref().as_ref() {
+                "least" => number(value.get_ref()).map(|least| bounds.least = least),
+                "most" => number(value.get_ref()).map(|most| bounds.most = most),
+                key => return Err(vec![invalid(format!("has the unknown key `{key}`"), like)]),
+            };
+            read.map_err(|all| all.into_iter().map(within).collect::<Vec<_>>())?;
+        }
+        Ok(Self::Adaptive(bounds))
+    }
 }
 
 /// An address, or a table with more about the server.

@@ -267,7 +267,7 @@ impl Gather<'_, '_> {
                     file::BalanceBy::Hash => Balance::Hash(upstream.hash.0.clone()),
                 },
                 slow_start: upstream.slow_start,
-                max_requests: upstream.max_requests.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
+                max_requests: upstream.max_requests,
                 queue: usize::try_from(upstream.queue).unwrap_or(usize::MAX),
                 queue_order: match upstream.queue_order {
                     file::QueueOrderWord::Fair => QueueOrder::Fair,

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::store::{StoreSettings, TlsMode};
+use crate::upstream::{AdaptiveBounds, MaxRequests};
 
 /// The settings of a file in `folder`.
 fn load(text: &str, folder: &Path) -> Result<Settings, Vec<Diagnostic>> {
@@ -50,6 +51,32 @@ fn the_example_says_all_and_is_right() {
             .iter()
             .all(|section| !section.doc.is_empty() && section.fields.iter().all(|field| !field.doc.is_empty()))
     );
+}
+
+#[test]
+fn most_requests_are_a_number_or_adaptive() {
+    let read = |text: &str| {
+        let settings = load(&format!("{MINIMAL}max_requests = {text}\n"), Path::new("/conf")).unwrap();
+        settings.upstreams[0].max_requests
+    };
+    let adaptive = |least, most| Some(MaxRequests::Adaptive(AdaptiveBounds { least, most }));
+    assert_eq!(read("\"none\""), None);
+    assert_eq!(read("50"), Some(MaxRequests::Fixed(50)));
+    assert_eq!(read("\"adaptive\""), adaptive(2, 1_000));
+    assert_eq!(read("{ most = 64 }"), adaptive(2, 64));
+    assert_eq!(read("{ least = 4, most = 4 }"), adaptive(4, 4));
+    for (text, part) in [
+        ("0", "max_requests: is out of range"),
+        ("{ least = 0 }", "max_requests: is out of range"),
+        ("{ most = 5000000000 }", "max_requests: is out of range"),
+        ("{ least = 9, most = 8 }", "max_requests: has a least number above the most"),
+        ("\"adaptiv\"", "max_requests: must be a number or \"adaptive\", or \"none\""),
+        ("{ least = \"2\" }", "max_requests: least: must be a whole number"),
+        ("{ lest = 2 }", "max_requests: has the unknown key `lest`"),
+    ] {
+        let found = problems(&format!("{MINIMAL}max_requests = {text}\n"));
+        assert!(found.len() == 1 && found[0].contains(part), "{text}: {found:?}");
+    }
 }
 
 #[test]

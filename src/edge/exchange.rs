@@ -215,7 +215,6 @@ impl Exchange {
         }
         let key = self.key(Some(view));
         self.upstream.tries.keyed(key);
-        self.upstream.tries.called_by(self.caller());
     }
 
     /// Who asks, for a fair order of those that wait: a token, else a client's address or its network.
@@ -279,6 +278,9 @@ impl Exchange {
         (self.upstream.status, self.upstream.took) = (None, None);
         loop {
             let peers = self.snapshot.pool(self.pool).ok_or(NoServer::Absent)?;
+            if peers.upstream.ranks_callers() {
+                self.upstream.tries.called_by(self.caller());
+            }
             match peers.upstream.pick(&mut self.upstream.tries, Instant::now()) {
                 Err(NoServer::Absent) if self.leave_canary() => {}
                 picked => {
@@ -287,6 +289,11 @@ impl Exchange {
                 }
             }
         }
+    }
+
+    /// The backend gets the body as the client sends it.
+    pub(super) fn streams_body(&mut self) {
+        self.upstream.tries.streams_body();
     }
 
     fn note_pick(&mut self, picked: &Result<Pick, NoServer>) {

@@ -245,6 +245,9 @@ pub(super) async fn carry(client: &mut ClientStream, head: &[u8], ticket: &mut T
                 return refuse(client, ticket, Cause::Upstream(fault).into(), 0).await;
             }
         };
+        if peers.upstream.is_adaptive() && !client.body_is_at_hand(ticket.framing) {
+            ticket.exchange.streams_body();
+        }
         let now = Instant::now();
         // A connection that says which client it is for carries no other one's request.
         let kept = if fresh || peers.send_proxy { None } else { BackendConnection::kept(&server, peers, now) };

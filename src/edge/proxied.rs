@@ -10,7 +10,7 @@ use crate::forward::FieldSink;
 use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerName, AnswerView};
 use crate::reply::{AnswerSink, Cause, Envelope, Refusal, UpstreamFault};
 use crate::request::body::BodyScanner;
-use crate::request::view::Method;
+use crate::request::view::{Framing, Method};
 use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
 use crate::telemetry::metrics::UpstreamError;
@@ -122,6 +122,10 @@ impl ProxyHttp for ProxiedLane {
         let ticket = ctx.ticket()?;
         let scanner = ticket.body.clone();
         let exchange = &mut ticket.exchange;
+        // Read once more, as it costs nothing here.
+        if ticket.framing != Framing::Empty {
+            exchange.streams_body();
+        }
         let pick = match exchange.pick() {
             Err(NoServer::Busy) => exchange.queued().await,
             pick => pick,

@@ -118,7 +118,7 @@ impl HeavyHitters {
             passed: AtomicU64::new(0),
             due: AtomicU64::new(0),
             ring: Mutex::new(VecDeque::new()),
-            shares: families.shares(
+            shares: families.float_gauges(
                 "tollgate_heavy_hitter_share",
                 "Share of all of the last minute that the tokens, users, clients and routes with the most have, by rank.",
                 &["of", "by", "rank"],

@@ -6,7 +6,7 @@ use super::heavy_hitters::HeavyHitters;
 use super::limit_metrics::{LimitFamilies, LimitMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::server_metrics::ServerFamilies;
-pub use super::server_metrics::ServerMetrics;
+pub use super::server_metrics::{AdaptiveReading, ServerMetrics};
 use super::store_metrics::StoreFamilies;
 pub use super::store_metrics::StoreMetrics;
 use prometheus::core::Collector;
@@ -169,8 +169,7 @@ impl Families<'_> {
         self.registered(IntGaugeVec::new(Opts::new(name, help), labels)?)
     }
 
-    /// Of numbers between 0 and 1.
-    pub(super) fn shares(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, prometheus::Error> {
+    pub(super) fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, prometheus::Error> {
         self.registered(GaugeVec::new(Opts::new(name, help), labels)?)
     }
 

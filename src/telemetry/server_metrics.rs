@@ -3,9 +3,10 @@
 
 use super::metrics::Families;
 use parking_lot::Mutex;
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Every family with the labels `upstream` and `server`.
 pub(super) struct ServerFamilies {
@@ -13,6 +14,10 @@ pub(super) struct ServerFamilies {
     outages: IntCounterVec,
     in_flight: IntGaugeVec,
     draining: IntGaugeVec,
+    limit: IntGaugeVec,
+    limit_pinned: IntGaugeVec,
+    unloaded: GaugeVec,
+    samples: IntCounterVec,
     /// Users of each upstream and server: the pool that a reload replaces ends after its successor began.
     users: Mutex<HashMap<[String; 2], usize>>,
 }
@@ -40,6 +45,26 @@ impl ServerFamilies {
                 "1 while the server gets no new requests because an operator drains it.",
                 &["upstream", "server"],
             )?,
+            limit: families.gauges(
+                "tollgate_upstream_server_limit",
+                "Requests that may wait for the heads of their responses, where that is adaptive.",
+                &["upstream", "server"],
+            )?,
+            limit_pinned: families.gauges(
+                "tollgate_upstream_server_limit_pinned",
+                "1 while an adaptive limit is the least that it may be, and used.",
+                &["upstream", "server"],
+            )?,
+            unloaded: families.float_gauges(
+                "tollgate_upstream_server_unloaded_seconds",
+                "The middle time to a response of the server without load, as an adaptive limit knows it.",
+                &["upstream", "server"],
+            )?,
+            samples: families.counters(
+                "tollgate_upstream_server_limit_samples_total",
+                "Responses that an adaptive limit was learned from.",
+                &["upstream", "server"],
+            )?,
             users: Mutex::default(),
         })
     }
@@ -58,6 +83,25 @@ impl ServerFamilies {
         series.up.set(1);
         series
     }
+
+    /// Those that were never there cannot be removed, which is no error.
+    fn forget_adaptive(&self, labels: &[String; 2]) {
+        let _ = self.limit.remove_label_values(labels);
+        let _ = self.limit_pinned.remove_label_values(labels);
+        let _ = self.unloaded.remove_label_values(labels);
+        let _ = self.samples.remove_label_values(labels);
+    }
+}
+
+/// What an adaptive limit says of itself.
+#[derive(Clone, Copy, Debug)]
+pub struct AdaptiveReading {
+    pub limit: u32,
+    /// It is the least that it may be, and used.
+    pub is_pinned: bool,
+    /// The middle time to a response without load; `None`: not known yet.
+    pub unloaded: Option<Duration>,
+    pub samples: u64,
 }
 
 /// One server's series.
@@ -84,6 +128,21 @@ impl ServerMetrics {
         self.draining.set(drained.into());
     }
 
+    /// `None`: it has no adaptive limit, and no series of one.
+    pub fn adaptive(&self, reading: Option<AdaptiveReading>) {
+        let Some(reading) = reading else {
+            self.families.forget_adaptive(&self.labels);
+            return;
+        };
+        self.families.limit.with_label_values(&self.labels).set(reading.limit.into());
+        self.families.limit_pinned.with_label_values(&self.labels).set(reading.is_pinned.into());
+        let samples = self.families.samples.with_label_values(&self.labels);
+        samples.inc_by(reading.samples.saturating_sub(samples.get()));
+        if let Some(unloaded) = reading.unloaded {
+            self.families.unloaded.with_label_values(&self.labels).set(unloaded.as_secs_f64());
+        }
+    }
+
     pub fn came_back(&self) {
         self.up.set(1);
     }
@@ -103,6 +162,7 @@ impl Drop for ServerMetrics {
         let _ = self.families.outages.remove_label_values(&self.labels);
         let _ = self.families.in_flight.remove_label_values(&self.labels);
         let _ = self.families.draining.remove_label_values(&self.labels);
+        self.families.forget_adaptive(&self.labels);
     }
 }
 

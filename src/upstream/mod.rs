@@ -5,6 +5,7 @@
 //! A lane calls [`Upstream::pick`] for each try of a request, then [`Upstream::answered`] or [`Upstream::failed`], which says
 //! whether to pick again. What is done in the background is said by [`Upstream::looks`] and [`Upstream::names`].
 
+mod adaptive;
 mod budget;
 mod callers;
 mod check;
@@ -15,6 +16,7 @@ mod server;
 mod tls;
 mod tries;
 
+pub use adaptive::AdaptiveBounds;
 pub use budget::RetryLimits;
 pub use check::{CheckFault, CheckSettings, HttpCheck, verdict};
 pub use ring::HashBy;
@@ -24,7 +26,7 @@ pub use tls::UpstreamTls;
 pub use tries::{FailedTry, Tries};
 
 use crate::problem::{Problem, socket_path_too_long};
-use crate::telemetry::metrics::{Metrics, UpstreamError, UpstreamMetrics};
+use crate::telemetry::metrics::{AdaptiveReading, Metrics, UpstreamError, UpstreamMetrics};
 use crate::telemetry::outage::{Outage, Recovery};
 use arc_swap::ArcSwap;
 use budget::RetryBudget;
@@ -51,7 +53,7 @@ pub struct UpstreamSettings {
     /// How long a server that comes back gets less than its weight.
     pub slow_start: Option<Duration>,
     /// Most requests in flight to one server.
-    pub max_requests: Option<u32>,
+    pub max_requests: Option<MaxRequests>,
     /// Most requests that wait for a server with room, and for how long.
     pub queue: usize,
     pub queue_order: QueueOrder,
@@ -113,8 +115,7 @@ impl UpstreamSettings {
                 problems.push(Problem::error("slow_start", what, "use \"none\"").with("balance"));
             }
         }
-        let most = self.max_requests.and_then(|most| Problem::out_of_range("max_requests", most.into(), 1..=1_000_000));
-        problems.extend(most);
+        problems.extend(self.max_requests.iter().flat_map(|most| most.problems()));
         problems.extend(Problem::out_of_range("queue", self.queue as u64, 0..=100_000));
         let least = Duration::from_millis(1);
         problems.extend(Problem::too_short("queue_timeout", self.queue_timeout, least));
@@ -159,6 +160,30 @@ impl UpstreamSettings {
         let Self { idle_timeout, queue_timeout, http2, send_proxy, .. } = *self;
         let times = Self { connect_timeout, read_timeout, per_try_timeout, request_timeout, ..other.clone() };
         *self == Self { idle_timeout, queue_timeout, http2, send_proxy, tls: self.tls.clone(), ..times }
+    }
+}
+
+/// How many requests a server may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MaxRequests {
+    /// To the end of their responses.
+    Fixed(u32),
+    /// As many as it answers without a queue of its own, to the heads of their responses.
+    Adaptive(AdaptiveBounds),
+}
+
+impl MaxRequests {
+    fn problems(self) -> Option<Problem> {
+        let (least, most) = match self {
+            Self::Fixed(most) => (most, most),
+            Self::Adaptive(AdaptiveBounds { least, most }) => (least, most),
+        };
+        if least > most {
+            let instead = "make least the smaller one";
+            return Some(Problem::error("max_requests", "has a least number above the most", instead));
+        }
+        let out_of_range = |number: u32| Problem::out_of_range("max_requests", number.into(), 1..=1_000_000);
+        out_of_range(least).or_else(|| out_of_range(most))
     }
 }
 
@@ -365,6 +390,23 @@ impl Upstream {
         self.hash.of(text)
     }
 
+    /// Whether it matters who asks: [`Tries::called_by`] is for these pools alone.
+    pub fn ranks_callers(&self) -> bool {
+        self.settings.max_requests.is_some() && self.settings.queue_order == QueueOrder::Fair
+    }
+
+    /// Whether it matters which requests are samples of how long a server takes: see [`Tries::streams_body`].
+    pub fn is_adaptive(&self) -> bool {
+        self.adaptive_bounds().is_some()
+    }
+
+    fn adaptive_bounds(&self) -> Option<AdaptiveBounds> {
+        match self.settings.max_requests {
+            Some(MaxRequests::Adaptive(bounds)) => Some(bounds),
+            Some(MaxRequests::Fixed(_)) | None => None,
+        }
+    }
+
     /// The server for the next try of a request. A request tries no server twice, but for a kept connection that was dead.
     /// Servers that are down come last: a pool is never given up while one of its servers has not been tried.
     pub fn pick(&self, tries: &mut Tries, now: Instant) -> Result<Pick, NoServer> {
@@ -373,11 +415,7 @@ impl Upstream {
             self.series.retried();
             return Ok(Pick { server, fresh: true });
         }
-        if self.settings.max_requests.is_some()
-            && self.settings.queue_order == QueueOrder::Fair
-            && tries.count() == 0
-            && !tries.is_queued()
-        {
+        if self.ranks_callers() && tries.count() == 0 && !tries.is_queued() {
             tries.ranked(self.callers.asks(tries.caller(), now));
         }
         // Nobody overtakes those that wait.
@@ -400,6 +438,7 @@ impl Upstream {
         if tries.count() > 0 {
             self.series.retried();
         }
+        tries.awaits_head(self.adaptive_bounds());
         tries.begin(Arc::clone(&server), now);
         Ok(Pick { server, fresh: false })
     }
@@ -438,8 +477,7 @@ impl Upstream {
         let (answers, many) = (self.answers.load(Ordering::Relaxed), MANY_ANSWERS * roster.members.len() as u64);
         let untried = |member: &Member| !tries.has(&member.server);
         let all = roster.panics || !roster.in_turn(turn).any(|member| untried(member) && member.server.is_up());
-        let is_busy =
-            |member: &Member| self.settings.max_requests.is_some_and(|most| member.server.in_flight() >= most);
+        let is_busy = |member: &Member| member.server.is_full(self.settings.max_requests);
         let serves_this = |member: &Member| untried(member) && (member.server.is_up() || all);
         let fits = |member: &Member| serves_this(member) && !is_busy(member);
         let from = |turn: usize| roster.in_turn(turn).filter(|member| fits(member));
@@ -501,7 +539,18 @@ impl Upstream {
     /// Brings those metrics up to date that are read from the state of servers.
     pub fn publish(&self) {
         self.series.waiting(self.queue.waiting());
-        self.roster.load().members.iter().for_each(|member| member.server.publish());
+        let bounds = self.adaptive_bounds();
+        self.roster.load().members.iter().for_each(|member| member.server.publish(bounds));
+    }
+
+    /// The limit of requests with one of its servers, and what it follows if it is adaptive.
+    pub fn limit_of(&self, server: &Server) -> (Option<u32>, Option<AdaptiveReading>) {
+        let reading = self.adaptive_bounds().map(|bounds| server.reading(bounds));
+        let fixed = match self.settings.max_requests {
+            Some(MaxRequests::Fixed(most)) => Some(most),
+            _ => None,
+        };
+        (reading.map(|reading| reading.limit).or(fixed), reading)
     }
 
     /// A connection to a server is established.
@@ -517,7 +566,11 @@ impl Upstream {
         status: u16,
         now: Instant,
     ) -> (Option<Duration>, Option<Recovery>, Option<ServerChange>) {
-        let Some((server, asked)) = tries.answered() else { return (None, None, None) };
+        let answered = tries.answered();
+        if tries.is_awaited() {
+            tries.has_head(status, answered.as_ref().map(|(_, asked)| *asked), now);
+        }
+        let Some((server, asked)) = answered else { return (None, None, None) };
         let took = now.saturating_duration_since(asked);
         self.series.answered(took);
         let answers = self.answers.fetch_add(1, Ordering::Relaxed) + 1;
@@ -542,6 +595,9 @@ impl Upstream {
             return AfterFailure { again: false, exhausted: false, change: None };
         };
         let change = server.failed(failure, asked, now);
+        if let Some(bounds) = self.adaptive_bounds() {
+            server.answers_too_little(bounds, failure, asked, now);
+        }
         self.noted(change.is_some(), now);
         let is_left = |member: &Member| !tries.has(&member.server) && member.server.is_usable();
         let left = || self.roster.load().members.iter().any(is_left);
@@ -685,6 +741,9 @@ fn mixed(number: u64) -> u64 {
 const MANY_ANSWERS: u64 = 2;
 /// How long a name that cannot be resolved is left alone.
 const UNRESOLVED_AGAIN: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod adaptive_tests;
 
 #[cfg(test)]
 mod pool_tests;

@@ -9,7 +9,7 @@ use std::thread::Thread;
 
 /// Whether a request was woken. A new one has to look once.
 #[derive(Default)]
-struct Woken(AtomicBool);
+pub(super) struct Woken(pub(super) AtomicBool);
 
 impl Wake for Woken {
     fn wake(self: Arc<Self>) {
@@ -17,14 +17,14 @@ impl Wake for Woken {
     }
 }
 
-struct Waiter {
-    number: u32,
-    tries: Tries,
-    woken: Arc<Woken>,
+pub(super) struct Waiter {
+    pub(super) number: u32,
+    pub(super) tries: Tries,
+    pub(super) woken: Arc<Woken>,
 }
 
 fn bounded(weights: &[u32], balance: Balance, most: u32, queue: usize) -> UpstreamSettings {
-    UpstreamSettings { max_requests: Some(most), queue, ..weighted(weights, balance) }
+    UpstreamSettings { max_requests: Some(MaxRequests::Fixed(most)), queue, ..weighted(weights, balance) }
 }
 
 /// Polls those that were woken, until none is. Gives those that have a server now.

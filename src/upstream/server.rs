@@ -6,11 +6,12 @@
 //! not answered its last few requests gets no more while another one does answer, whether or not anything has failed yet.
 //! If that lasts, a look in the background tells a server that is only slow from one that is down. No request is spent on it.
 
+use super::adaptive::{AdaptiveBounds, AdaptiveLimit};
 use super::check::{CheckFault, CheckSettings};
 use super::queue::Queue;
 use super::tries::is_refusal;
-use super::{FailedTry, ServerAddress};
-use crate::telemetry::metrics::{ServerMetrics, UpstreamError};
+use super::{FailedTry, MaxRequests, ServerAddress};
+use crate::telemetry::metrics::{AdaptiveReading, ServerMetrics, UpstreamError};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use std::net::SocketAddr;
@@ -109,6 +110,8 @@ pub struct Server {
     failed: AtomicBool,
     /// Requests that are with it, to the end of their responses.
     in_flight: AtomicU32,
+    /// How many it may have where that is learned. What was learned outlives reloads.
+    adaptive: AdaptiveLimit,
     /// Those that wait for one of them to end.
     queue: Arc<Queue>,
     /// How many answers its pool had given when it gave its last one.
@@ -159,6 +162,7 @@ impl Server {
             unanswered: AtomicU32::new(0),
             failed: AtomicBool::new(false),
             in_flight: AtomicU32::new(0),
+            adaptive: AdaptiveLimit::new(now),
             queue,
             last_answer: AtomicU64::new(0),
             health: Mutex::new(Health {
@@ -264,13 +268,28 @@ impl Server {
         self.in_flight.load(SeqCst)
     }
 
-    /// It gets one more request, if it has fewer than so many.
-    pub(super) fn takes(&self, at_most: Option<u32>) -> bool {
-        let Some(at_most) = at_most else {
-            self.in_flight.fetch_add(1, SeqCst);
-            return true;
-        };
-        self.in_flight.fetch_update(SeqCst, SeqCst, |count| (count < at_most).then_some(count + 1)).is_ok()
+    /// It gets one more request, if it has fewer than it may.
+    pub(super) fn takes(&self, at_most: Option<MaxRequests>) -> bool {
+        match at_most {
+            None => {}
+            Some(MaxRequests::Adaptive(bounds)) if self.adaptive.takes(bounds) => {}
+            Some(MaxRequests::Adaptive(_)) => return false,
+            Some(MaxRequests::Fixed(most)) => {
+                let one_more = |count| (count < most).then_some(count + 1);
+                return self.in_flight.fetch_update(SeqCst, SeqCst, one_more).is_ok();
+            }
+        }
+        self.in_flight.fetch_add(1, SeqCst);
+        true
+    }
+
+    /// Whether it has as many requests as it may.
+    pub(super) fn is_full(&self, at_most: Option<MaxRequests>) -> bool {
+        match at_most {
+            None => false,
+            Some(MaxRequests::Fixed(most)) => self.in_flight() >= most,
+            Some(MaxRequests::Adaptive(bounds)) => self.adaptive.is_full(bounds),
+        }
     }
 
     pub(super) fn is_done(&self) {
@@ -278,9 +297,37 @@ impl Server {
         self.queue.wake();
     }
 
-    /// The metrics that are read from it say what is so now.
-    pub(super) fn publish(&self) {
+    /// One request less waits for its head: there may be room for another one, though this one goes on.
+    pub(super) fn head_is_over(&self) {
+        self.adaptive.leaves();
+        self.queue.wake();
+    }
+
+    /// It has answered a request, of which nothing but the server itself made the time longer.
+    pub(super) fn took(&self, bounds: AdaptiveBounds, asked: Instant, now: Instant) {
+        self.adaptive.sampled(bounds, asked, now);
+    }
+
+    /// A request was given up, which may have waited for long.
+    pub(super) fn took_too_long(&self, bounds: AdaptiveBounds, asked: Instant, now: Instant) {
+        self.adaptive.given_up(bounds, asked, now);
+    }
+
+    /// A request failed, which may be for the load.
+    pub(super) fn answers_too_little(&self, bounds: AdaptiveBounds, failure: FailedTry, asked: Instant, now: Instant) {
+        if !matches!(failure, FailedTry::Exchange { kept: true, error: UpstreamError::Closed }) {
+            self.adaptive.failed(bounds, asked, now);
+        }
+    }
+
+    pub(super) fn reading(&self, bounds: AdaptiveBounds) -> AdaptiveReading {
+        self.adaptive.reading(bounds)
+    }
+
+    /// The metrics that are read from it say what is so now. `bounds`: of its limit, if that is adaptive.
+    pub(super) fn publish(&self, bounds: Option<AdaptiveBounds>) {
         self.metrics.in_flight(self.in_flight());
+        self.metrics.adaptive(bounds.map(|bounds| self.reading(bounds)));
     }
 
     pub(super) fn unanswered(&self) -> u32 {
@@ -480,6 +527,7 @@ impl Server {
         self.unanswered.store(0, Relaxed);
         self.failed.store(false, Relaxed);
         self.absent.fetch_and(!DOWN, Relaxed);
+        self.adaptive.begins_anew(now);
         self.metrics.came_back();
         Some(ServerChange { server: self.label.clone(), reason, back_after: Some(lasted) })
     }

@@ -2,6 +2,7 @@
 //! know how a request is sent.
 
 use super::Server;
+use super::adaptive::AdaptiveBounds;
 use super::callers::CallerRank;
 use super::queue::{Queue, QueuePlace, QueueTurn};
 use crate::telemetry::metrics::UpstreamError;
@@ -56,6 +57,10 @@ pub struct Tries {
     rank: CallerRank,
     /// The server of the last try counts this request as one in flight.
     counted: bool,
+    /// An adaptive limit of that server, with these bounds, counts it as one that waits for its head.
+    awaited: Option<AdaptiveBounds>,
+    /// Its body comes from the client meanwhile.
+    streams: bool,
     queued: Option<QueuePlace>,
 }
 
@@ -73,6 +78,11 @@ impl Tries {
     /// Who asks, as a number that is spread evenly: for the order in which requests wait.
     pub fn called_by(&mut self, caller: u64) {
         self.caller = caller;
+    }
+
+    /// The client still sends the body, and how long that takes says nothing about the server. To be said before an answer.
+    pub fn streams_body(&mut self) {
+        self.streams = true;
     }
 
     pub(super) fn caller(&self) -> u64 {
@@ -107,6 +117,37 @@ impl Tries {
         self.counted = true;
         self.count += 1;
         self.current = Some(CurrentTry { server, asked: now });
+    }
+
+    /// An adaptive limit of the server counts it already.
+    pub(super) fn awaits_head(&mut self, bounds: Option<AdaptiveBounds>) {
+        self.awaited = bounds;
+    }
+
+    pub(super) fn is_awaited(&self) -> bool {
+        self.awaited.is_some()
+    }
+
+    /// A head has come, `asked`: since the request was sent, unless another head came before. After an interim one, the server
+    /// is still at work, but a tunnel is none.
+    pub(super) fn has_head(&mut self, status: u16, asked: Option<Instant>, now: Instant) {
+        if status < 200 && status != 101 {
+            return;
+        }
+        if let (Some(bounds), Some(asked), 200..400, false) = (self.awaited, asked, status, self.streams)
+            && let Some(server) = self.last()
+        {
+            server.took(bounds, asked, now);
+        }
+        self.head_is_over();
+    }
+
+    fn head_is_over(&mut self) {
+        if self.awaited.take().is_some()
+            && let Some(server) = self.last()
+        {
+            server.head_is_over();
+        }
     }
 
     pub(super) fn is_queued(&self) -> bool {
@@ -153,8 +194,13 @@ impl Tries {
         // The connection was dead already, which is not the server's fault.
         if again && matches!(failure, FailedTry::Exchange { kept: true, error: UpstreamError::Closed }) {
             self.once_more = Some(Arc::clone(&server));
-        } else if std::mem::take(&mut self.counted) {
-            server.is_done();
+        } else {
+            if self.awaited.take().is_some() {
+                server.head_is_over();
+            }
+            if std::mem::take(&mut self.counted) {
+                server.is_done();
+            }
         }
         self.tried.push(Arc::clone(&server));
         Some((server, asked, again && self.costly <= REPEATS))
@@ -166,6 +212,12 @@ impl Tries {
     pub fn given_up(&mut self, now: Instant) {
         if let Some(CurrentTry { server, asked }) = self.current.take() {
             server.given_up(asked, now);
+            if let Some(bounds) = self.awaited.take() {
+                if !self.streams {
+                    server.took_too_long(bounds, asked, now);
+                }
+                server.head_is_over();
+            }
             if std::mem::take(&mut self.counted) {
                 server.is_done();
             }
@@ -175,6 +227,7 @@ impl Tries {
 
 impl Drop for Tries {
     fn drop(&mut self) {
+        self.head_is_over();
         if self.counted
             && let Some(server) = self.last()
         {
