@@ -327,6 +327,7 @@ async fn rotate(options: &TokenOptions, id: &str, overlap: Duration, expires: Op
         expires: expires.or(lifetime.map(|span| at.saturating_add(span).min(LATEST))),
         replaces: Some(old.digest),
         blocked: old.blocked,
+        terms: old.terms.clone(),
         ..TokenRecord::new(Digest::of(token.as_bytes()), old.user.clone())
     };
     match opened.admin.rotate(&old.digest, &next, at, at.saturating_add(overlap.as_secs())).await {

@@ -18,7 +18,7 @@ use crate::problem::Problem;
 use crate::reply::answer;
 use crate::reply::cors::Cors;
 use crate::request::body::{BodyRules, KeySet, UntypedBody};
-use crate::request::origin::{AddressList, AddressRules, TrustedProxies};
+use crate::request::origin::{AddressList, AddressRules, TrustedProxies, canonical_network};
 use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
 use crate::request::route::{
@@ -34,7 +34,6 @@ use crate::telemetry::lines::LogTarget;
 use crate::telemetry::spans::OtlpSettings;
 use crate::tls::{Authorities, PemFile, SystemAuthorities, TLS, TLS_CA, TLS_CERT, TLS_KEY};
 use crate::upstream::{Balance, CheckSettings, HttpCheck, RetryLimits, UpstreamSettings, UpstreamTls};
-use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::cell::LazyCell;
 use std::path::{Path, PathBuf};
@@ -664,20 +663,9 @@ fn listed(peers: &[file::Proxy]) -> AddressList {
     let mut list = AddressList::default();
     for peer in peers {
         match &peer.0 {
-            TrustedPeer::Network(network) => list.networks.push(canonical(*network)),
+            TrustedPeer::Network(network) => list.networks.push(canonical_network(*network)),
             TrustedPeer::Unix => list.unix_peers = true,
         }
     }
     list
-}
-
-/// IPv4 written as IPv6 is IPv4, as are the addresses that are looked for in it.
-fn canonical(network: IpNet) -> IpNet {
-    match network {
-        IpNet::V6(v6) if v6.prefix_len() >= 96 => {
-            let v4 = v6.addr().to_ipv4_mapped().and_then(|ip| Ipv4Net::new(ip, v6.prefix_len() - 96).ok());
-            v4.map_or(network, IpNet::V4)
-        }
-        _ => network,
-    }
 }

@@ -17,7 +17,9 @@ use crate::identity::Principal;
 use crate::request::origin::AddressRules;
 use crate::request::route::Auth;
 use crate::request::{Examined, Switches};
+use crate::request::view::Method;
 use smallvec::SmallVec;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// The right to have one request forwarded, and for whom.
@@ -52,6 +54,10 @@ pub enum PolicyFault {
     SudoScope,
     /// Nobody from this address is let in.
     Address,
+    /// The token's record names networks, and the client is in none of them.
+    TokenNetwork,
+    /// The token's record names methods, and this is none of them.
+    TokenMethod,
     Limit(Excess),
 }
 
@@ -66,7 +72,13 @@ pub struct Policy {
 }
 
 impl Policy {
-    pub fn decide(&self, examined: &Examined<'_>, principal: Option<Arc<Principal>>) -> Result<Permit, PolicyFault> {
+    /// Takes the client as [`crate::request::origin::Origin`] says it.
+    pub fn decide(
+        &self,
+        examined: &Examined<'_>,
+        principal: Option<Arc<Principal>>,
+        client: Option<IpAddr>,
+    ) -> Result<Permit, PolicyFault> {
         let needed = examined.auth == Auth::Required || examined.presented.is_some();
         let Some(known) = &principal else {
             return if needed {
@@ -75,6 +87,7 @@ impl Policy {
                 Ok(Permit { principal, in_flight: SmallVec::new() })
             };
         };
+        within_terms(known, client, examined.method)?;
         // Without an identity a `sudo` means nothing to a backend that trusts ours; with one it would change it.
         if examined.asks_sudo && !self.switches.sudo {
             return Err(PolicyFault::Sudo);
@@ -88,5 +101,14 @@ impl Policy {
             }
         }
         Ok(Permit { principal, in_flight: SmallVec::new() })
+    }
+}
+
+/// Whether a token may be used from there and with this method, by its own record. Asked again while an exchange goes on.
+pub fn within_terms(principal: &Principal, client: Option<IpAddr>, method: Method) -> Result<(), PolicyFault> {
+    match principal.terms() {
+        Some(terms) if !terms.allow_client(client) => Err(PolicyFault::TokenNetwork),
+        Some(terms) if !terms.allow_method(method) => Err(PolicyFault::TokenMethod),
+        _ => Ok(()),
     }
 }

@@ -7,6 +7,7 @@ mod follow;
 pub use admin::FileAdmin;
 
 use super::record::{self, RecordField, RecordSource, Unsaid};
+use super::terms::TokenTerms;
 use super::{Change, Heard, LookupLimits, Named, StoreError, TokenRecord, TokenStore, feed, parse_time, shared_scopes};
 use crate::problem::Problem;
 use crate::store::credential::{Credential, Digest};
@@ -69,6 +70,8 @@ struct RestOfRecord {
     superseded: Option<u64>,
     replaces: Option<Digest>,
     last_used: Option<u64>,
+    /// Shared by all who have the same.
+    terms: Option<Arc<TokenTerms>>,
 }
 
 impl From<TokenRecord> for KnownToken {
@@ -87,6 +90,7 @@ impl From<TokenRecord> for KnownToken {
             superseded,
             replaces,
             last_used,
+            terms,
         } = record;
         let rest = RestOfRecord {
             expired_always: expires == Some(0),
@@ -98,6 +102,7 @@ impl From<TokenRecord> for KnownToken {
             superseded,
             replaces,
             last_used,
+            terms,
         };
         let rest = (rest != RestOfRecord::default()).then(|| Box::new(rest));
         let (scopes, expires) = (shared_scopes(&scopes), expires.and_then(NonZeroU64::new));
@@ -121,6 +126,7 @@ impl KnownToken {
             superseded: rest.superseded,
             replaces: rest.replaces,
             last_used: rest.last_used,
+            terms: rest.terms.clone(),
             ..record
         }
     }
@@ -169,6 +175,10 @@ struct TokenShape {
     replaces: Option<String>,
     /// As another store knew it; gateways write nothing here.
     last_used: Option<String>,
+    plan: Option<String>,
+    rate: Option<String>,
+    networks: Option<Vec<String>>,
+    methods: Option<Vec<String>>,
 }
 
 #[derive(Deserialize)]
@@ -201,12 +211,19 @@ impl RecordSource for FileEntry {
         Ok(match field {
             RecordField::User => Some(self.token.user.clone()),
             RecordField::Description => Some(self.token.description.clone()),
+            RecordField::Plan => self.token.plan.clone(),
+            RecordField::Rate => self.token.rate.clone(),
             _ => None,
         })
     }
 
-    fn words(&self, _: RecordField) -> Result<Option<Vec<String>>, Broken> {
-        Ok(Some(self.token.scopes.clone()))
+    fn words(&self, field: RecordField) -> Result<Option<Vec<String>>, Broken> {
+        Ok(match field {
+            RecordField::Scopes => Some(self.token.scopes.clone()),
+            RecordField::Networks => self.token.networks.clone(),
+            RecordField::Methods => self.token.methods.clone(),
+            _ => None,
+        })
     }
 
     fn time(&self, field: RecordField) -> Result<Option<u64>, Broken> {
@@ -237,6 +254,10 @@ impl RecordSource for FileEntry {
             Some(Revoked::Flag(true)) => Ok(Some(0)),
             Some(Revoked::Since(text)) => self.unix_seconds(RecordField::Revoked, text).map(Some),
         }
+    }
+
+    fn wrong(&self, field: RecordField, what: &'static str) -> Broken {
+        self.broken(field.name(), what)
     }
 
     fn missing(&self, field: RecordField) -> Broken {

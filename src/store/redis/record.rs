@@ -138,6 +138,10 @@ impl RecordSource for ValueFields {
         Ok(self.read(RecordField::Revoked, revoked, REVOKED)?.flatten())
     }
 
+    fn wrong(&self, field: RecordField, what: &'static str) -> Malformed {
+        Malformed::Field { field, what }
+    }
+
     fn missing(&self, field: RecordField) -> Malformed {
         Malformed::Field { field, what: "is missing" }
     }
