@@ -12,7 +12,7 @@ use crate::edge::{
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{
-    BucketSettings, LimitAmounts, LimitKeyPart, LimitScope, LimitSettings, Policy, RefillRate, ScopeRule, Scopes,
+    BucketSettings, LimitAmounts, LimitKeyPart, LimitPlan, LimitScope, LimitSettings, Policy, RefillRate, ScopeRule, Scopes,
 };
 use crate::problem::Problem;
 use crate::reply::answer;
@@ -30,6 +30,7 @@ use crate::request::trace::TraceMode;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::store::NamedStore;
+use crate::store::terms::check_plan;
 use crate::telemetry::lines::LogTarget;
 use crate::telemetry::spans::OtlpSettings;
 use crate::tls::{Authorities, PemFile, SystemAuthorities, TLS, TLS_CA, TLS_CERT, TLS_KEY};
@@ -47,6 +48,7 @@ pub struct Settings {
     pub rules: Rules,
     pub policy: Policy,
     pub limits: Vec<LimitSettings>,
+    pub plans: Vec<LimitPlan>,
     /// Answers say what is left of them.
     pub limit_fields: bool,
     pub forward: ForwardRules,
@@ -132,7 +134,8 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     gather.all("limits", body_rate.problems());
     let addresses = AddressRules { allow: listed(&file.limits.allow), deny: listed(&file.limits.deny) };
     gather.all("limits", addresses.problems());
-    let limits = gather.limits(file, &rules.routes);
+    let plans = gather.plans(file);
+    let limits = gather.limits(file, &plans, &rules.routes);
     gather.all("server", rules.trusted_proxies.problems());
     let cache = CacheSettings {
         positive_ttl: file.cache.positive_ttl,
@@ -176,6 +179,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         cors,
         policy: Policy { switches, scopes: gather.scopes(file), addresses },
         limits,
+        plans,
         limit_fields: file.limits.rate_limit_fields,
         stores: gather.stores(file, folder, &upstreams),
         snapshot: Some(&file.cache.snapshot).filter(|path| !path.is_empty()).map(|path| folder.join(path)),
@@ -427,7 +431,51 @@ impl Gather<'_, '_> {
         Routes::new(routes)
     }
 
-    fn limits(&mut self, file: &File, routes: &Routes) -> Vec<LimitSettings> {
+    /// A burst, of a limit or a plan.
+    fn burst(&mut self, at: &str, burst: Option<u64>, has_rate: bool) {
+        if burst.is_some() && !has_rate {
+            let problem = Problem::error("burst", "goes with a rate", "write rate as well, or remove it");
+            self.places.add(at, problem.with("rate"));
+        }
+        match burst {
+            Some(0) => {
+                let problem = Problem::error("burst", "is 0: nothing would pass", "use 1 or more, or \"none\"");
+                self.places.add(at, problem);
+            }
+            Some(burst) => {
+                let problem = Problem::out_of_range("burst", burst, 1..=RefillRate::MOST_BURST);
+                self.all(at, problem.into_iter().collect());
+            }
+            None => {}
+        }
+    }
+
+    fn plans(&mut self, file: &File) -> Vec<LimitPlan> {
+        let mut plans = Vec::new();
+        for (name, plan) in &file.plans {
+            let amounts = amounts(plan.rate.as_ref(), plan.burst, plan.quota.as_ref(), plan.concurrency);
+            if let Err(what) = check_plan(name) {
+                self.places.add(&plan.at, Problem::error("rate", format!("is of a plan whose name {what}"), "rename it"));
+            }
+            if amounts == LimitAmounts::default() {
+                let what = "is missing, and so are quota and concurrency: the plan allows everything";
+                self.places.add(&plan.at, Problem::error("rate", what, "write rate, quota or concurrency"));
+            }
+            if amounts.concurrency == Some(0) {
+                let problem = Problem::error("concurrency", "is 0: nothing would pass", "use 1 or more, or \"none\"");
+                self.places.add(&plan.at, problem);
+            }
+            self.burst(&plan.at, plan.burst, plan.rate.is_some());
+            plans.push(LimitPlan { name: name.clone(), amounts });
+        }
+        const MOST: usize = 64;
+        if plans.len() > MOST {
+            self.places.add("", Problem::error("plan", "is there too often", format!("use {MOST} or fewer")));
+        }
+        plans
+    }
+
+    fn limits(&mut self, file: &File, plans: &[LimitPlan], routes: &Routes) -> Vec<LimitSettings> {
         const MOST: usize = 64;
         let mut limits: Vec<LimitSettings> = Vec::new();
         for limit in &file.limit {
@@ -438,14 +486,13 @@ impl Gather<'_, '_> {
                     key: limit.key.iter().map(|part| part.0.clone()).collect(),
                     prefix_v4: narrow(limit.prefix_v4),
                     prefix_v6: narrow(limit.prefix_v6),
-                    amounts: LimitAmounts {
-                        rate: limit.rate.as_ref().map(|rate| {
-                            let (requests, period_ms) = rate.0;
-                            RefillRate::new(requests, period_ms, limit.burst.unwrap_or(requests))
-                        }),
-                        quota: limit.quota.as_ref().map(|quota| quota.0),
-                        concurrency: limit.concurrency.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
-                    },
+                    amounts: amounts(
+                        limit.rate.as_ref(),
+                        limit.burst,
+                        limit.quota.as_ref(),
+                        limit.concurrency,
+                    ),
+                    plans: limit.plans.then(|| plans.to_vec()),
                     most: usize::try_from(limit.buckets).unwrap_or(usize::MAX),
                 },
                 applies: LimitScope {
@@ -458,21 +505,7 @@ impl Gather<'_, '_> {
                 dry_run: limit.dry_run,
             };
             self.all(&limit.at, settings.problems());
-            if limit.burst.is_some() && limit.rate.is_none() {
-                let problem = Problem::error("burst", "goes with a rate", "write rate as well, or remove it");
-                self.places.add(&limit.at, problem.with("rate"));
-            }
-            match limit.burst {
-                Some(0) => {
-                    let problem = Problem::error("burst", "is 0: nothing would pass", "use 1 or more, or \"none\"");
-                    self.places.add(&limit.at, problem);
-                }
-                Some(burst) => {
-                    let problem = Problem::out_of_range("burst", burst, 1..=RefillRate::MOST_BURST);
-                    self.all(&limit.at, problem.into_iter().collect());
-                }
-                None => {}
-            }
+            self.burst(&limit.at, limit.burst, limit.rate.is_some());
             if let Some(first) = limits.iter().position(|other| other.name == settings.name) {
                 let first = format!("{}.name", file.limit[first].at);
                 let problem = Problem::error("name", "is the name of an earlier [[limit]]", "use another name");
@@ -668,4 +701,21 @@ fn listed(peers: &[file::Proxy]) -> AddressList {
         }
     }
     list
+}
+
+/// The amounts of a limit or a plan.
+fn amounts(
+    rate: Option<&file::RateText>,
+    burst: Option<u64>,
+    quota: Option<&file::QuotaText>,
+    concurrency: Option<u64>,
+) -> LimitAmounts {
+    LimitAmounts {
+        rate: rate.map(|rate| {
+            let (requests, period_ms) = rate.0;
+            RefillRate::new(requests, period_ms, burst.unwrap_or(requests))
+        }),
+        quota: quota.map(|quota| quota.0),
+        concurrency: concurrency.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
+    }
 }

@@ -6,7 +6,7 @@
 //! token store is asked about its address before, and about the rest after that: what it took before is given back then, unless
 //! others took from the same bucket meanwhile.
 
-use super::limit_bucket::{LimitAmounts, LimitBucket, LimitedBy};
+use super::limit_bucket::{LimitAmounts, LimitBucket, LimitedBy, RefillRate};
 use super::limit_table::{LimitTable, LockedBucket};
 use crate::clock::Now;
 use crate::identity::Principal;
@@ -15,8 +15,11 @@ use crate::request::route::Methods;
 use crate::request::routes::Routes;
 use crate::request::view::{Method, RequestView};
 use crate::store::credential::Digest;
+use crate::store::terms::TokenRate;
+use parking_lot::RwLock;
 use siphasher::sip::SipHasher13;
 use smallvec::SmallVec;
+use std::borrow::Cow;
 use std::hash::Hasher as _;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -41,8 +44,18 @@ pub struct BucketSettings {
     pub prefix_v4: u8,
     pub prefix_v6: u8,
     pub amounts: LimitAmounts,
+    /// Of tokens whose record names one of these, in place of the amounts; and of tokens with a rate of their own. `None`: the
+    /// amounts are for all.
+    pub plans: Option<Vec<LimitPlan>>,
     /// How many keys have a bucket of their own.
     pub most: usize,
+}
+
+/// A `[plan.NAME]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitPlan {
+    pub name: String,
+    pub amounts: LimitAmounts,
 }
 
 /// What a bucket belongs to; none of these: one bucket for all.
@@ -120,7 +133,11 @@ impl LimitSettings {
             let what = "must be 1 to 64 letters, digits, `-`, `_` or `.`";
             problems.push(Problem::error("name", what, "write it like \"per-token\""));
         }
-        let BucketSettings { key, prefix_v4, prefix_v6, amounts, most } = &self.buckets;
+        let BucketSettings { key, prefix_v4, prefix_v6, amounts, plans, most } = &self.buckets;
+        if plans.is_some() && !key.iter().any(|part| matches!(part, LimitKeyPart::Token | LimitKeyPart::User)) {
+            let what = "has neither \"token\" nor \"user\", and `plans` is by token";
+            problems.push(Problem::error("key", what, "add one of them, or remove `plans`").with("plans"));
+        }
         for (index, part) in key.iter().enumerate() {
             if let Some(first) = key[..index].iter().position(|other| other == part) {
                 let problem = Problem::error("key", "is in the list twice", "remove one of them");
@@ -154,6 +171,14 @@ impl LimitSettings {
         let highest = u64::from(self.costs.highest());
         if highest == 0 {
             problems.push(Problem::error("cost", "is 0 for all requests: it limits nothing", "use 1 or more for some"));
+        }
+        for plan in plans.iter().flatten() {
+            let burst = plan.amounts.rate.map(|rate| rate.burst());
+            let quota = plan.amounts.quota.map(|quota| quota.requests);
+            if let Some(most) = burst.into_iter().chain(quota).min().filter(|most| highest > *most) {
+                let what = format!("is {highest} for some requests, and plan {} has {most} at once: they would never pass", plan.name);
+                problems.push(Problem::error("cost", what, "use less here, or more there"));
+            }
         }
         if let Some(rate) = &amounts.rate
             && rate.burst() > 0
@@ -202,12 +227,42 @@ pub struct RequestLimits {
 #[derive(Debug)]
 struct RunningLimit {
     settings: LimitSettings,
-    table: Arc<LimitTable>,
+    tables: Arc<LimitTables>,
     /// Keys cannot be chosen to meet in one bucket.
     seed: (u64, u64),
     early: bool,
     /// For each header of the key, its place in [`RequestLimits::headers`].
     headers: Vec<usize>,
+}
+
+/// The buckets of a limit. A bucket is always asked with the same amounts: those of a plan, and those of a rate that tokens have
+/// of their own, have tables of their own.
+#[derive(Debug)]
+struct LimitTables {
+    common: Arc<LimitTable>,
+    /// As the plans stand in the settings.
+    plans: Box<[Arc<LimitTable>]>,
+    own: RwLock<Vec<OwnRate>>,
+}
+
+/// Tokens that have the same rate of their own.
+#[derive(Clone, Debug)]
+struct OwnRate {
+    rate: TokenRate,
+    /// Those of the token's plan, but for the rate.
+    amounts: LimitAmounts,
+    table: Arc<LimitTable>,
+}
+
+/// Different rates that tokens have of their own. More of them: as if they had none.
+const MOST_OWN_RATES: usize = 256;
+/// Tokens with the same rate of their own that have a bucket each.
+const OWN_BUCKETS: usize = 1_024;
+
+/// What a request of one limit is measured by.
+struct Chosen<'a> {
+    amounts: LimitAmounts,
+    table: Cow<'a, Arc<LimitTable>>,
 }
 
 /// A limit on a route.
@@ -263,6 +318,9 @@ pub struct LimitFact {
     pub result: LimitResult,
     /// The key had no bucket of its own.
     pub shared: bool,
+    /// What the limit allows here, which may be by the token's plan.
+    pub stated: Option<(u64, u64)>,
+    pub concurrency: Option<u32>,
     /// Only where answers say so.
     pub remaining: u64,
     pub full_in: u64,
@@ -346,7 +404,10 @@ impl RequestLimits {
                 // One bucket for all needs no table.
                 let most = if settings.buckets.key.is_empty() { 1 } else { settings.buckets.most };
                 Arc::new(RunningLimit {
-                    table: kept.map_or_else(|| Arc::new(LimitTable::new(most)), |kept| Arc::clone(&kept.table)),
+                    tables: kept.map_or_else(
+                        || Arc::new(LimitTables::new(most, settings.buckets.plans.as_deref().unwrap_or_default())),
+                        |kept| Arc::clone(&kept.tables),
+                    ),
                     seed: kept.map_or_else(|| (seed(), seed()), |kept| kept.seed),
                     early: settings.buckets.is_early(&settings.applies),
                     headers: places,
@@ -394,7 +455,7 @@ impl RequestLimits {
     /// Names of limits whose buckets another one has as well.
     pub fn kept_from<'a>(&'a self, running: &'a Self) -> impl Iterator<Item = &'a str> {
         let is_kept =
-            |limit: &&Arc<RunningLimit>| running.limits.iter().any(|other| Arc::ptr_eq(&other.table, &limit.table));
+            |limit: &&Arc<RunningLimit>| running.limits.iter().any(|other| Arc::ptr_eq(&other.tables, &limit.tables));
         self.limits.iter().filter(is_kept).map(|limit| limit.settings.name.as_str())
     }
 
@@ -463,9 +524,10 @@ impl RequestLimits {
         let Some((next, rest)) = uses.split_first() else { return };
         let Some((limit, cost)) = self.applies(next, asked) else { return self.ask_rest(rest, asked) };
         let Some(key) = limit.key(asked.subject) else { return self.ask_rest(rest, asked) };
-        let amounts = &limit.settings.buckets.amounts;
-        let Some(mut locked) = limit.table.lock(key, amounts, asked.now) else { return self.ask_rest(rest, asked) };
-        let fits = self.check_one(next, limit, cost, &mut locked, asked);
+        let Chosen { amounts, table } = limit.choose(asked.subject.principal);
+        let amounts = &amounts;
+        let Some(mut locked) = table.lock(key, amounts, asked.now) else { return self.ask_rest(rest, asked) };
+        let fits = self.check_one(next, limit, amounts, cost, &mut locked, asked);
         let place = asked.taken.facts.len() - 1;
         if !rest.is_empty() {
             self.ask_rest(rest, asked);
@@ -480,7 +542,7 @@ impl RequestLimits {
                 asked.taken.taken.push(BucketChange { limit, key, shared, cost, before, after });
             }
             if amounts.concurrency.is_some() {
-                asked.taken.in_flight.push(InFlight { table: Arc::clone(&limit.table), key, shared });
+                asked.taken.in_flight.push(InFlight { table: Arc::clone(&table), key, shared });
             }
         }
         if self.told
@@ -507,13 +569,13 @@ impl RequestLimits {
         &self,
         next: &LimitUse,
         limit: &RunningLimit,
+        amounts: &LimitAmounts,
         cost: u64,
         locked: &mut LockedBucket<'_>,
         asked: &mut Asked<'_, '_>,
     ) -> bool {
         let number = u16::try_from(next.limit).unwrap_or(u16::MAX);
         let (settings, shared, now) = (&limit.settings, locked.is_shared(), asked.now);
-        let amounts = &settings.buckets.amounts;
         let checked = locked.get().map_or(Ok(()), |bucket| bucket.check(amounts, cost, now));
         let result = match checked {
             Ok(()) => LimitResult::Allowed,
@@ -528,7 +590,7 @@ impl RequestLimits {
                         retry_after,
                         // Rounded up, as the wait is: who waits until then must not be early.
                         reset: now.unix_ms.saturating_add(shortage.wait_ms.max(1)).div_ceil(1_000),
-                        per_minute: settings.buckets.per_minute(shortage.by),
+                        per_minute: amounts.per_minute(shortage.by),
                         remaining,
                     };
                     asked.excess = Some((shortage.wait_ms, excess));
@@ -536,7 +598,15 @@ impl RequestLimits {
                 LimitResult::Refused
             }
         };
-        asked.taken.facts.push(LimitFact { limit: number, result, shared, remaining: 0, full_in: 0 });
+        asked.taken.facts.push(LimitFact {
+            limit: number,
+            result,
+            shared,
+            stated: amounts.stated(),
+            concurrency: amounts.concurrency,
+            remaining: 0,
+            full_in: 0,
+        });
         result == LimitResult::Allowed
     }
 
@@ -545,20 +615,21 @@ impl RequestLimits {
         for change in &taken.taken {
             if let Some(limit) = self.limits.get(change.limit) {
                 let undo = |bucket: &mut LimitBucket| bucket.give_back(change.cost, &change.before, &change.after);
-                limit.table.change(change.key, change.shared, undo);
+                // Early limits are by address, and know no plan.
+                limit.tables.common.change(change.key, change.shared, undo);
             }
         }
     }
 }
 
-impl BucketSettings {
+impl LimitAmounts {
     /// What is allowed in a minute.
     fn per_minute(&self, by: LimitedBy) -> Option<u64> {
         const MINUTE_MS: u64 = 60_000;
         match by {
-            LimitedBy::Rate => self.amounts.rate.map(|rate| rate.requests_in(MINUTE_MS)),
+            LimitedBy::Rate => self.rate.map(|rate| rate.requests_in(MINUTE_MS)),
             LimitedBy::Quota => {
-                self.amounts.quota.map(|quota| (quota.requests * MINUTE_MS).div_ceil(quota.period.as_ms()))
+                self.quota.map(|quota| (quota.requests * MINUTE_MS).div_ceil(quota.period.as_ms()))
             }
             LimitedBy::Concurrency => None,
         }
@@ -575,7 +646,56 @@ struct Asked<'a, 's> {
     taken: LimitsTaken,
 }
 
+impl LimitTables {
+    fn new(most: usize, plans: &[LimitPlan]) -> Self {
+        let table = || Arc::new(LimitTable::new(most));
+        Self { common: table(), plans: plans.iter().map(|_| table()).collect(), own: RwLock::default() }
+    }
+
+    /// Those of a rate. `None`: there are too many.
+    fn of_rate(&self, rate: TokenRate, amounts: &LimitAmounts) -> Option<OwnRate> {
+        let is_it = |known: &&OwnRate| known.rate == rate && known.amounts == *amounts;
+        if let Some(known) = self.own.read().iter().find(is_it) {
+            return Some(known.clone());
+        }
+        let mut own = self.own.write();
+        if let Some(known) = own.iter().find(is_it) {
+            return Some(known.clone());
+        }
+        if own.len() >= MOST_OWN_RATES {
+            return None;
+        }
+        own.push(OwnRate { rate, amounts: *amounts, table: Arc::new(LimitTable::new(OWN_BUCKETS)) });
+        own.last().cloned()
+    }
+}
+
 impl RunningLimit {
+    /// The amounts for a token, and where its bucket is. A plan that is not configured is as good as none: the limit's own
+    /// amounts hold, so that a word that is wrong gives nobody more than somebody without a plan.
+    fn choose(&self, principal: Option<&Principal>) -> Chosen<'_> {
+        let BucketSettings { amounts, plans, key, .. } = &self.settings.buckets;
+        let mut chosen = Chosen { amounts: *amounts, table: Cow::Borrowed(&self.tables.common) };
+        let Some((plans, terms)) = plans.as_ref().zip(principal.and_then(Principal::terms)) else { return chosen };
+        if let Some(name) = terms.plan()
+            && let Some(place) = plans.iter().position(|plan| plan.name == name)
+            && let Some((plan, table)) = plans.get(place).zip(self.tables.plans.get(place))
+        {
+            chosen = Chosen { amounts: plan.amounts, table: Cow::Borrowed(table) };
+        }
+        // A user may have other tokens: only a bucket that is the token's can have its rate.
+        if let Some(rate) = terms.rate().filter(|_| key.contains(&LimitKeyPart::Token)) {
+            // Less than the dearest request costs would never let it pass.
+            let burst = rate.burst.max(self.settings.costs.highest().into());
+            let amounts =
+                LimitAmounts { rate: Some(RefillRate::new(rate.requests, rate.period_ms, burst)), ..chosen.amounts };
+            if let Some(own) = self.tables.of_rate(rate, &amounts) {
+                chosen = Chosen { amounts, table: Cow::Owned(own.table) };
+            }
+        }
+        chosen
+    }
+
     fn is_for(&self, principal: Option<&Principal>) -> bool {
         let LimitScope { scopes, users, .. } = &self.settings.applies;
         if scopes.is_empty() && users.is_empty() {

@@ -1,6 +1,6 @@
 //! Tests of the limits: what applies, whose bucket, all or nothing, and that threads admit what a bucket allows, to the request.
 
-use super::super::limit_bucket::{CalendarPeriod, CalendarQuota, RefillRate};
+use super::super::limit_bucket::{CalendarPeriod, CalendarQuota};
 use super::*;
 use crate::identity::{TokenStatus, judge};
 use crate::request::route::{Pattern, Route};
@@ -18,7 +18,7 @@ fn rate(requests: u64, period_ms: u64, burst: u64) -> LimitAmounts {
 fn limit(name: &str, key: &[LimitKeyPart], amounts: LimitAmounts) -> LimitSettings {
     LimitSettings {
         name: name.into(),
-        buckets: BucketSettings { key: key.to_vec(), prefix_v4: 32, prefix_v6: 64, amounts, most: 1_000 },
+        buckets: BucketSettings { key: key.to_vec(), prefix_v4: 32, prefix_v6: 64, amounts, plans: None, most: 1_000 },
         applies: LimitScope { routes: Vec::new(), methods: Methods::ALL, scopes: Vec::new(), users: Vec::new() },
         costs: LimitCosts::default(),
         dry_run: false,

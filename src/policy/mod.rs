@@ -7,7 +7,7 @@ mod limit_table;
 mod scope;
 
 pub use limit::{
-    BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitResult,
+    BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitPlan, LimitResult,
     LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits,
 };
 pub use limit_bucket::{CalendarPeriod, CalendarQuota, LimitAmounts, LimitedBy, RefillRate};

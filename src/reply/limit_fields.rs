@@ -26,11 +26,11 @@ impl LimitFields {
 
     fn add(&mut self, limits: &RequestLimits, fact: &LimitFact) {
         let Some(settings) = limits.settings(fact.limit) else { return };
-        let (name, amounts) = (&settings.name, &settings.buckets.amounts);
+        let name = &settings.name;
         let between = if self.left.is_empty() { "" } else { ", " };
         // Nothing can fail that is written to a string.
         let _ = write!(self.left, "{between}\"{name}\";r={}", fact.remaining);
-        let _ = match (amounts.stated(), amounts.concurrency) {
+        let _ = match (fact.stated, fact.concurrency) {
             (Some((requests, seconds)), _) => {
                 let _ = write!(self.left, ";t={}", fact.full_in);
                 write!(self.policy, "{between}\"{name}\";q={requests};w={seconds}")

@@ -198,9 +198,10 @@ impl TokenAdmin for PostgresAdmin {
         let differ = self.fill(&format!(
             "SELECT {}, {} FROM pg_temp.tollgate_import g JOIN {{schema}}.token k ON k.digest = g.digest \
             WHERE g.\"user\" <> k.\"user\" OR g.revoked IS NOT NULL AND k.revoked IS NULL OR g.blocked AND NOT k.blocked \
-            OR g.expires IS NOT NULL AND (k.expires IS NULL OR k.expires > g.expires)",
+            OR g.expires IS NOT NULL AND (k.expires IS NULL OR k.expires > g.expires){}",
             schema::columns_read(version, "k."),
             schema::columns_read(version, "g."),
+            schema::differing_terms(version),
         ));
         let place = self.session.place.clone();
         let failed = |error: Error| failed(&place, &error);
@@ -284,9 +285,8 @@ impl TokenAdmin for PostgresAdmin {
 
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
         self.prune().await?;
-        let (find, add, supersede) = (
+        let (find, supersede) = (
             self.fill("SELECT revoked, superseded, expires FROM {schema}.token WHERE digest = $1 FOR UPDATE"),
-            self.fill(&insert_sql()),
             self.fill("UPDATE {schema}.token SET superseded = $2, expires = $3 WHERE digest = $1"),
         );
         let key = old.as_bytes().as_slice();
@@ -301,7 +301,8 @@ impl TokenAdmin for PostgresAdmin {
         };
         let (revoked, superseded, expires) = (time(0)?, time(1)?, time(2)?);
         let end = TokenRecord { revoked, superseded, expires, ..TokenRecord::new(*old, "") }.rotated_out(at, end)?;
-        insert(&transaction, &add, &TokenRecord { replaces: Some(*old), ..next.clone() }, &place).await?;
+        let next = TokenRecord { replaces: Some(*old), ..next.clone() };
+        insert(&transaction, &self.schema, self.version, &next, &place).await?;
         transaction.execute(&supersede, &[&key, &seconds(at), &seconds(end)]).await.map_err(failed)?;
         transaction.commit().await.map_err(failed)
     }

@@ -252,6 +252,15 @@ pub(super) fn columns_written(version: i32) -> &'static str {
     if version < TERMS_SINCE { COLUMNS_BEFORE_TERMS } else { COLUMNS }
 }
 
+/// Of an import: that the input `g` says something of a token's terms, and the table `k` something else.
+pub(super) fn differing_terms(version: i32) -> &'static str {
+    if version < TERMS_SINCE {
+        return "";
+    }
+    " OR (g.plan, g.rate, g.networks, g.methods) <> ('', '', '{}'::text[], '{}'::text[]) \
+      AND (g.plan, g.rate, g.networks, g.methods) <> (k.plan, k.rate, k.networks, k.methods)"
+}
+
 /// Whether tables of a version can keep all that a record says.
 pub(super) fn keeps(version: i32, record: &TokenRecord) -> Result<(), String> {
     if version < TERMS_SINCE && record.terms.is_some() {
