@@ -418,8 +418,8 @@ async fn a_schema_that_does_not_fit_cannot_tell() {
     assert!(why(&*store).await.contains("tollgate store migrate"), "no schema at all");
     let none = PostgresAdmin::open(&settings(&server, own())).await.err().unwrap().to_string();
     assert!(none.contains("tollgate store migrate"), "{none}");
-    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 3);
-    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 3, "repeated");
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 4);
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 4, "repeated");
     assert_eq!(lookup(&*store, b"known").await, None);
     server.psql("postgres", "UPDATE tollgate.version SET version = 9");
     assert_eq!(lookup(&*store, b"known").await, None, "a newer schema that this version may read");
@@ -442,13 +442,45 @@ async fn a_schema_that_does_not_fit_cannot_tell() {
     ear.heard(Instant::now() - Duration::from_secs(60), "deafness", |event| *event == Event::Deaf).await;
 }
 
+/// A gateway that is newer than the tables goes on, and through the migration; what the tables cannot keep is an error.
+#[tokio::test]
+async fn tables_without_terms_are_read_and_refuse_them() {
+    use tollgate::store::terms::{SaidTerms, TokenTerms};
+    let server = Postgres::start();
+    PostgresAdmin::migrate(&settings(&server, own())).await.unwrap();
+    server.psql(
+        "postgres",
+        "ALTER TABLE tollgate.token DROP COLUMN plan, DROP COLUMN rate, DROP COLUMN networks, DROP COLUMN methods",
+    );
+    server.psql("postgres", "UPDATE tollgate.version SET version = 3, readers_from = 1");
+    let store = open(settings(&server, own()));
+    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    admin.create(&record("known")).await.unwrap();
+    let mut lines = [record("imported")].into_iter().map(Ok);
+    assert_eq!(admin.import(&mut lines).await.unwrap().new, 1);
+    assert_eq!(lookup(&*store, b"known").await, Some(record("known")));
+    assert_eq!(admin.list().await.unwrap().len(), 2);
+    let said = SaidTerms { plan: "gold".into(), networks: vec!["10.0.0.0/8".into()], ..SaidTerms::default() };
+    let bound = TokenRecord { terms: TokenTerms::of(said).unwrap(), ..record("bound") };
+    let why = admin.create(&bound).await.unwrap_err().to_string();
+    assert!(why.contains("version 3") && why.contains("tollgate store migrate"), "{why}");
+    assert_eq!(lookup(&*store, b"bound").await, None);
+    // The store's statements are prepared by now.
+    PostgresAdmin::migrate(&settings(&server, own())).await.unwrap();
+    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    admin.create(&bound).await.unwrap();
+    assert_eq!(lookup(&*store, b"bound").await, Some(bound));
+    assert_eq!(lookup(&*store, b"known").await, Some(record("known")));
+    assert_eq!(server.psql("postgres", "SELECT readers_from FROM tollgate.version"), "4");
+}
+
 #[tokio::test]
 async fn migrations_at_the_same_time_make_one_schema() {
     let server = Postgres::start();
     let settings = settings(&server, own());
     let versions = futures_util::future::join_all((0..8).map(|_| PostgresAdmin::migrate(&settings))).await;
     for migrated in versions {
-        assert_eq!(migrated.unwrap().version, 3);
+        assert_eq!(migrated.unwrap().version, 4);
     }
     assert_eq!(server.psql("postgres", "SELECT count(*) FROM tollgate.version"), "1");
 }
@@ -2356,7 +2388,7 @@ async fn tables_of_an_older_version_are_followed_and_migrated_under_gateways_tha
     assert!(!ear.events().contains(&Event::Deaf), "{:?}", ear.events());
 
     let before = Instant::now();
-    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 3);
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 4);
     ear.hearing(before).await;
     let before = Instant::now();
     admin.revoke(&Digest::of(b"two"), 1_760_000_000).await.unwrap();
