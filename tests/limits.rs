@@ -321,7 +321,8 @@ const PROXIED: &str = "[server]\nlisten = [\"@LISTEN@\"]\nthreads = 1\ntrusted_p
 #[test]
 fn a_token_is_good_only_from_its_networks_and_with_its_methods() {
     let upstream = Upstream::start();
-    let tokens = bound(GOOD, "networks = [\"10.0.0.0/8\", \"2001:db8::/32\"]\nmethods = [\"GET\", \"HEAD\"]") + &bound(OTHER, "");
+    let tokens = bound(GOOD, "networks = [\"10.0.0.0/8\", \"2001:db8::/32\"]\nmethods = [\"GET\", \"HEAD\"]")
+        + &bound(OTHER, "");
     let gateway = Gateway::start_with_tokens(upstream.address, &tokens, PROXIED);
     let ask = |token: &str, method: &str, from: &str| {
         let head = format!("{method} {TARGET} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {token}\nX-Forwarded-For: {from}\n");
@@ -345,7 +346,8 @@ fn a_token_is_good_only_from_its_networks_and_with_its_methods() {
         }
     }
     assert_eq!(upstream.seen().len(), 4);
-    let reasons: Vec<_> = log_of(&gateway).iter().filter_map(|line| line["reason"].as_str().map(str::to_owned)).collect();
+    let reasons: Vec<_> =
+        log_of(&gateway).iter().filter_map(|line| line["reason"].as_str().map(str::to_owned)).collect();
     assert_eq!(reasons, ["token_network", "token_network", "token_method", "token_network"]);
 }
 
@@ -361,7 +363,8 @@ fn a_peer_without_an_address_is_in_no_network() {
     let ask = |token: &str| {
         let mut peer = std::os::unix::net::UnixStream::connect(&socket).unwrap();
         peer.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
-        write!(peer, "GET {TARGET} HTTP/1.1\r\nHost: h\r\nConnection: close\r\nPRIVATE-TOKEN: {token}\r\n\r\n").unwrap();
+        write!(peer, "GET {TARGET} HTTP/1.1\r\nHost: h\r\nConnection: close\r\nPRIVATE-TOKEN: {token}\r\n\r\n")
+            .unwrap();
         let mut answer = [0; 12];
         peer.read_exact(&mut answer).unwrap();
         String::from_utf8_lossy(&answer).into_owned()
@@ -388,7 +391,13 @@ fn a_changed_record_takes_effect_on_a_cached_token() {
 #[test]
 fn a_token_has_the_amounts_of_its_plan_or_a_rate_of_its_own() {
     let upstream = Upstream::start();
-    let tokens = ["plan = \"gold\"", "plan = \"gone\"", "rate = \"60/h burst 2\"", "", "plan = \"gold\"\nrate = \"60/h burst 1\""];
+    let tokens = [
+        "plan = \"gold\"",
+        "plan = \"gone\"",
+        "rate = \"60/h burst 2\"",
+        "",
+        "plan = \"gold\"\nrate = \"60/h burst 1\"",
+    ];
     let name = |index: usize| format!("token-of-plan-{index}");
     let file: String = tokens.iter().enumerate().map(|(index, keys)| bound(&name(index), keys)).collect();
     let more = limit("rate = \"60/h\"\nburst = 3\nplans = true") + "[plan.gold]\nrate = \"60/h\"\nburst = 5\n";
@@ -403,7 +412,7 @@ fn a_token_has_the_amounts_of_its_plan_or_a_rate_of_its_own() {
 #[test]
 fn the_command_line_makes_tokens_with_terms_and_says_what_is_in_vain() {
     let store = crate::support::Store::imported("");
-    let create = |arguments: &[&str]| store.token(&["create"], &[&["--user", "a"], arguments].concat());
+    let create = |arguments: &[&str]| store.token(&["create"], &[&["--user", "a"][..], arguments].concat());
     for (arguments, why) in [
         (["--plan", "a b"], "--plan \"a b\" must be a plan's name"),
         (["--rate", "600"], "--rate \"600\" must be a rate"),
@@ -413,12 +422,32 @@ fn the_command_line_makes_tokens_with_terms_and_says_what_is_in_vain() {
         let output = create(&arguments);
         assert!(!output.status.success() && crate::support::stderr(&output).contains(why), "{output:?}");
     }
-    let all = ["--plan", "gold", "--rate", "600/min burst 9", "--network", "10.0.0.0/8", "--network", "::1", "--method", "GET,HEAD"];
+    let all = [
+        "--plan",
+        "gold",
+        "--rate",
+        "600/min burst 9",
+        "--network",
+        "10.0.0.0/8",
+        "--network",
+        "::1",
+        "--method",
+        "GET,HEAD",
+    ];
     let made = create(&all);
-    assert!(made.status.success() && crate::support::stderr(&made).contains("note: there is no [plan.gold]"), "{made:?}");
+    assert!(
+        made.status.success() && crate::support::stderr(&made).contains("note: there is no [plan.gold]"),
+        "{made:?}"
+    );
     let token = stdout(&made).trim().to_owned();
     let shown = stdout(&store.token(&["show"], &[&sha256_hex(&token)[..12]]));
-    for line in ["plan         gold", "rate         600/min burst 9", "(there is no [plan.gold]", "networks     10.0.0.0/8 ::1", "methods      GET HEAD"] {
+    for line in [
+        "plan         gold",
+        "rate         600/min burst 9",
+        "(there is no [plan.gold]",
+        "networks     10.0.0.0/8 ::1",
+        "methods      GET HEAD",
+    ] {
         assert!(shown.contains(line), "{line}: {shown}");
     }
     // A rotation is no way out of them.

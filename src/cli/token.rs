@@ -2,9 +2,9 @@
 
 use super::Failure;
 use crate::config::Settings;
+use crate::policy::LimitKeyPart;
 use crate::store::credential::Digest;
 use crate::store::portable::{Reading, is_token};
-use crate::policy::LimitKeyPart;
 use crate::store::terms::{SaidTerms, TokenTerms, check_plan, parse_method, parse_network, parse_token_rate};
 use crate::store::values::{LATEST, check_description, check_scope, check_user, is_unseen};
 use crate::store::{AdminError, MissingStore, NamedStore, ShownRecord, TokenAdmin, TokenRecord, parse_time, rfc3339};
@@ -174,7 +174,9 @@ fn plan_note(settings: &Settings, record: &TokenRecord) -> Option<String> {
         Some(plan) if !settings.plans.iter().any(|known| known.name == plan) => {
             return Some(format!("there is no [plan.{plan}]: each [[limit]] has its own amounts for it"));
         }
-        Some(plan) if !by_plan(&|_| true) => return Some(format!("no [[limit]] says `plans = true`: plan {plan} changes nothing")),
+        Some(plan) if !by_plan(&|_| true) => {
+            return Some(format!("no [[limit]] says `plans = true`: plan {plan} changes nothing"));
+        }
         _ => {}
     }
     let by_token = |key: &[LimitKeyPart]| key.contains(&LimitKeyPart::Token);

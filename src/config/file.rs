@@ -3,11 +3,11 @@
 
 use super::section::{Bytes, Fraction, InvalidValue, Ratio, Section, Setting, invalid, section, text, words};
 use crate::edge::Listen;
-use crate::store::terms::parse_rate;
 use crate::policy::{CalendarPeriod, CalendarQuota, LimitCosts, LimitKeyPart, RefillRate};
 use crate::request::host::HostPattern;
 use crate::request::route::{HeaderEdits, Pattern};
 use crate::request::view::Method;
+use crate::store::terms::parse_rate;
 use crate::telemetry::datagrams::SyslogAddress;
 use crate::upstream::{HashBy, ListedServer, ServerAddress};
 use std::net::SocketAddr;
@@ -486,10 +486,13 @@ section! {
     /// Amounts for tokens whose record names this plan (`tollgate token create --plan gold`), in every [[limit]] that says
     /// `plans = true`, in place of all of its own amounts.
     PlanSection {
-        /// Like those of a [[limit]].
-        rate: Option<RateText> = r#""none""#,
+        /// As in a [[limit]]; "none", if there is a quota or concurrency.
+        rate: Option<RateText> = r#"!"600/min""#,
+        /// As in a [[limit]].
         burst: Option<u64> = r#""none""#,
+        /// As in a [[limit]].
         quota: Option<QuotaText> = r#""none""#,
+        /// As in a [[limit]].
         concurrency: Option<u64> = r#""none""#,
     }
 }

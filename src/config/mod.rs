@@ -184,7 +184,12 @@ fn one_or_many<T>(places: &mut Places<'_>, root: &DeTable<'_>, name: &str, read:
 fn named<T>(places: &mut Places<'_>, root: &DeTable<'_>, key: &str, read: ReadSection<T>) -> Vec<(String, T)> {
     let Some((_, value)) = root.iter().find(|(found, _)| found.get_ref() == key) else { return Vec::new() };
     let Some(all) = value.get_ref().as_table() else {
-        places.unreadable(key, None, "must be tables with names".into(), format!("write [{key}.NAME] on a line of its own"));
+        places.unreadable(
+            key,
+            None,
+            "must be tables with names".into(),
+            format!("write [{key}.NAME] on a line of its own"),
+        );
         return Vec::new();
     };
     let mut read_all = Vec::new();

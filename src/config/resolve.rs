@@ -12,7 +12,8 @@ use crate::edge::{
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{
-    BucketSettings, LimitAmounts, LimitKeyPart, LimitPlan, LimitScope, LimitSettings, Policy, RefillRate, ScopeRule, Scopes,
+    BucketSettings, LimitAmounts, LimitKeyPart, LimitPlan, LimitScope, LimitSettings, Policy, RefillRate, ScopeRule,
+    Scopes,
 };
 use crate::problem::Problem;
 use crate::reply::answer;
@@ -451,11 +452,13 @@ impl Gather<'_, '_> {
     }
 
     fn plans(&mut self, file: &File) -> Vec<LimitPlan> {
+        const MOST: usize = 64;
         let mut plans = Vec::new();
         for (name, plan) in &file.plans {
             let amounts = amounts(plan.rate.as_ref(), plan.burst, plan.quota.as_ref(), plan.concurrency);
             if let Err(what) = check_plan(name) {
-                self.places.add(&plan.at, Problem::error("rate", format!("is of a plan whose name {what}"), "rename it"));
+                self.places
+                    .add(&plan.at, Problem::error("rate", format!("is of a plan whose name {what}"), "rename it"));
             }
             if amounts == LimitAmounts::default() {
                 let what = "is missing, and so are quota and concurrency: the plan allows everything";
@@ -468,7 +471,6 @@ impl Gather<'_, '_> {
             self.burst(&plan.at, plan.burst, plan.rate.is_some());
             plans.push(LimitPlan { name: name.clone(), amounts });
         }
-        const MOST: usize = 64;
         if plans.len() > MOST {
             self.places.add("", Problem::error("plan", "is there too often", format!("use {MOST} or fewer")));
         }
@@ -486,12 +488,7 @@ impl Gather<'_, '_> {
                     key: limit.key.iter().map(|part| part.0.clone()).collect(),
                     prefix_v4: narrow(limit.prefix_v4),
                     prefix_v6: narrow(limit.prefix_v6),
-                    amounts: amounts(
-                        limit.rate.as_ref(),
-                        limit.burst,
-                        limit.quota.as_ref(),
-                        limit.concurrency,
-                    ),
+                    amounts: amounts(limit.rate.as_ref(), limit.burst, limit.quota.as_ref(), limit.concurrency),
                     plans: limit.plans.then(|| plans.to_vec()),
                     most: usize::try_from(limit.buckets).unwrap_or(usize::MAX),
                 },

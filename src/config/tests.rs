@@ -35,7 +35,7 @@ fn every_default_reads() {
 fn the_example_says_all_and_is_right() {
     let example = example();
     load(&example, Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
-    let with_headers = example.replace("\n# [[", "\n[[");
+    let with_headers = example.replace("\n# [[", "\n[[").replace("\n# [plan", "\n[plan");
     let everything = with_headers.lines().map(|line| {
         let key = line
             .strip_prefix("# ")
@@ -632,7 +632,7 @@ fn limits_that_contradict_themselves_are_refused() {
         ("rate = \"9/s\"\nmethods = []", "limit[0].methods: is empty"),
         ("rate = \"9/s\"\nplans = true\n[plan.gold]\nrate = \"90/s\"\nburst = 100", ""),
         ("rate = \"9/s\"\nplans = true\nkey = [\"route\"]", "limit[0].key: has neither"),
-        ("rate = \"9/s\"\n[plan.gold]", "plan.gold.rate: is missing, and so are quota"),
+        ("rate = \"9/s\"\n[plan.gold]\nrate = \"none\"", "plan.gold.rate: is missing, and so are quota"),
         ("rate = \"9/s\"\n[plan.gold]\nrate = \"9/s\"\nburst = 0", "plan.gold.burst: is 0"),
         (
             "rate = \"9/s\"\nplans = true\ncost = { write = 5 }\n[plan.gold]\nrate = \"4/s\"",

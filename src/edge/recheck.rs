@@ -38,7 +38,14 @@ impl<'g> Recheck<'g> {
         let exchange = &ticket.exchange;
         exchange.facts.principal.as_ref()?;
         let (token, digest) = (ticket.token.clone()?, exchange.facts.token?);
-        Some(Self { live, head: exchange.head.clone(), token, digest, client: exchange.facts.client, method: exchange.facts.method })
+        Some(Self {
+            live,
+            head: exchange.head.clone(),
+            token,
+            digest,
+            client: exchange.facts.client,
+            method: exchange.facts.method,
+        })
     }
 
     /// Comes back when the token gives no right any more, with the reason.

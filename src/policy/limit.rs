@@ -176,7 +176,10 @@ impl LimitSettings {
             let burst = plan.amounts.rate.map(|rate| rate.burst());
             let quota = plan.amounts.quota.map(|quota| quota.requests);
             if let Some(most) = burst.into_iter().chain(quota).min().filter(|most| highest > *most) {
-                let what = format!("is {highest} for some requests, and plan {} has {most} at once: they would never pass", plan.name);
+                let what = format!(
+                    "is {highest} for some requests, and plan {} has {most} at once: they would never pass",
+                    plan.name
+                );
                 problems.push(Problem::error("cost", what, "use less here, or more there"));
             }
         }
@@ -628,9 +631,7 @@ impl LimitAmounts {
         const MINUTE_MS: u64 = 60_000;
         match by {
             LimitedBy::Rate => self.rate.map(|rate| rate.requests_in(MINUTE_MS)),
-            LimitedBy::Quota => {
-                self.quota.map(|quota| (quota.requests * MINUTE_MS).div_ceil(quota.period.as_ms()))
-            }
+            LimitedBy::Quota => self.quota.map(|quota| (quota.requests * MINUTE_MS).div_ceil(quota.period.as_ms())),
             LimitedBy::Concurrency => None,
         }
     }

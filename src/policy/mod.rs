@@ -7,8 +7,8 @@ mod limit_table;
 mod scope;
 
 pub use limit::{
-    BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitPlan, LimitResult,
-    LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits,
+    BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitPlan,
+    LimitResult, LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits,
 };
 pub use limit_bucket::{CalendarPeriod, CalendarQuota, LimitAmounts, LimitedBy, RefillRate};
 pub use scope::{ScopeRule, Scopes};
@@ -16,8 +16,8 @@ pub use scope::{ScopeRule, Scopes};
 use crate::identity::Principal;
 use crate::request::origin::AddressRules;
 use crate::request::route::Auth;
-use crate::request::{Examined, Switches};
 use crate::request::view::Method;
+use crate::request::{Examined, Switches};
 use smallvec::SmallVec;
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -60,7 +60,8 @@ pub(super) struct TermFault {
 }
 
 const PLAN: &str = "must be a plan's name: 1 to 64 letters, digits, `-`, `_` or `.`";
-const RATE: &str = "must be a rate like \"600/min\", or with a burst like \"600/min burst 100\", each from 1 to 1000000";
+const RATE: &str =
+    "must be a rate like \"600/min\", or with a burst like \"600/min burst 100\", each from 1 to 1000000";
 const NETWORKS: &str = "must be up to 64 networks like \"10.0.0.0/8\" or \"2001:db8::/32\", or addresses";
 const METHODS: &str = "must be of GET, HEAD, POST, PUT, PATCH, DELETE and OPTIONS";
 

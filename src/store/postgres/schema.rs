@@ -13,7 +13,8 @@ use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, GenericClient, Row, SimpleQueryMessage};
 
 /// Numbered from 1, and never changed once released.
-const MIGRATIONS: &[&str] = &[include_str!("1.sql"), include_str!("2.sql"), include_str!("3.sql"), include_str!("4.sql")];
+const MIGRATIONS: &[&str] =
+    &[include_str!("1.sql"), include_str!("2.sql"), include_str!("3.sql"), include_str!("4.sql")];
 /// The triggers of the newest version. Run whenever they are not as they should be.
 const TRIGGERS: &str = include_str!("triggers.sql");
 /// The schema version that this version creates.
@@ -243,7 +244,8 @@ pub(super) fn fill(sql: &str, schema: &str) -> String {
 
 /// [`COLUMNS`], read from tables of a version; with an alias in a query, like `t.`.
 pub(super) fn columns_read(version: i32, table: &str) -> String {
-    let of = |columns: &str| columns.split(", ").map(|column| format!("{table}{column}")).collect::<Vec<_>>().join(", ");
+    let of =
+        |columns: &str| columns.split(", ").map(|column| format!("{table}{column}")).collect::<Vec<_>>().join(", ");
     if version < TERMS_SINCE { format!("{}, {NO_TERMS}", of(COLUMNS_BEFORE_TERMS)) } else { of(COLUMNS) }
 }
 

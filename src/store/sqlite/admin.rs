@@ -61,8 +61,9 @@ fn insert_sql() -> String {
 
 fn insert(statement: &mut CachedStatement<'_>, record: &TokenRecord) -> rusqlite::Result<usize> {
     statement.execute(params_from_iter(
-        std::iter::once(Value::Blob(record.digest.as_bytes().to_vec()))
-            .chain(RecordField::ALL.into_iter().map(|field| field.of(record).map_or_else(|| absent(field), Value::from))),
+        std::iter::once(Value::Blob(record.digest.as_bytes().to_vec())).chain(
+            RecordField::ALL.into_iter().map(|field| field.of(record).map_or_else(|| absent(field), Value::from)),
+        ),
     ))
 }
 

@@ -12,9 +12,9 @@ use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tollgate::identity::{Authenticator, CacheSettings, Checked, Invalid, Mode, TokenStatus, judge};
-use tollgate::store::terms::{SaidTerms, TokenTerms};
 use tollgate::store::chain::{Chain, Link};
 use tollgate::store::credential::{Credential, Digest};
+use tollgate::store::terms::{SaidTerms, TokenTerms};
 use tollgate::store::{AdminError, Change, Event, Imported, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
 use tollgate::telemetry::metrics::CacheResult;
 

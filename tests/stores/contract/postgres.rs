@@ -450,7 +450,8 @@ async fn tables_without_terms_are_read_and_refuse_them() {
     PostgresAdmin::migrate(&settings(&server, own())).await.unwrap();
     server.psql(
         "postgres",
-        "ALTER TABLE tollgate.token DROP COLUMN plan, DROP COLUMN rate, DROP COLUMN networks, DROP COLUMN methods",
+        "DROP TRIGGER tollgate_replicated_change ON tollgate.token; \
+         ALTER TABLE tollgate.token DROP COLUMN plan, DROP COLUMN rate, DROP COLUMN networks, DROP COLUMN methods",
     );
     server.psql("postgres", "UPDATE tollgate.version SET version = 3, readers_from = 1");
     let store = open(settings(&server, own()));
