@@ -504,6 +504,7 @@ fn in_pieces<T: Default>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::terms::SaidTerms;
 
     #[test]
     fn a_known_token_says_what_its_record_said() {
@@ -519,6 +520,7 @@ mod tests {
             superseded: Some(4),
             replaces: Some(Digest::of(b"before")),
             last_used: Some(5),
+            terms: TokenTerms::of(SaidTerms { plan: "gold".into(), ..SaidTerms::default() }).unwrap(),
             ..plain.clone()
         };
         for record in [plain.clone(), full] {
