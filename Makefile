@@ -1,10 +1,10 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing
 
 check: lint doc test deploy-check
 
 # What is promised in seconds, or measured in bytes under load, is tested by itself: no other test takes time away from it.
-ALONE = deadlines:: exactness:: reload:: slow:: standing:: stores::alerts:: stores::crowd:: stores::faults:: stores::frozen:: stores::places:: stores::revocation:: under_load:: upstreams::
+ALONE = deadlines:: exactness:: guessing:: reload:: slow:: standing:: stores::alerts:: stores::crowd:: stores::faults:: stores::frozen:: stores::places:: stores::revocation:: under_load:: upstreams::
 
 # Installs what the tests need from Debian, PyPI and npm, then runs all of them: the runner's summary comes last.
 test:
@@ -32,6 +32,18 @@ doc:
 # Needs cargo-deny (cargo install cargo-deny --locked).
 deny:
 	cargo deny --locked check bans licenses sources
+
+# Known vulnerabilities of the crates, by a copy of RustSec's database that this refreshes. Says so and passes if there is none.
+advisories:
+	bash deploy/advisories.sh
+
+# What is in the binary, as CycloneDX: target/tollgate.cdx.json. Needs cargo-cyclonedx (cargo install cargo-cyclonedx --locked).
+sbom:
+	bash deploy/sbom.sh
+
+# Two builds in two folders must be the same, byte for byte. PROFILE=dev is quicker. 20 minutes.
+reproducible:
+	bash deploy/reproducible.sh
 
 deploy-check:
 	cargo build --locked
@@ -116,6 +128,12 @@ faults:
 exactness:
 	TOLLGATE_EXACTNESS_SECONDS=5 cargo test --locked --test main -- exactness:: --nocapture | grep '^| '
 
+# 10^5 guesses from one address and from 10,000, then an office behind one address, as tables; docs/limits.md keeps them. Two
+# minutes. The long form: make guessing GUESSES=1000000, 17 minutes.
+GUESSES = 100000
+guessing:
+	TOLLGATE_GUESSES=$(GUESSES) cargo test --locked --test main -- guessing:: --nocapture --test-threads 1 | grep '^| '
+
 # Fault of a backend -> what the client saw, as a table; docs/faults.md keeps it. Half a minute.
 faults-table:
 	cargo test --locked --test main -- backend_faults:: --nocapture --test-threads 1 | grep '^| '
@@ -156,3 +174,20 @@ life-quick:
 	$(LIFE) --quick
 
 LIFE = $(or $(TOLLGATE_PY_VENV),target/py-clients)/bin/python tests/life/run.py
+
+# The fuzz targets of fuzz/ one after the other, TIME seconds each (60): make fuzz TIME=600 TARGET="head query". What they find
+# is kept in target/fuzz-corpus. Needs a C++ compiler.
+fuzz: fuzz-build
+	fuzz/run.py $(TARGET) --time $(or $(TIME),60)
+
+# All of them for two minutes together.
+fuzz-short: fuzz-build
+	fuzz/run.py --time 7
+
+# Switches rules of tollgate off, one at a time: each must be noticed within a minute. docs/fuzzing.md keeps the table.
+fuzz-faults: fuzz-build
+	fuzz/run.py --faults $(TARGET)
+
+# In its own folder, where cargo finds the settings that add coverage.
+fuzz-build:
+	cd fuzz && cargo build --locked

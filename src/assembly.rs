@@ -6,7 +6,7 @@ use crate::config::{self, Diagnostic, Probe, Settings};
 use crate::edge::{self, Logs, PassedSockets, Rebuild, Rebuilt, Running, Snapshot, Successors};
 use crate::identity::Authenticator;
 use crate::pipeline::Pipeline;
-use crate::policy::RequestLimits;
+use crate::policy::{GuessGuard, RequestLimits};
 use crate::store::chain::{Chain, Link};
 use crate::store::credential::Digest;
 use crate::store::{self, NamedStore, TlsSettings};
@@ -49,6 +49,8 @@ fn snapshot(
     // Every process, and every RandomState, has keys of its own.
     let seed = || RandomState::new().hash_one(0);
     let limits = RequestLimits::new(&settings.limits, settings.limit_fields, &settings.rules.routes, before, seed);
+    let watching = running.map(|running| &running.pipeline.guessing);
+    let guessing = GuessGuard::new(settings.guessing.as_ref(), watching, seed);
     if let Some(before) = before {
         say_what_limits_keep(&limits, before);
     }
@@ -59,6 +61,7 @@ fn snapshot(
         cors: settings.cors.clone(),
         authenticator,
         limits,
+        guessing,
     };
     Snapshot::build(pipeline, metrics, &settings.upstreams, settings.edge.clone(), logs, running)
 }

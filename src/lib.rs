@@ -12,6 +12,9 @@
 // The time, and the one place that reads a clock.
 pub mod clock;
 
+// Bytes as hex digits.
+pub mod hex;
+
 // What can be wrong with a setting.
 pub mod problem;
 

@@ -6,7 +6,8 @@ use crate::clock::Now;
 use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::{Authenticator, CannotTell, Checked, Mode, PendingLookup, Principal, TokenStatus};
 use crate::policy::{
-    LimitExceeded, LimitFacts, LimitResult, LimitStage, LimitSubject, LimitsTaken, Policy, PolicyFault, RequestLimits,
+    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LimitExceeded, LimitFacts, LimitResult, LimitStage,
+    LimitSubject, LimitsTaken, Policy, PolicyFault, RequestLimits,
 };
 use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
@@ -29,6 +30,7 @@ pub struct Pipeline {
     pub cors: Cors,
     pub authenticator: Arc<Authenticator>,
     pub limits: RequestLimits,
+    pub guessing: GuessGuard,
 }
 
 #[expect(clippy::large_enum_variant, reason = "a box would cost the common case an allocation")]
@@ -59,6 +61,10 @@ pub struct Facts {
     pub clamped: Clamped,
     /// What the limits made of it.
     pub limits: LimitFacts,
+    /// It took a turn at the token store, because its address guesses.
+    pub took_turn: bool,
+    /// What its failed token meant for its address.
+    pub guess: GuessCount,
 }
 
 impl Facts {
@@ -76,6 +82,8 @@ impl Facts {
             cache: None,
             clamped: Clamped::default(),
             limits: LimitFacts::new(),
+            took_turn: false,
+            guess: GuessCount::Not,
         }
     }
 
@@ -104,8 +112,15 @@ pub struct Pending<'r> {
     pipeline: &'r Pipeline,
     examined: Examined<'r>,
     facts: Facts,
-    waiting: PendingLookup,
+    waiting: Awaited,
     limited: Limited,
+}
+
+/// What a request waits for.
+enum Awaited {
+    Lookup(PendingLookup),
+    /// Its address's turn at the token store.
+    Turn(GuessTurn),
 }
 
 /// What a request's limits are asked with, and have given so far.
@@ -159,7 +174,7 @@ impl Pipeline {
         if !examined.route.addresses.admit(origin.client) {
             return refused(PolicyFault::Address, facts);
         }
-        let mut limited = Limited { now, mode, headers: self.limits.header_keys(view), early: None };
+        let limited = Limited { now, mode, headers: self.limits.header_keys(view), early: None };
         let Some(presented) = &examined.presented else {
             let verdict = self.settle(examined, None, limited, &mut facts);
             return Admission::Decided(verdict, facts);
@@ -171,27 +186,49 @@ impl Pipeline {
         if early && let Err(exceeded) = self.limits.check(&limited.subject(&examined, &facts), LimitStage::Early, now) {
             return refused(exceeded.noted(&mut facts), facts);
         }
-        let checked = self.authenticator.check(&presented.value, &digest, now, mode);
+        let mut turn = GuessVerdict::Free;
+        let checked = self.authenticator.check_if(&presented.value, &digest, now, mode, || {
+            turn = self.guessing.turn(origin.client, now);
+            matches!(turn, GuessVerdict::Free)
+        });
         let answer = match checked {
             Checked::Known(answer, result) => {
                 facts.cache = Some(result);
                 Ok(answer)
             }
-            Checked::Waiting(waiting) => {
+            Checked::Waiting(lookup) => {
                 facts.cache = Some(CacheResult::Miss);
-                if early {
-                    // Counted before the wait: else any number could wait at once.
-                    match self.take(&limited, &examined, &mut facts, LimitStage::Early) {
-                        Ok(taken) => limited.early = Some(Box::new(taken)),
-                        Err(fault) => return refused(fault, facts),
-                    }
-                }
-                return Admission::Waiting(Pending { pipeline: self, examined, facts, waiting, limited });
+                return self.wait(Awaited::Lookup(lookup), examined, facts, limited);
             }
-            Checked::NotAsked => Err(CannotTell::NotAsked),
+            Checked::NotAsked => match turn {
+                GuessVerdict::Free => Err(CannotTell::NotAsked),
+                GuessVerdict::Turn(turn) => return self.wait(Awaited::Turn(turn), examined, facts, limited),
+                GuessVerdict::Refused(refusal) => {
+                    let verdict = self.refuse(guessing(refusal), &examined, &limited, &mut facts);
+                    return Admission::Decided(verdict, facts);
+                }
+            },
         };
-        let verdict = self.answered(examined, answer, limited, &mut facts);
+        let verdict = self.answered(examined, answer, limited, &mut facts, now);
         Admission::Decided(verdict, facts)
+    }
+
+    fn wait<'r>(
+        &'r self,
+        awaited: Awaited,
+        examined: Examined<'r>,
+        mut facts: Facts,
+        mut limited: Limited,
+    ) -> Admission<'r> {
+        facts.took_turn = matches!(awaited, Awaited::Turn(_));
+        if self.limits.has_early(examined.route.index) {
+            // Counted before the wait: else any number could wait at once.
+            match self.take(&limited, &examined, &mut facts, LimitStage::Early) {
+                Ok(taken) => limited.early = Some(Box::new(taken)),
+                Err(fault) => return refused(fault, facts),
+            }
+        }
+        Admission::Waiting(Pending { pipeline: self, examined, facts, waiting: awaited, limited })
     }
 
     fn answered<'r>(
@@ -200,13 +237,19 @@ impl Pipeline {
         answer: Result<TokenStatus, CannotTell>,
         limited: Limited,
         facts: &mut Facts,
+        now: Now,
     ) -> Verdict<'r> {
         let cause = match answer {
             Ok(TokenStatus::Valid(principal)) => {
                 facts.principal = Some(Arc::clone(&principal));
                 return self.settle(examined, Some(principal), limited, facts);
             }
-            Ok(TokenStatus::Invalid(why)) => Cause::Identity(why),
+            Ok(TokenStatus::Invalid(why)) => {
+                if let (Mode::Serve, Some(digest)) = (limited.mode, &facts.token) {
+                    facts.guess = self.guessing.failed(facts.client, digest, why, now);
+                }
+                Cause::Identity(why)
+            }
             Err(why) => Cause::CannotTell(why),
         };
         self.refuse(cause, &examined, &limited, facts)
@@ -228,7 +271,12 @@ impl Pipeline {
             let early = limited.early.take();
             let stage = if early.is_some() { LimitStage::Late } else { LimitStage::Both };
             match self.take(&limited, &examined, facts, stage) {
-                Ok(taken) => permit.keep(early.into_iter().flat_map(|early| early.in_flight).chain(taken.in_flight)),
+                Ok(taken) => {
+                    permit.keep(taken.in_flight);
+                    if let Some(early) = early {
+                        permit.keep(early.in_flight);
+                    }
+                }
                 Err(fault) => {
                     if let Some(early) = early {
                         self.limits.give_back(&early);
@@ -266,13 +314,20 @@ impl Pipeline {
             Mode::Observe => self.limits.check(&subject, stage, limited.now),
         };
         match taken {
-            Ok(taken) => {
-                facts.limits.extend(taken.facts.iter().copied());
+            Ok(mut taken) => {
+                match facts.limits.is_empty() {
+                    true => facts.limits = std::mem::take(&mut taken.facts),
+                    false => facts.limits.extend(taken.facts.drain(..)),
+                }
                 Ok(taken)
             }
             Err(exceeded) => Err(exceeded.noted(facts)),
         }
     }
+}
+
+fn guessing(refusal: GuessRefusal) -> Cause {
+    Cause::Policy(PolicyFault::Guessing(refusal))
 }
 
 /// Before any stage that could have taken something.
@@ -312,9 +367,29 @@ impl<'r> Pending<'r> {
     /// Waits for the store and goes on from there.
     pub async fn verdict(self) -> (Verdict<'r>, Facts) {
         let Self { pipeline, examined, mut facts, waiting, limited } = self;
-        let (answer, result) = waiting.answer().await;
-        facts.cache = Some(result);
-        let verdict = pipeline.answered(examined, answer, limited, &mut facts);
+        let authenticator = &pipeline.authenticator;
+        let checked = match (waiting, &examined.presented, &facts.token) {
+            (Awaited::Lookup(lookup), ..) => Checked::Waiting(lookup),
+            (Awaited::Turn(turn), Some(presented), Some(digest)) => {
+                tokio::time::sleep(turn.wait).await;
+                authenticator.check(&presented.value, digest, authenticator.now(), Mode::Serve)
+            }
+            // Who presents no token waits for none.
+            (Awaited::Turn(_), ..) => Checked::NotAsked,
+        };
+        let answer = match checked {
+            Checked::Waiting(lookup) => {
+                let (answer, result) = lookup.answer().await;
+                facts.cache = Some(result);
+                answer
+            }
+            Checked::Known(answer, result) => {
+                facts.cache = Some(result);
+                Ok(answer)
+            }
+            Checked::NotAsked => Err(CannotTell::NotAsked),
+        };
+        let verdict = pipeline.answered(examined, answer, limited, &mut facts, authenticator.now());
         (verdict, facts)
     }
 }

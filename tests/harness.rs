@@ -72,6 +72,16 @@ impl Gateway {
         })
     }
 
+    /// On one of the lanes, with tokens other than [`GOOD`] and [`OTHER`] if they are given.
+    pub fn start_on_lane_with(framework: bool, upstream: SocketAddr, tokens: Option<&str>, more: &str) -> Self {
+        let tokens = tokens.map_or_else(Self::known_tokens, str::to_owned);
+        Self::started(tollgate(), upstream, &tokens, more, |command| {
+            if framework {
+                command.env(FRAMEWORK_LANE, "1");
+            }
+        })
+    }
+
     pub fn start_with_tokens(upstream: SocketAddr, tokens: &str, more: &str) -> Self {
         Self::started(tollgate(), upstream, tokens, more, |_| {})
     }

@@ -371,6 +371,33 @@ fn the_answer_to_an_upload_that_is_refused_is_seen() {
     }
 }
 
+/// Bytes that are on their way to streams which have just been reset are no attack, however many streams they are.
+#[test]
+fn what_is_still_sent_to_streams_that_were_answered_early_costs_nobody_the_connection() {
+    let upstream = Upstream::start();
+    let (_gateway, at) = gateway(&upstream, "");
+    let mut client = Frames::connect(at);
+    let streams: Vec<u32> = (0..120).map(|number| 2 * number + 1).collect();
+    // Outside of the prefix: refused without a look at the body.
+    streams.iter().for_each(|stream| client.send(&frame(1, 4, *stream, &post_head("/elsewhere"))));
+    let mut reset = 0;
+    while reset < streams.len() {
+        match client.next() {
+            Some((3, _, _, code)) => {
+                assert_eq!(code, [0; 4], "NO_ERROR");
+                reset += 1;
+            }
+            Some((7, ..)) | None => panic!("the connection ends after {reset} streams"),
+            Some(_) => {}
+        }
+    }
+    for _ in 0..4 {
+        streams.iter().for_each(|stream| client.send(&frame(0, 0, *stream, b"x")));
+    }
+    client.send(&frame(1, 5, 1_001, &get_head("/api/v3/user", GOOD)));
+    assert_eq!(client.body(1_001), "{\"ok\":true}");
+}
+
 #[test]
 fn early_hints_pass_as_over_http1() {
     let upstream = Upstream::answering(|_| {

@@ -125,8 +125,10 @@ fn an_address_is_limited_before_its_token_is_looked_up() {
     assert_eq!(ask("192.0.2.77", GOOD).status, 429);
     assert_eq!(ask("192.0.3.1", GOOD).status, 200, "another network");
     assert_eq!(ask("2001:db8::1", GOOD).status, 200);
-    let line = &log_of(&gateway)[5];
-    assert_eq!((line["reason"].as_str(), line["client"].as_str()), (Some("limit_rate"), Some("192.0.2.5")));
+    // Connections end in any order.
+    let log = log_of(&gateway);
+    let line = log.iter().find(|line| line["client"] == "192.0.2.5").unwrap();
+    assert_eq!(line["reason"].as_str(), Some("limit_rate"));
     assert_eq!(line["token"].as_str(), Some(&sha256_hex(&format!("{BAD}-5"))[..12]));
 }
 

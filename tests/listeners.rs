@@ -299,18 +299,18 @@ fn what_is_wrong_with_certificates_is_an_error_of_the_configuration() {
     assert_eq!(seen, 15);
 }
 
-fn announce(at: SocketAddr, header: &[u8]) -> Client {
+pub(crate) fn announce(at: SocketAddr, header: &[u8]) -> Client {
     let mut client = Client::connect(at);
     offer(&mut client, header);
     client
 }
 
 /// Sends to a listener that may have closed the connection already.
-fn offer(client: &mut Client, bytes: &[u8]) {
+pub(crate) fn offer(client: &mut Client, bytes: &[u8]) {
     let _ = client.socket.write_all(bytes);
 }
 
-fn binary(command: u8, family: u8, rest: &[u8]) -> Vec<u8> {
+pub(crate) fn binary(command: u8, family: u8, rest: &[u8]) -> Vec<u8> {
     let mut header = b"\r\n\r\n\0\r\nQUIT\n".to_vec();
     header.extend([0x20 | command, family]);
     header.extend(u16::try_from(rest.len()).unwrap().to_be_bytes());

@@ -8,6 +8,7 @@
     reason = "a test that fails says so"
 )]
 
+mod guessing;
 mod harness;
 mod servers;
 mod support;
@@ -25,6 +26,7 @@ mod deadlines;
 mod deploy;
 mod exactness;
 mod forwarding;
+mod hardening;
 mod http2;
 mod http2_backends;
 mod http2_clients;

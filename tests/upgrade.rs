@@ -168,7 +168,14 @@ fn an_upgrade_that_fails_changes_nothing_and_says_why() {
             &format!("kind = \"redis\"\nurl = \"redis://127.0.0.1:{dead}\""),
         )
     });
-    refused(&mut gateway, "store");
+    refused(&mut gateway, "cannot be used now");
+    gateway.rewrite(|_| {
+        whole.replace(
+            "kind = \"file\"\npath = \"tokens.toml\"",
+            &format!("kind = \"introspection\"\nendpoint = \"http://127.0.0.1:{dead}/user\""),
+        )
+    });
+    refused(&mut gateway, "cannot be used now");
     gateway.rewrite(|_| whole.clone());
     replace(&copy, "#!/bin/sh\nexit 3\n");
     refused(&mut gateway, "exit status: 3");

@@ -292,8 +292,10 @@ fn a_backend_that_is_not_trusted_gets_nothing() {
         assert_eq!((answer.status, answer.text().as_str()), (502, "{\"message\":\"502 Bad Gateway\"}"), "{what}");
         assert_eq!(errors(&gateway, kind), 1.0, "{what}: {}", gateway.metrics());
         assert!(backend.received().is_empty(), "{what}");
+        // Another thread writes the log.
+        let is_said = [format!("is down: {kind}"), "the TLS handshake failed: ".into()];
+        eventually(what, || is_said.iter().all(|words| gateway.process_log().contains(words)));
         let log = gateway.process_log();
-        assert!(log.contains(&format!("is down: {kind}")), "{what}: {log}");
         let told: Vec<&str> = log.lines().filter(|line| line.contains("the TLS handshake failed: ")).collect();
         assert!(told.len() == 1 && told[0].contains(detail) && !told[0].contains("elsewhere"), "{what}: {log}");
         assert_eq!(gateway.access_log().last().unwrap()["reason"], "upstream_broken", "{what}");

@@ -7,6 +7,7 @@ use crate::servers::Server as _;
 use crate::servers::http::HttpServer;
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -934,4 +935,56 @@ fn servers_are_named_in_admin_requests_as_the_configuration_names_them() {
         assert_eq!(gateway.admin_post(path).status, status, "{path}");
     }
     assert_eq!(gateway.admin_get("/upstreams/a%20b/servers/localhost:9/drain").unwrap().status, 405);
+}
+
+/// What the busy one costs somebody who asks now and then: how many of its requests were not answered with 200, and its slowest.
+fn beside_a_busy_caller(order: &str) -> (usize, Duration) {
+    let upstream = Upstream::answering(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        Reply::ok("{}")
+    });
+    let more = format!(
+        "[[upstream]]\nname = \"api\"\nservers = [\"{}\"]\nmax_requests = 4\nqueue = 8\nqueue_order = \"{order}\"\n",
+        upstream.address
+    );
+    let gateway = Gateway::start(upstream.address, &more);
+    let done = AtomicBool::new(false);
+    // A test that fails must not keep its clients.
+    let deadline = Instant::now() + 3 * PATIENCE;
+    std::thread::scope(|scope| {
+        for _ in 0..32 {
+            scope.spawn(|| {
+                let mut client = gateway.client();
+                while !done.load(SeqCst) && Instant::now() < deadline {
+                    let head = format!("GET /api/v3/user HTTP/1.1\r\nHost: h\r\nPRIVATE-TOKEN: {OTHER}\r\n\r\n");
+                    let sent = client.socket.write_all(head.as_bytes());
+                    // A refusal may end the connection.
+                    let answer = sent.ok().and_then(|()| client.try_answer());
+                    if answer.is_none_or(|answer| answer.header("connection") == Some("close")) {
+                        client = gateway.client();
+                    }
+                }
+            });
+        }
+        // As soon as there is more than enough for the queue.
+        eventually("the queue is full", || {
+            gateway.access_log().iter().any(|line| line["reason"] == "upstream_queue_full")
+        });
+        let (mut refused, mut slowest) = (0, Duration::ZERO);
+        for _ in 0..60 {
+            let asked = Instant::now();
+            refused += usize::from(gateway.get("/api/v3/user").status != 200);
+            slowest = slowest.max(asked.elapsed());
+        }
+        done.store(true, SeqCst);
+        (refused, slowest)
+    })
+}
+
+#[test]
+fn one_busy_caller_does_not_crowd_the_others_out() {
+    let (refused, slowest) = beside_a_busy_caller("fair");
+    assert_eq!(refused, 0, "the slowest took {slowest:?}");
+    let (refused, _) = beside_a_busy_caller("arrival");
+    assert!(refused > 10, "{refused} of 60 refused: the test has no crowd");
 }

@@ -3,6 +3,7 @@
 
 use crate::clock::Now;
 use crate::pipeline::Pipeline;
+use crate::policy::GuessEpisode;
 use crate::request::head::HeadFault;
 use crate::request::view::{FieldKind, Method, RequestView};
 use crate::store::credential::DigestPrefix;
@@ -10,6 +11,7 @@ use crate::store::rfc3339;
 use crate::telemetry::audit_log::{AuditResult, AuditedAction};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Member, Upstream};
+use std::net::IpAddr;
 use std::time::Instant;
 
 /// What the responses are made from.
@@ -78,6 +80,9 @@ pub enum Unread {
     Malformed(HeadFault),
 }
 
+/// More are counted only.
+const MOST_GUESSING_LISTED: usize = 1_000;
+
 const PAGES: &str = "\
 GET  /metrics                   metrics for Prometheus
 GET  /healthz                   200 while the process serves
@@ -89,6 +94,9 @@ POST /upstreams/NAME/servers/ADDRESS/undrain   send requests to it again
 POST /reload                    reload the configuration
 POST /upgrade                   start the binary again, and pass it the listening sockets
 POST /cache/forget              remove every token from the cache
+GET  /guessing                  addresses that guess tokens at the moment, as JSON
+POST /guessing/lift             forget the failed tokens of all addresses
+POST /guessing/lift?client=ADDRESS   forget those of one address, or of its IPv6 network of 64 bits
 POST /cache/forget?sha256=HEX   remove the tokens whose SHA-256 begins with these 12 to 64 hex digits
 ";
 
@@ -116,9 +124,13 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
         (b"/upstreams", _) if reads => upstreams(operator).into(),
         (b"/reload", Method::Post) => Action::Reload { json: wants_json(view) },
         (b"/upgrade", Method::Post) => Action::Upgrade { json: wants_json(view) },
+        (b"/guessing", _) if reads => guessing(operator).into(),
+        (b"/guessing/lift", Method::Post) => lift(view.query(), operator),
         (b"/cache/forget", Method::Post) => forget(view.query(), operator),
-        (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams", _) => not_allowed("GET, HEAD"),
-        (b"/reload" | b"/upgrade" | b"/cache/forget", _) => not_allowed("POST"),
+        (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams" | b"/guessing", _) => {
+            not_allowed("GET, HEAD")
+        }
+        (b"/reload" | b"/upgrade" | b"/cache/forget" | b"/guessing/lift", _) => not_allowed("POST"),
         (path, method) => match drain_call(path) {
             Some(call) if method == Method::Post => drain(&call, operator),
             Some(_) => not_allowed("POST"),
@@ -291,6 +303,59 @@ fn upstreams(operator: &Operator<'_>) -> AdminResponse {
     AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
 }
 
+fn guessing(operator: &Operator<'_>) -> AdminResponse {
+    let guard = &operator.pipeline.guessing;
+    let mut episodes = guard.episodes(operator.now);
+    // Those who are refused most first; a longer list helps nobody.
+    episodes.sort_by_key(|episode| std::cmp::Reverse(episode.refused));
+    let listed = episodes.iter().take(MOST_GUESSING_LISTED).map(|episode| {
+        serde_json::json!({
+            "client": GuessEpisode::name(&episode.network),
+            "since": rfc3339(episode.began.unix_ms / 1000),
+            "failed_tokens": episode.failures,
+            "turns": episode.turns,
+            "refused": episode.refused,
+            "pauses": episode.pauses,
+            "pause_seconds_left": episode.retry_after,
+        })
+    });
+    let body = serde_json::json!({
+        "watching": guard.settings().is_some(),
+        "addresses": episodes.len(),
+        "clients": listed.collect::<Vec<_>>(),
+    });
+    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
+}
+
+/// Forgets the failed tokens of an address, or of all.
+fn lift(query: Option<&[u8]>, operator: &Operator<'_>) -> Action {
+    let value = query.map(|query| query.strip_prefix(b"client=").and_then(|value| std::str::from_utf8(value).ok()));
+    let client = match value {
+        None => None,
+        Some(value) => {
+            let decoded = percent_encoding::percent_decode_str(value.unwrap_or_default()).decode_utf8_lossy();
+            let Ok(client) = decoded.parse::<IpAddr>() else {
+                let why =
+                    "Expected ?client= and an address as GET /guessing lists it, without the length of its network.\n";
+                return Action::Changed(text(400, why), AuditedAction::new("guessing_lift", AuditResult::Refused));
+            };
+            Some(client.to_canonical())
+        }
+    };
+    let lifted = operator.pipeline.guessing.lift(client, operator.now);
+    for episode in lifted.iter().take(MOST_GUESSING_LISTED) {
+        log::warn!("{}", episode.end("may send failed tokens again, by a request of the admin listener", operator.now));
+    }
+    let body = serde_json::json!({ "result": "lifted", "addresses": lifted.len() });
+    let answer =
+        AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") };
+    let result = if lifted.is_empty() { AuditResult::Unchanged } else { AuditResult::Done };
+    let action = AuditedAction::new("guessing_lift", result)
+        .with("client", client.map_or("all".to_owned(), |client| client.to_string()))
+        .with("addresses", lifted.len());
+    Action::Changed(answer, action)
+}
+
 /// A request to drain a server, or to end that.
 struct DrainCall {
     upstream: String,
@@ -381,7 +446,7 @@ fn is_own_name(host: &[u8], hosts: &[String]) -> bool {
     let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
     let plain = name.strip_suffix('.').unwrap_or(name);
     name.eq_ignore_ascii_case("localhost")
-        || name.parse::<std::net::IpAddr>().is_ok()
+        || name.parse::<IpAddr>().is_ok()
         || hosts.iter().any(|own| own.eq_ignore_ascii_case(plain))
 }
 

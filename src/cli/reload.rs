@@ -51,10 +51,7 @@ pub(super) fn post(what: &str, arguments: &AdminTarget) -> Result<serde_json::Va
 
 pub(super) fn run(target: &AdminTarget) -> Result<(), Failure> {
     let answer = post("/reload", target)?;
-    let keys = |name: &str| -> Vec<&str> {
-        answer[name].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str).collect()
-    };
-    let (applied, restart) = (keys("applied"), keys("restart_needed"));
+    let (applied, restart) = (texts(&answer, "applied"), texts(&answer, "restart_needed"));
     match answer["result"].as_str() {
         Some("reloaded" | "restart_needed") => {
             match applied.as_slice() {
@@ -67,9 +64,20 @@ pub(super) fn run(target: &AdminTarget) -> Result<(), Failure> {
             say!("changed, not in force until a restart: {}", restart.join(", "))?;
             Err(Failure::Restart)
         }
-        Some("failed") => Err(anyhow!("nothing changed\n{}", keys("errors").join("\n")).into()),
-        _ => Err(anyhow!("unknown response of the admin listener; is it another version?").into()),
+        _ => Err(not_done(&answer)),
     }
+}
+
+/// What the gateway's answer says if it did not do what it was asked for.
+pub(super) fn not_done(answer: &serde_json::Value) -> Failure {
+    match answer["result"].as_str() {
+        Some("failed") => anyhow!("nothing changed\n{}", texts(answer, "errors").join("\n")).into(),
+        _ => anyhow!("unknown response of the admin listener; is it another version?").into(),
+    }
+}
+
+fn texts<'a>(answer: &'a serde_json::Value, name: &str) -> Vec<&'a str> {
+    answer[name].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str).collect()
 }
 
 #[derive(Debug, PartialEq, Eq)]

@@ -12,16 +12,26 @@ use std::path::Path;
 const NAMED: usize = 10;
 
 pub(super) fn run(path: &Path) -> Result<(), Failure> {
+    let is_private = keep_memory_private();
     let passed = PassedSockets::of_this_process().context("sockets that this process was started with")?;
     let predecessor = passed.predecessor().cloned();
-    let result = start(path, passed);
+    let result = start(path, passed, is_private);
     if let (Some(predecessor), Err(failure)) = (predecessor, &result) {
         predecessor.gave_up(&failure.to_string());
     }
     result
 }
 
-fn start(path: &Path, passed: PassedSockets) -> Result<(), Failure> {
+/// Memory has tokens and passwords: no core dump has them, and no other process of this user may read them. Inherited by an
+/// upgraded process only in part, which does the same again.
+fn keep_memory_private() -> std::io::Result<()> {
+    use nix::sys::resource::{Resource, setrlimit};
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    // The limit does not bind a kernel that pipes dumps to a program, as systemd-coredump.
+    Ok(rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?)
+}
+
+fn start(path: &Path, passed: PassedSockets, is_private: std::io::Result<()>) -> Result<(), Failure> {
     let settings = config::load(path, Probe::Start(&passed)).map_err(|found| {
         let report = super::report(&found);
         // With a file that is right, the next start may succeed: the service manager should try again.
@@ -31,6 +41,9 @@ fn start(path: &Path, passed: PassedSockets) -> Result<(), Failure> {
         }
     })?;
     process_log::start(settings.level, edge::FRAMEWORK_LOG_LEVELS).context("the process log cannot be started")?;
+    if let Err(error) = is_private {
+        log::warn!("core dumps cannot be switched off, and would contain tokens: {error}");
+    }
     settings.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let result = serve(settings, path, passed);
     // Above all the lines that say why it ended.

@@ -1,8 +1,7 @@
 //! `tollgate upgrade`: asks the running gateway to replace itself by the binary as it is on disk now, and waits for the result.
 
 use super::Failure;
-use super::reload::{AdminTarget, post};
-use anyhow::anyhow;
+use super::reload::{AdminTarget, not_done, post};
 
 pub(super) fn run(target: &AdminTarget) -> Result<(), Failure> {
     let answer = post("/upgrade", target)?;
@@ -11,10 +10,6 @@ pub(super) fn run(target: &AdminTarget) -> Result<(), Failure> {
             say!("upgraded: process {pid} accepts connections, process {replaced} completes its requests and ends")?;
             Ok(())
         }
-        (Some("failed"), ..) => {
-            let errors = answer["errors"].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str);
-            Err(anyhow!("nothing changed\n{}", errors.collect::<Vec<_>>().join("\n")).into())
-        }
-        _ => Err(anyhow!("unknown response of the admin listener; is it another version?").into()),
+        _ => Err(not_done(&answer)),
     }
 }

@@ -498,6 +498,28 @@ section! {
 }
 
 section! {
+    /// Clients that guess tokens, by address (IPv6: by network of 64 bits). From one that has sent too many failed tokens,
+    /// those that are cached as valid pass as before; others take turns at the token store, and some get 429.
+    GuessingSection {
+        /// So many failed tokens an address may send at once, and again in each `per`: 10 to 1000000; or "none". A token that
+        /// fails again and again counts once a minute; one that was valid before, as well; a missing one does not.
+        failures: Option<u64> = r#""none""#,
+        /// The time after which the budget is whole again: "1s" to "1h".
+        per: Duration = r#""1m""#,
+        /// How long the first pause takes. Each further one takes twice as long as the one before.
+        pause: Duration = r#""10s""#,
+        /// How long a pause can become.
+        longest_pause: Duration = r#""5m""#,
+        /// Lookups of unknown tokens in a second, for an address in a pause: 1 to 1000.
+        lookups: u64 = "10",
+        /// How long a request may wait for its turn; if it would have to wait for longer, it gets 429. "0s" to "1m".
+        wait: Duration = r#""5s""#,
+        /// Networks that are never counted, like that of an office: `"192.0.2.0/24"`.
+        allow: Vec<Proxy> = "[]",
+    }
+}
+
+section! {
     /// A backend. Requests are distributed to its servers in turn. A request goes to the first [[upstream]] unless its
     /// route names another one.
     UpstreamSection {
@@ -546,8 +568,11 @@ section! {
         /// Most requests in flight to one server, to the end of their responses; or "none". Further requests wait in a
         /// queue.
         max_requests: Option<u64> = r#""none""#,
-        /// Most requests that wait, in order of arrival, while all servers have `max_requests`. Further ones get 503.
+        /// Most requests that wait while all servers have `max_requests`. Further ones get 503.
         queue: u64 = "100",
+        /// Which of them is next: "fair" (that of the caller who asks least, by token, else by client address; in a full queue,
+        /// those of callers who ask most are refused) or "arrival".
+        queue_order: QueueOrderWord = r#""fair""#,
         /// The longest time that a request waits. After that the client gets 503.
         queue_timeout: Duration = r#""5s""#,
         /// How often the names in `servers` are resolved again.
@@ -718,6 +743,7 @@ words! { Beyond { Clamp = "clamp", Refuse = "refuse" } }
 words! { AuthMode { Required = "required", Optional = "optional", None = "none" } }
 words! { QueryToken { Accept = "accept", Refuse = "refuse" } }
 words! { CheckKind { None = "none", Tcp = "tcp", Http = "http" } }
+words! { QueueOrderWord { Fair = "fair", Arrival = "arrival" } }
 words! { BalanceBy { RoundRobin = "round_robin", LeastRequests = "least_requests", Hash = "hash" } }
 words! { TlsVersions { Intermediate = "intermediate", Modern = "modern" } }
 words! { ClientCertificate { Required = "required", Optional = "optional" } }

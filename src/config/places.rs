@@ -3,6 +3,7 @@
 
 use super::diagnostic::{Diagnostic, Position};
 use crate::problem::{Problem, Severity};
+use crate::request::seeded::{self, Rule};
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -112,7 +113,8 @@ impl<'t> Places<'t> {
         let span = self.spans.get(path).filter(|span| !span.table)?;
         let text = self.text.get(span.value.clone())?;
         let last = path.rsplit('.').next().unwrap_or_default().split('[').next().unwrap_or_default();
-        if path.starts_with("store") && !PLAIN.contains(&last) || text.contains('@') {
+        let may_be_secret = path.starts_with("store") && !PLAIN.contains(&last) || text.contains('@');
+        if may_be_secret && !seeded::off(Rule::ConfigSecret) {
             return None;
         }
         let line = text.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -80,10 +80,7 @@ async fn problems(store: &NamedStore, connected: Option<Severity>) -> Vec<Proble
         match tokio::time::timeout(PATIENCE, store.kind.probe(true)).await {
             Ok(all) => {
                 let new = all.into_iter().filter(|problem| !found.contains(problem));
-                // A start that fails on a warning of the store itself would be worse than the warning.
-                let severity =
-                    |problem: &Problem| if problem.severity == Severity::Error { severity } else { Severity::Warning };
-                let new: Vec<_> = new.map(|problem| Problem { severity: severity(&problem), ..problem }).collect();
+                let new: Vec<_> = new.map(|problem| Problem { severity, ..problem }).collect();
                 found.extend(new);
             }
             Err(_) => {

@@ -12,8 +12,8 @@ use crate::edge::{
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{
-    BucketSettings, LimitAmounts, LimitKeyPart, LimitPlan, LimitScope, LimitSettings, Policy, RefillRate, ScopeRule,
-    Scopes,
+    BucketSettings, GuessSettings, LimitAmounts, LimitKeyPart, LimitPlan, LimitScope, LimitSettings, Policy, RefillRate,
+    ScopeRule, Scopes,
 };
 use crate::problem::Problem;
 use crate::reply::answer;
@@ -35,7 +35,7 @@ use crate::store::terms::check_plan;
 use crate::telemetry::lines::LogTarget;
 use crate::telemetry::spans::OtlpSettings;
 use crate::tls::{Authorities, PemFile, SystemAuthorities, TLS, TLS_CA, TLS_CERT, TLS_KEY};
-use crate::upstream::{Balance, CheckSettings, HttpCheck, RetryLimits, UpstreamSettings, UpstreamTls};
+use crate::upstream::{Balance, CheckSettings, HttpCheck, QueueOrder, RetryLimits, UpstreamSettings, UpstreamTls};
 use log::LevelFilter;
 use std::cell::LazyCell;
 use std::path::{Path, PathBuf};
@@ -50,6 +50,8 @@ pub struct Settings {
     pub policy: Policy,
     pub limits: Vec<LimitSettings>,
     pub plans: Vec<LimitPlan>,
+    /// `None`: nobody is watched for guessing.
+    pub guessing: Option<GuessSettings>,
     /// Answers say what is left of them.
     pub limit_fields: bool,
     pub forward: ForwardRules,
@@ -137,6 +139,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     gather.all("limits", addresses.problems());
     let plans = gather.plans(file);
     let limits = gather.limits(file, &plans, &rules.routes);
+    let guessing = gather.guessing(file);
     gather.all("server", rules.trusted_proxies.problems());
     let cache = CacheSettings {
         positive_ttl: file.cache.positive_ttl,
@@ -181,6 +184,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         policy: Policy { switches, scopes: gather.scopes(file), addresses },
         limits,
         plans,
+        guessing,
         limit_fields: file.limits.rate_limit_fields,
         stores: gather.stores(file, folder, &upstreams),
         snapshot: Some(&file.cache.snapshot).filter(|path| !path.is_empty()).map(|path| folder.join(path)),
@@ -268,6 +272,10 @@ impl Gather<'_, '_> {
                 slow_start: upstream.slow_start,
                 max_requests: upstream.max_requests.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
                 queue: usize::try_from(upstream.queue).unwrap_or(usize::MAX),
+                queue_order: match upstream.queue_order {
+                    file::QueueOrderWord::Fair => QueueOrder::Fair,
+                    file::QueueOrderWord::Arrival => QueueOrder::Arrival,
+                },
                 queue_timeout: upstream.queue_timeout,
                 resolve_interval: upstream.resolve_interval,
                 check: check(upstream),
@@ -430,6 +438,34 @@ impl Gather<'_, '_> {
         }
         // A [[route]] for a whole prefix comes first in the stable order, and so stands in the prefix's place.
         Routes::new(routes)
+    }
+
+    fn guessing(&mut self, file: &File) -> Option<GuessSettings> {
+        let section = &file.guessing;
+        let allow = listed(&section.allow);
+        let Some(failures) = section.failures else {
+            if allow != AddressList::default() {
+                let what = "has networks, and `failures` is \"none\": no address is counted";
+                let problem = Problem::warning("allow", what, "write a number there, or remove the networks");
+                self.places.add("guessing", problem.with("failures"));
+            }
+            return None;
+        };
+        if allow.unix_peers {
+            let instead = "remove it: peers of Unix sockets have no address, and are never counted";
+            self.places.add("guessing", Problem::warning("allow", "has \"unix\"", instead));
+        }
+        let settings = GuessSettings {
+            failures,
+            per: section.per,
+            pause: section.pause,
+            longest_pause: section.longest_pause,
+            lookups: section.lookups,
+            wait: section.wait,
+            allow,
+        };
+        self.all("guessing", settings.problems());
+        Some(settings)
     }
 
     /// A burst, of a limit or a plan.

@@ -13,6 +13,7 @@ use super::ticket::{OwnToken, Ticket};
 use super::workers::Serve;
 use super::{Lifecycle, Snapshot, http1, http2};
 use crate::forward::{Http1Head, Plan, request_id};
+use crate::hex;
 use crate::identity::Mode;
 use crate::pipeline::{Admission, Pending, Verdict};
 use crate::reply::cors::CorsGrant;
@@ -401,5 +402,5 @@ fn grant(view: &RequestView<'_>, snapshot: &Snapshot) -> CorsGrant {
 
 /// 128 random bits in hex.
 pub(super) fn new_request_id() -> String {
-    data_encoding::HEXLOWER.encode(&fastrand::u128(..).to_be_bytes())
+    hex::encode(&fastrand::u128(..).to_be_bytes())
 }

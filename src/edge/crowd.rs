@@ -1,11 +1,12 @@
 //! How many connections clients may have, in all and from one address. It must not know what is said over them.
 
 use crate::problem::Problem;
+use crate::request::origin::network_of;
 use crate::telemetry::metrics::ConnectionLimit;
 use foldhash::fast::RandomState;
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// Clients take three quarters of the descriptors at most: backends, stores, logs and the admin listener need some as well.
@@ -100,14 +101,6 @@ impl Crowd {
         }
         *count += 1;
         Ok(Some(Present { crowd: Arc::clone(self), network }))
-    }
-}
-
-/// Whoever has an IPv6 address has 2^64 of them.
-fn network_of(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V4(address) => address.into(),
-        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
     }
 }
 

@@ -8,13 +8,14 @@ use super::spans::SpanNotes;
 use crate::clock::Now;
 use crate::forward::Plan;
 use crate::pipeline::Facts;
-use crate::policy::PolicyFault;
+use crate::policy::{GuessCount, PolicyFault};
 use crate::reply::{Cause, LimitFields, Refusal, UpstreamFault};
-use crate::request::origin::{Arrival, TlsArrival};
+use crate::request::origin::{Arrival, TlsArrival, network_of};
 use crate::request::route::{Canary, CanaryBy, RequestTimeout, Route};
 use crate::request::trace::TraceContext;
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
+use crate::telemetry::guess_metrics::GuessResult;
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
 use crate::telemetry::spans::ExchangeSpans;
 use crate::upstream::{FailedTry, HashBy, NoServer, Pick, Server, Tries};
@@ -24,6 +25,9 @@ use std::net::IpAddr;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// An odd number that spreads neighbours over all bits: 2^64 by the golden ratio.
+const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 
 pub(super) struct Exchange {
     pub(super) snapshot: Arc<Snapshot>,
@@ -210,6 +214,17 @@ impl Exchange {
         }
         let key = self.key(Some(view));
         self.upstream.tries.keyed(key);
+        self.upstream.tries.called_by(self.caller());
+    }
+
+    /// Who asks, for a fair order of those that wait: a token, else a client's address or its network.
+    fn caller(&self) -> u64 {
+        match (&self.facts.token, self.facts.client.map(network_of)) {
+            (Some(token), _) => token.spread(),
+            (None, Some(IpAddr::V4(ip))) => u64::from(ip.to_bits()).wrapping_mul(SPREAD),
+            (None, Some(IpAddr::V6(ip))) => ((ip.to_bits() >> 64) as u64).wrapping_mul(SPREAD),
+            (None, None) => 0,
+        }
     }
 
     /// The request's place among the servers of its pool, if it has one. Without its head's view, what a header says is not at
@@ -436,6 +451,7 @@ impl Exchange {
             metrics.slow_body(refusal.reason());
         }
         self.snapshot.count_limits(&facts.limits);
+        self.count_guess();
         let refused = self.ending.refusal.and_then(|refusal| Some((refusal.auth_result()?, refusal.reason())));
         match refused {
             Some((result, reason)) => metrics.auth(result, reason, facts.source),
@@ -461,6 +477,25 @@ impl Exchange {
             metrics.method_overridden();
         }
         metrics.fields_dropped(self.upstream.fields_dropped);
+    }
+
+    fn count_guess(&self) {
+        let (series, facts) = (self.snapshot.metrics.guessing(), &self.facts);
+        match self.ending.refusal.map(|refusal| refusal.cause()) {
+            Some(Cause::Policy(PolicyFault::Guessing(_))) => series.request(GuessResult::Refused),
+            _ if facts.took_turn => series.request(GuessResult::Waited),
+            _ => {}
+        }
+        match &facts.guess {
+            GuessCount::Not => {}
+            GuessCount::Untracked => series.untracked(),
+            GuessCount::Counted => series.failed(),
+            GuessCount::Began(episode) => {
+                series.failed();
+                series.began();
+                self.snapshot.say_guessing(episode);
+            }
+        }
     }
 
     fn log(&self, took: Duration) {

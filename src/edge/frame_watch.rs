@@ -1,6 +1,7 @@
 //! Reads the heads of HTTP/2 frames as they pass, and counts those that cost more than they bring. The library bounds what it
 //! keeps; how often it is made to work is bounded here. It must not change a byte, and knows nothing of what frames hold.
 
+use crate::request::seeded::{self, Rule};
 use bytes::BytesMut;
 use parking_lot::Mutex;
 use std::io;
@@ -79,7 +80,7 @@ struct Bucket {
 }
 
 /// Where in the stream of frames the reader is.
-struct FramePosition {
+pub(super) struct FramePosition {
     /// Of the preface, or of a frame's payload, still to come.
     skip: usize,
     head: [u8; FRAME_HEAD],
@@ -93,7 +94,7 @@ struct FramePosition {
 }
 
 impl FramePosition {
-    fn new(now: Instant) -> Self {
+    pub(super) fn new(now: Instant) -> Self {
         let bucket = |(_, burst, _): (&str, u32, u32)| Bucket { left: f64::from(burst), at: now };
         Self {
             skip: PREFACE,
@@ -106,7 +107,7 @@ impl FramePosition {
     }
 
     /// Walks over what was read. `Err`: too many frames of a kind.
-    fn walk(&mut self, mut bytes: &[u8], now: Instant) -> Result<(), &'static str> {
+    pub(super) fn walk(&mut self, mut bytes: &[u8], now: Instant) -> Result<(), &'static str> {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
             (self.skip, bytes) = (self.skip - skipped, &bytes[skipped..]);
@@ -141,7 +142,7 @@ impl FramePosition {
             PING => 4,
             WINDOW_UPDATE => 5,
             CONTINUATION => {
-                self.in_block = flags & END_HEADERS == 0;
+                self.in_block = flags & END_HEADERS == 0 || seeded::off(Rule::BlockEnd);
                 6
             }
             _ => 7,
@@ -153,7 +154,7 @@ impl FramePosition {
     }
 
     /// Whether something has begun that the client must finish: a header block, a head of a frame, the preface.
-    fn is_unfinished(&self) -> bool {
+    pub(super) fn is_unfinished(&self) -> bool {
         self.in_block || self.got > 0 || (self.skips_block && self.skip > 0)
     }
 }

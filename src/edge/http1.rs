@@ -15,13 +15,14 @@ use super::secure;
 use super::socket::{SocketReader, SocketWriter};
 use super::ticket::Ticket;
 use crate::forward::{FieldSink as _, Http1Head};
-use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerName, AnswerView as _};
+use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerName, AnswerView as _, Credentials};
 use crate::reply::head::{AnswerBody, AnswerHead, MAX_HEAD_BYTES, end_of_head};
-use crate::reply::{Cause, Refusal, UpstreamFault};
+use crate::reply::{Cause, LimitFields, Refusal, UpstreamFault};
 use crate::request::RequestFault;
 use crate::request::body::BodyScanner;
 use crate::request::chunked::{ChunkFault, ChunkedBody};
 use crate::request::head::HeadFault;
+use crate::request::route::HeaderEdits;
 use crate::request::view::{Framing, Method};
 use crate::telemetry::access_log::By;
 use crate::telemetry::metrics::UpstreamError;
@@ -657,7 +658,17 @@ impl Download<'_> {
             && !self.gate.lifecycle.is_draining()
             && !(self.ticket.http10 && matches!(body, AnswerBody::Chunked | AnswerBody::UntilClose));
         out.clear();
-        write_head(out, &head, kind, body, self.ticket, client_reusable);
+        let to = ClientSide {
+            credentials: self.ticket.credentials(),
+            response_headers: self.ticket.response_headers(),
+            http10: self.ticket.http10,
+            deprecated: self.ticket.deprecated,
+            hsts: self.ticket.exchange.hsts(),
+            limits: self.ticket.exchange.limit_fields(),
+            request_id: &self.ticket.exchange.request_id,
+            reusable: client_reusable,
+        };
+        write_head(out, &head, kind, body, &to);
         let backend_reusable = head.keep_alive() && body != AnswerBody::UntilClose;
         drop(head);
         self.buffer.advance(end);
@@ -805,14 +816,26 @@ fn join_data(walk: &mut ChunkedBody, buffer: &mut [u8]) -> Result<(usize, usize)
     }
 }
 
+/// What the head of an answer depends on beside the backend's.
+pub(super) struct ClientSide<'t> {
+    pub(super) credentials: Credentials<'t>,
+    pub(super) response_headers: &'t HeaderEdits,
+    pub(super) http10: bool,
+    pub(super) deprecated: bool,
+    pub(super) hsts: Option<&'t str>,
+    pub(super) limits: Option<&'t LimitFields>,
+    pub(super) request_id: &'t str,
+    /// The connection stays.
+    pub(super) reusable: bool,
+}
+
 /// Writes the head as the client gets it: a status line of our own, the fields that may leave, and one end of the body.
-fn write_head(
+pub(super) fn write_head(
     out: &mut Vec<u8>,
     head: &AnswerHead<'_>,
     kind: AnswerKind,
     body: AnswerBody,
-    ticket: &Ticket,
-    client_reusable: bool,
+    to: &ClientSide<'_>,
 ) {
     let status = head.status();
     let phrase = http::StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason());
@@ -821,7 +844,7 @@ fn write_head(
     out.extend_from_slice(&[digit(100), digit(10), digit(1), b' ']);
     out.extend_from_slice(phrase.unwrap_or_default().as_bytes());
     out.extend_from_slice(b"\r\n");
-    let edits = answer::edits(head, kind, &ticket.credentials(), ticket.response_headers());
+    let edits = answer::edits(head, kind, &to.credentials, to.response_headers);
     let mut has_date = false;
     // Lines that are as they should be stand side by side mostly, and are copied together.
     let mut run = 0..0;
@@ -837,12 +860,12 @@ fn write_head(
             }
             // 204 has none of both, 304 has no body that could be chunked.
             AnswerName::ContentLength => status == 204,
-            AnswerName::TransferEncoding => matches!(status, 204 | 304) || ticket.http10,
+            AnswerName::TransferEncoding => matches!(status, 204 | 304) || to.http10,
             // tollgate's own stands in its place.
             AnswerName::RequestId => kind == AnswerKind::Final,
-            AnswerName::Deprecation => ticket.deprecated,
-            AnswerName::LimitFields => ticket.exchange.limit_fields().is_some(),
-            AnswerName::StrictTransportSecurity => ticket.exchange.hsts().is_some(),
+            AnswerName::Deprecation => to.deprecated,
+            AnswerName::LimitFields => to.limits.is_some(),
+            AnswerName::StrictTransportSecurity => to.hsts.is_some(),
             _ => false,
         };
         let edited = edits.iter().any(|edit| match edit {
@@ -870,18 +893,18 @@ fn write_head(
         }
     }
     if kind == AnswerKind::Final {
-        for (name, value) in ticket.own_fields() {
+        for (name, value) in answer::own_fields(to.request_id, to.deprecated, to.hsts, to.limits) {
             sink.field(name.as_bytes(), value.as_bytes());
         }
         if !has_date && let Ok(date) = get_cached_date().to_str() {
             sink.field(b"Date", date.as_bytes());
         }
-        if body == AnswerBody::UntilClose && !ticket.http10 {
+        if body == AnswerBody::UntilClose && !to.http10 {
             sink.field(b"Transfer-Encoding", b"chunked");
         }
-        if !client_reusable {
+        if !to.reusable {
             sink.field(b"Connection", b"close");
-        } else if ticket.http10 {
+        } else if to.http10 {
             sink.field(b"Connection", b"keep-alive");
         }
     }

@@ -10,6 +10,7 @@ use crate::reply::answer::{AnswerKind, AnswerView as _};
 use crate::reply::head::{AnswerBody, AnswerHead, MAX_HEAD_BYTES, end_of_head};
 use crate::request::chunked::ChunkedBody;
 use crate::request::origin::Arrival;
+use crate::request::seeded::{self, Rule};
 use bytes::{Bytes, BytesMut};
 use h2::server::{Builder, Connection, SendResponse};
 use h2::{Reason, RecvStream, SendStream};
@@ -203,7 +204,7 @@ impl Conversation {
 }
 
 /// The head as HTTP/1 has it. `None`: it holds what HTTP/2 does not allow and the library lets pass.
-fn written_head(parts: &Parts, ended: bool) -> Option<Vec<u8>> {
+pub(super) fn written_head(parts: &Parts, ended: bool) -> Option<Vec<u8>> {
     let mut head = Vec::with_capacity(512);
     let authority = parts.uri.authority().map(|authority| authority.as_str());
     let target = match parts.uri.path_and_query() {
@@ -225,7 +226,7 @@ fn written_head(parts: &Parts, ended: bool) -> Option<Vec<u8>> {
     for (name, value) in &parts.headers {
         let value = value.as_bytes();
         let blank = |byte: Option<&u8>| byte.is_some_and(|byte| matches!(byte, b' ' | b'\t'));
-        if blank(value.first()) || blank(value.last()) {
+        if (blank(value.first()) || blank(value.last())) && !seeded::off(Rule::Http2Blanks) {
             return None;
         }
         match *name {

@@ -169,11 +169,14 @@ impl Listeners {
         }
     }
 
-    /// The paths of socket files that were in use to the end.
-    pub(super) fn socket_files(&self) -> Vec<String> {
-        let admin = self.admin.iter().filter_map(|(address, open)| own_file(address, open));
-        let open = self.open.iter().filter_map(|(address, open)| own_file(address, open));
-        self.closed.iter().cloned().chain(open).chain(admin).collect()
+    /// Closes what is still open. Returns the paths of socket files that were in use to the end.
+    pub(super) fn end(&mut self) -> Vec<String> {
+        self.close_all();
+        if let Some((address, open)) = self.admin.take() {
+            self.closed.extend(own_file(&address, &open));
+            open.close();
+        }
+        std::mem::take(&mut self.closed)
     }
 
     /// The sockets of all listeners, for the process that is to replace this one.

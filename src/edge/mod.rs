@@ -11,6 +11,9 @@ mod drain;
 mod exchange;
 mod file_watch;
 mod frame_watch;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod health;
 mod http1;
 mod http2;
@@ -47,8 +50,9 @@ pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
 pub use tls::{CertificateFiles, ListenerTlsSettings, TlsProfile};
 pub use upgrade::{Predecessor, Successors};
 
+use crate::clock::Now;
 use crate::pipeline::{Facts, Pipeline};
-use crate::policy::{LimitFacts, LimitResult};
+use crate::policy::{GuessEpisode, LimitFacts, LimitResult};
 use crate::problem::Problem;
 use crate::request::trace::NewIds;
 use crate::request::view::Method;
@@ -207,6 +211,28 @@ impl Snapshot {
                 series.shared();
             }
         }
+    }
+
+    /// An address has begun to guess.
+    fn say_guessing(&self, episode: &GuessEpisode) {
+        let Some(settings) = self.pipeline.guessing.settings() else { return };
+        log::warn!(
+            "client {}: more than {} failed tokens in {}; for now its tokens that are not in the cache are looked up at most {} \
+             times a second, and further ones get 429",
+            GuessEpisode::name(&episode.network),
+            settings.failures,
+            humantime::format_duration(settings.per),
+            settings.lookups
+        );
+    }
+
+    /// Ends the episodes of addresses that have stopped guessing.
+    fn end_guessing(&self, now: Now) {
+        let guessing = &self.pipeline.guessing;
+        for episode in guessing.ended(now) {
+            log::info!("{}", episode.end("has stopped sending failed tokens", now));
+        }
+        self.metrics.guessing().active(guessing.active());
     }
 
     /// The first limit that would have refused the request.

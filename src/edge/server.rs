@@ -33,6 +33,8 @@ const ORACLE: &str = "TOLLGATE_TEST_FRAMEWORK_LANE";
 /// Idle connections to backends that the framework keeps.
 const UPSTREAM_POOL: usize = 1_024;
 /// How often the last uses of tokens are written to the store, and the cache to its file.
+/// How soon it is told that an address has stopped guessing.
+const GUESSING_ENDED_EVERY: Duration = Duration::from_secs(1);
 const USES_FLUSHED_EVERY: Duration = Duration::from_secs(60);
 
 /// Builds the next snapshot from the current configuration file. The second argument says whether the open access log
@@ -125,6 +127,13 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         predecessor.may_take_over().map_err(ServeError::TakeOver)?;
         log::info!("taking over from the process before this one");
     }
+    // Nothing can fail any more. Before a connection is accepted: nobody's action stands before it.
+    let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
+    {
+        // Not for longer: who holds a snapshot keeps its pools and connections after a reload.
+        let first = snapshot.load();
+        first.audit(&first, AuditSource::Process, &version);
+    }
     listeners.apply(prepared);
     let listeners = Arc::new(Mutex::new(listeners));
     let (replaced, passed_on) = (Arc::new(Notify::new()), CancellationToken::new());
@@ -154,12 +163,6 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     manager.ready();
     listeners.lock().serving();
     background.spawn(manager.clone().watch(workers.doors()));
-    let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
-    {
-        // Not for longer: who holds a snapshot keeps its pools and connections after a reload.
-        let first = snapshot.load();
-        first.audit(&first, AuditSource::Process, &version);
-    }
     let drain = Drain {
         manager: manager.clone(),
         lifecycle,
@@ -187,7 +190,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     last.audit(&last, AuditSource::Process, &AuditedAction::new("stopped", result).with("aborted", aborted));
     last.audit.flush(Duration::from_secs(1));
     last.spans.flush(Duration::from_secs(2));
-    listeners.lock().socket_files().iter().for_each(|path| remove_socket(path));
+    listeners.lock().end().iter().for_each(|path| remove_socket(path));
     Ok(())
 }
 
@@ -233,6 +236,8 @@ impl Tokens {
     async fn run(self) {
         let mut flushing: Option<tokio::task::JoinHandle<()>> = None;
         let mut flush = tokio::time::interval_at(tokio::time::Instant::now() + USES_FLUSHED_EVERY, USES_FLUSHED_EVERY);
+        let mut guessing = tokio::time::interval(GUESSING_ENDED_EVERY);
+        guessing.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let authenticator = Arc::clone(&self.snapshot.load().pipeline.authenticator);
             // One future for as long as the store is the same, because it owns the subscriptions.
@@ -246,6 +251,7 @@ impl Tokens {
                         tokio::spawn(async move { last.flush_uses().await });
                         break;
                     }
+                    _ = guessing.tick() => self.snapshot.load().end_guessing(super::now()),
                     // With many tokens this takes a while: never two at once.
                     _ = flush.tick(), if flushing.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) => {
                         let last = Arc::clone(&authenticator);

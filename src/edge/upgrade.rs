@@ -132,36 +132,31 @@ impl Successors {
         let child = command.spawn().map_err(|error| format!("{program} cannot be started: {error}"))?;
         // It held the other end.
         drop(command);
+        let pid = child.id();
         let mut child = Starting(Some(child));
-        let served = hand_over(&ours, sockets);
-        // Said before it is killed: the reason may be that it has ended.
-        let ended = served.as_ref().err().filter(|error| has_ended(error)).and_then(|_| child.ended());
-        match (served, child.0.take_if(|_| ended.is_none())) {
-            (Ok(()), Some(child)) => {
-                let pid = child.id();
-                let watch = move |mut child: Child| match child.wait() {
-                    // Stopped, or replaced as well.
-                    Ok(status) if status.success() => log::info!("the process that replaced this one has ended"),
-                    Ok(status) => log::error!("the process that replaced this one has ended: {status}"),
-                    Err(error) => log::error!("the process that replaced this one is lost: {error}"),
-                };
-                // Without it, the end of the new process would only be seen by the service manager.
-                let _ = std::thread::Builder::new().name("successor".into()).spawn(move || watch(child));
-                Ok(Successor { pid })
-            }
-            (Err(error), child) => {
-                drop(child.map(|child| Starting(Some(child))));
-                Err(match (ended, error.kind()) {
-                    (Some(status), _) => format!("the new process has ended ({status}): {program}; see its log"),
-                    (None, ErrorKind::TimedOut) => {
-                        let within = humantime::format_duration(STARTED_WITHIN);
-                        format!("the new process did not start within {within}, and was ended: {program}")
-                    }
-                    (None, _) => error.to_string(),
-                })
-            }
-            (Ok(()), None) => Err(format!("the new process has ended: {program}")),
+        if let Err(error) = hand_over(&ours, sockets) {
+            // Asked before it is killed, which it is with this: the reason may be that it has ended.
+            let ended = if has_ended(&error) { child.ended() } else { None };
+            return Err(match (ended, error.kind()) {
+                (Some(status), _) => format!("the new process has ended ({status}): {program}; see its log"),
+                (None, ErrorKind::TimedOut) => {
+                    let within = humantime::format_duration(STARTED_WITHIN);
+                    format!("the new process did not start within {within}, and was ended: {program}")
+                }
+                (None, _) => error.to_string(),
+            });
         }
+        if let Some(mut child) = child.0.take() {
+            let watch = move || match child.wait() {
+                // Stopped, or replaced as well.
+                Ok(status) if status.success() => log::info!("the process that replaced this one has ended"),
+                Ok(status) => log::error!("the process that replaced this one has ended: {status}"),
+                Err(error) => log::error!("the process that replaced this one is lost: {error}"),
+            };
+            // Without it, the end of the new process would only be seen by the service manager.
+            let _ = std::thread::Builder::new().name("successor".into()).spawn(watch);
+        }
+        Ok(Successor { pid })
     }
 }
 

@@ -376,7 +376,7 @@ mod tests {
         local.block_on(&runtime, async {
             let settings = ListenerSettings::plain(Listen::Tcp("127.0.0.1:0".into()));
             let socket = ListeningSocket::bind(&settings.address).unwrap();
-            let SocketKind::Tcp(bound) = &socket.kind else { unreachable!() };
+            let SocketKind::Tcp(bound) = &socket.kind else { panic!("TCP was asked for") };
             let address = bound.local_addr().unwrap();
             let acceptor = Acceptor::new(ListenerState::new(settings).unwrap(), socket);
             let open = acceptor.open().unwrap();

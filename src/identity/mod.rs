@@ -4,6 +4,9 @@
 mod cache;
 mod cache_file;
 mod entries;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod principal;
 mod watch;
 
@@ -184,7 +187,7 @@ pub enum Checked {
     Known(TokenStatus, CacheResult),
     /// A lookup is in progress.
     Waiting(PendingLookup),
-    /// A lookup would be needed, which [`Mode::Observe`] does not start.
+    /// A lookup would be needed, which [`Mode::Observe`] does not start, or the caller of [`Authenticator::check_if`].
     NotAsked,
 }
 
@@ -230,6 +233,19 @@ impl Authenticator {
 
     /// Synchronous for every token that is in the cache. The digest is the token's own.
     pub fn check(&self, token: &[u8], digest: &Digest, now: Now, mode: Mode) -> Checked {
+        self.check_if(token, digest, now, mode, || true)
+    }
+
+    /// The same, but asks first whether a token may be looked up that the cache does not know, and whose lookup is not in
+    /// progress. If not: [`Checked::NotAsked`].
+    pub fn check_if(
+        &self,
+        token: &[u8],
+        digest: &Digest,
+        now: Now,
+        mode: Mode,
+        may_look_up: impl FnOnce() -> bool,
+    ) -> Checked {
         match self.inner.cache.get(digest, now, mode) {
             Cached::Fresh { answer, refresh } => {
                 if refresh {
@@ -251,6 +267,9 @@ impl Authenticator {
             _ if mode == Mode::Observe => Checked::NotAsked,
             stale_or_nothing => {
                 let was_known = matches!(stale_or_nothing, Cached::Stale(_));
+                if !was_known && !self.inner.is_in_flight(digest) && !may_look_up() {
+                    return Checked::NotAsked;
+                }
                 if let Some(answer) = self.inner.look_up_at_once(digest, was_known, now) {
                     return Checked::Known(answer, CacheResult::Miss);
                 }
@@ -263,6 +282,11 @@ impl Authenticator {
                 Checked::Waiting(PendingLookup { digest: *digest, flight, stale, inner: Arc::clone(&self.inner) })
             }
         }
+    }
+
+    /// The time, for those who have waited.
+    pub fn now(&self) -> Now {
+        (self.inner.clock)()
     }
 
     /// Tells of changes of one token until it is dropped. They are changes of the cache: [`Self::check`] says what has come
@@ -447,6 +471,10 @@ impl Flight {
 impl Inner {
     fn shard(&self, digest: &Digest) -> &Mutex<HashMap<Digest, Arc<Flight>>> {
         &self.flights[digest.bucket(FLIGHT_SHARDS)]
+    }
+
+    fn is_in_flight(&self, digest: &Digest) -> bool {
+        self.shard(digest).lock().contains_key(digest)
     }
 
     /// Joins the lookup in progress for this token, or starts one, unless too many of its kind are in progress.

@@ -242,9 +242,9 @@ struct RunningLimit {
 /// of their own, have tables of their own.
 #[derive(Debug)]
 struct LimitTables {
-    common: Arc<LimitTable>,
+    common: Arc<LimitTable<LimitBucket>>,
     /// As the plans stand in the settings.
-    plans: Box<[Arc<LimitTable>]>,
+    plans: Box<[Arc<LimitTable<LimitBucket>>]>,
     own: RwLock<Vec<OwnRate>>,
 }
 
@@ -254,7 +254,7 @@ struct OwnRate {
     rate: TokenRate,
     /// Those of the token's plan, but for the rate.
     amounts: LimitAmounts,
-    table: Arc<LimitTable>,
+    table: Arc<LimitTable<LimitBucket>>,
 }
 
 /// Different rates that tokens have of their own. More of them: as if they had none.
@@ -265,7 +265,7 @@ const OWN_BUCKETS: usize = 1_024;
 /// What a request of one limit is measured by.
 struct Chosen<'a> {
     amounts: LimitAmounts,
-    table: Cow<'a, Arc<LimitTable>>,
+    table: Cow<'a, Arc<LimitTable<LimitBucket>>>,
 }
 
 /// A limit on a route.
@@ -342,7 +342,7 @@ pub type LimitFacts = SmallVec<[LimitFact; 2]>;
 /// A place among the requests in flight, given back when it is dropped.
 #[derive(Debug)]
 pub struct InFlight {
-    table: Arc<LimitTable>,
+    table: Arc<LimitTable<LimitBucket>>,
     key: u64,
     shared: bool,
 }
@@ -359,7 +359,8 @@ pub struct LimitsTaken {
     pub facts: LimitFacts,
     /// To be kept as long as the request goes on.
     pub in_flight: SmallVec<[InFlight; 1]>,
-    taken: SmallVec<[BucketChange; 1]>,
+    /// Only of the early stage.
+    taken: Vec<BucketChange>,
 }
 
 #[derive(Debug)]
@@ -574,7 +575,7 @@ impl RequestLimits {
         limit: &RunningLimit,
         amounts: &LimitAmounts,
         cost: u64,
-        locked: &mut LockedBucket<'_>,
+        locked: &mut LockedBucket<'_, LimitBucket>,
         asked: &mut Asked<'_, '_>,
     ) -> bool {
         let number = u16::try_from(next.limit).unwrap_or(u16::MAX);
@@ -711,8 +712,7 @@ impl RunningLimit {
     fn key(&self, subject: &LimitSubject<'_>) -> Option<u64> {
         // The digest of a token is a hash already.
         if let [LimitKeyPart::Token] = self.settings.buckets.key.as_slice() {
-            let [a, b, c, d, e, f, g, h, ..] = subject.token?.as_bytes();
-            return Some(u64::from_ne_bytes([*a, *b, *c, *d, *e, *f, *g, *h]) ^ self.seed.0);
+            return Some(subject.token?.spread() ^ self.seed.0);
         }
         let mut hash = SipHasher13::new_with_keys(self.seed.0, self.seed.1);
         let mut headers = self.headers.iter();

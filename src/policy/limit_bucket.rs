@@ -1,6 +1,7 @@
 //! One bucket of a limit: a rate with a burst (GCRA), a quota of the calendar in UTC, requests in flight. Pure integers; the
 //! time is an argument. It must not know whose bucket it is, nor how many there are.
 
+use super::limit_table::TableBucket;
 use crate::clock::Now;
 
 const DAY_MS: u64 = 24 * 60 * 60 * 1000;
@@ -242,18 +243,6 @@ impl LimitBucket {
         self.in_flight = self.in_flight.saturating_sub(1);
     }
 
-    /// When it will be as good as new, by the monotonic clock, if no request is in flight; one that is so already is idle, and
-    /// may make room for another.
-    pub(super) fn idle_at(&self, amounts: &LimitAmounts, now: Now) -> u64 {
-        if self.in_flight > 0 {
-            return u64::MAX;
-        }
-        let rate = amounts.rate.map_or(0, |rate| rate.debt(self, now).div_ceil(rate.requests.max(1)));
-        let quota = amounts.quota.filter(|quota| quota.used(self, now).1 > 0);
-        let quota = quota.map_or(0, |quota| quota.period.rest_ms(now.unix_ms));
-        now.mono_ms.saturating_add(rate.max(quota))
-    }
-
     /// Of the rate if there is one, else of the quota, else of the requests in flight.
     pub(super) fn level(&self, amounts: &LimitAmounts, now: Now) -> BucketLevel {
         if let Some(rate) = &amounts.rate {
@@ -267,6 +256,22 @@ impl LimitBucket {
         }
         let remaining = amounts.concurrency.unwrap_or(0).saturating_sub(self.in_flight);
         BucketLevel { remaining: remaining.into(), full_in_ms: 0 }
+    }
+}
+
+impl TableBucket for LimitBucket {
+    type Terms = LimitAmounts;
+
+    /// When it will be as good as new, by the monotonic clock, if no request is in flight; one that is so already is idle, and
+    /// may make room for another.
+    fn idle_at(&self, amounts: &LimitAmounts, now: Now) -> u64 {
+        if self.in_flight > 0 {
+            return u64::MAX;
+        }
+        let rate = amounts.rate.map_or(0, |rate| rate.debt(self, now).div_ceil(rate.requests.max(1)));
+        let quota = amounts.quota.filter(|quota| quota.used(self, now).1 > 0);
+        let quota = quota.map_or(0, |quota| quota.period.rest_ms(now.unix_ms));
+        now.mono_ms.saturating_add(rate.max(quota))
     }
 }
 

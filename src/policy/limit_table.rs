@@ -1,8 +1,7 @@
 //! The buckets of one limit, by key, in memory of a fixed size. Only a bucket that is as good as new makes room for another
 //! one, so that nobody gets more by being forgotten; while all are in use, newcomers share one bucket. It must not know what a
-//! key stands for.
+//! key stands for, nor what a bucket counts.
 
-use super::limit_bucket::{LimitAmounts, LimitBucket};
 use crate::clock::Now;
 use parking_lot::{Mutex, MutexGuard};
 
@@ -12,24 +11,33 @@ const MOST_SHARDS: usize = 64;
 /// A search that found all buckets of a shard in use is not repeated before this, unless one becomes idle earlier.
 const SEARCH_AGAIN_MS: u64 = 1_000;
 
+/// What is kept for a key.
+pub(super) trait TableBucket: Copy + Default {
+    /// What all buckets of a table have in common.
+    type Terms;
+
+    /// When the bucket is as good as a new one, by the monotonic clock.
+    fn idle_at(&self, terms: &Self::Terms, now: Now) -> u64;
+}
+
 #[derive(Debug)]
-pub(super) struct LimitTable {
-    shards: Box<[Mutex<LimitShard>]>,
+pub(super) struct LimitTable<B> {
+    shards: Box<[Mutex<LimitShard<B>>]>,
     /// Bits of a key that are not those of its shard.
     shift: u32,
     /// For keys that have no bucket of their own.
-    shared: Mutex<LimitBucket>,
+    shared: Mutex<B>,
 }
 
 /// A bucket that is locked, alone or with its neighbours.
-pub(super) struct LockedBucket<'t> {
-    shard: MutexGuard<'t, LimitShard>,
+pub(super) struct LockedBucket<'t, B> {
+    shard: MutexGuard<'t, LimitShard<B>>,
     at: usize,
-    shared: Option<MutexGuard<'t, LimitBucket>>,
+    shared: Option<MutexGuard<'t, B>>,
 }
 
-impl LockedBucket<'_> {
-    pub(super) fn get(&mut self) -> Option<&mut LimitBucket> {
+impl<B> LockedBucket<'_, B> {
+    pub(super) fn get(&mut self) -> Option<&mut B> {
         match &mut self.shared {
             Some(shared) => Some(shared),
             None => self.shard.slots.get_mut(self.at).map(|slot| &mut slot.bucket),
@@ -44,9 +52,9 @@ impl LockedBucket<'_> {
 
 /// Open addressing with linear probing: a key stands in the first free slot from its own place on.
 #[derive(Debug)]
-struct LimitShard {
+struct LimitShard<B> {
     /// A power of two, and more than `most`: a search always comes to an end.
-    slots: Box<[LimitSlot]>,
+    slots: Box<[LimitSlot<B>]>,
     most: usize,
     occupied: usize,
     /// Where the search for an idle bucket goes on.
@@ -56,10 +64,10 @@ struct LimitShard {
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct LimitSlot {
+struct LimitSlot<B> {
     /// 0: free.
     key: u64,
-    bucket: LimitBucket,
+    bucket: B,
 }
 
 /// Keys are spread evenly; none is 0.
@@ -67,7 +75,7 @@ fn key(hash: u64) -> u64 {
     hash.max(1)
 }
 
-impl LimitTable {
+impl<B: TableBucket> LimitTable<B> {
     pub(super) fn new(buckets: usize) -> Self {
         let shards = (buckets / SHARD).clamp(1, MOST_SHARDS).next_power_of_two();
         let most = buckets.div_ceil(shards).max(1);
@@ -87,18 +95,18 @@ impl LimitTable {
         }
     }
 
-    fn shard(&self, key: u64) -> Option<&Mutex<LimitShard>> {
+    fn shard(&self, key: u64) -> Option<&Mutex<LimitShard<B>>> {
         // With one shard there is nothing to shift by.
         self.shards.get(key.checked_shr(self.shift).unwrap_or(0) as usize)
     }
 
     /// The bucket of a key. Locks are taken by place: of limits in their order, and of one limit the shared bucket last.
-    pub(super) fn lock(&self, hash: u64, amounts: &LimitAmounts, now: Now) -> Option<LockedBucket<'_>> {
+    pub(super) fn lock(&self, hash: u64, terms: &B::Terms, now: Now) -> Option<LockedBucket<'_, B>> {
         let key = key(hash);
         let mut shard = self.shard(key)?.lock();
         match shard.find(key) {
             Ok(at) => Some(LockedBucket { shard, at, shared: None }),
-            Err(free) => match shard.insert(key, free, amounts, now) {
+            Err(free) => match shard.insert(key, free, terms, now) {
                 Some(at) => Some(LockedBucket { shard, at, shared: None }),
                 None => Some(LockedBucket { shard, at: 0, shared: Some(self.shared.lock()) }),
             },
@@ -106,7 +114,7 @@ impl LimitTable {
     }
 
     /// The bucket of a key that has something in it.
-    pub(super) fn change(&self, hash: u64, shared: bool, change: impl FnOnce(&mut LimitBucket)) {
+    pub(super) fn change(&self, hash: u64, shared: bool, change: impl FnOnce(&mut B)) {
         if shared {
             return change(&mut self.shared.lock());
         }
@@ -121,9 +129,27 @@ impl LimitTable {
             change(&mut slot.bucket);
         }
     }
+
+    /// Looks at the bucket of a key, if it has one of its own.
+    pub(super) fn with_known<T>(&self, hash: u64, look: impl FnOnce(&mut B) -> T) -> Option<T> {
+        let key = key(hash);
+        let mut shard = self.shard(key)?.lock();
+        let at = shard.find(key).ok()?;
+        shard.slots.get_mut(at).map(|slot| look(&mut slot.bucket))
+    }
+
+    /// Goes through all buckets but the shared one, with one shard locked at a time.
+    pub(super) fn for_each(&self, mut change: impl FnMut(&mut B)) {
+        for shard in &self.shards {
+            let mut shard = shard.lock();
+            // Some may be idle by now.
+            shard.full_until = 0;
+            shard.slots.iter_mut().filter(|slot| slot.key != 0).for_each(|slot| change(&mut slot.bucket));
+        }
+    }
 }
 
-impl LimitShard {
+impl<B: TableBucket> LimitShard<B> {
     fn mask(&self) -> usize {
         self.slots.len() - 1
     }
@@ -146,11 +172,11 @@ impl LimitShard {
 
     /// Makes a bucket for a key that has none. `None`: all are in use.
     #[cold]
-    fn insert(&mut self, key: u64, free: usize, amounts: &LimitAmounts, now: Now) -> Option<usize> {
+    fn insert(&mut self, key: u64, free: usize, terms: &B::Terms, now: Now) -> Option<usize> {
         // An idle one that stands in the way of the key gives its place.
         let mut at = key as usize & self.mask();
         while at != free {
-            if self.is_idle(at, amounts, now) {
+            if self.is_idle(at, terms, now) {
                 return self.put(key, at);
             }
             at = (at + 1) & self.mask();
@@ -159,7 +185,7 @@ impl LimitShard {
             self.occupied += 1;
             return self.put(key, free);
         }
-        let idle = self.next_idle(amounts, now)?;
+        let idle = self.next_idle(terms, now)?;
         self.remove(idle);
         // The removal may have moved others into the way.
         let free = self.find(key).err()?;
@@ -168,16 +194,16 @@ impl LimitShard {
     }
 
     fn put(&mut self, key: u64, at: usize) -> Option<usize> {
-        *self.slots.get_mut(at)? = LimitSlot { key, bucket: LimitBucket::default() };
+        *self.slots.get_mut(at)? = LimitSlot { key, bucket: B::default() };
         Some(at)
     }
 
-    fn is_idle(&self, at: usize, amounts: &LimitAmounts, now: Now) -> bool {
-        self.slots.get(at).is_some_and(|slot| slot.key != 0 && slot.bucket.idle_at(amounts, now) <= now.mono_ms)
+    fn is_idle(&self, at: usize, terms: &B::Terms, now: Now) -> bool {
+        self.slots.get(at).is_some_and(|slot| slot.key != 0 && slot.bucket.idle_at(terms, now) <= now.mono_ms)
     }
 
     /// Goes round once. That no bucket is idle is remembered, so that many newcomers cost no search each.
-    fn next_idle(&mut self, amounts: &LimitAmounts, now: Now) -> Option<usize> {
+    fn next_idle(&mut self, terms: &B::Terms, now: Now) -> Option<usize> {
         if now.mono_ms < self.full_until {
             return None;
         }
@@ -185,7 +211,7 @@ impl LimitShard {
         for step in 0..self.slots.len() {
             let at = (self.hand + step) & self.mask();
             let Some(slot) = self.slots.get(at).filter(|slot| slot.key != 0) else { continue };
-            let idle_at = slot.bucket.idle_at(amounts, now);
+            let idle_at = slot.bucket.idle_at(terms, now);
             if idle_at <= now.mono_ms {
                 self.hand = (at + 1) & self.mask();
                 return Some(at);
@@ -219,7 +245,7 @@ impl LimitShard {
 
 #[cfg(test)]
 mod tests {
-    use super::super::limit_bucket::RefillRate;
+    use super::super::limit_bucket::{LimitAmounts, LimitBucket, RefillRate};
     use super::*;
     use std::collections::HashMap;
 
@@ -232,7 +258,7 @@ mod tests {
     }
 
     /// Takes one: whether it was there, and whether the bucket is the shared one.
-    fn ask(table: &LimitTable, key: u64, amounts: &LimitAmounts, now: Now) -> (bool, bool) {
+    fn ask(table: &LimitTable<LimitBucket>, key: u64, amounts: &LimitAmounts, now: Now) -> (bool, bool) {
         let mut locked = table.lock(key, amounts, now).unwrap();
         let shared = locked.is_shared();
         let bucket = locked.get().unwrap();

@@ -1,11 +1,13 @@
 //! 3 MAY THEY. Decides whether an identity may do what is asked. Pure. A [`Permit`] can only be made here, and nothing
 //! is forwarded without one.
 
+mod guessing;
 mod limit;
 mod limit_bucket;
 mod limit_table;
 mod scope;
 
+pub use guessing::{GuessCount, GuessEpisode, GuessGuard, GuessRefusal, GuessSettings, GuessTurn, GuessVerdict};
 pub use limit::{
     BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitPlan,
     LimitResult, LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits,
@@ -37,8 +39,13 @@ impl Permit {
     }
 
     /// Keeps places as long as the request goes on.
-    pub fn keep(&mut self, in_flight: impl IntoIterator<Item = InFlight>) {
-        self.in_flight.extend(in_flight);
+    pub fn keep(&mut self, in_flight: SmallVec<[InFlight; 1]>) {
+        // Nearly always there are none, and those of one stage only otherwise.
+        if self.in_flight.is_empty() {
+            self.in_flight = in_flight;
+        } else {
+            self.in_flight.extend(in_flight);
+        }
     }
 }
 
@@ -59,6 +66,8 @@ pub enum PolicyFault {
     /// The token's record names methods, and this is none of them.
     TokenMethod,
     Limit(Excess),
+    /// Too many failed tokens came from this address, and this one would have to be looked up.
+    Guessing(GuessRefusal),
 }
 
 /// What a valid token may do.

@@ -192,6 +192,7 @@ impl Refusal {
             Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Rate, .. })) => (429, "limit_rate"),
             Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Quota, .. })) => (429, "limit_quota"),
             Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Concurrency, .. })) => (429, "limit_concurrency"),
+            Cause::Policy(PolicyFault::Guessing(_)) => (429, "guessing"),
             Cause::Request(R::NoRoute) => (404, "no_route"),
             Cause::Request(R::MethodNotAllowed) => (405, "method"),
             Cause::Request(R::HeaderTimeout) => (408, "header_timeout"),
@@ -239,6 +240,9 @@ impl Refusal {
         if let Cause::Policy(PolicyFault::Limit(excess)) = self.cause {
             excess_fields(&excess, sink);
         }
+        if let Cause::Policy(PolicyFault::Guessing(refusal)) = self.cause {
+            number_field(b"Retry-After", refusal.retry_after, sink);
+        }
         for (name, value) in envelope.limits.into_iter().flat_map(LimitFields::fields) {
             sink.field(name.as_bytes(), value.as_bytes());
         }
@@ -258,15 +262,17 @@ impl Refusal {
 
 /// When the client may come again, as GitLab says it: its clients wait by these.
 fn excess_fields(excess: &Excess, sink: &mut impl AnswerSink) {
-    let mut field = |name: &[u8], value: u64| {
-        sink.field_by(name, |out| decimal(usize::try_from(value).unwrap_or(usize::MAX), out));
-    };
+    let mut field = |name: &[u8], value: u64| number_field(name, value, sink);
     field(b"Retry-After", excess.retry_after);
     if let Some(per_minute) = excess.per_minute {
         field(b"RateLimit-Limit", per_minute);
         field(b"RateLimit-Remaining", excess.remaining);
         field(b"RateLimit-Reset", excess.reset);
     }
+}
+
+fn number_field(name: &[u8], value: u64, sink: &mut impl AnswerSink) {
+    sink.field_by(name, |out| decimal(usize::try_from(value).unwrap_or(usize::MAX), out));
 }
 
 /// Takes an answer of tollgate's own.

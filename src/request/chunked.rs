@@ -1,6 +1,8 @@
 //! Checks the framing of a chunked body byte by byte. Pure. Lenient parsers disagree about bare LF, empty sizes and
 //! extensions, so a body that deviates from the grammar in any way is refused before it reaches one.
 
+use super::seeded::{self, Rule};
+
 /// Chunks of 2^56 bytes and more are refused, so that the size cannot overflow 64 bits.
 const MAX_SIZE_DIGITS: usize = 14;
 /// Size digits and extensions of one chunk. Extensions are not forwarded.
@@ -93,7 +95,7 @@ impl ChunkedBody {
                 return Ok(());
             }
             // At least one digit, then the line end or an extension.
-            (ChunkState::Size, b'\r') if self.seen > 1 => ChunkState::SizeLf,
+            (ChunkState::Size, b'\r') if self.seen > 1 || seeded::off(Rule::ChunkDigits) => ChunkState::SizeLf,
             (ChunkState::Size, b';') if self.seen > 1 => ChunkState::Extension,
             (ChunkState::Extension, b'\r') => ChunkState::SizeLf,
             (ChunkState::Extension, b'\t' | 0x20..=0x7e) if self.seen <= MAX_EXTENSION_BYTES => return Ok(()),

@@ -2,6 +2,7 @@
 //! Pure: bytes in, a [`RequestView`] or the reason for a refusal out. It must never repair anything: whatever deviates
 //! from the grammar is refused, because the next parser might repair it differently.
 
+use super::seeded::{self, Rule};
 use super::view::{Field, FieldKind, Fields, Framing, Method, RequestView, Version};
 use memchr::memmem::Finder;
 use std::sync::LazyLock;
@@ -254,6 +255,7 @@ impl<'a> Gathered<'a> {
             (None, false) | (Some(0), false) => Framing::Empty,
             (Some(n), false) => Framing::Length(n),
             (None, true) if version == Version::Http11 => Framing::Chunked,
+            (Some(length), true) if seeded::off(Rule::BothFramings) => Framing::Length(length),
             _ => return Err(HeadFault::Framing),
         };
         Ok(facts)

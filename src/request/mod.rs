@@ -238,6 +238,7 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
         return Err(early(RequestFault::TargetTooLong));
     }
     target::check(view.target).map_err(|fault| early(RequestFault::Target(fault)))?;
+    seeded::trip(view.path());
     let canonical = target::canonical(view.path());
     let found = rules.routes.find(method, view.host, &canonical).and_then(|index| rules.routes.get(index));
     let route = found.ok_or_else(|| early(RequestFault::NoRoute))?;

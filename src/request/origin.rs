@@ -5,7 +5,7 @@ use super::view::{Field, FieldKind, RequestView};
 use crate::problem::Problem;
 use ipnet::{IpNet, Ipv4Net};
 use smallvec::SmallVec;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 /// Maximum number of addresses read from X-Forwarded-For, from the right. Real chains have a handful; a longer list is
@@ -47,6 +47,15 @@ impl TrustedProxies {
     }
 }
 
+/// Whom an address stands for where clients are counted: itself, or its IPv6 network of 64 bits. Whoever has an IPv6 address has
+/// 2^64 of them.
+pub fn network_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => address.into(),
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+    }
+}
+
 /// Networks, and peers on a Unix socket, which have no address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AddressList {
@@ -59,6 +68,7 @@ impl AddressList {
         self.networks.is_empty() && !self.unix_peers
     }
 
+    /// Takes the client as [`Origin`] says it.
     pub fn has(&self, client: Option<IpAddr>) -> bool {
         match client {
             Some(ip) => self.networks.iter().any(|network| network.contains(&ip)),
@@ -264,7 +274,7 @@ fn port_of(host: &[u8]) -> Option<&[u8]> {
 /// One element of X-Forwarded-For: an address, also with a port or in brackets. The port is dropped.
 fn address(element: &[u8]) -> Option<IpAddr> {
     let text = std::str::from_utf8(element).ok()?;
-    let bracketed = || text.strip_prefix('[')?.strip_suffix(']')?.parse::<std::net::Ipv6Addr>().ok().map(IpAddr::from);
+    let bracketed = || text.strip_prefix('[')?.strip_suffix(']')?.parse::<Ipv6Addr>().ok().map(IpAddr::from);
     let ip = text.parse::<IpAddr>().ok();
     let ip = ip.or_else(|| text.parse::<SocketAddr>().ok().map(|socket| socket.ip())).or_else(bracketed);
     ip.map(|ip| ip.to_canonical())

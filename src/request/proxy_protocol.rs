@@ -1,6 +1,7 @@
 //! The PROXY protocol, versions 1 and 2 (haproxy.org/download/3.0/doc/proxy-protocol.txt): the client's address, as a load
 //! balancer says it at the start of a connection. Pure: who may send it, and how it is read, is decided elsewhere.
 
+use super::seeded::{self, Rule};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// No header is shorter, of either version: so much can be read without taking anything that belongs to the client.
@@ -54,7 +55,7 @@ pub fn line(line: &[u8]) -> Result<Option<IpAddr>, ProxyFault> {
     let mut next = || words.next().ok_or(ProxyFault::Malformed);
     let (source, destination) = (next()?, next()?);
     let ports = [next()?, next()?];
-    if words.next().is_some() || !ports.into_iter().all(is_port) {
+    if (words.next().is_some() && !seeded::off(Rule::ProxyLineEnd)) || !ports.into_iter().all(is_port) {
         return Err(ProxyFault::Malformed);
     }
     let read = |text: &str| match family {

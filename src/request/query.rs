@@ -82,11 +82,16 @@ impl Names {
 
     /// The same for a decoded name, as in a multipart body.
     pub fn key_of_decoded(&self, decoded: &[u8]) -> Option<(Key, Spelling)> {
-        // body-parser (Express) drops a byte order mark at the beginning of a form.
-        if let Some(rest) = decoded.strip_prefix(BYTE_ORDER_MARK) {
-            return self.key_of_decoded(rest).map(|(key, _)| (key, Spelling::Foreign));
+        // body-parser (Express) drops a byte order mark at the beginning of a form. A loop: a client may send thousands.
+        let mut name = decoded;
+        while let Some(rest) = name.strip_prefix(BYTE_ORDER_MARK) {
+            name = rest;
         }
-        self.as_rack_reads(decoded).or_else(|| Some((self.as_php_reads(decoded)?, Spelling::Foreign)))
+        if name.len() < decoded.len() {
+            let key = self.as_rack_reads(name).map(|(key, _)| key).or_else(|| self.as_php_reads(name))?;
+            return Some((key, Spelling::Foreign));
+        }
+        self.as_rack_reads(name).or_else(|| Some((self.as_php_reads(name)?, Spelling::Foreign)))
     }
 
     /// Rack strips brackets before the name and ends it at the next one. Express (qs) and parsers without nesting find

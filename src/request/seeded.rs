@@ -1,6 +1,6 @@
-//! Rules that can be switched off one at a time, so that the differential test suite can prove that it detects what
-//! each of them prevents. Only in the binary `tollgate-seeded` with the feature `seeded-faults`; in every other build
-//! [`off`] is the constant false and the environment is not read.
+//! Rules that can be switched off one at a time, so that the differential test suite and the fuzz targets can prove that
+//! they detect what each of them prevents. Only in the binaries with the feature `seeded-faults`, `tollgate-seeded` and the
+//! one of `fuzz/`; in every other build [`off`] is the constant false and the environment is not read.
 
 /// The rules that can be switched off, by variant name in TOLLGATE_SEEDED_FAULT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +39,36 @@ pub(crate) enum Rule {
     PartStart,
     /// Nothing follows the last part.
     PartEnd,
+    /// No request makes the gateway panic.
+    Panic,
+
+    // From here on, what the fuzz targets alone are tested with.
+    /// Content-Length beside Transfer-Encoding is refused.
+    BothFramings,
+    /// The size of a chunk has at least one digit.
+    ChunkDigits,
+    /// Escaped dots count as dots.
+    EscapedDots,
+    /// The escapes of a canonical path are in capitals.
+    EscapeCase,
+    /// A backend's head has whole line ends and no control bytes.
+    AnswerText,
+    /// URLs in an answer lose the request's token.
+    AnswerToken,
+    /// Nothing follows the ports in a line of the PROXY protocol.
+    ProxyLineEnd,
+    /// A value of HTTP/2 has no blanks at its ends.
+    Http2Blanks,
+    /// A CONTINUATION frame can end a header block.
+    BlockEnd,
+    /// Hex digits of a trace context are in lower case.
+    TraceCase,
+    /// What is wrong with a token file is said without what stands in it.
+    FileQuotes,
+    /// A cache file has as many entries as its header says.
+    CacheCount,
+    /// A value that may be a secret is not shown.
+    ConfigSecret,
 }
 
 #[cfg(not(feature = "seeded-faults"))]
@@ -52,4 +82,10 @@ pub(crate) fn off(rule: Rule) -> bool {
     static NAME: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
     let name = NAME.get_or_init(|| std::env::var("TOLLGATE_SEEDED_FAULT").ok());
     name.as_deref() == Some(format!("{rule:?}").as_str())
+}
+
+/// Panics on a path that says so, if that rule is switched off: a panic within a request must cost no more than its connection.
+#[inline]
+pub(crate) fn trip(path: &[u8]) {
+    assert!(!off(Rule::Panic) || !path.ends_with(b"/seeded-panic"), "a seeded panic");
 }

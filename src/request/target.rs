@@ -1,6 +1,7 @@
 //! Checks that a request target is unambiguous, and computes the canonical path that routes are matched on.
 //! Pure. The client's own bytes are forwarded; the canonical form is used for matching only.
 
+use super::seeded::{self, Rule};
 use super::view::split_target;
 use std::borrow::Cow;
 
@@ -47,6 +48,7 @@ fn check_path(path: &[u8]) -> Result<(), TargetFault> {
                     // could be an overlong `.` or `/`.
                     0xc0 | 0xc1 | 0xf5..=0xff => return Err(TargetFault::IllegalByte),
                     0xe0 | 0xf0 if is_overlong(decoded, rest) => return Err(TargetFault::IllegalByte),
+                    b'.' if seeded::off(Rule::EscapedDots) => segment.other = true,
                     // An encoded slash is legal inside a project path (`group%2Fproject`). It ends a segment here,
                     // because some servers decode it before they resolve dot segments.
                     _ => segment.push(decoded)?,
@@ -161,7 +163,7 @@ pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
         let cut = match path.as_ref() {
             [b'/'] => return path,
             [rest @ .., b'/'] => rest.len(),
-            [rest @ .., b'.', b'j', b's', b'o', b'n'] if !rest.ends_with(b"/") => rest.len(),
+            [rest @ .., b'.', b'j', b's', b'o', b'n'] if ends_in_a_name(rest) => rest.len(),
             _ => return path,
         };
         match &mut path {
@@ -169,6 +171,12 @@ pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
             Cow::Owned(bytes) => bytes.truncate(cut),
         }
     }
+}
+
+/// Whether something would be left of the last segment without its `.json`, and no dot segment.
+fn ends_in_a_name(path: &[u8]) -> bool {
+    // By its last bytes alone: it is asked for each ending of many.
+    !matches!(path, [] | b"." | b".." | [.., b'/'] | [.., b'/', b'.'] | [.., b'/', b'.', b'.'])
 }
 
 fn decode_and_squeeze(path: &[u8]) -> Vec<u8> {
@@ -183,7 +191,8 @@ fn decode_and_squeeze(path: &[u8]) -> Vec<u8> {
             }
             (b'%', Some(_)) => {
                 out.push(b'%');
-                out.extend(tail[..2].iter().map(u8::to_ascii_uppercase));
+                let in_capitals = |b: &u8| if seeded::off(Rule::EscapeCase) { *b } else { b.to_ascii_uppercase() };
+                out.extend(tail[..2].iter().map(in_capitals));
                 rest = &tail[2..];
             }
             (b'/', _) if out.last() == Some(&b'/') => {}
@@ -289,6 +298,9 @@ mod tests {
             ("//api/v3//", "/api/v3"),
             ("/api/v3/%73ession.json", "/api/v3/session"),
             ("/", "/"),
+            // Found by the fuzz target `path`: a canonical path holds no dot segment.
+            ("/a/..json", "/a/..json"),
+            ("/a/...json.json/", "/a/...json"),
             ("///", "/"),
             ("/a%2Fb", "/a%2Fb"),
             ("/a%2fb%c3%A4", "/a%2Fb%C3%A4"),

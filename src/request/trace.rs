@@ -1,7 +1,9 @@
 //! A request's place in a trace, as W3C Trace Context (`traceparent`) has it. Pure: new ids come from the caller. A field that
 //! is not exactly of the grammar is no trace context, and must never be passed on.
 
+use super::seeded::{self, Rule};
 use super::view::{FieldKind, RequestView};
+use crate::hex;
 use std::num::{NonZeroU64, NonZeroU128};
 
 /// What becomes of `traceparent` and `tracestate`.
@@ -84,9 +86,9 @@ impl TraceContext {
         if !text.starts_with(b"00-") || text[35] != b'-' || text[52] != b'-' {
             return None;
         }
-        let trace_id = NonZeroU128::new(hex(&text[3..35])?)?;
-        let parent = NonZeroU64::new(u64::try_from(hex(&text[36..52])?).ok()?)?;
-        let flags = u8::try_from(hex(&text[53..])?).ok()?;
+        let trace_id = NonZeroU128::new(read_hex(&text[3..35])?)?;
+        let parent = NonZeroU64::new(u64::try_from(read_hex(&text[36..52])?).ok()?)?;
+        let flags = u8::try_from(read_hex(&text[53..])?).ok()?;
         Some(Self { trace_id, parent: Some(parent), span: None, flags })
     }
 
@@ -105,37 +107,30 @@ impl TraceContext {
         text[..2].copy_from_slice(b"00");
         text[3..35].copy_from_slice(&self.trace_id_hex());
         let parent = self.span.or(self.parent).map_or(0, NonZeroU64::get);
-        write_hex(parent.into(), &mut text[36..52]);
-        write_hex(self.flags.into(), &mut text[53..]);
+        hex::write(&parent.to_be_bytes(), &mut text[36..52]);
+        hex::write(&[self.flags], &mut text[53..]);
         out.extend_from_slice(&text);
     }
 
     /// The trace id in lower-case hex.
     pub fn trace_id_hex(&self) -> [u8; 32] {
         let mut text = [0; 32];
-        write_hex(self.trace_id.get(), &mut text);
+        hex::write(&self.trace_id.get().to_be_bytes(), &mut text);
         text
     }
 }
 
 /// Lower-case hex only.
-fn hex(text: &[u8]) -> Option<u128> {
+fn read_hex(text: &[u8]) -> Option<u128> {
     text.iter().try_fold(0, |value, byte| {
         let digit = match byte {
             b'0'..=b'9' => byte - b'0',
             b'a'..=b'f' => byte - b'a' + 10,
+            b'A'..=b'F' if seeded::off(Rule::TraceCase) => byte - b'A' + 10,
             _ => return None,
         };
         Some(value << 4 | u128::from(digit))
     })
-}
-
-fn write_hex(mut value: u128, out: &mut [u8]) {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    for byte in out.iter_mut().rev() {
-        *byte = DIGITS[usize::from(value as u8 & 15)];
-        value >>= 4;
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A token as the stages after `request` see it: its digest, and the secret only for stores that must send it on.
 //! Nothing here prints a token.
 
+use crate::hex;
 use sha2::{Digest as _, Sha256};
 
 /// SHA-256 of a token: the form in which tokens are stored, and the cache's key.
@@ -14,6 +15,12 @@ impl Digest {
 
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
+    }
+
+    /// A number that is spread evenly.
+    pub fn spread(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
     }
 
     /// Reads 64 hex digits.
@@ -33,16 +40,13 @@ impl Digest {
     }
 
     pub fn to_hex(self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex::encode(&self.0)
     }
 
     /// The token's id in logs and on the command line: the first 12 hex digits.
     pub fn id(&self) -> TokenId {
         let mut id = [0; 12];
-        for (pair, byte) in id.chunks_mut(2).zip(self.0) {
-            pair[0] = HEX[usize::from(byte >> 4)];
-            pair[1] = HEX[usize::from(byte & 15)];
-        }
+        hex::write(&self.0, &mut id);
         TokenId(id)
     }
 
@@ -69,8 +73,6 @@ impl DigestPrefix {
         digits.filter(|digits| (12..=64).contains(&digits.len())).map(Self)
     }
 }
-
-const HEX: &[u8; 16] = b"0123456789abcdef";
 
 impl std::hash::Hash for Digest {
     /// Eight bytes of a digest are sufficient; the map's keyed hasher prevents chosen collisions.

@@ -62,4 +62,5 @@ impl StoreSettings {
     }
 }
 
-const REMOTE: &str = "the gateway starts, and answers 503 until the store can be used";
+const REMOTE: &str =
+    "a gateway starts all the same, and answers 503 until the store can be used; an upgrade is refused";

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -218,7 +218,8 @@ fn count_lines(bytes: &[u8]) -> u64 {
 
 fn open(path: &Path) -> io::Result<File> {
     let mut options = std::fs::OpenOptions::new();
-    options.append(true).create(true);
+    // What callers do is nobody's business but the operator's and the group's that reads logs.
+    options.append(true).create(true).mode(0o640);
     // Opened for reading as well, so that opening a FIFO does not block until it has a reader.
     let mut file = match options.clone().read(true).open(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => options.open(path)?,

@@ -1,6 +1,7 @@
 //! Every metric of tollgate, with its help text. Labels are enums or configured names, never a client's bytes, so that
 //! no client can mint a series. Series that a request touches are resolved once, at start.
 
+use super::guess_metrics::GuessMetrics;
 use super::limit_metrics::{LimitFamilies, LimitMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::server_metrics::ServerFamilies;
@@ -105,8 +106,10 @@ pub struct Metrics {
     servers: Arc<ServerFamilies>,
     listeners: ListenerMetrics,
     limits: LimitFamilies,
+    guessing: GuessMetrics,
     /// Access log, process log.
     log_dropped: [IntCounter; 3],
+    panics: IntCounter,
     spans: Vec<IntCounter>,
     reloads: IntCounterVec,
     config_loaded: IntGauge,
@@ -148,7 +151,7 @@ impl Families<'_> {
         Ok(metric)
     }
 
-    fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+    pub(super) fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
         self.registered(IntCounter::new(name, help)?)
     }
 
@@ -156,7 +159,7 @@ impl Families<'_> {
         self.registered(IntCounterVec::new(Opts::new(name, help), labels)?)
     }
 
-    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    pub(super) fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
         self.registered(IntGauge::new(name, help)?)
     }
 
@@ -241,6 +244,7 @@ impl Metrics {
             servers: Arc::new(ServerFamilies::new(&families)?),
             listeners: ListenerMetrics::new(&families)?,
             limits: LimitFamilies::new(&families)?,
+            guessing: GuessMetrics::new(&families)?,
             lookups_refused: families
                 .counter("tollgate_lookups_refused_total", "Lookups refused because too many were in progress.")?,
             rotated: Generation::ALL.iter().map(|g| rotated.with_label_values(&[g.as_str()])).collect(),
@@ -292,6 +296,10 @@ impl Metrics {
                 &["upstream"],
             )?,
             spans: SpanResult::ALL.iter().map(|r| spans.with_label_values(&[r.as_str()])).collect(),
+            panics: families.counter(
+                "tollgate_panics_total",
+                "Panics. One within a request ends its connection, and nothing else; each is a bug.",
+            )?,
             log_dropped: ["access", "process", "audit"].map(|log| log_dropped.with_label_values(&[log])),
             reloads: families.counters(
                 "tollgate_config_reloads_total",
@@ -319,6 +327,11 @@ impl Metrics {
     /// Those of one limit.
     pub fn limit(&self, name: &str) -> LimitMetrics {
         self.limits.of(name)
+    }
+
+    /// Those about addresses that guess tokens.
+    pub fn guessing(&self) -> &GuessMetrics {
+        &self.guessing
     }
 
     pub fn request_started(&self) -> Guard {
@@ -459,6 +472,7 @@ impl Metrics {
         // The process log is there before any metric is.
         let process = &self.log_dropped[1];
         process.inc_by(super::process_log::lost().saturating_sub(process.get()));
+        self.panics.inc_by(super::process_log::panics().saturating_sub(self.panics.get()));
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 }

@@ -15,6 +15,14 @@ const FLUSH: Duration = Duration::from_secs(1);
 /// Dropped lines. A static, because a process has one logger.
 static LOST: AtomicU64 = AtomicU64::new(0);
 
+/// Panics so far. A static like the hook that counts them.
+static PANICS: AtomicU64 = AtomicU64::new(0);
+
+/// The number of panics so far.
+pub fn panics() -> u64 {
+    PANICS.load(Ordering::Relaxed)
+}
+
 /// The number of dropped lines so far.
 pub fn lost() -> u64 {
     LOST.load(Ordering::Relaxed)
@@ -39,6 +47,7 @@ pub fn start(level: LevelFilter, levels: &'static [(&'static str, LevelFilter)])
     let queue = LineQueue::start("process", stderr, count_lost)?;
     if log::set_boxed_logger(Box::new(ProcessLog { queue, levels, with_time })).is_ok() {
         std::panic::set_hook(Box::new(|panic| {
+            PANICS.fetch_add(1, Ordering::Relaxed);
             log::error!("{panic}");
             // A panic of the main thread ends the process; elsewhere it ends a request or a task.
             if std::thread::current().name() == Some("main") {

@@ -6,6 +6,7 @@
 //! whether to pick again. What is done in the background is said by [`Upstream::looks`] and [`Upstream::names`].
 
 mod budget;
+mod callers;
 mod check;
 mod queue;
 mod ring;
@@ -27,8 +28,9 @@ use crate::telemetry::metrics::{Metrics, UpstreamError, UpstreamMetrics};
 use crate::telemetry::outage::{Outage, Recovery};
 use arc_swap::ArcSwap;
 use budget::RetryBudget;
+use callers::Callers;
 use parking_lot::Mutex;
-use queue::Queue;
+use queue::{Queue, QueueTurn};
 use ring::{KeyHash, Ring};
 use roster::{Roster, RosterRules};
 use std::fmt;
@@ -52,6 +54,7 @@ pub struct UpstreamSettings {
     pub max_requests: Option<u32>,
     /// Most requests that wait for a server with room, and for how long.
     pub queue: usize,
+    pub queue_order: QueueOrder,
     pub queue_timeout: Duration,
     /// How often names are resolved again.
     pub resolve_interval: Duration,
@@ -159,6 +162,15 @@ impl UpstreamSettings {
     }
 }
 
+/// Which of the requests that wait is next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum QueueOrder {
+    /// Of the caller who asks least; among equals, the one that came first.
+    #[default]
+    Fair,
+    Arrival,
+}
+
 /// An entry of the configuration's list of servers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListedServer {
@@ -238,7 +250,7 @@ pub enum NoServer {
     Absent,
     /// Each that it could go to has as many requests as it may have.
     Busy,
-    /// The same, and so many are waiting.
+    /// The same, and so many are waiting, of callers who ask no more than this one.
     QueueFull,
     /// It has waited for too long.
     QueueTimeout,
@@ -260,6 +272,7 @@ pub struct Upstream {
     settings: UpstreamSettings,
     hash: KeyHash,
     queue: Arc<Queue>,
+    callers: Arc<Callers>,
     budget: Arc<RetryBudget>,
     roster: ArcSwap<Roster>,
     turn: AtomicUsize,
@@ -294,6 +307,7 @@ impl Upstream {
                 settings: settings.clone(),
                 hash: KeyHash::of_pool(&settings.name),
                 queue: running.map_or_else(Arc::default, |running| Arc::clone(&running.queue)),
+                callers: running.map_or_else(|| Arc::new(Callers::new(now)), |running| Arc::clone(&running.callers)),
                 // Its servers are found by `resolved`, which takes over those that it knows.
                 roster: ArcSwap::from_pointee(Roster::of(
                     running.map_or_else(Vec::new, |running| running.members()),
@@ -359,6 +373,13 @@ impl Upstream {
             self.series.retried();
             return Ok(Pick { server, fresh: true });
         }
+        if self.settings.max_requests.is_some()
+            && self.settings.queue_order == QueueOrder::Fair
+            && tries.count() == 0
+            && !tries.is_queued()
+        {
+            tries.ranked(self.callers.asks(tries.caller(), now));
+        }
         // Nobody overtakes those that wait.
         if self.settings.max_requests.is_some() && !tries.is_queued() && self.queue.waiting() > 0 {
             return Err(NoServer::Busy);
@@ -387,9 +408,12 @@ impl Upstream {
     /// gives up, [`Tries::leave_queue`] says so.
     pub fn poll_pick(&self, tries: &mut Tries, waker: &Waker, now: Instant) -> Poll<Result<Pick, NoServer>> {
         match tries.queue(&self.queue, self.settings.queue, waker) {
-            None => return Poll::Ready(Err(NoServer::QueueFull)),
-            Some(false) => return Poll::Pending,
-            Some(true) => {}
+            None | Some(QueueTurn::Displaced) => {
+                tries.leave_queue();
+                return Poll::Ready(Err(NoServer::QueueFull));
+            }
+            Some(QueueTurn::Later) => return Poll::Pending,
+            Some(QueueTurn::Now) => {}
         }
         let picked = self.pick(tries, now);
         if let Err(NoServer::Busy) = picked {
@@ -691,6 +715,7 @@ mod tests {
             slow_start: None,
             max_requests: None,
             queue: 0,
+            queue_order: QueueOrder::Fair,
             queue_timeout: Duration::from_secs(1),
             resolve_interval: Duration::from_secs(30),
             check: None,

@@ -1,11 +1,12 @@
-//! Requests that wait because every server of their pool has as many as it may have: in order of arrival, each woken when it is
-//! its turn to look for a server again. It must not know servers, nor how long a request may wait.
+//! Requests that wait because every server of their pool has as many as it may have: in order of rank and of arrival, each woken
+//! when it is its turn to look for a server again. It must not know servers, nor how long a request may wait.
 //!
 //! No waiter is lost: it stands in the queue before it looks for a server, and whoever makes room, or leaves the queue for
 //! whatever reason, wakes the next one after that.
 
+use super::callers::CallerRank;
 use parking_lot::Mutex;
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::task::Waker;
@@ -21,11 +22,13 @@ pub(super) struct Queue {
 #[derive(Default)]
 struct Line {
     next_number: u64,
-    waiting: VecDeque<QueuedRequest>,
+    waiting: BTreeMap<LinePosition, QueuedRequest>,
 }
 
+/// Those who ask less come first, and among equals those who came first.
+type LinePosition = (CallerRank, u64);
+
 struct QueuedRequest {
-    number: u64,
     /// A server failed it, which it does not try again: what it cannot use may be good for those behind it.
     is_repeat: bool,
     waker: Waker,
@@ -34,7 +37,18 @@ struct QueuedRequest {
 /// A place in the queue. It ends when this is dropped.
 pub(super) struct QueuePlace {
     queue: Arc<Queue>,
-    number: u64,
+    position: LinePosition,
+}
+
+/// What a request in the queue may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum QueueTurn {
+    /// Look for a server.
+    Now,
+    /// Wait for its waker.
+    Later,
+    /// Give up: the queue was full, and somebody came who asks less.
+    Displaced,
 }
 
 impl Queue {
@@ -42,17 +56,23 @@ impl Queue {
         self.waiting.load(SeqCst)
     }
 
-    /// `None`: so many are waiting already.
-    pub(super) fn enter(self: &Arc<Self>, most: usize, is_repeat: bool, waker: &Waker) -> Option<QueuePlace> {
+    /// `None`: so many are waiting already, of callers who ask no more.
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        most: usize,
+        rank: CallerRank,
+        is_repeat: bool,
+        waker: &Waker,
+    ) -> Option<QueuePlace> {
         let mut line = self.line.lock();
-        if line.waiting.len() >= most {
+        if line.waiting.len() >= most && !line.displace(rank) {
             return None;
         }
-        let number = line.next_number;
+        let position = (rank, line.next_number);
         line.next_number += 1;
-        line.waiting.push_back(QueuedRequest { number, is_repeat, waker: waker.clone() });
+        line.waiting.insert(position, QueuedRequest { is_repeat, waker: waker.clone() });
         self.waiting.store(line.waiting.len(), SeqCst);
-        Some(QueuePlace { queue: Arc::clone(self), number })
+        Some(QueuePlace { queue: Arc::clone(self), position })
     }
 
     /// There may be room: who is first looks again.
@@ -65,31 +85,43 @@ impl Queue {
 
 impl Line {
     fn wake(&self) {
-        for request in &self.waiting {
+        for request in self.waiting.values() {
             request.waker.wake_by_ref();
             if !request.is_repeat {
                 return;
             }
         }
     }
+
+    /// Takes the last one out who asks more. One that a server has had is left: it has waited before.
+    fn displace(&mut self, rank: CallerRank) -> bool {
+        let more = self.waiting.iter().rev().take_while(|((other, _), _)| *other > rank);
+        let last = more.into_iter().find(|(_, request)| !request.is_repeat).map(|(position, _)| *position);
+        let displaced = last.and_then(|position| self.waiting.remove(&position));
+        displaced.is_some_and(|request| {
+            request.waker.wake();
+            true
+        })
+    }
 }
 
 impl QueuePlace {
-    /// Whether it may look for a server. If not, the waker is called when it may.
-    pub(super) fn is_its_turn(&self, waker: &Waker) -> bool {
+    /// If it is later, the waker is called when that changes.
+    pub(super) fn turn(&self, waker: &Waker) -> QueueTurn {
         let mut line = self.queue.line.lock();
-        let Ok(place) = line.waiting.binary_search_by_key(&self.number, |request| request.number) else { return true };
-        line.waiting[place].waker.clone_from(waker);
-        line.waiting.range(..place).all(|ahead| ahead.is_repeat)
+        let Some(own) = line.waiting.get_mut(&self.position) else { return QueueTurn::Displaced };
+        own.waker.clone_from(waker);
+        match line.waiting.range(..self.position).all(|(_, ahead)| ahead.is_repeat) {
+            true => QueueTurn::Now,
+            false => QueueTurn::Later,
+        }
     }
 }
 
 impl Drop for QueuePlace {
     fn drop(&mut self) {
         let mut line = self.queue.line.lock();
-        if let Ok(place) = line.waiting.binary_search_by_key(&self.number, |request| request.number) {
-            line.waiting.remove(place);
-        }
+        line.waiting.remove(&self.position);
         self.queue.waiting.store(line.waiting.len(), SeqCst);
         line.wake();
     }

@@ -190,6 +190,8 @@ fn no_waiter_is_lost_between_threads() {
                     let mut served = 0;
                     for _ in 0..EACH {
                         let mut tries = Tries::default();
+                        // Some ask more than others, so that they overtake.
+                        tries.called_by(random.u64(0..seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
                         let mut picked = pool.pick(&mut tries, start);
                         while let Err(NoServer::Busy) = picked {
                             match pool.poll_pick(&mut tries, &waker, start) {
@@ -217,4 +219,89 @@ fn no_waiter_is_lost_between_threads() {
     assert!(served > THREADS * EACH / 2, "{served} were served");
     assert_eq!(pool.queue.waiting(), 0);
     assert!(pool.members().iter().all(|member| member.server.in_flight() == 0));
+}
+
+/// What became of the requests of those who ask little, and of the one who asks fifty times as much.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Outcome {
+    /// In milliseconds, of 99 in 100 of the others' requests, with the time at the server.
+    p99: u64,
+    served: usize,
+    refused: usize,
+    busy_refused: usize,
+}
+
+/// Ten seconds at a server that has room for 4 requests of 5 to 15 ms each: 20 callers with 5 requests a second, and one with so
+/// many more.
+fn crowd(order: QueueOrder, busy_each_second: u64) -> Outcome {
+    let (start, mut random) = (Instant::now(), Random::with_seed(3));
+    let pool = build(&UpstreamSettings { queue_order: order, ..bounded(&[1], Balance::RoundRobin, 4, 20) }, start);
+    let (mut running, mut waiting) = (Vec::<(u64, Tries)>::new(), Vec::<(u64, Waiter)>::new());
+    let (mut outcome, mut times) = (Outcome::default(), Vec::new());
+    let spread = |caller: u64| caller.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    for tick in 0..10_000u64 {
+        let now = start + Duration::from_millis(tick);
+        running.retain(|(ends, _)| tick < *ends);
+        let busy = busy_each_second * (tick + 1) / 1_000 - busy_each_second * tick / 1_000;
+        let others = (1..=20).filter(|caller| (tick + u64::from(*caller) * 7).is_multiple_of(200));
+        // The busy one comes first, which is the worst for the others.
+        let arrive: Vec<u32> = std::iter::repeat_n(0, busy as usize).chain(others).collect();
+        for caller in arrive {
+            let takes = random.u64(5..=15);
+            let mut tries = Tries::default();
+            tries.called_by(spread(caller.into()));
+            match pool.pick(&mut tries, now) {
+                Ok(_) => {
+                    if caller > 0 {
+                        outcome.served += 1;
+                        times.push(takes);
+                    }
+                    running.push((tick + takes, tries));
+                }
+                Err(NoServer::Busy) => {
+                    let woken = Arc::new(Woken(AtomicBool::new(true)));
+                    waiting.push((tick, Waiter { number: caller, tries, woken }));
+                }
+                Err(other) => panic!("{other:?}"),
+            }
+        }
+        while let Some(index) = waiting.iter().position(|(_, waiter)| waiter.woken.0.swap(false, Ordering::SeqCst)) {
+            let (since, waiter) = &mut waiting[index];
+            let (since, waker) = (*since, Waker::from(Arc::clone(&waiter.woken)));
+            match pool.poll_pick(&mut waiter.tries, &waker, now) {
+                Poll::Pending => {}
+                Poll::Ready(Ok(_)) => {
+                    let ((_, waiter), takes) = (waiting.remove(index), random.u64(5..=15));
+                    if waiter.number > 0 {
+                        outcome.served += 1;
+                        times.push(tick - since + takes);
+                    }
+                    running.push((tick + takes, waiter.tries));
+                }
+                Poll::Ready(Err(why)) => {
+                    assert_eq!(why, NoServer::QueueFull);
+                    let (_, waiter) = waiting.remove(index);
+                    *(if waiter.number > 0 { &mut outcome.refused } else { &mut outcome.busy_refused }) += 1;
+                }
+            }
+        }
+    }
+    times.sort_unstable();
+    outcome.p99 = times[times.len() * 99 / 100];
+    outcome
+}
+
+#[test]
+fn one_caller_who_asks_fifty_times_as_much_costs_the_others_next_to_nothing() {
+    let alone = crowd(QueueOrder::Fair, 0);
+    // 350 requests a second where 400 fit, and 1,100 and 3,100.
+    for busy_each_second in [250, 1_000, 3_000] {
+        let fair = crowd(QueueOrder::Fair, busy_each_second);
+        assert!(2 * fair.p99 <= 3 * alone.p99 && fair.refused == 0 && fair.served >= 995, "{alone:?} {fair:?}");
+        let before = crowd(QueueOrder::Arrival, busy_each_second);
+        if busy_each_second > 250 {
+            assert!(fair.busy_refused > 5_000, "{fair:?}");
+            assert!(before.refused > 300 && before.p99 > 40, "in order of arrival: {before:?}");
+        }
+    }
 }

@@ -2,7 +2,8 @@
 //! know how a request is sent.
 
 use super::Server;
-use super::queue::{Queue, QueuePlace};
+use super::callers::CallerRank;
+use super::queue::{Queue, QueuePlace, QueueTurn};
 use crate::telemetry::metrics::UpstreamError;
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -51,6 +52,8 @@ pub struct Tries {
     count: usize,
     costly: usize,
     key: Option<u64>,
+    caller: u64,
+    rank: CallerRank,
     /// The server of the last try counts this request as one in flight.
     counted: bool,
     queued: Option<QueuePlace>,
@@ -65,6 +68,19 @@ impl Tries {
     /// The request's place among the servers, from [`super::Upstream::key_of`], if it has one.
     pub fn keyed(&mut self, key: Option<u64>) {
         self.key = key;
+    }
+
+    /// Who asks, as a number that is spread evenly: for the order in which requests wait.
+    pub fn called_by(&mut self, caller: u64) {
+        self.caller = caller;
+    }
+
+    pub(super) fn caller(&self) -> u64 {
+        self.caller
+    }
+
+    pub(super) fn ranked(&mut self, rank: CallerRank) {
+        self.rank = rank;
     }
 
     pub(super) fn key(&self) -> Option<u64> {
@@ -97,12 +113,12 @@ impl Tries {
         self.queued.is_some()
     }
 
-    /// Waits in the queue, and says whether it is its turn. `None`: there is no room in the queue.
-    pub(super) fn queue(&mut self, queue: &Arc<Queue>, most: usize, waker: &Waker) -> Option<bool> {
+    /// Waits in the queue. `None`: there is no room in it.
+    pub(super) fn queue(&mut self, queue: &Arc<Queue>, most: usize, waker: &Waker) -> Option<QueueTurn> {
         if self.queued.is_none() {
-            self.queued = Some(queue.enter(most, self.count > 0, waker)?);
+            self.queued = Some(queue.enter(most, self.rank, self.count > 0, waker)?);
         }
-        self.queued.as_ref().map(|place| place.is_its_turn(waker))
+        self.queued.as_ref().map(|place| place.turn(waker))
     }
 
     /// It waits no longer.

@@ -6,9 +6,6 @@ use crate::harness::*;
 use crate::lanes::not_named;
 use crate::servers::http::{HttpServer, Reply};
 
-/// None of these is about responses.
-pub(super) const PEERS: &[&str] = &[];
-
 /// What the client must get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Gets {

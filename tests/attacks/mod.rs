@@ -4,7 +4,9 @@
 //! immediately.
 
 mod answers;
+mod http2;
 mod over_http2;
+mod peers;
 mod tables;
 mod traces;
 
@@ -552,19 +554,6 @@ fn no_class_loses_cases() {
     names.sort_unstable();
     names.windows(2).for_each(|pair| assert_ne!(pair[0], pair[1], "two cases have the same name"));
     assert!(cases.iter().all(|case| CLASSES.iter().any(|(class, _)| *class == case.class)));
-}
-
-/// Vulnerabilities of other gateways; each has a case with its name.
-#[test]
-fn what_hit_the_peers_is_tried() {
-    let names: Vec<String> = tables::all().into_iter().map(|case| case.name).collect();
-    let elsewhere = [answers::PEERS, traces::PEERS].concat();
-    for peer in tables::PEERS {
-        assert!(
-            names.iter().any(|name| name.starts_with("peer:") && name.contains(peer)) || elsewhere.contains(peer),
-            "no case for {peer}"
-        );
-    }
 }
 
 #[test]

@@ -4,8 +4,6 @@ use super::{End, Scene, Talk, expand};
 use crate::harness::*;
 use std::time::Duration;
 
-pub(super) const PEERS: &[&str] = &["CVE-2024-45808"];
-
 /// A token in every place where a client might put it. `<BAD>` stands for a revoked token.
 #[rustfmt::skip]
 const LEAKS: &[(&str, &str)] = &[

@@ -9,7 +9,7 @@ use std::process::Command;
 
 const VARIABLE: &str = "TOLLGATE_SEEDED_FAULT";
 
-/// Each rule of `src/request/seeded.rs`, and the application that depends on it most.
+/// The rules of `src/request/seeded.rs` that decide what a backend reads, each with the application that depends on it most.
 const FAULTS: &[(&str, Kind)] = &[
     ("QueryToken", Kind::Rack),
     ("PageBounds", Kind::Flask),

@@ -4,6 +4,7 @@ use super::super::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, T
 use super::connect::{self, QueryFailure, Reached, Target};
 use super::schema::{self, Parameters};
 use super::{PostgresSettings, Source};
+use crate::hex;
 use crate::store::credential::Digest;
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
@@ -324,7 +325,7 @@ impl TokenAdmin for PostgresAdmin {
     async fn wait(&mut self, timeout: Duration) -> Result<Vec<String>, AdminError> {
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(|error| AdminError::Store(format!("no random numbers: {error}")))?;
-        let id: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let id = hex::encode(&random);
         // One statement: the notification is sent when the row is visible, after all earlier ones. If the server has no
         // room for it, gateways find the row.
         let ask = self.fill(
