@@ -411,6 +411,50 @@ fn a_token_has_the_amounts_of_its_plan_or_a_rate_of_its_own() {
     }
 }
 
+/// Also those of the plan are told, and an unknown plan is logged once, whatever is sent.
+#[test]
+fn an_unknown_plan_is_logged_once_and_has_the_limits_own_amounts() {
+    let upstream = Upstream::start();
+    let name = |index: usize| format!("token-of-plan-{index}");
+    let tokens: String = ["plan = \"gold\"", "plan = \"gone\"", "plan = \"gone\""]
+        .iter()
+        .enumerate()
+        .map(|(index, keys)| bound(&name(index), keys))
+        .collect();
+    let more = "[limits]\nrate_limit_fields = true\n".to_owned()
+        + &limit("rate = \"60/h\"\nburst = 3\nplans = true")
+        + "[[limit]]\nname = \"other\"\nrate = \"90/h\"\nplans = true\nkey = [\"user\"]\n[plan.gold]\nrate = \"120/h\"\nburst = 5\n";
+    let gateway = Gateway::start_with_tokens(upstream.address, &tokens, &more);
+    let policy = |token: &str| {
+        let mut client = gateway.client();
+        client.send_head(&get(token, TARGET));
+        client.answer().header("RateLimit-Policy").unwrap().to_owned()
+    };
+    assert_eq!(policy(&name(0)), "\"l\";q=120;w=3600, \"other\";q=120;w=3600");
+    assert_eq!(policy(&name(1)), "\"l\";q=60;w=3600, \"other\";q=90;w=3600");
+    assert_eq!(statuses(&gateway, &name(1), 3), [200, 200, 429]);
+    assert_eq!(statuses(&gateway, &name(2), 4), [200, 200, 200, 429]);
+    gateway.metrics();
+    let said = |log: &str| log.matches("there is no [plan.gone]").count();
+    eventually("it is logged", || said(&gateway.process_log()) > 0);
+    assert_eq!(said(&gateway.process_log()), 1, "{}", gateway.process_log());
+    let log = gateway.process_log();
+    let id = &sha256_hex(&name(1))[..12];
+    assert!(log.contains(&format!("token {id}: there is no")) && !log.contains(&name(1)), "{log}");
+}
+
+#[test]
+fn the_method_that_a_token_may_use_is_the_one_that_the_backend_acts_on() {
+    let upstream = Upstream::start();
+    let tokens = bound(GOOD, "methods = [\"POST\"]") + &bound(OTHER, "methods = [\"DELETE\"]");
+    let gateway = Gateway::start_with_tokens(upstream.address, &tokens, "[token]\nmethod_override = \"judge\"\n");
+    let ask = |token: &str| {
+        let fields = format!("PRIVATE-TOKEN: {token}\nX-HTTP-Method-Override: DELETE\nContent-Length: 0\n");
+        gateway.ask(&format!("POST {TARGET} HTTP/1.1\nHost: h\n{fields}\n")).status
+    };
+    assert_eq!((ask(GOOD), ask(OTHER)), (403, 200));
+}
+
 #[test]
 fn the_command_line_makes_tokens_with_terms_and_says_what_is_in_vain() {
     let store = crate::support::Store::imported("");
@@ -452,10 +496,38 @@ fn the_command_line_makes_tokens_with_terms_and_says_what_is_in_vain() {
     ] {
         assert!(shown.contains(line), "{line}: {shown}");
     }
+    let listed = stdout(&store.token(&["list"], &[]));
+    assert!(listed.lines().next().unwrap().contains("  TERMS"), "{listed}");
+    let terms = "plan=gold rate=600/min burst=9 networks=10.0.0.0/8,::1 methods=GET,HEAD";
+    assert!(listed.contains(terms), "{listed}");
+    let json: serde_json::Value = serde_json::from_str(&stdout(&store.token(&["list"], &["--json"]))).unwrap();
+    let of_token = json.as_array().unwrap().iter().find(|entry| entry["sha256"] == sha256_hex(&token)).unwrap();
+    assert_eq!((&of_token["plan"], &of_token["rate"]), (&"gold".into(), &"600/min burst 9".into()));
+    assert_eq!(of_token["networks"], serde_json::json!(["10.0.0.0/8", "::1"]));
+    assert_eq!(of_token["methods"], serde_json::json!(["GET", "HEAD"]));
+    // What is exported is imported with its terms; and a record that is there with others is named.
+    let copy = crate::support::Store::imported(&format!("{of_token}\n"));
+    let plain = format!("{{\"sha256\":\"{}\",\"user\":\"a\"}}\n", sha256_hex(&token));
+    let other = crate::support::Store::imported(&plain);
+    let free: serde_json::Value = serde_json::from_str(&stdout(&other.token(&["list"], &["--json"]))).unwrap();
+    assert_eq!(free[0]["plan"], serde_json::Value::Null);
+    assert_eq!((&free[0]["networks"], &free[0]["methods"]), (&serde_json::json!([]), &serde_json::json!([])));
+    assert!(stdout(&other.token(&["list"], &[])).lines().nth(1).unwrap().contains(" -  "));
+    let copied: serde_json::Value = serde_json::from_str(&stdout(&copy.token(&["list"], &["--json"]))).unwrap();
+    assert_eq!(copied[0], *of_token);
+    let folder = Folder::new("lines");
+    let lines = folder.write("tokens.jsonl", &format!("{of_token}\n"));
+    let differs = other.token(&["import"], &[lines.to_str().unwrap()]);
+    let why = crate::support::stderr(&differs);
+    assert!(!differs.status.success() && why.contains("has another plan, rate, networks or methods"), "{why}");
     // A rotation is no way out of them.
     let next = store.token(&["rotate"], &[&sha256_hex(&token)[..12]]);
     let next = stdout(&store.token(&["show"], &[&sha256_hex(stdout(&next).trim())[..12]]));
-    assert!(next.contains("networks     10.0.0.0/8 ::1") && next.contains("plan         gold"), "{next}");
+    for line in
+        ["networks     10.0.0.0/8 ::1", "plan         gold", "rate         600/min burst 9", "methods      GET HEAD"]
+    {
+        assert!(next.contains(line), "{line}: {next}");
+    }
     // From the embedded store, and from outside.
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, &store.section());

@@ -488,8 +488,8 @@ async fn list(options: &TokenOptions) -> Result<(), Failure> {
     let mut out = std::io::BufWriter::new(std::io::stdout());
     if !options.json {
         let header = format_args!(
-            "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  DESCRIPTION",
-            "ID", "USER", "CREATED", "LAST USED", "STATE"
+            "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  {:<12}  DESCRIPTION",
+            "ID", "USER", "CREATED", "LAST USED", "STATE", "TERMS"
         );
         writeln!(out, "{header}")?;
     }
@@ -530,14 +530,31 @@ fn print_listed(
     }
     writeln!(
         out,
-        "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  {}",
+        "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  {:<12}  {}",
         record.digest.id().to_string(),
         plain(&record.user),
         rfc3339(record.created),
         last_used(notes_uses, record),
         state(record),
+        terms_in_a_column(record),
         plain(&record.description)
     )
+}
+
+/// Like `plan=gold methods=GET,HEAD`; `-` for none.
+fn terms_in_a_column(record: &TokenRecord) -> String {
+    let Some(SaidTerms { plan, rate, networks, methods }) = record.terms.as_deref().map(TokenTerms::said) else {
+        return "-".into();
+    };
+    // One word for each, without blanks in it.
+    let fields = [
+        ("plan", plan.clone()),
+        ("rate", rate.replace(" burst ", " burst=")),
+        ("networks", networks.join(",")),
+        ("methods", methods.join(",")),
+    ];
+    let said = fields.into_iter().filter(|(_, value)| !value.is_empty());
+    said.map(|(name, value)| format!("{name}={}", plain(&value))).collect::<Vec<_>>().join(" ")
 }
 
 /// In a store without recorded uses, the last use of a token is unknown.

@@ -12,8 +12,8 @@ use crate::edge::{
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{
-    BucketSettings, GuessSettings, LimitAmounts, LimitKeyPart, LimitPlan, LimitScope, LimitSettings, Policy, RefillRate,
-    ScopeRule, Scopes,
+    BucketSettings, GuessSettings, LimitAmounts, LimitKeyPart, LimitPlan, LimitScope, LimitSettings, Policy,
+    RefillRate, ScopeRule, Scopes,
 };
 use crate::problem::Problem;
 use crate::reply::answer;
@@ -505,6 +505,16 @@ impl Gather<'_, '_> {
                 self.places.add(&plan.at, problem);
             }
             self.burst(&plan.at, plan.burst, plan.rate.is_some());
+            if let Some(rate) = amounts.rate.filter(|rate| rate.burst() > 0 && rate.is_too_fine()) {
+                let what = "is no more than the rate has within a millisecond, a step of the clock: not all that is due would pass";
+                let instead = format!("use {} or more", rate.requests_in(1) + 1);
+                self.places.add(&plan.at, Problem::error("burst", what, instead).with("rate"));
+            }
+            if !file.limit.iter().any(|limit| limit.plans) {
+                let what = "is of a plan, and no [[limit]] says `plans = true`: it limits nothing";
+                let problem = Problem::warning("rate", what, "add it to a [[limit]], or remove the plan");
+                self.places.add(&plan.at, problem);
+            }
             plans.push(LimitPlan { name: name.clone(), amounts });
         }
         if plans.len() > MOST {

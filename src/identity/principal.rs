@@ -153,3 +153,29 @@ impl Principal {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A restart is no way out of them.
+    #[test]
+    fn terms_are_kept_over_a_restart() {
+        let said = SaidTerms {
+            plan: "gold".into(),
+            rate: "9/s".into(),
+            networks: vec!["10.0.0.0/8".into()],
+            methods: vec!["GET".into()],
+        };
+        let (digest, now) = (Digest::of(b"t"), Now { mono_ms: 0, unix_ms: 1_700_000_000_000 });
+        for terms in [TokenTerms::of(said).unwrap(), None] {
+            let record = TokenRecord { terms: terms.clone(), ..TokenRecord::new(digest, "a") };
+            let principal = Principal::from_record(&record, &digest, now).unwrap();
+            let text = serde_json::to_string(&principal.keep()).unwrap();
+            let kept = Principal::from_kept(serde_json::from_str(&text).unwrap(), &digest).unwrap();
+            assert_eq!(kept.terms(), terms.as_deref());
+        }
+        let spoilt = r#"{"user":"a","scopes":[],"expires":null,"rotated":null,"networks":["everywhere"]}"#;
+        assert!(Principal::from_kept(serde_json::from_str(spoilt).unwrap(), &digest).is_err());
+    }
+}

@@ -14,15 +14,14 @@ use crate::problem::Problem;
 use crate::request::route::Methods;
 use crate::request::routes::Routes;
 use crate::request::view::{Method, RequestView};
-use crate::store::credential::Digest;
-use crate::store::terms::TokenRate;
+use crate::store::credential::{Digest, TokenId};
+use crate::store::terms::TokenTerms;
 use parking_lot::RwLock;
 use siphasher::sip::SipHasher13;
 use smallvec::SmallVec;
-use std::borrow::Cow;
 use std::hash::Hasher as _;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A `[[limit]]`. Other sources of limits, like a plan or a token's record, have other amounts and the same rest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -225,6 +224,8 @@ pub struct RequestLimits {
     headers: Vec<String>,
     /// Whether answers say what is left.
     told: bool,
+    /// With whether the edge has said it.
+    odd: RwLock<Vec<(OddTerms, bool)>>,
 }
 
 #[derive(Debug)]
@@ -242,31 +243,62 @@ struct RunningLimit {
 /// of their own, have tables of their own.
 #[derive(Debug)]
 struct LimitTables {
+    /// Buckets of a table.
+    most: usize,
     common: Arc<LimitTable<LimitBucket>>,
-    /// As the plans stand in the settings.
-    plans: Box<[Arc<LimitTable<LimitBucket>>]>,
-    own: RwLock<Vec<OwnRate>>,
+    /// As the plans stand in the settings. A table is made when the first token of its plan comes.
+    plans: Box<[OnceLock<Arc<LimitTable<LimitBucket>>>]>,
+    own: RwLock<Vec<Arc<OwnRate>>>,
 }
 
 /// Tokens that have the same rate of their own.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct OwnRate {
-    rate: TokenRate,
     /// Those of the token's plan, but for the rate.
     amounts: LimitAmounts,
     table: Arc<LimitTable<LimitBucket>>,
 }
 
 /// Different rates that tokens have of their own. More of them: as if they had none.
-const MOST_OWN_RATES: usize = 256;
+pub const MOST_OWN_RATES: usize = 256;
 /// Tokens with the same rate of their own that have a bucket each.
-const OWN_BUCKETS: usize = 1_024;
+const OWN_BUCKETS: usize = 4_096;
 
 /// What a request of one limit is measured by.
-struct Chosen<'a> {
-    amounts: LimitAmounts,
-    table: Cow<'a, Arc<LimitTable<LimitBucket>>>,
+enum Chosen<'a> {
+    /// By the settings, of which nothing is copied.
+    Set(&'a LimitAmounts, &'a Arc<LimitTable<LimitBucket>>),
+    Own(Arc<OwnRate>),
 }
+
+impl Chosen<'_> {
+    fn parts(&self) -> (&LimitAmounts, &Arc<LimitTable<LimitBucket>>) {
+        match self {
+            Self::Set(amounts, table) => (amounts, table),
+            Self::Own(own) => (&own.amounts, &own.table),
+        }
+    }
+}
+
+/// Terms of a token that cannot hold as its record says them. Each is to be said once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OddTerms {
+    pub kind: OddKind,
+    /// Of the plan, or of the limit.
+    pub name: Box<str>,
+    /// The first one.
+    pub token: TokenId,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OddKind {
+    UnknownPlan,
+    /// There are [`MOST_OWN_RATES`] in the limit.
+    TooManyRates,
+}
+
+/// So many are said at most.
+const MOST_ODD: usize = 64;
 
 /// A limit on a route.
 #[derive(Debug)]
@@ -321,9 +353,8 @@ pub struct LimitFact {
     pub result: LimitResult,
     /// The key had no bucket of its own.
     pub shared: bool,
-    /// What the limit allows here, which may be by the token's plan.
-    pub stated: Option<(u64, u64)>,
-    pub concurrency: Option<u32>,
+    /// [`RequestLimits::take_odd`] has something to say.
+    pub odd: bool,
     /// Only where answers say so.
     pub remaining: u64,
     pub full_in: u64,
@@ -409,7 +440,7 @@ impl RequestLimits {
                 let most = if settings.buckets.key.is_empty() { 1 } else { settings.buckets.most };
                 Arc::new(RunningLimit {
                     tables: kept.map_or_else(
-                        || Arc::new(LimitTables::new(most, settings.buckets.plans.as_deref().unwrap_or_default())),
+                        || Arc::new(LimitTables::new(most, settings.buckets.plans.as_ref().map_or(0, Vec::len))),
                         |kept| Arc::clone(&kept.tables),
                     ),
                     seed: kept.map_or_else(|| (seed(), seed()), |kept| kept.seed),
@@ -433,7 +464,7 @@ impl RequestLimits {
             limits.iter().enumerate().filter_map(on_route).collect()
         };
         let routes = routes.iter().map(|route| uses(&route.name, route.methods)).collect();
-        Self { limits, routes, headers, told }
+        Self { limits, routes, headers, told, odd: RwLock::default() }
     }
 
     /// The running limit whose buckets fit these settings.
@@ -450,6 +481,42 @@ impl RequestLimits {
 
     pub fn settings(&self, limit: u16) -> Option<&LimitSettings> {
         self.limits.get(usize::from(limit)).map(|limit| &limit.settings)
+    }
+
+    /// What a limit allows to somebody.
+    pub fn amounts(&self, limit: u16, principal: Option<&Principal>) -> Option<LimitAmounts> {
+        self.limits.get(usize::from(limit)).map(|limit| *limit.choose(principal).0.parts().0)
+    }
+
+    /// Notes odd terms. Whether the edge has not said them yet.
+    #[cold]
+    fn is_unsaid(&self, (kind, name): (OddKind, &str), principal: Option<&Principal>) -> bool {
+        let Some(token) = principal.map(Principal::token) else { return false };
+        let place = |all: &[(OddTerms, bool)]| all.iter().position(|(odd, _)| odd.kind == kind && *odd.name == *name);
+        let known = {
+            let all = self.odd.read();
+            place(&all).and_then(|place| all.get(place)).map(|(_, is_said)| !is_said)
+        };
+        known.unwrap_or_else(|| {
+            let mut all = self.odd.write();
+            if all.len() < MOST_ODD && place(&all).is_none() {
+                all.push((OddTerms { kind, name: name.into(), token }, false));
+                return true;
+            }
+            false
+        })
+    }
+
+    /// What there is to be said of terms that do not hold. Each comes once.
+    pub fn take_odd(&self) -> Vec<OddTerms> {
+        let mut all = self.odd.write();
+        let unsaid = all.iter_mut().filter(|(_, is_said)| !is_said);
+        unsaid
+            .map(|(odd, is_said)| {
+                *is_said = true;
+                odd.clone()
+            })
+            .collect()
     }
 
     pub fn name(&self, limit: u16) -> &str {
@@ -528,11 +595,17 @@ impl RequestLimits {
         let Some((next, rest)) = uses.split_first() else { return };
         let Some((limit, cost)) = self.applies(next, asked) else { return self.ask_rest(rest, asked) };
         let Some(key) = limit.key(asked.subject) else { return self.ask_rest(rest, asked) };
-        let Chosen { amounts, table } = limit.choose(asked.subject.principal);
-        let amounts = &amounts;
+        let (chosen, odd) = limit.choose(asked.subject.principal);
+        let (amounts, table) = chosen.parts();
         let Some(mut locked) = table.lock(key, amounts, asked.now) else { return self.ask_rest(rest, asked) };
         let fits = self.check_one(next, limit, amounts, cost, &mut locked, asked);
         let place = asked.taken.facts.len() - 1;
+        if let Some(odd) = odd
+            && asked.takes
+            && let Some(fact) = asked.taken.facts.get_mut(place)
+        {
+            fact.odd = self.is_unsaid(odd, asked.subject.principal);
+        }
         if !rest.is_empty() {
             self.ask_rest(rest, asked);
         }
@@ -546,7 +619,7 @@ impl RequestLimits {
                 asked.taken.taken.push(BucketChange { limit, key, shared, cost, before, after });
             }
             if amounts.concurrency.is_some() {
-                asked.taken.in_flight.push(InFlight { table: Arc::clone(&table), key, shared });
+                asked.taken.in_flight.push(InFlight { table: Arc::clone(table), key, shared });
             }
         }
         if self.told
@@ -602,15 +675,7 @@ impl RequestLimits {
                 LimitResult::Refused
             }
         };
-        asked.taken.facts.push(LimitFact {
-            limit: number,
-            result,
-            shared,
-            stated: amounts.stated(),
-            concurrency: amounts.concurrency,
-            remaining: 0,
-            full_in: 0,
-        });
+        asked.taken.facts.push(LimitFact { limit: number, result, shared, odd: false, remaining: 0, full_in: 0 });
         result == LimitResult::Allowed
     }
 
@@ -649,53 +714,80 @@ struct Asked<'a, 's> {
 }
 
 impl LimitTables {
-    fn new(most: usize, plans: &[LimitPlan]) -> Self {
-        let table = || Arc::new(LimitTable::new(most));
-        Self { common: table(), plans: plans.iter().map(|_| table()).collect(), own: RwLock::default() }
+    fn new(most: usize, plans: usize) -> Self {
+        Self {
+            most,
+            common: Arc::new(LimitTable::new(most)),
+            plans: (0..plans).map(|_| OnceLock::new()).collect(),
+            own: RwLock::default(),
+        }
     }
 
-    /// Those of a rate. `None`: there are too many.
-    fn of_rate(&self, rate: TokenRate, amounts: &LimitAmounts) -> Option<OwnRate> {
-        let is_it = |known: &&OwnRate| known.rate == rate && known.amounts == *amounts;
-        if let Some(known) = self.own.read().iter().find(is_it) {
-            return Some(known.clone());
-        }
-        let mut own = self.own.write();
-        if let Some(known) = own.iter().find(is_it) {
-            return Some(known.clone());
-        }
-        if own.len() >= MOST_OWN_RATES {
-            return None;
-        }
-        own.push(OwnRate { rate, amounts: *amounts, table: Arc::new(LimitTable::new(OWN_BUCKETS)) });
-        own.last().cloned()
+    fn of_plan(&self, place: usize) -> Option<&Arc<LimitTable<LimitBucket>>> {
+        self.plans.get(place).map(|table| table.get_or_init(|| Arc::new(LimitTable::new(self.most))))
+    }
+
+    /// Those of a token's own rate. `None`: there are too many.
+    fn of_rate(&self, amounts: &LimitAmounts) -> Option<Arc<OwnRate>> {
+        let find = |own: &[Arc<OwnRate>]| own.iter().find(|known| known.amounts == *amounts).map(Arc::clone);
+        let known = find(&self.own.read());
+        known.or_else(|| {
+            let mut own = self.own.write();
+            if let Some(known) = find(&own) {
+                return Some(known);
+            }
+            if own.len() >= MOST_OWN_RATES {
+                return None;
+            }
+            let table = Arc::new(LimitTable::new(self.most.min(OWN_BUCKETS)));
+            let new = Arc::new(OwnRate { amounts: *amounts, table });
+            own.push(Arc::clone(&new));
+            Some(new)
+        })
     }
 }
 
 impl RunningLimit {
-    /// The amounts for a token, and where its bucket is. A plan that is not configured is as good as none: the limit's own
-    /// amounts hold, so that a word that is wrong gives nobody more than somebody without a plan.
-    fn choose(&self, principal: Option<&Principal>) -> Chosen<'_> {
-        let BucketSettings { amounts, plans, key, .. } = &self.settings.buckets;
-        let mut chosen = Chosen { amounts: *amounts, table: Cow::Borrowed(&self.tables.common) };
-        let Some((plans, terms)) = plans.as_ref().zip(principal.and_then(Principal::terms)) else { return chosen };
-        if let Some(name) = terms.plan()
-            && let Some(place) = plans.iter().position(|plan| plan.name == name)
-            && let Some((plan, table)) = plans.get(place).zip(self.tables.plans.get(place))
-        {
-            chosen = Chosen { amounts: plan.amounts, table: Cow::Borrowed(table) };
+    /// The amounts for a token, and where its bucket is; and what is odd about the token's terms.
+    fn choose<'a>(&'a self, principal: Option<&'a Principal>) -> (Chosen<'a>, Option<(OddKind, &'a str)>) {
+        let BucketSettings { amounts, plans, .. } = &self.settings.buckets;
+        match (plans, principal.and_then(Principal::terms)) {
+            (Some(plans), Some(terms)) => self.choose_by_terms(plans, terms),
+            _ => (Chosen::Set(amounts, &self.tables.common), None),
+        }
+    }
+
+    /// A plan that is not configured is as good as none: the limit's own amounts hold, so that a word that is wrong gives nobody
+    /// more than somebody without a plan.
+    fn choose_by_terms<'a>(
+        &'a self,
+        plans: &'a [LimitPlan],
+        terms: &'a TokenTerms,
+    ) -> (Chosen<'a>, Option<(OddKind, &'a str)>) {
+        let BucketSettings { amounts, key, .. } = &self.settings.buckets;
+        let (mut amounts, mut table, mut odd) = (amounts, &self.tables.common, None);
+        if let Some(name) = terms.plan() {
+            let place = plans.iter().position(|plan| plan.name == name);
+            match place.and_then(|place| plans.get(place).zip(self.tables.of_plan(place))) {
+                Some((plan, of_plan)) => (amounts, table) = (&plan.amounts, of_plan),
+                None => odd = Some((OddKind::UnknownPlan, name)),
+            }
         }
         // A user may have other tokens: only a bucket that is the token's can have its rate.
         if let Some(rate) = terms.rate().filter(|_| key.contains(&LimitKeyPart::Token)) {
-            // Less than the dearest request costs would never let it pass.
+            // Less than the dearest request costs would never let it pass; nor would all that is due with less than comes in a step
+            // of the clock.
             let burst = rate.burst.max(self.settings.costs.highest().into());
-            let amounts =
-                LimitAmounts { rate: Some(RefillRate::new(rate.requests, rate.period_ms, burst)), ..chosen.amounts };
-            if let Some(own) = self.tables.of_rate(rate, &amounts) {
-                chosen = Chosen { amounts, table: Cow::Owned(own.table) };
+            let mut own = RefillRate::new(rate.requests, rate.period_ms, burst);
+            if own.is_too_fine() {
+                own = RefillRate::new(rate.requests, rate.period_ms, own.requests_in(1) + 1);
+            }
+            match self.tables.of_rate(&LimitAmounts { rate: Some(own), ..*amounts }) {
+                Some(own) => return (Chosen::Own(own), odd),
+                None => odd = odd.or(Some((OddKind::TooManyRates, &self.settings.name))),
             }
         }
-        chosen
+        (Chosen::Set(amounts, table), odd)
     }
 
     fn is_for(&self, principal: Option<&Principal>) -> bool {
