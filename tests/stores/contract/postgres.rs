@@ -513,6 +513,7 @@ async fn tables_without_terms_are_read_and_refuse_them() {
 #[tokio::test]
 async fn an_operators_query_says_how_a_token_may_be_used() {
     let server = Postgres::start();
+    let lookup_by = |sql: &str| Source::Lookup { sql: sql.into(), bind: Bind::Plain };
     server.psql(
         "postgres",
         "CREATE TABLE t (token text, who text, plan varchar(80), rate text, networks text[], methods jsonb, nets cidr[]);
