@@ -483,8 +483,8 @@ section! {
 }
 
 section! {
-    /// Amounts for tokens whose record names this plan (`tollgate token create --plan gold`), in place of all amounts of every
-    /// [[limit]] that says `plans = true`.
+    /// Amounts for tokens whose record names this plan (`tollgate token create --plan gold`). They take the place of all amounts
+    /// of a [[limit]] that says `plans = true`.
     PlanSection {
         /// As in a [[limit]]; "none", if there is a quota or concurrency.
         rate: Option<RateText> = r#"!"600/min""#,

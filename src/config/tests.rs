@@ -638,9 +638,15 @@ fn limits_that_contradict_themselves_are_refused() {
         ("rate = \"9/s\"\nplans = true\n[plan.gold]\nrate = \"90/s\"\nburst = 100", ""),
         ("rate = \"9/s\"\nplans = true\nkey = [\"route\"]", "limit[0].key: has neither"),
         ("rate = \"9/s\"\n[plan.gold]\nrate = \"9/s\"", "warning: plan.gold.rate: is of a plan, and no [[limit]] says"),
-        ("rate = \"9/s\"\nplans = true\n[plan.\"go ld\"]\nrate = \"9/s\"", "plan.go ld.rate: is of a plan whose name must be"),
+        (
+            "rate = \"9/s\"\nplans = true\n[plan.\"go ld\"]\nrate = \"9/s\"",
+            "plan.go ld.rate: is of a plan whose name must be",
+        ),
         ("rate = \"9/s\"\nplans = true\n[plan]\ngold = 5", "plan.gold: must be a table"),
-        ("rate = \"9/s\"\nplans = true\n[plan.gold]\nrate = \"10000/s\"\nburst = 2", "plan.gold.burst: is no more than"),
+        (
+            "rate = \"9/s\"\nplans = true\n[plan.gold]\nrate = \"10000/s\"\nburst = 2",
+            "plan.gold.burst: is no more than",
+        ),
         ("rate = \"9/s\"\nplans = true\n[plan.gold]\nrate = \"none\"", "plan.gold.rate: is missing, and so are quota"),
         ("rate = \"9/s\"\nplans = true\n[plan.gold]\nrate = \"9/s\"\nburst = 0", "plan.gold.burst: is 0"),
         (

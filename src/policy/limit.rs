@@ -174,7 +174,9 @@ impl LimitSettings {
         for plan in plans.iter().flatten() {
             let burst = plan.amounts.rate.map(|rate| rate.burst());
             let quota = plan.amounts.quota.map(|quota| quota.requests);
-            if let Some(most) = burst.into_iter().chain(quota).min().filter(|most| highest > *most) {
+            if let Some(most) =
+                burst.into_iter().chain(quota).filter(|most| *most > 0).min().filter(|most| highest > *most)
+            {
                 let what = format!(
                     "is {highest} for some requests, and plan {} has {most} at once: they would never pass",
                     plan.name
