@@ -344,7 +344,7 @@ async fn an_older_database_is_brought_up_to_date() {
     assert_eq!(lookup(&store, b"bound").await, Some(bound));
     // The operator's own statement on each of them is a change that gateways are told of.
     let db = rusqlite::Connection::open(&path).unwrap();
-    let changes = || db.query_row("SELECT count(*) FROM change", [], |row| row.get::<_, u64>(0)).unwrap();
+    let changes = || db.query_row("SELECT count(*) FROM change", [], |row| row.get::<_, i64>(0)).unwrap();
     for set in ["plan = 'free'", "rate = '1/s'", "networks = '192.0.2.1 ::1'", "methods = 'POST'"] {
         let before = changes();
         assert_eq!(db.execute(&format!("UPDATE token SET {set} WHERE user = 'a'"), []), Ok(1), "{set}");
