@@ -135,7 +135,7 @@ run deploy/prometheus/alerts.yml promtool check rules deploy/prometheus/alerts.y
 run deploy/prometheus/alerts.test.yml promtool test rules deploy/prometheus/alerts.test.yml
 
 # --- Names, against the source -------------------------------------------------
-grep -oh '"tollgate_[a-z0-9_]*"' src/telemetry/*metrics.rs | tr -d '"' | sort -u >"$work/metrics"
+grep -oh '"tollgate_[a-z0-9_]*"' src/telemetry/*metrics.rs src/telemetry/heavy_hitters.rs | tr -d '"' | sort -u >"$work/metrics"
 sed -n '/const fn terms/,/^    }/p' src/reply/refusal.rs | grep -o '"[a-z_]*"' | tr -d '"' | sort -u >"$work/reasons"
 [ "$(wc -l <"$work/metrics")" -ge 20 ] && [ "$(wc -l <"$work/reasons")" -ge 40 ] || fail "cannot extract the names from the source"
 

@@ -596,3 +596,34 @@ fn a_stale_answer_is_counted_once() {
     assert_eq!((hit + negative + miss + stale, negative), (ask() - 1.0, 0.0), "{:?}", counts());
     assert!(miss <= 3.0, "{:?}", counts());
 }
+
+#[test]
+fn who_makes_the_traffic_is_listed() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let mut client = gateway.client();
+    for (token, times) in [(GOOD, 5), (BAD, 3)] {
+        for _ in 0..times {
+            client.send_head(&get(token, "/api/v3/projects"));
+            client.answer();
+        }
+    }
+    let top = |query: &str| admin(&gateway, &format!("GET /top{query} HTTP/1.1\nHost: localhost\n\n"));
+    let read = || serde_json::from_str::<serde_json::Value>(&top("").text()).unwrap();
+    // The last one may still be on its way into the sample.
+    eventually("eight requests", || read()["all"]["requests"] == 8);
+    let list = |of: &str, by: &str| read()[of][by].clone();
+    assert_eq!(list("tokens", "by_requests").as_array().unwrap().len(), 2);
+    assert_eq!(list("tokens", "by_requests")[0]["token"], sha256_hex(GOOD)[..12]);
+    assert_eq!(list("users", "by_requests")[0]["requests"], 5);
+    let refused = list("tokens", "by_refusals");
+    assert_eq!((refused.as_array().unwrap().len(), &refused[0]["refusals"]), (1, &3.into()));
+    assert_eq!(list("clients", "by_requests")[0]["client"], "127.0.0.1");
+    assert!(list("routes", "by_backend_time")[0]["backend_seconds"].as_f64().unwrap() > 0.0);
+    assert_eq!(top("?seconds=600&n=1").status, 200);
+    for wrong in ["?seconds=0", "?n=101", "?x=1", "?seconds", "?n=-1"] {
+        assert_eq!(top(wrong).status, 400, "{wrong}");
+    }
+    let text = read().to_string();
+    assert!(!text.contains(GOOD) && !text.contains(BAD), "{text}");
+}

@@ -10,6 +10,9 @@ use tollgate::request::body::{BodyFault, BodyHead, BodyScanner};
 /// What a body may not name, in a POST.
 const FORBIDDEN: [&[u8]; 6] = [b"private_token", b"sudo", b"access_token", b"bearer_token", b"job_token", b"_method"];
 
+/// From this length on, form names are judged by what follows their padding.
+const LONG_NAME: usize = 256;
+
 fn scanned(content_type: Option<&[u8]>, body: &[u8], size: usize) -> Result<(), BodyFault> {
     let head = BodyHead { content_type, coded: false, is_post: true, lists: false };
     let (mut scanner, _) = BodyScanner::new(&head, body_rules());
@@ -37,8 +40,10 @@ pub fn form(data: &[u8]) {
     let by_the_crate = form_urlencoded::parse(body).any(|(name, _)| is_forbidden(name.as_bytes()));
     match verdict {
         Ok(()) => assert!(!found && !by_the_crate, "a reader finds what passed"),
-        // It may be JSON as well, to some.
-        Err(BodyFault::Field(_)) if !body.contains(&b'{') => assert!(found, "no reader finds what was refused"),
+        // It may be JSON as well, to some. Of a name longer than any, single bytes of a byte order mark are passed over too.
+        Err(BodyFault::Field(_)) if !body.contains(&b'{') && !pairs(body).any(|pair| pair.len() >= LONG_NAME) => {
+            assert!(found, "no reader finds what was refused");
+        }
         Err(_) => {}
     }
 }
@@ -71,15 +76,20 @@ pub fn multipart(data: &[u8]) {
         }
         Err(why) => assert!(is_stricter(body, why), "multer does not read it: {why}"),
     }
-    // A reader that trusts nothing but the delimiter at the beginning of a line, and `name="` behind a blank.
+    // A reader that trusts nothing but the delimiter at the beginning of a line, the field's name wherever it stands in one, as
+    // Rack does, and `name="` behind a blank.
     let text = [b"\r\n", body].concat();
     for part in find_all(&text, b"\r\n--bb").skip(1) {
         let head_end = part.windows(4).position(|four| four == b"\r\n\r\n").unwrap_or(part.len());
-        let head = part[..head_end].to_ascii_lowercase();
-        for at in positions(&head, b"; name=\"") {
-            let value = &part[at + 8..head_end];
-            let name = value.split(|b| *b == b'"').next().unwrap_or_default();
-            assert!(!is_forbidden(name), "a part is named {}", String::from_utf8_lossy(name));
+        for line in find_all(&part[..head_end], b"\r\n") {
+            let lower = line.to_ascii_lowercase();
+            if positions(&lower, b"content-disposition").next().is_none() {
+                continue;
+            }
+            for at in positions(&lower, b"; name=\"") {
+                let name = line[at + 8..].split(|b| *b == b'"').next().unwrap_or_default();
+                assert!(!is_forbidden(name), "a part is named {}", String::from_utf8_lossy(name));
+            }
         }
     }
 }

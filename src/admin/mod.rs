@@ -9,10 +9,11 @@ use crate::request::view::{FieldKind, Method, RequestView};
 use crate::store::credential::DigestPrefix;
 use crate::store::rfc3339;
 use crate::telemetry::audit_log::{AuditResult, AuditedAction};
+use crate::telemetry::heavy_hitters::{HeavyHitter, HitterKind, HitterMeasure, HitterSums};
 use crate::telemetry::metrics::Metrics;
 use crate::upstream::{Member, Upstream};
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What the responses are made from.
 pub struct Operator<'a> {
@@ -94,6 +95,8 @@ POST /upstreams/NAME/servers/ADDRESS/undrain   send requests to it again
 POST /reload                    reload the configuration
 POST /upgrade                   start the binary again, and pass it the listening sockets
 POST /cache/forget              remove every token from the cache
+GET  /top                       tokens, users, clients and routes that make most of the traffic of the last minute, as JSON
+GET  /top?seconds=600&n=100     the same for up to 600 seconds, and up to 100 of each
 GET  /guessing                  addresses that guess tokens at the moment, as JSON
 POST /guessing/lift             forget the failed tokens of all addresses
 POST /guessing/lift?client=ADDRESS   forget those of one address, or of its IPv6 network of 64 bits
@@ -124,10 +127,11 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
         (b"/upstreams", _) if reads => upstreams(operator).into(),
         (b"/reload", Method::Post) => Action::Reload { json: wants_json(view) },
         (b"/upgrade", Method::Post) => Action::Upgrade { json: wants_json(view) },
+        (b"/top", _) if reads => top(view.query(), operator).into(),
         (b"/guessing", _) if reads => guessing(operator).into(),
         (b"/guessing/lift", Method::Post) => lift(view.query(), operator),
         (b"/cache/forget", Method::Post) => forget(view.query(), operator),
-        (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams" | b"/guessing", _) => {
+        (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams" | b"/top" | b"/guessing", _) => {
             not_allowed("GET, HEAD")
         }
         (b"/reload" | b"/upgrade" | b"/cache/forget" | b"/guessing/lift", _) => not_allowed("POST"),
@@ -300,6 +304,45 @@ fn upstreams(operator: &Operator<'_>) -> AdminResponse {
         })
     };
     let body = serde_json::Value::from(operator.upstreams.iter().map(upstream).collect::<Vec<_>>());
+    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
+}
+
+/// Who makes the traffic.
+fn top(query: Option<&[u8]>, operator: &Operator<'_>) -> AdminResponse {
+    let (mut seconds, mut most) = (60, 10);
+    for pair in query.unwrap_or_default().split(|byte| *byte == b'&').filter(|pair| !pair.is_empty()) {
+        let pair = std::str::from_utf8(pair).ok().and_then(|pair| pair.split_once('='));
+        match pair.and_then(|(name, value)| Some((name, value.parse::<u16>().ok()?))) {
+            Some(("seconds", value @ 1..=600)) => seconds = value.into(),
+            Some(("n", value @ 1..=100)) => most = value.into(),
+            _ => return text(400, "Expected ?seconds= from 1 to 600 and &n= from 1 to 100.\n"),
+        }
+    }
+    let hitters = operator.metrics.heavy_hitters();
+    let ranking = hitters.ranking(operator.instant, Duration::from_secs(seconds), most);
+    let numbers = |sums: &HitterSums| {
+        serde_json::json!({
+            "requests": sums.requests,
+            "bytes": sums.bytes,
+            "refusals": sums.refusals,
+            "backend_seconds": sums.backend.as_secs_f64(),
+        })
+    };
+    let mut body = serde_json::json!({
+        "seconds": ranking.covers.as_secs(),
+        "sampled": ranking.sampled,
+        "all": numbers(&ranking.all),
+    });
+    for (kind, lists) in HitterKind::ALL.iter().zip(&ranking.lists) {
+        for (measure, list) in HitterMeasure::ALL.iter().zip(lists) {
+            let hitter = |hitter: &HeavyHitter| {
+                let mut entry = numbers(&hitter.sums);
+                entry[kind.as_str()] = hitter.name.as_str().into();
+                entry
+            };
+            body[format!("{}s", kind.as_str())][format!("by_{}", measure.as_str())] = list.iter().map(hitter).collect();
+        }
+    }
     AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
 }
 

@@ -16,6 +16,7 @@ use crate::request::trace::TraceContext;
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
 use crate::telemetry::guess_metrics::GuessResult;
+use crate::telemetry::heavy_hitters::RequestSample;
 use crate::telemetry::metrics::{AuthResult, Clamp, Guard, UpstreamError};
 use crate::telemetry::spans::ExchangeSpans;
 use crate::upstream::{FailedTry, HashBy, NoServer, Pick, Server, Tries};
@@ -499,6 +500,22 @@ impl Exchange {
         }
     }
 
+    /// Notes it for the ranking of who makes the traffic, if it is in the sample.
+    fn note_hitter(&self, ended: Instant) {
+        self.snapshot.metrics.heavy_hitters().note(ended, fastrand::f32, || {
+            let (facts, end) = (&self.facts, self.end());
+            RequestSample {
+                token: facts.token.map(|digest| digest.id().into()),
+                user: facts.principal.as_ref().map(|principal| principal.user().into()),
+                client: facts.client.map(network_of),
+                route: self.snapshot.route_name(facts.route).into(),
+                bytes: end.map_or(0, |end| end.bytes_received.saturating_add(end.bytes_sent)),
+                refused: self.ending.refusal.is_some(),
+                backend: self.upstream.took.unwrap_or_default(),
+            }
+        });
+    }
+
     fn log(&self, took: Duration) {
         let snapshot = &self.snapshot;
         let (facts, ending, head) = (&self.facts, &self.ending, &self.head);
@@ -578,6 +595,7 @@ impl Drop for Exchange {
         let took = ended.saturating_duration_since(self.started);
         self.upstream.tries.given_up(ended);
         self.count(took);
+        self.note_hitter(ended);
         if self.snapshot.log.is_on() {
             self.log(took);
         }

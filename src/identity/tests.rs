@@ -520,7 +520,8 @@ async fn known_callers_wait_a_moment_for_a_silent_server() {
     for answer in <[_; 2]>::from(tokio::join!(before.answer(), behind.answer())) {
         assert!(matches!(answer, (Ok(TokenStatus::Valid(_)), CacheResult::Stale)));
     }
-    assert!(silent.elapsed() - SILENT <= Duration::from_millis(10), "{:?}", silent.elapsed());
+    // Once, not once more for the second. The clock that is left out of the test's time may be late on a busy machine.
+    assert!(silent.elapsed() < SILENT + SILENT / 10, "{:?}", silent.elapsed());
     let Checked::Known(TokenStatus::Valid(_), CacheResult::Stale) = check(&bench, "t") else { panic!("it waits") };
     // An answer says that the server is back: from then on nothing old is served.
     bench.open();

@@ -176,7 +176,12 @@ pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
 /// Whether something would be left of the last segment without its `.json`, and no dot segment.
 fn ends_in_a_name(path: &[u8]) -> bool {
     // By its last bytes alone: it is asked for each ending of many.
-    !matches!(path, [] | b"." | b".." | [.., b'/'] | [.., b'/', b'.'] | [.., b'/', b'.', b'.'])
+    let before = match path {
+        [rest @ .., b'.', b'.'] | [rest @ .., b'.'] => rest,
+        _ => path,
+    };
+    // What a segment begins behind; an escape is in capitals by now.
+    !matches!(before, [] | [.., b'/'] | [.., b'%', b'2', b'F'] | [.., b'%', b'5', b'C'])
 }
 
 fn decode_and_squeeze(path: &[u8]) -> Vec<u8> {
@@ -300,6 +305,11 @@ mod tests {
             ("/", "/"),
             // Found by the fuzz target `path`: a canonical path holds no dot segment.
             ("/a/..json", "/a/..json"),
+            ("/a%2f..json", "/a%2F..json"),
+            ("/a%2F...json", "/a%2F...json"),
+            ("/a%5c..json", "/a%5C..json"),
+            ("/a%2f.json", "/a%2F.json"),
+            ("/a/b..json", "/a/b."),
             ("/a/...json.json/", "/a/...json"),
             ("///", "/"),
             ("/a%2Fb", "/a%2Fb"),

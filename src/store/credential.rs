@@ -98,6 +98,12 @@ impl TokenId {
     }
 }
 
+impl From<TokenId> for [u8; 12] {
+    fn from(id: TokenId) -> Self {
+        id.0
+    }
+}
+
 impl std::fmt::Display for TokenId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.as_str())

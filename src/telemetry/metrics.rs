@@ -2,6 +2,7 @@
 //! no client can mint a series. Series that a request touches are resolved once, at start.
 
 use super::guess_metrics::GuessMetrics;
+use super::heavy_hitters::HeavyHitters;
 use super::limit_metrics::{LimitFamilies, LimitMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::server_metrics::ServerFamilies;
@@ -10,11 +11,11 @@ use super::store_metrics::StoreFamilies;
 pub use super::store_metrics::StoreMetrics;
 use prometheus::core::Collector;
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// From well under a cache miss on SQLite to a backend's slowest page.
 const LATENCY_SECONDS: &[f64] =
@@ -107,6 +108,7 @@ pub struct Metrics {
     listeners: ListenerMetrics,
     limits: LimitFamilies,
     guessing: GuessMetrics,
+    heavy_hitters: HeavyHitters,
     /// Access log, process log.
     log_dropped: [IntCounter; 3],
     panics: IntCounter,
@@ -165,6 +167,11 @@ impl Families<'_> {
 
     pub(super) fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
         self.registered(IntGaugeVec::new(Opts::new(name, help), labels)?)
+    }
+
+    /// Of numbers between 0 and 1.
+    pub(super) fn shares(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, prometheus::Error> {
+        self.registered(GaugeVec::new(Opts::new(name, help), labels)?)
     }
 
     pub(super) fn histograms(
@@ -245,6 +252,7 @@ impl Metrics {
             listeners: ListenerMetrics::new(&families)?,
             limits: LimitFamilies::new(&families)?,
             guessing: GuessMetrics::new(&families)?,
+            heavy_hitters: HeavyHitters::new(&families, Instant::now())?,
             lookups_refused: families
                 .counter("tollgate_lookups_refused_total", "Lookups refused because too many were in progress.")?,
             rotated: Generation::ALL.iter().map(|g| rotated.with_label_values(&[g.as_str()])).collect(),
@@ -332,6 +340,10 @@ impl Metrics {
     /// Those about addresses that guess tokens.
     pub fn guessing(&self) -> &GuessMetrics {
         &self.guessing
+    }
+
+    pub fn heavy_hitters(&self) -> &HeavyHitters {
+        &self.heavy_hitters
     }
 
     pub fn request_started(&self) -> Guard {
@@ -473,6 +485,7 @@ impl Metrics {
         let process = &self.log_dropped[1];
         process.inc_by(super::process_log::lost().saturating_sub(process.get()));
         self.panics.inc_by(super::process_log::panics().saturating_sub(self.panics.get()));
+        self.heavy_hitters.publish(Instant::now());
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 }

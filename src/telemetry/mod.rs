@@ -5,6 +5,7 @@ pub mod access_log;
 pub mod audit_log;
 pub mod datagrams;
 pub mod guess_metrics;
+pub mod heavy_hitters;
 pub mod limit_metrics;
 pub mod lines;
 mod listener_metrics;
