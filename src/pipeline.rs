@@ -263,7 +263,7 @@ impl Pipeline {
         mut limited: Limited,
         facts: &mut Facts,
     ) -> Verdict<'r> {
-        let mut permit = match self.policy.decide(&examined, principal) {
+        let mut permit = match self.policy.decide(&examined, principal, facts.client) {
             Ok(permit) => permit,
             Err(fault) => return self.refuse(Cause::Policy(fault), &examined, &limited, facts),
         };

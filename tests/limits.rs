@@ -312,3 +312,225 @@ fn routes_have_limits_of_their_own() {
     assert_eq!(ask(GOOD, "/api/v3//search"), 429, "in any spelling");
     assert!((0..10).all(|_| ask(OTHER, "/api/v3/search") == 200 && ask(GOOD, TARGET) == 200));
 }
+
+/// An entry of the token file, with these keys.
+fn bound(token: &str, keys: &str) -> String {
+    format!("[[token]]\nsha256 = \"{}\"\nuser = \"user-{}\"\n{keys}\n", sha256_hex(token), &token[11..])
+}
+
+const PROXIED: &str = "[server]\nlisten = [\"@LISTEN@\"]\nthreads = 1\ntrusted_proxies = [\"127.0.0.1/32\"]\n";
+
+#[test]
+fn a_token_is_good_only_from_its_networks_and_with_its_methods() {
+    let upstream = Upstream::start();
+    let tokens = bound(GOOD, "networks = [\"10.0.0.0/8\", \"2001:db8::/32\"]\nmethods = [\"GET\", \"HEAD\"]")
+        + &bound(OTHER, "");
+    let gateway = Gateway::start_with_tokens(upstream.address, &tokens, PROXIED);
+    let ask = |token: &str, method: &str, from: &str| {
+        let head = format!("{method} {TARGET} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {token}\nX-Forwarded-For: {from}\n");
+        gateway.ask(&(head + if method == "GET" { "\n" } else { "Content-Length: 0\n\n" }))
+    };
+    for (token, method, from, wanted) in [
+        (GOOD, "GET", "10.1.2.3", 200),
+        (GOOD, "GET", "::ffff:10.1.2.3", 200),
+        (GOOD, "GET", "2001:db8::7", 200),
+        (GOOD, "GET", "11.1.2.3", 403),
+        // The rightmost address that is no proxy's: what a client says of itself does not count.
+        (GOOD, "GET", "10.1.2.3, 11.1.2.3", 403),
+        (GOOD, "POST", "10.1.2.3", 403),
+        (GOOD, "POST", "11.1.2.3", 403),
+        (OTHER, "POST", "11.1.2.3", 200),
+    ] {
+        let answer = ask(token, method, from);
+        assert_eq!(answer.status, wanted, "{method} from {from}");
+        if wanted == 403 {
+            assert_eq!(answer.text(), "{\"message\":\"403 Forbidden\"}");
+        }
+    }
+    assert_eq!(upstream.seen().len(), 4);
+    let reasons: Vec<_> =
+        log_of(&gateway).iter().filter_map(|line| line["reason"].as_str().map(str::to_owned)).collect();
+    let reasons: Vec<_> = reasons.iter().filter(|reason| *reason != "ok").collect();
+    assert_eq!(reasons, ["token_network", "token_network", "token_method", "token_network"]);
+}
+
+#[test]
+fn a_peer_without_an_address_is_in_no_network() {
+    use std::io::{Read as _, Write as _};
+    let upstream = Upstream::start();
+    let folder = Folder::new("unix");
+    let socket = folder.0.join("s");
+    let server = format!("[server]\nlisten = [\"@LISTEN@\", \"unix:{}\"]\nthreads = 1\n", socket.display());
+    let tokens = bound(GOOD, "networks = [\"0.0.0.0/0\", \"::/0\"]") + &bound(OTHER, "");
+    let gateway = Gateway::start_with_tokens(upstream.address, &tokens, &server);
+    let ask = |token: &str| {
+        let mut peer = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        peer.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+        write!(peer, "GET {TARGET} HTTP/1.1\r\nHost: h\r\nConnection: close\r\nPRIVATE-TOKEN: {token}\r\n\r\n")
+            .unwrap();
+        let mut answer = [0; 12];
+        peer.read_exact(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    assert_eq!((ask(GOOD).as_str(), ask(OTHER).as_str()), ("HTTP/1.1 403", "HTTP/1.1 200"));
+    assert_eq!(statuses(&gateway, GOOD, 1), [200]);
+}
+
+#[test]
+fn a_changed_record_takes_effect_on_a_cached_token() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start_with_tokens(upstream.address, &bound(GOOD, "networks = [\"127.0.0.0/8\"]"), "");
+    assert_eq!(statuses(&gateway, GOOD, 2), [200, 200]);
+    gateway.folder.write("tokens.toml", &bound(GOOD, "networks = [\"10.0.0.0/8\"]"));
+    eventually("the token is refused", || statuses(&gateway, GOOD, 1) == [403]);
+    gateway.folder.write("tokens.toml", &bound(GOOD, "methods = [\"POST\"]"));
+    eventually("for its method", || {
+        statuses(&gateway, GOOD, 1) == [403] && log_of(&gateway).last().unwrap()["reason"] == "token_method"
+    });
+    gateway.folder.write("tokens.toml", &bound(GOOD, ""));
+    eventually("the token is good again", || statuses(&gateway, GOOD, 1) == [200]);
+}
+
+#[test]
+fn a_token_has_the_amounts_of_its_plan_or_a_rate_of_its_own() {
+    let upstream = Upstream::start();
+    let tokens = [
+        "plan = \"gold\"",
+        "plan = \"gone\"",
+        "rate = \"60/h burst 2\"",
+        "",
+        "plan = \"gold\"\nrate = \"60/h burst 1\"",
+    ];
+    let name = |index: usize| format!("token-of-plan-{index}");
+    let file: String = tokens.iter().enumerate().map(|(index, keys)| bound(&name(index), keys)).collect();
+    let more = limit("rate = \"60/h\"\nburst = 3\nplans = true") + "[plan.gold]\nrate = \"60/h\"\nburst = 5\n";
+    let gateway = Gateway::start_with_tokens(upstream.address, &file, &more);
+    for (index, passed) in [(0, 5), (1, 3), (2, 2), (3, 3), (4, 1)] {
+        let statuses = statuses(&gateway, &name(index), 7);
+        let wanted: Vec<u16> = (0..7).map(|at| if at < passed { 200 } else { 429 }).collect();
+        assert_eq!(statuses, wanted, "{}", tokens[index]);
+    }
+}
+
+/// Also those of the plan are told, and an unknown plan is logged once, whatever is sent.
+#[test]
+fn an_unknown_plan_is_logged_once_and_has_the_limits_own_amounts() {
+    let upstream = Upstream::start();
+    let name = |index: usize| format!("token-of-plan-{index}");
+    let tokens: String = ["plan = \"gold\"", "plan = \"gone\"", "plan = \"gone\""]
+        .iter()
+        .enumerate()
+        .map(|(index, keys)| bound(&name(index), keys))
+        .collect();
+    let more = "[limits]\nrate_limit_fields = true\n".to_owned()
+        + &limit("rate = \"60/h\"\nburst = 3\nplans = true")
+        + "[[limit]]\nname = \"other\"\nrate = \"90/h\"\nplans = true\nkey = [\"user\"]\n[plan.gold]\nrate = \"120/h\"\nburst = 5\n";
+    let gateway = Gateway::start_with_tokens(upstream.address, &tokens, &more);
+    let policy = |token: &str| {
+        let mut client = gateway.client();
+        client.send_head(&get(token, TARGET));
+        client.answer().header("RateLimit-Policy").unwrap().to_owned()
+    };
+    assert_eq!(policy(&name(0)), "\"l\";q=120;w=3600, \"other\";q=120;w=3600");
+    assert_eq!(policy(&name(1)), "\"l\";q=60;w=3600, \"other\";q=90;w=3600");
+    assert_eq!(statuses(&gateway, &name(1), 3), [200, 200, 429]);
+    assert_eq!(statuses(&gateway, &name(2), 4), [200, 200, 200, 429]);
+    gateway.metrics();
+    let said = |log: &str| log.matches("there is no [plan.gone]").count();
+    eventually("it is logged", || said(&gateway.process_log()) > 0);
+    assert_eq!(said(&gateway.process_log()), 1, "{}", gateway.process_log());
+    let log = gateway.process_log();
+    let id = &sha256_hex(&name(1))[..12];
+    assert!(log.contains(&format!("token {id}: there is no")) && !log.contains(&name(1)), "{log}");
+}
+
+#[test]
+fn the_method_that_a_token_may_use_is_the_one_that_the_backend_acts_on() {
+    let upstream = Upstream::start();
+    let tokens = bound(GOOD, "methods = [\"POST\"]") + &bound(OTHER, "methods = [\"DELETE\"]");
+    let gateway = Gateway::start_with_tokens(upstream.address, &tokens, "[token]\nmethod_override = \"judge\"\n");
+    let ask = |token: &str| {
+        let fields = format!("PRIVATE-TOKEN: {token}\nX-HTTP-Method-Override: DELETE\nContent-Length: 0\n");
+        gateway.ask(&format!("POST {TARGET} HTTP/1.1\nHost: h\n{fields}\n")).status
+    };
+    assert_eq!((ask(GOOD), ask(OTHER)), (403, 200));
+}
+
+#[test]
+fn the_command_line_makes_tokens_with_terms_and_says_what_is_in_vain() {
+    let store = crate::support::Store::imported("");
+    let create = |arguments: &[&str]| store.token(&["create"], &[&["--user", "a"][..], arguments].concat());
+    for (arguments, why) in [
+        (["--plan", "a b"], "--plan \"a b\" must be a plan's name"),
+        (["--rate", "600"], "--rate \"600\" must be a rate"),
+        (["--network", "10.0.0.0/33"], "--network \"10.0.0.0/33\" must be"),
+        (["--method", "GET,get"], "--method \"get\" must be of GET"),
+    ] {
+        let output = create(&arguments);
+        assert!(!output.status.success() && crate::support::stderr(&output).contains(why), "{output:?}");
+    }
+    let all = [
+        "--plan",
+        "gold",
+        "--rate",
+        "600/min burst 9",
+        "--network",
+        "10.0.0.0/8",
+        "--network",
+        "::1",
+        "--method",
+        "GET,HEAD",
+    ];
+    let made = create(&all);
+    assert!(
+        made.status.success() && crate::support::stderr(&made).contains("note: there is no [plan.gold]"),
+        "{made:?}"
+    );
+    let token = stdout(&made).trim().to_owned();
+    let shown = stdout(&store.token(&["show"], &[&sha256_hex(&token)[..12]]));
+    for line in [
+        "plan         gold",
+        "rate         600/min burst 9",
+        "(there is no [plan.gold]",
+        "networks     10.0.0.0/8 ::1",
+        "methods      GET HEAD",
+    ] {
+        assert!(shown.contains(line), "{line}: {shown}");
+    }
+    let listed = stdout(&store.token(&["list"], &[]));
+    assert!(listed.lines().next().unwrap().contains("  TERMS"), "{listed}");
+    let terms = "plan=gold rate=600/min burst=9 networks=10.0.0.0/8,::1 methods=GET,HEAD";
+    assert!(listed.contains(terms), "{listed}");
+    let json: serde_json::Value = serde_json::from_str(&stdout(&store.token(&["list"], &["--json"]))).unwrap();
+    let of_token = json.as_array().unwrap().iter().find(|entry| entry["sha256"] == sha256_hex(&token)).unwrap();
+    assert_eq!((&of_token["plan"], &of_token["rate"]), (&"gold".into(), &"600/min burst 9".into()));
+    assert_eq!(of_token["networks"], serde_json::json!(["10.0.0.0/8", "::1"]));
+    assert_eq!(of_token["methods"], serde_json::json!(["GET", "HEAD"]));
+    // What is exported is imported with its terms; and a record that is there with others is named.
+    let copy = crate::support::Store::imported(&format!("{of_token}\n"));
+    let plain = format!("{{\"sha256\":\"{}\",\"user\":\"a\"}}\n", sha256_hex(&token));
+    let other = crate::support::Store::imported(&plain);
+    let free: serde_json::Value = serde_json::from_str(&stdout(&other.token(&["list"], &["--json"]))).unwrap();
+    assert_eq!(free[0]["plan"], serde_json::Value::Null);
+    assert_eq!((&free[0]["networks"], &free[0]["methods"]), (&serde_json::json!([]), &serde_json::json!([])));
+    assert!(stdout(&other.token(&["list"], &[])).lines().nth(1).unwrap().contains(" -  "));
+    let copied: serde_json::Value = serde_json::from_str(&stdout(&copy.token(&["list"], &["--json"]))).unwrap();
+    assert_eq!(copied[0], *of_token);
+    let folder = Folder::new("lines");
+    let lines = folder.write("tokens.jsonl", &format!("{of_token}\n"));
+    let differs = other.token(&["import"], &[lines.to_str().unwrap()]);
+    let why = crate::support::stderr(&differs);
+    assert!(!differs.status.success() && why.contains("has another plan, rate, networks or methods"), "{why}");
+    // A rotation is no way out of them.
+    let next = store.token(&["rotate"], &[&sha256_hex(&token)[..12]]);
+    let next = stdout(&store.token(&["show"], &[&sha256_hex(stdout(&next).trim())[..12]]));
+    for line in
+        ["networks     10.0.0.0/8 ::1", "plan         gold", "rate         600/min burst 9", "methods      GET HEAD"]
+    {
+        assert!(next.contains(line), "{line}: {next}");
+    }
+    // From the embedded store, and from outside.
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, &store.section());
+    assert_eq!(statuses(&gateway, &token, 1), [403]);
+}

@@ -177,6 +177,52 @@ fn a_revoked_token_ends_an_upload_and_a_request_that_waits() {
     assert_eq!(gateway.metric("tollgate_exchanges_ended_total{reason=\"revoked\"}"), 2.0);
 }
 
+/// A record that says where its token may be used from, and with which methods, ends what goes on elsewhere and otherwise.
+#[test]
+fn new_networks_and_methods_end_what_goes_on() {
+    let entry =
+        |token: &str, keys: &str| format!("[[token]]\nsha256 = \"{}\"\nuser = \"a\"\n{keys}\n", sha256_hex(token));
+    let (far, reads, free) = ("token-that-is-far", "token-that-reads", "token-that-is-free");
+    let all = |far_keys: &str, reads_keys: &str, free_keys: &str| {
+        entry(far, far_keys) + &entry(reads, reads_keys) + &entry(free, free_keys)
+    };
+    for framework in [false, true] {
+        let (backend, done) = endless();
+        let gateway = Gateway::start_on_lane_with(framework, backend.address(), Some(&all("", "", "")), "");
+        let begin = |token: &str| {
+            let mut client = gateway.client();
+            client.send_head(&request("GET", token, ""));
+            client
+        };
+        let (mut far, mut reads, mut free) = (begin(far), begin(reads), begin(free));
+        std::thread::sleep(WATCHED);
+        // A plan and a rate are for the next request; of those networks and methods, this request is.
+        let tokens = all(
+            "networks = [\"10.0.0.0/8\"]",
+            "methods = [\"POST\"]",
+            "plan = \"gold\"\nrate = \"1/h\"\nnetworks = [\"127.0.0.0/8\"]\nmethods = [\"GET\"]",
+        );
+        gateway.folder.write("tokens.toml", &tokens);
+        let changed = Instant::now();
+        for client in [&mut far, &mut reads] {
+            let (got, after) = to_the_end(client, changed);
+            assert!(
+                got.starts_with(b"HTTP/1.1 200 ") && !got.ends_with(b"0\r\n\r\n"),
+                "{}",
+                String::from_utf8_lossy(&got)
+            );
+            assert!(after < BOUND, "it went on for {after:?}");
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        done.store(true, SeqCst);
+        assert!(free.answer().body.len() > 20);
+        eventually("all are logged", || reasons(&gateway).len() == 3);
+        let mut found = reasons(&gateway);
+        found.sort();
+        assert_eq!(found, ["ok", "token_method", "token_network"]);
+    }
+}
+
 /// Downloads, uploads and tunnels of eight clients, with two tokens of one user who is blocked.
 #[test]
 fn a_blocked_user_loses_all_that_goes_on() {

@@ -2,8 +2,10 @@
 
 use super::Failure;
 use crate::config::Settings;
+use crate::policy::LimitKeyPart;
 use crate::store::credential::Digest;
 use crate::store::portable::{Reading, is_token};
+use crate::store::terms::{SaidTerms, TokenTerms, check_plan, parse_method, parse_network, parse_token_rate};
 use crate::store::values::{LATEST, check_description, check_scope, check_user, is_unseen};
 use crate::store::{AdminError, MissingStore, NamedStore, ShownRecord, TokenAdmin, TokenRecord, parse_time, rfc3339};
 use anyhow::{Context as _, anyhow, bail};
@@ -52,6 +54,8 @@ pub(super) enum TokenCommand {
         /// Expiry: a time like 2026-12-31T23:59:59Z, or a duration from now like 90days (default: never)
         #[arg(long, value_name = "TIME")]
         expires: Option<String>,
+        #[command(flatten)]
+        terms: TermOptions,
     },
     /// List all tokens, newest first.
     List {
@@ -117,12 +121,76 @@ pub(super) enum TokenCommand {
     },
 }
 
+/// How the new token may be used.
+#[derive(clap::Args)]
+pub(super) struct TermOptions {
+    /// Plan: the amounts of [plan.NAME] in each [[limit]] with `plans = true`
+    #[arg(long, value_name = "NAME")]
+    plan: Option<String>,
+    /// Rate of its own, like 600/min or "600/min burst 100", in each [[limit]] with `plans = true` and a key by token
+    #[arg(long, value_name = "RATE")]
+    rate: Option<String>,
+    /// A network that the token may be used from, like 10.0.0.0/8; may be repeated (default: from everywhere)
+    #[arg(long = "network", value_name = "NETWORK", value_delimiter = ',')]
+    networks: Vec<String>,
+    /// A method that the token may be used with; may be repeated, or be a list like GET,HEAD (default: all)
+    #[arg(long = "method", value_name = "METHOD", value_delimiter = ',')]
+    methods: Vec<String>,
+}
+
+impl TermOptions {
+    /// Checked one by one, so that it is said which option is wrong.
+    fn read(self) -> Result<Option<Arc<TokenTerms>>, Failure> {
+        let wrong = |option: &str, text: &str, why: &str| Failure::Usage(format!("{option} \"{}\" {why}", plain(text)));
+        if let Some(plan) = &self.plan {
+            check_plan(plan).map_err(|why| wrong("--plan", plan, why))?;
+        }
+        if let Some(rate) = &self.rate {
+            parse_token_rate(rate).map_err(|why| wrong("--rate", rate, why))?;
+        }
+        for network in &self.networks {
+            parse_network(network).map_err(|why| wrong("--network", network, why))?;
+        }
+        for method in &self.methods {
+            parse_method(method).map_err(|why| wrong("--method", method, why))?;
+        }
+        TokenTerms::of(SaidTerms {
+            plan: self.plan.unwrap_or_default(),
+            rate: self.rate.unwrap_or_default(),
+            networks: self.networks,
+            methods: self.methods,
+        })
+        .map_err(|why| Failure::Usage(format!("--network: {why}")))
+    }
+}
+
+/// What a gateway with this configuration would make of a record's plan, if that is not what it says.
+fn plan_note(settings: &Settings, record: &TokenRecord) -> Option<String> {
+    let terms = record.terms.as_ref()?;
+    let by_plan = |key: &dyn Fn(&[LimitKeyPart]) -> bool| {
+        settings.limits.iter().any(|limit| limit.buckets.plans.is_some() && key(&limit.buckets.key))
+    };
+    match terms.plan() {
+        Some(plan) if !settings.plans.iter().any(|known| known.name == plan) => {
+            return Some(format!("there is no [plan.{plan}]: each [[limit]] has its own amounts for it"));
+        }
+        Some(plan) if !by_plan(&|_| true) => {
+            return Some(format!("no [[limit]] says `plans = true`: plan {plan} changes nothing"));
+        }
+        _ => {}
+    }
+    let by_token = |key: &[LimitKeyPart]| key.contains(&LimitKeyPart::Token);
+    (terms.rate().is_some() && !by_plan(&by_token))
+        .then(|| "no [[limit]] by token says `plans = true`: the token's own rate limits nothing".into())
+}
+
 pub(super) async fn run(command: TokenCommand) -> Result<(), Failure> {
     match command {
-        TokenCommand::Create { options, user, scopes, description, not_before, expires } => {
+        TokenCommand::Create { options, user, scopes, description, not_before, expires, terms } => {
             let not_before = moment("--not-before", not_before.as_deref())?;
             let expires = moment("--expires", expires.as_deref())?;
-            create(&options, user, scopes, description, not_before, expires).await
+            let bounds = Bounds { not_before, expires, terms: terms.read()? };
+            create(&options, user, scopes, description, bounds).await
         }
         TokenCommand::List { options } => list(&options).await,
         TokenCommand::Show { options, id } => show(&options, &id).await,
@@ -231,14 +299,21 @@ pub(super) fn new_token() -> anyhow::Result<String> {
     Ok(format!("tg-{body}{}", &check[..6]))
 }
 
+/// When and how a new token may be used.
+struct Bounds {
+    not_before: Option<u64>,
+    expires: Option<u64>,
+    terms: Option<Arc<TokenTerms>>,
+}
+
 async fn create(
     options: &TokenOptions,
     user: String,
     scopes: Vec<String>,
     description: String,
-    not_before: Option<u64>,
-    expires: Option<u64>,
+    bounds: Bounds,
 ) -> Result<(), Failure> {
+    let Bounds { not_before, expires, terms } = bounds;
     let usage = |option: &str, why: &str| Failure::Usage(format!("{option}: {why}"));
     check_user(&user).map_err(|why| usage("--user", why))?;
     for scope in &scopes {
@@ -264,10 +339,16 @@ async fn create(
         created: now(),
         not_before,
         expires,
+        terms,
         ..TokenRecord::new(Digest::of(token.as_bytes()), user)
     };
+    if let Some(note) = plan_note(&opened.settings, &record) {
+        eprintln!("note: {note}");
+    }
     opened.admin.create(&record).await?;
-    let made = opened.confirmed(&record.digest, |made| made.user == record.user).await?;
+    // A store that keeps a record but for its bounds must not go unnoticed.
+    let same = |made: &TokenRecord| made.user == record.user && made.terms == record.terms;
+    let made = opened.confirmed(&record.digest, same).await?;
     // A concurrent `block` of the user either finds the new token, or is found here.
     if is_blocked(&opened.admin.of_user(&record.user).await?) {
         opened.admin.revoke(&record.digest, now()).await?;
@@ -327,6 +408,7 @@ async fn rotate(options: &TokenOptions, id: &str, overlap: Duration, expires: Op
         expires: expires.or(lifetime.map(|span| at.saturating_add(span).min(LATEST))),
         replaces: Some(old.digest),
         blocked: old.blocked,
+        terms: old.terms.clone(),
         ..TokenRecord::new(Digest::of(token.as_bytes()), old.user.clone())
     };
     match opened.admin.rotate(&old.digest, &next, at, at.saturating_add(overlap.as_secs())).await {
@@ -406,8 +488,8 @@ async fn list(options: &TokenOptions) -> Result<(), Failure> {
     let mut out = std::io::BufWriter::new(std::io::stdout());
     if !options.json {
         let header = format_args!(
-            "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  DESCRIPTION",
-            "ID", "USER", "CREATED", "LAST USED", "STATE"
+            "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  {:<12}  DESCRIPTION",
+            "ID", "USER", "CREATED", "LAST USED", "STATE", "TERMS"
         );
         writeln!(out, "{header}")?;
     }
@@ -448,14 +530,31 @@ fn print_listed(
     }
     writeln!(
         out,
-        "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  {}",
+        "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  {:<12}  {}",
         record.digest.id().to_string(),
         plain(&record.user),
         rfc3339(record.created),
         last_used(notes_uses, record),
         state(record),
+        terms_in_a_column(record),
         plain(&record.description)
     )
+}
+
+/// Like `plan=gold methods=GET,HEAD`; `-` for none.
+fn terms_in_a_column(record: &TokenRecord) -> String {
+    let Some(SaidTerms { plan, rate, networks, methods }) = record.terms.as_deref().map(TokenTerms::said) else {
+        return "-".into();
+    };
+    // One word for each, without blanks in it.
+    let fields = [
+        ("plan", plan.clone()),
+        ("rate", rate.replace(" burst ", " burst=")),
+        ("networks", networks.join(",")),
+        ("methods", methods.join(",")),
+    ];
+    let said = fields.into_iter().filter(|(_, value)| !value.is_empty());
+    said.map(|(name, value)| format!("{name}={}", plain(&value))).collect::<Vec<_>>().join(" ")
 }
 
 /// In a store without recorded uses, the last use of a token is unknown.
@@ -582,6 +681,21 @@ fn print_record(options: &TokenOptions, opened: &OpenStore, record: &TokenRecord
         say!("not before   {start}")?;
     }
     say!("expires      {}", or(shown.expires, "never"))?;
+    if let Some(plan) = shown.plan {
+        say!("plan         {}", plain(&plan))?;
+    }
+    if let Some(rate) = shown.rate {
+        say!("rate         {}", plain(&rate))?;
+    }
+    if let Some(note) = plan_note(&opened.settings, record) {
+        say!("             ({note})")?;
+    }
+    if !shown.networks.is_empty() {
+        say!("networks     {}", plain(&shown.networks.join(" ")))?;
+    }
+    if !shown.methods.is_empty() {
+        say!("methods      {}", plain(&shown.methods.join(" ")))?;
+    }
     if let Some(at) = shown.superseded {
         say!("rotated      {at}")?;
     }

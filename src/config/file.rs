@@ -7,6 +7,7 @@ use crate::policy::{CalendarPeriod, CalendarQuota, LimitCosts, LimitKeyPart, Ref
 use crate::request::host::HostPattern;
 use crate::request::route::{HeaderEdits, Pattern};
 use crate::request::view::Method;
+use crate::store::terms::parse_rate;
 use crate::telemetry::datagrams::SyslogAddress;
 use crate::upstream::{AdaptiveBounds, HashBy, ListedServer, MaxRequests, ServerAddress};
 use std::net::SocketAddr;
@@ -467,6 +468,9 @@ section! {
         scopes: Vec<String> = "[]",
         /// Only for these users; empty for all.
         users: Vec<String> = "[]",
+        /// Tokens whose record names a plan have the amounts of that [plan.NAME] instead, and a token with a rate of its own has
+        /// that rate. The amounts here are for all others, and for plans that are not configured. For keys by token or user.
+        plans: bool = "false",
         /// Bits of an IPv4 address that stand for it in a key.
         prefix_v4: u64 = "32",
         /// Bits of an IPv6 address.
@@ -475,6 +479,21 @@ section! {
         buckets: u64 = "65536",
         /// Count what would be refused, and refuse nothing.
         dry_run: bool = "false",
+    }
+}
+
+section! {
+    /// Amounts for tokens whose record names this plan (`tollgate token create --plan gold`). They take the place of all amounts
+    /// of a [[limit]] that says `plans = true`.
+    PlanSection {
+        /// As in a [[limit]]; "none", if there is a quota or concurrency.
+        rate: Option<RateText> = r#"!"600/min""#,
+        /// As in a [[limit]].
+        burst: Option<u64> = r#""none""#,
+        /// As in a [[limit]].
+        quota: Option<QuotaText> = r#""none""#,
+        /// As in a [[limit]].
+        concurrency: Option<u64> = r#""none""#,
     }
 }
 
@@ -826,18 +845,13 @@ settings! {
     };
     RateText((u64, u64)) = |text| {
         let like = "write it like \"10/s\", \"600/min\" or \"5000/h\"";
-        let (count, unit) = text.split_once('/').ok_or_else(|| invalid("is not a rate", like))?;
-        let period_ms = match unit.trim() {
-            "s" | "second" => 1_000,
-            "min" | "minute" => 60_000,
-            "h" | "hour" => 3_600_000,
-            "day" | "month" => return Err(invalid("is a quota", "use `quota` for days and months; a rate is by \"s\", \"min\" or \"h\"")),
-            _ => return Err(invalid("is not a rate", like)),
-        };
-        match count.trim().parse() {
-            Ok(count @ 1..=RefillRate::MOST_REQUESTS) => Ok((count, period_ms)),
-            Ok(_) => Err(invalid("is out of range", format!("use 1 to {} requests", RefillRate::MOST_REQUESTS))),
-            Err(_) => Err(invalid("is not a rate", like)),
+        if text.split_once('/').is_some_and(|(_, unit)| matches!(unit.trim(), "day" | "month")) {
+            return Err(invalid("is a quota", "use `quota` for days and months; a rate is by \"s\", \"min\" or \"h\""));
+        }
+        match parse_rate(text) {
+            Some((count @ 1..=RefillRate::MOST_REQUESTS, period_ms)) => Ok((count, period_ms)),
+            Some(_) => Err(invalid("is out of range", format!("use 1 to {} requests", RefillRate::MOST_REQUESTS))),
+            None => Err(invalid("is not a rate", like)),
         }
     };
     QuotaText(CalendarQuota) = |text| {

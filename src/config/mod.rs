@@ -37,6 +37,8 @@ struct File {
     pagination_routes: Vec<file::PaginationRouteSection>,
     limits: file::LimitsSection,
     limit: Vec<file::LimitSection>,
+    /// With their names.
+    plans: Vec<(String, file::PlanSection)>,
     guessing: file::GuessingSection,
     upstreams: Vec<file::UpstreamSection>,
     routes: Vec<file::RouteSection>,
@@ -105,7 +107,7 @@ pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
 }
 
 /// The tables that can stand at the top of the file.
-const SECTIONS: [&str; 16] = [
+const SECTIONS: [&str; 17] = [
     "server",
     "listener",
     "admin",
@@ -117,6 +119,7 @@ const SECTIONS: [&str; 16] = [
     "pagination",
     "limits",
     "limit",
+    "plan",
     "guessing",
     "upstream",
     "route",
@@ -145,6 +148,7 @@ fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
         cache: one(places, root, "cache", file::CacheSection::read),
         limits: one(places, root, "limits", file::LimitsSection::read),
         limit: many(places, root, "limit", "limit", file::LimitSection::read),
+        plans: named(places, root, "plan", file::PlanSection::read),
         guessing: one(places, root, "guessing", file::GuessingSection::read),
         trace: one(places, root, "trace", file::TraceSection::read),
         log: one(places, root, "log", file::LogSection::read),
@@ -177,6 +181,35 @@ fn one_or_many<T>(places: &mut Places<'_>, root: &DeTable<'_>, name: &str, read:
         Some(array) if !array.is_empty() => many(places, root, name, name, read),
         _ => vec![one(places, root, name, read)],
     }
+}
+
+/// Any number of `[key.NAME]`.
+fn named<T>(places: &mut Places<'_>, root: &DeTable<'_>, key: &str, read: ReadSection<T>) -> Vec<(String, T)> {
+    let Some((_, value)) = root.iter().find(|(found, _)| found.get_ref() == key) else { return Vec::new() };
+    let Some(all) = value.get_ref().as_table() else {
+        places.unreadable(
+            key,
+            None,
+            "must be tables with names".into(),
+            format!("write [{key}.NAME] on a line of its own"),
+        );
+        return Vec::new();
+    };
+    let mut read_all = Vec::new();
+    for (own, value) in all.iter() {
+        let name = format!("{key}.{}", own.get_ref());
+        match value.get_ref().as_table() {
+            Some(table) => {
+                let mut section = Section { name, table: Some(table), nested: &[], places, missing: Vec::new() };
+                read_all.push((own.get_ref().to_string(), read(&mut section)));
+            }
+            None => {
+                let instead = format!("write [{key}.NAME] on a line of its own");
+                places.unreadable(&name, None, "must be a table".into(), instead);
+            }
+        }
+    }
+    read_all
 }
 
 /// Any number of `[[name]]`, which is `key` in its parent.
@@ -224,7 +257,7 @@ const fn commented(header: &'static str, doc: &'static [&'static str], fields: &
 }
 
 /// All sections, in the order in which they are documented.
-const REFERENCE: [Reference; 21] = [
+const REFERENCE: [Reference; 22] = [
     shown("[server]", file::ServerSection::DOC, file::ServerSection::FIELDS),
     commented("[[listener]]", file::ListenerSection::DOC, file::ListenerSection::FIELDS),
     shown("[admin]", file::AdminSection::DOC, file::AdminSection::FIELDS),
@@ -242,6 +275,7 @@ const REFERENCE: [Reference; 21] = [
     commented("[[pagination.route]]", file::PaginationRouteSection::DOC, file::PaginationRouteSection::FIELDS),
     shown("[limits]", file::LimitsSection::DOC, file::LimitsSection::FIELDS),
     commented("[[limit]]", file::LimitSection::DOC, file::LimitSection::FIELDS),
+    commented("[plan.gold]", file::PlanSection::DOC, file::PlanSection::FIELDS),
     shown("[guessing]", file::GuessingSection::DOC, file::GuessingSection::FIELDS),
     commented("[[route]]", file::RouteSection::DOC, file::RouteSection::FIELDS),
     shown("[trace]", file::TraceSection::DOC, file::TraceSection::FIELDS),

@@ -12,14 +12,14 @@ use crate::edge::{
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{
-    BucketSettings, GuessSettings, LimitAmounts, LimitKeyPart, LimitScope, LimitSettings, Policy, RefillRate,
-    ScopeRule, Scopes,
+    BucketSettings, GuessSettings, LimitAmounts, LimitKeyPart, LimitPlan, LimitScope, LimitSettings, Policy,
+    RefillRate, ScopeRule, Scopes,
 };
 use crate::problem::Problem;
 use crate::reply::answer;
 use crate::reply::cors::Cors;
 use crate::request::body::{BodyRules, KeySet, UntypedBody};
-use crate::request::origin::{AddressList, AddressRules, TrustedProxies};
+use crate::request::origin::{AddressList, AddressRules, TrustedProxies, canonical_network};
 use crate::request::page::{PageRules, Pagination, TooDeep};
 use crate::request::query::{Key, Names};
 use crate::request::route::{
@@ -31,11 +31,11 @@ use crate::request::trace::TraceMode;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::store::NamedStore;
+use crate::store::terms::check_plan;
 use crate::telemetry::lines::LogTarget;
 use crate::telemetry::spans::OtlpSettings;
 use crate::tls::{Authorities, PemFile, SystemAuthorities, TLS, TLS_CA, TLS_CERT, TLS_KEY};
 use crate::upstream::{Balance, CheckSettings, HttpCheck, QueueOrder, RetryLimits, UpstreamSettings, UpstreamTls};
-use ipnet::{IpNet, Ipv4Net};
 use log::LevelFilter;
 use std::cell::LazyCell;
 use std::path::{Path, PathBuf};
@@ -49,6 +49,7 @@ pub struct Settings {
     pub rules: Rules,
     pub policy: Policy,
     pub limits: Vec<LimitSettings>,
+    pub plans: Vec<LimitPlan>,
     /// `None`: nobody is watched for guessing.
     pub guessing: Option<GuessSettings>,
     /// Answers say what is left of them.
@@ -136,7 +137,8 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     gather.all("limits", body_rate.problems());
     let addresses = AddressRules { allow: listed(&file.limits.allow), deny: listed(&file.limits.deny) };
     gather.all("limits", addresses.problems());
-    let limits = gather.limits(file, &rules.routes);
+    let plans = gather.plans(file);
+    let limits = gather.limits(file, &plans, &rules.routes);
     let guessing = gather.guessing(file);
     gather.all("server", rules.trusted_proxies.problems());
     let cache = CacheSettings {
@@ -181,6 +183,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         cors,
         policy: Policy { switches, scopes: gather.scopes(file), addresses },
         limits,
+        plans,
         guessing,
         limit_fields: file.limits.rate_limit_fields,
         stores: gather.stores(file, folder, &upstreams),
@@ -465,7 +468,62 @@ impl Gather<'_, '_> {
         Some(settings)
     }
 
-    fn limits(&mut self, file: &File, routes: &Routes) -> Vec<LimitSettings> {
+    /// A burst, of a limit or a plan.
+    fn burst(&mut self, at: &str, burst: Option<u64>, has_rate: bool) {
+        if burst.is_some() && !has_rate {
+            let problem = Problem::error("burst", "goes with a rate", "write rate as well, or remove it");
+            self.places.add(at, problem.with("rate"));
+        }
+        match burst {
+            Some(0) => {
+                let problem = Problem::error("burst", "is 0: nothing would pass", "use 1 or more, or \"none\"");
+                self.places.add(at, problem);
+            }
+            Some(burst) => {
+                let problem = Problem::out_of_range("burst", burst, 1..=RefillRate::MOST_BURST);
+                self.all(at, problem.into_iter().collect());
+            }
+            None => {}
+        }
+    }
+
+    fn plans(&mut self, file: &File) -> Vec<LimitPlan> {
+        const MOST: usize = 64;
+        let mut plans = Vec::new();
+        for (name, plan) in &file.plans {
+            let amounts = amounts(plan.rate.as_ref(), plan.burst, plan.quota.as_ref(), plan.concurrency);
+            if let Err(what) = check_plan(name) {
+                self.places
+                    .add(&plan.at, Problem::error("rate", format!("is of a plan whose name {what}"), "rename it"));
+            }
+            if amounts == LimitAmounts::default() {
+                let what = "is missing, and so are quota and concurrency: the plan allows everything";
+                self.places.add(&plan.at, Problem::error("rate", what, "write rate, quota or concurrency"));
+            }
+            if amounts.concurrency == Some(0) {
+                let problem = Problem::error("concurrency", "is 0: nothing would pass", "use 1 or more, or \"none\"");
+                self.places.add(&plan.at, problem);
+            }
+            self.burst(&plan.at, plan.burst, plan.rate.is_some());
+            if let Some(rate) = amounts.rate.filter(|rate| rate.burst() > 0 && rate.is_too_fine()) {
+                let what = "is no more than the rate has within a millisecond, a step of the clock: not all that is due would pass";
+                let instead = format!("use {} or more", rate.requests_in(1) + 1);
+                self.places.add(&plan.at, Problem::error("burst", what, instead).with("rate"));
+            }
+            if !file.limit.iter().any(|limit| limit.plans) {
+                let what = "is of a plan, and no [[limit]] says `plans = true`: it limits nothing";
+                let problem = Problem::warning("rate", what, "add it to a [[limit]], or remove the plan");
+                self.places.add(&plan.at, problem);
+            }
+            plans.push(LimitPlan { name: name.clone(), amounts });
+        }
+        if plans.len() > MOST {
+            self.places.add("", Problem::error("plan", "is there too often", format!("use {MOST} or fewer")));
+        }
+        plans
+    }
+
+    fn limits(&mut self, file: &File, plans: &[LimitPlan], routes: &Routes) -> Vec<LimitSettings> {
         const MOST: usize = 64;
         let mut limits: Vec<LimitSettings> = Vec::new();
         for limit in &file.limit {
@@ -476,14 +534,8 @@ impl Gather<'_, '_> {
                     key: limit.key.iter().map(|part| part.0.clone()).collect(),
                     prefix_v4: narrow(limit.prefix_v4),
                     prefix_v6: narrow(limit.prefix_v6),
-                    amounts: LimitAmounts {
-                        rate: limit.rate.as_ref().map(|rate| {
-                            let (requests, period_ms) = rate.0;
-                            RefillRate::new(requests, period_ms, limit.burst.unwrap_or(requests))
-                        }),
-                        quota: limit.quota.as_ref().map(|quota| quota.0),
-                        concurrency: limit.concurrency.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
-                    },
+                    amounts: amounts(limit.rate.as_ref(), limit.burst, limit.quota.as_ref(), limit.concurrency),
+                    plans: limit.plans.then(|| plans.to_vec()),
                     most: usize::try_from(limit.buckets).unwrap_or(usize::MAX),
                 },
                 applies: LimitScope {
@@ -496,21 +548,7 @@ impl Gather<'_, '_> {
                 dry_run: limit.dry_run,
             };
             self.all(&limit.at, settings.problems());
-            if limit.burst.is_some() && limit.rate.is_none() {
-                let problem = Problem::error("burst", "goes with a rate", "write rate as well, or remove it");
-                self.places.add(&limit.at, problem.with("rate"));
-            }
-            match limit.burst {
-                Some(0) => {
-                    let problem = Problem::error("burst", "is 0: nothing would pass", "use 1 or more, or \"none\"");
-                    self.places.add(&limit.at, problem);
-                }
-                Some(burst) => {
-                    let problem = Problem::out_of_range("burst", burst, 1..=RefillRate::MOST_BURST);
-                    self.all(&limit.at, problem.into_iter().collect());
-                }
-                None => {}
-            }
+            self.burst(&limit.at, limit.burst, limit.rate.is_some());
             if let Some(first) = limits.iter().position(|other| other.name == settings.name) {
                 let first = format!("{}.name", file.limit[first].at);
                 let problem = Problem::error("name", "is the name of an earlier [[limit]]", "use another name");
@@ -701,20 +739,26 @@ fn listed(peers: &[file::Proxy]) -> AddressList {
     let mut list = AddressList::default();
     for peer in peers {
         match &peer.0 {
-            TrustedPeer::Network(network) => list.networks.push(canonical(*network)),
+            TrustedPeer::Network(network) => list.networks.push(canonical_network(*network)),
             TrustedPeer::Unix => list.unix_peers = true,
         }
     }
     list
 }
 
-/// IPv4 written as IPv6 is IPv4, as are the addresses that are looked for in it.
-fn canonical(network: IpNet) -> IpNet {
-    match network {
-        IpNet::V6(v6) if v6.prefix_len() >= 96 => {
-            let v4 = v6.addr().to_ipv4_mapped().and_then(|ip| Ipv4Net::new(ip, v6.prefix_len() - 96).ok());
-            v4.map_or(network, IpNet::V4)
-        }
-        _ => network,
+/// The amounts of a limit or a plan.
+fn amounts(
+    rate: Option<&file::RateText>,
+    burst: Option<u64>,
+    quota: Option<&file::QuotaText>,
+    concurrency: Option<u64>,
+) -> LimitAmounts {
+    LimitAmounts {
+        rate: rate.map(|rate| {
+            let (requests, period_ms) = rate.0;
+            RefillRate::new(requests, period_ms, burst.unwrap_or(requests))
+        }),
+        quota: quota.map(|quota| quota.0),
+        concurrency: concurrency.map(|most| u32::try_from(most).unwrap_or(u32::MAX)),
     }
 }

@@ -36,7 +36,7 @@ fn every_default_reads() {
 fn the_example_says_all_and_is_right() {
     let example = example();
     load(&example, Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
-    let with_headers = example.replace("\n# [[", "\n[[");
+    let with_headers = example.replace("\n# [[", "\n[[").replace("\n# [plan", "\n[plan");
     let everything = with_headers.lines().map(|line| {
         let key = line
             .strip_prefix("# ")
@@ -45,7 +45,7 @@ fn the_example_says_all_and_is_right() {
     });
     load(&everything.collect::<String>(), Path::new("")).unwrap_or_else(|problems| panic!("{problems:?}"));
     let keys: usize = REFERENCE.iter().map(|section| section.fields.len()).sum();
-    assert_eq!(keys, 219, "the reference lost or gained keys: update this number on purpose");
+    assert_eq!(keys, 224, "the reference lost or gained keys: update this number on purpose");
     assert!(
         REFERENCE
             .iter()
@@ -662,6 +662,24 @@ fn limits_that_contradict_themselves_are_refused() {
         ("rate = \"9/s\"\nprefix_v4 = 33", "limit[0].prefix_v4: is out of range"),
         ("rate = \"9/s\"\nbuckets = 1", "limit[0].buckets: is out of range"),
         ("rate = \"9/s\"\nmethods = []", "limit[0].methods: is empty"),
+        ("rate = \"9/s\"\nplans = true\n[plan.gold]\nrate = \"90/s\"\nburst = 100", ""),
+        ("rate = \"9/s\"\nplans = true\nkey = [\"route\"]", "limit[0].key: has neither"),
+        ("rate = \"9/s\"\n[plan.gold]\nrate = \"9/s\"", "warning: plan.gold.rate: is of a plan, and no [[limit]] says"),
+        (
+            "rate = \"9/s\"\nplans = true\n[plan.\"go ld\"]\nrate = \"9/s\"",
+            "plan.go ld.rate: is of a plan whose name must be",
+        ),
+        ("rate = \"9/s\"\nplans = true\n[plan]\ngold = 5", "plan.gold: must be a table"),
+        (
+            "rate = \"9/s\"\nplans = true\n[plan.gold]\nrate = \"10000/s\"\nburst = 2",
+            "plan.gold.burst: is no more than",
+        ),
+        ("rate = \"9/s\"\nplans = true\n[plan.gold]\nrate = \"none\"", "plan.gold.rate: is missing, and so are quota"),
+        ("rate = \"9/s\"\nplans = true\n[plan.gold]\nrate = \"9/s\"\nburst = 0", "plan.gold.burst: is 0"),
+        (
+            "rate = \"9/s\"\nplans = true\ncost = { write = 5 }\n[plan.gold]\nrate = \"4/s\"",
+            "limit[0].cost: is 5 for some requests, and plan gold has 4",
+        ),
         ("rate = \"9/s\"\nroutes = [\"/api/v4/*\"]", "limit[0].routes: is not the path of a route"),
         ("rate = \"9/s\"\nroutes = [\"/open\"]", "limit[0].routes: match no request"),
         ("rate = \"9/s\"\nkey = [\"address\"]\nroutes = [\"/open\"]", ""),

@@ -181,7 +181,8 @@ impl Exchange {
     /// Takes over what the pipeline knows so far.
     pub(super) fn learned(&mut self, facts: Facts) {
         self.note(SpanNotes::learned);
-        self.limit_fields = LimitFields::of(&self.snapshot.pipeline.limits, &facts.limits).map(Box::new);
+        let limits = &self.snapshot.pipeline.limits;
+        self.limit_fields = LimitFields::of(limits, &facts.limits, facts.principal.as_deref()).map(Box::new);
         self.facts = facts;
     }
 

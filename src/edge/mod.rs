@@ -52,7 +52,7 @@ pub use upgrade::{Predecessor, Successors};
 
 use crate::clock::Now;
 use crate::pipeline::{Facts, Pipeline};
-use crate::policy::{GuessEpisode, LimitFacts, LimitResult};
+use crate::policy::{GuessEpisode, LimitFacts, LimitResult, MOST_OWN_RATES, OddKind, OddTerms};
 use crate::problem::Problem;
 use crate::request::trace::NewIds;
 use crate::request::view::Method;
@@ -209,6 +209,26 @@ impl Snapshot {
             });
             if fact.shared {
                 series.shared();
+            }
+            if fact.odd {
+                self.say_odd_terms();
+            }
+        }
+    }
+
+    /// A token's terms do not hold as its record has them.
+    #[cold]
+    fn say_odd_terms(&self) {
+        for OddTerms { kind, name, token } in self.pipeline.limits.take_odd() {
+            match kind {
+                OddKind::UnknownPlan => log::warn!(
+                    "token {token}: there is no [plan.{name}]: each limit's own amounts apply to tokens of this plan. This is logged \
+                     once, and again after a reload"
+                ),
+                OddKind::TooManyRates => log::warn!(
+                    "token {token}: limit {name} has {MOST_OWN_RATES} different rates of tokens already: a further one has the \
+                     amounts of its plan, or the limit's own. This is logged once, and again after a reload"
+                ),
             }
         }
     }

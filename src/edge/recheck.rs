@@ -5,10 +5,13 @@
 use super::ticket::{OwnToken, Ticket};
 use super::{Snapshot, now};
 use crate::identity::{Checked, Mode, TokenStatus};
+use crate::policy::within_terms;
 use crate::reply::Cause;
+use crate::request::view::Method;
 use crate::store::credential::Digest;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -25,6 +28,8 @@ pub(super) struct Recheck<'g> {
     head: Bytes,
     token: OwnToken,
     digest: Digest,
+    client: Option<IpAddr>,
+    method: Method,
 }
 
 impl<'g> Recheck<'g> {
@@ -33,7 +38,14 @@ impl<'g> Recheck<'g> {
         let exchange = &ticket.exchange;
         exchange.facts.principal.as_ref()?;
         let (token, digest) = (ticket.token.clone()?, exchange.facts.token?);
-        Some(Self { live, head: exchange.head.clone(), token, digest })
+        Some(Self {
+            live,
+            head: exchange.head.clone(),
+            token,
+            digest,
+            client: exchange.facts.client,
+            method: exchange.facts.method,
+        })
     }
 
     /// Comes back when the token gives no right any more, with the reason.
@@ -53,7 +65,11 @@ impl<'g> Recheck<'g> {
                 Checked::NotAsked => return Cause::Bug,
             };
             match answer {
-                Ok(TokenStatus::Valid(_)) => {}
+                Ok(TokenStatus::Valid(principal)) => {
+                    if let Err(fault) = within_terms(&principal, self.client, self.method) {
+                        return Cause::Policy(fault);
+                    }
+                }
                 Ok(TokenStatus::Invalid(why)) => return Cause::Identity(why),
                 Err(why) => return Cause::CannotTell(why),
             }

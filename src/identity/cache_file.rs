@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-const FORMAT: &str = "tollgate cache 2";
+const FORMAT: &str = "tollgate cache 3";
 /// Older files are ignored, because their entries have expired.
 const OLDEST_MS: u64 = 24 * 3_600_000;
 
@@ -135,7 +135,7 @@ pub(super) fn parse(text: &str, origin: &str, now_unix_ms: u64) -> Result<CacheC
         let of = digest(&line.sha256)?;
         entries.push(SavedEntry {
             digest: of,
-            principal: Arc::new(Principal::from_kept(line.principal, &of)),
+            principal: Arc::new(Principal::from_kept(line.principal, &of)?),
             fresh_until: line.fresh_until,
             stale_until: line.stale_until,
             handles: line.handles.iter().map(|hex| digest(hex)).collect::<Result<_, _>>()?,

@@ -6,7 +6,7 @@
 //! token store is asked about its address before, and about the rest after that: what it took before is given back then, unless
 //! others took from the same bucket meanwhile.
 
-use super::limit_bucket::{LimitAmounts, LimitBucket, LimitedBy};
+use super::limit_bucket::{LimitAmounts, LimitBucket, LimitedBy, RefillRate};
 use super::limit_table::{LimitTable, LockedBucket};
 use crate::clock::Now;
 use crate::identity::Principal;
@@ -14,12 +14,14 @@ use crate::problem::Problem;
 use crate::request::route::Methods;
 use crate::request::routes::Routes;
 use crate::request::view::{Method, RequestView};
-use crate::store::credential::Digest;
+use crate::store::credential::{Digest, TokenId};
+use crate::store::terms::TokenTerms;
+use parking_lot::RwLock;
 use siphasher::sip::SipHasher13;
 use smallvec::SmallVec;
 use std::hash::Hasher as _;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A `[[limit]]`. Other sources of limits, like a plan or a token's record, have other amounts and the same rest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,8 +43,18 @@ pub struct BucketSettings {
     pub prefix_v4: u8,
     pub prefix_v6: u8,
     pub amounts: LimitAmounts,
+    /// Of tokens whose record names one of these, in place of the amounts; and of tokens with a rate of their own. `None`: the
+    /// amounts are for all.
+    pub plans: Option<Vec<LimitPlan>>,
     /// How many keys have a bucket of their own.
     pub most: usize,
+}
+
+/// A `[plan.NAME]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LimitPlan {
+    pub name: String,
+    pub amounts: LimitAmounts,
 }
 
 /// What a bucket belongs to; none of these: one bucket for all.
@@ -120,7 +132,11 @@ impl LimitSettings {
             let what = "must be 1 to 64 letters, digits, `-`, `_` or `.`";
             problems.push(Problem::error("name", what, "write it like \"per-token\""));
         }
-        let BucketSettings { key, prefix_v4, prefix_v6, amounts, most } = &self.buckets;
+        let BucketSettings { key, prefix_v4, prefix_v6, amounts, plans, most } = &self.buckets;
+        if plans.is_some() && !key.iter().any(|part| matches!(part, LimitKeyPart::Token | LimitKeyPart::User)) {
+            let what = "has neither \"token\" nor \"user\", and `plans` is by token";
+            problems.push(Problem::error("key", what, "add one of them, or remove `plans`").with("plans"));
+        }
         for (index, part) in key.iter().enumerate() {
             if let Some(first) = key[..index].iter().position(|other| other == part) {
                 let problem = Problem::error("key", "is in the list twice", "remove one of them");
@@ -154,6 +170,19 @@ impl LimitSettings {
         let highest = u64::from(self.costs.highest());
         if highest == 0 {
             problems.push(Problem::error("cost", "is 0 for all requests: it limits nothing", "use 1 or more for some"));
+        }
+        for plan in plans.iter().flatten() {
+            let burst = plan.amounts.rate.map(|rate| rate.burst());
+            let quota = plan.amounts.quota.map(|quota| quota.requests);
+            if let Some(most) =
+                burst.into_iter().chain(quota).filter(|most| *most > 0).min().filter(|most| highest > *most)
+            {
+                let what = format!(
+                    "is {highest} for some requests, and plan {} has {most} at once: they would never pass",
+                    plan.name
+                );
+                problems.push(Problem::error("cost", what, "use less here, or more there"));
+            }
         }
         if let Some(rate) = &amounts.rate
             && rate.burst() > 0
@@ -197,18 +226,81 @@ pub struct RequestLimits {
     headers: Vec<String>,
     /// Whether answers say what is left.
     told: bool,
+    /// With whether the edge has said it.
+    odd: RwLock<Vec<(OddTerms, bool)>>,
 }
 
 #[derive(Debug)]
 struct RunningLimit {
     settings: LimitSettings,
-    table: Arc<LimitTable<LimitBucket>>,
+    tables: Arc<LimitTables>,
     /// Keys cannot be chosen to meet in one bucket.
     seed: (u64, u64),
     early: bool,
     /// For each header of the key, its place in [`RequestLimits::headers`].
     headers: Vec<usize>,
 }
+
+/// The buckets of a limit. A bucket is always asked with the same amounts: those of a plan, and those of a rate that tokens have
+/// of their own, have tables of their own.
+#[derive(Debug)]
+struct LimitTables {
+    /// Buckets of a table.
+    most: usize,
+    common: Arc<LimitTable<LimitBucket>>,
+    /// As the plans stand in the settings. A table is made when the first token of its plan comes.
+    plans: Box<[OnceLock<Arc<LimitTable<LimitBucket>>>]>,
+    own: RwLock<Vec<Arc<OwnRate>>>,
+}
+
+/// Tokens that have the same rate of their own.
+#[derive(Debug)]
+struct OwnRate {
+    /// Those of the token's plan, but for the rate.
+    amounts: LimitAmounts,
+    table: Arc<LimitTable<LimitBucket>>,
+}
+
+/// Different rates that tokens have of their own. More of them: as if they had none.
+pub const MOST_OWN_RATES: usize = 256;
+/// Tokens with the same rate of their own that have a bucket each.
+const OWN_BUCKETS: usize = 4_096;
+
+/// What a request of one limit is measured by.
+enum Chosen<'a> {
+    /// By the settings, of which nothing is copied.
+    Set(&'a LimitAmounts, &'a Arc<LimitTable<LimitBucket>>),
+    Own(Arc<OwnRate>),
+}
+
+impl Chosen<'_> {
+    fn parts(&self) -> (&LimitAmounts, &Arc<LimitTable<LimitBucket>>) {
+        match self {
+            Self::Set(amounts, table) => (amounts, table),
+            Self::Own(own) => (&own.amounts, &own.table),
+        }
+    }
+}
+
+/// Terms of a token that cannot hold as its record says them. Each is to be said once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OddTerms {
+    pub kind: OddKind,
+    /// Of the plan, or of the limit.
+    pub name: Box<str>,
+    /// The first one.
+    pub token: TokenId,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OddKind {
+    UnknownPlan,
+    /// There are [`MOST_OWN_RATES`] in the limit.
+    TooManyRates,
+}
+
+/// So many are said at most.
+const MOST_ODD: usize = 64;
 
 /// A limit on a route.
 #[derive(Debug)]
@@ -263,6 +355,8 @@ pub struct LimitFact {
     pub result: LimitResult,
     /// The key had no bucket of its own.
     pub shared: bool,
+    /// [`RequestLimits::take_odd`] has something to say.
+    pub odd: bool,
     /// Only where answers say so.
     pub remaining: u64,
     pub full_in: u64,
@@ -347,7 +441,10 @@ impl RequestLimits {
                 // One bucket for all needs no table.
                 let most = if settings.buckets.key.is_empty() { 1 } else { settings.buckets.most };
                 Arc::new(RunningLimit {
-                    table: kept.map_or_else(|| Arc::new(LimitTable::new(most)), |kept| Arc::clone(&kept.table)),
+                    tables: kept.map_or_else(
+                        || Arc::new(LimitTables::new(most, settings.buckets.plans.as_ref().map_or(0, Vec::len))),
+                        |kept| Arc::clone(&kept.tables),
+                    ),
                     seed: kept.map_or_else(|| (seed(), seed()), |kept| kept.seed),
                     early: settings.buckets.is_early(&settings.applies),
                     headers: places,
@@ -369,7 +466,7 @@ impl RequestLimits {
             limits.iter().enumerate().filter_map(on_route).collect()
         };
         let routes = routes.iter().map(|route| uses(&route.name, route.methods)).collect();
-        Self { limits, routes, headers, told }
+        Self { limits, routes, headers, told, odd: RwLock::default() }
     }
 
     /// The running limit whose buckets fit these settings.
@@ -388,6 +485,42 @@ impl RequestLimits {
         self.limits.get(usize::from(limit)).map(|limit| &limit.settings)
     }
 
+    /// What a limit allows to somebody.
+    pub fn amounts(&self, limit: u16, principal: Option<&Principal>) -> Option<LimitAmounts> {
+        self.limits.get(usize::from(limit)).map(|limit| *limit.choose(principal).0.parts().0)
+    }
+
+    /// Notes odd terms. Whether the edge has not said them yet.
+    #[cold]
+    fn is_unsaid(&self, (kind, name): (OddKind, &str), principal: Option<&Principal>) -> bool {
+        let Some(token) = principal.map(Principal::token) else { return false };
+        let place = |all: &[(OddTerms, bool)]| all.iter().position(|(odd, _)| odd.kind == kind && *odd.name == *name);
+        let known = {
+            let all = self.odd.read();
+            place(&all).and_then(|place| all.get(place)).map(|(_, is_said)| !is_said)
+        };
+        known.unwrap_or_else(|| {
+            let mut all = self.odd.write();
+            if all.len() < MOST_ODD && place(&all).is_none() {
+                all.push((OddTerms { kind, name: name.into(), token }, false));
+                return true;
+            }
+            false
+        })
+    }
+
+    /// What there is to be said of terms that do not hold. Each comes once.
+    pub fn take_odd(&self) -> Vec<OddTerms> {
+        let mut all = self.odd.write();
+        let unsaid = all.iter_mut().filter(|(_, is_said)| !is_said);
+        unsaid
+            .map(|(odd, is_said)| {
+                *is_said = true;
+                odd.clone()
+            })
+            .collect()
+    }
+
     pub fn name(&self, limit: u16) -> &str {
         self.settings(limit).map_or("", |settings| settings.name.as_str())
     }
@@ -395,7 +528,7 @@ impl RequestLimits {
     /// Names of limits whose buckets another one has as well.
     pub fn kept_from<'a>(&'a self, running: &'a Self) -> impl Iterator<Item = &'a str> {
         let is_kept =
-            |limit: &&Arc<RunningLimit>| running.limits.iter().any(|other| Arc::ptr_eq(&other.table, &limit.table));
+            |limit: &&Arc<RunningLimit>| running.limits.iter().any(|other| Arc::ptr_eq(&other.tables, &limit.tables));
         self.limits.iter().filter(is_kept).map(|limit| limit.settings.name.as_str())
     }
 
@@ -464,10 +597,17 @@ impl RequestLimits {
         let Some((next, rest)) = uses.split_first() else { return };
         let Some((limit, cost)) = self.applies(next, asked) else { return self.ask_rest(rest, asked) };
         let Some(key) = limit.key(asked.subject) else { return self.ask_rest(rest, asked) };
-        let amounts = &limit.settings.buckets.amounts;
-        let Some(mut locked) = limit.table.lock(key, amounts, asked.now) else { return self.ask_rest(rest, asked) };
-        let fits = self.check_one(next, limit, cost, &mut locked, asked);
+        let (chosen, odd) = limit.choose(asked.subject.principal);
+        let (amounts, table) = chosen.parts();
+        let Some(mut locked) = table.lock(key, amounts, asked.now) else { return self.ask_rest(rest, asked) };
+        let fits = self.check_one(next, limit, amounts, cost, &mut locked, asked);
         let place = asked.taken.facts.len() - 1;
+        if let Some(odd) = odd
+            && asked.takes
+            && let Some(fact) = asked.taken.facts.get_mut(place)
+        {
+            fact.odd = self.is_unsaid(odd, asked.subject.principal);
+        }
         if !rest.is_empty() {
             self.ask_rest(rest, asked);
         }
@@ -481,7 +621,7 @@ impl RequestLimits {
                 asked.taken.taken.push(BucketChange { limit, key, shared, cost, before, after });
             }
             if amounts.concurrency.is_some() {
-                asked.taken.in_flight.push(InFlight { table: Arc::clone(&limit.table), key, shared });
+                asked.taken.in_flight.push(InFlight { table: Arc::clone(table), key, shared });
             }
         }
         if self.told
@@ -508,13 +648,13 @@ impl RequestLimits {
         &self,
         next: &LimitUse,
         limit: &RunningLimit,
+        amounts: &LimitAmounts,
         cost: u64,
         locked: &mut LockedBucket<'_, LimitBucket>,
         asked: &mut Asked<'_, '_>,
     ) -> bool {
         let number = u16::try_from(next.limit).unwrap_or(u16::MAX);
         let (settings, shared, now) = (&limit.settings, locked.is_shared(), asked.now);
-        let amounts = &settings.buckets.amounts;
         let checked = locked.get().map_or(Ok(()), |bucket| bucket.check(amounts, cost, now));
         let result = match checked {
             Ok(()) => LimitResult::Allowed,
@@ -529,7 +669,7 @@ impl RequestLimits {
                         retry_after,
                         // Rounded up, as the wait is: who waits until then must not be early.
                         reset: now.unix_ms.saturating_add(shortage.wait_ms.max(1)).div_ceil(1_000),
-                        per_minute: settings.buckets.per_minute(shortage.by),
+                        per_minute: amounts.per_minute(shortage.by),
                         remaining,
                     };
                     asked.excess = Some((shortage.wait_ms, excess));
@@ -537,7 +677,7 @@ impl RequestLimits {
                 LimitResult::Refused
             }
         };
-        asked.taken.facts.push(LimitFact { limit: number, result, shared, remaining: 0, full_in: 0 });
+        asked.taken.facts.push(LimitFact { limit: number, result, shared, odd: false, remaining: 0, full_in: 0 });
         result == LimitResult::Allowed
     }
 
@@ -546,21 +686,20 @@ impl RequestLimits {
         for change in &taken.taken {
             if let Some(limit) = self.limits.get(change.limit) {
                 let undo = |bucket: &mut LimitBucket| bucket.give_back(change.cost, &change.before, &change.after);
-                limit.table.change(change.key, change.shared, undo);
+                // Early limits are by address, and know no plan.
+                limit.tables.common.change(change.key, change.shared, undo);
             }
         }
     }
 }
 
-impl BucketSettings {
+impl LimitAmounts {
     /// What is allowed in a minute.
     fn per_minute(&self, by: LimitedBy) -> Option<u64> {
         const MINUTE_MS: u64 = 60_000;
         match by {
-            LimitedBy::Rate => self.amounts.rate.map(|rate| rate.requests_in(MINUTE_MS)),
-            LimitedBy::Quota => {
-                self.amounts.quota.map(|quota| (quota.requests * MINUTE_MS).div_ceil(quota.period.as_ms()))
-            }
+            LimitedBy::Rate => self.rate.map(|rate| rate.requests_in(MINUTE_MS)),
+            LimitedBy::Quota => self.quota.map(|quota| (quota.requests * MINUTE_MS).div_ceil(quota.period.as_ms())),
             LimitedBy::Concurrency => None,
         }
     }
@@ -576,7 +715,83 @@ struct Asked<'a, 's> {
     taken: LimitsTaken,
 }
 
+impl LimitTables {
+    fn new(most: usize, plans: usize) -> Self {
+        Self {
+            most,
+            common: Arc::new(LimitTable::new(most)),
+            plans: (0..plans).map(|_| OnceLock::new()).collect(),
+            own: RwLock::default(),
+        }
+    }
+
+    fn of_plan(&self, place: usize) -> Option<&Arc<LimitTable<LimitBucket>>> {
+        self.plans.get(place).map(|table| table.get_or_init(|| Arc::new(LimitTable::new(self.most))))
+    }
+
+    /// Those of a token's own rate. `None`: there are too many.
+    fn of_rate(&self, amounts: &LimitAmounts) -> Option<Arc<OwnRate>> {
+        let find = |own: &[Arc<OwnRate>]| own.iter().find(|known| known.amounts == *amounts).map(Arc::clone);
+        let known = find(&self.own.read());
+        known.or_else(|| {
+            let mut own = self.own.write();
+            if let Some(known) = find(&own) {
+                return Some(known);
+            }
+            if own.len() >= MOST_OWN_RATES {
+                return None;
+            }
+            let table = Arc::new(LimitTable::new(self.most.min(OWN_BUCKETS)));
+            let new = Arc::new(OwnRate { amounts: *amounts, table });
+            own.push(Arc::clone(&new));
+            Some(new)
+        })
+    }
+}
+
 impl RunningLimit {
+    /// The amounts for a token, and where its bucket is; and what is odd about the token's terms.
+    fn choose<'a>(&'a self, principal: Option<&'a Principal>) -> (Chosen<'a>, Option<(OddKind, &'a str)>) {
+        let BucketSettings { amounts, plans, .. } = &self.settings.buckets;
+        match (plans, principal.and_then(Principal::terms)) {
+            (Some(plans), Some(terms)) => self.choose_by_terms(plans, terms),
+            _ => (Chosen::Set(amounts, &self.tables.common), None),
+        }
+    }
+
+    /// A plan that is not configured is as good as none: the limit's own amounts hold, so that a word that is wrong gives nobody
+    /// more than somebody without a plan.
+    fn choose_by_terms<'a>(
+        &'a self,
+        plans: &'a [LimitPlan],
+        terms: &'a TokenTerms,
+    ) -> (Chosen<'a>, Option<(OddKind, &'a str)>) {
+        let BucketSettings { amounts, key, .. } = &self.settings.buckets;
+        let (mut amounts, mut table, mut odd) = (amounts, &self.tables.common, None);
+        if let Some(name) = terms.plan() {
+            let place = plans.iter().position(|plan| plan.name == name);
+            match place.and_then(|place| plans.get(place).zip(self.tables.of_plan(place))) {
+                Some((plan, of_plan)) => (amounts, table) = (&plan.amounts, of_plan),
+                None => odd = Some((OddKind::UnknownPlan, name)),
+            }
+        }
+        // A user may have other tokens: only a bucket that is the token's can have its rate.
+        if let Some(rate) = terms.rate().filter(|_| key.contains(&LimitKeyPart::Token)) {
+            // Less than the dearest request costs would never let it pass; nor would all that is due with less than comes in a step
+            // of the clock.
+            let burst = rate.burst.max(self.settings.costs.highest().into());
+            let mut own = RefillRate::new(rate.requests, rate.period_ms, burst);
+            if own.is_too_fine() {
+                own = RefillRate::new(rate.requests, rate.period_ms, own.requests_in(1) + 1);
+            }
+            match self.tables.of_rate(&LimitAmounts { rate: Some(own), ..*amounts }) {
+                Some(own) => return (Chosen::Own(own), odd),
+                None => odd = odd.or(Some((OddKind::TooManyRates, &self.settings.name))),
+            }
+        }
+        (Chosen::Set(amounts, table), odd)
+    }
+
     fn is_for(&self, principal: Option<&Principal>) -> bool {
         let LimitScope { scopes, users, .. } = &self.settings.applies;
         if scopes.is_empty() && users.is_empty() {

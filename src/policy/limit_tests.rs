@@ -1,10 +1,11 @@
 //! Tests of the limits: what applies, whose bucket, all or nothing, and that threads admit what a bucket allows, to the request.
 
-use super::super::limit_bucket::{CalendarPeriod, CalendarQuota, RefillRate};
+use super::super::limit_bucket::{CalendarPeriod, CalendarQuota};
 use super::*;
 use crate::identity::{TokenStatus, judge};
 use crate::request::route::{Pattern, Route};
 use crate::store::TokenRecord;
+use crate::store::terms::SaidTerms;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 fn at(mono_ms: u64) -> Now {
@@ -18,7 +19,7 @@ fn rate(requests: u64, period_ms: u64, burst: u64) -> LimitAmounts {
 fn limit(name: &str, key: &[LimitKeyPart], amounts: LimitAmounts) -> LimitSettings {
     LimitSettings {
         name: name.into(),
-        buckets: BucketSettings { key: key.to_vec(), prefix_v4: 32, prefix_v6: 64, amounts, most: 1_000 },
+        buckets: BucketSettings { key: key.to_vec(), prefix_v4: 32, prefix_v6: 64, amounts, plans: None, most: 1_000 },
         applies: LimitScope { routes: Vec::new(), methods: Methods::ALL, scopes: Vec::new(), users: Vec::new() },
         costs: LimitCosts::default(),
         dry_run: false,
@@ -47,6 +48,17 @@ fn caller(user: &str, scopes: &[&str]) -> (Digest, Arc<Principal>) {
     let digest = Digest::of(format!("{user} {scopes:?}").as_bytes());
     let mut record = TokenRecord::new(digest, user);
     record.scopes = scopes.iter().map(|scope| (*scope).to_owned()).collect();
+    known(record)
+}
+
+/// A token with a plan, a rate of its own, or both.
+fn bound(name: &str, user: &str, plan: &str, rate: &str) -> (Digest, Arc<Principal>) {
+    let said = SaidTerms { plan: plan.into(), rate: rate.into(), ..SaidTerms::default() };
+    known(TokenRecord { terms: TokenTerms::of(said).unwrap(), ..TokenRecord::new(Digest::of(name.as_bytes()), user) })
+}
+
+fn known(record: TokenRecord) -> (Digest, Arc<Principal>) {
+    let digest = record.digest;
     match judge(Some(&record), &digest, at(0)).0 {
         TokenStatus::Valid(principal) => (digest, principal),
         TokenStatus::Invalid(why) => panic!("{why:?}"),
@@ -203,6 +215,116 @@ fn a_dry_run_refuses_nothing() {
     }
     let refused = limits.take(&of(&alice), LimitStage::Both, at(0)).unwrap_err();
     assert_eq!((limits.name(refused.excess.limit), results(refused.facts)), ("real", vec![DryRun, Refused]));
+}
+
+fn planned(key: &[LimitKeyPart], amounts: LimitAmounts, plans: &[(&str, LimitAmounts)]) -> LimitSettings {
+    let mut settings = limit("l", key, amounts);
+    let plan = |(name, amounts): &(&str, LimitAmounts)| LimitPlan { name: (*name).to_owned(), amounts: *amounts };
+    settings.buckets.plans = Some(plans.iter().map(plan).collect());
+    settings
+}
+
+#[test]
+fn a_rate_of_its_own_goes_before_the_plan_and_the_plan_before_the_limit() {
+    use LimitKeyPart::{Token, User};
+    let plans = [("gold", rate(1, 60_000, 7)), ("free", rate(1, 60_000, 1))];
+    let own = "1/h burst 4";
+    let callers = [("", "", 3), ("gold", "", 7), ("free", "", 1), ("gone", "", 3), ("", own, 4), ("gold", own, 4)];
+    let limits = running(&[planned(&[Token], rate(1, 60_000, 3), &plans)]);
+    for (index, (plan, own, passed)) in callers.iter().enumerate() {
+        let caller = bound(&format!("t{index}"), "u", plan, own);
+        assert_eq!(burst(&limits, &of(&caller)), *passed, "{plan} {own}");
+    }
+    // Without `plans = true`, a token's terms say nothing.
+    let limits = running(&[limit("l", &[Token], rate(1, 60_000, 3))]);
+    for (index, (plan, own, _)) in callers.iter().enumerate() {
+        assert_eq!(burst(&limits, &of(&bound(&format!("t{index}"), "u", plan, own))), 3, "{plan} {own}");
+    }
+    // A user has a bucket for each plan of his tokens, and a rate of its own is of a token only.
+    let limits = running(&[planned(&[User], rate(1, 60_000, 3), &plans)]);
+    let (one, two) = (bound("one", "u", "gold", ""), bound("two", "u", "gold", own));
+    assert_eq!((burst(&limits, &of(&one)), burst(&limits, &of(&two))), (7, 0));
+    assert_eq!(burst(&limits, &of(&bound("three", "u", "", own))), 3);
+}
+
+#[test]
+fn a_plan_is_in_place_of_all_amounts_and_a_rate_of_its_own_of_the_rate_alone() {
+    let in_flight = LimitAmounts { concurrency: Some(2), ..rate(100, 1_000, 100) };
+    let settings = planned(
+        &[LimitKeyPart::Token],
+        LimitAmounts { concurrency: Some(1), ..rate(1, 1_000, 1) },
+        &[("gold", in_flight)],
+    );
+    let limits = running(std::slice::from_ref(&settings));
+    let take = |caller: &(Digest, Arc<Principal>)| limits.take(&of(caller), LimitStage::Both, at(0));
+    for (plan, own, places) in [("gold", "", 2), ("gold", "50/s", 2), ("", "50/s", 1)] {
+        let caller = bound(&format!("{plan}{own}"), "u", plan, own);
+        let mut held: Vec<_> = (0..places).map(|_| take(&caller).unwrap()).collect();
+        assert_eq!(take(&caller).unwrap_err().excess.by, LimitedBy::Concurrency, "{plan} {own}");
+        held.pop();
+        assert!(take(&caller).is_ok(), "a place is given back to where it was taken from");
+        let amounts = limits.amounts(0, Some(&caller.1)).unwrap();
+        assert_eq!(amounts.concurrency, Some(u32::try_from(places).unwrap()));
+        assert_eq!(amounts.stated(), Some(if own.is_empty() { (100, 1) } else { (50, 1) }));
+    }
+    // The answer says the plan's amounts.
+    let gold = bound("told", "u", "gold", "30/min burst 1");
+    drop(take(&gold).unwrap());
+    assert_eq!(take(&gold).unwrap_err().excess.per_minute, Some(30));
+    // A reload that leaves the plans as they are keeps all of these buckets, and one that changes them none.
+    let after = next(std::slice::from_ref(&settings), Some(&limits));
+    assert!(!passes(&after, &of(&gold), at(0)));
+    let mut changed = settings;
+    changed.buckets.plans.as_mut().unwrap()[0].amounts = rate(9, 1_000, 9);
+    assert!(passes(&next(&[changed], Some(&after)), &of(&gold), at(0)));
+}
+
+/// Whatever a record says: the dearest request passes in its time, and all that is due.
+#[test]
+fn a_rate_of_its_own_lets_pass_what_is_due() {
+    let mut settings = planned(&[LimitKeyPart::Token], rate(100, 1_000, 100), &[]);
+    settings.costs.methods[Method::Post.index()] = 5;
+    let limits = running(&[settings]);
+    let slow = bound("slow", "u", "", "1/s burst 1");
+    let post = LimitSubject { method: Method::Post, ..of(&slow) };
+    assert!(passes(&limits, &post, at(0)) && !passes(&limits, &post, at(4_999)) && passes(&limits, &post, at(5_000)));
+    let fast = bound("fast", "u", "", "10000/s burst 1");
+    assert!((0..100).all(|ms| (0..10).all(|_| passes(&limits, &of(&fast), at(ms)))));
+}
+
+#[test]
+fn odd_terms_are_said_once_and_give_nobody_more() {
+    let settings = planned(&[LimitKeyPart::Token], rate(1, 60_000, 3), &[("gold", rate(1, 60_000, 7))]);
+    let limits = running(&[settings]);
+    let take = |caller: &(Digest, Arc<Principal>)| limits.take(&of(caller), LimitStage::Both, at(0));
+    let is_odd = |caller: &(Digest, Arc<Principal>)| {
+        let facts = take(caller).map_or_else(|exceeded| exceeded.facts, |taken| taken.facts);
+        facts.iter().any(|fact| fact.odd)
+    };
+    let (gone, again) = (bound("gone", "u", "gone", ""), bound("again", "u", "gone", ""));
+    // Looking changes nothing.
+    assert!(limits.check(&of(&gone), LimitStage::Both, at(0)).unwrap().facts.iter().all(|fact| !fact.odd));
+    assert!(limits.take_odd().is_empty());
+    assert!(is_odd(&gone) && is_odd(&gone), "until it is said");
+    let said = OddTerms { kind: OddKind::UnknownPlan, name: "gone".into(), token: gone.1.token() };
+    assert_eq!(limits.take_odd(), [said]);
+    assert!(!is_odd(&gone) && !is_odd(&again));
+    assert!(!is_odd(&bound("good", "u", "gold", "")) && !is_odd(&caller("free", &[])));
+    assert!(limits.take_odd().is_empty());
+    // No more different rates than this; who has one of them keeps it.
+    for index in 1..=MOST_OWN_RATES {
+        assert!(!is_odd(&bound(&format!("own {index}"), "u", "", &format!("{index}/h burst 1"))));
+    }
+    let (late, planned) = (bound("late", "u", "", "1000/h burst 9"), bound("planned", "u", "gold", "1001/h burst 9"));
+    assert_eq!((burst(&limits, &of(&late)), burst(&limits, &of(&planned))), (3, 7));
+    let said = OddTerms { kind: OddKind::TooManyRates, name: "l".into(), token: late.1.token() };
+    assert_eq!(limits.take_odd(), [said]);
+    assert_eq!(burst(&limits, &of(&bound("early", "u", "", "5/h burst 1"))), 1);
+    // A plan for each token is no way to have a long list.
+    for index in 0..1_000 {
+        is_odd(&bound("many", "u", &format!("plan-{index}"), ""));
+    }
+    assert_eq!(limits.take_odd().len(), MOST_ODD - 2);
 }
 
 #[test]

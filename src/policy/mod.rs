@@ -9,8 +9,9 @@ mod scope;
 
 pub use guessing::{GuessCount, GuessEpisode, GuessGuard, GuessRefusal, GuessSettings, GuessTurn, GuessVerdict};
 pub use limit::{
-    BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitResult,
-    LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits,
+    BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitPlan,
+    LimitResult, LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, MOST_OWN_RATES, OddKind, OddTerms,
+    RequestLimits,
 };
 pub use limit_bucket::{CalendarPeriod, CalendarQuota, LimitAmounts, LimitedBy, RefillRate};
 pub use scope::{ScopeRule, Scopes};
@@ -18,8 +19,10 @@ pub use scope::{ScopeRule, Scopes};
 use crate::identity::Principal;
 use crate::request::origin::AddressRules;
 use crate::request::route::Auth;
+use crate::request::view::Method;
 use crate::request::{Examined, Switches};
 use smallvec::SmallVec;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// The right to have one request forwarded, and for whom.
@@ -59,6 +62,10 @@ pub enum PolicyFault {
     SudoScope,
     /// Nobody from this address is let in.
     Address,
+    /// The token's record names networks, and the client is in none of them.
+    TokenNetwork,
+    /// The token's record names methods, and this is none of them.
+    TokenMethod,
     Limit(Excess),
     /// Too many failed tokens came from this address, and this one would have to be looked up.
     Guessing(GuessRefusal),
@@ -75,7 +82,13 @@ pub struct Policy {
 }
 
 impl Policy {
-    pub fn decide(&self, examined: &Examined<'_>, principal: Option<Arc<Principal>>) -> Result<Permit, PolicyFault> {
+    /// Takes the client as [`crate::request::origin::Origin`] says it.
+    pub fn decide(
+        &self,
+        examined: &Examined<'_>,
+        principal: Option<Arc<Principal>>,
+        client: Option<IpAddr>,
+    ) -> Result<Permit, PolicyFault> {
         let needed = examined.auth == Auth::Required || examined.presented.is_some();
         let Some(known) = &principal else {
             return if needed {
@@ -84,6 +97,7 @@ impl Policy {
                 Ok(Permit { principal, in_flight: SmallVec::new() })
             };
         };
+        within_terms(known, client, examined.method)?;
         // Without an identity a `sudo` means nothing to a backend that trusts ours; with one it would change it.
         if examined.asks_sudo && !self.switches.sudo {
             return Err(PolicyFault::Sudo);
@@ -97,5 +111,14 @@ impl Policy {
             }
         }
         Ok(Permit { principal, in_flight: SmallVec::new() })
+    }
+}
+
+/// Whether a token may be used from there and with this method, by its own record. Asked again while an exchange goes on.
+pub fn within_terms(principal: &Principal, client: Option<IpAddr>, method: Method) -> Result<(), PolicyFault> {
+    match principal.terms() {
+        Some(terms) if !terms.allow_client(client) => Err(PolicyFault::TokenNetwork),
+        Some(terms) if !terms.allow_method(method) => Err(PolicyFault::TokenMethod),
+        _ => Ok(()),
     }
 }

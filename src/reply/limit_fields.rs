@@ -1,6 +1,7 @@
 //! What answers say of the client's limits, as the IETF's draft has it (draft-ietf-httpapi-ratelimit-headers): `RateLimit` with
 //! what is left of each limit, and `RateLimit-Policy` with what it allows. Pure.
 
+use crate::identity::Principal;
 use crate::policy::{LimitFact, LimitFacts, RequestLimits};
 use std::fmt::Write as _;
 
@@ -13,20 +14,20 @@ pub struct LimitFields {
 
 impl LimitFields {
     /// `None`: answers say nothing, or no limit applied.
-    pub fn of(limits: &RequestLimits, facts: &LimitFacts) -> Option<Self> {
+    pub fn of(limits: &RequestLimits, facts: &LimitFacts, principal: Option<&Principal>) -> Option<Self> {
         if !limits.are_told() || facts.is_empty() {
             return None;
         }
         let mut fields = Self { left: String::new(), policy: String::new() };
         for fact in facts {
-            fields.add(limits, fact);
+            fields.add(limits, fact, principal);
         }
         Some(fields)
     }
 
-    fn add(&mut self, limits: &RequestLimits, fact: &LimitFact) {
-        let Some(settings) = limits.settings(fact.limit) else { return };
-        let (name, amounts) = (&settings.name, &settings.buckets.amounts);
+    fn add(&mut self, limits: &RequestLimits, fact: &LimitFact, principal: Option<&Principal>) {
+        let Some(amounts) = limits.amounts(fact.limit, principal) else { return };
+        let name = limits.name(fact.limit);
         let between = if self.left.is_empty() { "" } else { ", " };
         // Nothing can fail that is written to a string.
         let _ = write!(self.left, "{between}\"{name}\";r={}", fact.remaining);

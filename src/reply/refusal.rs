@@ -187,6 +187,8 @@ impl Refusal {
             Cause::Policy(PolicyFault::Scope) => (403, "scope"),
             Cause::Policy(PolicyFault::SudoScope) => (403, "sudo_scope"),
             Cause::Policy(PolicyFault::Address) => (403, "address"),
+            Cause::Policy(PolicyFault::TokenNetwork) => (403, "token_network"),
+            Cause::Policy(PolicyFault::TokenMethod) => (403, "token_method"),
             Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Rate, .. })) => (429, "limit_rate"),
             Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Quota, .. })) => (429, "limit_quota"),
             Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Concurrency, .. })) => (429, "limit_concurrency"),

@@ -3,7 +3,7 @@
 
 use super::view::{Field, FieldKind, RequestView};
 use crate::problem::Problem;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use smallvec::SmallVec;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -74,6 +74,17 @@ impl AddressList {
             Some(ip) => self.networks.iter().any(|network| network.contains(&ip)),
             None => self.unix_peers,
         }
+    }
+}
+
+/// IPv4 written as IPv6 is IPv4, as are the addresses that are looked for in it.
+pub fn canonical_network(network: IpNet) -> IpNet {
+    match network {
+        IpNet::V6(v6) if v6.prefix_len() >= 96 => {
+            let v4 = v6.addr().to_ipv4_mapped().and_then(|ip| Ipv4Net::new(ip, v6.prefix_len() - 96).ok());
+            v4.map_or(network, IpNet::V4)
+        }
+        _ => network,
     }
 }
 

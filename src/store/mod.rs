@@ -16,6 +16,7 @@ pub mod redis;
 mod scopes;
 mod settings;
 pub mod sqlite;
+pub mod terms;
 mod tls;
 pub mod values;
 
@@ -36,6 +37,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
+use terms::TokenTerms;
 
 /// How long a connection for lookups is kept while nothing is asked on it: shorter than the 350 s and more after which devices
 /// in between forget it. One connection stays.
@@ -60,6 +62,8 @@ pub struct TokenRecord {
     /// The token in whose place this one came.
     pub replaces: Option<Digest>,
     pub last_used: Option<u64>,
+    /// How it may be used; `None`: without bounds.
+    pub terms: Option<Arc<TokenTerms>>,
 }
 
 impl TokenRecord {
@@ -78,6 +82,7 @@ impl TokenRecord {
             superseded: None,
             replaces: None,
             last_used: None,
+            terms: None,
         }
     }
 }
@@ -416,6 +421,8 @@ impl Differing {
             "is blocked in the input, and not here".into()
         } else if ends(known) > ends(given) {
             "ends sooner by the input than here".into()
+        } else if given.terms.is_some() && known.terms != given.terms {
+            "has another plan, rate, networks or methods in the input than here".into()
         } else {
             return;
         };

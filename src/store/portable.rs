@@ -30,10 +30,16 @@ pub struct ShownRecord {
     /// The complete digest.
     pub replaces_sha256: Option<String>,
     pub last_used: Option<String>,
+    pub plan: Option<String>,
+    pub rate: Option<String>,
+    pub networks: Vec<String>,
+    pub methods: Vec<String>,
 }
 
 impl From<&TokenRecord> for ShownRecord {
     fn from(record: &TokenRecord) -> Self {
+        let said = record.terms.as_deref().map(|terms| terms.said().clone()).unwrap_or_default();
+        let stated = |text: String| Some(text).filter(|text| !text.is_empty());
         Self {
             id: record.digest.id().to_string(),
             sha256: record.digest.to_hex(),
@@ -49,6 +55,10 @@ impl From<&TokenRecord> for ShownRecord {
             replaces: record.replaces.map(|digest| digest.id().to_string()),
             replaces_sha256: record.replaces.map(Digest::to_hex),
             last_used: record.last_used.map(rfc3339),
+            plan: stated(said.plan),
+            rate: stated(said.rate),
+            networks: said.networks,
+            methods: said.methods,
         }
     }
 }
@@ -524,6 +534,10 @@ impl RecordSource for AtImport<'_> {
         }
     }
 
+    fn wrong(&self, field: RecordField, what: &'static str) -> RecordError {
+        self.entry.wrong(field.name(), what)
+    }
+
     fn missing(&self, field: RecordField) -> RecordError {
         (0, Some(field.name()), "is missing".into())
     }
@@ -542,6 +556,7 @@ fn names(id: &str, digest: &Digest) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::terms::{SaidTerms, TokenTerms};
 
     const NOW: u64 = 1_700_000_000;
 
@@ -561,6 +576,13 @@ mod tests {
             superseded: Some(1_640_000_000),
             replaces: Some(Digest::of(b"old")),
             last_used: Some(1_600_000_002),
+            terms: TokenTerms::of(SaidTerms {
+                plan: "gold".into(),
+                rate: "600/min burst 10".into(),
+                networks: vec!["10.0.0.0/8".into(), "2001:db8::/32".into()],
+                methods: vec!["GET".into(), "HEAD".into()],
+            })
+            .unwrap(),
             ..TokenRecord::new(Digest::of(b"t"), "é, ü")
         }
     }
@@ -634,6 +656,10 @@ mod tests {
             (r#"{"user":"a","token":"t","last_used":-1}"#, "column 37: last_used: must be a time"),
             (r#"{"user":"a","token":"t","revoked":"yes"}"#, "column 35: revoked: must be a time"),
             (r#"{"user":"a","token":"t","blocked":"yes"}"#, "column 35: blocked: must be true or false"),
+            (r#"{"user":"a","token":"t","plan":"S3CRET x"}"#, "column 32: plan: must be a plan's name"),
+            (r#"{"user":"a","token":"t","rate":"S3CRET"}"#, "column 32: rate: must be a rate"),
+            (r#"{"user":"a","token":"t","networks":["S3CRET"]}"#, "column 36: networks: must be up to 64 networks"),
+            (r#"{"user":"a","token":"t","methods":["S3CRET"]}"#, "column 35: methods: must be of GET"),
             (r#"{"user":"a","token":"t","id":"S3CRET"}"#, "column 30: id: is not the one"),
             (r#"{"user":"a","token":"t","replaces":"5f2b8c0e91aa"}"#, "column 36: replaces: must be 64 hex"),
             (r#"{"user":"a","token":"t""#, "the JSON breaks off or is malformed here"),

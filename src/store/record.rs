@@ -3,6 +3,7 @@
 
 use super::TokenRecord;
 use super::credential::Digest;
+use super::terms::{SaidTerms, TermFault, TokenTerms};
 use serde_json::Value as Json;
 
 /// A field of a record, apart from the digest that it is found by. In the order in which they are written.
@@ -19,10 +20,14 @@ pub(super) enum RecordField {
     Superseded,
     Replaces,
     LastUsed,
+    Plan,
+    Rate,
+    Networks,
+    Methods,
 }
 
 impl RecordField {
-    pub(super) const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::User,
         Self::Scopes,
         Self::Description,
@@ -34,6 +39,10 @@ impl RecordField {
         Self::Superseded,
         Self::Replaces,
         Self::LastUsed,
+        Self::Plan,
+        Self::Rate,
+        Self::Networks,
+        Self::Methods,
     ];
 
     /// The key in a file, the name of a column, and the name in messages.
@@ -50,7 +59,16 @@ impl RecordField {
             Self::Superseded => "superseded",
             Self::Replaces => "replaces",
             Self::LastUsed => "last_used",
+            Self::Plan => "plan",
+            Self::Rate => "rate",
+            Self::Networks => "networks",
+            Self::Methods => "methods",
         }
+    }
+
+    /// Whether it is one of [`TokenTerms`].
+    pub(super) const fn is_term(self) -> bool {
+        matches!(self, Self::Plan | Self::Rate | Self::Networks | Self::Methods)
     }
 
     /// Its column, behind the digest.
@@ -60,6 +78,7 @@ impl RecordField {
 
     /// What a record says in this field. `None`: nothing.
     pub(super) fn of(self, record: &TokenRecord) -> Option<FieldValue<'_>> {
+        let said = record.terms.as_deref().map(TokenTerms::said);
         match self {
             Self::User => Some(FieldValue::Text(&record.user)),
             Self::Scopes => Some(FieldValue::Words(&record.scopes)),
@@ -72,6 +91,10 @@ impl RecordField {
             Self::Superseded => record.superseded.map(FieldValue::Time),
             Self::Replaces => record.replaces.as_ref().map(FieldValue::Digest),
             Self::LastUsed => record.last_used.map(FieldValue::Time),
+            Self::Plan => said.map(|said| FieldValue::Text(&said.plan)),
+            Self::Rate => said.map(|said| FieldValue::Text(&said.rate)),
+            Self::Networks => said.map(|said| FieldValue::Words(&said.networks)),
+            Self::Methods => said.map(|said| FieldValue::Words(&said.methods)),
         }
     }
 }
@@ -132,6 +155,9 @@ pub(super) trait RecordSource {
         self.time(RecordField::Revoked)
     }
 
+    /// A field says what cannot be understood.
+    fn wrong(&self, field: RecordField, what: &'static str) -> Self::Error;
+
     /// A field that must be there is not.
     fn missing(&self, field: RecordField) -> Self::Error;
 }
@@ -149,6 +175,12 @@ impl Unsaid<'_> {
 /// Reads every field once.
 pub(super) fn read<S: RecordSource>(digest: Digest, source: &S, unsaid: &Unsaid<'_>) -> Result<TokenRecord, S::Error> {
     let user = source.text(RecordField::User)?.filter(|user| !user.is_empty());
+    let said = SaidTerms {
+        plan: source.text(RecordField::Plan)?.unwrap_or_default(),
+        rate: source.text(RecordField::Rate)?.unwrap_or_default(),
+        networks: source.words(RecordField::Networks)?.unwrap_or_default(),
+        methods: source.words(RecordField::Methods)?.unwrap_or_default(),
+    };
     Ok(TokenRecord {
         digest,
         user: user.ok_or_else(|| source.missing(RecordField::User))?,
@@ -162,6 +194,7 @@ pub(super) fn read<S: RecordSource>(digest: Digest, source: &S, unsaid: &Unsaid<
         superseded: source.time(RecordField::Superseded)?,
         replaces: source.digest(RecordField::Replaces)?,
         last_used: source.time(RecordField::LastUsed)?,
+        terms: TokenTerms::shared(said).map_err(|TermFault { field, what }| source.wrong(field, what))?,
     })
 }
 
@@ -208,6 +241,10 @@ mod tests {
             }))
         }
 
+        fn wrong(&self, field: RecordField, what: &'static str) -> Infallible {
+            panic!("{field:?} {what}")
+        }
+
         fn missing(&self, field: RecordField) -> Infallible {
             panic!("{field:?} is missing")
         }
@@ -228,6 +265,13 @@ mod tests {
             superseded: Some(5),
             replaces: Some(Digest::of(b"old")),
             last_used: Some(6),
+            terms: TokenTerms::of(SaidTerms {
+                plan: "gold".into(),
+                rate: "600/min".into(),
+                networks: vec!["10.0.0.0/8".into()],
+                methods: vec!["GET".into()],
+            })
+            .unwrap(),
         };
         assert_eq!(read(full.digest, &full, &Unsaid::NOTHING), Ok(full.clone()));
         assert_eq!(said(&full).count(), RecordField::ALL.len());

@@ -10,6 +10,7 @@ pub mod fuzzing;
 pub use admin::FileAdmin;
 
 use super::record::{self, RecordField, RecordSource, Unsaid};
+use super::terms::TokenTerms;
 use super::{Change, Heard, LookupLimits, Named, StoreError, TokenRecord, TokenStore, feed, parse_time, shared_scopes};
 use crate::problem::Problem;
 use crate::request::seeded::{self, Rule};
@@ -73,6 +74,8 @@ struct RestOfRecord {
     superseded: Option<u64>,
     replaces: Option<Digest>,
     last_used: Option<u64>,
+    /// Shared by all who have the same.
+    terms: Option<Arc<TokenTerms>>,
 }
 
 impl From<TokenRecord> for KnownToken {
@@ -91,6 +94,7 @@ impl From<TokenRecord> for KnownToken {
             superseded,
             replaces,
             last_used,
+            terms,
         } = record;
         let rest = RestOfRecord {
             expired_always: expires == Some(0),
@@ -102,6 +106,7 @@ impl From<TokenRecord> for KnownToken {
             superseded,
             replaces,
             last_used,
+            terms,
         };
         let rest = (rest != RestOfRecord::default()).then(|| Box::new(rest));
         let (scopes, expires) = (shared_scopes(&scopes), expires.and_then(NonZeroU64::new));
@@ -125,6 +130,7 @@ impl KnownToken {
             superseded: rest.superseded,
             replaces: rest.replaces,
             last_used: rest.last_used,
+            terms: rest.terms.clone(),
             ..record
         }
     }
@@ -173,6 +179,10 @@ struct TokenShape {
     replaces: Option<String>,
     /// As another store knew it; gateways write nothing here.
     last_used: Option<String>,
+    plan: Option<String>,
+    rate: Option<String>,
+    networks: Option<Vec<String>>,
+    methods: Option<Vec<String>>,
 }
 
 #[derive(Deserialize)]
@@ -205,12 +215,19 @@ impl RecordSource for FileEntry {
         Ok(match field {
             RecordField::User => Some(self.token.user.clone()),
             RecordField::Description => Some(self.token.description.clone()),
+            RecordField::Plan => self.token.plan.clone(),
+            RecordField::Rate => self.token.rate.clone(),
             _ => None,
         })
     }
 
-    fn words(&self, _: RecordField) -> Result<Option<Vec<String>>, Broken> {
-        Ok(Some(self.token.scopes.clone()))
+    fn words(&self, field: RecordField) -> Result<Option<Vec<String>>, Broken> {
+        Ok(match field {
+            RecordField::Scopes => Some(self.token.scopes.clone()),
+            RecordField::Networks => self.token.networks.clone(),
+            RecordField::Methods => self.token.methods.clone(),
+            _ => None,
+        })
     }
 
     fn time(&self, field: RecordField) -> Result<Option<u64>, Broken> {
@@ -241,6 +258,10 @@ impl RecordSource for FileEntry {
             Some(Revoked::Flag(true)) => Ok(Some(0)),
             Some(Revoked::Since(text)) => self.unix_seconds(RecordField::Revoked, text).map(Some),
         }
+    }
+
+    fn wrong(&self, field: RecordField, what: &'static str) -> Broken {
+        self.broken(field.name(), what)
     }
 
     fn missing(&self, field: RecordField) -> Broken {
@@ -499,6 +520,7 @@ fn in_pieces<T: Default>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::terms::SaidTerms;
 
     /// Found by the fuzz target `tokens`: a token in the place of a key was said, and one behind an escaped quote.
     #[test]
@@ -531,6 +553,7 @@ mod tests {
             superseded: Some(4),
             replaces: Some(Digest::of(b"before")),
             last_used: Some(5),
+            terms: TokenTerms::of(SaidTerms { plan: "gold".into(), ..SaidTerms::default() }).unwrap(),
             ..plain.clone()
         };
         for record in [plain.clone(), full] {

@@ -171,6 +171,16 @@ mod tests {
         }
     }
 
+    /// They mean something else there: what somebody pays, where he lives.
+    #[test]
+    fn an_answer_says_nothing_of_how_a_token_may_be_used() {
+        let body =
+            r#"{"active":true,"username":"anna","plan":"gold","rate":9,"networks":["10.0.0.0/8"],"methods":["GET"]}"#;
+        for rfc7662 in [false, true] {
+            assert_eq!(read(rfc7662, body).unwrap().unwrap().terms, None);
+        }
+    }
+
     #[test]
     fn what_is_no_record() {
         let long = format!(r#"{{"username":"{}"}}"#, "x".repeat(256));

@@ -62,6 +62,8 @@ fn failed(place: &str, error: &Error) -> AdminError {
 pub struct PostgresAdmin {
     session: Session,
     schema: String,
+    /// Of the tables.
+    version: i32,
 }
 
 /// The result of a migration.
@@ -76,8 +78,9 @@ impl PostgresAdmin {
     pub async fn open(settings: &PostgresSettings) -> Result<Self, AdminError> {
         let schema = own_schema(settings)?;
         let session = Session::open(settings).await?;
-        schema::check(&session.client, schema).await.map_err(|failure| garbled(&session.place, &failure))?;
-        Ok(Self { session, schema: schema.to_owned() })
+        let version = schema::check(&session.client, schema).await;
+        let version = version.map_err(|failure| garbled(&session.place, &failure))?;
+        Ok(Self { session, schema: schema.to_owned(), version })
     }
 
     /// Creates or migrates tollgate's own tables, and sets the configured channel for all gateways.
@@ -124,7 +127,7 @@ impl PostgresAdmin {
     }
 
     async fn records(&self, rest: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<Vec<TokenRecord>, AdminError> {
-        let sql = self.fill(&format!("SELECT {} FROM {{schema}}.token {rest}", schema::COLUMNS));
+        let sql = self.fill(&format!("SELECT {} FROM {{schema}}.token {rest}", schema::columns_read(self.version, "")));
         let rows = self.session.client.query(&sql, parameters).await.map_err(|error| self.session.failed(&error))?;
         let records = rows.iter().map(|row| schema::record(row, 0)).collect::<Result<_, _>>();
         records.map_err(|failure| garbled(&self.session.place, &failure))
@@ -150,13 +153,15 @@ fn seconds(time: u64) -> i64 {
     i64::try_from(time).unwrap_or(i64::MAX)
 }
 
-fn insert_sql() -> String {
-    let parameters: Vec<_> = (1..=schema::COLUMNS_COUNT).map(|number| format!("${number}")).collect();
-    format!("INSERT INTO {{schema}}.token ({}) VALUES ({})", schema::COLUMNS, parameters.join(", "))
+fn insert_sql(version: i32) -> String {
+    let columns = schema::columns_written(version);
+    let parameters: Vec<_> = (1..=columns.split(", ").count()).map(|number| format!("${number}")).collect();
+    format!("INSERT INTO {{schema}}.token ({columns}) VALUES ({})", parameters.join(", "))
 }
 
-/// Text that PostgreSQL cannot store.
-fn check(record: &TokenRecord) -> Result<(), AdminError> {
+/// What PostgreSQL, or tables of a version, cannot store.
+fn check(record: &TokenRecord, version: i32) -> Result<(), AdminError> {
+    schema::keeps(version, record).map_err(AdminError::Store)?;
     let texts = [&record.user, &record.description];
     if texts.into_iter().chain(&record.scopes).any(|text| text.contains('\0')) {
         return Err(AdminError::Store("a record with a NUL byte in its text".into()));
@@ -164,9 +169,16 @@ fn check(record: &TokenRecord) -> Result<(), AdminError> {
     Ok(())
 }
 
-async fn insert(client: &impl GenericClient, sql: &str, record: &TokenRecord, place: &str) -> Result<(), AdminError> {
-    check(record)?;
-    client.execute(sql, &Parameters::of(record).list()).await.map_err(|error| failed(place, &error))?;
+async fn insert(
+    client: &impl GenericClient,
+    schema: &str,
+    version: i32,
+    record: &TokenRecord,
+    place: &str,
+) -> Result<(), AdminError> {
+    check(record, version)?;
+    let sql = schema::fill(&insert_sql(version), schema);
+    client.execute(&sql, &Parameters::of(record).written(version)).await.map_err(|error| failed(place, &error))?;
     Ok(())
 }
 
@@ -174,22 +186,23 @@ async fn insert(client: &impl GenericClient, sql: &str, record: &TokenRecord, pl
 impl TokenAdmin for PostgresAdmin {
     async fn create(&mut self, record: &TokenRecord) -> Result<(), AdminError> {
         self.prune().await?;
-        insert(&self.session.client, &self.fill(&insert_sql()), record, &self.session.place).await
+        insert(&self.session.client, &self.schema, self.version, record, &self.session.place).await
     }
 
     async fn import(&mut self, records: Records<'_>) -> Result<Imported, AdminError> {
         self.prune().await?;
+        let (version, written) = (self.version, schema::columns_written(self.version));
         let insert = self.fill(&format!(
-            "INSERT INTO {{schema}}.token ({}) SELECT * FROM pg_temp.tollgate_import ON CONFLICT DO NOTHING",
-            schema::COLUMNS
+            "INSERT INTO {{schema}}.token ({written}) SELECT {written} FROM pg_temp.tollgate_import ON CONFLICT DO NOTHING"
         ));
         // Of existing tokens: the fields that matter, in the input and in the table.
         let differ = self.fill(&format!(
             "SELECT {}, {} FROM pg_temp.tollgate_import g JOIN {{schema}}.token k ON k.digest = g.digest \
             WHERE g.\"user\" <> k.\"user\" OR g.revoked IS NOT NULL AND k.revoked IS NULL OR g.blocked AND NOT k.blocked \
-            OR g.expires IS NOT NULL AND (k.expires IS NULL OR k.expires > g.expires)",
-            schema::columns_of("k"),
-            schema::columns_of("g"),
+            OR g.expires IS NOT NULL AND (k.expires IS NULL OR k.expires > g.expires){}",
+            schema::columns_read(version, "k."),
+            schema::columns_read(version, "g."),
+            schema::differing_terms(version),
         ));
         let place = self.session.place.clone();
         let failed = |error: Error| failed(&place, &error);
@@ -198,13 +211,13 @@ impl TokenAdmin for PostgresAdmin {
         let prepare = "SET LOCAL statement_timeout = 0; \
             CREATE TEMPORARY TABLE tollgate_import (digest bytea, \"user\" text, scopes text[], description text, \
             created bigint, not_before bigint, expires bigint, revoked bigint, blocked boolean, superseded bigint, \
-            replaces bytea, last_used bigint) ON COMMIT DROP";
+            replaces bytea, last_used bigint, plan text, rate text, networks text[], methods text[]) ON COMMIT DROP";
         transaction.batch_execute(prepare).await.map_err(failed)?;
         let copy = "COPY pg_temp.tollgate_import FROM STDIN (FORMAT binary)";
         let mut rows = pin!(BinaryCopyInWriter::new(transaction.copy_in(copy).await.map_err(failed)?, &schema::TYPES));
         for record in records {
             let record = record?;
-            check(&record)?;
+            check(&record, version)?;
             rows.as_mut().write(&Parameters::of(&record).list()).await.map_err(failed)?;
         }
         rows.finish().await.map_err(failed)?;
@@ -273,9 +286,8 @@ impl TokenAdmin for PostgresAdmin {
 
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
         self.prune().await?;
-        let (find, add, supersede) = (
+        let (find, supersede) = (
             self.fill("SELECT revoked, superseded, expires FROM {schema}.token WHERE digest = $1 FOR UPDATE"),
-            self.fill(&insert_sql()),
             self.fill("UPDATE {schema}.token SET superseded = $2, expires = $3 WHERE digest = $1"),
         );
         let key = old.as_bytes().as_slice();
@@ -290,7 +302,8 @@ impl TokenAdmin for PostgresAdmin {
         };
         let (revoked, superseded, expires) = (time(0)?, time(1)?, time(2)?);
         let end = TokenRecord { revoked, superseded, expires, ..TokenRecord::new(*old, "") }.rotated_out(at, end)?;
-        insert(&transaction, &add, &TokenRecord { replaces: Some(*old), ..next.clone() }, &place).await?;
+        let next = TokenRecord { replaces: Some(*old), ..next.clone() };
+        insert(&transaction, &self.schema, self.version, &next, &place).await?;
         transaction.execute(&supersede, &[&key, &seconds(at), &seconds(end)]).await.map_err(failed)?;
         transaction.commit().await.map_err(failed)
     }
@@ -338,7 +351,7 @@ impl PostgresAdmin {
         parameters: &[&(dyn ToSql + Sync)],
         each: Visitor<'_>,
     ) -> Result<(), AdminError> {
-        let sql = self.fill(&format!("SELECT {} FROM {{schema}}.token {rest}", schema::COLUMNS));
+        let sql = self.fill(&format!("SELECT {} FROM {{schema}}.token {rest}", schema::columns_read(self.version, "")));
         let place = self.session.place.clone();
         let failed = |error: Error| failed(&place, &error);
         let transaction = self.session.client.transaction().await.map_err(failed)?;

@@ -1,10 +1,12 @@
 //! Interprets a row of a table that tollgate does not own. Columns are found by name and checked by type; a value that
 //! cannot be interpreted is an error, never a guess.
 
+use super::super::terms::{SaidTerms, TermFault, TokenTerms};
 use super::super::{TokenRecord, values::parse_scopes};
 use super::connect::QueryFailure;
 use crate::store::credential::Digest;
 use std::error::Error;
+use std::sync::Arc;
 use tokio_postgres::types::{FromSql, Kind, Type};
 use tokio_postgres::{Column, Row};
 
@@ -25,6 +27,10 @@ pub(super) struct Columns {
     expires: Option<usize>,
     revoked: Option<usize>,
     blocked: Option<usize>,
+    plan: Option<usize>,
+    rate: Option<usize>,
+    networks: Option<usize>,
+    methods: Option<usize>,
 }
 
 impl Columns {
@@ -48,10 +54,12 @@ impl Columns {
             }
         };
         let user = find(&["user", "username"], is_text, "text")?;
+        let words =
+            |name: &'static str| find(&[name], |of| is_text(of) || is_list(of) || is_json(of), "text[], text or json");
         Ok(Self {
             user: user
                 .ok_or_else(|| QueryFailure::unusable("the lookup query has no column user: name one AS \"user\""))?,
-            scopes: find(&["scopes"], |of| is_text(of) || is_list(of) || is_json(of), "text[], text or json")?,
+            scopes: words("scopes")?,
             not_before: find(&["not_before"], is_time, "a time or bigint")?,
             expires: find(&["expires_at", "expires"], is_time, "a time or bigint")?,
             revoked: find(
@@ -60,6 +68,10 @@ impl Columns {
                 "boolean, a time or bigint",
             )?,
             blocked: find(&["blocked"], |of| *of == Type::BOOL, "boolean")?,
+            plan: find(&["plan"], is_text, "text")?,
+            rate: find(&["rate"], is_text, "text")?,
+            networks: words("networks")?,
+            methods: words("methods")?,
         })
     }
 
@@ -88,12 +100,37 @@ impl Columns {
             (Some(_), Some(cell)) => cell.truth()?,
         };
         Ok(TokenRecord {
-            scopes: cell(self.scopes)?.map_or_else(|| Ok(default_scopes.to_vec()), |cell| cell.scopes())?,
+            scopes: cell(self.scopes)?.map_or_else(|| Ok(default_scopes.to_vec()), |cell| cell.words("scopes"))?,
             expires: expires.and_then(Time::ends),
             not_before: not_before.map(Time::begins),
             revoked,
             blocked,
+            terms: self.terms(row)?,
             ..TokenRecord::new(digest, user)
+        })
+    }
+
+    /// How the token may be used. A column that was there before tollgate read it, and means something else, is an error.
+    fn terms(&self, row: &Row) -> Result<Option<Arc<TokenTerms>>, QueryFailure> {
+        let text = |at: Option<usize>| match at.map_or(Ok(None), |at| cell(row, at))? {
+            Some(cell) => cell.text(),
+            None => Ok(String::new()),
+        };
+        let words = |at: Option<usize>, name| match at.map_or(Ok(None), |at| cell(row, at))? {
+            Some(cell) => cell.words(name),
+            None => Ok(Vec::new()),
+        };
+        let said = SaidTerms {
+            plan: text(self.plan)?,
+            rate: text(self.rate)?,
+            networks: words(self.networks, "networks")?,
+            methods: words(self.methods, "methods")?,
+        };
+        TokenTerms::shared(said).map_err(|TermFault { field, what }| {
+            let name = field.name();
+            QueryFailure::garbage(format!(
+                "column {name} of the lookup query {what}; if it is something else, give it another name in the query"
+            ))
         })
     }
 }
@@ -224,7 +261,7 @@ impl Cell<'_> {
         })
     }
 
-    fn scopes(&self) -> Result<Vec<String>, QueryFailure> {
+    fn words(&self, name: &str) -> Result<Vec<String>, QueryFailure> {
         let text = match self.kind {
             Type::JSONB => self.raw.get(1..),
             _ => Some(self.raw),
@@ -234,7 +271,9 @@ impl Cell<'_> {
         }
         let text = text.and_then(|text| std::str::from_utf8(text).ok()).ok_or_else(|| self.garbage())?;
         parse_scopes(text).ok_or_else(|| {
-            QueryFailure::garbage("scopes are neither words, nor a JSON array of strings, nor a YAML list: give text[]")
+            QueryFailure::garbage(format!(
+                "{name} are neither words, nor a JSON array of strings, nor a YAML list: give text[]"
+            ))
         })
     }
 }

@@ -13,7 +13,8 @@ use tokio_postgres::types::{FromSql, IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, GenericClient, Row, SimpleQueryMessage};
 
 /// Numbered from 1, and never changed once released.
-const MIGRATIONS: &[&str] = &[include_str!("1.sql"), include_str!("2.sql"), include_str!("3.sql")];
+const MIGRATIONS: &[&str] =
+    &[include_str!("1.sql"), include_str!("2.sql"), include_str!("3.sql"), include_str!("4.sql")];
 /// The triggers of the newest version. Run whenever they are not as they should be.
 const TRIGGERS: &str = include_str!("triggers.sql");
 /// The schema version that this version creates.
@@ -27,15 +28,26 @@ const LOCK: i64 = 0x746f_6c6c_6761_7465;
 /// of a gateway, every name is qualified with its schema, including operators, in addition to the connection's
 /// search_path, which a pooler may lose.
 pub(super) const LOOKUP: &str = "SELECT '{mark}'::text, v.version, v.readers_from, t.digest, t.\"user\", t.scopes, \
-    t.description, t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used \
-    FROM {schema}.version v LEFT JOIN {schema}.token t ON t.digest OPERATOR(pg_catalog.=) $1::bytea";
+    t.description, t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used, \
+    {terms} FROM {no_terms}, {schema}.version v LEFT JOIN {schema}.token t ON t.digest OPERATOR(pg_catalog.=) $1::bytea";
 /// The same for several digests, whose rows come in any order.
 pub(super) const LOOKUP_MANY: &str = "SELECT '{mark}'::text, v.version, v.readers_from, t.digest, t.\"user\", t.scopes, \
-    t.description, t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used \
-    FROM {schema}.version v LEFT JOIN {schema}.token t ON t.digest OPERATOR(pg_catalog.=) ANY ($1::bytea[])";
+    t.description, t.created, t.not_before, t.expires, t.revoked, t.blocked, t.superseded, t.replaces, t.last_used, \
+    {terms} FROM {no_terms}, {schema}.version v LEFT JOIN {schema}.token t ON t.digest OPERATOR(pg_catalog.=) ANY ($1::bytea[])";
 /// The digest, and the fields of a record in their order.
 pub(super) const COLUMNS: &str = "digest, \"user\", scopes, description, created, not_before, expires, revoked, blocked, \
+    superseded, replaces, last_used, plan, rate, networks, methods";
+/// The first version whose tables have the columns of a token's terms, which are the last of [`COLUMNS`].
+const TERMS_SINCE: i32 = 4;
+/// [`COLUMNS`] as older tables have them.
+const COLUMNS_BEFORE_TERMS: &str = "digest, \"user\", scopes, description, created, not_before, expires, revoked, blocked, \
     superseded, replaces, last_used";
+/// What is read of older tables.
+const NO_TERMS: &str = "''::text AS plan, ''::text AS rate, '{}'::text[] AS networks, '{}'::text[] AS methods";
+/// The terms in a lookup, whatever the version of the tables, which may change under a prepared statement: a column that the
+/// table does not have is found further out, in `no_terms`.
+const LOOKUP_TERMS: &str = "(SELECT plan FROM (SELECT t.*) AS own), (SELECT rate FROM (SELECT t.*) AS own), \
+    (SELECT networks FROM (SELECT t.*) AS own), (SELECT methods FROM (SELECT t.*) AS own)";
 pub(super) const COLUMNS_COUNT: usize = RecordField::ALL.len() + 1;
 pub(super) const NOTE_USES: &str = "UPDATE {schema}.token t SET last_used = u.at \
     FROM ROWS FROM (pg_catalog.unnest($1::bytea[]), pg_catalog.unnest($2::bigint[])) AS u (digest, at) \
@@ -226,12 +238,39 @@ pub(super) fn check_channel(channel: &str) -> Result<(), Problem> {
 }
 
 pub(super) fn fill(sql: &str, schema: &str) -> String {
+    let sql = sql.replace("{terms}", LOOKUP_TERMS).replace("{no_terms}", &format!("(SELECT {NO_TERMS}) AS no_terms"));
     sql.replace("{schema}", &format!("\"{schema}\""))
 }
 
-/// [`COLUMNS`] of a table with an alias in a query.
-pub(super) fn columns_of(table: &str) -> String {
-    COLUMNS.split(", ").map(|column| format!("{table}.{column}")).collect::<Vec<_>>().join(", ")
+/// [`COLUMNS`], read from tables of a version; with an alias in a query, like `t.`.
+pub(super) fn columns_read(version: i32, table: &str) -> String {
+    let of =
+        |columns: &str| columns.split(", ").map(|column| format!("{table}{column}")).collect::<Vec<_>>().join(", ");
+    if version < TERMS_SINCE { format!("{}, {NO_TERMS}", of(COLUMNS_BEFORE_TERMS)) } else { of(COLUMNS) }
+}
+
+/// Those of [`COLUMNS`] that are written to tables of a version.
+pub(super) fn columns_written(version: i32) -> &'static str {
+    if version < TERMS_SINCE { COLUMNS_BEFORE_TERMS } else { COLUMNS }
+}
+
+/// Of an import: that the input `g` says something of a token's terms, and the table `k` something else.
+pub(super) fn differing_terms(version: i32) -> &'static str {
+    if version < TERMS_SINCE {
+        return "";
+    }
+    " OR (g.plan, g.rate, g.networks, g.methods) <> ('', '', '{}'::text[], '{}'::text[]) \
+      AND (g.plan, g.rate, g.networks, g.methods) <> (k.plan, k.rate, k.networks, k.methods)"
+}
+
+/// Whether tables of a version can keep all that a record says.
+pub(super) fn keeps(version: i32, record: &TokenRecord) -> Result<(), String> {
+    if version < TERMS_SINCE && record.terms.is_some() {
+        return Err(format!(
+            "the tables are of version {version}, which keeps no plan, rate, networks and methods of a token: {MIGRATE}"
+        ));
+    }
+    Ok(())
 }
 
 /// Whether this version can read a schema version.
@@ -362,6 +401,10 @@ impl RecordSource for OwnRow<'_> {
         digest(self.row, self.from + field.column())
     }
 
+    fn wrong(&self, field: RecordField, what: &'static str) -> QueryFailure {
+        QueryFailure::garbage(format!("{} {what}", field.name()))
+    }
+
     fn missing(&self, _: RecordField) -> QueryFailure {
         QueryFailure::garbage("a token without a user in tollgate's tables")
     }
@@ -381,6 +424,10 @@ pub(super) const TYPES: [Type; COLUMNS_COUNT] = [
     Type::INT8,
     Type::BYTEA,
     Type::INT8,
+    Type::TEXT,
+    Type::TEXT,
+    Type::TEXT_ARRAY,
+    Type::TEXT_ARRAY,
 ];
 
 /// A record as the parameters of a statement, one for each of [`COLUMNS`].
@@ -391,13 +438,24 @@ impl<'a> Parameters<'a> {
         let mut values = [None; COLUMNS_COUNT];
         values[0] = Some(FieldValue::Digest(&record.digest));
         for field in RecordField::ALL {
-            values[field.column()] = field.of(record);
+            // The columns of terms are never NULL.
+            let absent = match field {
+                RecordField::Plan | RecordField::Rate => Some(FieldValue::Text("")),
+                RecordField::Networks | RecordField::Methods => Some(FieldValue::Words(&[])),
+                _ => None,
+            };
+            values[field.column()] = field.of(record).or(absent);
         }
         Self(values)
     }
 
     pub(super) fn list(&self) -> [&(dyn ToSql + Sync); COLUMNS_COUNT] {
         self.0.each_ref().map(|value| value as _)
+    }
+
+    /// For [`columns_written`].
+    pub(super) fn written(&self, version: i32) -> Vec<&(dyn ToSql + Sync)> {
+        self.list().into_iter().take(columns_written(version).split(", ").count()).collect()
     }
 }
 
@@ -513,10 +571,10 @@ pub(super) async fn migration_sql(
     Ok(format!("BEGIN;\nSELECT pg_advisory_xact_lock({LOCK});\n{steps}COMMIT;\n"))
 }
 
-/// Checks that this version can read and write these tables.
-pub(super) async fn check(client: &Client, schema: &str) -> Result<(), QueryFailure> {
+/// Checks that this version can read and write these tables. Returns their version.
+pub(super) async fn check(client: &Client, schema: &str) -> Result<i32, QueryFailure> {
     match version(client, schema).await? {
-        Some((version, _)) => check_version(version, 0),
+        Some((version, _)) => check_version(version, 0).map(|()| version),
         None => Err(QueryFailure::unusable(format!("the schema {schema} has no tables of tollgate: {MIGRATE}"))),
     }
 }

@@ -80,16 +80,16 @@ BEGIN
     PERFORM {schema}.tell(ARRAY(
         SELECT DISTINCT digest FROM (
             (SELECT digest, "user", scopes, description, created, not_before, expires, revoked, blocked, superseded,
-                    replaces FROM old_rows
+                    replaces, plan, rate, networks, methods FROM old_rows
              EXCEPT
              SELECT digest, "user", scopes, description, created, not_before, expires, revoked, blocked, superseded,
-                    replaces FROM new_rows)
+                    replaces, plan, rate, networks, methods FROM new_rows)
             UNION ALL
             (SELECT digest, "user", scopes, description, created, not_before, expires, revoked, blocked, superseded,
-                    replaces FROM new_rows
+                    replaces, plan, rate, networks, methods FROM new_rows
              EXCEPT
              SELECT digest, "user", scopes, description, created, not_before, expires, revoked, blocked, superseded,
-                    replaces FROM old_rows)
+                    replaces, plan, rate, networks, methods FROM old_rows)
         ) AS differing
     )::bytea[]);
     RETURN NULL;
@@ -133,10 +133,10 @@ CREATE TRIGGER tollgate_replicated AFTER INSERT OR DELETE ON {schema}.token
 CREATE TRIGGER tollgate_replicated_change AFTER UPDATE ON {schema}.token
     FOR EACH ROW WHEN (
         (OLD.digest, OLD."user", OLD.scopes, OLD.description, OLD.created, OLD.not_before, OLD.expires, OLD.revoked,
-            OLD.blocked, OLD.superseded, OLD.replaces)
+            OLD.blocked, OLD.superseded, OLD.replaces, OLD.plan, OLD.rate, OLD.networks, OLD.methods)
         IS DISTINCT FROM
         (NEW.digest, NEW."user", NEW.scopes, NEW.description, NEW.created, NEW.not_before, NEW.expires, NEW.revoked,
-            NEW.blocked, NEW.superseded, NEW.replaces)
+            NEW.blocked, NEW.superseded, NEW.replaces, NEW.plan, NEW.rate, NEW.networks, NEW.methods)
     ) EXECUTE FUNCTION {schema}.token_replicated();
 ALTER TABLE {schema}.token ENABLE REPLICA TRIGGER tollgate_replicated;
 ALTER TABLE {schema}.token ENABLE REPLICA TRIGGER tollgate_replicated_change;

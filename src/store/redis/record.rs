@@ -138,6 +138,10 @@ impl RecordSource for ValueFields {
         Ok(self.read(RecordField::Revoked, revoked, REVOKED)?.flatten())
     }
 
+    fn wrong(&self, field: RecordField, what: &'static str) -> Malformed {
+        Malformed::Field { field, what }
+    }
+
     fn missing(&self, field: RecordField) -> Malformed {
         Malformed::Field { field, what: "is missing" }
     }
@@ -226,6 +230,8 @@ pub(super) fn edited(text: &str, edits: &[(&str, Json)]) -> Result<String, Malfo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::terms::{SaidTerms, TokenTerms};
+    use std::sync::Arc;
 
     fn parse(stored: &Stored) -> Result<TokenRecord, String> {
         let digest = Digest::of(b"t");
@@ -253,6 +259,7 @@ mod tests {
             superseded: Some(1_740_000_000),
             replaces: Some(Digest::of(b"old")),
             last_used: Some(1_700_000_002),
+            terms: terms("gold", "600/min burst 5", &["10.0.0.0/8", "::1"], &["GET"]),
             ..TokenRecord::new(Digest::of(b"t"), "user")
         };
         assert_eq!(json(&to_json(&full)), Ok(full));
@@ -262,6 +269,37 @@ mod tests {
         let ended = TokenRecord { revoked: Some(0), expires: Some(0), ..TokenRecord::new(Digest::of(b"t"), "user") };
         let read = json(&to_json(&ended)).unwrap();
         assert_eq!((read.revoked, read.expires), (Some(1), Some(1)), "ended, and readable");
+    }
+
+    fn terms(plan: &str, rate: &str, networks: &[&str], methods: &[&str]) -> Option<Arc<TokenTerms>> {
+        let list = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+        let (networks, methods) = (list(networks), list(methods));
+        TokenTerms::of(SaidTerms { plan: plan.into(), rate: rate.into(), networks, methods }).unwrap()
+    }
+
+    #[test]
+    fn other_programs_say_how_a_token_may_be_used() {
+        let bound = terms("gold", "9/s", &["10.0.0.0/8", "::1"], &["GET", "HEAD"]);
+        let text = r#"{"user":"a","plan":"gold","rate":"9/s","networks":"10.0.0.0/8 ::1","methods":["GET","HEAD"]}"#;
+        assert_eq!(json(text).unwrap().terms, bound);
+        let fields =
+            [("user", "a"), ("plan", "gold"), ("rate", "9/s"), ("networks", "10.0.0.0/8 ::1"), ("methods", "GET HEAD")];
+        assert_eq!(hash(&fields).unwrap().terms, bound);
+        let fields = [("user", "a"), ("plan", ""), ("rate", ""), ("networks", ""), ("methods", "")];
+        assert_eq!(hash(&fields).unwrap().terms, None);
+        assert_eq!(json(r#"{"user":"a","plan":null,"networks":[],"methods":[]}"#).unwrap().terms, None);
+        for (text, field) in [
+            (r#""plan":"S3CRET x""#, "plan"),
+            (r#""rate":600"#, "rate"),
+            (r#""rate":"S3CRET""#, "rate"),
+            (r#""networks":["S3CRET"]"#, "networks"),
+            (r#""networks":{"10.0.0.0/8":1}"#, "networks"),
+            (r#""methods":["get"]"#, "methods"),
+            (r#""network":["10.0.0.0/8"]"#, "network"),
+        ] {
+            let why = json(&format!(r#"{{"user":"a",{text}}}"#)).unwrap_err();
+            assert!(why.contains(field) && !why.contains("S3CRET"), "{text}: {why}");
+        }
     }
 
     #[test]

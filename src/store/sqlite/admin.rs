@@ -61,9 +61,15 @@ fn insert_sql() -> String {
 
 fn insert(statement: &mut CachedStatement<'_>, record: &TokenRecord) -> rusqlite::Result<usize> {
     statement.execute(params_from_iter(
-        std::iter::once(Value::Blob(record.digest.as_bytes().to_vec()))
-            .chain(RecordField::ALL.into_iter().map(|field| field.of(record).map_or(Value::Null, Value::from))),
+        std::iter::once(Value::Blob(record.digest.as_bytes().to_vec())).chain(
+            RecordField::ALL.into_iter().map(|field| field.of(record).map_or_else(|| absent(field), Value::from)),
+        ),
     ))
+}
+
+/// A record without terms says nothing of them in columns that are never NULL.
+fn absent(field: RecordField) -> Value {
+    if field.is_term() { Value::Text(String::new()) } else { Value::Null }
 }
 
 fn list_sql() -> String {

@@ -35,7 +35,7 @@ const MOST_TOLD: usize = 100_000;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Each takes a database from the version of its place to the next.
-const MIGRATIONS: [&str; 2] = [SCHEMA, ROTATION_AND_REPLICAS];
+const MIGRATIONS: [&str; 3] = [SCHEMA, ROTATION_AND_REPLICAS, TERMS];
 
 const SCHEMA: &str = "
     CREATE TABLE token (
@@ -81,9 +81,23 @@ const ROTATION_AND_REPLICAS: &str = "
     ) STRICT, WITHOUT ROWID;
 ";
 
+const TERMS: &str = "
+    ALTER TABLE token ADD COLUMN plan TEXT NOT NULL DEFAULT '';
+    ALTER TABLE token ADD COLUMN rate TEXT NOT NULL DEFAULT '';
+    ALTER TABLE token ADD COLUMN networks TEXT NOT NULL DEFAULT '';
+    ALTER TABLE token ADD COLUMN methods TEXT NOT NULL DEFAULT '';
+    DROP TRIGGER token_altered;
+    CREATE TRIGGER token_altered
+        AFTER UPDATE OF digest, user, scopes, not_before, expires, revoked, blocked, superseded, replaces, plan, rate,
+            networks, methods ON token BEGIN
+        INSERT INTO change (digest) VALUES (old.digest);
+        INSERT INTO change (digest) SELECT new.digest WHERE new.digest <> old.digest;
+    END;
+";
+
 /// The digest, and the fields of a record in their order.
 const COLUMNS: &str = "digest, user, scopes, description, created, not_before, expires, revoked, blocked, superseded, \
-                       replaces, last_used";
+                       replaces, last_used, plan, rate, networks, methods";
 
 /// Now, by the clock that `change` is written with.
 const NOW_MS: &str = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)";
@@ -213,6 +227,11 @@ impl RecordSource for Row<'_> {
 
     fn digest(&self, field: RecordField) -> rusqlite::Result<Option<Digest>> {
         Ok(self.get::<_, Option<[u8; 32]>>(field.column())?.map(Digest::from_bytes))
+    }
+
+    fn wrong(&self, field: RecordField, what: &'static str) -> rusqlite::Error {
+        let why = format!("{}: {what}", field.name()).into();
+        rusqlite::Error::FromSqlConversionFailure(field.column(), Type::Text, why)
     }
 
     fn missing(&self, field: RecordField) -> rusqlite::Error {

@@ -339,6 +339,22 @@ async fn an_older_database_is_brought_up_to_date() {
     let mut admin = SqliteAdmin::open(&path).unwrap();
     admin.rotate(&known, &record("next"), 10, 20).await.unwrap();
     assert_eq!(lookup(&store, b"known").await.unwrap().superseded, Some(10));
+    let bound = TokenRecord { terms: terms("gold", "9/s", &["10.0.0.0/8"], &["GET"]), ..record("bound") };
+    admin.create(&bound).await.unwrap();
+    assert_eq!(lookup(&store, b"bound").await, Some(bound));
+    // The operator's own statement on each of them is a change that gateways are told of.
+    let db = rusqlite::Connection::open(&path).unwrap();
+    let changes = || db.query_row("SELECT count(*) FROM change", [], |row| row.get::<_, i64>(0)).unwrap();
+    for set in ["plan = 'free'", "rate = '1/s'", "networks = '192.0.2.1 ::1'", "methods = 'POST'"] {
+        let before = changes();
+        assert_eq!(db.execute(&format!("UPDATE token SET {set} WHERE user = 'a'"), []), Ok(1), "{set}");
+        assert_eq!(changes(), before + 1, "{set}");
+    }
+    let known = lookup(&store, b"known").await.unwrap();
+    assert_eq!(known.terms, terms("free", "1/s", &["192.0.2.1", "::1"], &["POST"]));
+    // What cannot be understood is no missing bound.
+    db.execute("UPDATE token SET networks = 'everywhere'", []).unwrap();
+    assert!(matches!(ask(&store, b"known").await, Err(StoreError::Garbage(why)) if why.contains("networks")));
 }
 
 /// The store's position in its list of changes, from a probe after all changes so far.

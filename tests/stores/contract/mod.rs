@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use tollgate::identity::{Authenticator, CacheSettings, Checked, Invalid, Mode, TokenStatus, judge};
 use tollgate::store::chain::{Chain, Link};
 use tollgate::store::credential::{Credential, Digest};
+use tollgate::store::terms::{SaidTerms, TokenTerms};
 use tollgate::store::{AdminError, Change, Event, Imported, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
 use tollgate::telemetry::metrics::CacheResult;
 
@@ -447,6 +448,12 @@ async fn uses_outlive_a_change(subject: &dyn Subject) {
     assert_eq!(lookup(&*store, b"in-use").await.unwrap().last_used, Some(now), "{}", subject.name());
 }
 
+fn terms(plan: &str, rate: &str, networks: &[&str], methods: &[&str]) -> Option<Arc<TokenTerms>> {
+    let list = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+    let (networks, methods) = (list(networks), list(methods));
+    TokenTerms::of(SaidTerms { plan: plan.into(), rate: rate.into(), networks, methods }).unwrap()
+}
+
 /// The list of any store, imported into any other, yields the same list.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_one_store_lists_every_other_imports() {
@@ -460,6 +467,7 @@ async fn what_one_store_lists_every_other_imports() {
         superseded: Some(1_740_000_000),
         replaces: Some(Digest::of(b"long gone")),
         last_used: Some(1_749_999_999),
+        terms: terms("gold", "600/min burst 5", &["10.0.0.0/8", "2001:db8::/32"], &["GET", "HEAD"]),
         ..record("full")
     };
     let only = |token: &str| TokenRecord { scopes: vec![], description: String::new(), ..record(token) };
@@ -474,6 +482,7 @@ async fn what_one_store_lists_every_other_imports() {
         TokenRecord { superseded: Some(now), expires: Some(now + 60), ..only("rotated") },
         TokenRecord { replaces: Some(Digest::of(b"rotated")), ..only("rotation") },
         TokenRecord { last_used: Some(now), ..only("used") },
+        TokenRecord { terms: terms("", "", &["192.0.2.1"], &[]), ..only("at-home") },
         TokenRecord {
             scopes: vec!["é:ü/x".into(), "api".into()],
             user: "名前, \"x\" \\ 'y' ${z} #%".into(),

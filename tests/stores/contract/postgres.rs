@@ -418,8 +418,8 @@ async fn a_schema_that_does_not_fit_cannot_tell() {
     assert!(why(&*store).await.contains("tollgate store migrate"), "no schema at all");
     let none = PostgresAdmin::open(&settings(&server, own())).await.err().unwrap().to_string();
     assert!(none.contains("tollgate store migrate"), "{none}");
-    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 3);
-    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 3, "repeated");
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 4);
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 4, "repeated");
     assert_eq!(lookup(&*store, b"known").await, None);
     server.psql("postgres", "UPDATE tollgate.version SET version = 9");
     assert_eq!(lookup(&*store, b"known").await, None, "a newer schema that this version may read");
@@ -442,13 +442,144 @@ async fn a_schema_that_does_not_fit_cannot_tell() {
     ear.heard(Instant::now() - Duration::from_secs(60), "deafness", |event| *event == Event::Deaf).await;
 }
 
+/// The tables, functions and triggers as tollgate made them before tokens had terms.
+fn make_schema_3(server: &Postgres) {
+    let of = |name: &str| std::fs::read_to_string(crate::servers::repository("src/store/postgres").join(name)).unwrap();
+    let mut triggers = of("triggers.sql");
+    for row in ["", "OLD.", "NEW."] {
+        let terms = format!(", {row}plan, {row}rate, {row}networks, {row}methods");
+        assert!(triggers.contains(&terms));
+        triggers = triggers.replace(&terms, "");
+    }
+    assert!(!triggers.contains("plan"));
+    let sql = ["1.sql", "2.sql", "3.sql"].map(of).join(";") + &triggers;
+    let sql = sql.replace("{schema}", "\"tollgate\"");
+    server.psql("postgres", &format!("CREATE SCHEMA tollgate; {sql}; UPDATE tollgate.version SET version = 3"));
+}
+
+/// A gateway that is newer than the tables goes on, and through the migration; what the tables cannot keep is an error.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tables_without_terms_are_read_and_refuse_them() {
+    let server = Postgres::start();
+    make_schema_3(&server);
+    let store = open(settings(&server, own()));
+    let begin = Instant::now();
+    let ear = Ear::on(&store);
+    ear.hearing(begin).await;
+    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    admin.create(&record("known")).await.unwrap();
+    let mut lines = [record("imported"), record("known")].into_iter().map(Ok);
+    assert_eq!(admin.import(&mut lines).await.unwrap().new, 1);
+    assert_eq!(lookup(&*store, b"known").await, Some(record("known")));
+    assert_eq!(lookup(&*store, b"nobody").await, None);
+    // Several at a time are another statement.
+    let several = [b"known".as_slice(), b"imported", b"nobody"].map(|token| lookup(&*store, token));
+    let several = futures_util::future::join_all(several).await;
+    assert_eq!(several, [Some(record("known")), Some(record("imported")), None]);
+    assert_eq!(admin.list().await.unwrap().len(), 2);
+    let bound = TokenRecord { terms: super::terms("gold", "", &["10.0.0.0/8"], &[]), ..record("bound") };
+    let mut lines = [bound.clone()].into_iter().map(Ok);
+    let imported = admin.import(&mut lines).await.err().map(|why| why.to_string());
+    for why in [admin.create(&bound).await.unwrap_err().to_string(), imported.unwrap()] {
+        assert!(why.contains("version 3") && why.contains("tollgate store migrate"), "{why}");
+    }
+    assert_eq!(lookup(&*store, b"bound").await, None);
+    assert!(!ear.events().contains(&Event::Deaf), "{:?}", ear.events());
+    // The store's statements are prepared by now.
+    PostgresAdmin::migrate(&settings(&server, own())).await.unwrap();
+    let mut admin = PostgresAdmin::open(&settings(&server, own())).await.unwrap();
+    admin.create(&bound).await.unwrap();
+    assert_eq!(lookup(&*store, b"bound").await, Some(bound));
+    assert_eq!(lookup(&*store, b"known").await, Some(record("known")));
+    assert_eq!(server.psql("postgres", "SELECT readers_from FROM tollgate.version"), "4");
+    // The operator's own statement is heard.
+    let before = Instant::now();
+    let digest = Digest::of(b"known").to_hex();
+    server.psql(
+        "postgres",
+        &format!("UPDATE tollgate.token SET networks = '{{192.0.2.1}}', rate = '9/s' WHERE digest = '\\x{digest}'"),
+    );
+    ear.change_of(before, &*store, "known").await;
+    let wanted = TokenRecord { terms: super::terms("", "9/s", &["192.0.2.1"], &[]), ..record("known") };
+    assert_eq!(lookup(&*store, b"known").await, Some(wanted));
+    // What cannot be understood is no missing bound.
+    server.psql("postgres", "UPDATE tollgate.token SET networks = '{everywhere}'");
+    assert!(matches!(ask(&*store, b"known").await, Err(StoreError::Garbage(why)) if why.contains("networks must be")));
+}
+
+/// In the operator's own query, columns of these names are read, whatever form they have, or are an error.
+#[tokio::test]
+async fn an_operators_query_says_how_a_token_may_be_used() {
+    let server = Postgres::start();
+    let lookup_by = |sql: &str| Source::Lookup { sql: sql.into(), bind: Bind::Plain };
+    server.psql(
+        "postgres",
+        "CREATE TABLE t (token text, who text, plan varchar(80), rate text, networks text[], methods jsonb, nets cidr[]);
+         INSERT INTO t VALUES
+            ('all', 'ann', 'gold', '600/min burst 5', '{10.0.0.0/8,2001:db8::/32}', '[\"GET\",\"HEAD\"]', '{10.0.0.0/8}'),
+            ('none', 'ann', NULL, NULL, NULL, NULL, NULL), ('empty', 'ann', '', '', '{}', '[]', '{}'),
+            ('else', 'ann', 'Gold, until 2027', '', '{}', '[]', '{}'), ('often', 'ann', '', 'often', '{}', '[]', '{}'),
+            ('far', 'ann', '', '', '{far away}', '[]', '{}'), ('get', 'ann', '', '', '{}', '[\"get\"]', '{}'),
+            ('null', 'ann', '', '', '{NULL}', '[]', '{}')",
+    );
+    let all = open(settings(&server, lookup_by("SELECT who AS user, t.* FROM public.t WHERE token = $1")));
+    let said = |terms| TokenRecord { terms, ..TokenRecord::new(Digest::of(b""), "ann") }.terms;
+    let found = async |token: &str| lookup(&*all, token.as_bytes()).await.unwrap().terms;
+    let networks = ["10.0.0.0/8", "2001:db8::/32"];
+    assert_eq!(found("all").await, said(super::terms("gold", "600/min burst 5", &networks, &["GET", "HEAD"])));
+    assert_eq!((found("none").await, found("empty").await), (None, None));
+    for (token, column) in [
+        ("else", "column plan"),
+        ("often", "column rate"),
+        ("far", "column networks"),
+        ("get", "column methods"),
+        ("null", "text"),
+    ] {
+        match ask(&*all, token.as_bytes()).await {
+            Err(StoreError::Garbage(why)) => assert!(why.contains(column) && !why.contains("2027"), "{token}: {why}"),
+            other => panic!("{token}: {other:?}"),
+        }
+    }
+    for (columns, wanted) in [
+        (
+            "'10.0.0.0/8 ::1'::text AS networks, 'GET'::text AS methods",
+            super::terms("", "", &["10.0.0.0/8", "::1"], &["GET"]),
+        ),
+        ("nets::text[] AS networks", super::terms("", "", &["10.0.0.0/8"], &[])),
+        // Another name is another column, as ever.
+        ("plan AS billing, rate AS price", None),
+    ] {
+        let store = open(settings(
+            &server,
+            lookup_by(&format!("SELECT who AS user, {columns} FROM public.t WHERE token = $1")),
+        ));
+        assert_eq!(lookup(&*store, b"all").await.unwrap().terms, wanted, "{columns}");
+    }
+    for (columns, part) in [
+        ("nets AS networks", "column networks of the lookup query is of type _cidr"),
+        ("5 AS rate", "column rate of the lookup query is of type int4"),
+        ("5 AS plan", "column plan of the lookup query is of type int4"),
+        ("true AS methods", "column methods of the lookup query is of type bool"),
+        ("plan, rate AS plan", "several columns plan"),
+    ] {
+        let store = open(settings(
+            &server,
+            lookup_by(&format!("SELECT who AS user, {columns} FROM public.t WHERE token = $1")),
+        ));
+        match ask(&*store, b"all").await {
+            Err(StoreError::Unusable(why)) => assert!(why.contains(part), "{columns}: {why}"),
+            other => panic!("{columns}: {other:?}"),
+        }
+    }
+}
+
 #[tokio::test]
 async fn migrations_at_the_same_time_make_one_schema() {
     let server = Postgres::start();
     let settings = settings(&server, own());
     let versions = futures_util::future::join_all((0..8).map(|_| PostgresAdmin::migrate(&settings))).await;
     for migrated in versions {
-        assert_eq!(migrated.unwrap().version, 3);
+        assert_eq!(migrated.unwrap().version, 4);
     }
     assert_eq!(server.psql("postgres", "SELECT count(*) FROM tollgate.version"), "1");
 }
@@ -2356,7 +2487,7 @@ async fn tables_of_an_older_version_are_followed_and_migrated_under_gateways_tha
     assert!(!ear.events().contains(&Event::Deaf), "{:?}", ear.events());
 
     let before = Instant::now();
-    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 3);
+    assert_eq!(PostgresAdmin::migrate(&settings(&server, own())).await.unwrap().version, 4);
     ear.hearing(before).await;
     let before = Instant::now();
     admin.revoke(&Digest::of(b"two"), 1_760_000_000).await.unwrap();
