@@ -6,8 +6,8 @@ use crate::clock::Now;
 use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::{Authenticator, CannotTell, Checked, Mode, PendingLookup, Principal, TokenStatus};
 use crate::policy::{
-    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LimitExceeded, LimitFacts, LimitResult, LimitStage,
-    LimitSubject, LimitsTaken, Policy, PolicyFault, RequestLimits,
+    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LeasesLacking, LimitExceeded, LimitFacts, LimitResult,
+    LimitStage, LimitSubject, LimitsTaken, PaidLeases, Permit, Policy, PolicyFault, RequestLimits,
 };
 use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
@@ -107,7 +107,7 @@ pub enum Admission<'r> {
     Waiting(Pending<'r>),
 }
 
-/// A request that waits for the token store.
+/// A request that waits for the token store, or for leases of limits that replicas share.
 pub struct Pending<'r> {
     pipeline: &'r Pipeline,
     examined: Examined<'r>,
@@ -121,6 +121,23 @@ enum Awaited {
     Lookup(PendingLookup),
     /// Its address's turn at the token store.
     Turn(GuessTurn),
+    /// Leases: all else is decided.
+    Lease(Permit, Box<LeasesLacking>),
+}
+
+/// A request for which nothing lacks but leases.
+struct Unpaid<'r> {
+    permit: Permit,
+    examined: Examined<'r>,
+    limited: Limited,
+    lacking: Box<LeasesLacking>,
+}
+
+/// What became of a request's limits.
+#[expect(clippy::large_enum_variant, reason = "a box would cost the common case an allocation")]
+enum Settled<'r> {
+    Verdict(Verdict<'r>),
+    Unpaid(Box<Unpaid<'r>>),
 }
 
 /// What a request's limits are asked with, and have given so far.
@@ -130,6 +147,10 @@ struct Limited {
     headers: SmallVec<[u64; 2]>,
     /// Taken before the token store was asked.
     early: Option<Box<LimitsTaken>>,
+    /// Leases of limits by address, which have to be waited for before the token store.
+    lacking: Option<Box<LeasesLacking>>,
+    /// What leases said that were waited for.
+    paid: PaidLeases,
 }
 
 impl Pipeline {
@@ -174,10 +195,11 @@ impl Pipeline {
         if !examined.route.addresses.admit(origin.client) {
             return refused(PolicyFault::Address, facts);
         }
-        let limited = Limited { now, mode, headers: self.limits.header_keys(view), early: None };
+        let headers = self.limits.header_keys(view);
+        let limited = Limited { now, mode, headers, early: None, lacking: None, paid: PaidLeases::new() };
         let Some(presented) = &examined.presented else {
-            let verdict = self.settle(examined, None, limited, &mut facts);
-            return Admission::Decided(verdict, facts);
+            let settled = self.settle(examined, None, limited, &mut facts);
+            return self.admission(settled, facts);
         };
         let digest = Digest::of(&presented.value);
         facts.token = Some(digest);
@@ -209,8 +231,19 @@ impl Pipeline {
                 }
             },
         };
-        let verdict = self.answered(examined, answer, limited, &mut facts, now);
-        Admission::Decided(verdict, facts)
+        let settled = self.answered(examined, answer, limited, &mut facts, now);
+        self.admission(settled, facts)
+    }
+
+    fn admission<'r>(&'r self, settled: Settled<'r>, facts: Facts) -> Admission<'r> {
+        match settled {
+            Settled::Verdict(verdict) => Admission::Decided(verdict, facts),
+            Settled::Unpaid(unpaid) => {
+                let Unpaid { permit, examined, limited, lacking } = *unpaid;
+                let waiting = Awaited::Lease(permit, lacking);
+                Admission::Waiting(Pending { pipeline: self, examined, facts, waiting, limited })
+            }
+        }
     }
 
     fn wait<'r>(
@@ -224,6 +257,7 @@ impl Pipeline {
         if self.limits.has_early(examined.route.index) {
             // Counted before the wait: else any number could wait at once.
             match self.take(&limited, &examined, &mut facts, LimitStage::Early) {
+                Ok(LimitsTaken { lacking: Some(lacking), .. }) => limited.lacking = Some(lacking),
                 Ok(taken) => limited.early = Some(Box::new(taken)),
                 Err(fault) => return refused(fault, facts),
             }
@@ -238,7 +272,7 @@ impl Pipeline {
         limited: Limited,
         facts: &mut Facts,
         now: Now,
-    ) -> Verdict<'r> {
+    ) -> Settled<'r> {
         let cause = match answer {
             Ok(TokenStatus::Valid(principal)) => {
                 facts.principal = Some(Arc::clone(&principal));
@@ -252,7 +286,7 @@ impl Pipeline {
             }
             Err(why) => Cause::CannotTell(why),
         };
-        self.refuse(cause, &examined, &limited, facts)
+        Settled::Verdict(self.refuse(cause, &examined, &limited, facts))
     }
 
     /// Asks the policy and the limits, and plans what goes upstream.
@@ -260,17 +294,31 @@ impl Pipeline {
         &'r self,
         examined: Examined<'r>,
         principal: Option<Arc<Principal>>,
+        limited: Limited,
+        facts: &mut Facts,
+    ) -> Settled<'r> {
+        match self.policy.decide(&examined, principal) {
+            Ok(permit) => self.within_limits(permit, examined, limited, facts),
+            Err(fault) => Settled::Verdict(self.refuse(Cause::Policy(fault), &examined, &limited, facts)),
+        }
+    }
+
+    /// Asks the limits, and plans what goes upstream.
+    fn within_limits<'r>(
+        &'r self,
+        mut permit: Permit,
+        examined: Examined<'r>,
         mut limited: Limited,
         facts: &mut Facts,
-    ) -> Verdict<'r> {
-        let mut permit = match self.policy.decide(&examined, principal) {
-            Ok(permit) => permit,
-            Err(fault) => return self.refuse(Cause::Policy(fault), &examined, &limited, facts),
-        };
+    ) -> Settled<'r> {
         if !self.limits.is_empty() {
             let early = limited.early.take();
             let stage = if early.is_some() { LimitStage::Late } else { LimitStage::Both };
             match self.take(&limited, &examined, facts, stage) {
+                Ok(LimitsTaken { lacking: Some(lacking), .. }) => {
+                    limited.early = early;
+                    return Settled::Unpaid(Box::new(Unpaid { permit, examined, limited, lacking }));
+                }
                 Ok(taken) => {
                     permit.keep(taken.in_flight);
                     if let Some(early) = early {
@@ -279,13 +327,13 @@ impl Pipeline {
                 }
                 Err(fault) => {
                     if let Some(early) = early {
-                        self.limits.give_back(&early);
+                        self.limits.give_back(&early, limited.now);
                     }
-                    return Verdict::Refuse(Cause::Policy(fault).into());
+                    return Settled::Verdict(Verdict::Refuse(Cause::Policy(fault).into()));
                 }
             }
         }
-        Verdict::Forward(forward::plan(permit, examined))
+        Settled::Verdict(Verdict::Forward(forward::plan(permit, examined)))
     }
 
     /// Refuses a request for another reason than a limit. The limits of its address count it: guessing is what they bound.
@@ -294,7 +342,13 @@ impl Pipeline {
         match counted {
             true => Verdict::Refuse(cause.into()),
             false => match self.take(limited, examined, facts, LimitStage::Early) {
-                Ok(_) => Verdict::Refuse(cause.into()),
+                Ok(taken) => {
+                    // Counted by the store without being waited for: it is refused in any case.
+                    for lacking in taken.lacking.iter().flat_map(|lacking| &lacking.lacks) {
+                        drop(lacking.engine.enqueue(lacking.lack.clone()));
+                    }
+                    Verdict::Refuse(cause.into())
+                }
                 Err(fault) => Verdict::Refuse(Cause::Policy(fault).into()),
             },
         }
@@ -310,10 +364,12 @@ impl Pipeline {
     ) -> Result<LimitsTaken, PolicyFault> {
         let subject = limited.subject(examined, facts);
         let taken = match limited.mode {
-            Mode::Serve => self.limits.take(&subject, stage, limited.now),
+            Mode::Serve => self.limits.take_paid(&subject, stage, limited.now, &limited.paid),
             Mode::Observe => self.limits.check(&subject, stage, limited.now),
         };
         match taken {
+            // Asked again when they have come.
+            Ok(taken) if taken.lacking.is_some() => Ok(taken),
             Ok(mut taken) => {
                 match facts.limits.is_empty() {
                     true => facts.limits = std::mem::take(&mut taken.facts),
@@ -364,20 +420,57 @@ impl<'r> Pending<'r> {
         &self.facts
     }
 
-    /// Waits for the store and goes on from there.
+    /// Waits for what lacks, and goes on from there.
     pub async fn verdict(self) -> (Verdict<'r>, Facts) {
-        let Self { pipeline, examined, mut facts, waiting, limited } = self;
-        let authenticator = &pipeline.authenticator;
+        let Self { pipeline, examined, mut facts, waiting, mut limited } = self;
+        let settled = match waiting {
+            Awaited::Lease(permit, lacking) => {
+                Settled::Unpaid(Box::new(Unpaid { permit, examined, limited, lacking }))
+            }
+            waiting => {
+                if let Some(lacking) = limited.lacking.take() {
+                    limited.wait_for(*lacking, pipeline).await;
+                    match pipeline.take(&limited, &examined, &mut facts, LimitStage::Early) {
+                        Ok(taken) => limited.early = Some(Box::new(taken)),
+                        Err(fault) => return (Verdict::Refuse(Cause::Policy(fault).into()), facts),
+                    }
+                }
+                let answer = pipeline.awaited(waiting, &examined, &mut facts).await;
+                pipeline.answered(examined, answer, limited, &mut facts, pipeline.authenticator.now())
+            }
+        };
+        let unpaid = match settled {
+            Settled::Verdict(verdict) => return (verdict, facts),
+            Settled::Unpaid(unpaid) => unpaid,
+        };
+        let Unpaid { permit, examined, mut limited, lacking } = *unpaid;
+        limited.wait_for(*lacking, pipeline).await;
+        match pipeline.within_limits(permit, examined, limited, &mut facts) {
+            Settled::Verdict(verdict) => (verdict, facts),
+            // Every shared limit has said something.
+            Settled::Unpaid(_) => (Verdict::Refuse(Cause::Bug.into()), facts),
+        }
+    }
+}
+
+impl Pipeline {
+    /// What the token store says.
+    async fn awaited(
+        &self,
+        waiting: Awaited,
+        examined: &Examined<'_>,
+        facts: &mut Facts,
+    ) -> Result<TokenStatus, CannotTell> {
         let checked = match (waiting, &examined.presented, &facts.token) {
             (Awaited::Lookup(lookup), ..) => Checked::Waiting(lookup),
             (Awaited::Turn(turn), Some(presented), Some(digest)) => {
                 tokio::time::sleep(turn.wait).await;
-                authenticator.check(&presented.value, digest, authenticator.now(), Mode::Serve)
+                self.authenticator.check(&presented.value, digest, self.authenticator.now(), Mode::Serve)
             }
             // Who presents no token waits for none.
-            (Awaited::Turn(_), ..) => Checked::NotAsked,
+            (Awaited::Turn(_) | Awaited::Lease(..), ..) => Checked::NotAsked,
         };
-        let answer = match checked {
+        match checked {
             Checked::Waiting(lookup) => {
                 let (answer, result) = lookup.answer().await;
                 facts.cache = Some(result);
@@ -388,8 +481,20 @@ impl<'r> Pending<'r> {
                 Ok(answer)
             }
             Checked::NotAsked => Err(CannotTell::NotAsked),
-        };
-        let verdict = pipeline.answered(examined, answer, limited, &mut facts, authenticator.now());
-        (verdict, facts)
+        }
+    }
+}
+
+impl Limited {
+    /// Waits for leases, of all limits at once.
+    async fn wait_for(&mut self, lacking: LeasesLacking, pipeline: &Pipeline) {
+        self.paid.extend(lacking.paid);
+        // All of them are in line before the first is waited for.
+        let waits: Vec<_> =
+            lacking.lacks.into_iter().map(|lack| (lack.limit, lack.engine.enqueue(lack.lack))).collect();
+        for (limit, wait) in waits {
+            self.paid.push((limit, wait.outcome().await));
+        }
+        self.now = pipeline.authenticator.now();
     }
 }

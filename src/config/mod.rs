@@ -37,6 +37,7 @@ struct File {
     pagination_routes: Vec<file::PaginationRouteSection>,
     limits: file::LimitsSection,
     limit: Vec<file::LimitSection>,
+    shared_limits: file::SharedLimitsSection,
     guessing: file::GuessingSection,
     upstreams: Vec<file::UpstreamSection>,
     routes: Vec<file::RouteSection>,
@@ -105,7 +106,7 @@ pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
 }
 
 /// The tables that can stand at the top of the file.
-const SECTIONS: [&str; 16] = [
+const SECTIONS: [&str; 17] = [
     "server",
     "listener",
     "admin",
@@ -117,6 +118,7 @@ const SECTIONS: [&str; 16] = [
     "pagination",
     "limits",
     "limit",
+    "shared_limits",
     "guessing",
     "upstream",
     "route",
@@ -145,6 +147,7 @@ fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
         cache: one(places, root, "cache", file::CacheSection::read),
         limits: one(places, root, "limits", file::LimitsSection::read),
         limit: many(places, root, "limit", "limit", file::LimitSection::read),
+        shared_limits: one(places, root, "shared_limits", file::SharedLimitsSection::read),
         guessing: one(places, root, "guessing", file::GuessingSection::read),
         trace: one(places, root, "trace", file::TraceSection::read),
         log: one(places, root, "log", file::LogSection::read),
@@ -224,7 +227,7 @@ const fn commented(header: &'static str, doc: &'static [&'static str], fields: &
 }
 
 /// All sections, in the order in which they are documented.
-const REFERENCE: [Reference; 21] = [
+const REFERENCE: [Reference; 22] = [
     shown("[server]", file::ServerSection::DOC, file::ServerSection::FIELDS),
     commented("[[listener]]", file::ListenerSection::DOC, file::ListenerSection::FIELDS),
     shown("[admin]", file::AdminSection::DOC, file::AdminSection::FIELDS),
@@ -242,6 +245,7 @@ const REFERENCE: [Reference; 21] = [
     commented("[[pagination.route]]", file::PaginationRouteSection::DOC, file::PaginationRouteSection::FIELDS),
     shown("[limits]", file::LimitsSection::DOC, file::LimitsSection::FIELDS),
     commented("[[limit]]", file::LimitSection::DOC, file::LimitSection::FIELDS),
+    shown("[shared_limits]", file::SharedLimitsSection::DOC, file::SharedLimitsSection::FIELDS),
     shown("[guessing]", file::GuessingSection::DOC, file::GuessingSection::FIELDS),
     commented("[[route]]", file::RouteSection::DOC, file::RouteSection::FIELDS),
     shown("[trace]", file::TraceSection::DOC, file::TraceSection::FIELDS),

@@ -49,6 +49,8 @@ pub struct Settings {
     pub rules: Rules,
     pub policy: Policy,
     pub limits: Vec<LimitSettings>,
+    /// `None`: replicas share none of them.
+    pub shared_limits: Option<SharedLimitSettings>,
     /// `None`: nobody is watched for guessing.
     pub guessing: Option<GuessSettings>,
     /// Answers say what is left of them.
@@ -137,6 +139,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     let addresses = AddressRules { allow: listed(&file.limits.allow), deny: listed(&file.limits.deny) };
     gather.all("limits", addresses.problems());
     let limits = gather.limits(file, &rules.routes);
+    let shared_limits = gather.shared_limits(file, folder);
     let guessing = gather.guessing(file);
     gather.all("server", rules.trusted_proxies.problems());
     let cache = CacheSettings {
@@ -181,6 +184,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         cors,
         policy: Policy { switches, scopes: gather.scopes(file), addresses },
         limits,
+        shared_limits,
         guessing,
         limit_fields: file.limits.rate_limit_fields,
         stores: gather.stores(file, folder, &upstreams),
@@ -494,6 +498,7 @@ impl Gather<'_, '_> {
                 },
                 costs: limit.cost.0.clone(),
                 dry_run: limit.dry_run,
+                shared: limit.shared,
             };
             self.all(&limit.at, settings.problems());
             if limit.burst.is_some() && limit.rate.is_none() {

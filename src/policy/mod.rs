@@ -10,7 +10,7 @@ mod scope;
 pub use guessing::{GuessCount, GuessEpisode, GuessGuard, GuessRefusal, GuessSettings, GuessTurn, GuessVerdict};
 pub use limit::{
     BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitResult,
-    LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits,
+    LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits, LeasesLacking, LimitLack, PaidLeases,
 };
 pub use limit_bucket::{CalendarPeriod, CalendarQuota, LimitAmounts, LimitedBy, RefillRate};
 pub use scope::{ScopeRule, Scopes};

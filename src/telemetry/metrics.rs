@@ -3,6 +3,7 @@
 
 use super::guess_metrics::GuessMetrics;
 use super::limit_metrics::{LimitFamilies, LimitMetrics};
+use super::share_metrics::{ShareFamilies, ShareMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::server_metrics::ServerFamilies;
 pub use super::server_metrics::ServerMetrics;
@@ -106,6 +107,7 @@ pub struct Metrics {
     servers: Arc<ServerFamilies>,
     listeners: ListenerMetrics,
     limits: LimitFamilies,
+    shares: ShareFamilies,
     guessing: GuessMetrics,
     /// Access log, process log.
     log_dropped: [IntCounter; 3],
@@ -244,6 +246,7 @@ impl Metrics {
             servers: Arc::new(ServerFamilies::new(&families)?),
             listeners: ListenerMetrics::new(&families)?,
             limits: LimitFamilies::new(&families)?,
+            shares: ShareFamilies::new(&families)?,
             guessing: GuessMetrics::new(&families)?,
             lookups_refused: families
                 .counter("tollgate_lookups_refused_total", "Lookups refused because too many were in progress.")?,
@@ -327,6 +330,15 @@ impl Metrics {
     /// Those of one limit.
     pub fn limit(&self, name: &str) -> LimitMetrics {
         self.limits.of(name)
+    }
+
+    /// Those about limits that replicas share, by the kind of their store.
+    pub fn share(&self, store: &str) -> ShareMetrics {
+        self.shares.of(store)
+    }
+
+    pub fn forget_share(&self, store: &str) {
+        self.shares.forget(store);
     }
 
     /// Those about addresses that guess tokens.
