@@ -112,7 +112,8 @@ fn link(store: &NamedStore, metrics: &Metrics) -> anyhow::Result<Link> {
 
 /// What shared limits are asked by. `None`: there are none.
 fn leases(settings: &Settings, metrics: &Metrics) -> anyhow::Result<Option<Arc<LeaseEngine>>> {
-    let Some(share) = settings.shared_limits.as_ref().filter(|_| settings.limits.iter().any(|limit| limit.shared)) else {
+    let Some(share) = settings.shared_limits.as_ref().filter(|_| settings.limits.iter().any(|limit| limit.shared))
+    else {
         return Ok(None);
     };
     let store = share.open(Arc::new(metrics.store("shared_limits"))).context("shared_limits")?;
@@ -191,7 +192,9 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, logs: Logs) -> Rebuild {
             (share, Some(running)) if *share == settings.shared_limits => Some(Arc::clone(running)),
             _ => leases(&next, &metrics).map_err(describe)?,
         };
-        if engine.is_none() && let Some(share) = &settings.shared_limits {
+        if engine.is_none()
+            && let Some(share) = &settings.shared_limits
+        {
             metrics.forget_share(share.kind());
         }
         let snapshot = snapshot(&next, authenticator, metrics, next_logs.clone(), engine, Some(running));

@@ -6,8 +6,8 @@ use crate::clock::Now;
 use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::{Authenticator, CannotTell, Checked, Mode, PendingLookup, Principal, TokenStatus};
 use crate::policy::{
-    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LeasesLacking, LimitExceeded, LimitFacts, LimitResult,
-    LimitStage, LimitSubject, LimitsTaken, PaidLeases, Permit, Policy, PolicyFault, RequestLimits,
+    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LeasesLacking, LimitExceeded, LimitFacts,
+    LimitResult, LimitStage, LimitSubject, LimitsTaken, PaidLeases, Permit, Policy, PolicyFault, RequestLimits,
 };
 use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
@@ -424,9 +424,7 @@ impl<'r> Pending<'r> {
     pub async fn verdict(self) -> (Verdict<'r>, Facts) {
         let Self { pipeline, examined, mut facts, waiting, mut limited } = self;
         let settled = match waiting {
-            Awaited::Lease(permit, lacking) => {
-                Settled::Unpaid(Box::new(Unpaid { permit, examined, limited, lacking }))
-            }
+            Awaited::Lease(permit, lacking) => Settled::Unpaid(Box::new(Unpaid { permit, examined, limited, lacking })),
             waiting => {
                 if let Some(lacking) = limited.lacking.take() {
                     limited.wait_for(*lacking, pipeline).await;

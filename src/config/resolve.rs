@@ -30,6 +30,7 @@ use crate::request::token::TokenRules;
 use crate::request::trace::TraceMode;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
+use crate::share::SharedLimitSettings;
 use crate::store::NamedStore;
 use crate::telemetry::lines::LogTarget;
 use crate::telemetry::spans::OtlpSettings;

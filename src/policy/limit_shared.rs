@@ -60,8 +60,7 @@ impl RequestLimits {
         let mut most = 0;
         for limit in self.limits.iter_mut().filter_map(Arc::get_mut).filter(|limit| limit.settings.shared) {
             limit.seed = seed(&limit.settings.name);
-            limit.shared =
-                Some(SharedLimit { engine: Arc::clone(engine), name: limit.settings.name.as_str().into() });
+            limit.shared = Some(SharedLimit { engine: Arc::clone(engine), name: limit.settings.name.as_str().into() });
             most += if limit.settings.buckets.key.is_empty() { 1 } else { limit.settings.buckets.most };
         }
         engine.keep_at_most(most);

@@ -9,8 +9,9 @@ mod scope;
 
 pub use guessing::{GuessCount, GuessEpisode, GuessGuard, GuessRefusal, GuessSettings, GuessTurn, GuessVerdict};
 pub use limit::{
-    BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitResult,
-    LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, RequestLimits, LeasesLacking, LimitLack, PaidLeases,
+    BucketSettings, Excess, InFlight, LeasesLacking, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart,
+    LimitLack, LimitResult, LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, PaidLeases,
+    RequestLimits,
 };
 pub use limit_bucket::{CalendarPeriod, CalendarQuota, LimitAmounts, LimitedBy, RefillRate};
 pub use scope::{ScopeRule, Scopes};

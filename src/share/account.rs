@@ -148,6 +148,11 @@ impl LeaseAccount {
         self.rate_left.or(self.quota_left).unwrap_or(0).saturating_add(self.left)
     }
 
+    #[cfg(test)]
+    pub(super) fn quota_left(&self) -> Option<u64> {
+        self.quota_left
+    }
+
     /// What is to be said to the store now. `waiting`: whether requests wait for its answer.
     pub(super) fn report(&mut self, amounts: &SharedAmounts, replicas: u64, waiting: bool, now: Now) -> Report {
         self.expire(now);
@@ -196,7 +201,13 @@ impl LeaseAccount {
     }
 
     /// The store has refused a request of this cost.
-    pub(super) fn refuse(&mut self, cost: u64, answer: &LeaseAnswer, amounts: &SharedAmounts, now: Now) -> LeaseRefusal {
+    pub(super) fn refuse(
+        &mut self,
+        cost: u64,
+        answer: &LeaseAnswer,
+        amounts: &SharedAmounts,
+        now: Now,
+    ) -> LeaseRefusal {
         let by = if answer.by_quota || amounts.rate.is_none() { RefusedBy::Quota } else { RefusedBy::Rate };
         let remaining = if by == RefusedBy::Rate { answer.rate_left } else { answer.quota_left };
         let wait_ms = answer.wait_ms.max(1);
@@ -272,7 +283,11 @@ impl LeaseAccount {
             let share = self.quota_left.unwrap_or(quota.requests) / replicas;
             if self.local.used.saturating_add(cost) > share {
                 let wait_ms = DAY_MS - now.unix_ms % DAY_MS;
-                return Err(LeaseRefusal { by: RefusedBy::Quota, wait_ms, remaining: share - self.local.used.min(share) });
+                return Err(LeaseRefusal {
+                    by: RefusedBy::Quota,
+                    wait_ms,
+                    remaining: share - self.local.used.min(share),
+                });
             }
             self.local.used += cost;
         }

@@ -5,7 +5,7 @@
 //! more gets through than one bucket would let through, and what is missing is at most what lies unused in leases.
 
 use super::account::{AccountTake, LeaseAccount, LeaseRefusal, RefusedBy, Report};
-use super::{BEAT, LeaseAnswer, LeaseRequest, SharedAmounts, ShareStore, WhenGone, said};
+use super::{BEAT, LeaseAnswer, LeaseRequest, ShareStore, SharedAmounts, WhenGone, said};
 use crate::clock::Now;
 use crate::store::StoreError;
 use crate::telemetry::outage::Outage;
@@ -132,7 +132,7 @@ struct LeaseWaiter {
 }
 
 /// One message, and whom its answers are for.
-struct LeaseBatch {
+pub(super) struct LeaseBatch {
     requests: Vec<LeaseRequest>,
     parts: Vec<BatchPart>,
     sent: Now,
@@ -317,7 +317,7 @@ impl LeaseEngine {
         }
     }
 
-    fn is_gone(&self) -> bool {
+    pub(super) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Relaxed)
     }
 
@@ -382,24 +382,12 @@ impl LeaseEngine {
         self.ended.cancel();
     }
 
-    fn may_try_again(&self) -> bool {
+    pub(super) fn may_try_again(&self) -> bool {
         (self.clock)().mono_ms >= self.try_again_at.load(Ordering::Relaxed)
     }
 
-    /// Everything that is due at this moment, for tests with a clock of their own.
-    #[cfg(test)]
-    pub(super) async fn turn(&self) {
-        self.sweep();
-        if self.is_gone() && self.may_try_again() {
-            self.beat().await;
-        }
-        while let Some(batch) = self.next_batch() {
-            self.send(batch).await;
-        }
-    }
-
     /// Finds accounts that the store is to be told of, and forgets those that hold nothing.
-    fn sweep(&self) {
+    pub(super) fn sweep(&self) {
         let now = (self.clock)();
         let outage = self.is_gone().then(|| self.outage.load(Ordering::Relaxed));
         for shard in &self.shards {
@@ -413,7 +401,7 @@ impl LeaseEngine {
         }
     }
 
-    fn next_batch(&self) -> Option<LeaseBatch> {
+    pub(super) fn next_batch(&self) -> Option<LeaseBatch> {
         let now = (self.clock)();
         let replicas = self.replicas.load(Ordering::Relaxed);
         let mut all: Vec<(LeaseRequest, BatchPart)> = Vec::new();
@@ -443,7 +431,7 @@ impl LeaseEngine {
         Some(LeaseBatch { requests, parts, sent: now })
     }
 
-    async fn send(&self, batch: LeaseBatch) {
+    pub(super) async fn send(&self, batch: LeaseBatch) {
         if self.is_gone() {
             return self.failed(batch, None);
         }
@@ -478,9 +466,10 @@ impl LeaseEngine {
                         passed = rest;
                         LeaseOutcome::Paid
                     }
-                    None => LeaseOutcome::Refused(*refusal.get_or_insert_with(|| {
-                        entry.account.refuse(waiter.cost, answer, &request.amounts, now)
-                    })),
+                    None => LeaseOutcome::Refused(
+                        *refusal
+                            .get_or_insert_with(|| entry.account.refuse(waiter.cost, answer, &request.amounts, now)),
+                    ),
                 };
                 // Whoever is gone by now stays counted.
                 let _ = waiter.done.send(outcome);
@@ -512,7 +501,7 @@ impl LeaseEngine {
         }
     }
 
-    async fn beat(&self) {
+    pub(super) async fn beat(&self) {
         let begun = Instant::now();
         // A new connection takes longer than a question.
         let time = self.timeout.max(Duration::from_secs(1));
@@ -645,5 +634,33 @@ impl LeaseWait {
                 alone.unwrap_or(LeaseOutcome::Paid)
             }
         }
+    }
+}
+
+/// For tests with a clock of their own.
+#[cfg(test)]
+impl LeaseEngine {
+    pub(super) fn now(&self) -> Now {
+        (self.clock)()
+    }
+
+    /// Everything that is due at this moment.
+    pub(super) async fn turn(&self) {
+        self.sweep();
+        if self.is_gone() && self.may_try_again() {
+            self.beat().await;
+        }
+        while let Some(batch) = self.next_batch() {
+            self.send(batch).await;
+        }
+    }
+
+    pub(super) fn accounts(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lock().len()).sum()
+    }
+
+    pub(super) fn quota_left(&self, key: &LeaseKey) -> Option<u64> {
+        let id = key.id();
+        self.shard(id)?.lock().get(&id)?.account.quota_left()
     }
 }

@@ -223,3 +223,6 @@ pub(crate) fn said(error: &StoreError) -> String {
         StoreError::Overloaded | StoreError::CircuitOpen => "too much is under way".into(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -27,6 +27,9 @@ pub(super) struct ModelStore {
     pub(super) now_us: AtomicU64,
     pub(super) weather: Mutex<Weather>,
     pub(super) messages: AtomicU64,
+    /// A message, or its answer, is polled up to so many times before it arrives.
+    pub(super) delay: AtomicU64,
+    random: Mutex<fastrand::Rng>,
     pub(super) keys: Mutex<HashMap<Arc<str>, ModelBucket>>,
     replicas: Mutex<BTreeMap<String, u64>>,
 }
@@ -99,6 +102,12 @@ impl ModelBucket {
         if own > 0 {
             self.leases.insert(replica.to_owned(), (own, now + LEASE.as_micros() as u64));
         }
+        if passed > 0 || ahead > 0 {
+            assert!(
+                burst == 0 || self.debt + u128::from(others + own) * unit <= full,
+                "the store gave what it has not"
+            );
+        }
         let left = (full.saturating_sub(self.debt) / unit) as u64;
         LeaseAnswer {
             passed,
@@ -115,15 +124,19 @@ impl ModelBucket {
 impl ShareStore for ModelStore {
     async fn lease(&self, replica: &str, requests: &[LeaseRequest]) -> Result<Vec<LeaseAnswer>, StoreError> {
         self.messages.fetch_add(1, Ordering::Relaxed);
-        let weather = *self.weather.lock();
-        if weather == Weather::Lost {
-            return Err(StoreError::Timeout);
+        // The message, and then its answer, are on their way while others go on.
+        let (there, back) = {
+            let (mut random, most) = (self.random.lock(), self.delay.load(Ordering::Relaxed));
+            (random.u64(0..=most), random.u64(0..=most))
+        };
+        for _ in 0..there {
+            tokio::task::yield_now().await;
         }
-        let now = self.now_us.load(Ordering::Relaxed);
-        let mut keys = self.keys.lock();
-        let answer = |request: &LeaseRequest| keys.entry(Arc::clone(&request.key)).or_default().lease(now, replica, request);
-        let answers = requests.iter().map(answer).collect();
-        if weather == Weather::Unanswered { Err(StoreError::Timeout) } else { Ok(answers) }
+        let answers = self.carry_out(replica, requests);
+        for _ in 0..back {
+            tokio::task::yield_now().await;
+        }
+        answers
     }
 
     async fn beat(&self, replica: &str) -> Result<u64, StoreError> {
@@ -142,5 +155,24 @@ impl ShareStore for ModelStore {
 
     async fn examine(&self) -> Result<(), StoreError> {
         Ok(())
+    }
+}
+
+impl ModelStore {
+    pub(super) fn replicas(&self) -> usize {
+        self.replicas.lock().len()
+    }
+
+    fn carry_out(&self, replica: &str, requests: &[LeaseRequest]) -> Result<Vec<LeaseAnswer>, StoreError> {
+        let weather = *self.weather.lock();
+        if weather == Weather::Lost {
+            return Err(StoreError::Timeout);
+        }
+        let now = self.now_us.load(Ordering::Relaxed);
+        let mut keys = self.keys.lock();
+        let answer =
+            |request: &LeaseRequest| keys.entry(Arc::clone(&request.key)).or_default().lease(now, replica, request);
+        let answers = requests.iter().map(answer).collect();
+        if weather == Weather::Unanswered { Err(StoreError::Timeout) } else { Ok(answers) }
     }
 }

@@ -3,10 +3,10 @@
 
 use super::guess_metrics::GuessMetrics;
 use super::limit_metrics::{LimitFamilies, LimitMetrics};
-use super::share_metrics::{ShareFamilies, ShareMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::server_metrics::ServerFamilies;
 pub use super::server_metrics::ServerMetrics;
+use super::share_metrics::{ShareFamilies, ShareMetrics};
 use super::store_metrics::StoreFamilies;
 pub use super::store_metrics::StoreMetrics;
 use prometheus::core::Collector;
