@@ -122,7 +122,7 @@ enum Awaited {
     /// Its address's turn at the token store.
     Turn(GuessTurn),
     /// Leases: all else is decided.
-    Lease(Permit, Box<LeasesLacking>),
+    Lease(Permit, LeasesLacking),
 }
 
 /// A request for which nothing lacks but leases.
@@ -130,7 +130,7 @@ struct Unpaid<'r> {
     permit: Permit,
     examined: Examined<'r>,
     limited: Limited,
-    lacking: Box<LeasesLacking>,
+    lacking: LeasesLacking,
 }
 
 /// What became of a request's limits.
@@ -147,9 +147,15 @@ struct Limited {
     headers: SmallVec<[u64; 2]>,
     /// Taken before the token store was asked.
     early: Option<Box<LimitsTaken>>,
-    /// Leases of limits by address, which have to be waited for before the token store.
-    lacking: Option<Box<LeasesLacking>>,
-    /// What leases said that were waited for.
+    /// Of limits that replicas share; `None` until one has to be waited for.
+    leases: Option<Box<LimitedLeases>>,
+}
+
+#[derive(Default)]
+struct LimitedLeases {
+    /// Of limits by address: they have to be waited for before the token store.
+    lacking: Option<LeasesLacking>,
+    /// What those said that were waited for.
     paid: PaidLeases,
 }
 
@@ -196,7 +202,7 @@ impl Pipeline {
             return refused(PolicyFault::Address, facts);
         }
         let headers = self.limits.header_keys(view);
-        let limited = Limited { now, mode, headers, early: None, lacking: None, paid: PaidLeases::new() };
+        let limited = Limited { now, mode, headers, early: None, leases: None };
         let Some(presented) = &examined.presented else {
             let settled = self.settle(examined, None, limited, &mut facts);
             return self.admission(settled, facts);
@@ -257,7 +263,9 @@ impl Pipeline {
         if self.limits.has_early(examined.route.index) {
             // Counted before the wait: else any number could wait at once.
             match self.take(&limited, &examined, &mut facts, LimitStage::Early) {
-                Ok(LimitsTaken { lacking: Some(lacking), .. }) => limited.lacking = Some(lacking),
+                Ok(taken) if taken.lacks() => {
+                    limited.leases.get_or_insert_default().lacking = taken.into_lacking();
+                }
                 Ok(taken) => limited.early = Some(Box::new(taken)),
                 Err(fault) => return refused(fault, facts),
             }
@@ -315,8 +323,9 @@ impl Pipeline {
             let early = limited.early.take();
             let stage = if early.is_some() { LimitStage::Late } else { LimitStage::Both };
             match self.take(&limited, &examined, facts, stage) {
-                Ok(LimitsTaken { lacking: Some(lacking), .. }) => {
+                Ok(taken) if taken.lacks() => {
                     limited.early = early;
+                    let lacking = taken.into_lacking().unwrap_or_default();
                     return Settled::Unpaid(Box::new(Unpaid { permit, examined, limited, lacking }));
                 }
                 Ok(taken) => {
@@ -344,8 +353,8 @@ impl Pipeline {
             false => match self.take(limited, examined, facts, LimitStage::Early) {
                 Ok(taken) => {
                     // Counted by the store without being waited for: it is refused in any case.
-                    for lacking in taken.lacking.iter().flat_map(|lacking| &lacking.lacks) {
-                        drop(lacking.engine.enqueue(lacking.lack.clone()));
+                    for LimitLack { engine, lack, .. } in taken.into_lacking().unwrap_or_default().lacks {
+                        drop(engine.enqueue(lack));
                     }
                     Verdict::Refuse(cause.into())
                 }
@@ -364,12 +373,15 @@ impl Pipeline {
     ) -> Result<LimitsTaken, PolicyFault> {
         let subject = limited.subject(examined, facts);
         let taken = match limited.mode {
-            Mode::Serve => self.limits.take_paid(&subject, stage, limited.now, &limited.paid),
+            Mode::Serve => match &limited.leases {
+                None => self.limits.take(&subject, stage, limited.now),
+                Some(leases) => self.limits.take_paid(&subject, stage, limited.now, &leases.paid),
+            },
             Mode::Observe => self.limits.check(&subject, stage, limited.now),
         };
         match taken {
             // Asked again when they have come.
-            Ok(taken) if taken.lacking.is_some() => Ok(taken),
+            Ok(taken) if taken.lacks() => Ok(taken),
             Ok(mut taken) => {
                 match facts.limits.is_empty() {
                     true => facts.limits = std::mem::take(&mut taken.facts),
@@ -426,8 +438,8 @@ impl<'r> Pending<'r> {
         let settled = match waiting {
             Awaited::Lease(permit, lacking) => Settled::Unpaid(Box::new(Unpaid { permit, examined, limited, lacking })),
             waiting => {
-                if let Some(lacking) = limited.lacking.take() {
-                    limited.wait_for(*lacking, pipeline).await;
+                if let Some(lacking) = limited.leases.as_mut().and_then(|leases| leases.lacking.take()) {
+                    limited.wait_for(lacking, pipeline).await;
                     match pipeline.take(&limited, &examined, &mut facts, LimitStage::Early) {
                         Ok(taken) => limited.early = Some(Box::new(taken)),
                         Err(fault) => return (Verdict::Refuse(Cause::Policy(fault).into()), facts),
@@ -442,7 +454,7 @@ impl<'r> Pending<'r> {
             Settled::Unpaid(unpaid) => unpaid,
         };
         let Unpaid { permit, examined, mut limited, lacking } = *unpaid;
-        limited.wait_for(*lacking, pipeline).await;
+        limited.wait_for(lacking, pipeline).await;
         match pipeline.within_limits(permit, examined, limited, &mut facts) {
             Settled::Verdict(verdict) => (verdict, facts),
             // Every shared limit has said something.
@@ -486,12 +498,13 @@ impl Pipeline {
 impl Limited {
     /// Waits for leases, of all limits at once.
     async fn wait_for(&mut self, lacking: LeasesLacking, pipeline: &Pipeline) {
-        self.paid.extend(lacking.paid);
+        let paid = &mut self.leases.get_or_insert_default().paid;
+        paid.extend(lacking.paid);
         // All of them are in line before the first is waited for.
         let waits: Vec<_> =
             lacking.lacks.into_iter().map(|lack| (lack.limit, lack.engine.enqueue(lack.lack))).collect();
         for (limit, wait) in waits {
-            self.paid.push((limit, wait.outcome().await));
+            paid.push((limit, wait.outcome().await));
         }
         self.now = pipeline.authenticator.now();
     }

@@ -312,9 +312,8 @@ pub struct LimitsTaken {
     pub in_flight: SmallVec<[InFlight; 1]>,
     /// Only of the early stage.
     taken: Vec<BucketChange>,
-    leases: Vec<TakenLease>,
-    /// Nothing was taken but this: leases have to be waited for first.
-    pub lacking: Option<Box<LeasesLacking>>,
+    /// Of limits that replicas share.
+    shared: Option<Box<SharedTaken>>,
 }
 
 #[derive(Debug)]
@@ -506,7 +505,7 @@ impl RequestLimits {
         }
         let shared = locked.is_shared();
         let Some(bucket) = locked.get() else { return };
-        if fits && asked.takes && asked.excess.is_none() && asked.taken.lacking.is_none() {
+        if fits && asked.takes && asked.excess.is_none() && !asked.taken.lacks() {
             let before = *bucket;
             bucket.take(amounts, cost, asked.now);
             if asked.stage == LimitStage::Early {
@@ -688,7 +687,7 @@ fn write_text(hash: &mut SipHasher13, text: &str) {
 #[path = "limit_shared.rs"]
 mod shared;
 pub use shared::{LeasesLacking, LimitLack, PaidLeases};
-use shared::{SharedLimit, TakenLease};
+use shared::{SharedLimit, SharedTaken};
 
 #[cfg(test)]
 #[path = "limit_tests.rs"]

@@ -32,9 +32,17 @@ pub struct LimitLack {
 /// What the wait for leases came to, by limit: these are not asked again.
 pub type PaidLeases = Vec<(u16, LeaseOutcome)>;
 
+/// What a request took of shared limits, or lacks.
+#[derive(Debug, Default)]
+pub(super) struct SharedTaken {
+    /// Only of the early stage.
+    leases: Vec<TakenLease>,
+    lacking: Option<LeasesLacking>,
+}
+
 /// What a request took of a lease.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct TakenLease {
+struct TakenLease {
     limit: usize,
     part: LeasePart,
 }
@@ -50,6 +58,18 @@ impl From<LimitAmounts> for SharedAmounts {
             monthly: quota.period == super::super::limit_bucket::CalendarPeriod::Month,
         });
         Self { rate, quota }
+    }
+}
+
+impl LimitsTaken {
+    /// Leases have to be waited for first: nothing was taken but of other leases.
+    pub fn lacks(&self) -> bool {
+        self.shared.as_ref().is_some_and(|shared| shared.lacking.is_some())
+    }
+
+    /// What has to be waited for.
+    pub fn into_lacking(self) -> Option<LeasesLacking> {
+        self.shared.and_then(|shared| shared.lacking)
     }
 }
 
@@ -101,7 +121,7 @@ impl RequestLimits {
                 LeaseTake::Lacks => {
                     let lack = LeaseLack { key: key.clone(), cost };
                     let lack = LimitLack { limit: number, engine: Arc::clone(&shared.engine), lack };
-                    asked.taken.lacking.get_or_insert_default().lacks.push(lack);
+                    asked.taken.shared.get_or_insert_default().lacking.get_or_insert_default().lacks.push(lack);
                     None
                 }
             },
@@ -131,12 +151,14 @@ impl RequestLimits {
             }
             return;
         }
-        match (&mut asked.taken.lacking, part, known) {
+        let is_early = asked.stage == LimitStage::Early;
+        match (asked.taken.shared.as_mut().and_then(|shared| shared.lacking.as_mut()), part, known) {
             // It is not asked again when the others have come.
             (Some(lacking), Some(_), _) => lacking.paid.push((number, LeaseOutcome::Paid)),
             (Some(lacking), _, Some(known)) => lacking.paid.push((number, known)),
-            (None, Some(part), _) if asked.stage == LimitStage::Early => {
-                asked.taken.leases.push(TakenLease { limit: next.limit, part });
+            (None, Some(part), _) if is_early => {
+                let taken = TakenLease { limit: next.limit, part };
+                asked.taken.shared.get_or_insert_default().leases.push(taken);
             }
             _ => {}
         }
@@ -144,7 +166,7 @@ impl RequestLimits {
 
     /// Puts back what an early stage took of leases, when a later one refuses.
     pub(super) fn give_back_leases(&self, taken: &LimitsTaken, now: Now) {
-        for taken in &taken.leases {
+        for taken in taken.shared.iter().flat_map(|shared| &shared.leases) {
             if let Some(shared) = self.limits.get(taken.limit).and_then(|limit| limit.shared.as_ref()) {
                 shared.engine.put_back(taken.part, now);
             }
