@@ -7,6 +7,7 @@ use crate::edge::{self, Logs, PassedSockets, Rebuild, Rebuilt, Running, Snapshot
 use crate::identity::Authenticator;
 use crate::pipeline::Pipeline;
 use crate::policy::{GuessGuard, RequestLimits};
+use crate::share::LeaseEngine;
 use crate::store::chain::{Chain, Link};
 use crate::store::credential::Digest;
 use crate::store::{self, NamedStore, TlsSettings};
@@ -29,7 +30,8 @@ pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Run
         audit: audit_log(&settings, &metrics)?,
         spans: spans(&settings, &metrics)?,
     };
-    let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), logs.clone(), None);
+    let engine = leases(&settings, &metrics)?;
+    let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), logs.clone(), engine, None);
     let watched = path.clone().filter(|_| settings.server.watch);
     // Without a file, another process would serve something else.
     let successors = path.is_some().then(Successors::of_this_process).transpose().context("upgrade")?;
@@ -43,12 +45,17 @@ fn snapshot(
     authenticator: Arc<Authenticator>,
     metrics: Arc<Metrics>,
     logs: Logs,
+    engine: Option<Arc<LeaseEngine>>,
     running: Option<&Snapshot>,
 ) -> Snapshot {
     let before = running.map(|running| &running.pipeline.limits);
     // Every process, and every RandomState, has keys of its own.
     let seed = || RandomState::new().hash_one(0);
     let limits = RequestLimits::new(&settings.limits, settings.limit_fields, &settings.rules.routes, before, seed);
+    let limits = match (&settings.shared_limits, engine) {
+        (Some(share), Some(engine)) => limits.sharing(&engine, |limit| share.seed(limit)),
+        _ => limits,
+    };
     let watching = running.map(|running| &running.pipeline.guessing);
     let guessing = GuessGuard::new(settings.guessing.as_ref(), watching, seed);
     if let Some(before) = before {
@@ -101,6 +108,13 @@ fn link(store: &NamedStore, metrics: &Metrics) -> anyhow::Result<Link> {
     let opened = store.kind.open(store.timeout, Arc::clone(&metrics), edge::now);
     let opened = opened.with_context(|| format!("store {}", store.name))?;
     Ok(Link::new(store.name.clone(), opened, store.timeout, metrics))
+}
+
+/// What shared limits are asked by. `None`: there are none.
+fn leases(settings: &Settings, metrics: &Metrics) -> anyhow::Result<Option<Arc<LeaseEngine>>> {
+    let Some(share) = settings.shared_limits.as_ref().filter(|_| settings.shares_limits()) else { return Ok(None) };
+    let store = share.open(Arc::new(metrics.store("shared_limits"))).context("shared_limits")?;
+    Ok(Some(LeaseEngine::new(store, share.timeout, share.when_gone, metrics.share(share.kind()), edge::now)))
 }
 
 /// Whom the system trusts, if any of these stores goes by that: as with files that are named, what was replaced in place is
@@ -170,13 +184,26 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, logs: Logs) -> Rebuild {
             false => spans(&next, &metrics).map_err(describe)?,
         };
         let next_logs = Logs { access: next_log, audit, spans };
-        let snapshot = snapshot(&next, authenticator, metrics, next_logs.clone(), Some(running));
+        let engine = match running.pipeline.limits.engine() {
+            // With what it has leased.
+            Some(running) if next.shares_limits() && next.shared_limits == settings.shared_limits => {
+                Some(Arc::clone(running))
+            }
+            _ => {
+                if let Some(share) = &settings.shared_limits {
+                    metrics.forget_share(share.kind());
+                }
+                leases(&next, &metrics).map_err(describe)?
+            }
+        };
+        let snapshot = snapshot(&next, authenticator, metrics, next_logs.clone(), engine, Some(running));
         let restart: Vec<String> = next.server.changes(&started).into_iter().map(str::to_owned).collect();
         let mut changed = settings.document.changes(&next.document);
         // Files that the configuration names may have other contents: certificates, passwords.
         let by_files = [
             ("upstream", next.upstreams != settings.upstreams),
             ("store", next.stores != settings.stores),
+            ("shared_limits", next.shared_limits != settings.shared_limits),
             ("listener", next.server.listeners != settings.server.listeners),
         ];
         for (key, _) in by_files.into_iter().filter(|(_, differs)| *differs) {

@@ -30,6 +30,9 @@ pub mod request;
 // Where tokens are kept.
 pub mod store;
 
+// What replicas share: the budgets of limits.
+pub mod share;
+
 // 2 Who asks: cache, one lookup at a time for a token, principal.
 pub mod identity;
 

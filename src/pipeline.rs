@@ -6,8 +6,8 @@ use crate::clock::Now;
 use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::{Authenticator, CannotTell, Checked, Mode, PendingLookup, Principal, TokenStatus};
 use crate::policy::{
-    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LimitExceeded, LimitFacts, LimitResult, LimitStage,
-    LimitSubject, LimitsTaken, Policy, PolicyFault, RequestLimits,
+    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LeasesLacking, LimitExceeded, LimitFacts, LimitLack,
+    LimitResult, LimitStage, LimitSubject, LimitsTaken, PaidLeases, Permit, Policy, PolicyFault, RequestLimits,
 };
 use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
@@ -16,6 +16,7 @@ use crate::request::page::Clamped;
 use crate::request::route::Auth;
 use crate::request::view::{Framing, Method, RequestView};
 use crate::request::{self, Examined, RequestFault};
+use crate::share::LeaseOutcome;
 use crate::store::credential::Digest;
 use crate::telemetry::metrics::{CacheResult, TokenSource};
 use smallvec::SmallVec;
@@ -107,7 +108,7 @@ pub enum Admission<'r> {
     Waiting(Pending<'r>),
 }
 
-/// A request that waits for the token store.
+/// A request that waits for the token store, or for leases of limits that replicas share.
 pub struct Pending<'r> {
     pipeline: &'r Pipeline,
     examined: Examined<'r>,
@@ -121,6 +122,23 @@ enum Awaited {
     Lookup(PendingLookup),
     /// Its address's turn at the token store.
     Turn(GuessTurn),
+    /// Leases: all else is decided.
+    Lease(Permit, LeasesLacking),
+}
+
+/// A request for which nothing lacks but leases.
+struct Unpaid<'r> {
+    permit: Permit,
+    examined: Examined<'r>,
+    limited: Limited,
+    lacking: LeasesLacking,
+}
+
+/// What became of a request's limits.
+#[expect(clippy::large_enum_variant, reason = "a box would cost the common case an allocation")]
+enum Settled<'r> {
+    Verdict(Verdict<'r>),
+    Unpaid(Box<Unpaid<'r>>),
 }
 
 /// What a request's limits are asked with, and have given so far.
@@ -130,6 +148,16 @@ struct Limited {
     headers: SmallVec<[u64; 2]>,
     /// Taken before the token store was asked.
     early: Option<Box<LimitsTaken>>,
+    /// Of limits that replicas share; `None` until one has to be waited for.
+    leases: Option<Box<LimitedLeases>>,
+}
+
+#[derive(Default)]
+struct LimitedLeases {
+    /// Of limits by address: they have to be waited for before the token store.
+    lacking: Option<LeasesLacking>,
+    /// What those said that were waited for.
+    paid: PaidLeases,
 }
 
 impl Pipeline {
@@ -174,10 +202,11 @@ impl Pipeline {
         if !examined.route.addresses.admit(origin.client) {
             return refused(PolicyFault::Address, facts);
         }
-        let limited = Limited { now, mode, headers: self.limits.header_keys(view), early: None };
+        let headers = self.limits.header_keys(view);
+        let limited = Limited { now, mode, headers, early: None, leases: None };
         let Some(presented) = &examined.presented else {
-            let verdict = self.settle(examined, None, limited, &mut facts);
-            return Admission::Decided(verdict, facts);
+            let settled = self.settle(examined, None, limited, &mut facts);
+            return self.admission(settled, facts);
         };
         let digest = Digest::of(&presented.value);
         facts.token = Some(digest);
@@ -209,8 +238,19 @@ impl Pipeline {
                 }
             },
         };
-        let verdict = self.answered(examined, answer, limited, &mut facts, now);
-        Admission::Decided(verdict, facts)
+        let settled = self.answered(examined, answer, limited, &mut facts, now);
+        self.admission(settled, facts)
+    }
+
+    fn admission<'r>(&'r self, settled: Settled<'r>, facts: Facts) -> Admission<'r> {
+        match settled {
+            Settled::Verdict(verdict) => Admission::Decided(verdict, facts),
+            Settled::Unpaid(unpaid) => {
+                let Unpaid { permit, examined, limited, lacking } = *unpaid;
+                let waiting = Awaited::Lease(permit, lacking);
+                Admission::Waiting(Pending { pipeline: self, examined, facts, waiting, limited })
+            }
+        }
     }
 
     fn wait<'r>(
@@ -224,6 +264,9 @@ impl Pipeline {
         if self.limits.has_early(examined.route.index) {
             // Counted before the wait: else any number could wait at once.
             match self.take(&limited, &examined, &mut facts, LimitStage::Early) {
+                Ok(taken) if taken.lacks() => {
+                    limited.leases.get_or_insert_default().lacking = taken.into_lacking();
+                }
                 Ok(taken) => limited.early = Some(Box::new(taken)),
                 Err(fault) => return refused(fault, facts),
             }
@@ -238,7 +281,7 @@ impl Pipeline {
         limited: Limited,
         facts: &mut Facts,
         now: Now,
-    ) -> Verdict<'r> {
+    ) -> Settled<'r> {
         let cause = match answer {
             Ok(TokenStatus::Valid(principal)) => {
                 facts.principal = Some(Arc::clone(&principal));
@@ -252,7 +295,7 @@ impl Pipeline {
             }
             Err(why) => Cause::CannotTell(why),
         };
-        self.refuse(cause, &examined, &limited, facts)
+        Settled::Verdict(self.refuse(cause, &examined, &limited, facts))
     }
 
     /// Asks the policy and the limits, and plans what goes upstream.
@@ -260,17 +303,32 @@ impl Pipeline {
         &'r self,
         examined: Examined<'r>,
         principal: Option<Arc<Principal>>,
+        limited: Limited,
+        facts: &mut Facts,
+    ) -> Settled<'r> {
+        match self.policy.decide(&examined, principal, facts.client) {
+            Ok(permit) => self.within_limits(permit, examined, limited, facts),
+            Err(fault) => Settled::Verdict(self.refuse(Cause::Policy(fault), &examined, &limited, facts)),
+        }
+    }
+
+    /// Asks the limits, and plans what goes upstream.
+    fn within_limits<'r>(
+        &'r self,
+        mut permit: Permit,
+        examined: Examined<'r>,
         mut limited: Limited,
         facts: &mut Facts,
-    ) -> Verdict<'r> {
-        let mut permit = match self.policy.decide(&examined, principal, facts.client) {
-            Ok(permit) => permit,
-            Err(fault) => return self.refuse(Cause::Policy(fault), &examined, &limited, facts),
-        };
+    ) -> Settled<'r> {
         if !self.limits.is_empty() {
             let early = limited.early.take();
             let stage = if early.is_some() { LimitStage::Late } else { LimitStage::Both };
             match self.take(&limited, &examined, facts, stage) {
+                Ok(taken) if taken.lacks() => {
+                    limited.early = early;
+                    let lacking = taken.into_lacking().unwrap_or_default();
+                    return Settled::Unpaid(Box::new(Unpaid { permit, examined, limited, lacking }));
+                }
                 Ok(taken) => {
                     permit.keep(taken.in_flight);
                     if let Some(early) = early {
@@ -279,13 +337,13 @@ impl Pipeline {
                 }
                 Err(fault) => {
                     if let Some(early) = early {
-                        self.limits.give_back(&early);
+                        self.limits.give_back(&early, limited.now);
                     }
-                    return Verdict::Refuse(Cause::Policy(fault).into());
+                    return Settled::Verdict(Verdict::Refuse(Cause::Policy(fault).into()));
                 }
             }
         }
-        Verdict::Forward(forward::plan(permit, examined))
+        Settled::Verdict(Verdict::Forward(forward::plan(permit, examined)))
     }
 
     /// Refuses a request for another reason than a limit. The limits of its address count it: guessing is what they bound.
@@ -294,7 +352,13 @@ impl Pipeline {
         match counted {
             true => Verdict::Refuse(cause.into()),
             false => match self.take(limited, examined, facts, LimitStage::Early) {
-                Ok(_) => Verdict::Refuse(cause.into()),
+                Ok(taken) => {
+                    // Counted by the store without being waited for: it is refused in any case.
+                    for LimitLack { engine, lack, .. } in taken.into_lacking().unwrap_or_default().lacks {
+                        drop(engine.enqueue(lack));
+                    }
+                    Verdict::Refuse(cause.into())
+                }
                 Err(fault) => Verdict::Refuse(Cause::Policy(fault).into()),
             },
         }
@@ -310,10 +374,15 @@ impl Pipeline {
     ) -> Result<LimitsTaken, PolicyFault> {
         let subject = limited.subject(examined, facts);
         let taken = match limited.mode {
-            Mode::Serve => self.limits.take(&subject, stage, limited.now),
+            Mode::Serve => match &limited.leases {
+                None => self.limits.take(&subject, stage, limited.now),
+                Some(leases) => self.limits.take_paid(&subject, stage, limited.now, &leases.paid),
+            },
             Mode::Observe => self.limits.check(&subject, stage, limited.now),
         };
         match taken {
+            // Asked again when they have come.
+            Ok(taken) if taken.lacks() => Ok(taken),
             Ok(mut taken) => {
                 match facts.limits.is_empty() {
                     true => facts.limits = std::mem::take(&mut taken.facts),
@@ -364,20 +433,55 @@ impl<'r> Pending<'r> {
         &self.facts
     }
 
-    /// Waits for the store and goes on from there.
+    /// Waits for what lacks, and goes on from there.
     pub async fn verdict(self) -> (Verdict<'r>, Facts) {
-        let Self { pipeline, examined, mut facts, waiting, limited } = self;
-        let authenticator = &pipeline.authenticator;
+        let Self { pipeline, examined, mut facts, waiting, mut limited } = self;
+        let settled = match waiting {
+            Awaited::Lease(permit, lacking) => Settled::Unpaid(Box::new(Unpaid { permit, examined, limited, lacking })),
+            waiting => {
+                if let Some(lacking) = limited.leases.as_mut().and_then(|leases| leases.lacking.take()) {
+                    limited.wait_for(lacking, pipeline).await;
+                    match pipeline.take(&limited, &examined, &mut facts, LimitStage::Early) {
+                        Ok(taken) => limited.early = Some(Box::new(taken)),
+                        Err(fault) => return (Verdict::Refuse(Cause::Policy(fault).into()), facts),
+                    }
+                }
+                let answer = pipeline.awaited(waiting, &examined, &mut facts).await;
+                pipeline.answered(examined, answer, limited, &mut facts, pipeline.authenticator.now())
+            }
+        };
+        let unpaid = match settled {
+            Settled::Verdict(verdict) => return (verdict, facts),
+            Settled::Unpaid(unpaid) => unpaid,
+        };
+        let Unpaid { permit, examined, mut limited, lacking } = *unpaid;
+        limited.wait_for(lacking, pipeline).await;
+        match pipeline.within_limits(permit, examined, limited, &mut facts) {
+            Settled::Verdict(verdict) => (verdict, facts),
+            // Every shared limit has said something.
+            Settled::Unpaid(_) => (Verdict::Refuse(Cause::Bug.into()), facts),
+        }
+    }
+}
+
+impl Pipeline {
+    /// What the token store says.
+    async fn awaited(
+        &self,
+        waiting: Awaited,
+        examined: &Examined<'_>,
+        facts: &mut Facts,
+    ) -> Result<TokenStatus, CannotTell> {
         let checked = match (waiting, &examined.presented, &facts.token) {
             (Awaited::Lookup(lookup), ..) => Checked::Waiting(lookup),
             (Awaited::Turn(turn), Some(presented), Some(digest)) => {
                 tokio::time::sleep(turn.wait).await;
-                authenticator.check(&presented.value, digest, authenticator.now(), Mode::Serve)
+                self.authenticator.check(&presented.value, digest, self.authenticator.now(), Mode::Serve)
             }
             // Who presents no token waits for none.
-            (Awaited::Turn(_), ..) => Checked::NotAsked,
+            (Awaited::Turn(_) | Awaited::Lease(..), ..) => Checked::NotAsked,
         };
-        let answer = match checked {
+        match checked {
             Checked::Waiting(lookup) => {
                 let (answer, result) = lookup.answer().await;
                 facts.cache = Some(result);
@@ -388,8 +492,32 @@ impl<'r> Pending<'r> {
                 Ok(answer)
             }
             Checked::NotAsked => Err(CannotTell::NotAsked),
-        };
-        let verdict = pipeline.answered(examined, answer, limited, &mut facts, authenticator.now());
-        (verdict, facts)
+        }
+    }
+}
+
+impl Limited {
+    /// Waits for leases, of all limits at once. Limits that refused before are asked alone at first: what the others would count for
+    /// a request that is refused is lost.
+    async fn wait_for(&mut self, lacking: LeasesLacking, pipeline: &Pipeline) {
+        let paid = &mut self.leases.get_or_insert_default().paid;
+        paid.extend(lacking.paid);
+        let (doubtful, others): (Vec<_>, Vec<_>) =
+            lacking.lacks.into_iter().partition(|lack| lack.engine.is_doubtful(&lack.lack.key));
+        for lacks in [doubtful, others] {
+            // All of them are in line before the first is waited for.
+            let line_up = |lack: LimitLack| (lack.limit, lack.dry_run, lack.engine.enqueue(lack.lack));
+            let waits: Vec<_> = lacks.into_iter().map(line_up).collect();
+            let mut refused = false;
+            for (limit, dry_run, wait) in waits {
+                let outcome = wait.outcome().await;
+                refused |= !dry_run && outcome != LeaseOutcome::Paid;
+                paid.push((limit, outcome));
+            }
+            if refused {
+                break;
+            }
+        }
+        self.now = pipeline.authenticator.now();
     }
 }

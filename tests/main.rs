@@ -48,6 +48,7 @@ mod regressions;
 mod reload;
 mod routes;
 mod scopes;
+mod shared_limits;
 mod slow;
 mod smoke;
 mod spans;

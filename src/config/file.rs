@@ -441,7 +441,7 @@ section! {
 
 section! {
     /// How many requests a token, a user, an address … may send. Those beyond get 429. Every limit that applies counts the
-    /// request, or none does if one of them refuses it. Each gateway counts for itself.
+    /// request, or none does if one of them refuses it. Each gateway counts for itself, unless the limit is shared.
     LimitSection {
         /// Name in metrics, logs and response fields.
         name: String = r#"!"per-token""#,
@@ -479,6 +479,54 @@ section! {
         buckets: u64 = "65536",
         /// Count what would be refused, and refuse nothing.
         dry_run: bool = "false",
+        /// All gateways with the same [shared_limits] count together: the rate and the quota are for all of them.
+        shared: bool = "false",
+    }
+}
+
+section! {
+    /// Where gateways count together for each [[limit]] with `shared = true`. All of them need the same settings here and in that
+    /// limit, but for addresses and passwords.
+    SharedLimitsSection {
+        /// "redis" (Redis 6 or later, or Valkey), "postgres" or "none".
+        store: SharedStore = r#""none""#,
+        /// Redis: `"host:port"` or `"unix:/path"`: the server or the sentinels.
+        servers: Vec<UpstreamAddress> = r#"["127.0.0.1:6379"]"#,
+        /// Redis: "single" or "sentinel".
+        topology: RedisTopology = r#""single""#,
+        /// Redis: the name of the master that the sentinels monitor.
+        master: String = r#""mymaster""#,
+        /// Redis: the number of the database.
+        database: u64 = "0",
+        /// Redis: an ACL user; empty for the default user.
+        username: String = r#""""#,
+        /// Redis: what the names of all keys begin with.
+        prefix: String = r#""tollgate:limit:""#,
+        /// PostgreSQL: `"postgres://user@host:port/database"`, or libpq's keywords.
+        url: String = r#""postgres://tollgate@127.0.0.1:5432/tollgate""#,
+        /// PostgreSQL: the schema of the tables, which are made if they are not there.
+        schema: Identifier = r#""tollgate""#,
+        /// File with the password; empty for none.
+        password_file: String = r#""""#,
+        /// "auto" (plain text to loopback addresses and Unix sockets, otherwise "verify-full"), "disable", "require"
+        /// (encrypted, certificate not verified), "verify-ca" or "verify-full". Never falls back to plain text.
+        tls: Tls = r#""auto""#,
+        /// Trusted certificate authorities, a PEM file; empty for those of the system.
+        tls_ca: String = r#""""#,
+        /// Client certificate, a PEM file, if the server asks for one.
+        tls_cert: String = r#""""#,
+        /// Private key of `tls_cert`.
+        tls_key: String = r#""""#,
+        /// File with a secret, the same for all gateways, by which the names of keys are hashed. Without one, whoever reads the
+        /// store can find out by trying which addresses and users have sent requests.
+        secret_file: String = r#""""#,
+        /// Connections to the store.
+        connections: u64 = "2",
+        /// How long a request waits for its lease. After that, `when_gone` decides.
+        timeout: Duration = r#""200ms""#,
+        /// While the store does not answer: "local" (each gateway gives its share of the limit, by the last known number of
+        /// gateways), "open" (nothing is limited) or "closed" (503).
+        when_gone: WhenGoneWord = r#""local""#,
     }
 }
 
@@ -750,6 +798,8 @@ words! { TlsVersions { Intermediate = "intermediate", Modern = "modern" } }
 words! { ClientCertificate { Required = "required", Optional = "optional" } }
 words! { CanaryKey { User = "user", Token = "token", Request = "request" } }
 words! { TraceFields { Pass = "pass", Make = "make", Restart = "restart", Drop = "drop" } }
+words! { SharedStore { None = "none", Redis = "redis", Postgres = "postgres" } }
+words! { WhenGoneWord { Local = "local", Open = "open", Closed = "closed" } }
 words! { Level { Error = "error", Warn = "warn", Info = "info" } }
 
 macro_rules! settings {

@@ -39,6 +39,7 @@ struct File {
     limit: Vec<file::LimitSection>,
     /// With their names.
     plans: Vec<(String, file::PlanSection)>,
+    shared_limits: file::SharedLimitsSection,
     guessing: file::GuessingSection,
     upstreams: Vec<file::UpstreamSection>,
     routes: Vec<file::RouteSection>,
@@ -107,7 +108,7 @@ pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
 }
 
 /// The tables that can stand at the top of the file.
-const SECTIONS: [&str; 17] = [
+const SECTIONS: [&str; 18] = [
     "server",
     "listener",
     "admin",
@@ -120,6 +121,7 @@ const SECTIONS: [&str; 17] = [
     "limits",
     "limit",
     "plan",
+    "shared_limits",
     "guessing",
     "upstream",
     "route",
@@ -149,6 +151,7 @@ fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
         limits: one(places, root, "limits", file::LimitsSection::read),
         limit: many(places, root, "limit", "limit", file::LimitSection::read),
         plans: named(places, root, "plan", file::PlanSection::read),
+        shared_limits: one(places, root, "shared_limits", file::SharedLimitsSection::read),
         guessing: one(places, root, "guessing", file::GuessingSection::read),
         trace: one(places, root, "trace", file::TraceSection::read),
         log: one(places, root, "log", file::LogSection::read),
@@ -257,7 +260,7 @@ const fn commented(header: &'static str, doc: &'static [&'static str], fields: &
 }
 
 /// All sections, in the order in which they are documented.
-const REFERENCE: [Reference; 22] = [
+const REFERENCE: [Reference; 23] = [
     shown("[server]", file::ServerSection::DOC, file::ServerSection::FIELDS),
     commented("[[listener]]", file::ListenerSection::DOC, file::ListenerSection::FIELDS),
     shown("[admin]", file::AdminSection::DOC, file::AdminSection::FIELDS),
@@ -276,6 +279,7 @@ const REFERENCE: [Reference; 22] = [
     shown("[limits]", file::LimitsSection::DOC, file::LimitsSection::FIELDS),
     commented("[[limit]]", file::LimitSection::DOC, file::LimitSection::FIELDS),
     commented("[plan.gold]", file::PlanSection::DOC, file::PlanSection::FIELDS),
+    shown("[shared_limits]", file::SharedLimitsSection::DOC, file::SharedLimitsSection::FIELDS),
     shown("[guessing]", file::GuessingSection::DOC, file::GuessingSection::FIELDS),
     commented("[[route]]", file::RouteSection::DOC, file::RouteSection::FIELDS),
     shown("[trace]", file::TraceSection::DOC, file::TraceSection::FIELDS),

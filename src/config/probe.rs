@@ -7,6 +7,8 @@ use crate::identity;
 use crate::problem::{Problem, Severity};
 use crate::store::NamedStore;
 use crate::telemetry::lines::LogTarget;
+use crate::telemetry::metrics::Metrics;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How far to look.
@@ -69,6 +71,11 @@ pub(super) fn look(settings: &Settings, file: &File, probe: Probe<'_>, places: &
     let stores = || settings.stores.iter().zip(&file.stores).filter(|(store, _)| changed(store));
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
     let found = runtime.block_on(futures_util::future::join_all(stores().map(|(store, _)| problems(store, connected))));
+    if let Some(share) = settings.shared_limits.as_ref().filter(|_| connected.is_some()) {
+        // Of no store that is named: nobody sees its series.
+        let metrics = Metrics::new("").map(|metrics| Arc::new(metrics.store("shared_limits")));
+        add("shared_limits", metrics.map(|metrics| runtime.block_on(share.probe(metrics))).unwrap_or_default());
+    }
     stores().zip(found).for_each(|((_, section), found)| add(section.at(), found));
 }
 

@@ -30,6 +30,7 @@ use crate::request::token::TokenRules;
 use crate::request::trace::TraceMode;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
+use crate::share::SharedLimitSettings;
 use crate::store::NamedStore;
 use crate::store::terms::check_plan;
 use crate::telemetry::lines::LogTarget;
@@ -50,6 +51,8 @@ pub struct Settings {
     pub policy: Policy,
     pub limits: Vec<LimitSettings>,
     pub plans: Vec<LimitPlan>,
+    /// `None`: replicas share none of them.
+    pub shared_limits: Option<SharedLimitSettings>,
     /// `None`: nobody is watched for guessing.
     pub guessing: Option<GuessSettings>,
     /// Answers say what is left of them.
@@ -71,6 +74,13 @@ pub struct Settings {
     pub warnings: Vec<Diagnostic>,
     /// What the file says, to name what a reload changes.
     pub document: Document,
+}
+
+impl Settings {
+    /// Whether any limit is counted together with other gateways.
+    pub fn shares_limits(&self) -> bool {
+        self.shared_limits.is_some() && self.limits.iter().any(|limit| limit.shared)
+    }
 }
 
 pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &mut Places<'_>) -> Settings {
@@ -139,6 +149,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     gather.all("limits", addresses.problems());
     let plans = gather.plans(file);
     let limits = gather.limits(file, &plans, &rules.routes);
+    let shared_limits = gather.shared_limits(file, folder);
     let guessing = gather.guessing(file);
     gather.all("server", rules.trusted_proxies.problems());
     let cache = CacheSettings {
@@ -184,6 +195,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         policy: Policy { switches, scopes: gather.scopes(file), addresses },
         limits,
         plans,
+        shared_limits,
         guessing,
         limit_fields: file.limits.rate_limit_fields,
         stores: gather.stores(file, folder, &upstreams),
@@ -546,6 +558,7 @@ impl Gather<'_, '_> {
                 },
                 costs: limit.cost.0.clone(),
                 dry_run: limit.dry_run,
+                shared: limit.shared,
             };
             self.all(&limit.at, settings.problems());
             self.burst(&limit.at, limit.burst, limit.rate.is_some());

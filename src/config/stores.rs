@@ -7,6 +7,7 @@ use super::file::{
 };
 use super::resolve::Gather;
 use crate::problem::Problem;
+use crate::share::{ShareStoreSettings, SharedLimitSettings, WhenGone};
 use crate::store::introspect::{IntrospectMode, IntrospectSettings};
 use crate::store::postgres::{self, Bind, PostgresSettings, Source};
 use crate::store::redis::{RedisChanges, RedisSettings, Topology};
@@ -120,6 +121,70 @@ impl Gather<'_, '_> {
             idle: IDLE,
             default_scopes: s.scopes.clone(),
         }
+    }
+
+    /// `None`: replicas share no limits.
+    pub(super) fn shared_limits(&mut self, file: &File, folder: &Path) -> Option<SharedLimitSettings> {
+        let s = &file.shared_limits;
+        let at = SectionContext { section: &s.at, folder };
+        let shared = file.limit.iter().find(|limit| limit.shared);
+        let store = match s.store {
+            file::SharedStore::None => {
+                if let Some(limit) = shared {
+                    let problem = Problem::error("shared", "needs a store", "set store in [shared_limits]");
+                    self.places.add(&limit.at, problem);
+                }
+                return None;
+            }
+            file::SharedStore::Redis => ShareStoreSettings::Redis(Box::new(self.redis(
+                &file::RedisSection {
+                    kind: file::StoreKind::Redis,
+                    name: String::new(),
+                    servers: s.servers.clone(),
+                    topology: s.topology,
+                    master: s.master.clone(),
+                    database: s.database,
+                    username: s.username.clone(),
+                    password_file: s.password_file.clone(),
+                    tls: s.tls,
+                    tls_ca: s.tls_ca.clone(),
+                    tls_cert: s.tls_cert.clone(),
+                    tls_key: s.tls_key.clone(),
+                    prefix: s.prefix.clone(),
+                    scopes: Vec::new(),
+                    changes: RedisChangesBy::None,
+                    channel: String::new(),
+                    connections: s.connections,
+                    timeout: s.timeout,
+                    at: s.at.clone(),
+                },
+                &at,
+            ))),
+            file::SharedStore::Postgres => ShareStoreSettings::Postgres(Box::new(PostgresSettings {
+                url: Secret::new(&s.url),
+                password: self.secret(&at, "password_file", &s.password_file),
+                tls: self.tls(&at, s.tls, postgres::tls_auto(&s.url), [&s.tls_ca, &s.tls_cert, &s.tls_key]),
+                connections: count(s.connections),
+                source: Source::Own { schema: s.schema.0.clone() },
+                channel: None,
+                default_scopes: Vec::new(),
+                timeout: s.timeout,
+                idle: IDLE,
+            })),
+        };
+        let secret = self.secret(&at, "secret_file", &s.secret_file);
+        let when_gone = match s.when_gone {
+            file::WhenGoneWord::Local => WhenGone::Local,
+            file::WhenGoneWord::Open => WhenGone::Open,
+            file::WhenGoneWord::Closed => WhenGone::Closed,
+        };
+        let settings = SharedLimitSettings { store, timeout: s.timeout, when_gone, secret };
+        self.all(at.section, settings.problems());
+        if shared.is_none() {
+            let problem = Problem::warning("store", "is of no use: no [[limit]] has shared = true", "set it there");
+            self.places.add(at.section, problem);
+        }
+        Some(settings)
     }
 
     fn introspection(

@@ -88,7 +88,13 @@ impl Drain {
         let grace_text = humantime::format_duration(grace);
         log::info!("shutting down: listeners closed, requests in flight have {grace_text} to complete");
         let aborted = self.quiet(grace).await;
-        self.last_uses().await;
+        let engine = self.snapshot.load().pipeline.limits.engine().map(Arc::clone);
+        tokio::join!(self.last_uses(), async {
+            if let Some(engine) = engine {
+                // What is leased goes back to the other replicas.
+                engine.end().await;
+            }
+        });
         aborted
     }
 

@@ -160,7 +160,16 @@ impl Reloader {
         metrics.reloaded(result.is_ok(), super::now().unix_ms / 1000);
         match result {
             Ok((Rebuilt { snapshot, report, done, .. }, prepared)) => {
-                self.snapshot.store(Arc::new(snapshot));
+                let next = snapshot.pipeline.limits.engine().map(Arc::clone);
+                if let Some(engine) = &next {
+                    engine.start();
+                }
+                let before = self.snapshot.swap(Arc::new(snapshot));
+                if let Some(engine) = before.pipeline.limits.engine()
+                    && next.as_ref().is_none_or(|next| !Arc::ptr_eq(next, engine))
+                {
+                    engine.retire();
+                }
                 self.listeners.lock().apply(prepared);
                 done();
                 self.replaced.notify_one();

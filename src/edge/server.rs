@@ -127,6 +127,9 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         predecessor.may_take_over().map_err(ServeError::TakeOver)?;
         log::info!("taking over from the process before this one");
     }
+    if let Some(engine) = snapshot.load().pipeline.limits.engine() {
+        engine.start();
+    }
     // Nothing can fail any more. Before a connection is accepted: nobody's action stands before it.
     let version = AuditedAction::new("start", AuditResult::Done).with("version", env!("CARGO_PKG_VERSION"));
     {

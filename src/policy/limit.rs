@@ -14,6 +14,7 @@ use crate::problem::Problem;
 use crate::request::route::Methods;
 use crate::request::routes::Routes;
 use crate::request::view::{Method, RequestView};
+use crate::share::{LeaseEngine, LeaseOutcome};
 use crate::store::credential::{Digest, TokenId};
 use crate::store::terms::TokenTerms;
 use parking_lot::RwLock;
@@ -33,6 +34,8 @@ pub struct LimitSettings {
     pub costs: LimitCosts,
     /// Counts, and refuses nothing.
     pub dry_run: bool,
+    /// All replicas count together.
+    pub shared: bool,
 }
 
 /// What the state of a limit depends on: a reload that leaves these as they are keeps the buckets.
@@ -164,6 +167,11 @@ impl LimitSettings {
             let problem = Problem::error("rate", what, "write rate, quota or concurrency");
             problems.push(problem.with("quota"));
         }
+        if self.shared && amounts.concurrency.is_some() {
+            let what = "is counted by each gateway for itself, and `shared` is for all of them together";
+            let instead = "put it into a [[limit]] of its own";
+            problems.push(Problem::error("concurrency", what, instead).with("shared"));
+        }
         if amounts.concurrency == Some(0) {
             problems.push(Problem::error("concurrency", "is 0: nothing would pass", "use 1 or more, or \"none\""));
         }
@@ -228,6 +236,8 @@ pub struct RequestLimits {
     told: bool,
     /// With whether the edge has said it.
     odd: RwLock<Vec<(OddTerms, bool)>>,
+    /// Of limits that replicas share.
+    engine: Option<Arc<LeaseEngine>>,
 }
 
 #[derive(Debug)]
@@ -239,6 +249,8 @@ struct RunningLimit {
     early: bool,
     /// For each header of the key, its place in [`RequestLimits::headers`].
     headers: Vec<usize>,
+    /// `None`: this process counts for itself.
+    shared: Option<SharedLimit>,
 }
 
 /// The buckets of a limit. A bucket is always asked with the same amounts: those of a plan, and those of a rate that tokens have
@@ -394,6 +406,8 @@ pub struct LimitsTaken {
     pub in_flight: SmallVec<[InFlight; 1]>,
     /// Only of the early stage.
     taken: Vec<BucketChange>,
+    /// Of limits that replicas share.
+    shared: Option<Box<SharedTaken>>,
 }
 
 #[derive(Debug)]
@@ -439,7 +453,8 @@ impl RequestLimits {
                 });
                 let places = places.collect();
                 // One bucket for all needs no table.
-                let most = if settings.buckets.key.is_empty() { 1 } else { settings.buckets.most };
+                let is_one = settings.buckets.key.is_empty() || settings.shared;
+                let most = if is_one { 1 } else { settings.buckets.most };
                 Arc::new(RunningLimit {
                     tables: kept.map_or_else(
                         || Arc::new(LimitTables::new(most, settings.buckets.plans.as_ref().map_or(0, Vec::len))),
@@ -448,6 +463,7 @@ impl RequestLimits {
                     seed: kept.map_or_else(|| (seed(), seed()), |kept| kept.seed),
                     early: settings.buckets.is_early(&settings.applies),
                     headers: places,
+                    shared: None,
                     settings: settings.clone(),
                 })
             })
@@ -466,13 +482,14 @@ impl RequestLimits {
             limits.iter().enumerate().filter_map(on_route).collect()
         };
         let routes = routes.iter().map(|route| uses(&route.name, route.methods)).collect();
-        Self { limits, routes, headers, told, odd: RwLock::default() }
+        Self { limits, routes, headers, told, odd: RwLock::default(), engine: None }
     }
 
     /// The running limit whose buckets fit these settings.
     fn buckets_of(&self, settings: &LimitSettings) -> Option<&RunningLimit> {
         let same = |limit: &&Arc<RunningLimit>| {
-            limit.settings.name == settings.name && limit.settings.buckets == settings.buckets
+            let LimitSettings { name, buckets, shared, .. } = &limit.settings;
+            (name, buckets, shared) == (&settings.name, &settings.buckets, &settings.shared)
         };
         self.limits.iter().find(same).map(|limit| &**limit)
     }
@@ -565,12 +582,23 @@ impl RequestLimits {
 
     /// Whether the request is within its limits. Takes nothing.
     pub fn check(&self, subject: &LimitSubject<'_>, stage: LimitStage, now: Now) -> Result<LimitsTaken, LimitExceeded> {
-        self.ask(subject, stage, now, false)
+        self.ask(subject, stage, now, false, &[])
     }
 
     /// Takes what the request costs from all of its limits, or nothing from any.
     pub fn take(&self, subject: &LimitSubject<'_>, stage: LimitStage, now: Now) -> Result<LimitsTaken, LimitExceeded> {
-        self.ask(subject, stage, now, true)
+        self.ask(subject, stage, now, true, &[])
+    }
+
+    /// The same after leases were waited for.
+    pub fn take_paid(
+        &self,
+        subject: &LimitSubject<'_>,
+        stage: LimitStage,
+        now: Now,
+        paid: &[(u16, LeaseOutcome)],
+    ) -> Result<LimitsTaken, LimitExceeded> {
+        self.ask(subject, stage, now, true, paid)
     }
 
     fn ask(
@@ -579,8 +607,9 @@ impl RequestLimits {
         stage: LimitStage,
         now: Now,
         takes: bool,
+        paid: &[(u16, LeaseOutcome)],
     ) -> Result<LimitsTaken, LimitExceeded> {
-        let mut asked = Asked { subject, stage, now, takes, excess: None, taken: LimitsTaken::default() };
+        let mut asked = Asked { subject, stage, now, takes, paid, excess: None, taken: LimitsTaken::default() };
         self.ask_rest(self.uses(subject.route), &mut asked);
         let Asked { excess, mut taken, .. } = asked;
         match excess {
@@ -599,21 +628,22 @@ impl RequestLimits {
         let Some(key) = limit.key(asked.subject) else { return self.ask_rest(rest, asked) };
         let (chosen, odd) = limit.choose(asked.subject.principal);
         let (amounts, table) = chosen.parts();
+        let is_odd = odd.is_some_and(|odd| asked.takes && self.is_unsaid(odd, asked.subject.principal));
+        if let Some(shared) = &limit.shared {
+            return self.ask_shared((next, rest), limit, shared, (key, cost), (amounts, is_odd), asked);
+        }
         let Some(mut locked) = table.lock(key, amounts, asked.now) else { return self.ask_rest(rest, asked) };
         let fits = self.check_one(next, limit, amounts, cost, &mut locked, asked);
         let place = asked.taken.facts.len() - 1;
-        if let Some(odd) = odd
-            && asked.takes
-            && let Some(fact) = asked.taken.facts.get_mut(place)
-        {
-            fact.odd = self.is_unsaid(odd, asked.subject.principal);
+        if is_odd && let Some(fact) = asked.taken.facts.get_mut(place) {
+            fact.odd = true;
         }
         if !rest.is_empty() {
             self.ask_rest(rest, asked);
         }
         let shared = locked.is_shared();
         let Some(bucket) = locked.get() else { return };
-        if fits && asked.takes && asked.excess.is_none() {
+        if fits && asked.takes && asked.excess.is_none() && !asked.taken.lacks() {
             let before = *bucket;
             bucket.take(amounts, cost, asked.now);
             if asked.stage == LimitStage::Early {
@@ -660,10 +690,10 @@ impl RequestLimits {
             Ok(()) => LimitResult::Allowed,
             Err(_) if settings.dry_run => LimitResult::DryRun,
             Err(shortage) => {
-                if asked.excess.is_none_or(|(longest, _)| longest < shortage.wait_ms) {
+                asked.exceeds(shortage.wait_ms, || {
                     let retry_after = shortage.wait_ms.div_ceil(1_000).max(1);
                     let remaining = locked.get().map_or(0, |bucket| bucket.level(amounts, now).remaining);
-                    let excess = Excess {
+                    Excess {
                         limit: number,
                         by: shortage.by,
                         retry_after,
@@ -671,9 +701,8 @@ impl RequestLimits {
                         reset: now.unix_ms.saturating_add(shortage.wait_ms.max(1)).div_ceil(1_000),
                         per_minute: amounts.per_minute(shortage.by),
                         remaining,
-                    };
-                    asked.excess = Some((shortage.wait_ms, excess));
-                }
+                    }
+                });
                 LimitResult::Refused
             }
         };
@@ -682,7 +711,8 @@ impl RequestLimits {
     }
 
     /// What an early stage took, when a later one refuses.
-    pub fn give_back(&self, taken: &LimitsTaken) {
+    pub fn give_back(&self, taken: &LimitsTaken, now: Now) {
+        self.give_back_leases(taken, now);
         for change in &taken.taken {
             if let Some(limit) = self.limits.get(change.limit) {
                 let undo = |bucket: &mut LimitBucket| bucket.give_back(change.cost, &change.before, &change.after);
@@ -700,7 +730,7 @@ impl LimitAmounts {
         match by {
             LimitedBy::Rate => self.rate.map(|rate| rate.requests_in(MINUTE_MS)),
             LimitedBy::Quota => self.quota.map(|quota| (quota.requests * MINUTE_MS).div_ceil(quota.period.as_ms())),
-            LimitedBy::Concurrency => None,
+            LimitedBy::Concurrency | LimitedBy::Store => None,
         }
     }
 }
@@ -710,6 +740,8 @@ struct Asked<'a, 's> {
     stage: LimitStage,
     now: Now,
     takes: bool,
+    /// Of shared limits, what they have said already.
+    paid: &'a [(u16, LeaseOutcome)],
     /// With its wait in milliseconds.
     excess: Option<(u64, Excess)>,
     taken: LimitsTaken,
@@ -746,6 +778,15 @@ impl LimitTables {
             own.push(Arc::clone(&new));
             Some(new)
         })
+    }
+}
+
+impl Asked<'_, '_> {
+    /// Remembers the limit that refuses for the longest time.
+    fn exceeds(&mut self, wait_ms: u64, excess: impl FnOnce() -> Excess) {
+        if self.excess.is_none_or(|(longest, _)| longest < wait_ms) {
+            self.excess = Some((wait_ms, excess()));
+        }
     }
 }
 
@@ -804,8 +845,10 @@ impl RunningLimit {
 
     /// Whose bucket it is. `None`: the request has no such key, and the limit is not about it.
     fn key(&self, subject: &LimitSubject<'_>) -> Option<u64> {
-        // The digest of a token is a hash already.
-        if let [LimitKeyPart::Token] = self.settings.buckets.key.as_slice() {
+        // The digest of a token is a hash already. It leaves this process as a hash with a key only.
+        if let [LimitKeyPart::Token] = self.settings.buckets.key.as_slice()
+            && self.shared.is_none()
+        {
             return Some(subject.token?.spread() ^ self.seed.0);
         }
         let mut hash = SipHasher13::new_with_keys(self.seed.0, self.seed.1);
@@ -853,6 +896,11 @@ fn write_text(hash: &mut SipHasher13, text: &str) {
     hash.write(text.as_bytes());
     hash.write_u8(0xff);
 }
+
+#[path = "limit_shared.rs"]
+mod shared;
+pub use shared::{LeasesLacking, LimitLack, PaidLeases};
+use shared::{SharedLimit, SharedTaken};
 
 #[cfg(test)]
 #[path = "limit_tests.rs"]

@@ -45,6 +45,8 @@ pub enum LimitedBy {
     Rate,
     Quota,
     Concurrency,
+    /// The limit is counted by a store, which does not answer.
+    Store,
 }
 
 /// Why a bucket does not have what a request costs, and after what time it has.
@@ -88,6 +90,16 @@ impl RefillRate {
 
     pub fn burst(&self) -> u64 {
         self.burst
+    }
+
+    /// Requests, and the milliseconds that they have.
+    pub(super) fn parts(&self) -> (u64, u64) {
+        (self.requests, self.period_ms)
+    }
+
+    /// The time in milliseconds in which so many requests flow in, rounded up.
+    pub(super) fn fills_in(&self, requests: u64) -> u64 {
+        self.units(requests).div_ceil(self.requests.max(1))
     }
 
     /// The requests of a time, rounded up.

@@ -23,6 +23,7 @@ fn limit(name: &str, key: &[LimitKeyPart], amounts: LimitAmounts) -> LimitSettin
         applies: LimitScope { routes: Vec::new(), methods: Methods::ALL, scopes: Vec::new(), users: Vec::new() },
         costs: LimitCosts::default(),
         dry_run: false,
+        shared: false,
     }
 }
 
@@ -344,7 +345,7 @@ fn addresses_are_asked_before_the_token_store_and_get_back_what_a_later_limit_re
             Ok(late) => assert_eq!((round, names(&late.facts).as_str()), (0, "token all")),
             Err(refused) => {
                 assert_eq!(names(&refused.facts), "token");
-                limits.give_back(&early);
+                limits.give_back(&early, at(0));
             }
         }
     }

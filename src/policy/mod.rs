@@ -9,9 +9,9 @@ mod scope;
 
 pub use guessing::{GuessCount, GuessEpisode, GuessGuard, GuessRefusal, GuessSettings, GuessTurn, GuessVerdict};
 pub use limit::{
-    BucketSettings, Excess, InFlight, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart, LimitPlan,
-    LimitResult, LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, MOST_OWN_RATES, OddKind, OddTerms,
-    RequestLimits,
+    BucketSettings, Excess, InFlight, LeasesLacking, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart,
+    LimitLack, LimitPlan, LimitResult, LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken,
+    MOST_OWN_RATES, OddKind, OddTerms, PaidLeases, RequestLimits,
 };
 pub use limit_bucket::{CalendarPeriod, CalendarQuota, LimitAmounts, LimitedBy, RefillRate};
 pub use scope::{ScopeRule, Scopes};

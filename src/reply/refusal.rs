@@ -192,6 +192,7 @@ impl Refusal {
             Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Rate, .. })) => (429, "limit_rate"),
             Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Quota, .. })) => (429, "limit_quota"),
             Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Concurrency, .. })) => (429, "limit_concurrency"),
+            Cause::Policy(PolicyFault::Limit(Excess { by: LimitedBy::Store, .. })) => (503, "limit_store"),
             Cause::Policy(PolicyFault::Guessing(_)) => (429, "guessing"),
             Cause::Request(R::NoRoute) => (404, "no_route"),
             Cause::Request(R::MethodNotAllowed) => (405, "method"),
@@ -237,7 +238,9 @@ impl Refusal {
             503 => sink.field(b"Retry-After", b"1"),
             _ => {}
         }
-        if let Cause::Policy(PolicyFault::Limit(excess)) = self.cause {
+        if let Cause::Policy(PolicyFault::Limit(excess)) = self.cause
+            && status == 429
+        {
             excess_fields(&excess, sink);
         }
         if let Cause::Policy(PolicyFault::Guessing(refusal)) = self.cause {

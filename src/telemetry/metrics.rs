@@ -7,6 +7,7 @@ use super::limit_metrics::{LimitFamilies, LimitMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::server_metrics::ServerFamilies;
 pub use super::server_metrics::{AdaptiveReading, ServerMetrics};
+use super::share_metrics::{ShareFamilies, ShareMetrics};
 use super::store_metrics::StoreFamilies;
 pub use super::store_metrics::StoreMetrics;
 use prometheus::core::Collector;
@@ -107,6 +108,7 @@ pub struct Metrics {
     servers: Arc<ServerFamilies>,
     listeners: ListenerMetrics,
     limits: LimitFamilies,
+    shares: ShareFamilies,
     guessing: GuessMetrics,
     heavy_hitters: HeavyHitters,
     /// Access log, process log.
@@ -250,6 +252,7 @@ impl Metrics {
             servers: Arc::new(ServerFamilies::new(&families)?),
             listeners: ListenerMetrics::new(&families)?,
             limits: LimitFamilies::new(&families)?,
+            shares: ShareFamilies::new(&families)?,
             guessing: GuessMetrics::new(&families)?,
             heavy_hitters: HeavyHitters::new(&families, Instant::now())?,
             lookups_refused: families
@@ -334,6 +337,15 @@ impl Metrics {
     /// Those of one limit.
     pub fn limit(&self, name: &str) -> LimitMetrics {
         self.limits.of(name)
+    }
+
+    /// Those about limits that replicas share, by the kind of their store.
+    pub fn share(&self, store: &str) -> ShareMetrics {
+        self.shares.of(store)
+    }
+
+    pub fn forget_share(&self, store: &str) {
+        self.shares.forget(store);
     }
 
     /// Those about addresses that guess tokens.

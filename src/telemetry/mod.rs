@@ -13,5 +13,6 @@ pub mod metrics;
 pub mod outage;
 pub mod process_log;
 mod server_metrics;
+pub mod share_metrics;
 pub mod spans;
 mod store_metrics;

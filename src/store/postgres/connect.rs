@@ -768,7 +768,7 @@ impl QueryFailure {
         Self::of(&error, MIGRATE)
     }
 
-    fn of(error: &Error, advice: &str) -> Self {
+    pub(super) fn of(error: &Error, advice: &str) -> Self {
         let Some(code) = error.code() else {
             return Self { error: StoreError::Unavailable(say(error)), connection: Reuse::Replace };
         };

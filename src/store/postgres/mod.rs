@@ -8,10 +8,12 @@ mod follow;
 mod presets;
 mod rows;
 mod schema;
+mod statements;
 
 pub use admin::{Migrated, PostgresAdmin};
 pub use connect::tls_auto;
 pub use presets::{NoTriggers, removal_sql, run_triggers_sql, triggers_sql};
+pub use statements::PostgresStatements;
 
 use super::{Heard, LookupLimits, Secret, StoreError, TlsSettings, TokenRecord, TokenStore, feed};
 use crate::problem::Problem;

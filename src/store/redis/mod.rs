@@ -19,12 +19,14 @@
 //! registered, so `revoke --wait` does not wait for it; its log says so.
 
 mod admin;
+mod commands;
 mod examine;
 mod follow;
 mod link;
 mod record;
 
 pub use admin::RedisAdmin;
+pub use commands::RedisCommands;
 pub use follow::KEYSPACE_EVENTS;
 
 use super::{Heard, LookupLimits, Secret, StoreError, StoreMetrics, TlsMode, TlsSettings, TokenRecord, TokenStore};
