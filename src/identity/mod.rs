@@ -838,4 +838,7 @@ impl Drop for LookupTask {
 }
 
 #[cfg(test)]
+mod race_tests;
+
+#[cfg(test)]
 mod tests;

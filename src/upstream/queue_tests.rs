@@ -221,6 +221,99 @@ fn no_waiter_is_lost_between_threads() {
     assert!(pool.members().iter().all(|member| member.server.in_flight() == 0));
 }
 
+/// The same while tries fail, clients go away, servers are drained, go down and come back: nobody is lost, and no server ever has
+/// more than it may.
+#[test]
+fn no_waiter_is_lost_while_servers_come_and_go() {
+    const THREADS: usize = 6;
+    const EACH: usize = 250;
+    let mut sums = [0; 3];
+    for seed in 0..24 {
+        let mut random = Random::with_seed(seed);
+        let start = Instant::now();
+        let deadline = start + Duration::from_secs(30);
+        let weights: Vec<u32> = (0..random.usize(1..4)).map(|_| random.u32(1..3)).collect();
+        let most = random.u32(1..3);
+        let balance = balances()[random.usize(0..3)].clone();
+        let pool = build(&bounded(&weights, balance, most, random.usize(2..=THREADS)), start);
+        let over = AtomicBool::new(false);
+        let counted: Vec<[usize; 3]> = std::thread::scope(|scope| {
+            let (pool, over) = (&pool, &over);
+            let unrest = scope.spawn(move || {
+                let mut random = Random::with_seed(seed + 1_000);
+                while !over.load(Ordering::SeqCst) {
+                    let members = pool.members();
+                    let server = &members[random.usize(0..members.len())].server;
+                    assert!(server.in_flight() <= most, "seed {seed}: {} at once", server.in_flight());
+                    match random.u8(0..4) {
+                        0 => drop(pool.drain(server.label(), random.bool(), start)),
+                        1 => drop(pool.seen(server, Ok(()), start)),
+                        _ => (0..random.u16(0..2_000)).for_each(|_| std::hint::spin_loop()),
+                    }
+                }
+                // All that were taken away are back: what waits still must be served by them.
+                for member in pool.members() {
+                    pool.drain(member.server.label(), false, start);
+                    pool.seen(&member.server, Ok(()), start);
+                }
+            });
+            let requests: Vec<_> = (0..THREADS as u64)
+                .map(|thread| {
+                    scope.spawn(move || {
+                        let mut random = Random::with_seed(seed * 100 + thread);
+                        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+                        let [mut served, mut waited, mut left] = [0; 3];
+                        for _ in 0..EACH {
+                            let mut tries = keyed(pool, Some(random.u64(0..9)));
+                            tries.called_by(random.u64(..));
+                            'tries: loop {
+                                let mut picked = pool.pick(&mut tries, start);
+                                while let Err(NoServer::Busy) = picked {
+                                    match pool.poll_pick(&mut tries, &waker, start) {
+                                        Poll::Ready(ready) => picked = ready,
+                                        Poll::Pending if random.u8(..) < 12 => {
+                                            left += 1;
+                                            break 'tries;
+                                        }
+                                        Poll::Pending => {
+                                            waited += 1;
+                                            let left = deadline.saturating_duration_since(Instant::now());
+                                            assert!(!left.is_zero(), "seed {seed}: a request waits for ever");
+                                            std::thread::park_timeout(left);
+                                        }
+                                    }
+                                }
+                                if picked.is_err() {
+                                    break;
+                                }
+                                std::thread::yield_now();
+                                let closed = FailedTry::Exchange { kept: random.bool(), error: UpstreamError::Closed };
+                                match random.u8(0..12) {
+                                    0 if pool.failed(&mut tries, REFUSED, true, start).again => continue,
+                                    1 if pool.failed(&mut tries, closed, true, start).again => continue,
+                                    2 => tries.given_up(start),
+                                    _ => drop(pool.answered(&mut tries, 200, start)),
+                                }
+                                served += 1;
+                                break;
+                            }
+                        }
+                        [served, waited, left]
+                    })
+                })
+                .collect();
+            let counted = requests.into_iter().map(|thread| thread.join()).collect::<Vec<_>>();
+            over.store(true, Ordering::SeqCst);
+            unrest.join().unwrap();
+            counted.into_iter().map(Result::unwrap).collect()
+        });
+        counted.iter().flat_map(|counted| counted.iter().enumerate()).for_each(|(place, more)| sums[place] += more);
+        assert_eq!(pool.queue.waiting(), 0, "seed {seed}");
+        assert!(pool.members().iter().all(|member| member.server.in_flight() == 0), "seed {seed}");
+    }
+    assert!(sums.iter().all(|sum| *sum > 100), "served, waited, left: {sums:?}");
+}
+
 /// What became of the requests of those who ask little, and of the one who asks fifty times as much.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Outcome {
