@@ -242,6 +242,8 @@ struct Seen {
     /// The longest time for which a revoked token was good, in milliseconds: with the store well, and in a fault.
     worst_calm: u64,
     worst_fault: u64,
+    /// The same in a fault, without stale entries, beyond what is promised for a store that is well.
+    worst_beyond: u64,
     queued: u64,
     /// Lookups in each step of [`SLICE_MS`].
     slices: Vec<u64>,
@@ -419,7 +421,7 @@ impl Fleet {
             let (dice, random) = (self.random.u64(0..10_000), &mut self.random);
             let (cut, freeze, restart) = (self.plan.cut, self.plan.freeze, self.plan.restart);
             if dice < cut {
-                self.central.cut(replica);
+                self.central.cut(replica, random.bool());
                 self.replicas[replica].unrest = now;
             } else if dice < cut + freeze {
                 let time = random.u64(20..5_000);
@@ -481,7 +483,8 @@ impl Fleet {
             }
             let due = self.probes.iter().filter(|(at, _)| *at == now);
             requests.extend(due.map(|(_, token)| (Some(*token), token_text(*token), "192.0.2.1")));
-            if self.random.u8(0..100) == 0 || self.plan.guarded && replica == 0 {
+            let guesses = self.random.u8(0..100) == 0 && !self.plan.crowded;
+            if guesses || self.plan.guarded && replica == 0 {
                 self.number += 1;
                 requests.push((None, format!("guess-{}", self.number).into_bytes(), GUESSER));
             }
@@ -653,6 +656,9 @@ impl Fleet {
             }
             let worst = if is_calm { &mut self.seen.worst_calm } else { &mut self.seen.worst_fault };
             *worst = lag.max(*worst);
+            if !stale {
+                self.seen.worst_beyond = lag.saturating_sub(promise).max(self.seen.worst_beyond);
+            }
         }
         if stale && self.plan.is_calm(replica, decided, decided) {
             self.fail(&format!("an old answer was used while the store was well: {what}"));
@@ -897,7 +903,7 @@ fn number_from(name: &str) -> Option<u64> {
 fn many_seeds_keep_the_promises() {
     let seeds: Vec<u64> = match number_from("TOLLGATE_FLEET_SEED") {
         Some(seed) => vec![seed],
-        None => (0..number_from("TOLLGATE_FLEET_SEEDS").unwrap_or(26)).collect(),
+        None => (0..number_from("TOLLGATE_FLEET_SEEDS").unwrap_or(25)).collect(),
     };
     let (next, all, began) = (AtomicUsize::new(0), Mutex::new(Vec::new()), Instant::now());
     std::thread::scope(|scope| {
@@ -922,7 +928,8 @@ fn many_seeds_keep_the_promises() {
          | lost with a gateway | {} |\n| lookups | {} |\n| writes to the store | {} |\n\
          | longest use of a revoked token, notified, store well | {} ms |\n\
          | longest use of a revoked token, notified, store faulty | {} ms |\n\
-         | longest use of a revoked token, polled, store well | {} ms |",
+         | longest use of a revoked token, polled, store well | {} ms |\n\
+         | beyond the bound in a fault, without stale entries | {} ms notified, {} ms polled |",
         all.len(),
         simulated / 1_000,
         began.elapsed().as_secs(),
@@ -937,6 +944,8 @@ fn many_seeds_keep_the_promises() {
         most(true, |seen| seen.worst_calm),
         most(true, |seen| seen.worst_fault),
         most(false, |seen| seen.worst_calm),
+        most(true, |seen| seen.worst_beyond),
+        most(false, |seen| seen.worst_beyond),
     );
     eprintln!("{figures}");
     // What is judged has happened.
@@ -950,20 +959,21 @@ fn many_seeds_keep_the_promises() {
 #[test]
 fn a_seed_does_the_same_again() {
     let mut traces = std::collections::BTreeSet::new();
-    for seed in [1, 3, 7, 11, 24] {
+    for seed in [1, 3, 7] {
         let (first, second) = (Fleet::new(seed).run(), Fleet::new(seed).run());
         assert_eq!((first.trace, first.requests, first.lookups), (second.trace, second.requests, second.lookups));
         traces.insert(first.trace);
     }
-    assert_eq!(traces.len(), 5);
+    assert_eq!(traces.len(), 3);
 }
 
-/// A hundred gateways whose callers go on while the store is away for five seconds, and then comes back. One lookup for each token
+/// Gateways whose callers go on while the store is away for five seconds, and then comes back. One lookup for each token
 /// and gateway, however many callers there are; and nobody who was known is refused meanwhile.
 #[test]
 fn a_store_that_comes_back_is_asked_once_for_each_token_and_gateway() {
     for (fault, seed) in [(LinkFault::Refused, 1), (LinkFault::Silent, 2)] {
-        let (from, until, replicas) = (4_000, 9_000, 100);
+        let replicas = if number_from("TOLLGATE_FLEET_SEEDS").is_some() { 100 } else { 20 };
+        let (from, until) = (4_000, 9_000);
         let cache = CacheSettings {
             positive_ttl: Duration::from_secs(60),
             negative_ttl: Duration::from_secs(10),
@@ -999,9 +1009,6 @@ fn a_store_that_comes_back_is_asked_once_for_each_token_and_gateway() {
                 .map(|(_, lookups)| *lookups)
                 .sum()
         };
-        if std::env::var_os("TOLLGATE_FLEET_SLICES").is_some() {
-            eprintln!("{:?}", seen.slices);
-        }
         let pairs = (replicas * TOKENS) as u64;
         let (start, well, away) = (between(0, 2_000), between(2_000, from), between(from, until));
         let (back, busiest) =
@@ -1013,7 +1020,8 @@ fn a_store_that_comes_back_is_asked_once_for_each_token_and_gateway() {
         // At a start, answers are good for 0.7 s until the subscription is there, and all are looked up again then.
         assert!(start <= 2 * pairs && well == 0, "{start} lookups at the start, {well} later");
         // One try a second for each.
-        assert!(away <= 7 * pairs, "{away} lookups while the store was away");
-        assert!(back <= 2 * pairs, "{back} lookups when it came back");
+        assert!(away >= pairs && away <= 7 * pairs, "{away} lookups while the store was away");
+        assert!((pairs..=2 * pairs).contains(&back), "{back} lookups when it came back");
+        assert_eq!((seen.unavailable, seen.stale > 0), (0, true));
     }
 }

@@ -223,9 +223,9 @@ impl CentralStore {
         lost
     }
 
-    /// Ends the connection that changes arrive on, and what is on its way is lost.
-    pub(crate) fn cut(&self, replica: usize) {
-        self.0.lock().cut(replica);
+    /// Ends the connection that changes arrive on, and what is on its way is lost. `told`: the gateway's end learns of it.
+    pub(crate) fn cut(&self, replica: usize, told: bool) {
+        self.0.lock().cut(replica, told);
     }
 
     pub(crate) fn with_token<T>(&self, token: usize, look: impl FnOnce(&SimToken) -> T) -> T {
@@ -290,7 +290,7 @@ impl Central {
                 Some(LinkFault::Silent) => {}
                 Some(LinkFault::Refused) => {
                     self.links[replica].held.clear();
-                    self.cut(replica);
+                    self.cut(replica, true);
                 }
                 _ => {
                     for what in std::mem::take(&mut self.links[replica].held) {
@@ -371,10 +371,12 @@ impl Central {
         }
     }
 
-    fn cut(&mut self, replica: usize) {
+    fn cut(&mut self, replica: usize, told: bool) {
         if let Some(wire) = self.links[replica].session.take() {
             wire.dead.store(true, SeqCst);
-            wire.arrive(Frame::Closed);
+            if told {
+                wire.arrive(Frame::Closed);
+            }
         }
     }
 }
