@@ -142,6 +142,56 @@ fn what_the_first_one_cannot_use_is_for_the_next() {
     assert_eq!((tries.count(), tries.last().map(place)), (2, Some(1)));
 }
 
+/// The same for those that have looked before and sleep: room that the first one has no use for wakes the next.
+#[test]
+fn room_that_the_first_one_cannot_use_wakes_the_next() {
+    let now = Instant::now();
+    let pool = build(&bounded(&[1, 1], Balance::RoundRobin, 1, 10), now);
+    let (failing, mut first) = begun(&pool, None, now);
+    let (_, _second) = begun(&pool, None, now);
+    let closed = FailedTry::Exchange { kept: false, error: UpstreamError::Closed };
+    assert!(pool.failed(&mut first, closed, true, now).again);
+    // Somebody is quicker at the server that failed it.
+    let (taken, third) = begun(&pool, None, now);
+    assert_eq!(taken, failing);
+    let mut waiting: Vec<Waiter> = [first, Tries::default()]
+        .into_iter()
+        .zip(1..)
+        .map(|(tries, number)| Waiter { number, tries, woken: Arc::new(Woken(true.into())) })
+        .collect();
+    for waiter in &mut waiting {
+        assert!(matches!(pool.pick(&mut waiter.tries, now), Err(NoServer::Busy)));
+    }
+    assert!(settle(&pool, &mut waiting, now).is_empty());
+    drop(third);
+    assert_eq!(settle(&pool, &mut waiting, now).iter().map(|(number, _)| *number).collect::<Vec<_>>(), [2]);
+}
+
+/// Many who come at once for the last place, over and over: one of them gets it.
+#[test]
+fn threads_never_get_more_of_a_server_than_it_may_have() {
+    let now = Instant::now();
+    let pool = build(&bounded(&[1], Balance::RoundRobin, 1, 0), now);
+    let (inside, got) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..30_000 {
+                    let mut tries = Tries::default();
+                    if pool.pick(&mut tries, now).is_ok() {
+                        let others = inside.fetch_add(1, Ordering::SeqCst);
+                        got.fetch_add(1, Ordering::SeqCst);
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        assert_eq!(others, 0, "at a server that may have one request");
+                    }
+                }
+            });
+        }
+    });
+    assert!(got.into_inner() > 10_000);
+    assert_eq!(pool.members()[0].server.in_flight(), 0);
+}
+
 /// Backups are for servers that are down, not for those that are busy.
 #[test]
 fn what_is_too_much_does_not_go_to_backups_or_servers_that_are_down() {
