@@ -38,10 +38,10 @@ use tokio::runtime::Runtime;
 use tokio::time::{sleep, sleep_until, timeout};
 
 /// The simulation goes on by so much; messages and requests come in between.
-const STEP_MS: u64 = 10;
+const STEP_MS: u64 = 20;
 /// The bound on revocations of a store that notifies, and what the steps and the way to the store add.
 const PROMISE_MS: u64 = 1_000;
-const MARGIN_MS: u64 = 60;
+const MARGIN_MS: u64 = 90;
 /// Of a lookup.
 const TIMEOUT_MS: u64 = 2_000;
 /// So long behind a fault of its way to the store, a gateway may still count the store as failing: a lookup that timed out, and
@@ -382,7 +382,7 @@ impl Fleet {
             self.now += STEP_MS;
         }
         // Whoever still waits has its answer by now.
-        let end = self.plan.faults.iter().flatten().map(|time| time.until).max().unwrap_or(0).max(self.now) + 9_000;
+        let end = self.plan.faults.iter().flatten().map(|time| time.until).max().unwrap_or(0).max(self.now) + 4_000;
         while self.now < end {
             self.central.step(self.now);
             for replica in 0..self.plan.replicas {
@@ -472,7 +472,7 @@ impl Fleet {
         let Some((runtime, parts, clocks)) = self.replicas[replica].process.take() else { return };
         let mut requests: Vec<(Option<usize>, Vec<u8>, &str)> = Vec::new();
         if asks {
-            let many = if self.plan.replicas > 10 { 12 } else { 5 };
+            let many = if self.plan.replicas > 10 { 8 } else { 3 };
             if self.plan.crowded {
                 let token = (now / STEP_MS) as usize % TOKENS;
                 requests.push((Some(token), token_text(token), "192.0.2.1"));
