@@ -382,7 +382,9 @@ impl Fleet {
             self.now += STEP_MS;
         }
         // Whoever still waits has its answer by now.
-        let end = self.plan.faults.iter().flatten().map(|time| time.until).max().unwrap_or(0).max(self.now) + 4_000;
+        let faults = self.plan.faults.iter().flatten().map(|time| time.until);
+        let standstills = self.replicas.iter().map(|replica| replica.frozen_until);
+        let end = faults.chain(standstills).max().unwrap_or(0).max(self.now) + 4_000;
         while self.now < end {
             self.central.step(self.now);
             for replica in 0..self.plan.replicas {
