@@ -1015,15 +1015,17 @@ fn a_store_that_comes_back_is_asked_once_for_each_token_and_gateway() {
         let (start, well, away) = (between(0, 2_000), between(2_000, from), between(from, until));
         let (back, busiest) =
             (between(until, 12_000), seen.slices[(until / SLICE_MS) as usize..].iter().max().unwrap());
-        eprintln!(
+        let row = format!(
             "| {fault:?} for 5 s | {replicas} x {TOKENS} | {start} | {well} | {away} | {back} | {busiest} | {} | {} |",
             seen.unavailable, seen.stale
         );
+        eprintln!("{row}");
         // At a start, answers are good for 0.7 s until the subscription is there, and all are looked up again then.
         assert!(start <= 2 * pairs && well == 0, "{start} lookups at the start, {well} later");
         // One try a second for each.
         assert!(away >= pairs && away <= 7 * pairs, "{away} lookups while the store was away");
         assert!((pairs..=2 * pairs).contains(&back), "{back} lookups when it came back");
         assert_eq!((seen.unavailable, seen.stale > 0), (0, true));
+        assert!(include_str!("../docs/scale.md").contains(&row), "docs/scale.md has not {row}");
     }
 }
