@@ -79,7 +79,7 @@ struct Plan {
 
 impl Plan {
     fn of(seed: u64) -> Self {
-        let mut random = fastrand::Rng::with_seed(seed ^ 0x666c_6565_74);
+        let mut random = fastrand::Rng::with_seed(seed ^ 0x0066_6c65_6574);
         let (replicas, until) = match seed % 100 {
             99 => (100, 12_000),
             24 | 49 | 74 => (20, 16_000),
@@ -667,10 +667,9 @@ impl Fleet {
         }
         let known_for = if self.plan.notified { PROMISE_MS } else { negative };
         let since = asked.saturating_sub(known_for + MARGIN_MS + 1);
-        if is_valid && changed < since && self.plan.is_calm(replica, since, decided) {
-            if !matches!(told, Told::Valid | Told::Gone) {
-                self.fail(&format!("a valid token was refused while the store was well: {what}"));
-            }
+        let is_due = is_valid && changed < since && self.plan.is_calm(replica, since, decided);
+        if is_due && !matches!(told, Told::Valid | Told::Gone) {
+            self.fail(&format!("a valid token was refused while the store was well: {what}"));
         }
         if let Some(at) = admitted {
             let (left, before) = self.replicas[replica].reference[token];
