@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload fleet
 
 check: lint doc test deploy-check
 
@@ -123,6 +123,11 @@ readers:
 faults:
 	TOLLGATE_FAULT_CROWD=1500 TOLLGATE_FAULT_ROUNDS=20 cargo test --locked --test main -- stores::faults --nocapture --test-threads 1 | tee target/faults.log
 	grep -o '^.*| .* |$$' target/faults.log | sed 's/^[^|]*//'
+
+# A fleet on one store, simulated: faults, standstills, restarts and lost notifications by a thousand seeds, every answer judged by
+# the contract, then a store that comes back to 100 gateways. docs/scale.md keeps the figures. SEED=7 runs one seed alone.
+fleet:
+	$(if $(SEED),TOLLGATE_FLEET_SEED=$(SEED),TOLLGATE_FLEET_SEEDS=1000) cargo test --locked --lib -- fleet_tests:: --nocapture --test-threads 1
 
 # A limit against what gets through, for 1 to 4 workers, and for gateways that share it, as tables; docs/limits.md keeps them. Two minutes.
 exactness:

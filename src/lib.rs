@@ -65,3 +65,7 @@ pub mod assembly;
 
 // The command line.
 pub mod cli;
+
+// Many gateways on one store, simulated.
+#[cfg(test)]
+mod fleet_tests;

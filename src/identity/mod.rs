@@ -547,8 +547,8 @@ impl Inner {
                 woken.await;
                 continue;
             }
-            let due = Instant::now() + SILENT;
-            let waited = timeout_at(due.into(), woken).await.is_err();
+            let due = tokio::time::Instant::now() + SILENT;
+            let waited = timeout_at(due, woken).await.is_err();
             if waited && due.elapsed() <= LATE && self.suspected.load(Ordering::Relaxed) {
                 self.note_health(Some(&StoreError::Timeout), (self.clock)());
                 self.silent.notify_waiters();
@@ -836,6 +836,9 @@ impl Drop for LookupTask {
         self.flight.complete(Err(CannotTell::Store));
     }
 }
+
+#[cfg(test)]
+mod race_tests;
 
 #[cfg(test)]
 mod tests;

@@ -343,4 +343,59 @@ mod tests {
         }
         assert!(evicted > 1_000, "{evicted}");
     }
+
+    /// Threads with more keys than there are buckets: no key gets more from a bucket of its own than is due to it, however often
+    /// it made room and came back, and all that have none together no more than one.
+    #[test]
+    fn threads_get_no_more_than_is_due_while_buckets_make_room() {
+        use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+        const KEYS: u64 = 60;
+        const END: u64 = 20_000;
+        let (mut made_room, mut refusals) = (0, 0);
+        for seed in 0..8 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            // One unit a second, and bursts that take their time to come back.
+            let (burst, buckets) = (random.u64(1..5), random.usize(16..40));
+            let (table, amounts) = (LimitTable::new(buckets), amounts(burst));
+            let own: Vec<AtomicU64> = (0..KEYS).map(|_| AtomicU64::new(0)).collect();
+            let (shared, refused, time) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+            std::thread::scope(|scope| {
+                for thread in 0..4 {
+                    let (table, amounts, own, shared, refused, time) =
+                        (&table, &amounts, &own, &shared, &refused, &time);
+                    scope.spawn(move || {
+                        let mut random = fastrand::Rng::with_seed(seed * 10 + thread);
+                        loop {
+                            // Each reads the time for itself, so that some ask with one that is over.
+                            let now = time.load(SeqCst);
+                            if now >= END {
+                                return;
+                            }
+                            // Some ask all the time, others now and then.
+                            let key = random.u64(0..KEYS) * random.u64(0..KEYS) / KEYS;
+                            match ask(table, (key + 1) << 8, amounts, at(now)) {
+                                (true, false) => own[key as usize].fetch_add(1, SeqCst),
+                                (true, true) => shared.fetch_add(1, SeqCst),
+                                (false, _) => refused.fetch_add(1, SeqCst),
+                            };
+                            if random.u8(0..8) == 0 {
+                                time.fetch_add(random.u64(0..40), SeqCst);
+                            }
+                        }
+                    });
+                }
+            });
+            let due = burst + time.load(SeqCst) / 1_000;
+            for (key, admitted) in own.iter().enumerate() {
+                let admitted = admitted.load(SeqCst);
+                assert!(admitted <= due, "seed {seed}: {admitted} of {due} for {key}");
+            }
+            assert!(shared.load(SeqCst) <= due, "seed {seed}: {} of {due} shared", shared.load(SeqCst));
+            made_room += own.iter().filter(|own| own.load(SeqCst) > 0).count().saturating_sub(buckets);
+            refusals += refused.load(SeqCst);
+            let held: usize = table.shards.iter().map(|shard| shard.lock().occupied).sum();
+            assert!(held <= buckets, "seed {seed}: {held} of {buckets}");
+        }
+        assert!(made_room > 20 && refusals > 1_000, "{made_room} keys more than buckets, {refusals} refused");
+    }
 }

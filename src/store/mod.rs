@@ -5,6 +5,8 @@ pub mod credential;
 mod examine;
 mod feed;
 pub mod file;
+#[cfg(test)]
+pub(crate) mod fleet_tests;
 pub mod introspect;
 mod json;
 mod lookups;

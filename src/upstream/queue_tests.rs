@@ -142,6 +142,56 @@ fn what_the_first_one_cannot_use_is_for_the_next() {
     assert_eq!((tries.count(), tries.last().map(place)), (2, Some(1)));
 }
 
+/// The same for those that have looked before and sleep: room that the first one has no use for wakes the next.
+#[test]
+fn room_that_the_first_one_cannot_use_wakes_the_next() {
+    let now = Instant::now();
+    let pool = build(&bounded(&[1, 1], Balance::RoundRobin, 1, 10), now);
+    let (failing, mut first) = begun(&pool, None, now);
+    let (_, _second) = begun(&pool, None, now);
+    let closed = FailedTry::Exchange { kept: false, error: UpstreamError::Closed };
+    assert!(pool.failed(&mut first, closed, true, now).again);
+    // Somebody is quicker at the server that failed it.
+    let (taken, third) = begun(&pool, None, now);
+    assert_eq!(taken, failing);
+    let mut waiting: Vec<Waiter> = [first, Tries::default()]
+        .into_iter()
+        .zip(1..)
+        .map(|(tries, number)| Waiter { number, tries, woken: Arc::new(Woken(true.into())) })
+        .collect();
+    for waiter in &mut waiting {
+        assert!(matches!(pool.pick(&mut waiter.tries, now), Err(NoServer::Busy)));
+    }
+    assert!(settle(&pool, &mut waiting, now).is_empty());
+    drop(third);
+    assert_eq!(settle(&pool, &mut waiting, now).iter().map(|(number, _)| *number).collect::<Vec<_>>(), [2]);
+}
+
+/// Many who come at once for the last place, over and over: one of them gets it.
+#[test]
+fn threads_never_get_more_of_a_server_than_it_may_have() {
+    let now = Instant::now();
+    let pool = build(&bounded(&[1], Balance::RoundRobin, 1, 0), now);
+    let (inside, got) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..30_000 {
+                    let mut tries = Tries::default();
+                    if pool.pick(&mut tries, now).is_ok() {
+                        let others = inside.fetch_add(1, Ordering::SeqCst);
+                        got.fetch_add(1, Ordering::SeqCst);
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        assert_eq!(others, 0, "at a server that may have one request");
+                    }
+                }
+            });
+        }
+    });
+    assert!(got.into_inner() > 10_000);
+    assert_eq!(pool.members()[0].server.in_flight(), 0);
+}
+
 /// Backups are for servers that are down, not for those that are busy.
 #[test]
 fn what_is_too_much_does_not_go_to_backups_or_servers_that_are_down() {
@@ -219,6 +269,99 @@ fn no_waiter_is_lost_between_threads() {
     assert!(served > THREADS * EACH / 2, "{served} were served");
     assert_eq!(pool.queue.waiting(), 0);
     assert!(pool.members().iter().all(|member| member.server.in_flight() == 0));
+}
+
+/// The same while tries fail, clients go away, servers are drained, go down and come back: nobody is lost, and no server ever has
+/// more than it may.
+#[test]
+fn no_waiter_is_lost_while_servers_come_and_go() {
+    const THREADS: usize = 6;
+    const EACH: usize = 250;
+    let mut sums = [0; 3];
+    for seed in 0..24 {
+        let mut random = Random::with_seed(seed);
+        let start = Instant::now();
+        let deadline = start + Duration::from_secs(30);
+        let weights: Vec<u32> = (0..random.usize(1..4)).map(|_| random.u32(1..3)).collect();
+        let most = random.u32(1..3);
+        let balance = balances()[random.usize(0..3)].clone();
+        let pool = build(&bounded(&weights, balance, most, random.usize(2..=THREADS)), start);
+        let over = AtomicBool::new(false);
+        let counted: Vec<[usize; 3]> = std::thread::scope(|scope| {
+            let (pool, over) = (&pool, &over);
+            let unrest = scope.spawn(move || {
+                let mut random = Random::with_seed(seed + 1_000);
+                while !over.load(Ordering::SeqCst) {
+                    let members = pool.members();
+                    let server = &members[random.usize(0..members.len())].server;
+                    assert!(server.in_flight() <= most, "seed {seed}: {} at once", server.in_flight());
+                    match random.u8(0..4) {
+                        0 => drop(pool.drain(server.label(), random.bool(), start)),
+                        1 => drop(pool.seen(server, Ok(()), start)),
+                        _ => (0..random.u16(0..2_000)).for_each(|_| std::hint::spin_loop()),
+                    }
+                }
+                // All that were taken away are back: what waits still must be served by them.
+                for member in pool.members() {
+                    pool.drain(member.server.label(), false, start);
+                    pool.seen(&member.server, Ok(()), start);
+                }
+            });
+            let requests: Vec<_> = (0..THREADS as u64)
+                .map(|thread| {
+                    scope.spawn(move || {
+                        let mut random = Random::with_seed(seed * 100 + thread);
+                        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+                        let [mut served, mut waited, mut left] = [0; 3];
+                        for _ in 0..EACH {
+                            let mut tries = keyed(pool, Some(random.u64(0..9)));
+                            tries.called_by(random.u64(..));
+                            'tries: loop {
+                                let mut picked = pool.pick(&mut tries, start);
+                                while let Err(NoServer::Busy) = picked {
+                                    match pool.poll_pick(&mut tries, &waker, start) {
+                                        Poll::Ready(ready) => picked = ready,
+                                        Poll::Pending if random.u8(..) < 12 => {
+                                            left += 1;
+                                            break 'tries;
+                                        }
+                                        Poll::Pending => {
+                                            waited += 1;
+                                            let left = deadline.saturating_duration_since(Instant::now());
+                                            assert!(!left.is_zero(), "seed {seed}: a request waits for ever");
+                                            std::thread::park_timeout(left);
+                                        }
+                                    }
+                                }
+                                if picked.is_err() {
+                                    break;
+                                }
+                                std::thread::yield_now();
+                                let closed = FailedTry::Exchange { kept: random.bool(), error: UpstreamError::Closed };
+                                match random.u8(0..12) {
+                                    0 if pool.failed(&mut tries, REFUSED, true, start).again => continue,
+                                    1 if pool.failed(&mut tries, closed, true, start).again => continue,
+                                    2 => tries.given_up(start),
+                                    _ => drop(pool.answered(&mut tries, 200, start)),
+                                }
+                                served += 1;
+                                break;
+                            }
+                        }
+                        [served, waited, left]
+                    })
+                })
+                .collect();
+            let counted = requests.into_iter().map(|thread| thread.join()).collect::<Vec<_>>();
+            over.store(true, Ordering::SeqCst);
+            unrest.join().unwrap();
+            counted.into_iter().map(Result::unwrap).collect()
+        });
+        counted.iter().flat_map(|counted| counted.iter().enumerate()).for_each(|(place, more)| sums[place] += more);
+        assert_eq!(pool.queue.waiting(), 0, "seed {seed}");
+        assert!(pool.members().iter().all(|member| member.server.in_flight() == 0), "seed {seed}");
+    }
+    assert!(sums.iter().all(|sum| *sum > 100), "served, waited, left: {sums:?}");
 }
 
 /// What became of the requests of those who ask little, and of the one who asks fifty times as much.
