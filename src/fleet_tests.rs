@@ -23,7 +23,7 @@ use crate::store::fleet_tests::{
 };
 use crate::telemetry::metrics::{CacheResult, Metrics, UpstreamError};
 use crate::upstream::{
-    Balance, CheckFault, FailedTry, ListedServer, NoServer, QueueOrder, ServerAddress, Tries, Upstream,
+    Balance, CheckFault, FailedTry, ListedServer, MaxRequests, NoServer, QueueOrder, ServerAddress, Tries, Upstream,
     UpstreamSettings,
 };
 use futures_util::poll;
@@ -520,7 +520,7 @@ impl Fleet {
             } else {
                 come();
             }
-            if now % 500 == 0 {
+            if now.is_multiple_of(500) {
                 parts.guard.ended(clock());
                 let (from, until) = *parts.server_down.lock();
                 let is_down = (from..until).contains(&world_ms());
@@ -551,7 +551,7 @@ impl Fleet {
             self.fail(&format!("gateway {replica}: {waiting} wait for a server that has room"));
         }
         self.seen.queued += waiting as u64;
-        let (valid, invalid) = if now % 500 == 0 { parts.authenticator.cache_sizes() } else { (0, 0) };
+        let (valid, invalid) = if now.is_multiple_of(500) { parts.authenticator.cache_sizes() } else { (0, 0) };
         let settings = &self.plan.cache;
         if valid > settings.positive_capacity || invalid > settings.negative_capacity {
             self.fail(&format!("gateway {replica}: {valid} and {invalid} entries"));
@@ -715,11 +715,13 @@ fn limits(rate: u64, burst: u64, seed: u64) -> RequestLimits {
             prefix_v4: 32,
             prefix_v6: 64,
             amounts: LimitAmounts { rate: Some(rate), ..LimitAmounts::default() },
+            plans: None,
             most: 200,
         },
         applies: LimitScope { routes: Vec::new(), methods: Methods::ALL, scopes: Vec::new(), users: Vec::new() },
         costs: LimitCosts::default(),
         dry_run: false,
+        shared: false,
     };
     let routes = Routes::new(vec![Route::new("/*".parse::<Pattern>().unwrap(), "/*".into())]);
     RequestLimits::new(&[settings], false, &routes, None, || seed)
@@ -734,7 +736,7 @@ fn pool(max_requests: u32) -> UpstreamSettings {
         expand: false,
         balance: Balance::LeastRequests,
         slow_start: None,
-        max_requests: Some(max_requests),
+        max_requests: Some(MaxRequests::Fixed(max_requests)),
         queue: 5,
         queue_order: QueueOrder::Fair,
         queue_timeout: Duration::from_secs(1),
