@@ -48,6 +48,9 @@ const AFTER_FAILURE: f64 = 0.9;
 /// so that the limit before is over.
 const MANY: u32 = 100;
 const FEW: u32 = 20;
+/// A probe costs those who wait: it is over with so many after this time.
+const PROBED: u32 = 50;
+const QUICK_PROBE: u64 = 300_000;
 const QUICK_WINDOW: u64 = 50_000;
 const SLOW_WINDOW: u64 = 1_000_000;
 const WINDOW_ANSWERS: u64 = 2;
@@ -92,6 +95,8 @@ struct Window {
     /// Only requests that were sent since then count, and answers that came since then.
     since: AtomicU64,
     from: AtomicU64,
+    /// How many are few.
+    fewest: AtomicU32,
     /// When many are enough, when few are, and when it is over whatever it has.
     many: AtomicU64,
     few: AtomicU64,
@@ -110,7 +115,7 @@ struct Course {
     unloaded: Option<f64>,
     /// It was seen by a probe.
     is_sure: bool,
-    probe: Option<Probe>,
+    probe: Option<LatencyProbe>,
     /// The limit at the last probe, when that was over, and when the next one is due.
     probed_limit: f64,
     probed: u64,
@@ -121,7 +126,7 @@ struct Course {
 }
 
 #[derive(Clone, Copy)]
-struct Probe {
+struct LatencyProbe {
     limit: u32,
     /// What the step before has seen, with twice as many.
     before: Option<f64>,
@@ -137,6 +142,7 @@ impl AdaptiveLimit {
             window: Window {
                 since: AtomicU64::new(0),
                 from: AtomicU64::new(0),
+                fewest: AtomicU32::new(FEW),
                 many: AtomicU64::new(QUICK_WINDOW),
                 few: AtomicU64::new(SLOW_WINDOW),
                 ends: AtomicU64::new(STALE),
@@ -244,7 +250,7 @@ impl AdaptiveLimit {
     fn settle(&self, now: u64) {
         let Some(course) = self.course.try_lock() else { return };
         if self.window.since.load(Relaxed) == NOT_YET {
-            self.window.settle(now, course.answer());
+            self.window.settle(now, (course.middle as u64).max(course.answer()));
         }
     }
 
@@ -300,26 +306,28 @@ impl Course {
         self.most = most;
     }
 
-    fn probe_if_due(&self, bounds: AdaptiveBounds, most: u32, now: u64) -> Option<Probe> {
+    fn probe_if_due(&self, bounds: AdaptiveBounds, most: u32, now: u64) -> Option<LatencyProbe> {
         // While nobody needs more, there is nothing to be learned, and nobody is to be kept waiting.
         let is_used = most >= self.limit as u32;
         // If it fell that far, either the server can do less, or what is known of it is no longer so.
         let has_fallen = self.limit <= (self.probed_limit / 2.0).max(bounds.least.into());
         let is_due = now >= self.next_probe || (has_fallen && now >= self.probed.saturating_add(PROBE_SOON));
         let limit = (most.min(self.limit as u32) / 2).max(bounds.least);
-        (is_used && is_due).then_some(Probe { limit, before: None })
+        (is_used && is_due).then_some(LatencyProbe { limit, before: None })
     }
 
     /// A step of a probe has ended. `Some`: it goes on with half as many, as this may have been too many as well.
-    fn probed(&mut self, bounds: AdaptiveBounds, probe: Probe, middle: f64, now: u64) -> Option<Probe> {
+    fn probed(&mut self, bounds: AdaptiveBounds, probe: LatencyProbe, middle: f64, now: u64) -> Option<LatencyProbe> {
         let is_less = probe.before.is_none_or(|before| middle < LESS * before);
         let is_expected = self.is_sure && self.unloaded.is_some_and(|unloaded| middle <= TOLERANCE * unloaded);
         if is_less && !is_expected && probe.limit > bounds.least {
-            return Some(Probe { limit: (probe.limit / 2).max(bounds.least), before: Some(middle) });
+            return Some(LatencyProbe { limit: (probe.limit / 2).max(bounds.least), before: Some(middle) });
         }
         let known = self.unloaded.unwrap_or(middle);
         let has_changed = !self.is_sure || middle > TOLERANCE * known || known > TOLERANCE * middle;
-        (self.unloaded, self.is_sure) = (Some(middle), true);
+        // Half of the way down: a time that is too short by chance would press the limit until the next probe.
+        let unloaded = if self.is_sure && middle < known { (known + middle) / 2.0 } else { middle };
+        (self.unloaded, self.is_sure) = (Some(unloaded), true);
         self.is_probed(now, if has_changed { PROBE_SOON } else { PROBE_LATER });
         None
     }
@@ -376,7 +384,7 @@ impl Window {
     fn is_over(&self, now: u64) -> bool {
         let is_enough = match self.samples.load(Relaxed) {
             MANY.. => now >= self.many.load(Relaxed),
-            FEW.. => now >= self.few.load(Relaxed),
+            count if count >= self.fewest.load(Relaxed) => now >= self.few.load(Relaxed),
             _ => false,
         };
         is_enough || now >= self.ends.load(Relaxed)
@@ -402,6 +410,7 @@ impl Window {
 
     fn begin(&self, now: u64, answer: u64) {
         let least = QUICK_WINDOW.max(WINDOW_ANSWERS * answer);
+        self.fewest.store(FEW, Relaxed);
         self.many.store(now + least, Relaxed);
         self.few.store(now + SLOW_WINDOW.max(2 * least), Relaxed);
         self.ends.store(now + STALE.max(2 * least), Relaxed);
@@ -418,8 +427,9 @@ impl Window {
     fn settle(&self, now: u64, answer: u64) {
         let from = now + (PROBE_ANSWERS * answer).min(LONGEST_PROBE / 2);
         self.from.store(from, Relaxed);
+        self.fewest.store(PROBED, Relaxed);
         self.many.store(from, Relaxed);
-        self.few.store(NOT_YET, Relaxed);
+        self.few.store(from + QUICK_PROBE, Relaxed);
         let longest = PROBE_TIME.max(PROBE_WINDOWS * WINDOW_ANSWERS * answer).min(LONGEST_PROBE);
         self.ends.store(now + longest, Relaxed);
         self.since.store(now, Relaxed);
