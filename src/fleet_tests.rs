@@ -856,7 +856,7 @@ async fn forward(parts: &Parts, mut ticket: Ticket, principal: &Principal, diges
     let serving = Duration::from_millis(20 + digest.spread().wrapping_add(world_ms()) % 400);
     drop(ticket);
     let mut tries = Tries::default();
-    tries.called_by(digest.spread());
+    tries.called_by(digest.spread(), 1);
     loop {
         let mut picked = parts.pool.pick(&mut tries, parts.instant());
         if let Err(NoServer::Busy) = picked {

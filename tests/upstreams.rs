@@ -988,3 +988,50 @@ fn one_busy_caller_does_not_crowd_the_others_out() {
     let (refused, _) = beside_a_busy_caller("arrival");
     assert!(refused > 10, "{refused} of 60 refused: the test has no crowd");
 }
+
+/// How many requests of two callers who ask alike a server with little room has answered. One of them has a plan.
+fn two_busy_callers(has_plan: &str) -> [usize; 2] {
+    let upstream = Upstream::answering(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        Reply::ok("{}")
+    });
+    let more = format!(
+        "[[upstream]]\nname = \"api\"\nservers = [\"{}\"]\nmax_requests = 4\nqueue = 8\n[plan.gold]\nweight = 64\n",
+        upstream.address
+    );
+    let token = |token: &str| {
+        let plan = if token == has_plan { "plan = \"gold\"\n" } else { "" };
+        format!("[[token]]\nsha256 = \"{}\"\nuser = \"{token}\"\n{plan}", sha256_hex(token))
+    };
+    let gateway = Gateway::start_with_tokens(upstream.address, &(token(OTHER) + &token(GOOD)), &more);
+    let served = [OTHER, GOOD].map(|token| (token, AtomicUsize::new(0)));
+    let until = Instant::now() + Duration::from_secs(3);
+    std::thread::scope(|scope| {
+        for (token, served) in (0..16).flat_map(|_| &served) {
+            let gateway = &gateway;
+            scope.spawn(move || {
+                let mut client = gateway.client();
+                while Instant::now() < until {
+                    let head = format!("GET /api/v3/user HTTP/1.1\r\nHost: h\r\nPRIVATE-TOKEN: {token}\r\n\r\n");
+                    let sent = client.socket.write_all(head.as_bytes());
+                    let answer = sent.ok().and_then(|()| client.try_answer());
+                    served.fetch_add(usize::from(answer.as_ref().is_some_and(|answer| answer.status == 200)), SeqCst);
+                    // A refusal may end the connection.
+                    if answer.is_none_or(|answer| answer.header("connection") == Some("close")) {
+                        client = gateway.client();
+                    }
+                }
+            });
+        }
+    });
+    served.map(|(_, served)| served.into_inner())
+}
+
+#[test]
+fn a_plan_with_a_weight_may_ask_more_before_it_comes_behind_others() {
+    for has_plan in [GOOD, OTHER] {
+        let [other, good] = two_busy_callers(has_plan);
+        let (gold, plain) = if has_plan == GOOD { (good, other) } else { (other, good) };
+        assert!(gold > 3 * plain, "{has_plan}: {gold} with the plan, {plain} without");
+    }
+}

@@ -531,17 +531,20 @@ section! {
 }
 
 section! {
-    /// Amounts for tokens whose record names this plan (`tollgate token create --plan gold`). They take the place of all amounts
+    /// For tokens whose record names this plan (`tollgate token create --plan gold`). Its amounts take the place of all amounts
     /// of a [[limit]] that says `plans = true`.
     PlanSection {
-        /// As in a [[limit]]; "none", if there is a quota or concurrency.
-        rate: Option<RateText> = r#"!"600/min""#,
+        /// As in a [[limit]]; "none", if there is a quota, concurrency, or a weight only.
+        rate: Option<RateText> = r#""none""#,
         /// As in a [[limit]].
         burst: Option<u64> = r#""none""#,
         /// As in a [[limit]].
         quota: Option<QuotaText> = r#""none""#,
         /// As in a [[limit]].
         concurrency: Option<u64> = r#""none""#,
+        /// In the queue of an upstream whose servers are busy (`queue_order = "fair"`), a token of this plan may have asked so
+        /// many times as much as one without a plan before it comes behind it: 1 to 1000.
+        weight: u64 = "1",
     }
 }
 

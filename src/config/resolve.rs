@@ -12,8 +12,8 @@ use crate::edge::{
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
 use crate::policy::{
-    BucketSettings, GuessSettings, LimitAmounts, LimitKeyPart, LimitPlan, LimitScope, LimitSettings, Policy,
-    RefillRate, ScopeRule, Scopes,
+    BucketSettings, GuessSettings, LimitAmounts, LimitKeyPart, LimitPlan, LimitScope, LimitSettings, PlanWeights,
+    Policy, RefillRate, ScopeRule, Scopes,
 };
 use crate::problem::Problem;
 use crate::reply::answer;
@@ -148,6 +148,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
     let addresses = AddressRules { allow: listed(&file.limits.allow), deny: listed(&file.limits.deny) };
     gather.all("limits", addresses.problems());
     let plans = gather.plans(file);
+    let weights = file.plans.iter().map(|(name, plan)| (name.clone(), plan.weight));
     let limits = gather.limits(file, &plans, &rules.routes);
     let shared_limits = gather.shared_limits(file, folder);
     let guessing = gather.guessing(file);
@@ -192,7 +193,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         rules,
         forward,
         cors,
-        policy: Policy { switches, scopes: gather.scopes(file), addresses },
+        policy: Policy { switches, scopes: gather.scopes(file), addresses, weights: PlanWeights::new(weights) },
         limits,
         plans,
         shared_limits,
@@ -508,9 +509,19 @@ impl Gather<'_, '_> {
                 self.places
                     .add(&plan.at, Problem::error("rate", format!("is of a plan whose name {what}"), "rename it"));
             }
-            if amounts == LimitAmounts::default() {
+            let is_used = file.limit.iter().any(|limit| limit.plans);
+            let weighs = plan.weight != 1;
+            self.all(
+                &plan.at,
+                Problem::out_of_range("weight", plan.weight, 1..=PlanWeights::MOST).into_iter().collect(),
+            );
+            if amounts == LimitAmounts::default() && is_used {
                 let what = "is missing, and so are quota and concurrency: the plan allows everything";
                 self.places.add(&plan.at, Problem::error("rate", what, "write rate, quota or concurrency"));
+            }
+            if amounts == LimitAmounts::default() && !is_used && !weighs {
+                let what = "is missing, and so are quota, concurrency and a weight: the plan says nothing";
+                self.places.add(&plan.at, Problem::warning("rate", what, "write one of them, or remove the plan"));
             }
             if amounts.concurrency == Some(0) {
                 let problem = Problem::error("concurrency", "is 0: nothing would pass", "use 1 or more, or \"none\"");
@@ -522,7 +533,7 @@ impl Gather<'_, '_> {
                 let instead = format!("use {} or more", rate.requests_in(1) + 1);
                 self.places.add(&plan.at, Problem::error("burst", what, instead).with("rate"));
             }
-            if !file.limit.iter().any(|limit| limit.plans) {
+            if !is_used && amounts != LimitAmounts::default() {
                 let what = "is of a plan, and no [[limit]] says `plans = true`: it limits nothing";
                 let problem = Problem::warning("rate", what, "add it to a [[limit]], or remove the plan");
                 self.places.add(&plan.at, problem);

@@ -280,7 +280,8 @@ impl Exchange {
         loop {
             let peers = self.snapshot.pool(self.pool).ok_or(NoServer::Absent)?;
             if peers.upstream.ranks_callers() {
-                self.upstream.tries.called_by(self.caller());
+                let weight = self.snapshot.pipeline.policy.weights.of(self.facts.principal.as_deref());
+                self.upstream.tries.called_by(self.caller(), weight);
             }
             match peers.upstream.pick(&mut self.upstream.tries, Instant::now()) {
                 Err(NoServer::Absent) if self.leave_canary() => {}

@@ -6,6 +6,7 @@ mod limit;
 mod limit_bucket;
 mod limit_table;
 mod scope;
+mod weight;
 
 pub use guessing::{GuessCount, GuessEpisode, GuessGuard, GuessRefusal, GuessSettings, GuessTurn, GuessVerdict};
 pub use limit::{
@@ -15,6 +16,7 @@ pub use limit::{
 };
 pub use limit_bucket::{CalendarPeriod, CalendarQuota, LimitAmounts, LimitedBy, RefillRate};
 pub use scope::{ScopeRule, Scopes};
+pub use weight::PlanWeights;
 
 use crate::identity::Principal;
 use crate::request::origin::AddressRules;
@@ -79,6 +81,8 @@ pub struct Policy {
     pub scopes: Option<Scopes>,
     /// On every route.
     pub addresses: AddressRules,
+    /// Where requests wait for a server.
+    pub weights: PlanWeights,
 }
 
 impl Policy {

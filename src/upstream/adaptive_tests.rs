@@ -508,7 +508,7 @@ fn crowd(max_requests: MaxRequests, busy_each_second: u64) -> Crowd {
         let others = (1..=20).filter(|caller| (tick + u64::from(*caller) * 12).is_multiple_of(250));
         for caller in std::iter::repeat_n(0, busy as usize).chain(others) {
             let mut tries = Tries::default();
-            tries.called_by(spread(caller));
+            tries.called_by(spread(caller), 1);
             match pool.pick(&mut tries, now) {
                 Ok(_) => running.push(sent(tick, caller, tries)),
                 Err(NoServer::Busy) => {

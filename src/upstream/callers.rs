@@ -28,15 +28,15 @@ impl Callers {
         Self { counts: Box::new(std::array::from_fn(|_| row())), began: now, halved: AtomicU64::new(0) }
     }
 
-    /// Counts a request. `caller`: a number that is spread evenly.
-    pub(super) fn asks(&self, caller: u64, now: Instant) -> CallerRank {
+    /// Counts a request. `caller`: a number that is spread evenly. `weight`: it may ask so many times as much as others of its rank.
+    pub(super) fn asks(&self, caller: u64, weight: u32, now: Instant) -> CallerRank {
         self.forget(now);
         let places = self.counts.iter().enumerate().map(|(row, counts)| {
             // Each row takes other bits.
             let place = (caller >> (16 * row)) as usize % WIDTH;
             counts.get(place).map_or(0, |count| count.fetch_add(1, Relaxed).saturating_add(1))
         });
-        CallerRank(places.min().unwrap_or(0).checked_ilog2().unwrap_or(0))
+        CallerRank((places.min().unwrap_or(0) / weight.max(1)).checked_ilog2().unwrap_or(0))
     }
 
     fn forget(&self, now: Instant) {
@@ -73,8 +73,8 @@ mod tests {
         // A minute of ten requests a second of each, and 500 of one.
         for tick in 0..600u64 {
             let now = start + Duration::from_millis(100) * u32::try_from(tick).unwrap();
-            (0..50).for_each(|_| busy = callers.asks(number(0), now));
-            let all = (1..=1_000).map(|caller| callers.asks(number(caller), now));
+            (0..50).for_each(|_| busy = callers.asks(number(0), 1, now));
+            let all = (1..=1_000).map(|caller| callers.asks(number(caller), 1, now));
             others = all.max().unwrap();
         }
         assert!(busy.0 >= others.0 + 3, "{busy:?} {others:?}");
@@ -84,14 +84,28 @@ mod tests {
     fn what_was_is_forgotten() {
         let start = Instant::now();
         let callers = Callers::new(start);
-        let last = (0..1_000).map(|_| callers.asks(number(7), start)).last();
+        let last = (0..1_000).map(|_| callers.asks(number(7), 1, start)).last();
         assert_eq!(last, Some(CallerRank(9)));
-        assert_eq!(callers.asks(number(7), start), CallerRank(9));
-        assert_eq!(callers.asks(number(7), start + HALF_LIFE), CallerRank(8));
-        assert_eq!(callers.asks(number(7), start + 3 * HALF_LIFE), CallerRank(6));
-        assert_eq!(callers.asks(number(7), start + 100 * HALF_LIFE), CallerRank(0));
+        assert_eq!(callers.asks(number(7), 1, start), CallerRank(9));
+        assert_eq!(callers.asks(number(7), 1, start + HALF_LIFE), CallerRank(8));
+        assert_eq!(callers.asks(number(7), 1, start + 3 * HALF_LIFE), CallerRank(6));
+        assert_eq!(callers.asks(number(7), 1, start + 100 * HALF_LIFE), CallerRank(0));
         // A clock that is behind changes nothing.
-        assert_eq!(callers.asks(number(7), start), CallerRank(1));
+        assert_eq!(callers.asks(number(7), 1, start), CallerRank(1));
+    }
+
+    #[test]
+    fn a_weight_of_four_is_two_steps() {
+        let start = Instant::now();
+        let callers = Callers::new(start);
+        let last = |weight: u32, caller: u64, times: u32| {
+            (0..times).map(|_| callers.asks(number(caller), weight, start)).last()
+        };
+        assert_eq!(last(1, 1, 1_000), Some(CallerRank(9)));
+        assert_eq!(last(4, 2, 1_000), Some(CallerRank(7)));
+        // It is as far back as others when it has asked four times as much, and no further forward than the first.
+        assert_eq!(last(4, 3, 4_000), Some(CallerRank(9)));
+        assert_eq!((last(4, 4, 1), last(0, 5, 1)), (Some(CallerRank(0)), Some(CallerRank(0))));
     }
 
     #[test]
@@ -104,7 +118,7 @@ mod tests {
             let caller = number(random.u64(0..3_000));
             let count = asked.entry(caller).or_default();
             *count += 1;
-            assert!(callers.asks(caller, start).0 >= count.ilog2());
+            assert!(callers.asks(caller, 1, start).0 >= count.ilog2());
         }
     }
 }

@@ -416,7 +416,7 @@ impl Upstream {
             return Ok(Pick { server, fresh: true });
         }
         if self.ranks_callers() && tries.count() == 0 && !tries.is_queued() {
-            tries.ranked(self.callers.asks(tries.caller(), now));
+            tries.ranked(self.callers.asks(tries.caller(), tries.weight(), now));
         }
         // Nobody overtakes those that wait.
         if self.settings.max_requests.is_some() && !tries.is_queued() && self.queue.waiting() > 0 {

@@ -241,7 +241,7 @@ fn no_waiter_is_lost_between_threads() {
                     for _ in 0..EACH {
                         let mut tries = Tries::default();
                         // Some ask more than others, so that they overtake.
-                        tries.called_by(random.u64(0..seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+                        tries.called_by(random.u64(0..seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15), 1);
                         let mut picked = pool.pick(&mut tries, start);
                         while let Err(NoServer::Busy) = picked {
                             match pool.poll_pick(&mut tries, &waker, start) {
@@ -315,7 +315,7 @@ fn no_waiter_is_lost_while_servers_come_and_go() {
                         let [mut served, mut waited, mut left] = [0; 3];
                         for _ in 0..EACH {
                             let mut tries = keyed(pool, Some(random.u64(0..9)));
-                            tries.called_by(random.u64(..));
+                            tries.called_by(random.u64(..), 1);
                             'tries: loop {
                                 let mut picked = pool.pick(&mut tries, start);
                                 while let Err(NoServer::Busy) = picked {
@@ -392,7 +392,7 @@ fn crowd(order: QueueOrder, busy_each_second: u64) -> Outcome {
         for caller in arrive {
             let takes = random.u64(5..=15);
             let mut tries = Tries::default();
-            tries.called_by(spread(caller.into()));
+            tries.called_by(spread(caller.into()), 1);
             match pool.pick(&mut tries, now) {
                 Ok(_) => {
                     if caller > 0 {

@@ -54,6 +54,7 @@ pub struct Tries {
     costly: usize,
     key: Option<u64>,
     caller: u64,
+    weight: u32,
     rank: CallerRank,
     /// The server of the last try counts this request as one in flight.
     counted: bool,
@@ -76,13 +77,17 @@ impl Tries {
     }
 
     /// Who asks, as a number that is spread evenly: for the order in which requests wait.
-    pub fn called_by(&mut self, caller: u64) {
-        self.caller = caller;
+    pub fn called_by(&mut self, caller: u64, weight: u32) {
+        (self.caller, self.weight) = (caller, weight);
     }
 
     /// The client still sends the body, and how long that takes says nothing about the server. To be said before an answer.
     pub fn streams_body(&mut self) {
         self.streams = true;
+    }
+
+    pub(super) fn weight(&self) -> u32 {
+        self.weight
     }
 
     pub(super) fn caller(&self) -> u64 {
