@@ -317,7 +317,8 @@ fn sockets_of_systemd_are_used_and_stay() {
     let config = folder.write("tollgate.toml", &text);
     let sockets = [format!("127.0.0.1:{port}"), path.display().to_string()];
     let mut gateway = Activated::start(&sockets, &config);
-    eventually("systemd listens", || path.exists());
+    // The file is there a moment before somebody listens.
+    eventually("systemd listens", || UnixStream::connect(&path).is_ok());
     // It waits in systemd's queue while the gateway starts.
     assert_eq!(unix_status(&path), "HTTP/1.1 200");
     let ask = || {
@@ -352,8 +353,7 @@ fn sockets_of_systemd_are_used_and_stay() {
     // A socket that no listener has: connections would wait for ever.
     std::fs::remove_file(&path).unwrap();
     let mut gateway = Activated::start(&[sockets.as_slice(), &[format!("127.0.0.1:{other}")]].concat(), &config);
-    eventually("systemd listens", || path.exists());
-    drop(UnixStream::connect(&path).unwrap());
+    eventually("systemd listens", || UnixStream::connect(&path).is_ok());
     eventually("the gateway does not start", || gateway.0.try_wait().unwrap().is_some());
     let log = std::fs::read_to_string(config.with_extension("log")).unwrap();
     assert!(log.contains(&format!("127.0.0.1:{other}")) && log.contains("LISTEN_FDS"), "{log}");
