@@ -176,12 +176,13 @@ pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
 /// Whether something would be left of the last segment without its `.json`, and no dot segment.
 fn ends_in_a_name(path: &[u8]) -> bool {
     // By its last bytes alone: it is asked for each ending of many.
-    let before = match path {
-        [rest @ .., b'.', b'.'] | [rest @ .., b'.'] => rest,
-        _ => path,
-    };
-    // What a segment begins behind; an escape is in capitals by now.
-    !matches!(before, [] | [.., b'/'] | [.., b'%', b'2', b'F'] | [.., b'%', b'5', b'C'])
+    match path {
+        // Dots are no name where a segment begins, by whoever counts an escaped slash as well; it is in capitals by now.
+        [before @ .., b'.', b'.'] | [before @ .., b'.'] => {
+            !matches!(before, [] | [.., b'/'] | [.., b'%', b'2', b'F'] | [.., b'%', b'5', b'C'])
+        }
+        _ => !matches!(path, [] | [.., b'/']),
+    }
 }
 
 fn decode_and_squeeze(path: &[u8]) -> Vec<u8> {
@@ -308,7 +309,7 @@ mod tests {
             ("/a%2f..json", "/a%2F..json"),
             ("/a%2F...json", "/a%2F...json"),
             ("/a%5c..json", "/a%5C..json"),
-            ("/a%2f.json", "/a%2F.json"),
+            ("/a%2f.json", "/a%2F"),
             ("/a/b..json", "/a/b."),
             ("/a/...json.json/", "/a/...json"),
             ("///", "/"),
