@@ -173,15 +173,23 @@ pub fn canonical(path: &[u8]) -> Cow<'_, [u8]> {
     }
 }
 
-/// Whether something would be left of the last segment without its `.json`, and no dot segment.
+/// Whether something would be left of the last segment without its `.json`, and no dot segment: not even for whoever reads an
+/// escaped slash as one, or leaves out a parameter. Escapes are in capitals by now.
 fn ends_in_a_name(path: &[u8]) -> bool {
-    // By its last bytes alone: it is asked for each ending of many.
-    match path {
-        // Dots are no name where a segment begins, by whoever counts an escaped slash as well; it is in capitals by now.
-        [before @ .., b'.', b'.'] | [before @ .., b'.'] => {
-            !matches!(before, [] | [.., b'/'] | [.., b'%', b'2', b'F'] | [.., b'%', b'5', b'C'])
-        }
-        _ => !matches!(path, [] | [.., b'/']),
+    // From the end, and not beyond the first byte that is neither: it is asked for each ending of many.
+    let (mut rest, mut dots, mut empty) = (path, 0, true);
+    loop {
+        rest = match rest {
+            [before @ .., b'.'] => {
+                dots += 1;
+                before
+            }
+            [before @ .., b';'] | [before @ .., b'%', b'3', b'B'] => before,
+            [] | [.., b'/'] => return !empty && !matches!(dots, 1 | 2),
+            [.., b'%', b'2', b'F'] | [.., b'%', b'5', b'C'] => return !matches!(dots, 1 | 2),
+            _ => return true,
+        };
+        empty = false;
     }
 }
 
@@ -311,6 +319,10 @@ mod tests {
             ("/a%5c..json", "/a%5C..json"),
             ("/a%2f.json", "/a%2F"),
             ("/a/b..json", "/a/b."),
+            ("/;...json", "/;...json"),
+            ("/a/%3b..json", "/a/%3B..json"),
+            ("/a/x;..json", "/a/x;."),
+            ("/a/;.json", "/a/;"),
             ("/a/...json.json/", "/a/...json"),
             ("///", "/"),
             ("/a%2Fb", "/a%2Fb"),
