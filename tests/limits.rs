@@ -12,7 +12,7 @@ fn limit(keys: &str) -> String {
 }
 
 /// As many statuses as requests, one after the other.
-fn statuses(gateway: &Gateway, token: &str, count: usize) -> Vec<u16> {
+pub fn statuses(gateway: &Gateway, token: &str, count: usize) -> Vec<u16> {
     let mut client = gateway.client();
     let ask = |_| {
         client.send_head(&get(token, TARGET));

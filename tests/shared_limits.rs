@@ -4,6 +4,7 @@
 //! TOLLGATE_EXACTNESS_SECONDS (1) makes it longer.
 
 use crate::harness::*;
+use crate::limits::statuses;
 use crate::servers::Server;
 use crate::servers::postgres::Postgres;
 use crate::servers::redis::{Options, Redis};
@@ -224,15 +225,6 @@ fn replicas_together_let_through_what_is_allowed() {
 
 fn limit(keys: &str) -> String {
     format!("[[limit]]\nname = \"l\"\nshared = true\n{keys}\n")
-}
-
-fn statuses(gateway: &Gateway, token: &str, count: usize) -> Vec<u16> {
-    let mut client = gateway.client();
-    let ask = |_| {
-        client.send_head(&get(token, TARGET));
-        client.answer().status
-    };
-    (0..count).map(ask).collect()
 }
 
 fn passed(statuses: &[u16]) -> usize {

@@ -151,22 +151,21 @@ impl HeavyHitters {
     /// Who made most of the requests of the last time, `most` of each list.
     pub fn ranking(&self, now: Instant, last: Duration, most: usize) -> TrafficRanking {
         let mut ranking = TrafficRanking::default();
-        let mut sums: [HashMap<HitterKey, HitterSums>; 4] = Default::default();
-        {
-            let ring = self.ring.lock();
-            let age = |taken: &Taken| now.saturating_duration_since(taken.at);
-            // What was pushed out of a full ring was older than all that is in it.
-            ranking.covers = match ring.front() {
-                Some(first) if ring.len() >= KEPT => age(first).min(last),
-                _ => last,
-            };
-            for taken in ring.iter().filter(|taken| age(taken) <= last) {
-                ranking.sampled += 1;
-                ranking.all.add(taken);
-                for (sums, key) in sums.iter_mut().zip(HitterKey::all(&taken.request)) {
-                    if let Some(key) = key {
-                        sums.entry(key).or_default().add(taken);
-                    }
+        // No request waits for it, so the names need no copies.
+        let ring = self.ring.lock();
+        let mut sums: [HashMap<HitterKey<'_>, HitterSums>; 4] = Default::default();
+        let age = |taken: &Taken| now.saturating_duration_since(taken.at);
+        // What was pushed out of a full ring was older than all that is in it.
+        ranking.covers = match ring.front() {
+            Some(first) if ring.len() >= KEPT => age(first).min(last),
+            _ => last,
+        };
+        for taken in ring.iter().filter(|taken| age(taken) <= last) {
+            ranking.sampled += 1;
+            ranking.all.add(taken);
+            for (sums, key) in sums.iter_mut().zip(HitterKey::all(&taken.request)) {
+                if let Some(key) = key {
+                    sums.entry(key).or_default().add(taken);
                 }
             }
         }
@@ -195,28 +194,28 @@ impl HeavyHitters {
 }
 
 /// One of those that are ranked.
-#[derive(Clone, PartialEq, Eq, Hash)]
-enum HitterKey {
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum HitterKey<'a> {
     Token([u8; 12]),
-    Text(String),
+    Text(&'a str),
     Client(IpAddr),
 }
 
-impl HitterKey {
+impl<'a> HitterKey<'a> {
     /// By kind.
-    fn all(request: &RequestSample) -> [Option<Self>; 4] {
+    fn all(request: &'a RequestSample) -> [Option<Self>; 4] {
         [
             request.token.map(Self::Token),
-            request.user.as_deref().map(|user| Self::Text(user.to_owned())),
+            request.user.as_deref().map(Self::Text),
             request.client.map(Self::Client),
-            Some(Self::Text(request.route.clone().into())),
+            Some(Self::Text(&request.route)),
         ]
     }
 
     fn name(&self) -> String {
         match self {
             Self::Token(id) => String::from_utf8_lossy(id).into_owned(),
-            Self::Text(text) => text.clone(),
+            Self::Text(text) => (*text).to_owned(),
             Self::Client(address @ IpAddr::V4(_)) => address.to_string(),
             Self::Client(network @ IpAddr::V6(_)) => format!("{network}/64"),
         }
@@ -224,8 +223,8 @@ impl HitterKey {
 
     fn most(sums: &HashMap<Self, HitterSums>, measure: HitterMeasure, most: usize) -> Vec<HeavyHitter> {
         let mut list: Vec<(&Self, &HitterSums)> = sums.iter().filter(|(_, sums)| sums.of(measure) > 0).collect();
-        // By name among equals, so that the order does not change from one time to the next.
-        list.sort_by(|(a, x), (b, y)| y.of(measure).cmp(&x.of(measure)).then_with(|| a.name().cmp(&b.name())));
+        // By key among equals, so that the order does not change from one time to the next.
+        list.sort_unstable_by(|(a, x), (b, y)| y.of(measure).cmp(&x.of(measure)).then_with(|| a.cmp(b)));
         list.into_iter().take(most).map(|(key, sums)| HeavyHitter { name: key.name(), sums: *sums }).collect()
     }
 }
