@@ -22,10 +22,7 @@ use crate::store::fleet_tests::{
     AskedLookup, CentralStore, FaultTime, LinkFault, LinkedStore, SimClock, clock, run_by, world_ms,
 };
 use crate::telemetry::metrics::{CacheResult, Metrics, UpstreamError};
-use crate::upstream::{
-    Balance, CheckFault, FailedTry, ListedServer, MaxRequests, NoServer, QueueOrder, ServerAddress, Tries, Upstream,
-    UpstreamSettings,
-};
+use crate::upstream::{self, Balance, CheckFault, FailedTry, MaxRequests, NoServer, Tries, Upstream, UpstreamSettings};
 use futures_util::poll;
 use parking_lot::Mutex;
 use std::future::poll_fn;
@@ -728,32 +725,11 @@ fn limits(rate: u64, burst: u64, seed: u64) -> RequestLimits {
 }
 
 fn pool(max_requests: u32) -> UpstreamSettings {
-    let server =
-        |port: u16| ListedServer { address: ServerAddress::Tcp(format!("127.0.0.1:{port}")), weight: 1, backup: false };
     UpstreamSettings {
-        name: "api".into(),
-        servers: vec![server(1), server(2)],
-        expand: false,
         balance: Balance::LeastRequests,
-        slow_start: None,
         max_requests: Some(MaxRequests::Fixed(max_requests)),
         queue: 5,
-        queue_order: QueueOrder::Fair,
-        queue_timeout: Duration::from_secs(1),
-        resolve_interval: Duration::from_secs(30),
-        check: None,
-        failure_statuses: Vec::new(),
-        failure_latency: None,
-        panic_below: 0,
-        retries: None,
-        per_try_timeout: None,
-        request_timeout: None,
-        connect_timeout: Duration::from_secs(2),
-        read_timeout: Duration::from_secs(60),
-        idle_timeout: Duration::from_secs(15),
-        tls: None,
-        http2: false,
-        send_proxy: false,
+        ..upstream::tests::settings(&["127.0.0.1:1", "127.0.0.1:2"])
     }
 }
 

@@ -752,13 +752,13 @@ mod pool_tests;
 mod queue_tests;
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     pub(super) const REFUSED: FailedTry = FailedTry::Connect(UpstreamError::Connect);
     const CLOSED: FailedTry = FailedTry::Exchange { kept: false, error: UpstreamError::Closed };
 
-    pub(super) fn settings(servers: &[&str]) -> UpstreamSettings {
+    pub(crate) fn settings(servers: &[&str]) -> UpstreamSettings {
         let address = |text: &&str| match text.strip_prefix("unix:") {
             Some(path) => ServerAddress::Unix(path.into()),
             None => ServerAddress::Tcp((*text).into()),
