@@ -22,7 +22,9 @@ use crate::store::fleet_tests::{
     AskedLookup, CentralStore, FaultTime, LinkFault, LinkedStore, SimClock, clock, run_by, world_ms,
 };
 use crate::telemetry::metrics::{CacheResult, Metrics, UpstreamError};
-use crate::upstream::{self, Balance, CheckFault, FailedTry, MaxRequests, NoServer, Tries, Upstream, UpstreamSettings};
+use crate::upstream::{
+    Balance, CheckFault, FailedTry, MaxRequests, NoServer, Tries, Upstream, UpstreamSettings, settings_for_tests,
+};
 use futures_util::poll;
 use parking_lot::Mutex;
 use std::future::poll_fn;
@@ -729,7 +731,7 @@ fn pool(max_requests: u32) -> UpstreamSettings {
         balance: Balance::LeastRequests,
         max_requests: Some(MaxRequests::Fixed(max_requests)),
         queue: 5,
-        ..upstream::tests::settings(&["127.0.0.1:1", "127.0.0.1:2"])
+        ..settings_for_tests(&["127.0.0.1:1", "127.0.0.1:2"])
     }
 }
 

@@ -746,13 +746,16 @@ const UNRESOLVED_AGAIN: Duration = Duration::from_secs(2);
 mod adaptive_tests;
 
 #[cfg(test)]
+pub(crate) use tests::settings as settings_for_tests;
+
+#[cfg(test)]
 mod pool_tests;
 
 #[cfg(test)]
 mod queue_tests;
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
 
     pub(super) const REFUSED: FailedTry = FailedTry::Connect(UpstreamError::Connect);
