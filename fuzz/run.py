@@ -103,10 +103,11 @@ def panic(output):
     return found[0][:300] if found else (lines[-1][:300] if lines else "no output")
 
 
-def fuzz(target, seconds):
+def fuzz(target, seconds, seed):
     kept = KEPT / target
     kept.mkdir(parents=True, exist_ok=True)
-    output, status, cpu = run(target, seconds, [kept, FUZZ / "corpus" / target])
+    seeded = [f"-seed={seed}"] if seed else []
+    output, status, cpu = run(target, seconds, [kept, FUZZ / "corpus" / target], more=seeded)
     executions = said(output, r"stat::number_of_executed_units: (\d+)")
     row = {
         "target": target,
@@ -165,6 +166,7 @@ def main():
     options.add_argument("--faults", action="store_true")
     options.add_argument("--minimize", action="store_true")
     options.add_argument("--files", type=int, default=12)
+    options.add_argument("--seed", type=int, help="of the generator (default: another one each time)")
     options.add_argument("--table", help="append figures to this file, as tab-separated values")
     options = options.parse_args()
     known = targets()
@@ -176,7 +178,7 @@ def main():
         return faults(chosen, 60)
     if options.minimize:
         return [minimize(target, options.files) for target in chosen] and None
-    rows = [fuzz(target, options.time) for target in chosen]
+    rows = [fuzz(target, options.time, options.seed) for target in chosen]
     if options.table:
         with open(options.table, "a", encoding="utf-8") as table:
             for row in rows:
