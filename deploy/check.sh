@@ -1,7 +1,7 @@
 #!/bin/sh
 # Checks the files that are not compiled: presets, unit file, Dockerfile, Prometheus files and the tables in docs/.
 # Usage: deploy/check.sh [PATH OF THE tollgate BINARY]        (default: target/debug/tollgate, or $TOLLGATE)
-# Needs promtool (Debian: prometheus), systemd-analyze (systemd), ca-certificates and awk, cmp, grep, sed, sort, comm. A missing tool is a failure.
+# Needs promtool (Debian: prometheus), systemd-analyze (systemd), ca-certificates, python3 and awk, cmp, grep, sed, sort, comm. A missing tool is a failure.
 set -eu
 cd "$(dirname "$0")/.."
 LC_ALL=C
@@ -29,7 +29,7 @@ run() {
     echo "ok $file"
 }
 
-for tool in promtool systemd-analyze awk cmp grep sed sort comm; do
+for tool in promtool systemd-analyze python3 awk cmp grep sed sort comm; do
     command -v "$tool" >/dev/null || fail "$tool is missing (apt-get install prometheus systemd)"
 done
 [ -x "$tollgate" ] || fail "$tollgate is missing (cargo build)"
@@ -132,7 +132,13 @@ run deploy/docker/Dockerfile.dockerignore grep -qx '\*' deploy/docker/Dockerfile
 # --- Prometheus --------------------------------------------------------------
 run deploy/prometheus/prometheus.yml promtool check config deploy/prometheus/prometheus.yml
 run deploy/prometheus/alerts.yml promtool check rules deploy/prometheus/alerts.yml
+run deploy/prometheus/recording.yml promtool check rules deploy/prometheus/recording.yml
 run deploy/prometheus/alerts.test.yml promtool test rules deploy/prometheus/alerts.test.yml
+
+# --- Grafana -----------------------------------------------------------------
+# tests/monitoring.rs has a real Prometheus evaluate each expression.
+dashboard() { deploy/grafana/dashboard.py | cmp - deploy/grafana/tollgate.json; }
+run deploy/grafana/tollgate.json dashboard
 
 # --- Names, against the source -------------------------------------------------
 grep -oh '"tollgate_[a-z0-9_]*"' src/telemetry/*metrics.rs src/telemetry/heavy_hitters.rs | tr -d '"' | sort -u >"$work/metrics"
@@ -152,8 +158,11 @@ operations() {
     sed -n 's/^| `\([a-z_]*\)` | [345][0-9][0-9] |.*/\1/p' docs/operations.md | sort >"$work/said"
     same reasons || return 1
     sed -n 's/^ *- alert: //p' deploy/prometheus/alerts.yml | sort >"$work/known"
-    sed -n '/^### Alerts/,/^## /p' docs/operations.md | grep '^| Tollgate' | cut -d'|' -f2 | grep -o 'Tollgate[A-Za-z0-9]*' | sort >"$work/said"
+    sed -n 's/^## \(Tollgate[A-Za-z0-9]*\)$/\1/p' docs/alerts.md | sort >"$work/said"
     same alerts || return 1
+    # The link of each alert leads to its own section.
+    awk -v wanted="$(wc -l <"$work/known")" '/- alert: /{ name = tolower($3) } /runbook_url: /{ sub(/.*alerts.md#/, ""); sub(/"$/, ""); if ($0 == name) good++; else { print name ": its runbook_url ends in #" $0; bad = 1 } } END { if (good != wanted) { print good " of " wanted " alerts have a runbook_url"; bad = 1 } exit bad }' \
+        deploy/prometheus/alerts.yml || return 1
     # Each alert must be tested both ways: that it fires and that it does not.
     while read -r alert; do
         grep -q "alertname: $alert}" deploy/prometheus/alerts.test.yml || { echo "$alert: no test that it does not fire"; return 1; }
@@ -162,7 +171,9 @@ operations() {
 }
 run docs/operations.md operations
 known_names() {
-    grep -ohE '\btollgate_[a-z0-9_]*[a-z]' deploy/prometheus/*.yml docs/*.md | sed -E 's/_(bucket|sum|count)$//' | sort -u >"$work/said"
+    # What recording.yml records has colons, and is no metric of tollgate's.
+    cat deploy/prometheus/*.yml deploy/grafana/tollgate.json docs/*.md | sed -E 's/[a-z_]+:tollgate_[a-z_]+:[a-z0-9_]+//g' |
+        grep -oE '\btollgate_[a-z0-9_]*[a-z]' | sed -E 's/_(bucket|sum|count)$//' | sort -u >"$work/said"
     comm -13 "$work/metrics" "$work/said" >"$work/differ"
     [ ! -s "$work/differ" ] || { echo "no such metrics:"; cat "$work/differ"; return 1; }
 }
@@ -196,6 +207,6 @@ places() {
     done <"$work/tests"
 }
 for page in README security framework-traps clients threat-model dependencies; do run "docs/$page.md" places "docs/$page.md"; done
-for page in backup limits monitoring operations stores tls; do places "docs/$page.md" || fail "docs/$page.md names what does not exist"; done
+for page in alerts backup limits monitoring operations stores tls; do places "docs/$page.md" || fail "docs/$page.md names what does not exist"; done
 
 echo "deploy/check.sh: $files files checked"

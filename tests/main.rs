@@ -37,6 +37,7 @@ mod limits;
 mod listeners;
 mod logs;
 mod method_override;
+mod monitoring;
 mod names;
 mod operations;
 mod overload;

@@ -5,6 +5,7 @@ use super::guess_metrics::GuessMetrics;
 use super::heavy_hitters::HeavyHitters;
 use super::limit_metrics::{LimitFamilies, LimitMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
+use super::process_metrics::ProcessMetrics;
 use super::server_metrics::ServerFamilies;
 pub use super::server_metrics::{AdaptiveReading, ServerMetrics};
 use super::share_metrics::{ShareFamilies, ShareMetrics};
@@ -12,8 +13,8 @@ use super::store_metrics::StoreFamilies;
 pub use super::store_metrics::StoreMetrics;
 use prometheus::core::Collector;
 use prometheus::{
-    GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Counter, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -111,6 +112,7 @@ pub struct Metrics {
     shares: ShareFamilies,
     guessing: GuessMetrics,
     heavy_hitters: HeavyHitters,
+    process: ProcessMetrics,
     /// Access log, process log.
     log_dropped: [IntCounter; 3],
     panics: IntCounter,
@@ -147,7 +149,7 @@ impl Drop for Guard {
 }
 
 /// Makes and registers metrics.
-pub(super) struct Families<'a>(&'a Registry);
+pub(super) struct Families<'a>(pub(super) &'a Registry);
 
 impl Families<'_> {
     fn registered<M: Collector + Clone + 'static>(&self, metric: M) -> Result<M, prometheus::Error> {
@@ -169,6 +171,14 @@ impl Families<'_> {
 
     pub(super) fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
         self.registered(IntGaugeVec::new(Opts::new(name, help), labels)?)
+    }
+
+    pub(super) fn float_gauge(&self, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
+        self.registered(Gauge::new(name, help)?)
+    }
+
+    pub(super) fn float_counter(&self, name: &str, help: &str) -> Result<Counter, prometheus::Error> {
+        self.registered(Counter::new(name, help)?)
     }
 
     pub(super) fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, prometheus::Error> {
@@ -255,6 +265,7 @@ impl Metrics {
             shares: ShareFamilies::new(&families)?,
             guessing: GuessMetrics::new(&families)?,
             heavy_hitters: HeavyHitters::new(&families, Instant::now())?,
+            process: ProcessMetrics::new(&families)?,
             lookups_refused: families
                 .counter("tollgate_lookups_refused_total", "Lookups refused because too many were in progress.")?,
             rotated: Generation::ALL.iter().map(|g| rotated.with_label_values(&[g.as_str()])).collect(),
@@ -497,6 +508,7 @@ impl Metrics {
         process.inc_by(super::process_log::lost().saturating_sub(process.get()));
         self.panics.inc_by(super::process_log::panics().saturating_sub(self.panics.get()));
         self.heavy_hitters.publish(Instant::now());
+        self.process.publish();
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 }

@@ -12,6 +12,7 @@ mod listener_metrics;
 pub mod metrics;
 pub mod outage;
 pub mod process_log;
+mod process_metrics;
 mod server_metrics;
 pub mod share_metrics;
 pub mod spans;

@@ -6,6 +6,7 @@ pub mod delay;
 pub mod http;
 pub mod pgbouncer;
 pub mod postgres;
+pub mod prometheus;
 pub mod redis;
 pub mod tls;
 

@@ -5,11 +5,11 @@ use super::{Backing, Config, Embedded, Introspected, PostgresGitlab, PostgresOwn
 use crate::harness::*;
 use crate::servers::http::{HttpServer, Reply};
 use crate::servers::postgres::Postgres;
+use crate::servers::prometheus::Prometheus;
 use crate::servers::redis::{Cluster, Redis};
-use crate::servers::{Fault, Process, Server as _, free_port};
+use crate::servers::{Fault, Server as _};
 use crate::support::get;
 use std::collections::BTreeSet;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,67 +19,41 @@ const STEADY: Duration = Duration::from_secs(4);
 /// After the faults.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Rules and configuration of deploy/, 60 times as fast.
-struct Prometheus {
-    port: u16,
-    _process: Process,
-    _folder: Folder,
+/// With the rules of deploy/, 60 times as fast.
+fn scraping(gateways: &[&Gateway]) -> Prometheus {
+    let folder = Folder::new("prometheus");
+    let rules = std::fs::read_to_string("deploy/prometheus/alerts.yml").unwrap();
+    let minutes = |text: &str| -> String {
+        let mut out = String::new();
+        let mut letters = text.chars().peekable();
+        while let Some(letter) = letters.next() {
+            let ends = letters.peek().is_none_or(|next| !next.is_alphanumeric());
+            match letter {
+                'm' if ends && out.ends_with(|c: char| c.is_ascii_digit()) => out.push('s'),
+                'h' if ends && out.ends_with(|c: char| c.is_ascii_digit()) => out.push('m'),
+                letter => out.push(letter),
+            }
+        }
+        out
+    };
+    let fast = minutes(&rules);
+    assert!(fast.contains("[5s]") && fast.contains("for: 1s") && !fast.contains("[5m]"), "{fast}");
+    folder.write("alerts.yml", &fast);
+    let targets: Vec<String> = gateways.iter().map(|gateway| gateway.admin.to_string()).collect();
+    Prometheus::start(folder, &targets, &["alerts.yml"])
 }
 
-impl Prometheus {
-    fn scraping(gateways: &[&Gateway]) -> Self {
-        let (folder, port) = (Folder::new("prometheus"), free_port());
-        let rules = std::fs::read_to_string("deploy/prometheus/alerts.yml").unwrap();
-        let minutes = |text: &str| -> String {
-            let mut out = String::new();
-            let mut letters = text.chars().peekable();
-            while let Some(letter) = letters.next() {
-                let ends = letters.peek().is_none_or(|next| !next.is_alphanumeric());
-                match letter {
-                    'm' if ends && out.ends_with(|c: char| c.is_ascii_digit()) => out.push('s'),
-                    'h' if ends && out.ends_with(|c: char| c.is_ascii_digit()) => out.push('m'),
-                    letter => out.push(letter),
-                }
-            }
-            out
-        };
-        let fast = minutes(&rules);
-        assert!(fast.contains("[5s]") && fast.contains("for: 1s") && !fast.contains("[5m]"), "{fast}");
-        folder.write("alerts.yml", &fast);
-        let targets: Vec<String> = gateways.iter().map(|gateway| format!("\"{}\"", gateway.admin)).collect();
-        let config = format!(
-            "global: {{scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms}}\nrule_files: [alerts.yml]\n\
-             scrape_configs:\n  - job_name: tollgate\n    static_configs:\n      - targets: [{}]\n",
-            targets.join(", ")
-        );
-        let config = folder.write("prometheus.yml", &config);
-        let process = Process::start(
-            Command::new("prometheus")
-                .arg(format!("--config.file={}", config.display()))
-                .arg(format!("--storage.tsdb.path={}", folder.file("data").display()))
-                .arg(format!("--web.listen-address=127.0.0.1:{port}"))
-                .stdout(Stdio::null())
-                .stderr(Stdio::null()),
-        );
-        eventually("Prometheus answers", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-        Self { port, _process: process, _folder: folder }
-    }
-
-    /// The alerts that fire now for each gateway.
-    fn firing(&self, gateways: &[&Gateway]) -> Vec<BTreeSet<String>> {
-        let mut client = Client::connect(([127, 0, 0, 1], self.port).into());
-        client.send_head("GET /api/v1/alerts HTTP/1.1\nHost: p.test\n\n");
-        let answer: serde_json::Value = serde_json::from_str(&client.answer().text()).unwrap();
-        let alerts = answer["data"]["alerts"].as_array().unwrap();
-        let of = |gateway: &&Gateway| {
-            let instance = gateway.admin.to_string();
-            let fires =
-                |alert: &&serde_json::Value| alert["state"] == "firing" && alert["labels"]["instance"] == *instance;
-            let name = |alert: &serde_json::Value| alert["labels"]["alertname"].as_str().unwrap().to_owned();
-            alerts.iter().filter(fires).map(name).collect()
-        };
-        gateways.iter().map(of).collect()
-    }
+/// The alerts that fire now for each gateway.
+fn firing(prometheus: &Prometheus, gateways: &[&Gateway]) -> Vec<BTreeSet<String>> {
+    let answer = prometheus.api("alerts");
+    let alerts = answer["data"]["alerts"].as_array().unwrap();
+    let of = |gateway: &&Gateway| {
+        let instance = gateway.admin.to_string();
+        let fires = |alert: &&serde_json::Value| alert["state"] == "firing" && alert["labels"]["instance"] == *instance;
+        let name = |alert: &serde_json::Value| alert["labels"]["alertname"].as_str().unwrap().to_owned();
+        alerts.iter().filter(fires).map(name).collect()
+    };
+    gateways.iter().map(of).collect()
 }
 
 /// A gateway with the fault of its store.
@@ -289,7 +263,7 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
         .map(|case| (case.gateway.address, Arc::clone(&over)))
         .map(|(address, over)| std::thread::spawn(move || callers(address, &over)))
         .collect();
-    let prometheus = Prometheus::scraping(&cases.iter().map(|case| &case.gateway).collect::<Vec<_>>());
+    let prometheus = scraping(&cases.iter().map(|case| &case.gateway).collect::<Vec<_>>());
     // Healthy at first, so that nothing is left of the start.
     std::thread::sleep(Duration::from_secs(2));
     removed.inject(Fault::Stop);
@@ -302,7 +276,7 @@ fn every_fault_of_a_store_fires_the_alert_that_names_it_and_no_other() {
     loop {
         cases.iter_mut().for_each(|case| (case.inject)());
         std::thread::sleep(Duration::from_millis(250));
-        let firing = prometheus.firing(&cases.iter().map(|case| &case.gateway).collect::<Vec<_>>());
+        let firing = firing(&prometheus, &cases.iter().map(|case| &case.gateway).collect::<Vec<_>>());
         let wrong: Vec<String> = cases
             .iter()
             .zip(&firing)
