@@ -129,6 +129,22 @@ dockerfile() {
 run deploy/docker/Dockerfile dockerfile
 run deploy/docker/Dockerfile.dockerignore grep -qx '\*' deploy/docker/Dockerfile.dockerignore
 
+# --- Compose, Kubernetes -------------------------------------------------------
+venv=${TOLLGATE_PY_VENV:-target/py-clients}
+[ -d "$venv/deploy-tools" ] || fail "$venv/deploy-tools is missing: run bash tests/install.sh"
+run deploy/references.py env PYTHONPATH="$venv/deploy-tools" "$venv/bin/python" deploy/references.py "$work/kubernetes"
+cat "$work/out"
+# The gateways' configurations, as they will be mounted.
+for file in deploy/compose/tollgate.toml deploy/debian/tollgate.toml; do
+    here "$file" >"$work/mounted.toml"
+    run "$file" "$tollgate" check --offline --config "$work/mounted.toml"
+done
+for file in "$work"/kubernetes/*/tollgate.toml; do
+    [ -e "$file" ] || continue
+    sed -i "s#/etc/tollgate-secrets/password#$work/stores/postgres.password#" "${file%/*}"/conf.d/*.toml
+    run "$file" "$tollgate" check --offline --config "$file"
+done
+
 # --- Prometheus --------------------------------------------------------------
 run deploy/prometheus/prometheus.yml promtool check config deploy/prometheus/prometheus.yml
 run deploy/prometheus/alerts.yml promtool check rules deploy/prometheus/alerts.yml

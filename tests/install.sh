@@ -14,6 +14,7 @@ python=/usr/bin/python3
 venv=${TOLLGATE_PY_VENV:-target/py-clients}
 requirements=tests/clients/requirements.txt
 reader_requirements=tests/readers/requirements.txt
+deploy_requirements=deploy/requirements.txt
 # Apart from the rest, in a folder of its own: its package is called "gitlab", and so is python-gitlab's.
 pyapi="pyapi-gitlab==7.8.5"
 # The same: a python-gitlab of today, which waits when it gets 429 (API v4 only).
@@ -35,6 +36,8 @@ packages+=(nghttp2-client)
 packages+=(valgrind gcc libc6-dev libc6-dbg)
 # For `make fuzz-short`: the engine is C++.
 packages+=(g++)
+# For deploy/check.sh and deploy/package-test.sh.
+packages+=(docker-compose lintian man-db logrotate)
 # Node and npm by whatever way they came; Debian's own otherwise.
 if ! command -v node >/dev/null || ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
 
@@ -124,12 +127,12 @@ try_client() {
     || fail "a client does not work under $("$python" --version): correct the pins in $requirements and in this script"
 }
 
-for file in "$requirements" "$reader_requirements"; do
+for file in "$requirements" "$reader_requirements" "$deploy_requirements"; do
   [[ -f $file ]] || fail "$file is missing: restore it from the repository"
 done
 # Changing any of these makes a new environment.
 stamp=$venv/.tollgate-stamp
-wanted_stamp="$("$python" --version) $pyapi $python_gitlab_4 $wheel $(cat "$requirements" "$reader_requirements" | sha256sum)"
+wanted_stamp="$("$python" --version) $pyapi $python_gitlab_4 $wheel $(cat "$requirements" "$reader_requirements" "$deploy_requirements" | sha256sum)"
 if [[ -f $stamp && $(<"$stamp") == "$wanted_stamp" ]]; then
   say "Python clients are in $venv"
 else
@@ -138,6 +141,7 @@ else
   pip_install "$wheel"
   pip_install --requirement "$requirements" --requirement "$reader_requirements"
   pip_install --no-deps --target "$venv/pyapi-gitlab" "$pyapi"
+  pip_install --target "$venv/deploy-tools" --requirement "$deploy_requirements"
   # shellcheck disable=SC2086 # two requirements
   pip_install --no-deps --target "$venv/python-gitlab-4" $python_gitlab_4
   try_client 'gitlab.Gitlab("http://localhost").http_get' "$venv/python-gitlab-4"

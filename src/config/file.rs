@@ -10,6 +10,7 @@ use crate::request::view::Method;
 use crate::store::terms::parse_rate;
 use crate::telemetry::datagrams::SyslogAddress;
 use crate::upstream::{AdaptiveBounds, HashBy, ListedServer, MaxRequests, ServerAddress};
+use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -816,6 +817,10 @@ macro_rules! settings {
                 let read: fn(&str) -> Result<$inner, InvalidValue> = $read;
                 text(value).and_then(read).map(Self).map_err(|invalid| vec![invalid])
             }
+
+            fn schema() -> Value {
+                json!({ "type": "string" })
+            }
         }
     )*};
 }
@@ -1011,6 +1016,10 @@ impl<T: Setting> Setting for Inherited<T> {
         }
         T::read(value).map(|value| Self(Some(value)))
     }
+
+    fn schema() -> Value {
+        json!({ "anyOf": [{ "const": "inherit" }, T::schema()] })
+    }
 }
 
 /// One of the kinds.
@@ -1075,6 +1084,11 @@ impl Setting for HeaderEdits {
         }
         Ok(edits)
     }
+
+    fn schema() -> Value {
+        let fields = json!({ "type": "object", "additionalProperties": { "type": "string" } });
+        json!({ "type": "object", "properties": { "set": fields, "remove": Vec::<String>::schema() }, "additionalProperties": false })
+    }
 }
 
 /// What requests count as.
@@ -1117,6 +1131,10 @@ impl Setting for LimitCostText {
         }
         Ok(Self(costs))
     }
+
+    fn schema() -> Value {
+        json!({ "type": "object", "additionalProperties": u64::schema() })
+    }
 }
 
 /// A certificate of a listener.
@@ -1131,6 +1149,10 @@ impl Setting for CertificateText {
         let like = "write it like { chain = \"api.pem\", key = \"api.key\" }";
         let [chain, key] = entries(value, ["chain", "key"], like)?;
         Ok(Self { chain: String::read(chain)?, key: String::read(key)? })
+    }
+
+    fn schema() -> Value {
+        json!({ "type": "object", "properties": { "chain": String::schema(), "key": String::schema() }, "required": ["chain", "key"], "additionalProperties": false })
     }
 }
 
@@ -1152,6 +1174,10 @@ impl Setting for PoolText {
         };
         Ok(Self { scope: word(scope)?, upstream: String::read(upstream)? })
     }
+
+    fn schema() -> Value {
+        json!({ "type": "object", "properties": { "scope": String::schema(), "upstream": String::schema() }, "required": ["scope", "upstream"], "additionalProperties": false })
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -1172,6 +1198,11 @@ impl Setting for CanaryText {
         let by = CanaryKey::read(by)
             .map_err(|_| vec![invalid("by: is not allowed here", "use one of: \"user\", \"token\", \"request\"")])?;
         Ok(Self { upstream: String::read(upstream)?, share, by })
+    }
+
+    fn schema() -> Value {
+        let share = json!({ "type": "number", "minimum": 0, "maximum": 1 });
+        json!({ "type": "object", "properties": { "upstream": String::schema(), "share": share, "by": CanaryKey::schema() }, "required": ["upstream", "share", "by"], "additionalProperties": false })
     }
 }
 
@@ -1228,6 +1259,11 @@ impl Setting for MaxRequests {
         }
         Ok(Self::Adaptive(bounds))
     }
+
+    fn schema() -> Value {
+        let bounds = json!({ "least": u64::schema(), "most": u64::schema() });
+        json!({ "anyOf": [{ "const": "adaptive" }, u64::schema(), { "type": "object", "properties": bounds, "additionalProperties": false }] })
+    }
 }
 
 /// An address, or a table with more about the server.
@@ -1256,5 +1292,10 @@ impl Setting for ListedServer {
             read.map_err(|all| all.into_iter().map(within).collect::<Vec<_>>())?;
         }
         Ok(listed)
+    }
+
+    fn schema() -> Value {
+        let more = json!({ "address": String::schema(), "weight": u64::schema(), "backup": bool::schema() });
+        json!({ "anyOf": [String::schema(), { "type": "object", "properties": more, "required": ["address"], "additionalProperties": false }] })
     }
 }

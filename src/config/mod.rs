@@ -7,6 +7,7 @@ mod example;
 mod file;
 mod places;
 mod probe;
+mod reference;
 mod resolve;
 mod section;
 mod stores;
@@ -15,6 +16,7 @@ pub use diagnostic::{Diagnostic, Position};
 pub use document::Document;
 pub use example::example;
 pub use probe::Probe;
+pub use reference::{page, schema};
 pub use resolve::Settings;
 
 use crate::edge::Listen;

@@ -2,6 +2,7 @@
 //! reader; the reader gathers every error instead of stopping at the first, each with its key, why, and what to write.
 
 use super::places::Places;
+use serde_json::{Value, json};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -21,6 +22,9 @@ pub(crate) fn invalid(what: impl Into<String>, instead: impl Into<String>) -> In
 pub(crate) trait Setting: Sized {
     /// The value, or everything that is wrong with it.
     fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>>;
+
+    /// What it looks like, for editors: JSON Schema. Refuses nothing that `read` takes; `check` is the judge of the rest.
+    fn schema() -> Value;
 }
 
 /// A table of the file, as far as it has been read.
@@ -104,6 +108,7 @@ pub(crate) struct SectionKey {
     pub key: &'static str,
     pub doc: &'static [&'static str],
     pub default: &'static str,
+    pub schema: fn() -> Value,
 }
 
 /// The known name that was most likely meant.
@@ -144,6 +149,7 @@ macro_rules! section {
                     key: stringify!($field),
                     doc: &[$($field_doc),*],
                     default: $default,
+                    schema: <$type as $crate::config::section::Setting>::schema,
                 },)*
             ];
 
@@ -163,11 +169,19 @@ impl Setting for bool {
     fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
         value.as_bool().ok_or_else(|| vec![invalid("must be true or false", "write it without quotes")])
     }
+
+    fn schema() -> Value {
+        json!({ "type": "boolean" })
+    }
 }
 
 impl Setting for String {
     fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
         text(value).map(str::to_owned).map_err(|invalid| vec![invalid])
+    }
+
+    fn schema() -> Value {
+        json!({ "type": "string" })
     }
 }
 
@@ -179,6 +193,10 @@ impl Setting for u64 {
     fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
         let number = value.as_integer().and_then(|n| Self::from_str_radix(n.as_str(), n.radix()).ok());
         number.ok_or_else(|| vec![invalid("must be a whole number, 0 or more", "write it without quotes")])
+    }
+
+    fn schema() -> Value {
+        json!({ "type": "integer", "minimum": 0 })
     }
 }
 
@@ -198,6 +216,10 @@ impl<T: Setting> Setting for Vec<T> {
         }
         if all.is_empty() { Ok(read) } else { Err(all) }
     }
+
+    fn schema() -> Value {
+        json!({ "type": "array", "items": T::schema() })
+    }
 }
 
 /// `"none"` for no bound.
@@ -210,6 +232,10 @@ impl<T: Setting> Setting for Option<T> {
             |invalid: InvalidValue| InvalidValue { what: format!("{}, or \"none\"", invalid.what), ..invalid };
         T::read(value).map(Some).map_err(|all| all.into_iter().map(or_none).collect())
     }
+
+    fn schema() -> Value {
+        json!({ "anyOf": [{ "const": "none" }, T::schema()] })
+    }
 }
 
 impl Setting for std::time::Duration {
@@ -217,6 +243,10 @@ impl Setting for std::time::Duration {
         let duration = value.as_str().and_then(|text| humantime::parse_duration(text).ok());
         duration
             .ok_or_else(|| vec![invalid("must be a time with its unit", "write it like \"60s\", \"10m\" or \"250ms\"")])
+    }
+
+    fn schema() -> Value {
+        json!({ "type": "string" })
     }
 }
 
@@ -233,6 +263,10 @@ impl Setting for Fraction {
         let read = share.map(|share| Self { per_thousand: (share * 1000.0).round() as u32 });
         read.ok_or_else(|| vec![invalid("must be a number from 0 to 1", "write it like 0.2")])
     }
+
+    fn schema() -> Value {
+        json!({ "type": "number", "minimum": 0, "maximum": 1 })
+    }
 }
 
 /// The same for what may be very little.
@@ -247,6 +281,10 @@ impl Setting for Ratio {
         let share = text.and_then(|text| text.parse::<f64>().ok()).filter(|share| (0.0..=1.0).contains(share));
         let read = share.map(|share| Self { per_million: (share * 1e6).round() as u32 });
         read.ok_or_else(|| vec![invalid("must be a number from 0 to 1", "write it like 0.01")])
+    }
+
+    fn schema() -> Value {
+        json!({ "type": "number", "minimum": 0, "maximum": 1 })
     }
 }
 
@@ -272,6 +310,10 @@ impl Setting for Bytes {
             .and_then(parse)
             .ok_or_else(|| vec![invalid("must be a size with its unit", "write it like \"32KiB\" or \"10MiB\"")])
     }
+
+    fn schema() -> Value {
+        json!({ "type": "string" })
+    }
 }
 
 /// Declares an enum whose variants are words of the file.
@@ -291,6 +333,11 @@ macro_rules! words {
                         Err(vec![$crate::config::section::invalid("is not allowed here", format!("use one of: {words}"))])
                     }
                 }
+            }
+
+            fn schema() -> serde_json::Value {
+                // A name of the environment may stand for the word.
+                serde_json::json!({ "anyOf": [{ "enum": [$($word),*] }, { "type": "string", "pattern": "\\$\\{" }] })
             }
         }
     };

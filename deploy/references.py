@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Checks the Compose file and the Kubernetes files without an engine or a cluster, for deploy/check.sh: deploy/references.py FOLDER.
+
+Every file that a Compose volume, a build or a Prometheus configuration names must be there; every name that one Kubernetes object has
+of another must be another's. With kubectl (kustomize 5) the overlays are built, and with kubernetes-validate (PyPI) each object is held
+against the schema of its kind. FOLDER gets the configurations of gateways as they will be mounted. Prints what it did."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPOSE = ROOT / "deploy/compose"
+KUBERNETES = ROOT / "deploy/kubernetes"
+OVERLAYS = ["base", "overlays/redis", "overlays/postgres", "overlays/monitoring"]
+
+
+def fail(what):
+    sys.exit(f"deploy/references.py: {what}")
+
+
+def compose():
+    file = yaml.safe_load((COMPOSE / "compose.yaml").read_text())
+    services, volumes, files = file["services"], file["volumes"], 0
+    for name, service in services.items():
+        for other in service.get("depends_on", []):
+            other in services or fail(f"compose.yaml: {name} depends on {other}, which is not there")
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            if not source.startswith("."):
+                source in volumes or fail(f"compose.yaml: {name}: no volume {source}")
+                continue
+            (COMPOSE / source).is_file() or fail(f"compose.yaml: {name}: {source} is no file")
+            files += 1
+        for port in service.get("ports", []):
+            port.startswith("127.0.0.1:") or fail(f"compose.yaml: {name}: {port} is published to everybody")
+        if "build" in service:
+            context = COMPOSE / service["build"]["context"]
+            (context / service["build"]["dockerfile"]).is_file() or fail(f"compose.yaml: {name}: no Dockerfile")
+    # Names that the files of one service have of others.
+    hosts = set(re.findall(r'"([a-z]+):\d+"', (COMPOSE / "tollgate.toml").read_text() + (COMPOSE / "prometheus.yml").read_text()))
+    hosts |= set(re.findall(r"http://([a-z]+):", (COMPOSE / "grafana/datasource.yaml").read_text()))
+    hosts == {"backend", "tollgate", "prometheus"} or fail(f"the services name {sorted(hosts)}")
+    if shutil.which("docker-compose"):
+        subprocess.run(["docker-compose", "-f", COMPOSE / "compose.yaml", "config", "--quiet"], check=True)
+    print(f"compose.yaml: {len(services)} services, {files} files")
+
+
+def built(overlay):
+    """What kustomize makes of a folder; None without a kubectl that can."""
+    if not shutil.which("kubectl"):
+        return None
+    said = subprocess.run(["kubectl", "version", "--client", "-o", "json"], capture_output=True, text=True)
+    version = json.loads(said.stdout or "{}").get("kustomizeVersion", "v0")
+    if int(re.match(r"v(\d+)", version).group(1)) < 5:
+        return None
+    done = subprocess.run(["kubectl", "kustomize", KUBERNETES / overlay], capture_output=True, text=True)
+    done.returncode == 0 or fail(f"{overlay}: {done.stderr}")
+    "deprecated" not in done.stderr or fail(f"{overlay}: {done.stderr}")
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def validated(objects, folder):
+    """Against the schemas of Kubernetes; how many had one."""
+    try:
+        import kubernetes_validate
+    except ImportError:
+        return 0
+    known = 0
+    for each in objects:
+        if each["apiVersion"].startswith("monitoring."):
+            continue
+        kubernetes_validate.validate(each, kubernetes_validate.latest_version(), strict=True)
+        known += 1
+    return known
+
+
+def kubernetes(folder):
+    for overlay in OVERLAYS:
+        path = KUBERNETES / overlay
+        kustomization = yaml.safe_load((path / "kustomization.yaml").read_text())
+        named = [*kustomization.get("resources", []), *(patch["path"] for patch in kustomization.get("patches", []))]
+        for generator in kustomization.get("configMapGenerator", []):
+            named += generator["files"]
+        for name in named:
+            (path / name).exists() or fail(f"{overlay}: {name} is not there")
+        unnamed = {file.name for file in path.iterdir() if file.is_file()} - set(named) - {"kustomization.yaml"}
+        not unnamed or fail(f"{overlay}: {sorted(unnamed)} in no kustomization")
+        objects = built(overlay)
+        if objects is None:
+            print(f"{overlay}: not built: no kubectl with kustomize 5 here")
+            continue
+        checks = validated(objects, folder)
+        kinds = {}
+        for each in objects:
+            kinds.setdefault(each["kind"], []).append(each)
+        for deployment in kinds.get("Deployment", []):
+            pod = deployment["spec"]["template"]
+            labels, container = pod["metadata"]["labels"], pod["spec"]["containers"][0]
+            ports = {port["name"] for port in container["ports"]}
+            for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
+                for each in kinds[kind]:
+                    spec = each["spec"]
+                    selector = spec.get("podSelector", spec.get("selector"))
+                    selector = selector.get("matchLabels", selector)
+                    selector.items() <= labels.items() and selector or fail(f"{overlay}: {kind} selects other pods")
+            used = {port["targetPort"] for service in kinds["Service"] for port in service["spec"]["ports"]}
+            used |= {container[probe]["httpGet"]["port"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
+            used <= ports or fail(f"{overlay}: no ports {used - ports}")
+            mounts = {mount["name"] for mount in container["volumeMounts"]}
+            mounts == {volume["name"] for volume in pod["spec"]["volumes"]} or fail(f"{overlay}: mounts and volumes differ")
+            maps = {each["metadata"]["name"]: each["data"] for each in kinds["ConfigMap"]}
+            (volume,) = (volume["configMap"] for volume in pod["spec"]["volumes"] if "configMap" in volume)
+            into = Path(folder) / overlay.replace("/", "-")
+            for item in volume["items"]:
+                file = into / item["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(maps[volume["name"]][item["key"]])
+        print(f"{overlay}: {len(objects)} objects, {checks} of them as their schemas say")
+
+
+if __name__ == "__main__":
+    compose()
+    kubernetes(sys.argv[1])

@@ -1,0 +1,122 @@
+//! The reference in the forms that people and editors read: a page in Markdown and a JSON Schema, both made from the sections'
+//! own comments, defaults and types.
+
+use super::section::{REQUIRED, SectionKey};
+use super::{REFERENCE, Reference};
+use serde_json::{Map, Value, json};
+
+/// How a section stands in the file.
+enum Shape<'a> {
+    /// `[name]`
+    Table(&'a str),
+    /// `[[name]]`, or `[[outer.name]]`
+    List(Option<&'a str>, &'a str),
+    /// `[outer.NAME]`
+    Named(&'a str),
+}
+
+impl Shape<'_> {
+    fn of(header: &str) -> Shape<'_> {
+        match header.strip_prefix("[[").and_then(|rest| rest.strip_suffix("]]")) {
+            Some(path) => match path.split_once('.') {
+                Some((outer, name)) => Shape::List(Some(outer), name),
+                None => Shape::List(None, path),
+            },
+            None => {
+                let path = header.trim_matches(['[', ']']);
+                path.split_once('.').map_or(Shape::Table(path), |(outer, _)| Shape::Named(outer))
+            }
+        }
+    }
+}
+
+/// A comment as one text.
+fn prose(doc: &[&str]) -> String {
+    doc.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")
+}
+
+/// JSON Schema of the whole configuration, for editors that read TOML with one.
+pub fn schema() -> String {
+    let mut properties = Map::new();
+    for Reference { header, doc, fields, .. } in &REFERENCE {
+        let table = table(doc, fields);
+        match Shape::of(header) {
+            Shape::Table(name) => {
+                properties.insert(name.to_owned(), table);
+            }
+            Shape::List(None, name) => {
+                let list = properties.entry(name).or_insert_with(|| json!({ "type": "array", "items": {} }));
+                match list["items"].as_object().is_some_and(Map::is_empty) {
+                    true => list["items"] = table,
+                    // One kind of several.
+                    false => match list["items"]["anyOf"].as_array_mut() {
+                        Some(kinds) => kinds.push(table),
+                        None => list["items"] = json!({ "anyOf": [list["items"].take(), table] }),
+                    },
+                }
+            }
+            Shape::List(Some(outer), name) => {
+                properties[outer]["properties"][name] = json!({ "type": "array", "items": table });
+            }
+            Shape::Named(outer) => {
+                properties.insert(outer.to_owned(), json!({ "type": "object", "additionalProperties": table }));
+            }
+        }
+    }
+    let schema = json!({
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "tollgate",
+        "description": "The configuration of tollgate. Made by `tollgate example-config --schema`.",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": false,
+    });
+    format!("{schema:#}\n")
+}
+
+fn table(doc: &[&str], fields: &[SectionKey]) -> Value {
+    let mut properties = Map::new();
+    for field in fields {
+        let mut schema = match field.key {
+            // The kinds of stores have a schema each, and are told apart by this.
+            "kind" => json!({ "const": field.default.trim_matches(['!', '"']) }),
+            _ => (field.schema)(),
+        };
+        schema["description"] = prose(field.doc).into();
+        properties.insert(field.key.to_owned(), schema);
+    }
+    let required: Vec<&str> =
+        fields.iter().filter(|field| field.default.starts_with(REQUIRED)).map(|field| field.key).collect();
+    json!({
+        "type": "object",
+        "description": prose(doc),
+        "properties": properties,
+        "required": required,
+        "additionalProperties": false,
+    })
+}
+
+/// A page with every key, its default and its meaning.
+pub fn page() -> String {
+    let mut out = String::from(
+        "# Configuration\n\n\
+         Every section and key, with its default and its meaning. Made by `tollgate example-config --markdown` from the code that \
+         reads the file; [config/tollgate.example.toml](https://github.com/tollgate/tollgate/blob/main/config/tollgate.example.toml) \
+         is the same as a file, and `tollgate example-config --schema` a JSON Schema, with which editors complete and check keys.\n\n\
+         Only `[[upstream]]` is required. Times are written like `\"250ms\"`, `\"60s\"` or `\"1h 30m\"`, sizes like `\"32KiB\"`. \
+         `tollgate check` says what is wrong with a file, where, and what to write instead.\n",
+    );
+    for Reference { header, doc, fields, .. } in &REFERENCE {
+        let kind = fields.iter().find(|field| field.key == "kind" && *header == "[[store]]");
+        let title = kind.map_or(String::new(), |kind| format!(" kind = {}", kind.default.trim_start_matches(REQUIRED)));
+        out += &format!("\n## {header}{title}\n\n{}\n\n| key | default | meaning |\n|---|---|---|\n", prose(doc));
+        for field in fields.iter() {
+            let default = match field.default.strip_prefix(REQUIRED) {
+                Some(_) if field.key != "kind" => "required".to_owned(),
+                other => format!("`{}`", other.unwrap_or(field.default).replace('|', "\\|")),
+            };
+            out += &format!("| `{}` | {default} | {} |\n", field.key, prose(field.doc).replace('|', "\\|"));
+        }
+    }
+    out
+}
