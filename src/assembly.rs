@@ -3,7 +3,7 @@
 
 use crate::admin::Reloaded;
 use crate::config::{self, Diagnostic, Probe, Settings};
-use crate::edge::{self, Logs, PassedSockets, Rebuild, Rebuilt, Running, Snapshot, Successors};
+use crate::edge::{self, ListFiles, Logs, PassedSockets, Rebuild, Rebuilt, Running, Snapshot, Successors};
 use crate::identity::Authenticator;
 use crate::pipeline::Pipeline;
 use crate::policy::{GuessGuard, RequestLimits};
@@ -33,6 +33,7 @@ pub fn assemble(settings: Settings, path: Option<PathBuf>) -> anyhow::Result<Run
     let engine = leases(&settings, &metrics)?;
     let snapshot = snapshot(&settings, authenticator, Arc::clone(&metrics), logs.clone(), engine, None);
     let watched = path.clone().filter(|_| settings.server.watch);
+    let watched = watched.map(|path| Arc::new(move || config::files(&path)) as ListFiles);
     // Without a file, another process would serve something else.
     let successors = path.is_some().then(Successors::of_this_process).transpose().context("upgrade")?;
     let server = settings.server.clone();

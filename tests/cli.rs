@@ -1,6 +1,7 @@
 //! The command line for people and scripts: what is printed, what is not, and exit codes. The effects of the token commands
 //! are in `cli/tokens.rs`.
 
+mod start;
 mod tokens;
 
 use crate::harness::*;
@@ -499,7 +500,7 @@ fn check_in_json_is_one_object_a_problem() {
             ]
         )
     );
-    assert_eq!(found[1]["related"], serde_json::json!({ "line": 5, "column": 8 }));
+    assert_eq!(found[1]["related"], serde_json::json!({ "file": found[1]["file"], "line": 5, "column": 8 }));
     let fields: Vec<_> = found[2].as_object().unwrap().keys().map(String::as_str).collect();
     assert_eq!(fields, ["file", "line", "column", "key", "severity", "message", "found", "instead", "related"]);
 }

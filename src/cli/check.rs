@@ -2,15 +2,19 @@
 //! around them.
 
 use super::Failure;
+use super::configuration::{ConfigOption, FoundConfig};
 use crate::config::{self, Diagnostic, Probe, Settings};
 use crate::request::route::{Auth, Methods, Route};
 use crate::store::Bound;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub(super) struct CheckArguments {
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    /// The configuration file, as with --config
+    #[arg(value_name = "FILE")]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigOption,
     /// Do not use the network: resolve no names and connect to no store.
     #[arg(long)]
     offline: bool,
@@ -20,24 +24,27 @@ pub(super) struct CheckArguments {
 }
 
 pub(super) fn run(arguments: &CheckArguments) -> Result<(), Failure> {
-    let loaded = config::load(&arguments.config, Probe::Check { network: !arguments.offline });
+    let found = arguments.config.or_named(arguments.file.as_deref())?;
+    let loaded = config::load(&found.path, Probe::Check { network: !arguments.offline });
     if arguments.json {
-        let found = match &loaded {
+        let problems = match &loaded {
             Ok(settings) => &settings.warnings,
-            Err(found) => found,
+            Err(problems) => problems,
         };
-        found.iter().map(Diagnostic::json).try_for_each(|object| say!("{object}"))?;
+        problems.iter().map(Diagnostic::json).try_for_each(|object| say!("{object}"))?;
         return loaded.map(drop).map_err(|_| Failure::Reported);
     }
     let settings = loaded.map_err(|found| Failure::Usage(super::report(&found)))?;
-    said(&settings, &arguments.config)
+    said(&settings, &found)
 }
 
-fn said(settings: &Settings, path: &Path) -> Result<(), Failure> {
+fn said(settings: &Settings, found: &FoundConfig) -> Result<(), Failure> {
     for warning in &settings.warnings {
         say!("{warning}")?;
     }
-    say!("{}: ok", path.display())?;
+    say!("{}: ok{}", found.path.display(), found.how())?;
+    // What stood for a name may be in any of these.
+    let shown = |line: String| say!("{}", settings.expansions.hide(&line));
     say!("tokens are looked up in:")?;
     for store in &settings.stores {
         let bound = match store.kind.bound() {
@@ -50,7 +57,7 @@ fn said(settings: &Settings, path: &Path) -> Result<(), Failure> {
                 format!("after up to {ttl} ([cache] positive_ttl)")
             }
         };
-        say!("  {}  (a revoked token stops working {bound})", store.name)?;
+        shown(format!("  {}  (a revoked token stops working {bound})", store.name))?;
     }
     let preflights = settings.rules.cors_preflight;
     if open_routes(settings).next().is_none() && !preflights {
@@ -70,7 +77,7 @@ fn said(settings: &Settings, path: &Path) -> Result<(), Failure> {
             Auth::None { pass_token: false } => "no token",
             Auth::None { pass_token: true } => "the backend checks tokens itself",
         };
-        say!("  {}  ({}; {how}): {}", route.name, requests(route), route.reason)?;
+        shown(format!("  {}  ({}; {how}): {}", route.name, requests(route), route.reason))?;
     }
     Ok(())
 }

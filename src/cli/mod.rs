@@ -8,6 +8,7 @@ macro_rules! say {
 
 mod cert;
 mod check;
+mod configuration;
 mod demo;
 mod reload;
 mod run;
@@ -18,26 +19,24 @@ mod upgrade;
 
 use crate::config::{self, Diagnostic, Probe, Settings};
 use clap::{Parser, Subcommand};
+use configuration::ConfigOption;
 use std::io::Write as _;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// An authenticating gateway for token-authenticated REST APIs in GitLab's style.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
+    #[command(flatten)]
+    config: ConfigOption,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the gateway with a configuration file.
-    Run {
-        /// The configuration file.
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
-    },
+    /// Run the gateway
+    Run,
     /// Run a gateway with a small backend and a token of its own, to try tollgate without a configuration file.
     Demo {
         /// The gateway's address. The backend and the admin listener take free ports.
@@ -113,6 +112,12 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 const USAGE: u8 = 64;
 const RESTART: u8 = 2;
 
+impl Command {
+    const fn reads_configuration(&self) -> bool {
+        !matches!(self, Self::Demo { .. } | Self::Cert { .. } | Self::ExampleConfig)
+    }
+}
+
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -124,8 +129,13 @@ pub fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     };
+    let reads = cli.command.reads_configuration();
+    if !reads && cli.config.is_given() {
+        eprintln!("this command reads no configuration: leave out --config");
+        return ExitCode::from(USAGE);
+    }
     let result = match cli.command {
-        Command::Run { config } => run::run(&config),
+        Command::Run => run::run(&cli.config),
         Command::Demo { listen } => demo::run(listen),
         Command::Check(arguments) => check::run(&arguments),
         Command::Reload(arguments) => reload::run(&arguments),
@@ -140,12 +150,19 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(text)) => {
             eprintln!("{text}");
+            if reads {
+                cli.config.note_source(&text);
+            }
             ExitCode::from(USAGE)
         }
         Err(Failure::Reported) => ExitCode::from(USAGE),
         Err(Failure::Restart) => ExitCode::from(RESTART),
         Err(Failure::Failed(error)) => {
-            eprintln!("tollgate: {error:#}");
+            let text = format!("{error:#}");
+            eprintln!("tollgate: {text}");
+            if reads {
+                cli.config.note_source(&text);
+            }
             ExitCode::FAILURE
         }
     }
@@ -164,8 +181,8 @@ fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Fail
 }
 
 /// Loads a configuration for a command that opens what it needs itself.
-fn load(path: &std::path::Path) -> Result<Settings, Failure> {
-    config::load(path, Probe::Settings).map_err(|found| Failure::Usage(report(&found)))
+fn load(option: &ConfigOption) -> Result<Settings, Failure> {
+    config::load(&option.find()?.path, Probe::Settings).map_err(|found| Failure::Usage(report(&found)))
 }
 
 /// Everything that was found, one a line, and how much it is.

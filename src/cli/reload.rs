@@ -2,6 +2,7 @@
 //! only for the address of the admin listener.
 
 use super::Failure;
+use super::configuration::ConfigOption;
 use crate::config;
 use crate::edge::Listen;
 use anyhow::{Context as _, anyhow, bail};
@@ -14,9 +15,8 @@ use std::time::Duration;
 /// Where the gateway's admin listener is.
 #[derive(clap::Args)]
 pub(super) struct AdminTarget {
-    /// Configuration of the gateway, for the address of its admin listener (default address if not given)
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigOption,
     /// Address of the admin listener, `address:port` or `unix:/path`, if it differs from the one in the file
     #[arg(long, value_name = "ADDRESS")]
     admin: Option<String>,
@@ -99,19 +99,21 @@ fn address(arguments: &AdminTarget) -> Result<AdminAddress, Failure> {
     if let Some(text) = &arguments.admin {
         return parse(text).ok_or_else(|| Failure::Usage(format!("{text}: not `address:port` or `unix:/path`")));
     }
-    let Some(path) = &arguments.config else {
+    let Some(found) = arguments.config.search()? else {
+        // The gateway may run with a configuration that is not here.
         return Ok(AdminAddress::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 9090))));
     };
-    let listen = config::admin_listener(path).map_err(|why| Failure::Usage(format!("nothing changed\n{why}")))?;
+    let listen =
+        config::admin_listener(&found.path).map_err(|why| Failure::Usage(format!("nothing changed\n{why}")))?;
     let address = match listen {
         Some(Listen::Tcp(text)) => parse(&text),
         Some(Listen::Unix(path, _)) => Some(AdminAddress::Unix(path.into())),
         None => {
             let why = "admin.listen is \"none\": send SIGHUP to the gateway; its log has the result";
-            return Err(Failure::Usage(format!("{}: {why}", path.display())));
+            return Err(Failure::Usage(format!("{found}: {why}")));
         }
     };
-    address.ok_or_else(|| Failure::Usage(format!("{}: admin.listen is not an address", path.display())))
+    address.ok_or_else(|| Failure::Usage(format!("{found}: admin.listen is not an address")))
 }
 
 /// The address to connect to. A listener on all interfaces is reached through the loopback address.

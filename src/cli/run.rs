@@ -1,21 +1,21 @@
 //! `tollgate run`: serve until a signal ends it.
 
+use super::configuration::{ConfigOption, FoundConfig};
 use super::{Failure, check};
 use crate::config::{self, Probe, Settings};
 use crate::edge::{PassedSockets, Running};
 use crate::telemetry::process_log;
 use crate::{assembly, edge};
 use anyhow::Context as _;
-use std::path::Path;
 
 /// Open routes that the log names at the start.
 const NAMED: usize = 10;
 
-pub(super) fn run(path: &Path) -> Result<(), Failure> {
+pub(super) fn run(option: &ConfigOption) -> Result<(), Failure> {
     let is_private = keep_memory_private();
     let passed = PassedSockets::of_this_process().context("sockets that this process was started with")?;
     let predecessor = passed.predecessor().cloned();
-    let result = start(path, passed, is_private);
+    let result = option.find().and_then(|found| start(&found, passed, is_private));
     if let (Some(predecessor), Err(failure)) = (predecessor, &result) {
         predecessor.gave_up(&failure.to_string());
     }
@@ -31,11 +31,11 @@ fn keep_memory_private() -> std::io::Result<()> {
     Ok(rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?)
 }
 
-fn start(path: &Path, passed: PassedSockets, is_private: std::io::Result<()>) -> Result<(), Failure> {
-    let settings = config::load(path, Probe::Start(&passed)).map_err(|found| {
-        let report = super::report(&found);
+fn start(found: &FoundConfig, passed: PassedSockets, is_private: std::io::Result<()>) -> Result<(), Failure> {
+    let settings = config::load(&found.path, Probe::Start(&passed)).map_err(|problems| {
+        let report = super::report(&problems);
         // With a file that is right, the next start may succeed: the service manager should try again.
-        match found.iter().filter(|found| found.is_error()).all(|found| found.surroundings) {
+        match problems.iter().filter(|problem| problem.is_error()).all(|problem| problem.surroundings) {
             true => Failure::Failed(anyhow::Error::msg(report)),
             false => Failure::Usage(report),
         }
@@ -45,15 +45,15 @@ fn start(path: &Path, passed: PassedSockets, is_private: std::io::Result<()>) ->
         log::warn!("core dumps cannot be switched off, and would contain tokens: {error}");
     }
     settings.warnings.iter().for_each(|warning| log::warn!("{warning}"));
-    let result = serve(settings, path, passed);
+    let result = serve(settings, found, passed);
     // Above all the lines that say why it ended.
     log::logger().flush();
     result
 }
 
-fn serve(settings: Settings, path: &Path, passed: PassedSockets) -> Result<(), Failure> {
-    let lines = summary(&settings, path);
-    let running = Running { passed, ..assembly::assemble(settings, Some(path.to_owned()))? };
+fn serve(settings: Settings, found: &FoundConfig, passed: PassedSockets) -> Result<(), Failure> {
+    let lines = summary(&settings, found);
+    let running = Running { passed, ..assembly::assemble(settings, Some(found.path.clone()))? };
     lines.iter().for_each(|line| log::info!("{line}"));
     edge::serve(running)?;
     log::info!("stopped");
@@ -61,7 +61,7 @@ fn serve(settings: Settings, path: &Path, passed: PassedSockets) -> Result<(), F
 }
 
 /// What is being served, in a few lines.
-fn summary(settings: &Settings, path: &Path) -> [String; 5] {
+fn summary(settings: &Settings, found: &FoundConfig) -> [String; 5] {
     let list = |all: Vec<String>| if all.is_empty() { "none".to_owned() } else { all.join(", ") };
     let listeners = settings.server.listeners.iter().map(ToString::to_string).collect();
     let admin = settings.server.admin.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string);
@@ -79,11 +79,12 @@ fn summary(settings: &Settings, path: &Path) -> [String; 5] {
     if settings.rules.cors_preflight {
         open.push("every path (CORS preflights)".into());
     }
-    [
-        format!("tollgate {}, configuration {}", env!("CARGO_PKG_VERSION"), path.display()),
+    let [listeners, upstreams, stores, open] = [
         format!("listeners: {}; admin listener: {admin}", list(listeners)),
         format!("upstreams: {}", list(upstreams.collect())),
         format!("token stores: {}", list(settings.stores.iter().map(|store| store.name.clone()).collect())),
         format!("paths without a token: {}", list(open)),
     ]
+    .map(|line| settings.expansions.hide(&line));
+    [format!("tollgate {}, configuration {found}", env!("CARGO_PKG_VERSION")), listeners, upstreams, stores, open]
 }

@@ -1,20 +1,19 @@
 //! `tollgate store`: what has to be in a database before a gateway can use it, and whether a store keeps its promise.
 
 use super::Failure;
+use super::configuration::ConfigOption;
 use crate::clock;
 use crate::store::postgres::{self, NoTriggers, PostgresAdmin, PostgresSettings};
 use crate::store::{Finding, FindingSeverity, NamedStore, StoreSettings};
 use crate::telemetry::metrics::Metrics;
 use anyhow::anyhow;
 use clap::Subcommand;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 #[derive(clap::Args)]
 pub(super) struct StoreOptions {
-    /// Configuration file with the store
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    #[command(flatten)]
+    config: ConfigOption,
     /// Name of the [[store]] (default: the only one of kind "postgres")
     #[arg(long, value_name = "NAME")]
     store: Option<String>,
@@ -51,9 +50,8 @@ pub(super) enum StoreCommand {
     /// Run it as the user, and with the configuration, of the gateway. Changes no token, and makes no database. Exit codes: 0
     /// nothing is wrong (there may be warnings), 1 something is.
     Check {
-        /// Configuration file with the store
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        #[command(flatten)]
+        config: ConfigOption,
         /// Name of the [[store]] (default: all)
         #[arg(long, value_name = "NAME")]
         store: Option<String>,
@@ -125,7 +123,7 @@ async fn run_triggers(
 }
 
 /// Prints every finding, the good ones as well, and what mends the others.
-async fn check(config: &std::path::Path, name: Option<&str>) -> Result<(), Failure> {
+async fn check(config: &ConfigOption, name: Option<&str>) -> Result<(), Failure> {
     let settings = super::load(config)?;
     let stores: Vec<_> = settings.stores.iter().filter(|store| name.is_none_or(|name| name == store.name)).collect();
     if stores.is_empty() {

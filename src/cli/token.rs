@@ -1,6 +1,7 @@
 //! `tollgate token`: manages the tokens in a writable store. A token is printed only once, when it is created.
 
 use super::Failure;
+use super::configuration::ConfigOption;
 use crate::config::Settings;
 use crate::policy::LimitKeyPart;
 use crate::store::credential::Digest;
@@ -23,9 +24,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 #[derive(clap::Args)]
 pub(super) struct TokenOptions {
-    /// Configuration file with the store
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    #[command(flatten)]
+    config: ConfigOption,
     /// Name of the [[store]] (default: the first writable one; for show, rotate and revoke the first that has the token)
     #[arg(long, value_name = "NAME")]
     store: Option<String>,

@@ -9,6 +9,8 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnostic {
     pub file: PathBuf,
+    /// Of the file among those that are read: they are reported in this order.
+    pub(super) index: usize,
     /// `None`: it is about something that is not in the file.
     pub place: Option<Position>,
     pub key: String,
@@ -18,9 +20,17 @@ pub struct Diagnostic {
     pub found: Option<String>,
     pub instead: String,
     /// The other place, where two of them contradict or repeat each other.
-    pub related: Option<Position>,
+    pub related: Option<(PathBuf, Position)>,
     /// The file is right, and what it names is not: it may be right tomorrow without a change of the file.
     pub(crate) surroundings: bool,
+}
+
+/// A place in one of the files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct FilePosition {
+    pub(super) index: usize,
+    pub(super) file: PathBuf,
+    pub(super) position: Position,
 }
 
 /// Both count from 1; columns count characters.
@@ -44,8 +54,8 @@ impl fmt::Display for Diagnostic {
             write!(f, " {}:", self.key)?;
         }
         write!(f, " {}", self.what)?;
-        if let Some(Position { line, column }) = self.related {
-            write!(f, " (see {file}:{line}:{column})")?;
+        if let Some((file, Position { line, column })) = &self.related {
+            write!(f, " (see {}:{line}:{column})", file.display())?;
         }
         if let Some(found) = &self.found {
             write!(f, ", found {found}")?;
@@ -61,8 +71,9 @@ impl Diagnostic {
 
     /// For programs. The fields and their types stay as they are; docs/operations.md describes them.
     pub fn json(&self) -> serde_json::Value {
-        let place =
-            |place: Option<Position>| place.map(|at| serde_json::json!({ "line": at.line, "column": at.column }));
+        let related = self.related.as_ref().map(|(file, at)| {
+            serde_json::json!({ "file": file.display().to_string(), "line": at.line, "column": at.column })
+        });
         serde_json::json!({
             "file": self.file.display().to_string(),
             "line": self.place.map(|at| at.line),
@@ -75,7 +86,7 @@ impl Diagnostic {
             "message": self.what,
             "found": self.found,
             "instead": self.instead,
-            "related": place(self.related),
+            "related": related,
         })
     }
 }

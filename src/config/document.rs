@@ -1,4 +1,4 @@
-//! What a configuration file says, as a document: two of them are compared to name the keys that differ.
+//! What the files of a configuration say, as one document, with names that are not expanded: two of them are compared to name the keys that differ.
 
 use toml::{Table, Value};
 
@@ -13,9 +13,11 @@ impl std::fmt::Debug for Document {
 }
 
 impl Document {
-    /// Of a text that is known to be TOML.
-    pub(super) fn parse(text: &str) -> Self {
-        Self(text.parse().unwrap_or_default())
+    /// Of texts that are known to be TOML, and to set no key twice.
+    pub(super) fn of<'t>(texts: impl Iterator<Item = &'t str>) -> Self {
+        let mut whole = Table::new();
+        texts.for_each(|text| add(&mut whole, text.parse().unwrap_or_default()));
+        Self(whole)
     }
 
     /// The keys that the other one has with another value, more, or not at all: `pagination.max_per_page` for a key of a
@@ -24,6 +26,16 @@ impl Document {
         let mut changed = Vec::new();
         compare(&self.0, &other.0, "", &mut changed);
         changed
+    }
+}
+
+fn add(into: &mut Table, table: Table) {
+    for (key, value) in table {
+        match (into.get_mut(&key), value) {
+            (Some(Value::Table(known)), Value::Table(more)) => add(known, more),
+            (Some(Value::Array(known)), Value::Array(more)) => known.extend(more),
+            (_, value) => drop(into.insert(key, value)),
+        }
     }
 }
 
@@ -53,9 +65,9 @@ mod tests {
 
     #[test]
     fn changes_are_named_by_key() {
-        let old = Document::parse(
-            "[server]\nlisten = [\"a\"]\nthreads = 1\n[cache]\nsnapshot = \"x\"\n[[upstream]]\nname = \"a\"\n",
-        );
+        let parse = |text: &str| Document::of([text].into_iter());
+        let old =
+            parse("[server]\nlisten = [\"a\"]\nthreads = 1\n[cache]\nsnapshot = \"x\"\n[[upstream]]\nname = \"a\"\n");
         for (text, expected) in [
             (
                 "[server]\nthreads = 1\nlisten = [\"a\"]\n\n# moved\n[[upstream]]\nname = \"a\"\n[cache]\nsnapshot = \"x\"\n",
@@ -74,7 +86,7 @@ mod tests {
                 "pagination.route",
             ),
         ] {
-            assert_eq!(old.changes(&Document::parse(text)).join(" "), expected, "{text}");
+            assert_eq!(old.changes(&parse(text)).join(" "), expected, "{text}");
         }
     }
 }

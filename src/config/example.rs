@@ -18,7 +18,13 @@ const SAMPLES: [(&str, &str, &str); 7] = [
 pub fn example() -> String {
     let mut out = String::from(
         "# Every key of tollgate's configuration, with its default. Only [[upstream]] is required.\n\
-         # Made by `tollgate example-config`; `tollgate check --config FILE` reports what is wrong with a file.\n",
+         # Made by `tollgate example-config`; `tollgate check FILE` reports what is wrong with a file.\n\
+         # In every string, ${NAME} is an environment variable, ${credential:NAME} a credential of systemd and ${file:PATH} the\n\
+         # first line of a file; $${ is a literal ${. One that is missing is an error, and no value is ever shown.\n\
+         \n\
+         # More files, read as if they stood here: in the order of their names, lists of tables are appended, and a key that\n\
+         # is set twice is an error. Paths in them start at the folder of this file. An included file includes no others.\n\
+         # include = [\"conf.d/*.toml\"]\n",
     );
     for Reference { header, doc, fields, commented } in REFERENCE {
         out += "\n";

@@ -4,24 +4,31 @@
 mod diagnostic;
 mod document;
 mod example;
+mod expand;
 mod file;
 mod places;
 mod probe;
 mod reference;
 mod resolve;
 mod section;
+mod sources;
 mod stores;
+mod trust;
 
 pub use diagnostic::{Diagnostic, Position};
 pub use document::Document;
 pub use example::example;
+pub use expand::Expansions;
 pub use probe::Probe;
 pub use reference::{page, schema};
 pub use resolve::Settings;
+pub use sources::files;
+pub use trust::distrusted;
 
 use crate::edge::Listen;
 use places::Places;
-use section::{Section, SectionKey, nearest, suggestion};
+use section::{Section, SectionKey, Setting as _, nearest, suggestion};
+use sources::{INCLUDE, Sources};
 use std::path::Path;
 use toml::de::{DeTable, DeValue};
 
@@ -49,13 +56,15 @@ struct File {
     log: file::LogSection,
 }
 
-/// Reads a configuration file, and looks at what it names as far as `probe` says. `check`, `run`, a reload and the other
-/// commands all ask this one function. With any error, everything that was found is returned, warnings too.
+/// Reads a configuration file with those that it includes, and looks at what it names as far as `probe` says. `check`, `run`, a
+/// reload and the other commands all ask this one function. With any error, everything that was found is returned, warnings
+/// too.
 pub fn load(path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<Diagnostic>> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) => {
-            let mut places = Places::new(path, "");
+            let sources = Sources::read("", path);
+            let mut places = Places::new(&sources);
             places.syntax(None, format!("cannot be read: {error}"), None);
             return Err(places.into_found());
         }
@@ -63,46 +72,34 @@ pub fn load(path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<Diagnostic>> 
     parse(&text, path, probe)
 }
 
-/// The same for a text that is, or could be, in the file `path`: relative paths in it start at its folder.
+/// The same for a text that is, or could be, in the file `path`: relative paths in it, and in what it includes, start at its
+/// folder.
 pub fn parse(text: &str, path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<Diagnostic>> {
-    let mut places = Places::new(path, text);
-    let (root, errors) = DeTable::parse_recoverable(text);
-    places.note(root.get_ref());
-    if !errors.is_empty() {
-        // What could be read of it says little about what was meant.
-        for error in errors {
-            let at = error.span().map(|span| span.start);
-            let name = error.span().and_then(|span| text.get(span)).unwrap_or_default();
-            match at.filter(|_| error.message() == "duplicate key") {
-                Some(offset) => {
-                    let what = format!("`{name}` is in the file twice");
-                    places.syntax(at, what, places.first(name.trim_matches(['"', '\'']), offset));
-                }
-                None => places.syntax(at, format!("is not TOML: {}", error.message()), None),
-            }
-        }
-        return Err(places.into_found());
-    }
-    let file = read(root.get_ref(), &mut places);
+    let sources = Sources::read(text, path);
+    let mut places = Places::new(&sources);
+    let Some(root) = sources.table(&mut places) else { return Err(places.into_found()) };
+    let file = read(&root, &mut places);
     let folder = path.parent().unwrap_or(Path::new(""));
-    let mut settings = resolve::resolve(&file, Document::parse(text), folder, &mut places);
+    let mut settings = resolve::resolve(&file, Document::of(sources.texts()), folder, &mut places);
     places.surroundings = true;
     probe::look(&settings, &file, probe, &mut places);
     if places.any_error() {
         return Err(places.into_found());
     }
+    settings.expansions = places.expansions.clone();
     settings.warnings = places.into_found();
     Ok(settings)
 }
 
-/// The address of the admin listener that a file says, whatever else is wrong with it.
+/// The address of the admin listener that a configuration says, whatever else is wrong with it.
 pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
-    let failed = |why: String| format!("{}: {why}", path.display());
-    let text = std::fs::read_to_string(path).map_err(|error| failed(format!("cannot be read: {error}")))?;
-    let root = DeTable::parse(&text).map_err(|error| failed(format!("is not TOML: {}", error.message())))?;
-    let mut places = Places::new(path, &text);
-    places.note(root.get_ref());
-    let admin = one(&mut places, root.get_ref(), "admin", file::AdminSection::read);
+    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: cannot be read: {error}", path.display()))?;
+    let sources = Sources::read(&text, path);
+    let mut places = Places::new(&sources);
+    let admin = match sources.table(&mut places) {
+        Some(root) => one(&mut places, &root, "admin", file::AdminSection::read),
+        None => return Err(places.into_found().first().map(ToString::to_string).unwrap_or_default()),
+    };
     match places.into_found().iter().find(|found| found.key == "admin" || found.key == "admin.listen") {
         Some(problem) => Err(problem.to_string()),
         None => Ok(admin.listen.map(|address| address.0)),
@@ -132,7 +129,13 @@ const SECTIONS: [&str; 18] = [
 ];
 
 fn read(root: &DeTable<'_>, places: &mut Places<'_>) -> File {
-    for (name, _) in root.iter().filter(|(name, _)| !SECTIONS.contains(&name.get_ref().as_ref())) {
+    if let Some(value) = root.get(INCLUDE)
+        && let Err(all) = Vec::<String>::read(value.get_ref())
+    {
+        all.into_iter().for_each(|wrong| places.unreadable(INCLUDE, wrong.element, wrong.what, wrong.instead));
+    }
+    let is_known = |name: &str| name == INCLUDE || SECTIONS.contains(&name);
+    for (name, _) in root.iter().filter(|(name, _)| !is_known(name.get_ref())) {
         let near = nearest(name.get_ref(), SECTIONS.into_iter());
         places.unknown(name.get_ref(), "is not a known section", suggestion(near, SECTIONS.into_iter()));
         if let Some(near) = near.filter(|near| !places.has(near)) {

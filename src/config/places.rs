@@ -1,12 +1,13 @@
-//! Where each key stands in a file and what is written there, so that a problem that is found later, or elsewhere, can be
+//! Where each key stands in the files and what is written there, so that a problem that is found later, or elsewhere, can be
 //! shown at its place.
 
-use super::diagnostic::{Diagnostic, Position};
+use super::diagnostic::{Diagnostic, FilePosition, Position};
+use super::expand::Expansions;
+use super::sources::{INCLUDE, Sources};
 use crate::problem::{Problem, Severity};
 use crate::request::seeded::{self, Rule};
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -41,14 +42,16 @@ const PLAIN: [&str; 23] = [
 
 /// All that was found wrong so far, and where everything stands.
 pub(crate) struct Places<'t> {
-    file: PathBuf,
-    text: &'t str,
-    /// Where each line begins.
+    sources: &'t Sources,
+    /// Where each line begins, of all files.
     lines: Vec<usize>,
     spans: HashMap<String, KeySpan>,
     found: Vec<Diagnostic>,
     /// What was found wrong: what follows from it would only be an echo.
     broken: BTreeSet<String>,
+    /// Values that could not be expanded: what is read in their place says nothing.
+    unexpanded: Vec<String>,
+    pub(super) expansions: Expansions,
     /// What is found from now on is not about the file, but about what it names.
     pub(super) surroundings: bool,
 }
@@ -62,10 +65,18 @@ struct KeySpan {
 }
 
 impl<'t> Places<'t> {
-    pub(super) fn new(file: &Path, text: &'t str) -> Self {
-        let lines = std::iter::once(0).chain(text.match_indices('\n').map(|(at, _)| at + 1)).collect();
-        let (spans, found, broken) = (HashMap::new(), Vec::new(), BTreeSet::new());
-        Self { file: file.into(), text, lines, spans, found, broken, surroundings: false }
+    pub(super) fn new(sources: &'t Sources) -> Self {
+        let lines = std::iter::once(0).chain(sources.text.match_indices('\n').map(|(at, _)| at + 1)).collect();
+        Self {
+            sources,
+            lines,
+            spans: HashMap::new(),
+            found: Vec::new(),
+            broken: BTreeSet::new(),
+            unexpanded: Vec::new(),
+            expansions: Expansions::default(),
+            surroundings: false,
+        }
     }
 
     pub(super) fn note(&mut self, root: &DeTable<'_>) {
@@ -92,14 +103,18 @@ impl<'t> Places<'t> {
         self.spans.insert(path, KeySpan { key, value: value.span(), table });
     }
 
-    pub(super) fn place(&self, offset: usize) -> Position {
-        let line = self.lines.partition_point(|start| *start <= offset).max(1);
-        let before = self.text.get(self.lines[line - 1]..offset).unwrap_or_default();
-        Position { line, column: before.chars().count() + 1 }
+    fn place(&self, offset: usize) -> FilePosition {
+        let number = |offset: usize| self.lines.partition_point(|start| *start <= offset).max(1);
+        let line = number(offset);
+        let before = self.sources.text.get(self.lines[line - 1]..offset).unwrap_or_default();
+        let index = self.sources.files.partition_point(|file| file.range.start <= offset).max(1) - 1;
+        let file = &self.sources.files[index];
+        let position = Position { line: line - number(file.range.start) + 1, column: before.chars().count() + 1 };
+        FilePosition { index, file: file.path.clone(), position }
     }
 
     /// Where a key's value is; of one that is not there, where its section begins.
-    fn place_of(&self, path: &str) -> Option<Position> {
+    fn place_of(&self, path: &str) -> Option<FilePosition> {
         if let Some(span) = self.spans.get(path) {
             return Some(self.place(if span.table { span.key.start } else { span.value.start }));
         }
@@ -111,7 +126,7 @@ impl<'t> Places<'t> {
     /// The value as it is written, where it can be shown.
     fn written(&self, path: &str) -> Option<String> {
         let span = self.spans.get(path).filter(|span| !span.table)?;
-        let text = self.text.get(span.value.clone())?;
+        let text = self.sources.text.get(span.value.clone())?;
         let last = path.rsplit('.').next().unwrap_or_default().split('[').next().unwrap_or_default();
         let may_be_secret = path.starts_with("store") && !PLAIN.contains(&last) || text.contains('@');
         if may_be_secret && !seeded::off(Rule::ConfigSecret) {
@@ -147,10 +162,37 @@ impl<'t> Places<'t> {
 
     /// A value that cannot be read: all of its key is out of use.
     pub(super) fn unreadable(&mut self, path: &str, element: Option<usize>, what: String, instead: String) {
-        let exact = element.map_or_else(|| path.to_owned(), |index| format!("{path}[{index}]"));
-        let (place, found) = (self.place_of(&exact), self.written(&exact));
-        self.push(path, place, Severity::Error, what, found, instead, None);
+        let exact = element_path(path, element);
+        let inside = |other: &String| {
+            other.strip_prefix(&exact).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+        };
+        if !self.unexpanded.iter().any(inside) {
+            let (place, found) = (self.place_of(&exact), self.written(&exact));
+            self.push(path, place, Severity::Error, what, found, instead, None);
+        }
         self.spoil(path);
+    }
+
+    /// A value with a name in it that stands for nothing.
+    pub(super) fn not_expanded(&mut self, path: &str, what: String, instead: String) {
+        let place = self.place_of(path);
+        self.push(path, place, Severity::Error, what, None, instead, None);
+        self.spoil(path);
+        self.unexpanded.push(path.to_owned());
+    }
+
+    /// A key that another file has set before.
+    pub(super) fn twice(&mut self, path: &str, offset: usize, first: usize) {
+        let (place, first) = (self.place(offset), self.place(first));
+        let (what, instead) = ("is set in two files".into(), "set it in one of them".into());
+        self.push(path, Some(place), Severity::Error, what, None, instead, Some(first));
+    }
+
+    /// What is wrong with one of the patterns of `include`.
+    pub(super) fn include(&mut self, element: usize, severity: Severity, what: String, instead: String) {
+        let exact = element_path(INCLUDE, Some(element));
+        let (place, found) = (self.place_of(&exact), self.written(&exact));
+        self.push(INCLUDE, place, severity, what, found, instead, None);
     }
 
     /// A key or a section that is not known. Its value is not shown: who knows what it is.
@@ -168,13 +210,14 @@ impl<'t> Places<'t> {
 
     /// Where a key or a table that is defined again at an offset was defined first.
     pub(super) fn first(&self, name: &str, again: usize) -> Option<usize> {
+        let begin = self.sources.files.iter().map(|file| file.range.start).rfind(|start| *start <= again)?;
         let same = |path: &str| path.rsplit('.').next() == Some(name);
         let spans = self.spans.iter().filter(|(path, _)| same(path)).map(|(_, span)| span.key.start);
-        spans.filter(|start| *start < again).max().or_else(|| {
+        spans.filter(|start| (begin..again).contains(start)).max().or_else(|| {
             // A table's header: the parser keeps the last one only.
             let line = self.lines[self.lines.partition_point(|start| *start <= again).max(1) - 1];
-            let header = self.text[line..].lines().next()?.trim();
-            let mut before = self.text[..line].match_indices(header).map(|(at, _)| at);
+            let header = self.sources.text[line..].lines().next()?.trim();
+            let mut before = self.sources.text[begin..line].match_indices(header).map(|(at, _)| begin + at);
             before.find(|at| self.lines.contains(at)).map(|at| at + (again - line))
         })
     }
@@ -193,7 +236,8 @@ impl<'t> Places<'t> {
             return;
         }
         let (place, found) = (self.place_of(&exact), self.written(&exact));
-        let related = related.and_then(|related| self.place_of(&related)).filter(|related| Some(*related) != place);
+        let related =
+            related.and_then(|related| self.place_of(&related)).filter(|related| Some(related) != place.as_ref());
         self.push(&path, place, problem.severity, problem.what, found, problem.instead, related);
         if problem.severity == Severity::Error {
             self.spoil(exact);
@@ -204,31 +248,50 @@ impl<'t> Places<'t> {
     fn push(
         &mut self,
         key: &str,
-        place: Option<Position>,
+        place: Option<FilePosition>,
         severity: Severity,
         what: String,
         found: Option<String>,
         instead: String,
-        related: Option<Position>,
+        related: Option<FilePosition>,
     ) {
-        let (file, key, surroundings) = (self.file.clone(), key.to_owned(), self.surroundings);
-        self.found.push(Diagnostic { file, place, key, severity, what, found, instead, related, surroundings });
+        // A message may quote a value; `found` is as it stands in the file.
+        let hide = |text: &str| self.expansions.hide_about(key, text);
+        let (what, instead) = (hide(&what), hide(&instead));
+        let (key, surroundings) = (key.to_owned(), self.surroundings);
+        let main = self.sources.files.first().map(|file| file.path.clone()).unwrap_or_default();
+        let (index, file, place) = match place {
+            Some(FilePosition { index, file, position }) => (index, file, Some(position)),
+            None => (0, main, None),
+        };
+        self.found.push(Diagnostic {
+            file,
+            index,
+            place,
+            key,
+            severity,
+            what,
+            found,
+            instead,
+            related: related.map(|FilePosition { file, position, .. }| (file, position)),
+            surroundings,
+        });
     }
 
     pub(super) fn any_error(&self) -> bool {
         self.found.iter().any(Diagnostic::is_error)
     }
 
-    /// Everything, in the order of the file.
+    /// Everything, in the order of the files.
     pub(super) fn into_found(self) -> Vec<Diagnostic> {
         let mut found = self.found;
-        found.sort_by(|a, b| (a.place, &a.key, &a.what).cmp(&(b.place, &b.key, &b.what)));
+        found.sort_by(|a, b| (a.index, a.place, &a.key, &a.what).cmp(&(b.index, b.place, &b.key, &b.what)));
         found.dedup();
         found
     }
 }
 
-fn join(section: &str, key: &str) -> String {
+pub(super) fn join(section: &str, key: &str) -> String {
     if section.is_empty() { key.to_owned() } else { format!("{section}.{key}") }
 }
 

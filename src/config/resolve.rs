@@ -4,7 +4,7 @@
 use super::file::{self, AuthMode, Beyond, BodyPolicy, Forward, QueryToken, ScopePreset, Strip, Switch, TrustedPeer};
 use super::places::Places;
 use super::section::{nearest, suggestion};
-use super::{Diagnostic, Document, File};
+use super::{Diagnostic, Document, Expansions, File};
 use crate::edge::{
     BodyRate, CertificateFiles, ConnectionLimits, EdgeSettings, ListenerSettings, ListenerTlsSettings, ServerSettings,
     ShutdownTimes, Timeouts, TlsProfile,
@@ -74,6 +74,8 @@ pub struct Settings {
     pub warnings: Vec<Diagnostic>,
     /// What the file says, to name what a reload changes.
     pub document: Document,
+    /// What stood in the file for something else, which people must not be shown.
+    pub expansions: Expansions,
 }
 
 impl Settings {
@@ -224,6 +226,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         },
         warnings: Vec::new(),
         document,
+        expansions: Expansions::default(),
     }
 }
 

@@ -41,6 +41,7 @@ mod workers;
 
 pub use crate::clock::now;
 pub use crowd::ConnectionLimits;
+pub use file_watch::ListFiles;
 pub use listen::{AddressInUse, Listen, ListenerSettings, ServerSettings};
 pub use listening::PassedSockets;
 pub use log_levels::FRAMEWORK_LOG_LEVELS;

@@ -13,7 +13,7 @@ use super::reloader::{ChangeRequest, Reloader, reopen_when_asked};
 use super::signals::ProcessSignals;
 use super::upgrade::Successors;
 use super::workers::{Serve as _, Workers};
-use super::{Lifecycle, Snapshot, file_watch, health};
+use super::{Lifecycle, ListFiles, Snapshot, file_watch, health};
 use crate::admin::Reloaded;
 use crate::problem::Problem;
 use crate::telemetry::audit_log::{AuditResult, AuditSource, AuditedAction};
@@ -22,7 +22,6 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, watch};
@@ -55,8 +54,8 @@ pub struct Running {
     pub settings: ServerSettings,
     pub snapshot: Snapshot,
     pub rebuild: Rebuild,
-    /// The configuration file, if changes of it are to be taken without being asked.
-    pub watched: Option<PathBuf>,
+    /// The configuration's files, if changes of them are to be taken without being asked.
+    pub watched: Option<ListFiles>,
     /// Listening sockets that this process was started with.
     pub passed: PassedSockets,
     /// How an upgrade starts the process that replaces this one.

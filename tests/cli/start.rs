@@ -1,0 +1,305 @@
+//! How a configuration is found, put together and begun: the search, `${NAME}`, `include` and `tollgate init`.
+
+use super::*;
+use std::os::unix::fs::PermissionsExt as _;
+
+/// Runs in a folder, with these variables and no others of ours.
+fn run_in(folder: &Folder, variables: &[(&str, &str)], arguments: &[&str]) -> Output {
+    let mut command = tollgate();
+    command.current_dir(&folder.0).env_remove("TOLLGATE_CONFIG").envs(variables.iter().copied()).args(arguments);
+    run(&mut command)
+}
+
+fn is_root() -> bool {
+    stdout(&run(Command::new("id").arg("-u"))).trim() == "0"
+}
+
+fn with_store(path: &str) -> String {
+    format!("{UPSTREAM}[store]\npath = \"{path}\"\n")
+}
+
+#[test]
+fn a_configuration_is_found_in_one_order_by_every_command() {
+    let folder = Folder::new("found");
+    folder.write("named.toml", &with_store("named.db"));
+    folder.write("variable.toml", &with_store("variable.db"));
+    let check = |variables: &[(&str, &str)], arguments: &[&str]| run_in(&folder, variables, arguments);
+    if !std::path::Path::new("/etc/tollgate/tollgate.toml").exists() {
+        let nothing = check(&[], &["check"]);
+        assert_eq!(nothing.status.code(), Some(USAGE), "{}", all(&nothing));
+        for part in ["--config", "TOLLGATE_CONFIG", "./tollgate.toml", "/etc/tollgate/tollgate.toml", "tollgate init"] {
+            assert!(stderr(&nothing).contains(part), "{part}: {}", all(&nothing));
+        }
+    }
+    folder.write("tollgate.toml", &with_store("here.db"));
+    let variable = [("TOLLGATE_CONFIG", "variable.toml")];
+    for (variables, arguments, said) in [
+        (&[][..], &["check"][..], "./tollgate.toml: ok (found; --config names another)"),
+        (&[("TOLLGATE_CONFIG", "")], &["check"], "./tollgate.toml: ok (found"),
+        (&variable, &["check"], "variable.toml: ok (named by TOLLGATE_CONFIG)"),
+        (&variable, &["check", "named.toml"], "named.toml: ok\n"),
+        (&variable, &["check", "-c", "named.toml"], "named.toml: ok\n"),
+        (&variable, &["-c", "named.toml", "check"], "named.toml: ok\n"),
+        (&variable, &["--config=named.toml", "check"], "named.toml: ok\n"),
+    ] {
+        let output = check(variables, arguments);
+        assert!(stdout(&output).starts_with(said), "{arguments:?}: {}", all(&output));
+    }
+    // Every command asks the same function, with the option on either side.
+    for (variables, database, arguments) in [
+        (&[][..], "here.db", &["token", "create", "--user", "u"][..]),
+        (&variable, "variable.db", &["token", "create", "--user", "u"]),
+        (&variable, "named.db", &["-c", "named.toml", "token", "create", "--user", "u"]),
+        (&variable, "named.db", &["token", "-c", "named.toml", "create", "--user", "u"]),
+        (&[], "named.db", &["token", "create", "--user", "u", "--config", "named.toml"]),
+    ] {
+        let output = check(variables, arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", all(&output));
+        std::fs::remove_file(folder.0.join(database)).unwrap_or_else(|error| panic!("{arguments:?}: {error}"));
+    }
+    let wrong_store = check(&variable, &["store", "check", "--store", "none"]);
+    assert!(
+        stderr(&wrong_store).contains("note: the configuration is variable.toml (named by"),
+        "{}",
+        all(&wrong_store)
+    );
+    folder.write("tollgate.toml", "[admin]\nlisten = \"127.0.0.1:1\"\n");
+    for command in [&["reload"][..], &["upgrade"], &["server", "drain", "api", "a:1"]] {
+        let output = check(&[], command);
+        assert_eq!(output.status.code(), Some(1), "{}", all(&output));
+        assert!(stderr(&output).contains("127.0.0.1:1: "), "{}", all(&output));
+        assert!(stderr(&output).contains("note: the configuration is ./tollgate.toml (found"), "{}", all(&output));
+    }
+    let run = check(&[], &["run"]);
+    assert!(run.status.code() == Some(USAGE) && stderr(&run).contains("./tollgate.toml: upstream"), "{}", all(&run));
+    // A name is not passed over, and is not given twice.
+    for (variables, arguments, part) in [
+        (&[("TOLLGATE_CONFIG", "gone.toml")][..], &["check"][..], "gone.toml: cannot be read"),
+        (&[], &["check", "-c", "gone.toml"], "gone.toml: cannot be read"),
+        (&[], &["check", "gone.toml"], "gone.toml: cannot be read"),
+        (&[], &["check", "named.toml", "-c", "named.toml"], "given twice"),
+        (&[], &["demo", "-c", "named.toml"], "reads no configuration"),
+        (&[], &["-c", "named.toml", "example-config"], "reads no configuration"),
+    ] {
+        let output = check(variables, arguments);
+        assert_eq!(output.status.code(), Some(USAGE), "{arguments:?}: {}", all(&output));
+        assert!(stderr(&output).contains(part), "{arguments:?}: {}", all(&output));
+    }
+}
+
+#[test]
+fn root_reads_no_file_that_others_can_write_unless_it_is_named() {
+    let folder = Folder::new("trust");
+    let file = folder.write("tollgate.toml", UPSTREAM);
+    std::fs::create_dir(folder.0.join("conf.d")).unwrap();
+    let included = folder.write("conf.d/a.toml", "[log]\nlevel = \"warn\"\n");
+    let main = folder.write("main.toml", &format!("include = [\"conf.d/*.toml\"]\n{UPSTREAM}"));
+    let mode = |path: &std::path::Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let check = |arguments: &[&str]| {
+        let output = run_in(&folder, &[], &[&["check"], arguments].concat());
+        (output.status.code(), all(&output))
+    };
+    mode(&file, 0o644);
+    assert_eq!(check(&[]).0, Some(0), "{}", check(&[]).1);
+    assert_eq!(check(&["main.toml"]).0, Some(0), "{}", check(&["main.toml"]).1);
+    let refused = if is_root() { Some(USAGE) } else { Some(0) };
+    for (path, open, closed) in [(&file, 0o666, 0o644), (&folder.0, 0o777, 0o755)] {
+        mode(path, open);
+        let (code, said) = check(&[]);
+        assert_eq!(code, refused, "{said}");
+        assert!(code == Some(0) || said.contains("can be written by everybody; name it with --config"), "{said}");
+        assert_eq!(check(&["tollgate.toml"]).0, Some(0), "who names it means it");
+        mode(path, closed);
+    }
+    for (path, open, closed) in [(&included, 0o666, 0o644), (&folder.0.join("conf.d"), 0o777, 0o755)] {
+        mode(path, open);
+        let (code, said) = check(&["main.toml"]);
+        assert_eq!(code, refused, "{said}");
+        assert!(code == Some(0) || said.contains("main.toml:1:12: include: conf.d/a.toml is not read"), "{said}");
+        mode(path, closed);
+    }
+    mode(&main, 0o666);
+    assert_eq!(check(&["main.toml"]).0, Some(0), "who names it means it");
+}
+
+#[test]
+fn variables_stand_in_strings_and_are_never_shown() {
+    let folder = Folder::new("env");
+    let secret = "S3CRET-value";
+    folder.write("secret", "S3CRET-value\n");
+    let check = |text: &str, variables: &[(&str, &str)]| {
+        folder.write("c.toml", text);
+        let output = run_in(&folder, variables, &["check", "--offline", "c.toml"]);
+        let json = run_in(&folder, variables, &["check", "--offline", "--json", "c.toml"]);
+        assert!(!all(&output).contains("S3CRET") && !all(&json).contains("S3CRET"), "{text}: {}", all(&output));
+        (output.status.code(), all(&output))
+    };
+    let upstream = |address: &str| format!("[[upstream]]\nname = \"api\"\nservers = [\"{address}\"]\n");
+    // A value cannot change the structure.
+    let (code, said) = check(&upstream("${BACKEND}"), &[("BACKEND", "127.0.0.1:1\"]\n[log]\nlevel = \"warn")]);
+    assert!(code == Some(USAGE) && said.contains("c.toml:3:12: upstream[0].servers"), "{said}");
+    assert!(said.contains("found \"${BACKEND}\""), "{said}");
+    assert_eq!(check(&upstream("${HOST}:${PORT}"), &[("HOST", "127.0.0.1"), ("PORT", "80")]).0, Some(0));
+    for (text, part) in [
+        (
+            upstream("${GONE}:80"),
+            "c.toml:3:12: upstream[0].servers[0]: the environment variable GONE is not set; set GONE",
+        ),
+        (upstream("${GONE"), "c.toml:3:12: upstream[0].servers[0]: has a `${` without its `}`"),
+        // Errors that would quote what stood there.
+        (
+            upstream("${SECRET}"),
+            "c.toml:3:12: upstream[0].servers: is not the address of a server, found \"${SECRET}\"",
+        ),
+        (upstream("${file:secret}"), "found \"${file:secret}\""),
+        (upstream("${credential:secret}"), "found \"${credential:secret}\""),
+        (format!("{UPSTREAM}[log]\naccess = \"${{SECRET}}/a/b\"\n"), "log.access: ${SECRET}/a/b cannot be written"),
+        (
+            format!("{UPSTREAM}[[store]]\nname = \"${{SECRET}}\"\n[[store]]\nname = \"${{SECRET}}\"\n"),
+            "\"${SECRET}\" is the name",
+        ),
+        (
+            format!("{UPSTREAM}[store]\nkind = \"file\"\npath = \"${{SECRET}}\"\n"),
+            "store.path: ${SECRET}: No such file",
+        ),
+        (format!("{UPSTREAM}[store]\nkind = \"postgres\"\nurl = \"${{SECRET}}\"\n"), "store.url"),
+    ] {
+        let variables = [("SECRET", secret), ("CREDENTIALS_DIRECTORY", folder.0.to_str().unwrap())];
+        let (code, said) = check(&text, &variables);
+        assert_eq!(code, Some(USAGE), "{text}: {said}");
+        assert!(said.contains(part), "{text}: {said}");
+        assert_eq!(said.lines().last(), Some("1 error"), "{text}: {said}");
+    }
+    // What `check` lists, and a literal.
+    let open = format!(
+        "{UPSTREAM}[store]\nname = \"${{SECRET}}\"\n[[route]]\npath = \"/api/v3/open\"\nauth = \"none\"\nreason = \"${{SECRET}} $${{X}}\"\n"
+    );
+    let (code, said) = check(&open, &[("SECRET", secret)]);
+    assert!(code == Some(0) && said.contains("/api/v3/open  (any method; no token): ${SECRET} ${X}"), "{said}");
+    // The start's lines, and a token command.
+    let gateway = format!(
+        "[server]\nlisten = [\"127.0.0.1:{}\"]\n[admin]\nlisten = \"none\"\n{UPSTREAM}[store]\nname = \"${{SECRET}}\"\npath = \"t.db\"\n",
+        free_port()
+    );
+    let config = folder.write("run.toml", &gateway);
+    let mut child = tollgate();
+    child.args(["run", "-c"]).arg(config).env("SECRET", secret).stdin(Stdio::null()).stderr(Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let said: Vec<String> = lines.by_ref().take(5).map(Result::unwrap).collect();
+    drop(child.kill());
+    child.wait().unwrap();
+    assert!(said.iter().any(|line| line.contains("token stores: ${SECRET}")), "{said:?}");
+    assert!(!said.join("\n").contains("S3CRET"), "{said:?}");
+}
+
+#[test]
+fn included_files_are_one_configuration_and_errors_have_their_places() {
+    let folder = Folder::new("include");
+    std::fs::create_dir(folder.0.join("conf.d")).unwrap();
+    let check = || {
+        let output = run_in(&folder, &[], &["check", "--offline", "c.toml"]);
+        (output.status.code(), all(&output))
+    };
+    let route = |path: &str| format!("[[route]]\npath = \"{path}\"\nauth = \"none\"\nreason = \"r\"\n");
+    let store = |name: &str| format!("[[store]]\nname = \"{name}\"\npath = \"{name}.db\"\n");
+    let first = format!("include = [\"conf.d/*.toml\"]\n{UPSTREAM}{}{}", route("/api/v3/first"), store("first"));
+    folder.write("c.toml", &first);
+    let (code, said) = check();
+    assert!(code == Some(0) && said.contains("c.toml:1:12: warning: include: matches no file"), "{said}");
+    // In sorted order, behind the first file; what begins with a dot is an editor's.
+    folder.write("conf.d/20.toml", &store("third"));
+    let second = format!("{}[cache]\npositive_ttl = \"5s\"\n{}", route("/api/v3/second"), store("second"));
+    folder.write("conf.d/10.toml", &second);
+    folder.write("conf.d/.10.toml.swp", "not TOML");
+    folder.write("conf.d/note.txt", "not TOML");
+    let (code, said) = check();
+    assert!(code == Some(0) && said.contains("/api/v3/second"), "{said}");
+    let stores = said.lines().filter(|line| line.contains("within a second"));
+    let names: Vec<_> = stores.map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert_eq!(names, ["first", "second", "third"], "{said}");
+    // Errors point to the file, and to both.
+    for (text, part) in [
+        (
+            "[cache]\nnegative_ttl = 5\n",
+            "conf.d/20.toml:2:16: cache.negative_ttl: must be a time with its unit, found 5",
+        ),
+        (
+            "\n[cache]\npositive_ttl = \"6s\"\n",
+            "conf.d/20.toml:3:1: cache.positive_ttl: is set in two files (see conf.d/10.toml:6:1); set it in one of them",
+        ),
+        ("[[route]]\npath = \"/x\"\n[[rout]]\n", "conf.d/20.toml:3:3: rout: is not a known section"),
+        ("a = \n", "conf.d/20.toml:1:"),
+        ("a = 1\na = 2\n", "conf.d/20.toml:2:1: `a` is in the file twice (see conf.d/20.toml:1:1)"),
+        ("include = [\"x.toml\"]\n", "conf.d/20.toml:1:1: `include` is in an included file"),
+        (
+            &route("/api/v3/first"),
+            "conf.d/20.toml:2:8: route[2].path: is in an earlier [[route]] for the same method and host (see c.toml:",
+        ),
+        ("[log]\naccess = \"${GONE}\"\n", "conf.d/20.toml:2:10: log.access: the environment variable GONE is not set"),
+    ] {
+        folder.write("conf.d/20.toml", text);
+        let (code, said) = check();
+        assert_eq!(code, Some(USAGE), "{text}: {said}");
+        assert!(said.contains(part), "{text}: {said}");
+        assert_eq!(said.lines().last(), Some("1 error"), "{text}: {said}");
+    }
+    folder.write("conf.d/20.toml", "");
+    for (line, part) in [
+        ("include = \"conf.d/*.toml\"", "c.toml:1:11: include: must be a list"),
+        ("include = [\"gone.toml\"]", "c.toml:1:12: include: is a file that does not exist, found \"gone.toml\""),
+        ("include = [\"conf.d\"]", "c.toml:1:12: include: conf.d cannot be read"),
+        ("include = [\"conf.d/[\"]", "c.toml:1:12: include: is not a pattern"),
+        ("include = [\"${GONE}/*.toml\"]", "c.toml:1:12: include[0]: the environment variable GONE is not set"),
+        ("include = [1]", "c.toml:1:12: include: must be a string"),
+    ] {
+        folder.write("c.toml", &format!("{line}\n{UPSTREAM}"));
+        let (code, said) = check();
+        assert_eq!(code, Some(USAGE), "{line}: {said}");
+        assert!(said.contains(part), "{line}: {said}");
+    }
+    // A pattern that matches the first file itself, and one file by two patterns.
+    folder.write("c.toml", &format!("include = [\"*.toml\", \"conf.d/*.toml\", \"conf.d/10.toml\"]\n{UPSTREAM}"));
+    let (code, said) = check();
+    assert!(code == Some(0) && said.matches("/api/v3/second").count() == 1, "{said}");
+    // The admin listener is found in an included file.
+    folder.write("conf.d/20.toml", "[admin]\nlisten = \"127.0.0.1:1\"\n");
+    let output = run_in(&folder, &[], &["reload", "-c", "c.toml"]);
+    assert!(stderr(&output).contains("127.0.0.1:1: "), "{}", all(&output));
+}
+
+#[test]
+fn a_reload_reads_included_files_again_and_watching_covers_them() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let config = gateway.folder.0.join("tollgate.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let open = |path: &str| format!("[[route]]\npath = \"{path}\"\nauth = \"none\"\nreason = \"r\"\n");
+    let status = |path: &str| gateway.ask(&format!("GET {path} HTTP/1.1\nHost: h.test\n\n")).status;
+    assert_eq!(status("/api/v3/a"), 401);
+    gateway.folder.write("a.inc", &open("/api/v3/a"));
+    gateway.folder.write("tollgate.toml", &format!("include = [\"*.inc\"]\n{text}"));
+    let reload = run(tollgate().args(["reload", "--config"]).arg(&config));
+    assert_eq!(reload.status.code(), Some(0), "{}", all(&reload));
+    assert!(stdout(&reload).contains("route"), "{}", all(&reload));
+    assert_eq!(status("/api/v3/a"), 200);
+    gateway.folder.write("b.inc", "[[route]]\n");
+    let broken = run(tollgate().args(["reload", "--config"]).arg(&config));
+    assert_eq!(broken.status.code(), Some(1), "{}", all(&broken));
+    assert!(stderr(&broken).contains("b.inc:1:1: route[1].path: is missing"), "{}", all(&broken));
+    assert_eq!(status("/api/v3/a"), 200, "nothing changed");
+    std::fs::remove_file(gateway.folder.0.join("b.inc")).unwrap();
+
+    let watched = Gateway::start(upstream.address, "[server]\nlisten = [\"@LISTEN@\"]\nwatch = true\n");
+    let text = std::fs::read_to_string(watched.folder.0.join("tollgate.toml")).unwrap();
+    let status = |path: &str| watched.ask(&format!("GET {path} HTTP/1.1\nHost: h.test\n\n")).status;
+    watched.folder.write("tollgate.toml", &format!("include = [\"*.inc\"]\n{text}"));
+    watched.folder.write("a.inc", &open("/api/v3/a"));
+    eventually("an added file is taken", || status("/api/v3/a") == 200);
+    watched.folder.write("a.inc", &open("/api/v3/b"));
+    eventually("a changed file is taken", || status("/api/v3/b") == 200 && status("/api/v3/a") == 401);
+    std::fs::remove_file(watched.folder.0.join("a.inc")).unwrap();
+    eventually("a removed file is taken", || status("/api/v3/b") == 401);
+}
