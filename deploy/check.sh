@@ -188,7 +188,7 @@ operations() {
 run docs/operations.md operations
 known_names() {
     # What recording.yml records has colons, and is no metric of tollgate's.
-    cat deploy/prometheus/*.yml deploy/grafana/tollgate.json docs/*.md | sed -E 's/[a-z_]+:tollgate_[a-z_]+:[a-z0-9_]+//g' |
+    find docs -maxdepth 1 -name "*.md" ! -name configuration.md -exec cat deploy/prometheus/alerts.yml deploy/prometheus/recording.yml deploy/grafana/tollgate.json {} + | sed -E 's/[a-z_]+:tollgate_[a-z_]+:[a-z0-9_]+//g' |
         grep -oE '\btollgate_[a-z0-9_]*[a-z]' | sed -E 's/_(bucket|sum|count)$//' | sort -u >"$work/said"
     comm -13 "$work/metrics" "$work/said" >"$work/differ"
     [ ! -s "$work/differ" ] || { echo "no such metrics:"; cat "$work/differ"; return 1; }

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks the Compose file and the Kubernetes files without an engine or a cluster, for deploy/check.sh: deploy/references.py FOLDER.
+"""Checks the schema for editors, and the Compose and Kubernetes files without an engine or a cluster, for deploy/check.sh:
+deploy/references.py FOLDER.
 
 Every file that a Compose volume, a build or a Prometheus configuration names must be there; every name that one Kubernetes object has
 of another must be another's. With kubectl (kustomize 5) the overlays are built, and with kubernetes-validate (PyPI) each object is held
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -22,6 +24,30 @@ OVERLAYS = ["base", "overlays/redis", "overlays/postgres", "overlays/monitoring"
 
 def fail(what):
     sys.exit(f"deploy/references.py: {what}")
+
+
+def schema():
+    """Every configuration in the repository is as the schema for editors says, and what is not, is noticed."""
+    import jsonschema
+
+    known = json.loads((ROOT / "config/tollgate.schema.json").read_text())
+    validator = jsonschema.Draft7Validator(known)
+    validator.check_schema(known)
+    wrong = [
+        '[server]\nlistn = ["127.0.0.1:1"]',
+        '[[store]]\nkind = "redis"\nservrs = []',
+        "[cache]\npositive_ttl = 3",
+        '[[upstream]]\nname = "a"',
+        '[token]\nforward = "tokens"',
+    ]
+    for text in wrong:
+        list(validator.iter_errors(tomllib.loads(text))) or fail(f"the schema takes {text!r}")
+    files = [path for folder in ("config", "deploy") for path in (ROOT / folder).rglob("*.toml")]
+    for path in files:
+        for error in validator.iter_errors(tomllib.loads(path.read_text())):
+            fail(f"{path.relative_to(ROOT)}: {list(error.path)}: {error.message[:300]}")
+    len(files) >= 25 or fail(f"only {len(files)} configurations found")
+    print(f"tollgate.schema.json: {len(files)} configurations")
 
 
 def compose():
@@ -125,5 +151,6 @@ def kubernetes(folder):
 
 
 if __name__ == "__main__":
+    schema()
     compose()
     kubernetes(sys.argv[1])

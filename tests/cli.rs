@@ -569,10 +569,14 @@ fn the_example_is_generated_and_right() {
     for section in ["[server]", "[admin]", "[[upstream]]", "[token]", "[[store]]", "[cache]", "[log]"] {
         assert!(example.lines().any(|line| line == section), "{section}");
     }
-    let kept = repository("config/tollgate.example.toml");
-    if kept.exists() {
-        let kept_text = std::fs::read_to_string(&kept).unwrap();
-        assert_eq!(kept_text, example, "make {} again with `tollgate example-config`", kept.display());
+    for (options, kept) in [
+        (&[][..], "config/tollgate.example.toml"),
+        (&["--schema"], "config/tollgate.schema.json"),
+        (&["--markdown"], "docs/configuration.md"),
+    ] {
+        let output = run(tollgate().arg("example-config").args(options));
+        let text = std::fs::read_to_string(repository(kept)).unwrap();
+        assert!(text == stdout(&output), "{kept} is not what the code says: run `make example`");
     }
 }
 

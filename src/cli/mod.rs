@@ -78,7 +78,27 @@ enum Command {
         command: store::StoreCommand,
     },
     /// Print a configuration with every key, its default and its meaning.
-    ExampleConfig,
+    ExampleConfig(ExampleArguments),
+}
+
+#[derive(clap::Args)]
+struct ExampleArguments {
+    /// Print a JSON Schema in its place, for editors
+    #[arg(long, conflicts_with = "markdown")]
+    schema: bool,
+    /// Print it as a page in Markdown
+    #[arg(long)]
+    markdown: bool,
+}
+
+impl ExampleArguments {
+    fn text(&self) -> String {
+        match (self.schema, self.markdown) {
+            (true, _) => config::schema(),
+            (_, true) => config::page(),
+            _ => config::example(),
+        }
+    }
 }
 
 /// Why a command ended badly.
@@ -114,7 +134,7 @@ const RESTART: u8 = 2;
 
 impl Command {
     const fn reads_configuration(&self) -> bool {
-        !matches!(self, Self::Demo { .. } | Self::Cert { .. } | Self::ExampleConfig)
+        !matches!(self, Self::Demo { .. } | Self::Cert { .. } | Self::ExampleConfig(_))
     }
 }
 
@@ -144,7 +164,7 @@ pub fn main() -> ExitCode {
         Command::Token { command } => block_on(token::run(command)),
         Command::Cert { command } => cert::run(&command),
         Command::Store { command } => block_on(store::run(command)),
-        Command::ExampleConfig => say!("{}", config::example().trim_end()).map_err(Failure::from),
+        Command::ExampleConfig(arguments) => say!("{}", arguments.text().trim_end()).map_err(Failure::from),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

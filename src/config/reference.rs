@@ -2,8 +2,12 @@
 //! own comments, defaults and types.
 
 use super::section::{REQUIRED, SectionKey};
+use super::sources::INCLUDE;
 use super::{REFERENCE, Reference};
 use serde_json::{Map, Value, json};
+
+const INCLUDE_DOC: &str =
+    "Other files that are read as if they stood here, as patterns like \"conf.d/*.toml\", relative to this file.";
 
 /// How a section stands in the file.
 enum Shape<'a> {
@@ -38,6 +42,8 @@ fn prose(doc: &[&str]) -> String {
 /// JSON Schema of the whole configuration, for editors that read TOML with one.
 pub fn schema() -> String {
     let mut properties = Map::new();
+    let include = json!({ "type": "array", "items": { "type": "string" }, "description": INCLUDE_DOC });
+    properties.insert(INCLUDE.to_owned(), include);
     for Reference { header, doc, fields, .. } in &REFERENCE {
         let table = table(doc, fields);
         match Shape::of(header) {
@@ -45,15 +51,19 @@ pub fn schema() -> String {
                 properties.insert(name.to_owned(), table);
             }
             Shape::List(None, name) => {
-                let list = properties.entry(name).or_insert_with(|| json!({ "type": "array", "items": {} }));
-                match list["items"].as_object().is_some_and(Map::is_empty) {
-                    true => list["items"] = table,
-                    // One kind of several.
-                    false => match list["items"]["anyOf"].as_array_mut() {
-                        Some(kinds) => kinds.push(table),
-                        None => list["items"] = json!({ "anyOf": [list["items"].take(), table] }),
-                    },
-                }
+                let list = properties.entry(name).or_insert_with(|| json!({ "type": "array", "items": null }));
+                // Where there are several kinds, each has a table.
+                let items = match list["items"].take() {
+                    Value::Null => table,
+                    Value::Object(mut several) if several.contains_key("anyOf") => {
+                        if let Some(kinds) = several.get_mut("anyOf").and_then(Value::as_array_mut) {
+                            kinds.push(table);
+                        }
+                        several.into()
+                    }
+                    first => json!({ "anyOf": [first, table] }),
+                };
+                list["items"] = items;
             }
             Shape::List(Some(outer), name) => {
                 properties[outer]["properties"][name] = json!({ "type": "array", "items": table });
@@ -85,8 +95,11 @@ fn table(doc: &[&str], fields: &[SectionKey]) -> Value {
         schema["description"] = prose(field.doc).into();
         properties.insert(field.key.to_owned(), schema);
     }
-    let required: Vec<&str> =
-        fields.iter().filter(|field| field.default.starts_with(REQUIRED)).map(|field| field.key).collect();
+    // The kind of a store can be left out of the first one only.
+    let is_required = |field: &&SectionKey| {
+        field.default.starts_with(REQUIRED) || (field.key == "kind" && field.default != "\"sqlite\"")
+    };
+    let required: Vec<&str> = fields.iter().filter(is_required).map(|field| field.key).collect();
     json!({
         "type": "object",
         "description": prose(doc),
@@ -104,7 +117,9 @@ pub fn page() -> String {
          reads the file; [config/tollgate.example.toml](https://github.com/tollgate/tollgate/blob/main/config/tollgate.example.toml) \
          is the same as a file, and `tollgate example-config --schema` a JSON Schema, with which editors complete and check keys.\n\n\
          Only `[[upstream]]` is required. Times are written like `\"250ms\"`, `\"60s\"` or `\"1h 30m\"`, sizes like `\"32KiB\"`. \
-         `tollgate check` says what is wrong with a file, where, and what to write instead.\n",
+         `tollgate check` says what is wrong with a file, where, and what to write instead.\n\n\
+         At the top of the file, `include = [\"conf.d/*.toml\"]` reads other files as if they stood there, and `${NAME}` in a string is \
+         the value of that environment variable.\n",
     );
     for Reference { header, doc, fields, .. } in &REFERENCE {
         let kind = fields.iter().find(|field| field.key == "kind" && *header == "[[store]]");

@@ -53,6 +53,39 @@ fn the_example_says_all_and_is_right() {
     );
 }
 
+/// What it takes and refuses is tried with another author's validator in deploy/references.py.
+#[test]
+fn every_key_is_on_the_page_and_in_the_schema() {
+    let page = page();
+    let schema: serde_json::Value = serde_json::from_str(&schema()).unwrap();
+    let mut keys = 0;
+    for section in &REFERENCE {
+        for field in section.fields {
+            assert!(page.contains(&format!("\n| `{}` | ", field.key)), "{}", field.key);
+        }
+        keys += section.fields.len();
+    }
+    assert_eq!(page.matches("\n| `").count(), keys);
+    fn described(value: &serde_json::Value) -> usize {
+        match value {
+            serde_json::Value::Object(table) => {
+                let own = table.get("properties").and_then(|own| own.as_object()).map_or(0, |own| {
+                    own.values().filter(|key| key.get("description").is_some_and(|text| text.is_string())).count()
+                });
+                own + table.values().map(described).sum::<usize>()
+            }
+            serde_json::Value::Array(list) => list.iter().map(described).sum(),
+            _ => 0,
+        }
+    }
+    let named: std::collections::BTreeSet<&str> = REFERENCE.iter().map(|section| section.header).collect();
+    // `include`, the tables that stand in the file by themselves, and all keys.
+    let tables = named.iter().filter(|header| header.matches('[').count() == 1 && !header.contains('.')).count();
+    assert_eq!(described(&schema), 1 + tables + keys);
+    assert_eq!(schema["properties"]["store"]["items"]["anyOf"].as_array().unwrap().len(), 5);
+    assert_eq!(schema["properties"]["upstream"]["items"]["required"], serde_json::json!(["name", "servers"]));
+}
+
 #[test]
 fn most_requests_are_a_number_or_adaptive() {
     let read = |text: &str| {
