@@ -38,6 +38,7 @@ mod listeners;
 mod logs;
 mod method_override;
 mod monitoring;
+mod moving;
 mod names;
 mod operations;
 mod overload;
