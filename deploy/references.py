@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks the schema for editors, and the Compose and Kubernetes files without an engine or a cluster, for deploy/check.sh:
+"""Checks the schema for editors, the links of the documentation, and the Compose and Kubernetes files without an engine or a cluster, for deploy/check.sh:
 deploy/references.py FOLDER.
 
 Every file that a Compose volume, a build or a Prometheus configuration names must be there; every name that one Kubernetes object has
@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 COMPOSE = ROOT / "deploy/compose"
 KUBERNETES = ROOT / "deploy/kubernetes"
 OVERLAYS = ["base", "overlays/redis", "overlays/postgres", "overlays/monitoring"]
@@ -48,6 +49,46 @@ def schema():
             fail(f"{path.relative_to(ROOT)}: {list(error.path)}: {error.message[:300]}")
     len(files) >= 25 or fail(f"only {len(files)} configurations found")
     print(f"tollgate.schema.json: {len(files)} configurations")
+
+
+def slug(heading, taken):
+    """The anchor of a heading, as GitHub and mdBook make it."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+    name = re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
+    taken[name] = taken.get(name, -1) + 1
+    return f"{name}-{taken[name]}" if taken[name] else name
+
+
+def book():
+    """Every page is in the summary of the book, and every link leads to a page and a heading that are there."""
+    pages = {path.name: path.read_text() for path in DOCS.glob("*.md")}
+    listed = re.findall(r"\]\(([^)]+)\)", pages.pop("SUMMARY.md"))
+    sorted(listed) == sorted(pages) or fail(f"SUMMARY.md and the pages differ: {sorted(set(listed) ^ set(pages))}")
+    anchors, links = {}, 0
+    for name, text in pages.items():
+        plain = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        taken = {}
+        anchors[name] = {slug(heading, taken) for heading in re.findall(r"^#+ (.*)$", plain, flags=re.M)}
+    readme = {"README.md": (ROOT / "README.md").read_text(), "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text()}
+    for name, text in [*pages.items(), *((f"../{name}", text) for name, text in readme.items())]:
+        plain = re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+        for link in re.findall(r"\]\(([^)\s]+)\)", plain):
+            if re.match(r"https?:|mailto:", link):
+                own = re.match(r"https://github.com/tollgate/tollgate/(?:blob|tree)/main/([^#]+)", link)
+                not own or (ROOT / own.group(1)).exists() or fail(f"{name}: {link}: no such file")
+                links += 1
+                continue
+            page, _, anchor = link.partition("#")
+            outside = name.startswith("../")
+            place = (ROOT / page) if outside else (DOCS / (page or name))
+            place.exists() or fail(f"{name}: {link}: no such page")
+            outside or place.parent in (DOCS, *DOCS.iterdir()) or fail(f"{name}: {link} leaves the book: use the address of the file")
+            target = place.name if place.parent == DOCS else None
+            if anchor and (target in anchors):
+                anchor in anchors[target] or fail(f"{name}: {link}: no such heading")
+            links += 1
+    links >= 100 or fail(f"only {links} links found")
+    print(f"docs: {len(pages)} pages in the book, {links} links")
 
 
 def compose():
@@ -152,5 +193,6 @@ def kubernetes(folder):
 
 if __name__ == "__main__":
     schema()
+    book()
     compose()
     kubernetes(sys.argv[1])
