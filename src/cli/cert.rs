@@ -26,6 +26,15 @@ pub(super) enum CertCommand {
     },
 }
 
+/// The certificate for this machine in a folder, and its key, made if they are not there.
+pub(super) fn self_signed(folder: &Path) -> Result<(PathBuf, PathBuf), Failure> {
+    let [certificate, key] = ["localhost.pem", "localhost.key"].map(|name| folder.join(name));
+    if certificate.exists() && key.exists() {
+        return Ok((certificate, key));
+    }
+    write(&["localhost", "127.0.0.1", "::1"].map(str::to_owned), 90, folder)
+}
+
 pub(super) fn run(command: &CertCommand) -> Result<(), Failure> {
     let CertCommand::SelfSigned { names, days, out } = command;
     let usable = |name: &String| {
@@ -38,17 +47,22 @@ pub(super) fn run(command: &CertCommand) -> Result<(), Failure> {
     if let Some(name) = names.iter().find(|name| !usable(name)) {
         return Err(Failure::Usage(format!("{name}: not a host name or an IP address")));
     }
-    let first = names.first().map_or("localhost", String::as_str);
-    let (certificate, key) =
-        made(names, first, *days).map_err(|error| anyhow!("no certificate can be made: {error}"))?;
-    let stem = first.replace('*', "wildcard").replace(':', "-");
-    let (certificate_path, key_path) = (out.join(format!("{stem}.pem")), out.join(format!("{stem}.key")));
-    // The key first: a certificate without its key is of no use.
-    write_new(&key_path, &key, 0o600)?;
-    write_new(&certificate_path, &certificate, 0o644)?;
+    let (certificate_path, key_path) = write(names, *days, out)?;
     say!("{}", certificate_path.display())?;
     say!("{}", key_path.display())?;
     Ok(())
+}
+
+fn write(names: &[String], days: u32, folder: &Path) -> Result<(PathBuf, PathBuf), Failure> {
+    let first = names.first().map_or("localhost", String::as_str);
+    let (certificate, key) =
+        made(names, first, days).map_err(|error| anyhow!("no certificate can be made: {error}"))?;
+    let stem = first.replace('*', "wildcard").replace(':', "-");
+    let (certificate_path, key_path) = (folder.join(format!("{stem}.pem")), folder.join(format!("{stem}.key")));
+    // The key first: a certificate without its key is of no use.
+    write_new(&key_path, &key, 0o600)?;
+    write_new(&certificate_path, &certificate, 0o644)?;
+    Ok((certificate_path, key_path))
 }
 
 fn made(names: &[String], first: &str, days: u32) -> Result<(String, String), rcgen::Error> {

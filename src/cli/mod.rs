@@ -10,6 +10,8 @@ mod cert;
 mod check;
 mod configuration;
 mod demo;
+mod init;
+mod reference;
 mod reload;
 mod run;
 mod server;
@@ -17,8 +19,10 @@ mod store;
 mod token;
 mod upgrade;
 
+pub use reference::markdown;
+
 use crate::config::{self, Diagnostic, Probe, Settings};
-use clap::{Parser, Subcommand};
+use clap::{FromArgMatches as _, Parser, Subcommand};
 use configuration::ConfigOption;
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -43,6 +47,10 @@ enum Command {
         #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
         listen: std::net::SocketAddr,
     },
+    /// Write a first configuration, from options or from questions on the terminal
+    ///
+    /// Exit codes: 0 written, 1 the file exists or cannot be written, 64 an option that cannot be used.
+    Init(init::InitArguments),
     /// Check a configuration file and everything it names, and list what can be reached without a token.
     ///
     /// Finds what would keep `tollgate run` or a reload from succeeding. Run it as the user that the gateway runs as.
@@ -77,8 +85,15 @@ enum Command {
         #[command(subcommand)]
         command: store::StoreCommand,
     },
-    /// Print a configuration with every key, its default and its meaning.
+    /// Print a configuration with every key, its default and its meaning
     ExampleConfig(ExampleArguments),
+    /// Print a script that completes commands and options in a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page, or write those of all commands
+    Man(reference::ManArguments),
 }
 
 #[derive(clap::Args)]
@@ -134,13 +149,25 @@ const RESTART: u8 = 2;
 
 impl Command {
     const fn reads_configuration(&self) -> bool {
-        !matches!(self, Self::Demo { .. } | Self::Cert { .. } | Self::ExampleConfig(_))
+        !matches!(
+            self,
+            Self::Demo { .. }
+                | Self::Init(_)
+                | Self::Cert { .. }
+                | Self::ExampleConfig(_)
+                | Self::Completions { .. }
+                | Self::Man(_)
+        )
     }
 }
 
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let parsed = reference::command_line().try_get_matches().and_then(|matches| {
+        let json = wants_json(&matches);
+        Ok((Cli::from_arg_matches(&matches)?, json))
+    });
+    let (cli, json) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) => {
             // Help and version are no errors.
             let code = if error.use_stderr() { USAGE } else { 0 };
@@ -157,6 +184,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run => run::run(&cli.config),
         Command::Demo { listen } => demo::run(listen),
+        Command::Init(arguments) => init::run(arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Reload(arguments) => reload::run(&arguments),
         Command::Upgrade(arguments) => upgrade::run(&arguments),
@@ -164,13 +192,15 @@ pub fn main() -> ExitCode {
         Command::Token { command } => block_on(token::run(command)),
         Command::Cert { command } => cert::run(&command),
         Command::Store { command } => block_on(store::run(command)),
+        Command::Completions { shell } => reference::completions(shell),
+        Command::Man(arguments) => reference::man(&arguments),
         Command::ExampleConfig(arguments) => say!("{}", arguments.text().trim_end()).map_err(Failure::from),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(text)) => {
-            eprintln!("{text}");
-            if reads {
+            say_error(&text, &text, USAGE, json);
+            if reads && !json {
                 cli.config.note_source(&text);
             }
             ExitCode::from(USAGE)
@@ -179,12 +209,29 @@ pub fn main() -> ExitCode {
         Err(Failure::Restart) => ExitCode::from(RESTART),
         Err(Failure::Failed(error)) => {
             let text = format!("{error:#}");
-            eprintln!("tollgate: {text}");
-            if reads {
+            say_error(&format!("tollgate: {text}"), &text, 1, json);
+            if reads && !json {
                 cli.config.note_source(&text);
             }
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Whether the command, the last of those that are nested, was asked for JSON.
+fn wants_json(matches: &clap::ArgMatches) -> bool {
+    match matches.subcommand() {
+        Some((_, inner)) => wants_json(inner),
+        None => matches.try_get_one::<bool>("json").ok().flatten().is_some_and(|json| *json),
+    }
+}
+
+/// An error for people, or the same for programs.
+fn say_error(shown: &str, text: &str, code: u8, json: bool) {
+    if json {
+        eprintln!("{}", serde_json::json!({ "error": text, "exit_code": code }));
+    } else {
+        eprintln!("{shown}");
     }
 }
 

@@ -23,6 +23,9 @@ pub(super) struct AdminTarget {
     /// How long to wait for the result
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     timeout: Duration,
+    /// Print the gateway's answer as JSON
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 /// The gateway's responses are far smaller.
@@ -53,6 +56,10 @@ pub(super) fn run(target: &AdminTarget) -> Result<(), Failure> {
     let answer = post("/reload", target)?;
     let (applied, restart) = (texts(&answer, "applied"), texts(&answer, "restart_needed"));
     match answer["result"].as_str() {
+        Some("reloaded" | "restart_needed") if target.json => {
+            say!("{answer}")?;
+            if restart.is_empty() { Ok(()) } else { Err(Failure::Restart) }
+        }
         Some("reloaded" | "restart_needed") => {
             match applied.as_slice() {
                 [] => say!("reloaded; no settings changed that can take effect without a restart")?,

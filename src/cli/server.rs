@@ -30,6 +30,10 @@ pub(super) fn run(command: &ServerCommand) -> Result<(), Failure> {
     };
     let encoded = |text| utf8_percent_encode(text, NON_ALPHANUMERIC);
     let answer = reload::post(&format!("/upstreams/{}/servers/{}/{word}", encoded(upstream), encoded(server)), target)?;
+    if target.json {
+        say!("{answer}")?;
+        return Ok(());
+    }
     match answer["in_flight"].as_u64() {
         Some(count) if word == "drain" => say!("{server} gets no new requests; {count} are in flight")?,
         _ => say!("{server} gets requests again")?,

@@ -17,6 +17,9 @@ pub(super) struct StoreOptions {
     /// Name of the [[store]] (default: the only one of kind "postgres")
     #[arg(long, value_name = "NAME")]
     store: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Which triggers, and whether only their SQL is wanted.
@@ -55,6 +58,9 @@ pub(super) enum StoreCommand {
         /// Name of the [[store]] (default: all)
         #[arg(long, value_name = "NAME")]
         store: Option<String>,
+        /// Print one JSON object for each finding, and nothing else
+        #[arg(long)]
+        json: bool,
     },
     /// Create the triggers for change notifications in GitLab's tables, or in another one with --table and --column.
     InstallTriggers {
@@ -71,7 +77,7 @@ pub(super) enum StoreCommand {
 
 pub(super) async fn run(command: StoreCommand) -> Result<(), Failure> {
     match command {
-        StoreCommand::Check { config, store } => check(&config, store.as_deref()).await?,
+        StoreCommand::Check { config, store, json } => check(&config, store.as_deref(), json).await?,
         StoreCommand::Migrate { options, print: true } => {
             let (_, settings) = postgres_store(&options)?;
             let sql = PostgresAdmin::migration_sql(&settings).await?;
@@ -80,6 +86,14 @@ pub(super) async fn run(command: StoreCommand) -> Result<(), Failure> {
         StoreCommand::Migrate { options, print: false } => {
             let (name, settings) = postgres_store(&options)?;
             let migrated = PostgresAdmin::migrate(&settings).await?;
+            if options.json {
+                let moved = migrated.moved.map(|(was, now)| serde_json::json!({ "before": was, "now": now }));
+                say!(
+                    "{}",
+                    serde_json::json!({ "store": name, "schema_version": migrated.version, "channel_changed": moved })
+                )?;
+                return Ok(());
+            }
             say!("store {name}: the schema has version {}", migrated.version)?;
             if let Some((was, now)) = migrated.moved {
                 say!(
@@ -90,13 +104,23 @@ pub(super) async fn run(command: StoreCommand) -> Result<(), Failure> {
             }
         }
         StoreCommand::InstallTriggers { triggers } => {
+            let json = triggers.options.json;
             if let Some((name, settings)) = run_triggers(triggers, postgres::triggers_sql).await? {
                 let channel = settings.channel.as_deref().unwrap_or_default();
+                if json {
+                    say!("{}", serde_json::json!({ "store": name, "triggers": true, "channel": channel }))?;
+                    return Ok(());
+                }
                 say!("store {name}: the triggers are there, and tell of changes on channel \"{channel}\"")?;
             }
         }
         StoreCommand::UninstallTriggers { triggers } => {
+            let json = triggers.options.json;
             if let Some((name, _)) = run_triggers(triggers, postgres::removal_sql).await? {
+                if json {
+                    say!("{}", serde_json::json!({ "store": name, "triggers": false, "channel": null }))?;
+                    return Ok(());
+                }
                 say!("store {name}: the triggers are gone; revoked tokens work for up to positive_ttl")?;
             }
         }
@@ -123,7 +147,7 @@ async fn run_triggers(
 }
 
 /// Prints every finding, the good ones as well, and what mends the others.
-async fn check(config: &ConfigOption, name: Option<&str>) -> Result<(), Failure> {
+async fn check(config: &ConfigOption, name: Option<&str>, json: bool) -> Result<(), Failure> {
     let settings = super::load(config)?;
     let stores: Vec<_> = settings.stores.iter().filter(|store| name.is_none_or(|name| name == store.name)).collect();
     if stores.is_empty() {
@@ -141,10 +165,19 @@ async fn check(config: &ConfigOption, name: Option<&str>) -> Result<(), Failure>
             };
             warnings += usize::from(severity == FindingSeverity::Warning);
             errors += usize::from(severity == FindingSeverity::Error);
+            if json {
+                say!(
+                    "{}",
+                    serde_json::json!({ "store": store.name, "severity": how, "message": what, "instead": mend })
+                )?;
+                continue;
+            }
             say!("{how}: store {}: {what}{}{mend}", store.name, if mend.is_empty() { "" } else { ". To mend it: " })?;
         }
     }
-    say!("{errors} errors, {warnings} warnings")?;
+    if !json {
+        say!("{errors} errors, {warnings} warnings")?;
+    }
     if errors > 0 {
         Err(Failure::Failed(anyhow!("the store does not keep its promise: see the errors above")))
     } else {

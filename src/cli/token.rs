@@ -6,6 +6,7 @@ use crate::config::Settings;
 use crate::policy::LimitKeyPart;
 use crate::store::credential::Digest;
 use crate::store::portable::{Reading, is_token};
+use crate::store::query::{TokenOrder, TokenQuery, TokenState};
 use crate::store::terms::{SaidTerms, TokenTerms, check_plan, parse_method, parse_network, parse_token_rate};
 use crate::store::values::{LATEST, check_description, check_scope, check_user, is_unseen};
 use crate::store::{AdminError, MissingStore, NamedStore, ShownRecord, TokenAdmin, TokenRecord, parse_time, rfc3339};
@@ -57,10 +58,12 @@ pub(super) enum TokenCommand {
         #[command(flatten)]
         terms: TermOptions,
     },
-    /// List all tokens, newest first.
+    /// List tokens, newest first
     List {
         #[command(flatten)]
         options: TokenOptions,
+        #[command(flatten)]
+        wanted: ListOptions,
     },
     /// Show one token, by its id (or a longer prefix of its SHA-256), or by the token itself on standard input.
     Show {
@@ -83,12 +86,16 @@ pub(super) enum TokenCommand {
         #[arg(long, value_name = "TIME")]
         expires: Option<String>,
     },
-    /// Revoke a token. Running gateways refuse it within a second.
+    /// Revoke a token, or all of a user's. Running gateways refuse it within a second
     Revoke {
         #[command(flatten)]
         options: TokenOptions,
-        /// The id from the access log or the list; `-` reads the token from standard input.
-        id: String,
+        /// The id from the access log or the list; `-` reads the token from standard input
+        #[arg(required_unless_present = "user")]
+        id: Option<String>,
+        /// Revoke all tokens of this user, in place of one
+        #[arg(long, conflicts_with = "id")]
+        user: Option<String>,
         /// Wait until every running gateway on this store has confirmed the revocation
         #[arg(long)]
         wait: bool,
@@ -98,6 +105,24 @@ pub(super) enum TokenCommand {
         /// How long to wait; then the exit code is 1, and the gateways that did not confirm are named
         #[arg(long, default_value = "30s", value_name = "SPAN")]
         timeout: String,
+    },
+    /// Delete a token's record. The token is refused like one that never was; `revoke` keeps the record
+    Delete {
+        #[command(flatten)]
+        options: TokenOptions,
+        /// The id from the access log or the list; `-` reads the token from standard input
+        id: String,
+    },
+    /// Delete the records of tokens that were revoked or have expired long ago. Without --delete, only say what that would be
+    Prune {
+        #[command(flatten)]
+        options: TokenOptions,
+        /// Those that ended before this: a time like 2026-01-01T00:00:00Z, or a duration ago like 90days
+        #[arg(long, value_name = "TIME")]
+        ended_before: String,
+        /// Delete them
+        #[arg(long)]
+        delete: bool,
     },
     /// Block a user: all of the user's tokens are refused until `unblock`.
     Block {
@@ -119,6 +144,57 @@ pub(super) enum TokenCommand {
         /// File to import; `-` reads standard input
         file: PathBuf,
     },
+}
+
+/// Which tokens a list has, and how it is printed.
+#[derive(clap::Args)]
+pub(super) struct ListOptions {
+    /// Tokens of this user
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
+    /// Tokens in this state; may be repeated. `valid` is active and rotated
+    #[arg(long = "state", value_name = "STATE", value_delimiter = ',')]
+    states: Vec<StateName>,
+    /// Tokens with this scope
+    #[arg(long, value_name = "SCOPE")]
+    scope: Option<String>,
+    /// Tokens that are older than this and were not used since: a time, or a duration ago like 90days
+    #[arg(long, value_name = "TIME")]
+    unused_since: Option<String>,
+    /// Tokens that expire within this, like 14days
+    #[arg(long, value_name = "SPAN")]
+    expires_within: Option<String>,
+    /// The order: newest first, soonest expiry first, longest unused first, or by name
+    #[arg(long, value_name = "ORDER", default_value = "created")]
+    sort: OrderName,
+    /// At most so many
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+    /// Those behind the token with this id, in the same order
+    #[arg(long, value_name = "ID")]
+    after: Option<String>,
+    /// Times in full, and creation, terms and description as well
+    #[arg(long)]
+    wide: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum StateName {
+    Valid,
+    Active,
+    Rotated,
+    NotYet,
+    Expired,
+    Blocked,
+    Revoked,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum OrderName {
+    Created,
+    Expires,
+    LastUsed,
+    User,
 }
 
 /// How the new token may be used.
@@ -192,15 +268,22 @@ pub(super) async fn run(command: TokenCommand) -> Result<(), Failure> {
             let bounds = Bounds { not_before, expires, terms: terms.read()? };
             create(&options, user, scopes, description, bounds).await
         }
-        TokenCommand::List { options } => list(&options).await,
+        TokenCommand::List { options, wanted } => list(&options, &wanted).await,
         TokenCommand::Show { options, id } => show(&options, &id).await,
         TokenCommand::Rotate { options, id, overlap, expires } => {
             let expires = moment("--expires", expires.as_deref())?;
             rotate(&options, &id, span("--overlap", &overlap)?, expires).await
         }
-        TokenCommand::Revoke { options, id, wait, gateways, timeout } => {
+        TokenCommand::Revoke { options, id, user, wait, gateways, timeout } => {
             let wait = wait.then(|| span("--timeout", &timeout)).transpose()?;
-            revoke(&options, &id, wait, gateways.unwrap_or(0)).await
+            match (id, user) {
+                (_, Some(user)) => revoke_user(&options, &user, wait, gateways.unwrap_or(0)).await,
+                (id, None) => revoke(&options, &id.unwrap_or_default(), wait, gateways.unwrap_or(0)).await,
+            }
+        }
+        TokenCommand::Delete { options, id } => delete(&options, &id).await,
+        TokenCommand::Prune { options, ended_before, delete } => {
+            prune(&options, past("--ended-before", &ended_before)?, delete).await
         }
         TokenCommand::Block { options, user } => block(&options, &user, true).await,
         TokenCommand::Unblock { options, user } => block(&options, &user, false).await,
@@ -479,32 +562,108 @@ fn moment(option: &str, text: Option<&str>) -> Result<Option<u64>, Failure> {
     }
 }
 
+/// A past time, or a duration before now.
+fn past(option: &str, text: &str) -> Result<u64, Failure> {
+    let span = || humantime::parse_duration(text).ok().map(|span| now().saturating_sub(span.as_secs()));
+    match parse_time(text).or_else(span) {
+        Some(at) if at <= now() => Ok(at),
+        Some(_) => Err(Failure::Usage(format!("{option} {text} is in the future"))),
+        None => Err(Failure::Usage(format!(
+            "{option} {text}: use a time like 2026-01-01T00:00:00Z, or a duration ago like 90days"
+        ))),
+    }
+}
+
+impl ListOptions {
+    /// Without the page, which depends on a record.
+    fn query(&self) -> Result<TokenQuery, Failure> {
+        let mut states: Vec<TokenState> = Vec::new();
+        for name in &self.states {
+            match name {
+                StateName::Valid => states.extend([TokenState::Active, TokenState::Rotated]),
+                StateName::Active => states.push(TokenState::Active),
+                StateName::Rotated => states.push(TokenState::Rotated),
+                StateName::NotYet => states.push(TokenState::NotYet),
+                StateName::Expired => states.push(TokenState::Expired),
+                StateName::Blocked => states.push(TokenState::Blocked),
+                StateName::Revoked => states.push(TokenState::Revoked),
+            }
+        }
+        let within = self.expires_within.as_deref().map(|text| span("--expires-within", text)).transpose()?;
+        Ok(TokenQuery {
+            now: now(),
+            user: self.user.clone(),
+            states,
+            scope: self.scope.clone(),
+            unused_since: self.unused_since.as_deref().map(|text| past("--unused-since", text)).transpose()?,
+            expires_by: within.map(|span| now().saturating_add(span.as_secs())),
+            order: match self.sort {
+                OrderName::Created => TokenOrder::Created,
+                OrderName::Expires => TokenOrder::Expires,
+                OrderName::LastUsed => TokenOrder::LastUsed,
+                OrderName::User => TokenOrder::User,
+            },
+            // One more says whether that is all.
+            limit: self.limit.map(|limit| limit as usize + 1),
+            ..TokenQuery::default()
+        })
+    }
+}
+
+/// The token of a page's end.
+async fn last_of_page(opened: &mut OpenStore, id: &str) -> Result<TokenRecord, Failure> {
+    let hex = hex_of_id(id)?;
+    let mut found = opened.admin.find(&hex).await?;
+    match (found.pop(), found.len()) {
+        (Some(record), 0) => Ok(record),
+        (Some(_), _) => Err(anyhow!("--after {id}: several tokens begin with it: give more digits").into()),
+        (None, _) => {
+            Err(anyhow!("--after {id}: store {} has no such token (any more): begin again", opened.store).into())
+        }
+    }
+}
+
 /// Prints each record as it comes: there may be millions.
-async fn list(options: &TokenOptions) -> Result<(), Failure> {
+async fn list(options: &TokenOptions, wanted: &ListOptions) -> Result<(), Failure> {
+    let mut query = wanted.query()?;
     let mut opened = open(options).await?;
     let notes_uses = opened.admin.notes_uses();
+    if wanted.unused_since.is_some() && !notes_uses {
+        let why = format!("store {} does not note when tokens are used: --unused-since cannot be told", opened.store);
+        return Err(anyhow::Error::msg(why).into());
+    }
+    if let Some(id) = &wanted.after {
+        query.after = Some(query.order.rank(&last_of_page(&mut opened, id).await?));
+    }
     let (mut count, progress) = (0, Progress::beside_output("reading"));
     opened.admin.count_into(Arc::clone(&progress.count));
     let mut out = std::io::BufWriter::new(std::io::stdout());
+    let table = TokenTable::of(wanted, notes_uses);
     if !options.json {
-        let header = format_args!(
-            "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  {:<12}  DESCRIPTION",
-            "ID", "USER", "CREATED", "LAST USED", "STATE", "TERMS"
-        );
-        writeln!(out, "{header}")?;
+        table.head(&mut out)?;
     }
     let mut printed = Ok(());
-    let mut each = |record| {
+    let (mut last, mut more) = (None, false);
+    let most = wanted.limit.unwrap_or(u32::MAX);
+    let mut each = |record: TokenRecord| {
+        if count == most {
+            more = true;
+            return Ok(());
+        }
         count += 1;
         if count == 1 {
             progress.step("printing");
         }
-        progress.set(count);
-        printed = print_listed(&mut out, options.json, count == 1, notes_uses, &record);
+        progress.set(u64::from(count));
+        last = Some(record.digest);
+        printed = match options.json {
+            true => print_json(&mut out, count == 1, &record),
+            false => table.line(&mut out, &record),
+        };
         // Whoever reads may have seen enough.
         if printed.is_ok() { Ok(()) } else { Err(AdminError::Input("standard output".into())) }
     };
-    let visited = opened.admin.visit(&mut each).await;
+    let visited = opened.admin.select(&query, &mut each).await;
     drop(progress);
     let end = if count == 0 { "[]" } else { "]" };
     let printed = printed.and_then(|()| if options.json { writeln!(out, "{end}") } else { Ok(()) });
@@ -514,31 +673,83 @@ async fn list(options: &TokenOptions) -> Result<(), Failure> {
     }
     visited?;
     opened.name_unreadable();
+    if let Some(last) = last.filter(|_| more) {
+        eprintln!("there are more: --after {}", last.id());
+    }
     Ok(())
 }
 
-fn print_listed(
-    out: &mut impl std::io::Write,
-    json: bool,
-    is_first: bool,
+fn print_json(out: &mut impl std::io::Write, is_first: bool, record: &TokenRecord) -> std::io::Result<()> {
+    let shown = serde_json::to_string(&ShownRecord::from(record))?;
+    write!(out, "{}{shown}", if is_first { "[" } else { "," })
+}
+
+/// A list for people. On a terminal, lines are no wider than that; elsewhere nothing is cut.
+struct TokenTable {
+    wide: bool,
     notes_uses: bool,
-    record: &TokenRecord,
-) -> std::io::Result<()> {
-    if json {
-        let shown = serde_json::to_string(&ShownRecord::from(record))?;
-        return write!(out, "{}{shown}", if is_first { "[" } else { "," });
+    width: Option<usize>,
+}
+
+impl TokenTable {
+    const USER: usize = 16;
+
+    fn of(wanted: &ListOptions, notes_uses: bool) -> Self {
+        let width = terminal_size::terminal_size_of(std::io::stdout()).map(|(width, _)| usize::from(width.0));
+        Self { wide: wanted.wide, notes_uses, width: width.filter(|_| !wanted.wide) }
     }
-    writeln!(
-        out,
-        "{:<12}  {:<20}  {:<20}  {:<20}  {:<8}  {:<12}  {}",
-        record.digest.id().to_string(),
-        plain(&record.user),
-        rfc3339(record.created),
-        last_used(notes_uses, record),
-        state(record),
-        terms_in_a_column(record),
-        plain(&record.description)
-    )
+
+    fn head(&self, out: &mut impl std::io::Write) -> std::io::Result<()> {
+        if self.wide {
+            return writeln!(
+                out,
+                "{:<12}  {:<20}  {:<8}  {:<20}  {:<20}  {:<20}  {:<20}  {:<12}  DESCRIPTION",
+                "ID", "USER", "STATE", "CREATED", "EXPIRES", "LAST USED", "SCOPES", "TERMS"
+            );
+        }
+        let head = format!("{:<12}  {:<16}  {:<8}  {:<10}", "ID", "USER", "STATE", "EXPIRES");
+        let used = if self.notes_uses { format!("  {:<10}", "LAST USED") } else { String::new() };
+        writeln!(out, "{head}{used}  SCOPES")
+    }
+
+    fn line(&self, out: &mut impl std::io::Write, record: &TokenRecord) -> std::io::Result<()> {
+        let (id, user, state) = (record.digest.id().to_string(), plain(&record.user), state(record));
+        let scopes = plain(&record.scopes.join(" "));
+        if self.wide {
+            return writeln!(
+                out,
+                "{id:<12}  {user:<20}  {state:<8}  {:<20}  {:<20}  {:<20}  {:<20}  {:<12}  {}",
+                rfc3339(record.created),
+                record.expires.map_or_else(|| "-".into(), rfc3339),
+                last_used(self.notes_uses, record),
+                if scopes.is_empty() { "-" } else { &scopes },
+                terms_in_a_column(record),
+                plain(&record.description)
+            );
+        }
+        let day = |time: u64| rfc3339(time).chars().take(10).collect::<String>();
+        let user = if self.width.is_some() { cut(&user, Self::USER) } else { user };
+        let expires = record.expires.map_or_else(|| "-".into(), day);
+        let mut line = format!("{id:<12}  {user:<16}  {state:<8}  {expires:<10}");
+        if self.notes_uses {
+            line += &format!("  {:<10}", record.last_used.map_or_else(|| "never".into(), day));
+        }
+        line += "  ";
+        line += &scopes;
+        let line = line.trim_end();
+        match self.width {
+            Some(width) => writeln!(out, "{}", cut(line, width)),
+            None => writeln!(out, "{line}"),
+        }
+    }
+}
+
+/// A text of at most so many characters; `…` stands for the rest.
+fn cut(text: &str, most: usize) -> String {
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    text.chars().take(most.saturating_sub(1)).chain(['…']).collect()
 }
 
 /// Like `plan=gold methods=GET,HEAD`; `-` for none.
@@ -569,32 +780,24 @@ fn plain(text: &str) -> String {
 }
 
 fn state(record: &TokenRecord) -> &'static str {
-    match record {
-        TokenRecord { revoked: Some(_), .. } => "revoked",
-        TokenRecord { blocked: true, .. } => "blocked",
-        TokenRecord { not_before: Some(start), .. } if *start > now() => "not yet",
-        TokenRecord { expires: Some(end), .. } if *end <= now() => "expired",
-        TokenRecord { superseded: Some(_), .. } => "rotated",
-        _ => "active",
+    TokenState::of(record, now()).name()
+}
+
+fn hex_of_id(id: &str) -> anyhow::Result<String> {
+    let hex = id.to_ascii_lowercase();
+    if hex.len() < 6 || hex.len() > 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
+        bail!(
+            "an id is 6 to 64 hex digits of the token's SHA-256; to use the token itself, pass - and write it to standard input"
+        );
     }
+    Ok(hex)
 }
 
 /// The token with an id, or the one on standard input, and the store that it is in: the one that is named, else the first
 /// that has it of those that tollgate can read by digest, in their order, as a gateway asks them.
 async fn find(options: &TokenOptions, id: &str) -> Result<(OpenStore, TokenRecord), Failure> {
     let settings = super::load(&options.config)?;
-    let prefix = if id == "-" {
-        Digest::of(&token_on_input()?).to_hex()
-    } else {
-        let hex = id.to_ascii_lowercase();
-        if hex.len() < 6 || hex.len() > 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return Err(anyhow!(
-                "an id is 6 to 64 hex digits of the token's SHA-256; to use the token itself, pass - and write it to standard input"
-            )
-            .into());
-        }
-        hex
-    };
+    let prefix = if id == "-" { Digest::of(&token_on_input()?).to_hex() } else { hex_of_id(id)? };
     let candidates: Vec<&NamedStore> = match options.store.as_deref() {
         None if settings.stores.iter().any(|store| store.kind.is_writable()) => {
             settings.stores.iter().filter(|store| store.kind.is_writable()).collect()
@@ -731,10 +934,17 @@ async fn revoke(options: &TokenOptions, id: &str, wait: Option<Duration>, least:
         };
         say!("token {id} of {} {how}", plain(&record.user))?;
     }
-    let Some(timeout) = wait else { return Ok(()) };
+    match wait {
+        Some(timeout) => confirm(&mut opened, &format!("token {id} is revoked"), timeout, least).await,
+        None => Ok(()),
+    }
+}
+
+/// Waits until every gateway has taken in what was done.
+async fn confirm(opened: &mut OpenStore, done: &str, timeout: Duration, least: usize) -> Result<(), Failure> {
     let started = Instant::now();
     let confirmed = opened.admin.wait(timeout).await;
-    let confirmed = confirmed.with_context(|| format!("token {id} is revoked, but not confirmed by all gateways"))?;
+    let confirmed = confirmed.with_context(|| format!("{done}, but not confirmed by all gateways"))?;
     let took = started.elapsed().as_millis();
     match confirmed.len() {
         0 => eprintln!("no gateway is running on this store"),
@@ -742,7 +952,7 @@ async fn revoke(options: &TokenOptions, id: &str, wait: Option<Duration>, least:
     }
     if confirmed.len() < least {
         return Err(anyhow!(
-            "token {id} is revoked, but only {} of {least} gateways are in the register of this store: the others do not run, \
+            "{done}, but only {} of {least} gateways are in the register of this store: the others do not run, \
              cannot register, or use another store",
             confirmed.len()
         )
@@ -751,10 +961,140 @@ async fn revoke(options: &TokenOptions, id: &str, wait: Option<Duration>, least:
     Ok(())
 }
 
+/// A misspelled name must not pass for a user without tokens: what changed nothing is an error.
+async fn revoke_user(options: &TokenOptions, user: &str, wait: Option<Duration>, least: usize) -> Result<(), Failure> {
+    let mut opened = open(options).await?;
+    let name = plain(user);
+    let progress = Progress::new("revoking the user's tokens");
+    opened.admin.count_into(Arc::clone(&progress.count));
+    let revoked = opened.admin.revoke_user(user, now()).await;
+    // Read again: what is said to be revoked is.
+    let (mut all, mut open) = (0, 0);
+    let mut each = |record: TokenRecord| {
+        all += 1;
+        open += u64::from(record.revoked.is_none());
+        Ok(())
+    };
+    let visited = opened.admin.visit_user(user, &mut each).await;
+    drop(progress);
+    let revoked = revoked?;
+    visited?;
+    if open > 0 {
+        let why = format!(
+            "store {}: {} of {name} are not revoked: a token was made meanwhile; try again",
+            opened.store,
+            tokens(open)
+        );
+        return Err(anyhow::Error::msg(why).into());
+    }
+    match (revoked, all) {
+        (0, 0) => return Err(anyhow!("store {} has no token of \"{name}\": none was revoked", opened.store).into()),
+        (0, all) => {
+            return Err(anyhow!(
+                "none was revoked: {} of {name} {} revoked before",
+                tokens(all),
+                if all == 1 { "was" } else { "were" }
+            )
+            .into());
+        }
+        _ => {}
+    }
+    let before = all - revoked;
+    if options.json {
+        say!("{}", serde_json::json!({ "user": user, "revoked": revoked, "revoked_before": before }))?;
+    } else {
+        let verb = if revoked == 1 { "is" } else { "are" };
+        let rest = if before == 0 {
+            String::new()
+        } else {
+            format!("; {before} {} before", if before == 1 { "was" } else { "were" })
+        };
+        say!("{} of {name} {verb} revoked{rest}", tokens(revoked))?;
+    }
+    opened.note_others();
+    if let Some(timeout) = wait {
+        confirm(
+            &mut opened,
+            &format!("{} of {name} {} revoked", tokens(revoked), if revoked == 1 { "is" } else { "are" }),
+            timeout,
+            least,
+        )
+        .await?;
+    }
+    match opened.name_unreadable() {
+        0 => Ok(()),
+        count => {
+            let what = tokens(count as u64);
+            Err(anyhow!("{what} could not be read, and may be of {name}: correct or remove what is named above").into())
+        }
+    }
+}
+
+async fn delete(options: &TokenOptions, id: &str) -> Result<(), Failure> {
+    let (mut opened, record) = find(options, id).await?;
+    opened.admin.remove(&[record.digest]).await?;
+    if !opened.admin.find(&record.digest.to_hex()).await?.is_empty() {
+        return Err(anyhow!(
+            "store {}: accepted the deletion of token {} but still returns it",
+            opened.store,
+            record.digest.id()
+        )
+        .into());
+    }
+    if options.json {
+        let mut shown = serde_json::to_value(ShownRecord::from(&record))?;
+        shown["deleted"] = true.into();
+        say!("{shown}")?;
+    } else {
+        say!("token {} of {} is deleted; it was {}", record.digest.id(), plain(&record.user), state(&record))?;
+    }
+    Ok(())
+}
+
+async fn prune(options: &TokenOptions, before: u64, is_meant: bool) -> Result<(), Failure> {
+    let mut opened = open(options).await?;
+    let query = TokenQuery { now: now(), ended_by: Some(before), ..TokenQuery::default() };
+    let progress = Progress::new("reading");
+    opened.admin.count_into(Arc::clone(&progress.count));
+    let (mut digests, mut revoked) = (Vec::new(), 0_u64);
+    let mut each = |record: TokenRecord| {
+        revoked += u64::from(record.revoked.is_some());
+        digests.push(record.digest);
+        progress.set(digests.len() as u64);
+        Ok(())
+    };
+    opened.admin.select(&query, &mut each).await?;
+    let found = digests.len() as u64;
+    if is_meant {
+        progress.step("deleting");
+        opened.admin.remove(&digests).await?;
+    }
+    drop(progress);
+    let expired = found - revoked;
+    if options.json {
+        say!(
+            "{}",
+            serde_json::json!({
+                "ended_before": rfc3339(before), "tokens": found, "revoked": revoked, "expired": expired, "deleted": is_meant
+            })
+        )?;
+    } else {
+        let which = format!("that ended before {}: {revoked} revoked, {expired} expired", rfc3339(before));
+        match (found, is_meant) {
+            (0, _) => say!("no token ended before {}", rfc3339(before))?,
+            (_, true) => say!("deleted {} {which}", tokens(found))?,
+            (_, false) => say!("would delete {} {which}; --delete does it", tokens(found))?,
+        }
+    }
+    opened.note_others();
+    opened.name_unreadable();
+    Ok(())
+}
+
 async fn block(options: &TokenOptions, user: &str, blocked: bool) -> Result<(), Failure> {
     let mut opened = open(options).await?;
     let name = plain(user);
-    let works = |state: &str| matches!(state, "active" | "rotated");
+    let works = |state: &str| TokenState::ALL.into_iter().any(|known| known.name() == state && known.works());
     let progress = Progress::new(if blocked { "blocking the user's tokens" } else { "unblocking the user's tokens" });
     opened.admin.count_into(Arc::clone(&progress.count));
     // What the tokens that were blocked are without that.

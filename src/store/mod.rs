@@ -13,6 +13,7 @@ mod lookups;
 pub mod portable;
 pub mod postgres;
 mod problems;
+pub mod query;
 mod record;
 pub mod redis;
 mod scopes;
@@ -35,6 +36,7 @@ use crate::telemetry::metrics::StoreMetrics;
 use async_trait::async_trait;
 use credential::{Credential, Digest};
 use futures_util::future::join_all;
+use query::TokenQuery;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -302,7 +304,11 @@ pub trait TokenAdmin: Send {
     async fn list(&mut self) -> Result<Vec<TokenRecord>, AdminError>;
     /// Newest first, one after the other: for stores of any size.
     async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
-        self.list().await?.into_iter().try_for_each(each)
+        self.select(&TokenQuery::default(), each).await
+    }
+    /// The same for those that a query takes, in its order.
+    async fn select(&mut self, query: &TokenQuery, each: Visitor<'_>) -> Result<(), AdminError> {
+        query.arrange(self.list().await?).into_iter().try_for_each(each)
     }
     /// Counts the records that it reads or changes there, where it has to read all of them to find some.
     fn count_into(&mut self, _count: Arc<AtomicU64>) {}
@@ -331,6 +337,18 @@ pub trait TokenAdmin: Send {
     }
     /// Ends a token. Returns false when it was revoked before.
     async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError>;
+    /// Ends all tokens of a user. Returns how many were not revoked before.
+    async fn revoke_user(&mut self, user: &str, at: u64) -> Result<u64, AdminError> {
+        let mut revoked = 0;
+        for record in self.of_user(user).await? {
+            revoked += u64::from(self.revoke(&record.digest, at).await?);
+        }
+        Ok(revoked)
+    }
+    /// Removes records, as if the tokens had never been. Returns how many there were.
+    async fn remove(&mut self, _digests: &[Digest]) -> Result<u64, AdminError> {
+        Err(AdminError::Store("records of this store cannot be removed".into()))
+    }
     /// Puts `next` in the place of another token, which is superseded `at` and expires at `end`, or at its own end if
     /// that comes first. Both or neither.
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError>;

@@ -303,3 +303,177 @@ fn a_reload_reads_included_files_again_and_watching_covers_them() {
     std::fs::remove_file(watched.folder.0.join("a.inc")).unwrap();
     eventually("a removed file is taken", || status("/api/v3/b") == 401);
 }
+
+// ---- init ----
+
+/// The file must be one that `check` passes, with what it names.
+fn passes(folder: &Folder, file: &str) -> String {
+    let checked = run_in(folder, &[], &["check", "--offline", file]);
+    let text = std::fs::read_to_string(folder.0.join(file)).unwrap();
+    assert_eq!(checked.status.code(), Some(0), "{}\n{text}", all(&checked));
+    assert!(!stdout(&checked).contains("warning"), "{}\n{text}", all(&checked));
+    text
+}
+
+#[test]
+fn init_writes_what_check_passes_and_replaces_nothing() {
+    for (arguments, parts) in [
+        (
+            &[][..],
+            &["servers = [\"127.0.0.1:1\"]", "prefixes = [\"/api/v3\"]", "kind = \"sqlite\"", "forward = \"identity\""]
+                [..],
+        ),
+        (&["--store", "introspection"], &["kind = \"introspection\"", "positive_ttl"]),
+        (&["--store", "file"], &["kind = \"file\""]),
+        (&["--store", "redis"], &["servers = [\"127.0.0.1:6379\"]"]),
+        (&["--store", "redis=r.test:1"], &["servers = [\"r.test:1\"]"]),
+        (&["--store", "postgres=postgres://u@127.0.0.1/d"], &["url = \"postgres://u@127.0.0.1/d\""]),
+        (&["--tls", "self-signed", "--listen", "127.0.0.1:8443"], &["[[listener]]", "localhost.pem"]),
+        (&["--prefix", "/api/v4"], &["prefixes = [\"/api/v4\"]"]),
+        (&["--backend", "https://api.test/api/v4"], &["tls = true", "\"api.test:443\"", "prefixes = [\"/api/v4\"]"]),
+        (
+            &["--backend", "https://api.test/v9", "--store", "introspection"],
+            &["endpoint = \"https://api.test:443/v9/user\""],
+        ),
+        (&["--backend", "unix:/run/api.sock"], &["\"unix:/run/api.sock\""]),
+    ] {
+        let folder = Folder::new("init");
+        let backend = if arguments.contains(&"--backend") { &[][..] } else { &["--backend", "http://127.0.0.1:1"] };
+        let made = run_in(&folder, &[], &[&["init"], backend, arguments].concat());
+        assert_eq!(made.status.code(), Some(0), "{arguments:?}: {}", all(&made));
+        assert!(stdout(&made).starts_with("wrote ./tollgate.toml\n"), "{}", all(&made));
+        assert!(stdout(&made).contains("\n  tollgate run &\n"), "{}", all(&made));
+        let text = passes(&folder, "tollgate.toml");
+        for part in parts {
+            assert!(text.contains(part), "{arguments:?}: {part}\n{text}");
+        }
+        // Not again, and again with --force.
+        let again = run_in(&folder, &[], &["init", "--backend", "http://127.0.0.1:2"]);
+        assert_eq!(again.status.code(), Some(1), "{}", all(&again));
+        assert!(stderr(&again).contains("--force"), "{}", all(&again));
+        assert_eq!(std::fs::read_to_string(folder.0.join("tollgate.toml")).unwrap(), text);
+        let forced =
+            run_in(&folder, &[], &[&["init", "--force", "--backend", "http://127.0.0.1:2"], arguments].concat());
+        if !arguments.contains(&"--backend") {
+            assert_eq!(forced.status.code(), Some(0), "{}", all(&forced));
+            assert!(passes(&folder, "tollgate.toml").contains("127.0.0.1:2"));
+        }
+    }
+    let folder = Folder::new("init");
+    let before = listing(&folder);
+    for (arguments, part) in [
+        (&[][..], "--backend is missing, and there is no terminal"),
+        (&["--backend", "localhost"], "--backend: \"localhost\" has no port; write it like http://127.0.0.1:3000"),
+        (&["--backend", "ftp://a:1"], "neither http nor https"),
+        (&["--backend", "a:1", "--store", "stone"], "--store: \"stone\": use one of"),
+        (&["--backend", "a:1", "--store", "postgres"], "postgres needs an address"),
+        (&["--backend", "http://10.0.0.1", "--store", "introspection"], "in plain text: use https"),
+        (&["--backend", "a:1", "--tls", "maybe"], "--tls: \"maybe\""),
+        (&["--backend", "a:1", "--tls", "gone.pem,gone.key"], "nothing was written"),
+        (&["--backend", "a:1", "--prefix", "api"], "api.prefixes"),
+        (&["--backend", "a:1", "--listen", "nowhere"], "server.listen: is not an address"),
+    ] {
+        let output = run_in(&folder, &[], &[&["init"], arguments].concat());
+        assert_eq!(output.status.code(), Some(USAGE), "{arguments:?}: {}", all(&output));
+        assert!(stderr(&output).contains(part), "{arguments:?}: {}", all(&output));
+        assert_eq!(listing(&folder), before, "{arguments:?}");
+    }
+    let nowhere = run_in(&folder, &[], &["init", "--backend", "a:1", "--output", "no/folder/c.toml"]);
+    assert_eq!(nowhere.status.code(), Some(1), "{}", all(&nowhere));
+    let other = run_in(&folder, &[], &["init", "--backend", "a:1", "-o", "c.toml"]);
+    assert!(stdout(&other).contains("tollgate run -c c.toml &"), "{}", all(&other));
+    passes(&folder, "c.toml");
+}
+
+/// On a terminal, as `script` makes one.
+#[test]
+fn init_asks_on_a_terminal_until_it_has_answers() {
+    let folder = Folder::new("init");
+    let command = format!("{} init", env!("CARGO_BIN_EXE_tollgate"));
+    let mut child = Command::new("script")
+        .args(["-qec", &command, "/dev/null"])
+        .current_dir(&folder.0)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let answers = "nonsense\nhttp://127.0.0.1:1/api/v4\nstone\nfile\n\n\n";
+    child.stdin.take().unwrap().write_all(answers.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = stdout(&output);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    for part in ["\"nonsense\" has no port", "\"stone\": use one of", "[/api/v4]", "wrote ./tollgate.toml"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let text = passes(&folder, "tollgate.toml");
+    assert!(text.contains("prefixes = [\"/api/v4\"]") && text.contains("kind = \"file\""), "{text}");
+}
+
+// ---- what the command line says of itself ----
+
+#[test]
+fn shells_complete_commands_and_every_command_has_a_page() {
+    let folder = Folder::new("man");
+    for shell in ["bash", "zsh", "fish"] {
+        let script = run_in(&folder, &[], &["completions", shell]);
+        assert_eq!(script.status.code(), Some(0), "{}", all(&script));
+        let text = stdout(&script);
+        assert!(text.contains("completions") && text.contains("ended-before") && text.len() > 5_000, "{text}");
+        if shell == "bash" {
+            folder.write("tollgate.bash", &text);
+        }
+    }
+    assert_eq!(run_in(&folder, &[], &["completions", "tcsh"]).status.code(), Some(USAGE));
+    // As bash asks it.
+    let ask = "source ./tollgate.bash; COMP_WORDS=(tollgate token pr); COMP_CWORD=2; _tollgate tollgate pr token; echo ${COMPREPLY[@]}";
+    let completed = run(Command::new("bash").args(["-c", ask]).current_dir(&folder.0));
+    assert_eq!(stdout(&completed).trim(), "prune", "{}", all(&completed));
+    std::fs::create_dir(folder.0.join("man1")).unwrap();
+    let made = run_in(&folder, &[], &["man", "--output", "man1"]);
+    assert_eq!(made.status.code(), Some(0), "{}", all(&made));
+    let pages: Vec<_> = std::fs::read_dir(folder.0.join("man1"))
+        .unwrap()
+        .map(|page| page.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(pages.len() >= 28 && pages.contains(&"tollgate-token-prune.1".to_owned()), "{pages:?}");
+    let page = std::fs::read_to_string(folder.0.join("man1/tollgate-token-prune.1")).unwrap();
+    assert!(page.contains(".TH") && page.contains("Examples") && page.contains("90days"), "{page}");
+    assert!(stdout(&run_in(&folder, &[], &["man"])).contains(".TH tollgate"));
+    assert_eq!(run_in(&folder, &[], &["man", "--output", "gone"]).status.code(), Some(1));
+}
+
+#[test]
+fn errors_are_json_for_who_asked_for_json() {
+    let folder = Folder::new("json");
+    folder.write("tollgate.toml", &format!("[admin]\nlisten = \"127.0.0.1:1\"\n{UPSTREAM}"));
+    for (arguments, code) in [
+        (&["token", "show", "0123456789ab", "--json"][..], 1),
+        (&["token", "prune", "--ended-before", "soon", "--json"], USAGE),
+        (&["reload", "--json"], 1),
+        (&["server", "drain", "api", "a:1", "--json"], 1),
+        (&["store", "migrate", "--json"], 1),
+        (&["store", "check", "--store", "none", "--json"], 1),
+    ] {
+        let output = run_in(&folder, &[], arguments);
+        assert_eq!((output.status.code(), stdout(&output)), (Some(code), String::new()), "{arguments:?}");
+        let error: serde_json::Value =
+            serde_json::from_str(&stderr(&output)).unwrap_or_else(|_| panic!("{}", all(&output)));
+        assert_eq!(error["exit_code"], code, "{arguments:?}");
+        assert!(error["error"].as_str().is_some_and(|text| !text.is_empty()), "{arguments:?}");
+    }
+    let found = run_in(&folder, &[], &["store", "check", "--json"]);
+    let lines: Vec<serde_json::Value> =
+        stdout(&found).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(!lines.is_empty(), "{}", all(&found));
+    for line in lines {
+        let fields: Vec<_> = line.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(fields, ["store", "severity", "message", "instead"]);
+    }
+    // A running gateway's answer, as it is.
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, "");
+    let config = gateway.folder.0.join("tollgate.toml");
+    let reload = run(tollgate().args(["reload", "--json", "-c"]).arg(&config));
+    let answer: serde_json::Value = serde_json::from_str(&stdout(&reload)).unwrap();
+    assert_eq!((reload.status.code(), answer["result"].as_str()), (Some(0), Some("reloaded")), "{}", all(&reload));
+}

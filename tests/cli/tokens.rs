@@ -693,7 +693,9 @@ fn a_store_without_uses_does_not_say_never() {
     );
     assert!(place.ok("show", &[&id("a")]).contains("last used    not recorded"));
     assert!(place.ok("show", &[&id("b")]).contains("last used    2026-01-01T00:00:00Z"));
-    let list = place.ok("list", &[]);
+    let narrow = place.ok("list", &[]);
+    assert!(!narrow.contains("LAST USED") && !narrow.contains("never"), "{narrow}");
+    let list = place.ok("list", &["--wide"]);
     assert!(list.contains("not recorded") && !list.contains("never"), "{list}");
     assert!(Place::new("sqlite").ok("list", &[]).lines().count() == 1);
 }
@@ -712,4 +714,241 @@ fn a_command_that_creates_no_token_creates_no_database() {
     }
     assert!(token(&["create", "--user", "ann"]).status.success());
     assert!(stdout(&token(&["list"])).contains("ann"));
+}
+
+// ---- many tokens ----
+
+/// Tokens of every kind; a token's name says what it is.
+fn assorted(place: &Place) {
+    let line = |token: &str, user: &str, more: &str| {
+        format!("{{\"token\":\"{token}\",\"user\":\"{user}\",\"created\":\"2026-01-01T00:00:00Z\"{more}}}\n")
+    };
+    let soon = time_from_now("5 days");
+    let late = time_from_now("60 days");
+    place.import(
+        &[
+            line("active", "ann", ",\"scopes\":[\"api\"],\"last_used\":\"2026-02-01T00:00:00Z\""),
+            line("soon", "ann", &format!(",\"expires\":\"{soon}\",\"scopes\":[\"api\",\"read_api\"]")),
+            line("late", "bob", &format!(",\"expires\":\"{late}\",\"scopes\":[\"read_api\"]")),
+            line("expired", "bob", ",\"expires\":\"2026-03-01T00:00:00Z\""),
+            line("revoked", "bob", ",\"revoked\":\"2026-04-01T00:00:00Z\""),
+            line("blocked", "eve", ",\"blocked\":true"),
+            line("later", "ann", &format!(",\"not_before\":\"{late}\"")),
+            line("rotated", "ann", &format!(",\"superseded\":\"2026-05-01T00:00:00Z\",\"expires\":\"{soon}\"")),
+        ]
+        .concat(),
+    );
+}
+
+fn time_from_now(span: &str) -> String {
+    stdout(&run(Command::new("date").args(["-u", "-d", &format!("now + {span}"), "+%Y-%m-%dT%H:%M:%SZ"])))
+        .trim()
+        .to_owned()
+}
+
+const ASSORTED: [&str; 8] = ["active", "soon", "late", "expired", "revoked", "blocked", "later", "rotated"];
+
+#[test]
+fn a_list_has_what_it_was_asked_for() {
+    for place in Place::all() {
+        assorted(&place);
+        let ids: Vec<_> = ASSORTED.iter().map(|name| (id(name), *name)).collect();
+        let names = |arguments: &[&str]| {
+            let listed = place.json("list", arguments);
+            let named = listed.as_array().unwrap().iter().map(|shown| {
+                let id = shown["id"].as_str().unwrap();
+                ids.iter().find(|(known, _)| known == id).unwrap().1
+            });
+            named.collect::<Vec<_>>()
+        };
+        let sorted = |arguments: &[&str]| {
+            let mut names = names(arguments);
+            names.sort();
+            names.join(" ")
+        };
+        for (arguments, expected) in [
+            (&["--user", "ann"][..], "active later rotated soon"),
+            (&["--user", "nobody"], ""),
+            (&["--state", "valid"], "active late rotated soon"),
+            (&["--state", "expired,revoked"], "expired revoked"),
+            (&["--state", "expired", "--state", "not-yet"], "expired later"),
+            (&["--state", "blocked"], "blocked"),
+            (&["--state", "rotated", "--user", "ann"], "rotated"),
+            (&["--scope", "read_api"], "late soon"),
+            (&["--scope", "read"], ""),
+            (&["--expires-within", "14days"], "rotated soon"),
+            (&["--expires-within", "14days", "--state", "active"], "soon"),
+        ] {
+            assert_eq!(sorted(arguments), expected, "{} {arguments:?}", place.kind);
+        }
+        assert_eq!(names(&["--sort", "expires"])[0], "expired", "{}", place.kind);
+        assert_eq!(names(&["--sort", "user", "--limit", "5"])[4..], names(&["--user", "bob", "--limit", "1"]));
+        // Pages are the whole, and a note says that there are more.
+        for order in ["created", "expires", "last-used", "user"] {
+            let whole = names(&["--sort", order]);
+            let (mut paged, mut after) = (Vec::new(), None::<String>);
+            loop {
+                let more = after.iter().flat_map(|after| ["--after", after.as_str()]);
+                let arguments: Vec<_> = ["--sort", order, "--limit", "3"].into_iter().chain(more).collect();
+                let output = place.token("list", &arguments);
+                let page = names(&arguments);
+                paged.extend(page.iter().copied());
+                let said = stderr(&output);
+                let next = said.trim().strip_prefix("there are more: --after ").map(str::to_owned);
+                assert_eq!(next.is_some(), paged.len() < whole.len(), "{}: {said}", place.kind);
+                assert_eq!(stdout(&output).lines().count(), page.len() + 1, "{}", all(&output));
+                let Some(next) = next else { break };
+                after = Some(next);
+            }
+            assert_eq!((paged, whole.len()), (whole, 8), "{} by {order}", place.kind);
+        }
+        let unused = place.token("list", &["--unused-since", "2026-01-15T00:00:00Z", "--state", "valid"]);
+        if place.kind == "sqlite" {
+            assert_eq!(sorted(&["--unused-since", "2026-01-15T00:00:00Z", "--state", "valid"]), "late rotated soon");
+        } else {
+            assert_eq!(unused.status.code(), Some(1));
+            assert!(stderr(&unused).contains("does not note when tokens are used"), "{}", all(&unused));
+        }
+        for (arguments, code) in [
+            (&["--state", "dead"][..], USAGE),
+            (&["--limit", "0"], USAGE),
+            (&["--sort", "size"], USAGE),
+            (&["--expires-within", "soon"], USAGE),
+            (&["--unused-since", "2999-01-01T00:00:00Z"], USAGE),
+            (&["--after", "0123456789ab"], 1),
+            (&["--after", "short"], 1),
+        ] {
+            assert_eq!(place.token("list", arguments).status.code(), Some(code), "{} {arguments:?}", place.kind);
+        }
+        // For people: what fits into 80 columns, and everything.
+        let text = place.ok("list", &[]);
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        assert!(text.starts_with("ID            USER              STATE     EXPIRES"), "{text}");
+        assert!(text.lines().any(|line| line.contains("ann") && line.ends_with("api read_api")), "{text}");
+        let wide = place.ok("list", &["--wide"]);
+        assert!(
+            wide.contains("2026-01-01T00:00:00Z") && wide.lines().next().unwrap().ends_with("DESCRIPTION"),
+            "{wide}"
+        );
+    }
+}
+
+#[test]
+fn a_long_name_is_cut_on_a_terminal_only() {
+    let place = Place::new("sqlite");
+    let user = "somebody-with-a-very-long-name@example.com";
+    place.ok("create", &["--user", user, "--scope", "one-scope-that-is-long", "--scope", "another-scope"]);
+    assert!(place.ok("list", &[]).contains(user));
+    let command = format!(
+        "stty rows 24 cols 80; {} token list -c {}",
+        env!("CARGO_BIN_EXE_tollgate"),
+        place.folder.0.join("tollgate.toml").display()
+    );
+    let shown = stdout(&run(Command::new("script").args(["-qec", &command, "/dev/null"])));
+    assert!(shown.contains("somebody-with-a…") && !shown.contains(user), "{shown}");
+    let widest = shown.lines().map(|line| line.trim_end().chars().count()).max().unwrap();
+    assert!((70..=80).contains(&widest), "{widest}: {shown}");
+}
+
+#[test]
+fn a_users_tokens_are_revoked_and_what_changed_nothing_is_an_error() {
+    for place in Place::all() {
+        assorted(&place);
+        assert_eq!(
+            place.ok("revoke", &["--user", "bob"]),
+            "2 tokens of bob are revoked; 1 was before\n",
+            "{}",
+            place.kind
+        );
+        for name in ["late", "expired", "revoked"] {
+            assert_eq!(place.state(name), "revoked", "{}", place.kind);
+        }
+        assert_eq!(place.state("active"), "active", "{}", place.kind);
+        assert!(place.json("show", &[&id("revoked")])["revoked"] == "2026-04-01T00:00:00Z", "{}", place.kind);
+        assert!(
+            place.fails("revoke", &["--user", "bob"]).contains("none was revoked: 3 tokens of bob were revoked before")
+        );
+        assert!(place.fails("revoke", &["--user", "bobby"]).contains("has no token of \"bobby\": none was revoked"));
+        let json = place.json("revoke", &["--user", "eve"]);
+        assert_eq!(json, serde_json::json!({ "user": "eve", "revoked": 1, "revoked_before": 0 }), "{}", place.kind);
+        for arguments in [&[][..], &["--user", "ann", "0123456789ab"]] {
+            assert_eq!(place.token("revoke", arguments).status.code(), Some(USAGE), "{arguments:?}");
+        }
+    }
+}
+
+#[test]
+fn a_record_is_deleted_and_the_rest_of_the_file_stays() {
+    for place in Place::all() {
+        assorted(&place);
+        assert_eq!(
+            place.ok("delete", &[&id("active")]),
+            format!("token {} of ann is deleted; it was active\n", id("active"))
+        );
+        assert!(place.fails("show", &[&id("active")]).contains("no such token"));
+        assert!(place.fails("delete", &[&id("active")]).contains("no such token"));
+        let json = place.json("delete", &[&id("late")]);
+        assert_eq!((json["deleted"].as_bool(), json["user"].as_str()), (Some(true), Some("bob")), "{}", place.kind);
+        assert_eq!(place.json("list", &[]).as_array().unwrap().len(), 6, "{}", place.kind);
+    }
+    // In every way that a file may be written; the comments of others stay.
+    let (a, b) = (sha256_hex("a"), sha256_hex("b"));
+    let entries = [
+        format!(
+            "# C1\n[[token]]\nsha256 = \"{a}\"\nuser = \"a\"\n\n# C2\n[[token]]\nsha256 = \"{b}\"\nuser = \"b\"\n# C3\n"
+        ),
+        format!(
+            "# C3\ntoken = [\n  {{ sha256 = \"{a}\", user = \"a\" }},\n  # C2\n  {{ sha256 = \"{b}\", user = \"b\" }}\n]\n"
+        ),
+        format!("token=[{{sha256=\"{a}\",user=\"a\"}},{{user='b',sha256='{b}'}},] # C3 C2"),
+    ];
+    for text in &entries {
+        let place = Place::new("file");
+        std::fs::write(place.file(), text).unwrap();
+        place.ok("delete", &[&id("a")]);
+        let new = std::fs::read_to_string(place.file()).unwrap();
+        assert!(new.contains("C2") && new.contains("C3") && !new.contains(&a) && new.contains(&b), "{text}\n=>\n{new}");
+        assert_eq!(read_by_python(&place.file())["token"].as_array().unwrap().len(), 1, "{new}");
+        place.ok("delete", &[&id("b")]);
+        assert_eq!(place.json("list", &[]), serde_json::json!([]));
+        // Gateways refuse to read an empty file: it may be half written.
+        assert!(!std::fs::read_to_string(place.file()).unwrap().trim().is_empty(), "{text}");
+        place.ok("create", &["--user", "c"]);
+        assert_eq!(place.json("list", &[]).as_array().unwrap().len(), 1, "{text}");
+    }
+}
+
+#[test]
+fn what_ended_long_ago_is_pruned_when_that_is_meant() {
+    for place in Place::all() {
+        assorted(&place);
+        let before = ["--ended-before", "2026-03-15T00:00:00Z"];
+        let said =
+            "would delete 1 token that ended before 2026-03-15T00:00:00Z: 0 revoked, 1 expired; --delete does it\n";
+        assert_eq!(place.ok("prune", &before), said, "{}", place.kind);
+        assert_eq!(place.json("list", &[]).as_array().unwrap().len(), 8, "{}", place.kind);
+        let json = place.json("prune", &["--ended-before", "2026-04-15T00:00:00Z"]);
+        let expected = serde_json::json!({
+            "ended_before": "2026-04-15T00:00:00Z", "tokens": 2, "revoked": 1, "expired": 1, "deleted": false
+        });
+        assert_eq!(json, expected, "{}", place.kind);
+        let done = place.ok("prune", &["--ended-before", "1s", "--delete"]);
+        assert!(done.starts_with("deleted 2 tokens that ended before "), "{}: {done}", place.kind);
+        let mut left: Vec<_> =
+            ASSORTED.into_iter().filter(|name| place.token("show", &[&id(name)]).status.success()).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["active", "blocked", "late", "later", "rotated", "soon"], "{}", place.kind);
+        assert!(place.ok("prune", &["--ended-before", "1s", "--delete"]).starts_with("no token ended before "));
+        for arguments in [&[][..], &["--ended-before", "later"], &["--ended-before", "2999-01-01T00:00:00Z"]] {
+            assert_eq!(place.token("prune", arguments).status.code(), Some(USAGE), "{arguments:?}");
+        }
+    }
+    // A revocation without a time may be of today.
+    let place = Place::new("file");
+    std::fs::write(
+        place.file(),
+        format!("[[token]]\nsha256 = \"{}\"\nuser = \"a\"\nrevoked = true\n", sha256_hex("a")),
+    )
+    .unwrap();
+    assert!(place.ok("prune", &["--ended-before", "1s", "--delete"]).starts_with("no token"));
 }

@@ -31,6 +31,7 @@ pub struct FileAdmin {
 enum Edit {
     Add(TokenRecord),
     Set(Digest, Vec<Set>),
+    Remove(Digest),
 }
 
 /// A field and its new value.
@@ -93,7 +94,7 @@ impl Edit {
     const fn digest(&self) -> &Digest {
         match self {
             Self::Add(record) => &record.digest,
-            Self::Set(digest, _) => digest,
+            Self::Set(digest, _) | Self::Remove(digest) => digest,
         }
     }
 
@@ -106,6 +107,9 @@ impl Edit {
                 if let Some(record) = table.get_mut(digest) {
                     fields.iter().for_each(|field| field.put(record));
                 }
+            }
+            Self::Remove(digest) => {
+                table.remove(digest);
             }
         }
     }
@@ -239,7 +243,8 @@ impl FileAdmin {
             Format::Toml => edit_toml(text, edits),
             Format::Json => edit_json(text, edits),
         };
-        edited.map_err(|why| self.failed(why))
+        // An empty file may be one that is being written: gateways do not read it.
+        edited.map(|text| self.begun(&text).to_owned()).map_err(|why| self.failed(why))
     }
 
     /// Replaces the file atomically, with the same owner and mode. Returns false if the file has changed since it was
@@ -287,18 +292,21 @@ impl FileAdmin {
     }
 }
 
-/// Splits edits into changes, by token, and additions.
-fn sorted(edits: &[Edit]) -> (HashMap<Digest, &[Set]>, Vec<&TokenRecord>) {
-    let (mut set, mut add) = (HashMap::new(), Vec::new());
+/// Splits edits into changes, by token, additions, and removals.
+fn sorted(edits: &[Edit]) -> (HashMap<Digest, &[Set]>, Vec<&TokenRecord>, HashSet<Digest>) {
+    let (mut set, mut add, mut gone) = (HashMap::new(), Vec::new(), HashSet::new());
     for edit in edits {
         match edit {
             Edit::Add(record) => add.push(record),
             Edit::Set(digest, fields) => {
                 set.insert(*digest, fields.as_slice());
             }
+            Edit::Remove(digest) => {
+                gone.insert(*digest);
+            }
         }
     }
-    (set, add)
+    (set, add, gone)
 }
 
 fn edit_toml(text: &str, edits: &[Edit]) -> Result<String, NotEditable> {
@@ -308,16 +316,16 @@ fn edit_toml(text: &str, edits: &[Edit]) -> Result<String, NotEditable> {
     let text = if has_crlf { text.replace("\r\n", "\n") } else { text.to_owned() };
     // The parser's own message may quote the text.
     let mut file: DocumentMut = text.parse().map_err(|_| NotEditable::Toml)?;
-    let (set, add) = sorted(edits);
-    let fields = |entry: &dyn TableLike| {
-        let digest = entry.get("sha256").and_then(Item::as_str).and_then(Digest::from_hex)?;
-        set.get(&digest).copied()
-    };
+    let (set, add, gone) = sorted(edits);
+    let digest = |entry: &dyn TableLike| entry.get("sha256").and_then(Item::as_str).and_then(Digest::from_hex);
+    let fields = |entry: &dyn TableLike| set.get(&digest(entry)?).copied();
+    let stays = |entry: &dyn TableLike| digest(entry).is_none_or(|digest| !gone.contains(&digest));
     // Text after the last table belongs before the added one.
     let trailing = file.trailing().as_str().unwrap_or_default().to_owned();
     let tokens = file.entry("token").or_insert_with(|| Item::ArrayOfTables(ArrayOfTables::new()));
     match tokens {
         Item::ArrayOfTables(tables) => {
+            tables.retain(|table| stays(table));
             for table in tables.iter_mut() {
                 if let Some(fields) = fields(table) {
                     fields.iter().for_each(|field| set_in(table, *field));
@@ -335,6 +343,7 @@ fn edit_toml(text: &str, edits: &[Edit]) -> Result<String, NotEditable> {
             }
         }
         Item::Value(Value::Array(array)) => {
+            array.retain(|value| value.as_inline_table().is_none_or(|table| stays(table)));
             for value in array.iter_mut() {
                 if let Some(table) = value.as_inline_table_mut()
                     && let Some(fields) = fields(table)
@@ -443,13 +452,15 @@ fn push(array: &mut Array, table: InlineTable) {
 fn edit_json(text: &str, edits: &[Edit]) -> Result<String, NotEditable> {
     let malformed = |error: serde_json::Error| NotEditable::Json { line: error.line() };
     let mut file: serde_json::Value = serde_json::from_str(text).map_err(malformed)?;
-    let (set, add) = sorted(edits);
+    let (set, add, gone) = sorted(edits);
     let file_fields = file.as_object_mut().ok_or(NotEditable::Object)?;
     let entries = file_fields.entry("token").or_insert_with(|| serde_json::Value::Array(Vec::new()));
     let entries = entries.as_array_mut().ok_or(NotEditable::List)?;
+    let digest =
+        |entry: &serde_json::Value| entry.get("sha256").and_then(serde_json::Value::as_str).and_then(Digest::from_hex);
+    entries.retain(|entry| digest(entry).is_none_or(|digest| !gone.contains(&digest)));
     for entry in entries.iter_mut() {
-        let digest = entry.get("sha256").and_then(serde_json::Value::as_str).and_then(Digest::from_hex);
-        for set in digest.and_then(|digest| set.get(&digest).copied()).into_iter().flatten() {
+        for set in digest(entry).and_then(|digest| set.get(&digest).copied()).into_iter().flatten() {
             entry[set.field().name()] = to_json(set.value());
         }
     }
@@ -535,6 +546,29 @@ impl TokenAdmin for FileAdmin {
         self.change(|table| match table.get(digest).ok_or(AdminError::Missing)?.revoked {
             Some(_) => Ok((Vec::new(), false)),
             None => Ok((vec![Edit::Set(*digest, vec![Set::Revoked(at)])], true)),
+        })
+        .await
+    }
+
+    async fn revoke_user(&mut self, user: &str, at: u64) -> Result<u64, AdminError> {
+        self.change(|table| {
+            let open = table.values().filter(|record| record.user == user && record.revoked.is_none());
+            let edits: Vec<_> = open.map(|record| Edit::Set(record.digest, vec![Set::Revoked(at)])).collect();
+            let count = edits.len() as u64;
+            Ok((edits, count))
+        })
+        .await
+    }
+
+    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
+        self.change(|table| {
+            let edits: Vec<_> = digests
+                .iter()
+                .filter(|digest| table.contains_key(*digest))
+                .map(|digest| Edit::Remove(*digest))
+                .collect();
+            let count = edits.len() as u64;
+            Ok((edits, count))
         })
         .await
     }

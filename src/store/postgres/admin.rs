@@ -6,6 +6,7 @@ use super::schema::{self, Parameters};
 use super::{PostgresSettings, Source};
 use crate::hex;
 use crate::store::credential::Digest;
+use crate::store::query::{QueryDialect, QueryParameter, TokenQuery};
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
 use std::collections::BTreeSet;
@@ -134,7 +135,14 @@ impl PostgresAdmin {
     }
 }
 
+const DIALECT: QueryDialect = QueryDialect {
+    parameter: '$',
+    has_scope: |parameter| format!("{parameter} = ANY (scopes)"),
+    by_bytes: " COLLATE \"C\"",
+};
 const NEWEST_FIRST: &str = "ORDER BY created DESC, digest";
+/// Records that one statement removes.
+const REMOVED_AT_ONCE: usize = 5_000;
 /// Rows in memory while all are visited.
 const VISITED_AT_ONCE: i32 = 5_000;
 
@@ -239,8 +247,16 @@ impl TokenAdmin for PostgresAdmin {
         self.records(NEWEST_FIRST, &[]).await
     }
 
-    async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
-        self.visit_those(NEWEST_FIRST, &[], each).await
+    async fn select(&mut self, query: &TokenQuery, each: Visitor<'_>) -> Result<(), AdminError> {
+        let (rest, parameters) = query.sql(&DIALECT);
+        let parameters: Vec<&(dyn ToSql + Sync)> = parameters
+            .iter()
+            .map(|parameter| match parameter {
+                QueryParameter::Text(text) => text as &(dyn ToSql + Sync),
+                QueryParameter::Bytes(bytes) => bytes,
+            })
+            .collect();
+        self.visit_those(&rest, &parameters, each).await
     }
 
     async fn visit_user(&mut self, user: &str, each: Visitor<'_>) -> Result<(), AdminError> {
@@ -284,6 +300,20 @@ impl TokenAdmin for PostgresAdmin {
         Ok(changed == 1)
     }
 
+    async fn revoke_user(&mut self, user: &str, at: u64) -> Result<u64, AdminError> {
+        let sql = "UPDATE {schema}.token SET revoked = $2 WHERE \"user\" = $1 AND revoked IS NULL";
+        self.change_all(sql, &[&user, &seconds(at)]).await
+    }
+
+    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
+        let mut removed = 0;
+        for some in digests.chunks(REMOVED_AT_ONCE) {
+            let keys: Vec<&[u8]> = some.iter().map(|digest| digest.as_bytes().as_slice()).collect();
+            removed += self.change_all("DELETE FROM {schema}.token WHERE digest = ANY ($1)", &[&keys]).await?;
+        }
+        Ok(removed)
+    }
+
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
         self.prune().await?;
         let (find, supersede) = (
@@ -309,17 +339,8 @@ impl TokenAdmin for PostgresAdmin {
     }
 
     async fn block(&mut self, user: &str, blocked: bool) -> Result<u64, AdminError> {
-        self.prune().await?;
-        let sql = self.fill("UPDATE {schema}.token SET blocked = $2 WHERE \"user\" = $1 AND blocked <> $2");
-        let place = self.session.place.clone();
-        let failed = |error: Error| failed(&place, &error);
-        let transaction = self.session.client.transaction().await.map_err(failed)?;
-        // Of a user with a million tokens this takes about as long as the timeout; a lock is not waited for that long.
-        let limits = format!("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {}", STATEMENT.as_millis());
-        transaction.batch_execute(&limits).await.map_err(failed)?;
-        let changed = transaction.execute(&sql, &[&user, &blocked]).await.map_err(failed)?;
-        transaction.commit().await.map_err(failed)?;
-        Ok(changed)
+        let sql = "UPDATE {schema}.token SET blocked = $2 WHERE \"user\" = $1 AND blocked <> $2";
+        self.change_all(sql, &[&user, &blocked]).await
     }
 
     async fn wait(&mut self, timeout: Duration) -> Result<Vec<String>, AdminError> {
@@ -344,6 +365,21 @@ impl TokenAdmin for PostgresAdmin {
 }
 
 impl PostgresAdmin {
+    /// One statement for many records. Returns how many it changed.
+    async fn change_all(&mut self, sql: &str, parameters: &[&(dyn ToSql + Sync)]) -> Result<u64, AdminError> {
+        self.prune().await?;
+        let sql = self.fill(sql);
+        let place = self.session.place.clone();
+        let failed = |error: Error| failed(&place, &error);
+        let transaction = self.session.client.transaction().await.map_err(failed)?;
+        // Of a user with a million tokens this takes about as long as the timeout; a lock is not waited for that long.
+        let limits = format!("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {}", STATEMENT.as_millis());
+        transaction.batch_execute(&limits).await.map_err(failed)?;
+        let changed = transaction.execute(&sql, parameters).await.map_err(failed)?;
+        transaction.commit().await.map_err(failed)?;
+        Ok(changed)
+    }
+
     /// In slices of one portal: the server sorts, and what arrives is what was asked for.
     async fn visit_those(
         &mut self,

@@ -10,6 +10,7 @@ use super::link::{Connector, RedisConnection, failed};
 use super::record::{Stored, edited, to_json};
 use super::{Found, Keys, RedisChanges, RedisSettings, Topology, is_open, is_wrong_type, questions, read, stored};
 use crate::store::credential::Digest;
+use crate::store::query::{TokenQuery, TokenRank};
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, stream};
 use redis::{RedisError, Value};
@@ -31,6 +32,8 @@ const BATCH: usize = 1_000;
 const SCANNED: usize = 4_000;
 /// With more new tokens than this, one notification for all tokens is sent instead of one for each.
 const NAMED: usize = 10_000;
+/// Keys that one script removes: it keeps the server from everything else meanwhile.
+const REMOVED_AT_ONCE: usize = 200;
 const FOUND_MOST: usize = 100;
 const WAIT_REPEAT: Duration = Duration::from_secs(1);
 
@@ -61,6 +64,20 @@ if ARGV[1] ~= '' then
   for i, op in ipairs(ops) do redis.call('PUBLISH', ARGV[1], op.hex .. ' ' .. ms) end
 end
 return 1
+";
+
+/// Atomic for each key. `ARGV[1]` is the channel, or empty; then the digest of each key. Returns how many there were.
+const REMOVE: &str = r"
+local time = redis.call('TIME')
+local ms = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
+local gone = 0
+for i, key in ipairs(KEYS) do
+  if redis.call('DEL', key) == 1 then
+    gone = gone + 1
+    if ARGV[1] ~= '' then redis.call('PUBLISH', ARGV[1], ARGV[i + 1] .. ' ' .. ms) end
+  end
+end
+return gone
 ";
 
 pub struct RedisAdmin {
@@ -475,21 +492,21 @@ impl TokenAdmin for RedisAdmin {
         Ok(records)
     }
 
-    /// Their order takes 36 bytes for each; the records are read again in that order.
-    async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
-        let mut order = Vec::new();
-        self.scan("", None, |record| {
-            // Until 2106, which is more than long enough for a time that is past.
-            let created = u32::try_from(record.created).unwrap_or(u32::MAX);
-            order.push((Reverse(created), *record.digest.as_bytes()));
+    /// Their order takes 64 bytes for each that is meant; the records are read again in that order.
+    async fn select(&mut self, query: &TokenQuery, each: Visitor<'_>) -> Result<(), AdminError> {
+        let mut order: Vec<TokenRank> = Vec::new();
+        self.scan("", query.user.as_deref(), |record| {
+            order.extend(query.place(&record));
             ControlFlow::Continue(())
         })
         .await?;
         order.sort_unstable();
         order.dedup();
+        order.truncate(query.limit.unwrap_or(usize::MAX));
+        let mut taken = |record: TokenRecord| if query.takes(&record) { each(record) } else { Ok(()) };
         for batch in order.chunks(BATCH) {
-            let digests: Vec<_> = batch.iter().map(|(_, bytes)| Digest::from_bytes(*bytes)).collect();
-            self.visit_those(&digests, each).await?;
+            let digests: Vec<_> = batch.iter().map(TokenRank::digest).collect();
+            self.visit_those(&digests, &mut taken).await?;
         }
         Ok(())
     }
@@ -550,6 +567,42 @@ impl TokenAdmin for RedisAdmin {
             }
         }
         Err(contended(*digest))
+    }
+
+    /// One after the other: after a failure the others are unchanged, and repeating the command continues.
+    async fn revoke_user(&mut self, user: &str, at: u64) -> Result<u64, AdminError> {
+        let mut open = BTreeSet::new();
+        self.scan("", Some(user), |record| {
+            if record.user == user && record.revoked.is_none() {
+                open.insert(*record.digest.as_bytes());
+            }
+            ControlFlow::Continue(())
+        })
+        .await?;
+        let mut revoked = 0;
+        for digest in open {
+            match self.revoke(&Digest::from_bytes(digest), at).await {
+                Ok(now) => revoked += u64::from(now),
+                Err(AdminError::Missing) => {}
+                Err(error) => return Err(error),
+            }
+            self.count.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(revoked)
+    }
+
+    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
+        let channel = self.channel.clone().unwrap_or_default();
+        let mut removed = 0;
+        // In a cluster, a script reaches one slot.
+        for some in digests.chunks(if self.is_cluster() { 1 } else { REMOVED_AT_ONCE }) {
+            let mut command = redis::cmd("EVAL");
+            command.arg(REMOVE).arg(some.len());
+            command.arg(some.iter().map(|digest| self.keys.token(digest)).collect::<Vec<_>>());
+            command.arg(&channel).arg(some.iter().map(|digest| digest.to_hex()).collect::<Vec<_>>());
+            removed += self.link.ask::<u64>(&command).await?;
+        }
+        Ok(removed)
     }
 
     /// In a cluster the new token is written first. If the second step fails it is removed again; at worst a token

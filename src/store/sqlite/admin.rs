@@ -2,6 +2,7 @@
 
 use super::{COLUMNS, NOW_MS, last_seq, lookup, open, record};
 use crate::store::credential::Digest;
+use crate::store::query::{QueryDialect, QueryParameter, TokenQuery};
 use crate::store::record::{FieldValue, RecordField};
 use crate::store::{AdminError, Confirmations, Imported, REPLICA_GONE, Records, TokenAdmin, TokenRecord, Visitor};
 use async_trait::async_trait;
@@ -13,6 +14,8 @@ use std::time::Duration;
 
 /// Rows of `change` are kept this long. A gateway that was away longer forgets everything instead.
 const CHANGES_KEPT_MS: i64 = 3_600_000;
+/// Records that one transaction removes.
+const REMOVED_AT_ONCE: usize = 5_000;
 /// Memory that an import may take, at most; a third of a database of ten million tokens.
 const IMPORT_CACHE_KIB: i64 = 512 * 1024;
 
@@ -72,6 +75,12 @@ fn absent(field: RecordField) -> Value {
     if field.is_term() { Value::Text(String::new()) } else { Value::Null }
 }
 
+const DIALECT: QueryDialect = QueryDialect {
+    parameter: '?',
+    has_scope: |parameter| format!("instr(' ' || scopes || ' ', ' ' || {parameter} || ' ') > 0"),
+    by_bytes: "",
+};
+
 fn list_sql() -> String {
     format!("SELECT {COLUMNS} FROM token ORDER BY created DESC, digest")
 }
@@ -127,9 +136,14 @@ impl TokenAdmin for SqliteAdmin {
         Ok(records)
     }
 
-    async fn visit(&mut self, each: Visitor<'_>) -> Result<(), AdminError> {
-        let mut query = self.db.prepare(&list_sql())?;
-        for found in query.query_map([], record)? {
+    async fn select(&mut self, query: &TokenQuery, each: Visitor<'_>) -> Result<(), AdminError> {
+        let (rest, parameters) = query.sql(&DIALECT);
+        let parameters = parameters.into_iter().map(|parameter| match parameter {
+            QueryParameter::Text(text) => Value::Text(text),
+            QueryParameter::Bytes(bytes) => Value::Blob(bytes),
+        });
+        let mut query = self.db.prepare(&format!("SELECT {COLUMNS} FROM token {rest}"))?;
+        for found in query.query_map(params_from_iter(parameters), record)? {
             each(found?)?;
         }
         Ok(())
@@ -185,6 +199,25 @@ impl TokenAdmin for SqliteAdmin {
             return Err(AdminError::Missing);
         }
         Ok(changed == 1)
+    }
+
+    async fn revoke_user(&mut self, user: &str, at: u64) -> Result<u64, AdminError> {
+        let sql = "UPDATE token SET revoked = ?2 WHERE user = ?1 AND revoked IS NULL";
+        Ok(self.db.execute(sql, params![user, seconds(at)])? as u64)
+    }
+
+    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
+        let mut removed = 0;
+        // A gateway that notes uses waits for the lock, for no longer than this takes.
+        for some in digests.chunks(REMOVED_AT_ONCE) {
+            let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+            for digest in some {
+                let mut statement = transaction.prepare_cached("DELETE FROM token WHERE digest = ?1")?;
+                removed += statement.execute([digest.as_bytes()])? as u64;
+            }
+            transaction.commit()?;
+        }
+        Ok(removed)
     }
 
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {

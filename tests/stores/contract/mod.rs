@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use tollgate::identity::{Authenticator, CacheSettings, Checked, Invalid, Mode, TokenStatus, judge};
 use tollgate::store::chain::{Chain, Link};
 use tollgate::store::credential::{Credential, Digest};
+use tollgate::store::query::{TokenOrder, TokenQuery, TokenState};
 use tollgate::store::terms::{SaidTerms, TokenTerms};
 use tollgate::store::{AdminError, Change, Event, Imported, Named, StoreError, TokenAdmin, TokenRecord, TokenStore};
 use tollgate::telemetry::metrics::CacheResult;
@@ -182,6 +183,8 @@ pub async fn run(subject: &dyn Subject) {
     if subject.features().waits {
         gateways_confirm(subject).await;
     }
+    what_is_asked_for_is_listed(subject).await;
+    records_are_removed(subject).await;
     many_rows(subject).await;
     if subject.features().spoils {
         nonsense_is_no_answer(subject).await;
@@ -665,6 +668,148 @@ fn gateway(
 fn follow(authenticator: &Arc<Authenticator>) -> tokio::task::JoinHandle<()> {
     let authenticator = Arc::clone(authenticator);
     tokio::spawn(async move { authenticator.follow_changes().await })
+}
+
+/// What a database selects is what the query says of each record.
+async fn what_is_asked_for_is_listed(subject: &dyn Subject) {
+    if !subject.features().is_ours {
+        return;
+    }
+    let mut admin = subject.admin().await;
+    let (now, day) = (1_800_000_000, 86_400);
+    let mut records = Vec::new();
+    for (index, user) in ["Zed", "alice", "Änne", "bob", "a'b\"c", "alice"].into_iter().enumerate() {
+        let at = index as u64;
+        let base = TokenRecord { user: user.into(), ..record(&format!("listed-{index}")) };
+        records.extend([
+            TokenRecord { created: now - at * day, last_used: Some(now - at * 10), ..base.clone() },
+            TokenRecord {
+                digest: Digest::of(format!("listed-expired-{index}").as_bytes()),
+                expires: Some(now - at * day),
+                scopes: vec!["api_more".into(), "é".into()],
+                ..base.clone()
+            },
+            TokenRecord {
+                digest: Digest::of(format!("listed-soon-{index}").as_bytes()),
+                expires: Some(now + (at + 1) * day),
+                superseded: (index % 2 == 0).then_some(now - 5),
+                ..base.clone()
+            },
+            TokenRecord {
+                digest: Digest::of(format!("listed-revoked-{index}").as_bytes()),
+                revoked: Some(now - at * day),
+                blocked: index == 3,
+                scopes: Vec::new(),
+                ..base.clone()
+            },
+            TokenRecord {
+                digest: Digest::of(format!("listed-later-{index}").as_bytes()),
+                not_before: Some(now + 5),
+                blocked: index == 2,
+                ..base
+            },
+        ]);
+    }
+    let known = admin.list().await.unwrap().len();
+    admin.import(&mut records.iter().cloned().map(Ok)).await.unwrap();
+    let all = admin.list().await.unwrap();
+    assert_eq!(all.len(), known + 30, "{}", subject.name());
+    let query = TokenQuery { now, ..TokenQuery::default() };
+    let user = |name: &str| TokenQuery { user: Some(name.into()), ..query.clone() };
+    let scope = |name: &str| TokenQuery { scope: Some(name.into()), ..query.clone() };
+    let mut wanted = vec![
+        user("alice"),
+        user("Änne"),
+        user("a'b\"c"),
+        user("nobody"),
+        scope("api"),
+        scope("é"),
+        scope("ap"),
+        TokenQuery { unused_since: Some(now - 25), ..query.clone() },
+        TokenQuery { unused_since: Some(now - 2 * day), ..query.clone() },
+        TokenQuery { expires_by: Some(now + 3 * day), ..query.clone() },
+        TokenQuery { ended_by: Some(now - 2 * day), ..query.clone() },
+        TokenQuery {
+            states: vec![TokenState::Active, TokenState::Rotated],
+            scope: Some("api".into()),
+            ..user("alice")
+        },
+    ];
+    wanted.extend(TokenState::ALL.map(|state| TokenQuery { states: vec![state], ..query.clone() }));
+    let orders = [TokenOrder::Created, TokenOrder::Expires, TokenOrder::LastUsed, TokenOrder::User];
+    let mut pages = 0;
+    for wanted in wanted {
+        for order in orders {
+            let mut expected: Vec<_> = all.iter().filter(|record| wanted.takes(record)).collect();
+            expected.sort_by_key(|record| order.rank(record));
+            // In pages that divide nothing evenly.
+            let (mut found, mut after) = (Vec::new(), None);
+            loop {
+                let page = TokenQuery { order, after, limit: Some(7), ..wanted.clone() };
+                let before = found.len();
+                let mut each = |record: TokenRecord| {
+                    found.push(record);
+                    Ok(())
+                };
+                admin.select(&page, &mut each).await.unwrap();
+                pages += 1;
+                let Some(last) = found.get(before..).and_then(<[_]>::last) else { break };
+                after = Some(order.rank(last));
+            }
+            let [found, expected]: [Vec<String>; 2] = [
+                found.iter().map(|record| record.digest.to_hex()).collect(),
+                expected.iter().map(|record| record.digest.to_hex()).collect(),
+            ];
+            assert_eq!(found, expected, "{}: {wanted:?} by {order:?}", subject.name());
+        }
+    }
+    assert!(pages > 100, "{pages}");
+    let digests: Vec<_> = records.iter().map(|record| record.digest).collect();
+    assert_eq!(admin.remove(&digests).await.unwrap(), 30, "{}", subject.name());
+    assert_eq!(admin.list().await.unwrap().len(), known, "{}", subject.name());
+}
+
+/// A token whose record is gone is unknown, to a gateway that knew it as well; so is each of a user's that is revoked.
+async fn records_are_removed(subject: &dyn Subject) {
+    if !subject.features().is_ours {
+        return;
+    }
+    let (mut admin, store) = (subject.admin().await, subject.open());
+    let of = |token: &str| TokenRecord { user: "leaver".into(), ..record(token) };
+    for token in ["leaver-1", "leaver-2", "leaver-3"] {
+        admin.create(&of(token)).await.unwrap();
+    }
+    let begin = Instant::now();
+    let ear = subject.features().hears.then(|| Ear::on(&store));
+    if let Some(ear) = &ear {
+        ear.hearing(begin).await;
+    }
+    let digest = |token: &str| Digest::of(token.as_bytes());
+    assert!(admin.revoke(&digest("leaver-1"), 5).await.unwrap());
+    assert_eq!(admin.revoke_user("leaver", 7).await.unwrap(), 2, "{}", subject.name());
+    assert_eq!(admin.revoke_user("leaver", 8).await.unwrap(), 0, "{}", subject.name());
+    assert_eq!(admin.revoke_user("nobody at all", 8).await.unwrap(), 0, "{}", subject.name());
+    for (token, at) in [("leaver-1", 5), ("leaver-2", 7), ("leaver-3", 7)] {
+        let found = lookup(&*store, token.as_bytes()).await.unwrap();
+        assert_eq!(found.revoked, Some(at), "{}: {token}", subject.name());
+    }
+    assert_eq!(lookup(&*store, b"known").await.unwrap().revoked, None, "{}: only this user's", subject.name());
+    let before = Instant::now();
+    let gone = [digest("leaver-1"), digest("leaver-3"), digest("never there")];
+    assert_eq!(admin.remove(&gone).await.unwrap(), 2, "{}", subject.name());
+    if let Some(ear) = &ear {
+        for digest in &gone[..2] {
+            let told = |event: &Event| match event {
+                Event::Changed(changes) => changes.iter().any(|change| change.token == Named::Token(*digest)),
+                event => *event == Event::Hearing,
+            };
+            ear.heard(before, "a removal", told).await;
+        }
+    }
+    assert_eq!(lookup(&*store, b"leaver-1").await, None, "{}", subject.name());
+    assert_eq!(lookup(&*store, b"leaver-2").await.map(|record| record.revoked), Some(Some(7)), "{}", subject.name());
+    assert_eq!(admin.remove(&gone).await.unwrap(), 0, "{}", subject.name());
+    assert_eq!(admin.remove(&[digest("leaver-2")]).await.unwrap(), 1, "{}", subject.name());
 }
 
 async fn many_rows(subject: &dyn Subject) {
