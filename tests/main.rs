@@ -18,6 +18,7 @@ mod answers;
 mod architecture;
 mod attacks;
 mod audit;
+mod basic;
 mod backend_faults;
 mod bodies;
 mod cli;

@@ -26,7 +26,7 @@ use crate::request::route::{
     Auth, Canary, CanaryBy, Methods, Pattern, PrefixRewrite, RequestTimeout, Route, RouteTimeouts, ScopePool,
 };
 use crate::request::routes::Routes;
-use crate::request::token::TokenRules;
+use crate::request::token::{BasicUsers, OtherKind, TokenRules};
 use crate::request::trace::TraceMode;
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
@@ -92,7 +92,13 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         authorization: file.token.authorization == Strip::Allow,
         path_and_user_headers: file.token.path_and_user_headers == Strip::Allow,
     };
-    let token = TokenRules { header: file.token.header.0.clone(), bearer: file.token.bearer };
+    let token = TokenRules {
+        header: file.token.header.0.clone(),
+        bearer: file.token.bearer,
+        // One that is too large for its type is out of range, which is checked later.
+        max_bytes: usize::try_from(file.token.max_bytes).unwrap_or(usize::MAX),
+        basic: file.token.basic.0.clone(),
+    };
     let names = Names { token: file.token.query.0.clone() };
     let forward = ForwardRules {
         credential: match file.token.forward {
@@ -404,6 +410,8 @@ impl Gather<'_, '_> {
                 reason: route.reason.trim().into(),
                 addresses: AddressRules { allow: listed(&route.allow), deny: listed(&route.deny) },
                 refuse_query_token: route.query_token == QueryToken::Refuse,
+                basic: route.basic,
+                unchecked: route.unchecked.iter().map(other_kind).collect(),
                 upstream,
                 pools,
                 canary,
@@ -426,6 +434,11 @@ impl Gather<'_, '_> {
             if route.pass_token && route.auth != AuthMode::None {
                 let problem = Problem::error("pass_token", "goes with auth = \"none\" only", "remove it");
                 self.places.add(&route.at, problem.with("auth"));
+            }
+            if route.basic && file.token.basic.0 == BasicUsers::Nobody {
+                let what = "accepts tokens with user names of [token] basic, which is \"none\"";
+                let problem = Problem::error("basic", what, "write \"any\", \"user\" or a list of names there");
+                self.places.add(&route.at, problem);
             }
             let first = routes.iter().position(|other| other.answers_the_same(&settings));
             if let Some(first) = first {
@@ -695,6 +708,13 @@ fn listener_settings(listener: &file::ListenerSection, folder: &Path) -> Listene
         handshake_timeout: listener.handshake_timeout,
         redirect: listener.redirect_to_https.map(|port| u16::try_from(port).unwrap_or(0)),
         hsts: listener.hsts,
+    }
+}
+
+const fn other_kind(word: &file::OtherCredential) -> OtherKind {
+    match word {
+        file::OtherCredential::JobToken => OtherKind::Job,
+        file::OtherCredential::DeployToken => OtherKind::Deploy,
     }
 }
 

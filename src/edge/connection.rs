@@ -390,6 +390,7 @@ pub(super) fn render(refusal: Refusal, head_only: bool, close: bool, exchange: &
         hsts: exchange.hsts(),
         limits: exchange.limit_fields(),
         location: location.as_deref(),
+        basic: exchange.route().is_some_and(|route| route.basic),
     };
     refusal.render(&envelope, &mut Http1Answer { out: &mut out, head_only, close });
     out

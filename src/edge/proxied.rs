@@ -422,6 +422,7 @@ async fn write_refusal(session: &mut Session, refusal: Refusal, ticket: Option<&
         hsts: ticket.exchange.hsts(),
         limits: ticket.exchange.limit_fields(),
         location: None,
+        basic: ticket.exchange.route().is_some_and(|route| route.basic),
     };
     let mut answer = FrameworkAnswer { head: Err(no_ticket()), body: Bytes::new() };
     refusal.render(&envelope, &mut answer);

@@ -5,6 +5,7 @@ use super::plan::{Passes, Plan};
 use super::{BackendCredential, ForwardRules};
 use crate::request::METHOD_OVERRIDE;
 use crate::request::origin::Origin;
+use crate::request::token::BasicUser;
 use crate::request::trace::TraceContext;
 use crate::request::view::{FieldKind, Framing, Method, RequestView};
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -193,7 +194,16 @@ impl Plan<'_> {
         if let Some(presented) = &self.presented
             && matches!(rules.credential, BackendCredential::Token | BackendCredential::Both)
         {
-            sink.field(rules.token.header.as_bytes(), &presented.value);
+            match (&presented.basic, self.permit.principal()) {
+                // Backends that take Basic read nothing else, like that of git. The policy has seen that there is a name.
+                (Some(basic), Some(principal)) => {
+                    if let Some(user) = basic.upstream(principal.user()) {
+                        let credentials = BasicUser::credentials(user, &presented.value);
+                        sink.field(b"Authorization", [b"Basic ", credentials.as_bytes()].concat().as_slice());
+                    }
+                }
+                _ => sink.field(rules.token.header.as_bytes(), &presented.value),
+            }
         }
         if let Some(principal) = self.permit.principal()
             && matches!(rules.credential, BackendCredential::Identity | BackendCredential::Both)

@@ -77,6 +77,8 @@ pub struct Envelope<'a> {
     pub limits: Option<&'a LimitFields>,
     /// Where the client is sent, if it is.
     pub location: Option<&'a [u8]>,
+    /// The route takes a token as the password of HTTP Basic as well.
+    pub basic: bool,
 }
 
 impl Refusal {
@@ -162,6 +164,8 @@ impl Refusal {
                     TokenFault::BadByte => "bad_byte",
                     TokenFault::Conflict => "conflict",
                     TokenFault::Spelling => "spelling",
+                    TokenFault::Basic => "basic",
+                    TokenFault::BasicUser => "basic_user",
                 },
             ),
             Cause::Request(R::QueryToken) => (401, "query_token"),
@@ -183,6 +187,7 @@ impl Refusal {
             Cause::Identity(Invalid::Revoked) => (401, "revoked"),
             Cause::Identity(Invalid::Blocked) => (401, "blocked"),
             Cause::Policy(PolicyFault::NoIdentity) => (401, "no_identity"),
+            Cause::Policy(PolicyFault::BasicUser) => (401, "basic_user"),
             Cause::Policy(PolicyFault::Sudo) => (403, "sudo"),
             Cause::Policy(PolicyFault::Scope) => (403, "scope"),
             Cause::Policy(PolicyFault::SudoScope) => (403, "sudo_scope"),
@@ -230,7 +235,12 @@ impl Refusal {
         sink.field_by(b"Content-Length", |out| decimal(body.len(), out));
         sink.field(b"Cache-Control", b"no-store");
         match status {
-            401 => sink.field(b"WWW-Authenticate", b"Bearer realm=\"api\""),
+            401 => {
+                sink.field(b"WWW-Authenticate", b"Bearer realm=\"api\"");
+                if envelope.basic {
+                    sink.field(b"WWW-Authenticate", b"Basic realm=\"api\", charset=\"UTF-8\"");
+                }
+            }
             405 => {
                 let methods: Vec<_> = Methods::ALL.names().collect();
                 sink.field(b"Allow", methods.join(", ").as_bytes());
@@ -385,7 +395,8 @@ mod tests {
     fn written(cause: Cause, head_only: bool, close: bool) -> String {
         let mut out = Vec::new();
         let (cors, grant) = (&Cors::Off, CorsGrant::Off);
-        let envelope = Envelope { date: "D", request_id: "id", cors, grant, hsts: None, limits: None, location: None };
+        let (hsts, limits, location) = (None, None, None);
+        let envelope = Envelope { date: "D", request_id: "id", cors, grant, hsts, limits, location, basic: false };
         Refusal::from(cause).render(&envelope, &mut Http1Answer { out: &mut out, head_only, close });
         String::from_utf8(out).unwrap()
     }
