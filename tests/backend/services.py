@@ -33,7 +33,8 @@ def wheel():
     files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
     with zipfile.ZipFile(out, "w") as archive:
         for name, text in files.items():
-            archive.writestr(name, text)
+            # The same bytes each time.
+            archive.writestr(zipfile.ZipInfo(name), text)
     return out.getvalue()
 
 
@@ -88,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.git(path, query, body)
         if path == "/api/v4/packages/pypi/simple/thing/":
             return self.answer(200, f'<a href="../../files/{WHEEL}">{WHEEL}</a>'.encode(), ("Content-Type", "text/html"))
+        if path == "/api/v4/packages/pypi" and self.command == "POST":
+            return self.answer(201 if wheel() in body else 400, b"")
         if path == f"/api/v4/packages/pypi/files/{WHEEL}":
             return self.answer(200, wheel(), ("Content-Type", "application/zip"))
         if path.lower() == "/api/v4/packages/npm/@group%2fthing":
