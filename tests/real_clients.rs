@@ -7,6 +7,10 @@ use std::process::Command;
 
 /// Longer than 20 characters: the Ruby client sends it as `Authorization: Bearer`.
 const LONG: &str = "long-token-0000-0000-0000-0001";
+/// A personal access token of today, which names its cell and is longer than 255 bytes.
+const PAT: &str = "glpat-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\
+                   AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\
+                   AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA.01.0z1abcdef";
 
 struct Setup {
     gateway: Gateway,
@@ -20,6 +24,21 @@ impl Setup {
         let puma = Puma::start("gitlab.ru", &format!("{GOOD}=alice,{LONG}=bob,{BAD}=mallory,{LONG}x=mallory"));
         let store = Store::with([(GOOD, "alice"), (LONG, "bob")]);
         let gateway = Gateway::start(puma.address, &store.section());
+        Self { gateway, puma, _store: store }
+    }
+
+    /// With the preset for API v4, whose listeners and servers are the test's.
+    fn of_v4() -> Self {
+        let preset = std::fs::read_to_string(repository("config/gitlab-v4.toml")).unwrap();
+        let section = |name: &str| {
+            let from = preset.find(&format!("\n[{name}]\n")).unwrap() + 1;
+            let rest = &preset[from..];
+            rest[..rest.find("\n[").map_or(rest.len(), |end| end + 1)].to_owned()
+        };
+        let puma = Puma::start("gitlab.ru", &format!("{GOOD}=alice,{PAT}=bob,{BAD}=mallory"));
+        let store = Store::with([(GOOD, "alice"), (PAT, "bob")]);
+        let sections = ["api", "token", "pagination"].map(section).concat();
+        let gateway = Gateway::start(puma.address, &format!("{}{sections}", store.section()));
         Self { gateway, puma, _store: store }
     }
 
@@ -44,9 +63,13 @@ impl Setup {
         assert!(seen.len() > 10, "{} requests", seen.len());
         for request in seen {
             let token = request["headers"]["HTTP_PRIVATE_TOKEN"].as_str();
-            assert!(matches!(token, Some(GOOD | LONG)), "{request}");
+            assert!(matches!(token, Some(GOOD | LONG | PAT)), "{request}");
             assert!(request["headers"]["HTTP_AUTHORIZATION"].is_null(), "{request}");
-            assert!(!request["query"].as_str().unwrap().contains("token"), "{request}");
+            let query = request["query"].as_str().unwrap();
+            assert!(!query.contains("token"), "{request}");
+            assert!(!query.contains("=5000"), "{request}");
+            // A list by keys has no numbers.
+            assert!(!query.contains("keyset") || !query.split('&').any(|pair| pair.starts_with("page=")), "{request}");
         }
     }
 }
@@ -114,4 +137,23 @@ fn a_caller_of_the_ruby_client_can_wait_and_go_on() {
     let upstream = Upstream::answering(|_| Reply::ok("{\"username\":\"alice\"}"));
     let gateway = Gateway::start(upstream.address, ONE_A_SECOND);
     waits_and_goes_on(Command::new("ruby").arg(repository("tests/clients/ruby_gitlab_limits.rb")), &gateway);
+}
+
+#[test]
+fn clients_of_v4_work_through_the_gateway() {
+    let setup = Setup::of_v4();
+    let venv = std::env::var_os("TOLLGATE_PY_VENV").map_or_else(|| repository("target/py-clients"), Into::into);
+    let arguments = [&setup.base(), GOOD, BAD];
+    let mut client = python("v4_python_gitlab.py");
+    setup.wants(client.env("PYTHONPATH", venv.join("python-gitlab-8")).args(arguments), 13);
+    setup.wants(Command::new("ruby").arg(repository("tests/clients/v4_ruby_gitlab.rb")).args(arguments), 11);
+    let mut client = Command::new("node");
+    client.env("NODE_MODULES", repository("target/node-clients"));
+    setup.wants(client.arg(repository("tests/clients/v4_gitbeaker.mjs")).args(arguments), 11);
+    setup.wants(Command::new(repository("target/node-clients/v4-go-gitlab")).args(arguments), 10);
+    assert!(PAT.len() > 255);
+    for lines in [format!("PRIVATE-TOKEN: {PAT}\n"), format!("Authorization: Bearer {PAT}\n")] {
+        let answer = setup.gateway.ask(&format!("GET /api/v4/user HTTP/1.1\nHost: h\n{lines}\n"));
+        assert!(answer.status == 200 && answer.text().contains("\"bob\""), "{}", answer.text());
+    }
 }

@@ -72,7 +72,7 @@ fn said(settings: &Settings, found: &FoundConfig) -> Result<(), Failure> {
     }
     for route in open_routes(settings) {
         let how = match route.auth {
-            Auth::Required => "token required",
+            Auth::Required => "a token, or a credential that the backend checks itself",
             Auth::Optional => "token optional",
             Auth::None { pass_token: false } => "no token",
             Auth::None { pass_token: true } => "the backend checks tokens itself",
@@ -84,7 +84,7 @@ fn said(settings: &Settings, found: &FoundConfig) -> Result<(), Failure> {
 
 /// Every route that can be reached without a token.
 pub(super) fn open_routes(settings: &Settings) -> impl Iterator<Item = &Route> {
-    settings.rules.routes.iter().filter(|route| route.auth != Auth::Required)
+    settings.rules.routes.iter().filter(|route| route.auth != Auth::Required || !route.unchecked.is_empty())
 }
 
 /// The methods of a route, and its hosts.

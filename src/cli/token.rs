@@ -854,7 +854,7 @@ fn token_on_input() -> anyhow::Result<Vec<u8>> {
         bail!("standard input has more than one line; expected one token");
     }
     if !is_token(&bytes) {
-        bail!("standard input is not a token: expected 1 to 255 visible ASCII characters, without blanks");
+        bail!("standard input is not a token: expected 1 to 2048 visible ASCII characters, without blanks");
     }
     Ok(bytes)
 }

@@ -6,6 +6,7 @@ use crate::edge::Listen;
 use crate::policy::{CalendarPeriod, CalendarQuota, LimitCosts, LimitKeyPart, RefillRate};
 use crate::request::host::HostPattern;
 use crate::request::route::{HeaderEdits, Pattern};
+use crate::request::token::BasicUsers;
 use crate::request::view::Method;
 use crate::store::terms::parse_rate;
 use crate::telemetry::datagrams::SyslogAddress;
@@ -65,6 +66,16 @@ section! {
         /// Without certificates: the port, like 443, for redirects (308) of GET and HEAD to the same URL with https, or "none".
         /// Requests with a token, which has been sent in plain text by then, and those of other methods get 403.
         redirect_to_https: Option<u64> = r#""none""#,
+        /// "forward" (requests go to the backend) or "verdict" (other proxies ask whether they may forward a request; see
+        /// docs/verdict.md). "verdict" needs [token] forward = "identity" and body = "ignore".
+        mode: ListenerMode = r#""forward""#,
+        /// With mode = "verdict": which proxy asks. "nginx" (auth_request, with X-Original-Method, X-Original-URI and
+        /// X-Original-Host), "forwarded" (forward_auth of Caddy and Traefik: X-Forwarded-*), "envoy" (ext_authz over HTTP).
+        source: VerdictSourceWord = r#""none""#,
+        /// With mode = "verdict" and TCP: addresses and networks of the proxies that may ask; all others are closed.
+        peers: Vec<Proxy> = "[]",
+        /// With source = "envoy": its `path_prefix`; empty for none.
+        path_prefix: String = r#""""#,
         /// With certificates: send Strict-Transport-Security with this time in every response, or "none". Browsers then use
         /// https alone for this host, on every port.
         hsts: Option<Duration> = r#""none""#,
@@ -132,6 +143,13 @@ section! {
         query: ParameterName = r#""private_token""#,
         /// Also accept `Authorization: Bearer TOKEN`. The Ruby client sends tokens of more than 20 characters this way.
         bearer: bool = "true",
+        /// The longest token, in bytes: 1 to 2048. Longer ones get 401.
+        max_bytes: u64 = "255",
+        /// On routes with `basic = true`, also accept a token as the password of HTTP Basic, for pip, twine, npm, Terraform and
+        /// git, with these user names: "none" (off), "any" (the backend gets the token's user instead), "user" (the token's
+        /// own user), or a list like `["oauth2", "__token__"]`, which go on as they are. With forward = "token" or "both", such
+        /// a token goes on as Basic in place of the token header.
+        basic: BasicUsersText = r#""none""#,
         /// Requests whose body has a field that Rack would take for a credential. In Rack, the body takes precedence
         /// over query and header, so the backend would act for a user whom tollgate did not check. "refuse" reads form,
         /// multipart and JSON bodies while they pass, and refuses those that backends could read in different ways.
@@ -154,7 +172,8 @@ section! {
         /// `access_token` and `bearer_token` parameters: "refuse" (401) or "allow".
         access_token: Switch = r#""refuse""#,
         /// `job_token` parameters: "refuse" (401) or "allow". With "refuse", JOB-TOKEN, DEPLOY-TOKEN and BUILD-TOKEN
-        /// headers are removed.
+        /// headers are removed. With "allow", they pass unchecked beside a valid token, and the backend decides which of the
+        /// two it acts for. A [[route]] can let them pass in place of a token instead: `unchecked`.
         job_token: Switch = r#""refuse""#,
         /// The Cookie header, which may carry a Rails session: "strip" or "allow".
         cookies: Strip = r#""strip""#,
@@ -700,6 +719,12 @@ section! {
         query_token: QueryToken = r#""accept""#,
         /// With auth = "none": do not remove tokens, for a backend that checks them itself.
         pass_token: bool = "false",
+        /// Accept a token as the password of HTTP Basic as well, with the user names in [token] basic; 401 then offers Basic.
+        basic: bool = "false",
+        /// Credentials that may stand in the token's place, and that tollgate forwards without checking them: "job_token"
+        /// (JOB-TOKEN, and `job_token` in the query) and "deploy_token" (DEPLOY-TOKEN). Beside a token, two of them, and fields
+        /// of bodies get 401. Needs a `reason`.
+        unchecked: Vec<OtherCredential> = "[]",
         /// The name of the [[upstream]] for these requests; empty for the first one.
         upstream: String = r#""""#,
         /// Other upstreams for tokens with a scope, like `[{ scope = "admin_api", upstream = "admin" }]`, or a
@@ -766,6 +791,9 @@ section! {
 words! { BodyPolicy { Refuse = "refuse", Ignore = "ignore" } }
 words! { Untyped { Watch = "watch", Refuse = "refuse", OctetStream = "octet-stream" } }
 words! { Forward { Token = "token", Identity = "identity", Both = "both", None = "none" } }
+words! { ListenerMode { Forward = "forward", Verdict = "verdict" } }
+words! { VerdictSourceWord { None = "none", Nginx = "nginx", Forwarded = "forwarded", Envoy = "envoy" } }
+words! { OtherCredential { JobToken = "job_token", DeployToken = "deploy_token" } }
 words! { OverridePolicy { Refuse = "refuse", Judge = "judge" } }
 words! { Switch { Refuse = "refuse", Allow = "allow" } }
 words! { Strip { Strip = "strip", Allow = "allow" } }
@@ -1088,6 +1116,23 @@ impl Setting for HeaderEdits {
     fn schema() -> Value {
         let fields = json!({ "type": "object", "additionalProperties": { "type": "string" } });
         json!({ "type": "object", "properties": { "set": fields, "remove": Vec::<String>::schema() }, "additionalProperties": false })
+    }
+}
+
+/// User names of HTTP Basic.
+#[derive(Clone, Debug)]
+pub(crate) struct BasicUsersText(pub(crate) BasicUsers);
+
+impl Setting for BasicUsersText {
+    fn read(value: &DeValue<'_>) -> Result<Self, Vec<InvalidValue>> {
+        let like = "write \"none\", \"any\", \"user\", or a list of names like [\"oauth2\"]";
+        match (value.as_str(), value.as_array()) {
+            (Some("none"), _) => Ok(Self(BasicUsers::Nobody)),
+            (Some("any"), _) => Ok(Self(BasicUsers::Any)),
+            (Some("user"), _) => Ok(Self(BasicUsers::Own)),
+            (None, Some(_)) => Vec::read(value).map(BasicUsers::Listed).map(Self),
+            _ => Err(vec![invalid("is not allowed here", like)]),
+        }
     }
 }
 

@@ -6,8 +6,8 @@ use super::places::Places;
 use super::section::{nearest, suggestion};
 use super::{Diagnostic, Document, Expansions, File};
 use crate::edge::{
-    BodyRate, CertificateFiles, ConnectionLimits, EdgeSettings, ListenerSettings, ListenerTlsSettings, ServerSettings,
-    ShutdownTimes, Timeouts, TlsProfile,
+    BodyRate, CertificateFiles, ConnectionLimits, EdgeSettings, Listen, ListenerSettings, ListenerTlsSettings,
+    ServerSettings, ShutdownTimes, Timeouts, TlsProfile, VerdictSettings,
 };
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
@@ -26,8 +26,9 @@ use crate::request::route::{
     Auth, Canary, CanaryBy, Methods, Pattern, PrefixRewrite, RequestTimeout, Route, RouteTimeouts, ScopePool,
 };
 use crate::request::routes::Routes;
-use crate::request::token::TokenRules;
+use crate::request::token::{BasicUsers, OtherKind, TokenRules};
 use crate::request::trace::TraceMode;
+use crate::request::verdict::{VerdictRules, VerdictSource};
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
 use crate::share::SharedLimitSettings;
@@ -94,7 +95,13 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         authorization: file.token.authorization == Strip::Allow,
         path_and_user_headers: file.token.path_and_user_headers == Strip::Allow,
     };
-    let token = TokenRules { header: file.token.header.0.clone(), bearer: file.token.bearer };
+    let token = TokenRules {
+        header: file.token.header.0.clone(),
+        bearer: file.token.bearer,
+        // One that is too large for its type is out of range, which is checked later.
+        max_bytes: usize::try_from(file.token.max_bytes).unwrap_or(usize::MAX),
+        basic: file.token.basic.0.clone(),
+    };
     let names = Names { token: file.token.query.0.clone() };
     let forward = ForwardRules {
         credential: match file.token.forward {
@@ -250,6 +257,7 @@ impl Gather<'_, '_> {
         for listener in &file.listeners {
             let settings = listener_settings(listener, folder);
             self.all(&listener.at, settings.problems(SystemTime::now()));
+            self.all(&listener.at, verdict_problems(listener, file));
             if settings.tls.is_none() && !listener.client_ca.is_empty() {
                 let problem = Problem::error("client_ca", "goes with certificates only", "remove it");
                 self.places.add(&listener.at, problem.with("certificates"));
@@ -407,6 +415,8 @@ impl Gather<'_, '_> {
                 reason: route.reason.trim().into(),
                 addresses: AddressRules { allow: listed(&route.allow), deny: listed(&route.deny) },
                 refuse_query_token: route.query_token == QueryToken::Refuse,
+                basic: route.basic,
+                unchecked: route.unchecked.iter().map(other_kind).collect(),
                 upstream,
                 pools,
                 canary,
@@ -429,6 +439,11 @@ impl Gather<'_, '_> {
             if route.pass_token && route.auth != AuthMode::None {
                 let problem = Problem::error("pass_token", "goes with auth = \"none\" only", "remove it");
                 self.places.add(&route.at, problem.with("auth"));
+            }
+            if route.basic && file.token.basic.0 == BasicUsers::Nobody {
+                let what = "accepts tokens with user names of [token] basic, which is \"none\"";
+                let problem = Problem::error("basic", what, "write \"any\", \"user\" or a list of names there");
+                self.places.add(&route.at, problem);
             }
             let first = routes.iter().position(|other| other.answers_the_same(&settings));
             if let Some(first) = first {
@@ -698,6 +713,79 @@ fn listener_settings(listener: &file::ListenerSection, folder: &Path) -> Listene
         handshake_timeout: listener.handshake_timeout,
         redirect: listener.redirect_to_https.map(|port| u16::try_from(port).unwrap_or(0)),
         hsts: listener.hsts,
+        verdict: verdict_settings(listener),
+    }
+}
+
+/// With no source, which is an error, any one stands in.
+fn verdict_settings(listener: &file::ListenerSection) -> Option<VerdictSettings> {
+    let source = match (listener.mode, listener.source) {
+        (file::ListenerMode::Forward, _) => return None,
+        (_, file::VerdictSourceWord::Nginx) => VerdictSource::Nginx,
+        (_, file::VerdictSourceWord::Forwarded) => VerdictSource::Forwarded,
+        (_, file::VerdictSourceWord::Envoy | file::VerdictSourceWord::None) => VerdictSource::Envoy,
+    };
+    let rules = Arc::new(VerdictRules { source, path_prefix: listener.path_prefix.clone() });
+    // Whoever can open a socket file may ask.
+    let unix_peers = matches!(listener.address.0, Listen::Unix(..));
+    Some(VerdictSettings { rules, peers: TrustedProxies { unix_peers, ..trusted(&listener.peers) } })
+}
+
+/// What a listener for verdicts says about the rest of the file.
+fn verdict_problems(listener: &file::ListenerSection, file: &File) -> Vec<Problem> {
+    use file::{ListenerMode, VerdictSourceWord};
+    let mut problems = Vec::new();
+    if listener.mode == ListenerMode::Forward {
+        let used = [
+            ("source", listener.source != VerdictSourceWord::None),
+            ("peers", !listener.peers.is_empty()),
+            ("path_prefix", !listener.path_prefix.is_empty()),
+        ];
+        for (key, _) in used.into_iter().filter(|(_, used)| *used) {
+            problems.push(Problem::error(
+                key,
+                "goes with mode = \"verdict\" only",
+                "remove it, or set mode = \"verdict\"",
+            ));
+        }
+        return problems;
+    }
+    if listener.source == VerdictSourceWord::None {
+        problems.push(Problem::error(
+            "source",
+            "is missing: which proxy asks is never guessed",
+            "write \"nginx\", \"forwarded\" or \"envoy\"",
+        ));
+    }
+    if !listener.peers.is_empty() && file.server.trusted_proxies.is_empty() {
+        let what =
+            "are not in [server] trusted_proxies: limits, address lists and the log take the proxy for the client";
+        let instead = "add them there, if they write X-Forwarded-For";
+        problems.push(Problem::warning("peers", what, instead));
+    }
+    if file.token.forward != Forward::Identity {
+        let what = "\"verdict\" cannot take the token or a client's own credentials out of a request";
+        problems.push(Problem::error(
+            "mode",
+            what,
+            "set [token] forward = \"identity\", for a backend that acts for X-Tollgate-User alone",
+        ));
+    }
+    if file.token.body != BodyPolicy::Ignore {
+        let what = "\"verdict\" cannot look into bodies, where some backends read a token";
+        problems.push(Problem::error(
+            "mode",
+            what,
+            "set [token] body = \"ignore\", for a backend that reads no credential there",
+        ));
+    }
+    problems
+}
+
+const fn other_kind(word: &file::OtherCredential) -> OtherKind {
+    match word {
+        file::OtherCredential::JobToken => OtherKind::Job,
+        file::OtherCredential::DeployToken => OtherKind::Deploy,
     }
 }
 

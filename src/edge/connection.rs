@@ -10,8 +10,9 @@ use super::proxied::{Handed, ProxiedLane};
 use super::recheck::{self, Recheck};
 use super::socket::Socket;
 use super::ticket::{OwnToken, Ticket};
+use super::verdict::Allowed;
 use super::workers::Serve;
-use super::{Lifecycle, Snapshot, http1, http2};
+use super::{Lifecycle, Snapshot, http1, http2, verdict};
 use crate::forward::{Http1Head, Plan, request_id};
 use crate::hex;
 use crate::identity::Mode;
@@ -19,6 +20,7 @@ use crate::pipeline::{Admission, Pending, Verdict};
 use crate::reply::cors::CorsGrant;
 use crate::reply::{Cause, Envelope, Http1Answer, Refusal};
 use crate::request::origin::{Arrival, Origin};
+use crate::request::verdict::VerdictFault;
 use crate::request::view::{FieldKind, Framing, Method, RequestView, Version};
 use crate::request::{RequestFault, head};
 use crate::telemetry::access_log::By;
@@ -112,6 +114,7 @@ impl Gate {
             };
             http2 = false;
             let mut exchange = Exchange::begin(snapshot, client.arrival(), bytes.clone());
+            exchange.asker = client.arrival().verdict.as_ref().map(|rules| verdict::asker(rules));
             exchange.is_last = client.is_last(exchange.snapshot.settings.connections.requests);
             let after = match fault {
                 None => self.exchange(&mut client, bytes, exchange).await,
@@ -159,6 +162,8 @@ enum Judged {
         ticket: Ticket,
     },
     Refused(Refused),
+    /// Another proxy may forward it.
+    Allowed(Allowed),
     /// The head is no request.
     Unreadable(Box<Exchange>, RequestFault),
 }
@@ -200,6 +205,7 @@ impl Gate {
                 }
             }
             Judged::Refused(refused) => refuse(client, refused).await,
+            Judged::Allowed(allowed) => allowed.tell(client).await,
             Judged::Unreadable(exchange, fault) => refuse_unread(client, exchange, fault).await,
         }
     }
@@ -212,13 +218,20 @@ impl Gate {
         bytes: &'r [u8],
         mut exchange: Box<Exchange>,
     ) -> Result<Judged, Box<Undecided<'r>>> {
-        let view = match head::parse(bytes) {
+        let mut view = match head::parse(bytes) {
             Ok(view) => view,
             Err(fault) => return Ok(Judged::Unreadable(exchange, fault.into())),
         };
+        let mut unclear = None;
+        if let Some(rules) = &arrival.verdict {
+            unclear = verdict::take_question(&mut view, rules, &snapshot.pipeline.rules, &mut exchange);
+        }
         let origin = Origin::of(&view, arrival, &snapshot.pipeline.rules.trusted_proxies);
         let id = request_id(&view).map_or_else(new_request_id, str::to_owned);
         exchange.is_asked(&view, origin.client, id);
+        if let Some(fault) = unclear {
+            return Ok(self.settle(exchange, &view, &origin, Verdict::Refuse(Cause::Request(fault).into())));
+        }
         if let Some(port) = arrival.redirect {
             let cause = snapshot.pipeline.redirect(&view);
             exchange.redirects(&view, port);
@@ -326,9 +339,20 @@ impl Gate {
                     || exchange.is_last
                     || self.lifecycle.is_draining();
                 let grant = grant(view, &exchange.snapshot);
-                let answer = render(refusal, view.method == Method::Head, close, &exchange, grant);
+                let head_only = exchange.asker.map_or(view.method == Method::Head, |asker| asker.head_only);
+                let answer = render(refusal, head_only, close, &exchange, grant);
                 Judged::Refused(Refused { exchange, refusal, answer, close, body: view.body })
             }
+            Verdict::Forward(plan) if exchange.asker.is_some() => match plan.keeps_target() {
+                true => {
+                    let close = !view.keep_alive || exchange.is_last || self.lifecycle.is_draining();
+                    Judged::Allowed(Allowed::new(exchange, &plan, close))
+                }
+                false => {
+                    let fault = RequestFault::Verdict(VerdictFault::Change);
+                    self.settle(exchange, view, origin, Verdict::Refuse(Cause::Request(fault).into()))
+                }
+            },
             Verdict::Forward(plan) => {
                 let mut head = Vec::with_capacity(exchange.head.len() + 256);
                 let (rules, sink) = (&exchange.snapshot.pipeline.forward, &mut Http1Head(&mut head));
@@ -390,6 +414,8 @@ pub(super) fn render(refusal: Refusal, head_only: bool, close: bool, exchange: &
         hsts: exchange.hsts(),
         limits: exchange.limit_fields(),
         location: location.as_deref(),
+        basic: exchange.route().is_some_and(|route| route.basic),
+        asker: exchange.asker.map(|asker| asker.source),
     };
     refusal.render(&envelope, &mut Http1Answer { out: &mut out, head_only, close });
     out

@@ -13,6 +13,7 @@ use crate::reply::{Cause, LimitFields, Refusal, UpstreamFault};
 use crate::request::origin::{Arrival, TlsArrival, network_of};
 use crate::request::route::{Canary, CanaryBy, RequestTimeout, Route};
 use crate::request::trace::TraceContext;
+use crate::request::verdict::VerdictSource;
 use crate::request::view::{Method, RequestView};
 use crate::telemetry::access_log::{AccessLogEntry, By, Upstreamed};
 use crate::telemetry::guess_metrics::GuessResult;
@@ -52,13 +53,25 @@ pub(super) struct Exchange {
     logged: Option<LogPlaces>,
     /// `None`: no spans of it are exported.
     spans: Option<Box<SpanNotes>>,
-    /// Which `[[upstream]]` serves it; `None` if the pipeline has not permitted it.
+    /// Which `[[upstream]]` serves it; `None` if the pipeline has not permitted it, or another proxy forwards it.
     pub(super) pool: Option<usize>,
+    /// Another proxy asks, and forwards it by itself.
+    pub(super) asker: Option<Asker>,
     /// The one that serves it if `pool` is a canary that cannot.
     main_pool: Option<usize>,
     ending: Ending,
     upstream: UpstreamSide,
     _in_flight: Guard,
+}
+
+/// A proxy that asks about a request of its client.
+#[derive(Clone, Copy)]
+pub(super) struct Asker {
+    pub(super) source: VerdictSource,
+    /// It asks with HEAD, whatever its client's method is.
+    pub(super) head_only: bool,
+    /// It was told to forward the request.
+    pub(super) allowed: bool,
 }
 
 /// How it ended.
@@ -140,6 +153,7 @@ impl Exchange {
             logged: None,
             spans: None,
             pool: None,
+            asker: None,
             main_pool: None,
             ending: Ending::default(),
             upstream: UpstreamSide::default(),
@@ -242,7 +256,7 @@ impl Exchange {
     }
 
     fn is_permitted(&self) -> bool {
-        self.pool.is_some()
+        self.pool.is_some() || self.asker.is_some_and(|asker| asker.allowed)
     }
 
     fn user(&self) -> Option<&[u8]> {

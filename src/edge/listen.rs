@@ -5,11 +5,13 @@ use super::listening::PassedSockets;
 use super::tls::ListenerTlsSettings;
 use crate::problem::{Problem, Severity, no_new_file, socket_path_too_long};
 use crate::request::origin::TrustedProxies;
+use crate::request::verdict::{VerdictRules, VerdictSource};
 use std::fmt;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 #[derive(Clone, Debug, PartialEq)]
@@ -42,6 +44,46 @@ pub struct ListenerSettings {
     pub redirect: Option<u16>,
     /// Browsers are told to use https alone, for this time.
     pub hsts: Option<Duration>,
+    /// Requests are not forwarded: other proxies ask whether they may forward theirs.
+    pub verdict: Option<VerdictSettings>,
+}
+
+/// Of a listener on which other proxies ask.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VerdictSettings {
+    pub rules: Arc<VerdictRules>,
+    /// Who may ask. All others are closed.
+    pub peers: TrustedProxies,
+}
+
+impl VerdictSettings {
+    /// Keys of `[[listener]]`.
+    fn problems(&self, address: &Listen) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let is_unix = matches!(address, Listen::Unix(..));
+        if self.peers.networks.is_empty() && !is_unix {
+            let what = "is empty: no proxy could ask";
+            problems.push(Problem::error("peers", what, "write the addresses of your proxies, like [\"127.0.0.1\"]"));
+        }
+        if !self.peers.networks.is_empty() && is_unix {
+            let what = "is for TCP: whoever can open a socket file may ask";
+            problems.push(Problem::error("peers", what, "remove it").with("address"));
+        }
+        problems.extend(self.peers.networks.iter().filter(|network| network.prefix_len() == 0).map(|_| {
+            let what = "lets everybody ask which tokens are good";
+            Problem::error("peers", what, "list the networks of your own proxies alone")
+        }));
+        let prefix = &self.rules.path_prefix;
+        if !prefix.is_empty() && self.rules.source != VerdictSource::Envoy {
+            let problem = Problem::error("path_prefix", "goes with source = \"envoy\" only", "remove it");
+            problems.push(problem.with("source"));
+        }
+        if !prefix.is_empty() && (!prefix.starts_with('/') || prefix.ends_with('/')) {
+            let instead = "write it like \"/verdict\"";
+            problems.push(Problem::error("path_prefix", "does not begin with `/`, or ends with one", instead));
+        }
+        problems
+    }
 }
 
 impl ListenerSettings {
@@ -57,6 +99,7 @@ impl ListenerSettings {
             handshake_timeout: Duration::from_secs(10),
             redirect: None,
             hsts: None,
+            verdict: None,
         }
     }
 
@@ -77,6 +120,13 @@ impl ListenerSettings {
         }
         if self.hsts.is_some() && self.tls.is_none() {
             problems.push(Problem::error("hsts", "goes with certificates only", "remove it").with("certificates"));
+        }
+        if let Some(verdict) = &self.verdict {
+            problems.extend(verdict.problems(&self.address));
+            if self.redirect.is_some() {
+                let problem = Problem::error("redirect_to_https", "goes with mode = \"forward\" only", "remove it");
+                problems.push(problem.with("mode"));
+            }
         }
         problems.extend(Problem::too_short("handshake_timeout", self.handshake_timeout, Self::LEAST_HANDSHAKE));
         problems
@@ -272,6 +322,7 @@ impl fmt::Display for ListenerSettings {
             (self.http2, "HTTP/2"),
             (self.proxy_protocol.is_some(), "PROXY protocol"),
             (self.redirect.is_some(), "redirect to https"),
+            (self.verdict.is_some(), "verdicts for other proxies"),
         ];
         let said: Vec<_> = said.into_iter().filter(|(is, _)| *is).map(|(_, what)| what).collect();
         if said.is_empty() { Ok(()) } else { write!(f, " ({})", said.join(", ")) }

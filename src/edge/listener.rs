@@ -37,6 +37,8 @@ pub(super) struct Welcomed {
 enum Turned {
     Proxy(ProxyFault),
     NotFromABalancer,
+    /// A proxy that is not known may not ask.
+    NotAPeer,
     Handshake(HandshakeFault),
     /// The client is gone.
     Gone,
@@ -60,7 +62,10 @@ impl ListenerState {
 
     /// Whether a connection can be used as it is.
     pub(super) fn is_plain(&self) -> bool {
-        self.tls.is_none() && self.settings.proxy_protocol.is_none() && self.settings.redirect.is_none()
+        self.tls.is_none()
+            && self.settings.proxy_protocol.is_none()
+            && self.settings.redirect.is_none()
+            && self.settings.verdict.is_none()
     }
 
     /// What comes before HTTP. `None`: the connection has been closed, and counted.
@@ -85,6 +90,10 @@ impl ListenerState {
                 self.complain(peer, "its network is not in proxy_protocol");
                 HandshakeResult::ProxyProtocol
             }
+            Ok(Err(Turned::NotAPeer)) => {
+                self.complain(peer, "its network is not in peers");
+                HandshakeResult::Stranger
+            }
             Ok(Err(Turned::Gone)) => HandshakeResult::Closed,
             Err(_) => HandshakeResult::TimedOut,
         };
@@ -105,6 +114,13 @@ impl ListenerState {
 
     async fn prepare(&self, mut socket: Socket, peer: Option<IpAddr>) -> Result<Welcomed, Turned> {
         let mut arrival = Arrival { redirect: self.settings.redirect, ..Arrival::of(peer) };
+        if let Some(verdict) = &self.settings.verdict {
+            // Whoever may ask could find out which tokens are good.
+            if !verdict.peers.trusts(peer.map(|ip| ip.to_canonical())) {
+                return Err(Turned::NotAPeer);
+            }
+            arrival.verdict = Some(Arc::clone(&verdict.rules));
+        }
         if let Some(balancers) = &self.settings.proxy_protocol {
             if !balancers.trusts(peer) {
                 return Err(Turned::NotFromABalancer);

@@ -37,12 +37,13 @@ mod spans;
 mod ticket;
 mod tls;
 mod upgrade;
+mod verdict;
 mod workers;
 
 pub use crate::clock::now;
 pub use crowd::ConnectionLimits;
 pub use file_watch::ListFiles;
-pub use listen::{AddressInUse, Listen, ListenerSettings, ServerSettings};
+pub use listen::{AddressInUse, Listen, ListenerSettings, ServerSettings, VerdictSettings};
 pub use listening::PassedSockets;
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
 pub use patience::BodyRate;

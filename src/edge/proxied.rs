@@ -422,6 +422,9 @@ async fn write_refusal(session: &mut Session, refusal: Refusal, ticket: Option<&
         hsts: ticket.exchange.hsts(),
         limits: ticket.exchange.limit_fields(),
         location: None,
+        basic: ticket.exchange.route().is_some_and(|route| route.basic),
+        // Nothing of what another proxy asks about comes here.
+        asker: None,
     };
     let mut answer = FrameworkAnswer { head: Err(no_ticket()), body: Bytes::new() };
     refusal.render(&envelope, &mut answer);

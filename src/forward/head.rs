@@ -5,7 +5,9 @@ use super::plan::{Passes, Plan};
 use super::{BackendCredential, ForwardRules};
 use crate::request::METHOD_OVERRIDE;
 use crate::request::origin::Origin;
+use crate::request::token::BasicUser;
 use crate::request::trace::TraceContext;
+use crate::request::verdict::OVERWRITTEN;
 use crate::request::view::{FieldKind, Framing, Method, RequestView};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
@@ -193,7 +195,16 @@ impl Plan<'_> {
         if let Some(presented) = &self.presented
             && matches!(rules.credential, BackendCredential::Token | BackendCredential::Both)
         {
-            sink.field(rules.token.header.as_bytes(), &presented.value);
+            match (&presented.basic, self.permit.principal()) {
+                // Backends that take Basic read nothing else, like that of git. The policy has seen that there is a name.
+                (Some(basic), Some(principal)) => {
+                    if let Some(user) = basic.upstream(principal.user()) {
+                        let credentials = BasicUser::credentials(user, &presented.value);
+                        sink.field(b"Authorization", [b"Basic ", credentials.as_bytes()].concat().as_slice());
+                    }
+                }
+                _ => sink.field(rules.token.header.as_bytes(), &presented.value),
+            }
         }
         if let Some(principal) = self.permit.principal()
             && matches!(rules.credential, BackendCredential::Identity | BackendCredential::Both)
@@ -204,6 +215,20 @@ impl Plan<'_> {
                 text(sink, b"X-Tollgate-Scopes", &principal.scopes().join(" "));
             }
         }
+    }
+}
+
+impl Plan<'_> {
+    /// Says who asks to a proxy that forwards by itself: every field of [`OVERWRITTEN`], empty where there is nothing to say, so that
+    /// the proxy overwrites what a client sent under its name.
+    pub fn write_verdict(&self, sink: &mut impl FieldSink) {
+        let principal = self.permit.principal();
+        let [user, token_id, scopes, certificate] = OVERWRITTEN;
+        text(sink, user.as_bytes(), principal.map_or("", |principal| principal.user()));
+        let token = principal.map(|principal| principal.token());
+        sink.field(token_id.as_bytes(), token.as_ref().map_or(b"", |token| token.as_str().as_bytes()));
+        text(sink, scopes.as_bytes(), &principal.map_or(String::new(), |principal| principal.scopes().join(" ")));
+        sink.field(certificate.as_bytes(), b"");
     }
 }
 

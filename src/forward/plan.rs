@@ -8,7 +8,7 @@ use crate::request::body::BodyScanner;
 use crate::request::query::Edits;
 use crate::request::route::{Auth, Canary, Route};
 use crate::request::seeded::{self, Rule};
-use crate::request::token::{Presented, bearer, is_token_header};
+use crate::request::token::{OtherKind, Presented, bearer, is_basic, is_token_header};
 use crate::request::view::{Field, FieldKind, Method, RequestView};
 
 /// Carries out a permit. There is none without one.
@@ -25,6 +25,8 @@ pub struct Plan<'r> {
     pub(super) edits: Edits,
     pub(super) content_type: Option<Vec<u8>>,
     auth: Auth,
+    /// Goes on in the token's place.
+    other: Option<OtherKind>,
     /// Which `[[upstream]]` serves it, but for the route's canary.
     pub upstream: usize,
     /// It may take the request.
@@ -41,6 +43,7 @@ pub fn plan(permit: Permit, examined: Examined<'_>) -> Plan<'_> {
         edits,
         clamped: _,
         asks_sudo: _,
+        other,
         body,
         content_type,
         canonical: _,
@@ -48,7 +51,7 @@ pub fn plan(permit: Permit, examined: Examined<'_>) -> Plan<'_> {
     let held = permit.principal().map_or(&[][..], |principal| principal.scopes());
     let by_scope = route.pools.iter().find(|pool| held.contains(&pool.scope));
     let (upstream, canary) = by_scope.map_or((route.upstream, route.canary.as_ref()), |pool| (pool.upstream, None));
-    Plan { route, method, overridden, permit, presented, body, edits, content_type, auth, upstream, canary }
+    Plan { route, method, overridden, permit, presented, body, edits, content_type, auth, other, upstream, canary }
 }
 
 /// X-Request-Id as Rails takes it: letters, digits, `_` and `-`; longer ones are replaced.
@@ -73,6 +76,11 @@ impl Plan<'_> {
         self.presented.as_ref().is_some_and(|found| found.in_query)
     }
 
+    /// Whether the backend would get the target as the client sent it.
+    pub fn keeps_target(&self) -> bool {
+        self.edits.is_empty()
+    }
+
     /// Whether a client's field goes on. Everything that says who asks, where from or how long is ours to write.
     pub(super) fn passes(&self, field: &Field<'_>, rules: &ForwardRules) -> Passes {
         let passes_tokens = matches!(self.auth, Auth::None { pass_token: true });
@@ -83,11 +91,14 @@ impl Plan<'_> {
             _ if is_token_header(field.name, &rules.token) => passes_tokens,
             FieldKind::EndToEnd | FieldKind::ContentType | FieldKind::Origin | FieldKind::PreflightMethod => true,
             FieldKind::Authorization => {
-                let is_token = rules.token.bearer && bearer(field.value).is_some();
+                let is_token = (rules.token.bearer && bearer(field.value).is_some())
+                    || (self.route.basic && is_basic(field.value));
                 if is_token { passes_tokens } else { open || rules.switches.authorization }
             }
             FieldKind::Cookie => open || rules.switches.cookies,
-            FieldKind::OtherToken => passes_tokens || rules.switches.job_token,
+            FieldKind::OtherToken => {
+                passes_tokens || rules.switches.job_token || self.other.is_some_and(|other| other.is_header(field.name))
+            }
             FieldKind::Sudo => passes_tokens || (rules.switches.sudo && self.permit.principal().is_some()),
             // On no route without the switch: an open one would let anybody choose.
             FieldKind::PathOrUser if !rules.switches.path_and_user_headers => return Passes::NoAndCounted,

@@ -68,6 +68,8 @@ pub enum PolicyFault {
     TokenNetwork,
     /// The token's record names methods, and this is none of them.
     TokenMethod,
+    /// The token came as the password of HTTP Basic, with the name of another user than its own.
+    BasicUser,
     Limit(Excess),
     /// Too many failed tokens came from this address, and this one would have to be looked up.
     Guessing(GuessRefusal),
@@ -97,11 +99,17 @@ impl Policy {
         let Some(known) = &principal else {
             return if needed {
                 Err(PolicyFault::NoIdentity)
+            } else if examined.other.is_some() && examined.asks_sudo && !self.switches.sudo {
+                Err(PolicyFault::Sudo)
             } else {
                 Ok(Permit { principal, in_flight: SmallVec::new() })
             };
         };
         within_terms(known, client, examined.method)?;
+        let basic = examined.presented.as_ref().and_then(|presented| presented.basic.as_ref());
+        if basic.is_some_and(|basic| basic.upstream(known.user()).is_none()) {
+            return Err(PolicyFault::BasicUser);
+        }
         // Without an identity a `sudo` means nothing to a backend that trusts ours; with one it would change it.
         if examined.asks_sudo && !self.switches.sudo {
             return Err(PolicyFault::Sudo);

@@ -7,4 +7,4 @@ mod limit_fields;
 mod refusal;
 
 pub use limit_fields::LimitFields;
-pub use refusal::{AnswerSink, Cause, Envelope, Http1Answer, Refusal, UpstreamFault};
+pub use refusal::{AnswerSink, Cause, Envelope, Http1Answer, Refusal, UpstreamFault, allow};

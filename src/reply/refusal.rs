@@ -3,7 +3,7 @@
 
 use super::cors::{Cors, CorsGrant};
 use super::limit_fields::LimitFields;
-use crate::forward::{FieldSink, Http1Head};
+use crate::forward::{FieldSink, Http1Head, Plan};
 use crate::identity::{CannotTell, Invalid};
 use crate::policy::{Excess, LimitedBy, PolicyFault};
 use crate::request::RequestFault;
@@ -13,6 +13,7 @@ use crate::request::query::Key;
 use crate::request::route::Methods;
 use crate::request::target::TargetFault;
 use crate::request::token::TokenFault;
+use crate::request::verdict::{VerdictFault, VerdictSource};
 use crate::telemetry::metrics::AuthResult;
 
 /// Why a request is not answered by the backend.
@@ -77,6 +78,39 @@ pub struct Envelope<'a> {
     pub limits: Option<&'a LimitFields>,
     /// Where the client is sent, if it is.
     pub location: Option<&'a [u8]>,
+    /// The route takes a token as the password of HTTP Basic as well.
+    pub basic: bool,
+    /// It goes to another proxy, which asked about a request.
+    pub asker: Option<VerdictSource>,
+}
+
+/// The status of an answer, for a proxy that asked about a request and does not take every one.
+const fn status_for(asker: VerdictSource, status: u16) -> u16 {
+    match (asker, status) {
+        // Anything else is an error of its own to nginx, and 500 to the client.
+        (VerdictSource::Nginx, 401 | 403) => status,
+        (VerdictSource::Nginx, _) => 403,
+        (VerdictSource::Forwarded | VerdictSource::Envoy, _) => status,
+    }
+}
+
+/// Where the real status is.
+const VERDICT_STATUS: &[u8] = b"X-Tollgate-Status";
+
+/// Says to another proxy that it may forward the request that it asked about, and for whom. It has to forward what it asked about,
+/// unchanged: nothing else is allowed.
+pub fn allow(plan: &Plan<'_>, envelope: &Envelope<'_>, sink: &mut impl AnswerSink) {
+    sink.status(200, phrase(200));
+    sink.field(b"Date", envelope.date.as_bytes());
+    sink.field(b"Content-Length", b"0");
+    sink.field(b"Cache-Control", b"no-store");
+    plan.write_verdict(sink);
+    sink.field(VERDICT_STATUS, b"200");
+    for (name, value) in envelope.limits.into_iter().flat_map(LimitFields::fields) {
+        sink.field(name.as_bytes(), value.as_bytes());
+    }
+    sink.field(b"X-Request-Id", envelope.request_id.as_bytes());
+    sink.body(b"");
 }
 
 impl Refusal {
@@ -153,6 +187,16 @@ impl Refusal {
             ),
             Cause::Request(R::MethodOverride) => (400, "method_override"),
             Cause::Request(R::PastDepth) => (400, "page_depth"),
+            Cause::Request(R::Verdict(fault)) => (
+                400,
+                match fault {
+                    VerdictFault::Field => "verdict_field",
+                    VerdictFault::Value => "verdict_value",
+                    VerdictFault::Body => "verdict_body",
+                    VerdictFault::Strange => "verdict_strange",
+                    VerdictFault::Change => "verdict_change",
+                },
+            ),
             Cause::Request(R::TokenMissing) => (401, "missing"),
             Cause::Request(R::Token(fault)) => (
                 401,
@@ -162,6 +206,8 @@ impl Refusal {
                     TokenFault::BadByte => "bad_byte",
                     TokenFault::Conflict => "conflict",
                     TokenFault::Spelling => "spelling",
+                    TokenFault::Basic => "basic",
+                    TokenFault::BasicUser => "basic_user",
                 },
             ),
             Cause::Request(R::QueryToken) => (401, "query_token"),
@@ -183,6 +229,7 @@ impl Refusal {
             Cause::Identity(Invalid::Revoked) => (401, "revoked"),
             Cause::Identity(Invalid::Blocked) => (401, "blocked"),
             Cause::Policy(PolicyFault::NoIdentity) => (401, "no_identity"),
+            Cause::Policy(PolicyFault::BasicUser) => (401, "basic_user"),
             Cause::Policy(PolicyFault::Sudo) => (403, "sudo"),
             Cause::Policy(PolicyFault::Scope) => (403, "scope"),
             Cause::Policy(PolicyFault::SudoScope) => (403, "sudo_scope"),
@@ -224,19 +271,28 @@ impl Refusal {
     /// Says the whole answer, in the same order on every lane: the order of fields must not tell which rule was hit.
     pub fn render(&self, envelope: &Envelope<'_>, sink: &mut impl AnswerSink) {
         let (status, body) = (self.status(), body(self.status()));
-        sink.status(status, phrase(status));
+        let said = envelope.asker.map_or(status, |asker| status_for(asker, status));
+        sink.status(said, phrase(said));
         sink.field(b"Date", envelope.date.as_bytes());
         sink.field(b"Content-Type", b"application/json");
         sink.field_by(b"Content-Length", |out| decimal(body.len(), out));
         sink.field(b"Cache-Control", b"no-store");
         match status {
-            401 => sink.field(b"WWW-Authenticate", b"Bearer realm=\"api\""),
+            401 => {
+                sink.field(b"WWW-Authenticate", b"Bearer realm=\"api\"");
+                if envelope.basic {
+                    sink.field(b"WWW-Authenticate", b"Basic realm=\"api\", charset=\"UTF-8\"");
+                }
+            }
             405 => {
                 let methods: Vec<_> = Methods::ALL.names().collect();
                 sink.field(b"Allow", methods.join(", ").as_bytes());
             }
             503 => sink.field(b"Retry-After", b"1"),
             _ => {}
+        }
+        if envelope.asker.is_some() {
+            number_field(VERDICT_STATUS, status.into(), sink);
         }
         if let Cause::Policy(PolicyFault::Limit(excess)) = self.cause
             && status == 429
@@ -360,6 +416,7 @@ macro_rules! answers {
     };
 }
 answers! {
+    200 "OK",
     308 "Permanent Redirect",
     400 "Bad Request",
     401 "Unauthorized",
@@ -385,7 +442,9 @@ mod tests {
     fn written(cause: Cause, head_only: bool, close: bool) -> String {
         let mut out = Vec::new();
         let (cors, grant) = (&Cors::Off, CorsGrant::Off);
-        let envelope = Envelope { date: "D", request_id: "id", cors, grant, hsts: None, limits: None, location: None };
+        let (hsts, limits, location) = (None, None, None);
+        let envelope =
+            Envelope { date: "D", request_id: "id", cors, grant, hsts, limits, location, basic: false, asker: None };
         Refusal::from(cause).render(&envelope, &mut Http1Answer { out: &mut out, head_only, close });
         String::from_utf8(out).unwrap()
     }

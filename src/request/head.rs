@@ -303,7 +303,7 @@ fn reduce_target<'a>(method: Method, target: &'a [u8], host: &'a [u8]) -> Result
 }
 
 /// A host name or address with an optional port. Stricter than RFC 3986: no escapes, no sub-delimiters, no userinfo.
-fn is_host(value: &[u8]) -> bool {
+pub(super) fn is_host(value: &[u8]) -> bool {
     let (name, port) = if let Some(inner) = value.strip_prefix(b"[") {
         let Some(end) = memchr::memchr(b']', inner) else { return false };
         let address = std::str::from_utf8(&inner[..end]).ok().and_then(|text| text.parse::<std::net::Ipv6Addr>().ok());

@@ -28,6 +28,7 @@ pub(crate) mod seeded;
 pub mod target;
 pub mod token;
 pub mod trace;
+pub mod verdict;
 pub mod view;
 
 use crate::problem::Problem;
@@ -43,7 +44,8 @@ use seeded::Rule;
 use std::borrow::Cow;
 use std::sync::Arc;
 use target::TargetFault;
-use token::{Presented, TokenFault, TokenRules};
+use token::{OtherKind, Presented, TokenFault, TokenRules};
+use verdict::VerdictFault;
 use view::{Field, FieldKind, Framing, Method, RequestView};
 
 /// The only method override header that `method_override = "judge"` accepts: the one that Rack reads.
@@ -104,7 +106,7 @@ impl Limits {
 impl Rules {
     /// Keys of `[token]`.
     pub fn problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
+        let mut problems = self.token.problems();
         if self.body.is_none() {
             let what = "lets a body carry another token than the one that is judged, to a backend that reads it there";
             let instead = "use \"refuse\", unless the backend reads the token from the header alone";
@@ -173,6 +175,8 @@ pub enum RequestFault {
     /// `access_token`, `bearer_token` or `job_token` while their switch is off.
     OtherCredential,
     Body(BodyFault),
+    /// Another proxy asks about a request in a way, or about one, that cannot be answered.
+    Verdict(VerdictFault),
 }
 
 impl From<HeadFault> for RequestFault {
@@ -206,6 +210,8 @@ pub struct Examined<'r> {
     pub clamped: Clamped,
     /// The request asks to act as another user, which needs its own permission.
     pub asks_sudo: bool,
+    /// A credential of another kind stands in the token's place, which the route leaves to the backend to check.
+    pub other: Option<OtherKind>,
     pub body: Option<BodyScanner>,
     /// The Content-Type to forward, where it is not the client's own.
     pub content_type: Option<Vec<u8>>,
@@ -255,8 +261,9 @@ impl Rules {
         method: Method,
     ) -> RejectedRequest<'r> {
         let scan = query::scan(view.query().unwrap_or_default(), &self.names);
-        let (source, query_token) = token::sources(view, &scan, &self.token);
-        let presented = token::find(view, &scan, &self.token).ok().flatten();
+        let takes_basic = route.is_some_and(|route| route.basic);
+        let (source, query_token) = token::sources(view, &scan, &self.token, takes_basic);
+        let presented = token::find(view, &scan, &self.token, takes_basic).ok().flatten();
         RejectedRequest { fault, route, method, source, query_token, presented }
     }
 
@@ -315,16 +322,28 @@ impl Rules {
         {
             return Err(RequestFault::QueryCharset);
         }
-        let auth =
+        let mut auth =
             if self.cors_preflight && is_preflight(view) { Auth::None { pass_token: false } } else { route.auth };
         let passes_tokens = matches!(auth, Auth::None { pass_token: true });
+        let mut other = None;
         let presented = match auth {
             Auth::None { .. } => None,
             Auth::Required | Auth::Optional => {
-                if scan.params.iter().any(|param| self.is_refused_credential(param.key)) {
+                if scan.params.iter().any(|param| self.is_refused_credential(param.key, route)) {
                     return Err(RequestFault::OtherCredential);
                 }
-                token::find(view, &scan, &self.token).map_err(RequestFault::Token)?
+                let presented = token::find(view, &scan, &self.token, route.basic).map_err(RequestFault::Token)?;
+                if !route.unchecked.is_empty() {
+                    other = token::other(view, &scan, &route.unchecked, self.token.max_bytes)
+                        .map_err(RequestFault::Token)?;
+                }
+                match (&presented, other) {
+                    // Which of the two the backend acts for is its own choice, and not the one that was checked.
+                    (Some(_), Some(_)) => return Err(RequestFault::Token(TokenFault::Conflict)),
+                    (None, Some(_)) => auth = Auth::Optional,
+                    (_, None) => {}
+                }
+                presented
             }
         };
         match &presented {
@@ -337,7 +356,7 @@ impl Rules {
             smallvec::smallvec![ParamAction::Keep; scan.params.len()];
         if !passes_tokens && !seeded::off(Rule::QueryToken) {
             for (param, action) in scan.params.iter().zip(&mut actions) {
-                if param.key == Key::Token || self.is_refused_credential(param.key) {
+                if param.key == Key::Token || self.is_refused_credential(param.key, route) {
                     *action = ParamAction::Drop;
                 }
             }
@@ -346,7 +365,7 @@ impl Rules {
         let (mut clamped, mut append) = Default::default();
         let page_rules = if lists { self.pagination.rules_for(&canonical) } else { None };
         if let Some(rules) = page_rules.filter(|_| !seeded::off(Rule::PageBounds)) {
-            (clamped, append) = page::settle(&scan, &mut actions, rules).map_err(|_| RequestFault::PastDepth)?;
+            (clamped, append) = page::settle(&scan, &mut actions, rules, query).map_err(|_| RequestFault::PastDepth)?;
         }
         let mut edits = Edits::plan(&scan, &actions, query.len());
         append.into_iter().for_each(|(key, number)| edits.append(key, number));
@@ -380,6 +399,7 @@ impl Rules {
             edits,
             clamped,
             asks_sudo,
+            other,
             body,
             content_type,
         })
@@ -393,10 +413,10 @@ impl Rules {
         })
     }
 
-    fn is_refused_credential(&self, key: Key) -> bool {
+    fn is_refused_credential(&self, key: Key, route: &Route) -> bool {
         match key {
             Key::AccessToken => !self.switches.access_token,
-            Key::JobToken => !self.switches.job_token,
+            Key::JobToken => !self.switches.job_token && !route.unchecked.contains(&OtherKind::Job),
             Key::Token | Key::Page | Key::PerPage | Key::Sudo | Key::Method => false,
         }
     }

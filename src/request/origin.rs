@@ -1,6 +1,7 @@
 //! The origin of a request: the client's address and the scheme, host and port that it used, from the socket and from
 //! trusted proxies. Pure. Headers of a peer that is not a trusted proxy are never used.
 
+use super::verdict::VerdictRules;
 use super::view::{Field, FieldKind, RequestView};
 use crate::problem::Problem;
 use ipnet::{IpNet, Ipv4Net};
@@ -134,6 +135,8 @@ pub struct Arrival {
     pub tls: Option<Arc<TlsArrival>>,
     /// The port with TLS that requests are sent to in place of an answer.
     pub redirect: Option<u16>,
+    /// Its requests are those of another proxy, which asks about others.
+    pub verdict: Option<Arc<VerdictRules>>,
 }
 
 /// What else is known of a connection over TLS.

@@ -93,12 +93,14 @@ pub fn settle(
     scan: &Scan<'_>,
     actions: &mut [ParamAction],
     rules: &PageRules,
+    query: &[u8],
 ) -> Result<(Clamped, Appended), PastDepth> {
     let mut append = SmallVec::new();
     let page = settle_key(scan, actions, Key::Page, |number| rules.page(number))?;
     let per_page = settle_key(scan, actions, Key::PerPage, |number| Ok(rules.per_page(number)))?;
     if rules.inject_defaults {
-        if page.is_none() {
+        // A list by keys goes on behind a cursor, and has no numbers.
+        if page.is_none() && !is_keyset(query) {
             append.push((Key::Page, rules.first_page));
         }
         if per_page.is_none() {
@@ -106,6 +108,17 @@ pub fn settle(
         }
     }
     Ok((Clamped { page: page == Some(true), per_page: per_page == Some(true) }, append))
+}
+
+/// Whether a query asks for GitLab's keyset pagination, in whatever spelling.
+fn is_keyset(query: &[u8]) -> bool {
+    query.split(|b| matches!(b, b'&' | b';')).any(|segment| {
+        let (name, value) = segment.split_at(memchr::memchr(b'=', segment).unwrap_or(segment.len()));
+        match &*form_decode(name) {
+            b"pagination" => &*form_decode(value) == b"=keyset",
+            name => name == b"cursor",
+        }
+    })
 }
 
 /// The last scalar that Rack reads is kept. Every other one, every array or hash, and every spelling that only other
@@ -204,7 +217,7 @@ mod tests {
     fn settled(query: &str, rules: &PageRules) -> Result<String, PastDepth> {
         let scan = scan(query.as_bytes(), &Names { token: "private_token".into() });
         let mut actions = vec![ParamAction::Keep; scan.params.len()];
-        let (_, append) = settle(&scan, &mut actions, rules)?;
+        let (_, append) = settle(&scan, &mut actions, rules, query.as_bytes())?;
         let mut edits = Edits::plan(&scan, &actions, query.len());
         append.into_iter().for_each(|(key, number)| edits.append(key, number));
         let mut out = Vec::new();
@@ -323,5 +336,21 @@ mod tests {
         let inject = PageRules { inject_defaults: true, ..rules() };
         assert_eq!(settled("x=1", &inject).unwrap(), "?x=1&page=1&per_page=20");
         assert_eq!(settled("per_page=7", &inject).unwrap(), "?per_page=7&page=1");
+    }
+
+    #[test]
+    fn a_list_by_keys_gets_no_page() {
+        let rules = PageRules { inject_defaults: true, ..rules() };
+        for (query, forwarded) in [
+            ("a=1", "a=1&page=1&per_page=20"),
+            ("pagination=keyset", "pagination=keyset&per_page=20"),
+            ("pagination=keyset&per_page=500", "pagination=keyset&per_page=100"),
+            ("%70agination=key%73et&id_after=7", "%70agination=key%73et&id_after=7&per_page=20"),
+            ("cursor=eyJpZCI6MX0&order_by=id", "cursor=eyJpZCI6MX0&order_by=id&per_page=20"),
+            ("pagination=offset", "pagination=offset&page=1&per_page=20"),
+            ("pagination=keyset&page=3", "pagination=keyset&page=3&per_page=20"),
+        ] {
+            assert_eq!(settled(query, &rules), Ok(format!("?{forwarded}")), "{query}");
+        }
     }
 }

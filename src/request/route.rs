@@ -3,6 +3,7 @@
 
 use super::host::HostPattern;
 use super::origin::AddressRules;
+use super::token::OtherKind;
 use super::view::Method;
 use crate::problem::Problem;
 use siphasher::sip::SipHasher13;
@@ -128,6 +129,10 @@ pub struct Route {
     pub reason: String,
     /// Refuse tokens in the query on this route.
     pub refuse_query_token: bool,
+    /// A token is accepted as the password of HTTP Basic, and goes on as one.
+    pub basic: bool,
+    /// Credentials of other kinds that pass in the token's place, for the backend to check.
+    pub unchecked: Vec<OtherKind>,
     /// Which `[[upstream]]` serves it, by its place in the configuration.
     pub upstream: usize,
     /// Other upstreams for tokens with a scope; the first one that fits.
@@ -317,6 +322,8 @@ impl Route {
             auth: Auth::Required,
             reason: String::new(),
             refuse_query_token: false,
+            basic: false,
+            unchecked: Vec::new(),
             upstream: 0,
             pools: Vec::new(),
             canary: None,
@@ -338,6 +345,18 @@ impl Route {
             let instead = "write the reason; `tollgate check` lists it with the path";
             problems.push(Problem::error("reason", what, instead));
         }
+        let no_token = matches!(self.auth, Auth::None { .. });
+        if !self.unchecked.is_empty() && self.reason.is_empty() && self.auth == Auth::Required {
+            let what = "is missing: these paths can be reached with a credential that tollgate does not check";
+            let instead = "write the reason; `tollgate check` lists it with the path";
+            problems.push(Problem::error("reason", what, instead));
+        }
+        for (key, is_used) in [("basic", self.basic), ("unchecked", !self.unchecked.is_empty())] {
+            if is_used && no_token {
+                let what = "is for routes that look at tokens, and auth = \"none\" does not";
+                problems.push(Problem::error(key, what, "remove it").with("auth"));
+            }
+        }
         if self.methods == Methods::only([]) {
             let instead = "remove it for all methods";
             problems.push(Problem::error("methods", "is empty: the route would match nothing", instead));
@@ -348,7 +367,6 @@ impl Route {
                 problems.push(problem.element(index).repeats("hosts", first));
             }
         }
-        let no_token = matches!(self.auth, Auth::None { .. });
         if no_token && !self.pools.is_empty() {
             let what = "goes with a token, which auth = \"none\" does not look up";
             problems.push(Problem::error("pool", what, "use `upstream`").with("auth"));

@@ -5,6 +5,7 @@
 use super::record::{self, RecordField, RecordSource, Unsaid};
 use super::values::{LATEST, check_description, check_scope, check_user, parse_time, rfc3339};
 use super::{AdminError, TokenRecord};
+use crate::request::token::MAX_TOKEN_BYTES;
 use crate::store::credential::Digest;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -438,7 +439,7 @@ impl<'a> EntryFields<'a> {
         let hex = self.string("sha256")?;
         let of_token = match &token {
             Some(token) if !is_token(token.as_bytes()) => {
-                return Err(self.wrong("token", "must be 1 to 255 visible ASCII characters"));
+                return Err(self.wrong("token", "must be 1 to 2048 visible ASCII characters"));
             }
             token => token.as_ref().map(|token| Digest::of(token.as_bytes())),
         };
@@ -543,9 +544,9 @@ impl RecordSource for AtImport<'_> {
     }
 }
 
-/// Whether a gateway would accept this as a token.
+/// Whether a gateway could be configured to accept this as a token.
 pub fn is_token(bytes: &[u8]) -> bool {
-    (1..=255).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+    (1..=MAX_TOKEN_BYTES).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
 }
 
 /// Whether an id, or a longer prefix, matches this digest.
@@ -634,8 +635,8 @@ mod tests {
             (r#"S3CRET"#, "column 1: must be a JSON object"),
             (r#"["S3CRET"]"#, "column 1: must be a JSON object"),
             (r#""S3CRET""#, "column 1: must be a JSON object"),
-            (r#"{"user":"a","token":"S3CRET x"}"#, "column 21: token: must be 1 to 255 visible"),
-            (r#"{"user":"a","token":""}"#, "column 21: token: must be 1 to 255 visible"),
+            (r#"{"user":"a","token":"S3CRET x"}"#, "column 21: token: must be 1 to 2048 visible"),
+            (r#"{"user":"a","token":""}"#, "column 21: token: must be 1 to 2048 visible"),
             (r#"{"token":"S3CRET"}"#, "column 1: user: is missing"),
             (r#"{"token":"S3CRET","user":null}"#, "column 1: user: is missing"),
             (r#"{"token":"S3CRET","user":7}"#, "column 26: user: must be a text"),

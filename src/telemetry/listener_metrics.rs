@@ -12,6 +12,8 @@ labels! {
         TimedOut = "timeout",
         /// The PROXY protocol: missing, malformed, or from a peer that may not send it.
         ProxyProtocol = "proxy_protocol",
+        /// From a network that may not ask for verdicts.
+        Stranger = "stranger",
         /// Not TLS, or broken.
         Malformed = "malformed",
         /// No protocol version or cipher in common.

@@ -53,7 +53,7 @@ labels! {
 }
 labels! {
     /// Where the token stood.
-    TokenSource { None = "none", Header = "header", Query = "query", Bearer = "bearer", Several = "several" }
+    TokenSource { None = "none", Header = "header", Query = "query", Bearer = "bearer", Basic = "basic", Several = "several" }
 }
 labels! {
     /// Which side of a rotation a token stands on.

@@ -1,6 +1,7 @@
 # frozen_string_literal: true
 
-# The application behind gitlab.ru: GitLab CE 8.x's API v3 as far as an authenticating gateway can tell. Tokens are
+# The application behind gitlab.ru: GitLab CE 8.x's API v3 as far as an authenticating gateway can tell, and what differs
+# in API v4 (lists by keys, uploads). Tokens are
 # looked up, lists paginated and errors worded as there; Grape, Kaminari and Rack are the real ones. The versions of
 # the libraries are newer than GitLab 8's, so where their rules changed the old rule is written out here.
 #
@@ -189,22 +190,69 @@ module Backend
     end
   end
 
-  class API < Grape::API
-    prefix 'api/v3' # not Grape's `version`, which would refuse the leading double slash that GitLab's stack lets through
-    format :json
-    content_type :txt, 'text/plain' # with a second type, any suffix is a format: ".json" works on every route
+  # What is in v4 alone.
+  class ResourcesOfV4 < Grape::API
+    before { authenticate! unless request.options? }
 
-    # Grape and Rack raise on what they can't parse; GitLab catches all of it here, so it is a 500.
-    rescue_from :all do |error|
-      warn "gitlab.ru: #{error.class}: #{error.message.inspect}"
-      error!({ message: '500 Internal Server Error' }, 500)
+    resource :projects, requirements: { id: %r{[^/]+} } do
+      # By pages, or behind a key: ascending ids only, and no totals. A page beside a key is refused, as nobody should send one.
+      # GitLab has an upper bound here as well; this has none, so that the gateway's shows.
+      get do
+        next paginate(PROJECTS) unless params[:pagination] == 'keyset'
+
+        error!({ error: 'page does not go with pagination=keyset' }, 400) if params.key?(:page)
+        error!({ error: 'Keyset pagination is not yet available for this type of request' }, 405) if params[:order_by] != 'id'
+        per_page = params[:per_page] ? params[:per_page].to_i : 20
+        behind = PROJECTS.select { |project| project[:id] > params[:id_after].to_i }
+        page = behind.first(per_page)
+        if behind.size > per_page
+          url = request.url.split('?').first
+          header 'Link', %(<#{url}?#{params.merge('id_after' => page.last[:id]).to_query}>; rel="next")
+        end
+        page
+      end
+
+      post ':id/uploads' do
+        project = find_project!
+        file = params[:file]
+        error!({ error: 'file is invalid' }, 400) unless file.is_a?(Hash) && file[:tempfile]
+        name, url = file[:filename], "/uploads/#{Digest::MD5.hexdigest(file[:tempfile].read)}/#{file[:filename]}"
+        { id: project[:id], alt: name, url: url, full_path: "/-/project/#{project[:id]}#{url}", markdown: "[#{name}](#{url})" }
+      end
+
+      # For 403: a right that only root has.
+      delete(':id') { error!({ message: '403 Forbidden' }, 403) }
     end
+  end
 
-    helpers Helpers
-    mount Resources
+  # Not Grape's `version`, which would refuse the leading double slash that GitLab's stack lets through.
+  def self.api(version_prefix, *resources)
+    Class.new(Grape::API) do
+      prefix version_prefix
+      format :json
+      content_type :txt, 'text/plain' # with a second type, any suffix is a format: ".json" works on every route
 
-    # As from 8.13 on. No token needed to learn that there is nothing.
-    route(:any, '*path') { error!('404 Not Found', 404) }
+      # Grape and Rack raise on what they can't parse; GitLab catches all of it here, so it is a 500.
+      rescue_from :all do |error|
+        warn "gitlab.ru: #{error.class}: #{error.message.inspect}"
+        error!({ message: '500 Internal Server Error' }, 500)
+      end
+
+      helpers Helpers
+      resources.each { |part| mount part }
+
+      # As from 8.13 on. No token needed to learn that there is nothing.
+      route(:any, '*path') { error!('404 Not Found', 404) }
+    end
+  end
+
+  API = api('api/v3', Resources)
+  API_V4 = api('api/v4', ResourcesOfV4, Resources)
+
+  def self.call(env)
+    return Echo.call(env) if Echo.answers?(env)
+
+    (env['PATH_INFO'].start_with?('/api/v4') ? API_V4 : API).call(env)
   end
 
   # ---- Beside the API ----

@@ -470,7 +470,7 @@ fn a_token_on_standard_input_is_one_token() {
             (" a", "is not a token"),
             ("a\t", "is not a token"),
             ("S3CRET\u{e9}", "is not a token"),
-            (&"x".repeat(256), "is not a token"),
+            (&"x".repeat(2049), "is not a token"),
             ("unknown", "no such token"),
         ] {
             for command in ["show", "revoke", "rotate"] {
