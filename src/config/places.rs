@@ -2,6 +2,7 @@
 //! shown at its place.
 
 use super::diagnostic::{Diagnostic, Position};
+use crate::explain::RulePlaces;
 use crate::problem::{Problem, Severity};
 use crate::request::seeded::{self, Rule};
 use std::collections::{BTreeSet, HashMap};
@@ -106,6 +107,12 @@ impl<'t> Places<'t> {
         let above = path.rfind(['.', '['])?;
         let above = &path[..above];
         self.spans.get(above).map(|span| self.place(span.key.start)).or_else(|| self.place_of(above))
+    }
+
+    /// Where each key is, for those who tell by which one a request was judged.
+    pub(super) fn known(&self) -> RulePlaces {
+        let line = |span: &KeySpan| self.place(span.key.start).line;
+        RulePlaces::new(&self.file, self.spans.iter().map(|(path, span)| (path.clone(), line(span))))
     }
 
     /// The value as it is written, where it can be shown.

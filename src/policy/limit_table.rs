@@ -113,6 +113,18 @@ impl<B: TableBucket> LimitTable<B> {
         }
     }
 
+    /// What [`Self::lock`] would give, and whether it is the one of the newcomers. Makes no bucket, and takes nobody's place.
+    pub(super) fn peek(&self, hash: u64, terms: &B::Terms, now: Now) -> Option<(B, bool)> {
+        let key = key(hash);
+        let shard = self.shard(key)?.lock();
+        match shard.find(key) {
+            Ok(at) => shard.slots.get(at).map(|slot| (slot.bucket, false)),
+            Err(_) if shard.occupied < shard.most => Some((B::default(), false)),
+            Err(_) if (0..shard.slots.len()).any(|at| shard.is_idle(at, terms, now)) => Some((B::default(), false)),
+            Err(_) => Some((*self.shared.lock(), true)),
+        }
+    }
+
     /// The bucket of a key that has something in it.
     pub(super) fn change(&self, hash: u64, shared: bool, change: impl FnOnce(&mut B)) {
         if shared {

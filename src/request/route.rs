@@ -120,6 +120,8 @@ pub struct Route {
     pub pattern: Pattern,
     /// The pattern as it was written: log field and metric label.
     pub name: String,
+    /// Where it stands in the configuration, for people: `route[0]`, `api.prefixes[0]`.
+    pub at: String,
     /// None: every host.
     pub hosts: Vec<HostPattern>,
     pub methods: Methods,
@@ -312,6 +314,7 @@ impl Route {
         Self {
             pattern,
             name,
+            at: String::new(),
             hosts: Vec::new(),
             methods: Methods::ALL,
             auth: Auth::Required,
