@@ -73,6 +73,7 @@ pub struct ToldUpstream {
     pub name: String,
     /// In words: addresses, and whether they are up where that is known.
     pub servers: Vec<String>,
+    /// False where it is not known, too.
     pub http2: bool,
 }
 
@@ -152,7 +153,7 @@ pub struct ToldRule {
 pub struct ToldForward {
     pub upstream: String,
     pub servers: Vec<String>,
-    /// The backend speaks HTTP/2, so that the head goes as its fields.
+    /// The backend is known to speak HTTP/2: the head goes as its fields.
     pub http2: bool,
     /// Byte for byte but for secrets and what is made anew for each request.
     pub head: String,
@@ -446,7 +447,13 @@ impl<'v> Telling<'_, 'v> {
         if let Some(presented) = presented {
             mask.knows(&presented.value, Digest::of(&presented.value).id());
         }
-        let (means, advice) = texts(judged.reason()).unwrap_or_default();
+        let (means, advice) = match judged.verdict() {
+            "unknown" => (
+                "nobody has said whether the token is valid".into(),
+                "send the request once, so that the cache knows the token; or say whose it is (`--as`, `as`)".into(),
+            ),
+            _ => texts(judged.reason()).unwrap_or_default(),
+        };
         let facts = &judged.facts;
         let route = facts.route.and_then(|index| pipeline.rules.routes.get(index));
         let mut told = Explanation {
@@ -656,7 +663,7 @@ impl<'v> Telling<'_, 'v> {
             };
             with("with one token, in the header alone, that no store knows", TokenStatus::Invalid(Invalid::Unknown));
             let (user, now) = ("somebody", self.question.now);
-            let scopes = self.scopes();
+            let scopes = known_scopes(self.world.pipeline);
             with("with a valid token without scopes", assumed(digest, user, &[], now));
             for scope in &scopes {
                 let change = format!("with a valid token of scope {scope}");
@@ -669,19 +676,6 @@ impl<'v> Telling<'_, 'v> {
         all
     }
 
-    /// All scopes that the configuration knows.
-    fn scopes(&self) -> Vec<String> {
-        let pipeline = self.world.pipeline;
-        let of_rules = pipeline.policy.scopes.iter().flat_map(|scopes| scopes.rules()).map(|rule| &rule.scope);
-        let of_pools = pipeline.rules.routes.iter().flat_map(|route| &route.pools).map(|pool| &pool.scope);
-        let mut all: Vec<String> = Vec::new();
-        for scope in of_rules.chain(of_pools) {
-            if !all.contains(scope) {
-                all.push(scope.clone());
-            }
-        }
-        all
-    }
 
     /// The target without the parameters that carry tokens.
     fn without_tokens(&self) -> Vec<u8> {
@@ -728,7 +722,7 @@ impl<'v> Telling<'_, 'v> {
         let mut status = self.status(examined.as_ref().ok());
         if base.verdict() == "unknown" {
             change.push_str(" and a valid token of every scope");
-            status = Some(assumed(Digest::of(b""), "somebody", &self.scopes(), self.question.now));
+            status = Some(assumed(Digest::of(b""), "somebody", &known_scopes(self.world.pipeline), self.question.now));
         }
         let judged = self.judge(&view, origin, status.as_ref());
         self.what(change, &judged, base)
@@ -746,6 +740,19 @@ impl<'v> Telling<'_, 'v> {
             same: judged.cause == base.cause && upstream(judged) == upstream(base),
         }
     }
+}
+
+/// All scopes that a configuration knows.
+pub fn known_scopes(pipeline: &Pipeline) -> Vec<String> {
+    let of_rules = pipeline.policy.scopes.iter().flat_map(|scopes| scopes.rules()).map(|rule| &rule.scope);
+    let of_pools = pipeline.rules.routes.iter().flat_map(|route| &route.pools).map(|pool| &pool.scope);
+    let mut all: Vec<String> = Vec::new();
+    for scope in of_rules.chain(of_pools) {
+        if !all.contains(scope) {
+            all.push(scope.clone());
+        }
+    }
+    all
 }
 
 /// A view that can have parts which live for a shorter time.
@@ -1025,7 +1032,10 @@ impl StageTeller<'_, '_, '_> {
         }
         told.decided = match (view.body, self.examined.map(|examined| examined.body.is_some())) {
             (Framing::Empty, _) => "nothing to read",
-            (_, Some(true)) => "holds no field that a backend would use in place of what was judged",
+            (_, Some(true)) if judged.plan.is_some() => {
+                "holds no field that a backend would use in place of what was judged"
+            }
+            (_, Some(true)) => "of a type that can be read; its content is read while it passes, behind all other stages",
             (_, _) => "not read",
         }
         .into();

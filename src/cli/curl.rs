@@ -7,11 +7,11 @@ use std::path::Path;
 
 /// A request as curl sends it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct CurlRequest {
-    pub(super) bytes: Vec<u8>,
-    pub(super) https: bool,
+pub struct CurlRequest {
+    pub bytes: Vec<u8>,
+    pub https: bool,
     /// The port that it connects to.
-    pub(super) port: u16,
+    pub port: u16,
 }
 
 /// Larger bodies are sent only after the server has said 100.
@@ -162,7 +162,7 @@ struct FormPart {
 }
 
 /// The request of these arguments; the word `curl` before them is skipped. The error says what is wrong, and never a value.
-pub(super) fn request(arguments: &[String]) -> Result<CurlRequest, String> {
+pub fn request(arguments: &[String]) -> Result<CurlRequest, String> {
     let arguments = match arguments {
         [first, rest @ ..] if first == "curl" || first.ends_with("/curl") => rest,
         all => all,

@@ -5,7 +5,7 @@ use super::reload::{AdminTarget, post_json};
 use super::{Failure, block_on, curl, load, why};
 use crate::config::Settings;
 use crate::edge::{Listen, now};
-use crate::explain::{ExplainQuestion, ExplainWorld, Explanation, ToldRule, ToldUpstream, Witness, explain as tell};
+use crate::explain::{known_scopes, ExplainQuestion, ExplainWorld, Explanation, ToldRule, ToldUpstream, WhatIf, Witness, explain as tell};
 use crate::identity::{Invalid, TokenStatus};
 use crate::request::head;
 use crate::request::origin::{Arrival, TlsArrival};
@@ -69,6 +69,8 @@ struct Given {
     witness: Witness,
     /// What the form does not say.
     lacks: Vec<String>,
+    /// What the log says of it, if it is a line of that.
+    reason: Option<String>,
 }
 
 pub(super) fn run(arguments: &ExplainArguments) -> Result<(), Failure> {
@@ -78,6 +80,10 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<(), Failure> {
     let given = given(arguments)?;
     let running = arguments.running || arguments.target.admin.is_some();
     let mut explanation = if running { asked(arguments, &given)? } else { offline(arguments, &given)? };
+    if let Some(reason) = given.reason.filter(|reason| *reason != explanation.reason) {
+        let why = "what the line lacks, another token or configuration, or something that happened behind the verdict";
+        explanation.notes.push(format!("the line says `{reason}`, and this says `{}`: {why}", explanation.reason));
+    }
     explanation.notes.extend(given.lacks);
     if arguments.json {
         let text = serde_json::to_string_pretty(&explanation).context("the explanation cannot be written as JSON")?;
@@ -88,7 +94,7 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<(), Failure> {
 
 fn given(arguments: &ExplainArguments) -> Result<Given, Failure> {
     let nothing =
-        Given { bytes: Vec::new(), tls: arguments.tls, port: None, client: None, witness: Witness::Cache, lacks: Vec::new() };
+        Given { bytes: Vec::new(), tls: arguments.tls, port: None, client: None, witness: Witness::Cache, lacks: Vec::new(), reason: None };
     let mut given = match (&arguments.raw, &arguments.log_line, arguments.curl.as_slice()) {
         (Some(path), ..) => {
             let bytes = read(path)?;
@@ -157,7 +163,7 @@ fn logged(line: &str, nothing: Given) -> Result<Given, Failure> {
             (Some("blocked"), _) => invalid(Invalid::Blocked),
             (Some("not_yet_valid"), _) => invalid(Invalid::NotYetValid),
             (_, Some(user)) => {
-                lacks.push(format!("the token is taken to be one of {user} without scopes; --as and --scopes say otherwise"));
+                lacks.push(format!("the token is taken to be a valid one of {user}; the line has no scopes: see --as and --scopes"));
                 Witness::Assumed { user, scopes: Vec::new() }
             }
             (_, None) => Witness::Cache,
@@ -165,7 +171,7 @@ fn logged(line: &str, nothing: Given) -> Result<Given, Failure> {
     }
     let bytes = format!("{sent} {path}{query} HTTP/1.1\r\nHost: host-of-the-log-line\r\n{token}{field}\r\n").into_bytes();
     let client = text("client").and_then(|client| client.parse().ok());
-    Ok(Given { bytes, client, witness, lacks, ..nothing })
+    Ok(Given { bytes, client, witness, lacks, reason: text("reason"), ..nothing })
 }
 
 fn offline(arguments: &ExplainArguments, given: &Given) -> Result<Explanation, Failure> {
@@ -177,7 +183,15 @@ fn offline(arguments: &ExplainArguments, given: &Given) -> Result<Explanation, F
     let pipeline = assembly::judging(&settings)?;
     let witness = match arguments.ask_store {
         true => block_on(ask_stores(&settings, &pipeline.rules, &given.bytes))?,
-        false => given.witness.clone(),
+        false => match (&given.witness, &given.reason) {
+            // The line does not say which scopes its token had: unless it was refused for them, they were enough.
+            (Witness::Assumed { user, scopes }, Some(reason))
+                if scopes.is_empty() && !matches!(reason.as_str(), "scope" | "sudo_scope") =>
+            {
+                Witness::Assumed { user: user.clone(), scopes: known_scopes(&pipeline) }
+            }
+            (witness, _) => witness.clone(),
+        },
     };
     let upstreams = settings.upstreams.iter().map(|upstream| ToldUpstream {
         name: upstream.name.clone(),
@@ -261,6 +275,12 @@ impl Printer {
 
     fn print(&self, told: &Explanation) -> Result<(), Failure> {
         say!("{}", self.paint("1", &told.request))?;
+        // What most people want to know comes first.
+        say!("{}", self.verdict(told))?;
+        if !told.means.is_empty() && told.verdict != "forward" {
+            say!("  what it means: {}", told.means)?;
+            say!("  what to do:    {}", told.advice)?;
+        }
         say!("")?;
         for stage in &told.stages {
             let mark = match stage.outcome.as_str() {
@@ -272,12 +292,6 @@ impl Printer {
             say!("{mark} {:<9} {}", stage.stage, if stage.decided.is_empty() { "not reached" } else { &stage.decided })?;
             stage.saw.iter().try_for_each(|saw| say!("             {saw}"))?;
             stage.rules.iter().try_for_each(|rule| say!("             {}", self.rule(rule)))?;
-        }
-        say!("")?;
-        say!("{}", self.verdict(told))?;
-        if !told.means.is_empty() && told.verdict != "forward" {
-            say!("  what it means: {}", told.means)?;
-            say!("  what to do:    {}", told.advice)?;
         }
         if let Some(answer) = &told.answer {
             say!("\nThe client gets:")?;
@@ -332,8 +346,9 @@ impl Printer {
             return Ok(());
         }
         say!("\nWhat would change it:")?;
-        let width = told.what_if.iter().map(|case| case.change.chars().count()).max().unwrap_or(0);
-        for case in &told.what_if {
+        let cases = joined(&told.what_if);
+        let width = cases.iter().map(|case| case.change.chars().count()).max().unwrap_or(0);
+        for case in &cases {
             let upstream = case.upstream.as_ref().map_or(String::new(), |name| format!(" to {name}"));
             let result = match (case.verdict.as_str(), case.status) {
                 ("forward", _) => self.paint("32", &format!("forwarded{upstream}")),
@@ -345,4 +360,28 @@ impl Printer {
         }
         Ok(())
     }
+}
+
+/// Cases behind each other that differ by one word, and end in the same way, in one line.
+fn joined(cases: &[WhatIf]) -> Vec<WhatIf> {
+    let mut all: Vec<WhatIf> = Vec::new();
+    for case in cases {
+        let same_end = |last: &WhatIf| {
+            (&last.verdict, last.status, &last.reason, &last.upstream) == (&case.verdict, case.status, &case.reason, &case.upstream)
+        };
+        // `with GET`, `with a valid token of scope api`: what is before the last word has to be the same, and what is behind it.
+        let method = |text: &str| {
+            let word = text.strip_prefix("with ")?.split(' ').next()?;
+            word.bytes().all(|b| b.is_ascii_uppercase()).then(|| word.to_owned())
+        };
+        match (all.last_mut(), method(&case.change)) {
+            (Some(last), Some(word)) if same_end(last) && method(last.change.split(',').next().unwrap_or_default()).is_some() => {
+                let (methods, rest) = last.change.split_once(" and ").unwrap_or((&last.change, ""));
+                let rest = if rest.is_empty() { String::new() } else { format!(" and {rest}") };
+                last.change = format!("{methods}, {word}{rest}");
+            }
+            _ => all.push(case.clone()),
+        }
+    }
+    all
 }

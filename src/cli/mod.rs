@@ -20,6 +20,9 @@ mod token;
 mod upgrade;
 mod why;
 
+#[doc(hidden)]
+pub use curl::{CurlRequest, request as curl_request};
+
 use crate::config::{self, Diagnostic, Probe, Settings};
 use clap::{Parser, Subcommand};
 use std::io::Write as _;

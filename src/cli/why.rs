@@ -177,19 +177,21 @@ fn sentences(line: &Value) -> Vec<String> {
         )),
         "ok" => said.push("  Why: nothing was refused and nothing failed (reason `ok`).".into()),
         reason => {
-            said.push(format!("  Why: `{reason}`: {means}."));
+            said.push(format!("  Why: `{reason}`: {}", ended(&means)));
             if let Some(limit) = line["limit"].as_str() {
                 said.push(format!("  The limit is `{limit}`."));
             }
-            said.push(format!("  What to do: {advice}."));
+            said.push(format!("  What to do: {}", ended(&advice)));
             said.push(format!("  More: {REASONS_PAGE}, row `{reason}`."));
         }
     }
     said.push(format!("  Route: {}.", text("route")));
     said.push(who(line));
     said.push(upstream(line));
-    if let Some(token) = line["token"].as_str() {
-        said.push(format!("  Next: `tollgate token show {token}` has the token's record."));
+    if reason == "unknown" {
+        said.push("  Next: ask the caller for the first 12 hex digits of `printf %s TOKEN | sha256sum`; never for the token.".into());
+    } else if let Some(token) = line["token"].as_str() {
+        said.push(format!("  Next: `tollgate token show --config FILE {token}` has the token's record."));
     } else if status != 0 && text("by") != "backend" {
         said.push("  Next: `tollgate explain --config FILE -- curl …` tells what each stage says to such a request.".into());
     }
@@ -221,4 +223,9 @@ fn upstream(line: &Value) -> String {
         (None, _) => "which sent no answer".into(),
     };
     format!("  Upstream: {name}, {server}, {answer}; attempts: {attempts}.")
+}
+
+/// As a sentence.
+fn ended(text: &str) -> String {
+    if text.ends_with(['?', '.', '!']) { text.to_owned() } else { format!("{text}.") }
 }
