@@ -2,7 +2,7 @@
 //! gateway and explained by it, and both must agree. Curl's arguments are compared with the bytes of the real curl.
 
 use crate::harness::*;
-use crate::support::{run, stderr, stdout};
+use crate::support::{Store, run, stderr, stdout};
 use crate::{attacks, bodies, names};
 use base64::Engine as _;
 use serde_json::{Value, json};
@@ -104,6 +104,24 @@ fn cases() -> Vec<(String, Vec<u8>)> {
     all
 }
 
+/// What is known is known as long as a test goes on.
+const LONG: &str = "[cache]\npositive_ttl = \"1h\"\nnegative_ttl = \"1h\"\n";
+
+/// Sends tokens until the cache knows them: until the store tells of its changes, what is cached is forgotten soon.
+fn know(gateway: &Gateway, tokens: &[(&str, &str)]) {
+    for (token, reason) in tokens {
+        eventually("the cache knows the token", || {
+            gateway.ask(&format!("GET /api/v3/user HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {token}\n\n"));
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            told(gateway, format!("GET /api/v3/user HTTP/1.1\r\nHost: h\r\nPRIVATE-TOKEN: {token}\r\n\r\n").as_bytes())["reason"] == *reason
+        });
+    }
+    std::thread::sleep(std::time::Duration::from_millis(800));
+    for (token, _) in tokens {
+        gateway.ask(&format!("GET /api/v3/user HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {token}\n\n"));
+    }
+}
+
 /// What became of one case.
 struct Outcome {
     name: String,
@@ -115,15 +133,26 @@ struct Outcome {
 #[test]
 fn what_is_told_is_what_happens() {
     let upstream = Upstream::start();
-    let gateway = Gateway::start(upstream.address, "");
-    // The cache knows the tokens then, and so does explain.
-    for token in [GOOD, OTHER, BAD] {
-        gateway.ask(&format!("GET /api/v3/user HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {token}\n\n"));
-    }
+    let store = Store::with([(GOOD, "user-0001"), (OTHER, "user-0002")]);
+    let gateway = Gateway::start(upstream.address, &(store.section() + LONG));
+    know(&gateway, &[(GOOD, "ok"), (OTHER, "ok"), (BAD, "unknown")]);
     let (mut problems, mut outcomes) = (Vec::new(), Vec::new());
-    let (mut forwarded, mut refused, mut unfinished, mut lossy) = (0, 0, 0, 0);
+    let (mut forwarded, mut refused, mut unfinished, mut lossy, mut large, mut asked_first) = (0, 0, 0, 0, 0, 0);
     for (name, bytes) in cases() {
-        let told = told(&gateway, &bytes);
+        // Explain takes 128 KiB of JSON.
+        if bytes.len() > 90 * 1024 {
+            large += 1;
+            continue;
+        }
+        let mut told = told(&gateway, &bytes);
+        if told["verdict"] == "unknown" {
+            // Then it is in the cache, and known not to be valid.
+            asked_first += 1;
+            let mut client = gateway.client();
+            let _: std::io::Result<()> = client.socket.write_all(&bytes);
+            assert_eq!(client.answer().status, 401, "{name}");
+            told = self::told(&gateway, &bytes);
+        }
         let mut wrong = |what: String| problems.push(format!("{name}: {what}"));
         let all = told.to_string();
         if [GOOD, OTHER, BAD].iter().any(|token| all.contains(token)) {
@@ -146,11 +175,14 @@ fn what_is_told_is_what_happens() {
         match told["verdict"].as_str().unwrap() {
             "forward" => {
                 forwarded += 1;
-                let Some(seen) = seen.first().filter(|_| answer.status == 200 || answer.status == 101) else {
+                if seen.is_empty() || !matches!(answer.status, 200 | 101) {
                     wrong(format!("told to be forwarded, and answered {}", answer.status));
                     continue;
-                };
+                }
                 let template = told["upstream"]["head"].as_str().unwrap();
+                // The head of an earlier request, whose body was refused, may have come only now.
+                let is_it = |seen: &&Seen| stands_for(template, format!("{}\r\n\r\n", seen.head).as_bytes()).is_ok();
+                let seen = seen.iter().find(is_it).unwrap_or(&seen[0]);
                 if seen.head.contains('\u{fffd}') {
                     lossy += 1;
                 } else if let Err(why) = stands_for(template, format!("{}\r\n\r\n", seen.head).as_bytes()) {
@@ -171,7 +203,7 @@ fn what_is_told_is_what_happens() {
                 if let Err(why) = stands_for(phrase, own.as_bytes()) {
                     wrong(format!("another answer: {why}"));
                 }
-                if seen.iter().any(|seen| seen.complete) && !bytes.windows(8).any(|part| part == b"smuggled") {
+                if seen.iter().any(|seen| seen.complete) && !name.starts_with("pipelining") {
                     wrong("a whole request at the backend".into());
                 }
             }
@@ -201,9 +233,10 @@ fn what_is_told_is_what_happens() {
             }
         }
     }
-    println!("{forwarded} forwarded, {refused} refused, {unfinished} not whole, {lossy} not compared, {compared} log lines");
+    println!("{asked_first} asked of the store first");
+    println!("{forwarded} forwarded, {refused} refused, {unfinished} not whole, {large} too large, {lossy} not compared, {compared} log lines");
     assert!(problems.is_empty(), "{} problems\n{}", problems.len(), problems.join("\n"));
-    assert!(forwarded > 900 && refused > 700 && unfinished < 40 && lossy < 20, "{forwarded} {refused} {unfinished} {lossy}");
+    assert!(forwarded > 900 && refused > 700 && unfinished < 40 && lossy < 20 && large < 60, "{forwarded} {refused} {unfinished} {lossy} {large}");
     assert!(compared > 2_000, "{compared}");
 }
 
@@ -249,13 +282,15 @@ fn counters(gateway: &Gateway) -> Vec<String> {
 #[test]
 fn a_thousand_explanations_change_nothing() {
     let upstream = Upstream::start();
-    let more = "[[limit]]\nname = \"l\"\nkey = [\"token\"]\nrate = \"3/h\"\nburst = 3\n\
+    let more = "[cache]\npositive_ttl = \"1h\"\nnegative_ttl = \"1h\"\n\
+                [[limit]]\nname = \"l\"\nkey = [\"token\"]\nrate = \"1/h\"\nburst = 20\n\
                 [[limit]]\nname = \"a\"\nkey = [\"address\"]\nrate = \"1000/h\"\nbuckets = 16\n\
                 [guessing]\nfailures = 10\n";
-    let gateway = Gateway::start(upstream.address, more);
-    let answer = gateway.get("/api/v3/user");
-    assert_eq!(answer.status, 200);
-    gateway.ask(&format!("GET /api/v3/user HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {BAD}\n\n"));
+    // A store that has to be asked: what it does not know is kept in the cache.
+    let store = Store::with([(GOOD, "user-0001")]);
+    let gateway = Gateway::start(upstream.address, &(store.section() + more));
+    know(&gateway, &[(GOOD, "ok"), (BAD, "unknown")]);
+    let left = || 20 - upstream.seen().len();
     gateway.metrics();
     let before = counters(&gateway);
     assert!(before.len() > 100, "{}", before.len());
@@ -269,9 +304,11 @@ fn a_thousand_explanations_change_nothing() {
     let expected = ["ok", "unknown", "store_not_asked", "bad_byte"].map(|reason| (reason.to_owned(), 250));
     assert_eq!(seen, HashMap::from(expected));
     assert_eq!(counters(&gateway), before, "a counter moved");
-    // Two are left of three, for all that was told.
-    let statuses: Vec<_> = (0..3).map(|_| gateway.get("/api/v3/user").status).collect();
-    assert_eq!(statuses, [200, 200, 429]);
+    // As many are left as before, for all that was told.
+    let left = left();
+    assert!(left > 3, "{left}");
+    let statuses: Vec<_> = (0..=left).map(|_| gateway.get("/api/v3/user").status).collect();
+    assert_eq!((&statuses[..left], statuses[left]), (vec![200; left].as_slice(), 429));
     let text = format!("GET /api/v3/user HTTP/1.1\r\nHost: h\r\nPRIVATE-TOKEN: {GOOD}\r\n\r\n");
     let told = asked(&gateway, &json!({ "text": text }));
     assert_eq!((&told["status"], &told["reason"]), (&json!(429), &json!("limit_rate")));
@@ -331,7 +368,18 @@ fn both(arguments: &[String], port: u16, listener: &TcpListener) -> (String, Str
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|error| panic!("curl cannot be started: {error}"));
-    let (mut socket, _) = listener.accept().unwrap();
+    let mut socket = loop {
+        match listener.accept() {
+            Ok((socket, _)) => break socket,
+            Err(_) => std::thread::sleep(std::time::Duration::from_millis(1)),
+        }
+        if child.try_wait().unwrap().is_some() {
+            let mut said = String::new();
+            child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+            panic!("curl sends nothing: {said} {arguments:?}");
+        }
+    };
+    socket.set_nonblocking(false).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut bytes = Vec::new();
     let end = loop {
@@ -387,6 +435,7 @@ impl Random {
 #[test]
 fn curls_arguments_are_the_bytes_that_curl_sends() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    listener.set_nonblocking(true).unwrap();
     let port = listener.local_addr().unwrap().port();
     let folder = Folder::new("test");
     let file = folder.write("notes.txt", "line one\nline & two\n").display().to_string();
@@ -409,7 +458,7 @@ fn curls_arguments_are_the_bytes_that_curl_sends() {
         "/p?a[]=1",
     ];
     let (mut compared, mut refused) = (0, 0);
-    for round in 0..220 {
+    for round in 0..240 {
         let mut arguments = Vec::new();
         for _ in 0..random.below(4) {
             arguments.extend(words(random.pick(&ANY)));
@@ -443,7 +492,7 @@ fn curls_arguments_are_the_bytes_that_curl_sends() {
         compared += 1;
     }
     println!("{compared} compared, {refused} refused");
-    assert!(compared >= 200 && refused <= 20, "{compared} {refused}");
+    assert!(compared >= 200 && refused <= 30, "{compared} {refused}");
 }
 
 #[test]

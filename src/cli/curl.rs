@@ -297,6 +297,9 @@ impl CurlArguments {
         if kinds.iter().filter(|asked| **asked).count() > 1 {
             return Err("curl takes one of -d, -F, -I and -T".into());
         }
+        if self.range.is_some() && (self.data.is_some() || self.upload.is_some() || !self.parts.is_empty()) {
+            return Err("-r with a body is not known here: write the request without it".into());
+        }
         let url = self.url.take().ok_or("there is no URL")?;
         let mut url = Url::parse(&url, self.globoff)?;
         if !self.path_as_is {
@@ -590,7 +593,8 @@ impl Url {
         }
         let authority = if port == default { host.to_owned() } else { format!("{host}:{port}") };
         let (path, query) = match rest.split_once('?') {
-            Some((path, query)) => (path, Some(escaped(query).into_bytes())),
+            // As it is: curl escapes what is not ASCII in the path alone.
+            Some((path, query)) => (path, Some(query.as_bytes().to_vec())),
             None => (rest, None),
         };
         let path = if path.is_empty() { "/".into() } else { escaped(path) };
