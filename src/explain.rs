@@ -314,7 +314,8 @@ fn unreadable(world: &ExplainWorld<'_>, bytes: &[u8], fault: RequestFault) -> Ex
     let answer = rendered(world, refusal, (head::asks_for_head(bytes), true), None, grant, None, (None, None));
     let refused = PathStage::of(&cause, false);
     let stages = PathStage::ALL.into_iter().map(|stage| {
-        let mut told = ToldStage { stage: stage.name().into(), outcome: outcome(stage, Some(refused)), ..Default::default() };
+        let mut told =
+            ToldStage { stage: stage.name().into(), outcome: outcome(stage, Some(refused)), ..Default::default() };
         if stage == refused {
             told.saw.push(format!("{} bytes", bytes.len()));
             told.decided = match fault {
@@ -398,7 +399,7 @@ struct Telling<'t, 'v> {
 }
 
 /// What the pipeline says of a request, its body included.
-struct Judged<'r> {
+struct FullVerdict<'r> {
     facts: Facts,
     /// `None`: it is forwarded.
     cause: Option<Cause>,
@@ -410,7 +411,7 @@ struct Judged<'r> {
     body_ends: bool,
 }
 
-impl Judged<'_> {
+impl FullVerdict<'_> {
     fn verdict(&self) -> &'static str {
         match self.cause {
             None => "forward",
@@ -474,7 +475,14 @@ impl<'v> Telling<'_, 'v> {
             notes: self.notes(&judged),
             ..Explanation::default()
         };
-        let teller = StageTeller { telling: self, judged: &judged, examined: examined.as_ref().ok(), origin: &origin, route, mask: &mask };
+        let teller = StageTeller {
+            telling: self,
+            judged: &judged,
+            examined: examined.as_ref().ok(),
+            origin: &origin,
+            route,
+            mask: &mask,
+        };
         told.stages = PathStage::ALL.into_iter().map(|stage| teller.stage(stage)).collect();
         told.what_if = self.what_if(&judged, &origin);
         told
@@ -493,7 +501,7 @@ impl<'v> Telling<'_, 'v> {
         }
     }
 
-    fn judge<'r>(&self, view: &RequestView<'r>, origin: &Origin<'_>, status: Option<&TokenStatus>) -> Judged<'r>
+    fn judge<'r>(&self, view: &RequestView<'r>, origin: &Origin<'_>, status: Option<&TokenStatus>) -> FullVerdict<'r>
     where
         'v: 'r,
     {
@@ -501,7 +509,7 @@ impl<'v> Telling<'_, 'v> {
         if question.arrival.redirect.is_some() {
             let cause = Some(pipeline.redirect(view));
             let facts = Facts::none(view.method, origin.client);
-            return Judged { facts, cause, plan: None, in_body: false, body_bytes: 0, body_ends: true };
+            return FullVerdict { facts, cause, plan: None, in_body: false, body_bytes: 0, body_ends: true };
         }
         let (verdict, facts) = match status {
             Some(status) => pipeline.suppose(view, origin, question.now, status),
@@ -511,26 +519,32 @@ impl<'v> Telling<'_, 'v> {
                 Admission::Waiting(pending) => (Verdict::Refuse(Cause::Bug.into()), pending.facts().clone()),
             },
         };
-        let nothing = Judged { facts, cause: None, plan: None, in_body: false, body_bytes: 0, body_ends: true };
+        let nothing = FullVerdict { facts, cause: None, plan: None, in_body: false, body_bytes: 0, body_ends: true };
         match verdict {
             Verdict::Refuse(refusal) => {
                 let cause = match (refusal.cause(), &question.witness) {
                     (Cause::CannotTell(CannotTell::NotAsked), Witness::Store(Err(why))) => Cause::CannotTell(*why),
                     (cause, _) => cause,
                 };
-                Judged { cause: Some(cause), ..nothing }
+                FullVerdict { cause: Some(cause), ..nothing }
             }
             Verdict::Forward(plan) => {
                 let mut body = BodyWalk { rest: self.rest, bytes: 0, ends: false };
                 let fault = body.walk(view.body, &plan).err();
                 let (body_bytes, body_ends) = (body.bytes, body.ends);
                 let (in_body, cause) = (fault.is_some(), fault.map(Cause::Request));
-                Judged { plan: Some(plan), cause, in_body, body_bytes, body_ends, ..nothing }
+                FullVerdict { plan: Some(plan), cause, in_body, body_bytes, body_ends, ..nothing }
             }
         }
     }
 
-    fn forwarded(&self, plan: &Plan<'_>, judged: &Judged<'_>, origin: &Origin<'_>, mask: &Mask<'_>) -> ToldForward {
+    fn forwarded(
+        &self,
+        plan: &Plan<'_>,
+        judged: &FullVerdict<'_>,
+        origin: &Origin<'_>,
+        mask: &Mask<'_>,
+    ) -> ToldForward {
         let Self { world, view, .. } = self;
         let rules = &world.pipeline.forward;
         let own_id = request_id(view);
@@ -553,7 +567,7 @@ impl<'v> Telling<'_, 'v> {
         }
     }
 
-    fn answered(&self, refusal: Refusal, judged: &Judged<'_>) -> String {
+    fn answered(&self, refusal: Refusal, judged: &FullVerdict<'_>) -> String {
         let Self { world, question, view, .. } = self;
         let pipeline = world.pipeline;
         let close = judged.in_body
@@ -571,10 +585,11 @@ impl<'v> Telling<'_, 'v> {
         rendered(world, refusal, (head_only, close), own_id, grant, limits.as_ref(), (hsts, location.as_deref()))
     }
 
-    fn notes(&self, judged: &Judged<'_>) -> Vec<String> {
+    fn notes(&self, judged: &FullVerdict<'_>) -> Vec<String> {
         let mut notes = Vec::new();
         if judged.verdict() == "unknown" {
-            let why = if self.world.running { "the token is not in the gateway's cache" } else { "there is no gateway" };
+            let why =
+                if self.world.running { "the token is not in the gateway's cache" } else { "there is no gateway" };
             notes.push(format!("{why}, and the store was not asked: below is what each answer of it would mean"));
         }
         if !self.world.running {
@@ -644,7 +659,7 @@ struct Variant {
 }
 
 impl<'v> Telling<'_, 'v> {
-    fn what_if(&self, base: &Judged<'_>, origin: &Origin<'_>) -> Vec<WhatIf> {
+    fn what_if(&self, base: &FullVerdict<'_>, origin: &Origin<'_>) -> Vec<WhatIf> {
         if self.question.arrival.redirect.is_some() {
             return Vec::new();
         }
@@ -676,7 +691,6 @@ impl<'v> Telling<'_, 'v> {
         all
     }
 
-
     /// The target without the parameters that carry tokens.
     fn without_tokens(&self) -> Vec<u8> {
         let query = self.view.query().unwrap_or_default();
@@ -696,7 +710,7 @@ impl<'v> Telling<'_, 'v> {
         variant: &Variant,
         status: Option<&TokenStatus>,
         method: Method,
-        base: &Judged<'_>,
+        base: &FullVerdict<'_>,
         origin: &Origin<'_>,
     ) -> WhatIf {
         let rules = &self.world.pipeline.rules.token;
@@ -715,7 +729,7 @@ impl<'v> Telling<'_, 'v> {
         self.what(change.into(), &judged, base)
     }
 
-    fn with_method(&self, method: Method, base: &Judged<'_>, origin: &Origin<'_>) -> WhatIf {
+    fn with_method(&self, method: Method, base: &FullVerdict<'_>, origin: &Origin<'_>) -> WhatIf {
         let view = RequestView { method, method_bytes: method.as_str().as_bytes(), ..copy_of(self.view) };
         let examined = request::examine(&view, &self.world.pipeline.rules);
         let mut change = format!("with {}", method.as_str());
@@ -728,8 +742,10 @@ impl<'v> Telling<'_, 'v> {
         self.what(change, &judged, base)
     }
 
-    fn what(&self, change: String, judged: &Judged<'_>, base: &Judged<'_>) -> WhatIf {
-        let upstream = |judged: &Judged<'_>| judged.plan.as_ref().filter(|_| judged.cause.is_none()).map(|plan| plan.upstream);
+    fn what(&self, change: String, judged: &FullVerdict<'_>, base: &FullVerdict<'_>) -> WhatIf {
+        let upstream = |judged: &FullVerdict<'_>| {
+            judged.plan.as_ref().filter(|_| judged.cause.is_none()).map(|plan| plan.upstream)
+        };
         let name = |place: usize| self.world.upstreams.get(place).map(|upstream| upstream.name.clone());
         WhatIf {
             change,
@@ -774,7 +790,7 @@ fn copy_of<'s, 'v: 's>(view: &RequestView<'v>) -> RequestView<'s> {
 /// Says what the stages saw.
 struct StageTeller<'s, 't, 'v> {
     telling: &'s Telling<'t, 'v>,
-    judged: &'s Judged<'s>,
+    judged: &'s FullVerdict<'s>,
     /// `None`: the request was refused by its own bytes.
     examined: Option<&'s Examined<'s>>,
     origin: &'s Origin<'s>,
@@ -786,14 +802,16 @@ impl StageTeller<'_, '_, '_> {
     fn stage(&self, stage: PathStage) -> ToldStage {
         let judged = self.judged;
         let refused = judged.cause.as_ref().map(|cause| PathStage::of(cause, judged.facts.route.is_some()));
-        let mut told = ToldStage { stage: stage.name().into(), outcome: outcome(stage, refused), ..ToldStage::default() };
+        let mut told =
+            ToldStage { stage: stage.name().into(), outcome: outcome(stage, refused), ..ToldStage::default() };
         // A body is read while it passes, behind all other stages.
         if judged.in_body && stage > PathStage::Body {
             told.outcome = "passed".into();
         }
         // Limits by address are asked before the token store.
         let is_early = matches!(judged.cause, Some(Cause::Policy(PolicyFault::Limit(_))));
-        if is_early && judged.facts.principal.is_none() && judged.facts.token.is_some() && stage == PathStage::Identity {
+        if is_early && judged.facts.principal.is_none() && judged.facts.token.is_some() && stage == PathStage::Identity
+        {
             told.outcome = "not reached".into();
         }
         if told.outcome == "refused" && judged.verdict() == "unknown" {
@@ -874,7 +892,11 @@ impl StageTeller<'_, '_, '_> {
         ));
         let proxies = &self.pipeline().rules.trusted_proxies;
         told.decided = match proxies.trusts(arrival.peer.map(|ip| ip.to_canonical())) {
-            true => format!("the client is {client}, as a trusted proxy says; {}://{}", origin.scheme(), mask::text(origin.host())),
+            true => format!(
+                "the client is {client}, as a trusted proxy says; {}://{}",
+                origin.scheme(),
+                mask::text(origin.host())
+            ),
             false => format!("the client is {client}; X-Forwarded-* of this peer are not believed"),
         };
         let networks: Vec<_> = proxies.networks.iter().map(ToString::to_string).collect();
@@ -1035,7 +1057,9 @@ impl StageTeller<'_, '_, '_> {
             (_, Some(true)) if judged.plan.is_some() => {
                 "holds no field that a backend would use in place of what was judged"
             }
-            (_, Some(true)) => "of a type that can be read; its content is read while it passes, behind all other stages",
+            (_, Some(true)) => {
+                "of a type that can be read; its content is read while it passes, behind all other stages"
+            }
             (_, _) => "not read",
         }
         .into();
@@ -1065,7 +1089,9 @@ impl StageTeller<'_, '_, '_> {
         told.saw.push(asked.into());
         told.decided = match (&facts.principal, self.judged.cause) {
             (Some(principal), _) => principal_text(principal),
-            (None, Some(Cause::CannotTell(CannotTell::NotAsked))) => "whether the token is valid is not known here".into(),
+            (None, Some(Cause::CannotTell(CannotTell::NotAsked))) => {
+                "whether the token is valid is not known here".into()
+            }
             (None, _) => "nobody".into(),
         };
         told.rules.push(self.rule("store", self.pipeline().authenticator.store_names()));
@@ -1159,7 +1185,8 @@ impl StageTeller<'_, '_, '_> {
         if self.judged.in_body {
             told.decided.push_str("; broken off when the fault in the body was found");
         }
-        told.rules.push(self.rule(format!("upstream[{}]", plan.upstream), upstream.map_or("", |upstream| &upstream.name)));
+        told.rules
+            .push(self.rule(format!("upstream[{}]", plan.upstream), upstream.map_or("", |upstream| &upstream.name)));
         let credential = match world.pipeline.forward.credential {
             BackendCredential::Token => "token",
             BackendCredential::Identity => "identity",
@@ -1171,7 +1198,8 @@ impl StageTeller<'_, '_, '_> {
 }
 
 fn principal_text(principal: &Principal) -> String {
-    let scopes = if principal.scopes().is_empty() { String::new() } else { format!(", scopes {}", list(principal.scopes())) };
+    let scopes =
+        if principal.scopes().is_empty() { String::new() } else { format!(", scopes {}", list(principal.scopes())) };
     let plan = principal.terms().map(|terms| terms.said().plan.as_str()).filter(|plan| !plan.is_empty());
     let plan = plan.map_or(String::new(), |plan| format!(", plan {plan}"));
     format!("user {}, token {}{scopes}{plan}", principal.user(), principal.token())

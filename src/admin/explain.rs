@@ -20,6 +20,10 @@ const USAGE: &str = "Expected Content-Type: application/json and {\"text\": \"GE
                      bytes of a request as a client sends them, or the same as \"base64\". Besides: \"client\", the address that \
                      it comes from; \"tls\": true; \"as\": {\"user\": \"ann\", \"scopes\": [\"api\"]}, whose token it is taken to have.\n";
 
+/// The form for it, a part of a page, and its script, which the page lets in by a nonce.
+pub const EXPLAIN_FORM: &str = include_str!("explain_form.html");
+pub const EXPLAIN_SCRIPT: &str = include_str!("explain_form.js");
+
 /// What is asked.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -43,12 +47,14 @@ struct AssumedToken {
 }
 
 pub(super) fn explain(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
-    let refused = |status, why: &str| {
-        Action::Changed(text(status, why), AuditedAction::new("explain", AuditResult::Refused))
+    let refused =
+        |status, why: &str| Action::Changed(text(status, why), AuditedAction::new("explain", AuditResult::Refused));
+    let is_json = |value: &[u8]| {
+        value
+            .split(|b| *b == b';')
+            .next()
+            .is_some_and(|kind| kind.trim_ascii().eq_ignore_ascii_case(b"application/json"))
     };
-    let is_json = |value: &[u8]| value.split(|b| *b == b';').next().is_some_and(|kind| {
-        kind.trim_ascii().eq_ignore_ascii_case(b"application/json")
-    });
     if !view.fields_of(FieldKind::ContentType).any(|field| is_json(field.value)) {
         return refused(415, USAGE);
     }
@@ -104,4 +110,25 @@ fn told(upstream: &Upstream) -> ToldUpstream {
         server(member.server.label(), state.down.map(|reason| reason.as_str()), member.server.is_drained())
     });
     ToldUpstream { name: upstream.name().into(), servers: servers.collect(), http2: false }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The page has a strict policy, and what the gateway says of a request is written by whoever sent it.
+    #[test]
+    fn the_form_needs_nothing_that_a_strict_page_forbids() {
+        for handler in ["onclick", "onsubmit", "onload", "style=", "<script", "javascript:", "action="] {
+            assert!(!EXPLAIN_FORM.contains(handler), "{handler}");
+        }
+        assert!(EXPLAIN_FORM.contains("<noscript>") && !EXPLAIN_FORM.contains("src=\"http"));
+        for sink in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "localStorage"] {
+            assert!(!EXPLAIN_SCRIPT.contains(sink), "{sink}");
+        }
+        for name in ["method", "target", "fields", "body", "client", "tls", "user", "scopes"] {
+            let (field, read) = (format!("name=\"{name}\""), format!("get(\"{name}\")"));
+            assert!(EXPLAIN_FORM.contains(&field) && EXPLAIN_SCRIPT.contains(&read), "{name}");
+        }
+    }
 }

@@ -3,6 +3,8 @@
 
 mod explain;
 
+pub use explain::{EXPLAIN_FORM, EXPLAIN_SCRIPT};
+
 use crate::clock::Now;
 use crate::explain::RulePlaces;
 use crate::pipeline::Pipeline;

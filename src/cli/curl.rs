@@ -301,11 +301,16 @@ impl CurlArguments {
             return Err("-r with a body is not known here: write the request without it".into());
         }
         let url = self.url.take().ok_or("there is no URL")?;
-        let mut url = Url::parse(&url, self.globoff)?;
+        let mut url = CurlUrl::parse(&url, self.globoff)?;
         if !self.path_as_is {
             url.path = without_dots(&url.path);
         }
         if let (true, Some(data)) = (self.get, &mut self.data) {
+            if data.iter().any(|byte| *byte <= b' ' || *byte == 0x7f) {
+                return Err(
+                    "curl refuses a URL with a blank or a control character, which -G makes of this data".into()
+                );
+            }
             url.add_query(&std::mem::take(data));
             self.data = None;
         }
@@ -315,7 +320,9 @@ impl CurlArguments {
             url.path.push_str(&percent_encoded(name.as_bytes()));
         }
         if self.json {
-            for (name, line) in [("content-type", "Content-Type: application/json"), ("accept", "Accept: application/json")] {
+            for (name, line) in
+                [("content-type", "Content-Type: application/json"), ("accept", "Accept: application/json")]
+            {
                 if header(&self.headers, name).is_none() {
                     self.headers.push(line.into());
                 }
@@ -339,7 +346,7 @@ impl CurlArguments {
     }
 
     /// All but what is about the body.
-    fn head_lines(&self, method: &str, url: &Url) -> String {
+    fn head_lines(&self, method: &str, url: &CurlUrl) -> String {
         let mut head = format!("{method} {} HTTP/1.{}\r\n", url.target(), u8::from(!self.http10));
         let mut line = |name: &str, value: &str| {
             // Nothing can fail that is written to a string.
@@ -354,8 +361,8 @@ impl CurlArguments {
         let user = self.user.clone().or(url.user.clone());
         match (&self.bearer, user) {
             _ if asked("authorization") => {}
-            (Some(token), None) => line("Authorization", &format!("Bearer {token}")),
-            (_, Some(user)) => {
+            (Some(token), _) => line("Authorization", &format!("Bearer {token}")),
+            (None, Some(user)) => {
                 let user = if user.contains(':') { user } else { format!("{user}:") };
                 line("Authorization", &format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(user)));
             }
@@ -406,7 +413,8 @@ impl CurlArguments {
             if !asked("content-length") {
                 line("Content-Length", &length(body));
             }
-            if expects(body) {
+            // Before curl 8.7 whatever the size, behind that for large ones only.
+            if !self.http10 && !asked("expect") {
                 line("Expect", "100-continue");
             }
             return body.clone();
@@ -548,7 +556,7 @@ fn multipart(parts: &[FormPart]) -> Vec<u8> {
     body
 }
 
-struct Url {
+struct CurlUrl {
     https: bool,
     /// As it stands in Host.
     authority: String,
@@ -558,10 +566,12 @@ struct Url {
     query: Option<Vec<u8>>,
 }
 
-impl Url {
+impl CurlUrl {
     fn parse(url: &str, globoff: bool) -> Result<Self, String> {
         if !globoff && url.contains(['{', '}', '[', ']']) && !url.contains("://[") {
-            return Err("`{}` and `[]` in a URL stand for several requests to curl: use -g to send them as they are".into());
+            return Err(
+                "`{}` and `[]` in a URL stand for several requests to curl: use -g to send them as they are".into()
+            );
         }
         if url.bytes().any(|byte| byte <= b' ' || byte == 0x7f) {
             return Err("curl refuses a URL with a blank or a control character".into());

@@ -5,7 +5,9 @@ use super::reload::{AdminTarget, post_json};
 use super::{Failure, block_on, curl, load, why};
 use crate::config::Settings;
 use crate::edge::{Listen, now};
-use crate::explain::{known_scopes, ExplainQuestion, ExplainWorld, Explanation, ToldRule, ToldUpstream, WhatIf, Witness, explain as tell};
+use crate::explain::{
+    ExplainQuestion, ExplainWorld, Explanation, ToldRule, ToldUpstream, WhatIf, Witness, explain as tell, known_scopes,
+};
 use crate::identity::{Invalid, TokenStatus};
 use crate::request::head;
 use crate::request::origin::{Arrival, TlsArrival};
@@ -93,8 +95,15 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<(), Failure> {
 }
 
 fn given(arguments: &ExplainArguments) -> Result<Given, Failure> {
-    let nothing =
-        Given { bytes: Vec::new(), tls: arguments.tls, port: None, client: None, witness: Witness::Cache, lacks: Vec::new(), reason: None };
+    let nothing = Given {
+        bytes: Vec::new(),
+        tls: arguments.tls,
+        port: None,
+        client: None,
+        witness: Witness::Cache,
+        lacks: Vec::new(),
+        reason: None,
+    };
     let mut given = match (&arguments.raw, &arguments.log_line, arguments.curl.as_slice()) {
         (Some(path), ..) => {
             let bytes = read(path)?;
@@ -105,7 +114,8 @@ fn given(arguments: &ExplainArguments) -> Result<Given, Failure> {
             Given { bytes, lacks, ..nothing }
         }
         (None, Some(line), _) => {
-            let line = if line == "-" { String::from_utf8_lossy(&read("-".as_ref())?).into_owned() } else { line.clone() };
+            let line =
+                if line == "-" { String::from_utf8_lossy(&read("-".as_ref())?).into_owned() } else { line.clone() };
             logged(&line, nothing)?
         }
         (None, None, [_, ..]) => {
@@ -136,11 +146,13 @@ fn read(path: &std::path::Path) -> Result<Vec<u8>, Failure> {
 
 /// A request like the one of a log line. What the line does not have is left out, and said.
 fn logged(line: &str, nothing: Given) -> Result<Given, Failure> {
-    let not_a_line = || Failure::Usage("--log-line: not a line of the access log (a JSON object with `method` and `path`)".into());
+    let not_a_line =
+        || Failure::Usage("--log-line: not a line of the access log (a JSON object with `method` and `path`)".into());
     let line = why::object_in(line).ok_or_else(not_a_line)?;
     let text = |key: &str| line[key].as_str().map(str::to_owned);
     let (method, path) = text("method").zip(text("path")).ok_or_else(not_a_line)?;
-    let mut lacks = vec!["a log line has no header fields, no Host and no body: the request was told without them".to_owned()];
+    let mut lacks =
+        vec!["a log line has no header fields, no Host and no body: the request was told without them".to_owned()];
     let query = text("query").map_or(String::new(), |query| format!("?{query}"));
     if format!("{path}{query}").contains("[redacted]") {
         lacks.push("parts of the target are [redacted] in the line, and stand so in what was judged".into());
@@ -163,13 +175,16 @@ fn logged(line: &str, nothing: Given) -> Result<Given, Failure> {
             (Some("blocked"), _) => invalid(Invalid::Blocked),
             (Some("not_yet_valid"), _) => invalid(Invalid::NotYetValid),
             (_, Some(user)) => {
-                lacks.push(format!("the token is taken to be a valid one of {user}; the line has no scopes: see --as and --scopes"));
+                lacks.push(format!(
+                    "the token is taken to be a valid one of {user}; the line has no scopes: see --as and --scopes"
+                ));
                 Witness::Assumed { user, scopes: Vec::new() }
             }
             (_, None) => Witness::Cache,
         };
     }
-    let bytes = format!("{sent} {path}{query} HTTP/1.1\r\nHost: host-of-the-log-line\r\n{token}{field}\r\n").into_bytes();
+    let bytes =
+        format!("{sent} {path}{query} HTTP/1.1\r\nHost: host-of-the-log-line\r\n{token}{field}\r\n").into_bytes();
     let client = text("client").and_then(|client| client.parse().ok());
     Ok(Given { bytes, client, witness, lacks, reason: text("reason"), ..nothing })
 }
@@ -226,7 +241,9 @@ fn arrival(arguments: &ExplainArguments, given: &Given, settings: &Settings) -> 
             (Arrival { redirect: listener.redirect, tls, ..plain }, None)
         }
         None => {
-            let note = given.port.map(|port| format!("no listener has port {port}: taken to come by a proxy, or a mapping of ports"));
+            let note = given
+                .port
+                .map(|port| format!("no listener has port {port}: taken to come by a proxy, or a mapping of ports"));
             (Arrival { tls: given.tls.then(|| Arc::new(TlsArrival::default())), ..plain }, note)
         }
     }
@@ -255,7 +272,8 @@ fn asked(arguments: &ExplainArguments, given: &Given) -> Result<Explanation, Fai
         Witness::Cache | Witness::Store(_) => {}
     }
     let mut answer = post_json("/explain", Some(&call), &arguments.target)?;
-    Ok(serde_json::from_value(answer["explanation"].take()).context("the gateway's answer is not known here: is it another version?")?)
+    Ok(serde_json::from_value(answer["explanation"].take())
+        .context("the gateway's answer is not known here: is it another version?")?)
 }
 
 /// Writes an explanation for people.
@@ -289,7 +307,11 @@ impl Printer {
                 "unknown" => self.paint("33", "??"),
                 _ => self.paint("2", "--"),
             };
-            say!("{mark} {:<9} {}", stage.stage, if stage.decided.is_empty() { "not reached" } else { &stage.decided })?;
+            say!(
+                "{mark} {:<9} {}",
+                stage.stage,
+                if stage.decided.is_empty() { "not reached" } else { &stage.decided }
+            )?;
             stage.saw.iter().try_for_each(|saw| say!("             {saw}"))?;
             stage.rules.iter().try_for_each(|rule| say!("             {}", self.rule(rule)))?;
         }
@@ -367,7 +389,8 @@ fn joined(cases: &[WhatIf]) -> Vec<WhatIf> {
     let mut all: Vec<WhatIf> = Vec::new();
     for case in cases {
         let same_end = |last: &WhatIf| {
-            (&last.verdict, last.status, &last.reason, &last.upstream) == (&case.verdict, case.status, &case.reason, &case.upstream)
+            (&last.verdict, last.status, &last.reason, &last.upstream)
+                == (&case.verdict, case.status, &case.reason, &case.upstream)
         };
         // `with GET`, `with a valid token of scope api`: what is before the last word has to be the same, and what is behind it.
         let method = |text: &str| {
@@ -375,7 +398,9 @@ fn joined(cases: &[WhatIf]) -> Vec<WhatIf> {
             word.bytes().all(|b| b.is_ascii_uppercase()).then(|| word.to_owned())
         };
         match (all.last_mut(), method(&case.change)) {
-            (Some(last), Some(word)) if same_end(last) && method(last.change.split(',').next().unwrap_or_default()).is_some() => {
+            (Some(last), Some(word))
+                if same_end(last) && method(last.change.split(',').next().unwrap_or_default()).is_some() =>
+            {
                 let (methods, rest) = last.change.split_once(" and ").unwrap_or((&last.change, ""));
                 let rest = if rest.is_empty() { String::new() } else { format!(" and {rest}") };
                 last.change = format!("{methods}, {word}{rest}");

@@ -136,7 +136,8 @@ fn scopes_of(route: &Route, scopes: &Scopes) -> Vec<String> {
 }
 
 fn is_limited(route: &Route, limit: &LimitSettings) -> bool {
-    let by_identity = |part: &LimitKeyPart| matches!(part, LimitKeyPart::Token | LimitKeyPart::User | LimitKeyPart::Scope);
+    let by_identity =
+        |part: &LimitKeyPart| matches!(part, LimitKeyPart::Token | LimitKeyPart::User | LimitKeyPart::Scope);
     let applies = &limit.applies;
     let needs_token =
         !applies.scopes.is_empty() || !applies.users.is_empty() || limit.buckets.key.iter().any(by_identity);
@@ -182,9 +183,10 @@ fn pages(route: &Route, settings: &Settings) -> String {
     };
     let whole = pagination.overrides.iter().find(|(pattern, _)| pattern.covers(&route.pattern));
     let own = whole.map_or(Some(&pagination.default), |(_, rules)| rules.as_ref());
-    let others = pagination.overrides.iter().filter(|(pattern, _)| {
-        pattern.meets(&route.pattern) && !pattern.covers(&route.pattern)
-    });
+    let others = pagination
+        .overrides
+        .iter()
+        .filter(|(pattern, _)| pattern.meets(&route.pattern) && !pattern.covers(&route.pattern));
     match others.count() {
         0 => text(&own),
         count => format!("{}, {count} paths otherwise", text(&own)),
@@ -197,19 +199,23 @@ fn table(rows: &[RouteRow], settings: &Settings) -> Result<(), Failure> {
     let cells: Vec<_> = std::iter::once(header).chain(rows.iter().map(RouteRow::cells)).collect();
     let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     // A column in which all say the same nothing is left out.
-    let says = |column: usize| cells[1..].iter().any(|row| !matches!(row[column].as_str(), "any host" | "none" | "-" | "any"));
+    let says =
+        |column: usize| cells[1..].iter().any(|row| !matches!(row[column].as_str(), "any host" | "none" | "-" | "any"));
     let columns: Vec<usize> = (0..9).filter(|column| matches!(column, 0 | 1 | 3 | 6 | 8) || says(*column)).collect();
     for (place, row) in cells.iter().enumerate() {
         let line: Vec<_> = columns.iter().map(|column| format!("{:<1$}", row[*column], width(*column))).collect();
         say!("{}", line.join("  ").trim_end())?;
-        if let Some(open) = place.checked_sub(1).and_then(|place| rows.get(place)).filter(|row| !row.reason.is_empty()) {
+        if let Some(open) = place.checked_sub(1).and_then(|place| rows.get(place)).filter(|row| !row.reason.is_empty())
+        {
             say!("  without a token because: {}", open.reason)?;
         }
     }
     if settings.rules.cors_preflight {
         say!("every path: CORS preflights (OPTIONS) pass without a token  {}", place(settings, "api.cors_preflight"))?;
     }
-    say!("any other path, host or method of these: 404 (no_route); other methods than GET HEAD POST PUT PATCH DELETE OPTIONS: 405")?;
+    say!(
+        "any other path, host or method of these: 404 (no_route); other methods than GET HEAD POST PUT PATCH DELETE OPTIONS: 405"
+    )?;
     Ok(())
 }
 
@@ -256,7 +262,8 @@ fn graph(settings: &Settings) -> String {
         for (number, server) in upstream.servers.iter().enumerate() {
             let more = if server.backup { "\nbackup" } else { "" };
             line(format!("server{at}_{number} [label={}]", quoted(&format!("{}{more}", server.address))));
-            let weight = if server.weight == 1 { String::new() } else { format!(" [label=\"weight {}\"]", server.weight) };
+            let weight =
+                if server.weight == 1 { String::new() } else { format!(" [label=\"weight {}\"]", server.weight) };
             line(format!("upstream{at} -> server{at}_{number}{weight}"));
         }
     }

@@ -20,7 +20,9 @@ const LEAST_ID: usize = 4;
 
 pub(super) fn run(id: &str, config: Option<&Path>, log: Option<&Path>, json: bool) -> Result<(), Failure> {
     if id.len() < LEAST_ID || !id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_')) {
-        return Err(Failure::Usage("--why: a request id has letters, digits, `-` and `_`; give all of it, or its beginning".into()));
+        return Err(Failure::Usage(
+            "--why: a request id has letters, digits, `-` and `_`; give all of it, or its beginning".into(),
+        ));
     }
     let files = match (log, config) {
         (Some(path), _) if path.as_os_str() == "-" => Vec::new(),
@@ -31,7 +33,7 @@ pub(super) fn run(id: &str, config: Option<&Path>, log: Option<&Path>, json: boo
             return Err(Failure::Usage(usage.into()));
         }
     };
-    let mut search = Search { id, found: Vec::new(), read: Vec::new(), unread: Vec::new() };
+    let mut search = LogSearch { id, found: Vec::new(), read: Vec::new(), unread: Vec::new() };
     match files.as_slice() {
         [] => {
             search.through(std::io::stdin().lock()).context("standard input cannot be read")?;
@@ -68,7 +70,9 @@ fn configured(config: &Path) -> Result<Vec<PathBuf>, Failure> {
         LogTarget::Journal(_) => {
             Err(instead(&format!("\"journald\": `journalctl -t tollgate TOLLGATE_LOG=access -o cat {pipe}")))
         }
-        LogTarget::Syslog(_) => Err(instead(&format!("\"syslog\": give the file that the daemon writes: `cat FILE {pipe}"))),
+        LogTarget::Syslog(_) => {
+            Err(instead(&format!("\"syslog\": give the file that the daemon writes: `cat FILE {pipe}")))
+        }
     }
 }
 
@@ -85,7 +89,7 @@ fn with_rotated(path: &Path) -> Vec<PathBuf> {
     std::iter::once(path.to_owned()).chain(rotated.into_iter().map(|(_, path)| path)).collect()
 }
 
-struct Search<'s> {
+struct LogSearch<'s> {
     id: &'s str,
     found: Vec<Value>,
     read: Vec<String>,
@@ -93,7 +97,7 @@ struct Search<'s> {
     unread: Vec<String>,
 }
 
-impl Search<'_> {
+impl LogSearch<'_> {
     /// Looks through a file, unless an earlier one had the request.
     fn file(&mut self, path: &Path) {
         if !self.found.is_empty() {
@@ -126,7 +130,9 @@ impl Search<'_> {
             }
             let object = object_in(&String::from_utf8_lossy(&line));
             let is_it = |object: &Value| {
-                ["request_id", "trace_id"].iter().any(|key| object[key].as_str().is_some_and(|own| own.starts_with(self.id)))
+                ["request_id", "trace_id"]
+                    .iter()
+                    .any(|key| object[key].as_str().is_some_and(|own| own.starts_with(self.id)))
             };
             self.found.extend(object.filter(is_it));
         }
@@ -170,7 +176,8 @@ fn sentences(line: &Value) -> Vec<String> {
         (status, "backend") => format!("  The client got {status} from the backend{took}."),
         (status, _) => format!("  The client got {status} from tollgate itself{took}."),
     });
-    let (means, advice) = texts(reason).unwrap_or_else(|| ("this version of tollgate does not know this reason".into(), String::new()));
+    let (means, advice) =
+        texts(reason).unwrap_or_else(|| ("this version of tollgate does not know this reason".into(), String::new()));
     match reason {
         "ok" if status >= 400 => said.push(format!(
             "  Why: nothing was refused here (reason `ok`); the {status} is the backend's own answer. Its log says more."
@@ -189,11 +196,19 @@ fn sentences(line: &Value) -> Vec<String> {
     said.push(who(line));
     said.push(upstream(line));
     if reason == "unknown" {
-        said.push("  Next: ask the caller for the first 12 hex digits of `printf %s TOKEN | sha256sum`; never for the token.".into());
+        said.push(
+            "  Next: ask the caller for the first 12 hex digits of `printf %s TOKEN | sha256sum`; never for the token."
+                .into(),
+        );
     } else if let Some(token) = line["token"].as_str() {
         said.push(format!("  Next: `tollgate token show --config FILE {token}` has the token's record."));
-    } else if status != 0 && text("by") != "backend" {
-        said.push("  Next: `tollgate explain --config FILE -- curl …` tells what each stage says to such a request.".into());
+    }
+    if status != 0 && text("by") != "backend" {
+        said.push(
+            "  Also: `tollgate explain --config FILE --log-line -` with this line shows each stage, and the line of the \
+             configuration behind it."
+                .into(),
+        );
     }
     said
 }
@@ -201,7 +216,8 @@ fn sentences(line: &Value) -> Vec<String> {
 fn who(line: &Value) -> String {
     let text = |key: &str| line[key].as_str();
     let client = text("client").map_or("a peer of a Unix socket".to_owned(), |client| format!("client {client}"));
-    let agent = text("user_agent").filter(|agent| !agent.is_empty()).map_or(String::new(), |agent| format!(", {agent}"));
+    let agent =
+        text("user_agent").filter(|agent| !agent.is_empty()).map_or(String::new(), |agent| format!(", {agent}"));
     let token = match (text("token"), text("source")) {
         (Some(token), source) => format!("token {token} ({})", source.unwrap_or("?")),
         (None, None | Some("none")) => "no token".into(),

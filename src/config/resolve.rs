@@ -450,7 +450,11 @@ impl Gather<'_, '_> {
                 let problem = Problem::warning("prefixes", "is in the list twice", "remove one of them");
                 self.places.add("api", problem.element(index).repeats("prefixes", first));
             }
-            routes.push(Route { at: format!("api.prefixes[{index}]"), body_bytes, ..Route::new(pattern, format!("{}/*", plain(&prefix.0))) });
+            routes.push(Route {
+                at: format!("api.prefixes[{index}]"),
+                body_bytes,
+                ..Route::new(pattern, format!("{}/*", plain(&prefix.0)))
+            });
         }
         // A [[route]] for a whole prefix comes first in the stable order, and so stands in the prefix's place.
         Routes::new(routes)

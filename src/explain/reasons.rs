@@ -17,10 +17,26 @@ const fn row(reason: &'static str, status: u16, means: &'static str, advice: &'s
 
 /// What the access log says in place of a refusal reason.
 const OTHERS: [(&str, &str, &str); 4] = [
-    ("ok", "nothing was refused, and nothing failed in tollgate", "if the status is an error, the backend answered with it: look there"),
-    ("aborted", "the process ended before the request did", "look at the process log around the time: a shutdown, a crash or the end of `shutdown_grace`"),
-    ("client_gone", "the client closed the connection first", "its own timeout? `duration_ms` says after what time; `upstream_duration_ms` how much of that was the backend's"),
-    ("failed", "an error after the response had begun; the connection was closed so that the client can detect it", "`upstream_status` and the process log say which side failed"),
+    (
+        "ok",
+        "nothing was refused, and nothing failed in tollgate",
+        "if the status is an error, the backend answered with it: look there",
+    ),
+    (
+        "aborted",
+        "the process ended before the request did",
+        "look at the process log around the time: a shutdown, a crash or the end of `shutdown_grace`",
+    ),
+    (
+        "client_gone",
+        "the client closed the connection first",
+        "its own timeout? `duration_ms` says after what time; `upstream_duration_ms` how much of that was the backend's",
+    ),
+    (
+        "failed",
+        "an error after the response had begun; the connection was closed so that the client can detect it",
+        "`upstream_status` and the process log say which side failed",
+    ),
 ];
 
 #[rustfmt::skip]

@@ -303,6 +303,30 @@ mod tests {
     }
 
     #[test]
+    fn who_looks_sees_what_a_request_would_get_and_takes_no_place() {
+        let (table, amounts) = (LimitTable::new(100), amounts(2));
+        let occupied = || table.shards.iter().map(|shard| shard.lock().occupied).sum::<usize>();
+        let fits = |key, now| {
+            let (bucket, shared) = table.peek(key, &amounts, now).unwrap();
+            (bucket.check(&amounts, 1, now).is_ok(), shared)
+        };
+        for key in 1..=60 {
+            ask(&table, key, &amounts, at(10));
+        }
+        (1..=1_000).for_each(|key| assert_eq!(fits(key, at(10)), (true, false), "{key}"));
+        assert_eq!(occupied(), 60);
+        ask(&table, 7, &amounts, at(10));
+        assert_eq!(fits(7, at(10)), (false, false));
+        (61..=100).for_each(|key| assert!(ask(&table, key, &amounts, at(10)).0));
+        // All are in use: a newcomer would get the shared bucket, and behind that somebody's place.
+        assert_eq!(fits(999, at(10)), (true, true));
+        assert_eq!((ask(&table, 998, &amounts, at(10)).0, ask(&table, 997, &amounts, at(10)).0), (true, true));
+        assert_eq!(fits(999, at(10)), (false, true));
+        assert_eq!(fits(999, at(5_000)), (true, false));
+        assert_eq!((1..=100).filter(|key| fits(*key, at(10)).0).count(), 99);
+    }
+
+    #[test]
     fn one_bucket_that_becomes_idle_is_found_at_once() {
         let (table, amounts) = (LimitTable::new(50), amounts(100));
         for key in 1..=50 {

@@ -46,8 +46,9 @@ impl Scopes {
 
     /// The rules that allow it, by their places.
     pub fn allowing(&self, held: &[String], method: Method, canonical: &[u8]) -> impl Iterator<Item = usize> {
-        let allows =
-            move |rule: &ScopeRule| rule.methods.has(method) && rule.paths.iter().any(|pattern| pattern.matches(canonical));
+        let allows = move |rule: &ScopeRule| {
+            rule.methods.has(method) && rule.paths.iter().any(|pattern| pattern.matches(canonical))
+        };
         let rules = self.rules.iter().enumerate();
         rules.filter(move |(_, rule)| held.contains(&rule.scope) && allows(rule)).map(|(place, _)| place)
     }
