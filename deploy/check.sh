@@ -225,7 +225,7 @@ places() {
         [ -e "$module" ] && grep -qE "fn $name\(\)|^    $name [0-9]+,\$" "$module" || { echo "$test: no such test in $module"; return 1; }
     done <"$work/tests"
 }
-for page in README security framework-traps clients threat-model dependencies; do run "docs/$page.md" places "docs/$page.md"; done
+for page in README explain security framework-traps clients threat-model dependencies; do run "docs/$page.md" places "docs/$page.md"; done
 for page in alerts backup limits monitoring operations stores tls; do places "docs/$page.md" || fail "docs/$page.md names what does not exist"; done
 
 echo "deploy/check.sh: $files files checked"

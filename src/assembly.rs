@@ -4,7 +4,7 @@
 use crate::admin::Reloaded;
 use crate::config::{self, Diagnostic, Probe, Settings};
 use crate::edge::{self, ListFiles, Logs, PassedSockets, Rebuild, Rebuilt, Running, Snapshot, Successors};
-use crate::identity::Authenticator;
+use crate::identity::{Authenticator, CannotTell, Checked, Mode, TokenStatus};
 use crate::pipeline::Pipeline;
 use crate::policy::{GuessGuard, RequestLimits};
 use crate::share::LeaseEngine;
@@ -62,7 +62,17 @@ fn snapshot(
     if let Some(before) = before {
         say_what_limits_keep(&limits, before);
     }
-    let pipeline = Pipeline {
+    let pipeline = pipeline(settings, authenticator, limits, guessing);
+    Snapshot::build(pipeline, metrics, &settings.upstreams, settings.edge.clone(), logs, running)
+}
+
+fn pipeline(
+    settings: &Settings,
+    authenticator: Arc<Authenticator>,
+    limits: RequestLimits,
+    guessing: GuessGuard,
+) -> Pipeline {
+    Pipeline {
         rules: settings.rules.clone(),
         policy: settings.policy.clone(),
         forward: settings.forward.clone(),
@@ -70,8 +80,30 @@ fn snapshot(
         authenticator,
         limits,
         guessing,
-    };
-    Snapshot::build(pipeline, metrics, &settings.upstreams, settings.edge.clone(), logs, running)
+    }
+}
+
+/// What judges requests by these settings, for those who tell of requests without a gateway: it opens no store, no log and no
+/// socket, and knows no token. Limits are full, and shared ones are this process's own.
+pub fn judging(settings: &Settings) -> anyhow::Result<Pipeline> {
+    let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).context("metrics")?);
+    let nobody = Authenticator::new(Chain::new(Vec::new()), settings.cache.clone(), metrics, edge::now);
+    let seed = || RandomState::new().hash_one(0);
+    let limits = RequestLimits::new(&settings.limits, settings.limit_fields, &settings.rules.routes, None, seed);
+    let guessing = GuessGuard::new(settings.guessing.as_ref(), None, seed);
+    Ok(pipeline(settings, Arc::new(nobody), limits, guessing))
+}
+
+/// What the stores of these settings say of a token, as a gateway without a cache would be told.
+pub async fn ask_stores(settings: &Settings, token: &[u8]) -> anyhow::Result<Result<TokenStatus, CannotTell>> {
+    let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION")).context("metrics")?);
+    let links = settings.stores.iter().map(|store| link(store, &metrics)).collect::<anyhow::Result<Vec<_>>>()?;
+    let authenticator = Authenticator::new(Chain::new(links), settings.cache.clone(), metrics, edge::now);
+    Ok(match authenticator.check(token, &Digest::of(token), edge::now(), Mode::Serve) {
+        Checked::Known(status, _) => Ok(status),
+        Checked::Waiting(lookup) => lookup.answer().await.0,
+        Checked::NotAsked => Err(CannotTell::NotAsked),
+    })
 }
 
 fn say_what_limits_keep(limits: &RequestLimits, before: &RequestLimits) {

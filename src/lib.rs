@@ -51,6 +51,9 @@ pub mod reply;
 // The path: a request's verdict.
 pub mod pipeline;
 
+// The same path, told.
+pub mod explain;
+
 // The operator's requests.
 pub mod admin;
 

@@ -179,8 +179,51 @@ impl Pipeline {
         }
     }
 
+    /// Where a request in plain text is sent to: the same place on another port, with https.
+    pub fn elsewhere(view: &RequestView<'_>, port: u16) -> Box<[u8]> {
+        let host = view.host.strip_suffix(port_of(view.host)).unwrap_or(view.host);
+        let port = if port == 443 { String::new() } else { format!(":{port}") };
+        [b"https://", host, port.as_bytes(), view.target].concat().into()
+    }
+
     /// Judges a request that came from an origin.
     pub fn admit<'r>(&'r self, view: &RequestView<'r>, origin: &Origin<'_>, now: Now, mode: Mode) -> Admission<'r> {
+        let may_look_up = |turn: &mut GuessVerdict| {
+            *turn = self.guessing.turn(origin.client, now);
+            matches!(turn, GuessVerdict::Free)
+        };
+        self.admit_by(view, origin, now, mode, |token, digest, turn| {
+            self.authenticator.check_if(token, digest, now, mode, || may_look_up(turn))
+        })
+    }
+
+    /// Judges a request as [`Self::admit`] does in [`Mode::Observe`], as if this were known of its token. For those who tell what
+    /// would become of a request, and never for one that is served: what it permits rests on an assumption.
+    pub fn suppose<'r>(
+        &'r self,
+        view: &RequestView<'r>,
+        origin: &Origin<'_>,
+        now: Now,
+        status: &TokenStatus,
+    ) -> (Verdict<'r>, Facts) {
+        let known = |_: &[u8], _: &Digest, _: &mut GuessVerdict| Checked::Known(status.clone(), CacheResult::Miss);
+        match self.admit_by(view, origin, now, Mode::Observe, known) {
+            Admission::Decided(verdict, facts) => (verdict, Facts { cache: None, ..facts }),
+            // Nothing is waited for by who only observes.
+            Admission::Waiting(pending) => (Verdict::Refuse(Cause::Bug.into()), pending.facts),
+        }
+    }
+
+    /// `check` says what is known of a token, and may say that it has to take a turn before it is looked up.
+    #[inline]
+    fn admit_by<'r>(
+        &'r self,
+        view: &RequestView<'r>,
+        origin: &Origin<'_>,
+        now: Now,
+        mode: Mode,
+        check: impl FnOnce(&[u8], &Digest, &mut GuessVerdict) -> Checked,
+    ) -> Admission<'r> {
         if !self.policy.addresses.admit(origin.client) {
             return refused(PolicyFault::Address, Facts::none(view.method, origin.client));
         }
@@ -216,11 +259,7 @@ impl Pipeline {
             return refused(exceeded.noted(&mut facts), facts);
         }
         let mut turn = GuessVerdict::Free;
-        let checked = self.authenticator.check_if(&presented.value, &digest, now, mode, || {
-            turn = self.guessing.turn(origin.client, now);
-            matches!(turn, GuessVerdict::Free)
-        });
-        let answer = match checked {
+        let answer = match check(&presented.value, &digest, &mut turn) {
             Checked::Known(answer, result) => {
                 facts.cache = Some(result);
                 Ok(answer)
@@ -393,6 +432,12 @@ impl Pipeline {
             Err(exceeded) => Err(exceeded.noted(facts)),
         }
     }
+}
+
+/// The port of a host, with its colon; empty if it has none.
+fn port_of(host: &[u8]) -> &[u8] {
+    let colon = memchr::memrchr(b':', host).filter(|at| host[at + 1..].iter().all(u8::is_ascii_digit));
+    colon.map_or(b"", |at| &host[at..])
 }
 
 fn guessing(refusal: GuessRefusal) -> Cause {

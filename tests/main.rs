@@ -26,6 +26,7 @@ mod connections;
 mod deadlines;
 mod deploy;
 mod exactness;
+mod explain;
 mod forwarding;
 mod hardening;
 mod http2;

@@ -32,6 +32,23 @@ fn rows() -> Vec<Row> {
     rows
 }
 
+/// A request for each name, in a query and in a form.
+pub(crate) fn requests() -> Vec<(String, Vec<u8>)> {
+    let mut all = Vec::new();
+    for Row { name, .. } in rows() {
+        let head = format!("GET {PATH}?a=1&{name}=9000&b=%41 HTTP/1.1\r\nHost: h\r\nPRIVATE-TOKEN: {GOOD}\r\n\r\n");
+        all.push((format!("query {name}"), head.into_bytes()));
+        let body = format!("a=1&{name}=9000");
+        let form = format!(
+            "POST {PATH} HTTP/1.1\r\nHost: h\r\nPRIVATE-TOKEN: {GOOD}\r\n\
+             Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        all.push((format!("form {name}"), form.into_bytes()));
+    }
+    all
+}
+
 fn ask(gateway: &Gateway, query: &str) -> u16 {
     gateway.ask(&format!("GET {PATH}?{query} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {GOOD}\n\n")).status
 }

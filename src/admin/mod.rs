@@ -1,7 +1,12 @@
 //! The requests that the admin listener serves, as plain functions. Knows no socket; nothing here is ever served on the
 //! API listeners.
 
+mod explain;
+
+pub use explain::{EXPLAIN_FORM, EXPLAIN_SCRIPT};
+
 use crate::clock::Now;
+use crate::explain::RulePlaces;
 use crate::pipeline::Pipeline;
 use crate::policy::GuessEpisode;
 use crate::request::head::HeadFault;
@@ -20,6 +25,10 @@ pub struct Operator<'a> {
     pub pipeline: &'a Pipeline,
     pub metrics: &'a Metrics,
     pub upstreams: Vec<&'a Upstream>,
+    /// Where its rules are written.
+    pub places: &'a RulePlaces,
+    /// Of the request, where [`takes_body`] asks for one.
+    pub body: &'a [u8],
     /// Host names that the listener accepts besides IP addresses and localhost, in lower case.
     pub hosts: &'a [String],
     pub ready: bool,
@@ -77,6 +86,7 @@ pub struct AdminResponse {
 pub enum Unread {
     TooLarge,
     TargetTooLong,
+    BodyTooLarge,
     TooSlow,
     Malformed(HeadFault),
 }
@@ -100,6 +110,7 @@ GET  /top?seconds=600&n=100     the same for up to 600 seconds, and up to 100 of
 GET  /guessing                  addresses that guess tokens at the moment, as JSON
 POST /guessing/lift             forget the failed tokens of all addresses
 POST /guessing/lift?client=ADDRESS   forget those of one address, or of its IPv6 network of 64 bits
+POST /explain                   what would become of a request, as JSON; docs/explain.md
 POST /cache/forget?sha256=HEX   remove the tokens whose SHA-256 begins with these 12 to 64 hex digits
 ";
 
@@ -130,11 +141,12 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
         (b"/top", _) if reads => top(view.query(), operator).into(),
         (b"/guessing", _) if reads => guessing(operator).into(),
         (b"/guessing/lift", Method::Post) => lift(view.query(), operator),
+        (b"/explain", Method::Post) => explain::explain(view, operator),
         (b"/cache/forget", Method::Post) => forget(view.query(), operator),
         (b"/" | b"/metrics" | b"/healthz" | b"/readyz" | b"/status" | b"/upstreams" | b"/top" | b"/guessing", _) => {
             not_allowed("GET, HEAD")
         }
-        (b"/reload" | b"/upgrade" | b"/cache/forget" | b"/guessing/lift", _) => not_allowed("POST"),
+        (b"/reload" | b"/upgrade" | b"/cache/forget" | b"/guessing/lift" | b"/explain", _) => not_allowed("POST"),
         (path, method) => match drain_call(path) {
             Some(call) if method == Method::Post => drain(&call, operator),
             Some(_) => not_allowed("POST"),
@@ -143,12 +155,18 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
     }
 }
 
+/// The most bytes of a body that are to be read. `None`: none of it.
+pub fn takes_body(view: &RequestView<'_>) -> Option<u64> {
+    (view.path() == b"/explain" && view.method == Method::Post).then_some(explain::MOST_BYTES)
+}
+
 /// The response to bytes that could not be read as a request.
 pub fn unreadable(why: Unread) -> AdminResponse {
     match why {
         Unread::TooLarge => text(431, "The request head is larger than 16 KiB.\n"),
         Unread::TargetTooLong => text(414, "The request target is longer than 4 KiB.\n"),
-        Unread::TooSlow => text(408, "The request head was not complete after 5 seconds.\n"),
+        Unread::BodyTooLarge => text(413, "The request body is larger than 128 KiB.\n"),
+        Unread::TooSlow => text(408, "The request head, or its body, was not complete after 5 seconds.\n"),
         Unread::Malformed(HeadFault::RequestLine) => {
             text(400, "Malformed request: expected `GET /healthz HTTP/1.1` or HTTP/1.0, CRLF line ends, no TLS.\n")
         }
@@ -531,7 +549,9 @@ impl AdminResponse {
             404 => "Not Found",
             405 => "Method Not Allowed",
             408 => "Request Timeout",
+            413 => "Request Entity Too Large",
             414 => "URI Too Long",
+            415 => "Unsupported Media Type",
             431 => "Request Header Fields Too Large",
             503 => "Service Unavailable",
             _ => "Internal Server Error",

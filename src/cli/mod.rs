@@ -9,15 +9,22 @@ macro_rules! say {
 mod cert;
 mod check;
 mod configuration;
+mod curl;
 mod demo;
+mod explain;
 mod init;
 mod reference;
 mod reload;
+mod routes;
 mod run;
 mod server;
 mod store;
 mod token;
 mod upgrade;
+mod why;
+
+#[doc(hidden)]
+pub use curl::{CurlRequest, request as curl_request};
 
 pub use reference::markdown;
 
@@ -65,6 +72,14 @@ enum Command {
     /// The running gateway starts its binary again with the arguments that it was started with, and passes it the listening
     /// sockets. If the new process cannot start, nothing changes. Exit codes: 0 the new process serves, 1 nothing changed.
     Upgrade(reload::AdminTarget),
+    /// Tell what would become of a request and why: stage by stage, with the lines of the configuration.
+    ///
+    /// The request is curl's arguments behind `--`, bytes, or a line of the access log. Without --running no gateway is asked and no
+    /// store: `--as` says whose token it is. Example: `tollgate explain --config F -- curl -H 'PRIVATE-TOKEN: x' http://host/api/v3/user`.
+    /// Exit codes: 0 told, 1 not found or not reached, 64 usage.
+    Explain(explain::ExplainArguments),
+    /// List what can be reached and how: paths, methods, tokens, scopes, limits, upstreams.
+    Routes(routes::RoutesArguments),
     /// Drain a server of a running gateway, or return it to service.
     Server {
         #[command(subcommand)]
@@ -187,6 +202,8 @@ pub fn main() -> ExitCode {
         Command::Init(arguments) => init::run(arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Reload(arguments) => reload::run(&arguments),
+        Command::Explain(arguments) => explain::run(&arguments),
+        Command::Routes(arguments) => routes::run(&arguments),
         Command::Upgrade(arguments) => upgrade::run(&arguments),
         Command::Server { command } => server::run(&command),
         Command::Token { command } => block_on(token::run(command)),

@@ -16,10 +16,10 @@ use std::time::Duration;
 #[derive(clap::Args)]
 pub(super) struct AdminTarget {
     #[command(flatten)]
-    config: ConfigOption,
+    pub(super) config: ConfigOption,
     /// Address of the admin listener, `address:port` or `unix:/path`, if it differs from the one in the file
     #[arg(long, value_name = "ADDRESS")]
-    admin: Option<String>,
+    pub(super) admin: Option<String>,
     /// How long to wait for the result
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     timeout: Duration,
@@ -36,6 +36,16 @@ const NOT_REACHED: &str = "the gateway cannot be reached, nothing changed. If [a
 
 /// Sends a POST to the admin listener, and reads its answer.
 pub(super) fn post(what: &str, arguments: &AdminTarget) -> Result<serde_json::Value, Failure> {
+    post_json(what, None, arguments)
+}
+
+/// The same with a body.
+pub(super) fn post_json(
+    what: &str,
+    body: Option<&serde_json::Value>,
+    arguments: &AdminTarget,
+) -> Result<serde_json::Value, Failure> {
+    let what = (what, body);
     let address = address(arguments)?;
     // The shortest time there is: a read timeout of 0 would mean none.
     let timeout = arguments.timeout.max(Duration::from_millis(1));
@@ -138,9 +148,17 @@ fn parse(text: &str) -> Option<AdminAddress> {
 }
 
 /// Sends the request and reads the whole answer. `timeout` is only for the message: the stream has it set.
-fn ask(mut stream: impl Read + Write, what: &str, timeout: Duration, host: &str) -> anyhow::Result<serde_json::Value> {
+fn ask(
+    mut stream: impl Read + Write,
+    (what, body): (&str, Option<&serde_json::Value>),
+    timeout: Duration,
+    host: &str,
+) -> anyhow::Result<serde_json::Value> {
+    let kind = if body.is_some() { "Content-Type: application/json\r\n" } else { "" };
+    let body = body.map(ToString::to_string).unwrap_or_default();
     let request = format!(
-        "POST {what} HTTP/1.1\r\nHost: {host}\r\nAccept: application/json\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        "POST {what} HTTP/1.1\r\nHost: {host}\r\nAccept: application/json\r\n{kind}Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
     );
     stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();

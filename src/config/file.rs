@@ -1134,6 +1134,10 @@ impl Setting for BasicUsersText {
             _ => Err(vec![invalid("is not allowed here", like)]),
         }
     }
+
+    fn schema() -> Value {
+        json!({ "anyOf": [{ "enum": ["none", "any", "user"] }, Vec::<String>::schema()] })
+    }
 }
 
 /// What requests count as.

@@ -4,6 +4,7 @@
 use super::diagnostic::{Diagnostic, FilePosition, Position};
 use super::expand::Expansions;
 use super::sources::{INCLUDE, Sources};
+use crate::explain::RulePlaces;
 use crate::problem::{Problem, Severity};
 use crate::request::seeded::{self, Rule};
 use std::collections::{BTreeSet, HashMap};
@@ -121,6 +122,15 @@ impl<'t> Places<'t> {
         let above = path.rfind(['.', '['])?;
         let above = &path[..above];
         self.spans.get(above).map(|span| self.place(span.key.start)).or_else(|| self.place_of(above))
+    }
+
+    /// Where each key is, for those who tell by which one a request was judged.
+    pub(super) fn known(&self) -> RulePlaces {
+        let place = |span: &KeySpan| {
+            let FilePosition { file, position, .. } = self.place(span.key.start);
+            format!("{}:{}", file.display(), position.line)
+        };
+        RulePlaces::new(self.spans.iter().map(|(path, span)| (path.clone(), place(span))))
     }
 
     /// The value as it is written, where it can be shown.

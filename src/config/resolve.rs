@@ -197,6 +197,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         let problem = Problem::error("audit", "is the file of log.access", "give each log its own file");
         gather.places.add("admin", problem);
     }
+    let rule_places = gather.places.known();
     Settings {
         server,
         rules,
@@ -217,6 +218,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
             shutdown: ShutdownTimes { drain_delay: file.server.drain_delay, grace: file.server.shutdown_grace },
             connections,
             body_rate,
+            places: Arc::new(rule_places),
             admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
         },
         access_log: log_target(&file.log.access),
@@ -405,6 +407,7 @@ impl Gather<'_, '_> {
                 Canary::new(named("canary", None, &canary.upstream), &canary.upstream, by, canary.share)
             });
             let settings = Route {
+                at: route.at.clone(),
                 hosts: route.hosts.iter().map(|host| host.0.clone()).collect(),
                 methods: Methods::only(route.methods.iter().map(|method| method.0)),
                 auth: match route.auth {
@@ -465,7 +468,11 @@ impl Gather<'_, '_> {
                 let problem = Problem::warning("prefixes", "is in the list twice", "remove one of them");
                 self.places.add("api", problem.element(index).repeats("prefixes", first));
             }
-            routes.push(Route { body_bytes, ..Route::new(pattern, format!("{}/*", plain(&prefix.0))) });
+            routes.push(Route {
+                at: format!("api.prefixes[{index}]"),
+                body_bytes,
+                ..Route::new(pattern, format!("{}/*", plain(&prefix.0)))
+            });
         }
         // A [[route]] for a whole prefix comes first in the stable order, and so stands in the prefix's place.
         Routes::new(routes)

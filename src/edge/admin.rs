@@ -17,6 +17,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 
 const LIMITS: HeadLimits = HeadLimits {
     header_bytes: 16 * 1024,
@@ -56,8 +57,20 @@ impl Serve for AdminGate {
                     break;
                 }
             };
+            let body = match admin::takes_body(&view) {
+                None => Vec::new(),
+                Some(most) => match read_body(&mut client, view.body, view.expects_continue, most).await {
+                    Ok(body) => body,
+                    Err(why) => {
+                        let _ = client.write(&admin::unreadable(why).render(false, true)).await;
+                        break;
+                    }
+                },
+            };
             let snapshot = self.snapshot.load_full();
             let operator = Operator {
+                places: &snapshot.settings.places,
+                body: &body,
                 pipeline: &snapshot.pipeline,
                 metrics: &snapshot.metrics,
                 upstreams: snapshot.upstreams.iter().map(|peers| &*peers.upstream).collect(),
@@ -89,6 +102,32 @@ impl Serve for AdminGate {
         }
         client.end(After::Close).await;
     }
+}
+
+/// All of a body that may be this large, in time.
+async fn read_body(client: &mut ClientStream, framing: Framing, waits: bool, most: u64) -> Result<Vec<u8>, Unread> {
+    if matches!(framing, Framing::Length(length) if length > most) {
+        return Err(Unread::BodyTooLarge);
+    }
+    if waits {
+        // Whoever asked may be gone, which the next read finds.
+        let _ = client.write(b"HTTP/1.1 100 Continue\r\n\r\n").await;
+    }
+    client.begin_body(framing, None);
+    let Some((mut reader, ..)) = client.split() else { return Err(Unread::TooSlow) };
+    let mut body = Vec::new();
+    let read = async {
+        while let Some(piece) = reader.piece().await.map_err(|_| Unread::Malformed(head::HeadFault::Framing))? {
+            body.extend_from_slice(reader.bytes(&piece));
+            reader.consume(&piece);
+            if body.len() as u64 > most {
+                return Err(Unread::BodyTooLarge);
+            }
+        }
+        Ok(())
+    };
+    timeout(LIMITS.header_timeout, read).await.unwrap_or(Err(Unread::TooSlow))?;
+    Ok(body)
 }
 
 impl AdminGate {

@@ -9,6 +9,7 @@ use crate::request::chunked::ChunkedBody;
 use crate::request::head::{self, HeadFault};
 use crate::request::origin::Arrival;
 use crate::request::view::Framing;
+use crate::request::{Limits, RequestFault};
 use async_trait::async_trait;
 use bytes::{Buf as _, Bytes, BytesMut};
 use pingora::protocols::raw_connect::ProxyDigest;
@@ -32,8 +33,6 @@ const READ_BYTES: usize = 4 * 1024;
 const BODY_BYTES: usize = 32 * 1024;
 /// Bytes of a next request that may pile up while the current one is served.
 const MAX_AHEAD_BYTES: usize = 64 * 1024;
-/// Unread bodies up to this size are skipped, so that the connection can be reused.
-const MAX_DRAIN_BYTES: u64 = 64 * 1024;
 const DRAIN_TIME: Duration = Duration::from_secs(5);
 /// How long, and how much, a connection is still read after the last answer, so that a client that is still sending
 /// gets to see the answer and not a reset.
@@ -98,8 +97,10 @@ impl HeadLimits {
     }
 
     fn too_large(&self, head: &[u8]) -> Head {
-        let line = memchr::memchr(b'\n', head).unwrap_or(head.len());
-        if line > self.target_bytes.saturating_add(64) { Head::TargetTooLong } else { Head::TooLarge }
+        match Limits::refuse_size(self.target_bytes, head) {
+            RequestFault::TargetTooLong => Head::TargetTooLong,
+            _ => Head::TooLarge,
+        }
     }
 }
 
@@ -229,12 +230,7 @@ impl ClientStream {
 
     /// Whether an unread body can be skipped so that the next request can be read.
     pub(super) fn can_skip(framing: Framing, expects_continue: bool) -> bool {
-        match framing {
-            Framing::Empty => true,
-            // A client that waits for 100 may send the body or not: what comes next can't be told.
-            Framing::Length(length) => !expects_continue && length <= MAX_DRAIN_BYTES,
-            Framing::Chunked => false,
-        }
+        framing.can_be_skipped(expects_continue)
     }
 
     /// Skips a body. False when the connection is of no further use.

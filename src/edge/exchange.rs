@@ -7,7 +7,7 @@ use super::peers::Peers;
 use super::spans::SpanNotes;
 use crate::clock::Now;
 use crate::forward::Plan;
-use crate::pipeline::Facts;
+use crate::pipeline::{Facts, Pipeline};
 use crate::policy::{GuessCount, PolicyFault};
 use crate::reply::{Cause, LimitFields, Refusal, UpstreamFault};
 use crate::request::origin::{Arrival, TlsArrival, network_of};
@@ -178,9 +178,7 @@ impl Exchange {
 
     /// It may be sent to the same place on another port, with https.
     pub(super) fn redirects(&mut self, view: &RequestView<'_>, port: u16) {
-        let host = view.host.strip_suffix(port_of(view.host)).unwrap_or(view.host);
-        let port = if port == 443 { String::new() } else { format!(":{port}") };
-        self.elsewhere = Some([b"https://", host, port.as_bytes(), view.target].concat().into());
+        self.elsewhere = Some(Pipeline::elsewhere(view, port));
     }
 
     pub(super) fn elsewhere(&self) -> Option<Box<[u8]>> {
@@ -625,12 +623,6 @@ impl Drop for Exchange {
             self.export(notes, ended);
         }
     }
-}
-
-/// The port of a host, with its colon; empty if it has none.
-fn port_of(host: &[u8]) -> &[u8] {
-    let colon = memchr::memrchr(b':', host).filter(|at| host[at + 1..].iter().all(u8::is_ascii_digit));
-    colon.map_or(b"", |at| &host[at..])
 }
 
 /// The value of a cookie.

@@ -19,7 +19,7 @@ use crate::reply::answer::{self, AnswerEdit, AnswerKind, AnswerName, AnswerView 
 use crate::reply::head::{AnswerBody, AnswerHead, MAX_HEAD_BYTES, end_of_head};
 use crate::reply::{Cause, LimitFields, Refusal, UpstreamFault};
 use crate::request::RequestFault;
-use crate::request::body::BodyScanner;
+use crate::request::body::{BodyScanner, judge_piece};
 use crate::request::chunked::{ChunkFault, ChunkedBody};
 use crate::request::head::HeadFault;
 use crate::request::route::HeaderEdits;
@@ -576,12 +576,7 @@ fn judge(
     piece: &[u8],
     last: bool,
 ) -> Result<(), Breakage> {
-    if limit.is_some_and(|limit| before + piece.len() as u64 > limit) {
-        return Err(Breakage::Request(RequestFault::BodyTooLarge));
-    }
-    let Some(scanner) = scanner else { return Ok(()) };
-    let verdict = scanner.feed(piece).and_then(|()| if last { scanner.finish() } else { Ok(()) });
-    verdict.map_err(|fault| Breakage::Request(RequestFault::Body(fault)))
+    judge_piece(scanner, limit, before, piece, last).map_err(Breakage::Request)
 }
 
 /// Room for the line before a chunk: 16 digits and its end.

@@ -53,6 +53,7 @@ pub use tls::{CertificateFiles, ListenerTlsSettings, TlsProfile};
 pub use upgrade::{Predecessor, Successors};
 
 use crate::clock::Now;
+use crate::explain::RulePlaces;
 use crate::pipeline::{Facts, Pipeline};
 use crate::policy::{GuessEpisode, LimitFacts, LimitResult, MOST_OWN_RATES, OddKind, OddTerms};
 use crate::problem::Problem;
@@ -99,6 +100,8 @@ pub struct EdgeSettings {
     pub body_rate: BodyRate,
     /// Names that the admin listener answers to, in lower case.
     pub admin_hosts: Vec<String>,
+    /// Where the rules are written that requests are judged by.
+    pub places: Arc<RulePlaces>,
 }
 
 /// What is written of the traffic and of changes.

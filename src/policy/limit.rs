@@ -7,7 +7,7 @@
 //! others took from the same bucket meanwhile.
 
 use super::limit_bucket::{LimitAmounts, LimitBucket, LimitedBy, RefillRate};
-use super::limit_table::{LimitTable, LockedBucket};
+use super::limit_table::LimitTable;
 use crate::clock::Now;
 use crate::identity::Principal;
 use crate::problem::Problem;
@@ -504,7 +504,7 @@ impl RequestLimits {
 
     /// What a limit allows to somebody.
     pub fn amounts(&self, limit: u16, principal: Option<&Principal>) -> Option<LimitAmounts> {
-        self.limits.get(usize::from(limit)).map(|limit| *limit.choose(principal).0.parts().0)
+        self.limits.get(usize::from(limit)).map(|limit| *limit.choose(principal, false).0.parts().0)
     }
 
     /// Notes odd terms. Whether the edge has not said them yet.
@@ -626,14 +626,23 @@ impl RequestLimits {
         let Some((next, rest)) = uses.split_first() else { return };
         let Some((limit, cost)) = self.applies(next, asked) else { return self.ask_rest(rest, asked) };
         let Some(key) = limit.key(asked.subject) else { return self.ask_rest(rest, asked) };
-        let (chosen, odd) = limit.choose(asked.subject.principal);
+        let (chosen, odd) = limit.choose(asked.subject.principal, asked.takes);
         let (amounts, table) = chosen.parts();
         let is_odd = odd.is_some_and(|odd| asked.takes && self.is_unsaid(odd, asked.subject.principal));
         if let Some(shared) = &limit.shared {
             return self.ask_shared((next, rest), limit, shared, (key, cost), (amounts, is_odd), asked);
         }
+        if !asked.takes {
+            if let Some((bucket, shared)) = table.peek(key, amounts, asked.now) {
+                self.check_one(next, limit, amounts, cost, (&bucket, shared), asked);
+                self.tell(asked.taken.facts.len() - 1, &bucket, amounts, asked);
+            }
+            return self.ask_rest(rest, asked);
+        }
         let Some(mut locked) = table.lock(key, amounts, asked.now) else { return self.ask_rest(rest, asked) };
-        let fits = self.check_one(next, limit, amounts, cost, &mut locked, asked);
+        let shared = locked.is_shared();
+        let Some(bucket) = locked.get() else { return self.ask_rest(rest, asked) };
+        let fits = self.check_one(next, limit, amounts, cost, (&*bucket, shared), asked);
         let place = asked.taken.facts.len() - 1;
         if is_odd && let Some(fact) = asked.taken.facts.get_mut(place) {
             fact.odd = true;
@@ -641,9 +650,8 @@ impl RequestLimits {
         if !rest.is_empty() {
             self.ask_rest(rest, asked);
         }
-        let shared = locked.is_shared();
         let Some(bucket) = locked.get() else { return };
-        if fits && asked.takes && asked.excess.is_none() && !asked.taken.lacks() {
+        if fits && asked.excess.is_none() && !asked.taken.lacks() {
             let before = *bucket;
             bucket.take(amounts, cost, asked.now);
             if asked.stage == LimitStage::Early {
@@ -654,6 +662,11 @@ impl RequestLimits {
                 asked.taken.in_flight.push(InFlight { table: Arc::clone(table), key, shared });
             }
         }
+        self.tell(place, bucket, amounts, asked);
+    }
+
+    /// Notes what is left, where answers say so.
+    fn tell(&self, place: usize, bucket: &LimitBucket, amounts: &LimitAmounts, asked: &mut Asked<'_, '_>) {
         if self.told
             && let Some(fact) = asked.taken.facts.get_mut(place)
         {
@@ -680,19 +693,18 @@ impl RequestLimits {
         limit: &RunningLimit,
         amounts: &LimitAmounts,
         cost: u64,
-        locked: &mut LockedBucket<'_, LimitBucket>,
+        (bucket, shared): (&LimitBucket, bool),
         asked: &mut Asked<'_, '_>,
     ) -> bool {
         let number = u16::try_from(next.limit).unwrap_or(u16::MAX);
-        let (settings, shared, now) = (&limit.settings, locked.is_shared(), asked.now);
-        let checked = locked.get().map_or(Ok(()), |bucket| bucket.check(amounts, cost, now));
-        let result = match checked {
+        let (settings, now) = (&limit.settings, asked.now);
+        let result = match bucket.check(amounts, cost, now) {
             Ok(()) => LimitResult::Allowed,
             Err(_) if settings.dry_run => LimitResult::DryRun,
             Err(shortage) => {
                 asked.exceeds(shortage.wait_ms, || {
                     let retry_after = shortage.wait_ms.div_ceil(1_000).max(1);
-                    let remaining = locked.get().map_or(0, |bucket| bucket.level(amounts, now).remaining);
+                    let remaining = bucket.level(amounts, now).remaining;
                     Excess {
                         limit: number,
                         by: shortage.by,
@@ -762,7 +774,7 @@ impl LimitTables {
     }
 
     /// Those of a token's own rate. `None`: there are too many.
-    fn of_rate(&self, amounts: &LimitAmounts) -> Option<Arc<OwnRate>> {
+    fn of_rate(&self, amounts: &LimitAmounts, takes: bool) -> Option<Arc<OwnRate>> {
         let find = |own: &[Arc<OwnRate>]| own.iter().find(|known| known.amounts == *amounts).map(Arc::clone);
         let known = find(&self.own.read());
         known.or_else(|| {
@@ -773,9 +785,12 @@ impl LimitTables {
             if own.len() >= MOST_OWN_RATES {
                 return None;
             }
-            let table = Arc::new(LimitTable::new(self.most.min(OWN_BUCKETS)));
-            let new = Arc::new(OwnRate { amounts: *amounts, table });
-            own.push(Arc::clone(&new));
+            // Who only looks sees a full bucket, as the first request would, and uses up no place.
+            let buckets = if takes { self.most.min(OWN_BUCKETS) } else { 1 };
+            let new = Arc::new(OwnRate { amounts: *amounts, table: Arc::new(LimitTable::new(buckets)) });
+            if takes {
+                own.push(Arc::clone(&new));
+            }
             Some(new)
         })
     }
@@ -792,10 +807,11 @@ impl Asked<'_, '_> {
 
 impl RunningLimit {
     /// The amounts for a token, and where its bucket is; and what is odd about the token's terms.
-    fn choose<'a>(&'a self, principal: Option<&'a Principal>) -> (Chosen<'a>, Option<(OddKind, &'a str)>) {
+    /// `takes`: it is to be taken from.
+    fn choose<'a>(&'a self, principal: Option<&'a Principal>, takes: bool) -> (Chosen<'a>, Option<(OddKind, &'a str)>) {
         let BucketSettings { amounts, plans, .. } = &self.settings.buckets;
         match (plans, principal.and_then(Principal::terms)) {
-            (Some(plans), Some(terms)) => self.choose_by_terms(plans, terms),
+            (Some(plans), Some(terms)) => self.choose_by_terms(plans, terms, takes),
             _ => (Chosen::Set(amounts, &self.tables.common), None),
         }
     }
@@ -806,6 +822,7 @@ impl RunningLimit {
         &'a self,
         plans: &'a [LimitPlan],
         terms: &'a TokenTerms,
+        takes: bool,
     ) -> (Chosen<'a>, Option<(OddKind, &'a str)>) {
         let BucketSettings { amounts, key, .. } = &self.settings.buckets;
         let (mut amounts, mut table, mut odd) = (amounts, &self.tables.common, None);
@@ -825,7 +842,7 @@ impl RunningLimit {
             if own.is_too_fine() {
                 own = RefillRate::new(rate.requests, rate.period_ms, own.requests_in(1) + 1);
             }
-            match self.tables.of_rate(&LimitAmounts { rate: Some(own), ..*amounts }) {
+            match self.tables.of_rate(&LimitAmounts { rate: Some(own), ..*amounts }, takes) {
                 Some(own) => return (Chosen::Own(own), odd),
                 None => odd = odd.or(Some((OddKind::TooManyRates, &self.settings.name))),
             }

@@ -113,6 +113,18 @@ impl<B: TableBucket> LimitTable<B> {
         }
     }
 
+    /// What [`Self::lock`] would give, and whether it is the one of the newcomers. Makes no bucket, and takes nobody's place.
+    pub(super) fn peek(&self, hash: u64, terms: &B::Terms, now: Now) -> Option<(B, bool)> {
+        let key = key(hash);
+        let shard = self.shard(key)?.lock();
+        match shard.find(key) {
+            Ok(at) => shard.slots.get(at).map(|slot| (slot.bucket, false)),
+            Err(_) if shard.occupied < shard.most => Some((B::default(), false)),
+            Err(_) if (0..shard.slots.len()).any(|at| shard.is_idle(at, terms, now)) => Some((B::default(), false)),
+            Err(_) => Some((*self.shared.lock(), true)),
+        }
+    }
+
     /// The bucket of a key that has something in it.
     pub(super) fn change(&self, hash: u64, shared: bool, change: impl FnOnce(&mut B)) {
         if shared {
@@ -288,6 +300,30 @@ mod tests {
         }
         assert!(ask(&table, 301, &amounts, at(2_010)).1);
         assert_eq!(table.shards.iter().map(|shard| shard.lock().occupied).sum::<usize>(), 100);
+    }
+
+    #[test]
+    fn who_looks_sees_what_a_request_would_get_and_takes_no_place() {
+        let (table, amounts) = (LimitTable::new(100), amounts(2));
+        let occupied = || table.shards.iter().map(|shard| shard.lock().occupied).sum::<usize>();
+        let fits = |key, now| {
+            let (bucket, shared) = table.peek(key, &amounts, now).unwrap();
+            (bucket.check(&amounts, 1, now).is_ok(), shared)
+        };
+        for key in 1..=60 {
+            ask(&table, key, &amounts, at(10));
+        }
+        (1..=1_000).for_each(|key| assert_eq!(fits(key, at(10)), (true, false), "{key}"));
+        assert_eq!(occupied(), 60);
+        ask(&table, 7, &amounts, at(10));
+        assert_eq!(fits(7, at(10)), (false, false));
+        (61..=100).for_each(|key| assert!(ask(&table, key, &amounts, at(10)).0));
+        // All are in use: a newcomer would get the shared bucket, and behind that somebody's place.
+        assert_eq!(fits(999, at(10)), (true, true));
+        assert_eq!((ask(&table, 998, &amounts, at(10)).0, ask(&table, 997, &amounts, at(10)).0), (true, true));
+        assert_eq!(fits(999, at(10)), (false, true));
+        assert_eq!(fits(999, at(5_000)), (true, false));
+        assert_eq!((1..=100).filter(|key| fits(*key, at(10)).0).count(), 99);
     }
 
     #[test]

@@ -41,8 +41,16 @@ impl Scopes {
 
     /// Whether one of these scopes allows the request. A token without scopes may do nothing.
     pub(super) fn allow(&self, held: &[String], method: Method, canonical: &[u8]) -> bool {
-        self.of(held)
-            .any(|rule| rule.methods.has(method) && rule.paths.iter().any(|pattern| pattern.matches(canonical)))
+        self.allowing(held, method, canonical).next().is_some()
+    }
+
+    /// The rules that allow it, by their places.
+    pub fn allowing(&self, held: &[String], method: Method, canonical: &[u8]) -> impl Iterator<Item = usize> {
+        let allows = move |rule: &ScopeRule| {
+            rule.methods.has(method) && rule.paths.iter().any(|pattern| pattern.matches(canonical))
+        };
+        let rules = self.rules.iter().enumerate();
+        rules.filter(move |(_, rule)| held.contains(&rule.scope) && allows(rule)).map(|(place, _)| place)
     }
 
     pub(super) fn allow_sudo(&self, held: &[String]) -> bool {

@@ -82,6 +82,12 @@ impl Limits {
     const LARGEST_HEADER: usize = 512 * 1024;
     const SMALLEST: usize = 256;
 
+    /// Why a head is refused that is larger than `header_bytes`, or as large and not at its end.
+    pub fn refuse_size(target_bytes: usize, head: &[u8]) -> RequestFault {
+        let line = memchr::memchr(b'\n', head).unwrap_or(head.len());
+        if line > target_bytes.saturating_add(64) { RequestFault::TargetTooLong } else { RequestFault::HeaderTooLarge }
+    }
+
     /// Keys of `[limits]`.
     pub fn problems(&self) -> Vec<Problem> {
         let mut problems = Vec::new();

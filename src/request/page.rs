@@ -68,8 +68,13 @@ pub struct Pagination {
 
 impl Pagination {
     pub fn rules_for(&self, canonical: &[u8]) -> Option<&PageRules> {
-        let overriding = self.overrides.iter().find(|(pattern, _)| pattern.matches(canonical));
+        let overriding = self.overriding(canonical).and_then(|place| self.overrides.get(place));
         overriding.map_or(Some(&self.default), |(_, rules)| rules.as_ref())
+    }
+
+    /// The place of the override that applies.
+    pub fn overriding(&self, canonical: &[u8]) -> Option<usize> {
+        self.overrides.iter().position(|(pattern, _)| pattern.matches(canonical))
     }
 }
 

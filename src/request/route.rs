@@ -99,6 +99,22 @@ impl Pattern {
         self.segments.is_empty()
     }
 
+    /// Whether some path matches both.
+    pub fn meets(&self, other: &Self) -> bool {
+        let differ = |(a, b): (&Segment, &Segment)| a != b && *a != Segment::Any && *b != Segment::Any;
+        let (own, others) = (self.segments.len(), other.segments.len());
+        let goes_on = own == others || if own < others { self.below } else { other.below };
+        goes_on && !self.segments.iter().zip(&other.segments).any(differ)
+    }
+
+    /// Whether every path that matches the other one matches this one.
+    pub fn covers(&self, other: &Self) -> bool {
+        let (own, others) = (self.segments.len(), other.segments.len());
+        let is_met = |(a, b): (&Segment, &Segment)| *a == Segment::Any || a == b;
+        let ends = self.below || (own == others && !other.below);
+        own <= others && ends && self.segments.iter().zip(&other.segments).all(is_met)
+    }
+
     /// Orders patterns from wide to narrow: more segments, then an exact end, then literals before `:name`.
     pub(super) fn specificity(&self) -> (usize, bool, &[Segment]) {
         (self.segments.len(), !self.below, &self.segments)
@@ -121,6 +137,8 @@ pub struct Route {
     pub pattern: Pattern,
     /// The pattern as it was written: log field and metric label.
     pub name: String,
+    /// Where it stands in the configuration, for people: `route[0]`, `api.prefixes[0]`.
+    pub at: String,
     /// None: every host.
     pub hosts: Vec<HostPattern>,
     pub methods: Methods,
@@ -187,6 +205,11 @@ impl Canary {
         hash.write(name.as_bytes());
         hash.write(b"\0canary\0");
         Self { upstream, by, share: (share * SHARES as f64).round() as u64, hash }
+    }
+
+    /// From 0 to 1.
+    pub fn share(&self) -> f64 {
+        self.share as f64 / SHARES as f64
     }
 
     /// Whether a key belongs to the canary. A larger share keeps all keys of a smaller one.
@@ -317,6 +340,7 @@ impl Route {
         Self {
             pattern,
             name,
+            at: String::new(),
             hosts: Vec::new(),
             methods: Methods::ALL,
             auth: Auth::Required,
@@ -431,6 +455,25 @@ impl Methods {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn patterns_that_meet_or_cover_each_other() {
+        let of = |text: &str| text.parse::<Pattern>().unwrap();
+        let all = ["/", "/a", "/a/*", "/:x", "/:x/*", "/a/b", "/a/:x", "/a/:x/*", "/b/c", "/a/b/c"];
+        let paths = ["/", "/a", "/b", "/x", "/a/b", "/a/c", "/b/c", "/x/y", "/a/b/c", "/a/c/d", "/x/y/z", "/b/c/d/e"];
+        let (mut met, mut covered) = (0, 0);
+        for one in all {
+            for other in all {
+                let both = |path: &str| of(one).matches(path.as_bytes()) && of(other).matches(path.as_bytes());
+                assert_eq!(of(one).meets(&of(other)), paths.iter().copied().any(both), "{one} {other}");
+                let within = |path: &str| !of(other).matches(path.as_bytes()) || of(one).matches(path.as_bytes());
+                assert_eq!(of(one).covers(&of(other)), paths.iter().copied().all(within), "{one} {other}");
+                met += usize::from(of(one).meets(&of(other)));
+                covered += usize::from(of(one).covers(&of(other)));
+            }
+        }
+        assert!(met > 40 && covered > 25, "{met} {covered}");
+    }
 
     #[test]
     fn a_share_is_met_and_only_grows_by_new_keys() {

@@ -127,6 +127,21 @@ pub enum Framing {
     Chunked,
 }
 
+impl Framing {
+    /// Unread bodies up to this size are skipped, so that the connection can be reused.
+    const MOST_SKIPPED: u64 = 64 * 1024;
+
+    /// Whether an unread body can be skipped so that the next request can be read.
+    pub const fn can_be_skipped(self, expects_continue: bool) -> bool {
+        match self {
+            Self::Empty => true,
+            // A client that waits for 100 may send the body or not: what comes next can't be told.
+            Self::Length(length) => !expects_continue && length <= Self::MOST_SKIPPED,
+            Self::Chunked => false,
+        }
+    }
+}
+
 /// What a header field means to the gateway, classified once by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FieldKind {

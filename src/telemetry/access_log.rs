@@ -93,10 +93,11 @@ pub struct AccessLog {
 }
 
 /// Words beside which a value is taken for a secret.
-struct SecretWords(AhoCorasick);
+pub struct SecretWords(AhoCorasick);
 
 impl SecretWords {
-    fn beside(token_parameter: &str) -> std::io::Result<Self> {
+    /// The common ones, and the query parameter that carries tokens.
+    pub fn beside(token_parameter: &str) -> std::io::Result<Self> {
         Self::new(&["token", "password", "secret", "private", token_parameter])
     }
 
@@ -113,7 +114,7 @@ impl SecretWords {
     }
 
     /// Whether one stands in a text, in plain or encoded, or folded as PHP does: `api.key` is `api_key`.
-    fn may_stand_in(&self, text: &[u8]) -> bool {
+    pub fn may_stand_in(&self, text: &[u8]) -> bool {
         if !text.iter().any(is_read_otherwise) {
             return self.stand_in(text);
         }

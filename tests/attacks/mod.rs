@@ -134,6 +134,12 @@ fn placeholder(word: &str) -> Vec<u8> {
     }
 }
 
+/// The first bytes that a client sends in each case, with its class and name.
+pub(crate) fn requests() -> Vec<(String, Vec<u8>)> {
+    let all = tables::all().into_iter();
+    all.map(|case| (format!("{}: {}", case.class, case.name), expand(&case.text))).collect()
+}
+
 const LANES: [&str; 2] = ["the own lane", "the framework's lane"];
 
 static SSRF_CONNECTIONS: AtomicU32 = AtomicU32::new(0);

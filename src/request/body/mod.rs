@@ -11,6 +11,7 @@ mod json;
 mod media_type;
 mod multipart;
 
+use super::RequestFault;
 use super::query::{Key, Names};
 use super::seeded::{self, Rule};
 use form::Form;
@@ -157,6 +158,23 @@ impl BodyScanner {
         }
         json.as_mut().map_or(Ok(()), |json| json.finish(judge))
     }
+}
+
+/// Looks at a piece of a body before the backend gets it: its size together with what came before, and what stands in it. Behind
+/// a fault the backend must not get the rest.
+pub fn judge_piece(
+    scanner: &mut Option<BodyScanner>,
+    limit: Option<u64>,
+    before: u64,
+    piece: &[u8],
+    last: bool,
+) -> Result<(), RequestFault> {
+    if limit.is_some_and(|limit| before + piece.len() as u64 > limit) {
+        return Err(RequestFault::BodyTooLarge);
+    }
+    let Some(scanner) = scanner else { return Ok(()) };
+    let verdict = scanner.feed(piece).and_then(|()| if last { scanner.finish() } else { Ok(()) });
+    verdict.map_err(RequestFault::Body)
 }
 
 impl Readers {
