@@ -14,6 +14,7 @@ mod servers;
 mod support;
 
 mod admin;
+mod admin_access;
 mod answers;
 mod architecture;
 mod attacks;
@@ -40,6 +41,7 @@ mod method_override;
 mod names;
 mod operations;
 mod overload;
+mod page;
 mod paging;
 mod pipeline;
 mod readers;

@@ -12,6 +12,7 @@ mod demo;
 mod reload;
 mod run;
 mod server;
+mod status;
 mod store;
 mod token;
 mod upgrade;
@@ -58,6 +59,10 @@ enum Command {
     /// The running gateway starts its binary again with the arguments that it was started with, and passes it the listening
     /// sockets. If the new process cannot start, nothing changes. Exit codes: 0 the new process serves, 1 nothing changed.
     Upgrade(reload::AdminTarget),
+    /// Show what a running gateway does: requests, refusals, latency, servers, stores, cache, limits, callers, reloads.
+    ///
+    /// The same as the page on its admin listener. Exit codes: 0 it answered, 1 it did not.
+    Status(status::StatusArguments),
     /// Drain a server of a running gateway, or return it to service.
     Server {
         #[command(subcommand)]
@@ -130,6 +135,7 @@ pub fn main() -> ExitCode {
         Command::Check(arguments) => check::run(&arguments),
         Command::Reload(arguments) => reload::run(&arguments),
         Command::Upgrade(arguments) => upgrade::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
         Command::Server { command } => server::run(&command),
         Command::Token { command } => block_on(token::run(command)),
         Command::Cert { command } => cert::run(&command),

@@ -9,6 +9,7 @@ mod places;
 mod probe;
 mod resolve;
 mod section;
+mod shown;
 mod stores;
 
 pub use diagnostic::{Diagnostic, Position};
@@ -90,6 +91,7 @@ pub fn parse(text: &str, path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<
         return Err(places.into_found());
     }
     settings.warnings = places.into_found();
+    settings.edge.admin.shown = shown::shown(&settings.document, path).into();
     Ok(settings)
 }
 

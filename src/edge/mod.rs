@@ -50,12 +50,14 @@ pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
 pub use tls::{CertificateFiles, ListenerTlsSettings, TlsProfile};
 pub use upgrade::{Predecessor, Successors};
 
+use crate::admin::{AdminAccess, ShownConfig};
 use crate::clock::Now;
 use crate::pipeline::{Facts, Pipeline};
 use crate::policy::{GuessEpisode, LimitFacts, LimitResult, MOST_OWN_RATES, OddKind, OddTerms};
 use crate::problem::Problem;
 use crate::request::trace::NewIds;
 use crate::request::view::Method;
+use crate::store::credential::Digest;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::audit_log::{AuditLog, AuditSource, AuditedAction};
 use crate::telemetry::limit_metrics::{LimitCount, LimitMetrics};
@@ -82,8 +84,8 @@ pub struct Snapshot {
     audit: AuditLog,
     spans: SpanExporter,
     /// One for each route, and one for requests that got to none.
-    route_metrics: Vec<RouteMetrics>,
-    unrouted: RouteMetrics,
+    route_metrics: Vec<Arc<RouteMetrics>>,
+    unrouted: Arc<RouteMetrics>,
     /// One for each limit.
     limit_metrics: Vec<LimitMetrics>,
 }
@@ -95,8 +97,30 @@ pub struct EdgeSettings {
     pub shutdown: ShutdownTimes,
     pub connections: ConnectionLimits,
     pub body_rate: BodyRate,
-    /// Names that the admin listener answers to, in lower case.
-    pub admin_hosts: Vec<String>,
+    pub admin: AdminSettings,
+}
+
+/// What a reload changes for the admin listener, and what it shows.
+#[derive(Clone, Debug)]
+pub struct AdminSettings {
+    /// Names that it answers to, in lower case.
+    pub hosts: Vec<String>,
+    /// The SHA-256 of the token that it asks for.
+    pub token: Option<Digest>,
+    /// Where it is. Every other listener that leads to it has metrics and health only.
+    pub listen: Option<Listen>,
+    pub shown: Arc<ShownConfig>,
+}
+
+impl AdminSettings {
+    /// What those who come over a listener may do.
+    fn access(&self, address: &Listen) -> AdminAccess {
+        match &self.listen {
+            Some(own) if own == address && (own.is_local() || self.token.is_some()) => AdminAccess::Full,
+            Some(own) if own == address => AdminAccess::ReadOnly,
+            _ => AdminAccess::MetricsOnly,
+        }
+    }
 }
 
 /// What is written of the traffic and of changes.
