@@ -43,9 +43,8 @@ fn metric(gateway: &Gateway, series: &str) -> f64 {
 #[test]
 fn a_token_is_asked_for_by_everything_but_health() {
     let (_upstream, gateway) = with_token();
-    let basic = |pair: &str| {
-        format!("Authorization: Basic {}\n", base64::engine::general_purpose::STANDARD.encode(pair))
-    };
+    let basic =
+        |pair: &str| format!("Authorization: Basic {}\n", base64::engine::general_purpose::STANDARD.encode(pair));
     let right = [
         format!("Authorization: Bearer {ADMIN_TOKEN}\n"),
         format!("authorization: bearer {ADMIN_TOKEN}\n"),
@@ -67,8 +66,20 @@ fn a_token_is_asked_for_by_everything_but_health() {
         format!("Authorization: Bearer {GOOD}\n"),
     ];
     let lines = [
-        "GET /", "GET /metrics", "GET /status", "GET /upstreams", "GET /top", "GET /guessing", "GET /nowhere", "POST /cache/forget",
-        "POST /guessing/lift", "POST /reload", "POST /upgrade", "POST /nowhere", "DELETE /reload", "HEAD /status",
+        "GET /",
+        "GET /metrics",
+        "GET /status",
+        "GET /upstreams",
+        "GET /top",
+        "GET /guessing",
+        "GET /nowhere",
+        "POST /cache/forget",
+        "POST /guessing/lift",
+        "POST /reload",
+        "POST /upgrade",
+        "POST /nowhere",
+        "DELETE /reload",
+        "HEAD /status",
     ];
     let mut seen = 0;
     for fields in &wrong {
@@ -81,7 +92,9 @@ fn a_token_is_asked_for_by_everything_but_health() {
     }
     assert_eq!(seen, 11 * 14);
     for fields in &right {
-        for (line, status) in [("GET /status", 200), ("GET /metrics", 200), ("POST /cache/forget", 200), ("GET /nowhere", 404)] {
+        for (line, status) in
+            [("GET /status", 200), ("GET /metrics", 200), ("POST /cache/forget", 200), ("GET /nowhere", 404)]
+        {
             assert_eq!(answer(gateway.admin, line, fields).status, status, "{line} with {fields:?}");
         }
     }
@@ -144,10 +157,21 @@ fn a_listener_that_others_reach_only_reads_unless_it_has_a_token() {
     eventually("the new address", || gateway.admin_get("/readyz").is_some());
     let reloads = || gateway.metric("tollgate_config_reloads_total{result=\"ok\"}");
     let before = reloads();
-    let changes = ["/reload", "/upgrade", "/cache/forget", "/guessing/lift", "/upstreams/api/servers/x/drain", "/upstreams/api/servers/x/undrain"];
+    let changes = [
+        "/reload",
+        "/upgrade",
+        "/cache/forget",
+        "/guessing/lift",
+        "/upstreams/api/servers/x/drain",
+        "/upstreams/api/servers/x/undrain",
+    ];
     for path in changes {
         let got = gateway.admin_post(path);
-        assert!(got.status == 403 && got.text().contains("token_sha256") && got.text().contains("loopback"), "{path}: {}", got.text());
+        assert!(
+            got.status == 403 && got.text().contains("token_sha256") && got.text().contains("loopback"),
+            "{path}: {}",
+            got.text()
+        );
     }
     for path in ["/", "/status", "/metrics", "/upstreams", "/top", "/guessing", "/healthz"] {
         assert_eq!(gateway.admin_get(path).unwrap().status, 200, "{path}");
@@ -156,7 +180,11 @@ fn a_listener_that_others_reach_only_reads_unless_it_has_a_token() {
     assert_eq!((reloads(), &status["reads_only"]), (before, &true.into()));
     // `check` says so.
     let check = run(tollgate().args(["check", "--offline", "--config"]).arg(gateway.folder.0.join("tollgate.toml")));
-    assert!(stdout(&check).contains("warning: admin.listen") && stdout(&check).contains("refuses reloads"), "{}", stdout(&check));
+    assert!(
+        stdout(&check).contains("warning: admin.listen") && stdout(&check).contains("refuses reloads"),
+        "{}",
+        stdout(&check)
+    );
     // With a token it does.
     with_admin(&gateway, &format!("token_sha256 = \"{}\"\n", sha256_hex(ADMIN_TOKEN)));
     let field = format!("Authorization: Bearer {ADMIN_TOKEN}\n");
@@ -183,8 +211,19 @@ fn the_listener_for_metrics_has_metrics_and_health_and_nothing_else() {
     let reloads = || metric(&gateway, "tollgate_config_reloads_total{result=\"ok\"}");
     let before = reloads();
     for path in [
-        "/", "/status", "/upstreams", "/top", "/guessing", "/reload", "/upgrade", "/cache/forget", "/guessing/lift",
-        "/upstreams/api/servers/x/drain", "/explain", "//reload", "/metrics/../reload",
+        "/",
+        "/status",
+        "/upstreams",
+        "/top",
+        "/guessing",
+        "/reload",
+        "/upgrade",
+        "/cache/forget",
+        "/guessing/lift",
+        "/upstreams/api/servers/x/drain",
+        "/explain",
+        "//reload",
+        "/metrics/../reload",
     ] {
         for method in ["GET", "POST", "HEAD", "OPTIONS", "DELETE"] {
             // Whoever has the token gets no more here.
@@ -201,7 +240,9 @@ fn the_listener_for_metrics_has_metrics_and_health_and_nothing_else() {
     assert_eq!(client.answer().status, 403);
     assert_eq!(answer(metrics, "GET /metrics", "Origin: http://evil.example\n").status, 403);
     // It comes and goes with reloads, like the others.
-    gateway.rewrite(|text| text.lines().filter(|line| !line.starts_with("metrics_listen")).map(|line| format!("{line}\n")).collect());
+    gateway.rewrite(|text| {
+        text.lines().filter(|line| !line.starts_with("metrics_listen")).map(|line| format!("{line}\n")).collect()
+    });
     assert_eq!(answer(gateway.admin, "POST /reload", &format!("Authorization: Bearer {ADMIN_TOKEN}\n")).status, 200);
     eventually("it is closed", || Client::try_connect(metrics).is_none());
 }
@@ -234,11 +275,20 @@ fn what_a_form_or_a_page_can_send_changes_nothing() {
         seen += 1;
     }
     assert_eq!((seen, reloads()), (13, before));
-    for fields in ["", "Content-Type: application/json\n", "Content-Type: Application/JSON; charset=utf-8\nContent-Length: 0\n", "Sec-Fetch-Site: same-origin\n", "Sec-Fetch-Site: none\n"] {
+    for fields in [
+        "",
+        "Content-Type: application/json\n",
+        "Content-Type: Application/JSON; charset=utf-8\nContent-Length: 0\n",
+        "Sec-Fetch-Site: same-origin\n",
+        "Sec-Fetch-Site: none\n",
+    ] {
         assert_eq!(answer(gateway.admin, "POST /reload", fields).status, 200, "{fields:?}");
     }
     // A link from elsewhere to the page is followed; a script that loads it is not.
     let link = "Sec-Fetch-Site: cross-site\nSec-Fetch-Mode: navigate\n";
     assert_eq!(answer(gateway.admin, "GET /", link).status, 200);
-    assert_eq!(answer(gateway.admin, "GET /status", "Sec-Fetch-Site: cross-site\nSec-Fetch-Mode: no-cors\n").status, 403);
+    assert_eq!(
+        answer(gateway.admin, "GET /status", "Sec-Fetch-Site: cross-site\nSec-Fetch-Mode: no-cors\n").status,
+        403
+    );
 }

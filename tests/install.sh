@@ -33,6 +33,8 @@ packages+=(php-cgi golang-go)
 packages+=(nghttp2-client)
 # For `make guard`, which counts instructions.
 packages+=(valgrind gcc libc6-dev libc6-dbg)
+# For tests/page: a browser, and what drives it.
+packages+=(chromium chromium-driver)
 # Node and npm by whatever way they came; Debian's own otherwise.
 if ! command -v node >/dev/null || ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
 

@@ -16,7 +16,7 @@ fn status_json(gateway: &Gateway) -> serde_json::Value {
 
 const ADMIN_TOKEN: &str = "an-operators-token-of-some-length-4711";
 const HOSTILE_USER: &str = "<script>window.hostile=1</script>";
-const HOSTILE_ROUTE: &str = "/api/v3/&\\\"'<img src=x onerror=window.hostile=1>";
+const HOSTILE_REASON: &str = "</style><img src=x onerror=window.hostile=1>&'`";
 
 /// A gateway with a bit of everything, and traffic.
 fn busy(upstream: &Upstream) -> Gateway {
@@ -29,8 +29,8 @@ fn busy(upstream: &Upstream) -> Gateway {
     let more = format!(
         "[[upstream]]\nname = \"api\"\nservers = [\"{}\"]\n[[upstream]]\nname = \"reports\"\nservers = [\"127.0.0.1:{dead}\"]\ncheck = \"tcp\"\ncheck_interval = \"100ms\"\n\
          check_failures = 1\n[[limit]]\nname = \"per-token\"\nrate = \"3/min\"\nburst = 3\n\
-         [guessing]\nfailures = 3\n[[route]]\npath = \"/api/v3/reports/*\"\nupstream = \"reports\"\n\
-         [route.request_headers.set]\nX-Backend-Key = \"S3CRET-header\"\n[[route]]\npath = \"{HOSTILE_ROUTE}\"\n",
+         [guessing]\nfailures = 10\n[[route]]\npath = \"/api/v3/reports/*\"\nupstream = \"reports\"\n\
+         [route.request_headers.set]\nX-Backend-Key = \"S3CRET-header\"\n[[route]]\npath = \"/api/v3/version\"\nauth = \"none\"\nreason = \"{HOSTILE_REASON}\"\n",
         upstream.address
     );
     let gateway = Gateway::start_with_tokens(upstream.address, &tokens, &more);
@@ -39,7 +39,7 @@ fn busy(upstream: &Upstream) -> Gateway {
             status(&gateway, token);
         }
     }
-    gateway.get("/api/v3/reports/1");
+    gateway.ask(&get(OTHER, "/api/v3/reports/1"));
     gateway
 }
 
@@ -50,11 +50,22 @@ fn a_browser_gets_a_page_and_everybody_else_the_list() {
     let got = page(&gateway);
     assert_eq!((got.status, got.header("Content-Type")), (200, Some("text/html; charset=utf-8")));
     let policy = got.header("Content-Security-Policy").unwrap();
-    for wanted in ["default-src 'none'", "script-src 'sha256-", "style-src 'sha256-", "connect-src 'self'", "frame-ancestors 'none'", "base-uri 'none'", "form-action 'self'"] {
+    for wanted in [
+        "default-src 'none'",
+        "script-src 'sha256-",
+        "style-src 'sha256-",
+        "connect-src 'self'",
+        "frame-ancestors 'none'",
+        "base-uri 'none'",
+        "form-action 'self'",
+    ] {
         assert!(policy.contains(wanted), "{policy}");
     }
     assert!(!policy.contains("unsafe") && !policy.contains('*'), "{policy}");
-    assert_eq!((got.header("Cache-Control"), got.header("X-Content-Type-Options")), (Some("no-store"), Some("nosniff")));
+    assert_eq!(
+        (got.header("Cache-Control"), got.header("X-Content-Type-Options")),
+        (Some("no-store"), Some("nosniff"))
+    );
     for accept in ["", "Accept: */*\n", "Accept: text/plain\n", "Accept: application/json\n"] {
         let mut client = Client::connect(gateway.admin);
         client.send_head(&format!("GET / HTTP/1.1\nHost: localhost\n{accept}\n"));
@@ -70,8 +81,15 @@ fn the_page_and_the_status_say_what_goes_on() {
     eventually("everything is counted", || status_json(&gateway)["traffic"]["last_15_minutes"]["requests"] == 14);
     let status = status_json(&gateway);
     let window = &status["traffic"]["last_15_minutes"];
-    assert_eq!(window["results"]["ok"], 5, "{window}");
-    let reason = |name: &str| window["refusals"].as_array().unwrap().iter().find(|row| row["reason"] == name).map_or(0, |row| row["requests"].as_u64().unwrap());
+    assert_eq!((&window["results"]["ok"], &window["results"]["failed"]), (&5.into(), &1.into()), "{window}");
+    let reason = |name: &str| {
+        window["refusals"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|row| row["reason"] == name)
+            .map_or(0, |row| row["requests"].as_u64().unwrap())
+    };
     // Of six unknown tokens, the last ones may be told to wait; of five requests with one token, two are over its limit.
     assert_eq!((reason("limit_rate"), reason("unknown") + reason("guessing")), (2, 6), "{window}");
     let results = window["results"].as_object().unwrap();
@@ -83,7 +101,17 @@ fn the_page_and_the_status_say_what_goes_on() {
     }
     assert!(window["latency_ms"]["p50"].as_f64().unwrap() > 0.0);
     // What was there before stays.
-    for key in ["version", "ready", "started", "uptime_seconds", "store", "hears_of_changes", "cache", "requests_in_flight", "routes"] {
+    for key in [
+        "version",
+        "ready",
+        "started",
+        "uptime_seconds",
+        "store",
+        "hears_of_changes",
+        "cache",
+        "requests_in_flight",
+        "routes",
+    ] {
         assert!(!status[key].is_null(), "{key}");
     }
     eventually("the dead server is found", || status_json(&gateway)["upstreams"][1]["servers"][0]["up"] == false);
@@ -97,10 +125,23 @@ fn the_page_and_the_status_say_what_goes_on() {
     gateway.rewrite(|text| text.replace("burst = 4", "burst = \"four\""));
     assert_eq!(gateway.admin_post("/reload").status, 500);
     let reloads = status_json(&gateway)["reloads"].clone();
-    assert_eq!((&reloads[0]["result"], &reloads[1]["result"], &reloads[1]["applied"]), (&"failed".into(), &"ok".into(), &serde_json::json!(["limit"])));
+    assert_eq!(
+        (&reloads[0]["result"], &reloads[1]["result"], &reloads[1]["applied"]),
+        (&"failed".into(), &"ok".into(), &serde_json::json!(["limit"]))
+    );
     assert!(reloads[0]["errors"][0].as_str().unwrap().contains("limit[0].burst"), "{reloads}");
     let html = page(&gateway).text();
-    for wanted in [">down<", ">limit_rate<", "127.0.0.1", ">per-token<", ">failed<", ">in force<", ">heard<", "[[upstream]] reports", &sha256_hex(GOOD)[..12]] {
+    for wanted in [
+        ">down<",
+        ">limit_rate<",
+        "127.0.0.1",
+        ">per-token<",
+        ">failed<",
+        ">in force<",
+        ">heard<",
+        "[[upstream]] reports",
+        &sha256_hex(GOOD)[..12],
+    ] {
         assert!(html.contains(wanted), "{wanted} is not on the page");
     }
     // The command says the same.
@@ -134,7 +175,15 @@ fn no_secret_is_on_the_page() {
     assert_eq!(gateway.admin_post("/reload").status, 500);
     let field = "Accept: text/html\n";
     let mut read = 0;
-    for (path, field) in [("/", field), ("/", ""), ("/status", ""), ("/status?series", ""), ("/metrics", ""), ("/upstreams", ""), ("/top", "")] {
+    for (path, field) in [
+        ("/", field),
+        ("/", ""),
+        ("/status", ""),
+        ("/status?series", ""),
+        ("/metrics", ""),
+        ("/upstreams", ""),
+        ("/top", ""),
+    ] {
         let mut client = Client::connect(gateway.admin);
         client.send_head(&format!("GET {path} HTTP/1.1\nHost: localhost\n{field}\n"));
         let text = client.answer().text();
@@ -145,7 +194,10 @@ fn no_secret_is_on_the_page() {
     }
     assert_eq!(read, 7);
     let html = page(&gateway).text();
-    assert!(html.contains("postgres") && html.contains("password_file") && html.contains(">hidden<"), "the configuration is not there");
+    assert!(
+        html.contains("postgres") && html.contains("password_file") && html.contains(">hidden<"),
+        "the configuration is not there"
+    );
 }
 
 #[test]
@@ -153,11 +205,13 @@ fn a_real_browser_shows_it() {
     let upstream = Upstream::start();
     let gateway = busy(&upstream);
     let guarded = Gateway::start(upstream.address, "");
-    guarded.rewrite(|text| text.replace("[admin]\n", &format!("[admin]\ntoken_sha256 = \"{}\"\n", sha256_hex(ADMIN_TOKEN))));
+    guarded.rewrite(|text| {
+        text.replace("[admin]\n", &format!("[admin]\ntoken_sha256 = \"{}\"\n", sha256_hex(ADMIN_TOKEN)))
+    });
     assert_eq!(guarded.admin_post("/reload").status, 200);
     let wanted = serde_json::json!({
         "url": format!("http://{}/", gateway.admin),
-        "names": [HOSTILE_USER, "limit_rate", "per-token", "\u{5d0}⟨U+202E⟩bob", &sha256_hex(GOOD)[..12]],
+        "names": [HOSTILE_USER, HOSTILE_REASON, "limit_rate", "per-token", "\u{5d0}⟨U+202E⟩bob", &sha256_hex(GOOD)[..12]],
         "token_url": format!("http://{}/", guarded.admin),
         "token": ADMIN_TOKEN,
     });

@@ -83,8 +83,8 @@ pub(super) fn judge(view: &RequestView<'_>, operator: &Operator<'_>) -> Result<(
         Some(field) => is_json(field.value) && types.next().is_none(),
     };
     if !fits {
-        let why =
-            "A change is a POST without a body and without Content-Type, or with Content-Type: application/json.\n";
+        let why = "A change is a POST without a body and without Content-Type, or with Content-Type: application/json. With curl: -X POST, \
+                   not -d.\n";
         return Err((AdminDenial::ContentType, text(415, why)));
     }
     if operator.access == AdminAccess::ReadOnly {

@@ -133,7 +133,7 @@ impl Html {
         rows: &[Value],
         row: impl Fn(&mut Self, &Value),
     ) {
-        self.raw("<div class=\"scroll\" role=\"region\" tabindex=\"0\" aria-label=\"").raw(caption);
+        self.raw("<div class=\"scroll\" role=\"group\" tabindex=\"0\" aria-label=\"").raw(caption);
         self.raw("\"><table><caption class=\"vh\">").raw(caption).raw("</caption><thead><tr>");
         for (class, head) in heads {
             self.raw("<th scope=\"col\" class=\"").raw(class).raw("\">").raw(head).raw("</th>");
@@ -178,6 +178,8 @@ pub(super) fn render(status: &Value) -> String {
     tiles(html, status);
     html.raw("<div class=\"grid\">");
     traffic(html, status);
+    // The form of POST /explain has its place here, between what is asked and who serves: a section of class `card`, without an
+    // attribute `style`, whose script is part of page.js.
     servers(html, status);
     stores(html, status);
     limits(html, status);
@@ -343,11 +345,15 @@ fn traffic(html: &mut Html, status: &Value) {
     let [short, long] = ["last_15_minutes", "last_24_hours"].map(|name| &traffic[name]);
     html.raw("<section class=\"card half\" aria-labelledby=\"h-results\"><h2 id=\"h-results\">Requests by result</h2>");
     let rows: Vec<Value> = (0..RESULTS.len()).map(Value::from).collect();
-    let heads = [("", "Result"), ("", "Meaning"), ("r", "15 min"), ("r", "Share"), ("r", "24 h"), ("r", "Share")];
+    let heads = [("", "Result"), ("opt", "Meaning"), ("r", "15 min"), ("r", "Share"), ("r", "24 h"), ("r", "Share")];
     html.table("results", "Requests by result", &heads, &rows, |html, row| {
         let index = row.as_u64().and_then(|index| usize::try_from(index).ok()).unwrap_or(0);
         let ((word, meaning), name) = (RESULTS[index], TrafficResults::NAMES[index]);
-        html.raw("<th scope=\"row\" class=\"w\">").raw(word).raw("</th><td class=\"dim\">").raw(meaning).raw("</td>");
+        html.raw("<th scope=\"row\" class=\"w\">")
+            .raw(word)
+            .raw("</th><td class=\"dim opt\">")
+            .raw(meaning)
+            .raw("</td>");
         for window in [short, long] {
             let count = &window["results"][name];
             html.raw("<td class=\"r\">").count(count).raw("</td><td class=\"r dim\">");
@@ -746,7 +752,7 @@ fn reloads(html: &mut Html, status: &Value) {
             "restart_needed" => html.pill(Mood::Warn, "restart needed"),
             _ => html.pill(Mood::Bad, "failed"),
         };
-        html.raw("</td><td>").text(text(&row["by"])).raw("</td><td class=\"wrap\">");
+        html.raw("</td><td class=\"w\">").text(text(&row["by"])).raw("</td><td class=\"wrap\">");
         let join = |all: &Value| list(all).iter().map(text).collect::<Vec<_>>().join(", ");
         let (applied, restart) = (join(&row["applied"]), join(&row["restart_needed"]));
         html.text(&applied);

@@ -25,11 +25,11 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<(), Failure> {
 
 /// A table whose columns are as wide as they have to be. Numbers stand to the right.
 #[derive(Default)]
-struct Columns {
+struct StatusColumns {
     rows: Vec<Vec<String>>,
 }
 
-impl Columns {
+impl StatusColumns {
     fn of(heads: &[&str]) -> Self {
         Self { rows: vec![heads.iter().map(|head| (*head).to_owned()).collect()] }
     }
@@ -104,7 +104,7 @@ fn shown(status: &Value) -> String {
 
     let windows = [&status["traffic"]["last_15_minutes"], &status["traffic"]["last_24_hours"]];
     line("\nrequests".into());
-    let mut table = Columns::of(&["", "15 min", "24 h"]);
+    let mut table = StatusColumns::of(&["", "15 min", "24 h"]);
     table.row(["all".to_owned()].into_iter().chain(windows.map(|window| count(&window["requests"]))));
     for (name, word) in [
         ("ok", "ok"),
@@ -125,7 +125,7 @@ fn shown(status: &Value) -> String {
             return;
         }
         *out += &format!("\n{title}\n");
-        let mut table = Columns::of(heads);
+        let mut table = StatusColumns::of(heads);
         rows.into_iter().for_each(|row| table.row(row));
         table.write(out);
     };

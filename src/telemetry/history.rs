@@ -123,18 +123,18 @@ pub struct TrafficWindow {
 }
 
 /// Fits 4 billion requests a slot.
-type Slot = TrafficTotals<u32>;
+type TrafficSlot = TrafficTotals<u32>;
 
-struct Ring {
+struct TrafficRing {
     step_ms: u64,
-    slots: Box<[Slot]>,
+    slots: Box<[TrafficSlot]>,
     /// Steps since the boot of the machine, of the newest slot.
     newest: u64,
 }
 
-impl Ring {
+impl TrafficRing {
     fn new(step_ms: u64, count: usize, mono_ms: u64) -> Self {
-        Self { step_ms, slots: vec![Slot::default(); count].into(), newest: mono_ms / step_ms }
+        Self { step_ms, slots: vec![TrafficSlot::default(); count].into(), newest: mono_ms / step_ms }
     }
 
     fn place(&self, step: u64) -> usize {
@@ -148,7 +148,7 @@ impl Ring {
         for back in 0..passed {
             let place = self.place(step - back);
             if let Some(slot) = self.slots.get_mut(place) {
-                *slot = Slot::default();
+                *slot = TrafficSlot::default();
             }
         }
         self.newest = self.newest.max(step);
@@ -165,8 +165,9 @@ impl Ring {
     fn window(&self, began_ms: u64, mono_ms: u64) -> TrafficWindow {
         let count = self.slots.len() as u64;
         let oldest = (self.newest + 1).saturating_sub(count);
-        let slots: Vec<_> = (oldest..=self.newest)
-            .filter_map(|step| self.slots.get(self.place(step)))
+        // A machine that has just booted has fewer steps behind it: what was before is empty, as all of the ring is.
+        let slots: Vec<_> = (0..count)
+            .filter_map(|index| self.slots.get(self.place(self.newest + 1 + index)))
             .map(|slot| {
                 let mut wide = TrafficTotals::default();
                 wide.numbers_mut().zip(slot.numbers()).for_each(|(wide, count)| *wide = u64::from(*count));
@@ -189,12 +190,12 @@ struct HistoryState {
     /// `None`: nothing was read yet.
     began_ms: Option<u64>,
     last: TrafficTotals<u64>,
-    rings: [Ring; 2],
+    rings: [TrafficRing; 2],
 }
 
 impl Default for TrafficHistory {
     fn default() -> Self {
-        let rings = RING_STEPS.map(|(step, count)| Ring::new(step, count, 0));
+        let rings = RING_STEPS.map(|(step, count)| TrafficRing::new(step, count, 0));
         Self(Mutex::new(HistoryState { began_ms: None, last: TrafficTotals::default(), rings }))
     }
 }
@@ -301,8 +302,18 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_that_has_just_booted_has_whole_windows() {
+        let history = TrafficHistory::default();
+        history.note(totals(0, 0, 0, 0), 1_000);
+        history.note(totals(7, 0, 7, 0), 25_000);
+        let [short, long] = history.windows(25_000);
+        assert_eq!((short.slots.len(), long.slots.len(), short.covered_ms), (90, 144, 24_000));
+        assert_eq!((short.slots[89].requests(), long.slots[143].requests()), (7, 7), "the newest comes last");
+    }
+
+    #[test]
     fn both_rings_take_less_than_150_kib() {
         let slots: usize = RING_STEPS.iter().map(|(_, count)| count).sum();
-        assert!(slots * size_of::<Slot>() < 150 * 1024, "{}", slots * size_of::<Slot>());
+        assert!(slots * size_of::<TrafficSlot>() < 150 * 1024, "{}", slots * size_of::<TrafficSlot>());
     }
 }

@@ -30,6 +30,9 @@ class Browser:
                   "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
         begun = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
         self.session = "/session/" + begun["sessionId"]
+        # Its own page of new tabs is not of interest.
+        self.open("about:blank")
+        self.requests(), self.messages()
 
     def __exit__(self, *_):
         try:

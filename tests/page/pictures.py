@@ -99,10 +99,10 @@ def main():
             print(f"{min(seen.values())} texts in each of {len(seen)} views; Tab reaches all {focusable}; axe: {'no violations' if axe else 'not asked'}")
             before = checks.live(browser, site.url)
             checks.went_on(browser, before)
+            asked = checks.own(browser, site.url)
             checks.paused(browser)
-            checks.own(browser, site.url) if False else browser.messages()
             rows = checks.without_scripts(browser, site.url, ["alice", "limit_rate", "gitlab", "api.example.com"])
-            print(f"live, paused while hidden, {rows} rows without scripts; {checks.forged(browser, site.url)} forged requests refused")
+            print(f"live, paused while hidden, {asked} requests, all to the gateway; {rows} rows without scripts; {checks.forged(browser, site.url)} forged requests refused")
             take(browser, site.url, into)
 
 

@@ -1,6 +1,7 @@
 """A gateway with something to see: servers of which one is dead, tokens good and bad, limits, certificates, reloads, and callers
 that use it. Everything on loopback, and gone at the end."""
-import asyncio, contextlib, http.client, json, math, os, pathlib, random, shutil, signal, socket, ssl, subprocess, tempfile, threading, time, urllib.request
+import asyncio, contextlib, hashlib, http.client, json, math, pathlib, random, shutil, signal, socket, subprocess, tempfile, threading, time
+import urllib.request
 
 USERS = ["alice", "bob", "carol", "deploy-bot", "nightly-export"]
 
@@ -48,7 +49,7 @@ threads = 1
 
 [[listener]]
 address = "127.0.0.1:{tls}"
-certificates = [{{ chain = "api.pem", key = "api.key" }}]
+certificates = [{{ chain = "api.example.com.pem", key = "api.example.com.key" }}]
 
 [admin]
 listen = "127.0.0.1:{admin}"
@@ -137,14 +138,9 @@ class Site:
         self.config = self.folder / "tollgate.toml"
         self.configure(rate=900)
         self.run("cert", "self-signed", "--name", "api.example.com", "--out", str(self.folder))
-        for made in self.folder.glob("*"):
-            if made.suffix in (".pem", ".crt") and "key" not in made.name:
-                made.rename(self.folder / "api.pem")
-            elif "key" in made.name:
-                made.rename(self.folder / "api.key")
-        (self.folder / "robots.toml").write_text("")
+        (self.folder / "robots.toml").write_text("token = []\n")
         self.tokens = [self.run("token", "create", "--config", str(self.config), "--user", user).split()[0] for user in USERS]
-        self.process = subprocess.Popen([self.tollgate, "run", "--config", str(self.config)], cwd=self.folder, stderr=open(self.folder / "process.log", "w"))
+        self.process = subprocess.Popen([self.tollgate, "run", "--config", self.config.name], cwd=self.folder, stderr=open(self.folder / "process.log", "w"))
         self.url = "http://127.0.0.1:%d/" % self.places["admin"]
         until = time.monotonic() + 30
         while True:
@@ -154,7 +150,7 @@ class Site:
             except OSError:
                 assert self.process.poll() is None and time.monotonic() < until, (self.folder / "process.log").read_text()
                 time.sleep(0.1)
-        for number, work in enumerate([self.reader] * 4 + [self.exporter, self.guesser, self.careless]):
+        for number, work in enumerate([self.reader] * 4 + [self.exporter, self.guesser, self.careless, self.revoker]):
             self.threads.append(threading.Thread(target=work, args=(number,), daemon=True))
             self.threads[-1].start()
 
@@ -213,6 +209,15 @@ class Site:
                 for _ in range(90):
                     self.ask(connection, "/api/v3/projects", self.tokens[3])
             self.over.wait(random.expovariate(1) * 0.8)
+
+    def revoker(self, _):
+        """Makes a token, uses it, and revokes it."""
+        connection = self.connection()
+        while not self.over.wait(random.uniform(4, 12)):
+            token = self.run("token", "create", "--config", self.config.name, "--user", "visitor").split()[0]
+            self.ask(connection, "/api/v3/user", token)
+            self.run("token", "revoke", "--config", self.config.name, hashlib.sha256(token.encode()).hexdigest()[:12])
+            self.ask(connection, "/api/v3/user", token)
 
     def __exit__(self, *_):
         self.over.set()
