@@ -449,33 +449,35 @@ fn plot(
 fn requests_plot(html: &mut Html, window: &Value, names: &PlotNames) {
     let series = &window["series"];
     let step = series["step_seconds"].as_f64().unwrap_or(1.0);
-    let all: Vec<Vec<f64>> = TrafficResults::NAMES
-        .iter()
-        .map(|name| numbers(&series[name]).into_iter().map(|n| n.unwrap_or(0.0)).collect())
-        .collect();
-    let slots = all.first().map_or(0, Vec::len);
-    let most = (0..slots).map(|slot| all.iter().filter_map(|counts| counts.get(slot)).sum::<f64>()).fold(0.0, f64::max);
+    let slots = list(&series[TrafficResults::NAMES[0]]).len();
+    // The last one is not over: its rate is that of the time so far, unless that is too short to say anything.
+    let seconds = |slot: usize| match slot + 1 == slots {
+        true => series["last_step_seconds"].as_f64().unwrap_or(step).clamp(step / 4.0, step),
+        false => step,
+    };
+    let rates = |name: &&str| -> Vec<f64> {
+        numbers(&series[*name]).iter().enumerate().map(|(slot, count)| count.unwrap_or(0.0) / seconds(slot)).collect()
+    };
+    let all: Vec<Vec<f64>> = TrafficResults::NAMES.iter().map(rates).collect();
+    let most = (0..slots).map(|slot| all.iter().filter_map(|rates| rates.get(slot)).sum::<f64>()).fold(0.0, f64::max);
     // A round number of requests a second.
-    let top = round_up(most / step);
+    let top = round_up(most);
     let labels =
         [top, top / 2.0, 0.0].map(|value| if value == 0.0 { "0/s".into() } else { format!("{}/s", short(value)) });
     let shown: Vec<(&str, &Value)> =
         RESULTS.iter().zip(TrafficResults::NAMES).map(|((word, _), name)| (*word, &series[name])).collect();
-    let summary = format!(
-        "{} requests; at most {} a second",
-        grouped(window["requests"].as_u64().unwrap_or(0)),
-        short(most / step)
-    );
+    let summary =
+        format!("{} requests; at most {} a second", grouped(window["requests"].as_u64().unwrap_or(0)), short(most));
     plot(html, names.requests, names, &labels, &shown, ("Requests", "", &summary), |html| {
         let mut floor = vec![0.0; slots];
-        for (index, counts) in all.iter().enumerate() {
-            if counts.iter().all(|count| *count == 0.0) {
+        for (index, rates) in all.iter().enumerate() {
+            if rates.iter().all(|rate| *rate == 0.0) {
                 continue;
             }
             html.raw("<path class=\"f").number(index as f64).raw("\" d=\"");
-            for (slot, count) in counts.iter().enumerate().filter(|(_, count)| **count > 0.0) {
+            for (slot, rate) in rates.iter().enumerate().filter(|(_, rate)| **rate > 0.0) {
                 // What is there is seen, however little it is.
-                let high = (HEIGHT * count / step / top).max(0.8);
+                let high = (HEIGHT * rate / top).max(0.8);
                 let y = (HEIGHT - floor[slot] - high).max(0.0);
                 floor[slot] += high;
                 html.raw("M").number(slot as f64 * SLOT + 0.5).raw(" ").number(y).raw("h5v").number(high).raw("h-5z");
@@ -884,11 +886,11 @@ fn seconds_between(from: &str, to: &str) -> Option<u64> {
     Some(to.duration_since(from).unwrap_or(Duration::ZERO).as_secs())
 }
 
-/// The next of 1, 2, 5, 10, 20, 50 …, and of their tenths.
+/// The next of 1, 2, 4, 6, 8, 10, 20 …, and of their tenths: half of it is as round.
 fn round_up(value: f64) -> f64 {
     let mut step = 0.1;
     loop {
-        for factor in [1.0, 2.0, 5.0] {
+        for factor in [1.0, 2.0, 4.0, 6.0, 8.0] {
             if value <= step * factor || step > 1e12 {
                 return step * factor;
             }
@@ -998,7 +1000,7 @@ mod tests {
             [0.05, 0.5, 12.0, 1_500.0, 60_000.0].map(|v| ms(&json!(v))),
             ["50 µs", "0.5 ms", "12 ms", "1.5 s", "60 s"]
         );
-        assert_eq!([0.0, 0.3, 3.0, 17.0, 501.0].map(round_up), [0.1, 0.5, 5.0, 20.0, 1_000.0]);
+        assert_eq!([0.0, 0.3, 3.0, 17.0, 501.0].map(round_up), [0.1, 0.4, 4.0, 20.0, 600.0]);
         assert_eq!([share(0, 0), share(0, 5), share(1, 10_000), share(1, 3)], ["–", "0%", "<0.1%", "33%"]);
         assert_eq!([59, 61, 3_700, 90_000].map(span), ["59 s", "1 min", "1 h 1 min", "1 d 1 h"]);
         assert_eq!([0.0, 2_048.0, 5e9].map(bytes), ["0 B", "2.0 KiB", "4.7 GiB"]);

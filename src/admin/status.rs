@@ -141,6 +141,7 @@ fn window(window: &TrafficWindow, operator: &Operator<'_>, series: bool) -> Valu
         let slots: Vec<_> = window.slots.iter().map(|slot| slot.results().in_order()).collect();
         let mut all = Map::new();
         all.insert("step_seconds".into(), (window.step_ms / 1000).into());
+        all.insert("last_step_seconds".into(), (window.last_ms as f64 / 1000.0).into());
         for (index, name) in TrafficResults::NAMES.iter().enumerate() {
             all.insert((*name).into(), slots.iter().map(|counts| counts[index]).collect());
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 use toml::{Table, Value};
 
 /// Kinds of values that are a number, a word of a list, an address, a pattern or a name. Not here: URLs, headers, plain text.
-const OPEN_KINDS: [&str; 66] = [
+const OPEN_KINDS: [&str; 68] = [
     "AuthMode",
     "BalanceBy",
     "Beyond",
@@ -25,6 +25,8 @@ const OPEN_KINDS: [&str; 66] = [
     "Inherited<Duration>",
     "Inherited<Option<Bytes>>",
     "Inherited<Option<Duration>>",
+    "Inherited<Option<u64>>",
+    "Inherited<u64>",
     "IntrospectionMode",
     "Level",
     "LimitCostText",
@@ -253,13 +255,13 @@ mod tests {
         assert_eq!(
             names,
             [
+                "[server]",
+                "[[upstream]] api",
+                "[plan.gold]",
+                "[store] postgres",
                 "[pagination]",
                 "[[pagination.route]] /api",
-                "[plan.gold]",
-                "[[route]] /x",
-                "[server]",
-                "[store] postgres",
-                "[[upstream]] api"
+                "[[route]] /x"
             ]
         );
         let text = format!("{shown:?}");

@@ -338,3 +338,32 @@ pub struct ShutdownTimes {
     /// How long requests in flight may take after that.
     pub grace: Duration,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_change_something_goes_by_the_listener_and_its_token() {
+        let tcp = |text: &str| Listen::Tcp(text.into());
+        let unix = Listen::Unix("/run/tollgate.sock".into(), 0o660);
+        let token = Some(Digest::of(b"token"));
+        for (listen, token, access) in [
+            (tcp("127.0.0.1:9090"), None, AdminAccess::Full),
+            (tcp("127.8.8.8:9090"), None, AdminAccess::Full),
+            (tcp("[::1]:9090"), None, AdminAccess::Full),
+            (tcp("[::ffff:127.0.0.1]:9090"), None, AdminAccess::Full),
+            (unix, None, AdminAccess::Full),
+            (tcp("0.0.0.0:9090"), None, AdminAccess::ReadOnly),
+            (tcp("[::]:9090"), None, AdminAccess::ReadOnly),
+            (tcp("10.0.0.5:9090"), None, AdminAccess::ReadOnly),
+            (tcp("192.0.2.1:9090"), token, AdminAccess::Full),
+        ] {
+            let settings =
+                AdminSettings { hosts: Vec::new(), token, listen: Some(listen.clone()), shown: Arc::default() };
+            assert_eq!(settings.access(&listen), access, "{listen}");
+            let elsewhere = settings.access(&tcp("127.0.0.1:9100"));
+            assert_eq!(elsewhere, AdminAccess::MetricsOnly, "not the listener of {listen}");
+        }
+    }
+}

@@ -115,6 +115,8 @@ pub fn quantile(bounds: &[f64], counts: &[u64], share: f64) -> Option<f64> {
 /// One of the two windows, as it is read.
 pub struct TrafficWindow {
     pub step_ms: u64,
+    /// How much of the last slot's time is over.
+    pub last_ms: u64,
     /// Of it, that there has been a process.
     pub covered_ms: u64,
     pub all: TrafficTotals<u64>,
@@ -179,7 +181,13 @@ impl TrafficRing {
             all.numbers_mut().zip(slot.numbers()).for_each(|(sum, count): (&mut u64, _)| *sum += count);
         }
         let from = began_ms.max(oldest * self.step_ms);
-        TrafficWindow { step_ms: self.step_ms, covered_ms: mono_ms.saturating_sub(from), all, slots }
+        TrafficWindow {
+            step_ms: self.step_ms,
+            last_ms: mono_ms % self.step_ms,
+            covered_ms: mono_ms.saturating_sub(from),
+            all,
+            slots,
+        }
     }
 }
 
@@ -260,7 +268,9 @@ mod tests {
         let [short, long] = history.windows(began + 65 * 60 * MINUTE);
         assert_eq!((short.slots.len(), long.slots.len()), (90, 144));
         assert_eq!((short.all.requests(), long.all.requests()), (1, 24));
-        assert_eq!((short.covered_ms / MINUTE, long.covered_ms / MINUTE), (14, 23 * 60 + 50 + 3));
+        // To the beginning of the oldest slot.
+        assert!((890_000..=900_000).contains(&short.covered_ms), "{}", short.covered_ms);
+        assert!((1_430..=1_440).contains(&(long.covered_ms / MINUTE)), "{}", long.covered_ms);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """pictures.py --tollgate BINARY [--into FOLDER] [--seconds N] [--axe FILE]: fills a gateway with traffic, checks its page with a real
 Chromium in the long form, and takes the pictures that the documents have. The more seconds, the fuller the plots."""
-import argparse, os, pathlib, struct, sys, time, zlib
+import argparse, os, pathlib, signal, struct, sys, time, zlib
 import checks
 from browser import Browser
 from traffic import Site
@@ -71,6 +71,8 @@ def take(browser, url, into):
 
 
 def main():
+    # So that what was started is ended in any case.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     read = argparse.ArgumentParser()
     read.add_argument("--tollgate", required=True)
     read.add_argument("--into", default="docs/pictures")
