@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example package package-test image guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload fleet
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example package package-test image guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload fleet page
 
 check: lint doc test deploy-check
 
@@ -165,6 +165,14 @@ guessing:
 soak:
 	cargo build --locked --profile dist
 	benches/e2e/soak.py --draw --seconds $(or $(TIME),3600)
+
+# The page of the admin listener in a real Chromium, in two widths and both colours, with axe's rules of accessibility, and the pictures
+# of docs/pictures. The plots are as full as there is time: make page TIME=900 for a quarter of an hour.
+page:
+	bash tests/install.sh
+	cargo build --locked
+	npm install --prefix target/axe --ignore-scripts --no-audit --no-fund --loglevel=error axe-core@4.10.3
+	tests/page/pictures.py --tollgate target/debug/tollgate --seconds $(or $(TIME),120) --axe target/axe/node_modules/axe-core/axe.min.js
 
 # More load than a server can take, without a limit, with a fixed one and with an adaptive one, then one busy caller beside others,
 # as tables; docs/operations.md keeps them. Two minutes.

@@ -42,6 +42,8 @@ packages+=(valgrind gcc libc6-dev libc6-dbg)
 packages+=(g++)
 # For deploy/check.sh and deploy/package-test.sh.
 packages+=(docker-compose lintian man-db logrotate)
+# For tests/page: a browser, and what drives it.
+packages+=(chromium chromium-driver)
 # Node and npm by whatever way they came; Debian's own otherwise.
 if ! command -v node >/dev/null || ! command -v npm >/dev/null; then packages+=(nodejs npm); fi
 

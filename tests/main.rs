@@ -14,6 +14,7 @@ mod servers;
 mod support;
 
 mod admin;
+mod admin_access;
 mod answers;
 mod architecture;
 mod attacks;
@@ -44,6 +45,7 @@ mod moving;
 mod names;
 mod operations;
 mod overload;
+mod page;
 mod paging;
 mod pipeline;
 mod readers;

@@ -1,22 +1,27 @@
 //! The requests that the admin listener serves, as plain functions. Knows no socket; nothing here is ever served on the
 //! API listeners.
 
+mod access;
 mod explain;
+mod page;
+mod reloads;
+mod status;
 
+pub use access::AdminAccess;
 pub use explain::{EXPLAIN_FORM, EXPLAIN_SCRIPT};
+pub use page::visible;
+pub use reloads::{ReloadHistory, ReloadNote, asked_by};
+pub use status::{ShownConfig, ShownKey, ShownSection};
 
 use crate::clock::Now;
 use crate::explain::RulePlaces;
 use crate::pipeline::Pipeline;
-use crate::policy::GuessEpisode;
 use crate::request::head::HeadFault;
-use crate::request::view::{FieldKind, Method, RequestView};
-use crate::store::credential::DigestPrefix;
-use crate::store::rfc3339;
+use crate::request::view::{Method, RequestView};
+use crate::store::credential::{Digest, DigestPrefix};
 use crate::telemetry::audit_log::{AuditResult, AuditedAction};
-use crate::telemetry::heavy_hitters::{HeavyHitter, HitterKind, HitterMeasure, HitterSums};
-use crate::telemetry::metrics::Metrics;
-use crate::upstream::{Member, Upstream};
+use crate::telemetry::metrics::{AdminDenial, Metrics};
+use crate::upstream::Upstream;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -31,6 +36,13 @@ pub struct Operator<'a> {
     pub body: &'a [u8],
     /// Host names that the listener accepts besides IP addresses and localhost, in lower case.
     pub hosts: &'a [String],
+    /// Of the listener that was asked.
+    pub access: AdminAccess,
+    /// The SHA-256 of its token, if it needs one.
+    pub token: Option<&'a Digest>,
+    /// What the configuration says, without secrets.
+    pub config: &'a ShownConfig,
+    pub reloads: &'a ReloadHistory,
     pub ready: bool,
     pub started_unix_ms: u64,
     pub now: Now,
@@ -40,6 +52,8 @@ pub struct Operator<'a> {
 
 pub enum Action {
     Respond(AdminResponse),
+    /// Refused, whatever was asked for.
+    Denied(AdminResponse, AdminDenial),
     /// Something was changed, or was to be.
     Changed(AdminResponse, AuditedAction),
     /// Reload the configuration and respond with [`reloaded`].
@@ -91,6 +105,7 @@ pub enum Unread {
     Malformed(HeadFault),
 }
 
+const HTML: &str = "text/html; charset=utf-8";
 /// More are counted only.
 const MOST_GUESSING_LISTED: usize = 1_000;
 
@@ -98,7 +113,9 @@ const PAGES: &str = "\
 GET  /metrics                   metrics for Prometheus
 GET  /healthz                   200 while the process serves
 GET  /readyz                    200 while requests are taken, 503 while draining
-GET  /status                    version, uptime, store and cache as JSON
+GET  /                          what goes on, as a page, for browsers (Accept: text/html)
+GET  /status                    the same as JSON: traffic, servers, stores, cache, limits, configuration
+GET  /status?series             with the numbers of each 10 seconds and each 10 minutes
 GET  /upstreams                 servers, whether they are up, why not and since when, as JSON
 POST /upstreams/NAME/servers/ADDRESS/drain     send no new requests to the server; those in flight go on
 POST /upstreams/NAME/servers/ADDRESS/undrain   send requests to it again
@@ -115,31 +132,24 @@ POST /cache/forget?sha256=HEX   remove the tokens whose SHA-256 begins with thes
 ";
 
 pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
-    // DNS rebinding: a web page can make a browser send requests here under a host name that resolves to this machine.
-    if !is_own_name(view.host, operator.hosts) {
-        let why = "This listener accepts an IP address or localhost as Host. To use another name, add it to [admin] hosts \
-                   and reload.\n";
-        return text(403, why).into();
-    }
-    if view.fields_of(FieldKind::Origin).any(|origin| !is_own_origin(origin.value, view.host)) {
-        let why = "This listener refuses requests of web pages from other origins. Send no Origin header, or http:// and \
-                   the value of Host.\n";
-        return text(403, why).into();
+    if let Err((denial, answer)) = access::judge(view, operator) {
+        return Action::Denied(answer, denial);
     }
     let reads = matches!(view.method, Method::Get | Method::Head);
     match (view.path(), view.method) {
+        (b"/", _) if reads && accepts(view, b"text/html") => html(page::render(&status::report(operator, true))).into(),
         (b"/", _) if reads => text(200, PAGES).into(),
         // The default request of HAProxy's `option httpchk`.
         (b"/", Method::Options) => readiness(operator).allowing("GET, HEAD, OPTIONS").into(),
         (b"/metrics", _) if reads => metrics(operator).into(),
         (b"/healthz", _) if reads => text(200, "ok\n").into(),
         (b"/readyz", _) if reads => readiness(operator).into(),
-        (b"/status", _) if reads => status(operator).into(),
-        (b"/upstreams", _) if reads => upstreams(operator).into(),
+        (b"/status", _) if reads => json(&status::report(operator, view.query() == Some(b"series"))).into(),
+        (b"/upstreams", _) if reads => json(&status::upstreams(operator)).into(),
         (b"/reload", Method::Post) => Action::Reload { json: wants_json(view) },
         (b"/upgrade", Method::Post) => Action::Upgrade { json: wants_json(view) },
         (b"/top", _) if reads => top(view.query(), operator).into(),
-        (b"/guessing", _) if reads => guessing(operator).into(),
+        (b"/guessing", _) if reads => json(&status::guessing(operator, MOST_GUESSING_LISTED)).into(),
         (b"/guessing/lift", Method::Post) => lift(view.query(), operator),
         (b"/explain", Method::Post) => explain::explain(view, operator),
         (b"/cache/forget", Method::Post) => forget(view.query(), operator),
@@ -254,8 +264,21 @@ pub fn upgraded(result: Result<Upgraded, String>, json: bool) -> AdminResponse {
 }
 
 fn wants_json(view: &RequestView<'_>) -> bool {
+    accepts(view, b"application/json")
+}
+
+fn accepts(view: &RequestView<'_>, kind: &[u8]) -> bool {
     let mut accepted = view.fields.iter().filter(|field| field.name.eq_ignore_ascii_case(b"accept"));
-    accepted.any(|field| memchr::memmem::find(&field.value.to_ascii_lowercase(), b"application/json").is_some())
+    accepted.any(|field| memchr::memmem::find(&field.value.to_ascii_lowercase(), kind).is_some())
+}
+
+fn json(body: &serde_json::Value) -> AdminResponse {
+    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
+}
+
+/// It is given the fields of [`page::FIELDS`] as well.
+fn html(body: String) -> AdminResponse {
+    AdminResponse { status: 200, content_type: HTML, allow: None, body }
 }
 
 fn not_allowed(methods: &'static str) -> Action {
@@ -281,57 +304,6 @@ fn metrics(operator: &Operator<'_>) -> AdminResponse {
     }
 }
 
-fn status(operator: &Operator<'_>) -> AdminResponse {
-    let (valid, invalid) = operator.pipeline.authenticator.cache_sizes();
-    let body = serde_json::json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "ready": operator.ready,
-        "started": rfc3339(operator.started_unix_ms / 1000),
-        "uptime_seconds": operator.now.unix_ms.saturating_sub(operator.started_unix_ms) / 1000,
-        "store": operator.pipeline.authenticator.store_names(),
-        "hears_of_changes": operator.pipeline.authenticator.hears(operator.now),
-        "cache": { "valid": valid, "invalid": invalid },
-        "requests_in_flight": operator.metrics.requests_in_flight(),
-        "routes": operator.pipeline.rules.routes.iter().map(|route| &route.name).collect::<Vec<_>>(),
-    });
-    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
-}
-
-fn upstreams(operator: &Operator<'_>) -> AdminResponse {
-    let server = |upstream: &Upstream, Member { server, weight, backup, .. }: &Member| {
-        let state = server.state();
-        let (limit, adaptive) = upstream.limit_of(server);
-        let age = operator.instant.saturating_duration_since(state.since).as_secs();
-        serde_json::json!({
-            "server": server.label(),
-            "addresses": server.addresses().map(|address| address.to_string()).collect::<Vec<_>>(),
-            "up": state.down.is_none(),
-            "reason": state.down.map(|reason| reason.as_str()),
-            "since": rfc3339((operator.now.unix_ms / 1000).saturating_sub(age)),
-            "unanswered": state.unanswered,
-            "draining": server.is_drained(),
-            "in_flight": server.in_flight(),
-            "max_requests": limit,
-            "adaptive": adaptive.map(|reading| serde_json::json!({
-                "unloaded_ms": reading.unloaded.map(|unloaded| unloaded.as_secs_f64() * 1000.0),
-                "samples": reading.samples,
-                "pinned": reading.is_pinned,
-            })),
-            "weight": weight,
-            "backup": backup,
-        })
-    };
-    let upstream = |upstream: &&Upstream| {
-        let members = upstream.members();
-        serde_json::json!({
-            "upstream": upstream.name(),
-            "servers": members.iter().map(|member| server(upstream, member)).collect::<Vec<_>>(),
-        })
-    };
-    let body = serde_json::Value::from(operator.upstreams.iter().map(upstream).collect::<Vec<_>>());
-    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
-}
-
 /// Who makes the traffic.
 fn top(query: Option<&[u8]>, operator: &Operator<'_>) -> AdminResponse {
     let (mut seconds, mut most) = (60, 10);
@@ -343,56 +315,7 @@ fn top(query: Option<&[u8]>, operator: &Operator<'_>) -> AdminResponse {
             _ => return text(400, "Expected ?seconds= from 1 to 600 and &n= from 1 to 100.\n"),
         }
     }
-    let hitters = operator.metrics.heavy_hitters();
-    let ranking = hitters.ranking(operator.instant, Duration::from_secs(seconds), most);
-    let numbers = |sums: &HitterSums| {
-        serde_json::json!({
-            "requests": sums.requests,
-            "bytes": sums.bytes,
-            "refusals": sums.refusals,
-            "backend_seconds": sums.backend.as_secs_f64(),
-        })
-    };
-    let mut body = serde_json::json!({
-        "seconds": ranking.covers.as_secs(),
-        "sampled": ranking.sampled,
-        "all": numbers(&ranking.all),
-    });
-    for (kind, lists) in HitterKind::ALL.iter().zip(&ranking.lists) {
-        for (measure, list) in HitterMeasure::ALL.iter().zip(lists) {
-            let hitter = |hitter: &HeavyHitter| {
-                let mut entry = numbers(&hitter.sums);
-                entry[kind.as_str()] = hitter.name.as_str().into();
-                entry
-            };
-            body[format!("{}s", kind.as_str())][format!("by_{}", measure.as_str())] = list.iter().map(hitter).collect();
-        }
-    }
-    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
-}
-
-fn guessing(operator: &Operator<'_>) -> AdminResponse {
-    let guard = &operator.pipeline.guessing;
-    let mut episodes = guard.episodes(operator.now);
-    // Those who are refused most first; a longer list helps nobody.
-    episodes.sort_by_key(|episode| std::cmp::Reverse(episode.refused));
-    let listed = episodes.iter().take(MOST_GUESSING_LISTED).map(|episode| {
-        serde_json::json!({
-            "client": GuessEpisode::name(&episode.network),
-            "since": rfc3339(episode.began.unix_ms / 1000),
-            "failed_tokens": episode.failures,
-            "turns": episode.turns,
-            "refused": episode.refused,
-            "pauses": episode.pauses,
-            "pause_seconds_left": episode.retry_after,
-        })
-    });
-    let body = serde_json::json!({
-        "watching": guard.settings().is_some(),
-        "addresses": episodes.len(),
-        "clients": listed.collect::<Vec<_>>(),
-    });
-    AdminResponse { status: 200, content_type: "application/json", allow: None, body: format!("{body:#}\n") }
+    json(&status::top(operator, Duration::from_secs(seconds), most))
 }
 
 /// Forgets the failed tokens of an address, or of all.
@@ -504,28 +427,6 @@ fn forget(query: Option<&[u8]>, operator: &Operator<'_>) -> Action {
     Action::Changed(answer, action.with("token", hex.get(..12).unwrap_or_default()).with("removed", removed))
 }
 
-/// Whether a Host is an address, localhost or one of the configured names, with any port.
-fn is_own_name(host: &[u8], hosts: &[String]) -> bool {
-    let Ok(host) = std::str::from_utf8(host) else { return false };
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
-        _ => host,
-    };
-    let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
-    let plain = name.strip_suffix('.').unwrap_or(name);
-    name.eq_ignore_ascii_case("localhost")
-        || name.parse::<IpAddr>().is_ok()
-        || hosts.iter().any(|own| own.eq_ignore_ascii_case(plain))
-}
-
-/// Whether an origin is this listener's own: its scheme and the request's Host.
-fn is_own_origin(origin: &[u8], host: &[u8]) -> bool {
-    let lower = |bytes: &[u8]| bytes.to_ascii_lowercase();
-    let (origin, host) = (lower(origin), lower(host));
-    let without_port = |host: &[u8]| host.strip_suffix(b":80").unwrap_or(host).to_vec();
-    origin.strip_prefix(b"http://").is_some_and(|own| !own.is_empty() && without_port(own) == without_port(&host))
-}
-
 fn text(status: u16, body: &str) -> AdminResponse {
     AdminResponse { status, content_type: "text/plain; charset=utf-8", allow: None, body: body.into() }
 }
@@ -545,6 +446,7 @@ impl AdminResponse {
         let phrase = match self.status {
             200 => "OK",
             400 => "Bad Request",
+            401 => "Unauthorized",
             403 => "Forbidden",
             404 => "Not Found",
             405 => "Method Not Allowed",
@@ -558,11 +460,18 @@ impl AdminResponse {
         };
         let connection = if close { "close" } else { "keep-alive" };
         let mut out = format!(
-            "HTTP/1.1 {} {phrase}\r\nContent-Type: {}\r\nContent-Length: {}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nConnection: {connection}\r\n",
+            "HTTP/1.1 {} {phrase}\r\nContent-Type: {}\r\nContent-Length: {}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nCross-Origin-Resource-Policy: same-origin\r\nConnection: {connection}\r\n",
             self.status,
             self.content_type,
             self.body.len(),
         );
+        if self.content_type == HTML {
+            out += page::FIELDS.as_str();
+        }
+        if self.status == 401 {
+            // Bearer is not named: browsers would not know what to ask for.
+            out += "WWW-Authenticate: Basic realm=\"tollgate admin\", charset=\"UTF-8\"\r\n";
+        }
         if let Some(methods) = self.allow {
             out += &format!("Allow: {methods}\r\n");
         }
@@ -577,64 +486,6 @@ impl AdminResponse {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_own_names() {
-        let hosts = ["tollgate.internal".to_owned(), "tollgate".to_owned()];
-        for host in [
-            "localhost",
-            "LocalHost:9090",
-            "127.0.0.1:9090",
-            "[::1]:9090",
-            "10.0.0.5",
-            "tollgate.internal:9090",
-            "TOLLGATE.internal",
-            "tollgate.internal.:9090",
-            "tollgate",
-        ] {
-            assert!(is_own_name(host.as_bytes(), &hosts), "{host}");
-        }
-        for host in [
-            "evil.example",
-            "evil.example:9090",
-            "127.0.0.1.evil.example",
-            "",
-            ".",
-            ":9090",
-            "internal",
-            "x.tollgate.internal",
-            "tollgate.internal.evil.example",
-            "tollgate.internal:9090:1",
-        ] {
-            assert!(!is_own_name(host.as_bytes(), &hosts), "{host}");
-        }
-        assert!(!is_own_name(b"tollgate", &[]));
-    }
-
-    #[test]
-    fn an_origin_is_scheme_and_host() {
-        for (origin, host) in [
-            ("http://127.0.0.1:9090", "127.0.0.1:9090"),
-            ("HTTP://LOCALHOST:9090", "localhost:9090"),
-            ("http://[::1]:9090", "[::1]:9090"),
-            ("http://tollgate", "tollgate:80"),
-        ] {
-            assert!(is_own_origin(origin.as_bytes(), host.as_bytes()), "{origin} {host}");
-        }
-        for (origin, host) in [
-            ("https://127.0.0.1:9090", "127.0.0.1:9090"),
-            ("http://127.0.0.1:9091", "127.0.0.1:9090"),
-            ("http://127.0.0.1", "127.0.0.1:9090"),
-            ("http://localhost:9090", "127.0.0.1:9090"),
-            ("http://127.0.0.1:9090/", "127.0.0.1:9090"),
-            ("http://evil.example", "127.0.0.1:9090"),
-            ("http://", ""),
-            ("null", "127.0.0.1:9090"),
-            ("", "127.0.0.1:9090"),
-        ] {
-            assert!(!is_own_origin(origin.as_bytes(), host.as_bytes()), "{origin} {host}");
-        }
-    }
 
     #[test]
     fn a_reload_says_what_is_in_force_and_what_is_not() {

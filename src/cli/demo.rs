@@ -68,7 +68,8 @@ pub(super) fn run(listen: SocketAddr) -> Result<(), Failure> {
     println!("    curl -sD- -o /dev/null -H 'PRIVATE-TOKEN: {token}' '{url}/projects?per_page=1000'\n");
     println!("  create an issue");
     println!("    curl -i -H 'PRIVATE-TOKEN: {token}' -d title=Hello {url}/projects/1/issues\n");
-    println!("  metrics");
+    println!("  what goes on, as a page for a browser, and metrics");
+    println!("    http://{admin}/");
     println!("    curl -s http://{admin}/metrics\n");
     edge::serve(running)?;
     println!("\nstopped");

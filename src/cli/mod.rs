@@ -18,6 +18,7 @@ mod reload;
 mod routes;
 mod run;
 mod server;
+mod status;
 mod store;
 mod token;
 mod upgrade;
@@ -80,6 +81,10 @@ enum Command {
     Explain(explain::ExplainArguments),
     /// List what can be reached and how: paths, methods, tokens, scopes, limits, upstreams.
     Routes(routes::RoutesArguments),
+    /// Show what a running gateway does: requests, refusals, latency, servers, stores, cache, limits, callers, reloads.
+    ///
+    /// The same as the page on its admin listener. Exit codes: 0 it answered, 1 it did not.
+    Status(status::StatusArguments),
     /// Drain a server of a running gateway, or return it to service.
     Server {
         #[command(subcommand)]
@@ -205,6 +210,7 @@ pub fn main() -> ExitCode {
         Command::Explain(arguments) => explain::run(&arguments),
         Command::Routes(arguments) => routes::run(&arguments),
         Command::Upgrade(arguments) => upgrade::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
         Command::Server { command } => server::run(&command),
         Command::Token { command } => block_on(token::run(command)),
         Command::Cert { command } => cert::run(&command),

@@ -20,6 +20,9 @@ pub(super) struct AdminTarget {
     /// Address of the admin listener, `address:port` or `unix:/path`, if it differs from the one in the file
     #[arg(long, value_name = "ADDRESS")]
     pub(super) admin: Option<String>,
+    /// File with the token of the admin listener, if it asks for one; or set TOLLGATE_ADMIN_TOKEN
+    #[arg(long, value_name = "FILE")]
+    admin_token_file: Option<PathBuf>,
     /// How long to wait for the result
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     timeout: Duration,
@@ -28,8 +31,9 @@ pub(super) struct AdminTarget {
     pub(super) json: bool,
 }
 
-/// The gateway's responses are far smaller.
-const MAX_ANSWER: u64 = 1024 * 1024;
+/// The gateway's responses are far smaller, but for the status of one with thousands of servers.
+const MAX_ANSWER: u64 = 64 * 1024 * 1024;
+const TOKEN_VARIABLE: &str = "TOLLGATE_ADMIN_TOKEN";
 const CONNECT: Duration = Duration::from_secs(5);
 const NOT_REACHED: &str = "the gateway cannot be reached, nothing changed. If [admin] listen was changed since the start, \
                            pass the old address with --admin";
@@ -45,19 +49,65 @@ pub(super) fn post_json(
     body: Option<&serde_json::Value>,
     arguments: &AdminTarget,
 ) -> Result<serde_json::Value, Failure> {
-    let what = (what, body);
+    let answer = call("POST", what, body, arguments)?;
+    match answer["result"].is_string() {
+        true => Ok(answer),
+        false => Err(anyhow!("unknown response of the admin listener; is it another version?").into()),
+    }
+}
+
+/// Asks the admin listener for something that changes nothing.
+pub(super) fn get(what: &str, arguments: &AdminTarget) -> Result<serde_json::Value, Failure> {
+    call("GET", what, None, arguments)
+}
+
+/// The field with the token. Its value is never printed.
+fn authorization(arguments: &AdminTarget) -> Result<String, Failure> {
+    let (from, token) = match &arguments.admin_token_file {
+        Some(path) => {
+            let read = std::fs::read_to_string(path);
+            let read = read.map_err(|error| Failure::Usage(format!("{}: cannot be read: {error}", path.display())))?;
+            (path.display().to_string(), read)
+        }
+        None => match std::env::var(TOKEN_VARIABLE) {
+            Ok(token) => (TOKEN_VARIABLE.to_owned(), token),
+            Err(_) => return Ok(String::new()),
+        },
+    };
+    let token = token.trim();
+    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(Failure::Usage(format!("{from}: is no token; expected one line of ASCII without spaces")));
+    }
+    Ok(format!("Authorization: Bearer {token}\r\n"))
+}
+
+fn call(
+    method: &str,
+    what: &str,
+    body: Option<&serde_json::Value>,
+    arguments: &AdminTarget,
+) -> Result<serde_json::Value, Failure> {
+    let field = authorization(arguments)?;
     let address = address(arguments)?;
     // The shortest time there is: a read timeout of 0 would mean none.
     let timeout = arguments.timeout.max(Duration::from_millis(1));
+    let kind = if body.is_some() { "Content-Type: application/json\r\n" } else { "" };
+    let body = body.map(ToString::to_string).unwrap_or_default();
+    let length = if method == "POST" { format!("{kind}Content-Length: {}\r\n", body.len()) } else { String::new() };
+    let request = |host: &str| {
+        format!(
+            "{method} {what} HTTP/1.1\r\nHost: {host}\r\nAccept: application/json\r\n{field}{length}Connection: close\r\n\r\n{body}"
+        )
+    };
     let answer = match &address {
         AdminAddress::Tcp(address) => TcpStream::connect_timeout(address, CONNECT)
             .and_then(|stream| stream.set_read_timeout(Some(timeout)).map(|()| stream))
             .context(NOT_REACHED)
-            .and_then(|stream| ask(stream, what, timeout, &address.to_string())),
+            .and_then(|stream| ask(stream, &request(&address.to_string()), timeout)),
         AdminAddress::Unix(path) => UnixStream::connect(path)
             .and_then(|stream| stream.set_read_timeout(Some(timeout)).map(|()| stream))
             .context(NOT_REACHED)
-            .and_then(|stream| ask(stream, what, timeout, "localhost")),
+            .and_then(|stream| ask(stream, &request("localhost"), timeout)),
     };
     Ok(answer.with_context(|| format!("the admin listener at {address}"))?)
 }
@@ -148,18 +198,7 @@ fn parse(text: &str) -> Option<AdminAddress> {
 }
 
 /// Sends the request and reads the whole answer. `timeout` is only for the message: the stream has it set.
-fn ask(
-    mut stream: impl Read + Write,
-    (what, body): (&str, Option<&serde_json::Value>),
-    timeout: Duration,
-    host: &str,
-) -> anyhow::Result<serde_json::Value> {
-    let kind = if body.is_some() { "Content-Type: application/json\r\n" } else { "" };
-    let body = body.map(ToString::to_string).unwrap_or_default();
-    let request = format!(
-        "POST {what} HTTP/1.1\r\nHost: {host}\r\nAccept: application/json\r\n{kind}Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
-        body.len()
-    );
+fn ask(mut stream: impl Read + Write, request: &str, timeout: Duration) -> anyhow::Result<serde_json::Value> {
     stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     stream.take(MAX_ANSWER).read_to_end(&mut answer).map_err(|error| match error.kind() {
@@ -172,7 +211,7 @@ fn ask(
     let end = memchr::memmem::find(&answer, b"\r\n\r\n").context("not an HTTP response")?;
     let (head, body) = (String::from_utf8_lossy(&answer[..end]), &answer[end + 4..]);
     match serde_json::from_slice::<serde_json::Value>(body) {
-        Ok(body) if body["result"].is_string() => Ok(body),
+        Ok(body) if body["result"].is_string() || head.starts_with("HTTP/1.1 200 ") && body.is_object() => Ok(body),
         _ => {
             let status = head.lines().next().unwrap_or_default();
             bail!("{status}: {}", String::from_utf8_lossy(body).trim())

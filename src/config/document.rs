@@ -20,6 +20,10 @@ impl Document {
         Self(whole)
     }
 
+    pub(super) const fn table(&self) -> &Table {
+        &self.0
+    }
+
     /// The keys that the other one has with another value, more, or not at all: `pagination.max_per_page` for a key of a
     /// table, `upstream` for a list of tables.
     pub fn changes(&self, other: &Self) -> Vec<String> {

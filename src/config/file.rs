@@ -8,6 +8,7 @@ use crate::request::host::HostPattern;
 use crate::request::route::{HeaderEdits, Pattern};
 use crate::request::token::BasicUsers;
 use crate::request::view::Method;
+use crate::store::credential::Digest;
 use crate::store::terms::parse_rate;
 use crate::telemetry::datagrams::SyslogAddress;
 use crate::upstream::{AdaptiveBounds, HashBy, ListedServer, MaxRequests, ServerAddress};
@@ -85,9 +86,16 @@ section! {
 section! {
     /// Metrics, health and reload, for operators only.
     AdminSection {
-        /// One address, or "none". It must not be reachable from outside: there is no password.
+        /// One address, `"unix:/path"` for a socket file (mode 0660), or "none". GET / has a page for browsers. Without a token,
+        /// a listener that is neither on a loopback address nor a socket file only reads: reloads and other changes get 403.
         listen: Option<ListenAddress> = r#""127.0.0.1:9090""#,
-        /// Host names that the admin listener answers to, besides IP addresses and localhost; for example
+        /// SHA-256 in hex of a token that this listener asks for, or "none": `Authorization: Bearer TOKEN`, or the token as the
+        /// password of Basic with any user name. /healthz and /readyz need none. It is sent in plain text. The commands of
+        /// tollgate take it by --admin-token-file or TOLLGATE_ADMIN_TOKEN.
+        token_sha256: Option<Sha256Text> = r#""none""#,
+        /// An address of its own for GET /metrics, /healthz and /readyz, without a token and without anything else; or "none".
+        metrics_listen: Option<ListenAddress> = r#""none""#,
+        /// Host names that both listeners answer to, besides IP addresses and localhost; for example
         /// `"tollgate.internal"` if Prometheus scrapes that name. Requests with any other Host get 403, so that a web
         /// page cannot reach the listener through a name of its own.
         hosts: Vec<HostName> = "[]",
@@ -854,6 +862,10 @@ macro_rules! settings {
 }
 
 settings! {
+    Sha256Text(Digest) = |text| Digest::from_hex(text).ok_or_else(|| {
+        // What stands there may be the token itself: it is not repeated.
+        invalid("is not a SHA-256 in 64 hex digits", "write what `printf %s \"$TOKEN\" | sha256sum` prints, never the token itself")
+    });
     ListenAddress(Listen) = |text| match text.strip_prefix("unix:") {
         Some(path) if path.starts_with('/') => Ok(Listen::Unix(path.into(), 0o660)),
         Some(_) => Err(invalid("a socket's path must be absolute", "write it like \"unix:/run/tollgate/api.sock\"")),

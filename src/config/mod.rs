@@ -11,6 +11,7 @@ mod probe;
 mod reference;
 mod resolve;
 mod section;
+mod shown;
 mod sources;
 mod stores;
 mod trust;
@@ -88,6 +89,7 @@ pub fn parse(text: &str, path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<
     }
     settings.expansions = places.expansions.clone();
     settings.warnings = places.into_found();
+    settings.edge.admin.shown = shown::shown(&settings.document, path).into();
     Ok(settings)
 }
 

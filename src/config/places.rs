@@ -138,7 +138,8 @@ impl<'t> Places<'t> {
         let span = self.spans.get(path).filter(|span| !span.table)?;
         let text = self.sources.text.get(span.value.clone())?;
         let last = path.rsplit('.').next().unwrap_or_default().split('[').next().unwrap_or_default();
-        let may_be_secret = path.starts_with("store") && !PLAIN.contains(&last) || text.contains('@');
+        let may_be_secret =
+            path.starts_with("store") && !PLAIN.contains(&last) || last == "token_sha256" || text.contains('@');
         if may_be_secret && !seeded::off(Rule::ConfigSecret) {
             return None;
         }

@@ -6,8 +6,8 @@ use super::places::Places;
 use super::section::{nearest, suggestion};
 use super::{Diagnostic, Document, Expansions, File};
 use crate::edge::{
-    BodyRate, CertificateFiles, ConnectionLimits, EdgeSettings, Listen, ListenerSettings, ListenerTlsSettings,
-    ServerSettings, ShutdownTimes, Timeouts, TlsProfile, VerdictSettings,
+    AdminSettings, BodyRate, CertificateFiles, ConnectionLimits, EdgeSettings, Listen, ListenerSettings,
+    ListenerTlsSettings, ServerSettings, ShutdownTimes, Timeouts, TlsProfile, VerdictSettings,
 };
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
@@ -219,7 +219,12 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
             connections,
             body_rate,
             places: Arc::new(rule_places),
-            admin_hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
+            admin: AdminSettings {
+                hosts: file.admin.hosts.iter().map(|host| host.0.clone()).collect(),
+                token: file.admin.token_sha256.as_ref().map(|digest| digest.0),
+                listen: file.admin.listen.as_ref().map(|address| address.0.clone()),
+                shown: Arc::default(),
+            },
         },
         access_log: log_target(&file.log.access),
         audit_log,
@@ -270,6 +275,8 @@ impl Gather<'_, '_> {
             short: short.len(),
             listeners,
             admin: file.admin.listen.as_ref().map(|address| address.0.clone()),
+            admin_token: file.admin.token_sha256.is_some(),
+            metrics: file.admin.metrics_listen.as_ref().map(|address| address.0.clone()),
             threads,
             watch: file.server.watch,
         };

@@ -107,6 +107,8 @@ fn read_default<T: Setting>(default: &str) -> T {
 pub(crate) struct SectionKey {
     pub key: &'static str,
     pub doc: &'static [&'static str],
+    /// The type of its value.
+    pub kind: &'static str,
     pub default: &'static str,
     pub schema: fn() -> Value,
 }
@@ -148,6 +150,7 @@ macro_rules! section {
                 $($crate::config::section::SectionKey {
                     key: stringify!($field),
                     doc: &[$($field_doc),*],
+                    kind: stringify!($type),
                     default: $default,
                     schema: <$type as $crate::config::section::Setting>::schema,
                 },)*

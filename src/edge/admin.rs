@@ -6,11 +6,13 @@ use super::reloader::{ChangeRequest, PassedOn};
 use super::socket::Socket;
 use super::workers::Serve;
 use super::{Lifecycle, Snapshot};
-use crate::admin::{self, Action, Operator, Reloaded, Unread};
+use crate::admin::{self, Action, Operator, ReloadHistory, Reloaded, Unread};
 use crate::request::head;
 use crate::request::origin::Arrival;
 use crate::request::view::{Framing, Method};
 use crate::telemetry::audit_log::AuditSource;
+use crate::telemetry::metrics::AdminDenial;
+use crate::telemetry::outage::LogThrottle;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use std::pin::pin;
@@ -31,10 +33,13 @@ pub(super) struct AdminGate {
     pub(super) lifecycle: Arc<Lifecycle>,
     pub(super) changes: mpsc::Sender<ChangeRequest>,
     pub(super) started_unix_ms: u64,
+    pub(super) reloads: Arc<ReloadHistory>,
+    /// A flood of wrong tokens must not fill the disk.
+    pub(super) complaints: LogThrottle,
 }
 
 impl Serve for AdminGate {
-    async fn serve(self: Arc<Self>, socket: Socket, _: Arc<ListenerState>, _guard: impl Send + 'static) {
+    async fn serve(self: Arc<Self>, socket: Socket, listener: Arc<ListenerState>, _guard: impl Send + 'static) {
         let source = source(&socket);
         let arrival = Arrival::of(socket.peer());
         let mut client = ClientStream::new(socket, arrival);
@@ -74,7 +79,11 @@ impl Serve for AdminGate {
                 pipeline: &snapshot.pipeline,
                 metrics: &snapshot.metrics,
                 upstreams: snapshot.upstreams.iter().map(|peers| &*peers.upstream).collect(),
-                hosts: &snapshot.settings.admin_hosts,
+                hosts: &snapshot.settings.admin.hosts,
+                access: snapshot.settings.admin.access(&listener.settings.address),
+                token: snapshot.settings.admin.token.as_ref(),
+                config: &snapshot.settings.admin.shown,
+                reloads: &self.reloads,
                 ready: self.lifecycle.is_ready(),
                 started_unix_ms: self.started_unix_ms,
                 now: super::now(),
@@ -84,6 +93,13 @@ impl Serve for AdminGate {
             let mut passed_on = None;
             let answer = match admin::respond(&view, &operator) {
                 Action::Respond(answer) => answer,
+                Action::Denied(answer, denial) => {
+                    snapshot.metrics.admin_denied(denial);
+                    if denial == AdminDenial::WrongToken {
+                        self.complain(source);
+                    }
+                    answer
+                }
                 Action::Changed(answer, action) => {
                     snapshot.audit(&snapshot, source, &action);
                     answer
@@ -131,6 +147,16 @@ async fn read_body(client: &mut ClientStream, framing: Framing, waits: bool, mos
 }
 
 impl AdminGate {
+    /// Somebody has sent a wrong token.
+    fn complain(&self, source: AuditSource) {
+        if let Some(suppressed) = self.complaints.due(Instant::now()) {
+            let by = admin::asked_by(source);
+            log::warn!(
+                "admin listener: a request with a wrong token was refused, {by} ({suppressed} more since the last line)"
+            );
+        }
+    }
+
     async fn reload(&self, source: AuditSource) -> Result<Reloaded, String> {
         let (reply, answer) = oneshot::channel();
         self.changes.send(ChangeRequest::Reload(source, Some(reply))).await.map_err(|_| ending())?;

@@ -463,6 +463,11 @@ impl Exchange {
     fn count(&self, took: Duration) {
         let (metrics, facts) = (&self.snapshot.metrics, &self.facts);
         self.snapshot.count(facts.route, facts.method, self.end().map_or(0, |end| end.status), took);
+        if let (Some(refusal), Some(end)) = (self.ending.refusal, self.end())
+            && end.status == refusal.status()
+        {
+            metrics.refused(end.status, refusal.reason());
+        }
         if let Some(result) = facts.cache {
             metrics.cache_lookup(result);
         }

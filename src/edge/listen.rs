@@ -22,6 +22,10 @@ pub struct ServerSettings {
     pub short: usize,
     /// `None`: no admin listener.
     pub admin: Option<Listen>,
+    /// The admin listener asks for a token.
+    pub admin_token: bool,
+    /// One for metrics and health alone.
+    pub metrics: Option<Listen>,
     /// Worker threads.
     pub threads: usize,
     /// Reload when the configuration file changes.
@@ -141,6 +145,18 @@ pub enum Listen {
     Unix(String, u32),
 }
 
+impl Listen {
+    /// Whether only this machine can reach it.
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Tcp(address) => {
+                address.parse().is_ok_and(|address: SocketAddr| address.ip().to_canonical().is_loopback())
+            }
+            Self::Unix(..) => true,
+        }
+    }
+}
+
 impl ServerSettings {
     /// The keys whose values differ, and take effect with a restart only.
     pub fn changes(&self, other: &Self) -> Vec<&'static str> {
@@ -192,18 +208,50 @@ impl ServerSettings {
                 problems.push(Problem { related: Some((first, *at)), ..problem });
             }
         }
-        if let Some(Listen::Tcp(address)) = &self.admin
-            && address.parse().is_ok_and(|address: SocketAddr| !is_inside(address.ip()))
-        {
-            let what = "can be reached from other networks, and the admin listener has no password";
-            let instead = "use a loopback or private address, or restrict access with a firewall";
-            problems.push(Problem::warning("admin.listen", what, instead));
-        }
+        problems.extend(self.exposed());
         if self.threads > Self::MOST_THREADS {
             let instead = format!("use at most {}; 0 means one for each core", Self::MOST_THREADS);
             problems.push(Problem::error("server.threads", "is out of range", instead));
         }
         problems
+    }
+
+    /// What others can reach of what is for operators.
+    fn exposed(&self) -> Vec<Problem> {
+        let is_outside = |listen: &Listen| match listen {
+            Listen::Tcp(address) => address.parse().is_ok_and(|address: SocketAddr| !is_inside(address.ip())),
+            Listen::Unix(..) => false,
+        };
+        let private = "use a loopback or private address, or restrict access with a firewall";
+        let mut problems = Vec::new();
+        if let Some(admin) = &self.admin {
+            let said = match (is_outside(admin), self.admin_token, admin.is_local()) {
+                (true, true, _) => {
+                    Some(("can be reached from other networks, and its token is sent in plain text", private))
+                }
+                (true, false, _) => {
+                    let what = "can be reached from other networks, and has no token: it shows everybody what goes on, and refuses \
+                                reloads and other changes";
+                    Some((what, private))
+                }
+                (false, false, false) => {
+                    let what = "is not loopback and has no token: it refuses reloads and other changes";
+                    Some((what, "set token_sha256, or use a loopback address or a Unix socket"))
+                }
+                (false, ..) => None,
+            };
+            problems.extend(said.map(|(what, instead)| Problem::warning("admin.listen", what, instead)));
+        }
+        if self.metrics.as_ref().is_some_and(is_outside) {
+            let what = "can be reached from other networks: metrics name routes, upstreams and servers";
+            problems.push(Problem::warning("admin.metrics_listen", what, private));
+        }
+        problems
+    }
+
+    /// The listeners for operators.
+    pub(super) fn operators(&self) -> impl Iterator<Item = &Listen> {
+        self.admin.iter().chain(&self.metrics)
     }
 
     /// The addresses that cannot be bound, found by binding all of them for a moment, but for those that are open already. The framework would retry for half a
@@ -272,7 +320,8 @@ impl ServerSettings {
             None => (&listener.address, "server.listen", Some(index)),
             Some(index) => (&listener.address, "listener", Some(index)),
         });
-        api.chain(self.admin.iter().map(|listen| (listen, "admin.listen", None)))
+        let operators = [("admin.listen", &self.admin), ("admin.metrics_listen", &self.metrics)];
+        api.chain(operators.into_iter().filter_map(|(key, listen)| Some((listen.as_ref()?, key, None))))
     }
 }
 

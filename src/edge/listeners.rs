@@ -12,15 +12,16 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// The listeners of the API, by address, and the one of the admin.
+/// The listeners of the API, and those for operators, by address.
 pub(super) struct Listeners {
     open: HashMap<Listen, OpenListener>,
-    admin: Option<(Listen, OpenListener)>,
+    /// What each of them is for is asked of the configuration, with each request.
+    operators: HashMap<Listen, OpenListener>,
     /// Socket files to be removed at the end of the process.
     closed: Vec<String>,
     passed: PassedSockets,
     doors: WorkerDoors,
-    take_admin: Box<dyn Fn(Acceptor) + Send>,
+    take_operator: Box<dyn Fn(Acceptor) + Send>,
     metrics: Arc<Metrics>,
 }
 
@@ -28,7 +29,7 @@ pub(super) struct Listeners {
 pub(super) struct Prepared {
     opened: Vec<ReadyListener>,
     changed: Vec<ListenerState>,
-    admin: Option<Option<ReadyListener>>,
+    operators: Vec<ReadyListener>,
     settings: ServerSettings,
 }
 
@@ -39,15 +40,16 @@ struct ReadyListener {
 }
 
 impl Listeners {
-    /// None is open yet. `take_admin` serves an admin listener.
+    /// None is open yet. `take_operator` serves a listener for operators.
     pub(super) fn new(
         doors: WorkerDoors,
         metrics: Arc<Metrics>,
         passed: PassedSockets,
-        take_admin: impl Fn(Acceptor) + Send + 'static,
+        take_operator: impl Fn(Acceptor) + Send + 'static,
     ) -> Self {
         let (open, closed) = (HashMap::new(), Vec::new());
-        Self { open, admin: None, closed, passed, doors, take_admin: Box::new(take_admin), metrics }
+        let operators = HashMap::new();
+        Self { open, operators, closed, passed, doors, take_operator: Box::new(take_operator), metrics }
     }
 
     /// Binds what is new, and reads the certificates of what has changed. Within an event loop.
@@ -60,13 +62,11 @@ impl Listeners {
                 None => opened.push(self.opened(made(listener)?)?),
             }
         }
-        let admin = match (&self.admin, &settings.admin) {
-            (Some((open, _)), Some(wanted)) if open == wanted => None,
-            (None, None) => None,
-            (_, None) => Some(None),
-            (_, Some(wanted)) => Some(Some(self.opened(made(&ListenerSettings::plain(wanted.clone()))?)?)),
-        };
-        Ok(Prepared { opened, changed, admin, settings: settings.clone() })
+        let mut operators = Vec::new();
+        for address in settings.operators().filter(|address| !self.operators.contains_key(*address)) {
+            operators.push(self.opened(made(&ListenerSettings::plain(address.clone()))?)?);
+        }
+        Ok(Prepared { opened, changed, operators, settings: settings.clone() })
     }
 
     /// Takes a socket that is open already, or binds the address.
@@ -86,7 +86,7 @@ impl Listeners {
 
     /// Does what was prepared. New listeners accept before old ones are closed.
     pub(super) fn apply(&mut self, prepared: Prepared) {
-        let Prepared { opened, changed, admin, settings } = prepared;
+        let Prepared { opened, changed, operators, settings } = prepared;
         for ReadyListener { acceptor, open } in opened {
             let address = open.current().settings.address.clone();
             match self.doors.open(&acceptor) {
@@ -107,16 +107,13 @@ impl Listeners {
                 close(&address, open);
             }
         }
-        if let Some(next) = admin {
-            let before = self.admin.take();
-            if let Some(ReadyListener { acceptor, open }) = next {
-                self.admin = Some((open.current().settings.address.clone(), open));
-                (self.take_admin)(acceptor);
-            }
-            if let Some((address, open)) = before {
-                close(&address, open);
-            }
+        for ReadyListener { acceptor, open } in operators {
+            self.operators.insert(open.current().settings.address.clone(), open);
+            (self.take_operator)(acceptor);
         }
+        let is_wanted = |address: &Listen| settings.operators().any(|wanted| wanted == address);
+        let gone: Vec<_> = self.operators.extract_if(|address, _| !is_wanted(address)).collect();
+        gone.into_iter().for_each(|(address, open)| close(&address, open));
         self.tell();
     }
 
@@ -172,7 +169,7 @@ impl Listeners {
     /// Closes what is still open. Returns the paths of socket files that were in use to the end.
     pub(super) fn end(&mut self) -> Vec<String> {
         self.close_all();
-        if let Some((address, open)) = self.admin.take() {
+        for (address, open) in self.operators.drain() {
             self.closed.extend(own_file(&address, &open));
             open.close();
         }
@@ -181,15 +178,14 @@ impl Listeners {
 
     /// The sockets of all listeners, for the process that is to replace this one.
     pub(super) fn to_pass_on(&self) -> std::io::Result<Vec<ListeningSocket>> {
-        let admin = self.admin.iter().map(|(_, open)| open);
-        self.open.values().chain(admin).map(|open| open.socket().try_clone()).collect()
+        self.open.values().chain(self.operators.values()).map(|open| open.socket().try_clone()).collect()
     }
 
     /// Another process has all sockets, and accepts connections. Their files are that one's.
     pub(super) fn passed_on(&mut self) {
         let api = self.open.drain().map(|(_, open)| open);
-        let admin = self.admin.take().map(|(_, open)| open);
-        api.chain(admin).for_each(OpenListener::close);
+        let operators = self.operators.drain().map(|(_, open)| open);
+        api.chain(operators).for_each(OpenListener::close);
     }
 
     /// Connections are accepted: the process before this one ends.

@@ -52,6 +52,7 @@ pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
 pub use tls::{CertificateFiles, ListenerTlsSettings, TlsProfile};
 pub use upgrade::{Predecessor, Successors};
 
+use crate::admin::{AdminAccess, ShownConfig};
 use crate::clock::Now;
 use crate::explain::RulePlaces;
 use crate::pipeline::{Facts, Pipeline};
@@ -59,6 +60,7 @@ use crate::policy::{GuessEpisode, LimitFacts, LimitResult, MOST_OWN_RATES, OddKi
 use crate::problem::Problem;
 use crate::request::trace::NewIds;
 use crate::request::view::Method;
+use crate::store::credential::Digest;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::audit_log::{AuditLog, AuditSource, AuditedAction};
 use crate::telemetry::limit_metrics::{LimitCount, LimitMetrics};
@@ -85,8 +87,8 @@ pub struct Snapshot {
     audit: AuditLog,
     spans: SpanExporter,
     /// One for each route, and one for requests that got to none.
-    route_metrics: Vec<RouteMetrics>,
-    unrouted: RouteMetrics,
+    route_metrics: Vec<Arc<RouteMetrics>>,
+    unrouted: Arc<RouteMetrics>,
     /// One for each limit.
     limit_metrics: Vec<LimitMetrics>,
 }
@@ -98,10 +100,32 @@ pub struct EdgeSettings {
     pub shutdown: ShutdownTimes,
     pub connections: ConnectionLimits,
     pub body_rate: BodyRate,
-    /// Names that the admin listener answers to, in lower case.
-    pub admin_hosts: Vec<String>,
     /// Where the rules are written that requests are judged by.
     pub places: Arc<RulePlaces>,
+    pub admin: AdminSettings,
+}
+
+/// What a reload changes for the admin listener, and what it shows.
+#[derive(Clone, Debug)]
+pub struct AdminSettings {
+    /// Names that it answers to, in lower case.
+    pub hosts: Vec<String>,
+    /// The SHA-256 of the token that it asks for.
+    pub token: Option<Digest>,
+    /// Where it is. Every other listener that leads to it has metrics and health only.
+    pub listen: Option<Listen>,
+    pub shown: Arc<ShownConfig>,
+}
+
+impl AdminSettings {
+    /// What those who come over a listener may do.
+    fn access(&self, address: &Listen) -> AdminAccess {
+        match &self.listen {
+            Some(own) if own == address && (own.is_local() || self.token.is_some()) => AdminAccess::Full,
+            Some(own) if own == address => AdminAccess::ReadOnly,
+            _ => AdminAccess::MetricsOnly,
+        }
+    }
 }
 
 /// What is written of the traffic and of changes.
@@ -318,4 +342,33 @@ pub struct ShutdownTimes {
     pub drain_delay: Duration,
     /// How long requests in flight may take after that.
     pub grace: Duration,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_change_something_goes_by_the_listener_and_its_token() {
+        let tcp = |text: &str| Listen::Tcp(text.into());
+        let unix = Listen::Unix("/run/tollgate.sock".into(), 0o660);
+        let token = Some(Digest::of(b"token"));
+        for (listen, token, access) in [
+            (tcp("127.0.0.1:9090"), None, AdminAccess::Full),
+            (tcp("127.8.8.8:9090"), None, AdminAccess::Full),
+            (tcp("[::1]:9090"), None, AdminAccess::Full),
+            (tcp("[::ffff:127.0.0.1]:9090"), None, AdminAccess::Full),
+            (unix, None, AdminAccess::Full),
+            (tcp("0.0.0.0:9090"), None, AdminAccess::ReadOnly),
+            (tcp("[::]:9090"), None, AdminAccess::ReadOnly),
+            (tcp("10.0.0.5:9090"), None, AdminAccess::ReadOnly),
+            (tcp("192.0.2.1:9090"), token, AdminAccess::Full),
+        ] {
+            let settings =
+                AdminSettings { hosts: Vec::new(), token, listen: Some(listen.clone()), shown: Arc::default() };
+            assert_eq!(settings.access(&listen), access, "{listen}");
+            let elsewhere = settings.access(&tcp("127.0.0.1:9100"));
+            assert_eq!(elsewhere, AdminAccess::MetricsOnly, "not the listener of {listen}");
+        }
+    }
 }

@@ -7,7 +7,7 @@ use super::notify::ServiceManager;
 use super::server::{Rebuild, Rebuilt};
 use super::signals::Signals;
 use super::upgrade::Successors;
-use crate::admin::{Reloaded, Upgraded, audited_reload, audited_upgrade};
+use crate::admin::{ReloadHistory, Reloaded, Upgraded, audited_reload, audited_upgrade};
 use crate::telemetry::audit_log::{AuditResult, AuditSource, AuditedAction};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -32,6 +32,8 @@ pub(super) struct Reloader {
     pub(super) snapshot: Arc<ArcSwap<Snapshot>>,
     pub(super) rebuild: Rebuild,
     pub(super) manager: ServiceManager,
+    /// What the reloads changed.
+    pub(super) reloads: Arc<ReloadHistory>,
     pub(super) listeners: Arc<Mutex<Listeners>>,
     pub(super) requests: mpsc::Receiver<ChangeRequest>,
     pub(super) hangup: Signals,
@@ -96,6 +98,7 @@ impl Reloader {
                     let result = self.reload().await;
                     self.manager.ready();
                     before.audit(&self.snapshot.load(), source, &audited_reload(&result));
+                    self.reloads.note(super::now().unix_ms, source, &result);
                     if let Some(reply) = reply {
                         // The client may be gone.
                         let _ = reply.send(result);

@@ -14,9 +14,11 @@ use super::signals::ProcessSignals;
 use super::upgrade::Successors;
 use super::workers::{Serve as _, Workers};
 use super::{Lifecycle, ListFiles, Snapshot, file_watch, health};
-use crate::admin::Reloaded;
+use crate::admin::{ReloadHistory, Reloaded};
 use crate::problem::Problem;
 use crate::telemetry::audit_log::{AuditResult, AuditSource, AuditedAction};
+use crate::telemetry::history::SAMPLED_EVERY_MS;
+use crate::telemetry::metrics::Metrics;
 use crate::telemetry::outage::LogThrottle;
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -104,11 +106,15 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
     let manager = ServiceManager::of_this_process();
     let (changes, requests) = mpsc::channel(1);
     let asked = changes.clone();
+    let reloads = Arc::new(ReloadHistory::default());
+    reloads.started(started_unix_ms);
     let gate = Arc::new(AdminGate {
         snapshot: Arc::clone(&snapshot),
         lifecycle: Arc::clone(&lifecycle),
         changes: changes.clone(),
         started_unix_ms,
+        reloads: Arc::clone(&reloads),
+        complaints: LogThrottle::default(),
     });
     let runtime = background.handle().clone();
     let mut listeners = Listeners::new(workers.doors(), Arc::clone(&metrics), passed, move |acceptor| {
@@ -118,7 +124,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         runtime.spawn(acceptor.accept(serve));
     });
     let prepared = listeners.prepare(&settings)?;
-    let addresses = settings.listeners.iter().map(|listener| &listener.address).chain(&settings.admin);
+    let addresses = settings.listeners.iter().map(|listener| &listener.address).chain(settings.operators());
     if let Some(place) = listeners.passed().unused(addresses).first() {
         return Err(ServeError::Unused(place.to_string()));
     }
@@ -143,6 +149,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         snapshot: Arc::clone(&snapshot),
         rebuild,
         manager: manager.clone(),
+        reloads,
         listeners: Arc::clone(&listeners),
         requests,
         hangup: signals.hangup,
@@ -161,6 +168,7 @@ pub fn serve(running: Running) -> Result<(), ServeError> {
         let _ = asked.try_send(ChangeRequest::Reload(AuditSource::Process, None));
     }));
     background.spawn(health::run(Arc::clone(&snapshot)));
+    background.spawn(sample_traffic(Arc::clone(&metrics)));
     background.spawn(Tokens { snapshot: Arc::clone(&snapshot), replaced }.run());
     manager.ready();
     listeners.lock().serving();
@@ -225,6 +233,16 @@ pub(super) fn remove_socket(path: &str) {
             SocketPlace::Taken(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
             _ => return,
         }
+    }
+}
+
+/// Reads the counters for the windows that the admin listener shows.
+async fn sample_traffic(metrics: Arc<Metrics>) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(SAMPLED_EVERY_MS));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        metrics.sample_traffic(super::now().mono_ms);
     }
 }
 

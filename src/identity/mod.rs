@@ -363,6 +363,11 @@ impl Authenticator {
         self.inner.chain.names()
     }
 
+    /// The same, one by one.
+    pub fn stores(&self) -> impl Iterator<Item = &str> {
+        self.inner.chain.links().iter().map(|link| link.name.as_str())
+    }
+
     /// The position in each store's list of changes.
     pub fn marks(&self) -> Vec<Option<Mark>> {
         self.inner.marks()

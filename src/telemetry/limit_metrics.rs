@@ -51,4 +51,10 @@ impl LimitMetrics {
     pub fn shared(&self) {
         self.shared.inc();
     }
+
+    /// By result, and last those without a bucket of their own.
+    pub(super) fn counts(&self) -> [u64; 4] {
+        let of = |result: LimitCount| self.requests.get(result as usize).map_or(0, IntCounter::get);
+        [of(LimitCount::Allowed), of(LimitCount::Refused), of(LimitCount::DryRun), self.shared.get()]
+    }
 }

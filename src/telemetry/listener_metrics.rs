@@ -1,6 +1,7 @@
 //! Series about connections of clients, before and beside their requests.
 
 use super::metrics::{Families, labels};
+use parking_lot::Mutex;
 use prometheus::{IntCounter, IntCounterVec, IntGaugeVec};
 
 labels! {
@@ -40,6 +41,8 @@ pub struct ListenerMetrics {
     handshakes: Vec<IntCounter>,
     limited: Vec<IntCounter>,
     certificate_ends: IntGaugeVec,
+    /// What the series say, with names that are not labels.
+    ends: Mutex<Vec<(String, String, u64)>>,
     http2_floods: IntCounterVec,
 }
 
@@ -63,6 +66,7 @@ impl ListenerMetrics {
                 "Time at which a certificate of a listener ends, by the first name in it.",
                 &["listener", "name"],
             )?,
+            ends: Mutex::default(),
             http2_floods: families.counters(
                 "tollgate_http2_floods_total",
                 "HTTP/2 connections that were cut for a flood, by the kind of frame.",
@@ -91,10 +95,16 @@ impl ListenerMetrics {
 
     /// Replaces what was said of all listeners.
     pub fn certificates(&self, all: impl Iterator<Item = (String, String, u64)>) {
+        let all: Vec<_> = all.collect();
         self.certificate_ends.reset();
-        for (listener, name, end) in all {
-            let end = i64::try_from(end).unwrap_or(i64::MAX);
-            self.certificate_ends.with_label_values(&[&listener, &name]).set(end);
+        for (listener, name, end) in &all {
+            let end = i64::try_from(*end).unwrap_or(i64::MAX);
+            self.certificate_ends.with_label_values(&[listener, name]).set(end);
         }
+        *self.ends.lock() = all;
+    }
+
+    pub(super) fn certificate_ends(&self) -> Vec<(String, String, u64)> {
+        self.ends.lock().clone()
     }
 }

@@ -3,6 +3,7 @@
 
 use super::guess_metrics::GuessMetrics;
 use super::heavy_hitters::HeavyHitters;
+use super::history::{MOST_REASONS, TrafficHistory, TrafficTotals, TrafficWindow, quantile};
 use super::limit_metrics::{LimitFamilies, LimitMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
 use super::process_metrics::ProcessMetrics;
@@ -10,20 +11,24 @@ use super::server_metrics::ServerFamilies;
 pub use super::server_metrics::{AdaptiveReading, ServerMetrics};
 use super::share_metrics::{ShareFamilies, ShareMetrics};
 use super::store_metrics::StoreFamilies;
-pub use super::store_metrics::StoreMetrics;
+pub use super::store_metrics::{StoreMetrics, StoreReading};
+use parking_lot::Mutex;
 use prometheus::core::Collector;
 use prometheus::{
     Counter, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
 };
+use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// From well under a cache miss on SQLite to a backend's slowest page.
-const LATENCY_SECONDS: &[f64] =
+pub(super) const LATENCY_SECONDS: &[f64] =
     &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+/// With the one of those that took longer.
+pub(super) const LATENCY_BUCKETS: usize = LATENCY_SECONDS.len() + 1;
 pub const METHODS: [&str; 8] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "other"];
-const STATUS_CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
+pub(super) const STATUS_CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
 
 macro_rules! labels {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal),* $(,)? }) => {
@@ -78,11 +83,24 @@ labels! {
     SpanResult { Exported = "exported", Failed = "failed", Dropped = "dropped" }
 }
 
+labels! {
+    /// Why the admin listener refused a request before it looked at what it asks for.
+    AdminDenial {
+        Host = "host", Origin = "origin", NoToken = "no_token", WrongToken = "wrong_token", ReadOnly = "read_only",
+        ContentType = "content_type", MetricsOnly = "metrics_only",
+    }
+}
+
 /// All series. Made once; reloads keep it.
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     duration: HistogramVec,
+    /// Those of all routes that there have been.
+    routes: Mutex<HashMap<String, Arc<RouteMetrics>>>,
+    history: TrafficHistory,
+    refusals: RefusalMetrics,
+    admin_denials: Vec<IntCounter>,
     in_flight: IntGauge,
     connections: IntGauge,
     auth: IntCounterVec,
@@ -136,6 +154,33 @@ impl RouteMetrics {
             counter.inc();
         }
         self.duration.observe(took.as_secs_f64());
+    }
+}
+
+/// Requests that tollgate answered itself.
+struct RefusalMetrics {
+    series: IntCounterVec,
+    /// By reason, as they came up: their number has a bound in the source.
+    known: Mutex<Vec<(&'static str, u16, IntCounter)>>,
+    /// The most frequent ones, so that a flood of them looks nothing up.
+    common: [OnceLock<IntCounter>; 2],
+}
+
+impl RefusalMetrics {
+    fn count(&self, status: u16, reason: &'static str) {
+        let series = || {
+            let series = self.series.with_label_values(&[&status.to_string(), reason]);
+            let mut known = self.known.lock();
+            if !known.iter().any(|(name, known, _)| (*name, *known) == (reason, status)) {
+                known.push((reason, status, series.clone()));
+            }
+            series
+        };
+        match reason {
+            "unknown" => self.common[0].get_or_init(series).inc(),
+            "missing" => self.common[1].get_or_init(series).inc(),
+            _ => series().inc(),
+        }
     }
 }
 
@@ -213,6 +258,11 @@ impl Metrics {
         )?;
         let cache =
             families.counters("tollgate_cache_lookups_total", "Lookups in the token cache by result.", &["result"])?;
+        let admin_denials = families.counters(
+            "tollgate_admin_denials_total",
+            "Requests that the admin listener or the metrics listener refused, by reason.",
+            &["reason"],
+        )?;
         let rotated = families.counters(
             "tollgate_rotated_token_requests_total",
             "Requests with a token that was replaced (old) or created (new) by a rotation.",
@@ -243,6 +293,18 @@ impl Metrics {
                 &["route"],
                 LATENCY_SECONDS,
             )?,
+            routes: Mutex::default(),
+            history: TrafficHistory::default(),
+            refusals: RefusalMetrics {
+                series: families.counters(
+                    "tollgate_refusals_total",
+                    "Requests that tollgate answered itself, by status and reason.",
+                    &["status", "reason"],
+                )?,
+                known: Mutex::default(),
+                common: Default::default(),
+            },
+            admin_denials: AdminDenial::ALL.iter().map(|d| admin_denials.with_label_values(&[d.as_str()])).collect(),
             in_flight: families.gauge("tollgate_requests_in_flight", "Requests in progress.")?,
             connections: families.gauge("tollgate_connections", "Open client connections.")?,
             exchanges_ended: families.counters(
@@ -338,11 +400,75 @@ impl Metrics {
         })
     }
 
-    pub fn route(&self, name: &str) -> RouteMetrics {
-        let series = METHODS.iter().flat_map(|method| {
-            STATUS_CLASSES.iter().map(|class| self.requests.with_label_values(&[name, method, class]))
-        });
-        RouteMetrics { requests: series.collect(), duration: self.duration.with_label_values(&[name]) }
+    pub fn route(&self, name: &str) -> Arc<RouteMetrics> {
+        let make = || {
+            let series = METHODS.iter().flat_map(|method| {
+                STATUS_CLASSES.iter().map(|class| self.requests.with_label_values(&[name, method, class]))
+            });
+            Arc::new(RouteMetrics { requests: series.collect(), duration: self.duration.with_label_values(&[name]) })
+        };
+        Arc::clone(self.routes.lock().entry(name.to_owned()).or_insert_with(make))
+    }
+
+    /// A request that tollgate answered itself, and the client got that answer.
+    pub fn refused(&self, status: u16, reason: &'static str) {
+        self.refusals.count(status, reason);
+    }
+
+    /// A request that the admin listener or the one for metrics refused.
+    pub fn admin_denied(&self, denial: AdminDenial) {
+        if let Some(counter) = self.admin_denials.get(denial as usize) {
+            counter.inc();
+        }
+    }
+
+    /// Reads the counters, for the windows of the last time. To be called every few seconds.
+    pub fn sample_traffic(&self, mono_ms: u64) {
+        let mut totals = TrafficTotals::<u64>::default();
+        // Before the requests: a refusal is counted behind its request.
+        for (index, (_, status, counter)) in self.refusals.known.lock().iter().enumerate() {
+            let (class, count) = (usize::from(status / 100).min(STATUS_CLASSES.len() - 1), counter.get());
+            totals.refused[class] += count;
+            totals.reasons[index.min(MOST_REASONS - 1)] += count;
+        }
+        for route in self.routes.lock().values() {
+            for (index, counter) in route.requests.iter().enumerate() {
+                totals.statuses[index % STATUS_CLASSES.len()] += counter.get();
+            }
+            add_buckets(&route.duration, &mut totals.took);
+        }
+        self.history.note(totals, mono_ms);
+    }
+
+    /// The last 15 minutes and 24 hours.
+    pub fn traffic(&self, mono_ms: u64) -> [TrafficWindow; 2] {
+        self.sample_traffic(mono_ms);
+        self.history.windows(mono_ms)
+    }
+
+    /// Reasons of refusals, in the order of [`TrafficTotals::reasons`], with their status.
+    pub fn refusal_reasons(&self) -> Vec<(&'static str, u16)> {
+        self.refusals.known.lock().iter().map(|(reason, status, _)| (*reason, *status)).collect()
+    }
+
+    /// How often the cache gave each of its results.
+    pub fn cache_results(&self) -> Vec<(CacheResult, u64)> {
+        CacheResult::ALL.iter().zip(&self.cache_lookups).map(|(result, counter)| (*result, counter.get())).collect()
+    }
+
+    /// What a limit has made of requests: allowed, refused, dry run, and those that had no bucket of their own.
+    pub fn limit_counts(&self, name: &str) -> [u64; 4] {
+        self.limits.of(name).counts()
+    }
+
+    /// Certificates of listeners: the listener, the first name, and when it ends.
+    pub fn certificate_ends(&self) -> Vec<(String, String, u64)> {
+        self.listeners.certificate_ends()
+    }
+
+    /// What the series of a store say.
+    pub fn store_reading(&self, name: &str) -> StoreReading {
+        self.stores.reading(name)
     }
 
     /// Those of one limit.
@@ -511,6 +637,25 @@ impl Metrics {
         self.process.publish();
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
+}
+
+/// Adds a histogram's counts, which the library gives as sums of all buckets before.
+pub(super) fn add_buckets(histogram: &Histogram, counts: &mut [u64]) {
+    let metric = prometheus::core::Metric::metric(histogram);
+    let read = metric.get_histogram();
+    let mut before = 0;
+    let uppers = read.get_bucket().iter().map(|bucket| bucket.cumulative_count());
+    for (count, upto) in counts.iter_mut().zip(uppers.chain([read.get_sample_count()])) {
+        *count += upto.saturating_sub(before);
+        before = before.max(upto);
+    }
+}
+
+/// A quantile of a histogram since the process began, in seconds.
+pub(super) fn quantile_of(histogram: &Histogram, bounds: &[f64], share: f64) -> Option<f64> {
+    let mut counts = vec![0; bounds.len() + 1];
+    add_buckets(histogram, &mut counts);
+    quantile(bounds, &counts, share)
 }
 
 /// One upstream's series.

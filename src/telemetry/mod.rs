@@ -6,6 +6,7 @@ pub mod audit_log;
 pub mod datagrams;
 pub mod guess_metrics;
 pub mod heavy_hitters;
+pub mod history;
 pub mod limit_metrics;
 pub mod lines;
 mod listener_metrics;

@@ -1,8 +1,9 @@
 //! The series of token stores. They go with the last user of a store's name, so that no alert fires for a store that a reload
 //! removed. Knows no store.
 
-use super::metrics::Families;
+use super::metrics::{Families, quantile_of};
 use parking_lot::Mutex;
+use prometheus::core::Collector;
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -141,6 +142,35 @@ impl StoreFamilies {
         }
     }
 
+    /// What the series of a name say.
+    pub(super) fn reading(&self, name: &str) -> StoreReading {
+        let of = |family: &IntGaugeVec, label: &str| labelled(family, name, label);
+        let first = |family: &IntGaugeVec| of(family, "").first().map(|(_, value)| *value);
+        let count = |family: &IntCounterVec, label: &str| labelled(family, name, label);
+        let seconds = |family: &HistogramVec, bounds: &[f64]| {
+            // The series of a store that is in use are there.
+            let series = family.with_label_values(&[name]);
+            let of = |share| quantile_of(&series, bounds, share);
+            (series.get_sample_count(), of(0.5), of(0.99))
+        };
+        StoreReading {
+            subscribed: first(&self.subscribed).map(|value| value != 0),
+            problem: of(&self.unheard, "cause").into_iter().find(|(_, value)| *value != 0).map(|(cause, _)| cause),
+            losses: count(&self.losses, "").first().map_or(0, |(_, value)| *value),
+            rechecks: count(&self.rechecks, "").first().map_or(0, |(_, value)| *value),
+            servers: of(&self.server, "server").into_iter().map(|(server, _)| server).collect(),
+            writable: first(&self.writable).map(|value| value != 0),
+            breaker_open: first(&self.breaker_open).is_some_and(|value| value != 0),
+            file_current: first(&self.file_current).map(|value| value != 0),
+            waiting: first(&self.waiting).unwrap_or(0),
+            connections: of(&self.connections, "state"),
+            lookups: count(&self.lookups, "result"),
+            errors: count(&self.errors, "kind"),
+            lookup_seconds: seconds(&self.duration, STORE_SECONDS),
+            revocation_lag_seconds: seconds(&self.lag, LAG_SECONDS),
+        }
+    }
+
     /// One user fewer. The series of a name that nobody uses are removed.
     fn leave(&self, name: &str, failed: &[&'static str]) {
         let mut users = self.users.lock();
@@ -170,6 +200,42 @@ impl StoreFamilies {
             let _ = self.connections.remove_label_values(&[name, state]);
         }
     }
+}
+
+/// What the series of a store say at the moment.
+pub struct StoreReading {
+    /// `None`: it sends no change notifications.
+    pub subscribed: Option<bool>,
+    /// Why none arrive.
+    pub problem: Option<String>,
+    pub losses: u64,
+    pub rechecks: u64,
+    pub servers: Vec<String>,
+    pub writable: Option<bool>,
+    pub breaker_open: bool,
+    pub file_current: Option<bool>,
+    pub waiting: u64,
+    pub connections: Vec<(String, u64)>,
+    pub lookups: Vec<(String, u64)>,
+    pub errors: Vec<(String, u64)>,
+    /// How many, the middle one, and the slowest of a hundred.
+    pub lookup_seconds: (u64, Option<f64>, Option<f64>),
+    pub revocation_lag_seconds: (u64, Option<f64>, Option<f64>),
+}
+
+/// The values of a store's series, by another label.
+fn labelled(family: &impl Collector, store: &str, label: &str) -> Vec<(String, u64)> {
+    let mut found = Vec::new();
+    for metric in family.collect().iter().flat_map(|family| family.get_metric()) {
+        let value_of = |name: &str| metric.get_label().iter().find(|pair| pair.name() == name).map(|pair| pair.value());
+        if value_of("store") != Some(store) {
+            continue;
+        }
+        let value = metric.get_counter().get_value().max(metric.get_gauge().get_value());
+        found.push((value_of(label).unwrap_or_default().to_owned(), value as u64));
+    }
+    found.sort();
+    found
 }
 
 /// One token store's series. Those that not every store has appear with their first value.
