@@ -219,6 +219,52 @@ fn a_credential_of_another_kind_passes_where_it_is_named_and_never_beside_a_toke
     );
 }
 
+#[test]
+fn a_job_clones_with_its_own_token_by_gitlabs_name_for_it() {
+    let upstream = Upstream::start();
+    let more = "[[route]]\npath = \"/j/*\"\nbasic = true\nunchecked = [\"job_token\"]\nreason = \"jobs clone\"\n";
+    let gateway = Gateway::start(upstream.address, &(config("\"any\"") + more));
+    let job = basic("gitlab-ci-token:job-1");
+    for lines in
+        [job.clone(), format!("{job}JOB-TOKEN: job-1\n"), format!("{job}{job}Cookie: a=b\nX-Tollgate-User: root\n")]
+    {
+        assert_eq!(ask(&gateway, "/j/x", &lines).status, 200, "{lines}");
+        let seen = upstream.only();
+        let wanted = job.trim_end().strip_prefix("Authorization: ").unwrap();
+        assert!(seen.all("Authorization").iter().all(|value| *value == wanted), "{}", seen.head);
+        let others = ["PRIVATE-TOKEN", "X-Tollgate-User", "Cookie"];
+        assert!(
+            !seen.all("Authorization").is_empty() && others.iter().all(|name| seen.header(name).is_none()),
+            "{}",
+            seen.head
+        );
+        upstream.forget();
+    }
+    let mut refused = 0;
+    for (target, lines) in [
+        ("/g/x", job.clone()),
+        ("/api/v3/user", job.clone()),
+        ("/j/x", format!("{job}PRIVATE-TOKEN: {GOOD}\n")),
+        ("/j/x", format!("{job}{}", basic(&format!("x:{GOOD}")))),
+        ("/j/x", format!("{job}Authorization: Bearer {GOOD}\n")),
+        ("/j/x", format!("{job}JOB-TOKEN: job-2\n")),
+        ("/j/x", format!("{job}{}", basic("gitlab-ci-token:job-2"))),
+        ("/j/x", basic("gitlab-ci-token:")),
+        ("/j/x", basic("GitLab-CI-Token:job-1")),
+        ("/j/x", basic("x:job-1")),
+        ("/j/x?private_token=good-token-0001", job.clone()),
+    ] {
+        assert_eq!(ask(&gateway, target, &lines).status, 401, "{target} {lines}");
+        refused += 1;
+    }
+    assert_eq!(refused, 11);
+    assert!(upstream.seen().is_empty());
+    // Somebody's token stays a token, and goes on for its user.
+    assert_eq!(ask(&gateway, "/j/x", &basic(&format!("x:{GOOD}"))).status, 200);
+    let wanted = format!("Basic {}", STANDARD.encode(format!("user-0001:{GOOD}")));
+    assert_eq!(upstream.only().header("Authorization"), Some(wanted.as_str()));
+}
+
 /// tests/backend/services.py, ended by its pid when it is dropped.
 struct Services {
     address: SocketAddr,

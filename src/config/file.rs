@@ -730,8 +730,8 @@ section! {
         /// Accept a token as the password of HTTP Basic as well, with the user names in [token] basic; 401 then offers Basic.
         basic: bool = "false",
         /// Credentials that may stand in the token's place, and that tollgate forwards without checking them: "job_token"
-        /// (JOB-TOKEN, and `job_token` in the query) and "deploy_token" (DEPLOY-TOKEN). Beside a token, two of them, and fields
-        /// of bodies get 401. Needs a `reason`.
+        /// (JOB-TOKEN, `job_token` in the query, and with `basic = true` the password of the user `gitlab-ci-token`) and
+        /// "deploy_token" (DEPLOY-TOKEN). Beside a token, two of them, and fields of bodies get 401. Needs a `reason`.
         unchecked: Vec<OtherCredential> = "[]",
         /// The name of the [[upstream]] for these requests; empty for the first one.
         upstream: String = r#""""#,

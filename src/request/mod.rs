@@ -44,7 +44,7 @@ use seeded::Rule;
 use std::borrow::Cow;
 use std::sync::Arc;
 use target::TargetFault;
-use token::{OtherKind, Presented, TokenFault, TokenRules};
+use token::{OtherKind, Presented, TakesBasic, TokenFault, TokenRules};
 use verdict::VerdictFault;
 use view::{Field, FieldKind, Framing, Method, RequestView};
 
@@ -267,9 +267,9 @@ impl Rules {
         method: Method,
     ) -> RejectedRequest<'r> {
         let scan = query::scan(view.query().unwrap_or_default(), &self.names);
-        let takes_basic = route.is_some_and(|route| route.basic);
-        let (source, query_token) = token::sources(view, &scan, &self.token, takes_basic);
-        let presented = token::find(view, &scan, &self.token, takes_basic).ok().flatten();
+        let takes = route.map_or_else(TakesBasic::default, Route::takes_basic);
+        let (source, query_token) = token::sources(view, &scan, &self.token, takes.token);
+        let presented = token::find(view, &scan, &self.token, takes).ok().flatten();
         RejectedRequest { fault, route, method, source, query_token, presented }
     }
 
@@ -331,6 +331,7 @@ impl Rules {
         let mut auth =
             if self.cors_preflight && is_preflight(view) { Auth::None { pass_token: false } } else { route.auth };
         let passes_tokens = matches!(auth, Auth::None { pass_token: true });
+        let takes = route.takes_basic();
         let mut other = None;
         let presented = match auth {
             Auth::None { .. } => None,
@@ -338,9 +339,9 @@ impl Rules {
                 if scan.params.iter().any(|param| self.is_refused_credential(param.key, route)) {
                     return Err(RequestFault::OtherCredential);
                 }
-                let presented = token::find(view, &scan, &self.token, route.basic).map_err(RequestFault::Token)?;
+                let presented = token::find(view, &scan, &self.token, takes).map_err(RequestFault::Token)?;
                 if !route.unchecked.is_empty() {
-                    other = token::other(view, &scan, &route.unchecked, self.token.max_bytes)
+                    other = token::other(view, &scan, &route.unchecked, takes, self.token.max_bytes)
                         .map_err(RequestFault::Token)?;
                 }
                 match (&presented, other) {

@@ -3,7 +3,7 @@
 
 use super::host::HostPattern;
 use super::origin::AddressRules;
-use super::token::OtherKind;
+use super::token::{OtherKind, TakesBasic};
 use super::view::Method;
 use crate::problem::Problem;
 use siphasher::sip::SipHasher13;
@@ -411,6 +411,11 @@ impl Route {
             problems.extend(Problem::too_short("request_timeout", time, least));
         }
         problems
+    }
+
+    /// What the password of HTTP Basic can be.
+    pub fn takes_basic(&self) -> TakesBasic {
+        TakesBasic { token: self.basic, job: self.basic && self.unchecked.contains(&OtherKind::Job) }
     }
 
     /// Whether a request could match both with the same precedence.

@@ -40,6 +40,17 @@ pub enum BasicUsers {
     Listed(Vec<String>),
 }
 
+impl BasicUsers {
+    fn accept(&self, user: String) -> Result<BasicUser, TokenFault> {
+        match self {
+            Self::Any => Ok(BasicUser::Replaced),
+            Self::Own => Ok(BasicUser::Claimed(user.into())),
+            Self::Listed(names) if names.contains(&user) => Ok(BasicUser::Listed(user.into())),
+            Self::Listed(_) | Self::Nobody => Err(TokenFault::BasicUser),
+        }
+    }
+}
+
 impl TokenRules {
     const LENGTHS: RangeInclusive<usize> = 1..=MAX_TOKEN_BYTES;
 
@@ -145,21 +156,35 @@ impl std::fmt::Debug for Presented<'_> {
     }
 }
 
-/// `None`: the request has no token. `takes_basic`: the route accepts one as the password of HTTP Basic.
+/// What the password of HTTP Basic can be on a route.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TakesBasic {
+    /// A token.
+    pub token: bool,
+    /// With GitLab's own user name for it: a job's token, which the backend checks.
+    pub job: bool,
+}
+
+/// The user name with which GitLab takes a password for a job's token. CI jobs clone with it.
+const JOB_USER: &str = "gitlab-ci-token";
+
+/// `None`: the request has no token.
 pub fn find<'a>(
     view: &RequestView<'a>,
     scan: &Scan<'a>,
     rules: &TokenRules,
-    takes_basic: bool,
+    takes: TakesBasic,
 ) -> Result<Option<Presented<'a>>, TokenFault> {
     let mut found = Finder { presented: None };
     for field in &view.fields {
         match field.kind {
             FieldKind::Authorization => match bearer(field.value) {
                 Some(token) if rules.bearer => found.add(Cow::Borrowed(token), TokenSource::Bearer)?,
-                None if takes_basic && is_basic(field.value) => {
-                    let (user, token) = basic(field.value, &rules.basic)?;
-                    found.add_basic(user, token)?;
+                None if takes.token && is_basic(field.value) => {
+                    let (user, token) = basic(field.value)?;
+                    if !(takes.job && user == JOB_USER) {
+                        found.add_basic(rules.basic.accept(user)?, token)?;
+                    }
                 }
                 _ => {}
             },
@@ -186,11 +211,12 @@ pub fn find<'a>(
 }
 
 /// The one credential of another kind, out of those that are allowed: two different ones are refused as two tokens are. `None`:
-/// there is none.
+/// there is none. Asked after [`find`], which has refused all that is no token in `Authorization`.
 pub fn other(
     view: &RequestView<'_>,
     scan: &Scan<'_>,
     allowed: &[OtherKind],
+    takes: TakesBasic,
     longest: usize,
 ) -> Result<Option<OtherKind>, TokenFault> {
     let mut found: Option<(OtherKind, Vec<u8>)> = None;
@@ -206,6 +232,12 @@ pub fn other(
     for field in view.fields_of(FieldKind::OtherToken) {
         if let Some(kind) = allowed.iter().find(|kind| kind.is_header(field.name)) {
             add(*kind, field.value)?;
+        }
+    }
+    for field in view.fields_of(FieldKind::Authorization).filter(|field| takes.job && is_basic(field.value)) {
+        let (user, token) = basic(field.value)?;
+        if user == JOB_USER {
+            add(OtherKind::Job, &token)?;
         }
     }
     for param in scan.params.iter().filter(|param| param.key == Key::JobToken && allowed.contains(&OtherKind::Job)) {
@@ -257,7 +289,7 @@ pub fn is_basic(value: &[u8]) -> bool {
 
 /// User name and password behind the scheme `Basic`: one blank, then base64 in its one strict form, with padding and without
 /// anything else. The name ends at the first colon.
-fn basic(value: &[u8], users: &BasicUsers) -> Result<(BasicUser, Vec<u8>), TokenFault> {
+fn basic(value: &[u8]) -> Result<(String, Vec<u8>), TokenFault> {
     let encoded = value.get(5..).and_then(|rest| rest.strip_prefix(b" ")).ok_or(TokenFault::Basic)?;
     let mut pair = STANDARD.decode(encoded).map_err(|_| TokenFault::Basic)?;
     let colon = memchr::memchr(b':', &pair).ok_or(TokenFault::Basic)?;
@@ -267,12 +299,6 @@ fn basic(value: &[u8], users: &BasicUsers) -> Result<(BasicUser, Vec<u8>), Token
     if user.chars().any(char::is_control) {
         return Err(TokenFault::Basic);
     }
-    let user = match users {
-        BasicUsers::Any => BasicUser::Replaced,
-        BasicUsers::Own => BasicUser::Claimed(user.into()),
-        BasicUsers::Listed(names) if names.contains(&user) => BasicUser::Listed(user.into()),
-        BasicUsers::Listed(_) | BasicUsers::Nobody => return Err(TokenFault::BasicUser),
-    };
     Ok((user, token))
 }
 
@@ -335,7 +361,7 @@ mod tests {
         let view = head::parse(&bytes).unwrap();
         let names = query::Names { token: "private_token".into() };
         let scan = query::scan(view.query().unwrap(), &names);
-        let found = find(&view, &scan, &rules(BasicUsers::Nobody), false)?;
+        let found = find(&view, &scan, &rules(BasicUsers::Nobody), TakesBasic::default())?;
         Ok(found.map(|p| (String::from_utf8_lossy(&p.value).into_owned(), p.source)))
     }
 
@@ -403,7 +429,7 @@ mod tests {
     fn found_basic(users: BasicUsers, lines: &str) -> Result<(String, TokenSource, Option<String>), TokenFault> {
         let bytes = format!("GET /p HTTP/1.1\r\nHost: h\r\n{lines}\r\n").into_bytes();
         let view = head::parse(&bytes).unwrap();
-        let found = find(&view, &Scan::default(), &rules(users), true)?.unwrap();
+        let found = find(&view, &Scan::default(), &rules(users), TakesBasic { token: true, job: false })?.unwrap();
         let name = found.basic.and_then(|basic| basic.upstream("alice").map(str::to_owned));
         Ok((String::from_utf8_lossy(&found.value).into_owned(), found.source, name))
     }
@@ -494,7 +520,13 @@ mod tests {
             let bytes = format!("GET /p?{query} HTTP/1.1\r\nHost: h\r\n{lines}\r\n").into_bytes();
             let view = head::parse(&bytes).unwrap();
             let names = query::Names { token: "private_token".into() };
-            other(&view, &query::scan(view.query().unwrap(), &names), allowed, 255)
+            other(
+                &view,
+                &query::scan(view.query().unwrap(), &names),
+                allowed,
+                TakesBasic { token: true, job: true },
+                255,
+            )
         };
         let (job, both) = (&[OtherKind::Job][..], &[OtherKind::Job, OtherKind::Deploy][..]);
         for (query, lines, allowed, found) in [
@@ -508,6 +540,11 @@ mod tests {
             ("job_token=k", "JOB-TOKEN: j\r\n", job, Err(TokenFault::Conflict)),
             ("", "JOB-TOKEN: j\r\nDeploy-Token: j\r\n", both, Err(TokenFault::Conflict)),
             ("", "JOB-TOKEN:\r\n", job, Err(TokenFault::Empty)),
+            // `gitlab-ci-token:j`, `x:j`.
+            ("", "Authorization: Basic Z2l0bGFiLWNpLXRva2VuOmo=\r\n", job, Ok(Some(OtherKind::Job))),
+            ("job_token=j", "Authorization: Basic Z2l0bGFiLWNpLXRva2VuOmo=\r\n", job, Ok(Some(OtherKind::Job))),
+            ("job_token=k", "Authorization: Basic Z2l0bGFiLWNpLXRva2VuOmo=\r\n", job, Err(TokenFault::Conflict)),
+            ("", "Authorization: Basic eDpq\r\n", job, Ok(None)),
             ("job_token[]=j", "", job, Err(TokenFault::Spelling)),
             ("job%5Ftoken=j", "", job, Err(TokenFault::Spelling)),
             ("job_token=a+b", "", job, Err(TokenFault::BadByte)),
