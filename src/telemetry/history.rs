@@ -275,9 +275,11 @@ mod tests {
 
     #[test]
     fn results_add_up_to_all_requests() {
-        let mut totals = TrafficTotals::<u64>::default();
-        totals.statuses = [1, 2, 30, 4, 50, 6];
-        totals.refused = [0, 0, 0, 3, 20, 4];
+        let totals = TrafficTotals {
+            statuses: [1, 2, 30, 4, 50, 6],
+            refused: [0, 0, 0, 3, 20, 4],
+            ..TrafficTotals::<u64>::default()
+        };
         let results = totals.results();
         let expected = TrafficResults { ok: 33, client_error: 30, refused: 23, failed: 6, client_gone: 1 };
         assert_eq!((results, results.in_order().iter().sum::<u64>()), (expected, totals.requests()));

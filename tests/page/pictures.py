@@ -96,6 +96,8 @@ def main():
             time.sleep(1)
         time.sleep(max(0, wanted.seconds - (time.monotonic() - began)))
         with Browser() as browser:
+            take(browser, site.url, into)
+            browser.requests(), browser.messages()
             axe = pathlib.Path(wanted.axe).read_text() if wanted.axe else None
             seen, focusable = checks.looks(browser, site.url, axe)
             print(f"{min(seen.values())} texts in each of {len(seen)} views; Tab reaches all {focusable}; axe: {'no violations' if axe else 'not asked'}")
@@ -105,7 +107,6 @@ def main():
             checks.paused(browser)
             rows = checks.without_scripts(browser, site.url, ["alice", "limit_rate", "gitlab", "api.example.com"])
             print(f"live, paused while hidden, {asked} requests, all to the gateway; {rows} rows without scripts; {checks.forged(browser, site.url)} forged requests refused")
-            take(browser, site.url, into)
 
 
 sys.exit(main())
