@@ -11,6 +11,7 @@ mod check;
 mod configuration;
 mod demo;
 mod init;
+mod progress;
 mod reference;
 mod reload;
 mod run;

@@ -3,6 +3,7 @@
 
 use super::Failure;
 use super::configuration::ConfigOption;
+use super::progress::Progress;
 use crate::config;
 use crate::edge::Listen;
 use anyhow::{Context as _, anyhow, bail};
@@ -39,6 +40,7 @@ pub(super) fn post(what: &str, arguments: &AdminTarget) -> Result<serde_json::Va
     let address = address(arguments)?;
     // The shortest time there is: a read timeout of 0 would mean none.
     let timeout = arguments.timeout.max(Duration::from_millis(1));
+    let _shown = Progress::new("waiting for the gateway");
     let answer = match &address {
         AdminAddress::Tcp(address) => TcpStream::connect_timeout(address, CONNECT)
             .and_then(|stream| stream.set_read_timeout(Some(timeout)).map(|()| stream))
