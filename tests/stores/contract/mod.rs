@@ -350,10 +350,10 @@ async fn rotation(subject: &dyn Subject) {
 async fn users_are_blocked_as_they_are(subject: &dyn Subject) {
     let (mut admin, store) = (subject.admin().await, subject.open());
     let now = tollgate::edge::now().unix_ms / 1000;
-    let of = |token: &str| TokenRecord { user: "who-leaves".into(), ..record(token) };
-    assert_eq!(admin.of_user("who-leaves").await.unwrap(), []);
-    assert_eq!(admin.block("who-leaves", true).await.unwrap(), 0);
-    assert!(!admin.blocked_users().await.unwrap().contains("who-leaves"), "{}", subject.name());
+    let of = |token: &str| TokenRecord { user: "leaver".into(), ..record(token) };
+    assert_eq!(admin.of_user("leaver").await.unwrap(), []);
+    assert_eq!(admin.block("leaver", true).await.unwrap(), 0);
+    assert!(!admin.blocked_users().await.unwrap().contains("leaver"), "{}", subject.name());
     let revoked = TokenRecord { revoked: Some(now - 60), ..of("leaver-revoked") };
     let expired = TokenRecord { expires: Some(now - 60), created: 1_700_000_001, ..of("leaver-expired") };
     let working = TokenRecord { created: 1_700_000_002, ..of("leaver-working") };
@@ -365,15 +365,15 @@ async fn users_are_blocked_as_they_are(subject: &dyn Subject) {
     for (n, user) in others.into_iter().enumerate() {
         admin.create(&TokenRecord { user: user.into(), ..record(&format!("not-leaver-{n}")) }).await.unwrap();
     }
-    assert_eq!(admin.of_user("who-leaves").await.unwrap(), [working.clone(), expired.clone(), revoked.clone()]);
+    assert_eq!(admin.of_user("leaver").await.unwrap(), [working.clone(), expired.clone(), revoked.clone()]);
     for (blocked, changed) in [(true, 3), (true, 0), (false, 3), (false, 0)] {
-        assert_eq!(admin.block("who-leaves", blocked).await.unwrap(), changed, "{}: {blocked}", subject.name());
+        assert_eq!(admin.block("leaver", blocked).await.unwrap(), changed, "{}: {blocked}", subject.name());
         let with = |record: &TokenRecord| TokenRecord { blocked, ..record.clone() };
         // Nothing else changes: revoked and expired tokens stay so.
         let expected = [with(&working), with(&expired), with(&revoked)];
-        assert_eq!(admin.of_user("who-leaves").await.unwrap(), expected, "{}", subject.name());
+        assert_eq!(admin.of_user("leaver").await.unwrap(), expected, "{}", subject.name());
         let users = admin.blocked_users().await.unwrap();
-        assert_eq!(users.contains("who-leaves"), blocked, "{}: {users:?}", subject.name());
+        assert_eq!(users.contains("leaver"), blocked, "{}: {users:?}", subject.name());
         assert!(!others.iter().any(|user| users.contains(*user)), "{}: {users:?}", subject.name());
         let verdict = async |token: &str| verdict(lookup(&*store, token.as_bytes()).await.as_ref(), token);
         assert_eq!(verdict("leaver-revoked").await, Err(Invalid::Revoked), "{}", subject.name());
