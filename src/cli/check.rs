@@ -3,6 +3,7 @@
 
 use super::Failure;
 use super::configuration::{ConfigOption, FoundConfig};
+use super::progress::Progress;
 use crate::config::{self, Diagnostic, Probe, Settings};
 use crate::request::route::{Auth, Methods, Route};
 use crate::store::Bound;
@@ -25,7 +26,9 @@ pub(super) struct CheckArguments {
 
 pub(super) fn run(arguments: &CheckArguments) -> Result<(), Failure> {
     let found = arguments.config.or_named(arguments.file.as_deref())?;
+    let progress = Progress::new("checking");
     let loaded = config::load(&found.path, Probe::Check { network: !arguments.offline });
+    drop(progress);
     if arguments.json {
         let problems = match &loaded {
             Ok(settings) => &settings.warnings,

@@ -13,6 +13,7 @@ mod curl;
 mod demo;
 mod explain;
 mod init;
+mod progress;
 mod reference;
 mod reload;
 mod routes;

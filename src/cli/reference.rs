@@ -32,7 +32,7 @@ const fn notes(
 }
 
 /// Every command that does something.
-const NOTES: [CommandNotes; 27] = [
+const NOTES: [CommandNotes; 30] = [
     notes(
         "run",
         &[
@@ -228,6 +228,38 @@ const NOTES: [CommandNotes; 27] = [
         &[("tollgate man | man -l -", ""), ("tollgate man --output /usr/share/man/man1", "a page for each command")],
         &[(1, "a page cannot be written")],
     ),
+    notes(
+        "explain",
+        &[
+            (
+                "tollgate explain --as alice -- curl -H 'PRIVATE-TOKEN: x' 'http://host/api/v3/user'",
+                "judged by the configuration",
+            ),
+            (
+                "tollgate explain --running -- curl -H 'PRIVATE-TOKEN: x' 'http://host/api/v3/user'",
+                "by the running gateway",
+            ),
+            (
+                "tollgate explain --why 5fd0ab6c0d1f7d04a2cbd2dcb5a3f3fb",
+                "what became of a request, from the access log",
+            ),
+            ("journalctl -u tollgate -o cat | tollgate explain --why 5fd0ab6c0d1f --log -", ""),
+        ],
+        &[
+            (0, "told, whatever the verdict; with --why: the request was found"),
+            (1, "the gateway cannot be reached; with --why: no such request, and the files that were read are named"),
+        ],
+    ),
+    notes(
+        "routes",
+        &[("tollgate routes", ""), ("tollgate routes --graph | dot -Tsvg >routes.svg", "with Graphviz")],
+        &[],
+    ),
+    notes(
+        "status",
+        &[("tollgate status", "what the operator's page shows"), ("tollgate status --json | jq .servers", "")],
+        &[(0, "the gateway answered"), (1, "the gateway cannot be reached, or refuses the token")],
+    ),
     notes("help", &[], &[]),
 ];
 
@@ -258,11 +290,24 @@ fn with_examples(command: Clap, above: &str) -> Clap {
     let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
     names.into_iter().fold(command, |command, name| {
         let path = if above.is_empty() { name.clone() } else { format!("{above} {name}") };
-        command.mut_subcommand(name, |sub| match noted(&path) {
-            Some(notes) if !notes.examples.is_empty() => sub.after_help(examples(notes)),
-            _ => with_examples(sub, &path),
+        command.mut_subcommand(name, |sub| {
+            let sub = if READS_NO_CONFIGURATION.contains(&path.as_str()) { sub.arg(unread_config()) } else { sub };
+            match noted(&path) {
+                Some(notes) if !notes.examples.is_empty() => sub.after_help(examples(notes)),
+                _ => with_examples(sub, &path),
+            }
         })
     })
+}
+
+/// These refuse `--config`, and do not show it.
+const READS_NO_CONFIGURATION: [&str; 7] =
+    ["demo", "init", "cert", "cert self-signed", "example-config", "completions", "man"];
+
+/// In place of the option that every command would inherit.
+fn unread_config() -> Arg {
+    let path = clap::value_parser!(PathBuf);
+    Arg::new("config").short('c').long("config").value_name("FILE").value_parser(path).hide(true).help("Not read here")
 }
 
 pub(super) fn completions(shell: clap_complete::Shell) -> Result<(), Failure> {
@@ -403,9 +448,17 @@ mod tests {
             assert!(!about.is_empty() && !about.ends_with('.'), "{name}: {about}");
             assert!(command.get_after_help().is_some(), "{name} has no examples");
             for arg in command.get_arguments() {
+                if arg.is_hide_set() {
+                    continue;
+                }
                 let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
                 assert!(!help.is_empty() && !help.ends_with('.'), "{name} {}: {help}", arg.get_id());
             }
+            // Who shows the option reads the file.
+            let refused = READS_NO_CONFIGURATION.contains(&name.as_str());
+            let call = format!("tollgate {name} --help");
+            let help = command_line().try_get_matches_from(call.split(' ')).unwrap_err().to_string();
+            assert_eq!(help.contains("--config <FILE>"), !refused, "{name}: {help}");
             for (example, _) in noted(name).unwrap().examples {
                 // The part that is tollgate's, without what the shell reads.
                 let calls = example.split(['|', '<', '>', '&', '(', ')']).map(str::trim);

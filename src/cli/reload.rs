@@ -3,6 +3,7 @@
 
 use super::Failure;
 use super::configuration::ConfigOption;
+use super::progress::Progress;
 use crate::config;
 use crate::edge::Listen;
 use anyhow::{Context as _, anyhow, bail};
@@ -99,6 +100,7 @@ fn call(
             "{method} {what} HTTP/1.1\r\nHost: {host}\r\nAccept: application/json\r\n{field}{length}Connection: close\r\n\r\n{body}"
         )
     };
+    let _shown = Progress::new("waiting for the gateway");
     let answer = match &address {
         AdminAddress::Tcp(address) => TcpStream::connect_timeout(address, CONNECT)
             .and_then(|stream| stream.set_read_timeout(Some(timeout)).map(|()| stream))

@@ -2,6 +2,7 @@
 
 use super::Failure;
 use super::configuration::ConfigOption;
+use super::progress::Progress;
 use crate::clock;
 use crate::store::postgres::{self, NoTriggers, PostgresAdmin, PostgresSettings};
 use crate::store::{Finding, FindingSeverity, NamedStore, StoreSettings};
@@ -85,7 +86,10 @@ pub(super) async fn run(command: StoreCommand) -> Result<(), Failure> {
         }
         StoreCommand::Migrate { options, print: false } => {
             let (name, settings) = postgres_store(&options)?;
-            let migrated = PostgresAdmin::migrate(&settings).await?;
+            let progress = Progress::new("migrating");
+            let migrated = PostgresAdmin::migrate(&settings).await;
+            drop(progress);
+            let migrated = migrated?;
             if options.json {
                 let moved = migrated.moved.map(|(was, now)| serde_json::json!({ "before": was, "now": now }));
                 say!(
@@ -142,7 +146,10 @@ async fn run_triggers(
         say!("{}", sql.trim_end())?;
         return Ok(None);
     }
-    postgres::run_triggers_sql(&settings, &sql).await?;
+    let progress = Progress::new("changing the triggers");
+    let done = postgres::run_triggers_sql(&settings, &sql).await;
+    drop(progress);
+    done?;
     Ok(Some((name, settings)))
 }
 
@@ -157,7 +164,10 @@ async fn check(config: &ConfigOption, name: Option<&str>, json: bool) -> Result<
     let metrics = Metrics::new(env!("CARGO_PKG_VERSION"))?;
     let (mut errors, mut warnings) = (0, 0);
     for store in stores {
-        for Finding { severity, what, mend } in store.examine(Arc::new(metrics.store(&store.name)), clock::now).await {
+        let progress = Progress::new("examining the store");
+        let found = store.examine(Arc::new(metrics.store(&store.name)), clock::now).await;
+        drop(progress);
+        for Finding { severity, what, mend } in found {
             let how = match severity {
                 FindingSeverity::Fine => "ok",
                 FindingSeverity::Warning => "warning",

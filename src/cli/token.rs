@@ -2,6 +2,7 @@
 
 use super::Failure;
 use super::configuration::ConfigOption;
+use super::progress::Progress;
 use crate::config::Settings;
 use crate::policy::LimitKeyPart;
 use crate::store::credential::Digest;
@@ -13,14 +14,10 @@ use crate::store::{AdminError, MissingStore, NamedStore, ShownRecord, TokenAdmin
 use anyhow::{Context as _, anyhow, bail};
 use clap::Subcommand;
 use data_encoding::BASE32_NOPAD;
-use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, IsTerminal as _, Read as _, Write as _};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 #[derive(clap::Args)]
@@ -716,8 +713,7 @@ impl TokenTable {
         let (id, user, state) = (record.digest.id().to_string(), plain(&record.user), state(record));
         let scopes = plain(&record.scopes.join(" "));
         if self.wide {
-            return writeln!(
-                out,
+            let line = format!(
                 "{id:<12}  {user:<20}  {state:<8}  {:<20}  {:<20}  {:<20}  {:<20}  {:<12}  {}",
                 rfc3339(record.created),
                 record.expires.map_or_else(|| "-".into(), rfc3339),
@@ -726,6 +722,7 @@ impl TokenTable {
                 terms_in_a_column(record),
                 plain(&record.description)
             );
+            return writeln!(out, "{}", line.trim_end());
         }
         let day = |time: u64| rfc3339(time).chars().take(10).collect::<String>();
         let user = if self.width.is_some() { cut(&user, Self::USER) } else { user };
@@ -1234,72 +1231,6 @@ async fn import(options: &TokenOptions, file: &std::path::Path) -> Result<(), Fa
             let named = differing.named.join("\n");
             Err(anyhow!("{count} of the known tokens differ from the input, and stay as they are:\n{named}{more}")
                 .into())
-        }
-    }
-}
-
-/// A line on standard error, if that is a terminal, which says how far a command is. It is removed at the end.
-struct Progress {
-    step: Arc<Mutex<&'static str>>,
-    /// Tokens of this step.
-    count: Arc<AtomicU64>,
-    /// Once the sender is dropped, the thread ends.
-    line: Option<(mpsc::Sender<()>, JoinHandle<()>)>,
-}
-
-impl Progress {
-    const EVERY: Duration = Duration::from_millis(250);
-
-    /// Of a command that prints as it proceeds: on one terminal, what is printed is the progress.
-    fn beside_output(step: &'static str) -> Self {
-        Self::shown(step, !std::io::stdout().is_terminal())
-    }
-
-    fn new(step: &'static str) -> Self {
-        Self::shown(step, true)
-    }
-
-    fn shown(step: &'static str, wanted: bool) -> Self {
-        let mut progress = Self { step: Arc::new(Mutex::new(step)), count: Arc::default(), line: None };
-        if wanted && std::io::stderr().is_terminal() {
-            let (sender, end) = mpsc::channel();
-            let (step, count) = (Arc::clone(&progress.step), Arc::clone(&progress.count));
-            // A thread, because a step may be one statement or may block.
-            progress.line = Some((sender, std::thread::spawn(move || Self::show(&step, &count, &end))));
-        }
-        progress
-    }
-
-    fn show(step: &Mutex<&'static str>, count: &AtomicU64, end: &mpsc::Receiver<()>) {
-        let (began, mut erase) = (Instant::now(), "");
-        while end.recv_timeout(Self::EVERY) == Err(RecvTimeoutError::Timeout) {
-            erase = "\r\x1b[K";
-            let step = *step.lock();
-            let counted = match count.load(Ordering::Relaxed) {
-                0 => String::new(),
-                count => format!(" {count} tokens,"),
-            };
-            // Nobody needs it: an error changes nothing.
-            let _ = write!(std::io::stderr(), "{erase}{step}:{counted} {} s", began.elapsed().as_secs());
-        }
-        let _ = write!(std::io::stderr(), "{erase}");
-    }
-
-    fn step(&self, step: &'static str) {
-        *self.step.lock() = step;
-        self.set(0);
-    }
-
-    fn set(&self, count: u64) {
-        self.count.store(count, Ordering::Relaxed);
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        if let Some((sender, thread)) = self.line.take() {
-            drop(sender);
-            let _ = thread.join();
         }
     }
 }

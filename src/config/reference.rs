@@ -10,7 +10,7 @@ const INCLUDE_DOC: &str =
     "Other files that are read as if they stood here, as patterns like \"conf.d/*.toml\", relative to this file.";
 
 /// How a section stands in the file.
-enum Shape<'a> {
+enum SectionShape<'a> {
     /// `[name]`
     Table(&'a str),
     /// `[[name]]`, or `[[outer.name]]`
@@ -19,16 +19,16 @@ enum Shape<'a> {
     Named(&'a str),
 }
 
-impl Shape<'_> {
-    fn of(header: &str) -> Shape<'_> {
+impl SectionShape<'_> {
+    fn of(header: &str) -> SectionShape<'_> {
         match header.strip_prefix("[[").and_then(|rest| rest.strip_suffix("]]")) {
             Some(path) => match path.split_once('.') {
-                Some((outer, name)) => Shape::List(Some(outer), name),
-                None => Shape::List(None, path),
+                Some((outer, name)) => SectionShape::List(Some(outer), name),
+                None => SectionShape::List(None, path),
             },
             None => {
                 let path = header.trim_matches(['[', ']']);
-                path.split_once('.').map_or(Shape::Table(path), |(outer, _)| Shape::Named(outer))
+                path.split_once('.').map_or(SectionShape::Table(path), |(outer, _)| SectionShape::Named(outer))
             }
         }
     }
@@ -46,11 +46,11 @@ pub fn schema() -> String {
     properties.insert(INCLUDE.to_owned(), include);
     for Reference { header, doc, fields, .. } in &REFERENCE {
         let table = table(doc, fields);
-        match Shape::of(header) {
-            Shape::Table(name) => {
+        match SectionShape::of(header) {
+            SectionShape::Table(name) => {
                 properties.insert(name.to_owned(), table);
             }
-            Shape::List(None, name) => {
+            SectionShape::List(None, name) => {
                 let list = properties.entry(name).or_insert_with(|| json!({ "type": "array", "items": null }));
                 // Where there are several kinds, each has a table.
                 let items = match list["items"].take() {
@@ -65,10 +65,10 @@ pub fn schema() -> String {
                 };
                 list["items"] = items;
             }
-            Shape::List(Some(outer), name) => {
+            SectionShape::List(Some(outer), name) => {
                 properties[outer]["properties"][name] = json!({ "type": "array", "items": table });
             }
-            Shape::Named(outer) => {
+            SectionShape::Named(outer) => {
                 properties.insert(outer.to_owned(), json!({ "type": "object", "additionalProperties": table }));
             }
         }

@@ -216,7 +216,7 @@ mod tests {
             }
             assert!(list || section.header.starts_with('['));
         }
-        let shown = shown(&Document::parse(&text), Path::new("c.toml"));
+        let shown = shown(&Document::of([&*text].into_iter()), Path::new("c.toml"));
         let all: Vec<_> = shown.sections.iter().flat_map(|section| &section.keys).collect();
         assert!(written > 240 && all.len() == written, "{written} keys, {} shown or hidden", all.len());
         let mut hidden: Vec<_> = all.iter().filter(|key| key.value.is_none()).map(|key| key.key.as_str()).collect();
@@ -239,7 +239,7 @@ mod tests {
         );
         // And a key that nobody knows.
         let shown = super::shown(
-            &Document::parse("[token]\npasswort = \"S3CRET\"\n[nowhere]\na = \"S3CRET\"\n"),
+            &Document::of(["[token]\npasswort = \"S3CRET\"\n[nowhere]\na = \"S3CRET\"\n"].into_iter()),
             Path::new(""),
         );
         assert!(!format!("{shown:?}").contains("S3CRET"), "{shown:?}");
@@ -250,7 +250,7 @@ mod tests {
         let text = "[server]\nthreads = 2\n[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n[plan.gold]\nweight = 2\n\
                     [store]\nkind = \"postgres\"\nurl = \"postgres://u:S3CRET@h/d\"\n[pagination]\nmax_per_page = 50\n\
                     [[pagination.route]]\npath = \"/api\"\n[[route]]\npath = \"/x\"\n[route.request_headers.set]\nAuthorization = \"S3CRET\"\n";
-        let shown = shown(&Document::parse(text), Path::new("/etc/c.toml"));
+        let shown = shown(&Document::of([text].into_iter()), Path::new("/etc/c.toml"));
         let names: Vec<_> = shown.sections.iter().map(|section| section.name.as_str()).collect();
         assert_eq!(
             names,

@@ -4,10 +4,13 @@
 
 use crate::request::head;
 use crate::request::query::{Key, Names, form_decode};
-use crate::request::token::{TokenRules, bearer, is_token_header};
+use crate::request::token::{TokenRules, bearer, is_basic, is_token_header};
 use crate::request::view::{Field, FieldKind, RequestView, split_target};
 use crate::store::credential::TokenId;
 use crate::telemetry::access_log::SecretWords;
+use base64::Engine as _;
+use base64::alphabet::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
 /// Shorter ones stand in other text by chance.
 const FOUND_ANYWHERE: usize = 6;
@@ -43,6 +46,7 @@ impl<'a> Mask<'a> {
             }
             if field.kind == FieldKind::Authorization {
                 values.push(bearer(field.value).unwrap_or(field.value).to_vec());
+                values.extend(passwords(field.value));
             }
         }
         for piece in pieces(view.and_then(RequestView::query).unwrap_or_default()) {
@@ -159,6 +163,26 @@ impl<'a> Mask<'a> {
     }
 }
 
+/// What a value of Basic says, whole and behind each colon, whether or not it is in the one form that is taken.
+fn passwords(value: &[u8]) -> Vec<Vec<u8>> {
+    if !is_basic(value) {
+        return Vec::new();
+    }
+    let encoded = value[5..].trim_ascii();
+    let lenient = GeneralPurpose::new(
+        &STANDARD,
+        GeneralPurposeConfig::new()
+            .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+            .with_decode_allow_trailing_bits(true),
+    );
+    let mut found = vec![encoded.to_vec()];
+    if let Ok(pair) = lenient.decode(encoded) {
+        found.extend(memchr::memchr_iter(b':', &pair).map(|colon| pair[colon + 1..].to_vec()));
+        found.push(pair);
+    }
+    found
+}
+
 fn is_credential(names: &Names, name: &[u8]) -> bool {
     matches!(names.key_of(name), Some((Key::Token | Key::AccessToken | Key::JobToken, _)))
 }
@@ -192,12 +216,14 @@ pub(super) fn text(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::request::token::BasicUsers;
     use crate::store::credential::Digest;
 
     fn shown(head: &str) -> String {
         let bytes = head.replace('\n', "\r\n").into_bytes();
         let view = head::parse(&bytes).unwrap();
-        let rules = TokenRules { header: "PRIVATE-TOKEN".into(), bearer: true };
+        let rules =
+            TokenRules { header: "PRIVATE-TOKEN".into(), bearer: true, max_bytes: 255, basic: BasicUsers::Nobody };
         let names = Names { token: "private_token".into() };
         let mut mask = Mask::of(Some(&view), &rules, &names);
         mask.knows(b"good-token-1", Digest::of(b"good-token-1").id());
@@ -219,5 +245,18 @@ mod tests {
              X-Request-Id: <made for each request, 8 bytes>\nX-Plain: a\\x3cb\\\\c\\xc3\\xa9\nCookie: <hidden, 3 bytes>\n\n"
         );
         assert_eq!(said, expected);
+    }
+
+    #[test]
+    fn the_password_of_basic_is_hidden_wherever_it_stands() {
+        // `me:basic-token-3`, with and without padding, and a token behind a second colon.
+        let said = shown(
+            "GET /p?a=basic-token-3 HTTP/1.1\nHost: h\nAuthorization: Basic bWU6YmFzaWMtdG9rZW4tMw==\nX-Copy: basic-token-3\n\
+             X-Encoded: bWU6YmFzaWMtdG9rZW4tMw==\nX-Pair: me:basic-token-3\n\n",
+        );
+        assert!(!said.contains("basic-token-3") && !said.contains("bWU6"), "{said}");
+        let said =
+            shown("GET /p HTTP/1.1\nHost: h\nAuthorization: basic bWU6YTpiYXNpYy10b2tlbi0z\nX-Copy: basic-token-3\n\n");
+        assert!(!said.contains("basic-token-3") && !said.contains("bWU6"), "{said}");
     }
 }

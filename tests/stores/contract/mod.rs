@@ -775,7 +775,7 @@ async fn records_are_removed(subject: &dyn Subject) {
         return;
     }
     let (mut admin, store) = (subject.admin().await, subject.open());
-    let of = |token: &str| TokenRecord { user: "leaver".into(), ..record(token) };
+    let of = |token: &str| TokenRecord { user: "who-leaves".into(), ..record(token) };
     for token in ["leaver-1", "leaver-2", "leaver-3"] {
         admin.create(&of(token)).await.unwrap();
     }
@@ -786,8 +786,8 @@ async fn records_are_removed(subject: &dyn Subject) {
     }
     let digest = |token: &str| Digest::of(token.as_bytes());
     assert!(admin.revoke(&digest("leaver-1"), 5).await.unwrap());
-    assert_eq!(admin.revoke_user("leaver", 7).await.unwrap(), 2, "{}", subject.name());
-    assert_eq!(admin.revoke_user("leaver", 8).await.unwrap(), 0, "{}", subject.name());
+    assert_eq!(admin.revoke_user("who-leaves", 7).await.unwrap(), 2, "{}", subject.name());
+    assert_eq!(admin.revoke_user("who-leaves", 8).await.unwrap(), 0, "{}", subject.name());
     assert_eq!(admin.revoke_user("nobody at all", 8).await.unwrap(), 0, "{}", subject.name());
     for (token, at) in [("leaver-1", 5), ("leaver-2", 7), ("leaver-3", 7)] {
         let found = lookup(&*store, token.as_bytes()).await.unwrap();

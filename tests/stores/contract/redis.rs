@@ -3,8 +3,9 @@
 use super::*;
 use crate::servers::redis::{Cluster, Options, Redis, Watched};
 use crate::servers::tls::Authority;
+use tollgate::store::query::TokenQuery;
 use tollgate::store::redis::{KEYSPACE_EVENTS, RedisAdmin, RedisChanges, RedisSettings, RedisStore, Topology};
-use tollgate::store::{IDLE, Imported, Records, Secret, TlsMode, TlsSettings};
+use tollgate::store::{IDLE, Imported, Records, Secret, TlsMode, TlsSettings, Visitor};
 use tollgate::telemetry::metrics::{Metrics, StoreMetrics};
 
 const CHANNEL: &str = "tollgate:changes";
@@ -173,6 +174,15 @@ impl TokenAdmin for HashAdmin {
     }
     async fn revoke(&mut self, digest: &Digest, at: u64) -> Result<bool, AdminError> {
         self.admin.revoke(digest, at).await
+    }
+    async fn revoke_user(&mut self, user: &str, at: u64) -> Result<u64, AdminError> {
+        self.admin.revoke_user(user, at).await
+    }
+    async fn select(&mut self, query: &TokenQuery, each: Visitor<'_>) -> Result<(), AdminError> {
+        self.admin.select(query, each).await
+    }
+    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
+        self.admin.remove(digests).await
     }
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
         self.admin.rotate(old, next, at, end).await
