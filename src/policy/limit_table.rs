@@ -304,7 +304,7 @@ mod tests {
 
     #[test]
     fn who_looks_sees_what_a_request_would_get_and_takes_no_place() {
-        let (table, amounts) = (LimitTable::new(100), amounts(2));
+        let (table, amounts) = (LimitTable::<LimitBucket>::new(100), amounts(2));
         let occupied = || table.shards.iter().map(|shard| shard.lock().occupied).sum::<usize>();
         let fits = |key, now| {
             let (bucket, shared) = table.peek(key, &amounts, now).unwrap();
