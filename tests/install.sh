@@ -23,7 +23,7 @@ wheel="wheel==0.45.1"
 # prometheus is here for promtool only; ca-certificates because pip needs it. PostgreSQL and Redis are started by the tests
 # themselves, with data of their own (PgBouncer between some of them); openssl makes the certificates for that. HAProxy
 # asks for health.
-packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus systemd
+packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl graphviz ca-certificates prometheus systemd
   postgresql pgbouncer redis-server openssl haproxy)
 # A proxy in front of the gateway (tests/forwarding.rs) and of PHP (tests/readers), started by the tests.
 packages+=(nginx-light)
