@@ -26,7 +26,7 @@ wheel="wheel==0.45.1"
 # prometheus is here for promtool only; ca-certificates because pip needs it. PostgreSQL and Redis are started by the tests
 # themselves, with data of their own (PgBouncer between some of them); openssl makes the certificates for that. HAProxy
 # asks for health.
-packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl ca-certificates prometheus systemd
+packages=(ruby ruby-gitlab ruby-grape ruby-kaminari puma ruby-rack python3-venv curl graphviz ca-certificates prometheus systemd
   postgresql pgbouncer redis-server openssl haproxy)
 # Proxies in front of the gateway (tests/forwarding.rs), beside it (tests/verdict.rs) and of PHP (tests/readers), started by the tests.
 packages+=(nginx-light caddy)

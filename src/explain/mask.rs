@@ -239,7 +239,7 @@ mod tests {
              Referer: http://x/?private_token=y\nX-Request-Id: 12345678\nX-Plain: a<b\\c\u{e9}\nCookie: a=b\n\n",
         );
         let expected = format!(
-            "GET /<hidden, 9 bytes>/<hidden, 12 bytes>?page=1&private_token=<token {id}, 12 bytes>;x=<token {id}, 12 bytes>&q=1&\
+            "GET /<hidden, 9 bytes>/<hidden, 11 bytes>?page=1&private_token=<token {id}, 12 bytes>;x=<token {id}, 12 bytes>&q=1&\
              <hidden, 14 bytes> HTTP/1.1\nHost: h\nPRIVATE-TOKEN: <token {id}, 12 bytes>\nAuthorization: <hidden, 20 bytes>\n\
              X-Copy: <hidden, 13 bytes>\nX-Api-Key: <hidden, 1 bytes>\nReferer: <hidden, 25 bytes>\n\
              X-Request-Id: <made for each request, 8 bytes>\nX-Plain: a\\x3cb\\\\c\\xc3\\xa9\nCookie: <hidden, 3 bytes>\n\n"

@@ -211,10 +211,11 @@ pub const REASONS_PAGE: &str = "docs/operations.md#every-refusal-reason";
 /// Markdown without its links: what they are called, and the page if it is another one.
 fn plain(text: &str) -> String {
     let (mut out, mut rest) = (String::new(), text);
-    while let Some(open) = rest.find('[') {
-        let Some((name, behind)) = rest[open + 1..].split_once("](") else { break };
-        let Some((target, behind)) = behind.split_once(')').filter(|_| !name.contains('[')) else { break };
-        out.push_str(&rest[..open]);
+    while let Some(close) = rest.find("](") {
+        let (before, behind) = (&rest[..close], &rest[close + 2..]);
+        let (Some(open), Some((target, behind))) = (before.rfind('['), behind.split_once(')')) else { break };
+        let name = &before[open + 1..];
+        out.push_str(&before[..open]);
         // Links within the page, and those whose name is the page.
         match target.starts_with('#') || target.starts_with(name) {
             true => out.push_str(name),

@@ -314,7 +314,7 @@ fn odd_terms_are_said_once_and_give_nobody_more() {
     assert!(limits.take_odd().is_empty());
     // Who only looks uses up none of their places.
     for index in 1..=2 * MOST_OWN_RATES {
-        let looked = bound("looked", "u", "", &format!("{index}/d burst 1"));
+        let looked = bound("looked", "u", "", &format!("{index}/min burst 1"));
         assert!(limits.check(&of(&looked), LimitStage::Both, at(0)).is_ok());
     }
     // No more different rates than this; who has one of them keeps it.
