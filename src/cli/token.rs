@@ -44,6 +44,7 @@ pub(super) enum TokenCommand {
         /// A scope; may be repeated
         #[arg(long = "scope", value_name = "SCOPE")]
         scopes: Vec<String>,
+        /// What the token is for
         #[arg(long, default_value = "")]
         description: String,
         /// Start of validity: a time like 2026-12-31T08:00:00Z, or a duration from now like 2h (default: now)
@@ -125,12 +126,14 @@ pub(super) enum TokenCommand {
     Block {
         #[command(flatten)]
         options: TokenOptions,
+        /// Name of the user
         user: String,
     },
     /// Unblock a user.
     Unblock {
         #[command(flatten)]
         options: TokenOptions,
+        /// Name of the user
         user: String,
     },
     /// Import tokens from JSON: one object per line with `user`, `token` or `sha256`, and optionally `scopes`,
