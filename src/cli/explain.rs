@@ -53,9 +53,6 @@ pub(super) struct ExplainArguments {
     /// Ask the configured stores about the token
     #[arg(long, conflicts_with_all = ["assumed", "running", "admin"])]
     ask_store: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
     /// The request as arguments of curl
     #[arg(last = true, value_name = "CURL")]
     curl: Vec<String>,
@@ -77,7 +74,7 @@ struct Given {
 
 pub(super) fn run(arguments: &ExplainArguments) -> Result<(), Failure> {
     if let Some(id) = &arguments.why {
-        return why::run(id, &arguments.target.config, arguments.log.as_deref(), arguments.json);
+        return why::run(id, &arguments.target.config, arguments.log.as_deref(), arguments.target.json);
     }
     let given = given(arguments)?;
     let running = arguments.running || arguments.target.admin.is_some();
@@ -87,7 +84,7 @@ pub(super) fn run(arguments: &ExplainArguments) -> Result<(), Failure> {
         explanation.notes.push(format!("the line says `{reason}`, and this says `{}`: {why}", explanation.reason));
     }
     explanation.notes.extend(given.lacks);
-    if arguments.json {
+    if arguments.target.json {
         let text = serde_json::to_string_pretty(&explanation).context("the explanation cannot be written as JSON")?;
         return Ok(say!("{text}")?);
     }

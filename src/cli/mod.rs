@@ -74,18 +74,17 @@ enum Command {
     /// The running gateway starts its binary again with the arguments that it was started with, and passes it the listening
     /// sockets. If the new process cannot start, nothing changes. Exit codes: 0 the new process serves, 1 nothing changed.
     Upgrade(reload::AdminTarget),
-    /// Tell what would become of a request and why: stage by stage, with the lines of the configuration.
+    /// Tell what would become of a request, and why: stage by stage, with the lines of the configuration
     ///
     /// The request is curl's arguments behind `--`, bytes, or a line of the access log. Without --running no gateway is asked and no
-    /// store: `--as` says whose token it is. Example: `tollgate explain --config F -- curl -H 'PRIVATE-TOKEN: x' http://host/api/v3/user`.
-    /// Exit codes: 0 told, 1 not found or not reached, 64 usage.
+    /// store: --as says whose token it is.
     Explain(explain::ExplainArguments),
-    /// List what can be reached and how: paths, methods, tokens, scopes, limits, upstreams.
+    /// List what can be reached and how: paths, methods, tokens, scopes, limits, upstreams
     Routes(routes::RoutesArguments),
-    /// Show what a running gateway does: requests, refusals, latency, servers, stores, cache, limits, callers, reloads.
+    /// Show what a running gateway does: requests, refusals, latency, servers, stores, cache, limits, callers, reloads
     ///
-    /// The same as the page on its admin listener. Exit codes: 0 it answered, 1 it did not.
-    Status(status::StatusArguments),
+    /// The same as the page on its admin listener.
+    Status(reload::AdminTarget),
     /// Drain a server of a running gateway, or return it to service.
     Server {
         #[command(subcommand)]

@@ -27,7 +27,7 @@ pub(super) struct AdminTarget {
     /// How long to wait for the result
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     timeout: Duration,
-    /// Print the gateway's answer as JSON
+    /// Print JSON: what the gateway answers
     #[arg(long)]
     pub(super) json: bool,
 }

@@ -6,18 +6,9 @@ use super::reload::{self, AdminTarget};
 use crate::admin::visible;
 use serde_json::Value;
 
-#[derive(clap::Args)]
-pub(super) struct StatusArguments {
-    /// Print the gateway's answer as it is, a JSON object.
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    target: AdminTarget,
-}
-
-pub(super) fn run(arguments: &StatusArguments) -> Result<(), Failure> {
-    let status = reload::get("/status", &arguments.target)?;
-    if arguments.json {
+pub(super) fn run(target: &AdminTarget) -> Result<(), Failure> {
+    let status = reload::get("/status", target)?;
+    if target.json {
         return Ok(say!("{status:#}")?);
     }
     Ok(say!("{}", shown(&status).trim_end())?)
