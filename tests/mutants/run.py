@@ -247,18 +247,22 @@ def listed():
 
 
 
-def copy():
-    """The tree as it is, with a version of its own, so that cargo never takes its build for the real one."""
-    shutil.rmtree(TREE, ignore_errors=True)
-    files = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], check=True).stdout.split("\0")
-    for name in filter(None, files):
-        if (ROOT / name).is_file():
-            (TREE / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, TREE / name)
-    for name in ("Cargo.toml", "Cargo.lock"):
-        text = (TREE / name).read_text()
-        text = re.sub(r'(name = "tollgate"\nversion = )"[^"]*"', r'\1"0.0.0"', text, count=1)
-        (TREE / name).write_text(text)
+def copy(switched):
+    """The tree as it is, with a version of its own, so that cargo never takes its build for the real one. What is there already stays
+    as it is, and so does what the caller writes: cargo goes by the time of a file."""
+    said = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], check=True).stdout
+    names = {name for name in said.split("\0") if name and (ROOT / name).is_file()}
+    for path in [path for path in TREE.rglob("*") if path.is_file() and str(path.relative_to(TREE)) not in names]:
+        path.unlink()
+    for name in sorted(names):
+        data = (ROOT / name).read_bytes()
+        if name in ("Cargo.toml", "Cargo.lock"):
+            data = re.sub(rb'(name = "tollgate"\nversion = )"[^"]*"', rb'\1"0.0.0"', data, count=1)
+        there = TREE / name
+        if not there.exists() or (name not in switched and there.read_bytes() != data):
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.write_bytes(data)
+            shutil.copymode(ROOT / name, there)
 
 
 def write(path, text):
@@ -323,7 +327,7 @@ def settled(mutants, constants):
 
 def build(mutants, sources):
     """Compiles all mutants in. What the compiler does not take is marked as impossible, or as hindered where its switch is wrong."""
-    copy()
+    copy({"src/lib.rs", *sources})
     library = (ROOT / "src/lib.rs").read_text()
     library += SWITCH.replace("COUNT", str(len(mutants) + 2)).replace("CONTROL", str(len(mutants) + 1))
     write("src/lib.rs", library.replace("\n// ", "\n#![allow(warnings)]\n// ", 1))
@@ -421,11 +425,12 @@ def execute(binary, tests, mutant=0, log=None):
     return how, names[name]
 
 
-def learn(binary):
+def learn(binary, only=""):
     """Each test alone: its time, and which switches it passes. Those that fail without a mutant are left out."""
     said = subprocess.run([binary, "--list", "--format", "terse"], cwd=TREE, capture_output=True, text=True, check=True)
-    tests = [Test(name) for name in re.findall(r"^(\S+): test$", said.stdout, re.M)]
-    log, good, bad = WORK / "passed", [], []
+    tests = [Test(name) for name in re.findall(r"^(\S+): test$", said.stdout, re.M) if re.search(only, name)]
+    assert only or len(tests) > 300, "too few tests: is the binary right?"
+    log, good, bad = WORK / f"passed-{os.getpid()}", [], []
     for test in tests:
         for _ in range(2):
             log.unlink(missing_ok=True)
@@ -563,6 +568,7 @@ def main():
     options.add_argument("--seed", type=int, default=1)
     options.add_argument("--minutes", type=float, default=60, help="ends then, and goes on there the next time")
     options.add_argument("--fresh", action="store_true", help="tries again what was caught before")
+    options.add_argument("--tests", help="tries what was missed with tests of such names alone: for new ones")
     options.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     options.add_argument("--show", action="store_true", help="only says what is kept")
     options.add_argument("--page", action="store_true", help=f"writes the tables of {PAGE.relative_to(ROOT)}")
@@ -580,7 +586,7 @@ def main():
     if options.compare:
         return 1 if compare(chosen, results, options.compare, options.seed) else 0
     if not options.show:
-        trial(mutants, sources, chosen, results, began + options.minutes * 60, options.fresh, options.jobs)
+        trial(mutants, sources, chosen, results, began + options.minutes * 60, options)
     if options.page:
         page(mutants, results)
     reasons = read(REASONS)
@@ -594,7 +600,7 @@ def main():
     return 0 if share(row) >= BAR else 1
 
 
-def prepared(mutants, sources):
+def prepared(mutants, sources, only):
     """The binary with all mutants in it, its tests, and those that fail in it: of the run before if nothing has changed since."""
     files = [*sorted((ROOT / "src").rglob("*.rs")), ROOT / "Cargo.toml", ROOT / "Cargo.lock", Path(__file__)]
     key = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
@@ -604,8 +610,9 @@ def prepared(mutants, sources):
         settled(mutants, settle(mutants))
         return own, [Test(*test) for test in kept["tests"]], [Test(*test) for test in kept["bad"]]
     saved.unlink(missing_ok=True)
-    binary = build(mutants, sources)
-    shutil.copy2(binary, own)
+    shutil.copy2(build(mutants, sources), own)
+    if only:
+        return own, *learn(own, only)
     began = time.monotonic()
     tests, bad = learn(own)
     say(f"{len(tests)} tests, each alone: {time.monotonic() - began:.0f} s")
@@ -614,11 +621,10 @@ def prepared(mutants, sources):
     return own, tests, bad
 
 
-def trial(mutants, sources, chosen, results, ends, fresh, jobs):
-    own, tests, bad = prepared(mutants, sources)
+def trial(mutants, sources, chosen, results, ends, options):
+    own, tests, bad = prepared(mutants, sources, options.tests)
     for test in bad:
         say(f"left out, it fails without a mutant: {test.name}")
-    assert len(tests) > 300, "too few tests: is the binary right?"
     control = Mutant.__new__(Mutant)
     control.number, control.file = len(mutants) + 1, "src/lib.rs"
     assert not [test for test in tests if control.number in test.passes], "what nothing calls is reached"
@@ -629,7 +635,9 @@ def trial(mutants, sources, chosen, results, ends, fresh, jobs):
 
     def needed(mutant):
         kept = results.get(mutant.key)
-        if fresh or not kept or kept[0] != mutant.hash or kept[1] == "missed":
+        if options.tests:
+            return kept and kept[:2] == [mutant.hash, "missed"]
+        if options.fresh or not kept or kept[0] != mutant.hash or kept[1] == "missed":
             return True
         return kept[1] == "caught" and kept[3] not in alive
 
@@ -638,6 +646,8 @@ def trial(mutants, sources, chosen, results, ends, fresh, jobs):
             noted(mutant, result, how, test)
 
     def noted(mutant, result, how, test):
+        if options.tests and result != "caught":
+            return
         results[mutant.key] = [mutant.hash, result, how, test]
         tried[result] += 1
         if result == "missed":
@@ -658,7 +668,7 @@ def trial(mutants, sources, chosen, results, ends, fresh, jobs):
     waiting = [mutant for mutant in waiting if not mutant.impossible]
     # What was never tried comes before what was missed before.
     waiting.sort(key=lambda mutant: results.get(mutant.key, [""])[0] == mutant.hash)
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(try_one, [mutant for mutant in waiting if not mutant.hindered]))
     for mutant in (mutant for mutant in waiting if mutant.hindered):
         if time.monotonic() > ends:
