@@ -115,7 +115,7 @@ class Source:
             if mutant.genre == "FnValue":
                 n = mutant.number
                 change = f"if crate::mutated({n}) {{ return /*<{n}*/{mutant.replacement}/*{n}>*/; }}\n"
-                inserts[start].append(f"crate::mutated({n});\n" if mutant.hindered else change)
+                inserts[start].append(f"crate::mutated({n});\n" if mutant.hindered == "hidden type" else change)
             elif mutant.genre == "MatchArm":
                 n = mutant.number
                 inserts[end].append(f" /*[{n}*/if !crate::mutated({n})/*{n}]*/")
@@ -610,7 +610,9 @@ def prepared(mutants, sources, only):
         settled(mutants, settle(mutants))
         return own, [Test(*test) for test in kept["tests"]], [Test(*test) for test in kept["bad"]]
     saved.unlink(missing_ok=True)
-    shutil.copy2(build(mutants, sources), own)
+    binary = build(mutants, sources)
+    own.unlink(missing_ok=True)
+    shutil.copy2(binary, own)
     if only:
         return own, *learn(own, only)
     began = time.monotonic()
