@@ -648,7 +648,7 @@ def trial(mutants, sources, chosen, results, ends, options):
             noted(mutant, result, how, test)
 
     def noted(mutant, result, how, test):
-        if options.tests and result != "caught":
+        if options.tests and result == "missed":
             return
         results[mutant.key] = [mutant.hash, result, how, test]
         tried[result] += 1
