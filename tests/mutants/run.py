@@ -588,7 +588,7 @@ def main():
     if not options.show:
         trial(mutants, sources, chosen, results, began + options.minutes * 60, options)
     if options.page:
-        page(mutants, results)
+        page(chosen, results)
     reasons = read(REASONS)
     for mutant in chosen:
         kept = results.get(mutant.key)
