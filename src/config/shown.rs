@@ -7,9 +7,10 @@ use std::path::Path;
 use toml::{Table, Value};
 
 /// Kinds of values that are a number, a word of a list, an address, a pattern or a name. Not here: URLs, headers, plain text.
-const OPEN_KINDS: [&str; 68] = [
+const OPEN_KINDS: [&str; 72] = [
     "AuthMode",
     "BalanceBy",
+    "BasicUsersText",
     "Beyond",
     "BodyPolicy",
     "BoundAs",
@@ -31,6 +32,7 @@ const OPEN_KINDS: [&str; 68] = [
     "Level",
     "LimitCostText",
     "ListenAddress",
+    "ListenerMode",
     "Option<Bytes>",
     "Option<CanaryText>",
     "Option<Duration>",
@@ -66,6 +68,7 @@ const OPEN_KINDS: [&str; 68] = [
     "Vec<ListedServer>",
     "Vec<ListenAddress>",
     "Vec<MethodName>",
+    "Vec<OtherCredential>",
     "Vec<PoolText>",
     "Vec<Prefix>",
     "Vec<Proxy>",
@@ -73,12 +76,13 @@ const OPEN_KINDS: [&str; 68] = [
     "Vec<RoutePattern>",
     "Vec<UpstreamAddress>",
     "Vec<u64>",
+    "VerdictSourceWord",
     "WhenGoneWord",
     "bool",
     "u64",
 ];
 /// Keys with plain text that is a name, the path of a file or a word all the same.
-const OPEN_KEYS: [&str; 26] = [
+const OPEN_KEYS: [&str; 27] = [
     "access",
     "audit",
     "channel",
@@ -90,6 +94,7 @@ const OPEN_KEYS: [&str; 26] = [
     "master",
     "name",
     "password_file",
+    "path_prefix",
     "prefix",
     "reason",
     "routes",

@@ -299,6 +299,14 @@ fn text(sink: &mut impl FieldSink, name: &[u8], text: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::Now;
+    use crate::config::{Probe, parse};
+    use crate::identity::{TokenStatus, judge};
+    use crate::request::examine;
+    use crate::request::origin::{Arrival, TlsArrival};
+    use crate::request::trace::NewIds;
+    use crate::store::TokenRecord;
+    use crate::store::credential::Digest;
 
     #[test]
     fn addresses_are_written_as_the_formatter_writes_them() {
@@ -330,6 +338,194 @@ mod tests {
             let mut out = Vec::new();
             text(&mut Http1Head(&mut out), b"X-Tollgate-User", given);
             assert_eq!(String::from_utf8(out).unwrap(), format!("X-Tollgate-User: {written}\r\n"), "{given:?}");
+        }
+    }
+
+    /// A request as the backend gets it, whose token belongs to this user with these scopes, after its first line and without what
+    /// every request gets.
+    fn sent(config: &str, request: &str, scopes: &[&str]) -> (String, usize) {
+        let parts = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n[[store]]\nkind = \"file\"\npath = \"t.toml\"\n";
+        let settings =
+            parse(&format!("{config}\n{parts}"), "/nonexistent/tollgate.toml".as_ref(), Probe::Settings).unwrap();
+        let head = request.replacen(" | ", " HTTP/1.1\r\nHost: h\r\n", 1).replace(" | ", "\r\n") + "\r\n\r\n";
+        let view = crate::request::head::parse(head.as_bytes()).unwrap();
+        let examined = examine(&view, &settings.rules).unwrap();
+        let principal = examined.presented.as_ref().map(|presented| {
+            let digest = Digest::of(&presented.value);
+            let mut record = TokenRecord::new(digest, "ann");
+            record.scopes = scopes.iter().map(|scope| (*scope).to_owned()).collect();
+            match judge(Some(&record), &digest, Now { mono_ms: 0, unix_ms: 1_700_000_000_000 }) {
+                (TokenStatus::Valid(principal), _) => principal,
+                (TokenStatus::Invalid(why), _) => panic!("{why:?}"),
+            }
+        });
+        let permit = settings.policy.decide(&examined, principal, None).unwrap();
+        let plan = super::super::plan(permit, examined);
+        assert_eq!(plan.from_query(), request.contains("private_token=t"));
+        let tls = Some(std::sync::Arc::new(TlsArrival { subject: Some("CN=a".into()), hsts: None }));
+        let arrival =
+            Arrival { tls: tls.filter(|_| request.contains("X-Tls")), ..Arrival::of(Some([192, 0, 2, 1].into())) };
+        let origin = Origin::of(&view, &arrival, &settings.rules.trusted_proxies);
+        let ids = || NewIds { trace_id: 0xabc.try_into().unwrap(), span: 0xdef.try_into().unwrap(), sampled: true };
+        let trace = TraceContext::begin(settings.forward.trace, &view, ids);
+        let mut out = Vec::new();
+        let dropped =
+            plan.write_head(&view, &settings.forward, &origin, "id", trace.as_ref(), &mut Http1Head(&mut out));
+        let text = String::from_utf8(out).unwrap().replace("\r\n", "|");
+        let port = if arrival.tls.is_some() {
+            "https|X-Forwarded-Host: h|X-Forwarded-Port: 443"
+        } else {
+            "http|X-Forwarded-Host: h|X-Forwarded-Port: 80"
+        };
+        let ours = format!("X-Forwarded-For: 192.0.2.1|X-Forwarded-Proto: {port}|X-Request-Id: id|");
+        assert!(text.contains(&ours) && text.contains("Host: h|"), "{text}");
+        (text.replace(&ours, "").replacen("Host: h|", "", 1).replace(" HTTP/1.1|", " "), dropped)
+    }
+
+    #[test]
+    fn a_backend_gets_what_was_judged() {
+        let trace = "traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let identity = "X-Tollgate-User: ann|X-Tollgate-Token-Id: e3b98a4da31a|X-Tollgate-Scopes: api read|";
+        let open = "[[route]]\npath = \"/api/v3/own/*\"\nauth = \"none\"\npass_token = true\nreason = \"r\"\n";
+        let edits = "[[route]]\npath = \"/api/v3/e/*\"\nrewrite_prefix = \"/m\"\nrequest_headers = { set = { \"X-Set\" = \"1\" }, remove = [\"X-Gone\"] }\n";
+        let all = "[token]\nsudo = \"allow\"\njob_token = \"allow\"\ncookies = \"allow\"\nauthorization = \"allow\"\npath_and_user_headers = \"allow\"\n";
+        let many = "Authorization: Basic eA== | Cookie: c | JOB-TOKEN: j | X-Original-URL: /x | X_A: b";
+        let t = "PRIVATE-TOKEN: t|";
+        let mut wrong = Vec::new();
+        for (config, request, expected, dropped) in [
+            ("", "GET /api/v3/a | PRIVATE-TOKEN: t | A: b", format!("GET /api/v3/a A: b|{t}|"), 0),
+            ("", "GET /api/v3/a?x&private_token=t | A: b", format!("GET /api/v3/a?x A: b|{t}|"), 0),
+            ("", "GET /api/v3/a | Authorization: Bearer t", format!("GET /api/v3/a {t}|"), 0),
+            (
+                "[token]\nforward = \"identity\"",
+                "GET /api/v3/a | PRIVATE-TOKEN: t",
+                format!("GET /api/v3/a {identity}|"),
+                0,
+            ),
+            (
+                "[token]\nforward = \"both\"",
+                "GET /api/v3/a | PRIVATE-TOKEN: t",
+                format!("GET /api/v3/a {t}{identity}|"),
+                0,
+            ),
+            ("[token]\nforward = \"none\"", "GET /api/v3/a | PRIVATE-TOKEN: t", "GET /api/v3/a |".into(), 0),
+            // What says who asks is ours to write.
+            (
+                "",
+                &format!("GET /api/v3/a | PRIVATE-TOKEN: t | X-Tollgate-User: root | {many}"),
+                format!("GET /api/v3/a {t}|"),
+                2,
+            ),
+            (
+                all,
+                &format!("GET /api/v3/a | PRIVATE-TOKEN: t | {many} | Sudo: s"),
+                format!(
+                    "GET /api/v3/a Authorization: Basic eA==|Cookie: c|JOB-TOKEN: j|X-Original-URL: /x|Sudo: s|{t}|"
+                ),
+                1,
+            ),
+            (
+                open,
+                &format!("GET /api/v3/own/a | PRIVATE-TOKEN: t | {many} | Sudo: s"),
+                format!("GET /api/v3/own/a {t}Authorization: Basic eA==|Cookie: c|JOB-TOKEN: j|Sudo: s||"),
+                2,
+            ),
+            (
+                open,
+                "GET /api/v3/own/a | Authorization: Bearer t",
+                "GET /api/v3/own/a Authorization: Bearer t||".into(),
+                0,
+            ),
+            // Connection takes away only what nobody judged.
+            (
+                "",
+                "GET /api/v3/a | PRIVATE-TOKEN: t | A: b | C: d | Connection: a, close, keep-alive, , private-token | Close: e",
+                format!("GET /api/v3/a C: d|Close: e|{t}|"),
+                0,
+            ),
+            // A route's own changes.
+            (
+                edits,
+                "GET /api/v3/e/a?x | PRIVATE-TOKEN: t | X-Set: 2 | X-Gone: 3 | X-Stays: 4",
+                format!("GET /m/a?x X-Stays: 4|X-Set: 1|{t}|"),
+                0,
+            ),
+            (edits, "GET /api/v3/e/a?x&private_token=t | A: b", format!("GET /m/a?x A: b|X-Set: 1|{t}|"), 0),
+            // Bodies.
+            ("", "POST /api/v3/a | PRIVATE-TOKEN: t", format!("POST /api/v3/a {t}Content-Length: 0||"), 0),
+            ("", "DELETE /api/v3/a | PRIVATE-TOKEN: t", format!("DELETE /api/v3/a {t}|"), 0),
+            (
+                "",
+                "PUT /api/v3/a | PRIVATE-TOKEN: t | Content-Type: Application/JSON;charset=UTF-8 | Content-Length: 7",
+                format!("PUT /api/v3/a Content-Type: application/json; charset=UTF-8|{t}Content-Length: 7||"),
+                0,
+            ),
+            (
+                "",
+                "PUT /api/v3/a | PRIVATE-TOKEN: t | Content-Type: image/png | Transfer-Encoding: chunked | Expect: 100-continue",
+                format!("PUT /api/v3/a Content-Type: image/png|{t}Transfer-Encoding: chunked|Expect: 100-continue||"),
+                0,
+            ),
+            (
+                "",
+                "GET /api/v3/a | PRIVATE-TOKEN: t | Connection: Upgrade | Upgrade: websocket",
+                format!("GET /api/v3/a {t}Connection: Upgrade|Upgrade: websocket||"),
+                0,
+            ),
+            (
+                "[token]\nmethod_override = \"judge\"",
+                "POST /api/v3/a | PRIVATE-TOKEN: t | X-HTTP-Method-Override: DELETE",
+                format!("POST /api/v3/a X-HTTP-Method-Override: DELETE|{t}Content-Length: 0||"),
+                0,
+            ),
+            // Traces and certificates.
+            (
+                "",
+                &format!("GET /api/v3/a | PRIVATE-TOKEN: t | {trace} | tracestate: a=b"),
+                format!("GET /api/v3/a {t}{trace}|tracestate: a=b||"),
+                0,
+            ),
+            ("", "GET /api/v3/a | PRIVATE-TOKEN: t | tracestate: a=b", format!("GET /api/v3/a {t}|"), 0),
+            (
+                "",
+                "GET /api/v3/a | PRIVATE-TOKEN: t | X-Tls: 1",
+                format!("GET /api/v3/a X-Tls: 1|{t}X-Tollgate-Client-Certificate: CN=a||"),
+                0,
+            ),
+        ] {
+            // Every text ends with the empty line; some of them end with a field in front of it.
+            let expected = expected.replace("||", "|").trim_end_matches('|').to_owned();
+            let (text, count) = sent(config, request, &["api", "read"]);
+            assert!(text.ends_with("||") || text.ends_with(" |"), "{text}");
+            if (text.trim_end_matches('|'), count) != (expected.as_str(), dropped) {
+                wrong.push((request.to_owned(), text, count, expected, dropped));
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        assert!(!sent("[token]\nforward = \"both\"", "GET /api/v3/a | PRIVATE-TOKEN: t", &[]).0.contains("Scopes"));
+    }
+
+    #[test]
+    fn what_a_route_may_change_of_a_head() {
+        let parts = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n[[store]]\nkind = \"file\"\npath = \"t.toml\"\n";
+        let settings = parse(parts, "/nonexistent/tollgate.toml".as_ref(), Probe::Settings).unwrap();
+        let mut route = crate::request::route::Route::new("/".parse().unwrap(), "/".into());
+        for (name, why) in [
+            ("X-Site", None),
+            ("private-token", Some("carries the token")),
+            ("Content-Language", Some("says how the body is to be read")),
+            ("X-Original-URL", Some("chooses a path or a user")),
+            ("Cookie", Some("has a key of its own in [token]")),
+            ("Authorization", Some("has a key of its own in [token]")),
+            ("traceparent", Some("has a key of its own: [trace] context")),
+            ("TraceState", Some("has a key of its own: [trace] context")),
+            ("Host", Some("is written or judged by tollgate")),
+            ("X-Tollgate-User", Some("is written or judged by tollgate")),
+        ] {
+            route.request_headers.remove = vec![name.to_owned()];
+            let problems = settings.forward.problems_of(&route);
+            assert_eq!(problems.len(), usize::from(why.is_some()), "{name}");
+            assert!(why.is_none_or(|why| format!("{problems:?}").contains(why)), "{name}: {problems:?}");
         }
     }
 }

@@ -134,3 +134,71 @@ pub fn within_terms(principal: &Principal, client: Option<IpAddr>, method: Metho
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Now;
+    use crate::config::{Probe, parse};
+    use crate::identity::{TokenStatus, judge};
+    use crate::request::{examine, head};
+    use crate::store::TokenRecord;
+    use crate::store::credential::Digest;
+    use crate::store::terms::{SaidTerms, TokenTerms};
+
+    fn principal(scopes: &[&str], networks: &[&str], methods: &[&str]) -> Arc<Principal> {
+        let owned = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let said = SaidTerms { networks: owned(networks), methods: owned(methods), ..SaidTerms::default() };
+        let digest = Digest::of(b"t");
+        let mut record = TokenRecord::new(digest, "ann");
+        record.scopes = owned(scopes);
+        record.terms = TokenTerms::of(said).unwrap();
+        match judge(Some(&record), &digest, Now { mono_ms: 0, unix_ms: 1_700_000_000_000 }) {
+            (TokenStatus::Valid(principal), _) => principal,
+            (TokenStatus::Invalid(why), _) => panic!("{why:?}"),
+        }
+    }
+
+    #[test]
+    fn who_may_do_what() {
+        let scope = "[[scope]]\nname = \"api\"\n[[scope]]\nname = \"read\"\nmethods = [\"GET\"]\n[[scope]]\nname = \"sudo\"\nsudo = true\n";
+        let open = "[[route]]\npath = \"/api/v3/open/*\"\nauth = \"optional\"\nreason = \"r\"\n";
+        let sudo = "[token]\nsudo = \"allow\"\n";
+        let (with, both) = (format!("{scope}{open}"), format!("{sudo}{scope}"));
+        let any = || Some(principal(&["api"], &[], &[]));
+        let bound = || Some(principal(&["api"], &["10.0.0.0/8"], &["GET"]));
+        let t = "PRIVATE-TOKEN: t";
+        for (config, request, known, client, expected) in [
+            ("", "GET /api/v3/a", any(), [10, 0, 0, 1], Ok(true)),
+            ("", "GET /api/v3/a", None, [10, 0, 0, 1], Err(PolicyFault::NoIdentity)),
+            (open, "GET /api/v3/open/a", None, [10, 0, 0, 1], Err(PolicyFault::NoIdentity)),
+            (open, "GET /api/v3/open/a without", None, [10, 0, 0, 1], Ok(false)),
+            // By the token's own record.
+            ("", "GET /api/v3/a", bound(), [10, 0, 0, 1], Ok(true)),
+            ("", "GET /api/v3/a", bound(), [11, 0, 0, 1], Err(PolicyFault::TokenNetwork)),
+            ("", "POST /api/v3/a", bound(), [10, 0, 0, 1], Err(PolicyFault::TokenMethod)),
+            // As somebody else.
+            ("", "GET /api/v3/a?sudo=root", any(), [10, 0, 0, 1], Err(PolicyFault::Sudo)),
+            (sudo, "GET /api/v3/a?sudo=root", any(), [10, 0, 0, 1], Ok(true)),
+            (&both, "GET /api/v3/a?sudo=root", any(), [10, 0, 0, 1], Err(PolicyFault::SudoScope)),
+            (&both, "GET /api/v3/a", any(), [10, 0, 0, 1], Ok(true)),
+            (&both, "GET /api/v3/a?sudo=root", Some(principal(&["api", "sudo"], &[], &[])), [10, 0, 0, 1], Ok(true)),
+            // By scope.
+            (&with, "POST /api/v3/a", any(), [10, 0, 0, 1], Ok(true)),
+            (&with, "POST /api/v3/a", Some(principal(&["read"], &[], &[])), [10, 0, 0, 1], Err(PolicyFault::Scope)),
+            (&with, "GET /api/v3/a", Some(principal(&["read"], &[], &[])), [10, 0, 0, 1], Ok(true)),
+            (&with, "GET /api/v3/a", Some(principal(&[], &[], &[])), [10, 0, 0, 1], Err(PolicyFault::Scope)),
+        ] {
+            let parts = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n[[store]]\nkind = \"file\"\npath = \"t.toml\"\n";
+            let settings =
+                parse(&format!("{config}\n{parts}"), "/nonexistent/tollgate.toml".as_ref(), Probe::Settings).unwrap();
+            let token = if request.ends_with(" without") { "X: y" } else { t };
+            let line = request.trim_end_matches(" without");
+            let bytes = format!("{line} HTTP/1.1\r\nHost: h\r\n{token}\r\n\r\n");
+            let view = head::parse(bytes.as_bytes()).unwrap();
+            let examined = examine(&view, &settings.rules).unwrap();
+            let decided = settings.policy.decide(&examined, known, Some(client.into()));
+            assert_eq!(decided.map(|permit| permit.principal().is_some()), expected, "{config} {request}");
+        }
+    }
+}

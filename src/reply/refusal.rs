@@ -509,4 +509,35 @@ mod tests {
         );
         assert!(written(Cause::CannotTell(CannotTell::Store), false, false).contains("Retry-After: 1\r\n"));
     }
+
+    #[test]
+    fn what_follows_from_a_refusal() {
+        use RequestFault as R;
+        let (close, slow, refused, unavailable) =
+            ((true, false), (true, true), Some(AuthResult::Refused), Some(AuthResult::Unavailable));
+        let goes_on = (false, false);
+        for (cause, status, reason, (must_close, is_slow), auth_result) in [
+            (Cause::Request(R::Head(HeadFault::Framing)), 400, "framing", close, None),
+            (Cause::Request(R::HeaderTooLarge), 431, "header_size", close, None),
+            (Cause::Request(R::HeaderTimeout), 408, "header_timeout", close, None),
+            (Cause::Request(R::BodyTimeout), 408, "body_timeout", slow, None),
+            (Cause::Request(R::BodyTooSlow), 408, "body_rate", slow, None),
+            (Cause::Request(R::Body(BodyFault::Field(Key::Token))), 401, "body", close, refused),
+            (Cause::Request(R::TokenMissing), 401, "missing", goes_on, refused),
+            (Cause::Request(R::NoRoute), 404, "no_route", goes_on, None),
+            (Cause::Identity(Invalid::Blocked), 401, "blocked", goes_on, refused),
+            (Cause::CannotTell(CannotTell::Store), 503, "store", goes_on, unavailable),
+            (Cause::Policy(PolicyFault::Scope), 403, "scope", goes_on, refused),
+            (Cause::Upstream(UpstreamFault::Broken), 502, "upstream_broken", goes_on, None),
+            (Cause::Redirect, 308, "redirect_to_https", goes_on, None),
+            (Cause::PlainText, 403, "plain_http", close, None),
+            (Cause::Draining, 503, "draining", close, None),
+            (Cause::Bug, 500, "bug", close, None),
+        ] {
+            let refusal = Refusal::from(cause);
+            assert_eq!((refusal.cause(), refusal.status(), refusal.reason()), (cause, status, reason));
+            assert_eq!((refusal.must_close(), refusal.is_of_slow_body()), (must_close, is_slow), "{cause:?}");
+            assert_eq!(refusal.auth_result(), auth_result, "{cause:?}");
+        }
+    }
 }

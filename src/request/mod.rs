@@ -443,3 +443,209 @@ fn is_preflight(view: &RequestView<'_>) -> bool {
         && view.fields_of(FieldKind::Origin).next().is_some()
         && view.fields_of(FieldKind::PreflightMethod).next().is_some()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Probe, parse};
+
+    /// The rules of a configuration, and all requests under it with what becomes of each: the fault, or what was found.
+    fn examined(config: &str, requests: &[(&str, &str)]) {
+        let parts = "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n[[store]]\nkind = \"file\"\npath = \"t.toml\"\n";
+        let settings =
+            parse(&format!("{config}\n{parts}"), "/nonexistent/tollgate.toml".as_ref(), Probe::Settings).unwrap();
+        let mut wrong = Vec::new();
+        for (request, expected) in requests {
+            let head =
+                format!("{}\r\n\r\n", request.replacen(" | ", " HTTP/1.1\r\nHost: h\r\n", 1).replace(" | ", "\r\n"));
+            let view = head::parse(head.as_bytes()).unwrap();
+            let found = match examine(&view, &settings.rules) {
+                Ok(found) => {
+                    let mut target = Vec::new();
+                    found.edits.write_target(view.path(), view.query(), &mut target);
+                    let mut facts = vec![String::from_utf8(target).unwrap(), format!("{:?}", found.method)];
+                    facts.extend(found.presented.map(|token| format!("{:?}", token.source)));
+                    let yes = [
+                        (found.overridden, "overridden"),
+                        (found.auth == Auth::Required, "required"),
+                        (found.asks_sudo, "sudo"),
+                        (found.clamped.page, "page"),
+                        (found.clamped.per_page, "per_page"),
+                        (found.body.is_some(), "body"),
+                    ];
+                    facts.extend(yes.into_iter().filter(|(holds, _)| *holds).map(|(_, word)| word.to_owned()));
+                    facts.join(" ")
+                }
+                Err(refused) => {
+                    format!("{:?} {:?} {:?} {}", refused.fault, refused.method, refused.source, refused.query_token)
+                }
+            };
+            if found != *expected {
+                wrong.push((*request, found, *expected));
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+
+    #[test]
+    fn what_a_request_asks_for() {
+        let t = "PRIVATE-TOKEN: t";
+        let line = |text: &str| text.replace("| T", &format!("| {t}"));
+        let table = [
+            ("GET /api/v3/a | T", "/api/v3/a Get Header required"),
+            ("GET /api/v3/a | Authorization: Bearer t", "/api/v3/a Get Bearer required"),
+            ("GET /api/v3/a?private_token=t | X: y", "/api/v3/a Get Query required"),
+            ("GET /api/v3/a?x=1&private_token=t&y | X: y", "/api/v3/a?x=1&y Get Query required"),
+            ("GET /api/v3/a | X: y", "TokenMissing Get None false"),
+            ("GET /api/v3/a | T | Authorization: Bearer u", "Token(Conflict) Get Several false"),
+            ("GET /api/v3/a?private_token=u | T", "Token(Conflict) Get Several true"),
+            ("GET /other | T", "NoRoute Get Header false"),
+            ("BREW /api/v3/a | T", "MethodNotAllowed Other Header false"),
+            // Other credentials, and acting as somebody else.
+            ("GET /api/v3/a?access_token=u | T", "OtherCredential Get Header false"),
+            ("GET /api/v3/a?job_token=u | T", "OtherCredential Get Header false"),
+            ("GET /api/v3/a?sudo=root | T", "/api/v3/a?sudo=root Get Header required sudo"),
+            ("GET /api/v3/a | T | Sudo: root", "/api/v3/a Get Header required sudo"),
+            // Another method.
+            ("GET /api/v3/a?_method=PUT | T", "MethodOverride Get Header false"),
+            ("POST /api/v3/a | T | X-HTTP-Method-Override: PUT", "MethodOverride Post Header false"),
+            // Pages: lists only.
+            ("GET /api/v3/a?per_page=500 | T", "/api/v3/a?per_page=100 Get Header required per_page"),
+            ("HEAD /api/v3/a?page=0 | T", "/api/v3/a?page=1 Head Header required page"),
+            ("POST /api/v3/a?per_page=500 | T", "/api/v3/a?per_page=500 Post Header required"),
+            // Queries beside a type that changes their names.
+            ("GET /api/v3/a?x=1 | T | Content-Type: text/plain; charset=utf-16", "QueryCharset Get Header false"),
+            ("GET /api/v3/a | T | Content-Type: text/plain; charset=utf-16", "/api/v3/a Get Header required"),
+            ("GET /api/v3/a?x=1 | T | Content-Type: text/plain; charset=utf-8", "/api/v3/a?x=1 Get Header required"),
+            // Bodies.
+            ("POST /api/v3/a | T | Content-Length: 3", "/api/v3/a Post Header required body"),
+            ("POST /api/v3/a | T | Content-Length: 3 | Content-Type: image/png", "/api/v3/a Post Header required body"),
+            (
+                "POST /api/v3/a | T | Content-Length: 3 | Content-Type: application/json; charset=a/b",
+                "Body(Type) Post Header false",
+            ),
+            (
+                "POST /api/v3/a | T | Content-Length: 3 | Content-Type: application/json | Content-Encoding: gzip",
+                "Body(Coding) Post Header false",
+            ),
+            (
+                "POST /api/v3/a | T | Content-Length: 3 | Content-Type: application/json | Content-Encoding: Identity",
+                "/api/v3/a Post Header required body",
+            ),
+            (
+                "POST /api/v3/a | T | Content-Length: 3 | Content-Type: application/json | Content-Encoding:",
+                "/api/v3/a Post Header required body",
+            ),
+            (
+                "POST /api/v3/a | T | Content-Length: 3 | Content-Type: application/json | X-Encoding: gzip",
+                "/api/v3/a Post Header required body",
+            ),
+            // A preflight is one only if the configuration says so.
+            (
+                "OPTIONS /api/v3/a | Origin: https://a | Access-Control-Request-Method: PUT",
+                "TokenMissing Options None false",
+            ),
+        ]
+        .map(|(request, expected)| (line(request), expected));
+        let table: Vec<(&str, &str)> = table.iter().map(|(request, expected)| (request.as_str(), *expected)).collect();
+        examined("", &table);
+    }
+
+    #[test]
+    fn what_a_configuration_lets_a_request_ask_for() {
+        examined(
+            "[api]\ncors_preflight = true\n[token]\nmethod_override = \"judge\"\naccess_token = \"allow\"\n[limits]\ntarget_bytes = \"256B\"",
+            &[
+                // A preflight is a request without credentials, with both fields and without a body.
+                ("OPTIONS /api/v3/a | Origin: o | Access-Control-Request-Method: PUT", "/api/v3/a Options"),
+                (
+                    "OPTIONS /api/v3/a?private_token=t | Origin: o | Access-Control-Request-Method: PUT",
+                    "/api/v3/a Options",
+                ),
+                ("OPTIONS /api/v3/a | Origin: o", "TokenMissing Options None false"),
+                ("OPTIONS /api/v3/a | Access-Control-Request-Method: PUT", "TokenMissing Options None false"),
+                (
+                    "OPTIONS /api/v3/a | Origin: o | Access-Control-Request-Method: PUT | Content-Length: 1",
+                    "TokenMissing Options None false",
+                ),
+                ("GET /api/v3/a | Origin: o | Access-Control-Request-Method: PUT", "TokenMissing Get None false"),
+                // The method that is judged is the one that runs.
+                (
+                    "POST /api/v3/a | PRIVATE-TOKEN: t | X-HTTP-Method-Override: DELETE",
+                    "/api/v3/a Delete Header overridden required",
+                ),
+                (
+                    "POST /api/v3/a | PRIVATE-TOKEN: t | X-HTTP-Method-Override: HEAD",
+                    "MethodOverride Post Header false",
+                ),
+                (
+                    "POST /api/v3/a | PRIVATE-TOKEN: t | X-HTTP-Method-Override: BREW",
+                    "MethodOverride Post Header false",
+                ),
+                (
+                    "PUT /api/v3/a | PRIVATE-TOKEN: t | X-HTTP-Method-Override: DELETE",
+                    "MethodOverride Put Header false",
+                ),
+                ("POST /api/v3/a | PRIVATE-TOKEN: t | X-Method-Override: DELETE", "MethodOverride Post Header false"),
+                (
+                    "POST /api/v3/a | PRIVATE-TOKEN: t | X-HTTP-Method-Override: DELETE | X-HTTP-Method-Override: DELETE",
+                    "MethodOverride Post Header false",
+                ),
+                ("POST /api/v3/a?_method=PUT | PRIVATE-TOKEN: t", "MethodOverride Post Header false"),
+                // One switch opens one credential.
+                ("GET /api/v3/a?access_token=u | PRIVATE-TOKEN: t", "/api/v3/a?access_token=u Get Header required"),
+                ("GET /api/v3/a?job_token=u | PRIVATE-TOKEN: t", "OtherCredential Get Header false"),
+            ],
+        );
+        let long = format!("GET /api/v3/{} | PRIVATE-TOKEN: t", "a".repeat(256 - "/api/v3/".len()));
+        let fits = format!("{} Get Header required", &long[4..260]);
+        let longer = long.replacen("/a", "/aa", 1);
+        examined("[limits]\ntarget_bytes = \"256B\"", &[(&long, &fits), (&longer, "TargetTooLong Get Header false")]);
+    }
+
+    #[test]
+    fn what_a_route_lets_a_request_ask_for() {
+        let routes = "[[route]]\npath = \"/api/v3/open/*\"\nauth = \"none\"\nreason = \"r\"\n\
+             [[route]]\npath = \"/api/v3/own/*\"\nauth = \"none\"\npass_token = true\nreason = \"r\"\n\
+             [[route]]\npath = \"/api/v3/either/*\"\nauth = \"optional\"\nreason = \"r\"\n\
+             [[route]]\npath = \"/api/v3/small/*\"\nquery_token = \"refuse\"\nbody_bytes = \"5B\"\n\
+             [[route]]\npath = \"/api/v3/moved/*\"\nrewrite_prefix = \"/m\"\n\
+             [[route]]\npath = \"/\"\nauth = \"none\"\nreason = \"r\"\n";
+        examined(
+            routes,
+            &[
+                ("GET /api/v3/open/a?private_token=t&x | X: y", "/api/v3/open/a?x Get"),
+                ("GET /api/v3/open/a?access_token=t | X: y", "/api/v3/open/a Get"),
+                ("GET /api/v3/own/a?private_token=t&x | X: y", "/api/v3/own/a?private_token=t&x Get"),
+                ("POST /api/v3/own/a | Content-Length: 1", "/api/v3/own/a Post"),
+                ("POST /api/v3/open/a | Content-Length: 1", "/api/v3/open/a Post body"),
+                ("GET /api/v3/either/a | X: y", "/api/v3/either/a Get"),
+                ("GET /api/v3/either/a | PRIVATE-TOKEN: t", "/api/v3/either/a Get Header"),
+                ("GET /api/v3/either/a?access_token=t | X: y", "OtherCredential Get None false"),
+                ("GET /api/v3/small/a?private_token=t | X: y", "QueryToken Get Query true"),
+                ("GET /api/v3/small/a?private_token=t | PRIVATE-TOKEN: t", "QueryToken Get Several true"),
+                (
+                    "POST /api/v3/small/a | PRIVATE-TOKEN: t | Content-Length: 5",
+                    "/api/v3/small/a Post Header required body",
+                ),
+                ("POST /api/v3/small/a | PRIVATE-TOKEN: t | Content-Length: 6", "BodyTooLarge Post Header false"),
+                ("GET /api/v3/moved/a | PRIVATE-TOKEN: t", "/api/v3/moved/a Get Header required"),
+                ("GET /api/v3//moved/a | PRIVATE-TOKEN: t", "Target(PrefixSpelling) Get Header false"),
+                // What a browser sends to a page goes on as it is.
+                ("GET /page?per_page=500&_method=PUT | X: y", "/page?per_page=500&_method=PUT Get"),
+                ("POST /page?x | Content-Length: 3 | Content-Type: text/plain; charset=utf-16", "/page?x Post"),
+                ("POST /page | X-HTTP-Method-Override: PUT", "/page Post"),
+            ],
+        );
+        // A page for some methods alone is none for a request that asks for others.
+        let some = "[[route]]\npath = \"/\"\nmethods = [\"GET\", \"POST\"]\nauth = \"none\"\nreason = \"r\"\n";
+        examined(
+            some,
+            &[
+                ("POST /page | X-HTTP-Method-Override: GET", "MethodOverride Post None false"),
+                ("GET /page?_method=PUT | X: y", "MethodOverride Get None false"),
+                ("GET /page | X: y", "/page Get"),
+            ],
+        );
+    }
+}

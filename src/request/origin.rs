@@ -437,4 +437,41 @@ mod tests {
         assert_eq!(client("127.0.0.1", "10.0.0.1"), told("6.6.6.6", "6.6.6.6, 10.0.0.1", "http"));
         assert_eq!(client("127.0.0.1", ""), told("6.6.6.6", "6.6.6.6, 127.0.0.1", "http"));
     }
+
+    #[test]
+    fn whom_lists_of_addresses_let_in() {
+        let list = |networks: &[&str], unix_peers| AddressList {
+            networks: networks.iter().map(|network| network.parse().unwrap()).collect(),
+            unix_peers,
+        };
+        let (near, far) = (Some([10, 0, 0, 1].into()), Some([11, 0, 0, 1].into()));
+        for (allow, deny, admitted) in [
+            (list(&[], false), list(&[], false), [true, true, true]),
+            (list(&["10.0.0.0/8"], false), list(&[], false), [true, false, false]),
+            (list(&[], true), list(&[], false), [false, false, true]),
+            (list(&["10.0.0.0/8"], true), list(&[], false), [true, false, true]),
+            (list(&[], false), list(&["10.0.0.0/8"], false), [false, true, true]),
+            (list(&[], false), list(&[], true), [true, true, false]),
+            (list(&["10.0.0.0/8"], false), list(&["10.0.0.1/32"], false), [false, false, false]),
+        ] {
+            let rules = AddressRules { allow, deny };
+            assert_eq!([near, far, None].map(|client| rules.admit(client)), admitted, "{rules:?}");
+        }
+    }
+
+    #[test]
+    fn proxies_that_are_too_many_to_be_trusted() {
+        for (network, said) in [
+            ("10.0.0.0/8", ""),
+            ("10.0.0.0/7", "a large part of the Internet"),
+            ("0.0.0.0/0", "everybody"),
+            ("fc00::/7", ""),
+            ("fc00::/6", "a large part of the Internet"),
+            ("::/0", "everybody"),
+        ] {
+            let problems = TrustedProxies { networks: vec![network.parse().unwrap()], unix_peers: false }.problems();
+            assert_eq!(problems.len(), usize::from(!said.is_empty()), "{network}");
+            assert!(format!("{problems:?}").contains(said), "{network}: {problems:?}");
+        }
+    }
 }

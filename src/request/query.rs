@@ -518,4 +518,33 @@ mod tests {
         edits.write_target(b"/p", None, &mut out);
         assert_eq!(out, b"/p?page=1&per_page=20");
     }
+
+    #[test]
+    fn charsets_that_leave_names_as_they_are() {
+        for (content_type, safe) in [
+            ("text/plain", true),
+            ("text/plain; charset=utf-8", true),
+            ("text/plain; charset=UTF-8", true),
+            ("text/plain; charset = utf-8 ; a=b", true),
+            ("text/plain; charset=\"utf-8\"", true),
+            ("text/plain; charset=utf-8,x", true),
+            ("text/plain; charset=utf-8\tx", true),
+            ("text/plain; charset=utf-7", false),
+            ("text/plain; charset=utf-16", false),
+            ("text/plain; CHARSET=utf-7", false),
+            ("text/plain; charset=utf-8; charset=utf-7", false),
+            ("text/plain; charset=", false),
+            ("text/plain; charset*=utf-8''utf-7", false),
+            ("text/plain; charset", true),
+            ("text/plain; charsets=utf-7", true),
+            ("text/plain; charset-a=utf-7", true),
+            ("text/plain; charset_a=utf-7", true),
+            ("text/plain; charset.a=utf-7", true),
+            ("text/plain; charset7=utf-7", true),
+            ("charset=utf-7", false),
+            ("xcharset=utf-7", false),
+        ] {
+            assert_eq!(is_read_as_ascii(content_type.as_bytes()), safe, "{content_type}");
+        }
+    }
 }

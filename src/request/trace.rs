@@ -204,4 +204,10 @@ mod tests {
         }
         assert_eq!(begin(TraceMode::Drop, &with, true), None);
     }
+
+    #[test]
+    fn modes_that_make_spans() {
+        let modes = [TraceMode::Pass, TraceMode::Make, TraceMode::Restart, TraceMode::Drop];
+        assert_eq!(modes.map(TraceMode::makes_spans), [false, true, true, false]);
+    }
 }

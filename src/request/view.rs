@@ -526,4 +526,50 @@ mod tests {
             assert_eq!(FieldKind::of(name.as_bytes()), kind, "{name}");
         }
     }
+
+    #[test]
+    fn every_name_has_its_kind_in_any_letter_case() {
+        use FieldKind as K;
+        let mut seen = 0;
+        for (names, kind) in [
+            ("Authorization", K::Authorization),
+            ("Access-Control-Request-Method", K::PreflightMethod),
+            ("Build-Token JOB-TOKEN Deploy-Token", K::OtherToken),
+            ("Connection", K::Connection),
+            ("Content-Length", K::ContentLength),
+            ("Content-Type", K::ContentType),
+            ("Cookie", K::Cookie),
+            ("Client-IP CF-Connecting-IP Forwarded True-Client-IP X-Client-IP X-Cluster-Client-IP", K::Forwarded),
+            ("X-Forwarded-Server X-Forwarded- X-Real-IP", K::Forwarded),
+            ("Expect", K::Expect),
+            ("Gitlab-Workhorse Gitlab-Workhorse-Api-Request X-Accel-Redirect X-Sendfile-Type", K::Internal),
+            ("Host", K::Host),
+            ("HTTP2-Settings Keep-Alive Proxy Proxy-Connection Proxy-Authorization TE Trailer", K::HopByHop),
+            ("Origin", K::Origin),
+            ("Sudo", K::Sudo),
+            ("Transfer-Encoding", K::TransferEncoding),
+            ("traceparent", K::TraceParent),
+            ("tracestate", K::TraceState),
+            ("Upgrade", K::Upgrade),
+            ("X-Forwarded-For", K::ForwardedFor),
+            ("X-Forwarded-Proto", K::ForwardedProto),
+            ("X-Forwarded-Host", K::ForwardedHost),
+            ("X-Forwarded-Port", K::ForwardedPort),
+            ("X-Forwarded-User X-Forwarded-Email X-Forwarded-Groups", K::PathOrUser),
+            ("X-Forwarded-Preferred-Username X-Forwarded-Login", K::PathOrUser),
+            ("X-HTTP-Method-Override X-HTTP-Method X-Method-Override", K::MethodOverride),
+            ("X-Request-Id", K::RequestId),
+            ("X-Tollgate-User X-Tollgate-", K::Identity),
+            ("Proxied Gitlab-Work X-Accel XX-Forwarded-For X-Tollgate Hosts Costs Te-a Xa-Real-IP", K::EndToEnd),
+            ("Content_Length X.Forwarded.For Host_ X_Tollgate_User", K::Alias),
+        ] {
+            for name in names.split(' ') {
+                for spelled in [name.to_owned(), name.to_lowercase(), name.to_uppercase()] {
+                    assert_eq!(FieldKind::of(spelled.as_bytes()), kind, "{spelled}");
+                }
+                seen += 1;
+            }
+        }
+        assert_eq!(seen, 65);
+    }
 }

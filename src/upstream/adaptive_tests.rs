@@ -552,3 +552,9 @@ fn one_caller_who_asks_fifty_times_as_much_costs_the_others_next_to_nothing_befo
     let beside = crowd(MaxRequests::Fixed(60), 1_000);
     assert!(beside.p99 > 3 * alone.p99, "{beside:?}");
 }
+
+/// Nobody has asked for as much as it lets through, so that it is not what holds anybody back.
+#[test]
+fn a_limit_that_nobody_has_met_is_not_pinned() {
+    assert!(!AdaptiveLimit::new(Instant::now()).reading(BOUNDS).is_pinned);
+}

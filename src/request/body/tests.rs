@@ -782,3 +782,34 @@ fn names_of_parts() {
         assert_eq!(verdict(PARTS, part(head)), AMBIGUOUS, "{head:?}");
     }
 }
+
+/// An unquoted value is a token. A boundary alone may have more, because old clients send it so.
+#[test]
+fn values_of_parameters_without_quotes() {
+    for (content_type, sent) in [
+        ("application/json; charset=a/b", Err(BodyFault::Type)),
+        ("multipart/form-data; charset=a/b; boundary=x", Err(BodyFault::Type)),
+        ("multipart/form-data; boundary=", Err(BodyFault::Type)),
+        ("multipart/form-data; boundary=a@b", Err(BodyFault::Type)),
+        ("multipart/form-data; boundary=a/b", Ok("multipart/form-data; boundary=\"a/b\"")),
+        ("multipart/form-data; Boundary=a/b \t", Ok("multipart/form-data; boundary=\"a/b\"")),
+    ] {
+        assert_eq!(forwarded(content_type).as_deref().map_err(|fault| *fault), sent, "{content_type}");
+    }
+}
+
+/// Ruby reads an unknown escape as the letter itself, and the known ones are no letters of a name.
+#[test]
+fn escapes_within_names() {
+    for (name, found) in [
+        (r"privat\e_token", FOUND),
+        (r"private\_token", FOUND),
+        (r"private_toke\u006e", FOUND),
+        (r"private_toke\n", Ok(())),
+        (r"p\rivate_token", Ok(())),
+        (r"priva\te_token", Ok(())),
+    ] {
+        let body = format!("{{\"{name}\":\"x\"}}");
+        assert_eq!(verdict("application/json", &body), found, "{body}");
+    }
+}
