@@ -212,6 +212,7 @@ fn a_real_browser_shows_it() {
     let wanted = serde_json::json!({
         "url": format!("http://{}/", gateway.admin),
         "names": [HOSTILE_USER, HOSTILE_REASON, "limit_rate", "per-token", "\u{5d0}⟨U+202E⟩bob", &sha256_hex(GOOD)[..12]],
+        "known": GOOD,
         "token_url": format!("http://{}/", guarded.admin),
         "token": ADMIN_TOKEN,
     });

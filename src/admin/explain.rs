@@ -21,8 +21,8 @@ const USAGE: &str = "Expected Content-Type: application/json and {\"text\": \"GE
                      it comes from; \"tls\": true; \"as\": {\"user\": \"ann\", \"scopes\": [\"api\"]}, whose token it is taken to have.\n";
 
 /// The form for it, a part of a page, and its script, which the page lets in by a nonce.
-pub const EXPLAIN_FORM: &str = include_str!("explain_form.html");
-pub const EXPLAIN_SCRIPT: &str = include_str!("explain_form.js");
+pub(super) const EXPLAIN_FORM: &str = include_str!("explain_form.html");
+pub(super) const EXPLAIN_SCRIPT: &str = include_str!("explain_form.js");
 
 /// What is asked.
 #[derive(Deserialize)]

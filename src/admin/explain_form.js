@@ -66,7 +66,12 @@
       for (const one of stage.rules) by.append(rule(one), element("br"));
       row.append(said, by);
     }
-    result.append(table);
+    const scroll = element("div", undefined, "scroll");
+    scroll.tabIndex = 0;
+    scroll.setAttribute("role", "region");
+    scroll.setAttribute("aria-label", "Stages");
+    scroll.append(table);
+    result.append(scroll);
     if (told.upstream) result.append(element("h3", "Goes to " + told.upstream.upstream), element("pre", told.upstream.head));
     if (told.answer) result.append(element("h3", "The client gets"), element("pre", told.answer));
     const cases = element("ul");

@@ -8,7 +8,6 @@ mod reloads;
 mod status;
 
 pub use access::AdminAccess;
-pub use explain::{EXPLAIN_FORM, EXPLAIN_SCRIPT};
 pub use page::visible;
 pub use reloads::{ReloadHistory, ReloadNote, asked_by};
 pub use status::{ShownConfig, ShownKey, ShownSection};

@@ -1,6 +1,7 @@
 //! The page of the admin listener: what `status` says, as one document that needs nothing from elsewhere and no script. Every text
 //! goes through [`Html::text`]: what is written as it is can only be a constant of this source. It knows nothing but the JSON.
 
+use super::explain::{EXPLAIN_FORM, EXPLAIN_SCRIPT};
 use crate::store::credential::Digest;
 use crate::telemetry::history::TrafficResults;
 use base64::Engine as _;
@@ -18,10 +19,11 @@ const SCRIPT: &str = include_str!("page.js");
 pub(super) static FIELDS: LazyLock<String> = LazyLock::new(|| {
     let hash = |text: &str| STANDARD.encode(Digest::of(text.as_bytes()).as_bytes());
     format!(
-        "Content-Security-Policy: default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; img-src data:; \
+        "Content-Security-Policy: default-src 'none'; script-src 'sha256-{}' 'sha256-{}'; style-src 'sha256-{}'; img-src data:; \
          connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'\r\n\
          Referrer-Policy: no-referrer\r\nCross-Origin-Opener-Policy: same-origin\r\nVary: Accept\r\n",
         hash(SCRIPT),
+        hash(EXPLAIN_SCRIPT),
         hash(STYLE)
     )
 });
@@ -178,8 +180,7 @@ pub(super) fn render(status: &Value) -> String {
     tiles(html, status);
     html.raw("<div class=\"grid\">");
     traffic(html, status);
-    // The form of POST /explain has its place here, between what is asked and who serves: a section of class `card`, without an
-    // attribute `style`, whose script is part of page.js.
+    html.raw(EXPLAIN_FORM);
     servers(html, status);
     stores(html, status);
     limits(html, status);
@@ -188,7 +189,7 @@ pub(super) fn render(status: &Value) -> String {
     reloads(html, status);
     configuration(html, status);
     html.raw("</div></main><footer>The numbers are counted since the start, or read every 5 seconds for the last 15 minutes and 24 hours. <a href=\"/status\">/status</a> has them as JSON, <a href=\"/metrics\">/metrics</a> for Prometheus. Times are UTC.</footer>");
-    html.raw("<script>").raw(SCRIPT).raw("</script></body></html>\n");
+    html.raw("<script>").raw(SCRIPT).raw("</script><script>").raw(EXPLAIN_SCRIPT).raw("</script></body></html>\n");
     page.0
 }
 
@@ -211,7 +212,7 @@ fn header(html: &mut Html, status: &Value) {
     html.text(time.get(11..19).unwrap_or(time)).raw(
         " UTC</span><button id=\"pause\" type=\"button\" aria-pressed=\"false\" hidden>Pause</button></div></div>",
     );
-    html.raw("<nav aria-label=\"Sections\"><ul><li><a href=\"#traffic\">Traffic</a></li><li><a href=\"#servers\">Servers</a></li><li><a href=\"#stores\">Stores</a></li><li><a href=\"#limits\">Limits</a></li><li><a href=\"#callers\">Callers</a></li><li><a href=\"#certificates\">Certificates</a></li><li><a href=\"#reloads\">Reloads</a></li><li><a href=\"#configuration\">Configuration</a></li></ul></nav></header>");
+    html.raw("<nav aria-label=\"Sections\"><ul><li><a href=\"#traffic\">Traffic</a></li><li><a href=\"#explain\">Explain</a></li><li><a href=\"#servers\">Servers</a></li><li><a href=\"#stores\">Stores</a></li><li><a href=\"#limits\">Limits</a></li><li><a href=\"#callers\">Callers</a></li><li><a href=\"#certificates\">Certificates</a></li><li><a href=\"#reloads\">Reloads</a></li><li><a href=\"#configuration\">Configuration</a></li></ul></nav></header>");
 }
 
 fn tiles(html: &mut Html, status: &Value) {
@@ -964,7 +965,11 @@ mod tests {
         let part =
             |from: &str, to: &str| page.split(from).nth(1).and_then(|rest| rest.split(to).next()).unwrap().to_owned();
         let hash = |text: &str| STANDARD.encode(Digest::of(text.as_bytes()).as_bytes());
-        assert!(FIELDS.contains(&format!("script-src 'sha256-{}';", hash(&part("<script>", "</script>")))));
+        let scripts: Vec<_> =
+            page.split("<script>").skip(1).map(|rest| rest.split("</script>").next().unwrap()).collect();
+        assert_eq!(scripts.len(), 2);
+        let scripts = format!("script-src 'sha256-{}' 'sha256-{}';", hash(scripts[0]), hash(scripts[1]));
+        assert!(FIELDS.contains(&scripts), "{}", *FIELDS);
         assert!(FIELDS.contains(&format!("style-src 'sha256-{}';", hash(&part("<style>", "</style>")))));
         for wanted in ["default-src 'none'", "base-uri 'none'", "frame-ancestors 'none'", "form-action 'self'"] {
             assert!(FIELDS.contains(wanted));
@@ -975,7 +980,10 @@ mod tests {
         }
         assert_eq!(
             page.matches("http").count(),
-            page.matches("http-equiv").count() + page.matches("http://www.w3.org/2000/svg").count()
+            // What the form says to write on a terminal leads nowhere.
+            page.matches("http-equiv").count()
+                + page.matches("http://www.w3.org/2000/svg").count()
+                + page.matches("'PRIVATE-TOKEN: …' http://host/").count()
         );
     }
 

@@ -23,6 +23,7 @@ with Browser() as browser:
     said(f"without scripts: {checks.without_scripts(browser, url, wanted['names'])} rows")
     assert not browser.run("return window.hostile"), "a name from outside ran as a script"
     checks.own(browser, url)
+    said(f"the form: {checks.explains(browser, url, wanted['known'])}")
     said(f"forged: {checks.forged(browser, url)} requests of other pages refused")
     checks.with_token(browser, wanted["token_url"], wanted["token"])
     said("with a token")

@@ -149,6 +149,31 @@ const wait = ms => new Promise(done => setTimeout(done, ms));
 </script>"""
 
 
+def explains(browser, url, token):
+    """The form: what would become of a request, with a good token and without; nothing of the token is on the page then."""
+    browser.open(url)
+    ask = """const form = document.getElementById('explain-form');
+        form.elements.target.value = arguments[0];
+        form.elements.fields.value = arguments[1];
+        form.requestSubmit();"""
+    first = "return document.querySelector('#explain-result > p')?.textContent ?? ''"
+    said = []
+    for target, fields in (
+        ("/api/v3/projects?per_page=500", f"Host: localhost\nPRIVATE-TOKEN: {token}"),
+        ("/api/v3/projects/%2e%2e/x", f"Host: localhost\nPRIVATE-TOKEN: {token}"),
+    ):
+        browser.run(ask, target, fields)
+        word = "%2e%2e" if "%2e" in target else "per_page"
+        browser.wait_for("the form has an answer", f"return document.getElementById('explain-result').innerText.includes('{word}')")
+        said.append(browser.run(first))
+        shown = browser.run("return document.getElementById('explain-result').innerText")
+        assert token not in shown, "the token is in the answer"
+    assert said[1].startswith("Refused with 400. Reason: dot_segment"), said
+    rows = browser.run("return document.querySelectorAll('#explain-result tbody tr').length")
+    assert rows == 13, rows
+    return said
+
+
 def forged(browser, url):
     """Another site, and another port of this one, change nothing and read nothing."""
     page = (FORGED % {"url": url}).encode()
