@@ -24,7 +24,7 @@ began=$(date +%s)
 step() { echo "$(($(date +%s) - began)) s: $*"; }
 
 for version in 0.1.0 0.1.1; do
-    VERSION=$version deploy/package.sh "$binary" >/dev/null
+    VERSION=$version COMPRESSION=gzip deploy/package.sh "$binary" >/dev/null
     cp "target/package/tollgate_$version-1_$(dpkg --print-architecture).deb" "$work/$version.deb"
 done
 step "packaged twice, $(stat -c %s "$work/0.1.0.deb") bytes"

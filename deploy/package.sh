@@ -41,16 +41,19 @@ install -m 0644 deploy/systemd/tollgate.socket "$doc/examples/"
 install -m 0644 deploy/prometheus/*.yml "$doc/examples/prometheus/"
 install -m 0644 deploy/grafana/tollgate.json "$doc/examples/grafana/"
 install -m 0644 deploy/debian/copyright "$doc/copyright"
-gzip -9nc CHANGELOG.md >"$doc/CHANGELOG.md.gz"
+install -D -m 0644 deploy/debian/lintian-overrides "$root/usr/share/lintian/overrides/tollgate"
+gzip -9nc CHANGELOG.md >"$doc/changelog.gz"
 export VERSION ARCH
 gzip -9n >"$doc/changelog.Debian.gz" <<EOT
 tollgate ($VERSION-1) stable; urgency=medium
 
-  * What is new is in CHANGELOG.md.gz beside this file.
+  * What is new is in changelog.gz beside this file.
 
  -- $(sed -n 's/^maintainer: //p' deploy/debian/nfpm.yaml)  $(date --utc --date="@${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}" --rfc-email)
 EOT
 # What git and umask leave of modes is not what a package should have.
 find "$root" -type d -exec chmod 0755 {} +
 find "$root" -type f ! -path '*/bin/*' -exec chmod 0644 {} +
-"$nfpm" package --config deploy/debian/nfpm.yaml --packager deb --target "$package/"
+# COMPRESSION=gzip is quicker, for tests.
+sed "s/^  compression: xz$/  compression: ${COMPRESSION:-xz}/" deploy/debian/nfpm.yaml >"$package/nfpm.yaml"
+"$nfpm" package --config "$package/nfpm.yaml" --packager deb --target "$package/"
