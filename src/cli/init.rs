@@ -283,7 +283,7 @@ fn text(choices: &Choices, tls: Option<&(PathBuf, PathBuf)>) -> String {
             );
         }
     }
-    out += "\n# Metrics at /metrics, and what `tollgate reload` talks to. Whoever reaches this address may change things.\n";
+    out += "\n# The operator's page, metrics at /metrics, and what `tollgate reload` talks to. Whoever reaches this address may change things.\n";
     out += "[admin]\nlisten = \"127.0.0.1:9090\"\n\n[[upstream]]\nname = \"api\"\n";
     out += &format!("servers = [{}]\n", quoted(&backend.server));
     if backend.tls {
@@ -328,7 +328,7 @@ fn text(choices: &Choices, tls: Option<&(PathBuf, PathBuf)>) -> String {
         out += "\n[token]\n# The backend does not know these tokens. It gets the user in X-Tollgate-User, and must be reached through\n\
                 # tollgate only. \"token\" forwards the token itself, in PRIVATE-TOKEN.\nforward = \"identity\"\n";
     }
-    out += "\n[log]\n# A line of JSON for each request; \"off\", or the path of a file.\naccess = \"stdout\"\n";
+    out += "\n[log]\n# A line of JSON for each request, which `tollgate explain --why ID` reads; or \"stdout\", \"off\", …\naccess = \"access.log\"\n";
     out
 }
 

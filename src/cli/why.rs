@@ -63,7 +63,7 @@ fn configured(config: &ConfigOption) -> Result<Vec<PathBuf>, Failure> {
         LogTarget::File(path) => Ok(with_rotated(&path)),
         LogTarget::Off => Err(instead("\"off\": no request is logged")),
         LogTarget::Stdout | LogTarget::Stderr => {
-            Err(instead(&format!("a stream, which systemd keeps: `journalctl -u tollgate -o cat {pipe}")))
+            Err(instead(&format!("a stream, which the service manager keeps: `journalctl -u tollgate -o cat {pipe}")))
         }
         LogTarget::Journal(_) => {
             Err(instead(&format!("\"journald\": `journalctl -t tollgate TOLLGATE_LOG=access -o cat {pipe}")))
