@@ -1,5 +1,5 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example package package-test image guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload fleet page mutants
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example package package-test image book guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload fleet page mutants
 
 check: lint doc test deploy-check
 
@@ -59,6 +59,11 @@ package:
 # root. 10 minutes; make image PROFILE=dev is quicker.
 image:
 	bash deploy/image-test.sh "$$(bash deploy/static.sh $(or $(PROFILE),dist))"
+
+# The documentation as a book, target/book/index.html. Needs mdBook (cargo install mdbook --locked). Its links are checked by
+# deploy/check.sh, without it.
+book:
+	mdbook build docs
 
 # Installs the package on this machine, upgrades, removes and purges it: as root, on a machine that is thrown away. 30 seconds. With
 # the binary of the tests, because it is there; TOLLGATE=target/dist/tollgate for another one.

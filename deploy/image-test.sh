@@ -25,8 +25,12 @@ printf '%s\n' ./etc/group ./etc/passwd ./etc/ssl/certs/ca-certificates.crt ./usr
 [[ -z $(find "$work/root" -perm /6000) ]] || fail "a file of the image has a setuid bit"
 [[ $(stat -c '%u %a' "$work/root/var/lib/tollgate") == "10001 750" ]] || fail "/var/lib/tollgate"
 
-# As a runtime starts it: in that root, as that user, with /etc/hosts and the configuration from outside. The backend's name has to be
-# resolved.
+# As a runtime starts it: in that root, as that user, with /dev, /etc/hosts and the configuration from outside. The backend's name has
+# to be resolved.
+mkdir "$work/root/dev"
+mknod -m 0666 "$work/root/dev/null" c 1 3
+mknod -m 0666 "$work/root/dev/random" c 1 8
+mknod -m 0666 "$work/root/dev/urandom" c 1 9
 printf '127.0.0.1 localhost backend\n' >"$work/root/etc/hosts"
 port=$((20000 + $$ % 5000))
 cat >"$work/root/etc/tollgate/tollgate.toml" <<TOML
@@ -46,7 +50,7 @@ TOML
 inside() { chroot --userspec=10001:10001 "$work/root" /usr/bin/tollgate "$@"; }
 inside --version >/dev/null || fail "the binary does not start"
 inside check --config /etc/tollgate/tollgate.toml >"$work/log" 2>&1 || { cat "$work/log"; fail "check"; }
-token=$(inside token create --config /etc/tollgate/tollgate.toml --user alice 2>/dev/null)
+token=$(inside token create --config /etc/tollgate/tollgate.toml --user alice 2>"$work/log") || { cat "$work/log"; fail "token create"; }
 chroot --userspec=10001:10001 "$work/root" /usr/bin/tollgate run --config /etc/tollgate/tollgate.toml >"$work/log" 2>&1 &
 gateway=$!
 # The backend is the gateway's own admin listener, which is enough of one.
