@@ -435,3 +435,71 @@ impl Window {
         self.since.store(now, Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_has_the_place_that_holds_it() {
+        let mut last = 0;
+        for micros in (8..5_000).chain([65_535, 65_536, 1 << 20, (1 << 31) + 7, u64::from(u32::MAX)]) {
+            let place = place_of(micros);
+            let (begins, wide) = times_of(place);
+            assert!(
+                begins <= micros as f64 && (micros as f64) < begins + wide,
+                "{micros}: {place} is {begins} + {wide}"
+            );
+            assert!(place >= last && place < TIMES, "{micros}: {place} behind {last}");
+            last = place;
+        }
+        // Shorter and longer ones stand at the ends.
+        assert_eq!((place_of(0), place_of(u64::MAX)), (0, TIMES - 1));
+    }
+
+    fn window() -> Window {
+        AdaptiveLimit::new(Instant::now()).window
+    }
+
+    /// From, many, few, end.
+    fn bounds(window: &Window) -> [u64; 4] {
+        [&window.from, &window.many, &window.few, &window.ends].map(|at| at.load(Relaxed))
+    }
+
+    #[test]
+    fn a_window_is_as_long_as_what_it_waits_for() {
+        let window = window();
+        // A quick server: the windows have lengths of their own.
+        window.begin(7, 1_000);
+        assert_eq!(bounds(&window), [7, 7 + QUICK_WINDOW, 7 + SLOW_WINDOW, 7 + STALE]);
+        // A slow one: two answers are waited for, and twice as long if they are few.
+        window.begin(7, 40_000_000);
+        assert_eq!(bounds(&window), [7, 7 + 80_000_000, 7 + 160_000_000, 7 + 160_000_000]);
+    }
+
+    #[test]
+    fn a_probe_counts_behind_what_was_on_its_way() {
+        let window = window();
+        window.begin_probe(100, 10_000);
+        assert_eq!((window.since.load(Relaxed), window.ends.load(Relaxed)), (NOT_YET, 100 + 4 * QUICK_WINDOW));
+        window.settle(100, 10_000);
+        assert_eq!(bounds(&window), [30_100, 30_100, 30_100 + QUICK_PROBE, 100 + PROBE_TIME]);
+        assert_eq!((window.since.load(Relaxed), window.fewest.load(Relaxed)), (100, PROBED));
+        window.settle(100, 60_000_000);
+        assert_eq!(bounds(&window)[3], 100 + LONGEST_PROBE);
+    }
+
+    #[test]
+    fn a_limit_is_pinned_at_its_least_alone_and_in_use() {
+        let limit = AdaptiveLimit::new(Instant::now());
+        let pinned = |least, most, now: f64, used| {
+            let mut course = limit.course.lock();
+            (course.limit, course.most) = (now, used);
+            drop(course);
+            limit.reading(AdaptiveBounds { least, most }).is_pinned
+        };
+        assert!(pinned(2, 100, 2.0, 2) && pinned(2, 100, 1.0, 5));
+        // Not in use, above the least, or with nowhere to go.
+        assert!(!pinned(2, 100, 2.0, 1) && !pinned(2, 100, 3.0, 5) && !pinned(2, 2, 2.0, 5));
+    }
+}

@@ -454,3 +454,11 @@ fn a_drain_ends_with_a_slow_start() {
     pool.drain("127.0.0.1:1", false, now);
     assert_eq!(counts(&pool, 2, 22, now), [2, 20]);
 }
+
+#[test]
+fn an_outage_is_told_once_until_requests_are_answered_again() {
+    let now = Instant::now();
+    let pool = build(&weighted(&[1], Balance::RoundRobin), now);
+    assert_eq!(pool.request_failed(now), Some(1));
+    assert_eq!(pool.request_failed(now), None);
+}
