@@ -1,26 +1,40 @@
 # What the project can do with itself. `make check` is what CI runs.
-.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example package package-test image book guard bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload fleet page mutants
+.PHONY: check test lint doc deny advisories sbom reproducible deploy-check example package package-test image book guard guard-run tests-build bench bench-micro bench-instructions bench-cpu bench-memory bench-peers bench-bodies bench-growth bench-servers bench-edge load flood readers faults faults-table http2-table revocations crowd contract scale life life-quick exactness fuzz fuzz-short fuzz-build fuzz-faults guessing soak overload fleet page mutants
 
 check: lint doc test deploy-check
 
 # What is promised in seconds, or measured in bytes under load, is tested by itself: no other test takes time away from it.
 ALONE = deadlines:: exactness:: guessing:: overload:: reload:: shared_limits:: slow:: standing:: stores::alerts:: stores::crowd:: stores::faults:: stores::frozen:: stores::places:: stores::revocation:: under_load:: upstreams::
 
-# Installs what the tests need from Debian, PyPI and npm, then runs all of them: the runner's summary comes last.
+# Installs what the tests need from Debian, PyPI and npm, then runs all of them: the runner's summary comes last. What waits for
+# nobody's time runs beside what does: the count of instructions beside a compilation, the fuzzers, at the lowest priority, beside
+# the tests that are no measurements.
 test:
 	bash tests/install.sh
-	cargo build --locked --features seeded-faults --bin tollgate-seeded --test unify
-	cargo test --locked --lib
 	cargo build --locked
-	$(MAKE) fuzz-build
-	$(MAKE) --jobs 2 --output-sync=target guard fuzz-short
+	$(SEEDED)
+	$(MAKE) --jobs 2 --output-sync=target guard-run tests-build
 	cargo test --locked --test main -- $(ALONE) --test-threads 1
-	cargo test --locked --test main -- $(ALONE:%=--skip %)
+	mkdir -p target && rm -f target/fuzz-short.status
+	(nice -n 19 $(MAKE) fuzz-short >target/fuzz-short.log 2>&1; echo $$? >target/fuzz-short.status) & \
+	  cargo test --locked --test main -- $(ALONE:%=--skip %); tests=$$?; wait; tail -n 25 target/fuzz-short.log; \
+	  [ $$tests -eq 0 ] && [ "$$(cat target/fuzz-short.status)" = 0 ]
+	cargo test --locked --lib
+
+tests-build:
+	cargo test --locked --lib --test main --no-run
+
+# A binary in which the tests can switch single rules off. What it does is looked at, not how quickly: it is not optimised.
+SEEDED = cargo build --locked --features seeded-faults --bin tollgate-seeded --test unify \
+	  --config profile.dev.package.tollgate.opt-level=0
 
 # Instructions a request of the binary that the tests use, against those that benches/instructions.json keeps. 2 minutes. Where
 # valgrind cannot be used (status 2), it says so and passes. After a change that is worth it: make guard GUARD=--update
 guard:
 	cargo build --locked
+	$(MAKE) guard-run
+
+guard-run:
 	benches/e2e/run.py instructions --requests 2000 --tollgate target/debug/tollgate --work target/guard \
 	  --guard benches/instructions.json $(GUARD) || [ $$? -eq 2 ]
 
@@ -141,7 +155,7 @@ flood:
 
 # 200,000 odd requests to each of seven real frameworks, with a table; TOLLGATE_READER_SEED for others. 15 minutes.
 readers:
-	cargo build --locked --features seeded-faults --bin tollgate-seeded --test unify
+	$(SEEDED)
 	TOLLGATE_READER_CASES=200000 cargo test --locked --test main -- readers:: --nocapture --test-threads 1 | tee target/readers.log
 	grep '^| ' target/readers.log
 

@@ -210,3 +210,17 @@ fn what_runs_alone_is_named_by_whole_modules() {
         assert!(taken.iter().all(|module| module.starts_with(name)), "{name} also takes {taken:?}");
     }
 }
+
+/// A verdict on a token that was only assumed is told to somebody, and nothing is ever forwarded by it.
+#[test]
+fn only_explain_supposes() {
+    let all = sources();
+    let users: Vec<_> = all
+        .iter()
+        .filter(|(_, text)| code(text).contains("suppose("))
+        .map(|(path, _)| path.to_string_lossy())
+        .collect();
+    assert_eq!(users, ["explain.rs"], "of {} files", all.len());
+    let pipeline = all.iter().find(|(path, _)| path.ends_with("pipeline.rs")).unwrap();
+    assert!(code(&pipeline.1).contains("fn suppose<"), "what this looks for has another name");
+}
