@@ -11,8 +11,8 @@ ALONE = deadlines:: exactness:: guessing:: overload:: reload:: shared_limits:: s
 # the tests that are no measurements.
 test:
 	bash tests/install.sh
-	cargo build --locked
 	$(SEEDED)
+	cargo build --locked
 	$(MAKE) --jobs 2 --output-sync=target guard-run tests-build
 	cargo test --locked --test main -- $(ALONE) --test-threads 1
 	mkdir -p target && rm -f target/fuzz-short.status
@@ -24,7 +24,8 @@ test:
 tests-build:
 	cargo test --locked --lib --test main --no-run
 
-# A binary in which the tests can switch single rules off. What it does is looked at, not how quickly: it is not optimised.
+# A binary in which the tests can switch single rules off. What it does is looked at, not how quickly: it is not optimised. It comes
+# first, because cargo puts another target/debug/tollgate there with it.
 SEEDED = cargo build --locked --features seeded-faults --bin tollgate-seeded --test unify \
 	  --config profile.dev.package.tollgate.opt-level=0
 
