@@ -7,7 +7,7 @@ check: lint doc test deploy-check
 ALONE = deadlines:: exactness:: guessing:: overload:: reload:: shared_limits:: slow:: standing:: stores::alerts:: stores::crowd:: stores::faults:: stores::frozen:: stores::places:: stores::revocation:: under_load:: upstreams::
 
 # Installs what the tests need from Debian, PyPI and npm, then runs all of them: the runner's summary comes last. What waits for
-# nobody's time runs beside what does: the count of instructions beside a compilation, the fuzzers, at the lowest priority, beside
+# nobody's time runs beside what does: the count of instructions beside a compilation, the fuzzers, at a lower priority, beside
 # the tests that are no measurements.
 test:
 	bash tests/install.sh
@@ -16,18 +16,20 @@ test:
 	$(MAKE) --jobs 2 --output-sync=target guard-run tests-build
 	cargo test --locked --test main -- $(ALONE) --test-threads 1
 	mkdir -p target && rm -f target/fuzz-short.status
-	(nice -n 19 $(MAKE) fuzz-short >target/fuzz-short.log 2>&1; echo $$? >target/fuzz-short.status) & \
+	(nice -n 10 $(MAKE) fuzz-short >target/fuzz-short.log 2>&1; echo $$? >target/fuzz-short.status) & \
 	  cargo test --locked --test main -- $(ALONE:%=--skip %); tests=$$?; wait; tail -n 25 target/fuzz-short.log; \
 	  [ $$tests -eq 0 ] && [ "$$(cat target/fuzz-short.status)" = 0 ]
-	cargo test --locked --lib
+	cargo test --locked --lib $(UNOPTIMISED)
 
 tests-build:
-	cargo test --locked --lib --test main --no-run
+	cargo test --locked --test main --no-run
+
+# Half of a run would go into optimising what is used for seconds.
+UNOPTIMISED = --config profile.dev.package.tollgate.opt-level=0
 
 # A binary in which the tests can switch single rules off. What it does is looked at, not how quickly: it is not optimised. It comes
 # first, because cargo puts another target/debug/tollgate there with it.
-SEEDED = cargo build --locked --features seeded-faults --bin tollgate-seeded --test unify \
-	  --config profile.dev.package.tollgate.opt-level=0
+SEEDED = cargo build --locked --features seeded-faults --bin tollgate-seeded --test unify $(UNOPTIMISED)
 
 # Instructions a request of the binary that the tests use, against those that benches/instructions.json keeps. 2 minutes. Where
 # valgrind cannot be used (status 2), it says so and passes. After a change that is worth it: make guard GUARD=--update
