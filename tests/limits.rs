@@ -497,7 +497,7 @@ fn the_command_line_makes_tokens_with_terms_and_says_what_is_in_vain() {
     ] {
         assert!(shown.contains(line), "{line}: {shown}");
     }
-    let listed = stdout(&store.token(&["list"], &[]));
+    let listed = stdout(&store.token(&["list"], &["--wide"]));
     assert!(listed.lines().next().unwrap().contains("  TERMS"), "{listed}");
     let terms = "plan=gold rate=600/min burst=9 networks=10.0.0.0/8,::1 methods=GET,HEAD";
     assert!(listed.contains(terms), "{listed}");

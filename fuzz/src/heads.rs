@@ -128,7 +128,7 @@ pub fn forwarded(data: &[u8]) {
     let digest = Digest::of(&presented);
     let (status, _) = judge(Some(&TokenRecord::new(digest, "ann")), &digest, NOW);
     let TokenStatus::Valid(principal) = status else { panic!("the record holds") };
-    let Ok(permit) = settings.policy.decide(&examined, Some(principal)) else { return };
+    let Ok(permit) = settings.policy.decide(&examined, Some(principal), None) else { return };
     let method = examined.method;
     let route = examined.route.index;
     let plan = plan(permit, examined);
