@@ -17,7 +17,7 @@ test:
 	cargo test --locked --test main -- $(ALONE) --test-threads 1
 	mkdir -p target && rm -f target/fuzz-short.status
 	(nice -n 10 $(MAKE) fuzz-short >target/fuzz-short.log 2>&1; echo $$? >target/fuzz-short.status) & \
-	  cargo test --locked --test main -- $(ALONE:%=--skip %); tests=$$?; wait; tail -n 25 target/fuzz-short.log; \
+	  cargo test --locked --test main -- $(ALONE:%=--skip %) --test-threads 3; tests=$$?; wait; tail -n 25 target/fuzz-short.log; \
 	  [ $$tests -eq 0 ] && [ "$$(cat target/fuzz-short.status)" = 0 ]
 	cargo test --locked --lib $(UNOPTIMISED)
 
