@@ -49,7 +49,7 @@ tollgate ($VERSION-1) stable; urgency=medium
 
   * What is new is in changelog.gz beside this file.
 
- -- $(sed -n 's/^maintainer: //p' deploy/debian/nfpm.yaml)  $(date --utc --date="@${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}" --rfc-email)
+ -- $(sed -n 's/^maintainer: //p' deploy/debian/nfpm.yaml)  $(date --utc --date="@${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || date +%s)}" --rfc-email)
 EOT
 # What git and umask leave of modes is not what a package should have.
 find "$root" -type d -exec chmod 0755 {} +
