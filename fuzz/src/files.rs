@@ -81,7 +81,7 @@ pub fn cache(data: &[u8]) {
         "another sum"
     );
     let header: Value = serde_json::from_str(lines[0]).expect("no header");
-    assert_eq!(header["format"], "tollgate cache 2");
+    assert_eq!(header["format"], "tollgate cache 3");
     assert_eq!(header["origin"], ORIGIN);
     assert!(header["taken_at"].as_u64().is_some_and(|at| at <= NOW && NOW - at <= 24 * 3_600_000), "an old file");
     assert_eq!(header["entries"].as_u64(), Some(entries.len() as u64), "another number of entries");
