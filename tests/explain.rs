@@ -366,6 +366,12 @@ fn an_explanation_is_audited_without_what_was_asked() {
         big.len()
     ));
     assert_eq!(client.answer().status, 413);
+    // Whoever may not ask is told at once: nobody waits for what they would send.
+    let mut client = Client::connect(gateway.admin);
+    client.send_head(
+        "POST /explain HTTP/1.1\nHost: evil.example\nContent-Type: application/json\nContent-Length: 1000\n\n",
+    );
+    assert_eq!(client.answer().status, 403);
     assert_eq!(gateway.admin_get("/explain").unwrap().status, 405);
     let path = gateway.folder.0.join("audit.log");
     let entries = || {

@@ -4,6 +4,7 @@
 use crate::harness::*;
 use crate::servers::HINT;
 use crate::servers::http::{HttpServer, Step};
+use crate::servers::nginx::nginx;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -1197,7 +1198,6 @@ impl Nginx {
     fn before(gateway: SocketAddr) -> Self {
         let folder = Folder::new("test");
         let (outer, inner) = (free_port(), free_port());
-        let place = folder.0.display();
         let server = |port: u16, next: String| {
             format!(
                 "server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://{next}; proxy_http_version 1.1;\n\
@@ -1205,22 +1205,12 @@ impl Nginx {
                  proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for; }} }}\n"
             )
         };
-        let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-            .map(|kind| format!("{kind}_temp_path {place}/{kind};\n"))
-            .concat();
         let config = format!(
-            "daemon off; master_process off; pid {place}/pid; error_log stderr;\nevents {{}}\nhttp {{ access_log off;\n\
-             {temporary}{}{} }}\n",
+            "events {{}}\nhttp {{\n{}{} }}\n",
             server(outer, format!("127.0.0.1:{inner}")),
             server(inner, gateway.to_string())
         );
-        let path = folder.write("nginx.conf", &config);
-        let child = std::process::Command::new("nginx")
-            .arg("-p")
-            .arg(&folder.0)
-            .arg("-c")
-            .arg(path)
-            .stdin(std::process::Stdio::null())
+        let child = nginx(&folder, &config)
             .stderr(std::fs::File::create(folder.0.join("stderr")).unwrap())
             .spawn()
             .unwrap_or_else(|error| panic!("nginx can't be started: {error}; {HINT}"));

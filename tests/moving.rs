@@ -3,6 +3,7 @@
 
 use crate::harness::*;
 use crate::servers::http::Reply;
+use crate::servers::nginx::nginx;
 use crate::servers::repository;
 use crate::servers::{Process, free_port};
 use crate::support::*;
@@ -91,20 +92,8 @@ fn compare(title: &str, before: SocketAddr, after: &Gateway, upstream: &Upstream
 fn from_nginx_with_auth_request() {
     let (upstream, port) = (backend(), SocketAddr::from((Ipv4Addr::LOCALHOST, free_port())));
     let folder = Folder::new("moving");
-    let place = folder.0.display();
-    let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-        .map(|kind| format!("{kind}_temp_path {place}/{kind};\n"))
-        .concat();
-    let config = folder.write(
-        "nginx.conf",
-        &format!(
-            "daemon off; master_process off; pid {place}/pid; error_log stderr;\nevents {{}}\nhttp {{ access_log off;\n\
-             {temporary}{} }}\n",
-            moved("nginx-auth-request", "nginx.conf", &upstream, port)
-        ),
-    );
-    let _nginx =
-        Process::start(Command::new("nginx").arg("-p").arg(&folder.0).arg("-c").arg(config).stderr(Stdio::null()));
+    let config = format!("events {{}}\nhttp {{\n{} }}\n", moved("nginx-auth-request", "nginx.conf", &upstream, port));
+    let _nginx = Process::start(nginx(&folder, &config).stderr(Stdio::null()));
     eventually("nginx listens", || TcpStream::connect(port).is_ok());
     let gateway = tollgate_in("nginx-auth-request", &upstream);
     compare(

@@ -3,6 +3,7 @@
 //! gateway has allowed, for whom it has allowed it.
 
 use crate::harness::*;
+use crate::servers::nginx::nginx;
 use crate::support::*;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -501,20 +502,7 @@ impl Drop for Proxy {
 
 #[test]
 fn nginx_forwards_what_was_allowed_for_whom_it_was_allowed() {
-    let proxy = Proxy::start("nginx", "nginx.conf", |folder, text| {
-        let place = folder.0.display();
-        let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-            .map(|kind| format!("{kind}_temp_path {place}/{kind};\n"))
-            .concat();
-        let text = text.replace("http {\n", &format!("http {{\naccess_log off;\n{temporary}"));
-        let path = folder.write(
-            "nginx.conf",
-            &format!("daemon off; master_process off; pid {place}/pid; error_log stderr;\n{text}"),
-        );
-        let mut command = Command::new("nginx");
-        command.arg("-p").arg(&folder.0).arg("-c").arg(path);
-        command
-    });
+    let proxy = Proxy::start("nginx", "nginx.conf", nginx);
     proxy.holds();
     proxy.fails_closed();
 }

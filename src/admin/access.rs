@@ -1,7 +1,7 @@
 //! Who may ask what of the admin listener: hosts, origins, its token, and what a listener that others can reach refuses. It
 //! must not know what is asked for beyond whether it changes something.
 
-use super::{AdminResponse, Operator, text};
+use super::{AdminResponse, text};
 use crate::request::view::{FieldKind, Framing, Method, RequestView};
 use crate::store::credential::Digest;
 use crate::telemetry::metrics::AdminDenial;
@@ -19,15 +19,25 @@ pub enum AdminAccess {
     MetricsOnly,
 }
 
+/// What a listener asks of those who come over it.
+#[derive(Clone, Copy)]
+pub struct AdminTerms<'a> {
+    pub access: AdminAccess,
+    /// Host names that it accepts besides IP addresses and localhost, in lower case.
+    pub hosts: &'a [String],
+    /// The SHA-256 of its token, if it needs one.
+    pub token: Option<&'a Digest>,
+}
+
 const BEARER: &[u8] = b"bearer ";
 const BASIC: &[u8] = b"basic ";
 /// Longer ones are no tokens.
 const MOST_CREDENTIAL: usize = 8 * 1024;
 
 /// `Err`: what the request gets, whatever it asks for.
-pub(super) fn judge(view: &RequestView<'_>, operator: &Operator<'_>) -> Result<(), (AdminDenial, AdminResponse)> {
+pub(super) fn judge(view: &RequestView<'_>, terms: &AdminTerms<'_>) -> Result<(), (AdminDenial, AdminResponse)> {
     // DNS rebinding: a web page can make a browser send requests here under a host name that resolves to this machine.
-    if !is_own_name(view.host, operator.hosts) {
+    if !is_own_name(view.host, terms.hosts) {
         let why = "This listener accepts an IP address or localhost as Host. To use another name, add it to [admin] hosts \
                    and reload.\n";
         return Err((AdminDenial::Host, text(403, why)));
@@ -40,7 +50,7 @@ pub(super) fn judge(view: &RequestView<'_>, operator: &Operator<'_>) -> Result<(
         return Err((AdminDenial::Origin, text(403, why)));
     }
     let (path, reads) = (view.path(), matches!(view.method, Method::Get | Method::Head));
-    if operator.access == AdminAccess::MetricsOnly {
+    if terms.access == AdminAccess::MetricsOnly {
         return match path {
             b"/metrics" | b"/healthz" | b"/readyz" if reads => Ok(()),
             b"/metrics" | b"/healthz" | b"/readyz" => {
@@ -58,7 +68,7 @@ pub(super) fn judge(view: &RequestView<'_>, operator: &Operator<'_>) -> Result<(
     if is_probe {
         return Ok(());
     }
-    if let Some(expected) = operator.token {
+    if let Some(expected) = terms.token {
         match presented(view) {
             Some(token) if is_same(&Digest::of(&token), expected) => {}
             presented => {
@@ -74,10 +84,6 @@ pub(super) fn judge(view: &RequestView<'_>, operator: &Operator<'_>) -> Result<(
     }
     // What a browser sends from another page without asking first: a form always has a type, and none of these three.
     let mut types = view.fields_of(FieldKind::ContentType);
-    let is_json = |value: &[u8]| {
-        let essence = value.split(|byte| *byte == b';').next().unwrap_or_default();
-        essence.trim_ascii().eq_ignore_ascii_case(b"application/json")
-    };
     let fits = match types.next() {
         None => view.body == Framing::Empty,
         Some(field) => is_json(field.value) && types.next().is_none(),
@@ -87,12 +93,18 @@ pub(super) fn judge(view: &RequestView<'_>, operator: &Operator<'_>) -> Result<(
                    not -d.\n";
         return Err((AdminDenial::ContentType, text(415, why)));
     }
-    if operator.access == AdminAccess::ReadOnly {
+    if terms.access == AdminAccess::ReadOnly {
         let why = "This listener only reads: it can be reached from other machines, and has no token. Set [admin] \
                    token_sha256, or give [admin] listen a loopback address or a Unix socket, and restart or send SIGHUP.\n";
         return Err((AdminDenial::ReadOnly, text(403, why)));
     }
     Ok(())
+}
+
+/// Whether a Content-Type is JSON, whatever its parameters.
+pub(super) fn is_json(value: &[u8]) -> bool {
+    let essence = value.split(|byte| *byte == b';').next().unwrap_or_default();
+    essence.trim_ascii().eq_ignore_ascii_case(b"application/json")
 }
 
 /// Browsers say what made them send a request. A link that is followed to here is the user's own doing.

@@ -2,6 +2,7 @@
 //! taken from a limit, and no counter of requests moves. It must never repeat or keep a token: the answer has its id, the audit
 //! log not even that.
 
+use super::access::is_json;
 use super::{Action, AdminResponse, Operator, text};
 use crate::explain::{ExplainQuestion, ExplainWorld, Explanation, ToldUpstream, Witness, explain as tell};
 use crate::request::origin::{Arrival, TlsArrival};
@@ -49,12 +50,6 @@ struct AssumedToken {
 pub(super) fn explain(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
     let refused =
         |status, why: &str| Action::Changed(text(status, why), AuditedAction::new("explain", AuditResult::Refused));
-    let is_json = |value: &[u8]| {
-        value
-            .split(|b| *b == b';')
-            .next()
-            .is_some_and(|kind| kind.trim_ascii().eq_ignore_ascii_case(b"application/json"))
-    };
     if !view.fields_of(FieldKind::ContentType).any(|field| is_json(field.value)) {
         return refused(415, USAGE);
     }

@@ -7,7 +7,7 @@ mod page;
 mod reloads;
 mod status;
 
-pub use access::AdminAccess;
+pub use access::{AdminAccess, AdminTerms};
 pub use page::visible;
 pub use reloads::{ReloadHistory, ReloadNote, asked_by};
 pub use status::{ShownConfig, ShownKey, ShownSection};
@@ -17,7 +17,7 @@ use crate::explain::RulePlaces;
 use crate::pipeline::Pipeline;
 use crate::request::head::HeadFault;
 use crate::request::view::{Method, RequestView};
-use crate::store::credential::{Digest, DigestPrefix};
+use crate::store::credential::DigestPrefix;
 use crate::telemetry::audit_log::{AuditResult, AuditedAction};
 use crate::telemetry::metrics::{AdminDenial, Metrics};
 use crate::upstream::Upstream;
@@ -33,12 +33,8 @@ pub struct Operator<'a> {
     pub places: &'a RulePlaces,
     /// Of the request, where [`takes_body`] asks for one.
     pub body: &'a [u8],
-    /// Host names that the listener accepts besides IP addresses and localhost, in lower case.
-    pub hosts: &'a [String],
     /// Of the listener that was asked.
-    pub access: AdminAccess,
-    /// The SHA-256 of its token, if it needs one.
-    pub token: Option<&'a Digest>,
+    pub terms: AdminTerms<'a>,
     /// What the configuration says, without secrets.
     pub config: &'a ShownConfig,
     pub reloads: &'a ReloadHistory,
@@ -131,7 +127,7 @@ POST /cache/forget?sha256=HEX   remove the tokens whose SHA-256 begins with thes
 ";
 
 pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
-    if let Err((denial, answer)) = access::judge(view, operator) {
+    if let Err((denial, answer)) = access::judge(view, &operator.terms) {
         return Action::Denied(answer, denial);
     }
     let reads = matches!(view.method, Method::Get | Method::Head);
@@ -164,9 +160,10 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
     }
 }
 
-/// The most bytes of a body that are to be read. `None`: none of it.
-pub fn takes_body(view: &RequestView<'_>) -> Option<u64> {
-    (view.path() == b"/explain" && view.method == Method::Post).then_some(explain::MOST_BYTES)
+/// The most bytes of a body that are to be read. `None`: none of it. Who may not ask is not waited for.
+pub fn takes_body(view: &RequestView<'_>, terms: &AdminTerms<'_>) -> Option<u64> {
+    let takes = view.path() == b"/explain" && view.method == Method::Post && access::judge(view, terms).is_ok();
+    takes.then_some(explain::MOST_BYTES)
 }
 
 /// The response to bytes that could not be read as a request.

@@ -67,7 +67,7 @@ pub(super) fn report(operator: &Operator<'_>, series: bool) -> Value {
         "uptime_seconds": operator.now.unix_ms.saturating_sub(operator.started_unix_ms) / 1000,
         "time": time(operator.now.unix_ms),
         "pid": std::process::id(),
-        "reads_only": operator.access == AdminAccess::ReadOnly,
+        "reads_only": operator.terms.access == AdminAccess::ReadOnly,
         "store": operator.pipeline.authenticator.store_names(),
         "hears_of_changes": operator.pipeline.authenticator.hears(operator.now),
         "cache": cache,

@@ -6,7 +6,7 @@ use super::reloader::{ChangeRequest, PassedOn};
 use super::socket::Socket;
 use super::workers::Serve;
 use super::{Lifecycle, Snapshot};
-use crate::admin::{self, Action, Operator, ReloadHistory, Reloaded, Unread};
+use crate::admin::{self, Action, AdminTerms, Operator, ReloadHistory, Reloaded, Unread};
 use crate::request::head;
 use crate::request::origin::Arrival;
 use crate::request::view::{Framing, Method};
@@ -62,7 +62,11 @@ impl Serve for AdminGate {
                     break;
                 }
             };
-            let body = match admin::takes_body(&view) {
+            let snapshot = self.snapshot.load_full();
+            let settings = &snapshot.settings.admin;
+            let access = settings.access(&listener.settings.address);
+            let terms = AdminTerms { access, hosts: &settings.hosts, token: settings.token.as_ref() };
+            let body = match admin::takes_body(&view, &terms) {
                 None => Vec::new(),
                 Some(most) => match read_body(&mut client, view.body, view.expects_continue, most).await {
                     Ok(body) => body,
@@ -72,17 +76,14 @@ impl Serve for AdminGate {
                     }
                 },
             };
-            let snapshot = self.snapshot.load_full();
             let operator = Operator {
                 places: &snapshot.settings.places,
                 body: &body,
                 pipeline: &snapshot.pipeline,
                 metrics: &snapshot.metrics,
                 upstreams: snapshot.upstreams.iter().map(|peers| &*peers.upstream).collect(),
-                hosts: &snapshot.settings.admin.hosts,
-                access: snapshot.settings.admin.access(&listener.settings.address),
-                token: snapshot.settings.admin.token.as_ref(),
-                config: &snapshot.settings.admin.shown,
+                terms,
+                config: &settings.shown,
                 reloads: &self.reloads,
                 ready: self.lifecycle.is_ready(),
                 started_unix_ms: self.started_unix_ms,

@@ -4,6 +4,7 @@
 
 pub mod delay;
 pub mod http;
+pub mod nginx;
 pub mod pgbouncer;
 pub mod postgres;
 pub mod prometheus;
