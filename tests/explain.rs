@@ -453,22 +453,6 @@ fn same(bytes: &[u8]) -> String {
     }
 }
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % n as u64) as usize
-    }
-
-    fn pick<'a>(&mut self, of: &[&'a str]) -> &'a str {
-        of[self.below(of.len())]
-    }
-}
-
 #[test]
 fn curls_arguments_are_the_bytes_that_curl_sends() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -476,7 +460,8 @@ fn curls_arguments_are_the_bytes_that_curl_sends() {
     let port = listener.local_addr().unwrap().port();
     let folder = Folder::new("test");
     let file = folder.write("notes.txt", "line one\nline & two\n").display().to_string();
-    let mut random = Random(7);
+    let mut random = fastrand::Rng::with_seed(7);
+    let pick = |random: &mut fastrand::Rng, of: &[&'static str]| of[random.usize(..of.len())];
     let words = |text: &str| text.replace("FILE", &file).split('|').map(str::to_owned).collect::<Vec<_>>();
     const ANY: [&str; 24] = [
         "-H|PRIVATE-TOKEN: a-b",
@@ -548,26 +533,26 @@ fn curls_arguments_are_the_bytes_that_curl_sends() {
     let (mut compared, mut refused, mut problems) = (0, 0, Vec::new());
     for _ in 0..260 {
         let mut arguments = Vec::new();
-        for _ in 0..random.below(4) {
-            arguments.extend(words(random.pick(&ANY)));
+        for _ in 0..random.usize(..4) {
+            arguments.extend(words(pick(&mut random, &ANY)));
         }
-        if random.below(2) == 0 {
-            arguments.extend(words(random.pick(&BODY)));
+        if random.usize(..2) == 0 {
+            arguments.extend(words(pick(&mut random, &BODY)));
         }
-        let method = random.pick(&METHOD);
+        let method = pick(&mut random, &METHOD);
         // -G goes with data only, and not with -I, -F, -T.
         let takes = method != "-G" || arguments.iter().any(|word| word.starts_with("-d") || word.starts_with("--data"));
         if !method.is_empty() && takes {
             arguments.extend(words(method));
         }
-        let scheme = random.pick(&["http://", "", "HTTP://"]);
-        let user = random.pick(&["", "", "", "me:secret@"]);
-        let path = random.pick(&PATHS);
+        let scheme = pick(&mut random, &["http://", "", "HTTP://"]);
+        let user = pick(&mut random, &["", "", "", "me:secret@"]);
+        let path = pick(&mut random, &PATHS);
         if path.contains('[') {
             arguments.push("-g".into());
         }
         let url = format!("{scheme}{user}127.0.0.1:{port}{path}");
-        match random.below(3) {
+        match random.usize(..3) {
             0 => arguments.extend(["--url".to_owned(), url]),
             _ => arguments.push(url),
         }
