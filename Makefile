@@ -8,7 +8,7 @@ ALONE = deadlines:: exactness:: guessing:: overload:: reload:: shared_limits:: s
 
 # Installs what the tests need from Debian, PyPI and npm, then runs all of them: the runner's summary comes last. What waits for
 # nobody's time runs beside what does: the count of instructions beside a compilation, the fuzzers, at a lower priority, beside
-# the tests that are no measurements.
+# the tests that are no measurements. What failed there is said once more at the end, in short.
 test:
 	bash tests/install.sh
 	$(SEEDED)
@@ -17,7 +17,9 @@ test:
 	cargo test --locked --test main -- $(ALONE) --test-threads 1
 	mkdir -p target && rm -f target/fuzz-short.status
 	(nice -n 10 $(MAKE) fuzz-short >target/fuzz-short.log 2>&1; echo $$? >target/fuzz-short.status) & \
-	  cargo test --locked --test main -- $(ALONE:%=--skip %) --test-threads 3; tests=$$?; wait; tail -n 25 target/fuzz-short.log; \
+	  (cargo test --locked --test main -- $(ALONE:%=--skip %) --test-threads 3 2>&1; echo $$? >target/tests.status) | tee target/tests.log; \
+	  wait; tail -n 25 target/fuzz-short.log; tests=$$(cat target/tests.status); \
+	  [ $$tests -eq 0 ] || grep -A 4 "panicked at" target/tests.log | cut -c 1-500 | tail -n 40; \
 	  [ $$tests -eq 0 ] && [ "$$(cat target/fuzz-short.status)" = 0 ]
 	cargo test --locked --lib $(UNOPTIMISED)
 

@@ -49,7 +49,8 @@ fn every_panel_of_the_dashboard_shows_something() {
     // Events: nothing is shown while nothing happens.
     missing.remove("Not ready");
     EMPTY_HERE.iter().for_each(|title| assert!(missing.remove(*title), "no panel {title}"));
-    let due = Instant::now() + Duration::from_secs(60);
+    let mut asked = BTreeSet::new();
+    let due = Instant::now() + Duration::from_secs(120);
     while !missing.is_empty() && Instant::now() < due {
         // All kinds of requests, again and again: a rate needs a change.
         for target in ["/api/v3/projects?per_page=500&page=0", "/api/v3/projects", "/nowhere"] {
@@ -62,6 +63,10 @@ fn every_panel_of_the_dashboard_shows_something() {
         }
         gateway.signal("HUP");
         for (title, expression) in &expressions {
+            // All of them are asked once, since all must be understood; from then on only those that have shown nothing.
+            if !asked.insert(expression) && !missing.contains(title) {
+                continue;
+            }
             let expression = expression
                 .replace("$__rate_interval", "10s")
                 .replace("[1m]", "[10s]")

@@ -11,12 +11,12 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Scrapes four times a second. `rules` are the names of files in the folder.
+    /// Scrapes twice a second: a scrape may not take longer than the time between two. `rules` are the names of files in the folder.
     pub fn start(folder: Folder, targets: &[String], rules: &[&str]) -> Self {
         let port = free_port();
         let targets: Vec<String> = targets.iter().map(|target| format!("\"{target}\"")).collect();
         let config = format!(
-            "global: {{scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms}}\nrule_files: [{}]\n\
+            "global: {{scrape_interval: 500ms, scrape_timeout: 500ms, evaluation_interval: 250ms}}\nrule_files: [{}]\n\
              scrape_configs:\n  - job_name: tollgate\n    static_configs:\n      - targets: [{}]\n",
             rules.join(", "),
             targets.join(", ")
