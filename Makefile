@@ -79,10 +79,10 @@ package:
 image:
 	bash deploy/image-test.sh "$$(bash deploy/static.sh $(or $(PROFILE),dist))"
 
-# The documentation as a book, target/book/index.html. Needs mdBook (cargo install mdbook --locked). Its links are checked by
-# deploy/check.sh, without it.
+# The documentation as a book, target/book/index.html. deploy/check.sh builds it too, and follows each of its links.
 book:
-	mdbook build docs
+	bash tests/install.sh
+	$(or $(TOLLGATE_PY_VENV),target/py-clients)/deploy-tools/bin/mdbook build docs
 
 # Installs the package on this machine, upgrades, removes and purges it: as root, on a machine that is thrown away. 30 seconds. With
 # the binary of the tests, because it is there; TOLLGATE=target/dist/tollgate for another one.

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Checks the schema for editors, the links of the documentation, and the Compose and Kubernetes files without an engine or a cluster, for deploy/check.sh:
-deploy/references.py FOLDER.
+"""Checks the schema for editors, the documentation as a book, and the Compose and Kubernetes files without an engine or a cluster,
+for deploy/check.sh: deploy/references.py FOLDER.
 
 Every file that a Compose volume, a build or a Prometheus configuration names must be there; every name that one Kubernetes object has
 of another must be another's. With kubectl (kustomize 5) the overlays are built, and with kubernetes-validate (PyPI) each object is held
@@ -11,7 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
+from html.parser import HTMLParser
 from pathlib import Path
 
 import yaml
@@ -89,6 +91,44 @@ def book():
             links += 1
     links >= 100 or fail(f"only {links} links found")
     print(f"docs: {len(pages)} pages in the book, {links} links")
+
+
+class Page(HTMLParser):
+    """What a page of the book offers as anchors, and what it leads to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.anchors, self.links = set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name == "id":
+                self.anchors.add(value)
+            elif name in ("href", "src") and value:
+                self.links.append(value)
+
+
+def rendered():
+    """mdBook builds the book without a warning, and in what it made, each link leads to a file and an anchor that are there."""
+    with tempfile.TemporaryDirectory() as folder:
+        mdbook = Path(yaml.__file__).resolve().parent.parent / "bin/mdbook"
+        built = subprocess.run([mdbook, "build", DOCS, "--dest-dir", folder], capture_output=True, text=True)
+        said = built.stdout + built.stderr
+        built.returncode == 0 and not re.search("WARN|ERROR", said) or fail(f"mdbook: {said}")
+        pages = {path: Page(path.read_text()) for path in Path(folder).resolve().rglob("*.html")}
+        count = 0
+        for path, page in pages.items():
+            for link in page.links:
+                if re.match(r"[a-z]+:", link):
+                    continue
+                place, _, anchor = link.partition("#")
+                target = (path.parent / place).resolve() if place else path
+                target.exists() or fail(f"the book's {path.name}: {link}: no such file")
+                not anchor or target not in pages or anchor in pages[target].anchors or fail(f"the book's {path.name}: {link}: no such anchor")
+                count += 1
+        len(pages) > len(list(DOCS.glob("*.md"))) - 2 and count >= 1000 or fail(f"the book has only {len(pages)} pages and {count} links")
+        print(f"mdbook: {len(pages)} pages, {count} links")
 
 
 def compose():
@@ -194,5 +234,6 @@ def kubernetes(folder):
 if __name__ == "__main__":
     schema()
     book()
+    rendered()
     compose()
     kubernetes(sys.argv[1])

@@ -109,4 +109,5 @@ def main():
             print(f"live, paused while hidden, {asked} requests, all to the gateway; {rows} rows without scripts; {checks.forged(browser, site.url)} forged requests refused")
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
