@@ -192,12 +192,13 @@ soak:
 	benches/e2e/soak.py --draw --seconds $(or $(TIME),3600)
 
 # The page of the admin listener in a real Chromium, in two widths and both colours, with axe's rules of accessibility, and the pictures
-# of docs/pictures. The plots are as full as there is time: make page TIME=900 for a quarter of an hour.
+# of docs/pictures; then the dashboard's panels, as Prometheus draws them. The plots are as full as there is time: make page TIME=900.
 page:
 	bash tests/install.sh
 	cargo build --locked
 	npm install --prefix target/axe --ignore-scripts --no-audit --no-fund --loglevel=error axe-core@4.10.3
 	tests/page/pictures.py --tollgate target/debug/tollgate --seconds $(or $(TIME),120) --axe target/axe/node_modules/axe-core/axe.min.js
+	tests/page/panels.py --tollgate target/debug/tollgate --seconds $(or $(TIME),120)
 
 # More load than a server can take, without a limit, with a fixed one and with an adaptive one, then one busy caller beside others,
 # as tables; docs/operations.md keeps them. Two minutes.
