@@ -30,7 +30,12 @@ impl Prometheus {
                 .stdout(Stdio::null())
                 .stderr(Stdio::null()),
         );
-        eventually("Prometheus answers", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        // It listens before it answers: until its data is open, everything gets 503.
+        eventually("Prometheus is ready", || {
+            let Some(mut client) = Client::try_connect(([127, 0, 0, 1], port).into()) else { return false };
+            client.send_head("GET /-/ready HTTP/1.1\nHost: p.test\n\n");
+            client.answer().status == 200
+        });
         Self { port, _process: process, _folder: folder }
     }
 
