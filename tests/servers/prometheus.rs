@@ -27,6 +27,7 @@ impl Prometheus {
                 .arg(format!("--config.file={}", config.display()))
                 .arg(format!("--storage.tsdb.path={}", folder.file("data").display()))
                 .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+                .arg("--enable-feature=exemplar-storage")
                 .stdout(Stdio::null())
                 .stderr(Stdio::null()),
         );
