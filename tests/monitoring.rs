@@ -105,7 +105,7 @@ fn scrape(gateway: &Gateway, accept: &str) -> Answer {
     client.answer()
 }
 
-/// A gateway that has seen requests of all kinds. The first one had its token in X-Request-Id as well; the next had a name of its own, which
+/// A gateway that has seen requests of all kinds. The first ones had their token in X-Request-Id as well; the next had a name of its own, which
 /// breaks the format if it is taken, and a trace that is recorded.
 fn busy() -> (Upstream, Gateway) {
     let upstream = Upstream::start();
@@ -116,7 +116,10 @@ fn busy() -> (Upstream, Gateway) {
         gateway.ask(&format!("GET {target} HTTP/1.1\nHost: h\nPRIVATE-TOKEN: {token}\n{fields}\n")).status
     };
     assert_eq!(ask("/api/v3/projects", GOOD, &format!("X-Request-Id: {GOOD}\n")), 200);
-    assert!(gateway.metrics().contains("tollgate_request_duration_seconds_count{route=\"/api/v3/*\"} 1\n"));
+    // Nor here, where nobody gets to look for the token, or where it is one of two.
+    assert_eq!(ask("/api/v3/../projects", GOOD, &format!("X-Request-Id: {GOOD}\n")), 400);
+    assert_eq!(ask("/api/v3/user", GOOD, &format!("Authorization: Bearer {OTHER}\nX-Request-Id: {GOOD}\n")), 401);
+    assert!(gateway.metrics().contains("tollgate_request_duration_seconds_count{route=\"/api/v3/*\"} 2\n"));
     let text = scrape(&gateway, &format!("Accept: {OPENMETRICS}\n")).text();
     assert!(!text.contains(" # {") && !text.contains(GOOD), "a token is no name of a request: {text}");
 

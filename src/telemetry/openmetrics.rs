@@ -8,7 +8,7 @@ use std::fmt::{Display, Write as _};
 
 /// `exemplar` has that of a series' bucket, counted from the lowest.
 pub(super) fn encode(families: &[MetricFamily], exemplar: impl Fn(&str, &Metric, usize) -> Option<Exemplar>) -> String {
-    let mut out = Text(String::new());
+    let mut out = OpenMetricsText(String::new());
     for family in families {
         let name = family.name();
         // A counter's samples end in `_total`, and its family does not. One whose name does not end so would get another name.
@@ -35,9 +35,9 @@ pub(super) fn encode(families: &[MetricFamily], exemplar: impl Fn(&str, &Metric,
     out.0 + "# EOF\n"
 }
 
-struct Text(String);
+struct OpenMetricsText(String);
 
-impl Text {
+impl OpenMetricsText {
     fn put(&mut self, what: std::fmt::Arguments<'_>) {
         // A String takes everything.
         let _: std::fmt::Result = self.0.write_fmt(what);

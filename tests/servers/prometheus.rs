@@ -1,7 +1,7 @@
 //! A real Prometheus, with the configuration that a test writes.
 
 use super::{Process, free_port};
-use crate::harness::{Client, Folder, eventually};
+use crate::harness::{Answer, Client, Folder, eventually};
 use std::process::{Command, Stdio};
 
 pub struct Prometheus {
@@ -32,14 +32,21 @@ impl Prometheus {
                 .stderr(Stdio::null()),
         );
         eventually("Prometheus answers", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-        Self { port, _process: process, _folder: folder }
+        let prometheus = Self { port, _process: process, _folder: folder };
+        // It listens before its storage is open.
+        eventually("Prometheus is ready", || prometheus.get("/-/ready").status == 200);
+        prometheus
+    }
+
+    fn get(&self, path: &str) -> Answer {
+        let mut client = Client::connect(([127, 0, 0, 1], self.port).into());
+        client.send_head(&format!("GET {path} HTTP/1.1\nHost: p.test\n\n"));
+        client.answer()
     }
 
     /// What its API answers.
     pub fn api(&self, path: &str) -> serde_json::Value {
-        let mut client = Client::connect(([127, 0, 0, 1], self.port).into());
-        client.send_head(&format!("GET /api/v1/{path} HTTP/1.1\nHost: p.test\n\n"));
-        serde_json::from_str(&client.answer().text()).unwrap()
+        serde_json::from_str(&self.get(&format!("/api/v1/{path}")).text()).unwrap()
     }
 
     /// The value of an expression now.
