@@ -49,7 +49,7 @@ impl ExemplarSlots {
     /// A request is over. `ids` is asked only where there is room: it may find that the request is not to be shown.
     #[inline]
     pub(super) fn offer<'r>(&self, seconds: f64, at_unix_ms: u64, ids: impl FnOnce() -> Option<ExemplarIds<'r>>) {
-        let bucket = LATENCY_SECONDS.iter().take_while(|upper| seconds > **upper).count();
+        let bucket = LATENCY_SECONDS.partition_point(|upper| seconds > *upper);
         let Some(written) = self.written.get(bucket) else { return };
         // A clock that was put back makes all of them old.
         if at_unix_ms.abs_diff(written.load(Ordering::Relaxed)) >= FRESH_MS
