@@ -119,10 +119,15 @@ ON = 'job="$job", instance=~"$instance"'
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
-def target(expression, legend, number=0):
+# The series that have exemplars: points in the plot, each with the id of a request.
+EXEMPLARS = "tollgate_request_duration_seconds_bucket"
+
+
+def target(expression, legend, number=0, exemplars=False):
     return {
         "datasource": SOURCE,
         "expr": expression.replace("$on", ON),
+        **({"exemplar": True} if exemplars else {}),
         "legendFormat": legend,
         "refId": "ABCDEFGH"[number],
     }
@@ -148,7 +153,11 @@ def plot(x, y, title, unit, about, targets):
         "description": about,
         "datasource": SOURCE,
         "gridPos": {"x": x, "y": y, "w": 8, "h": 8},
-        "targets": [target(expression, legend, place) for place, (expression, legend) in enumerate(targets)],
+        # They are the same for all quantiles of a series: one asks for them.
+        "targets": [
+            target(expression, legend, place, place == len(targets) - 1 and EXEMPLARS in expression)
+            for place, (expression, legend) in enumerate(targets)
+        ],
         "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi", "sort": "desc"}},
         "fieldConfig": {
             "defaults": {"unit": unit, "min": 0, "custom": {"lineWidth": 1, "fillOpacity": 8, "showPoints": "never"}},

@@ -3,6 +3,7 @@
 
 mod access;
 mod explain;
+mod exposition;
 mod page;
 mod reloads;
 mod status;
@@ -136,7 +137,7 @@ pub fn respond(view: &RequestView<'_>, operator: &Operator<'_>) -> Action {
         (b"/", _) if reads => text(200, PAGES).into(),
         // The default request of HAProxy's `option httpchk`.
         (b"/", Method::Options) => readiness(operator).allowing("GET, HEAD, OPTIONS").into(),
-        (b"/metrics", _) if reads => metrics(operator).into(),
+        (b"/metrics", _) if reads => metrics(view, operator).into(),
         (b"/healthz", _) if reads => text(200, "ok\n").into(),
         (b"/readyz", _) if reads => readiness(operator).into(),
         (b"/status", _) if reads => json(&status::report(operator, view.query() == Some(b"series"))).into(),
@@ -287,15 +288,19 @@ fn readiness(operator: &Operator<'_>) -> AdminResponse {
     if operator.ready { text(200, "ready\n") } else { text(503, "draining\n") }
 }
 
-fn metrics(operator: &Operator<'_>) -> AdminResponse {
+fn metrics(view: &RequestView<'_>, operator: &Operator<'_>) -> AdminResponse {
     let (valid, invalid) = operator.pipeline.authenticator.cache_sizes();
     operator.metrics.cache_entries(valid, invalid);
     operator.metrics.ready(operator.ready);
     operator.upstreams.iter().for_each(|upstream| upstream.publish());
-    match operator.metrics.render() {
-        Ok(body) => {
-            AdminResponse { status: 200, content_type: "text/plain; version=0.0.4; charset=utf-8", allow: None, body }
-        }
+    let accept = view.fields.iter().filter(|field| field.name.eq_ignore_ascii_case(b"accept"));
+    let content_type = exposition::wanted(accept.map(|field| field.value));
+    let body = match content_type {
+        exposition::TEXT => operator.metrics.render(),
+        _ => Ok(operator.metrics.render_openmetrics()),
+    };
+    match body {
+        Ok(body) => AdminResponse { status: 200, content_type, allow: None, body },
         Err(error) => text(500, &format!("the metrics cannot be rendered: {error}\n")),
     }
 }
@@ -463,6 +468,9 @@ impl AdminResponse {
         );
         if self.content_type == HTML {
             out += page::FIELDS.as_str();
+        }
+        if exposition::is_chosen(self.content_type) {
+            out += "Vary: Accept\r\n";
         }
         if self.status == 401 {
             // Bearer is not named: browsers would not know what to ask for.

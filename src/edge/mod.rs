@@ -59,7 +59,6 @@ use crate::pipeline::{Facts, Pipeline};
 use crate::policy::{GuessEpisode, LimitFacts, LimitResult, MOST_OWN_RATES, OddKind, OddTerms};
 use crate::problem::Problem;
 use crate::request::trace::NewIds;
-use crate::request::view::Method;
 use crate::store::credential::Digest;
 use crate::telemetry::access_log::AccessLog;
 use crate::telemetry::audit_log::{AuditLog, AuditSource, AuditedAction};
@@ -290,9 +289,8 @@ impl Snapshot {
         found.map(|fact| self.pipeline.limits.name(fact.limit))
     }
 
-    fn count(&self, route: Option<usize>, method: Method, status: u16, took: Duration) {
-        let series = route.and_then(|index| self.route_metrics.get(index)).unwrap_or(&self.unrouted);
-        series.count(method.index(), status, took);
+    fn route_metrics(&self, route: Option<usize>) -> &RouteMetrics {
+        route.and_then(|index| self.route_metrics.get(index)).unwrap_or(&self.unrouted)
     }
 }
 

@@ -1,11 +1,13 @@
 //! Every metric of tollgate, with its help text. Labels are enums or configured names, never a client's bytes, so that
 //! no client can mint a series. Series that a request touches are resolved once, at start.
 
+use super::exemplars::{ExemplarIds, ExemplarSlots};
 use super::guess_metrics::GuessMetrics;
 use super::heavy_hitters::HeavyHitters;
 use super::history::{MOST_REASONS, TrafficHistory, TrafficTotals, TrafficWindow, quantile};
 use super::limit_metrics::{LimitFamilies, LimitMetrics};
 pub use super::listener_metrics::{ConnectionLimit, HandshakeResult, ListenerMetrics};
+use super::openmetrics;
 use super::process_metrics::ProcessMetrics;
 use super::server_metrics::ServerFamilies;
 pub use super::server_metrics::{AdaptiveReading, ServerMetrics};
@@ -14,6 +16,7 @@ use super::store_metrics::StoreFamilies;
 pub use super::store_metrics::{StoreMetrics, StoreReading};
 use parking_lot::Mutex;
 use prometheus::core::Collector;
+use prometheus::proto::MetricFamily;
 use prometheus::{
     Counter, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
@@ -27,6 +30,8 @@ pub(super) const LATENCY_SECONDS: &[f64] =
     &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 /// With the one of those that took longer.
 pub(super) const LATENCY_BUCKETS: usize = LATENCY_SECONDS.len() + 1;
+const REQUEST_DURATION: &str = "tollgate_request_duration_seconds";
+const ROUTE: &str = "route";
 pub const METHODS: [&str; 8] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "other"];
 pub(super) const STATUS_CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
 
@@ -145,15 +150,26 @@ pub struct RouteMetrics {
     /// By method and status class.
     requests: Vec<IntCounter>,
     duration: Histogram,
+    exemplars: ExemplarSlots,
 }
 
 impl RouteMetrics {
-    pub fn count(&self, method: usize, status: u16, took: Duration) {
+    /// `ids` is asked once in a while, for a request that is to stand for others.
+    pub fn count<'r>(
+        &self,
+        method: usize,
+        status: u16,
+        took: Duration,
+        ended_unix_ms: u64,
+        ids: impl FnOnce() -> Option<ExemplarIds<'r>>,
+    ) {
         let class = usize::from(status / 100).min(STATUS_CLASSES.len() - 1);
         if let Some(counter) = self.requests.get(method * STATUS_CLASSES.len() + class) {
             counter.inc();
         }
-        self.duration.observe(took.as_secs_f64());
+        let seconds = took.as_secs_f64();
+        self.duration.observe(seconds);
+        self.exemplars.offer(seconds, ended_unix_ms, ids);
     }
 }
 
@@ -193,6 +209,14 @@ impl Drop for Guard {
     }
 }
 
+/// OpenMetrics knows no other counters: one with another name could only be told as something else.
+fn ends_in_total(name: &str) -> Result<&str, prometheus::Error> {
+    if name.ends_with("_total") {
+        return Ok(name);
+    }
+    Err(prometheus::Error::Msg(format!("the name of the counter {name} does not end in _total")))
+}
+
 /// Makes and registers metrics.
 pub(super) struct Families<'a>(pub(super) &'a Registry);
 
@@ -203,11 +227,11 @@ impl Families<'_> {
     }
 
     pub(super) fn counter(&self, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
-        self.registered(IntCounter::new(name, help)?)
+        self.registered(IntCounter::new(ends_in_total(name)?, help)?)
     }
 
     pub(super) fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
-        self.registered(IntCounterVec::new(Opts::new(name, help), labels)?)
+        self.registered(IntCounterVec::new(Opts::new(ends_in_total(name)?, help), labels)?)
     }
 
     pub(super) fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
@@ -223,7 +247,7 @@ impl Families<'_> {
     }
 
     pub(super) fn float_counter(&self, name: &str, help: &str) -> Result<Counter, prometheus::Error> {
-        self.registered(Counter::new(name, help)?)
+        self.registered(Counter::new(ends_in_total(name)?, help)?)
     }
 
     pub(super) fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, prometheus::Error> {
@@ -242,7 +266,7 @@ impl Families<'_> {
 }
 
 impl Metrics {
-    /// Fails only if two metrics here have one name.
+    /// Fails only if two metrics here have one name, or a counter's does not end in `_total`.
     pub fn new(version: &str) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let families = Families(&registry);
@@ -288,9 +312,9 @@ impl Metrics {
 
         Ok(Self {
             duration: families.histograms(
-                "tollgate_request_duration_seconds",
+                REQUEST_DURATION,
                 "Time from the request head to the end of the response, by route.",
-                &["route"],
+                &[ROUTE],
                 LATENCY_SECONDS,
             )?,
             routes: Mutex::default(),
@@ -405,7 +429,11 @@ impl Metrics {
             let series = METHODS.iter().flat_map(|method| {
                 STATUS_CLASSES.iter().map(|class| self.requests.with_label_values(&[name, method, class]))
             });
-            Arc::new(RouteMetrics { requests: series.collect(), duration: self.duration.with_label_values(&[name]) })
+            Arc::new(RouteMetrics {
+                requests: series.collect(),
+                duration: self.duration.with_label_values(&[name]),
+                exemplars: ExemplarSlots::default(),
+            })
         };
         Arc::clone(self.routes.lock().entry(name.to_owned()).or_insert_with(make))
     }
@@ -627,15 +655,27 @@ impl Metrics {
         self.ready.set(i64::from(ready));
     }
 
-    /// The text that Prometheus scrapes.
+    /// The text that Prometheus scrapes, in its format 0.0.4.
     pub fn render(&self) -> Result<String, prometheus::Error> {
+        TextEncoder::new().encode_to_string(&self.gather())
+    }
+
+    /// The same in OpenMetrics, with exemplars.
+    pub fn render_openmetrics(&self) -> String {
+        openmetrics::encode(&self.gather(), |family, metric, bucket| {
+            let route = metric.get_label().iter().find(|label| family == REQUEST_DURATION && label.name() == ROUTE)?;
+            self.routes.lock().get(route.value())?.exemplars.get(bucket)
+        })
+    }
+
+    fn gather(&self) -> Vec<MetricFamily> {
         // The process log is there before any metric is.
         let process = &self.log_dropped[1];
         process.inc_by(super::process_log::lost().saturating_sub(process.get()));
         self.panics.inc_by(super::process_log::panics().saturating_sub(self.panics.get()));
         self.heavy_hitters.publish(Instant::now());
         self.process.publish();
-        TextEncoder::new().encode_to_string(&self.registry.gather())
+        self.registry.gather()
     }
 }
 
@@ -706,9 +746,38 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_counter_that_openmetrics_cannot_tell_is_not_made() {
+        let registry = Registry::new();
+        let families = Families(&registry);
+        for name in ["a", "a_totals", "a_total_b"] {
+            assert!(families.counter(name, "h").is_err(), "{name}");
+            assert!(families.counters(name, "h", &["l"]).is_err(), "{name}");
+            assert!(families.float_counter(name, "h").is_err(), "{name}");
+        }
+        families.counter("a_total", "h").unwrap();
+    }
+
+    #[test]
+    fn an_exemplar_stands_beside_the_latency_of_its_route_alone() {
+        let metrics = Metrics::new("test").unwrap();
+        let ids = ExemplarIds { request_id: "r-1", trace_id: Some(*b"0123456789abcdef0123456789abcdef") };
+        metrics.route("/a").count(0, 200, Duration::from_millis(3), 1_790_000_000_250, || Some(ids));
+        metrics.route("/b").count(0, 200, Duration::from_millis(3), 1_790_000_000_250, || None);
+        metrics.upstream("/a").answered(Duration::from_millis(3));
+        let text = metrics.render_openmetrics();
+        let with: Vec<&str> = text.lines().filter(|line| line.contains(" # {")).collect();
+        assert_eq!(
+            with,
+            ["tollgate_request_duration_seconds_bucket{route=\"/a\",le=\"0.005\"} 1 # {request_id=\"r-1\",\
+              trace_id=\"0123456789abcdef0123456789abcdef\"} 0.003 1790000000.250"]
+        );
+        assert!(text.ends_with("\n# EOF\n") && !metrics.render().unwrap().contains("r-1"));
+    }
+
+    #[test]
     fn every_metric_has_its_own_name_and_help() {
         let metrics = Metrics::new("test").unwrap();
-        metrics.route("/api/v3/*").count(0, 200, Duration::ZERO);
+        metrics.route("/api/v3/*").count(0, 200, Duration::ZERO, 0, || None);
         metrics.auth(AuthResult::Refused, "unknown", TokenSource::Query);
         let text = metrics.render().unwrap();
         assert!(

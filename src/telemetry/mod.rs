@@ -4,6 +4,7 @@
 pub mod access_log;
 pub mod audit_log;
 pub mod datagrams;
+pub mod exemplars;
 pub mod guess_metrics;
 pub mod heavy_hitters;
 pub mod history;
@@ -11,6 +12,7 @@ pub mod limit_metrics;
 pub mod lines;
 mod listener_metrics;
 pub mod metrics;
+mod openmetrics;
 pub mod outage;
 pub mod process_log;
 mod process_metrics;

@@ -1,7 +1,7 @@
 //! A real Prometheus, with the configuration that a test writes.
 
 use super::{Process, free_port};
-use crate::harness::{Client, Folder, eventually};
+use crate::harness::{Answer, Client, Folder, eventually};
 use std::process::{Command, Stdio};
 
 pub struct Prometheus {
@@ -27,23 +27,26 @@ impl Prometheus {
                 .arg(format!("--config.file={}", config.display()))
                 .arg(format!("--storage.tsdb.path={}", folder.file("data").display()))
                 .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+                .arg("--enable-feature=exemplar-storage")
                 .stdout(Stdio::null())
                 .stderr(Stdio::null()),
         );
-        // It listens before it answers: until its data is open, everything gets 503.
-        eventually("Prometheus is ready", || {
-            let Some(mut client) = Client::try_connect(([127, 0, 0, 1], port).into()) else { return false };
-            client.send_head("GET /-/ready HTTP/1.1\nHost: p.test\n\n");
-            client.answer().status == 200
-        });
-        Self { port, _process: process, _folder: folder }
+        eventually("Prometheus listens", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        let prometheus = Self { port, _process: process, _folder: folder };
+        // It listens before its storage is open, and answers everything with 503 until then.
+        eventually("Prometheus is ready", || prometheus.get("/-/ready").status == 200);
+        prometheus
+    }
+
+    fn get(&self, path: &str) -> Answer {
+        let mut client = Client::connect(([127, 0, 0, 1], self.port).into());
+        client.send_head(&format!("GET {path} HTTP/1.1\nHost: p.test\n\n"));
+        client.answer()
     }
 
     /// What its API answers.
     pub fn api(&self, path: &str) -> serde_json::Value {
-        let mut client = Client::connect(([127, 0, 0, 1], self.port).into());
-        client.send_head(&format!("GET /api/v1/{path} HTTP/1.1\nHost: p.test\n\n"));
-        serde_json::from_str(&client.answer().text()).unwrap()
+        serde_json::from_str(&self.get(&format!("/api/v1/{path}")).text()).unwrap()
     }
 
     /// The value of an expression now.
