@@ -140,13 +140,9 @@ impl TokenQuery {
         placed.into_iter().map(|(_, record)| record).collect()
     }
 
-    /// What follows `SELECT … FROM token`, and its parameters.
-    pub(super) fn sql(&self, dialect: &QueryDialect) -> (String, Vec<QueryParameter>) {
-        let mut parameters = Vec::new();
-        let mut parameter = |value: QueryParameter| {
-            parameters.push(value);
-            format!("{}{}", dialect.parameter, parameters.len())
-        };
+    /// What [`Self::takes`] says, for `WHERE`. Each condition stands by itself.
+    pub(super) fn conditions(&self, dialect: &QueryDialect, parameters: &mut Vec<QueryParameter>) -> Vec<String> {
+        let mut parameter = |value| dialect.parameter(parameters, value);
         // Numbers and names of states are written into the text: none of them comes from outside.
         let mut all = Vec::new();
         if let Some(user) = &self.user {
@@ -174,6 +170,14 @@ impl TokenQuery {
         if let Some(bound) = self.ended_by {
             all.push(format!("(revoked > 1 AND revoked <= {bound} OR expires <= {bound})"));
         }
+        all
+    }
+
+    /// What follows `SELECT … FROM token`, and its parameters.
+    pub(super) fn sql(&self, dialect: &QueryDialect) -> (String, Vec<QueryParameter>) {
+        let mut parameters = Vec::new();
+        let mut all = self.conditions(dialect, &mut parameters);
+        let mut parameter = |value| dialect.parameter(&mut parameters, value);
         let by = match self.order {
             TokenOrder::Created => "-created".to_owned(),
             TokenOrder::Expires => format!("coalesce(expires, {NEVER})"),
@@ -203,6 +207,14 @@ pub(super) struct QueryDialect {
     pub(super) has_scope: fn(&str) -> String,
     /// Behind a text that is ordered byte for byte.
     pub(super) by_bytes: &'static str,
+}
+
+impl QueryDialect {
+    /// Notes a parameter. Returns how the text names it.
+    pub(super) fn parameter(&self, parameters: &mut Vec<QueryParameter>, value: QueryParameter) -> String {
+        parameters.push(value);
+        format!("{}{}", self.parameter, parameters.len())
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

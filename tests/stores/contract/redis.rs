@@ -181,8 +181,8 @@ impl TokenAdmin for HashAdmin {
     async fn select(&mut self, query: &TokenQuery, each: Visitor<'_>) -> Result<(), AdminError> {
         self.admin.select(query, each).await
     }
-    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
-        self.admin.remove(digests).await
+    async fn remove(&mut self, digests: &[Digest], still: &TokenQuery) -> Result<u64, AdminError> {
+        self.admin.remove(digests, still).await
     }
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
         self.admin.rotate(old, next, at, end).await
