@@ -197,6 +197,8 @@ pub fn main() -> ExitCode {
         }
     };
     let reads = cli.command.reads_configuration();
+    // What is on the command line needs no note.
+    let is_named = matches!(&cli.command, Command::Check(arguments) if arguments.names_file());
     if !reads && cli.config.is_given() {
         eprintln!("this command reads no configuration: leave out --config");
         return ExitCode::from(USAGE);
@@ -223,7 +225,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(text)) => {
             say_error(&text, &text, USAGE, json);
-            if reads && !json {
+            if reads && !is_named && !json {
                 cli.config.note_source(&text);
             }
             ExitCode::from(USAGE)
@@ -233,7 +235,7 @@ pub fn main() -> ExitCode {
         Err(Failure::Failed(error)) => {
             let text = format!("{error:#}");
             say_error(&format!("tollgate: {text}"), &text, 1, json);
-            if reads && !json {
+            if reads && !is_named && !json {
                 cli.config.note_source(&text);
             }
             ExitCode::FAILURE

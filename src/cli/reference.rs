@@ -48,6 +48,7 @@ const NOTES: [CommandNotes; 30] = [
             ("tollgate init", "asks on the terminal"),
             ("tollgate init --backend http://127.0.0.1:3000", "asks nothing"),
             ("tollgate init --backend https://gitlab.internal/api/v4 --store introspection --tls self-signed", ""),
+            ("tollgate init --backend http://127.0.0.1:3000 --admin 127.0.0.1:9191", "where port 9090 is taken"),
         ],
         &[(1, "the file exists, or cannot be written"), (64, "an option that cannot be used: nothing was written")],
     ),

@@ -1,6 +1,7 @@
 //! `${NAME}` in the strings of a configuration. What a variable holds can never change the structure of the file, because
 //! only parsed strings are expanded, and it is never shown: what is said about a configuration has the name in its place.
 
+use super::text_file;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
@@ -137,11 +138,9 @@ impl ValueSource<'_> {
 /// Of a file with a secret: as with the keys that end in `_file`.
 fn first_line(name: &str, path: &Path) -> Result<Zeroizing<String>, NotExpanded> {
     let instead = "name a file whose first line is the value";
-    let text = match std::fs::read_to_string(path) {
+    let text = match text_file::read_regular(path, text_file::SECRET) {
         Ok(text) => Zeroizing::new(text),
-        Err(error) => {
-            return Err(not_expanded(format!("${{{name}}}: {} cannot be read: {error}", path.display()), instead));
-        }
+        Err(why) => return Err(not_expanded(format!("${{{name}}}: {} {why}", path.display()), instead)),
     };
     match text.lines().next() {
         Some(line) if !line.is_empty() => Ok(Zeroizing::new(line.to_owned())),
