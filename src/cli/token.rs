@@ -352,7 +352,7 @@ impl OpenStore {
     fn name_unreadable(&mut self) -> usize {
         let unreadable = self.admin.take_unreadable();
         for what in &unreadable {
-            eprintln!("left out, store {}: {}", self.store, plain(what));
+            eprintln!("{}", super::hidden(&format!("left out, store {}: {}", self.store, plain(what))));
         }
         unreadable.len()
     }
@@ -362,7 +362,8 @@ impl OpenStore {
         let others: Vec<_> =
             self.settings.stores.iter().map(|store| store.name.as_str()).filter(|name| *name != self.store).collect();
         if !others.is_empty() {
-            eprintln!("note: this is about store {} only; not asked: {}", self.store, others.join(", "));
+            let note = format!("note: this is about store {} only; not asked: {}", self.store, others.join(", "));
+            eprintln!("{}", super::hidden(&note));
         }
     }
 }

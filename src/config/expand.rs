@@ -156,11 +156,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("secret"), "from-file\nsecond\n").unwrap();
         std::fs::write(folder.path().join("empty"), "\n").unwrap();
+        std::fs::write(folder.path().join("dos"), "from-dos\r\n").unwrap();
+        std::fs::write(folder.path().join("bytes"), b"line\nS3CRET\xff\n").unwrap();
+        std::fs::write(folder.path().join("bounded"), vec![b'x'; text_file::SECRET as usize]).unwrap();
+        std::fs::write(folder.path().join("long"), vec![b'x'; text_file::SECRET as usize + 1]).unwrap();
+        nix::unistd::mkfifo(&folder.path().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         let variable = |name: &str| match name {
             "HOST" => Some("db.test".into()),
             "NEXT" => Some("${HOST}".into()),
             "EMPTY" => Some("".into()),
-            "CREDENTIALS_DIRECTORY" => Some(folder.path().as_os_str().to_owned()),
+            "CREDENTIALS_DIRECTORY" if !text.contains("none given") => Some(folder.path().as_os_str().to_owned()),
+            "BYTES" => Some(std::os::unix::ffi::OsStringExt::from_vec(b"S3CRET\xff".to_vec())),
             _ => None,
         };
         let source = ValueSource { folder: folder.path(), variable: &variable };
@@ -181,6 +187,7 @@ mod tests {
             ("[${EMPTY}]", Some("[]")),
             ("${file:secret}", Some("from-file")),
             ("${credential:secret}", Some("from-file")),
+            ("${file:dos}", Some("from-dos")),
         ] {
             let said = expanded(text, &mut Expansions::default());
             assert_eq!(said.as_ref().map(Option::as_deref), Ok(expected), "{text}");
@@ -196,10 +203,20 @@ mod tests {
             ("${file:empty}", "an empty first line"),
             ("${credential:../secret}", "is not the name of a credential"),
             ("${credential:}", "is not the name of a credential"),
+            ("${credential:secret} none given", "systemd gave this process no credentials"),
+            ("${BYTES}", "the environment variable BYTES is not UTF-8"),
+            ("${file:bytes}", "bytes is not UTF-8 in line 2"),
+            ("${file:long}", "long has more than 64 KiB"),
+            // Neither waited for nor read without an end.
+            ("${file:fifo}", "fifo is not a file"),
+            ("${file:/dev/zero}", "/dev/zero is not a file"),
+            ("${file:.}", "is not a file"),
         ] {
             let said = expanded(text, &mut Expansions::default());
             assert!(said.as_ref().is_err_and(|said| said.what.contains(part)), "{text}: {said:?}");
+            assert!(!format!("{said:?}").contains("S3CRET"), "{text}: {said:?}");
         }
+        assert!(expanded("${file:bounded}", &mut Expansions::default()).is_ok());
     }
 
     #[test]

@@ -40,7 +40,8 @@ struct IncludeProblem {
 impl Sources {
     /// With the files that the text includes, read now.
     pub(super) fn read(text: &str, path: &Path) -> Self {
-        let mut sources = Self { text: String::new(), files: Vec::new(), problems: Vec::new(), expansions: Expansions::default() };
+        let mut sources =
+            Self { text: String::new(), files: Vec::new(), problems: Vec::new(), expansions: Expansions::default() };
         sources.add(path.into(), text);
         let (files, problems) = included(text, path, &mut sources.expansions);
         sources.problems = problems;

@@ -222,3 +222,58 @@ pub(super) enum QueryParameter {
     Text(String),
     Bytes(Vec<u8>),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_takes_what_it_says() {
+        let base = TokenRecord {
+            created: 100,
+            scopes: vec!["api".into(), "read".into()],
+            ..TokenRecord::new(Digest::of(b"t"), "ann")
+        };
+        let all = TokenQuery { now: 1_000, ..TokenQuery::default() };
+        let used = |at| TokenRecord { last_used: Some(at), ..base.clone() };
+        let ends = |at| TokenRecord { expires: Some(at), ..base.clone() };
+        let revoked = |at| TokenRecord { revoked: Some(at), ..base.clone() };
+        let unused = |since| TokenQuery { unused_since: Some(since), ..all.clone() };
+        let soon = |by| TokenQuery { expires_by: Some(by), ..all.clone() };
+        let ended = |by| TokenQuery { ended_by: Some(by), ..all.clone() };
+        let user = |name: &str| TokenQuery { user: Some(name.into()), ..all.clone() };
+        let scope = |name: &str| TokenQuery { scope: Some(name.into()), ..all.clone() };
+        for (query, record, is_taken) in [
+            (&all, &base, true),
+            (&user("ann"), &base, true),
+            (&user("an"), &base, false),
+            (&user("Ann"), &base, false),
+            (&scope("read"), &base, true),
+            (&scope("rea"), &base, false),
+            // Never used: as old as it is.
+            (&unused(101), &base, true),
+            (&unused(100), &base, false),
+            (&unused(201), &used(200), true),
+            (&unused(200), &used(200), false),
+            (&unused(100), &used(50), false),
+            (&soon(1_001), &ends(1_001), true),
+            (&soon(1_000), &ends(1_001), false),
+            (&soon(2_000), &ends(1_000), false),
+            (&soon(2_000), &base, false),
+            (&ended(500), &ends(500), true),
+            (&ended(499), &ends(500), false),
+            (&ended(500), &revoked(500), true),
+            (&ended(499), &revoked(500), false),
+            // Revoked at no known time.
+            (&ended(500), &revoked(1), false),
+            (&ended(500), &base, false),
+            (&ended(500), &TokenRecord { blocked: true, ..base.clone() }, false),
+            // Each condition has to hold.
+            (&TokenQuery { scope: Some("none".into()), ..user("ann") }, &base, false),
+            (&TokenQuery { states: vec![TokenState::Expired, TokenState::Active], ..all.clone() }, &base, true),
+            (&TokenQuery { states: vec![TokenState::Expired], ..all.clone() }, &base, false),
+        ] {
+            assert_eq!(query.takes(record), is_taken, "{query:?}: {record:?}");
+        }
+    }
+}

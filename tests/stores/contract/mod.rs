@@ -821,7 +821,8 @@ async fn what_changed_meanwhile_is_not_removed(subject: &dyn Subject) {
     }
     let mut admin = subject.admin().await;
     let (now, day) = (1_800_000_000, 86_400);
-    let made = |token: &str| TokenRecord { user: "pruned o'er \"all\"".into(), created: now - 90 * day, ..record(token) };
+    let made =
+        |token: &str| TokenRecord { user: "pruned o'er \"all\"".into(), created: now - 90 * day, ..record(token) };
     let records = [
         TokenRecord { expires: Some(now - 9 * day), ..made("pruned-over") },
         TokenRecord { revoked: Some(now - 9 * day), scopes: vec!["é".into(), "b".into()], ..made("pruned-revoked") },
