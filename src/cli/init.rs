@@ -384,9 +384,10 @@ fn unreachable_now(server: &str) -> Option<String> {
 }
 
 fn next_steps(choices: &Choices, output: &Path) -> Result<(), Failure> {
-    let option = match output {
-        path if path == Path::new("./tollgate.toml") || path == Path::new("tollgate.toml") => String::new(),
-        path => format!(" -c {}", path.display()),
+    let is_found = [Path::new("./tollgate.toml"), Path::new("tollgate.toml")].contains(&output);
+    let option = match config::distrusted(output) {
+        None if is_found => String::new(),
+        _ => format!(" -c {}", output.display()),
     };
     let (scheme, trust) = match choices.tls {
         TlsChoice::Plain => ("http", ""),
@@ -410,7 +411,11 @@ fn next_steps(choices: &Choices, output: &Path) -> Result<(), Failure> {
     say!("  tollgate run{option} &")?;
     let path = if choices.store == StoreChoice::Introspection { "/user" } else { "/" };
     let prefix = choices.prefix.trim_end_matches('/');
-    say!("  curl {trust}-i -H \"PRIVATE-TOKEN: {token}\" {scheme}://{}{prefix}{path}", choices.listen)?;
+    let (socket, host) = match choices.listen.strip_prefix("unix:") {
+        Some(socket) => (format!("--unix-socket {socket} "), "localhost"),
+        None => (String::new(), choices.listen.as_str()),
+    };
+    say!("  curl {trust}{socket}-i -H \"PRIVATE-TOKEN: {token}\" {scheme}://{host}{prefix}{path}")?;
     Ok(())
 }
 
