@@ -2,6 +2,7 @@
 //! only parsed strings are expanded, and it is never shown: what is said about a configuration has the name in its place.
 
 use super::text_file;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
@@ -32,6 +33,16 @@ impl Expansions {
     /// A text for people, with names in place of what they stood for.
     pub fn hide(&self, text: &str) -> String {
         self.hide_about("", text)
+    }
+
+    /// The keys in which a name stands for something else there, each as [`super::Document::changes`] names it.
+    pub fn changes(&self, other: &Self) -> BTreeSet<String> {
+        let differs = |own: &&ExpandedName| {
+            let same_place = |there: &&ExpandedName| there.key == own.key && there.name == own.name;
+            other.0.iter().find(same_place).is_some_and(|there| there.value != own.value)
+        };
+        let differing = self.0.iter().filter(differs);
+        differing.map(|own| own.key.split('[').next().unwrap_or_default().to_owned()).collect()
     }
 
     /// The same for what is said about a key.
@@ -217,6 +228,24 @@ mod tests {
             assert!(!format!("{said:?}").contains("S3CRET"), "{text}: {said:?}");
         }
         assert!(expanded("${file:bounded}", &mut Expansions::default()).is_ok());
+    }
+
+    #[test]
+    fn keys_are_named_whose_names_stand_for_something_else() {
+        let noted = |all: &[(&str, &str, &str)]| {
+            let one = |(key, name, value): &(&str, &str, &str)| ExpandedName {
+                key: (*key).into(),
+                name: (*name).into(),
+                value: Zeroizing::new((*value).into()),
+            };
+            Expansions(all.iter().map(one).collect())
+        };
+        let old = noted(&[("store[0].url", "${A}", "1"), ("log.access", "${B}", "2"), ("route[1].path", "${A}", "1")]);
+        assert!(old.changes(&old).is_empty());
+        let new = noted(&[("log.access", "${B}", "3"), ("store[0].url", "${A}", "4"), ("route[1].path", "${A}", "1")]);
+        assert_eq!(old.changes(&new).into_iter().collect::<Vec<_>>(), ["log.access", "store"]);
+        // Another name is another text of the file, which says so itself.
+        assert!(old.changes(&noted(&[("log.access", "${C}", "3")])).is_empty());
     }
 
     #[test]

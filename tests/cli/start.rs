@@ -187,8 +187,8 @@ fn variables_stand_in_strings_and_are_never_shown() {
         (&["token", "show", "0123456789ab", "--json"], "no such token in store ${SECRET}"),
         (&["token", "list", "--store", "none"], "configured stores: ${SECRET}, b"),
         (&["token", "prune", "--ended-before", "1s", "--store", "b"], "not asked: ${SECRET}"),
-        (&["store", "check"], "warning: store ${SECRET}: ./${SECRET}.db is not there"),
-        (&["store", "check", "--json"], "./${SECRET}.db is not there"),
+        (&["store", "check"], "warning: store ${SECRET}: ${SECRET}.db is not there"),
+        (&["store", "check", "--json"], "${SECRET}.db is not there"),
     ] {
         let output = run_in(&folder, &[("SECRET", secret)], &[arguments, &["-c", "named.toml"]].concat());
         assert!(all(&output).contains(part) && !all(&output).contains("S3CRET"), "{arguments:?}: {}", all(&output));
@@ -366,6 +366,19 @@ fn a_reload_reads_included_files_again_and_watching_covers_them() {
     assert_eq!(reload.status.code(), Some(0), "{}", all(&reload));
     assert!(stdout(&reload).contains("route"), "{}", all(&reload));
     assert_eq!(status("/api/v3/a"), 200);
+    // What a file says is the value that changed, though the configuration reads as before.
+    let why = open("/api/v3/c").replace("\"r\"", "\"${file:why}\"");
+    gateway.folder.write("why", "one\n");
+    gateway.folder.write("c.inc", &why);
+    for (text, said) in [
+        ("one\n", "reloaded; changed and in force: route\n"),
+        ("one\nsecond line", "reloaded; no settings changed that can take effect without a restart\n"),
+        ("two\n", "reloaded; changed and in force: route\n"),
+    ] {
+        gateway.folder.write("why", text);
+        let reload = run(tollgate().args(["reload", "--config"]).arg(&config));
+        assert_eq!((reload.status.code(), &*stdout(&reload)), (Some(0), said), "{text}: {}", all(&reload));
+    }
     gateway.folder.write("b.inc", "[[route]]\n");
     let broken = run(tollgate().args(["reload", "--config"]).arg(&config));
     assert_eq!(broken.status.code(), Some(1), "{}", all(&broken));
