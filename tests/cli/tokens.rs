@@ -1039,3 +1039,29 @@ fn what_ended_long_ago_is_pruned_when_that_is_meant() {
     .unwrap();
     assert!(place.ok("prune", &["--ended-before", "1s", "--delete"]).starts_with("no token"));
 }
+
+#[test]
+fn a_token_that_is_renewed_while_prune_runs_stays() {
+    let place = Place::new("file");
+    let line = |token: &str| format!("{{\"token\":\"{token}\",\"user\":\"u\",\"expires\":\"2026-03-01T00:00:00Z\"}}\n");
+    place.import(&["a", "b"].map(line).concat());
+    // Another command writes.
+    let folder = std::fs::canonicalize(&place.folder.0).unwrap();
+    let lock = std::fs::File::open(&folder).unwrap();
+    let lock = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusive).unwrap();
+    let mut prune = place.command(&["token", "prune"], &["--ended-before", "1s", "--delete", "--json"]);
+    let child = prune.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let opened = format!("/proc/{}/fd", child.id());
+    eventually("it has read the tokens, and waits for the folder", || {
+        let mut all = std::fs::read_dir(&opened).unwrap();
+        all.any(|fd| std::fs::read_link(fd.unwrap().path()).is_ok_and(|target| target == folder))
+    });
+    let text = std::fs::read_to_string(place.file()).unwrap();
+    std::fs::write(place.file(), text.replacen("2026-03-01", "2099-03-01", 1)).unwrap();
+    drop(lock);
+    let output = child.wait_with_output().unwrap();
+    let said: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!((&said["tokens"], &said["kept"], &said["deleted"]), (&2.into(), &1.into(), &true.into()), "{said}");
+    let left = place.json("list", &[]);
+    assert_eq!((left.as_array().unwrap().len(), left[0]["expires"].as_str()), (1, Some("2099-03-01T00:00:00Z")));
+}

@@ -131,9 +131,12 @@ impl HashAdmin {
                 ("created", record.created.to_string()),
                 ("not_before", time(record.not_before)),
                 ("expires", time(record.expires)),
-                ("revoked", time(record.revoked)),
+                // Second 1 stands for no known time.
+                ("revoked", if record.revoked == Some(1) { "true".into() } else { time(record.revoked) }),
                 ("blocked", u8::from(record.blocked).to_string()),
+                ("superseded", time(record.superseded)),
                 ("replaces", replaces),
+                ("last_used", time(record.last_used)),
             ] {
                 commands += &format!(" {name} \"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""));
             }
