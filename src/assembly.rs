@@ -245,6 +245,11 @@ fn rebuild(settings: Settings, path: Option<PathBuf>, logs: Logs) -> Rebuild {
                 changed.push(key.to_owned());
             }
         }
+        for key in settings.expansions.changes(&next.expansions) {
+            if !changed.contains(&key) {
+                changed.push(key);
+            }
+        }
         let applied = changed.into_iter().filter(|key| !restart.contains(key)).collect();
         let report = Reloaded { applied, restart };
         let (server, current) = (next.server.clone(), Arc::clone(&current));

@@ -818,6 +818,17 @@ fn who_stops_reading_ends_no_command_but_a_new_token_must_be_read() {
         let output = run(place.command(&["token", "list"], &[]).stdout(full()));
         assert_eq!(output.status.code(), Some(1));
         assert!(stderr(&output).contains("standard output: No space left"), "{}", stderr(&output));
+        for (command, arguments) in [
+            (&["token", "list"][..], &["--json"][..]),
+            (&["token", "show"], &[&*id]),
+            (&["token", "prune"], &["--ended-before", "1s"]),
+            (&["check"], &["--offline"]),
+            (&["routes"], &[]),
+        ] {
+            let output = run(place.command(command, arguments).stdout(full()));
+            assert_eq!(output.status.code(), Some(1), "{} {command:?}", place.kind);
+            assert!(stderr(&output).contains("standard output: No space left"), "{command:?}: {}", stderr(&output));
+        }
         for sink in [Stdio::from(closed()), full().into()] {
             let output = run(place.command(&["token", "create"], &["--user", "u"]).stdout(sink));
             assert_eq!(output.status.code(), Some(1));

@@ -59,6 +59,11 @@ fn write(names: &[String], days: u32, folder: &Path) -> Result<(PathBuf, PathBuf
         made(names, first, days).map_err(|error| anyhow!("no certificate can be made: {error}"))?;
     let stem = first.replace('*', "wildcard").replace(':', "-");
     let (certificate_path, key_path) = (folder.join(format!("{stem}.pem")), folder.join(format!("{stem}.key")));
+    for path in [&certificate_path, &key_path] {
+        if std::fs::symlink_metadata(path).is_ok() {
+            return Err(anyhow!("{} exists, and is not replaced: nothing was written", path.display()).into());
+        }
+    }
     // The key first: a certificate without its key is of no use.
     write_new(&key_path, &key, 0o600)?;
     write_new(&certificate_path, &certificate, 0o644)?;

@@ -24,6 +24,12 @@ pub(super) struct CheckArguments {
     json: bool,
 }
 
+impl CheckArguments {
+    pub(super) const fn names_file(&self) -> bool {
+        self.file.is_some()
+    }
+}
+
 pub(super) fn run(arguments: &CheckArguments) -> Result<(), Failure> {
     let found = arguments.config.or_named(arguments.file.as_deref())?;
     let progress = Progress::new("checking");

@@ -4,10 +4,13 @@
 use super::Failure;
 use super::cert;
 use crate::config::{self, Probe};
+use crate::edge::{AddressInUse, PassedSockets};
+use crate::problem::Problem;
 use anyhow::Context as _;
+use std::fs::Permissions;
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
-use std::net::{TcpStream, ToSocketAddrs as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -30,6 +33,9 @@ pub(super) struct InitArguments {
     /// The address to listen on
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
     listen: String,
+    /// The address of the operator's page, metrics and reloads: like 127.0.0.1:9090, unix:/run/tollgate/admin.sock, or none
+    #[arg(long, value_name = "ADDRESS", default_value = ADMIN)]
+    admin: String,
     /// The file to write
     #[arg(long, short, value_name = "FILE", default_value = "./tollgate.toml")]
     output: PathBuf,
@@ -37,6 +43,8 @@ pub(super) struct InitArguments {
     #[arg(long)]
     force: bool,
 }
+
+const ADMIN: &str = "127.0.0.1:9090";
 
 /// Where requests go.
 #[derive(Debug, PartialEq, Eq)]
@@ -122,6 +130,7 @@ struct Choices {
     tls: TlsChoice,
     prefix: String,
     listen: String,
+    admin: String,
 }
 
 pub(super) fn run(arguments: InitArguments) -> Result<(), Failure> {
@@ -138,6 +147,14 @@ pub(super) fn run(arguments: InitArguments) -> Result<(), Failure> {
         }
     };
     let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // What `check` would refuse is never written, nor is a certificate for it.
+    let checked = |text: &str| {
+        config::parse(text, output, Probe::Settings)
+            .map_err(|problems| Failure::Usage(format!("nothing was written\n{}", super::report(&problems))))
+    };
+    if choices.tls == TlsChoice::SelfSigned {
+        checked(&text(&choices, None))?;
+    }
     let (tls, made) = match &choices.tls {
         TlsChoice::Plain => (None, Vec::new()),
         TlsChoice::SelfSigned => {
@@ -151,15 +168,15 @@ pub(super) fn run(arguments: InitArguments) -> Result<(), Failure> {
         }
     };
     let text = text(&choices, tls.as_ref());
-    // What `check` would refuse is never written.
-    let settings = config::parse(&text, output, Probe::Settings)
-        .map_err(|problems| Failure::Usage(format!("nothing was written\n{}", super::report(&problems))))?;
+    let settings = checked(&text)?;
     if choices.store == StoreChoice::File {
         make_token_file(&folder.join("tokens.toml"))?;
     }
-    let file = tempfile::NamedTempFile::new_in(folder).with_context(|| folder.display().to_string())?;
+    // As any other file of this user, but for one with a password. The umask takes away from both.
+    let mode = Permissions::from_mode(if has_password(&choices.store) { 0o600 } else { 0o644 });
+    let file = tempfile::Builder::new().permissions(mode).tempfile_in(folder);
+    let file = file.with_context(|| folder.display().to_string())?;
     file.as_file().write_all(text.as_bytes()).with_context(|| output.display().to_string())?;
-    set_mode(file.as_file())?;
     // Never in place of one that somebody made meanwhile.
     let placed = if arguments.force { file.persist(output) } else { file.persist_noclobber(output) };
     placed.map_err(|error| anyhow::anyhow!("{}: {}", output.display(), error.error))?;
@@ -168,16 +185,21 @@ pub(super) fn run(arguments: InitArguments) -> Result<(), Failure> {
         say!("wrote {}", path.display())?;
     }
     settings.warnings.iter().for_each(|warning| eprintln!("{warning}"));
+    for Problem { key, what, instead, .. } in settings.server.unbound(AddressInUse::Error, &PassedSockets::default()) {
+        let option = if key.starts_with("admin") { "--admin" } else { "--listen" };
+        eprintln!("note: {what}; {instead}: --force with another {option} writes the file again");
+    }
     if let Some(why) = unreachable_now(&choices.backend.server) {
         eprintln!("note: the backend does not answer yet: {why}");
     }
     next_steps(&choices, output)
 }
 
-/// As any other file of this user: tempfile makes private ones.
-fn set_mode(file: &std::fs::File) -> anyhow::Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
-    file.set_permissions(std::fs::Permissions::from_mode(0o644)).context("the file's mode cannot be set")
+/// Whether the file would tell a secret to whoever can read it.
+fn has_password(store: &StoreChoice) -> bool {
+    let StoreChoice::Postgres(url) = store else { return false };
+    let user = url.split_once("://").and_then(|(_, rest)| rest.split('/').next()?.rsplit_once('@'));
+    user.is_some_and(|(user, _)| user.contains(':')) || url.contains("password=")
 }
 
 /// The gateway reads the file, and does not start without it.
@@ -204,6 +226,7 @@ fn by_options(arguments: &InitArguments, backend: &str) -> Result<Choices, Failu
         store,
         tls: parse_tls(&arguments.tls).map_err(usage("--tls"))?,
         listen: arguments.listen.clone(),
+        admin: arguments.admin.clone(),
     })
 }
 
@@ -237,7 +260,23 @@ fn by_questions(arguments: &InitArguments) -> Result<Choices, Failure> {
     })?;
     let tls = "TLS towards clients? none, self-signed (to try it), or CERTIFICATE,KEY as PEM files";
     let tls = asked(tls, &arguments.tls, parse_tls)?;
-    Ok(Choices { backend, store, tls, prefix, listen: arguments.listen.clone() })
+    let admin = "Where is the operator's page, for this machine alone? An address, unix:/path, or none";
+    let admin = asked(admin, &free_admin(&arguments.admin), |text| {
+        let is_one = text == "none" || text.starts_with("unix:/") || text.parse::<SocketAddr>().is_ok();
+        if is_one { Ok(text.to_owned()) } else { Err(format!("\"{text}\": write it like {ADMIN}")) }
+    })?;
+    Ok(Choices { backend, store, tls, prefix, listen: arguments.listen.clone(), admin })
+}
+
+/// The address itself, or with one of the next ports if another process has that one now: the default of a question must be
+/// one that can be taken.
+fn free_admin(address: &str) -> String {
+    let Ok(first) = address.parse::<SocketAddr>() else { return address.into() };
+    let in_use = |address: &SocketAddr| {
+        TcpListener::bind(address).is_err_and(|error| error.kind() == std::io::ErrorKind::AddrInUse)
+    };
+    let ports = (first.port()..=u16::MAX).take(100).map(|port| SocketAddr::new(first.ip(), port));
+    ports.into_iter().find(|address| !in_use(address)).unwrap_or(first).to_string()
 }
 
 /// Asks until the answer can be used. An empty one is the default.
@@ -262,7 +301,7 @@ fn quoted(text: &str) -> String {
 }
 
 fn text(choices: &Choices, tls: Option<&(PathBuf, PathBuf)>) -> String {
-    let Choices { backend, store, prefix, listen, .. } = choices;
+    let Choices { backend, store, prefix, listen, admin, .. } = choices;
     let mut out = String::from(
         "# Made by `tollgate init`. `tollgate check` says what is wrong with it, and `tollgate example-config` prints every\n\
          # other key with its default.\n\n",
@@ -284,7 +323,7 @@ fn text(choices: &Choices, tls: Option<&(PathBuf, PathBuf)>) -> String {
         }
     }
     out += "\n# The operator's page, metrics at /metrics, and what `tollgate reload` talks to. Whoever reaches this address may change things.\n";
-    out += "[admin]\nlisten = \"127.0.0.1:9090\"\n\n[[upstream]]\nname = \"api\"\n";
+    out += &format!("[admin]\nlisten = {}\n\n[[upstream]]\nname = \"api\"\n", quoted(admin));
     out += &format!("servers = [{}]\n", quoted(&backend.server));
     if backend.tls {
         out += "# Its certificate is verified by the authorities that this system trusts.\ntls = true\n";
@@ -345,9 +384,10 @@ fn unreachable_now(server: &str) -> Option<String> {
 }
 
 fn next_steps(choices: &Choices, output: &Path) -> Result<(), Failure> {
-    let option = match output {
-        path if path == Path::new("./tollgate.toml") || path == Path::new("tollgate.toml") => String::new(),
-        path => format!(" -c {}", path.display()),
+    let is_found = [Path::new("./tollgate.toml"), Path::new("tollgate.toml")].contains(&output);
+    let option = match config::distrusted(output) {
+        None if is_found => String::new(),
+        _ => format!(" -c {}", output.display()),
     };
     let (scheme, trust) = match choices.tls {
         TlsChoice::Plain => ("http", ""),
@@ -371,7 +411,11 @@ fn next_steps(choices: &Choices, output: &Path) -> Result<(), Failure> {
     say!("  tollgate run{option} &")?;
     let path = if choices.store == StoreChoice::Introspection { "/user" } else { "/" };
     let prefix = choices.prefix.trim_end_matches('/');
-    say!("  curl {trust}-i -H \"PRIVATE-TOKEN: {token}\" {scheme}://{}{prefix}{path}", choices.listen)?;
+    let (socket, host) = match choices.listen.strip_prefix("unix:") {
+        Some(socket) => (format!("--unix-socket {socket} "), "localhost"),
+        None => (String::new(), choices.listen.as_str()),
+    };
+    say!("  curl {trust}{socket}-i -H \"PRIVATE-TOKEN: {token}\" {scheme}://{host}{prefix}{path}")?;
     Ok(())
 }
 

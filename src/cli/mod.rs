@@ -30,11 +30,12 @@ pub use curl::{CurlRequest, request as curl_request};
 
 pub use reference::markdown;
 
-use crate::config::{self, Diagnostic, Probe, Settings};
+use crate::config::{self, Diagnostic, Expansions, Probe, Settings};
 use clap::{FromArgMatches as _, Parser, Subcommand};
 use configuration::ConfigOption;
 use std::io::Write as _;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 /// An authenticating gateway for token-authenticated REST APIs in GitLab's style.
 #[derive(Parser)]
@@ -190,15 +191,26 @@ pub fn main() -> ExitCode {
         Ok(parsed) => parsed,
         Err(error) => {
             // Help and version are no errors.
-            let code = if error.use_stderr() { USAGE } else { 0 };
-            // Whoever reads may be gone.
-            let _: std::io::Result<()> = error.print();
-            return ExitCode::from(code);
+            if !error.use_stderr() {
+                // Whoever reads may be gone.
+                let _: std::io::Result<()> = error.print();
+                return ExitCode::SUCCESS;
+            }
+            if std::env::args_os().any(|argument| argument == "--json") {
+                let text = error.to_string();
+                say_error("", text.trim().trim_start_matches("error: "), USAGE, true);
+            } else {
+                let _: std::io::Result<()> = error.print();
+            }
+            return ExitCode::from(USAGE);
         }
     };
     let reads = cli.command.reads_configuration();
+    // What is on the command line needs no note.
+    let is_named = matches!(&cli.command, Command::Check(arguments) if arguments.names_file());
     if !reads && cli.config.is_given() {
-        eprintln!("this command reads no configuration: leave out --config");
+        let text = "this command reads no configuration: leave out --config";
+        say_error(text, text, USAGE, json);
         return ExitCode::from(USAGE);
     }
     let result = match cli.command {
@@ -223,7 +235,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(text)) => {
             say_error(&text, &text, USAGE, json);
-            if reads && !json {
+            if reads && !is_named && !json {
                 cli.config.note_source(&text);
             }
             ExitCode::from(USAGE)
@@ -233,7 +245,7 @@ pub fn main() -> ExitCode {
         Err(Failure::Failed(error)) => {
             let text = format!("{error:#}");
             say_error(&format!("tollgate: {text}"), &text, 1, json);
-            if reads && !json {
+            if reads && !is_named && !json {
                 cli.config.note_source(&text);
             }
             ExitCode::FAILURE
@@ -249,12 +261,19 @@ fn wants_json(matches: &clap::ArgMatches) -> bool {
     }
 }
 
+/// What stood for names in the configuration that this command reads: no error has it.
+static EXPANSIONS: OnceLock<Expansions> = OnceLock::new();
+
+fn hidden(text: &str) -> String {
+    EXPANSIONS.get().map_or_else(|| text.to_owned(), |expansions| expansions.hide(text))
+}
+
 /// An error for people, or the same for programs.
 fn say_error(shown: &str, text: &str, code: u8, json: bool) {
     if json {
-        eprintln!("{}", serde_json::json!({ "error": text, "exit_code": code }));
+        eprintln!("{}", serde_json::json!({ "error": hidden(text), "exit_code": code }));
     } else {
-        eprintln!("{shown}");
+        eprintln!("{}", hidden(shown));
     }
 }
 
@@ -272,7 +291,10 @@ fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Fail
 
 /// Loads a configuration for a command that opens what it needs itself.
 fn load(option: &ConfigOption) -> Result<Settings, Failure> {
-    config::load(&option.find()?.path, Probe::Settings).map_err(|found| Failure::Usage(report(&found)))
+    let loaded = config::load(&option.find()?.path, Probe::Settings);
+    let settings = loaded.map_err(|found| Failure::Usage(report(&found)))?;
+    EXPANSIONS.get_or_init(|| settings.expansions.clone());
+    Ok(settings)
 }
 
 /// Everything that was found, one a line, and how much it is.

@@ -48,6 +48,7 @@ const NOTES: [CommandNotes; 30] = [
             ("tollgate init", "asks on the terminal"),
             ("tollgate init --backend http://127.0.0.1:3000", "asks nothing"),
             ("tollgate init --backend https://gitlab.internal/api/v4 --store introspection --tls self-signed", ""),
+            ("tollgate init --backend http://127.0.0.1:3000 --admin 127.0.0.1:9191", "where port 9090 is taken"),
         ],
         &[(1, "the file exists, or cannot be written"), (64, "an option that cannot be used: nothing was written")],
     ),
@@ -357,7 +358,8 @@ pub fn markdown() -> String {
          Data goes to standard output, messages to standard error. With `--json`, standard output is JSON or empty: one object, a \
          list of objects for `token list`, or an object for each line for `check` and `store check`. Keys are in lower case with \
          `_`; times are RFC 3339 in UTC, or null; a key is never left out, and new ones may be added. If a command fails with \
-         `--json`, the last line on standard error is `{\"error\": \"…\", \"exit_code\": 1}`.\n\n\
+         `--json`, the last line on standard error is `{\"error\": \"…\", \"exit_code\": 1}`; the problems that `check` finds are all \
+         on standard output.\n\n\
          ## Exit codes\n\n| code | meaning |\n|---|---|\n",
     );
     for (code, meaning) in CODES {

@@ -167,7 +167,9 @@ async fn check(config: &ConfigOption, name: Option<&str>, json: bool) -> Result<
         let progress = Progress::new("examining the store");
         let found = store.examine(Arc::new(metrics.store(&store.name)), clock::now).await;
         drop(progress);
+        let name = super::hidden(&store.name);
         for Finding { severity, what, mend } in found {
+            let (what, mend) = (super::hidden(&what), super::hidden(&mend));
             let how = match severity {
                 FindingSeverity::Fine => "ok",
                 FindingSeverity::Warning => "warning",
@@ -176,13 +178,10 @@ async fn check(config: &ConfigOption, name: Option<&str>, json: bool) -> Result<
             warnings += usize::from(severity == FindingSeverity::Warning);
             errors += usize::from(severity == FindingSeverity::Error);
             if json {
-                say!(
-                    "{}",
-                    serde_json::json!({ "store": store.name, "severity": how, "message": what, "instead": mend })
-                )?;
+                say!("{}", serde_json::json!({ "store": name, "severity": how, "message": what, "instead": mend }))?;
                 continue;
             }
-            say!("{how}: store {}: {what}{}{mend}", store.name, if mend.is_empty() { "" } else { ". To mend it: " })?;
+            say!("{how}: store {name}: {what}{}{mend}", if mend.is_empty() { "" } else { ". To mend it: " })?;
         }
     }
     if !json {

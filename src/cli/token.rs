@@ -352,7 +352,7 @@ impl OpenStore {
     fn name_unreadable(&mut self) -> usize {
         let unreadable = self.admin.take_unreadable();
         for what in &unreadable {
-            eprintln!("left out, store {}: {}", self.store, plain(what));
+            eprintln!("{}", super::hidden(&format!("left out, store {}: {}", self.store, plain(what))));
         }
         unreadable.len()
     }
@@ -362,7 +362,8 @@ impl OpenStore {
         let others: Vec<_> =
             self.settings.stores.iter().map(|store| store.name.as_str()).filter(|name| *name != self.store).collect();
         if !others.is_empty() {
-            eprintln!("note: this is about store {} only; not asked: {}", self.store, others.join(", "));
+            let note = format!("note: this is about store {} only; not asked: {}", self.store, others.join(", "));
+            eprintln!("{}", super::hidden(&note));
         }
     }
 }
@@ -1032,7 +1033,7 @@ async fn revoke_user(options: &TokenOptions, user: &str, wait: Option<Duration>,
 
 async fn delete(options: &TokenOptions, id: &str) -> Result<(), Failure> {
     let (mut opened, record) = find(options, id).await?;
-    opened.admin.remove(&[record.digest]).await?;
+    opened.admin.remove(&[record.digest], &TokenQuery::default()).await?;
     if !opened.admin.find(&record.digest.to_hex()).await?.is_empty() {
         return Err(anyhow!(
             "store {}: accepted the deletion of token {} but still returns it",
@@ -1065,9 +1066,12 @@ async fn prune(options: &TokenOptions, before: u64, is_meant: bool) -> Result<()
     };
     opened.admin.select(&query, &mut each).await?;
     let found = digests.len() as u64;
+    let mut kept = 0;
     if is_meant {
         progress.step("deleting");
-        opened.admin.remove(&digests).await?;
+        // Somebody may have renewed one of them since it was read.
+        let removed = opened.admin.remove(&digests, &query).await;
+        kept = found.saturating_sub(removed?);
     }
     drop(progress);
     let expired = found - revoked;
@@ -1075,13 +1079,17 @@ async fn prune(options: &TokenOptions, before: u64, is_meant: bool) -> Result<()
         say!(
             "{}",
             serde_json::json!({
-                "ended_before": rfc3339(before), "tokens": found, "revoked": revoked, "expired": expired, "deleted": is_meant
+                "ended_before": rfc3339(before), "tokens": found, "revoked": revoked, "expired": expired, "deleted": is_meant,
+                "kept": kept
             })
         )?;
     } else {
         let which = format!("that ended before {}: {revoked} revoked, {expired} expired", rfc3339(before));
         match (found, is_meant) {
             (0, _) => say!("no token ended before {}", rfc3339(before))?,
+            (_, true) if kept > 0 => {
+                say!("deleted {} of {} {which}; {kept} changed meanwhile", found - kept, tokens(found))?;
+            }
             (_, true) => say!("deleted {} {which}", tokens(found))?,
             (_, false) => say!("would delete {} {which}; --delete does it", tokens(found))?,
         }

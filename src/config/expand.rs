@@ -1,6 +1,8 @@
 //! `${NAME}` in the strings of a configuration. What a variable holds can never change the structure of the file, because
 //! only parsed strings are expanded, and it is never shown: what is said about a configuration has the name in its place.
 
+use super::text_file;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
@@ -31,6 +33,16 @@ impl Expansions {
     /// A text for people, with names in place of what they stood for.
     pub fn hide(&self, text: &str) -> String {
         self.hide_about("", text)
+    }
+
+    /// The keys in which a name stands for something else there, each as [`super::Document::changes`] names it.
+    pub fn changes(&self, other: &Self) -> BTreeSet<String> {
+        let differs = |own: &&ExpandedName| {
+            let same_place = |there: &&ExpandedName| there.key == own.key && there.name == own.name;
+            other.0.iter().find(same_place).is_some_and(|there| there.value != own.value)
+        };
+        let differing = self.0.iter().filter(differs);
+        differing.map(|own| own.key.split('[').next().unwrap_or_default().to_owned()).collect()
     }
 
     /// The same for what is said about a key.
@@ -137,11 +149,9 @@ impl ValueSource<'_> {
 /// Of a file with a secret: as with the keys that end in `_file`.
 fn first_line(name: &str, path: &Path) -> Result<Zeroizing<String>, NotExpanded> {
     let instead = "name a file whose first line is the value";
-    let text = match std::fs::read_to_string(path) {
+    let text = match text_file::read_regular(path, text_file::SECRET) {
         Ok(text) => Zeroizing::new(text),
-        Err(error) => {
-            return Err(not_expanded(format!("${{{name}}}: {} cannot be read: {error}", path.display()), instead));
-        }
+        Err(why) => return Err(not_expanded(format!("${{{name}}}: {} {why}", path.display()), instead)),
     };
     match text.lines().next() {
         Some(line) if !line.is_empty() => Ok(Zeroizing::new(line.to_owned())),
@@ -157,11 +167,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("secret"), "from-file\nsecond\n").unwrap();
         std::fs::write(folder.path().join("empty"), "\n").unwrap();
+        std::fs::write(folder.path().join("dos"), "from-dos\r\n").unwrap();
+        std::fs::write(folder.path().join("bytes"), b"line\nS3CRET\xff\n").unwrap();
+        std::fs::write(folder.path().join("bounded"), vec![b'x'; text_file::SECRET as usize]).unwrap();
+        std::fs::write(folder.path().join("long"), vec![b'x'; text_file::SECRET as usize + 1]).unwrap();
+        nix::unistd::mkfifo(&folder.path().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         let variable = |name: &str| match name {
             "HOST" => Some("db.test".into()),
             "NEXT" => Some("${HOST}".into()),
             "EMPTY" => Some("".into()),
-            "CREDENTIALS_DIRECTORY" => Some(folder.path().as_os_str().to_owned()),
+            "CREDENTIALS_DIRECTORY" if !text.contains("none given") => Some(folder.path().as_os_str().to_owned()),
+            "BYTES" => Some(std::os::unix::ffi::OsStringExt::from_vec(b"S3CRET\xff".to_vec())),
             _ => None,
         };
         let source = ValueSource { folder: folder.path(), variable: &variable };
@@ -182,6 +198,7 @@ mod tests {
             ("[${EMPTY}]", Some("[]")),
             ("${file:secret}", Some("from-file")),
             ("${credential:secret}", Some("from-file")),
+            ("${file:dos}", Some("from-dos")),
         ] {
             let said = expanded(text, &mut Expansions::default());
             assert_eq!(said.as_ref().map(Option::as_deref), Ok(expected), "{text}");
@@ -197,10 +214,38 @@ mod tests {
             ("${file:empty}", "an empty first line"),
             ("${credential:../secret}", "is not the name of a credential"),
             ("${credential:}", "is not the name of a credential"),
+            ("${credential:secret} none given", "systemd gave this process no credentials"),
+            ("${BYTES}", "the environment variable BYTES is not UTF-8"),
+            ("${file:bytes}", "bytes is not UTF-8 in line 2"),
+            ("${file:long}", "long has more than 64 KiB"),
+            // Neither waited for nor read without an end.
+            ("${file:fifo}", "fifo is not a file"),
+            ("${file:/dev/zero}", "/dev/zero is not a file"),
+            ("${file:.}", "is not a file"),
         ] {
             let said = expanded(text, &mut Expansions::default());
             assert!(said.as_ref().is_err_and(|said| said.what.contains(part)), "{text}: {said:?}");
+            assert!(!format!("{said:?}").contains("S3CRET"), "{text}: {said:?}");
         }
+        assert!(expanded("${file:bounded}", &mut Expansions::default()).is_ok());
+    }
+
+    #[test]
+    fn keys_are_named_whose_names_stand_for_something_else() {
+        let noted = |all: &[(&str, &str, &str)]| {
+            let one = |(key, name, value): &(&str, &str, &str)| ExpandedName {
+                key: (*key).into(),
+                name: (*name).into(),
+                value: Zeroizing::new((*value).into()),
+            };
+            Expansions(all.iter().map(one).collect())
+        };
+        let old = noted(&[("store[0].url", "${A}", "1"), ("log.access", "${B}", "2"), ("route[1].path", "${A}", "1")]);
+        assert!(old.changes(&old).is_empty());
+        let new = noted(&[("log.access", "${B}", "3"), ("store[0].url", "${A}", "4"), ("route[1].path", "${A}", "1")]);
+        assert_eq!(old.changes(&new).into_iter().collect::<Vec<_>>(), ["log.access", "store"]);
+        // Another name is another text of the file, which says so itself.
+        assert!(old.changes(&noted(&[("log.access", "${C}", "3")])).is_empty());
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod section;
 mod shown;
 mod sources;
 mod stores;
+mod text_file;
 mod trust;
 
 pub use diagnostic::{Diagnostic, Position};
@@ -61,12 +62,12 @@ struct File {
 /// reload and the other commands all ask this one function. With any error, everything that was found is returned, warnings
 /// too.
 pub fn load(path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<Diagnostic>> {
-    let text = match std::fs::read_to_string(path) {
+    let text = match text_file::read(path, text_file::CONFIGURATION) {
         Ok(text) => text,
-        Err(error) => {
+        Err(why) => {
             let sources = Sources::read("", path);
             let mut places = Places::new(&sources);
-            places.syntax(None, format!("cannot be read: {error}"), None);
+            places.syntax(None, why, None);
             return Err(places.into_found());
         }
     };
@@ -95,7 +96,7 @@ pub fn parse(text: &str, path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<
 
 /// The address of the admin listener that a configuration says, whatever else is wrong with it.
 pub fn admin_listener(path: &Path) -> Result<Option<Listen>, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: cannot be read: {error}", path.display()))?;
+    let text = text_file::read(path, text_file::CONFIGURATION).map_err(|why| format!("{}: {why}", path.display()))?;
     let sources = Sources::read(&text, path);
     let mut places = Places::new(&sources);
     let admin = match sources.table(&mut places) {

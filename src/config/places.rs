@@ -9,6 +9,7 @@ use crate::problem::{Problem, Severity};
 use crate::request::seeded::{self, Rule};
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -75,7 +76,7 @@ impl<'t> Places<'t> {
             found: Vec::new(),
             broken: BTreeSet::new(),
             unexpanded: Vec::new(),
-            expansions: Expansions::default(),
+            expansions: sources.expansions.clone(),
             surroundings: false,
         }
     }
@@ -104,6 +105,14 @@ impl<'t> Places<'t> {
         self.spans.insert(path, KeySpan { key, value: value.span(), table });
     }
 
+    /// A name can stand in a pattern of `include`.
+    fn shown_path(&self, path: &Path) -> PathBuf {
+        match path.to_str() {
+            Some(text) => self.expansions.hide(text).into(),
+            None => path.into(),
+        }
+    }
+
     fn place(&self, offset: usize) -> FilePosition {
         let number = |offset: usize| self.lines.partition_point(|start| *start <= offset).max(1);
         let line = number(offset);
@@ -111,7 +120,7 @@ impl<'t> Places<'t> {
         let index = self.sources.files.partition_point(|file| file.range.start <= offset).max(1) - 1;
         let file = &self.sources.files[index];
         let position = Position { line: line - number(file.range.start) + 1, column: before.chars().count() + 1 };
-        FilePosition { index, file: file.path.clone(), position }
+        FilePosition { index, file: self.shown_path(&file.path), position }
     }
 
     /// Where a key's value is; of one that is not there, where its section begins.

@@ -3,7 +3,7 @@
 
 use super::expand::{Expansions, NotExpanded, ValueSource};
 use super::places::{Places, join};
-use super::trust;
+use super::{text_file, trust};
 use crate::problem::Severity;
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -20,6 +20,8 @@ pub(super) struct Sources {
     pub(super) files: Vec<SourceFile>,
     /// What is wrong with the patterns.
     problems: Vec<IncludeProblem>,
+    /// Of the patterns.
+    pub(super) expansions: Expansions,
 }
 
 pub(super) struct SourceFile {
@@ -38,9 +40,10 @@ struct IncludeProblem {
 impl Sources {
     /// With the files that the text includes, read now.
     pub(super) fn read(text: &str, path: &Path) -> Self {
-        let mut sources = Self { text: String::new(), files: Vec::new(), problems: Vec::new() };
+        let mut sources =
+            Self { text: String::new(), files: Vec::new(), problems: Vec::new(), expansions: Expansions::default() };
         sources.add(path.into(), text);
-        let (files, problems) = included(text, path);
+        let (files, problems) = included(text, path, &mut sources.expansions);
         sources.problems = problems;
         for (element, file) in files {
             let mut wrong = |what: String, instead: &str| {
@@ -52,9 +55,9 @@ impl Sources {
                 wrong(what, "let only root write to the file and its folder, or run as another user");
                 continue;
             }
-            match std::fs::read_to_string(&file) {
+            match text_file::read_regular(&file, text_file::CONFIGURATION) {
                 Ok(text) => sources.add(file, &text),
-                Err(error) => wrong(format!("{} cannot be read: {error}", file.display()), ""),
+                Err(why) => wrong(format!("{} {why}", file.display()), ""),
             }
         }
         sources
@@ -135,16 +138,16 @@ pub(super) const INCLUDE: &str = "include";
 /// Every file of a configuration as it is now, for who watches them. What cannot be read is left out.
 pub fn files(path: &Path) -> Vec<PathBuf> {
     let mut files = vec![path.to_owned()];
-    if let Ok(text) = std::fs::read_to_string(path)
+    if let Ok(text) = text_file::read(path, text_file::CONFIGURATION)
         && text.contains(INCLUDE)
     {
-        files.extend(included(&text, path).0.into_iter().map(|(_, file)| file));
+        files.extend(included(&text, path, &mut Expansions::default()).0.into_iter().map(|(_, file)| file));
     }
     files
 }
 
 /// The files that a text includes, each with the number of its pattern, in their order.
-fn included(text: &str, path: &Path) -> (Vec<(usize, PathBuf)>, Vec<IncludeProblem>) {
+fn included(text: &str, path: &Path, noted: &mut Expansions) -> (Vec<(usize, PathBuf)>, Vec<IncludeProblem>) {
     let (mut files, mut problems): (Vec<(usize, PathBuf)>, _) = (Vec::new(), Vec::new());
     let (root, _) = DeTable::parse_recoverable(text);
     let patterns = root.get_ref().get(INCLUDE).and_then(|value| value.get_ref().as_array());
@@ -154,7 +157,7 @@ fn included(text: &str, path: &Path) -> (Vec<(usize, PathBuf)>, Vec<IncludeProbl
         // One that is not a string, or cannot be expanded, is reported with the other values.
         let Some(pattern) = value.get_ref().as_str() else { continue };
         let source = ValueSource { folder, variable: &|name| std::env::var_os(name) };
-        let Ok(expanded) = source.expand("", pattern, &mut Expansions::default()) else { continue };
+        let Ok(expanded) = source.expand(INCLUDE, pattern, noted) else { continue };
         let pattern = expanded.as_ref().map_or(pattern, |text| text.as_str());
         let mut wrong = |severity, what: String, instead: &str| {
             problems.push(IncludeProblem { element, severity, what, instead: instead.into() });

@@ -6,6 +6,7 @@ use super::file::{
     self, BoundAs, IntrospectionMode, PostgresPreset, RedisChangesBy, RedisTopology, StoreSection, Tls, UpstreamAddress,
 };
 use super::resolve::Gather;
+use super::text_file;
 use crate::problem::Problem;
 use crate::share::{ShareStoreSettings, SharedLimitSettings, WhenGone};
 use crate::store::introspect::{IntrospectMode, IntrospectSettings};
@@ -259,7 +260,7 @@ impl Gather<'_, '_> {
         if path.is_empty() {
             return None;
         }
-        match std::fs::read_to_string(at.folder.join(path)) {
+        match text_file::read(&at.folder.join(path), text_file::SECRET) {
             Ok(text) if !text.lines().next().unwrap_or_default().is_empty() => {
                 Some(Secret::new(text.lines().next().unwrap_or_default()))
             }
@@ -267,13 +268,8 @@ impl Gather<'_, '_> {
                 self.store_problem(at, key, "names an empty file", "its first line must be the secret");
                 None
             }
-            Err(error) => {
-                self.store_problem(
-                    at,
-                    key,
-                    format!("cannot be read: {error}"),
-                    "name a file whose first line is the secret",
-                );
+            Err(why) => {
+                self.store_problem(at, key, why, "name a file whose first line is the secret");
                 None
             }
         }

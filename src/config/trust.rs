@@ -111,10 +111,16 @@ mod tests {
             }
             assert_eq!(judge(1000, special), None, "another user reads what it can read");
         }
-        let link = folder.join("link.toml");
+        // Who can replace the link chooses the file, and so does who can replace its target.
+        std::fs::create_dir(folder.join("links")).unwrap();
+        let link = folder.join("links/link.toml");
         std::os::unix::fs::symlink(&file, &link).unwrap();
-        let of_link = distrusted_by(0, &link, |place| Ok(if place == folder { with_mode(0o777) } else { root }));
-        assert!(of_link.is_some_and(|said| said.contains("everybody")), "who can replace the link chooses the file");
+        for open in ["links", "conf", "conf/a.toml"] {
+            let open = folder.join(open);
+            let said = distrusted_by(0, &link, |place| Ok(if place == open { with_mode(0o777) } else { root }));
+            assert_eq!(said, Some(format!("{} can be written by everybody", open.display())));
+        }
+        assert_eq!(distrusted_by(0, &link, |_| Ok(root)), None);
         assert_eq!(distrusted_by(0, &folder.join("gone.toml"), |_| Ok(with_mode(0o777))), None);
     }
 }

@@ -345,8 +345,9 @@ pub trait TokenAdmin: Send {
         }
         Ok(revoked)
     }
-    /// Removes records, as if the tokens had never been. Returns how many there were.
-    async fn remove(&mut self, _digests: &[Digest]) -> Result<u64, AdminError> {
+    /// Removes those of these records that the query takes at that moment, as if the tokens had never been. Returns how many
+    /// there were. Nobody may have changed a record between the judgement and its removal.
+    async fn remove(&mut self, _digests: &[Digest], _still: &TokenQuery) -> Result<u64, AdminError> {
         Err(AdminError::Store("records of this store cannot be removed".into()))
     }
     /// Puts `next` in the place of another token, which is superseded `at` and expires at `end`, or at its own end if

@@ -140,13 +140,9 @@ impl TokenQuery {
         placed.into_iter().map(|(_, record)| record).collect()
     }
 
-    /// What follows `SELECT … FROM token`, and its parameters.
-    pub(super) fn sql(&self, dialect: &QueryDialect) -> (String, Vec<QueryParameter>) {
-        let mut parameters = Vec::new();
-        let mut parameter = |value: QueryParameter| {
-            parameters.push(value);
-            format!("{}{}", dialect.parameter, parameters.len())
-        };
+    /// What [`Self::takes`] says, for `WHERE`. Each condition stands by itself.
+    pub(super) fn conditions(&self, dialect: &QueryDialect, parameters: &mut Vec<QueryParameter>) -> Vec<String> {
+        let mut parameter = |value| dialect.parameter(parameters, value);
         // Numbers and names of states are written into the text: none of them comes from outside.
         let mut all = Vec::new();
         if let Some(user) = &self.user {
@@ -174,6 +170,14 @@ impl TokenQuery {
         if let Some(bound) = self.ended_by {
             all.push(format!("(revoked > 1 AND revoked <= {bound} OR expires <= {bound})"));
         }
+        all
+    }
+
+    /// What follows `SELECT … FROM token`, and its parameters.
+    pub(super) fn sql(&self, dialect: &QueryDialect) -> (String, Vec<QueryParameter>) {
+        let mut parameters = Vec::new();
+        let mut all = self.conditions(dialect, &mut parameters);
+        let mut parameter = |value| dialect.parameter(&mut parameters, value);
         let by = match self.order {
             TokenOrder::Created => "-created".to_owned(),
             TokenOrder::Expires => format!("coalesce(expires, {NEVER})"),
@@ -205,8 +209,71 @@ pub(super) struct QueryDialect {
     pub(super) by_bytes: &'static str,
 }
 
+impl QueryDialect {
+    /// Notes a parameter. Returns how the text names it.
+    pub(super) fn parameter(&self, parameters: &mut Vec<QueryParameter>, value: QueryParameter) -> String {
+        parameters.push(value);
+        format!("{}{}", self.parameter, parameters.len())
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum QueryParameter {
     Text(String),
     Bytes(Vec<u8>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_takes_what_it_says() {
+        let base = TokenRecord {
+            created: 100,
+            scopes: vec!["api".into(), "read".into()],
+            ..TokenRecord::new(Digest::of(b"t"), "ann")
+        };
+        let all = TokenQuery { now: 1_000, ..TokenQuery::default() };
+        let used = |at| TokenRecord { last_used: Some(at), ..base.clone() };
+        let ends = |at| TokenRecord { expires: Some(at), ..base.clone() };
+        let revoked = |at| TokenRecord { revoked: Some(at), ..base.clone() };
+        let unused = |since| TokenQuery { unused_since: Some(since), ..all.clone() };
+        let soon = |by| TokenQuery { expires_by: Some(by), ..all.clone() };
+        let ended = |by| TokenQuery { ended_by: Some(by), ..all.clone() };
+        let user = |name: &str| TokenQuery { user: Some(name.into()), ..all.clone() };
+        let scope = |name: &str| TokenQuery { scope: Some(name.into()), ..all.clone() };
+        for (query, record, is_taken) in [
+            (&all, &base, true),
+            (&user("ann"), &base, true),
+            (&user("an"), &base, false),
+            (&user("Ann"), &base, false),
+            (&scope("read"), &base, true),
+            (&scope("rea"), &base, false),
+            // Never used: as old as it is.
+            (&unused(101), &base, true),
+            (&unused(100), &base, false),
+            (&unused(201), &used(200), true),
+            (&unused(200), &used(200), false),
+            (&unused(100), &used(50), false),
+            (&soon(1_001), &ends(1_001), true),
+            (&soon(1_000), &ends(1_001), false),
+            (&soon(2_000), &ends(1_000), false),
+            (&soon(2_000), &base, false),
+            (&ended(500), &ends(500), true),
+            (&ended(499), &ends(500), false),
+            (&ended(500), &revoked(500), true),
+            (&ended(499), &revoked(500), false),
+            // Revoked at no known time.
+            (&ended(500), &revoked(1), false),
+            (&ended(500), &base, false),
+            (&ended(500), &TokenRecord { blocked: true, ..base.clone() }, false),
+            // Each condition has to hold.
+            (&TokenQuery { scope: Some("none".into()), ..user("ann") }, &base, false),
+            (&TokenQuery { states: vec![TokenState::Expired, TokenState::Active], ..all.clone() }, &base, true),
+            (&TokenQuery { states: vec![TokenState::Expired], ..all.clone() }, &base, false),
+        ] {
+            assert_eq!(query.takes(record), is_taken, "{query:?}: {record:?}");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! How a configuration is found, put together and begun: the search, `${NAME}`, `include` and `tollgate init`.
 
 use super::*;
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 
 /// Runs in a folder, with these variables and no others of ours.
@@ -178,6 +179,22 @@ fn variables_stand_in_strings_and_are_never_shown() {
     );
     let (code, said) = check(&open, &[("SECRET", secret)]);
     assert!(code == Some(0) && said.contains("/api/v3/open  (any method; no token): ${SECRET} ${X}"), "{said}");
+    // The errors of commands that read it.
+    folder.write("named.toml", &format!("{UPSTREAM}[[store]]\nname = \"${{SECRET}}\"\npath = \"${{SECRET}}.db\"\n[[store]]\nname = \"b\"\npath = \"b.db\"\n"));
+    let mut seen = 0;
+    for (arguments, part) in [
+        (&["token", "show", "0123456789ab"][..], "no such token in store ${SECRET}"),
+        (&["token", "show", "0123456789ab", "--json"], "no such token in store ${SECRET}"),
+        (&["token", "list", "--store", "none"], "configured stores: ${SECRET}, b"),
+        (&["token", "prune", "--ended-before", "1s", "--store", "b"], "not asked: ${SECRET}"),
+        (&["store", "check"], "warning: store ${SECRET}: ${SECRET}.db is not there"),
+        (&["store", "check", "--json"], "${SECRET}.db is not there"),
+    ] {
+        let output = run_in(&folder, &[("SECRET", secret)], &[arguments, &["-c", "named.toml"]].concat());
+        assert!(all(&output).contains(part) && !all(&output).contains("S3CRET"), "{arguments:?}: {}", all(&output));
+        seen += 1;
+    }
+    assert_eq!(seen, 6);
     // The start's lines, and a token command.
     let gateway = format!(
         "[server]\nlisten = [\"127.0.0.1:{}\"]\n[admin]\nlisten = \"none\"\n{UPSTREAM}[store]\nname = \"${{SECRET}}\"\npath = \"t.db\"\n",
@@ -250,7 +267,7 @@ fn included_files_are_one_configuration_and_errors_have_their_places() {
     for (line, part) in [
         ("include = \"conf.d/*.toml\"", "c.toml:1:11: include: must be a list"),
         ("include = [\"gone.toml\"]", "c.toml:1:12: include: is a file that does not exist, found \"gone.toml\""),
-        ("include = [\"conf.d\"]", "c.toml:1:12: include: conf.d cannot be read"),
+        ("include = [\"conf.d\"]", "c.toml:1:12: include: conf.d is not a file"),
         ("include = [\"conf.d/[\"]", "c.toml:1:12: include: is not a pattern"),
         ("include = [\"${GONE}/*.toml\"]", "c.toml:1:12: include[0]: the environment variable GONE is not set"),
         ("include = [1]", "c.toml:1:12: include: must be a string"),
@@ -271,6 +288,70 @@ fn included_files_are_one_configuration_and_errors_have_their_places() {
 }
 
 #[test]
+fn includes_are_found_from_the_first_file_and_what_is_no_file_is_an_error() {
+    // A folder whose name is a pattern itself, read from another one.
+    let folder = Folder::new("include");
+    let inside = folder.0.join("a[bc]*");
+    std::fs::create_dir_all(inside.join("S3CRET")).unwrap();
+    let route = |path: &str| format!("[[route]]\npath = \"{path}\"\nauth = \"none\"\nreason = \"r\"\n");
+    let write = |name: &str, text: &str| std::fs::write(inside.join(name), text).unwrap();
+    let check = |include: &str| {
+        write("c.toml", &format!("include = [{include}]\n{UPSTREAM}# ${{GONE}} in a comment is nothing\n"));
+        let variables = [("WHERE", "S3CRET"), ("X", "a")];
+        let output = run_in(&folder, &variables, &["check", "--offline", "a[bc]*/c.toml"]);
+        assert!(!all(&output).contains("S3CRET"), "{include}: {}", all(&output));
+        (output.status.code(), all(&output))
+    };
+    write("10.toml", &route("/api/v3/ten"));
+    write(".20.toml", "not TOML");
+    write("S3CRET/30.toml", &route("/api/v3/thirty"));
+    for (include, part) in [
+        ("\"[0-9]*.toml\"", "/api/v3/ten"),
+        ("\"*0.toml\"", "/api/v3/ten"),
+        ("\"10.toml\"", "/api/v3/ten"),
+        ("\"${WHERE}/*.toml\"", "/api/v3/thirty"),
+        ("\"${WHERE}/30.toml\"", "/api/v3/thirty"),
+    ] {
+        let (code, said) = check(include);
+        assert!(code == Some(0) && said.contains(part), "{include}: {said}");
+    }
+    // What stood for a name is in no path that is shown.
+    write("S3CRET/30.toml", "[cache]\nnegative_ttl = 5\n");
+    assert!(check("\"${WHERE}/*.toml\"").1.contains("${WHERE}/30.toml:2:16: cache.negative_ttl"));
+    std::fs::write(inside.join("S3CRET/30.toml"), b"\n\n[l\xffog]\n").unwrap();
+    let (code, said) = check("\"${WHERE}/30.toml\"");
+    assert!(code == Some(USAGE) && said.contains("${WHERE}/30.toml is not UTF-8 in line 3"), "{said}");
+    // Nobody waits for a pipe, nor reads a device to its end.
+    assert!(run(Command::new("mkfifo").arg(inside.join("pipe"))).status.success());
+    std::os::unix::fs::symlink("/dev/zero", inside.join("zero")).unwrap();
+    std::fs::create_dir(inside.join("many")).unwrap();
+    for number in 0..1_001 {
+        write(&format!("many/{number}.toml"), "");
+    }
+    for (include, part) in [
+        ("\"pipe\"", "include: a[bc]*/pipe is not a file, found \"pipe\""),
+        ("\"many/*.toml\"", "matches more than 1000 files"),
+    ] {
+        let (code, said) = check(include);
+        assert!(code == Some(USAGE) && said.contains(part), "{include}: {said}");
+        assert_eq!(said.lines().filter(|line| line.contains(" error")).count(), 1, "{said}");
+    }
+    // The file itself: `check FILE` speaks of that file, and of no other that it might have found.
+    folder.write("tollgate.toml", UPSTREAM);
+    folder.write("key.toml", &format!("{UPSTREAM}\"${{X}}\" = 1\n"));
+    for (file, part) in [
+        ("a[bc]*/zero", "zero: has more than 16384 KiB"),
+        ("a[bc]*", "a[bc]*: cannot be read: Is a directory"),
+        ("a[bc]*/S3CRET/30.toml", "30.toml: is not UTF-8 in line 3"),
+        ("key.toml", "key.toml:4:1: upstream[0].${X}: is not a known key"),
+    ] {
+        let output = run_in(&folder, &[("X", "name")], &["check", "--offline", file]);
+        assert_eq!(output.status.code(), Some(USAGE), "{file}: {}", all(&output));
+        assert!(stderr(&output).contains(part) && !stderr(&output).contains("note:"), "{file}: {}", all(&output));
+    }
+}
+
+#[test]
 fn a_reload_reads_included_files_again_and_watching_covers_them() {
     let upstream = Upstream::start();
     let gateway = Gateway::start(upstream.address, "");
@@ -285,6 +366,19 @@ fn a_reload_reads_included_files_again_and_watching_covers_them() {
     assert_eq!(reload.status.code(), Some(0), "{}", all(&reload));
     assert!(stdout(&reload).contains("route"), "{}", all(&reload));
     assert_eq!(status("/api/v3/a"), 200);
+    // What a file says is the value that changed, though the configuration reads as before.
+    let why = open("/api/v3/c").replace("\"r\"", "\"${file:why}\"");
+    gateway.folder.write("why", "one\n");
+    gateway.folder.write("c.inc", &why);
+    for (text, said) in [
+        ("one\n", "reloaded; changed and in force: route\n"),
+        ("one\nsecond line", "reloaded; no settings changed that can take effect without a restart\n"),
+        ("two\n", "reloaded; changed and in force: route\n"),
+    ] {
+        gateway.folder.write("why", text);
+        let reload = run(tollgate().args(["reload", "--config"]).arg(&config));
+        assert_eq!((reload.status.code(), &*stdout(&reload)), (Some(0), said), "{text}: {}", all(&reload));
+    }
     gateway.folder.write("b.inc", "[[route]]\n");
     let broken = run(tollgate().args(["reload", "--config"]).arg(&config));
     assert_eq!(broken.status.code(), Some(1), "{}", all(&broken));
@@ -385,28 +479,157 @@ fn init_writes_what_check_passes_and_replaces_nothing() {
     passes(&folder, "c.toml");
 }
 
+#[test]
+fn init_keeps_secrets_and_what_is_there_and_says_what_is_taken() {
+    let mode = |folder: &Folder, name: &str| {
+        std::fs::metadata(folder.0.join(name)).unwrap_or_else(|error| panic!("{name}: {error}")).permissions().mode()
+            & 0o777
+    };
+    let backend = ["init", "--backend", "http://127.0.0.1:1"];
+    let init = |folder: &Folder, arguments: &[&str]| run_in(folder, &[], &[&backend, arguments].concat());
+    for (arguments, file, expected) in [
+        (&[][..], "tollgate.toml", 0o644),
+        (&["--store", "postgres=postgres://u@127.0.0.1/d"], "tollgate.toml", 0o644),
+        (&["--store", "postgres=postgres://u:S3CRET@127.0.0.1/d"], "tollgate.toml", 0o600),
+        (&["--store", "postgres=host=127.0.0.1 user=u password=S3CRET"], "tollgate.toml", 0o600),
+        (&["--store", "file"], "tokens.toml", 0o600),
+        (&["--tls", "self-signed"], "localhost.key", 0o600),
+    ] {
+        let folder = Folder::new("init");
+        let made = init(&folder, arguments);
+        assert_eq!(made.status.code(), Some(0), "{arguments:?}: {}", all(&made));
+        assert!(!all(&made).contains("S3CRET"), "{}", all(&made));
+        assert_eq!(mode(&folder, file), expected, "{arguments:?}");
+        let is_postgres = arguments.iter().any(|argument| argument.starts_with("postgres"));
+        assert_eq!(stdout(&made).contains("\n  tollgate store migrate\n"), is_postgres, "{}", all(&made));
+        passes(&folder, "tollgate.toml");
+    }
+    let folder = Folder::new("init");
+    let command = format!("umask 077; {} {}", env!("CARGO_BIN_EXE_tollgate"), backend.join(" "));
+    assert!(run(Command::new("sh").args(["-c", &command]).current_dir(&folder.0)).status.success());
+    assert_eq!(mode(&folder, "tollgate.toml"), 0o600, "the umask");
+
+    // The commands that it prints are those that work: a found file that others can write is not read by root.
+    let folder = Folder::new("init");
+    std::fs::set_permissions(&folder.0, std::fs::Permissions::from_mode(0o777)).unwrap();
+    let made = init(&folder, &["--listen", "unix:/tmp/api.sock"]);
+    let run = if is_root() { "\n  tollgate run -c ./tollgate.toml &\n" } else { "\n  tollgate run &\n" };
+    assert!(stdout(&made).contains(run), "{}", all(&made));
+    let curl = "  curl --unix-socket /tmp/api.sock -i -H \"PRIVATE-TOKEN: $TOKEN\" http://localhost/api/v3/\n";
+    assert!(stdout(&made).ends_with(curl), "{}", all(&made));
+
+    // Tokens that are there stay, and so does half of a certificate.
+    let folder = Folder::new("init");
+    let tokens = format!("[[token]]\nsha256 = \"{}\"\nuser = \"ann\"\n", sha256_hex("a"));
+    folder.write("tokens.toml", &tokens);
+    assert!(init(&folder, &["--store", "file"]).status.success());
+    assert_eq!(std::fs::read_to_string(folder.0.join("tokens.toml")).unwrap(), tokens);
+    let folder = Folder::new("init");
+    folder.write("localhost.pem", "mine");
+    let half = init(&folder, &["--tls", "self-signed"]);
+    assert!(half.status.code() == Some(1) && stderr(&half).contains("localhost.pem exists"), "{}", all(&half));
+    assert_eq!(listing(&folder).len(), 1, "{:?}", listing(&folder));
+    // What is refused leaves no certificate behind, and a value is one value.
+    let folder = Folder::new("init");
+    let quote = "/a\"]\n[log]\nlevel = \"off\"#";
+    for (arguments, part) in [
+        (&["--tls", "self-signed", "--listen", "nowhere"][..], "is not an address"),
+        (&["--tls", "self-signed", "--admin", "nowhere"], "admin.listen: is not an address"),
+        (&["--admin", "127.0.0.1:8080"], "admin.listen: repeats the address"),
+        (&["--prefix", quote], "api.prefixes"),
+        (&["--admin", "unix:x\"\n[log]\n"], "admin.listen"),
+    ] {
+        let refused = init(&folder, arguments);
+        assert_eq!(refused.status.code(), Some(USAGE), "{arguments:?}: {}", all(&refused));
+        assert!(
+            stderr(&refused).contains("nothing was written") && stderr(&refused).contains(part),
+            "{}",
+            all(&refused)
+        );
+        assert!(listing(&folder).is_empty(), "{arguments:?}: {:?}", listing(&folder));
+    }
+
+    // Each address is the one that was asked for; one that is taken is said, with what to do.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let (taken, free) = (taken.local_addr().unwrap().to_string(), format!("127.0.0.1:{}", free_port()));
+    for (listen, admin, option) in [
+        (&*free, "none", None),
+        (&free, "unix:/tmp/tollgate-admin.sock", None),
+        (&free, &taken, Some("--admin")),
+        (&taken, "none", Some("--listen")),
+    ] {
+        let folder = Folder::new("init");
+        let made = init(&folder, &["--listen", listen, "--admin", admin]);
+        assert_eq!(made.status.code(), Some(0), "{}", all(&made));
+        let text = std::fs::read_to_string(folder.0.join("tollgate.toml")).unwrap();
+        assert!(text.contains(&format!("[admin]\nlisten = \"{admin}\"\n")), "{text}");
+        assert!(text.contains(&format!("listen = [\"{listen}\"]\n")), "{text}");
+        let said = option.map(|option| {
+            format!(
+                "stop the other process, or use another address: --force with another {option} writes the file again"
+            )
+        });
+        match said {
+            Some(said) => assert!(
+                stderr(&made).contains(&format!("note: {taken} cannot be bound")) && stderr(&made).contains(&said),
+                "{}",
+                all(&made)
+            ),
+            None => assert!(!stderr(&made).contains("cannot be bound"), "{}", all(&made)),
+        }
+    }
+}
+
+/// A terminal with a program on it.
+fn on_a_terminal(folder: &Folder, arguments: &str) -> std::process::Child {
+    let command = format!("{} {arguments}", env!("CARGO_BIN_EXE_tollgate"));
+    let mut script = Command::new("script");
+    script.args(["-qec", &command, "/dev/null"]).current_dir(&folder.0);
+    script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+}
+
+#[test]
+fn a_file_that_appears_while_init_asks_is_not_replaced() {
+    let folder = Folder::new("init");
+    let mut child = on_a_terminal(&folder, "init");
+    let mut first = [0];
+    // It has looked, and asks.
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+    folder.write("tollgate.toml", "mine");
+    child.stdin.take().unwrap().write_all(b"http://127.0.0.1:1\n\n\n\nnone\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", all(&output));
+    assert!(stdout(&output).contains("File exists"), "{}", all(&output));
+    assert_eq!(std::fs::read_to_string(folder.0.join("tollgate.toml")).unwrap(), "mine");
+}
+
 /// On a terminal, as `script` makes one.
 #[test]
 fn init_asks_on_a_terminal_until_it_has_answers() {
     let folder = Folder::new("init");
-    let command = format!("{} init", env!("CARGO_BIN_EXE_tollgate"));
-    let mut child = Command::new("script")
-        .args(["-qec", &command, "/dev/null"])
-        .current_dir(&folder.0)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let answers = "nonsense\nhttp://127.0.0.1:1/api/v4\nstone\nfile\n\n\n";
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap();
+    let mut child = on_a_terminal(&folder, &format!("init --admin {taken}"));
+    let answers = "nonsense\nhttp://127.0.0.1:1/api/v4\nstone\nfile\n\n\nnowhere\n\n";
     child.stdin.take().unwrap().write_all(answers.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     let said = stdout(&output);
     assert_eq!(output.status.code(), Some(0), "{said}");
-    for part in ["\"nonsense\" has no port", "\"stone\": use one of", "[/api/v4]", "wrote ./tollgate.toml"] {
+    for part in [
+        "\"nonsense\" has no port",
+        "\"stone\": use one of",
+        "[/api/v4]",
+        "\"nowhere\": write it like 127.0.0.1:9090",
+        "wrote ./tollgate.toml",
+    ] {
         assert!(said.contains(part), "{part}: {said}");
     }
     let text = passes(&folder, "tollgate.toml");
     assert!(text.contains("prefixes = [\"/api/v4\"]") && text.contains("kind = \"file\""), "{text}");
+    // The port that is taken is not offered: the next one that is free is.
+    let admin = text.split("[admin]\nlisten = \"").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
+    let admin: SocketAddr = admin.parse().unwrap();
+    assert!(admin.port() > taken.port() && said.contains(&format!("[{admin}] ")), "{admin}: {said}");
 }
 
 // ---- what the command line says of itself ----
@@ -460,6 +683,21 @@ fn errors_are_json_for_who_asked_for_json() {
             serde_json::from_str(&stderr(&output)).unwrap_or_else(|_| panic!("{}", all(&output)));
         assert_eq!(error["exit_code"], code, "{arguments:?}");
         assert!(error["error"].as_str().is_some_and(|text| !text.is_empty()), "{arguments:?}");
+    }
+    // What clap refuses, and an option that this command does not take.
+    for arguments in [
+        &["token", "list", "--json", "--limit", "0"][..],
+        &["token", "list", "--json", "--no-such-option"],
+        &["token", "revoke", "--json"],
+        &["token", "prune", "--json"],
+    ] {
+        let output = run_in(&folder, &[], arguments);
+        assert_eq!((output.status.code(), stdout(&output)), (Some(USAGE), String::new()), "{arguments:?}");
+        let error: serde_json::Value =
+            serde_json::from_str(&stderr(&output)).unwrap_or_else(|_| panic!("{}", all(&output)));
+        assert_eq!(error["exit_code"], USAGE, "{arguments:?}");
+        let text = error["error"].as_str().unwrap();
+        assert!(!text.is_empty() && !text.starts_with("error"), "{arguments:?}: {text}");
     }
     let found = run_in(&folder, &[], &["store", "check", "--json"]);
     let lines: Vec<serde_json::Value> =

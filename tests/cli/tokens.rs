@@ -834,6 +834,93 @@ fn a_list_has_what_it_was_asked_for() {
 }
 
 #[test]
+fn an_id_names_one_token_or_none() {
+    for place in Place::all() {
+        // Of the same first eleven digits.
+        let digests = ["a", "b"].map(|end| format!("{}{end}{}", "abcdef01234", "0".repeat(52)));
+        let line = |sha256: &String| format!("{{\"sha256\":\"{sha256}\",\"user\":\"u\"}}\n");
+        place.import(&digests.each_ref().map(line).concat());
+        for command in ["show", "revoke", "rotate", "delete"] {
+            let said = place.fails(command, &["abcdef01234"]);
+            assert!(said.contains("2 tokens of store ") && said.contains("give more digits"), "{command}: {said}");
+            for short in ["abcde", "", "abcdefg", &"a".repeat(65)] {
+                assert!(place.fails(command, &[short]).contains("an id is 6 to 64 hex digits"), "{command} {short}");
+            }
+        }
+        let said = place.fails("list", &["--after", "ABCDEF"]);
+        assert!(said.contains("several tokens begin with it"), "{said}");
+        place.ok("delete", &["ABCDEF01234B"]);
+        assert!(place.ok("show", &["abcdef"]).contains(&digests[0]), "{}", place.kind);
+    }
+}
+
+#[test]
+fn pages_neither_skip_nor_double_a_token_while_others_are_made() {
+    for place in Place::both() {
+        assorted(&place);
+        for order in ["created", "expires", "last-used", "user"] {
+            let whole: Vec<_> = place.json("list", &[]).as_array().unwrap().iter().map(sha256_of).collect();
+            let (mut seen, mut after) = (Vec::new(), None::<String>);
+            loop {
+                let more = after.iter().flat_map(|after| ["--after", after.as_str()]);
+                let arguments: Vec<_> = ["--sort", order, "--limit", "3"].into_iter().chain(more).collect();
+                let page = place.json("list", &arguments);
+                let page = page.as_array().unwrap();
+                seen.extend(page.iter().map(sha256_of));
+                let Some(last) = page.get(2) else { break };
+                after = last["id"].as_str().map(str::to_owned);
+                // In front of everything, and, by name or by use, somewhere in between.
+                place.ok("create", &["--user", "beth", "--expires", "30days"]);
+            }
+            for sha256 in &whole {
+                assert_eq!(seen.iter().filter(|seen| *seen == sha256).count(), 1, "{} by {order}", place.kind);
+            }
+            assert!(seen.iter().collect::<std::collections::BTreeSet<_>>().len() == seen.len(), "{order}");
+        }
+    }
+}
+
+fn sha256_of(shown: &serde_json::Value) -> String {
+    shown["sha256"].as_str().unwrap().to_owned()
+}
+
+/// What takes long says so on a terminal, and takes it back; elsewhere standard error has messages alone.
+#[test]
+fn progress_is_for_terminals() {
+    let place = Place::new("sqlite");
+    let input = place.folder.0.join("input");
+    assert!(run(Command::new("mkfifo").arg(&input)).status.success());
+    let config = place.folder.0.join("tollgate.toml");
+    let command =
+        format!("{} token import -c {} {}", env!("CARGO_BIN_EXE_tollgate"), config.display(), input.display());
+    let mut script = Command::new("script");
+    script.args(["-qec", &command, "/dev/null"]).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = script.spawn().unwrap();
+    let mut writer = std::fs::File::options().write(true).open(&input).unwrap();
+    let (mut said, mut byte) = (Vec::new(), [0]);
+    // As long as nothing comes, it says what it waits for.
+    while !String::from_utf8_lossy(&said).contains("reading: 0 s") {
+        assert_eq!(std::io::Read::read(child.stdout.as_mut().unwrap(), &mut byte).unwrap(), 1);
+        said.push(byte[0]);
+    }
+    writer.write_all(b"{\"token\":\"a\",\"user\":\"u\"}\n").unwrap();
+    drop(writer);
+    let output = child.wait_with_output().unwrap();
+    let rest = stdout(&output);
+    assert!(output.status.success() && rest.contains("\r\u{1b}[K1 tokens imported"), "{rest:?}");
+
+    let mut other = place.command(&["token", "import"], &[input.to_str().unwrap()]);
+    let child = other.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut writer = std::fs::File::options().write(true).open(&input).unwrap();
+    // Longer than until the first line would be shown.
+    std::thread::sleep(Duration::from_millis(600));
+    writer.write_all(b"{\"token\":\"b\",\"user\":\"u\"}\n").unwrap();
+    drop(writer);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), &*stderr(&output)), (Some(0), ""), "{}", all(&output));
+}
+
+#[test]
 fn a_long_name_is_cut_on_a_terminal_only() {
     let place = Place::new("sqlite");
     let user = "somebody-with-a-very-long-name@example.com";
@@ -929,7 +1016,7 @@ fn what_ended_long_ago_is_pruned_when_that_is_meant() {
         assert_eq!(place.json("list", &[]).as_array().unwrap().len(), 8, "{}", place.kind);
         let json = place.json("prune", &["--ended-before", "2026-04-15T00:00:00Z"]);
         let expected = serde_json::json!({
-            "ended_before": "2026-04-15T00:00:00Z", "tokens": 2, "revoked": 1, "expired": 1, "deleted": false
+            "ended_before": "2026-04-15T00:00:00Z", "tokens": 2, "revoked": 1, "expired": 1, "deleted": false, "kept": 0
         });
         assert_eq!(json, expected, "{}", place.kind);
         let done = place.ok("prune", &["--ended-before", "1s", "--delete"]);
@@ -951,4 +1038,30 @@ fn what_ended_long_ago_is_pruned_when_that_is_meant() {
     )
     .unwrap();
     assert!(place.ok("prune", &["--ended-before", "1s", "--delete"]).starts_with("no token"));
+}
+
+#[test]
+fn a_token_that_is_renewed_while_prune_runs_stays() {
+    let place = Place::new("file");
+    let line = |token: &str| format!("{{\"token\":\"{token}\",\"user\":\"u\",\"expires\":\"2026-03-01T00:00:00Z\"}}\n");
+    place.import(&["a", "b"].map(line).concat());
+    // Another command writes.
+    let folder = std::fs::canonicalize(&place.folder.0).unwrap();
+    let lock = std::fs::File::open(&folder).unwrap();
+    let lock = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusive).unwrap();
+    let mut prune = place.command(&["token", "prune"], &["--ended-before", "1s", "--delete", "--json"]);
+    let child = prune.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let opened = format!("/proc/{}/fd", child.id());
+    eventually("it has read the tokens, and waits for the folder", || {
+        let mut all = std::fs::read_dir(&opened).unwrap();
+        all.any(|fd| std::fs::read_link(fd.unwrap().path()).is_ok_and(|target| target == folder))
+    });
+    let text = std::fs::read_to_string(place.file()).unwrap();
+    std::fs::write(place.file(), text.replacen("2026-03-01", "2099-03-01", 1)).unwrap();
+    drop(lock);
+    let output = child.wait_with_output().unwrap();
+    let said: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!((&said["tokens"], &said["kept"], &said["deleted"]), (&2.into(), &1.into(), &true.into()), "{said}");
+    let left = place.json("list", &[]);
+    assert_eq!((left.as_array().unwrap().len(), left[0]["expires"].as_str()), (1, Some("2099-03-01T00:00:00Z")));
 }

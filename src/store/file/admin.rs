@@ -5,6 +5,7 @@ use super::super::record::{FieldValue, RecordField, said};
 use super::super::{AdminError, Differing, Imported, Records, TokenAdmin, TokenRecord, rfc3339};
 use super::{Format, Stamp, Table, parse};
 use crate::store::credential::Digest;
+use crate::store::query::TokenQuery;
 use async_trait::async_trait;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -560,11 +561,11 @@ impl TokenAdmin for FileAdmin {
         .await
     }
 
-    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
+    async fn remove(&mut self, digests: &[Digest], still: &TokenQuery) -> Result<u64, AdminError> {
         self.change(|table| {
             let edits: Vec<_> = digests
                 .iter()
-                .filter(|digest| table.contains_key(*digest))
+                .filter(|digest| table.get(digest).is_some_and(|record| still.takes(record)))
                 .map(|digest| Edit::Remove(*digest))
                 .collect();
             let count = edits.len() as u64;

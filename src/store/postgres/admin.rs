@@ -153,6 +153,13 @@ fn own_schema(settings: &PostgresSettings) -> Result<&str, AdminError> {
     }
 }
 
+fn sql_value(parameter: &QueryParameter) -> &(dyn ToSql + Sync) {
+    match parameter {
+        QueryParameter::Text(text) => text,
+        QueryParameter::Bytes(bytes) => bytes,
+    }
+}
+
 fn garbled(place: &str, failure: &QueryFailure) -> AdminError {
     AdminError::Store(format!("{place}: {}", failure.error))
 }
@@ -249,13 +256,7 @@ impl TokenAdmin for PostgresAdmin {
 
     async fn select(&mut self, query: &TokenQuery, each: Visitor<'_>) -> Result<(), AdminError> {
         let (rest, parameters) = query.sql(&DIALECT);
-        let parameters: Vec<&(dyn ToSql + Sync)> = parameters
-            .iter()
-            .map(|parameter| match parameter {
-                QueryParameter::Text(text) => text as &(dyn ToSql + Sync),
-                QueryParameter::Bytes(bytes) => bytes,
-            })
-            .collect();
+        let parameters: Vec<_> = parameters.iter().map(sql_value).collect();
         self.visit_those(&rest, &parameters, each).await
     }
 
@@ -305,11 +306,18 @@ impl TokenAdmin for PostgresAdmin {
         self.change_all(sql, &[&user, &seconds(at)]).await
     }
 
-    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
+    /// A row that another transaction changes meanwhile is judged as that one leaves it.
+    async fn remove(&mut self, digests: &[Digest], still: &TokenQuery) -> Result<u64, AdminError> {
         let mut removed = 0;
+        let mut parameters = Vec::new();
+        let mut conditions = still.conditions(&DIALECT, &mut parameters);
+        conditions.push(format!("digest = ANY (${})", parameters.len() + 1));
+        let sql = format!("DELETE FROM {{schema}}.token WHERE {}", conditions.join(" AND "));
         for some in digests.chunks(REMOVED_AT_ONCE) {
             let keys: Vec<&[u8]> = some.iter().map(|digest| digest.as_bytes().as_slice()).collect();
-            removed += self.change_all("DELETE FROM {schema}.token WHERE digest = ANY ($1)", &[&keys]).await?;
+            let mut all: Vec<_> = parameters.iter().map(sql_value).collect();
+            all.push(&keys);
+            removed += self.change_all(&sql, &all).await?;
         }
         Ok(removed)
     }

@@ -11,6 +11,7 @@ use super::record::{Stored, edited, to_json};
 use super::{Found, Keys, RedisChanges, RedisSettings, Topology, is_open, is_wrong_type, questions, read, stored};
 use crate::store::credential::Digest;
 use crate::store::query::{TokenQuery, TokenRank};
+use crate::store::record::RecordField;
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, stream};
 use redis::{RedisError, Value};
@@ -66,18 +67,30 @@ end
 return 1
 ";
 
-/// Atomic for each key. `ARGV[1]` is the channel, or empty; then the digest of each key. Returns how many there were.
+/// Atomic for each key. `ARGV[1]` is the channel, or empty; then for each key its expected value, as JSON. Returns the numbers
+/// of those that have another one by now, which stay, after how many were removed.
 const REMOVE: &str = r"
 local time = redis.call('TIME')
 local ms = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
-local gone = 0
-for i, key in ipairs(KEYS) do
-  if redis.call('DEL', key) == 1 then
-    gone = gone + 1
-    if ARGV[1] ~= '' then redis.call('PUBLISH', ARGV[1], ARGV[i + 1] .. ' ' .. ms) end
+local ops = cjson.decode(ARGV[2])
+local said = {0}
+for i, op in ipairs(ops) do
+  local key, same = KEYS[i], true
+  if op.fields then
+    for _, field in ipairs(op.fields) do
+      same = same and (redis.pcall('HGET', key, field[1]) or '') == field[2]
+    end
+  else
+    same = redis.pcall('GET', key) == op.was
+  end
+  if not same then
+    said[#said + 1] = i
+  elseif redis.call('DEL', key) == 1 then
+    said[1] = said[1] + 1
+    if ARGV[1] ~= '' then redis.call('PUBLISH', ARGV[1], op.hex .. ' ' .. ms) end
   end
 end
-return gone
+return said
 ";
 
 pub struct RedisAdmin {
@@ -111,14 +124,19 @@ impl Step {
                 json!({ "hex": hex, "was": text, "now": now })
             }
             Stored::Hash(fields) => {
-                let was = |name| fields.iter().find(|(other, _)| other == name).map_or("", |(_, value)| value.as_str());
                 let text = |value: &Json| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-                let fields: Vec<_> = edit.iter().map(|(name, value)| json!([name, was(*name), text(value)])).collect();
+                let fields: Vec<_> =
+                    edit.iter().map(|(name, value)| json!([name, field_of(fields, name), text(value)])).collect();
                 json!({ "hex": hex, "fields": fields })
             }
         };
         Ok(Self { digest, what })
     }
+}
+
+/// A field of a hash; empty for none.
+fn field_of<'a>(fields: &'a [(String, String)], name: &str) -> &'a str {
+    fields.iter().find(|(other, _)| other == name).map_or("", |(_, value)| value)
 }
 
 fn broken(error: &RedisError) -> AdminError {
@@ -234,6 +252,38 @@ impl RedisAdmin {
         Err(AdminError::Store("the cluster moves slots all the time: try again when it is done".into()))
     }
 
+    /// Those of some tokens that a query takes, as they are stored now.
+    async fn judged(&mut self, digests: &[Digest], query: &TokenQuery) -> Result<Vec<(Digest, Stored)>, AdminError> {
+        let mut taken = Vec::new();
+        for (digest, found) in digests.iter().zip(self.several(digests).await?) {
+            taken.extend(found.filter(|(_, record)| query.takes(record)).map(|(stored, _)| (*digest, stored)));
+        }
+        Ok(taken)
+    }
+
+    /// Removes those that are stored as they were. Returns how many, and those that are not.
+    async fn remove_unchanged(&mut self, tokens: &[(Digest, Stored)]) -> Result<(u64, Vec<Digest>), AdminError> {
+        if tokens.is_empty() {
+            return Ok((0, Vec::new()));
+        }
+        let expected = tokens.iter().map(|(digest, stored)| match stored {
+            Stored::Json(text) => json!({ "hex": digest.to_hex(), "was": text }),
+            // Those that tollgate reads; others may have any bytes.
+            Stored::Hash(fields) => {
+                let fields = RecordField::ALL.map(|field| json!([field.name(), field_of(fields, field.name())]));
+                json!({ "hex": digest.to_hex(), "fields": fields })
+            }
+        });
+        let mut command = redis::cmd("EVAL");
+        command.arg(REMOVE).arg(tokens.len());
+        command.arg(tokens.iter().map(|(digest, _)| self.keys.token(digest)).collect::<Vec<_>>());
+        command.arg(self.channel.as_deref().unwrap_or_default()).arg(Json::from_iter(expected).to_string());
+        let said: Vec<u64> = self.link.ask(&command).await?;
+        let (gone, changed) = said.split_first().ok_or_else(|| AdminError::Store("a script has no result".into()))?;
+        let nth = |number: &u64| usize::try_from(*number).ok().and_then(|number| tokens.get(number.checked_sub(1)?));
+        Ok((*gone, changed.iter().filter_map(nth).map(|(digest, _)| *digest).collect()))
+    }
+
     async fn block_one(&mut self, digest: Digest, user: &str, blocked: bool) -> Result<bool, AdminError> {
         for _ in 0..ATTEMPTS {
             let Some((was, now)) = self.get(&digest).await? else { return Ok(false) };
@@ -332,26 +382,29 @@ impl RedisAdmin {
     }
 
     /// The records of some tokens, in their order.
-    async fn several(&mut self, tokens: &[&(Digest, String)]) -> Result<Vec<Option<TokenRecord>>, AdminError> {
-        let mut records = Vec::with_capacity(tokens.len());
+    async fn several(&mut self, digests: &[Digest]) -> Result<Vec<Option<(Stored, TokenRecord)>>, AdminError> {
+        let mut records = Vec::with_capacity(digests.len());
         if self.is_cluster() {
-            for (digest, _) in tokens {
-                records.push(self.get(digest).await?.map(|(_, record)| record));
+            for digest in digests {
+                records.push(self.get(digest).await?);
             }
             return Ok(records);
         }
-        if tokens.is_empty() {
+        if digests.is_empty() {
             return Ok(records);
         }
         let mut pipe = redis::Pipeline::new();
         pipe.ignore_errors();
-        tokens.iter().for_each(|(digest, _)| read(&mut pipe, &self.keys.token(digest)));
+        digests.iter().for_each(|digest| read(&mut pipe, &self.keys.token(digest)));
         let answers: Vec<Value> = pipe.query_async(&mut self.link).await.map_err(|error| broken(&error))?;
-        for ((digest, _), answers) in tokens.iter().zip(answers.chunks(2)) {
+        for (digest, answers) in digests.iter().zip(answers.chunks(2)) {
             records.push(match stored(answers, *digest)? {
-                Found::Record(stored) => Some(self.parse(&stored, *digest)?),
+                Found::Record(stored) => {
+                    let record = self.parse(&stored, *digest)?;
+                    Some((stored, record))
+                }
                 Found::Nothing => None,
-                Found::Changing => self.get(digest).await?.map(|(_, record)| record),
+                Found::Changing => self.get(digest).await?,
             });
         }
         Ok(records)
@@ -467,9 +520,10 @@ impl TokenAdmin for RedisAdmin {
             // A token that is in the input twice was added by its first entry.
             let mut added_here: HashSet<Digest> = added.iter().copied().collect();
             let known: Vec<_> = batch.iter().filter(|(digest, _)| !added_here.remove(digest)).collect();
-            for ((digest, given), known) in known.iter().zip(self.several(&known).await?) {
+            let digests: Vec<_> = known.iter().map(|(digest, _)| *digest).collect();
+            for ((digest, given), known) in known.iter().zip(self.several(&digests).await?) {
                 let given = self.parse(&Stored::Json(given.clone()), *digest)?;
-                if let Some(known) = known {
+                if let Some((_, known)) = known {
                     differing.compare(&known, &given);
                 }
             }
@@ -591,16 +645,21 @@ impl TokenAdmin for RedisAdmin {
         Ok(revoked)
     }
 
-    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
-        let channel = self.channel.clone().unwrap_or_default();
+    async fn remove(&mut self, digests: &[Digest], still: &TokenQuery) -> Result<u64, AdminError> {
         let mut removed = 0;
         // In a cluster, a script reaches one slot.
         for some in digests.chunks(if self.is_cluster() { 1 } else { REMOVED_AT_ONCE }) {
-            let mut command = redis::cmd("EVAL");
-            command.arg(REMOVE).arg(some.len());
-            command.arg(some.iter().map(|digest| self.keys.token(digest)).collect::<Vec<_>>());
-            command.arg(&channel).arg(some.iter().map(|digest| digest.to_hex()).collect::<Vec<_>>());
-            removed += self.link.ask::<u64>(&command).await?;
+            let (mut open, mut attempts) = (some.to_vec(), 0);
+            while let Some(first) = open.first().copied() {
+                if attempts == ATTEMPTS {
+                    return Err(contended(first));
+                }
+                attempts += 1;
+                let taken = self.judged(&open, still).await?;
+                let (gone, changed) = self.remove_unchanged(&taken).await?;
+                removed += gone;
+                open = changed;
+            }
         }
         Ok(removed)
     }

@@ -89,6 +89,15 @@ fn seconds(time: u64) -> i64 {
     i64::try_from(time).unwrap_or(i64::MAX)
 }
 
+impl From<QueryParameter> for Value {
+    fn from(parameter: QueryParameter) -> Self {
+        match parameter {
+            QueryParameter::Text(text) => Self::Text(text),
+            QueryParameter::Bytes(bytes) => Self::Blob(bytes),
+        }
+    }
+}
+
 impl From<FieldValue<'_>> for Value {
     fn from(value: FieldValue<'_>) -> Self {
         match value {
@@ -138,12 +147,8 @@ impl TokenAdmin for SqliteAdmin {
 
     async fn select(&mut self, query: &TokenQuery, each: Visitor<'_>) -> Result<(), AdminError> {
         let (rest, parameters) = query.sql(&DIALECT);
-        let parameters = parameters.into_iter().map(|parameter| match parameter {
-            QueryParameter::Text(text) => Value::Text(text),
-            QueryParameter::Bytes(bytes) => Value::Blob(bytes),
-        });
         let mut query = self.db.prepare(&format!("SELECT {COLUMNS} FROM token {rest}"))?;
-        for found in query.query_map(params_from_iter(parameters), record)? {
+        for found in query.query_map(params_from_iter(parameters.into_iter().map(Value::from)), record)? {
             each(found?)?;
         }
         Ok(())
@@ -206,14 +211,20 @@ impl TokenAdmin for SqliteAdmin {
         Ok(self.db.execute(sql, params![user, seconds(at)])? as u64)
     }
 
-    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
+    async fn remove(&mut self, digests: &[Digest], still: &TokenQuery) -> Result<u64, AdminError> {
         let mut removed = 0;
+        let mut parameters = Vec::new();
+        let mut conditions = still.conditions(&DIALECT, &mut parameters);
+        conditions.push(format!("digest = ?{}", parameters.len() + 1));
+        let sql = format!("DELETE FROM token WHERE {}", conditions.join(" AND "));
+        let parameters: Vec<Value> = parameters.into_iter().map(Value::from).collect();
         // A gateway that notes uses waits for the lock, for no longer than this takes.
         for some in digests.chunks(REMOVED_AT_ONCE) {
             let transaction = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
             for digest in some {
-                let mut statement = transaction.prepare_cached("DELETE FROM token WHERE digest = ?1")?;
-                removed += statement.execute([digest.as_bytes()])? as u64;
+                let digest = Value::Blob(digest.as_bytes().to_vec());
+                let all = params_from_iter(parameters.iter().chain([&digest]));
+                removed += transaction.prepare_cached(&sql)?.execute(all)? as u64;
             }
             transaction.commit()?;
         }

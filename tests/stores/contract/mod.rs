@@ -185,6 +185,7 @@ pub async fn run(subject: &dyn Subject) {
     }
     what_is_asked_for_is_listed(subject).await;
     records_are_removed(subject).await;
+    what_changed_meanwhile_is_not_removed(subject).await;
     many_rows(subject).await;
     if subject.features().spoils {
         nonsense_is_no_answer(subject).await;
@@ -765,7 +766,7 @@ async fn what_is_asked_for_is_listed(subject: &dyn Subject) {
     }
     assert!(pages > 100, "{pages}");
     let digests: Vec<_> = records.iter().map(|record| record.digest).collect();
-    assert_eq!(admin.remove(&digests).await.unwrap(), 30, "{}", subject.name());
+    assert_eq!(admin.remove(&digests, &TokenQuery::default()).await.unwrap(), 30, "{}", subject.name());
     assert_eq!(admin.list().await.unwrap().len(), known, "{}", subject.name());
 }
 
@@ -796,7 +797,7 @@ async fn records_are_removed(subject: &dyn Subject) {
     assert_eq!(lookup(&*store, b"known").await.unwrap().revoked, None, "{}: only this user's", subject.name());
     let before = Instant::now();
     let gone = [digest("leaver-1"), digest("leaver-3"), digest("never there")];
-    assert_eq!(admin.remove(&gone).await.unwrap(), 2, "{}", subject.name());
+    assert_eq!(admin.remove(&gone, &TokenQuery::default()).await.unwrap(), 2, "{}", subject.name());
     if let Some(ear) = &ear {
         for digest in &gone[..2] {
             let told = |event: &Event| match event {
@@ -808,8 +809,88 @@ async fn records_are_removed(subject: &dyn Subject) {
     }
     assert_eq!(lookup(&*store, b"leaver-1").await, None, "{}", subject.name());
     assert_eq!(lookup(&*store, b"leaver-2").await.map(|record| record.revoked), Some(Some(7)), "{}", subject.name());
-    assert_eq!(admin.remove(&gone).await.unwrap(), 0, "{}", subject.name());
-    assert_eq!(admin.remove(&[digest("leaver-2")]).await.unwrap(), 1, "{}", subject.name());
+    assert_eq!(admin.remove(&gone, &TokenQuery::default()).await.unwrap(), 0, "{}", subject.name());
+    assert_eq!(admin.remove(&[digest("leaver-2")], &TokenQuery::default()).await.unwrap(), 1, "{}", subject.name());
+}
+
+/// What is meant to be removed is judged when it is removed: a token that was renewed, used, blocked or revoked since the list was
+/// made stays.
+async fn what_changed_meanwhile_is_not_removed(subject: &dyn Subject) {
+    if !subject.features().is_ours {
+        return;
+    }
+    let mut admin = subject.admin().await;
+    let (now, day) = (1_800_000_000, 86_400);
+    let made =
+        |token: &str| TokenRecord { user: "pruned o'er \"all\"".into(), created: now - 90 * day, ..record(token) };
+    let records = [
+        TokenRecord { expires: Some(now - 9 * day), ..made("pruned-over") },
+        TokenRecord { revoked: Some(now - 9 * day), scopes: vec!["é".into(), "b".into()], ..made("pruned-revoked") },
+        // As somebody renewed it.
+        TokenRecord { expires: Some(now + day), ..made("pruned-renewed") },
+        TokenRecord { expires: Some(now - day), last_used: Some(now - 2 * day), ..made("pruned-late") },
+        TokenRecord { revoked: Some(1), ..made("pruned-untimed") },
+        TokenRecord { blocked: true, expires: Some(now + day), ..made("pruned-blocked") },
+    ];
+    admin.import(&mut records.iter().cloned().map(Ok)).await.unwrap();
+    let digests: Vec<_> = records.iter().map(|record| record.digest).collect();
+    let query = TokenQuery { now, ..TokenQuery::default() };
+    let mut seen = 0;
+    // Each removes one of those that are left, the first one first.
+    for (still, gone) in [
+        (TokenQuery { ended_by: Some(now - 10 * day), ..query.clone() }, None),
+        (TokenQuery { ended_by: Some(now - 5 * day), user: Some("nobody".into()), ..query.clone() }, None),
+        (TokenQuery { ended_by: Some(now - 5 * day), scope: Some("é".into()), ..query.clone() }, Some(1)),
+        (TokenQuery { ended_by: Some(now - 5 * day), user: Some(records[0].user.clone()), ..query.clone() }, Some(0)),
+        (TokenQuery { states: vec![TokenState::Blocked], ..query.clone() }, Some(5)),
+        (TokenQuery { states: vec![TokenState::Active], unused_since: Some(now - 91 * day), ..query.clone() }, None),
+        (TokenQuery { states: vec![TokenState::Expired], unused_since: Some(now - 3 * day), ..query.clone() }, None),
+        (TokenQuery { states: vec![TokenState::Expired], unused_since: Some(now - day), ..query.clone() }, Some(3)),
+        (TokenQuery { ended_by: Some(now), ..query.clone() }, None),
+    ] {
+        let before = stay(&mut *admin, &digests).await;
+        let removed = admin.remove(&digests, &still).await.unwrap();
+        let expected: Vec<_> = before.iter().copied().filter(|index| Some(*index) != gone).collect();
+        assert_eq!(removed, u64::from(gone.is_some()), "{}: {still:?}", subject.name());
+        assert_eq!(stay(&mut *admin, &digests).await, expected, "{}: {still:?}", subject.name());
+        seen += 1;
+    }
+    assert_eq!(seen, 9);
+    assert_eq!(admin.remove(&digests, &TokenQuery::default()).await.unwrap(), 2, "{}", subject.name());
+
+    // Two at the same time: a token that was revoked, as its revoker was told, is there.
+    let records: Vec<_> = (0..600).map(|index| record(&format!("raced-{index}"))).collect();
+    let digests: Vec<_> = records.iter().map(|record| record.digest).collect();
+    admin.import(&mut records.into_iter().map(Ok)).await.unwrap();
+    let mut other = subject.admin().await;
+    let still = TokenQuery { now, states: vec![TokenState::Active], ..TokenQuery::default() };
+    let revoke = async {
+        let mut revoked = Vec::new();
+        // From the end, to meet in the middle.
+        for digest in digests.iter().rev().take(if subject.features().has_server { 600 } else { 5 }) {
+            match other.revoke(digest, now).await {
+                Ok(done) => revoked.extend(done.then_some(*digest)),
+                Err(AdminError::Missing) => {}
+                Err(error) => panic!("{}: {error}", subject.name()),
+            }
+        }
+        revoked
+    };
+    let (removed, revoked) = tokio::join!(admin.remove(&digests, &still), revoke);
+    let left = stay(&mut *admin, &digests).await;
+    assert_eq!(removed.unwrap() + left.len() as u64, 600, "{}", subject.name());
+    for digest in &revoked {
+        let found = admin.find(&digest.to_hex()).await.unwrap();
+        assert_eq!(found.len(), 1, "{}: a token that was revoked is gone", subject.name());
+    }
+    assert_eq!(left.len(), revoked.len(), "{}", subject.name());
+    admin.remove(&digests, &TokenQuery::default()).await.unwrap();
+}
+
+/// Which of these are there.
+async fn stay(admin: &mut dyn TokenAdmin, digests: &[Digest]) -> Vec<usize> {
+    let all: std::collections::HashSet<_> = admin.list().await.unwrap().iter().map(|record| record.digest).collect();
+    (0..digests.len()).filter(|index| all.contains(&digests[*index])).collect()
 }
 
 async fn many_rows(subject: &dyn Subject) {

@@ -131,9 +131,12 @@ impl HashAdmin {
                 ("created", record.created.to_string()),
                 ("not_before", time(record.not_before)),
                 ("expires", time(record.expires)),
-                ("revoked", time(record.revoked)),
+                // Second 1 stands for no known time.
+                ("revoked", if record.revoked == Some(1) { "true".into() } else { time(record.revoked) }),
                 ("blocked", u8::from(record.blocked).to_string()),
+                ("superseded", time(record.superseded)),
                 ("replaces", replaces),
+                ("last_used", time(record.last_used)),
             ] {
                 commands += &format!(" {name} \"{}\"", value.replace('\\', "\\\\").replace('"', "\\\""));
             }
@@ -181,8 +184,8 @@ impl TokenAdmin for HashAdmin {
     async fn select(&mut self, query: &TokenQuery, each: Visitor<'_>) -> Result<(), AdminError> {
         self.admin.select(query, each).await
     }
-    async fn remove(&mut self, digests: &[Digest]) -> Result<u64, AdminError> {
-        self.admin.remove(digests).await
+    async fn remove(&mut self, digests: &[Digest], still: &TokenQuery) -> Result<u64, AdminError> {
+        self.admin.remove(digests, still).await
     }
     async fn rotate(&mut self, old: &Digest, next: &TokenRecord, at: u64, end: u64) -> Result<(), AdminError> {
         self.admin.rotate(old, next, at, end).await
