@@ -9,6 +9,7 @@ use crate::problem::{Problem, Severity};
 use crate::request::seeded::{self, Rule};
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
+use std::path::PathBuf;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -53,6 +54,8 @@ pub(crate) struct Places<'t> {
     /// Values that could not be expanded: what is read in their place says nothing.
     unexpanded: Vec<String>,
     pub(super) expansions: Expansions,
+    /// Files with secrets, with the keys that name them.
+    pub(super) secrets: Vec<(String, PathBuf)>,
     /// What is found from now on is not about the file, but about what it names.
     pub(super) surroundings: bool,
 }
@@ -76,6 +79,7 @@ impl<'t> Places<'t> {
             broken: BTreeSet::new(),
             unexpanded: Vec::new(),
             expansions: Expansions::default(),
+            secrets: Vec::new(),
             surroundings: false,
         }
     }
@@ -287,6 +291,18 @@ impl<'t> Places<'t> {
             related: related.map(|FilePosition { file, position, .. }| (file, position)),
             surroundings,
         });
+    }
+
+    /// A key that needs what this process can only be given at its start. What else is wrong with it is an echo.
+    pub(super) fn needs_restart(&mut self, path: &str, what: String) {
+        // A table that is there once is not numbered.
+        let alone = path.replacen("[0].", ".", 1);
+        let path = if !self.has(path) && self.has(&alone) { &alone } else { path };
+        let own = path.split('[').next().filter(|own| *own == INCLUDE).unwrap_or(path);
+        self.found.retain(|found| found.key != own || !found.is_error());
+        let (place, instead) = (self.place_of(path), "restart tollgate, or name one that it may use".to_owned());
+        self.push(path, place, Severity::Error, what, None, instead, None);
+        self.spoil(path);
     }
 
     pub(super) fn any_error(&self) -> bool {

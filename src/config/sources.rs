@@ -5,6 +5,7 @@ use super::expand::{Expansions, NotExpanded, ValueSource};
 use super::places::{Places, join};
 use super::trust;
 use crate::problem::Severity;
+use crate::sandbox::Extent;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,8 @@ pub(super) struct Sources {
     pub(super) files: Vec<SourceFile>,
     /// What is wrong with the patterns.
     problems: Vec<IncludeProblem>,
+    /// The patterns themselves.
+    patterns: Vec<PathBuf>,
 }
 
 pub(super) struct SourceFile {
@@ -38,10 +41,10 @@ struct IncludeProblem {
 impl Sources {
     /// With the files that the text includes, read now.
     pub(super) fn read(text: &str, path: &Path) -> Self {
-        let mut sources = Self { text: String::new(), files: Vec::new(), problems: Vec::new() };
+        let mut sources = Self { text: String::new(), files: Vec::new(), problems: Vec::new(), patterns: Vec::new() };
         sources.add(path.into(), text);
-        let (files, problems) = included(text, path);
-        sources.problems = problems;
+        let Included { files, problems, patterns } = included(text, path);
+        (sources.problems, sources.patterns) = (problems, patterns);
         for (element, file) in files {
             let mut wrong = |what: String, instead: &str| {
                 let (severity, instead) = (Severity::Error, instead.to_owned());
@@ -66,6 +69,19 @@ impl Sources {
         self.files.push(SourceFile { path, range: start..self.text.len() });
         // The next file begins on a line of its own.
         self.text.push('\n');
+    }
+
+    /// The file that was named, those that it includes, and the folders in which others are looked for.
+    pub(super) fn needs(&self) -> impl Iterator<Item = (&'static str, Extent, PathBuf)> {
+        let files = self.files.iter().enumerate();
+        let files =
+            files.map(|(index, file)| (if index == 0 { "" } else { INCLUDE }, Extent::Folder, file.path.clone()));
+        let patterns = self.patterns.iter().map(|pattern| {
+            let plain: PathBuf = pattern.iter().take_while(|part| !has_wildcard(&part.to_string_lossy())).collect();
+            let extent = if plain == *pattern { Extent::Folder } else { Extent::Itself };
+            (INCLUDE, extent, plain)
+        });
+        files.chain(patterns)
     }
 
     /// The text of each file.
@@ -138,14 +154,21 @@ pub fn files(path: &Path) -> Vec<PathBuf> {
     if let Ok(text) = std::fs::read_to_string(path)
         && text.contains(INCLUDE)
     {
-        files.extend(included(&text, path).0.into_iter().map(|(_, file)| file));
+        files.extend(included(&text, path).files.into_iter().map(|(_, file)| file));
     }
     files
 }
 
-/// The files that a text includes, each with the number of its pattern, in their order.
-fn included(text: &str, path: &Path) -> (Vec<(usize, PathBuf)>, Vec<IncludeProblem>) {
-    let (mut files, mut problems): (Vec<(usize, PathBuf)>, _) = (Vec::new(), Vec::new());
+struct Included {
+    /// Each with the number of its pattern, in their order.
+    files: Vec<(usize, PathBuf)>,
+    problems: Vec<IncludeProblem>,
+    patterns: Vec<PathBuf>,
+}
+
+/// The files that a text includes.
+fn included(text: &str, path: &Path) -> Included {
+    let (mut files, mut problems, mut patterns_seen) = (Vec::new(), Vec::new(), Vec::new());
     let (root, _) = DeTable::parse_recoverable(text);
     let patterns = root.get_ref().get(INCLUDE).and_then(|value| value.get_ref().as_array());
     let folder = path.parent().unwrap_or(Path::new(""));
@@ -156,6 +179,7 @@ fn included(text: &str, path: &Path) -> (Vec<(usize, PathBuf)>, Vec<IncludeProbl
         let source = ValueSource { folder, variable: &|name| std::env::var_os(name) };
         let Ok(expanded) = source.expand("", pattern, &mut Expansions::default()) else { continue };
         let pattern = expanded.as_ref().map_or(pattern, |text| text.as_str());
+        patterns_seen.push(folder.join(pattern));
         let mut wrong = |severity, what: String, instead: &str| {
             problems.push(IncludeProblem { element, severity, what, instead: instead.into() });
         };
@@ -182,12 +206,12 @@ fn included(text: &str, path: &Path) -> (Vec<(usize, PathBuf)>, Vec<IncludeProbl
             }
             if files.len() == MOST_FILES {
                 wrong(Severity::Error, format!("matches more than {MOST_FILES} files"), "write a narrower pattern");
-                return (files, problems);
+                return Included { files, problems, patterns: patterns_seen };
             }
             files.push((element, file));
         }
     }
-    (files, problems)
+    Included { files, problems, patterns: patterns_seen }
 }
 
 fn has_wildcard(pattern: &str) -> bool {

@@ -259,7 +259,9 @@ impl Gather<'_, '_> {
         if path.is_empty() {
             return None;
         }
-        match std::fs::read_to_string(at.folder.join(path)) {
+        let path = at.folder.join(path);
+        self.places.secrets.push((format!("{}.{key}", at.section), path.clone()));
+        match std::fs::read_to_string(path) {
             Ok(text) if !text.lines().next().unwrap_or_default().is_empty() => {
                 Some(Secret::new(text.lines().next().unwrap_or_default()))
             }
