@@ -51,9 +51,9 @@ fn start(found: &FoundConfig, passed: PassedSockets, is_private: std::io::Result
         log::warn!("core dumps cannot be switched off, and would contain tokens: {error}");
     }
     match held {
-        Held::To(what) => log::info!("sandbox: {what}"),
-        Held::Loosely(why) => log::warn!("sandbox: {why}"),
-        Held::Not => {}
+        Confinement::To(what) => log::info!("sandbox: {what}"),
+        Confinement::Loosely(why) => log::warn!("sandbox: {why}"),
+        Confinement::Not => {}
     }
     settings.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     let result = serve(settings, found, passed);
@@ -63,7 +63,7 @@ fn start(found: &FoundConfig, passed: PassedSockets, is_private: std::io::Result
 }
 
 /// What came of `[server] sandbox`.
-enum Held {
+enum Confinement {
     Not,
     To(String),
     /// Not as it was asked for.
@@ -71,26 +71,26 @@ enum Held {
 }
 
 /// Lets the kernel hold this process to the files that it needs. It cannot be undone.
-fn hold(settings: &Settings) -> Result<Held, Failure> {
+fn hold(settings: &Settings) -> Result<Confinement, Failure> {
     let mode = settings.server.sandbox;
     if mode == SandboxMode::Off {
         let inherited =
             "server.sandbox is off, and this process stays in that of the one that it replaces until a restart";
-        return Ok(sandbox::current().map_or(Held::Not, |_| Held::Loosely(inherited.into())));
+        return Ok(sandbox::current().map_or(Confinement::Not, |_| Confinement::Loosely(inherited.into())));
     }
     let rules = process_needs().map(|process| config::needs(settings, Some(&process)));
     let rules = rules.context("server.sandbox").map_err(Failure::Failed)?;
     match sandbox::enter(&rules) {
-        Ok(Entered::Inherited) => Ok(Held::Loosely(
+        Ok(Entered::Inherited) => Ok(Confinement::Loosely(
             "the kernel nests no more of them, after so many upgrades: this process stays in that of the one that it replaces, \
              which is as strict; a restart makes a new one"
                 .into(),
         )),
-        Ok(Entered::Now) if sandbox::current().is_some_and(|sandbox| sandbox.is_partial) => Ok(Held::Loosely(
+        Ok(Entered::Now) if sandbox::current().is_some_and(|sandbox| sandbox.is_partial) => Ok(Confinement::Loosely(
             "the kernel holds this process to the files that it needs as far as it can; Linux 6.12 can do all of it".into(),
         )),
-        Ok(Entered::Now) => Ok(Held::To("the kernel holds this process to the files that it needs".into())),
-        Err(error) if mode == SandboxMode::Try => Ok(Held::Loosely(format!("there is none: {error}"))),
+        Ok(Entered::Now) => Ok(Confinement::To("the kernel holds this process to the files that it needs".into())),
+        Err(error) if mode == SandboxMode::Try => Ok(Confinement::Loosely(format!("there is none: {error}"))),
         Err(error) => {
             let error = anyhow::anyhow!("server.sandbox = \"on\": {error}; set \"try\" to go on without");
             Err(Failure::Failed(error))

@@ -163,3 +163,140 @@ fn of_process(process: &ProcessNeeds) -> Vec<FileRule> {
     rules.extend(libraries.map(|path| rule(path, Extent::Itself, FileAccess::Run, "libraries, for tollgate upgrade")));
     rules
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Probe, parse};
+
+    #[test]
+    fn every_file_of_a_configuration_has_its_rule() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let pair = rcgen::generate_simple_self_signed(["a.test".to_owned()]).unwrap();
+        std::fs::write(at("c.pem"), pair.cert.pem()).unwrap();
+        std::fs::write(at("c.key"), pair.signing_key.serialize_pem()).unwrap();
+        std::fs::write(at("secret"), "s3cret-s3cret-s3cret\n").unwrap();
+        std::fs::create_dir(at("conf.d")).unwrap();
+        std::fs::write(at("conf.d/a.toml"), "[cache]\nsnapshot = \"state/cache\"\n").unwrap();
+        std::fs::write(at("one.toml"), "[server]\ndrain_delay = \"${file:delay}\"\nlisten = [\"unix:/run/a.sock\"]\n")
+            .unwrap();
+        std::fs::write(at("delay"), "1s\n").unwrap();
+        let text = r#"
+            include = ["conf.d/*.toml", "one.toml"]
+            [admin]
+            listen = "unix:/run/admin.sock"
+            metrics_listen = "127.0.0.1:9100"
+            audit = "logs/audit"
+            [[listener]]
+            address = "127.0.0.1:8443"
+            certificates = [{ chain = "c.pem", key = "c.key" }]
+            client_ca = "c.pem"
+            [[listener]]
+            address = "unix:/run/b.sock"
+            [[upstream]]
+            name = "plain"
+            servers = ["unix:/run/backend.sock"]
+            [[upstream]]
+            name = "tls"
+            servers = ["a.test:443"]
+            tls = true
+            tls_ca = "c.pem"
+            tls_cert = "c.pem"
+            tls_key = "c.key"
+            [[store]]
+            kind = "sqlite"
+            path = "db/t.db"
+            [[store]]
+            kind = "file"
+            path = "tokens.toml"
+            [[store]]
+            kind = "postgres"
+            url = "host=db.test"
+            password_file = "secret"
+            tls = "verify-full"
+            tls_ca = "c.pem"
+            [[store]]
+            kind = "redis"
+            servers = ["cache.test:6379"]
+            password_file = "secret"
+            tls = "verify-full"
+            tls_cert = "c.pem"
+            tls_key = "c.key"
+            [[limit]]
+            name = "all"
+            key = ["address"]
+            rate = "5/s"
+            shared = true
+            [shared_limits]
+            store = "redis"
+            servers = ["cache.test:6379"]
+            tls = "verify-full"
+            tls_ca = "c.pem"
+            secret_file = "secret"
+            [log]
+            access = "logs/access"
+        "#;
+        let settings = parse(text, &at("tollgate.toml"), Probe::Settings).unwrap();
+        let mut found: Vec<_> = needs(&settings, None)
+            .into_iter()
+            .map(|rule| {
+                assert!(rule.is_setting, "{rule:?}");
+                let path = rule.path.strip_prefix(folder.path()).unwrap_or(&rule.path).display().to_string();
+                format!(
+                    "{} {} {path}{}",
+                    rule.why,
+                    rule.access.as_str(),
+                    if rule.extent == Extent::Itself { "/" } else { "" }
+                )
+            })
+            .collect();
+        found.sort();
+        let expected = [
+            " read tollgate.toml",
+            "admin.audit write logs/audit",
+            "admin.listen socket /run/admin.sock",
+            "cache.snapshot write state/cache",
+            "include read conf.d/",
+            "include read conf.d/a.toml",
+            "include read one.toml",
+            "include read one.toml",
+            "listener[0].certificates read c.key",
+            "listener[0].certificates read c.pem",
+            "listener[0].certificates read c.pem",
+            "listener[1].address socket /run/b.sock",
+            "log.access write logs/access",
+            "server.drain_delay read delay",
+            "server.listen[0] socket /run/a.sock",
+            "shared_limits.secret_file read secret",
+            "shared_limits.tls_ca read c.pem",
+            "store[0].path write db/t.db",
+            "store[1].path read tokens.toml",
+            "store[2].password_file read secret",
+            "store[2].tls_ca read c.pem",
+            "store[3].password_file read secret",
+            "store[3].tls_cert read c.pem",
+            "store[3].tls_key read c.key",
+            "upstream[1].tls_ca read c.pem",
+            "upstream[1].tls_cert read c.pem",
+            "upstream[1].tls_key read c.key",
+        ];
+        assert_eq!(found, expected);
+        // A process needs more, of which a reload is never asked.
+        let process = ProcessNeeds {
+            program: Some("/opt/tollgate".into()),
+            libraries: vec!["/opt/lib".into()],
+            authorities: vec!["/opt/ca".into()],
+        };
+        let all = needs(&settings, Some(&process));
+        let own = |path: &str| {
+            all.iter().find(|rule| !rule.is_setting && rule.path == Path::new(path)).map(|rule| rule.access)
+        };
+        assert_eq!(all.len(), expected.len() + SYSTEM.len() + 5);
+        assert_eq!((own("/opt/tollgate"), own("/opt/lib")), (Some(FileAccess::Run), Some(FileAccess::Run)));
+        assert_eq!((own("/opt/ca"), own("/dev/null")), (Some(FileAccess::Read), Some(FileAccess::Write)));
+        // A static binary reads no libraries.
+        let fixed = ProcessNeeds { libraries: Vec::new(), ..process };
+        assert_eq!(needs(&settings, Some(&fixed)).len(), all.len() - 2);
+    }
+}
