@@ -42,6 +42,9 @@ const PLAIN: [&str; 23] = [
     "user",
 ];
 
+/// What to do about a file that the process was not allowed at its start.
+const RESTART: &str = "restart tollgate, or name one that it may use";
+
 /// All that was found wrong so far, and where everything stands.
 pub(crate) struct Places<'t> {
     sources: &'t Sources,
@@ -299,9 +302,9 @@ impl<'t> Places<'t> {
         let alone = path.replacen("[0].", ".", 1);
         let path = if !self.has(path) && self.has(&alone) { &alone } else { path };
         let own = path.split('[').next().filter(|own| *own == INCLUDE).unwrap_or(path);
-        self.found.retain(|found| found.key != own || !found.is_error());
-        let (place, instead) = (self.place_of(path), "restart tollgate, or name one that it may use".to_owned());
-        self.push(path, place, Severity::Error, what, None, instead, None);
+        self.found.retain(|found| found.key != own || !found.is_error() || found.instead == RESTART);
+        let place = self.place_of(path);
+        self.push(path, place, Severity::Error, what, None, RESTART.into(), None);
         self.spoil(path);
     }
 
