@@ -182,6 +182,10 @@ fn a_reload_that_needs_more_says_so_and_changes_nothing() {
         assert!(!said.contains("Permission denied"), "{key}: an echo: {said}");
         assert_eq!(status(&gateway, GOOD), 200, "{key}: it was applied by halves");
     }
+    // What stands in for something misspelt is not what is meant: the database of a gateway without a store.
+    std::fs::write(gateway.folder.file("tollgate.toml"), whole.replace("[store]", "[stor]")).unwrap();
+    let said = gateway.admin_post("/reload").text();
+    assert!(said.contains("did you mean `store`") && !said.contains("sandbox"), "{said}");
     // What is inside is taken, and so are files that are new there.
     gateway.folder.write("value", "1s\n");
     gateway.folder.write("more.toml", "[limits]\nidle_timeout = \"3s\"\n");

@@ -117,13 +117,15 @@ fn read_from(sources: &Sources, places: &Places<'_>) -> Vec<ReadFrom> {
 
 /// What a process in a sandbox was not allowed at its start.
 fn say_what_is_outside(sandbox: &Sandbox, settings: &Settings, places: &mut Places<'_>) {
+    // With other errors, defaults may stand in for what could not be read.
+    let is_known = !places.any_error();
     for rule in needs(settings, None).iter().filter(|rule| rule.is_setting) {
         if let Some(place) = sandbox.refuses(rule) {
             let (path, place, doing) = (rule.path.display(), place.display(), rule.access.doing());
             let what = format!(
                 "{path} is outside of the sandbox: this process was not allowed to {doing} {place} at its start"
             );
-            places.needs_restart(&rule.why, what);
+            places.needs_restart(&rule.why, what, is_known);
         }
     }
 }

@@ -297,10 +297,14 @@ impl<'t> Places<'t> {
     }
 
     /// A key that needs what this process can only be given at its start. What else is wrong with it is an echo.
-    pub(super) fn needs_restart(&mut self, path: &str, what: String) {
+    /// Unless `even_a_default`, only one that is in the file.
+    pub(super) fn needs_restart(&mut self, path: &str, what: String, even_a_default: bool) {
         // A table that is there once is not numbered.
         let alone = path.replacen("[0].", ".", 1);
         let path = if !self.has(path) && self.has(&alone) { &alone } else { path };
+        if !even_a_default && !path.is_empty() && !self.has(path) {
+            return;
+        }
         let own = path.split('[').next().filter(|own| *own == INCLUDE).unwrap_or(path);
         self.found.retain(|found| found.key != own || !found.is_error() || found.instead == RESTART);
         let place = self.place_of(path);
