@@ -182,10 +182,6 @@ fn a_reload_that_needs_more_says_so_and_changes_nothing() {
         assert!(!said.contains("Permission denied"), "{key}: an echo: {said}");
         assert_eq!(status(&gateway, GOOD), 200, "{key}: it was applied by halves");
     }
-    // What stands in for something misspelt is not what is meant: the database of a gateway without a store.
-    std::fs::write(gateway.folder.file("tollgate.toml"), whole.replace("[store]", "[stor]")).unwrap();
-    let said = gateway.admin_post("/reload").text();
-    assert!(said.contains("did you mean `store`") && !said.contains("sandbox"), "{said}");
     // What is inside is taken, and so are files that are new there.
     gateway.folder.write("value", "1s\n");
     gateway.folder.write("more.toml", "[limits]\nidle_timeout = \"3s\"\n");
@@ -204,6 +200,23 @@ fn a_reload_that_needs_more_says_so_and_changes_nothing() {
     let answer = gateway.admin_post("/reload");
     assert!(answer.status == 200 && answer.text().contains("server.sandbox"), "{}", answer.text());
     assert_eq!(status_of(&gateway)["sandbox"], "on", "nothing leaves it");
+}
+
+/// A gateway without a store has a database beside its configuration, which this one may not write to.
+#[test]
+fn what_stands_in_for_a_mistake_is_not_said_to_need_a_restart() {
+    let upstream = Upstream::start();
+    let gateway = Gateway::start(upstream.address, &format!("{}[log]\naccess = \"stdout\"\n", section("on")));
+    let whole = std::fs::read_to_string(gateway.folder.file("tollgate.toml")).unwrap();
+    gateway.rewrite(|text| text.replace("[store]", "[stor]"));
+    let said = gateway.admin_post("/reload").text();
+    assert!(said.contains("did you mean `store`") && !said.contains("sandbox"), "{said}");
+    // Where it is meant, it is.
+    let none = whole.replace("[store]\nkind = \"file\"\npath = \"tokens.toml\"\n", "");
+    assert_ne!(none, whole);
+    std::fs::write(gateway.folder.file("tollgate.toml"), none).unwrap();
+    let said = gateway.admin_post("/reload").text();
+    assert!(said.contains("store[0].path") && said.contains("restart tollgate"), "{said}");
 }
 
 /// As Kubernetes mounts a ConfigMap or a Secret: each file is a link into `..data`, which is a link to a folder of this version.
