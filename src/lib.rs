@@ -18,6 +18,9 @@ pub mod hex;
 // What can be wrong with a setting.
 pub mod problem;
 
+// Which files the process may touch.
+pub mod sandbox;
+
 // TLS to servers that tollgate connects to: trust and certificates.
 pub mod tls;
 

@@ -53,6 +53,7 @@ mod real_clients;
 mod regressions;
 mod reload;
 mod routes;
+mod sandbox;
 mod scopes;
 mod shared_limits;
 mod slow;

@@ -2,6 +2,7 @@
 
 use super::{AdminAccess, Operator};
 use crate::policy::GuessEpisode;
+use crate::sandbox;
 use crate::store::rfc3339;
 use crate::telemetry::heavy_hitters::{HeavyHitter, HitterKind, HitterMeasure, HitterSums};
 use crate::telemetry::history::{TrafficResults, TrafficTotals, TrafficWindow};
@@ -67,6 +68,11 @@ pub(super) fn report(operator: &Operator<'_>, series: bool) -> Value {
         "uptime_seconds": operator.now.unix_ms.saturating_sub(operator.started_unix_ms) / 1000,
         "time": time(operator.now.unix_ms),
         "pid": std::process::id(),
+        "sandbox": match sandbox::current() {
+            None => "off",
+            Some(sandbox) if sandbox.is_partial => "partial",
+            Some(_) => "on",
+        },
         "reads_only": operator.terms.access == AdminAccess::ReadOnly,
         "store": operator.pipeline.authenticator.store_names(),
         "hears_of_changes": operator.pipeline.authenticator.hears(operator.now),

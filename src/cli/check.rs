@@ -5,8 +5,13 @@ use super::Failure;
 use super::configuration::{ConfigOption, FoundConfig};
 use super::progress::Progress;
 use crate::config::{self, Diagnostic, Probe, Settings};
+use crate::edge::SandboxMode;
 use crate::request::route::{Auth, Methods, Route};
+use crate::sandbox::FileAccess;
 use crate::store::Bound;
+use anyhow::Context as _;
+use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -19,7 +24,7 @@ pub(super) struct CheckArguments {
     /// Do not use the network: resolve no names and connect to no store.
     #[arg(long)]
     offline: bool,
-    /// Print one JSON object for each problem, and nothing else.
+    /// Print one JSON object for each problem, and one with the rules of the sandbox if there is one.
     #[arg(long)]
     json: bool,
 }
@@ -41,6 +46,14 @@ pub(super) fn run(arguments: &CheckArguments) -> Result<(), Failure> {
             Err(problems) => problems,
         };
         problems.iter().map(Diagnostic::json).try_for_each(|object| say!("{object}"))?;
+        if let Ok(settings) = &loaded
+            && settings.server.sandbox != SandboxMode::Off
+        {
+            let rules = sandbox_rules(settings)?;
+            let shown: Vec<_> =
+                rules.iter().map(|(access, path, why)| json!({ "access": access, "path": path, "why": why })).collect();
+            say!("{}", json!({ "sandbox": shown }))?;
+        }
         return loaded.map(drop).map_err(|_| Failure::Reported);
     }
     let settings = loaded.map_err(|found| Failure::Usage(super::report(&found)))?;
@@ -88,7 +101,32 @@ fn said(settings: &Settings, found: &FoundConfig) -> Result<(), Failure> {
         };
         shown(format!("  {}  ({}; {how}): {}", route.name, requests(route), route.reason))?;
     }
+    if settings.server.sandbox != SandboxMode::Off {
+        say!("the sandbox allows these files, and what is in these folders:")?;
+        for (access, path, why) in sandbox_rules(settings)? {
+            shown(format!("  {access:<6}  {path}  ({why})"))?;
+        }
+    }
     Ok(())
+}
+
+/// What a gateway with these settings is held to: access, path and what needs it. Without what does not exist.
+fn sandbox_rules(settings: &Settings) -> anyhow::Result<Vec<(&'static str, String, String)>> {
+    let process = super::run::process_needs().context("the program's own file")?;
+    let mut rules: BTreeMap<(PathBuf, FileAccess), Vec<String>> = BTreeMap::new();
+    for rule in config::needs(settings, Some(&process)) {
+        let why = if rule.why.is_empty() { "the configuration" } else { &rule.why };
+        for place in rule.places().into_iter().filter(|place| place.exists()) {
+            let all = rules.entry((place, rule.access)).or_default();
+            if !all.iter().any(|known| known == why) {
+                all.push(why.to_owned());
+            }
+        }
+    }
+    let line = |((path, access), why): ((PathBuf, FileAccess), Vec<String>)| {
+        (access.as_str(), path.display().to_string(), why.join(", "))
+    };
+    Ok(rules.into_iter().map(line).collect())
 }
 
 /// Every route that can be reached without a token.

@@ -84,7 +84,16 @@ fn shown(status: &Value) -> String {
     let uptime =
         humantime::format_duration(std::time::Duration::from_secs(status["uptime_seconds"].as_u64().unwrap_or(0)));
     let state = if status["ready"] == true { "ready" } else { "draining" };
-    line(format!("tollgate {}, {state}, up {uptime}, process {}", text(&status["version"]), count(&status["pid"])));
+    let held = match status["sandbox"].as_str() {
+        Some("on") => ", in its sandbox",
+        Some("partial") => ", in its sandbox as far as the kernel can",
+        _ => "",
+    };
+    line(format!(
+        "tollgate {}, {state}, up {uptime}, process {}{held}",
+        text(&status["version"]),
+        count(&status["pid"])
+    ));
     line(format!(
         "{} requests in flight, {} connections; configuration {} loaded {}",
         count(&status["requests_in_flight"]),

@@ -13,7 +13,11 @@ const HIDDEN_ANYWHERE: usize = 4;
 
 /// What stood in for names in one configuration.
 #[derive(Clone, Default)]
-pub struct Expansions(Vec<ExpandedName>);
+pub struct Expansions {
+    names: Vec<ExpandedName>,
+    /// The files that values were to come from, with their keys: those that could not be read as well.
+    files: Vec<(String, PathBuf)>,
+}
 
 #[derive(Clone)]
 struct ExpandedName {
@@ -25,7 +29,7 @@ struct ExpandedName {
 
 impl fmt::Debug for Expansions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.0.iter().map(|expanded| &expanded.name)).finish()
+        f.debug_list().entries(self.names.iter().map(|expanded| &expanded.name)).finish()
     }
 }
 
@@ -39,16 +43,16 @@ impl Expansions {
     pub fn changes(&self, other: &Self) -> BTreeSet<String> {
         let differs = |own: &&ExpandedName| {
             let same_place = |there: &&ExpandedName| there.key == own.key && there.name == own.name;
-            other.0.iter().find(same_place).is_some_and(|there| there.value != own.value)
+            other.names.iter().find(same_place).is_some_and(|there| there.value != own.value)
         };
-        let differing = self.0.iter().filter(differs);
+        let differing = self.names.iter().filter(differs);
         differing.map(|own| own.key.split('[').next().unwrap_or_default().to_owned()).collect()
     }
 
     /// The same for what is said about a key.
     pub(super) fn hide_about(&self, key: &str, text: &str) -> String {
         let mut text = text.to_owned();
-        for ExpandedName { key: own, name, value } in &self.0 {
+        for ExpandedName { key: own, name, value } in &self.names {
             let is_own = !key.is_empty() && (own.starts_with(key) || key.starts_with(own.as_str()));
             if value.len() >= HIDDEN_ANYWHERE || is_own && !value.is_empty() {
                 text = text.replace(value.as_str(), name);
@@ -57,9 +61,13 @@ impl Expansions {
         text
     }
 
+    pub(super) fn files(&self) -> &[(String, PathBuf)] {
+        &self.files
+    }
+
     /// Longer values first: one may be a part of another.
     pub(super) fn sort(&mut self) {
-        self.0.sort_by_key(|expanded| std::cmp::Reverse(expanded.value.len()));
+        self.names.sort_by_key(|expanded| std::cmp::Reverse(expanded.value.len()));
     }
 }
 
@@ -106,18 +114,23 @@ impl ValueSource<'_> {
             let literal = "write $${ for a literal ${";
             let end = inner.find('}').ok_or_else(|| not_expanded("has a `${` without its `}`", literal))?;
             let name = &inner[..end];
-            let value = self.value(name)?;
+            let value = self.value(key, name, noted)?;
             out.push_str(&value);
-            noted.0.push(ExpandedName { key: key.into(), name: format!("${{{name}}}"), value });
+            noted.names.push(ExpandedName { key: key.into(), name: format!("${{{name}}}"), value });
             rest = &inner[end + 1..];
         }
         out.push_str(rest);
         Ok(Some(out))
     }
 
-    fn value(&self, name: &str) -> Result<Zeroizing<String>, NotExpanded> {
+    fn value(&self, key: &str, name: &str, noted: &mut Expansions) -> Result<Zeroizing<String>, NotExpanded> {
+        let mut of_file = |path: PathBuf| {
+            let value = first_line(name, &path);
+            noted.files.push((key.into(), path));
+            value
+        };
         if let Some(path) = name.strip_prefix("file:") {
-            return first_line(name, &self.folder.join(path));
+            return of_file(self.folder.join(path));
         }
         if let Some(credential) = name.strip_prefix("credential:") {
             if credential.is_empty() || credential.contains('/') || credential.starts_with('.') {
@@ -130,7 +143,7 @@ impl ValueSource<'_> {
                 let instead = "give the unit LoadCredential=, or run the command with CREDENTIALS_DIRECTORY set";
                 return Err(not_expanded(format!("${{{name}}}: systemd gave this process no credentials"), instead));
             };
-            return first_line(name, &PathBuf::from(folder).join(credential));
+            return of_file(PathBuf::from(folder).join(credential));
         }
         let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
         if name.is_empty() || !name.chars().all(is_name) || name.starts_with(|c: char| c.is_ascii_digit()) {
@@ -238,7 +251,7 @@ mod tests {
                 name: (*name).into(),
                 value: Zeroizing::new((*value).into()),
             };
-            Expansions(all.iter().map(one).collect())
+            Expansions { names: all.iter().map(one).collect(), files: Vec::new() }
         };
         let old = noted(&[("store[0].url", "${A}", "1"), ("log.access", "${B}", "2"), ("route[1].path", "${A}", "1")]);
         assert!(old.changes(&old).is_empty());
@@ -252,7 +265,7 @@ mod tests {
     fn what_stood_for_a_name_is_hidden() {
         let mut noted = Expansions::default();
         let mut note = |key: &str, name: &str, value: &str| {
-            noted.0.push(ExpandedName { key: key.into(), name: name.into(), value: Zeroizing::new(value.into()) });
+            noted.names.push(ExpandedName { key: key.into(), name: name.into(), value: Zeroizing::new(value.into()) });
         };
         note("store[0].url", "${URL}", "secret");
         note("store[0].name", "${LONG}", "secret-and-more");

@@ -36,6 +36,10 @@ section! {
         shutdown_grace: Duration = r#""25s""#,
         /// Reload when this configuration file changes, as `tollgate reload` does.
         watch: bool = "false",
+        /// Let the kernel hold tollgate to the files that it needs, with Landlock (Linux 5.13): "off", "on" (nothing is served
+        /// without) or "try" (with a warning where the kernel cannot). `tollgate check` lists the files. A configuration that
+        /// needs others takes effect with a restart: docs/security.md.
+        sandbox: SandboxWord = r#""off""#,
     }
 }
 
@@ -796,6 +800,7 @@ section! {
     }
 }
 
+words! { SandboxWord { Off = "off", Try = "try", On = "on" } }
 words! { BodyPolicy { Refuse = "refuse", Ignore = "ignore" } }
 words! { Untyped { Watch = "watch", Refuse = "refuse", OctetStream = "octet-stream" } }
 words! { Forward { Token = "token", Identity = "identity", Both = "both", None = "none" } }

@@ -6,6 +6,7 @@ mod document;
 mod example;
 mod expand;
 mod file;
+mod needs;
 mod places;
 mod probe;
 mod reference;
@@ -21,6 +22,7 @@ pub use diagnostic::{Diagnostic, Position};
 pub use document::Document;
 pub use example::example;
 pub use expand::Expansions;
+pub use needs::{ProcessNeeds, needs};
 pub use probe::Probe;
 pub use reference::{page, schema};
 pub use resolve::Settings;
@@ -28,7 +30,9 @@ pub use sources::files;
 pub use trust::distrusted;
 
 use crate::edge::Listen;
+use crate::sandbox::{self, Extent, Sandbox};
 use places::Places;
+use resolve::ReadFrom;
 use section::{Section, SectionKey, Setting as _, nearest, suggestion};
 use sources::{INCLUDE, Sources};
 use std::path::Path;
@@ -83,7 +87,11 @@ pub fn parse(text: &str, path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<
     let file = read(&root, &mut places);
     let folder = path.parent().unwrap_or(Path::new(""));
     let mut settings = resolve::resolve(&file, Document::of(sources.texts()), folder, &mut places);
+    settings.read_from = read_from(&sources, &places);
     places.surroundings = true;
+    if let Some(sandbox) = sandbox::current() {
+        say_what_is_outside(&sandbox, &settings, &mut places);
+    }
     probe::look(&settings, &file, probe, &mut places);
     if places.any_error() {
         return Err(places.into_found());
@@ -92,6 +100,28 @@ pub fn parse(text: &str, path: &Path, probe: Probe<'_>) -> Result<Settings, Vec<
     settings.warnings = places.into_found();
     settings.edge.admin.shown = shown::shown(&settings.document, path).into();
     Ok(settings)
+}
+
+fn read_from(sources: &Sources, places: &Places<'_>) -> Vec<ReadFrom> {
+    let sources = sources.needs().map(|(key, extent, path)| ReadFrom { key: key.into(), path, extent });
+    let values = places.expansions.files().iter().chain(&places.secrets);
+    let values = values.map(|(key, path)| ReadFrom { key: key.clone(), path: path.clone(), extent: Extent::Folder });
+    sources.chain(values).collect()
+}
+
+/// What a process in a sandbox was not allowed at its start.
+fn say_what_is_outside(sandbox: &Sandbox, settings: &Settings, places: &mut Places<'_>) {
+    // With other errors, defaults may stand in for what could not be read.
+    let is_known = !places.any_error();
+    for rule in needs(settings, None).iter().filter(|rule| rule.is_setting) {
+        if let Some(place) = sandbox.refuses(rule) {
+            let (path, place, doing) = (rule.path.display(), place.display(), rule.access.doing());
+            let what = format!(
+                "{path} is outside of the sandbox: this process was not allowed to {doing} {place} at its start"
+            );
+            places.needs_restart(&rule.why, what, is_known);
+        }
+    }
 }
 
 /// The address of the admin listener that a configuration says, whatever else is wrong with it.

@@ -42,6 +42,9 @@ const PLAIN: [&str; 23] = [
     "user",
 ];
 
+/// What to do about a file that the process was not allowed at its start.
+const RESTART: &str = "restart tollgate, or name one that it may use";
+
 /// All that was found wrong so far, and where everything stands.
 pub(crate) struct Places<'t> {
     sources: &'t Sources,
@@ -54,6 +57,8 @@ pub(crate) struct Places<'t> {
     /// Values that could not be expanded: what is read in their place says nothing.
     unexpanded: Vec<String>,
     pub(super) expansions: Expansions,
+    /// Files with secrets, with the keys that name them.
+    pub(super) secrets: Vec<(String, PathBuf)>,
     /// What is found from now on is not about the file, but about what it names.
     pub(super) surroundings: bool,
 }
@@ -77,6 +82,7 @@ impl<'t> Places<'t> {
             broken: BTreeSet::new(),
             unexpanded: Vec::new(),
             expansions: sources.expansions.clone(),
+            secrets: Vec::new(),
             surroundings: false,
         }
     }
@@ -296,6 +302,22 @@ impl<'t> Places<'t> {
             related: related.map(|FilePosition { file, position, .. }| (file, position)),
             surroundings,
         });
+    }
+
+    /// A key that needs what this process can only be given at its start. What else is wrong with it is an echo.
+    /// Unless `even_a_default`, only one that is in the file.
+    pub(super) fn needs_restart(&mut self, path: &str, what: String, even_a_default: bool) {
+        // A table that is there once is not numbered.
+        let alone = path.replacen("[0].", ".", 1);
+        let path = if !self.has(path) && self.has(&alone) { &alone } else { path };
+        if !even_a_default && !path.is_empty() && !self.has(path) {
+            return;
+        }
+        let own = path.split('[').next().filter(|own| *own == INCLUDE).unwrap_or(path);
+        self.found.retain(|found| found.key != own || !found.is_error() || found.instead == RESTART);
+        let place = self.place_of(path);
+        self.push(path, place, Severity::Error, what, None, RESTART.into(), None);
+        self.spoil(path);
     }
 
     pub(super) fn any_error(&self) -> bool {

@@ -7,7 +7,7 @@ use super::section::{nearest, suggestion};
 use super::{Diagnostic, Document, Expansions, File};
 use crate::edge::{
     AdminSettings, BodyRate, CertificateFiles, ConnectionLimits, EdgeSettings, Listen, ListenerSettings,
-    ListenerTlsSettings, ServerSettings, ShutdownTimes, Timeouts, TlsProfile, VerdictSettings,
+    ListenerTlsSettings, SandboxMode, ServerSettings, ShutdownTimes, Timeouts, TlsProfile, VerdictSettings,
 };
 use crate::forward::{BackendCredential, ForwardRules};
 use crate::identity::CacheSettings;
@@ -31,6 +31,7 @@ use crate::request::trace::TraceMode;
 use crate::request::verdict::{VerdictRules, VerdictSource};
 use crate::request::view::Method;
 use crate::request::{Limits, MethodOverride, Rules, Switches};
+use crate::sandbox::Extent;
 use crate::share::SharedLimitSettings;
 use crate::store::NamedStore;
 use crate::store::terms::check_plan;
@@ -77,6 +78,16 @@ pub struct Settings {
     pub document: Document,
     /// What stood in the file for something else, which people must not be shown.
     pub expansions: Expansions,
+    /// The files that all this was read from, each with its key and why.
+    pub(super) read_from: Vec<ReadFrom>,
+}
+
+/// A file, or a folder with files, that the configuration is read from.
+#[derive(Clone, Debug)]
+pub(super) struct ReadFrom {
+    pub(super) key: String,
+    pub(super) path: PathBuf,
+    pub(super) extent: Extent,
 }
 
 impl Settings {
@@ -241,6 +252,7 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         warnings: Vec::new(),
         document,
         expansions: Expansions::default(),
+        read_from: Vec::new(),
     }
 }
 
@@ -279,6 +291,11 @@ impl Gather<'_, '_> {
             metrics: file.admin.metrics_listen.as_ref().map(|address| address.0.clone()),
             threads,
             watch: file.server.watch,
+            sandbox: match file.server.sandbox {
+                file::SandboxWord::Off => SandboxMode::Off,
+                file::SandboxWord::Try => SandboxMode::Try,
+                file::SandboxWord::On => SandboxMode::On,
+            },
         };
         self.all("", server.problems());
         server

@@ -7,7 +7,7 @@ use std::path::Path;
 use toml::{Table, Value};
 
 /// Kinds of values that are a number, a word of a list, an address, a pattern or a name. Not here: URLs, headers, plain text.
-const OPEN_KINDS: [&str; 72] = [
+const OPEN_KINDS: [&str; 73] = [
     "AuthMode",
     "BalanceBy",
     "BasicUsersText",
@@ -52,6 +52,7 @@ const OPEN_KINDS: [&str; 72] = [
     "RedisChangesBy",
     "RedisTopology",
     "RoutePattern",
+    "SandboxWord",
     "ScopePreset",
     "SharedStore",
     "StoreKind",

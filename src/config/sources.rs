@@ -5,6 +5,7 @@ use super::expand::{Expansions, NotExpanded, ValueSource};
 use super::places::{Places, join};
 use super::{text_file, trust};
 use crate::problem::Severity;
+use crate::sandbox::Extent;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,8 @@ pub(super) struct Sources {
     problems: Vec<IncludeProblem>,
     /// Of the patterns.
     pub(super) expansions: Expansions,
+    /// The patterns themselves.
+    patterns: Vec<PathBuf>,
 }
 
 pub(super) struct SourceFile {
@@ -40,11 +43,9 @@ struct IncludeProblem {
 impl Sources {
     /// With the files that the text includes, read now.
     pub(super) fn read(text: &str, path: &Path) -> Self {
-        let mut sources =
-            Self { text: String::new(), files: Vec::new(), problems: Vec::new(), expansions: Expansions::default() };
+        let Included { files, problems, patterns, expansions } = included(text, path);
+        let mut sources = Self { text: String::new(), files: Vec::new(), problems, expansions, patterns };
         sources.add(path.into(), text);
-        let (files, problems) = included(text, path, &mut sources.expansions);
-        sources.problems = problems;
         for (element, file) in files {
             let mut wrong = |what: String, instead: &str| {
                 let (severity, instead) = (Severity::Error, instead.to_owned());
@@ -69,6 +70,19 @@ impl Sources {
         self.files.push(SourceFile { path, range: start..self.text.len() });
         // The next file begins on a line of its own.
         self.text.push('\n');
+    }
+
+    /// The file that was named, those that it includes, and the folders in which others are looked for.
+    pub(super) fn needs(&self) -> impl Iterator<Item = (&'static str, Extent, PathBuf)> {
+        let files = self.files.iter().enumerate();
+        let files =
+            files.map(|(index, file)| (if index == 0 { "" } else { INCLUDE }, Extent::Folder, file.path.clone()));
+        let patterns = self.patterns.iter().map(|pattern| {
+            let plain: PathBuf = pattern.iter().take_while(|part| !has_wildcard(&part.to_string_lossy())).collect();
+            let extent = if plain == *pattern { Extent::Folder } else { Extent::Itself };
+            (INCLUDE, extent, plain)
+        });
+        files.chain(patterns)
     }
 
     /// The text of each file.
@@ -141,14 +155,24 @@ pub fn files(path: &Path) -> Vec<PathBuf> {
     if let Ok(text) = text_file::read(path, text_file::CONFIGURATION)
         && text.contains(INCLUDE)
     {
-        files.extend(included(&text, path, &mut Expansions::default()).0.into_iter().map(|(_, file)| file));
+        files.extend(included(&text, path).files.into_iter().map(|(_, file)| file));
     }
     files
 }
 
-/// The files that a text includes, each with the number of its pattern, in their order.
-fn included(text: &str, path: &Path, noted: &mut Expansions) -> (Vec<(usize, PathBuf)>, Vec<IncludeProblem>) {
-    let (mut files, mut problems): (Vec<(usize, PathBuf)>, _) = (Vec::new(), Vec::new());
+#[derive(Default)]
+struct Included {
+    /// Each with the number of its pattern, in their order.
+    files: Vec<(usize, PathBuf)>,
+    problems: Vec<IncludeProblem>,
+    patterns: Vec<PathBuf>,
+    /// Of the patterns.
+    expansions: Expansions,
+}
+
+/// The files that a text includes.
+fn included(text: &str, path: &Path) -> Included {
+    let Included { mut files, mut problems, patterns: mut patterns_seen, mut expansions } = Included::default();
     let (root, _) = DeTable::parse_recoverable(text);
     let patterns = root.get_ref().get(INCLUDE).and_then(|value| value.get_ref().as_array());
     let folder = path.parent().unwrap_or(Path::new(""));
@@ -157,8 +181,9 @@ fn included(text: &str, path: &Path, noted: &mut Expansions) -> (Vec<(usize, Pat
         // One that is not a string, or cannot be expanded, is reported with the other values.
         let Some(pattern) = value.get_ref().as_str() else { continue };
         let source = ValueSource { folder, variable: &|name| std::env::var_os(name) };
-        let Ok(expanded) = source.expand(INCLUDE, pattern, noted) else { continue };
+        let Ok(expanded) = source.expand(INCLUDE, pattern, &mut expansions) else { continue };
         let pattern = expanded.as_ref().map_or(pattern, |text| text.as_str());
+        patterns_seen.push(folder.join(pattern));
         let mut wrong = |severity, what: String, instead: &str| {
             problems.push(IncludeProblem { element, severity, what, instead: instead.into() });
         };
@@ -185,12 +210,12 @@ fn included(text: &str, path: &Path, noted: &mut Expansions) -> (Vec<(usize, Pat
             }
             if files.len() == MOST_FILES {
                 wrong(Severity::Error, format!("matches more than {MOST_FILES} files"), "write a narrower pattern");
-                return (files, problems);
+                return Included { files, problems, patterns: patterns_seen, expansions };
             }
             files.push((element, file));
         }
     }
-    (files, problems)
+    Included { files, problems, patterns: patterns_seen, expansions }
 }
 
 fn has_wildcard(pattern: &str) -> bool {

@@ -260,7 +260,9 @@ impl Gather<'_, '_> {
         if path.is_empty() {
             return None;
         }
-        match text_file::read(&at.folder.join(path), text_file::SECRET) {
+        let path = at.folder.join(path);
+        self.places.secrets.push((format!("{}.{key}", at.section), path.clone()));
+        match text_file::read(&path, text_file::SECRET) {
             Ok(text) if !text.lines().next().unwrap_or_default().is_empty() => {
                 Some(Secret::new(text.lines().next().unwrap_or_default()))
             }

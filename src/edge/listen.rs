@@ -30,6 +30,17 @@ pub struct ServerSettings {
     pub threads: usize,
     /// Reload when the configuration file changes.
     pub watch: bool,
+    /// Hold the process to the files that it needs.
+    pub sandbox: SandboxMode,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SandboxMode {
+    Off,
+    /// Where the kernel can, else with a warning.
+    Try,
+    /// Nothing is served without.
+    On,
 }
 
 /// A listener for the API.
@@ -160,7 +171,11 @@ impl Listen {
 impl ServerSettings {
     /// The keys whose values differ, and take effect with a restart only.
     pub fn changes(&self, other: &Self) -> Vec<&'static str> {
-        let all = [("server.threads", self.threads != other.threads), ("server.watch", self.watch != other.watch)];
+        let all = [
+            ("server.threads", self.threads != other.threads),
+            ("server.watch", self.watch != other.watch),
+            ("server.sandbox", self.sandbox != other.sandbox),
+        ];
         all.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
     }
 }

@@ -43,14 +43,14 @@ mod workers;
 pub use crate::clock::now;
 pub use crowd::ConnectionLimits;
 pub use file_watch::ListFiles;
-pub use listen::{AddressInUse, Listen, ListenerSettings, ServerSettings, VerdictSettings};
+pub use listen::{AddressInUse, Listen, ListenerSettings, SandboxMode, ServerSettings, VerdictSettings};
 pub use listening::PassedSockets;
 pub use log_levels::FRAMEWORK_LOG_LEVELS;
 pub use patience::BodyRate;
 pub use peers::unresolved;
 pub use server::{Rebuild, Rebuilt, Running, ServeError, serve};
 pub use tls::{CertificateFiles, ListenerTlsSettings, TlsProfile};
-pub use upgrade::{Predecessor, Successors};
+pub use upgrade::{Predecessor, Successors, program};
 
 use crate::admin::{AdminAccess, ShownConfig};
 use crate::clock::Now;

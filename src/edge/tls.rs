@@ -70,7 +70,7 @@ impl ListenerTlsSettings {
         }
     }
 
-    pub(super) fn files(&self) -> impl Iterator<Item = &PemFile> {
+    pub fn files(&self) -> impl Iterator<Item = &PemFile> {
         self.certificates.iter().flat_map(|files| [&files.chain, &files.key]).chain(&self.client_ca)
     }
 

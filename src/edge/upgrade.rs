@@ -6,6 +6,7 @@
 //! so there is no path, mode or user to get wrong.
 
 use super::listening::{ListenPlace, ListeningSocket};
+use crate::sandbox;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
@@ -99,6 +100,15 @@ pub struct Successors {
     arguments: Vec<OsString>,
 }
 
+/// The file that this process was started from, and an upgrade starts.
+pub fn program() -> io::Result<PathBuf> {
+    match std::env::args_os().next().map(PathBuf::from) {
+        // Not what a symbolic link leads to: it may lead to another version by then.
+        Some(path) if path.components().count() > 1 => std::path::absolute(path),
+        _ => std::env::current_exe(),
+    }
+}
+
 /// A process that accepts connections in place of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Successor {
@@ -108,13 +118,7 @@ pub(super) struct Successor {
 impl Successors {
     /// Called at the start: an upgrade puts another file at the path, and the working folder may change.
     pub fn of_this_process() -> io::Result<Self> {
-        let mut arguments = std::env::args_os();
-        let program = match arguments.next().map(PathBuf::from) {
-            // Not what a symbolic link leads to: it may lead to another version by then.
-            Some(path) if path.components().count() > 1 => std::path::absolute(path)?,
-            _ => std::env::current_exe()?,
-        };
-        Ok(Self { program, arguments: arguments.collect() })
+        Ok(Self { program: program()?, arguments: std::env::args_os().skip(1).collect() })
     }
 
     /// Starts a process that takes over the sockets. Returns when it accepts connections, or when it never will: then it has
@@ -129,7 +133,21 @@ impl Successors {
         ["WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"].iter().for_each(|name| {
             command.env_remove(name);
         });
-        let child = command.spawn().map_err(|error| format!("{program} cannot be started: {error}"))?;
+        match sandbox::to_pass_on() {
+            (name, Some(value)) => command.env(name, value),
+            (name, None) => command.env_remove(name),
+        };
+        let child = command.spawn().map_err(|error| match sandbox::current() {
+            Some(sandbox) if error.kind() == ErrorKind::PermissionDenied => {
+                let folders: Vec<_> = sandbox.programs().map(|folder| folder.display().to_string()).collect();
+                let folders = folders.join(", ");
+                format!(
+                    "{program} cannot be started: {error}; the sandbox that this process is in was allowed to start programs in \
+                     {folders}: if it is elsewhere by now, restart tollgate"
+                )
+            }
+            _ => format!("{program} cannot be started: {error}"),
+        })?;
         // It held the other end.
         drop(command);
         let pid = child.id();

@@ -309,6 +309,9 @@ impl Metrics {
         )?;
         let build = families.gauges("tollgate_build_info", "1, with the version as label.", &["version"])?;
         build.with_label_values(&[version]).set(1);
+        // It is entered before there are metrics, and never left.
+        let sandboxed = "1 if the kernel holds this process to the files that it needs: [server] sandbox.";
+        families.gauge("tollgate_sandboxed", sandboxed)?.set(i64::from(crate::sandbox::current().is_some()));
 
         Ok(Self {
             duration: families.histograms(

@@ -127,6 +127,7 @@ fn open_existing(path: &Path) -> Result<Connection, DatabaseError> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let db = Connection::open_with_flags(path, flags)?;
         db.busy_timeout(BUSY_TIMEOUT)?;
+        no_temporary_files(&db)?;
         // What a gateway writes, last uses and signs of life, may be lost with the power.
         db.pragma_update(None, "synchronous", "normal")?;
         match db.pragma_query_value(None, "user_version", |row| row.get(0))? {
@@ -181,8 +182,14 @@ enum Unusable {
     Thread(std::io::Error),
 }
 
+/// What does not fit into a page cache stays in memory: there may be no folder for anything else.
+fn no_temporary_files(db: &Connection) -> rusqlite::Result<()> {
+    db.pragma_update(None, "temp_store", "memory")
+}
+
 fn prepare(db: &mut Connection) -> Result<(), Unusable> {
     db.busy_timeout(BUSY_TIMEOUT)?;
+    no_temporary_files(db)?;
     db.pragma_update(None, "journal_mode", "wal")?;
     // A revocation that was reported as done must survive a power cut.
     db.pragma_update(None, "synchronous", "full")?;
@@ -474,4 +481,35 @@ fn gone(db: &mut Connection, replica: &Replica) -> rusqlite::Result<()> {
 fn last_seq(db: &Connection) -> rusqlite::Result<i64> {
     let seq = db.query_row("SELECT seq FROM sqlite_sequence WHERE name = 'change'", [], |row| row.get(0)).optional()?;
     Ok(seq.unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use landlock::{
+        ABI, Access as _, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr as _, RulesetCreatedAttr as _,
+    };
+
+    /// In a sandbox, and in a container whose root cannot be written to, there is no place for one.
+    #[test]
+    fn a_long_list_of_changes_needs_no_temporary_file() {
+        const CHANGES: usize = MOST_TOLD - 1;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.db");
+        let db = open(&path).unwrap();
+        let many = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n WHERE i < ?1)
+                    INSERT INTO change (digest) SELECT randomblob(32) FROM n";
+        db.execute(many, [i64::try_from(CHANGES).unwrap()]).unwrap();
+        drop(db);
+        // Landlock holds for the thread that enters.
+        let told = std::thread::spawn(move || {
+            let all = AccessFs::from_all(ABI::V5);
+            let ruleset = Ruleset::default().handle_access(all).unwrap().create().unwrap();
+            let own = PathBeneath::new(PathFd::new(folder.path()).unwrap(), all);
+            ruleset.add_rule(own).unwrap().restrict_self().unwrap();
+            let mut db = open_existing(&path).unwrap();
+            changed_since(&mut db, "0").map(|digests| digests.map(|digests| digests.len()))
+        });
+        assert_eq!(told.join().unwrap().unwrap(), Some(CHANGES));
+    }
 }
