@@ -599,7 +599,10 @@ impl<'v> Telling<'_, 'v> {
             notes.push(format!("{why}, and the store was not asked: below is what each answer of it would mean"));
         }
         if !self.world.running {
-            notes.push("without a running gateway: nobody has used anything of a limit yet, and no server is known to be down".into());
+            notes.push(
+                "without a running gateway: nobody has used anything of a limit yet, and no server is known to be down"
+                    .into(),
+            );
         }
         if !judged.body_ends {
             notes.push(format!("the body is not whole: {} bytes of it are there", judged.body_bytes));

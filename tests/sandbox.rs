@@ -490,10 +490,7 @@ fn who_opens_files_is_known() {
     assert_eq!(
         files,
         [
-            "config/expand.rs",
-            "config/mod.rs",
-            "config/sources.rs",
-            "config/stores.rs",
+            "config/text_file.rs",
             "edge/listening.rs",
             "edge/upgrade.rs",
             "identity/cache_file.rs",
