@@ -15,13 +15,13 @@ test:
 	cargo build --locked
 	$(MAKE) --jobs 2 --output-sync=target guard-run tests-build
 	cargo test --locked --test main -- $(ALONE) --test-threads 1
-	mkdir -p target && rm -f target/fuzz-short.status
+	mkdir -p target && rm -f target/*.status
 	(nice -n 10 $(MAKE) fuzz-short >target/fuzz-short.log 2>&1; echo $$? >target/fuzz-short.status) & \
 	  (cargo test --locked --test main -- $(ALONE:%=--skip %) --test-threads 3 2>&1; echo $$? >target/tests.status) | tee target/tests.log; \
-	  wait; tail -n 25 target/fuzz-short.log; tests=$$(cat target/tests.status); \
+	  cargo test --locked --lib $(UNOPTIMISED) >target/unit.log 2>&1; unit=$$?; wait; \
+	  tests=$$(cat target/tests.status); fuzz=$$(cat target/fuzz-short.status); tail -n 25 target/fuzz-short.log; \
 	  [ $$tests -eq 0 ] || grep -A 4 "panicked at" target/tests.log | cut -c 1-500 | tail -n 40; \
-	  [ $$tests -eq 0 ] && [ "$$(cat target/fuzz-short.status)" = 0 ]
-	cargo test --locked --lib $(UNOPTIMISED)
+	  cat target/unit.log; [ $$tests -eq 0 ] && [ $$unit -eq 0 ] && [ $$fuzz -eq 0 ]
 
 tests-build:
 	cargo test --locked --test main --no-run

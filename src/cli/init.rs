@@ -416,6 +416,11 @@ fn next_steps(choices: &Choices, output: &Path) -> Result<(), Failure> {
         None => (String::new(), choices.listen.as_str()),
     };
     say!("  curl {trust}{socket}-i -H \"PRIVATE-TOKEN: {token}\" {scheme}://{host}{prefix}{path}")?;
+    if choices.store != StoreChoice::Introspection {
+        say!(
+            "\nThe backend gets no token. A 401 with a valid one is the backend's own: it must act for the user in X-Tollgate-User."
+        )?;
+    }
     Ok(())
 }
 

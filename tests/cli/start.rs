@@ -441,6 +441,13 @@ fn init_writes_what_check_passes_and_replaces_nothing() {
         for part in parts {
             assert!(text.contains(part), "{arguments:?}: {part}\n{text}");
         }
+        // A backend that gets no token answers 401 itself until it knows of the user: people are told.
+        assert_eq!(
+            stdout(&made).contains("X-Tollgate-User"),
+            text.contains("forward = \"identity\""),
+            "{}",
+            all(&made)
+        );
         // Not again, and again with --force.
         let again = run_in(&folder, &[], &["init", "--backend", "http://127.0.0.1:2"]);
         assert_eq!(again.status.code(), Some(1), "{}", all(&again));

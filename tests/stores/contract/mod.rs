@@ -20,7 +20,7 @@ use tollgate::store::{AdminError, Change, Event, Imported, Named, StoreError, To
 use tollgate::telemetry::metrics::CacheResult;
 
 /// A gateway's timeout for a lookup: long enough that a machine which is busy with other tests is no outage.
-const TIMEOUT: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a change notification may take while all other tests run on the same cores. The documented bound of one second
 /// is tested by `tests/stores/revocation.rs`, and by the median here.
 const LAG: Duration = Duration::from_secs(3);
