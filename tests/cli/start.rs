@@ -523,7 +523,7 @@ fn init_keeps_secrets_and_what_is_there_and_says_what_is_taken() {
     let run = if is_root() { "\n  tollgate run -c ./tollgate.toml &\n" } else { "\n  tollgate run &\n" };
     assert!(stdout(&made).contains(run), "{}", all(&made));
     let curl = "  curl --unix-socket /tmp/api.sock -i -H \"PRIVATE-TOKEN: $TOKEN\" http://localhost/api/v3/\n";
-    assert!(stdout(&made).ends_with(curl), "{}", all(&made));
+    assert!(stdout(&made).contains(curl), "{}", all(&made));
 
     // Tokens that are there stay, and so does half of a certificate.
     let folder = Folder::new("init");
