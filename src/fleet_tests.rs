@@ -283,7 +283,8 @@ impl Fleet {
 
     fn of(plan: Plan) -> Self {
         let seed = plan.seed;
-        // The jitter of lifetimes and pauses, and what makes room in the cache.
+        // The jitter of lifetimes and pauses, and what makes room in the cache. What all fleets share is made before it.
+        metrics();
         fastrand::seed(seed);
         let mut random = fastrand::Rng::with_seed(seed);
         let tokens = (0..TOKENS).map(|place| (digest_of(place), random.u8(0..3) > 0 || plan.all_valid)).collect();
@@ -429,7 +430,10 @@ impl Fleet {
                 self.replicas[replica].frozen_until = now + time;
             } else if dice < cut + freeze + restart {
                 self.replicas[replica].down_until = now + random.u64(0..2_000);
+                let told = self.outcomes.lock().len();
                 end_process(&mut self.replicas[replica]);
+                // The runtime drops its tasks by their numbers, and those count the tasks of all tests in this process.
+                self.outcomes.lock()[told..].sort_by_key(|outcome| (outcome.asked, outcome.token));
             } else if dice < cut + freeze + restart + 20
                 && let Some((_, parts, _)) = &self.replicas[replica].process
             {
@@ -939,18 +943,19 @@ fn many_seeds_keep_the_promises() {
 
 #[test]
 fn a_seed_does_the_same_again() {
+    // One with a guard against guessing, one with an end of a process, one with twenty gateways.
+    let seeds = [1, 3, 7, 24];
     let mut traces = std::collections::BTreeSet::new();
-    for seed in [1, 3, 7] {
-        // Beside other tests on a busy machine, one run of some fifteen differed, for a reason that is not known yet.
-        let same = (0..3).find_map(|_| {
-            let (first, second) = (Fleet::new(seed).run(), Fleet::new(seed).run());
-            let is_same =
-                (first.trace, first.requests, first.lookups) == (second.trace, second.requests, second.lookups);
-            is_same.then_some(first.trace)
-        });
-        traces.insert(same.unwrap_or_else(|| panic!("seed {seed} is not the same in three tries")));
+    for seed in seeds {
+        let (first, second) = (Fleet::new(seed).run(), Fleet::new(seed).run());
+        assert_eq!(
+            (first.trace, first.requests, first.lookups),
+            (second.trace, second.requests, second.lookups),
+            "seed {seed} is not the same again"
+        );
+        traces.insert(first.trace);
     }
-    assert_eq!(traces.len(), 3);
+    assert_eq!(traces.len(), seeds.len());
 }
 
 /// Gateways whose callers go on while the store is away for five seconds, and then comes back. One lookup for each token

@@ -537,6 +537,7 @@ async fn keep_up<S: Subscription>(
             }
         };
         tokio::select! {
+            biased;
             () = due => match subscription.upkeep().await {
                 Ok(None) => {}
                 Ok(Some(coverage)) => {
