@@ -502,4 +502,40 @@ mod tests {
         // Not in use, above the least, or with nowhere to go.
         assert!(!pinned(2, 100, 2.0, 1) && !pinned(2, 100, 3.0, 5) && !pinned(2, 2, 2.0, 5));
     }
+
+    /// How long until the next probe, and whether this one goes on.
+    fn probed(course: &Course, limit: u32, middle: f64) -> (u64, Option<u32>) {
+        let bounds = AdaptiveBounds { least: 2, most: 100 };
+        let mut course = Course { probe: None, ..*course };
+        let goes_on = course.probed(bounds, LatencyProbe { limit, before: None }, middle, 0);
+        (course.next_probe, goes_on.map(|probe| probe.limit))
+    }
+
+    #[test]
+    fn a_probe_ends_at_the_least() {
+        let limit = AdaptiveLimit::new(Instant::now());
+        let course = limit.course.lock();
+        assert_eq!(probed(&course, 7, 1_000.0).1, Some(3));
+        assert_eq!(probed(&course, 3, 1_000.0).1, Some(2));
+        assert_eq!(probed(&course, 2, 1_000.0).1, None);
+    }
+
+    #[test]
+    fn the_next_probe_comes_soon_only_if_this_one_has_changed_something() {
+        let limit = AdaptiveLimit::new(Instant::now());
+        let mut course = limit.course.lock();
+        (course.unloaded, course.is_sure) = (Some(1_000.0), true);
+        // Up to a quarter longer or shorter.
+        let is = |(next, _): (u64, Option<u32>), about: u64| (about * 3 / 4..=about * 5 / 4).contains(&next);
+        for (middle, about) in [
+            (1_000.0, PROBE_LATER),
+            (TOLERANCE * 1_000.0, PROBE_LATER),
+            (TOLERANCE * 1_000.0 + 1.0, PROBE_SOON),
+            (1_000.0 / TOLERANCE - 1.0, PROBE_SOON),
+        ] {
+            assert!(is(probed(&course, 2, middle), about), "{middle}");
+        }
+        course.is_sure = false;
+        assert!(is(probed(&course, 2, 1_000.0), PROBE_SOON));
+    }
 }
