@@ -8,6 +8,7 @@ use tollgate::clock::Now;
 use tollgate::forward::Http1Head;
 use tollgate::identity::Mode;
 use tollgate::pipeline::{Admission, Pipeline, Verdict};
+use tollgate::policy::{LimitStage, LimitSubject};
 use tollgate::request::body::{BodyHead, BodyRules, BodyScanner, KeySet, UntypedBody};
 use tollgate::request::origin::{Arrival, Origin, TrustedProxies};
 use tollgate::request::view::{Method, RequestView};
@@ -45,8 +46,12 @@ fn bad_request() -> Vec<u8> {
     String::from_utf8(header_request()).unwrap().replace(GOOD, "bad-token-999999999999").into_bytes()
 }
 
-/// A pipeline with a file store, with the good and the bad token in its cache.
 fn pipeline() -> &'static Pipeline {
+    pipeline_with("")
+}
+
+/// A pipeline with a file store, with the good and the bad token in its cache.
+fn pipeline_with(more: &str) -> &'static Pipeline {
     let folder = std::env::temp_dir().join(format!("tollgate-micro-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let digest = Digest::of(GOOD.as_bytes()).to_hex();
@@ -54,7 +59,8 @@ fn pipeline() -> &'static Pipeline {
         .unwrap();
     let text = "[store]\nkind = \"file\"\npath = \"tokens.toml\"\n[cache]\npositive_ttl = \"1day\"\nnegative_ttl = \"1day\"\n\
                 [log]\naccess = \"off\"\n[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:9\"]\n";
-    let settings = config::parse(text, &folder.join("tollgate.toml"), config::Probe::Settings).unwrap();
+    let settings =
+        config::parse(&format!("{text}{more}"), &folder.join("tollgate.toml"), config::Probe::Settings).unwrap();
     let running = tollgate::assembly::assemble(settings, None).unwrap();
     let pipeline: &'static Pipeline = &Box::leak(Box::new(running.snapshot)).pipeline;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -140,6 +146,36 @@ fn verdict_on_a_query_token_and_clamp(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn verdict_on_a_bad_token(bencher: Bencher<'_, '_>) {
     verdict(bencher, bad_request().leak());
+}
+
+/// What limits that refuse nothing cost a request, each with a key of its own; the first two rows of `make bench-micro` say what
+/// instructions that is under callgrind (benches/README.md).
+#[divan::bench(args = ["token", "user", "address", "token, concurrency", "token user address"])]
+fn take_from_limits(bencher: Bencher<'_, '_>, keys: &str) {
+    let (keys, more) = keys.split_once(',').map_or((keys, ""), |(keys, _)| (keys, "concurrency = 1000\n"));
+    let limit =
+        |key| format!("[[limit]]\nname = \"{key}\"\nkey = [\"{key}\"]\nrate = \"1000000/s\"\nburst = 1000000\n{more}");
+    let pipeline = pipeline_with(&keys.split(' ').map(limit).collect::<String>());
+    let bytes = header_request();
+    let view = head::parse(&bytes).unwrap();
+    let Admission::Decided(_, facts) = pipeline.admit(&view, &origin(&view), now(), Mode::Serve) else {
+        panic!("it must be known")
+    };
+    let subject = LimitSubject {
+        route: 0,
+        route_name: "/api/v3/*",
+        method: Method::Get,
+        client: facts.client,
+        token: facts.token.as_ref(),
+        principal: facts.principal.as_deref(),
+        headers: &[],
+    };
+    // As much flows in as is taken.
+    let mut now = now();
+    bencher.bench_local(|| {
+        now.mono_ms += 1;
+        pipeline.limits.take(black_box(&subject), LimitStage::Both, now).is_ok()
+    });
 }
 
 /// From raw bytes to the bytes for the upstream: strip, clamp, one credential, X-Forwarded-*.

@@ -53,12 +53,16 @@ fn snapshot(
     // Every process, and every RandomState, has keys of its own.
     let seed = || RandomState::new().hash_one(0);
     let limits = RequestLimits::new(&settings.limits, settings.limit_fields, &settings.rules.routes, before, seed);
-    let limits = match (&settings.shared_limits, engine) {
-        (Some(share), Some(engine)) => limits.sharing(&engine, |limit| share.seed(limit)),
-        _ => limits,
-    };
     let watching = running.map(|running| &running.pipeline.guessing);
     let guessing = GuessGuard::new(settings.guessing.as_ref(), watching, seed);
+    let (limits, guessing) = match (&settings.shared_limits, engine) {
+        (Some(share), Some(engine)) => {
+            engine.keep_at_most(limits.shared_keys() + guessing.shared_keys());
+            let seed = |name: &str| share.seed(name);
+            (limits.sharing(&engine, seed), guessing.sharing(&engine, seed))
+        }
+        _ => (limits, guessing),
+    };
     if let Some(before) = before {
         say_what_limits_keep(&limits, before);
     }

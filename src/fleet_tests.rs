@@ -706,6 +706,7 @@ fn guess_settings() -> GuessSettings {
         lookups: 5,
         wait: Duration::from_secs(1),
         allow: AddressList { networks: Vec::new(), unix_peers: false },
+        shared: false,
     }
 }
 

@@ -31,12 +31,19 @@ fn listed(gateway: &Gateway) -> serde_json::Value {
     serde_json::from_str(&gateway.admin_get("/guessing").unwrap().text()).unwrap()
 }
 
+/// Whether the gateway has noticed that an address guesses. IPv6 addresses are listed by their network.
+fn guesses(gateway: &Gateway, from: &str) -> bool {
+    let network = |from: &str| from.rsplit_once("::").map_or(from.to_owned(), |(network, _)| format!("{network}::/64"));
+    let list = listed(gateway);
+    list["clients"].as_array().unwrap().iter().any(|client| client["client"] == network(from).as_str())
+}
+
 /// Sends different tokens, one after the other, until the gateway has noticed.
 fn guess_until_noticed(gateway: &Gateway, from: &str) {
     let mut client = gateway.client();
     for guess in 0..100_000 {
         client.send_head(&head(from, &format!("guess-{guess}")));
-        if client.answer().status == 429 || listed(gateway)["addresses"] == 1 {
+        if client.answer().status == 429 || guesses(gateway, from) {
             return;
         }
     }
@@ -86,6 +93,44 @@ fn beyond_the_budget_unknown_tokens_get_429_and_cached_ones_pass() {
     assert_eq!(listed(&gateway)["addresses"], 0);
     assert!((0..5).all(|n| ask(&gateway, office, &format!("again-{n}")).status == 401));
     assert_eq!(gateway.process_log().matches("client 192.0.2.1 may send failed tokens again").count(), 1);
+}
+
+#[test]
+fn the_command_line_lists_who_guesses_and_lifts_it() {
+    let upstream = Upstream::start();
+    let says = |gateway: &Gateway, arguments: &[&str]| {
+        let admin = gateway.admin.to_string();
+        let output = tollgate().arg("guessing").args(arguments).args(["--admin", &admin]).output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    };
+    let unwatched = Gateway::start(upstream.address, BEHIND_PROXY);
+    assert!(says(&unwatched, &["list"]).1.contains("no [guessing] in the configuration"));
+
+    let guessing = "[guessing]\nfailures = 10\nper = \"1h\"\npause = \"1h\"\nlongest_pause = \"1h\"\nwait = \"0s\"\n";
+    let gateway = Gateway::start(upstream.address, &format!("{BEHIND_PROXY}{guessing}"));
+    assert_eq!(says(&gateway, &["list"]), (0, "no address guesses tokens at the moment\n".into(), String::new()));
+    guess_until_noticed(&gateway, "192.0.2.7");
+    guess_until_noticed(&gateway, "2001:db8:1:2::5");
+    eventually("both are listed", || listed(&gateway)["addresses"] == 2);
+    let (code, text, _) = says(&gateway, &["list"]);
+    assert!(code == 0 && text.contains("  192.0.2.7 ") && text.contains("  2001:db8:1:2::/64 "), "{text}");
+    let list: serde_json::Value = serde_json::from_str(&says(&gateway, &["list", "--json"]).1).unwrap();
+    assert_eq!((&list["addresses"], &list["watching"]), (&2.into(), &true.into()));
+
+    // An address that is not there, as after a slip of the finger, is no success.
+    let (code, out, error) = says(&gateway, &["lift", "192.0.2.8"]);
+    assert!(code == 1 && out.is_empty() && error.contains("192.0.2.8 does not guess at the moment"), "{error}");
+    for wrong in [&["lift"][..], &["lift", "office"], &["lift", "192.0.2.7", "--all"]] {
+        assert_eq!(says(&gateway, wrong).0, 64, "{wrong:?}");
+    }
+    assert_eq!(listed(&gateway)["addresses"], 2);
+    let lifted = says(&gateway, &["lift", "2001:db8:1:2::9"]);
+    assert_eq!(lifted, (0, "2001:db8:1:2::9 may send failed tokens again\n".into(), String::new()));
+    assert_eq!(listed(&gateway)["clients"][0]["client"], "192.0.2.7");
+    assert_eq!(says(&gateway, &["lift", "--all"]).1, "1 address may send failed tokens again\n");
+    assert_eq!(says(&gateway, &["lift", "--all"]).1, "no address guesses tokens at the moment\n");
+    assert_eq!(ask(&gateway, "192.0.2.7", "one-more").status, 401);
 }
 
 #[test]

@@ -281,21 +281,18 @@ fn modest(gateway: &Gateway, tokens: &[String], begin: Instant, time: Duration) 
     all.into_inner().unwrap()
 }
 
-/// One who asks fifty times as much as each of ten others, who are refused nothing and do not wait for its queue. What they wait for
-/// longer is the server's own queue, which the limit lets grow a little to see what the server can do: docs/operations.md has the
-/// figure, and that it is more than the 1.5 times that were wanted.
-#[test]
-fn one_busy_caller_beside_ten_before_an_adaptive_limit() {
+/// One who asks fifty times as much as each of ten others, who are refused nothing and wait at most so many times as long.
+fn one_busy_caller_beside_ten(max_requests: &str, most: f32) {
     let tokens: Vec<String> = (0..11).map(|number| format!("good-token-{number:04}")).collect();
     let (busy, others) = tokens.split_first().unwrap();
     let (warm, time) = (Duration::from_secs(2), Duration::from_secs(seconds().max(3)));
-    println!("| busy caller | p50 of the others | p99 | refused |\n|---|---|---|---|");
+    println!("| `max_requests` | busy caller | p50 of the others | p99 | refused |\n|---|---|---|---|---|");
     let mut tries = 0;
     loop {
         let stalls = Stalls::watch();
         let measured = [0.0, 200.0].map(|rate| {
             let server = server();
-            let gateway = gateway(&server, "\"adaptive\"", &tokens);
+            let gateway = gateway(&server, max_requests, &tokens);
             let begin = Instant::now();
             let all = std::thread::scope(|scope| {
                 if rate > 0.0 {
@@ -305,7 +302,7 @@ fn one_busy_caller_beside_ten_before_an_adaptive_limit() {
             });
             let outcome = Outcome::of(&all, begin + warm, time);
             println!(
-                "| {rate} a second | {:.0} ms | {:.0} ms | {:.1} % |",
+                "| {max_requests} | {rate} a second | {:.0} ms | {:.0} ms | {:.1} % |",
                 outcome.p50.as_secs_f64() * 1e3,
                 outcome.p99.as_secs_f64() * 1e3,
                 outcome.refused * 100.0
@@ -313,13 +310,26 @@ fn one_busy_caller_beside_ten_before_an_adaptive_limit() {
             outcome
         });
         let [alone, beside] = &measured;
-        let holds = beside.refused == 0.0 && beside.gave_up == 0.0 && beside.p99 <= alone.p99.mul_f32(2.5);
+        let holds = beside.refused == 0.0 && beside.gave_up == 0.0 && beside.p99 <= alone.p99.mul_f32(most);
         tries += 1;
         if holds || stalls.so_far() < Duration::from_millis(10) || tries == 4 {
             assert!(holds, "{measured:?}, stalled for {:?}", stalls.so_far());
             return;
         }
     }
+}
+
+/// With as many as the server works on at once, all that others wait for is the next one that it has done.
+#[test]
+fn one_busy_caller_beside_ten_before_a_limit_that_fits() {
+    one_busy_caller_beside_ten("8", 1.5);
+}
+
+/// What they wait for longer is the server's own queue, which this limit lets grow a little to see what the server can do:
+/// docs/operations.md has the figure, and that it is more than the 1.5 times that were wanted.
+#[test]
+fn one_busy_caller_beside_ten_before_an_adaptive_limit() {
+    one_busy_caller_beside_ten("\"adaptive\"", 2.5);
 }
 
 const LIMIT: &str = "tollgate_upstream_server_limit";

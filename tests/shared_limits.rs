@@ -273,6 +273,40 @@ fn gateways_count_together() {
     }
 }
 
+/// Sends so many tokens that nobody has, until the gateway holds the address for one that guesses: how many it took.
+fn guesses_until_noticed(gateway: &Gateway, name: &str, most: usize) -> usize {
+    let mut client = gateway.client();
+    for guess in 0..most {
+        client.send_head(&get(&format!("{name}-{guess:08}"), TARGET));
+        assert_eq!(client.answer().status, 401, "{name}");
+        if gateway.metric("tollgate_guessing_episodes_total") > 0.0 {
+            return guess + 1;
+        }
+    }
+    most
+}
+
+#[test]
+fn gateways_count_failed_tokens_together() {
+    for shared in Shared::all().map(|start| start()) {
+        let upstream = Upstream::start();
+        let guessing = "[guessing]\nfailures = 60\nper = \"1h\"\nwait = \"0s\"\nshared = true\n";
+        let more = format!("{}{guessing}", shared.section);
+        let gateways: Vec<_> = (0..2).map(|_| Gateway::start(upstream.address, &more)).collect();
+        for gateway in &gateways {
+            eventually("both gateways are counted", || replicas(gateway, shared.kind) == 2.0);
+        }
+        assert_eq!(guesses_until_noticed(&gateways[0], "first", 50), 50, "{}", shared.kind);
+        // Alone, it would take 61.
+        let second = guesses_until_noticed(&gateways[1], "second", 61);
+        assert!((2..=30).contains(&second), "{}: {second}", shared.kind);
+        // A token that is known passes at both, and the first one learns of it as soon as somebody guesses there.
+        assert!(gateways.iter().all(|gateway| statuses(gateway, GOOD, 1) == [200]));
+        let first = guesses_until_noticed(&gateways[0], "again", 61);
+        assert!(first <= 10, "{}: {first}", shared.kind);
+    }
+}
+
 #[test]
 fn gateways_under_load_let_through_what_is_allowed() {
     println!("| store | replicas | | requests | due | got through | difference |\n|---|---|---|---|---|---|---|");

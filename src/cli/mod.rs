@@ -12,6 +12,7 @@ mod configuration;
 mod curl;
 mod demo;
 mod explain;
+mod guessing;
 mod init;
 mod progress;
 mod reference;
@@ -90,6 +91,11 @@ enum Command {
     Server {
         #[command(subcommand)]
         command: server::ServerCommand,
+    },
+    /// List the addresses that guess tokens at a running gateway, or let one send failed tokens again.
+    Guessing {
+        #[command(subcommand)]
+        command: guessing::GuessingCommand,
     },
     /// Create, list, show, rotate, revoke, block and import tokens.
     Token {
@@ -224,6 +230,7 @@ pub fn main() -> ExitCode {
         Command::Upgrade(arguments) => upgrade::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
         Command::Server { command } => server::run(&command),
+        Command::Guessing { command } => guessing::run(&command),
         Command::Token { command } => block_on(token::run(command)),
         Command::Cert { command } => cert::run(&command),
         Command::Store { command } => block_on(store::run(command)),

@@ -32,7 +32,7 @@ const fn notes(
 }
 
 /// Every command that does something.
-const NOTES: [CommandNotes; 30] = [
+const NOTES: [CommandNotes; 32] = [
     notes(
         "run",
         &[
@@ -85,6 +85,19 @@ const NOTES: [CommandNotes; 30] = [
         "server undrain",
         &[("tollgate server undrain api 10.0.0.5:3000", "")],
         &[(0, "also if it was so before"), (1, "the gateway cannot be reached; it has no such server")],
+    ),
+    notes(
+        "guessing list",
+        &[("tollgate guessing list", ""), ("tollgate guessing list --json | jq -r '.clients[].client'", "")],
+        &[(0, "also if nobody guesses"), (1, "the gateway cannot be reached")],
+    ),
+    notes(
+        "guessing lift",
+        &[
+            ("tollgate guessing lift 192.0.2.7", "its unknown tokens are looked up again at once"),
+            ("tollgate guessing lift --all", ""),
+        ],
+        &[(0, "with --all, also if nobody guesses"), (1, "the gateway cannot be reached; this address does not guess")],
     ),
     notes(
         "token create",

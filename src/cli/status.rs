@@ -16,20 +16,20 @@ pub(super) fn run(target: &AdminTarget) -> Result<(), Failure> {
 
 /// A table whose columns are as wide as they have to be. Numbers stand to the right.
 #[derive(Default)]
-struct StatusColumns {
+pub(super) struct StatusColumns {
     rows: Vec<Vec<String>>,
 }
 
 impl StatusColumns {
-    fn of(heads: &[&str]) -> Self {
+    pub(super) fn of(heads: &[&str]) -> Self {
         Self { rows: vec![heads.iter().map(|head| (*head).to_owned()).collect()] }
     }
 
-    fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+    pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         self.rows.push(cells.into_iter().map(|cell| visible(&cell).into_owned()).collect());
     }
 
-    fn write(&self, out: &mut String) {
+    pub(super) fn write(&self, out: &mut String) {
         let wide = |column: usize| {
             self.rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max().unwrap_or(0)
         };

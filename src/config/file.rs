@@ -517,7 +517,7 @@ section! {
 }
 
 section! {
-    /// Where gateways count together for each [[limit]] with `shared = true`. All of them need the same settings here and in that
+    /// Where gateways count together for each [[limit]], and for [guessing], with `shared = true`. All of them need the same settings here and in that
     /// limit, but for addresses and passwords.
     SharedLimitsSection {
         /// "redis" (Redis 6 or later, or Valkey), "postgres" or "none".
@@ -599,6 +599,8 @@ section! {
         wait: Duration = r#""5s""#,
         /// Networks that are never counted, like that of an office: `"192.0.2.0/24"`.
         allow: Vec<Proxy> = "[]",
+        /// All gateways with the same [shared_limits] count together: `failures` is for all of them.
+        shared: bool = "false",
     }
 }
 

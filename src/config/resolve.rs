@@ -91,9 +91,10 @@ pub(super) struct ReadFrom {
 }
 
 impl Settings {
-    /// Whether any limit is counted together with other gateways.
+    /// Whether any limit, or the budget of those who guess, is counted together with other gateways.
     pub fn shares_limits(&self) -> bool {
-        self.shared_limits.is_some() && self.limits.iter().any(|limit| limit.shared)
+        let guesses = self.guessing.as_ref().is_some_and(|guessing| guessing.shared);
+        self.shared_limits.is_some() && (guesses || self.limits.iter().any(|limit| limit.shared))
     }
 }
 
@@ -511,6 +512,11 @@ impl Gather<'_, '_> {
                 let problem = Problem::warning("allow", what, "write a number there, or remove the networks");
                 self.places.add("guessing", problem.with("failures"));
             }
+            if section.shared {
+                let problem =
+                    Problem::warning("shared", "is of no use: `failures` is \"none\"", "write a number there");
+                self.places.add("guessing", problem.with("failures"));
+            }
             return None;
         };
         if allow.unix_peers {
@@ -525,6 +531,7 @@ impl Gather<'_, '_> {
             lookups: section.lookups,
             wait: section.wait,
             allow,
+            shared: section.shared,
         };
         self.all("guessing", settings.problems());
         Some(settings)

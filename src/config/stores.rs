@@ -129,11 +129,16 @@ impl Gather<'_, '_> {
         let s = &file.shared_limits;
         let at = SectionContext { section: &s.at, folder };
         let shared = file.limit.iter().find(|limit| limit.shared);
+        let guesses = file.guessing.shared && file.guessing.failures.is_some();
         let store = match s.store {
             file::SharedStore::None => {
                 if let Some(limit) = shared {
                     let problem = Problem::error("shared", "needs a store", "set store in [shared_limits]");
                     self.places.add(&limit.at, problem);
+                }
+                if guesses {
+                    let problem = Problem::error("shared", "needs a store", "set store in [shared_limits]");
+                    self.places.add("guessing", problem);
                 }
                 return None;
             }
@@ -181,8 +186,9 @@ impl Gather<'_, '_> {
         };
         let settings = SharedLimitSettings { store, timeout: s.timeout, when_gone, secret };
         self.all(at.section, settings.problems());
-        if shared.is_none() {
-            let problem = Problem::warning("store", "is of no use: no [[limit]] has shared = true", "set it there");
+        if shared.is_none() && !guesses {
+            let what = "is of no use: no [[limit]] has shared = true, nor has [guessing]";
+            let problem = Problem::warning("store", what, "set it there");
             self.places.add(at.section, problem);
         }
         Some(settings)

@@ -371,6 +371,9 @@ mod tests {
         let mut out = Vec::new();
         let dropped =
             plan.write_head(&view, &settings.forward, &origin, "id", trace.as_ref(), &mut Http1Head(&mut out));
+        let written = out.split(|byte| *byte == b' ').nth(1).unwrap();
+        let query = memchr::memchr(b'?', written).map(|at| &written[at + 1..]);
+        assert_eq!(plan.keeps_target(), query == view.query(), "{request}");
         let text = String::from_utf8(out).unwrap().replace("\r\n", "|");
         let port = if arrival.tls.is_some() {
             "https|X-Forwarded-Host: h|X-Forwarded-Port: 443"

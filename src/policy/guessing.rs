@@ -11,6 +11,7 @@ use crate::clock::Now;
 use crate::identity::Invalid;
 use crate::problem::Problem;
 use crate::request::origin::{AddressList, network_of};
+use crate::share::{LeaseEngine, LeaseKey, LeaseLack, LeaseTake, RefusedBy};
 use crate::store::credential::Digest;
 use ipnet::IpNet;
 use siphasher::sip::SipHasher13;
@@ -28,6 +29,10 @@ const MOST_WAITING: usize = 4_096;
 const RECENT: usize = 8;
 /// A failed token that comes again and again counts once in this time. So do all tokens together that were valid before.
 const COUNTED_AGAIN_MS: u64 = 60_000;
+/// What is shared between replicas. No `[[limit]]` can have this name.
+const SHARED_NAME: &str = "[guessing]";
+/// So many addresses have a budget of their own among replicas; further ones share theirs.
+const SHARED_ADDRESSES: usize = 16_384;
 /// No Retry-After gets beyond a day.
 const MOST_DOUBLINGS: u32 = 24;
 
@@ -46,6 +51,8 @@ pub struct GuessSettings {
     pub wait: Duration,
     /// Addresses that are not counted.
     pub allow: AddressList,
+    /// The budget is for all replicas together.
+    pub shared: bool,
 }
 
 impl GuessSettings {
@@ -92,6 +99,17 @@ struct RunningGuessGuard {
     settings: GuessSettings,
     terms: GuessTerms,
     state: Arc<GuessState>,
+    /// `None`: this process counts for itself.
+    shared: Option<SharedGuesses>,
+}
+
+/// Where the failed tokens of an address are counted beside this process. It is not waited for: what another replica has counted is
+/// known with the next failed token.
+#[derive(Debug)]
+struct SharedGuesses {
+    engine: Arc<LeaseEngine>,
+    name: Arc<str>,
+    seed: (u64, u64),
 }
 
 /// What a reload keeps.
@@ -248,8 +266,25 @@ impl GuessGuard {
                 },
                 |kept| Arc::clone(&kept.state),
             );
-            RunningGuessGuard { settings: settings.clone(), terms: GuessTerms { amounts: settings.amounts() }, state }
+            let terms = GuessTerms { amounts: settings.amounts() };
+            RunningGuessGuard { settings: settings.clone(), terms, state, shared: None }
         }))
+    }
+
+    /// Counts together with other replicas, if that is configured. `seed` says what addresses are hashed with there, by the name of
+    /// what is counted.
+    #[must_use]
+    pub fn sharing(mut self, engine: &Arc<LeaseEngine>, seed: impl Fn(&str) -> (u64, u64)) -> Self {
+        if let Some(guard) = self.0.as_mut().filter(|guard| guard.settings.shared) {
+            let seed = seed(SHARED_NAME);
+            guard.shared = Some(SharedGuesses { engine: Arc::clone(engine), name: SHARED_NAME.into(), seed });
+        }
+        self
+    }
+
+    /// So many addresses are counted together with other replicas.
+    pub fn shared_keys(&self) -> usize {
+        self.0.as_ref().filter(|guard| guard.settings.shared).map_or(0, |_| SHARED_ADDRESSES)
     }
 
     pub fn settings(&self) -> Option<&GuessSettings> {
@@ -284,7 +319,15 @@ impl GuessGuard {
         if locked.is_shared() {
             return GuessCount::Untracked;
         }
-        locked.get().map_or(GuessCount::Not, |record| guard.count(record, network, digest, why, now))
+        let counted = locked.get().map_or(GuessCount::Not, |record| guard.count(record, network, digest, why, now));
+        drop(locked);
+        match &guard.shared {
+            Some(shared) if counted == GuessCount::Counted && shared.is_used_up(network, &guard.terms.amounts, now) => {
+                let begun = guard.state.table.with_known(key, |record| guard.exceeded(record, network, now));
+                begun.unwrap_or(counted)
+            }
+            _ => counted,
+        }
     }
 
     /// Episodes that are over, which they are with this.
@@ -386,6 +429,11 @@ impl RunningGuessGuard {
             record.budget.take(amounts, 1, now);
             return GuessCount::Counted;
         }
+        self.exceeded(record, network, now)
+    }
+
+    /// There is no room for a failed token.
+    fn exceeded(&self, record: &mut GuessRecord, network: IpNet, now: Now) -> GuessCount {
         let begins = record.episode.is_none();
         let episode = record.episode.get_or_insert(OpenEpisode {
             counts: GuessEpisode { network, began: now, failures: 0, turns: 0, refused: 0, pauses: 0, retry_after: 0 },
@@ -404,6 +452,27 @@ impl RunningGuessGuard {
         }
         self.state.active.fetch_add(1, Ordering::Relaxed);
         GuessCount::Began(Box::new(episode.seen(now)))
+    }
+}
+
+impl SharedGuesses {
+    /// Counts a failed token of a network. Whether all replicas together have counted as many as the budget has: a store that does
+    /// not answer says nothing of an address.
+    fn is_used_up(&self, network: IpNet, amounts: &LimitAmounts, now: Now) -> bool {
+        let mut hash = SipHasher13::new_with_keys(self.seed.0, self.seed.1);
+        match network.addr() {
+            IpAddr::V4(ip) => hash.write_u32(ip.to_bits()),
+            IpAddr::V6(ip) => hash.write_u128(ip.to_bits()),
+        }
+        let key = LeaseKey { limit: Arc::clone(&self.name), hash: hash.finish(), amounts: (*amounts).into() };
+        match self.engine.take(&key, 1, now) {
+            LeaseTake::Taken(_) => false,
+            LeaseTake::Refused(refusal) => refusal.by == RefusedBy::Rate,
+            LeaseTake::Lacks => {
+                drop(self.engine.enqueue(LeaseLack { key, cost: 1 }));
+                false
+            }
+        }
     }
 }
 

@@ -16,6 +16,7 @@ fn settings() -> GuessSettings {
         lookups: 10,
         wait: Duration::from_secs(1),
         allow: AddressList { networks: vec!["10.9.0.0/16".parse().unwrap()], unix_peers: false },
+        shared: false,
     }
 }
 

@@ -79,15 +79,18 @@ impl RequestLimits {
     /// Counts the limits that are marked so together with other replicas. `seed` says what the keys of a limit are hashed with.
     #[must_use]
     pub fn sharing(mut self, engine: &Arc<LeaseEngine>, seed: impl Fn(&str) -> (u64, u64)) -> Self {
-        let mut most = 0;
         for limit in self.limits.iter_mut().filter_map(Arc::get_mut).filter(|limit| limit.settings.shared) {
             limit.seed = seed(&limit.settings.name);
             limit.shared = Some(SharedLimit { engine: Arc::clone(engine), name: limit.settings.name.as_str().into() });
-            most += if limit.settings.buckets.key.is_empty() { 1 } else { limit.settings.buckets.most };
         }
-        engine.keep_at_most(most);
         self.engine = Some(Arc::clone(engine));
         self
+    }
+
+    /// So many keys are counted together with other replicas.
+    pub fn shared_keys(&self) -> usize {
+        let shared = self.limits.iter().filter(|limit| limit.settings.shared);
+        shared.map(|limit| if limit.settings.buckets.key.is_empty() { 1 } else { limit.settings.buckets.most }).sum()
     }
 
     /// What shared limits are asked by.

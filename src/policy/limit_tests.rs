@@ -494,53 +494,12 @@ fn a_seed_makes_no_two_tokens_one() {
     }
 }
 
-/// A store that never answers.
-struct SilentShare;
-
-#[async_trait::async_trait]
-impl crate::share::ShareStore for SilentShare {
-    async fn lease(
-        &self,
-        _: &str,
-        _: &[crate::share::LeaseRequest],
-    ) -> Result<Vec<crate::share::LeaseAnswer>, crate::store::StoreError> {
-        std::future::pending().await
-    }
-
-    async fn beat(&self, _: &str) -> Result<u64, crate::store::StoreError> {
-        std::future::pending().await
-    }
-
-    async fn leave(&self, _: &str) -> Result<(), crate::store::StoreError> {
-        Ok(())
-    }
-
-    async fn examine(&self) -> Result<(), crate::store::StoreError> {
-        Ok(())
-    }
-}
-
 #[test]
-fn what_a_shared_limit_has_said_holds_for_it_alone() {
-    let metrics = crate::telemetry::metrics::Metrics::new("").unwrap();
-    let (store, hour) = (Arc::new(SilentShare), std::time::Duration::from_secs(3_600));
-    let when_gone = crate::share::WhenGone::Closed;
-    let engine = LeaseEngine::new(store, hour, when_gone, metrics.share("silent"), || at(0));
-    let shared = |name: &str| LimitSettings { shared: true, ..limit(name, &[LimitKeyPart::Token], rate(1, 1_000, 5)) };
-    let limits = running(&[shared("first"), shared("second")]).sharing(&engine, |_| (1, 2));
+fn who_only_looks_is_told_what_is_left() {
+    let limits = running(&[limit("token", &[LimitKeyPart::Token], rate(1, 1_000, 7))]);
     let alice = caller("alice", &[]);
-    let ask = |paid: &[(u16, LeaseOutcome)]| limits.take_paid(&of(&alice), LimitStage::Both, at(0), paid);
-    let lacking = |paid: &[(u16, LeaseOutcome)]| -> Vec<u16> {
-        let lacking = ask(paid).unwrap().into_lacking();
-        lacking.into_iter().flat_map(|lacking| lacking.lacks).map(|lack| lack.limit).collect()
-    };
-    assert_eq!(lacking(&[]), [0, 1]);
-    assert_eq!(lacking(&[(0, LeaseOutcome::Paid)]), [1]);
-    assert_eq!(lacking(&[(1, LeaseOutcome::Paid)]), [0]);
-    assert!(lacking(&[(0, LeaseOutcome::Paid), (1, LeaseOutcome::Paid)]).is_empty());
-    let refusal = crate::share::LeaseRefusal { by: crate::share::RefusedBy::Rate, wait_ms: 1_500, remaining: 0 };
-    for number in [0, 1] {
-        let refused = ask(&[(number, LeaseOutcome::Refused(refusal))]).unwrap_err();
-        assert_eq!((refused.excess.limit, refused.excess.retry_after), (number, 2));
-    }
+    let left = || limits.check(&of(&alice), LimitStage::Both, at(0)).unwrap().facts[0].remaining;
+    assert_eq!((left(), left()), (7, 7));
+    assert!(passes(&limits, &of(&alice), at(0)));
+    assert_eq!(left(), 6);
 }

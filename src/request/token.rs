@@ -545,11 +545,38 @@ mod tests {
             ("job_token=j", "Authorization: Basic Z2l0bGFiLWNpLXRva2VuOmo=\r\n", job, Ok(Some(OtherKind::Job))),
             ("job_token=k", "Authorization: Basic Z2l0bGFiLWNpLXRva2VuOmo=\r\n", job, Err(TokenFault::Conflict)),
             ("", "Authorization: Basic eDpq\r\n", job, Ok(None)),
+            ("", "Authorization: Bearer j\r\n", job, Ok(None)),
             ("job_token[]=j", "", job, Err(TokenFault::Spelling)),
             ("job%5Ftoken=j", "", job, Err(TokenFault::Spelling)),
             ("job_token=a+b", "", job, Err(TokenFault::BadByte)),
         ] {
             assert_eq!(of(query, lines, allowed), found, "{query} {lines}");
+        }
+    }
+
+    #[test]
+    fn where_tokens_stand_whatever_they_are() {
+        use TokenSource as S;
+        for (query, lines, source, in_query) in [
+            ("", "", S::None, false),
+            ("", "PRIVATE-TOKEN: \r\n", S::Header, false),
+            ("", "Authorization: Bearer a b\r\n", S::Bearer, false),
+            ("", "Authorization: Basic ?\r\n", S::Basic, false),
+            ("", "Authorization: Digest a\r\nPRIVATE_TOKEN: a\r\n", S::None, false),
+            ("private_token", "", S::Query, true),
+            ("private_token=a", "PRIVATE-TOKEN: a\r\n", S::Several, true),
+            ("", "PRIVATE-TOKEN: a\r\nAuthorization: Bearer a\r\n", S::Several, false),
+            ("", "Authorization: Bearer a\r\nAuthorization: Basic a\r\n", S::Several, false),
+        ] {
+            let bytes = format!("GET /p?{query} HTTP/1.1\r\nHost: h\r\n{lines}\r\n").into_bytes();
+            let view = head::parse(&bytes).unwrap();
+            let scan = query::scan(view.query().unwrap(), &query::Names { token: "private_token".into() });
+            let of = |takes_basic| sources(&view, &scan, &rules(BasicUsers::Any), takes_basic);
+            assert_eq!(of(true), (source, in_query), "{query} {lines}");
+            let without_basic = if source == S::Basic { S::None } else { source };
+            if !lines.contains("Bearer a\r\nAuthorization") {
+                assert_eq!(of(false), (without_basic, in_query), "{query} {lines}");
+            }
         }
     }
 }

@@ -225,4 +225,6 @@ pub(crate) fn said(error: &StoreError) -> String {
 }
 
 #[cfg(test)]
+mod counting_tests;
+#[cfg(test)]
 mod tests;

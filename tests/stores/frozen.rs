@@ -12,6 +12,18 @@ use std::time::{Duration, Instant};
 const STANDSTILL: Duration = Duration::from_millis(1_500);
 const CLIENTS: usize = 8;
 
+/// At a moment when it keeps no other writer out.
+fn stop(gateway: &Gateway, store: &dyn Backing) {
+    eventually("it stands still between two writes", || {
+        gateway.signal("STOP");
+        let is_between = store.takes_writes();
+        if !is_between {
+            gateway.signal("CONT");
+        }
+        is_between
+    });
+}
+
 fn wakes_with_care(make: fn() -> Box<dyn Backing>) {
     let mut store = make();
     let rounds = ["quiet", "cut"];
@@ -33,7 +45,7 @@ fn wakes_with_care(make: fn() -> Box<dyn Backing>) {
             assert_eq!(client.answer().status, 200, "{}: {token}", store.name());
         }
         assert_eq!(Caller::of(&gateway).status("steady"), 200);
-        gateway.signal("STOP");
+        stop(&gateway, &*store);
         for token in doomed {
             store.revoke(token);
         }

@@ -37,6 +37,10 @@ pub trait Backing {
     fn add(&mut self, tokens: &[String]);
     /// Returns once the store has stored it.
     fn revoke(&self, token: &str);
+    /// Whether nobody keeps writers out at the moment, as a gateway does with SQLite that was stopped in the middle of a write.
+    fn takes_writes(&self) -> bool {
+        true
+    }
     /// Makes all changes so far older than the period that is re-read after a restart from a snapshot.
     fn age(&self) {}
     /// Whether it notifies of changes.
@@ -131,6 +135,15 @@ impl Backing for Embedded {
 
     fn revoke(&self, token: &str) {
         self.config.revoke(token);
+    }
+
+    fn takes_writes(&self) -> bool {
+        let is_free = || {
+            let db = rusqlite::Connection::open(&self.path).unwrap();
+            db.busy_timeout(Duration::from_millis(50)).unwrap();
+            db.execute_batch("BEGIN IMMEDIATE; ROLLBACK").is_ok()
+        };
+        self.kind != "sqlite" || is_free()
     }
 
     fn age(&self) {

@@ -813,3 +813,18 @@ fn escapes_within_names() {
         assert_eq!(verdict("application/json", &body), found, "{body}");
     }
 }
+
+#[test]
+fn a_body_has_its_limit_and_not_a_byte_more() {
+    for (before, piece, fits) in [(0, "12345", true), (0, "123456", false), (3, "12", true), (3, "123", false)] {
+        let judged = judge_piece(&mut None, Some(5), before, piece.as_bytes(), true);
+        assert_eq!(judged, if fits { Ok(()) } else { Err(RequestFault::BodyTooLarge) }, "{before} and {piece}");
+    }
+    assert_eq!(judge_piece(&mut None, None, u64::MAX - 5, b"12345", true), Ok(()));
+    // What is too large is not read any more, and what stands in it is judged at its end at the latest.
+    let (scanner, _) = BodyScanner::new(&head(Some(b"application/json")), rules(UntypedBody::Watch));
+    let mut scanner = Some(scanner);
+    assert_eq!(judge_piece(&mut scanner, Some(9), 0, b"{\"a\":1", false), Ok(()));
+    let ended = judge_piece(&mut scanner, Some(9), 6, b"", true);
+    assert!(matches!(ended, Err(RequestFault::Body(_))), "{ended:?}");
+}
