@@ -23,8 +23,10 @@ test:
 	  [ $$tests -eq 0 ] && [ $$fuzz -eq 0 ]
 	cargo test --locked --lib $(UNOPTIMISED)
 
+# The micro-benchmarks run once each, without figures: they have stood still unnoticed before.
 tests-build:
 	cargo test --locked --test main --no-run
+	cargo test --locked --bench micro
 
 # Half of a run would go into optimising what is used for seconds.
 UNOPTIMISED = --config profile.dev.package.tollgate.opt-level=0

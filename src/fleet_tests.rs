@@ -9,8 +9,8 @@
 
 use crate::identity::{Authenticator, CacheSettings, CannotTell, Checked, Invalid, Mode, Principal, TokenStatus};
 use crate::policy::{
-    BucketSettings, GuessCount, GuessGuard, GuessSettings, GuessVerdict, LimitAmounts, LimitCosts, LimitKeyPart,
-    LimitScope, LimitSettings, LimitStage, LimitSubject, RefillRate, RequestLimits,
+    BucketSettings, GuessCount, GuessGuard, GuessSettings, GuessVerdict, LimitAmounts, LimitCosts, LimitFacts,
+    LimitKeyPart, LimitScope, LimitSettings, LimitStage, LimitSubject, RefillRate, RequestLimits,
 };
 use crate::request::origin::AddressList;
 use crate::request::route::{Methods, Pattern, Route};
@@ -832,7 +832,7 @@ async fn forward(parts: &Parts, mut ticket: Ticket, principal: &Principal, diges
         headers: &[],
     };
     let now = clock();
-    if parts.limits.take(&subject, LimitStage::Both, now).is_err() {
+    if parts.limits.take(&subject, LimitStage::Both, now, &[], &mut LimitFacts::new()).is_err() {
         return;
     }
     ticket.outcome.admitted = Some(now.mono_ms);

@@ -6,8 +6,8 @@ use crate::clock::Now;
 use crate::forward::{self, ForwardRules, Plan};
 use crate::identity::{Authenticator, CannotTell, Checked, Mode, PendingLookup, Principal, TokenStatus};
 use crate::policy::{
-    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LeasesLacking, LimitExceeded, LimitFacts, LimitLack,
-    LimitResult, LimitStage, LimitSubject, LimitsTaken, PaidLeases, Permit, Policy, PolicyFault, RequestLimits,
+    GuessCount, GuessGuard, GuessRefusal, GuessTurn, GuessVerdict, LeasesLacking, LimitFacts, LimitLack, LimitStage,
+    LimitSubject, LimitsTaken, PaidLeases, Permit, Policy, PolicyFault, RequestLimits,
 };
 use crate::reply::cors::Cors;
 use crate::reply::{Cause, Refusal};
@@ -255,8 +255,12 @@ impl Pipeline {
         facts.token = Some(digest);
         // Whose address is over its limit makes no work for the token store.
         let early = self.limits.has_early(examined.route.index);
-        if early && let Err(exceeded) = self.limits.check(&limited.subject(&examined, &facts), LimitStage::Early, now) {
-            return refused(exceeded.noted(&mut facts), facts);
+        if early {
+            let subject = limited.subject(&examined, facts.client, Some(&digest), None);
+            let mut said = LimitFacts::new();
+            if let Err(excess) = self.limits.check(&subject, LimitStage::Early, now, &mut said) {
+                return refused(PolicyFault::Limit(excess), Facts { limits: said, ..facts });
+            }
         }
         let mut turn = GuessVerdict::Free;
         let answer = match check(&presented.value, &digest, &mut turn) {
@@ -411,26 +415,16 @@ impl Pipeline {
         facts: &mut Facts,
         stage: LimitStage,
     ) -> Result<LimitsTaken, PolicyFault> {
-        let subject = limited.subject(examined, facts);
+        let Facts { client, token, principal, limits, .. } = facts;
+        let subject = limited.subject(examined, *client, token.as_ref(), principal.as_deref());
         let taken = match limited.mode {
-            Mode::Serve => match &limited.leases {
-                None => self.limits.take(&subject, stage, limited.now),
-                Some(leases) => self.limits.take_paid(&subject, stage, limited.now, &leases.paid),
-            },
-            Mode::Observe => self.limits.check(&subject, stage, limited.now),
-        };
-        match taken {
-            // Asked again when they have come.
-            Ok(taken) if taken.lacks() => Ok(taken),
-            Ok(mut taken) => {
-                match facts.limits.is_empty() {
-                    true => facts.limits = std::mem::take(&mut taken.facts),
-                    false => facts.limits.extend(taken.facts.drain(..)),
-                }
-                Ok(taken)
+            Mode::Serve => {
+                let paid = limited.leases.as_ref().map_or(&[][..], |leases| &leases.paid);
+                self.limits.take(&subject, stage, limited.now, paid, limits)
             }
-            Err(exceeded) => Err(exceeded.noted(facts)),
-        }
+            Mode::Observe => self.limits.check(&subject, stage, limited.now, limits),
+        };
+        taken.map_err(PolicyFault::Limit)
     }
 }
 
@@ -450,25 +444,22 @@ fn refused<'r>(fault: PolicyFault, facts: Facts) -> Admission<'r> {
 }
 
 impl Limited {
-    fn subject<'a>(&'a self, examined: &'a Examined<'_>, facts: &'a Facts) -> LimitSubject<'a> {
+    fn subject<'a>(
+        &'a self,
+        examined: &'a Examined<'_>,
+        client: Option<IpAddr>,
+        token: Option<&'a Digest>,
+        principal: Option<&'a Principal>,
+    ) -> LimitSubject<'a> {
         LimitSubject {
             route: examined.route.index,
             route_name: &examined.route.name,
             method: examined.method,
-            client: facts.client,
-            token: facts.token.as_ref(),
-            principal: facts.principal.as_deref(),
+            client,
+            token,
+            principal,
             headers: &self.headers,
         }
-    }
-}
-
-impl LimitExceeded {
-    /// Says in the facts which limits refused; those that would have allowed the request have not counted it.
-    fn noted(self, facts: &mut Facts) -> PolicyFault {
-        facts.limits.retain(|fact| fact.result != LimitResult::Allowed);
-        facts.limits.extend(self.facts);
-        PolicyFault::Limit(self.excess)
     }
 }
 

@@ -6,7 +6,7 @@
 //! token store is asked about its address before, and about the rest after that: what it took before is given back then, unless
 //! others took from the same bucket meanwhile.
 
-use super::limit_bucket::{LimitAmounts, LimitBucket, LimitedBy, RefillRate};
+use super::limit_bucket::{LimitAmounts, LimitBucket, LimitedBy, RefillRate, Shortage};
 use super::limit_table::LimitTable;
 use crate::clock::Now;
 use crate::identity::Principal;
@@ -320,6 +320,8 @@ struct LimitUse {
     limit: usize,
     /// By method; 0: it does not apply.
     costs: [u32; 7],
+    /// Replicas count it together.
+    is_shared: bool,
 }
 
 /// What the limits of one request are told by.
@@ -361,7 +363,7 @@ pub struct Excess {
 }
 
 /// What one limit made of a request, for metrics, the log and the answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LimitFact {
     pub limit: u16,
     pub result: LimitResult,
@@ -374,8 +376,9 @@ pub struct LimitFact {
     pub full_in: u64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LimitResult {
+    #[default]
     Allowed,
     Refused,
     /// Would have been refused.
@@ -401,7 +404,6 @@ impl Drop for InFlight {
 /// What a request has taken.
 #[derive(Debug, Default)]
 pub struct LimitsTaken {
-    pub facts: LimitFacts,
     /// To be kept as long as the request goes on.
     pub in_flight: SmallVec<[InFlight; 1]>,
     /// Only of the early stage.
@@ -418,13 +420,6 @@ struct BucketChange {
     cost: u64,
     before: LimitBucket,
     after: LimitBucket,
-}
-
-/// A request that exceeds a limit.
-#[derive(Debug)]
-pub struct LimitExceeded {
-    pub excess: Excess,
-    pub facts: LimitFacts,
 }
 
 impl RequestLimits {
@@ -477,7 +472,8 @@ impl RequestLimits {
                     if counts { costs.of(name, method) } else { 0 }
                 };
                 let costs = Method::FORWARDED.map(cost);
-                costs.iter().any(|cost| *cost > 0).then_some(LimitUse { limit, costs })
+                let is_shared = running.settings.shared;
+                costs.iter().any(|cost| *cost > 0).then_some(LimitUse { limit, costs, is_shared })
             };
             limits.iter().enumerate().filter_map(on_route).collect()
         };
@@ -580,27 +576,32 @@ impl RequestLimits {
         self.routes.get(route).map_or(&[], |uses| uses)
     }
 
-    /// Whether the request is within its limits. Takes nothing.
-    pub fn check(&self, subject: &LimitSubject<'_>, stage: LimitStage, now: Now) -> Result<LimitsTaken, LimitExceeded> {
-        self.ask(subject, stage, now, false, &[])
+    /// Whether the request is within its limits. Takes nothing. What each limit says of it is put behind `facts`; if one refuses
+    /// it, only what refuses it, or would, is left there: the others have not counted it.
+    pub fn check(
+        &self,
+        subject: &LimitSubject<'_>,
+        stage: LimitStage,
+        now: Now,
+        facts: &mut LimitFacts,
+    ) -> Result<LimitsTaken, Excess> {
+        self.ask(subject, stage, now, false, &[], facts)
     }
 
-    /// Takes what the request costs from all of its limits, or nothing from any.
-    pub fn take(&self, subject: &LimitSubject<'_>, stage: LimitStage, now: Now) -> Result<LimitsTaken, LimitExceeded> {
-        self.ask(subject, stage, now, true, &[])
-    }
-
-    /// The same after leases were waited for.
-    pub fn take_paid(
+    /// Takes what the request costs from all of its limits, or nothing from any. `paid`: what the limits have said whose leases
+    /// were waited for. While there are leases to wait for, nothing is put behind `facts`.
+    pub fn take(
         &self,
         subject: &LimitSubject<'_>,
         stage: LimitStage,
         now: Now,
         paid: &[(u16, LeaseOutcome)],
-    ) -> Result<LimitsTaken, LimitExceeded> {
-        self.ask(subject, stage, now, true, paid)
+        facts: &mut LimitFacts,
+    ) -> Result<LimitsTaken, Excess> {
+        self.ask(subject, stage, now, true, paid, facts)
     }
 
+    #[inline]
     fn ask(
         &self,
         subject: &LimitSubject<'_>,
@@ -608,23 +609,78 @@ impl RequestLimits {
         now: Now,
         takes: bool,
         paid: &[(u16, LeaseOutcome)],
-    ) -> Result<LimitsTaken, LimitExceeded> {
-        let mut asked = Asked { subject, stage, now, takes, paid, excess: None, taken: LimitsTaken::default() };
-        self.ask_rest(self.uses(subject.route), &mut asked);
-        let Asked { excess, mut taken, .. } = asked;
-        match excess {
-            None => Ok(taken),
-            Some((_, excess)) => {
-                taken.facts.retain(|fact| fact.result != LimitResult::Allowed);
-                Err(LimitExceeded { excess, facts: taken.facts })
+        facts: &mut LimitFacts,
+    ) -> Result<LimitsTaken, Excess> {
+        let uses = self.uses(subject.route);
+        if takes
+            && let [only] = uses
+            && !only.is_shared
+        {
+            return self.take_only(only, subject, stage, now, facts);
+        }
+        let before = facts.len();
+        let taken = LimitsTaken::default();
+        let mut asked = Asked { subject, stage, now, takes, paid, excess: None, taken, facts };
+        self.ask_rest(uses, &mut asked);
+        let Asked { excess, taken, facts, .. } = asked;
+        if let Some((_, excess)) = excess {
+            facts.retain(|fact| fact.result != LimitResult::Allowed);
+            return Err(excess);
+        }
+        if taken.lacks() {
+            // Asked again when they have come.
+            facts.truncate(before);
+        }
+        Ok(taken)
+    }
+
+    /// The same for a route with one limit, which this process counts: nearly every request comes this way. As no other limit can
+    /// refuse what this one allows, it is checked and taken from at once.
+    fn take_only(
+        &self,
+        only: &LimitUse,
+        subject: &LimitSubject<'_>,
+        stage: LimitStage,
+        now: Now,
+        facts: &mut LimitFacts,
+    ) -> Result<LimitsTaken, Excess> {
+        let mut taken = LimitsTaken::default();
+        let Some((limit, cost)) = self.applies(only, subject, stage) else { return Ok(taken) };
+        let Some(key) = limit.key(subject) else { return Ok(taken) };
+        let (chosen, odd) = limit.choose(subject.principal, true);
+        let (amounts, table) = chosen.parts();
+        let odd = odd.is_some_and(|odd| self.is_unsaid(odd, subject.principal));
+        let Some(mut locked) = table.lock(key, amounts, now) else { return Ok(taken) };
+        let shared = locked.is_shared();
+        let Some(bucket) = locked.get() else { return Ok(taken) };
+        let mut fact = LimitFact { limit: only.number(), shared, odd, ..LimitFact::default() };
+        match bucket.check(amounts, cost, now) {
+            Ok(()) => {
+                let before = *bucket;
+                bucket.take(amounts, cost, now);
+                let change = BucketChange { limit: only.limit, key, shared, cost, before, after: *bucket };
+                taken.keep(change, amounts, table, stage);
+            }
+            Err(_) if limit.settings.dry_run => fact.result = LimitResult::DryRun,
+            Err(shortage) => {
+                fact.result = LimitResult::Refused;
+                self.tell(&mut fact, bucket, amounts, now);
+                facts.retain(|fact| fact.result != LimitResult::Allowed);
+                facts.push(fact);
+                return Err(shortage.exceeds(only.number(), bucket, amounts, now));
             }
         }
+        self.tell(&mut fact, bucket, amounts, now);
+        facts.push(fact);
+        Ok(taken)
     }
 
     /// Locks and checks the limits one after the other. On the way back, with all of them locked and none exceeded, takes.
     fn ask_rest(&self, uses: &[LimitUse], asked: &mut Asked<'_, '_>) {
         let Some((next, rest)) = uses.split_first() else { return };
-        let Some((limit, cost)) = self.applies(next, asked) else { return self.ask_rest(rest, asked) };
+        let Some((limit, cost)) = self.applies(next, asked.subject, asked.stage) else {
+            return self.ask_rest(rest, asked);
+        };
         let Some(key) = limit.key(asked.subject) else { return self.ask_rest(rest, asked) };
         let (chosen, odd) = limit.choose(asked.subject.principal, asked.takes);
         let (amounts, table) = chosen.parts();
@@ -634,92 +690,51 @@ impl RequestLimits {
         }
         if !asked.takes {
             if let Some((bucket, shared)) = table.peek(key, amounts, asked.now) {
-                self.check_one(next, limit, amounts, cost, (&bucket, shared), asked);
-                self.tell(asked.taken.facts.len() - 1, &bucket, amounts, asked);
+                let place = asked.facts.len();
+                check_one(next, limit, amounts, cost, (&bucket, shared), asked);
+                if let Some(fact) = asked.facts.get_mut(place) {
+                    self.tell(fact, &bucket, amounts, asked.now);
+                }
             }
             return self.ask_rest(rest, asked);
         }
         let Some(mut locked) = table.lock(key, amounts, asked.now) else { return self.ask_rest(rest, asked) };
         let shared = locked.is_shared();
         let Some(bucket) = locked.get() else { return self.ask_rest(rest, asked) };
-        let fits = self.check_one(next, limit, amounts, cost, (&*bucket, shared), asked);
-        let place = asked.taken.facts.len() - 1;
-        if is_odd && let Some(fact) = asked.taken.facts.get_mut(place) {
-            fact.odd = true;
-        }
-        if !rest.is_empty() {
-            self.ask_rest(rest, asked);
-        }
-        let Some(bucket) = locked.get() else { return };
+        let place = asked.facts.len();
+        let fits = check_one(next, limit, amounts, cost, (&*bucket, shared), asked);
+        self.ask_rest(rest, asked);
         if fits && asked.excess.is_none() && !asked.taken.lacks() {
             let before = *bucket;
             bucket.take(amounts, cost, asked.now);
-            if asked.stage == LimitStage::Early {
-                let (limit, after) = (next.limit, *bucket);
-                asked.taken.taken.push(BucketChange { limit, key, shared, cost, before, after });
-            }
-            if amounts.concurrency.is_some() {
-                asked.taken.in_flight.push(InFlight { table: Arc::clone(table), key, shared });
-            }
+            let change = BucketChange { limit: next.limit, key, shared, cost, before, after: *bucket };
+            asked.taken.keep(change, amounts, table, asked.stage);
         }
-        self.tell(place, bucket, amounts, asked);
+        if let Some(fact) = asked.facts.get_mut(place) {
+            fact.odd = is_odd;
+            self.tell(fact, bucket, amounts, asked.now);
+        }
     }
 
     /// Notes what is left, where answers say so.
-    fn tell(&self, place: usize, bucket: &LimitBucket, amounts: &LimitAmounts, asked: &mut Asked<'_, '_>) {
-        if self.told
-            && let Some(fact) = asked.taken.facts.get_mut(place)
-        {
-            let level = bucket.level(amounts, asked.now);
+    #[inline]
+    fn tell(&self, fact: &mut LimitFact, bucket: &LimitBucket, amounts: &LimitAmounts, now: Now) {
+        if self.told {
+            let level = bucket.level(amounts, now);
             (fact.remaining, fact.full_in) = (level.remaining, level.full_in_ms.div_ceil(1_000));
         }
     }
 
-    fn applies(&self, next: &LimitUse, asked: &Asked<'_, '_>) -> Option<(&RunningLimit, u64)> {
-        let cost = next.costs.get(asked.subject.method.index()).copied().filter(|cost| *cost > 0)?;
+    #[inline(always)]
+    fn applies(&self, next: &LimitUse, subject: &LimitSubject<'_>, stage: LimitStage) -> Option<(&RunningLimit, u64)> {
+        let cost = next.costs.get(subject.method.index()).copied().filter(|cost| *cost > 0)?;
         let limit = self.limits.get(next.limit)?;
-        let is_asked = match asked.stage {
+        let is_asked = match stage {
             LimitStage::Both => true,
             LimitStage::Early => limit.early,
             LimitStage::Late => !limit.early,
         };
-        (is_asked && limit.is_for(asked.subject.principal)).then_some((limit, cost.into()))
-    }
-
-    /// Whether the request fits into one bucket.
-    fn check_one(
-        &self,
-        next: &LimitUse,
-        limit: &RunningLimit,
-        amounts: &LimitAmounts,
-        cost: u64,
-        (bucket, shared): (&LimitBucket, bool),
-        asked: &mut Asked<'_, '_>,
-    ) -> bool {
-        let number = u16::try_from(next.limit).unwrap_or(u16::MAX);
-        let (settings, now) = (&limit.settings, asked.now);
-        let result = match bucket.check(amounts, cost, now) {
-            Ok(()) => LimitResult::Allowed,
-            Err(_) if settings.dry_run => LimitResult::DryRun,
-            Err(shortage) => {
-                asked.exceeds(shortage.wait_ms, || {
-                    let retry_after = shortage.wait_ms.div_ceil(1_000).max(1);
-                    let remaining = bucket.level(amounts, now).remaining;
-                    Excess {
-                        limit: number,
-                        by: shortage.by,
-                        retry_after,
-                        // Rounded up, as the wait is: who waits until then must not be early.
-                        reset: now.unix_ms.saturating_add(shortage.wait_ms.max(1)).div_ceil(1_000),
-                        per_minute: amounts.per_minute(shortage.by),
-                        remaining,
-                    }
-                });
-                LimitResult::Refused
-            }
-        };
-        asked.taken.facts.push(LimitFact { limit: number, result, shared, odd: false, remaining: 0, full_in: 0 });
-        result == LimitResult::Allowed
+        (is_asked && limit.is_for(subject.principal)).then_some((limit, cost.into()))
     }
 
     /// What an early stage took, when a later one refuses.
@@ -731,6 +746,68 @@ impl RequestLimits {
                 // Early limits are by address, and know no plan.
                 limit.tables.common.change(change.key, change.shared, undo);
             }
+        }
+    }
+}
+
+/// Whether the request fits into one bucket.
+fn check_one(
+    next: &LimitUse,
+    limit: &RunningLimit,
+    amounts: &LimitAmounts,
+    cost: u64,
+    (bucket, shared): (&LimitBucket, bool),
+    asked: &mut Asked<'_, '_>,
+) -> bool {
+    let (number, now) = (next.number(), asked.now);
+    let result = match bucket.check(amounts, cost, now) {
+        Ok(()) => LimitResult::Allowed,
+        Err(_) if limit.settings.dry_run => LimitResult::DryRun,
+        Err(shortage) => {
+            asked.exceeds(shortage.wait_ms, || shortage.exceeds(number, bucket, amounts, now));
+            LimitResult::Refused
+        }
+    };
+    asked.facts.push(LimitFact { limit: number, result, shared, ..LimitFact::default() });
+    result == LimitResult::Allowed
+}
+
+impl LimitUse {
+    fn number(&self) -> u16 {
+        u16::try_from(self.limit).unwrap_or(u16::MAX)
+    }
+}
+
+impl LimitsTaken {
+    /// Keeps what may have to be given back.
+    #[inline(always)]
+    fn keep(
+        &mut self,
+        change: BucketChange,
+        amounts: &LimitAmounts,
+        table: &Arc<LimitTable<LimitBucket>>,
+        stage: LimitStage,
+    ) {
+        if amounts.concurrency.is_some() {
+            self.in_flight.push(InFlight { table: Arc::clone(table), key: change.key, shared: change.shared });
+        }
+        if stage == LimitStage::Early {
+            self.taken.push(change);
+        }
+    }
+}
+
+impl Shortage {
+    #[cold]
+    fn exceeds(self, limit: u16, bucket: &LimitBucket, amounts: &LimitAmounts, now: Now) -> Excess {
+        Excess {
+            limit,
+            by: self.by,
+            retry_after: self.wait_ms.div_ceil(1_000).max(1),
+            // Rounded up, as the wait is: who waits until then must not be early.
+            reset: now.unix_ms.saturating_add(self.wait_ms.max(1)).div_ceil(1_000),
+            per_minute: amounts.per_minute(self.by),
+            remaining: bucket.level(amounts, now).remaining,
         }
     }
 }
@@ -757,6 +834,8 @@ struct Asked<'a, 's> {
     /// With its wait in milliseconds.
     excess: Option<(u64, Excess)>,
     taken: LimitsTaken,
+    /// What the limits have said, behind what was said before.
+    facts: &'a mut LimitFacts,
 }
 
 impl LimitTables {
@@ -808,6 +887,7 @@ impl Asked<'_, '_> {
 impl RunningLimit {
     /// The amounts for a token, and where its bucket is; and what is odd about the token's terms.
     /// `takes`: it is to be taken from.
+    #[inline(always)]
     fn choose<'a>(&'a self, principal: Option<&'a Principal>, takes: bool) -> (Chosen<'a>, Option<(OddKind, &'a str)>) {
         let BucketSettings { amounts, plans, .. } = &self.settings.buckets;
         match (plans, principal.and_then(Principal::terms)) {
@@ -850,6 +930,7 @@ impl RunningLimit {
         (Chosen::Set(amounts, table), odd)
     }
 
+    #[inline]
     fn is_for(&self, principal: Option<&Principal>) -> bool {
         let LimitScope { scopes, users, .. } = &self.settings.applies;
         if scopes.is_empty() && users.is_empty() {
@@ -861,6 +942,7 @@ impl RunningLimit {
     }
 
     /// Whose bucket it is. `None`: the request has no such key, and the limit is not about it.
+    #[inline(always)]
     fn key(&self, subject: &LimitSubject<'_>) -> Option<u64> {
         // The digest of a token is a hash already. It leaves this process as a hash with a key only.
         if let [LimitKeyPart::Token] = self.settings.buckets.key.as_slice()
@@ -868,6 +950,10 @@ impl RunningLimit {
         {
             return Some(subject.token?.spread() ^ self.seed.0);
         }
+        self.hashed_key(subject)
+    }
+
+    fn hashed_key(&self, subject: &LimitSubject<'_>) -> Option<u64> {
         let mut hash = SipHasher13::new_with_keys(self.seed.0, self.seed.1);
         let mut headers = self.headers.iter();
         for part in &self.settings.buckets.key {

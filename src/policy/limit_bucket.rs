@@ -201,6 +201,7 @@ fn first_day_of(month: u64) -> u64 {
 
 impl LimitBucket {
     /// Whether a request of this cost fits, in all amounts; if not, what takes the longest.
+    #[inline]
     pub(super) fn check(&self, amounts: &LimitAmounts, cost: u64, now: Now) -> Result<(), Shortage> {
         let mut shortage: Option<Shortage> = None;
         let mut lacks = |by, wait_ms| {
@@ -226,6 +227,7 @@ impl LimitBucket {
     }
 
     /// Takes what a request costs, which was checked under the same lock.
+    #[inline]
     pub(super) fn take(&mut self, amounts: &LimitAmounts, cost: u64, now: Now) {
         if let Some(rate) = &amounts.rate {
             self.full_at = self.full_at.max(rate.now(now)).saturating_add(rate.units(cost));

@@ -149,7 +149,7 @@ impl RequestLimits {
                 None => amounts.quota.map_or(0, |quota| quota.period.rest_ms(now.unix_ms).div_ceil(1_000)),
             };
         }
-        asked.taken.facts.push(fact);
+        asked.facts.push(fact);
         self.ask_rest(rest, asked);
         if asked.excess.is_some() {
             // What the store was told of stays counted.

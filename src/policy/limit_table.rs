@@ -101,6 +101,7 @@ impl<B: TableBucket> LimitTable<B> {
     }
 
     /// The bucket of a key. Locks are taken by place: of limits in their order, and of one limit the shared bucket last.
+    #[inline(always)]
     pub(super) fn lock(&self, hash: u64, terms: &B::Terms, now: Now) -> Option<LockedBucket<'_, B>> {
         let key = key(hash);
         let mut shard = self.shard(key)?.lock();
@@ -171,6 +172,7 @@ impl<B: TableBucket> LimitShard<B> {
     }
 
     /// The slot of a key, or the free one where the search for it ended.
+    #[inline]
     fn find(&self, key: u64) -> Result<usize, usize> {
         let mut at = key as usize & self.mask();
         loop {

@@ -82,8 +82,42 @@ fn of(caller: &(Digest, Arc<Principal>)) -> LimitSubject<'_> {
     LimitSubject { token: Some(&caller.0), principal: Some(&caller.1), ..anonymous("192.0.2.1") }
 }
 
+/// What a request took, and what its limits said.
+#[derive(Debug)]
+struct PassedRequest {
+    taken: LimitsTaken,
+    facts: LimitFacts,
+}
+
+/// What refuses a request, and what its limits said.
+#[derive(Debug)]
+struct RefusedRequest {
+    excess: Excess,
+    facts: LimitFacts,
+}
+
+type Asks = Result<PassedRequest, RefusedRequest>;
+
+impl RequestLimits {
+    fn asks(&self, subject: &LimitSubject<'_>, stage: LimitStage, now: Now) -> Asks {
+        Self::said(|facts| self.take(subject, stage, now, &[], facts))
+    }
+
+    fn looks(&self, subject: &LimitSubject<'_>, stage: LimitStage, now: Now) -> Asks {
+        Self::said(|facts| self.check(subject, stage, now, facts))
+    }
+
+    fn said(ask: impl FnOnce(&mut LimitFacts) -> Result<LimitsTaken, Excess>) -> Asks {
+        let mut facts = LimitFacts::new();
+        match ask(&mut facts) {
+            Ok(taken) => Ok(PassedRequest { taken, facts }),
+            Err(excess) => Err(RefusedRequest { excess, facts }),
+        }
+    }
+}
+
 fn passes(limits: &RequestLimits, subject: &LimitSubject<'_>, now: Now) -> bool {
-    limits.take(subject, LimitStage::Both, now).is_ok()
+    limits.asks(subject, LimitStage::Both, now).is_ok()
 }
 
 /// How many pass at once.
@@ -178,7 +212,7 @@ fn a_write_costs_more() {
     assert_eq!(burst(&limits, &LimitSubject { method: Method::Options, ..of(&alice) }), 1_000, "free of cost");
     assert!(passes(&limits, &post, at(0)), "5 of 10");
     assert!(passes(&limits, &LimitSubject { route: 0, route_name: "/a/b/*", ..of(&alice) }, at(0)), "9 of 10");
-    let excess = limits.take(&post, LimitStage::Both, at(0)).unwrap_err().excess;
+    let excess = limits.asks(&post, LimitStage::Both, at(0)).unwrap_err().excess;
     assert_eq!((excess.remaining, excess.retry_after, excess.per_minute), (1, 4, Some(60)));
     assert!(passes(&limits, &of(&alice), at(0)), "10 of 10");
 }
@@ -192,7 +226,7 @@ fn the_strictest_answers_and_who_is_refused_takes_nothing() {
         limit("token", &[LimitKeyPart::Token], rate(1, 1_000, 2)),
     ]);
     assert_eq!(burst(&limits, &of(&alice)), 2);
-    let refused = limits.take(&of(&alice), LimitStage::Both, at(0)).unwrap_err();
+    let refused = limits.asks(&of(&alice), LimitStage::Both, at(0)).unwrap_err();
     assert_eq!((limits.name(refused.excess.limit), refused.excess.retry_after), ("user", 10));
     assert_eq!(refused.excess.reset, 1_700_000_010);
     assert_eq!(refused.facts.len(), 2, "both that refuse it are counted, and nothing else");
@@ -200,7 +234,7 @@ fn the_strictest_answers_and_who_is_refused_takes_nothing() {
         assert!(!passes(&limits, &of(&alice), at(0)));
     }
     // 8 of the first limit are left.
-    let facts = limits.take(&of(&bob), LimitStage::Both, at(0)).unwrap().facts;
+    let facts = limits.asks(&of(&bob), LimitStage::Both, at(0)).unwrap().facts;
     assert_eq!(facts.iter().map(|fact| fact.remaining).collect::<Vec<_>>(), [7, 1, 1]);
 }
 
@@ -212,9 +246,9 @@ fn a_dry_run_refuses_nothing() {
     let results = |facts: LimitFacts| facts.iter().map(|fact| fact.result).collect::<Vec<_>>();
     use LimitResult::{Allowed, DryRun, Refused};
     for expected in [[Allowed, Allowed], [Allowed, Allowed], [DryRun, Allowed], [DryRun, Allowed]] {
-        assert_eq!(results(limits.take(&of(&alice), LimitStage::Both, at(0)).unwrap().facts), expected);
+        assert_eq!(results(limits.asks(&of(&alice), LimitStage::Both, at(0)).unwrap().facts), expected);
     }
-    let refused = limits.take(&of(&alice), LimitStage::Both, at(0)).unwrap_err();
+    let refused = limits.asks(&of(&alice), LimitStage::Both, at(0)).unwrap_err();
     assert_eq!((limits.name(refused.excess.limit), results(refused.facts)), ("real", vec![DryRun, Refused]));
 }
 
@@ -257,7 +291,7 @@ fn a_plan_is_in_place_of_all_amounts_and_a_rate_of_its_own_of_the_rate_alone() {
         &[("gold", in_flight)],
     );
     let limits = running(std::slice::from_ref(&settings));
-    let take = |caller: &(Digest, Arc<Principal>)| limits.take(&of(caller), LimitStage::Both, at(0));
+    let take = |caller: &(Digest, Arc<Principal>)| limits.asks(&of(caller), LimitStage::Both, at(0));
     for (plan, own, places) in [("gold", "", 2), ("gold", "50/s", 2), ("", "50/s", 1)] {
         let caller = bound(&format!("{plan}{own}"), "u", plan, own);
         let mut held: Vec<_> = (0..places).map(|_| take(&caller).unwrap()).collect();
@@ -297,14 +331,14 @@ fn a_rate_of_its_own_lets_pass_what_is_due() {
 fn odd_terms_are_said_once_and_give_nobody_more() {
     let settings = planned(&[LimitKeyPart::Token], rate(1, 60_000, 3), &[("gold", rate(1, 60_000, 7))]);
     let limits = running(&[settings]);
-    let take = |caller: &(Digest, Arc<Principal>)| limits.take(&of(caller), LimitStage::Both, at(0));
+    let take = |caller: &(Digest, Arc<Principal>)| limits.asks(&of(caller), LimitStage::Both, at(0));
     let is_odd = |caller: &(Digest, Arc<Principal>)| {
         let facts = take(caller).map_or_else(|exceeded| exceeded.facts, |taken| taken.facts);
         facts.iter().any(|fact| fact.odd)
     };
     let (gone, again) = (bound("gone", "u", "gone", ""), bound("again", "u", "gone", ""));
     // Looking changes nothing.
-    assert!(limits.check(&of(&gone), LimitStage::Both, at(0)).unwrap().facts.iter().all(|fact| !fact.odd));
+    assert!(limits.looks(&of(&gone), LimitStage::Both, at(0)).unwrap().facts.iter().all(|fact| !fact.odd));
     assert!(limits.take_odd().is_empty());
     assert!(is_odd(&gone) && is_odd(&gone), "until it is said");
     let said = OddTerms { kind: OddKind::UnknownPlan, name: "gone".into(), token: gone.1.token() };
@@ -315,7 +349,7 @@ fn odd_terms_are_said_once_and_give_nobody_more() {
     // Who only looks uses up none of their places.
     for index in 1..=2 * MOST_OWN_RATES {
         let looked = bound("looked", "u", "", &format!("{index}/min burst 1"));
-        assert!(limits.check(&of(&looked), LimitStage::Both, at(0)).is_ok());
+        assert!(limits.looks(&of(&looked), LimitStage::Both, at(0)).is_ok());
     }
     // No more different rates than this; who has one of them keeps it.
     for index in 1..=MOST_OWN_RATES {
@@ -344,19 +378,19 @@ fn addresses_are_asked_before_the_token_store_and_get_back_what_a_later_limit_re
     assert!(limits.has_early(0) && limits.has_early(1));
     let names = |facts: &LimitFacts| facts.iter().map(|fact| limits.name(fact.limit)).collect::<Vec<_>>().join(" ");
     for round in 0..10 {
-        let early = limits.take(&of(&alice), LimitStage::Early, at(0)).unwrap();
+        let early = limits.asks(&of(&alice), LimitStage::Early, at(0)).unwrap();
         assert_eq!(names(&early.facts), "address");
-        match limits.take(&of(&alice), LimitStage::Late, at(0)) {
+        match limits.asks(&of(&alice), LimitStage::Late, at(0)) {
             Ok(late) => assert_eq!((round, names(&late.facts).as_str()), (0, "token all")),
             Err(refused) => {
                 assert_eq!(names(&refused.facts), "token");
-                limits.give_back(&early, at(0));
+                limits.give_back(&early.taken, at(0));
             }
         }
     }
     // One is taken of three.
-    assert_eq!((0..5).filter(|_| limits.take(&of(&alice), LimitStage::Early, at(0)).is_ok()).count(), 2);
-    assert!(limits.check(&of(&alice), LimitStage::Early, at(0)).is_err());
+    assert_eq!((0..5).filter(|_| limits.asks(&of(&alice), LimitStage::Early, at(0)).is_ok()).count(), 2);
+    assert!(limits.looks(&of(&alice), LimitStage::Early, at(0)).is_err());
 }
 
 #[test]
@@ -364,7 +398,7 @@ fn requests_in_flight_are_given_back_with_their_place() {
     let alice = caller("alice", &[]);
     let most = LimitAmounts { concurrency: Some(2), ..LimitAmounts::default() };
     let limits = running(&[limit("l", &[LimitKeyPart::User], most), limit("rate", &[], rate(1, 1_000, 3))]);
-    let take = || limits.take(&of(&alice), LimitStage::Both, at(0));
+    let take = || limits.asks(&of(&alice), LimitStage::Both, at(0));
     let (one, two) = (take().unwrap(), take().unwrap());
     let excess = take().unwrap_err().excess;
     assert_eq!((excess.by, excess.retry_after, excess.per_minute), (LimitedBy::Concurrency, 1, None));
@@ -374,9 +408,9 @@ fn requests_in_flight_are_given_back_with_their_place() {
     drop(two);
     assert_eq!(take().unwrap_err().excess.by, LimitedBy::Rate);
     drop(three);
-    let both = [at(10_000), at(10_000)].map(|now| limits.take(&of(&alice), LimitStage::Both, now));
+    let both = [at(10_000), at(10_000)].map(|now| limits.asks(&of(&alice), LimitStage::Both, now));
     assert!(both.iter().all(Result::is_ok));
-    assert!(limits.take(&of(&alice), LimitStage::Both, at(10_000)).is_err());
+    assert!(limits.asks(&of(&alice), LimitStage::Both, at(10_000)).is_err());
 }
 
 #[test]
@@ -461,7 +495,7 @@ fn threads_together_are_never_more_than_allowed() {
             scope.spawn(|| {
                 // A place that is never free is not waited for.
                 for _ in 0..2_000_000 {
-                    match limits.take(&of(&alice), LimitStage::Both, at(0)) {
+                    match limits.asks(&of(&alice), LimitStage::Both, at(0)) {
                         Ok(taken) => {
                             highest.fetch_max(inside.fetch_add(1, Ordering::AcqRel) + 1, Ordering::AcqRel);
                             passed.fetch_add(1, Ordering::AcqRel);
@@ -478,7 +512,7 @@ fn threads_together_are_never_more_than_allowed() {
     });
     assert_eq!((highest.into_inner(), passed.into_inner()), (3, 20_000));
     let tomorrow = at(24 * 60 * 60 * 1_000);
-    let taken: Vec<_> = (0..4).map(|_| limits.take(&of(&alice), LimitStage::Both, tomorrow)).collect();
+    let taken: Vec<_> = (0..4).map(|_| limits.asks(&of(&alice), LimitStage::Both, tomorrow)).collect();
     assert_eq!(taken.iter().filter(|taken| taken.is_ok()).count(), 3);
 }
 
@@ -498,8 +532,68 @@ fn a_seed_makes_no_two_tokens_one() {
 fn who_only_looks_is_told_what_is_left() {
     let limits = running(&[limit("token", &[LimitKeyPart::Token], rate(1, 1_000, 7))]);
     let alice = caller("alice", &[]);
-    let left = || limits.check(&of(&alice), LimitStage::Both, at(0)).unwrap().facts[0].remaining;
+    let left = || limits.looks(&of(&alice), LimitStage::Both, at(0)).unwrap().facts[0].remaining;
     assert_eq!((left(), left()), (7, 7));
     assert!(passes(&limits, &of(&alice), at(0)));
     assert_eq!(left(), 6);
+}
+
+/// A route with one limit has a short way of its own, which must say the same.
+#[test]
+fn a_limit_alone_does_as_it_does_beside_another_one() {
+    use LimitKeyPart as K;
+    let mut random = fastrand::Rng::with_seed(12);
+    let wide = limit("wide", &[], rate(1_000_000, 1, 1_000_000));
+    let callers = ["ann", "bob", "eve"].map(|user| caller(user, &["api"]));
+    let quota = CalendarQuota { requests: 40, period: CalendarPeriod::Day };
+    let amounts = [
+        rate(3, 1_000, 4),
+        LimitAmounts { quota: Some(quota), ..LimitAmounts::default() },
+        LimitAmounts { concurrency: Some(2), ..LimitAmounts::default() },
+        LimitAmounts { concurrency: Some(3), quota: Some(quota), ..rate(5, 1_000, 5) },
+    ];
+    let (mut refused, mut kept) = (0, 0);
+    for (amounts, key, dry_run) in amounts.iter().flat_map(|amounts| {
+        let keys = [vec![K::Token], vec![K::User], vec![K::Address], vec![]];
+        keys.into_iter().flat_map(move |key| [(amounts, key.clone(), false), (amounts, key, true)])
+    }) {
+        let mut one = LimitSettings { dry_run, ..limit("one", &key, *amounts) };
+        one.costs.methods[Method::Post.index()] = 3;
+        one.costs.methods[Method::Head.index()] = 0;
+        one.buckets.plans = (key == [K::Token]).then(Vec::new);
+        let (alone, beside) = (running(std::slice::from_ref(&one)), running(&[one, wide.clone()]));
+        let (mut held, mut time) = (Vec::new(), 0);
+        for _ in 0..400 {
+            time += random.u64(0..300);
+            let subject = LimitSubject {
+                method: [Method::Get, Method::Post, Method::Head][random.usize(0..3)],
+                ..of(&callers[random.usize(0..3)])
+            };
+            let stage = [LimitStage::Both, LimitStage::Early, LimitStage::Late][random.usize(0..3)];
+            let [first, second] = [&alone, &beside].map(|limits| limits.asks(&subject, stage, at(time)));
+            let first_of = |facts: &LimitFacts| facts.iter().find(|fact| fact.limit == 0).copied();
+            match (first, second) {
+                (Ok(first), Ok(second)) => {
+                    assert_eq!(first_of(&first.facts), first_of(&second.facts));
+                    assert_eq!(first.taken.in_flight.len(), second.taken.in_flight.len());
+                    assert_eq!(first.taken.taken.len(), second.taken.taken.len());
+                    kept += first.taken.in_flight.len();
+                    if stage == LimitStage::Early && random.bool() {
+                        alone.give_back(&first.taken, at(time));
+                        beside.give_back(&second.taken, at(time));
+                    }
+                    held.push((first, second));
+                }
+                (Err(first), Err(second)) => {
+                    assert_eq!((first.excess, &first.facts), (second.excess, &second.facts));
+                    refused += 1;
+                }
+                (first, second) => panic!("{key:?} {amounts:?}: {first:?}, {second:?}"),
+            }
+            if random.u8(0..3) == 0 && !held.is_empty() {
+                held.swap_remove(random.usize(0..held.len()));
+            }
+        }
+    }
+    assert!(refused > 1_000 && kept > 200, "{refused} {kept}");
 }

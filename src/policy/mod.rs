@@ -10,9 +10,9 @@ mod weight;
 
 pub use guessing::{GuessCount, GuessEpisode, GuessGuard, GuessRefusal, GuessSettings, GuessTurn, GuessVerdict};
 pub use limit::{
-    BucketSettings, Excess, InFlight, LeasesLacking, LimitCosts, LimitExceeded, LimitFact, LimitFacts, LimitKeyPart,
-    LimitLack, LimitPlan, LimitResult, LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken,
-    MOST_OWN_RATES, OddKind, OddTerms, PaidLeases, RequestLimits,
+    BucketSettings, Excess, InFlight, LeasesLacking, LimitCosts, LimitFact, LimitFacts, LimitKeyPart, LimitLack,
+    LimitPlan, LimitResult, LimitScope, LimitSettings, LimitStage, LimitSubject, LimitsTaken, MOST_OWN_RATES, OddKind,
+    OddTerms, PaidLeases, RequestLimits,
 };
 pub use limit_bucket::{CalendarPeriod, CalendarQuota, LimitAmounts, LimitedBy, RefillRate};
 pub use scope::{ScopeRule, Scopes};

@@ -6,8 +6,8 @@ use super::{LeaseRefusal, RefusedBy, ShareStore, WhenGone};
 use crate::clock::Now;
 use crate::identity::Invalid;
 use crate::policy::{
-    BucketSettings, GuessCount, GuessGuard, GuessSettings, LimitAmounts, LimitCosts, LimitKeyPart, LimitScope,
-    LimitSettings, LimitStage, LimitSubject, RefillRate, RequestLimits,
+    BucketSettings, GuessCount, GuessGuard, GuessSettings, LimitAmounts, LimitCosts, LimitFacts, LimitKeyPart,
+    LimitScope, LimitSettings, LimitStage, LimitSubject, RefillRate, RequestLimits,
 };
 use crate::request::origin::AddressList;
 use crate::request::route::{Methods, Pattern, Route};
@@ -66,7 +66,7 @@ fn what_a_shared_limit_has_said_holds_for_it_alone() {
         principal: None,
         headers: &[],
     };
-    let ask = |paid: &[(u16, LeaseOutcome)]| limits.take_paid(&subject, LimitStage::Both, NOW, paid);
+    let ask = |paid: &[(u16, LeaseOutcome)]| limits.take(&subject, LimitStage::Both, NOW, paid, &mut LimitFacts::new());
     let lacking = |paid: &[(u16, LeaseOutcome)]| -> Vec<u16> {
         let lacking = ask(paid).unwrap().into_lacking();
         lacking.into_iter().flat_map(|lacking| lacking.lacks).map(|lack| lack.limit).collect()
@@ -78,7 +78,7 @@ fn what_a_shared_limit_has_said_holds_for_it_alone() {
     let refusal = LeaseRefusal { by: RefusedBy::Rate, wait_ms: 1_500, remaining: 0 };
     for number in [0, 1] {
         let refused = ask(&[(number, LeaseOutcome::Refused(refusal))]).unwrap_err();
-        assert_eq!((refused.excess.limit, refused.excess.retry_after), (number, 2));
+        assert_eq!((refused.limit, refused.retry_after), (number, 2));
     }
 }
 
