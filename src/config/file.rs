@@ -517,8 +517,8 @@ section! {
 }
 
 section! {
-    /// Where gateways count together for each [[limit]], and for [guessing], with `shared = true`. All of them need the same settings here and in that
-    /// limit, but for addresses and passwords.
+    /// Where gateways count together for each [[limit]], and for [guessing], with `shared = true`. All of them need the same
+    /// settings here and there, but for addresses and passwords.
     SharedLimitsSection {
         /// "redis" (Redis 6 or later, or Valkey), "postgres" or "none".
         store: SharedStore = r#""none""#,

@@ -319,15 +319,15 @@ impl GuessGuard {
         if locked.is_shared() {
             return GuessCount::Untracked;
         }
-        let counted = locked.get().map_or(GuessCount::Not, |record| guard.count(record, network, digest, why, now));
+        let Some(record) = locked.get() else { return GuessCount::Not };
+        let (counted, fits) = guard.count(record, network, digest, why, now);
         drop(locked);
-        match &guard.shared {
-            Some(shared) if counted == GuessCount::Counted && shared.is_used_up(network, &guard.terms.amounts, now) => {
-                let begun = guard.state.table.with_known(key, |record| guard.exceeded(record, network, now));
-                begun.unwrap_or(counted)
-            }
-            _ => counted,
+        let shared = guard.shared.as_ref().filter(|_| counted != GuessCount::Not);
+        // What was over the budget here has been noted; the other replicas are to know of it as well.
+        if shared.is_some_and(|shared| shared.is_used_up(network, &guard.terms.amounts, now)) && fits {
+            return guard.state.table.with_known(key, |record| guard.exceeded(record, network, now)).unwrap_or(counted);
         }
+        counted
     }
 
     /// Episodes that are over, which they are with this.
@@ -420,16 +420,24 @@ impl RunningGuessGuard {
         waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).is_ok()
     }
 
-    fn count(&self, record: &mut GuessRecord, network: IpNet, digest: &Digest, why: Invalid, now: Now) -> GuessCount {
+    /// Also whether the budget had room for it.
+    fn count(
+        &self,
+        record: &mut GuessRecord,
+        network: IpNet,
+        digest: &Digest,
+        why: Invalid,
+        now: Now,
+    ) -> (GuessCount, bool) {
         if !record.recent.counts(digest, why, now) {
-            return GuessCount::Not;
+            return (GuessCount::Not, true);
         }
         let amounts = &self.terms.amounts;
         if record.budget.check(amounts, 1, now).is_ok() {
             record.budget.take(amounts, 1, now);
-            return GuessCount::Counted;
+            return (GuessCount::Counted, true);
         }
-        self.exceeded(record, network, now)
+        (self.exceeded(record, network, now), false)
     }
 
     /// There is no room for a failed token.

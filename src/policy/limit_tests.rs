@@ -542,7 +542,12 @@ fn who_only_looks_is_told_what_is_left() {
 #[test]
 fn a_limit_alone_does_as_it_does_beside_another_one() {
     use LimitKeyPart as K;
-    let mut random = fastrand::Rng::with_seed(12);
+    // Knuth's generator: nothing else is needed of it.
+    let mut state = 12_u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
     let wide = limit("wide", &[], rate(1_000_000, 1, 1_000_000));
     let callers = ["ann", "bob", "eve"].map(|user| caller(user, &["api"]));
     let quota = CalendarQuota { requests: 40, period: CalendarPeriod::Day };
@@ -564,12 +569,12 @@ fn a_limit_alone_does_as_it_does_beside_another_one() {
         let (alone, beside) = (running(std::slice::from_ref(&one)), running(&[one, wide.clone()]));
         let (mut held, mut time) = (Vec::new(), 0);
         for _ in 0..400 {
-            time += random.u64(0..300);
+            time += random(300) as u64;
             let subject = LimitSubject {
-                method: [Method::Get, Method::Post, Method::Head][random.usize(0..3)],
-                ..of(&callers[random.usize(0..3)])
+                method: [Method::Get, Method::Post, Method::Head][random(3)],
+                ..of(&callers[random(3)])
             };
-            let stage = [LimitStage::Both, LimitStage::Early, LimitStage::Late][random.usize(0..3)];
+            let stage = [LimitStage::Both, LimitStage::Early, LimitStage::Late][random(3)];
             let [first, second] = [&alone, &beside].map(|limits| limits.asks(&subject, stage, at(time)));
             let first_of = |facts: &LimitFacts| facts.iter().find(|fact| fact.limit == 0).copied();
             match (first, second) {
@@ -578,7 +583,7 @@ fn a_limit_alone_does_as_it_does_beside_another_one() {
                     assert_eq!(first.taken.in_flight.len(), second.taken.in_flight.len());
                     assert_eq!(first.taken.taken.len(), second.taken.taken.len());
                     kept += first.taken.in_flight.len();
-                    if stage == LimitStage::Early && random.bool() {
+                    if stage == LimitStage::Early && random(2) == 0 {
                         alone.give_back(&first.taken, at(time));
                         beside.give_back(&second.taken, at(time));
                     }
@@ -590,10 +595,29 @@ fn a_limit_alone_does_as_it_does_beside_another_one() {
                 }
                 (first, second) => panic!("{key:?} {amounts:?}: {first:?}, {second:?}"),
             }
-            if random.u8(0..3) == 0 && !held.is_empty() {
-                held.swap_remove(random.usize(0..held.len()));
+            if random(3) == 0 && !held.is_empty() {
+                held.swap_remove(random(held.len()));
             }
         }
     }
     assert!(refused > 1_000 && kept > 200, "{refused} {kept}");
+}
+
+/// What an earlier stage was allowed is given back, so that nothing is left of it but refusals.
+#[test]
+fn behind_a_refusal_nothing_is_left_that_was_allowed() {
+    let token = limit("token", &[LimitKeyPart::Token], rate(1, 1_000, 1));
+    let alice = caller("alice", &[]);
+    for settings in [vec![token.clone()], vec![token, limit("all", &[], rate(100, 1_000, 100))]] {
+        let (limits, mut facts) = (running(&settings), LimitFacts::new());
+        let mut take = || {
+            let taken = limits.take(&of(&alice), LimitStage::Both, at(0), &[], &mut facts);
+            (taken.is_ok(), facts.iter().map(|fact| (fact.limit, fact.result)).collect::<Vec<_>>())
+        };
+        let (passes, said) = take();
+        assert!(
+            passes && said.len() == settings.len() && said.iter().all(|(_, result)| *result == LimitResult::Allowed)
+        );
+        assert_eq!(take(), (false, vec![(0, LimitResult::Refused)]));
+    }
 }

@@ -136,6 +136,16 @@ async fn replicas_count_failed_tokens_together() {
     assert_eq!(guesses(&all[1], "192.0.2.2", 0, 50).await, 50);
     assert_eq!(guesses(&all[0], "2001:db8::1", 0, 90).await, 90);
     assert!(guesses(&all[1], "2001:db8::ffff:1", 1_000, 80).await < 20);
+    // Beyond both budgets a failed token counts once: each guard says as many as there were.
+    assert_eq!(guesses(&all[1], "192.0.2.1", 3_000, 90).await, 90);
+    let beyond = all[1]
+        .0
+        .episodes(NOW)
+        .iter()
+        .map(|episode| (episode.network.to_string(), episode.failures))
+        .collect::<Vec<_>>();
+    let most = beyond.iter().find(|(network, _)| network.starts_with("192.0.2.1/")).unwrap().1;
+    assert!((80..=91).contains(&most), "{beyond:?}");
     // The first one learns of it with its next failed token, or when it has used what it has leased.
     assert!(guesses(&all[0], "192.0.2.1", 2_000, 30).await <= 12);
 }
