@@ -380,20 +380,20 @@ impl GuessGuard {
 impl GuessState {
     /// The place of an address, and what it stands for.
     fn key(&self, client: IpAddr) -> (u64, IpNet) {
-        let mut hash = SipHasher13::new_with_keys(self.seed.0, self.seed.1);
         let network = network_of(client);
-        let bits = match network {
-            IpAddr::V4(ip) => {
-                hash.write_u32(ip.to_bits());
-                32
-            }
-            IpAddr::V6(ip) => {
-                hash.write_u128(ip.to_bits());
-                64
-            }
-        };
-        (hash.finish(), IpNet::new(network, bits).unwrap_or(network.into()))
+        let bits = if network.is_ipv4() { 32 } else { 64 };
+        (hash_of(self.seed, network), IpNet::new(network, bits).unwrap_or(network.into()))
     }
+}
+
+/// Of the address that stands for a network.
+fn hash_of(seed: (u64, u64), network: IpAddr) -> u64 {
+    let mut hash = SipHasher13::new_with_keys(seed.0, seed.1);
+    match network {
+        IpAddr::V4(ip) => hash.write_u32(ip.to_bits()),
+        IpAddr::V6(ip) => hash.write_u128(ip.to_bits()),
+    }
+    hash.finish()
 }
 
 impl RunningGuessGuard {
@@ -467,12 +467,8 @@ impl SharedGuesses {
     /// Counts a failed token of a network. Whether all replicas together have counted as many as the budget has: a store that does
     /// not answer says nothing of an address.
     fn is_used_up(&self, network: IpNet, amounts: &LimitAmounts, now: Now) -> bool {
-        let mut hash = SipHasher13::new_with_keys(self.seed.0, self.seed.1);
-        match network.addr() {
-            IpAddr::V4(ip) => hash.write_u32(ip.to_bits()),
-            IpAddr::V6(ip) => hash.write_u128(ip.to_bits()),
-        }
-        let key = LeaseKey { limit: Arc::clone(&self.name), hash: hash.finish(), amounts: (*amounts).into() };
+        let hash = hash_of(self.seed, network.addr());
+        let key = LeaseKey { limit: Arc::clone(&self.name), hash, amounts: (*amounts).into() };
         match self.engine.take(&key, 1, now) {
             LeaseTake::Taken(_) => false,
             LeaseTake::Refused(refusal) => refusal.by == RefusedBy::Rate,
