@@ -373,9 +373,9 @@ impl Pipeline {
                     return Settled::Unpaid(Box::new(Unpaid { permit, examined, limited, lacking }));
                 }
                 Ok(taken) => {
-                    permit.keep(taken.in_flight);
+                    permit.keep(taken);
                     if let Some(early) = early {
-                        permit.keep(early.in_flight);
+                        permit.keep(*early);
                     }
                 }
                 Err(fault) => {

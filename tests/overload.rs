@@ -281,11 +281,12 @@ fn modest(gateway: &Gateway, tokens: &[String], begin: Instant, time: Duration) 
     all.into_inner().unwrap()
 }
 
-/// One who asks fifty times as much as each of ten others, who are refused nothing and wait at most so many times as long.
-fn one_busy_caller_beside_ten(max_requests: &str, most: f32) {
+/// One who asks fifty times as much as each of ten others, who are refused nothing and wait at most so many times as long. What
+/// happens in the first seconds, `warm`, does not count.
+fn one_busy_caller_beside_ten(max_requests: &str, warm: u64, most: f32) {
     let tokens: Vec<String> = (0..11).map(|number| format!("good-token-{number:04}")).collect();
     let (busy, others) = tokens.split_first().unwrap();
-    let (warm, time) = (Duration::from_secs(2), Duration::from_secs(seconds().max(3)));
+    let (warm, time) = (Duration::from_secs(warm), Duration::from_secs(seconds().max(3)));
     println!("| `max_requests` | busy caller | p50 of the others | p99 | refused |\n|---|---|---|---|---|");
     let mut tries = 0;
     loop {
@@ -322,14 +323,15 @@ fn one_busy_caller_beside_ten(max_requests: &str, most: f32) {
 /// With as many as the server works on at once, all that others wait for is the next one that it has done.
 #[test]
 fn one_busy_caller_beside_ten_before_a_limit_that_fits() {
-    one_busy_caller_beside_ten("8", 1.5);
+    one_busy_caller_beside_ten("8", 2, 1.5);
 }
 
-/// What they wait for longer is the server's own queue, which this limit lets grow a little to see what the server can do:
-/// docs/operations.md has the figure, and that it is more than the 1.5 times that were wanted.
+/// What they wait for longer is the server's own queue, which this limit lets grow a little to see what the server can do, and
+/// which is long until it has found that out. docs/operations.md has the figures of the long form, which holds 1.5 times; the 120 requests
+/// of the short one do not say it so exactly.
 #[test]
 fn one_busy_caller_beside_ten_before_an_adaptive_limit() {
-    one_busy_caller_beside_ten("\"adaptive\"", 2.5);
+    one_busy_caller_beside_ten("\"adaptive\"", if seconds() > 0 { 20 } else { 6 }, 2.0);
 }
 
 const LIMIT: &str = "tollgate_upstream_server_limit";

@@ -173,7 +173,11 @@ struct Included {
 /// The files that a text includes.
 fn included(text: &str, path: &Path) -> Included {
     let Included { mut files, mut problems, patterns: mut patterns_seen, mut expansions } = Included::default();
-    let (root, _) = DeTable::parse_recoverable(text);
+    let (root, errors) = DeTable::parse_recoverable(text);
+    // What can be read of an array without its end are values of other keys: files that nobody has named are not to be read.
+    if !errors.is_empty() {
+        return Included::default();
+    }
     let patterns = root.get_ref().get(INCLUDE).and_then(|value| value.get_ref().as_array());
     let folder = path.parent().unwrap_or(Path::new(""));
     let mut known: BTreeSet<PathBuf> = std::fs::canonicalize(path).into_iter().collect();

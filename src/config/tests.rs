@@ -53,6 +53,22 @@ fn the_example_says_all_and_is_right() {
     );
 }
 
+/// Found by the fuzz target: behind an array without its end, the values of other keys were taken for patterns of `include`.
+#[test]
+fn a_file_that_is_no_toml_includes_none() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("other"), "not TOML\n").unwrap();
+    let text = |end: &str| format!("include = [\"other\"{end}\n[[route]]\npath = \"*\"\nauth = \"none\"\n");
+    let files = |text: &str| {
+        let found = load(text, folder.path()).unwrap_err();
+        let mut files: Vec<_> = found.iter().map(|found| found.file.file_name().unwrap().to_owned()).collect();
+        files.dedup();
+        files
+    };
+    assert_eq!(files(&text("")), ["c.toml"]);
+    assert_eq!(files(&text("]")), ["other"]);
+}
+
 /// What it takes and refuses is tried with another author's validator in deploy/references.py.
 #[test]
 fn every_key_is_on_the_page_and_in_the_schema() {

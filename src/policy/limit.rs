@@ -247,6 +247,8 @@ struct RunningLimit {
     /// Keys cannot be chosen to meet in one bucket.
     seed: (u64, u64),
     early: bool,
+    /// The key is the token, as this process counts it.
+    is_by_token: bool,
     /// For each header of the key, its place in [`RequestLimits::headers`].
     headers: Vec<usize>,
     /// `None`: this process counts for itself.
@@ -317,11 +319,11 @@ const MOST_ODD: usize = 64;
 /// A limit on a route.
 #[derive(Debug)]
 struct LimitUse {
-    limit: usize,
+    limit: u16,
     /// By method; 0: it does not apply.
     costs: [u32; 7],
-    /// Replicas count it together.
-    is_shared: bool,
+    /// Nothing but a rate, for whoever asks, that this process counts behind the token store and does not tell of.
+    is_plain: bool,
 }
 
 /// What the limits of one request are told by.
@@ -401,20 +403,22 @@ impl Drop for InFlight {
     }
 }
 
-/// What a request has taken.
+/// What a request has taken. To be kept as long as it goes on. Most limits have a rate alone, of which there is nothing to keep.
 #[derive(Debug, Default)]
-pub struct LimitsTaken {
-    /// To be kept as long as the request goes on.
-    pub in_flight: SmallVec<[InFlight; 1]>,
+pub struct LimitsTaken(Option<Box<KeptTakings>>);
+
+#[derive(Debug, Default)]
+struct KeptTakings {
+    in_flight: SmallVec<[InFlight; 1]>,
     /// Only of the early stage.
-    taken: Vec<BucketChange>,
+    changes: Vec<BucketChange>,
     /// Of limits that replicas share.
-    shared: Option<Box<SharedTaken>>,
+    shared: SharedTaken,
 }
 
 #[derive(Debug)]
 struct BucketChange {
-    limit: usize,
+    limit: u16,
     key: u64,
     shared: bool,
     cost: u64,
@@ -457,6 +461,7 @@ impl RequestLimits {
                     ),
                     seed: kept.map_or_else(|| (seed(), seed()), |kept| kept.seed),
                     early: settings.buckets.is_early(&settings.applies),
+                    is_by_token: !settings.shared && settings.buckets.key.as_slice() == [LimitKeyPart::Token],
                     headers: places,
                     shared: None,
                     settings: settings.clone(),
@@ -464,7 +469,7 @@ impl RequestLimits {
             })
             .collect();
         let uses = |name: &str, methods: Methods| {
-            let on_route = |(limit, running): (usize, &Arc<RunningLimit>)| {
+            let on_route = |(limit, running): (u16, &Arc<RunningLimit>)| {
                 let LimitSettings { applies, costs, .. } = &running.settings;
                 let is_meant = applies.routes.is_empty() || applies.routes.iter().any(|route| route == name);
                 let cost = |method: Method| {
@@ -472,10 +477,13 @@ impl RequestLimits {
                     if counts { costs.of(name, method) } else { 0 }
                 };
                 let costs = Method::FORWARDED.map(cost);
-                let is_shared = running.settings.shared;
-                costs.iter().any(|cost| *cost > 0).then_some(LimitUse { limit, costs, is_shared })
+                let amounts = &running.settings.buckets.amounts;
+                let is_rate_alone = (amounts.quota, amounts.concurrency) == (None, None) && amounts.rate.is_some();
+                let is_meant_for_all = applies.scopes.is_empty() && applies.users.is_empty();
+                let is_plain = is_rate_alone && is_meant_for_all && !(running.settings.shared || running.early || told);
+                costs.iter().any(|cost| *cost > 0).then_some(LimitUse { limit, costs, is_plain })
             };
-            limits.iter().enumerate().filter_map(on_route).collect()
+            (0..).zip(&limits).filter_map(on_route).collect()
         };
         let routes = routes.iter().map(|route| uses(&route.name, route.methods)).collect();
         Self { limits, routes, headers, told, odd: RwLock::default(), engine: None }
@@ -569,7 +577,7 @@ impl RequestLimits {
 
     /// Whether limits of this route are asked before the token store.
     pub fn has_early(&self, route: usize) -> bool {
-        self.uses(route).iter().any(|limit| self.limits.get(limit.limit).is_some_and(|limit| limit.early))
+        self.uses(route).iter().any(|limit| self.limits.get(usize::from(limit.limit)).is_some_and(|limit| limit.early))
     }
 
     fn uses(&self, route: usize) -> &[LimitUse] {
@@ -598,10 +606,17 @@ impl RequestLimits {
         paid: &[(u16, LeaseOutcome)],
         facts: &mut LimitFacts,
     ) -> Result<LimitsTaken, Excess> {
+        if let [only] = self.uses(subject.route)
+            && only.is_plain
+            && stage != LimitStage::Early
+            && self.takes_plainly(only, subject, now, facts)
+        {
+            return Ok(LimitsTaken::default());
+        }
         self.ask(subject, stage, now, true, paid, facts)
     }
 
-    #[inline]
+    #[inline(never)]
     fn ask(
         &self,
         subject: &LimitSubject<'_>,
@@ -611,17 +626,10 @@ impl RequestLimits {
         paid: &[(u16, LeaseOutcome)],
         facts: &mut LimitFacts,
     ) -> Result<LimitsTaken, Excess> {
-        let uses = self.uses(subject.route);
-        if takes
-            && let [only] = uses
-            && !only.is_shared
-        {
-            return self.take_only(only, subject, stage, now, facts);
-        }
         let before = facts.len();
         let taken = LimitsTaken::default();
         let mut asked = Asked { subject, stage, now, takes, paid, excess: None, taken, facts };
-        self.ask_rest(uses, &mut asked);
+        self.ask_rest(self.uses(subject.route), &mut asked);
         let Asked { excess, taken, facts, .. } = asked;
         if let Some((_, excess)) = excess {
             facts.retain(|fact| fact.result != LimitResult::Allowed);
@@ -634,45 +642,24 @@ impl RequestLimits {
         Ok(taken)
     }
 
-    /// The same for a route with one limit, which this process counts: nearly every request comes this way. As no other limit can
-    /// refuse what this one allows, it is checked and taken from at once.
-    fn take_only(
-        &self,
-        only: &LimitUse,
-        subject: &LimitSubject<'_>,
-        stage: LimitStage,
-        now: Now,
-        facts: &mut LimitFacts,
-    ) -> Result<LimitsTaken, Excess> {
-        let mut taken = LimitsTaken::default();
-        let Some((limit, cost)) = self.applies(only, subject, stage) else { return Ok(taken) };
-        let Some(key) = limit.key(subject) else { return Ok(taken) };
-        let (chosen, odd) = limit.choose(subject.principal, true);
-        let (amounts, table) = chosen.parts();
-        let odd = odd.is_some_and(|odd| self.is_unsaid(odd, subject.principal));
-        let Some(mut locked) = table.lock(key, amounts, now) else { return Ok(taken) };
-        let shared = locked.is_shared();
-        let Some(bucket) = locked.get() else { return Ok(taken) };
-        let mut fact = LimitFact { limit: only.number(), shared, odd, ..LimitFact::default() };
-        match bucket.check(amounts, cost, now) {
-            Ok(()) => {
-                let before = *bucket;
-                bucket.take(amounts, cost, now);
-                let change = BucketChange { limit: only.limit, key, shared, cost, before, after: *bucket };
-                taken.keep(change, amounts, table, stage);
-            }
-            Err(_) if limit.settings.dry_run => fact.result = LimitResult::DryRun,
-            Err(shortage) => {
-                fact.result = LimitResult::Refused;
-                self.tell(&mut fact, bucket, amounts, now);
-                facts.retain(|fact| fact.result != LimitResult::Allowed);
-                facts.push(fact);
-                return Err(shortage.exceeds(only.number(), bucket, amounts, now));
-            }
+    /// The short way, of nearly all requests: whether the only limit of the route, which is plain, has what the request costs, and
+    /// has given it. `false`: nothing was done, and [`Self::ask`] says why.
+    #[inline(always)]
+    fn takes_plainly(&self, only: &LimitUse, subject: &LimitSubject<'_>, now: Now, facts: &mut LimitFacts) -> bool {
+        let Some(limit) = self.limits.get(usize::from(only.limit)) else { return false };
+        let Some(cost) = only.costs.get(subject.method.index()).filter(|cost| **cost > 0) else { return false };
+        let BucketSettings { amounts, plans, .. } = &limit.settings.buckets;
+        if plans.is_some() && subject.principal.and_then(Principal::terms).is_some() {
+            return false;
         }
-        self.tell(&mut fact, bucket, amounts, now);
-        facts.push(fact);
-        Ok(taken)
+        let Some(key) = limit.key(subject) else { return false };
+        let Some(mut locked) = limit.tables.common.lock(key, amounts, now) else { return false };
+        let shared = locked.is_shared();
+        let taken = locked.get().is_some_and(|bucket| bucket.takes_of_rate_alone(amounts, (*cost).into(), now));
+        if taken {
+            facts.push(LimitFact { limit: only.limit, shared, ..LimitFact::default() });
+        }
+        taken
     }
 
     /// Locks and checks the limits one after the other. On the way back, with all of them locked and none exceeded, takes.
@@ -728,7 +715,7 @@ impl RequestLimits {
     #[inline(always)]
     fn applies(&self, next: &LimitUse, subject: &LimitSubject<'_>, stage: LimitStage) -> Option<(&RunningLimit, u64)> {
         let cost = next.costs.get(subject.method.index()).copied().filter(|cost| *cost > 0)?;
-        let limit = self.limits.get(next.limit)?;
+        let limit = self.limits.get(usize::from(next.limit))?;
         let is_asked = match stage {
             LimitStage::Both => true,
             LimitStage::Early => limit.early,
@@ -740,8 +727,8 @@ impl RequestLimits {
     /// What an early stage took, when a later one refuses.
     pub fn give_back(&self, taken: &LimitsTaken, now: Now) {
         self.give_back_leases(taken, now);
-        for change in &taken.taken {
-            if let Some(limit) = self.limits.get(change.limit) {
+        for change in taken.0.iter().flat_map(|kept| &kept.changes) {
+            if let Some(limit) = self.limits.get(usize::from(change.limit)) {
                 let undo = |bucket: &mut LimitBucket| bucket.give_back(change.cost, &change.before, &change.after);
                 // Early limits are by address, and know no plan.
                 limit.tables.common.change(change.key, change.shared, undo);
@@ -759,7 +746,7 @@ fn check_one(
     (bucket, shared): (&LimitBucket, bool),
     asked: &mut Asked<'_, '_>,
 ) -> bool {
-    let (number, now) = (next.number(), asked.now);
+    let (number, now) = (next.limit, asked.now);
     let result = match bucket.check(amounts, cost, now) {
         Ok(()) => LimitResult::Allowed,
         Err(_) if limit.settings.dry_run => LimitResult::DryRun,
@@ -772,15 +759,8 @@ fn check_one(
     result == LimitResult::Allowed
 }
 
-impl LimitUse {
-    fn number(&self) -> u16 {
-        u16::try_from(self.limit).unwrap_or(u16::MAX)
-    }
-}
-
 impl LimitsTaken {
     /// Keeps what may have to be given back.
-    #[inline(always)]
     fn keep(
         &mut self,
         change: BucketChange,
@@ -789,10 +769,19 @@ impl LimitsTaken {
         stage: LimitStage,
     ) {
         if amounts.concurrency.is_some() {
-            self.in_flight.push(InFlight { table: Arc::clone(table), key: change.key, shared: change.shared });
+            let place = InFlight { table: Arc::clone(table), key: change.key, shared: change.shared };
+            self.0.get_or_insert_default().in_flight.push(place);
         }
         if stage == LimitStage::Early {
-            self.taken.push(change);
+            self.0.get_or_insert_default().changes.push(change);
+        }
+    }
+
+    /// Keeps what another stage has taken as well.
+    pub(super) fn join(&mut self, other: Self) {
+        match &mut self.0 {
+            None => *self = other,
+            Some(own) => own.in_flight.extend(other.0.into_iter().flat_map(|other| other.in_flight)),
         }
     }
 }
@@ -945,14 +934,13 @@ impl RunningLimit {
     #[inline(always)]
     fn key(&self, subject: &LimitSubject<'_>) -> Option<u64> {
         // The digest of a token is a hash already. It leaves this process as a hash with a key only.
-        if let [LimitKeyPart::Token] = self.settings.buckets.key.as_slice()
-            && self.shared.is_none()
-        {
+        if self.is_by_token {
             return Some(subject.token?.spread() ^ self.seed.0);
         }
         self.hashed_key(subject)
     }
 
+    #[inline(never)]
     fn hashed_key(&self, subject: &LimitSubject<'_>) -> Option<u64> {
         let mut hash = SipHasher13::new_with_keys(self.seed.0, self.seed.1);
         let mut headers = self.headers.iter();

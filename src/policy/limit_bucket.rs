@@ -241,6 +241,21 @@ impl LimitBucket {
         }
     }
 
+    /// Checks and takes in one step, if there is nothing but a rate. `false`: there is more, or it does not fit; nothing was taken.
+    #[inline(always)]
+    pub(super) fn takes_of_rate_alone(&mut self, amounts: &LimitAmounts, cost: u64, now: Now) -> bool {
+        let LimitAmounts { rate: Some(rate), quota: None, concurrency: None } = amounts else { return false };
+        let now = rate.now(now);
+        let full_at = self.full_at.max(now).checked_add(rate.units(cost));
+        match full_at.filter(|full_at| full_at - now <= rate.units(rate.burst)) {
+            Some(full_at) => {
+                self.full_at = full_at;
+                true
+            }
+            None => false,
+        }
+    }
+
     /// Undoes a take, from the state `before` it to the state `after` it. The rate is given back only if nobody took since:
     /// what has flowed in meanwhile may be the same as what was taken, and a bucket must never have more than it is due.
     pub(super) fn give_back(&mut self, cost: u64, before: &Self, after: &Self) {
@@ -305,6 +320,47 @@ mod tests {
         bucket.check(amounts, cost, now).map_err(|shortage| shortage.wait_ms)?;
         bucket.take(amounts, cost, now);
         Ok(())
+    }
+
+    /// Also where the numbers end.
+    #[test]
+    fn taking_of_a_rate_alone_is_the_same() {
+        let mut random = fastrand::Rng::with_seed(3);
+        let (mut fitted, mut lacked, mut others) = (0, 0, 0);
+        for _ in 0..2_000 {
+            let (requests, period_ms, burst) = (random.u64(1..2_000), random.u64(1..100_000), random.u64(1..50));
+            let amounts = LimitAmounts {
+                rate: (random.u8(0..8) > 0).then(|| RefillRate::new(requests, period_ms, burst)),
+                quota: (random.u8(0..8) == 0).then_some(CalendarQuota { requests: 40, period: CalendarPeriod::Day }),
+                concurrency: (random.u8(0..8) == 0).then_some(30),
+            };
+            let (mut one, mut two) = (LimitBucket::default(), LimitBucket::default());
+            let is_end = random.u8(0..8) == 0;
+            let mut now = if is_end { u64::MAX / requests - 10_000 } else { random.u64(0..1 << 40) };
+            for _ in 0..40 {
+                now = now.saturating_add(random.u64(0..period_ms / requests + 2));
+                let cost = random.u64(0..4);
+                let is_taken = one.takes_of_rate_alone(&amounts, cost, at(now));
+                let fits = two.check(&amounts, cost, at(now)).is_ok();
+                let is_rate_alone = (amounts.quota, amounts.concurrency) == (None, None) && amounts.rate.is_some();
+                match (is_rate_alone, fits) {
+                    (true, true) => fitted += 1,
+                    (true, false) => lacked += 1,
+                    _ => others += 1,
+                }
+                // It leaves to the other way what is more than the numbers hold.
+                assert!(is_taken == (is_rate_alone && fits) || (is_end && !is_taken), "{amounts:?} {now}");
+                if fits {
+                    two.take(&amounts, cost, at(now));
+                    if !is_taken {
+                        one.take(&amounts, cost, at(now));
+                    }
+                }
+                let state = |bucket: &LimitBucket| (bucket.full_at, bucket.used, bucket.in_flight);
+                assert_eq!(state(&one), state(&two), "{amounts:?} {now}");
+            }
+        }
+        assert!(fitted.min(lacked).min(others) > 8_000, "{fitted} {lacked} {others}");
     }
 
     #[test]

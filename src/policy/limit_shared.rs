@@ -45,7 +45,7 @@ pub(super) struct SharedTaken {
 /// What a request took of a lease.
 #[derive(Clone, Copy, Debug)]
 struct TakenLease {
-    limit: usize,
+    limit: u16,
     part: LeasePart,
 }
 
@@ -66,12 +66,12 @@ impl From<LimitAmounts> for SharedAmounts {
 impl LimitsTaken {
     /// Leases have to be waited for first: nothing was taken but of other leases.
     pub fn lacks(&self) -> bool {
-        self.shared.as_ref().is_some_and(|shared| shared.lacking.is_some())
+        self.0.as_ref().is_some_and(|kept| kept.shared.lacking.is_some())
     }
 
     /// What has to be waited for.
     pub fn into_lacking(self) -> Option<LeasesLacking> {
-        self.shared.and_then(|shared| shared.lacking)
+        self.0.and_then(|kept| kept.shared.lacking)
     }
 }
 
@@ -108,7 +108,7 @@ impl RequestLimits {
         (amounts, odd): (&LimitAmounts, bool),
         asked: &mut Asked<'_, '_>,
     ) {
-        let number = u16::try_from(next.limit).unwrap_or(u16::MAX);
+        let number = next.limit;
         let key = LeaseKey { limit: Arc::clone(&shared.name), hash: key, amounts: (*amounts).into() };
         let now = asked.now;
         let known = asked.paid.iter().find(|(paid, _)| *paid == number).map(|(_, outcome)| *outcome);
@@ -128,7 +128,7 @@ impl RequestLimits {
                     let lack = LeaseLack { key: key.clone(), cost };
                     let (engine, dry_run) = (Arc::clone(&shared.engine), limit.settings.dry_run);
                     let lack = LimitLack { limit: number, engine, lack, dry_run };
-                    asked.taken.shared.get_or_insert_default().lacking.get_or_insert_default().lacks.push(lack);
+                    asked.taken.0.get_or_insert_default().shared.lacking.get_or_insert_default().lacks.push(lack);
                     None
                 }
             },
@@ -159,7 +159,7 @@ impl RequestLimits {
             return;
         }
         let is_early = asked.stage == LimitStage::Early;
-        match (asked.taken.shared.as_mut().and_then(|shared| shared.lacking.as_mut()), part) {
+        match (asked.taken.0.as_mut().and_then(|kept| kept.shared.lacking.as_mut()), part) {
             // It is not asked again when the others have come: each says one thing to a request.
             (Some(lacking), _) if !is_lacking => {
                 let outcome = refusal.map_or(LeaseOutcome::Paid, LeaseOutcome::Refused);
@@ -167,7 +167,7 @@ impl RequestLimits {
             }
             (None, Some(part)) if is_early => {
                 let taken = TakenLease { limit: next.limit, part };
-                asked.taken.shared.get_or_insert_default().leases.push(taken);
+                asked.taken.0.get_or_insert_default().shared.leases.push(taken);
             }
             _ => {}
         }
@@ -175,8 +175,8 @@ impl RequestLimits {
 
     /// Puts back what an early stage took of leases, when a later one refuses.
     pub(super) fn give_back_leases(&self, taken: &LimitsTaken, now: Now) {
-        for taken in taken.shared.iter().flat_map(|shared| &shared.leases) {
-            if let Some(shared) = self.limits.get(taken.limit).and_then(|limit| limit.shared.as_ref()) {
+        for taken in taken.0.iter().flat_map(|kept| &kept.shared.leases) {
+            if let Some(shared) = self.limits.get(usize::from(taken.limit)).and_then(|limit| limit.shared.as_ref()) {
                 shared.engine.put_back(taken.part, now);
             }
         }

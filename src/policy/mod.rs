@@ -23,7 +23,6 @@ use crate::request::origin::AddressRules;
 use crate::request::route::Auth;
 use crate::request::view::Method;
 use crate::request::{Examined, Switches};
-use smallvec::SmallVec;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -31,8 +30,8 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Permit {
     principal: Option<Arc<Principal>>,
-    /// Its place among the requests in flight of its limits, which ends with it.
-    in_flight: SmallVec<[InFlight; 1]>,
+    /// Its places among the requests in flight of its limits, which end with it.
+    taken: LimitsTaken,
 }
 
 impl Permit {
@@ -42,13 +41,8 @@ impl Permit {
     }
 
     /// Keeps places as long as the request goes on.
-    pub fn keep(&mut self, in_flight: SmallVec<[InFlight; 1]>) {
-        // Nearly always there are none, and those of one stage only otherwise.
-        if self.in_flight.is_empty() {
-            self.in_flight = in_flight;
-        } else {
-            self.in_flight.extend(in_flight);
-        }
+    pub fn keep(&mut self, taken: LimitsTaken) {
+        self.taken.join(taken);
     }
 }
 
@@ -102,7 +96,7 @@ impl Policy {
             } else if examined.other.is_some() && examined.asks_sudo && !self.switches.sudo {
                 Err(PolicyFault::Sudo)
             } else {
-                Ok(Permit { principal, in_flight: SmallVec::new() })
+                Ok(Permit { principal, taken: LimitsTaken::default() })
             };
         };
         within_terms(known, client, examined.method)?;
@@ -122,7 +116,7 @@ impl Policy {
                 return Err(PolicyFault::SudoScope);
             }
         }
-        Ok(Permit { principal, in_flight: SmallVec::new() })
+        Ok(Permit { principal, taken: LimitsTaken::default() })
     }
 }
 
