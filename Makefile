@@ -64,7 +64,7 @@ advisories:
 sbom:
 	bash deploy/sbom.sh
 
-# Two builds in two folders must be the same, byte for byte. PROFILE=dev is quicker. 20 minutes.
+# Two builds in two folders must be the same, byte for byte. PROFILE=dev is quicker. 40 minutes.
 reproducible:
 	bash deploy/reproducible.sh
 
