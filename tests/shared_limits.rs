@@ -351,6 +351,65 @@ fn gateways_under_load_let_through_what_is_allowed() {
     }
 }
 
+/// What is changed alternately: something else, and where the gateway counts, after which its leases begin anew.
+#[test]
+fn reloads_under_load_let_through_no_more_than_is_allowed() {
+    for shared in Shared::all().map(|start| start()) {
+        let upstream = Upstream::start();
+        let more = format!(
+            "{}[log]\naccess = \"off\"\n{}",
+            shared.section,
+            limit(&format!("rate = \"{RATE}/s\"\nburst = {BURST}"))
+        );
+        let gateways: Vec<_> = (0..2).map(|_| Gateway::start(upstream.address, &more)).collect();
+        for gateway in &gateways {
+            eventually("both gateways are counted", || replicas(gateway, shared.kind) == 2.0);
+        }
+        let (begun, over) = (Instant::now(), AtomicBool::new(false));
+        let (all, through, reloads) = std::thread::scope(|scope| {
+            let clients: Vec<_> = (0..8)
+                .map(|client| {
+                    let (gateway, over) = (&gateways[client % 2], &over);
+                    scope.spawn(move || {
+                        let (mut client, mut all, mut through) = (gateway.client(), 0, 0);
+                        while !over.load(Ordering::Relaxed) && begun.elapsed() < Duration::from_secs(60) {
+                            client.send_head(&get(GOOD, TARGET));
+                            let status = client.answer().status;
+                            assert!([200, 429].contains(&status), "{status}");
+                            (all, through) = (all + 1, through + u64::from(status == 200));
+                        }
+                        (all, through)
+                    })
+                })
+                .collect();
+            let mut reloads = 0;
+            while reloads < 8 || begun.elapsed() < Duration::from_secs(seconds()) {
+                let gateway = &gateways[reloads % 2];
+                let (old, new) = match reloads / 2 % 4 {
+                    0 => ("burst = 50", "dry_run = false\nburst = 50"),
+                    1 => ("timeout = \"1s\"", "timeout = \"900ms\""),
+                    2 => ("dry_run = false\n", ""),
+                    _ => ("timeout = \"900ms\"", "timeout = \"1s\""),
+                };
+                gateway.rewrite(|text| text.replace(old, new));
+                let answer = gateway.admin_post("/reload");
+                assert_eq!(answer.status, 200, "{}", answer.text());
+                reloads += 1;
+                std::thread::sleep(Duration::from_millis(150));
+            }
+            over.store(true, Ordering::Relaxed);
+            let sum = |(all, through): (u64, u64), one: (u64, u64)| (all + one.0, through + one.1);
+            let (all, through) = clients.into_iter().map(|client| client.join().unwrap()).fold((0, 0), sum);
+            (all, through, reloads)
+        });
+        let due = BURST as f64 + RATE as f64 * begun.elapsed().as_secs_f64();
+        println!("| {}, {reloads} reloads | {all} | {due:.1} | {through} |", shared.kind);
+        assert!(through as f64 <= due, "{}: {through} of {due}", shared.kind);
+        assert!((all as f64) < 4.0 * due || through as f64 >= 0.5 * due, "{}: {through} of {due}", shared.kind);
+        assert_eq!(upstream.seen().len() as u64, through);
+    }
+}
+
 #[test]
 fn while_the_store_is_gone_the_setting_decides_and_afterwards_the_store_again() {
     for mut shared in Shared::all().map(|start| start()) {
