@@ -9,6 +9,8 @@ pub(super) struct Form {
     state: FormState,
     /// The beginning of a name that is split by a chunk boundary.
     name: Vec<u8>,
+    /// The name is as long as those that are judged by what follows their padding, some of which is no longer there.
+    is_long: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,14 +33,15 @@ impl Form {
                 self.state = FormState::Name;
                 continue;
             }
-            if self.name.is_empty() && matches!(chunk[at], b'&' | b';') {
+            let has_begun = self.is_long || !self.name.is_empty();
+            if !has_begun && matches!(chunk[at], b'&' | b';') {
                 at += 1;
                 continue;
             }
             let rest = &chunk[at..];
             let end = next(rest, |b| matches!(b, b'&' | b';' | b'='), |rest| memchr::memchr3(b'&', b';', b'=', rest));
             match end {
-                Some(end) if self.name.is_empty() => {
+                Some(end) if !has_begun => {
                     check(&rest[..end], judge)?;
                     if rest[end] == b'=' {
                         self.state = FormState::Value;
@@ -69,6 +72,7 @@ impl Form {
             self.name.extend_from_slice(now);
             bytes = later;
             if self.name.len() == MAX_NAME_BYTES {
+                self.is_long = true;
                 self.name.drain(..padding(&self.name));
                 if self.name.len() == MAX_NAME_BYTES {
                     self.end_name(judge)?;
@@ -80,8 +84,13 @@ impl Form {
     }
 
     fn end_name(&mut self, judge: Judge<'_>) -> Result<(), BodyFault> {
-        let verdict = if self.state == FormState::Name { check(&self.name, judge) } else { Ok(()) };
+        let verdict = match (self.state, self.is_long) {
+            (FormState::Value, _) => Ok(()),
+            (FormState::Name, true) => check_long(&self.name, judge),
+            (FormState::Name, false) => check(&self.name, judge),
+        };
         self.name.clear();
+        self.is_long = false;
         verdict
     }
 }
@@ -94,9 +103,10 @@ fn next(bytes: &[u8], is_end: impl Fn(u8) -> bool, find: impl Fn(&[u8]) -> Optio
 }
 
 fn check(name: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
-    if name.len() < MAX_NAME_BYTES {
-        return judge.encoded(name);
-    }
+    if name.len() < MAX_NAME_BYTES { judge.encoded(name) } else { check_long(name, judge) }
+}
+
+fn check_long(name: &[u8], judge: Judge<'_>) -> Result<(), BodyFault> {
     let name = &name[padding(name)..];
     judge.encoded(&name[..name.len().min(MAX_NAME_BYTES)])
 }

@@ -63,6 +63,33 @@ impl Random {
 const FOUND: Result<(), BodyFault> = Err(BodyFault::Field(Key::Token));
 const AMBIGUOUS: Result<(), BodyFault> = Err(BodyFault::Ambiguous);
 
+/// Found by the fuzz target: of a name longer than any, what was left behind its padding was judged in another way if it came in pieces.
+#[test]
+fn long_padding_is_judged_the_same_in_pieces() {
+    const FORM: &str = "application/x-www-form-urlencoded";
+    let padded = |padding: &[u8], length: usize| {
+        let padding: Vec<u8> = padding.iter().copied().cycle().take(length).collect();
+        [padding.as_slice(), b"private_token=x"].concat()
+    };
+    assert_eq!(verdict(FORM, padded(b"]]\xbf\xbf]", 300)), FOUND);
+    // No reader passes over single bytes of a byte order mark.
+    assert_eq!(verdict(FORM, padded(b"]]\xbf\xbf]", 100)), Ok(()));
+    let (mut random, mut found) = (Random(7), 0);
+    for _ in 0..200 {
+        let parts: [&[u8]; 8] = [b"]", b"%5b", b"%0c", b"\xbf", b"%ef%bb%bf", b"+", b"x", b"\0"];
+        let mut body = Vec::new();
+        let length = 200 + random.below(500);
+        while body.len() < length {
+            // Nearly always padding.
+            let part = parts[random.below(parts.len())];
+            body.extend_from_slice(if part == b"x" && random.below(200) > 0 { b"[" } else { part });
+        }
+        body.extend_from_slice(b"private_token=x");
+        found += usize::from(verdict(FORM, body) == FOUND);
+    }
+    assert!((20..200).contains(&found), "{found}");
+}
+
 /// What real clients sent: the head of the request and its body without chunk framing.
 fn captures() -> Vec<(String, Vec<u8>)> {
     let mut rest: &[u8] = include_bytes!("../../../tests/bodies/captures");
