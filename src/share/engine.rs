@@ -36,6 +36,8 @@ const SWEEP: Duration = Duration::from_millis(100);
 const PAUSE_MS: u64 = 500;
 /// How long a replica that ends takes to give back what it holds.
 const ENDING: Duration = Duration::from_secs(1);
+/// How long requests that came before a reload are still asked for by what it replaced.
+const LINGERING: Duration = Duration::from_secs(3);
 
 /// Whose budget it is.
 #[derive(Clone, Debug)]
@@ -112,8 +114,13 @@ pub struct LeaseEngine {
     logged: Outage,
     metrics: ShareMetrics,
     started: AtomicBool,
+    /// It leases nothing ahead any more.
     retired: CancellationToken,
+    /// Nobody comes any more.
+    closed: CancellationToken,
+    /// It does not ask any more.
     ended: CancellationToken,
+    gave_back: CancellationToken,
 }
 
 struct KeyAccount {
@@ -200,7 +207,9 @@ impl LeaseEngine {
             metrics,
             started: AtomicBool::new(false),
             retired: CancellationToken::new(),
+            closed: CancellationToken::new(),
             ended: CancellationToken::new(),
+            gave_back: CancellationToken::new(),
         })
     }
 
@@ -286,7 +295,7 @@ impl LeaseEngine {
         let now = (self.clock)();
         let cost = lack.cost;
         let state = self.with(&lack.key, |entry, id| {
-            if self.is_gone() || entry.waiting.len() >= WAITING || self.retired.is_cancelled() {
+            if self.is_gone() || entry.waiting.len() >= WAITING || self.ended.is_cancelled() {
                 return LeaseWaitState::Decided(self.decide_alone(entry, cost, now));
             }
             // It may have come meanwhile.
@@ -343,16 +352,18 @@ impl LeaseEngine {
         }
     }
 
-    /// Another engine has taken its place, or the process ends: gives back what is leased, and asks no more.
+    /// Another engine has taken its place: gives back what is leased, and asks for those only who came before. If these decided
+    /// without the store, each change would let more through than is allowed.
     pub fn retire(&self) {
         self.retired.cancel();
     }
 
-    /// The same, and waits until it is given back.
+    /// The process ends, and nobody comes any more: gives back what is leased, and waits until it is.
     pub async fn end(&self) {
         self.retire();
+        self.closed.cancel();
         if self.started.load(Ordering::Acquire) {
-            let _ = tokio::time::timeout(2 * ENDING, self.ended.cancelled()).await;
+            let _ = tokio::time::timeout(2 * ENDING, self.gave_back.cancelled()).await;
         }
     }
 
@@ -384,9 +395,32 @@ impl LeaseEngine {
                 under_way.push(Box::pin(self.send(batch)));
             }
         }
-        drop((under_way, beating));
-        let _ = tokio::time::timeout(ENDING, self.give_back()).await;
+        drop(beating);
+        self.end_accounts();
+        let lingers = async {
+            loop {
+                while under_way.len() < MESSAGES
+                    && let Some(batch) = self.next_batch()
+                {
+                    under_way.push(Box::pin(self.send(batch)));
+                }
+                if under_way.is_empty() && self.closed.is_cancelled() {
+                    return;
+                }
+                tokio::select! {
+                    biased;
+                    Some(()) = under_way.next(), if !under_way.is_empty() => {}
+                    () = self.has_asks.notified(), if under_way.len() < MESSAGES => {}
+                    _ = sweep.tick() => self.sweep(),
+                    () = self.closed.cancelled(), if !self.closed.is_cancelled() => {}
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LINGERING, lingers).await;
+        drop(under_way);
         self.ended.cancel();
+        let _ = tokio::time::timeout(ENDING, self.give_back()).await;
+        self.gave_back.cancel();
     }
 
     pub(super) fn may_try_again(&self) -> bool {
@@ -411,6 +445,7 @@ impl LeaseEngine {
     pub(super) fn next_batch(&self) -> Option<LeaseBatch> {
         let now = (self.clock)();
         let replicas = self.replicas.load(Ordering::Relaxed);
+        let leases_ahead = !self.retired.is_cancelled();
         let mut all: Vec<(LeaseRequest, BatchPart)> = Vec::new();
         while all.is_empty() {
             let ids: Vec<u64> = {
@@ -428,7 +463,7 @@ impl LeaseEngine {
                 entry.queued = false;
                 // One message at a time: what waits meanwhile is asked with its end.
                 if !entry.account.asked {
-                    entry.fill(id, replicas, now, &mut all);
+                    entry.fill(id, replicas, leases_ahead, now, &mut all);
                 }
             }
         }
@@ -556,21 +591,30 @@ impl LeaseEngine {
         }
     }
 
-    /// Gives back what is leased.
-    async fn give_back(&self) {
+    /// What is leased is due to be given back.
+    fn end_accounts(&self) {
         let now = (self.clock)();
         for shard in &self.shards {
             for (id, entry) in shard.lock().iter_mut() {
                 entry.account.end();
-                // The last message may have been dropped on its way.
-                entry.account.asked = false;
-                // Nobody answers those who wait: they decide alone.
-                entry.waiting.clear();
                 if entry.account.is_due(now) {
                     self.queue(entry, *id);
                 }
             }
         }
+    }
+
+    /// Gives back what is leased, and answers nobody.
+    async fn give_back(&self) {
+        for shard in &self.shards {
+            for entry in shard.lock().values_mut() {
+                // The last message may have been dropped on its way.
+                entry.account.asked = false;
+                // Nobody answers those who wait: they decide alone.
+                entry.waiting.clear();
+            }
+        }
+        self.end_accounts();
         while let Some(batch) = self.next_batch() {
             self.send(batch).await;
         }
@@ -592,7 +636,7 @@ impl KeyAccount {
     }
 
     /// What is to be asked about the key: one request for each cost that waits.
-    fn fill(&mut self, id: u64, replicas: u64, now: Now, all: &mut Vec<(LeaseRequest, BatchPart)>) {
+    fn fill(&mut self, id: u64, replicas: u64, leases_ahead: bool, now: Now, all: &mut Vec<(LeaseRequest, BatchPart)>) {
         let mut waiting = std::mem::take(&mut self.waiting);
         let report = self.account.report(&self.key.amounts, replicas, !waiting.is_empty(), now);
         let mut first = Some(report);
@@ -609,7 +653,7 @@ impl KeyAccount {
                 cost,
                 count: waiters.len() as u64,
                 // With several, it is leased ahead before the others have theirs: too little for them at most.
-                ahead: own.map_or(0, |report| report.ahead),
+                ahead: own.filter(|_| leases_ahead).map_or(0, |report| report.ahead),
             };
             all.push((request, BatchPart { id, report: own, waiters }));
             if waiting.is_empty() {
