@@ -505,3 +505,36 @@ async fn a_replica_that_ends_gives_everything_back_and_is_not_counted_any_more()
     fleet.engines[0].end().await;
     assert_eq!((fleet.held(), fleet.store.replicas()), (0, 1));
 }
+
+/// As after a reload that changes where is counted: who waits, or comes late, is still counted by the store.
+#[tokio::test(start_paused = true)]
+async fn who_came_before_the_engine_was_replaced_does_not_decide_alone() {
+    let fleet = Fleet::new(2, WhenGone::Local).await;
+    let key = key(1, amounts(1, 100_000, 10));
+    let [old, new] = [&fleet.engines[0], &fleet.engines[1]];
+    let waits = |engine: &Arc<LeaseEngine>, count: usize| -> Vec<LeaseWait> {
+        let lack = || LeaseLack { key: key.clone(), cost: 1 };
+        (0..count).map(|_| engine.enqueue(lack())).collect()
+    };
+    fleet.store.delay.store(3, Ordering::Relaxed);
+    old.start();
+    let first = waits(old, 4);
+    // Their message is on its way.
+    tokio::task::yield_now().await;
+    let second = waits(old, 4);
+    old.retire();
+    let third = waits(old, 4);
+    new.start();
+    let others = waits(new, 12);
+    let mut paid = 0;
+    for wait in first.into_iter().chain(second).chain(third).chain(others) {
+        paid += usize::from(wait.outcome().await == LeaseOutcome::Paid);
+    }
+    assert_eq!(paid, 10);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(fleet.held(), 0, "what it leased ahead is given back");
+    // Then it asks no more.
+    let before = fleet.store.messages.load(Ordering::Relaxed);
+    drop(waits(old, 1));
+    assert_eq!(fleet.store.messages.load(Ordering::Relaxed), before);
+}
