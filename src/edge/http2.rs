@@ -39,6 +39,8 @@ const SEND_BUFFER: usize = 64 * 1024;
 const FIELDS_BEYOND: u32 = 16 * 1024;
 /// How often idle connections and unfinished heads are looked for.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long a client may not know that its stream is over: what it still sends to it is no attack.
+const STILL_SENT: Duration = Duration::from_secs(10);
 /// How long a connection that was told to end may stay.
 const LAST_FRAMES: Duration = Duration::from_secs(1);
 
@@ -59,6 +61,8 @@ pub(super) async fn serve(gate: Arc<Gate>, socket: Socket, ahead: BytesMut, arri
         .max_send_buffer_size(SEND_BUFFER)
         .max_header_list_size(fields)
         .max_local_error_reset_streams(Some(MAX_STREAMS as usize))
+        .max_concurrent_reset_streams(MAX_STREAMS as usize)
+        .reset_stream_duration(STILL_SENT)
         .handshake(watch);
     // A client that does not get on with it is gone.
     let Ok(Ok(connection)) = timeout(limits.header_timeout, handshake).await else { return };
