@@ -307,40 +307,49 @@ fn gateways_count_failed_tokens_together() {
     }
 }
 
+/// So many gateways with one limit that they share, which all know of each other.
+fn limiting(shared: &Shared, upstream: &Upstream, count: usize) -> Vec<Gateway> {
+    let limit = limit(&format!("rate = \"{RATE}/s\"\nburst = {BURST}"));
+    let more = format!("{}[log]\naccess = \"off\"\n{limit}", shared.section);
+    let gateways: Vec<_> = (0..count).map(|_| Gateway::start(upstream.address, &more)).collect();
+    for gateway in &gateways {
+        eventually("all gateways are counted", || replicas(gateway, shared.kind) == count as f64);
+    }
+    gateways
+}
+
+/// One request after the other on a connection: how many there were, and how many got through.
+fn ask_until(gateway: &Gateway, is_over: impl Fn() -> bool) -> (u64, u64) {
+    let (mut client, mut all, mut through) = (gateway.client(), 0, 0);
+    while !is_over() {
+        client.send_head(&get(GOOD, TARGET));
+        let status = client.answer().status;
+        assert!([200, 429].contains(&status), "{status}");
+        (all, through) = (all + 1, through + u64::from(status == 200));
+    }
+    (all, through)
+}
+
+fn sum_of(counts: impl Iterator<Item = (u64, u64)>) -> (u64, u64) {
+    counts.fold((0, 0), |(all, through), one| (all + one.0, through + one.1))
+}
+
 #[test]
 fn gateways_under_load_let_through_what_is_allowed() {
     println!("| store | replicas | | requests | due | got through | difference |\n|---|---|---|---|---|---|---|");
     for shared in Shared::all().map(|start| start()) {
         let upstream = Upstream::start();
-        let more = format!(
-            "{}[log]\naccess = \"off\"\n{}",
-            shared.section,
-            limit(&format!("rate = \"{RATE}/s\"\nburst = {BURST}"))
-        );
-        let gateways: Vec<_> = (0..3).map(|_| Gateway::start(upstream.address, &more)).collect();
-        for gateway in &gateways {
-            eventually("all gateways are counted", || replicas(gateway, shared.kind) == 3.0);
-        }
+        let gateways = limiting(&shared, &upstream, 3);
         let begun = Instant::now();
         let until = begun + Duration::from_secs(seconds());
         let (all, through) = std::thread::scope(|scope| {
             let clients: Vec<_> = (0..12)
                 .map(|client| {
                     let gateway = &gateways[client % 3];
-                    scope.spawn(move || {
-                        let (mut client, mut all, mut through) = (gateway.client(), 0, 0);
-                        while Instant::now() < until {
-                            client.send_head(&get(GOOD, TARGET));
-                            let status = client.answer().status;
-                            assert!([200, 429].contains(&status), "{status}");
-                            (all, through) = (all + 1, through + u64::from(status == 200));
-                        }
-                        (all, through)
-                    })
+                    scope.spawn(move || ask_until(gateway, || Instant::now() >= until))
                 })
                 .collect();
-            let sum = |sum: (u64, u64), one: (u64, u64)| (sum.0 + one.0, sum.1 + one.1);
-            clients.into_iter().map(|client| client.join().unwrap()).fold((0, 0), sum)
+            sum_of(clients.into_iter().map(|client| client.join().unwrap()))
         });
         let due = BURST as f64 + RATE as f64 * begun.elapsed().as_secs_f64();
         row(shared.kind, 3, "gateways", all, due, through);
@@ -356,30 +365,14 @@ fn gateways_under_load_let_through_what_is_allowed() {
 fn reloads_under_load_let_through_no_more_than_is_allowed() {
     for shared in Shared::all().map(|start| start()) {
         let upstream = Upstream::start();
-        let more = format!(
-            "{}[log]\naccess = \"off\"\n{}",
-            shared.section,
-            limit(&format!("rate = \"{RATE}/s\"\nburst = {BURST}"))
-        );
-        let gateways: Vec<_> = (0..2).map(|_| Gateway::start(upstream.address, &more)).collect();
-        for gateway in &gateways {
-            eventually("both gateways are counted", || replicas(gateway, shared.kind) == 2.0);
-        }
+        let gateways = limiting(&shared, &upstream, 2);
         let (begun, over) = (Instant::now(), AtomicBool::new(false));
         let (all, through, reloads) = std::thread::scope(|scope| {
             let clients: Vec<_> = (0..8)
                 .map(|client| {
                     let (gateway, over) = (&gateways[client % 2], &over);
-                    scope.spawn(move || {
-                        let (mut client, mut all, mut through) = (gateway.client(), 0, 0);
-                        while !over.load(Ordering::Relaxed) && begun.elapsed() < Duration::from_secs(60) {
-                            client.send_head(&get(GOOD, TARGET));
-                            let status = client.answer().status;
-                            assert!([200, 429].contains(&status), "{status}");
-                            (all, through) = (all + 1, through + u64::from(status == 200));
-                        }
-                        (all, through)
-                    })
+                    let is_over = || over.load(Ordering::Relaxed) || begun.elapsed() >= Duration::from_secs(60);
+                    scope.spawn(move || ask_until(gateway, is_over))
                 })
                 .collect();
             let mut reloads = 0;
@@ -398,8 +391,7 @@ fn reloads_under_load_let_through_no_more_than_is_allowed() {
                 std::thread::sleep(Duration::from_millis(150));
             }
             over.store(true, Ordering::Relaxed);
-            let sum = |(all, through): (u64, u64), one: (u64, u64)| (all + one.0, through + one.1);
-            let (all, through) = clients.into_iter().map(|client| client.join().unwrap()).fold((0, 0), sum);
+            let (all, through) = sum_of(clients.into_iter().map(|client| client.join().unwrap()));
             (all, through, reloads)
         });
         let due = BURST as f64 + RATE as f64 * begun.elapsed().as_secs_f64();
