@@ -236,7 +236,9 @@ impl PathStage {
                 R::Head(_) => Self::Head,
                 R::HeaderTimeout => Self::Head,
                 R::TargetTooLong | R::HeaderTooLarge => Self::Size,
-                R::Target(request::target::TargetFault::PrefixSpelling) => Self::Route,
+                R::Target(
+                    request::target::TargetFault::PrefixSpelling | request::target::TargetFault::AmbiguousPath,
+                ) => Self::Route,
                 // Only what another proxy asks is refused so, and that is not explained.
                 R::Target(_) | R::MethodNotAllowed | R::Verdict(_) => Self::Target,
                 R::NoRoute => Self::Route,

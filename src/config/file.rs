@@ -115,6 +115,11 @@ section! {
         /// Everything at and below these paths needs a valid token. Everything else is 404, unless a [[route]] says
         /// otherwise.
         prefixes: Vec<Prefix> = r#"["/api/v3"]"#,
+        /// A path that servers read in two ways, with an escaped `/`, `%`, `?` or `#`, or with a `;`: "pass" or "refuse" (400).
+        /// GitLab needs `group%2Fproject`. Use "refuse" for a backend that decodes a path before it looks for what it names
+        /// (Django, PHP behind nginx): there it could be another one than [[route]], [[scope]] and [[limit]] here took it for.
+        /// Refused with "pass" as well: a path that another reading gives a narrower and stricter [[route]].
+        ambiguous_paths: AmbiguousPathsWord = r#""pass""#,
         /// Let CORS preflights (OPTIONS with Origin and Access-Control-Request-Method) pass without a token: browsers
         /// never send one with them.
         cors_preflight: bool = "false",
@@ -810,6 +815,7 @@ words! { ListenerMode { Forward = "forward", Verdict = "verdict" } }
 words! { VerdictSourceWord { None = "none", Nginx = "nginx", Forwarded = "forwarded", Envoy = "envoy" } }
 words! { OtherCredential { JobToken = "job_token", DeployToken = "deploy_token" } }
 words! { OverridePolicy { Refuse = "refuse", Judge = "judge" } }
+words! { AmbiguousPathsWord { Pass = "pass", Refuse = "refuse" } }
 words! { Switch { Refuse = "refuse", Allow = "allow" } }
 words! { Strip { Strip = "strip", Allow = "allow" } }
 words! { ScopePreset { None = "none", Gitlab = "gitlab" } }

@@ -30,7 +30,7 @@ use crate::request::token::{BasicUsers, OtherKind, TokenRules};
 use crate::request::trace::TraceMode;
 use crate::request::verdict::{VerdictRules, VerdictSource};
 use crate::request::view::Method;
-use crate::request::{Limits, MethodOverride, Rules, Switches};
+use crate::request::{AmbiguousPaths, Limits, MethodOverride, Rules, Switches};
 use crate::sandbox::Extent;
 use crate::share::SharedLimitSettings;
 use crate::store::NamedStore;
@@ -146,6 +146,10 @@ pub(super) fn resolve(file: &File, document: Document, folder: &Path, places: &m
         method_override: match file.token.method_override {
             file::OverridePolicy::Refuse => MethodOverride::Refuse,
             file::OverridePolicy::Judge => MethodOverride::Judge,
+        },
+        ambiguous_paths: match file.api.ambiguous_paths {
+            file::AmbiguousPathsWord::Pass => AmbiguousPaths::Pass,
+            file::AmbiguousPathsWord::Refuse => AmbiguousPaths::Refuse,
         },
         switches,
         trusted_proxies: trusted(&file.server.trusted_proxies),
@@ -571,9 +575,9 @@ impl Gather<'_, '_> {
                 &plan.at,
                 Problem::out_of_range("weight", plan.weight, 1..=PlanWeights::MOST).into_iter().collect(),
             );
-            if amounts == LimitAmounts::default() && is_used {
-                let what = "is missing, and so are quota and concurrency: the plan allows everything";
-                self.places.add(&plan.at, Problem::error("rate", what, "write rate, quota or concurrency"));
+            if amounts == LimitAmounts::default() && is_used && !weighs {
+                let what = "is missing, and so are quota, concurrency and a weight: the plan says nothing";
+                self.places.add(&plan.at, Problem::error("rate", what, "write one of them, or remove the plan"));
             }
             if amounts == LimitAmounts::default() && !is_used && !weighs {
                 let what = "is missing, and so are quota, concurrency and a weight: the plan says nothing";
@@ -604,6 +608,8 @@ impl Gather<'_, '_> {
 
     fn limits(&mut self, file: &File, plans: &[LimitPlan], routes: &Routes) -> Vec<LimitSettings> {
         const MOST: usize = 64;
+        /// More of it is said.
+        const BUCKETS_BYTES: usize = 1 << 30;
         let mut limits: Vec<LimitSettings> = Vec::new();
         for limit in &file.limit {
             let narrow = |bits: u64| u8::try_from(bits).unwrap_or(u8::MAX);
@@ -640,6 +646,29 @@ impl Gather<'_, '_> {
         if limits.len() > MOST {
             self.places.add("", Problem::error("limit", "is there too often", format!("use {MOST} or fewer")));
         }
+        let of_own = |limit: &&LimitSettings| !limit.shared && !limit.buckets.key.is_empty();
+        let tables = |limit: &LimitSettings| 1 + limit.buckets.plans.as_ref().map_or(0, Vec::len);
+        let bytes = |limit: &LimitSettings| {
+            limit.buckets.most.saturating_mul(tables(limit)).saturating_mul(LimitSettings::BUCKET_BYTES)
+        };
+        let all = limits.iter().filter(of_own).map(bytes).fold(0, usize::saturating_add);
+        if all > BUCKETS_BYTES
+            && let Some((at, _)) = file
+                .limit
+                .iter()
+                .zip(&limits)
+                .max_by_key(|(_, limit)| bytes(limit))
+                .map(|(limit, settings)| (&limit.at, settings))
+        {
+            let what =
+                format!("comes to {} MiB for the buckets of all limits and plans, once they are all in use", all >> 20);
+            let problem = Problem::warning(
+                "buckets",
+                what,
+                "use as many as there are keys in the time that a bucket takes to fill",
+            );
+            self.places.add(at, problem);
+        }
         limits
     }
 
@@ -666,11 +695,16 @@ impl Gather<'_, '_> {
         let needs_token = !scopes.is_empty() || !users.is_empty() || settings.buckets.key.iter().any(by_identity);
         let matches = |route: &Route| {
             let is_meant = settings.applies.routes.is_empty() || settings.applies.routes.contains(&route.name);
-            is_meant && methods.overlaps(route.methods) && !(needs_token && matches!(route.auth, Auth::None { .. }))
+            let counts = |method: &Method| {
+                methods.has(*method) && route.methods.has(*method) && settings.costs.of(&route.name, *method) > 0
+            };
+            is_meant
+                && Method::FORWARDED.iter().any(counts)
+                && !(needs_token && matches!(route.auth, Auth::None { .. }))
         };
-        if !unknown && *methods != Methods::only([]) && !routes.iter().any(matches) {
+        if !unknown && *methods != Methods::only([]) && settings.costs.highest() > 0 && !routes.iter().any(matches) {
             let key = if settings.applies.routes.is_empty() { "methods" } else { "routes" };
-            let what = "match no request: the routes have other methods, or no token to count by";
+            let what = "match no request: the routes have other methods, no token to count by, or a cost of 0";
             self.places.add(&limit.at, Problem::error(key, what, "see the [[route]] entries"));
         }
     }

@@ -7,7 +7,8 @@ use std::path::Path;
 use toml::{Table, Value};
 
 /// Kinds of values that are a number, a word of a list, an address, a pattern or a name. Not here: URLs, headers, plain text.
-const OPEN_KINDS: [&str; 73] = [
+const OPEN_KINDS: [&str; 74] = [
+    "AmbiguousPathsWord",
     "AuthMode",
     "BalanceBy",
     "BasicUsersText",

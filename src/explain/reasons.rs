@@ -70,6 +70,8 @@ pub const REASONS: &[ReasonText] = &[
         "a client that does not normalise paths, or a traversal attempt"),
     row("prefix_spelling", 400, "a path whose prefix [is replaced](#routes), spelled in another way than the route's (escapes, `//`)",
         "fix the client, or give the path a route without `rewrite_prefix`"),
+    row("ambiguous_path", 400, "a path that another server [could read](#routes) as one of a narrower route with a stricter `auth`, `allow` or `deny`; with `[api] ambiguous_paths = \"refuse\"` any with an escaped `/`, `%`, `?` or `#`, or with a `;`",
+        "an attempt to get around a route. A client that must send such paths needs a route that is as strict as the one beside it"),
     row("fragment", 400, "a `#` in the target",
         "fix the client"),
     row("method_override", 400, "X-HTTP-Method-Override or a similar header, or `_method` in the query: the backend would run a different method than the one judged",

@@ -100,12 +100,12 @@ impl Default for LimitCosts {
 }
 
 impl LimitCosts {
-    fn of(&self, route: &str, method: Method) -> u32 {
+    pub fn of(&self, route: &str, method: Method) -> u32 {
         let own = self.routes.iter().find(|(name, _)| name == route).map(|(_, cost)| *cost);
         own.unwrap_or_else(|| self.methods.get(method.index()).copied().unwrap_or(1))
     }
 
-    fn highest(&self) -> u32 {
+    pub fn highest(&self) -> u32 {
         self.methods.iter().chain(self.routes.iter().map(|(_, cost)| cost)).copied().max().unwrap_or(1)
     }
 }
@@ -127,6 +127,9 @@ impl BucketSettings {
 }
 
 impl LimitSettings {
+    /// What a bucket takes, at most: two slots of a table for one of them.
+    pub const BUCKET_BYTES: usize = 64;
+
     /// Keys of a `[[limit]]`.
     pub fn problems(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -180,6 +183,14 @@ impl LimitSettings {
             problems.push(Problem::error("cost", "is 0 for all requests: it limits nothing", "use 1 or more for some"));
         }
         for plan in plans.iter().flatten() {
+            if self.shared && plan.amounts.concurrency.is_some() {
+                let what = format!(
+                    "counts for all gateways together, and the concurrency of plan {} is counted by each for itself",
+                    plan.name
+                );
+                let instead = "remove `concurrency` from the plan, or use a [[limit]] of its own for it";
+                problems.push(Problem::error("shared", what, instead).with("plans"));
+            }
             let burst = plan.amounts.rate.map(|rate| rate.burst());
             let quota = plan.amounts.quota.map(|quota| quota.requests);
             if let Some(most) =
@@ -238,12 +249,17 @@ pub struct RequestLimits {
     odd: RwLock<Vec<(OddTerms, bool)>>,
     /// Of limits that replicas share.
     engine: Option<Arc<LeaseEngine>>,
+    /// The place in the order of locks for the next limit with buckets of its own.
+    next_place: u64,
 }
 
 #[derive(Debug)]
 struct RunningLimit {
     settings: LimitSettings,
     tables: Arc<LimitTables>,
+    /// Of the buckets, which locks are taken in the order of: it stays when a reload keeps them. Else a request that came before
+    /// the reload and one that came after it could wait for each other.
+    place: u64,
     /// Keys cannot be chosen to meet in one bucket.
     seed: (u64, u64),
     early: bool,
@@ -436,6 +452,7 @@ impl RequestLimits {
         mut seed: impl FnMut() -> u64,
     ) -> Self {
         let mut headers: Vec<String> = Vec::new();
+        let mut next_place = running.map_or(0, |running| running.next_place);
         let limits: Vec<_> = settings
             .iter()
             .map(|settings| {
@@ -454,11 +471,14 @@ impl RequestLimits {
                 // One bucket for all needs no table.
                 let is_one = settings.buckets.key.is_empty() || settings.shared;
                 let most = if is_one { 1 } else { settings.buckets.most };
+                let place = kept.map_or(next_place, |kept| kept.place);
+                next_place += u64::from(kept.is_none());
                 Arc::new(RunningLimit {
                     tables: kept.map_or_else(
                         || Arc::new(LimitTables::new(most, settings.buckets.plans.as_ref().map_or(0, Vec::len))),
                         |kept| Arc::clone(&kept.tables),
                     ),
+                    place,
                     seed: kept.map_or_else(|| (seed(), seed()), |kept| kept.seed),
                     early: settings.buckets.is_early(&settings.applies),
                     is_by_token: !settings.shared && settings.buckets.key.as_slice() == [LimitKeyPart::Token],
@@ -483,10 +503,12 @@ impl RequestLimits {
                 let is_plain = is_rate_alone && is_meant_for_all && !(running.settings.shared || running.early || told);
                 costs.iter().any(|cost| *cost > 0).then_some(LimitUse { limit, costs, is_plain })
             };
-            (0..).zip(&limits).filter_map(on_route).collect()
+            let mut uses: Vec<LimitUse> = (0..).zip(&limits).filter_map(on_route).collect();
+            uses.sort_by_key(|limit| limits.get(usize::from(limit.limit)).map(|limit| limit.place));
+            uses.into()
         };
         let routes = routes.iter().map(|route| uses(&route.name, route.methods)).collect();
-        Self { limits, routes, headers, told, odd: RwLock::default(), engine: None }
+        Self { limits, routes, headers, told, odd: RwLock::default(), engine: None, next_place }
     }
 
     /// The running limit whose buckets fit these settings.
@@ -548,8 +570,14 @@ impl RequestLimits {
 
     /// Names of limits whose buckets another one has as well.
     pub fn kept_from<'a>(&'a self, running: &'a Self) -> impl Iterator<Item = &'a str> {
-        let is_kept =
-            |limit: &&Arc<RunningLimit>| running.limits.iter().any(|other| Arc::ptr_eq(&other.tables, &limit.tables));
+        let is_kept = |limit: &&Arc<RunningLimit>| {
+            running.limits.iter().any(|other| match (&limit.shared, &other.shared) {
+                // What is shared is kept by what leases it.
+                (Some(shared), Some(before)) => shared.is_same(before) && Arc::ptr_eq(&limit.tables, &other.tables),
+                (None, None) => Arc::ptr_eq(&limit.tables, &other.tables),
+                _ => false,
+            })
+        };
         self.limits.iter().filter(is_kept).map(|limit| limit.settings.name.as_str())
     }
 
@@ -562,13 +590,16 @@ impl RequestLimits {
         self.told
     }
 
-    /// The values of the fields that keys are made from: a missing one is as good as an empty one.
+    /// The values of the fields that keys are made from: a missing one is as good as an empty one, and several are one with commas.
     pub fn header_keys(&self, view: &RequestView<'_>) -> SmallVec<[u64; 2]> {
         let key = |name: &String| {
             let mut hash = SipHasher13::new();
-            for field in view.fields.iter().filter(|field| field.name.eq_ignore_ascii_case(name.as_bytes())) {
+            let fields = view.fields.iter().filter(|field| field.name.eq_ignore_ascii_case(name.as_bytes()));
+            for (place, field) in fields.enumerate() {
+                if place > 0 {
+                    hash.write(b", ");
+                }
                 field.value.iter().for_each(|byte| hash.write_u8(byte.to_ascii_lowercase()));
-                hash.write_u8(0);
             }
             hash.finish()
         };
@@ -796,7 +827,7 @@ impl Shortage {
             // Rounded up, as the wait is: who waits until then must not be early.
             reset: now.unix_ms.saturating_add(self.wait_ms.max(1)).div_ceil(1_000),
             per_minute: amounts.per_minute(self.by),
-            remaining: bucket.level(amounts, now).remaining,
+            remaining: bucket.remaining(self.by, amounts, now),
         }
     }
 }
@@ -898,6 +929,8 @@ impl RunningLimit {
         if let Some(name) = terms.plan() {
             let place = plans.iter().position(|plan| plan.name == name);
             match place.and_then(|place| plans.get(place).zip(self.tables.of_plan(place))) {
+                // It has a weight alone.
+                Some((plan, _)) if plan.amounts == LimitAmounts::default() => {}
                 Some((plan, of_plan)) => (amounts, table) = (&plan.amounts, of_plan),
                 None => odd = Some((OddKind::UnknownPlan, name)),
             }

@@ -272,6 +272,15 @@ impl LimitBucket {
         self.in_flight = self.in_flight.saturating_sub(1);
     }
 
+    /// What is left of the amount that was exceeded.
+    pub(super) fn remaining(&self, by: LimitedBy, amounts: &LimitAmounts, now: Now) -> u64 {
+        let alone = match by {
+            LimitedBy::Quota => LimitAmounts { quota: amounts.quota, ..LimitAmounts::default() },
+            LimitedBy::Rate | LimitedBy::Concurrency | LimitedBy::Store => *amounts,
+        };
+        self.level(&alone, now).remaining
+    }
+
     /// Of the rate if there is one, else of the quota, else of the requests in flight.
     pub(super) fn level(&self, amounts: &LimitAmounts, now: Now) -> BucketLevel {
         if let Some(rate) = &amounts.rate {

@@ -14,6 +14,13 @@ pub(super) struct SharedLimit {
     name: Arc<str>,
 }
 
+impl SharedLimit {
+    /// Whether the other one has the same leases.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.name == other.name && Arc::ptr_eq(&self.engine, &other.engine)
+    }
+}
+
 /// Requests that a limit has to be asked for elsewhere.
 #[derive(Debug, Default)]
 pub struct LeasesLacking {

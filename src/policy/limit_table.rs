@@ -53,7 +53,8 @@ impl<B> LockedBucket<'_, B> {
 /// Open addressing with linear probing: a key stands in the first free slot from its own place on.
 #[derive(Debug)]
 struct LimitShard<B> {
-    /// A power of two, and more than `most`: a search always comes to an end.
+    /// A power of two, of which a third stays free: a search always comes to an end, and soon. They double until there are `most`
+    /// buckets, so that a table takes what is in use.
     slots: Box<[LimitSlot<B>]>,
     most: usize,
     occupied: usize,
@@ -70,6 +71,14 @@ struct LimitSlot<B> {
     bucket: B,
 }
 
+/// Buckets of a shard that there is room for at once.
+const FIRST_BUCKETS: usize = 16;
+
+/// The slots for so many buckets.
+fn slots(buckets: usize) -> usize {
+    (buckets + buckets / 2 + 1).next_power_of_two()
+}
+
 /// Keys are spread evenly; none is 0.
 fn key(hash: u64) -> u64 {
     hash.max(1)
@@ -79,10 +88,8 @@ impl<B: TableBucket> LimitTable<B> {
     pub(super) fn new(buckets: usize) -> Self {
         let shards = (buckets / SHARD).clamp(1, MOST_SHARDS).next_power_of_two();
         let most = buckets.div_ceil(shards).max(1);
-        // A third of the slots stays free, so that searches are short.
-        let slots = (most + most / 2 + 1).next_power_of_two();
         let shard = || LimitShard {
-            slots: vec![LimitSlot::default(); slots].into(),
+            slots: vec![LimitSlot::default(); slots(most.min(FIRST_BUCKETS))].into(),
             most,
             occupied: 0,
             hand: 0,
@@ -197,6 +204,11 @@ impl<B: TableBucket> LimitShard<B> {
         }
         if self.occupied < self.most {
             self.occupied += 1;
+            if slots(self.occupied) <= self.slots.len() {
+                return self.put(key, free);
+            }
+            self.grow();
+            let free = self.find(key).err()?;
             return self.put(key, free);
         }
         let idle = self.next_idle(terms, now)?;
@@ -205,6 +217,20 @@ impl<B: TableBucket> LimitShard<B> {
         let free = self.find(key).err()?;
         self.occupied += 1;
         self.put(key, free)
+    }
+
+    /// Twice as many slots.
+    fn grow(&mut self) {
+        let slots = vec![LimitSlot::default(); self.slots.len() * 2].into();
+        let before = std::mem::replace(&mut self.slots, slots);
+        self.hand = 0;
+        for slot in before.into_iter().filter(|slot| slot.key != 0) {
+            if let Err(free) = self.find(slot.key)
+                && let Some(place) = self.slots.get_mut(free)
+            {
+                *place = slot;
+            }
+        }
     }
 
     fn put(&mut self, key: u64, at: usize) -> Option<usize> {
@@ -326,6 +352,20 @@ mod tests {
         assert_eq!(fits(999, at(10)), (false, true));
         assert_eq!(fits(999, at(5_000)), (true, false));
         assert_eq!((1..=100).filter(|key| fits(*key, at(10)).0).count(), 99);
+    }
+
+    #[test]
+    fn a_table_takes_memory_for_what_is_in_use() {
+        let (table, amounts) = (LimitTable::new(1 << 24), amounts(2));
+        let slots = || table.shards.iter().map(|shard| shard.lock().slots.len()).sum::<usize>();
+        assert_eq!(slots(), 64 * 32);
+        let mut random = fastrand::Rng::with_seed(9);
+        let keys: Vec<u64> = (0..50_000).map(|_| random.u64(1..)).collect();
+        keys.iter().for_each(|key| assert_eq!(ask(&table, *key, &amounts, at(10)), (true, false), "{key}"));
+        assert!((75_000..=300_000).contains(&slots()), "{}", slots());
+        // Nobody was forgotten on the way.
+        keys.iter().for_each(|key| assert_eq!(ask(&table, *key, &amounts, at(10)), (true, false), "{key}"));
+        keys.iter().for_each(|key| assert_eq!(ask(&table, *key, &amounts, at(10)), (false, false), "{key}"));
     }
 
     #[test]

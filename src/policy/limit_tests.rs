@@ -430,6 +430,76 @@ fn a_reload_keeps_the_buckets_of_what_did_not_change() {
     assert_eq!(burst(&next(&changed[..1], Some(&after)), &anonymous("")), 8);
 }
 
+/// Requests that came before a reload and such that came after it take from the same buckets, of which each locks all of its own.
+#[test]
+fn a_reload_in_another_order_makes_nobody_wait_for_each_other() {
+    let key = &[LimitKeyPart::User];
+    let mut settings: Vec<_> =
+        (0..12).map(|n| limit(&format!("limit-{n}"), key, rate(1_000_000, 1_000, 900_000))).collect();
+    let mut snapshots = vec![running(&settings)];
+    for reload in 0..3 {
+        settings.rotate_left(5);
+        settings.swap(0, 7);
+        // One goes and comes back, with buckets of its own.
+        let fewer = next(&settings[1..], snapshots.last());
+        snapshots.push(fewer);
+        let all = next(&settings, snapshots.last());
+        assert!((9..12).contains(&all.kept_from(&snapshots[0]).count()), "reload {reload}");
+        snapshots.push(all);
+    }
+    let alice = caller("alice", &[]);
+    let (snapshots, alice) = (Arc::new(snapshots), Arc::new(alice));
+    let (done, ended) = std::sync::mpsc::channel();
+    for thread in 0..snapshots.len() {
+        let (snapshots, alice, done) = (Arc::clone(&snapshots), Arc::clone(&alice), done.clone());
+        // Not of a scope: threads that hang must not keep the test from failing.
+        std::thread::spawn(move || {
+            (0..5_000).for_each(|turn| {
+                passes(&snapshots[thread], &of(&alice), at(turn));
+            });
+            done.send(()).unwrap();
+        });
+    }
+    for thread in 0..snapshots.len() {
+        let waited = ended.recv_timeout(std::time::Duration::from_secs(60));
+        assert!(waited.is_ok(), "{} of {} threads wait for each other", snapshots.len() - thread, snapshots.len());
+    }
+}
+
+#[test]
+fn what_is_left_is_of_the_amount_that_was_exceeded() {
+    let quota = CalendarQuota { requests: 3, period: CalendarPeriod::Day };
+    let amounts = LimitAmounts { quota: Some(quota), ..rate(600, 60_000, 100) };
+    let limits = running(&[limit("q", &[LimitKeyPart::User], amounts)]);
+    let alice = caller("alice", &[]);
+    (0..3).for_each(|_| assert!(passes(&limits, &of(&alice), at(0))));
+    let excess = limits.asks(&of(&alice), LimitStage::Both, at(0)).unwrap_err().excess;
+    assert_eq!((excess.by, excess.remaining), (LimitedBy::Quota, 0));
+}
+
+#[test]
+fn a_plan_with_a_weight_alone_has_the_limits_own_amounts() {
+    let limits = running(&[planned(&[LimitKeyPart::Token], rate(1, 1_000, 3), &[("heavy", LimitAmounts::default())])]);
+    let heavy = bound("heavy-token", "ann", "heavy", "");
+    assert_eq!(burst(&limits, &of(&heavy)), 3);
+    let own = bound("own-token", "ann", "heavy", "1/s");
+    assert_eq!(burst(&limits, &of(&own)), 1);
+}
+
+#[test]
+fn a_plans_concurrency_is_not_shared() {
+    let mut settings = planned(
+        &[LimitKeyPart::Token],
+        rate(1, 1_000, 3),
+        &[("gold", LimitAmounts { concurrency: Some(1), ..rate(1, 1_000, 9) })],
+    );
+    let errors =
+        |settings: &LimitSettings| settings.problems().iter().filter(|problem| problem.key == "shared").count();
+    assert_eq!(errors(&settings), 0);
+    settings.shared = true;
+    assert_eq!(errors(&settings), 1);
+}
+
 /// Many threads, one clock that goes forward: exactly what is due gets through, neither less nor more.
 #[test]
 fn threads_together_get_what_is_due_to_the_request() {

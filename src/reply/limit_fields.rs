@@ -13,16 +13,18 @@ pub struct LimitFields {
 }
 
 impl LimitFields {
-    /// `None`: answers say nothing, or no limit applied.
+    /// `None`: answers say nothing, or no limit applied that refuses anything.
     pub fn of(limits: &RequestLimits, facts: &LimitFacts, principal: Option<&Principal>) -> Option<Self> {
         if !limits.are_told() || facts.is_empty() {
             return None;
         }
         let mut fields = Self { left: String::new(), policy: String::new() };
-        for fact in facts {
+        // A limit that refuses nobody is nothing to hold back for.
+        let holds = |fact: &&LimitFact| limits.settings(fact.limit).is_some_and(|settings| !settings.dry_run);
+        for fact in facts.iter().filter(holds) {
             fields.add(limits, fact, principal);
         }
-        Some(fields)
+        (!fields.left.is_empty()).then_some(fields)
     }
 
     fn add(&mut self, limits: &RequestLimits, fact: &LimitFact, principal: Option<&Principal>) {

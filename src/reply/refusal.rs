@@ -183,6 +183,7 @@ impl Refusal {
                     TargetFault::ControlByte => "control_byte",
                     TargetFault::Fragment => "fragment",
                     TargetFault::PrefixSpelling => "prefix_spelling",
+                    TargetFault::AmbiguousPath => "ambiguous_path",
                 },
             ),
             Cause::Request(R::MethodOverride) => (400, "method_override"),

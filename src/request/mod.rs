@@ -22,6 +22,7 @@ pub mod origin;
 pub mod page;
 pub mod proxy_protocol;
 pub mod query;
+mod readings;
 pub mod route;
 pub mod routes;
 pub(crate) mod seeded;
@@ -39,7 +40,7 @@ use origin::TrustedProxies;
 use page::{Clamped, Pagination};
 use query::{Edits, Key, Names, ParamAction};
 use route::{Auth, Route};
-use routes::Routes;
+use routes::{OtherReadings, Routes};
 use seeded::Rule;
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -61,6 +62,7 @@ pub struct Rules {
     pub token: TokenRules,
     pub names: Names,
     pub method_override: MethodOverride,
+    pub ambiguous_paths: AmbiguousPaths,
     pub switches: Switches,
     /// Peers whose X-Forwarded-* fields are accepted.
     pub trusted_proxies: TrustedProxies,
@@ -136,6 +138,15 @@ pub enum MethodOverride {
     Judge,
 }
 
+/// What to do with a path that a server could read in another way than routes, scopes and limits do: with an escaped slash, `%`,
+/// `?` or `#`, or with a `;`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AmbiguousPaths {
+    /// GitLab takes `group%2Fproject` as one segment. Refused only if another reading has a stricter route.
+    Pass,
+    Refuse,
+}
+
 /// Credentials of other kinds, and impersonation. Off means refused or removed, never passed by accident.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Switches {
@@ -207,7 +218,8 @@ pub struct Examined<'r> {
     pub overridden: bool,
     /// The path in the form that routes and scopes are matched on.
     pub canonical: Cow<'r, [u8]>,
-    /// Whether a token is needed: the route's setting, except for a CORS preflight.
+    /// Whether a token is needed: the route's setting, except for a CORS preflight, and for a path that others read as one of a
+    /// route that needs it.
     pub auth: Auth,
     /// The token to validate. `None` only where the route lets a request pass without one.
     pub presented: Option<Presented<'r>>,
@@ -254,7 +266,18 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
     let canonical = target::canonical(view.path());
     let found = rules.routes.find(method, view.host, &canonical).and_then(|index| rules.routes.get(index));
     let route = found.ok_or_else(|| early(RequestFault::NoRoute))?;
-    rules.examine_on(route, view, asked, canonical).map_err(|fault| rules.refused(fault, view, Some(route), method))
+    let is_refused = rules.ambiguous_paths == AmbiguousPaths::Refuse && readings::is_equivocal(&canonical);
+    let auth = match rules.routes.other_readings(route, method, view.host, &canonical) {
+        OtherReadings::AsOpen if !is_refused => route.auth,
+        OtherReadings::WithToken if !is_refused => Auth::Required,
+        _ => {
+            let fault = RequestFault::Target(TargetFault::AmbiguousPath);
+            return Err(rules.refused(fault, view, Some(route), method));
+        }
+    };
+    rules
+        .examine_on(route, auth, view, asked, canonical)
+        .map_err(|fault| rules.refused(fault, view, Some(route), method))
 }
 
 impl Rules {
@@ -294,6 +317,7 @@ impl Rules {
     fn examine_on<'r>(
         &self,
         route: &'r Route,
+        auth: Auth,
         view: &RequestView<'r>,
         asked: Result<Method, RequestFault>,
         canonical: Cow<'r, [u8]>,
@@ -328,8 +352,7 @@ impl Rules {
         {
             return Err(RequestFault::QueryCharset);
         }
-        let mut auth =
-            if self.cors_preflight && is_preflight(view) { Auth::None { pass_token: false } } else { route.auth };
+        let mut auth = if self.cors_preflight && is_preflight(view) { Auth::None { pass_token: false } } else { auth };
         let passes_tokens = matches!(auth, Auth::None { pass_token: true });
         let takes = route.takes_basic();
         let mut other = None;

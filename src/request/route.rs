@@ -115,6 +115,16 @@ impl Pattern {
         own <= others && ends && self.segments.iter().zip(&other.segments).all(is_met)
     }
 
+    /// Whether it comes first by its shape, whatever its literals are.
+    fn is_narrower(&self, than: &Self) -> bool {
+        let shape = |pattern: &Self| (pattern.segments.len(), !pattern.below);
+        let literal = |segment: &Segment| *segment != Segment::Any;
+        shape(self)
+            .cmp(&shape(than))
+            .then_with(|| self.segments.iter().map(literal).cmp(than.segments.iter().map(literal)))
+            .is_gt()
+    }
+
     /// Orders patterns from wide to narrow: more segments, then an exact end, then literals before `:name`.
     pub(super) fn specificity(&self) -> (usize, bool, &[Segment]) {
         (self.segments.len(), !self.below, &self.segments)
@@ -411,6 +421,23 @@ impl Route {
             problems.extend(Problem::too_short("request_timeout", time, least));
         }
         problems
+    }
+
+    /// Whether it is for fewer paths than the other one, by the shape of its pattern, and keeps out somebody who may pass there.
+    pub(super) fn guards_within(&self, wide: &Self) -> bool {
+        let open = |auth: Auth| match auth {
+            Auth::Required => 0,
+            Auth::Optional => 1,
+            Auth::None { .. } => 2,
+        };
+        self.pattern.is_narrower(&wide.pattern) && (open(self.auth) < open(wide.auth) || self.guards_beside_token(wide))
+    }
+
+    /// Whether somebody with a valid token may be kept out here, or somebody without one let in there, by other rules than `auth`.
+    pub(super) fn guards_beside_token(&self, wide: &Self) -> bool {
+        let checks = |kind: &OtherKind| !self.unchecked.contains(kind);
+        (!matches!(self.auth, Auth::None { .. }) && wide.unchecked.iter().any(checks))
+            || (self.addresses != AddressRules::default() && self.addresses != wide.addresses)
     }
 
     /// What the password of HTTP Basic can be.

@@ -8,7 +8,8 @@
 //! error of the configuration ([`Route::answers_the_same`]).
 
 use super::host::{self, ByHost};
-use super::route::{Route, Segment};
+use super::readings;
+use super::route::{Auth, Route, Segment};
 use super::view::Method;
 use std::borrow::Cow;
 
@@ -16,10 +17,35 @@ use std::borrow::Cow;
 pub struct Routes {
     /// The most specific path first.
     routes: Vec<Route>,
-    /// A tree of the patterns' segments; the first one is its root.
-    nodes: Vec<Node>,
+    tree: Tree,
+    /// `None`: no route guards more than a wider one.
+    guards: Option<Guards>,
     any_hosts: bool,
 }
+
+/// To find whether a path that came on an open route has another reading.
+#[derive(Clone, Debug)]
+struct Guards {
+    /// By the route's place: whether a narrower one guards more.
+    wide: Vec<bool>,
+    /// The patterns in the form of [`readings::fold`].
+    tree: Tree,
+}
+
+/// What becomes of a path when other servers read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtherReadings {
+    /// For none of them is it more guarded than by the route that was found.
+    AsOpen,
+    /// Some need a token, which this route takes and does not need.
+    WithToken,
+    /// For some it is more guarded than this route can be.
+    Guarded,
+}
+
+/// The patterns' segments; the first node is the root.
+#[derive(Clone, Debug)]
+struct Tree(Vec<Node>);
 
 /// Where patterns go on after the same segments.
 #[derive(Clone, Debug, Default)]
@@ -48,27 +74,54 @@ impl Routes {
         routes.sort_by(|a, b| b.pattern.specificity().cmp(&a.pattern.specificity()));
         routes.iter_mut().enumerate().for_each(|(index, route)| route.index = index);
         let any_hosts = routes.iter().any(|route| !route.hosts.is_empty());
-        let mut nodes = vec![Node::default()];
-        for route in &routes {
-            let at = route.pattern.segments.iter().fold(0, |at, segment| next(&mut nodes, at, segment));
-            let ends = if route.pattern.below { &mut nodes[at].below } else { &mut nodes[at].exact };
-            let same = ends.get_or_insert_with(|| SamePath {
-                first: route.index,
-                by_host: ByHost::default(),
-                for_all: Vec::new(),
-            });
-            if route.hosts.is_empty() {
-                same.for_all.push(route.index);
-            }
-            route.hosts.iter().for_each(|host| same.by_host.entry(host).push(route.index));
-        }
-        Self { routes, nodes, any_hosts }
+        let tree = Tree::new(&routes, <[u8]>::to_vec);
+        let is_wide = |wide: &Route| routes.iter().any(|route| route.guards_within(wide));
+        let wide: Vec<bool> = routes.iter().map(is_wide).collect();
+        let guards = wide.contains(&true).then(|| Guards { wide, tree: Tree::new(&routes, readings::fold) });
+        Self { routes, tree, guards, any_hosts }
     }
 
     /// The route of a request: its method, its Host as it came, and the canonical form of its path.
     pub fn find(&self, method: Method, host: &[u8], path: &[u8]) -> Option<usize> {
-        let host = if self.any_hosts { host::canonical(host) } else { Cow::Borrowed(&b""[..]) };
-        let mut search = Search { routes: self, method, host: &host, best: None };
+        self.find_in(&self.tree, method, &self.canonical_host(host), path, |_| true)
+    }
+
+    /// Whether another server could read a path as one of a narrower route that is stricter than the one that was found: what is
+    /// open beside a guarded path must not lead into it.
+    pub fn other_readings(&self, found: &Route, method: Method, host: &[u8], path: &[u8]) -> OtherReadings {
+        let Some(guards) = self.guards.as_ref().filter(|guards| guards.wide[found.index]) else {
+            return OtherReadings::AsOpen;
+        };
+        let host = self.canonical_host(host);
+        let Some(read) = readings::of(path) else { return OtherReadings::Guarded };
+        let finds = |is_it: &dyn Fn(&Route) -> bool| {
+            read.iter().any(|path| self.find_in(&guards.tree, method, &host, path, is_it).is_some())
+        };
+        let needs_only_token = |route: &Route| found.auth == Auth::Optional && !route.guards_beside_token(found);
+        if finds(&|route| route.guards_within(found) && !needs_only_token(route)) {
+            OtherReadings::Guarded
+        } else if finds(&|route| route.guards_within(found)) {
+            OtherReadings::WithToken
+        } else {
+            OtherReadings::AsOpen
+        }
+    }
+
+    fn canonical_host<'h>(&self, host: &'h [u8]) -> Cow<'h, [u8]> {
+        if self.any_hosts { host::canonical(host) } else { Cow::Borrowed(&b""[..]) }
+    }
+
+    /// The most specific route of those that are wanted.
+    #[inline]
+    fn find_in(
+        &self,
+        tree: &Tree,
+        method: Method,
+        host: &[u8],
+        path: &[u8],
+        wanted: impl Fn(&Route) -> bool,
+    ) -> Option<usize> {
+        let mut search = Search { routes: &self.routes, nodes: &tree.0, method, host, wanted, best: None };
         search.walk(0, path);
         search.best.map(|(_, route)| route)
     }
@@ -82,40 +135,75 @@ impl Routes {
     }
 }
 
-/// The node behind a segment; made if there is none.
-fn next(nodes: &mut Vec<Node>, at: usize, segment: &Segment) -> usize {
-    let made = nodes.len();
-    let known = match segment {
-        Segment::Any => *nodes[at].any.get_or_insert(made),
-        Segment::Literal(literal) => {
-            let literals = &mut nodes[at].literals;
-            let place = literals.binary_search_by(|(known, _)| known.cmp(literal)).unwrap_or_else(|place| {
-                literals.insert(place, (literal.clone(), made));
-                place
+impl Tree {
+    /// `form`: how a literal segment stands in it.
+    fn new(routes: &[Route], form: impl Fn(&[u8]) -> Vec<u8>) -> Self {
+        let mut tree = Self(vec![Node::default()]);
+        for route in routes {
+            let at = route.pattern.segments.iter().fold(0, |at, segment| match segment {
+                Segment::Any => tree.behind_any(at),
+                Segment::Literal(literal) => tree.behind(at, form(literal)),
             });
-            literals[place].1
+            let node = &mut tree.0[at];
+            let ends = if route.pattern.below { &mut node.below } else { &mut node.exact };
+            let same = ends.get_or_insert_with(|| SamePath {
+                first: route.index,
+                by_host: ByHost::default(),
+                for_all: Vec::new(),
+            });
+            if route.hosts.is_empty() {
+                same.for_all.push(route.index);
+            }
+            route.hosts.iter().for_each(|host| same.by_host.entry(host).push(route.index));
         }
-    };
-    if known == made {
-        nodes.push(Node::default());
+        tree
     }
-    known
+
+    /// The node behind any segment; made if there is none.
+    fn behind_any(&mut self, at: usize) -> usize {
+        let made = self.0.len();
+        let known = *self.0[at].any.get_or_insert(made);
+        self.grow(made, known)
+    }
+
+    /// The node behind a segment; made if there is none.
+    fn behind(&mut self, at: usize, segment: Vec<u8>) -> usize {
+        let made = self.0.len();
+        let literals = &mut self.0[at].literals;
+        let known = match literals.binary_search_by(|(known, _)| known.cmp(&segment)) {
+            Ok(place) => literals[place].1,
+            Err(place) => {
+                literals.insert(place, (segment, made));
+                made
+            }
+        };
+        self.grow(made, known)
+    }
+
+    fn grow(&mut self, made: usize, known: usize) -> usize {
+        if known == made {
+            self.0.push(Node::default());
+        }
+        known
+    }
 }
 
-struct Search<'s> {
-    routes: &'s Routes,
+struct Search<'s, W> {
+    routes: &'s [Route],
+    nodes: &'s [Node],
     method: Method,
     host: &'s [u8],
+    wanted: W,
     /// Its rank, and the route.
     best: Option<(usize, usize)>,
 }
 
-impl Search<'_> {
+impl<W: Fn(&Route) -> bool> Search<'_, W> {
     /// Goes down every branch that the path fits: at most two at each segment, and none that no pattern has.
     fn walk(&mut self, mut at: usize, mut rest: &[u8]) {
-        let routes = self.routes;
+        let nodes = self.nodes;
         loop {
-            let node = &routes.nodes[at];
+            let node = &nodes[at];
             self.consider(node.below.as_ref());
             let Some(tail) = rest.strip_prefix(b"/") else {
                 if rest.is_empty() {
@@ -146,7 +234,10 @@ impl Search<'_> {
         if self.best.is_some_and(|(rank, _)| rank < same.first) {
             return;
         }
-        let allows = |index: &&usize| self.routes.routes[**index].methods.has(self.method);
+        let allows = |index: &&usize| {
+            let route = &self.routes[**index];
+            route.methods.has(self.method) && (self.wanted)(route)
+        };
         let mut found = None;
         if !same.by_host.is_empty() {
             found = same.by_host.matching(self.host).flatten().find(allows);
@@ -160,7 +251,9 @@ impl Search<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::host::HostPattern;
-    use super::super::route::{Auth, Methods, Pattern};
+    use super::super::origin::{AddressList, AddressRules};
+    use super::super::route::{Methods, Pattern};
+    use super::super::target;
     use super::*;
 
     fn route(hosts: &[&str], pattern: &str, methods: Methods, auth: Auth) -> Route {
@@ -374,5 +467,188 @@ mod tests {
             }
         }
         assert!(added > 3_000 && kept > 30_000, "{added} {kept}");
+    }
+
+    type Server = (&'static str, fn(&str) -> String);
+
+    /// Servers as they read a path, each in its own way and none as tollgate does it.
+    fn servers() -> Vec<Server> {
+        fn decode(path: &str) -> String {
+            let mut pieces = path.split('%');
+            let first = pieces.next().unwrap().to_owned();
+            pieces.fold(first, |path, piece| {
+                path + &char::from(u8::from_str_radix(&piece[..2], 16).unwrap()).to_string() + &piece[2..]
+            })
+        }
+        fn safely(path: &str) -> String {
+            let twice = path
+                .split('%')
+                .skip(1)
+                .all(|piece| piece.get(..2).is_some_and(|hex| u8::from_str_radix(hex, 16).is_ok()));
+            if twice { decode(path) } else { path.to_owned() }
+        }
+        fn parameters(path: &str) -> String {
+            path.split('/').map(|segment| segment.split(';').next().unwrap()).collect::<Vec<_>>().join("/")
+        }
+        fn ended(path: &str) -> String {
+            path.split(['?', '#']).next().unwrap().to_owned()
+        }
+        vec![
+            ("Django", |path| decode(path)),
+            ("nginx", |path| {
+                let decoded = decode(path);
+                decoded
+                    .split('/')
+                    .filter(|segment| !segment.is_empty())
+                    .fold(String::new(), |path, segment| path + "/" + segment)
+            }),
+            ("Tomcat", |path| decode(&parameters(path))),
+            ("Jetty", |path| parameters(&decode(path))),
+            ("only parameters", |path| parameters(path)),
+            ("IIS", |path| decode(path).to_ascii_lowercase()),
+            ("only letters", |path| path.to_ascii_lowercase()),
+            ("twice", |path| safely(&decode(path))),
+            ("twice, and a query", |path| ended(&safely(&decode(path)))),
+            ("decoded before it was parsed", |path| ended(&decode(path))),
+        ]
+    }
+
+    fn guarded() -> Routes {
+        let inside = "10.0.0.0/8".parse().unwrap();
+        let near = AddressRules {
+            allow: AddressList { networks: vec![inside], unix_peers: false },
+            ..AddressRules::default()
+        };
+        Routes::new(vec![
+            route(&[], "/", Methods::ALL, OPEN),
+            route(&[], "/api/v3/*", Methods::ALL, Auth::Required),
+            route(&[], "/api/v3/open/*", Methods::ALL, OPEN),
+            route(&[], "/api/v3/open/group/secret", Methods::ALL, Auth::Required),
+            route(&[], "/api/v3/open/may/*", Methods::ALL, Auth::Optional),
+            Route { addresses: near, ..route(&[], "/api/v3/admin/*", Methods::ALL, Auth::Required) },
+            route(&[], "/api/v3/projects/:id", Methods::only([Method::Get]), Auth::Optional),
+            route(&[], "/api/v3/projects/:id/issues", Methods::ALL, Auth::Required),
+        ])
+    }
+
+    #[test]
+    fn no_server_finds_a_guarded_path_in_what_passed_as_an_open_one() {
+        let routes = guarded();
+        let mut random = Random(20_261_130);
+        let (mut refused, mut passed, mut other) = (0, 0, 0);
+        let names = ["api", "v3", "open", "group", "secret", "may", "admin", "projects", "x", "1", "issues"];
+        for _ in 0..200_000 {
+            let mut path = random
+                .pick(&["/api/v3", "/api/v3/open", "/api/v3/open/group/secret", "/api/v3/admin/x", ""])
+                .to_owned();
+            (0..random.below(4)).for_each(|_| path = format!("{path}/{}", random.pick(&names)));
+            for _ in 0..=random.below(3) {
+                let at = random.below(path.len() + 1);
+                match random.below(4) {
+                    0 => path.insert_str(
+                        at,
+                        random
+                            .pick(&[";", ";x", ";/", "%3B", "%3Bx", "%2F", "%252F", "%3F", "%23x", "%253b", "//", "/"]),
+                    ),
+                    1 => {
+                        // A letter in another spelling.
+                        let Some(byte) = path.as_bytes().get(at).copied().filter(u8::is_ascii_alphabetic) else {
+                            continue;
+                        };
+                        let spelled = match random.below(3) {
+                            0 => (byte as char).to_ascii_uppercase().to_string(),
+                            1 => format!("%{byte:02x}"),
+                            _ => format!("%25{byte:02X}"),
+                        };
+                        path.replace_range(at..=at, &spelled);
+                    }
+                    _ => {
+                        let Some(at) =
+                            path.bytes().enumerate().skip(at).find(|(_, byte)| *byte == b'/').map(|(at, _)| at)
+                        else {
+                            continue;
+                        };
+                        path.replace_range(at..=at, random.pick(&["%2F", "%2f", "//", "/;/", "%252f", ";/"]));
+                    }
+                }
+            }
+            if path
+                .split('%')
+                .skip(1)
+                .any(|piece| piece.get(..2).is_none_or(|hex| u8::from_str_radix(hex, 16).is_err()))
+                || !path.starts_with('/')
+            {
+                continue;
+            }
+            if target::check(path.as_bytes()).is_err() {
+                continue;
+            }
+            let canonical = target::canonical(path.as_bytes());
+            let found = routes.find(Method::Get, b"h", &canonical).and_then(|index| routes.get(index)).unwrap();
+            let said = routes.other_readings(found, Method::Get, b"h", &canonical);
+            if said == OtherReadings::Guarded {
+                refused += 1;
+                continue;
+            }
+            passed += 1;
+            for (name, reads) in servers() {
+                let read = reads(&path);
+                let canonical = target::canonical(read.as_bytes());
+                let Some(theirs) = routes.find(Method::Get, b"h", &canonical).and_then(|index| routes.get(index))
+                else {
+                    continue;
+                };
+                other += usize::from(theirs.index != found.index);
+                assert!(
+                    !theirs.guards_within(found)
+                        || (said == OtherReadings::WithToken && !theirs.guards_beside_token(found)),
+                    "{name} reads {path} as {read}, of {}: passed by {}",
+                    theirs.name,
+                    found.name
+                );
+            }
+        }
+        assert!(refused > 20_000 && passed > 20_000 && other > 1_000, "{refused} {passed} {other}");
+    }
+
+    #[test]
+    fn what_reads_as_the_same_route_everywhere_passes() {
+        let routes = guarded();
+        for (path, said) in [
+            ("/api/v3/projects/group%2Fproject", OtherReadings::AsOpen),
+            ("/api/v3/projects/group%2Fissues", OtherReadings::WithToken),
+            ("/api/v3/projects/Group%2FProject/issues", OtherReadings::AsOpen),
+            ("/api/v3/projects/group%2Fproject/repository/files/a%2Fb%3Bc%25.rb", OtherReadings::AsOpen),
+            ("/api/v3/open/files/A%2Fb;v=1", OtherReadings::AsOpen),
+            ("/Group/Project/blob/master/api%2Fv3/x%3Fy", OtherReadings::AsOpen),
+            ("/api/v3/open/may/x%2Fy", OtherReadings::AsOpen),
+            ("/api/v3/open/May/x", OtherReadings::Guarded),
+            ("/api/v3/open/may;x", OtherReadings::Guarded),
+            ("/api/v3/open/group%2Fsecret", OtherReadings::Guarded),
+            ("/api/v3/open/group%2Fsecret;x%2Fy", OtherReadings::Guarded),
+            ("/api/v3/open/group/secret;x", OtherReadings::Guarded),
+            ("/api/v3/open/group/SECRET", OtherReadings::Guarded),
+            ("/api/v3/open/x/%252e%252e/group/secret", OtherReadings::Guarded),
+            ("/api/v3/admin%2Fx", OtherReadings::Guarded),
+            ("/api/v3/admin;y/x", OtherReadings::Guarded),
+            ("/api/v3/Admin/x", OtherReadings::Guarded),
+            ("/api/v3/%2561dmin", OtherReadings::Guarded),
+            ("/API/v3/projects", OtherReadings::Guarded),
+            ("/api%2Fv3/projects", OtherReadings::Guarded),
+            ("/api;/v3", OtherReadings::Guarded),
+        ] {
+            let canonical = target::canonical(path.as_bytes());
+            let found = routes.find(Method::Get, b"h", &canonical).and_then(|index| routes.get(index)).unwrap();
+            assert_eq!(routes.other_readings(found, Method::Get, b"h", &canonical), said, "{path}");
+        }
+        // Of a table in which nothing is guarded more than what is around it, nothing is looked at.
+        assert!(
+            Routes::new(vec![
+                route(&[], "/api/v3/*", Methods::ALL, Auth::Required),
+                route(&[], "/api/v3/open", Methods::ALL, OPEN)
+            ])
+            .guards
+            .is_none()
+        );
     }
 }

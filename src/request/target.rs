@@ -22,6 +22,8 @@ pub enum TargetFault {
     Fragment,
     #[error("a prefix that is to be replaced, in another spelling than the route's")]
     PrefixSpelling,
+    #[error("a path that another server could read as one with a stricter route")]
+    AmbiguousPath,
 }
 
 /// Refuses every target that two parsers could split, decode or resolve differently.

@@ -352,6 +352,9 @@ fn judge_request(seen: &Seen, problems: &mut Vec<String>) {
     if seen.method == "POST" && seen.header("Content-Type").is_none() && seen.header("X-Typed").is_some() {
         problem("a body that has lost its type");
     }
+    if seen.header("X-Forwarded-Proto") != Some("http") || seen.header("X-Forwarded-Port") == Some("7") {
+        problem("the client's word for how it came");
+    }
     if seen.header("X-Forwarded-For") != Some("127.0.0.1") {
         problem("X-Forwarded-For is not the peer");
     }

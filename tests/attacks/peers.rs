@@ -1,6 +1,6 @@
 //! Vulnerabilities of other gateways. `peers.tsv` names for each one the test that holds it here: a case of the tables, a test
-//! elsewhere, or one of this file, which has those that take a configuration or a store of their own. Each is tried at every
-//! way in: both lanes of HTTP/1, and HTTP/2. Where tollgate lacks the feature, the test shows that it is refused.
+//! elsewhere, or one of this file, which has those that take a configuration or a store of their own. What is about a request is
+//! tried at every way in: both lanes of HTTP/1, and HTTP/2. Where tollgate lacks the feature, the test shows that it is refused.
 
 use super::http2::{self, Fields};
 use super::{CLASSES, tables};
@@ -209,6 +209,116 @@ fn a_rewritten_path_never_climbs() {
             assert!([0, 400, 401].contains(&status), "{}: {tail}: {status}", entry.name);
         }
         assert_eq!(upstream.seen().len(), 0, "{}", entry.name);
+    });
+}
+
+/// Traefik CVE-2025-66490, Caddy CVE-2026-27587 and CVE-2026-27590, oauth2-proxy CVE-2026-40575 and GHSA-7rh7-c77v-6434, heimdall
+/// CVE-2026-42272, Envoy CVE-2021-29492 and CVE-2026-73511: a path was open by one reading, and what the backend served was guarded.
+#[test]
+fn no_spelling_leads_from_an_open_route_into_a_guarded_one() {
+    let upstream = Upstream::start();
+    let open = "auth = \"none\"\nreason = \"a test\"\n";
+    let more = format!(
+        "[[route]]\npath = \"/\"\n{open}[[route]]\npath = \"/api/v3/open/*\"\n{open}\
+         [[route]]\npath = \"/api/v3/open/secret/*\"\n[[route]]\npath = \"/api/v3/open/group/secret\"\n\
+         [[route]]\npath = \"/api/v3/may/*\"\nauth = \"optional\"\nreason = \"a test\"\n[[route]]\npath = \"/api/v3/may/not\"\n"
+    );
+    let guarded = [
+        "/api/v3/projects",
+        "/api/v3/projects?x=/api/v3/open/x",
+        "/api/v3/open/secret",
+        "/api/v3/open/secret/a",
+        "/api/v3/open/secret.json",
+        "/api/v3/open//secret",
+        "/api/v3/open/%73ecret",
+        "/api/v3/open/secret?/api/v3/open/x",
+        "/api/v3/may/not",
+        "/api/v3/may/no%74",
+    ];
+    let spelled = [
+        "/api/v3/open/secret%2Fa",
+        "/api/v3/open/secret%2fa",
+        "/api/v3/open/secret;x",
+        "/api/v3/open/secret;x/a",
+        "/api/v3/open/secret%3Bx/a",
+        "/api/v3/open/secret%3bx",
+        "/api/v3/open/secret%3Fx",
+        "/api/v3/open/secret%23x",
+        "/api/v3/open/Secret",
+        "/api/v3/open/%53ECRET",
+        "/api/v3/open/%2573ecret",
+        "/api/v3/open/secret%252Fa",
+        "/api/v3/open%2Fsecret",
+        "/api/v3/open/group%2Fsecret",
+        "/api/v3/open/group%2fsecret",
+        "/api/v3/open/group%2F%2Fsecret",
+        "/api/v3/open/group%252fsecret",
+        "/api/v3/open/group;x%2Fsecret",
+        "/api/v3/open/x/%252e%252e/secret",
+        "/api/v3/open/x%5C..%5Csecret",
+        "/api/v3/open/..;/projects",
+        "/API/v3/projects",
+        "/%41PI/v3/projects",
+        "/api%2Fv3/projects",
+        "/api%2fv3%2fprojects",
+        "/api;x/v3/projects",
+        "/api/v3;x/projects",
+        "/api/V3;x/projects",
+        "/%2Fapi/v3/projects",
+        "/api/v3%3F/projects",
+    ];
+    let passes = [
+        "/login",
+        "/Group/Project",
+        "/x%2Fapi/v3;y%25",
+        "/api/v3/open/x",
+        "/api/v3/open/A%2Fb;c=%25%3F%23",
+        "/api/v3/open/%C4%B0%C8%BA/x",
+        "/api/v3/may/x%2Fy",
+    ];
+    at_each_entry(&upstream, None, &more, |entry| {
+        for target in passes {
+            assert_eq!(entry.ask("GET", target, &[]), 200, "{}: {target}", entry.name);
+            assert_eq!(upstream.only().target, target);
+            upstream.forget();
+        }
+        for target in guarded {
+            let told =
+                ["X-Forwarded-Uri", "X-Original-URI", "X-Original-URL", "X-Rewrite-URL", "X-Envoy-Original-Path"];
+            let told = told.map(|name| (name, "/api/v3/open/x"));
+            assert_eq!(entry.ask("GET", target, &[]), 401, "{}: {target}", entry.name);
+            assert_eq!(entry.ask("GET", target, &told), 401, "{}: {target}", entry.name);
+        }
+        for target in spelled {
+            let status = entry.ask("GET", target, &[]);
+            assert!([0, 400, 401].contains(&status), "{}: {target}: {status}", entry.name);
+        }
+        // Where a token may come, it takes the place of the answer that the path is not clear.
+        for target in ["/api/v3/may/not;x", "/api/v3/may/no%2574", "/api/v3/may/NOT"] {
+            assert_eq!(entry.ask("GET", target, &[]), 401, "{}: {target}", entry.name);
+            assert_eq!(upstream.seen().len(), 0, "{}: {target}", entry.name);
+            assert_eq!(entry.ask("GET", target, &[T]), 200, "{}: {target} with a token", entry.name);
+            upstream.forget();
+        }
+        assert_eq!(upstream.seen().len(), 0, "{}", entry.name);
+    });
+}
+
+/// APISIX #13667: a reference to a secret that was not there was itself the secret.
+#[test]
+fn a_reference_that_leads_nowhere_is_no_secret() {
+    for reference in ["${env:TOLLGATE_IS_NOT_SET}", "${file:/does/not/exist}"] {
+        let said =
+            refused_at_start(&format!("[store]\nkind = \"redis\"\nurl = \"redis://:{reference}@127.0.0.1:1\"\n"));
+        assert!(said.contains("TOLLGATE_IS_NOT_SET") || said.contains("/does/not/exist"), "{said}");
+    }
+    // What stands for no reference is what it is: somebody's token, and no other.
+    let upstream = Upstream::start();
+    let tokens = token("$ENV://TOKEN-OF-ANN", "");
+    at_each_entry(&upstream, Some(&tokens), "", |entry| {
+        for (sent, status) in [("$ENV://TOKEN-OF-ANN", 200), ("$ENV://TOKEN-OF-BEN", 401), ("TOKEN-OF-ANN", 401)] {
+            assert_eq!(entry.ask("GET", TARGET, &[("PRIVATE-TOKEN", sent)]), status, "{}: {sent}", entry.name);
+        }
     });
 }
 
@@ -692,15 +802,16 @@ fn there_is_no_request_within_a_request() {
          {{\"method\":\"GET\",\"path\":\"{TARGET}\"}}]}}"
     );
     let reloads = |gateway: &Gateway| gateway.process_log().matches("configuration reloaded").count();
-    for (target, status) in [("/apisix/batch-requests", 404), ("/batch", 404), ("/$batch", 404), ("/api/v3/batch", 401)]
+    for (target, status) in [("/apisix/batch-requests", 404), ("/batch", 404), ("/$batch", 404), ("/api/v3/batch", 200)]
     {
         let answer = gateway.ask(&format!(
-            "POST {target} HTTP/1.1\nHost: h.test\nX-Real-IP: 127.0.0.1\nX-Forwarded-For: 127.0.0.1\nContent-Type: application/json\nContent-Length: {}\n\n{inner}",
+            "POST {target} HTTP/1.1\nHost: h.test\nPRIVATE-TOKEN: {GOOD}\nX-Real-IP: 127.0.0.1\nX-Forwarded-For: 127.0.0.1\nContent-Type: application/json\nContent-Length: {}\n\n{inner}",
             inner.len()
         ));
         assert_eq!(answer.status, status, "{target}");
     }
-    assert_eq!((upstream.seen().len(), reloads(&gateway)), (0, 0));
+    // The one under the prefix went to the backend as the one request that it is.
+    assert_eq!((upstream.only().target.as_str(), reloads(&gateway)), ("/api/v3/batch", 0));
 }
 
 /// docker-kong CVE-2020-11710: the admin API was on every address. Ours is on loopback unless the operator says otherwise, and
