@@ -99,6 +99,7 @@ impl Reader {
                  \x20     fastcgi_param SCRIPT_FILENAME {script};\n      fastcgi_param REQUEST_METHOD $request_method;\n\
                  \x20     fastcgi_param QUERY_STRING $query_string;\n      fastcgi_param CONTENT_TYPE $content_type;\n\
                  \x20     fastcgi_param CONTENT_LENGTH $content_length;\n      fastcgi_param REQUEST_URI $request_uri;\n\
+                 \x20     fastcgi_param DOCUMENT_URI $document_uri;\n\
                  \x20     fastcgi_param SERVER_PROTOCOL $server_protocol;\n    }}\n  }}\n}}\n",
                 script = script.display(),
             ),

@@ -12,6 +12,7 @@ mod generate;
 mod json;
 mod multipart;
 mod names;
+mod paths;
 mod random;
 mod replay;
 mod seeded_faults;

@@ -23,6 +23,7 @@ class Reader < Grape::API
     from_query.each { |seen| seen[0] = 'query' }
     from_body.each { |seen| seen[0] = 'body' }
     header 'X-Seen', Report.make(env, env['REQUEST_METHOD'], from_query + from_body, fields, nil)
+    header 'X-Path', Report.path(env)
     status 200
     {}
   end

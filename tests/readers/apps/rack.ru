@@ -26,6 +26,7 @@ run lambda { |env|
     error = e
     seen = []
   end
-  head = { 'Content-Type' => 'application/json', 'X-Seen' => Report.make(env, env['REQUEST_METHOD'], seen, fields, error) }
+  head = { 'Content-Type' => 'application/json', 'X-Seen' => Report.make(env, env['REQUEST_METHOD'], seen, fields, error),
+           'X-Path' => Report.path(env) }
   [200, head, ['{}']]
 }

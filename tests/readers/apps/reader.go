@@ -9,6 +9,7 @@ import (
 	"io"
 	"log"
 	"net/http"
+	"net/url"
 	"os"
 	"reflect"
 	"strings"
@@ -138,6 +139,7 @@ func main() {
 			_, _ = file.Write(append(line, '\n'))
 		}
 		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("X-Path", (&url.URL{Path: r.URL.Path}).EscapedPath())
 		w.Header().Set("X-Seen", ascii(it))
 		_, _ = w.Write([]byte("{}"))
 	}

@@ -40,6 +40,7 @@ function answer (req, res, error) {
   const header = req.headers['private-token'] ?? null
   const report = { m: method, h: header, x: others, s: seen, n: fields, e: error ? value(`${error.name}: ${error.message}`) : null }
   if (seen.length) fs.writeSync(log, ascii(JSON.stringify({ id: req.headers['x-request-id'], r: report })) + '\n')
+  res.set('X-Path', req.guarded || ascii(req.path))
   res.set('X-Seen', ascii(JSON.stringify(report))).type('json').send('{}')
 }
 
@@ -52,6 +53,13 @@ app.use(methodOverride('_method'))
 app.use(express.json())
 app.use(express.urlencoded({ extended: true }))
 app.use(multer().any())
+// Routes of Express's own router, which minds no letter case.
+for (const path of ['/api/v3/projects', '/api/v3/open/secret']) {
+  app.use(path, (req, res, next) => { req.guarded = path; next() })
+}
+for (const path of ['/api/v3/open/group/secret', '/api/v3/may/not']) {
+  app.all(path, (req, res, next) => { req.guarded = path; next() })
+}
 app.use((req, res) => answer(req, res, null))
 app.use((error, req, res, next) => answer(req, res, error))
 const server = app.listen(Number(process.argv[2]), '127.0.0.1')

@@ -62,4 +62,5 @@ if ($seen) {
 }
 header('Content-Type: application/json');
 header('X-Seen: ' . json_encode($report));
+header('X-Path: ' . preg_replace_callback('/[^\x21-\x7e]/', fn ($byte) => sprintf('%%%02X', ord($byte[0])), $_SERVER['DOCUMENT_URI']));
 echo '{}';

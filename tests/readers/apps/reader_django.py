@@ -37,6 +37,7 @@ def view(request):
         seen, error = [], f"{type(problem).__name__}: {problem}"[:100]
     answer = HttpResponse("{}", content_type="application/json")
     answer["X-Seen"] = report.make(request.META, method, seen, fields, error)
+    answer["X-Path"] = report.path(request.path_info)
     return answer
 
 

@@ -28,6 +28,7 @@ def view(path):
         seen, error = [], f"{type(problem).__name__}: {problem}"[:100]
     answer = Response("{}", content_type="application/json")
     answer.headers["X-Seen"] = report.make(request.environ, method, seen, fields, error)
+    answer.headers["X-Path"] = report.path(request.path)
     return answer
 
 

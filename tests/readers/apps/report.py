@@ -46,6 +46,11 @@ def make(environ, method, seen, fields, error):
     return json.dumps(report)
 
 
+def path(text):
+    """Visible ASCII as it is, other bytes as %XX."""
+    return "".join(chr(b) if 0x21 <= b <= 0x7E else f"%{b:02X}" for b in text.encode("utf-8", "surrogateescape"))
+
+
 def serve(application):
     import logging
     import waitress

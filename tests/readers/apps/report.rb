@@ -5,6 +5,7 @@
 # X-Seen of the answer: {"m": method that the application acts on, "h": the token header, "x": [[header, value]] of other
 # headers that say who acts or how, "s": [[source, name, value]] of the watched parameters, "n": fields read from the body,
 # "e": the error that ends the request for this application, or null}. A value that is no string is {"odd": ...}.
+# X-Path of the answer: the path that the application's routes are matched with, other bytes than visible ASCII as %XX.
 # Reports that hold anything go to the file READER_LOG as well, because the answer of a request that the gateway breaks
 # off never arrives.
 
@@ -20,6 +21,10 @@ module Report
 
     text = value.b[0, 100].force_encoding(Encoding::UTF_8)
     text.valid_encoding? ? text : { odd: text.b.inspect }
+  end
+
+  def self.path(env)
+    env['PATH_INFO'].b.gsub(/[^\x21-\x7e]/n) { |byte| format('%%%02X', byte.ord) }
   end
 
   # The watched names of a hash of parameters.
