@@ -66,6 +66,12 @@ fn snapshot(
     if let Some(before) = before {
         say_what_limits_keep(&limits, before);
     }
+    match watching.map_or(0, |before| guessing.forgets(before)) {
+        0 => {}
+        episodes => {
+            log::warn!("[guessing] has another budget: {episodes} clients that guessed begin anew, without a pause")
+        }
+    }
     let pipeline = pipeline(settings, authenticator, limits, guessing);
     Snapshot::build(pipeline, metrics, &settings.upstreams, settings.edge.clone(), logs, running)
 }

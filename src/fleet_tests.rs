@@ -754,7 +754,7 @@ fn serve(
     let mut ticket = Ticket { outcome, outcomes: Arc::clone(outcomes) };
     let mut turn = GuessVerdict::Free;
     let checked = parts.authenticator.check_if(&text, &digest, clock(), Mode::Serve, || {
-        turn = parts.guard.turn(Some(client), clock());
+        turn = parts.guard.turn(Some(client), &digest, clock());
         matches!(turn, GuessVerdict::Free)
     });
     let parts = Arc::clone(parts);
@@ -775,9 +775,10 @@ fn serve(
                 }
             });
         }
-        (Checked::NotAsked, GuessVerdict::Turn(turn)) => {
+        (Checked::NotAsked, GuessVerdict::Turn(mut turn)) => {
             tokio::spawn(async move {
                 sleep(turn.wait).await;
+                turn.has_come();
                 drop(turn);
                 let answer = match parts.authenticator.check(&text, &digest, clock(), Mode::Serve) {
                     Checked::Known(answer, result) => (Ok(answer), result),

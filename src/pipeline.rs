@@ -188,12 +188,12 @@ impl Pipeline {
 
     /// Judges a request that came from an origin.
     pub fn admit<'r>(&'r self, view: &RequestView<'r>, origin: &Origin<'_>, now: Now, mode: Mode) -> Admission<'r> {
-        let may_look_up = |turn: &mut GuessVerdict| {
-            *turn = self.guessing.turn(origin.client, now);
+        let may_look_up = |digest: &Digest, turn: &mut GuessVerdict| {
+            *turn = self.guessing.turn(origin.client, digest, now);
             matches!(turn, GuessVerdict::Free)
         };
         self.admit_by(view, origin, now, mode, |token, digest, turn| {
-            self.authenticator.check_if(token, digest, now, mode, || may_look_up(turn))
+            self.authenticator.check_if(token, digest, now, mode, || may_look_up(digest, turn))
         })
     }
 
@@ -469,8 +469,17 @@ impl<'r> Pending<'r> {
         &self.facts
     }
 
+    /// Waits for the turn at the token store, if there is one to wait for. Nothing was asked before.
+    pub async fn turn(&mut self) {
+        if let Awaited::Turn(turn) = &mut self.waiting {
+            tokio::time::sleep(turn.wait).await;
+            turn.has_come();
+        }
+    }
+
     /// Waits for what lacks, and goes on from there.
-    pub async fn verdict(self) -> (Verdict<'r>, Facts) {
+    pub async fn verdict(mut self) -> (Verdict<'r>, Facts) {
+        self.turn().await;
         let Self { pipeline, examined, mut facts, waiting, mut limited } = self;
         let settled = match waiting {
             Awaited::Lease(permit, lacking) => Settled::Unpaid(Box::new(Unpaid { permit, examined, limited, lacking })),
@@ -510,8 +519,7 @@ impl Pipeline {
     ) -> Result<TokenStatus, CannotTell> {
         let checked = match (waiting, &examined.presented, &facts.token) {
             (Awaited::Lookup(lookup), ..) => Checked::Waiting(lookup),
-            (Awaited::Turn(turn), Some(presented), Some(digest)) => {
-                tokio::time::sleep(turn.wait).await;
+            (Awaited::Turn(_turn), Some(presented), Some(digest)) => {
                 self.authenticator.check(&presented.value, digest, self.authenticator.now(), Mode::Serve)
             }
             // Who presents no token waits for none.

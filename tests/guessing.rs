@@ -96,6 +96,33 @@ fn beyond_the_budget_unknown_tokens_get_429_and_cached_ones_pass() {
     assert_eq!(gateway.process_log().matches("client 192.0.2.1 may send failed tokens again").count(), 1);
 }
 
+/// Clients that do not wait for their turn leave it to those who do, and are logged as gone.
+#[test]
+fn who_does_not_wait_takes_no_turn_from_those_who_do() {
+    let upstream = Upstream::start();
+    let guessing = "[guessing]\nfailures = 10\nper = \"1h\"\npause = \"1h\"\nlongest_pause = \"1h\"\nlookups = 2\nwait = \"20s\"\n";
+    let gateway = Gateway::start(upstream.address, &format!("{BEHIND_PROXY}{guessing}"));
+    let office = "192.0.2.1";
+    guess_until_noticed(&gateway, office);
+    // Thirty turns, which are fifteen seconds.
+    let mut gone: Vec<Client> = (0..30)
+        .map(|n| {
+            let mut client = gateway.client();
+            client.send_head(&head(office, &format!("impatient-{n}")));
+            client
+        })
+        .collect();
+    eventually("they wait", || listed(&gateway)["clients"][0]["turns"].as_u64().is_some_and(|turns| turns >= 30));
+    gone.clear();
+    eventually("they are logged as gone", || {
+        gateway.access_log().iter().filter(|line| line["reason"] == "client_gone").count() >= 27
+    });
+    let (lookups, began) = (looked_up(&gateway), Instant::now());
+    assert_eq!(ask(&gateway, office, OTHER).status, 200);
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!(looked_up(&gateway) - lookups < 5.0, "what nobody waits for is not looked up");
+}
+
 #[test]
 fn the_command_line_lists_who_guesses_and_lifts_it() {
     let upstream = Upstream::start();

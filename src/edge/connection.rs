@@ -166,6 +166,8 @@ enum Judged {
     Allowed(Allowed),
     /// The head is no request.
     Unreadable(Box<Exchange>, RequestFault),
+    /// The client has gone before its turn at the token store.
+    Gone(Box<Exchange>),
 }
 
 /// An answer of tollgate's own.
@@ -194,7 +196,7 @@ impl Gate {
         let judged = match self.judge(client.arrival(), &snapshot, &bytes, exchange) {
             Ok(judged) => judged,
             // In a box of its own, which few requests need: every connection pays for the largest state of this.
-            Err(undecided) => Box::pin(undecided.verdict()).await,
+            Err(undecided) => Box::pin(undecided.verdict(client)).await,
         };
         match judged {
             Judged::Permitted { head, mut ticket } => {
@@ -207,6 +209,11 @@ impl Gate {
             Judged::Refused(refused) => refuse(client, refused).await,
             Judged::Allowed(allowed) => allowed.tell(client).await,
             Judged::Unreadable(exchange, fault) => refuse_unread(client, exchange, fault).await,
+            Judged::Gone(mut exchange) => {
+                exchange.client_gone();
+                exchange.over(End { status: 0, by: None, bytes_received: 0, bytes_sent: 0, failed: true });
+                After::Drop
+            }
         }
     }
 
@@ -314,8 +321,21 @@ async fn refuse_unread(client: &mut ClientStream, mut exchange: Box<Exchange>, f
 }
 
 impl Undecided<'_> {
-    async fn verdict(self: Box<Self>) -> Judged {
-        let Self { gate, view, origin, mut exchange, pending } = *self;
+    /// Who has gone before its turn at the token store leaves it to others. What is looked up is waited for in any case: a guess
+    /// counts, whether its client waits for the answer or not.
+    async fn verdict(self: Box<Self>, client: &mut ClientStream) -> Judged {
+        let Self { gate, view, origin, mut exchange, mut pending } = *self;
+        let gone = async {
+            if let Some((mut reader, ..)) = client.split() {
+                // Who said that this is its last request may close its side and wait for the answer.
+                reader.wait_for_end(!view.keep_alive).await;
+            }
+        };
+        select! {
+            biased;
+            () = pending.turn() => {}
+            () = gone => return Judged::Gone(exchange),
+        }
         let (verdict, facts) = pending.verdict().await;
         exchange.learned(facts);
         gate.settle(exchange, &view, &origin, verdict)

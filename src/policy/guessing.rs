@@ -14,17 +14,21 @@ use crate::request::origin::{AddressList, network_of};
 use crate::share::{LeaseEngine, LeaseKey, LeaseLack, LeaseTake, RefusedBy};
 use crate::store::credential::Digest;
 use ipnet::IpNet;
+use parking_lot::Mutex;
 use siphasher::sip::SipHasher13;
+use std::collections::BTreeMap;
 use std::hash::Hasher as _;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// So many addresses have a record of their own: about 25 MiB, taken at start.
+/// So many addresses have a record of their own: about 25 MiB when all of them are in use.
 const ADDRESSES: usize = 65_536;
 /// So many requests may wait for a turn, of all addresses together.
 const MOST_WAITING: usize = 4_096;
+/// And of one address.
+const MOST_WAITING_OF_ONE: u32 = 256;
 /// The failed tokens of an address that are recognised when they come again.
 const RECENT: usize = 8;
 /// A failed token that comes again and again counts once in this time. So do all tokens together that were valid before.
@@ -121,6 +125,15 @@ struct GuessState {
     /// Addresses with an episode. While there are none, nobody has to wait for a turn and no record is looked for.
     active: AtomicUsize,
     waiting: AtomicUsize,
+    /// The turns that are waited for, by address and token: requests with the same token have the same one.
+    lined_up: Mutex<BTreeMap<(u64, u64), LinedUp>>,
+}
+
+/// A turn at the token store, in microseconds of the monotonic clock, and the requests that wait for it.
+#[derive(Clone, Copy, Debug)]
+struct LinedUp {
+    turn_us: u64,
+    waiting: u32,
 }
 
 #[derive(Debug)]
@@ -153,6 +166,8 @@ struct OpenEpisode {
     paused_until_ms: u64,
     /// Microseconds of the monotonic clock.
     next_turn_us: u64,
+    /// Requests that wait for a turn.
+    waiting: u32,
 }
 
 /// A time in which an address has sent too many failed tokens.
@@ -187,16 +202,39 @@ pub struct GuessRefusal {
     pub retry_after: u64,
 }
 
-/// A place among those who wait, given back when it is dropped.
+/// A place among those who wait, given back when it is dropped. So is the turn, if it has not come and nobody else waits for it.
 #[derive(Debug)]
 pub struct GuessTurn {
     pub wait: Duration,
+    has_come: bool,
+    /// Address and token.
+    key: (u64, u64),
+    turn_us: u64,
+    /// The time that a turn takes.
+    step_us: u64,
     state: Arc<GuessState>,
+}
+
+impl GuessTurn {
+    /// The token is looked up now.
+    pub fn has_come(&mut self) {
+        (self.has_come, self.wait) = (true, Duration::ZERO);
+    }
 }
 
 impl Drop for GuessTurn {
     fn drop(&mut self) {
-        self.state.waiting.fetch_sub(1, Ordering::Relaxed);
+        let state = &self.state;
+        state.waiting.fetch_sub(1, Ordering::Relaxed);
+        let was_last = state.leave(self.key, self.turn_us);
+        state.table.with_known(self.key.0, |record| {
+            let Some(episode) = &mut record.episode else { return };
+            episode.waiting = episode.waiting.saturating_sub(1);
+            if was_last && !self.has_come {
+                // Those behind it keep theirs; a newcomer gets one that is sooner by as much.
+                episode.next_turn_us = episode.next_turn_us.saturating_sub(self.step_us);
+            }
+        });
     }
 }
 
@@ -262,6 +300,7 @@ impl GuessGuard {
                         seed: (seed(), seed()),
                         active: AtomicUsize::new(0),
                         waiting: AtomicUsize::new(0),
+                        lined_up: Mutex::default(),
                     })
                 },
                 |kept| Arc::clone(&kept.state),
@@ -287,6 +326,13 @@ impl GuessGuard {
         self.0.as_ref().filter(|guard| guard.settings.shared).map_or(0, |_| SHARED_ADDRESSES)
     }
 
+    /// Addresses with an episode that is forgotten by going over to this one.
+    pub fn forgets(&self, running: &Self) -> usize {
+        let is_kept =
+            |before: &RunningGuessGuard| self.0.as_ref().is_some_and(|guard| Arc::ptr_eq(&guard.state, &before.state));
+        if running.0.as_ref().is_none_or(is_kept) { 0 } else { running.active() }
+    }
+
     pub fn settings(&self) -> Option<&GuessSettings> {
         self.0.as_ref().map(|guard| &guard.settings)
     }
@@ -297,13 +343,13 @@ impl GuessGuard {
     }
 
     /// Whether the client's token, which is not in the cache, may be looked up.
-    pub fn turn(&self, client: Option<IpAddr>, now: Now) -> GuessVerdict {
+    pub fn turn(&self, client: Option<IpAddr>, digest: &Digest, now: Now) -> GuessVerdict {
         let (Some(guard), Some(client)) = (&self.0, client) else { return GuessVerdict::Free };
         if guard.state.active.load(Ordering::Relaxed) == 0 || guard.settings.allow.has(Some(client)) {
             return GuessVerdict::Free;
         }
         let (key, _) = guard.state.key(client);
-        let verdict = guard.state.table.with_known(key, |record| guard.turn_of(record, now));
+        let verdict = guard.state.table.with_known(key, |record| guard.turn_of(record, (key, digest.spread()), now));
         verdict.flatten().unwrap_or(GuessVerdict::Free)
     }
 
@@ -386,6 +432,35 @@ impl GuessState {
     }
 }
 
+impl GuessState {
+    /// The turn that a token of an address waits for already.
+    fn turn_of_same(&self, key: (u64, u64), now_us: u64) -> Option<u64> {
+        self.lined_up.lock().get(&key).map(|known| known.turn_us).filter(|turn_us| *turn_us > now_us)
+    }
+
+    fn line_up(&self, key: (u64, u64), turn_us: u64) {
+        let mut all = self.lined_up.lock();
+        let known = all.entry(key).or_insert(LinedUp { turn_us, waiting: 0 });
+        if known.turn_us != turn_us {
+            // Those of a turn that has come.
+            *known = LinedUp { turn_us, waiting: 0 };
+        }
+        known.waiting += 1;
+    }
+
+    /// Whether nobody else waits for this turn.
+    fn leave(&self, key: (u64, u64), turn_us: u64) -> bool {
+        let mut all = self.lined_up.lock();
+        let Some(known) = all.get_mut(&key).filter(|known| known.turn_us == turn_us) else { return false };
+        known.waiting = known.waiting.saturating_sub(1);
+        let was_last = known.waiting == 0;
+        if was_last {
+            all.remove(&key);
+        }
+        was_last
+    }
+}
+
 /// Of the address that stands for a network.
 fn hash_of(seed: (u64, u64), network: IpAddr) -> u64 {
     let mut hash = SipHasher13::new_with_keys(seed.0, seed.1);
@@ -398,15 +473,22 @@ fn hash_of(seed: (u64, u64), network: IpAddr) -> u64 {
 
 impl RunningGuessGuard {
     /// `None`: the address is in no pause.
-    fn turn_of(&self, record: &mut GuessRecord, now: Now) -> Option<GuessVerdict> {
+    fn turn_of(&self, record: &mut GuessRecord, key: (u64, u64), now: Now) -> Option<GuessVerdict> {
         let episode = record.episode.as_mut().filter(|episode| now.mono_ms < episode.paused_until_ms)?;
         let now_us = now.mono_ms.saturating_mul(1_000);
-        let turn_us = episode.next_turn_us.max(now_us);
+        let step_us = 1_000_000 / self.settings.lookups.max(1);
+        let same = self.state.turn_of_same(key, now_us);
+        let turn_us = same.unwrap_or_else(|| episode.next_turn_us.max(now_us));
         let wait = Duration::from_micros(turn_us - now_us);
-        if wait <= self.settings.wait && self.enters() {
-            episode.next_turn_us = turn_us.saturating_add(1_000_000 / self.settings.lookups.max(1));
+        if wait <= self.settings.wait && episode.waiting < MOST_WAITING_OF_ONE && self.enters() {
+            if same.is_none() {
+                episode.next_turn_us = turn_us.saturating_add(step_us);
+            }
+            episode.waiting += 1;
             episode.counts.turns += 1;
-            return Some(GuessVerdict::Turn(GuessTurn { wait, state: Arc::clone(&self.state) }));
+            self.state.line_up(key, turn_us);
+            let state = Arc::clone(&self.state);
+            return Some(GuessVerdict::Turn(GuessTurn { wait, has_come: false, key, turn_us, step_us, state }));
         }
         episode.counts.refused += 1;
         let retry_after = episode.seen(now).retry_after.max(1);
@@ -447,6 +529,7 @@ impl RunningGuessGuard {
             counts: GuessEpisode { network, began: now, failures: 0, turns: 0, refused: 0, pauses: 0, retry_after: 0 },
             paused_until_ms: 0,
             next_turn_us: 0,
+            waiting: 0,
         });
         episode.counts.failures += 1;
         if now.mono_ms >= episode.paused_until_ms {
