@@ -16,6 +16,15 @@ pub(super) fn is_equivocal(canonical: &[u8]) -> bool {
     memchr::memchr2_iter(b';', b'%', canonical).any(|at| canonical[at] == b';' || hidden(at))
 }
 
+/// Whether all servers read a path as it stands.
+pub(super) fn is_plain(canonical: &[u8]) -> bool {
+    static OTHER: [bool; 256] = byte_set!(is_other);
+    const fn is_other(byte: u8) -> bool {
+        byte.is_ascii_uppercase() || matches!(byte, b'%' | b';')
+    }
+    !canonical.iter().any(|byte| OTHER[usize::from(*byte)])
+}
+
 /// The paths that others see in one that has the canonical form, each in the form of [`fold`]. `None`: some see a dot segment.
 pub(super) fn of(canonical: &[u8]) -> Option<SmallVec<[Vec<u8>; 4]>> {
     let mut readings: SmallVec<[Vec<u8>; 4]> = SmallVec::new();
@@ -75,9 +84,12 @@ fn split(path: &[u8]) -> Vec<u8> {
 }
 
 fn without_parameters(path: &[u8]) -> Vec<u8> {
-    let segments = path.split(|byte| *byte == b'/');
-    let cut = |segment: &[u8]| segment.split(|byte| *byte == b';').next().unwrap_or_default().to_vec();
-    segments.map(cut).collect::<Vec<_>>().join(&b'/')
+    let mut within = false;
+    let is_left = |byte: &u8| {
+        within = *byte == b';' || (within && *byte != b'/');
+        !within
+    };
+    path.iter().copied().filter(is_left).collect()
 }
 
 #[cfg(test)]
@@ -115,6 +127,12 @@ mod tests {
         assert!(
             ["/a%2Fb", "/a;x", "/a%3Bx", "/a%25", "/a%3F", "/a%23"].iter().all(|path| is_equivocal(path.as_bytes()))
         );
+        assert!(
+            ["/", "/a/b", "/a:b@c", "/a.json"]
+                .iter()
+                .all(|path| is_plain(path.as_bytes()) && of(path.as_bytes()).unwrap().len() == 1)
+        );
+        assert!(!["/A", "/a%20b", "/a;"].iter().any(|path| is_plain(path.as_bytes())));
         assert!(!["/", "/a/B", "/a%20b", "/%C3%A4", "/a:b@c"].iter().any(|path| is_equivocal(path.as_bytes())));
     }
 

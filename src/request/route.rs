@@ -425,12 +425,16 @@ impl Route {
 
     /// Whether it is for fewer paths than the other one, by the shape of its pattern, and keeps out somebody who may pass there.
     pub(super) fn guards_within(&self, wide: &Self) -> bool {
-        let open = |auth: Auth| match auth {
+        (self.openness() < wide.openness() || self.guards_beside_token(wide)) && self.pattern.is_narrower(&wide.pattern)
+    }
+
+    /// More of it lets in more requests.
+    pub(super) fn openness(&self) -> u8 {
+        match self.auth {
             Auth::Required => 0,
             Auth::Optional => 1,
             Auth::None { .. } => 2,
-        };
-        self.pattern.is_narrower(&wide.pattern) && (open(self.auth) < open(wide.auth) || self.guards_beside_token(wide))
+        }
     }
 
     /// Whether somebody with a valid token may be kept out here, or somebody without one let in there, by other rules than `auth`.

@@ -8,6 +8,7 @@
 //! error of the configuration ([`Route::answers_the_same`]).
 
 use super::host::{self, ByHost};
+use super::origin::AddressRules;
 use super::readings;
 use super::route::{Auth, Route, Segment};
 use super::view::Method;
@@ -26,10 +27,35 @@ pub struct Routes {
 /// To find whether a path that came on an open route has another reading.
 #[derive(Clone, Debug)]
 struct Guards {
-    /// By the route's place: whether a narrower one guards more.
+    /// By the route's place: whether a narrower one may guard more.
     wide: Vec<bool>,
     /// The patterns in the form of [`readings::fold`].
     tree: Tree,
+    /// All patterns have that form.
+    are_plain: bool,
+}
+
+impl Guards {
+    /// `routes`: the narrowest first.
+    fn of(routes: &[Route]) -> Option<Self> {
+        let (mut least_open, mut by_address) = (u8::MAX, false);
+        let is_wide = |route: &Route| {
+            let is_wide = least_open < route.openness() || by_address || !route.unchecked.is_empty();
+            least_open = least_open.min(route.openness());
+            by_address |= route.addresses != AddressRules::default();
+            is_wide
+        };
+        let wide: Vec<bool> = routes.iter().map(is_wide).collect();
+        let is_plain = |segment: &Segment| match segment {
+            Segment::Any => true,
+            Segment::Literal(literal) => readings::is_plain(literal),
+        };
+        wide.contains(&true).then(|| Self {
+            wide,
+            tree: Tree::new(routes, readings::fold),
+            are_plain: routes.iter().flat_map(|route| &route.pattern.segments).all(is_plain),
+        })
+    }
 }
 
 /// What becomes of a path when other servers read it.
@@ -75,9 +101,7 @@ impl Routes {
         routes.iter_mut().enumerate().for_each(|(index, route)| route.index = index);
         let any_hosts = routes.iter().any(|route| !route.hosts.is_empty());
         let tree = Tree::new(&routes, <[u8]>::to_vec);
-        let is_wide = |wide: &Route| routes.iter().any(|route| route.guards_within(wide));
-        let wide: Vec<bool> = routes.iter().map(is_wide).collect();
-        let guards = wide.contains(&true).then(|| Guards { wide, tree: Tree::new(&routes, readings::fold) });
+        let guards = Guards::of(&routes);
         Self { routes, tree, guards, any_hosts }
     }
 
@@ -89,9 +113,11 @@ impl Routes {
     /// Whether another server could read a path as one of a narrower route that is stricter than the one that was found: what is
     /// open beside a guarded path must not lead into it.
     pub fn other_readings(&self, found: &Route, method: Method, host: &[u8], path: &[u8]) -> OtherReadings {
-        let Some(guards) = self.guards.as_ref().filter(|guards| guards.wide[found.index]) else {
+        let is_wide = |guards: &&Guards| guards.wide.get(found.index).is_some_and(|wide| *wide);
+        let Some(guards) = self.guards.as_ref().filter(is_wide) else { return OtherReadings::AsOpen };
+        if guards.are_plain && readings::is_plain(path) {
             return OtherReadings::AsOpen;
-        };
+        }
         let host = self.canonical_host(host);
         let Some(read) = readings::of(path) else { return OtherReadings::Guarded };
         let finds = |is_it: &dyn Fn(&Route) -> bool| {
@@ -251,7 +277,7 @@ impl<W: Fn(&Route) -> bool> Search<'_, W> {
 #[cfg(test)]
 mod tests {
     use super::super::host::HostPattern;
-    use super::super::origin::{AddressList, AddressRules};
+    use super::super::origin::AddressList;
     use super::super::route::{Methods, Pattern};
     use super::super::target;
     use super::*;
