@@ -21,10 +21,11 @@ use crate::request::origin::{Arrival, Origin};
 use crate::request::page::PageRules;
 use crate::request::query::{self, Edits, Key, ParamAction};
 use crate::request::route::{Auth, Methods, Route};
+use crate::request::routes::OtherReadings;
 use crate::request::token::{bearer, is_token_header};
 use crate::request::trace::{NewIds, TraceContext};
 use crate::request::view::{Field, FieldKind, Framing, Method, RequestView};
-use crate::request::{self, Examined, Limits, MethodOverride, RequestFault};
+use crate::request::{self, AmbiguousPaths, Examined, Limits, MethodOverride, RequestFault};
 use crate::store::TokenRecord;
 use crate::store::credential::Digest;
 use mask::{Made, Mask};
@@ -945,18 +946,42 @@ impl StageTeller<'_, '_, '_> {
         if route.auth != Auth::Required {
             told.rules.push(self.rule(format!("{}.reason", route.at), &route.reason));
         }
-        if let Some(examined) = self.examined
-            && examined.auth != route.auth
-        {
+        let examined = self.examined.map(|examined| examined.auth);
+        if matches!(examined, Some(Auth::None { .. })) && examined != Some(route.auth) {
             told.decided.push_str(", but no token for a CORS preflight");
             told.rules.push(self.rule("api.cors_preflight", true));
         }
+        self.other_readings(route, told);
         for (key, list) in [("allow", &route.addresses.allow), ("deny", &route.addresses.deny)] {
             if *list != Default::default() {
                 let networks: Vec<_> = list.networks.iter().map(ToString::to_string).collect();
                 told.rules.push(self.rule(format!("{}.{key}", route.at), networks.join(", ")));
             }
         }
+    }
+
+    /// What other servers could make of the path.
+    fn other_readings(&self, route: &Route, told: &mut ToldStage) {
+        let (view, rules) = (self.telling.view, &self.pipeline().rules);
+        let path = request::target::canonical(view.path());
+        let stricter = match rules.routes.other_readings(route, self.judged.facts.method, view.host, &path) {
+            OtherReadings::AsOpen if rules.ambiguous_paths == AmbiguousPaths::Refuse => {
+                told.rules.push(self.rule("api.ambiguous_paths", "refuse"));
+                return;
+            }
+            OtherReadings::AsOpen => return,
+            OtherReadings::Guarded(None) => {
+                told.saw.push("another server could read a dot segment in it".into());
+                return;
+            }
+            OtherReadings::WithToken(stricter) => {
+                told.decided.push_str(", but needed for what another server could read");
+                stricter
+            }
+            OtherReadings::Guarded(Some(stricter)) => stricter,
+        };
+        told.saw.push(format!("another server could read a path of {}, {}", stricter.name, auth_text(stricter.auth)));
+        told.rules.push(self.rule(stricter.at.as_str(), &stricter.name));
     }
 
     fn route_names(&self) -> String {

@@ -710,6 +710,39 @@ fn an_explanation_for_people_names_the_line() {
     }
 }
 
+/// Whoever is told `ambiguous_path` is told what the path was taken for.
+#[test]
+fn a_path_with_two_readings_names_the_route_that_is_meant() {
+    let folder = Folder::new("test");
+    let open = "auth = \"none\"\nreason = \"a test\"\n";
+    let config = format!(
+        "[[upstream]]\nname = \"api\"\nservers = [\"127.0.0.1:1\"]\n[[route]]\npath = \"/\"\n{open}\
+         [[route]]\npath = \"/api/v3/may/*\"\nauth = \"optional\"\nreason = \"a test\"\n[[route]]\npath = \"/api/v3/may/not\"\n"
+    );
+    let explain = |config: &str, url: &str| {
+        let config = folder.write("tollgate.toml", config);
+        let output = run(tollgate().args(["explain", "--config"]).arg(config).args(["--", url]));
+        stdout(&output) + &stderr(&output)
+    };
+    for (url, reason, parts) in [
+        ("http://h/api%2Fv3/x", "`ambiguous_path`", &["could read a path of /api/v3/*, a token is required"][..]),
+        (
+            "http://h/api/v3/may/NOT",
+            "`missing`",
+            &["could read a path of /api/v3/may/not", "but needed for what another server could read"],
+        ),
+        ("http://h/x/%252e%252e/y", "`ambiguous_path`", &["could read a dot segment in it"]),
+    ] {
+        let told = explain(&config, url);
+        assert!(told.contains(reason) && parts.iter().all(|part| told.contains(part)), "{url}: {told}");
+        assert!(!told.contains("preflight"), "{told}");
+    }
+    let told =
+        explain(&config.replacen("[[route]]", "[api]\nambiguous_paths = \"refuse\"\n[[route]]", 1), "http://h/x%2Fy");
+    assert!(told.contains("`ambiguous_path`") && told.contains("api.ambiguous_paths = refuse"), "{told}");
+    assert!(!explain(&config, "http://h/x%2Fy").contains("ambiguous"));
+}
+
 // ---- routes ----
 
 const ROUTES: &str = "[server]\nlisten = [\"127.0.0.1:8080\"]\n[api]\nscopes = \"gitlab\"\ncors_preflight = true\n\

@@ -269,7 +269,7 @@ pub fn examine<'r>(view: &RequestView<'r>, rules: &'r Rules) -> Result<Examined<
     let is_refused = rules.ambiguous_paths == AmbiguousPaths::Refuse && readings::is_equivocal(&canonical);
     let auth = match rules.routes.other_readings(route, method, view.host, &canonical) {
         OtherReadings::AsOpen if !is_refused => route.auth,
-        OtherReadings::WithToken if !is_refused => Auth::Required,
+        OtherReadings::WithToken(_) if !is_refused => Auth::Required,
         _ => {
             let fault = RequestFault::Target(TargetFault::AmbiguousPath);
             return Err(rules.refused(fault, view, Some(route), method));

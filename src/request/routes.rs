@@ -59,14 +59,14 @@ impl Guards {
 }
 
 /// What becomes of a path when other servers read it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OtherReadings {
+#[derive(Clone, Copy, Debug)]
+pub enum OtherReadings<'r> {
     /// For none of them is it more guarded than by the route that was found.
     AsOpen,
-    /// Some need a token, which this route takes and does not need.
-    WithToken,
-    /// For some it is more guarded than this route can be.
-    Guarded,
+    /// Some have a route that needs a token, which the one that was found takes and does not need.
+    WithToken(&'r Route),
+    /// Some have one that guards it more than the one that was found can; `None`: some see a dot segment.
+    Guarded(Option<&'r Route>),
 }
 
 /// The patterns' segments; the first node is the root.
@@ -112,24 +112,22 @@ impl Routes {
 
     /// Whether another server could read a path as one of a narrower route that is stricter than the one that was found: what is
     /// open beside a guarded path must not lead into it.
-    pub fn other_readings(&self, found: &Route, method: Method, host: &[u8], path: &[u8]) -> OtherReadings {
+    pub fn other_readings(&self, found: &Route, method: Method, host: &[u8], path: &[u8]) -> OtherReadings<'_> {
         let is_wide = |guards: &&Guards| guards.wide.get(found.index).is_some_and(|wide| *wide);
         let Some(guards) = self.guards.as_ref().filter(is_wide) else { return OtherReadings::AsOpen };
         if guards.are_plain && readings::is_plain(path) {
             return OtherReadings::AsOpen;
         }
         let host = self.canonical_host(host);
-        let Some(read) = readings::of(path) else { return OtherReadings::Guarded };
-        let finds = |is_it: &dyn Fn(&Route) -> bool| {
-            read.iter().any(|path| self.find_in(&guards.tree, method, &host, path, is_it).is_some())
+        let Some(read) = readings::of(path) else { return OtherReadings::Guarded(None) };
+        let find = |is_it: &dyn Fn(&Route) -> bool| {
+            let found = read.iter().find_map(|path| self.find_in(&guards.tree, method, &host, path, is_it));
+            found.and_then(|index| self.get(index))
         };
         let needs_only_token = |route: &Route| found.auth == Auth::Optional && !route.guards_beside_token(found);
-        if finds(&|route| route.guards_within(found) && !needs_only_token(route)) {
-            OtherReadings::Guarded
-        } else if finds(&|route| route.guards_within(found)) {
-            OtherReadings::WithToken
-        } else {
-            OtherReadings::AsOpen
+        match find(&|route| route.guards_within(found) && !needs_only_token(route)) {
+            Some(route) => OtherReadings::Guarded(Some(route)),
+            None => find(&|route| route.guards_within(found)).map_or(OtherReadings::AsOpen, OtherReadings::WithToken),
         }
     }
 
@@ -612,7 +610,7 @@ mod tests {
             let canonical = target::canonical(path.as_bytes());
             let found = routes.find(Method::Get, b"h", &canonical).and_then(|index| routes.get(index)).unwrap();
             let said = routes.other_readings(found, Method::Get, b"h", &canonical);
-            if said == OtherReadings::Guarded {
+            if matches!(said, OtherReadings::Guarded(_)) {
                 refused += 1;
                 continue;
             }
@@ -627,7 +625,7 @@ mod tests {
                 other += usize::from(theirs.index != found.index);
                 assert!(
                     !theirs.guards_within(found)
-                        || (said == OtherReadings::WithToken && !theirs.guards_beside_token(found)),
+                        || (matches!(said, OtherReadings::WithToken(_)) && !theirs.guards_beside_token(found)),
                     "{name} reads {path} as {read}, of {}: passed by {}",
                     theirs.name,
                     found.name
@@ -641,31 +639,36 @@ mod tests {
     fn what_reads_as_the_same_route_everywhere_passes() {
         let routes = guarded();
         for (path, said) in [
-            ("/api/v3/projects/group%2Fproject", OtherReadings::AsOpen),
-            ("/api/v3/projects/group%2Fissues", OtherReadings::WithToken),
-            ("/api/v3/projects/Group%2FProject/issues", OtherReadings::AsOpen),
-            ("/api/v3/projects/group%2Fproject/repository/files/a%2Fb%3Bc%25.rb", OtherReadings::AsOpen),
-            ("/api/v3/open/files/A%2Fb;v=1", OtherReadings::AsOpen),
-            ("/Group/Project/blob/master/api%2Fv3/x%3Fy", OtherReadings::AsOpen),
-            ("/api/v3/open/may/x%2Fy", OtherReadings::AsOpen),
-            ("/api/v3/open/May/x", OtherReadings::Guarded),
-            ("/api/v3/open/may;x", OtherReadings::Guarded),
-            ("/api/v3/open/group%2Fsecret", OtherReadings::Guarded),
-            ("/api/v3/open/group%2Fsecret;x%2Fy", OtherReadings::Guarded),
-            ("/api/v3/open/group/secret;x", OtherReadings::Guarded),
-            ("/api/v3/open/group/SECRET", OtherReadings::Guarded),
-            ("/api/v3/open/x/%252e%252e/group/secret", OtherReadings::Guarded),
-            ("/api/v3/admin%2Fx", OtherReadings::Guarded),
-            ("/api/v3/admin;y/x", OtherReadings::Guarded),
-            ("/api/v3/Admin/x", OtherReadings::Guarded),
-            ("/api/v3/%2561dmin", OtherReadings::Guarded),
-            ("/API/v3/projects", OtherReadings::Guarded),
-            ("/api%2Fv3/projects", OtherReadings::Guarded),
-            ("/api;/v3", OtherReadings::Guarded),
+            ("/api/v3/projects/group%2Fproject", 0),
+            ("/api/v3/projects/group%2Fissues", 1),
+            ("/api/v3/projects/Group%2FProject/issues", 0),
+            ("/api/v3/projects/group%2Fproject/repository/files/a%2Fb%3Bc%25.rb", 0),
+            ("/api/v3/open/files/A%2Fb;v=1", 0),
+            ("/Group/Project/blob/master/api%2Fv3/x%3Fy", 0),
+            ("/api/v3/open/may/x%2Fy", 0),
+            ("/api/v3/open/May/x", 2),
+            ("/api/v3/open/may;x", 2),
+            ("/api/v3/open/group%2Fsecret", 2),
+            ("/api/v3/open/group%2Fsecret;x%2Fy", 2),
+            ("/api/v3/open/group/secret;x", 2),
+            ("/api/v3/open/group/SECRET", 2),
+            ("/api/v3/open/x/%252e%252e/group/secret", 2),
+            ("/api/v3/admin%2Fx", 2),
+            ("/api/v3/admin;y/x", 2),
+            ("/api/v3/Admin/x", 2),
+            ("/api/v3/%2561dmin", 2),
+            ("/API/v3/projects", 2),
+            ("/api%2Fv3/projects", 2),
+            ("/api;/v3", 2),
         ] {
             let canonical = target::canonical(path.as_bytes());
             let found = routes.find(Method::Get, b"h", &canonical).and_then(|index| routes.get(index)).unwrap();
-            assert_eq!(routes.other_readings(found, Method::Get, b"h", &canonical), said, "{path}");
+            let rank = match routes.other_readings(found, Method::Get, b"h", &canonical) {
+                OtherReadings::AsOpen => 0,
+                OtherReadings::WithToken(_) => 1,
+                OtherReadings::Guarded(_) => 2,
+            };
+            assert_eq!(rank, said, "{path}");
         }
         // Of a table in which nothing is guarded more than what is around it, nothing is looked at.
         assert!(
