@@ -238,7 +238,7 @@ impl AdaptiveLimit {
         let course = self.course.lock();
         let limit = within(course.limit, bounds) as u32;
         AdaptiveReading {
-            limit: course.probe.map_or(limit, |probe| probe.limit),
+            limit,
             is_pinned: limit == bounds.least && course.most >= limit && bounds.least < bounds.most,
             unloaded: course.unloaded.map(|unloaded| Duration::from_micros(unloaded as u64)),
             samples: self.samples.load(Relaxed),
