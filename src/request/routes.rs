@@ -561,7 +561,7 @@ mod tests {
         let mut random = Random(20_261_130);
         let (mut refused, mut passed, mut other) = (0, 0, 0);
         let names = ["api", "v3", "open", "group", "secret", "may", "admin", "projects", "x", "1", "issues"];
-        for _ in 0..200_000 {
+        for _ in 0..80_000 {
             let mut path = random
                 .pick(&["/api/v3", "/api/v3/open", "/api/v3/open/group/secret", "/api/v3/admin/x", ""])
                 .to_owned();
@@ -632,7 +632,7 @@ mod tests {
                 );
             }
         }
-        assert!(refused > 20_000 && passed > 20_000 && other > 1_000, "{refused} {passed} {other}");
+        assert!(refused > 10_000 && passed > 20_000 && other > 1_000, "{refused} {passed} {other}");
     }
 
     #[test]
