@@ -646,28 +646,13 @@ impl Gather<'_, '_> {
         if limits.len() > MOST {
             self.places.add("", Problem::error("limit", "is there too often", format!("use {MOST} or fewer")));
         }
-        let of_own = |limit: &&LimitSettings| !limit.shared && !limit.buckets.key.is_empty();
-        let tables = |limit: &LimitSettings| 1 + limit.buckets.plans.as_ref().map_or(0, Vec::len);
-        let bytes = |limit: &LimitSettings| {
-            limit.buckets.most.saturating_mul(tables(limit)).saturating_mul(LimitSettings::BUCKET_BYTES)
-        };
-        let all = limits.iter().filter(of_own).map(bytes).fold(0, usize::saturating_add);
-        if all > BUCKETS_BYTES
-            && let Some((at, _)) = file
-                .limit
-                .iter()
-                .zip(&limits)
-                .max_by_key(|(_, limit)| bytes(limit))
-                .map(|(limit, settings)| (&limit.at, settings))
+        let all = limits.iter().map(LimitSettings::bytes).fold(0, usize::saturating_add);
+        if let Some(place) =
+            (0..limits.len()).max_by_key(|place| limits[*place].bytes()).filter(|_| all > BUCKETS_BYTES)
         {
-            let what =
-                format!("comes to {} MiB for the buckets of all limits and plans, once they are all in use", all >> 20);
-            let problem = Problem::warning(
-                "buckets",
-                what,
-                "use as many as there are keys in the time that a bucket takes to fill",
-            );
-            self.places.add(at, problem);
+            let what = format!("comes to {} MiB for all limits and plans, once all are in use", all >> 20);
+            let instead = "use as many as there are keys in the time that a bucket takes to fill";
+            self.places.add(&file.limit[place].at, Problem::warning("buckets", what, instead));
         }
         limits
     }

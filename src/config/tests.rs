@@ -756,6 +756,10 @@ fn limits_that_contradict_themselves_are_refused() {
         ),
         ("rate = \"9/s\"\nroutes = [\"/api/v4/*\"]", "limit[0].routes: is not the path of a route"),
         ("rate = \"9/s\"\nroutes = [\"/open\"]", "limit[0].routes: match no request"),
+        (
+            "rate = \"9/s\"\nbuckets = 16777216\n[[limit]]\nname = \"b\"\nkey = [\"user\"]\nrate = \"9/s\"",
+            "warning: limit[0].buckets: comes to 1028 MiB",
+        ),
         ("rate = \"9/s\"\nmethods = [\"GET\"]\ncost = { read = 0 }", "limit[0].methods: match no request"),
         ("rate = \"9/s\"\nkey = [\"address\"]\nroutes = [\"/open\"]", ""),
         ("rate = \"9/s\"\nkey = []\nroutes = [\"/open\"]\nmethods = [\"POST\"]", "limit[0].routes: match no request"),

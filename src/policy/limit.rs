@@ -127,8 +127,16 @@ impl BucketSettings {
 }
 
 impl LimitSettings {
-    /// What a bucket takes, at most: two slots of a table for one of them.
-    pub const BUCKET_BYTES: usize = 64;
+    /// Buckets of a table: what is one for all needs no table, and what is shared is counted elsewhere.
+    fn most(&self) -> usize {
+        if self.buckets.key.is_empty() || self.shared { 1 } else { self.buckets.most }
+    }
+
+    /// What the tables take when they are full: 64 bytes a bucket, which are two slots.
+    pub fn bytes(&self) -> usize {
+        let tables = 1 + self.buckets.plans.as_ref().map_or(0, Vec::len);
+        self.most().saturating_mul(tables).saturating_mul(64)
+    }
 
     /// Keys of a `[[limit]]`.
     pub fn problems(&self) -> Vec<Problem> {
@@ -468,14 +476,16 @@ impl RequestLimits {
                     })
                 });
                 let places = places.collect();
-                // One bucket for all needs no table.
-                let is_one = settings.buckets.key.is_empty() || settings.shared;
-                let most = if is_one { 1 } else { settings.buckets.most };
                 let place = kept.map_or(next_place, |kept| kept.place);
                 next_place += u64::from(kept.is_none());
                 Arc::new(RunningLimit {
                     tables: kept.map_or_else(
-                        || Arc::new(LimitTables::new(most, settings.buckets.plans.as_ref().map_or(0, Vec::len))),
+                        || {
+                            Arc::new(LimitTables::new(
+                                settings.most(),
+                                settings.buckets.plans.as_ref().map_or(0, Vec::len),
+                            ))
+                        },
                         |kept| Arc::clone(&kept.tables),
                     ),
                     place,
