@@ -951,7 +951,9 @@ impl StageTeller<'_, '_, '_> {
             told.decided.push_str(", but no token for a CORS preflight");
             told.rules.push(self.rule("api.cors_preflight", true));
         }
-        self.other_readings(route, told);
+        if !matches!(examined, Some(Auth::None { .. })) {
+            self.other_readings(route, told);
+        }
         for (key, list) in [("allow", &route.addresses.allow), ("deny", &route.addresses.deny)] {
             if *list != Default::default() {
                 let networks: Vec<_> = list.networks.iter().map(ToString::to_string).collect();

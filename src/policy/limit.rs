@@ -581,11 +581,11 @@ impl RequestLimits {
     /// Names of limits whose buckets another one has as well.
     pub fn kept_from<'a>(&'a self, running: &'a Self) -> impl Iterator<Item = &'a str> {
         let is_kept = |limit: &&Arc<RunningLimit>| {
-            running.limits.iter().any(|other| match (&limit.shared, &other.shared) {
-                // What is shared is kept by what leases it.
-                (Some(shared), Some(before)) => shared.is_same(before) && Arc::ptr_eq(&limit.tables, &other.tables),
-                (None, None) => Arc::ptr_eq(&limit.tables, &other.tables),
-                _ => false,
+            let before = running.limits.iter().find(|other| Arc::ptr_eq(&other.tables, &limit.tables));
+            // What is shared is kept by what leases it.
+            before.is_some_and(|before| match (&limit.shared, &before.shared) {
+                (Some(shared), Some(before)) => shared.is_same(before),
+                (shared, before) => shared.is_none() && before.is_none(),
             })
         };
         self.limits.iter().filter(is_kept).map(|limit| limit.settings.name.as_str())
